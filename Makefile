@@ -1,0 +1,58 @@
+# `make help` lists what there is to make.
+PYTHON ?= python3
+OUT ?= out
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help figures test lint bench readme clean
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
+	@echo "First use installs into $(VENV); another Python: make PYTHON=python3.12 figures"
+
+figures: $(VENV)/installed ## every experiment on embedded data, in seconds each: figures under out/
+	@status=0; \
+	$(BIN)/python -m experiments all --preset smoke --out "$(OUT)" || status=$$?; \
+	$(BIN)/python -m experiments report --out "$(OUT)" || status=$$?; \
+	echo "Figures and records are in $(OUT)/, all on one page in $(OUT)/index.html"; \
+	exit $$status
+
+test: $(VENV)/installed-dev ## the tests; those that need real data look in INFLUENCE_DATA
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+bench: $(VENV)/installed ## how fast, against the machine's limit and against peers
+	@$(BIN)/python -m benchmarks
+
+readme: $(VENV)/installed ## the README's table, from results/*/record.json
+	@$(BIN)/python -m experiments report --readme README.md --results results
+
+clean: ## remove what was made, but not .venv and results
+	@rm -rf out build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# A .venv without pip is one whose making was interrupted.
+$(VENV)/installed: requirements.txt
+	@set -e; python="$(PYTHON)"; \
+	if $(BIN)/python -m pip --version >/dev/null 2>&1; then python=$(BIN)/python; fi; \
+	command -v "$$python" >/dev/null || { \
+	  echo "PYTHON must name a Python 3.10 to 3.13, there is no $$python: make PYTHON=python3.12 ..." >&2; exit 1; }; \
+	"$$python" -c 'import sys; v = "%d.%d.%d" % sys.version_info[:3]; \
+	(3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+	"Python 3.10 to 3.13 is needed, %s is %s: make PYTHON=python3.12 ... (after rm -rf $(VENV), if it is there)" \
+	% (sys.executable, v)); print("Python", v, "in $(VENV)")'; \
+	if [ "$$python" != $(BIN)/python ]; then "$$python" -m venv --clear $(VENV); fi
+	@echo "Installing requirements.txt into $(VENV): once, some minutes, about 2 GB ..."
+	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	@echo "Installing requirements-dev.txt into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@

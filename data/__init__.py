@@ -1,0 +1,81 @@
+"""The data sets of the experiments: found, fetched, checked and split.
+
+    x, y = data.load("mnist").train  # (55000, 784) in [0, 1], (55000,) in 0..9
+
+A data set is looked for in the folder the caller names (`--data-dir`), in $INFLUENCE_DATA, then in
+the user cache, each laid out as `<folder>/mnist/*.gz`; then it is downloaded into the cache, unless
+INFLUENCE_OFFLINE=1 is set. Every file is checked against its SHA-256 each time it is read.
+`python -m data --help` does the same by hand.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data import download, files
+from data.registry import SETS, named
+from data.splits import Splits, sha256_of_arrays
+
+__all__ = ["Splits", "find", "load", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """The names that `load` knows."""
+    return tuple(SETS)
+
+
+def find(name: str, root: files.Root = None) -> Path | None:
+    """Where a data set is, without downloading or checking it.
+
+    Args:
+      name: one of `names()`.
+      root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
+    Returns: the data folder that `load` would read, or None if it would have to download. A set
+      that needs no file is always there: in this package.
+    Raises: ValueError if there is no such data set; TypeError or ValueError if root is no path.
+    """
+    dataset = named(name)
+    if not dataset.files:
+        return Path(__file__).parent
+    return files.find(dataset.files, root)
+
+
+def load(name: str, root: files.Root = None, *, dtype: npt.DTypeLike = "float64") -> Splits:
+    """Load a data set, downloading it into the user cache if it is nowhere to be found.
+
+    Nothing is ever written to `root` or $INFLUENCE_DATA; `python -m data fetch` does that.
+
+    Args:
+      name: one of `names()`.
+      root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
+      dtype: of x: "float64" for convex models, "float32" for networks.
+    Returns: its Splits, the arrays read-only.
+    Raises: ValueError if name or dtype is not among those known, or a file that was found is not
+      the one expected; FileNotFoundError, saying what to put where, if the data set is nowhere and
+      could not be downloaded; TypeError or ValueError if root is no path.
+    """
+    dataset, x_dtype = named(name), _float_dtype(dtype)
+    folder = find(name, root)
+    if folder is None:
+        folder = files.cache_folder()
+        try:
+            download.fetch(dataset.files, folder)
+        except OSError as error:
+            message = files.explain_missing(name, dataset.files, root, str(error))
+            raise FileNotFoundError(message) from error
+    sha256 = files.verify(dataset.files, folder)
+    train, test = dataset.read(folder, x_dtype)
+    if not dataset.files:
+        sha256 = sha256_of_arrays((*train, *test))
+    return Splits(name, train, test, stand_in=dataset.stand_in, sha256=sha256)
+
+
+def _float_dtype(dtype: npt.DTypeLike) -> np.dtype:
+    try:
+        known = np.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known not in (np.dtype("float32"), np.dtype("float64")):
+        raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
+    return known

@@ -1,0 +1,91 @@
+"""Downloading the files of a data set with pooch: whole and checked, or not at all.
+
+pooch writes to a temporary name beside the target and renames it once its SHA-256 agrees, so a
+download that breaks, is interrupted or delivers something else leaves no file behind. Only
+`kill -9` can leave the temporary one, whose name nothing looks for.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pooch
+
+from data.files import DataFile, verify
+
+
+def offline() -> bool:
+    """Whether $INFLUENCE_OFFLINE forbids downloads: set to anything but "" or "0"."""
+    return os.environ.get("INFLUENCE_OFFLINE", "") not in ("", "0")
+
+
+def fetch(files: Sequence[DataFile], folder: Path) -> None:
+    """Download those of `files` that are not yet in `folder`.
+
+    Each URL of a file is tried in turn until one delivers the right bytes. Files already there
+    are checked and never overwritten. A progress bar is shown if stderr is a terminal.
+
+    Args:
+      files: what `folder` is to hold.
+      folder: the data folder; made if need be.
+    Raises: ConnectionError if a file can be had from none of its URLs, with the reason for each,
+      or if downloads are forbidden by $INFLUENCE_OFFLINE; ValueError if a file already there is
+      not the expected one.
+    """
+    for file in files:
+        if os.path.exists(folder / file.path):
+            verify([file], folder)
+        else:
+            _fetch_one(file, folder / file.path)
+
+
+def _fetch_one(file: DataFile, target: Path) -> None:
+    if offline():
+        raise ConnectionError(f"{file.path} was not tried, as INFLUENCE_OFFLINE="
+                              f"{os.environ['INFLUENCE_OFFLINE']} is set; unset it to download.")
+    if not file.urls:
+        raise ConnectionError(f"{file.path} has no address to download from: get it by hand.")
+    pooch.get_logger().setLevel("WARNING")  # at INFO it reports every step
+    failures = []
+    for url in file.urls:
+        try:
+            pooch.retrieve(
+                url,
+                file.digests[0],
+                fname=target.name,
+                path=target.parent,
+                # pooch's annotation names other arguments than it passes, and documents.
+                downloader=_download,  # pyright: ignore[reportArgumentType]
+            )
+            return
+        # requests' exceptions are OSErrors; pooch reports a wrong digest by ValueError.
+        except (OSError, ValueError) as error:
+            failures.append(f"{url}: {type(error).__name__}: {error}")
+    raise ConnectionError("\n".join([f"{file.path} could not be had from", *failures]))
+
+
+def _download(url: str, output_file: str, _pooch) -> None:
+    """Write what `url` serves to `output_file`; of "address#member", that member of the zip."""
+    http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
+    address, member = urldefrag(url)
+    # pooch made the file readable by its owner alone, which would survive the rename and lock
+    # others out of a shared folder. Made anew, it obeys the umask.
+    os.remove(output_file)
+    if not member:
+        http(address, output_file, None)
+        return
+    with tempfile.TemporaryFile() as archive:
+        http(address, archive, None)
+        try:
+            with (zipfile.ZipFile(archive) as folder, folder.open(unquote(member)) as source,
+                  open(output_file, "wb") as target):
+                shutil.copyfileobj(source, target)
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+            raise ValueError(f"expected a zip archive with {unquote(member)} in it, "
+                             f"found: {error}") from error

@@ -1,0 +1,177 @@
+"""Where the files of a data set are looked for, and how they are known to be the right ones.
+
+Nothing here writes. A file is used only if its SHA-256 is the one its data set names; a file that
+differs stops the search with an error and stays as it is, since it may be the user's own.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pooch
+
+Root = str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file, or one folder of files, that a data set is read from.
+
+    Attributes:
+      path: where it lies below a data folder, with forward slashes: "mnist/x.gz".
+      size: bytes; for a folder, of all its files together.
+      digests: the SHA-256 values accepted, in hex; the first is that of the download. Several
+        where a re-pack holds the same data. For a folder see `sha256_of`.
+      urls: where it can be downloaded, tried in turn; empty if it must be got by hand. With a
+        "#member" at its end a URL serves a zip archive, and the file is that member of it.
+    """
+
+    path: str
+    size: int
+    digests: tuple[str, ...]
+    urls: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """A folder that may hold data sets, and the name of the setting it comes from."""
+
+    setting: str
+    folder: Path
+
+
+def cache_folder() -> Path:
+    """The user's cache folder, where downloads go unless told otherwise."""
+    return Path(pooch.os_cache("influence"))
+
+
+def places(root: Root = None) -> list[Place]:
+    """The folders to look in, in order: `root`, $INFLUENCE_DATA, the user cache.
+
+    Args:
+      root: a folder named by the caller (`--data-dir`), or None for none.
+    Returns: one Place for each setting that is set; the folders need not exist.
+    Raises: TypeError if root is not a path, ValueError if it is the empty string.
+    """
+    if root is not None and not isinstance(root, (str, os.PathLike)):
+        raise TypeError(f"root (--data-dir) must be a folder (str or Path) or None, got {root!r}.")
+    if root == "":
+        # Path("") is the current folder: never what an unset shell variable meant.
+        raise ValueError("root (--data-dir) must name a folder, got ''; leave it out to use "
+                         "$INFLUENCE_DATA and the user cache.")
+    found = []
+    if root is not None:
+        found.append(Place("--data-dir", Path(root).expanduser()))
+    if os.environ.get("INFLUENCE_DATA"):
+        found.append(Place("$INFLUENCE_DATA", Path(os.environ["INFLUENCE_DATA"]).expanduser()))
+    found.append(Place("user cache", cache_folder()))
+    return found
+
+
+def missing(files: Sequence[DataFile], folder: Path) -> list[DataFile]:
+    """Those of `files` that are not in `folder`."""
+    # os.path.exists, not Path.exists: a folder we may not enter is one without the data.
+    return [file for file in files if not os.path.exists(folder / file.path)]
+
+
+def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
+    """The first place holding every one of `files`, whether or not they are intact.
+
+    A place with some of them is passed over: a data set is read from one folder, whole.
+
+    Args:
+      files: what to look for.
+      root: a folder to look in first, or None.
+    Returns: the data folder (not the data set's own folder below it), or None.
+    Raises: TypeError or ValueError if root is no path.
+    """
+    for place in places(root):
+        if not missing(files, place.folder):
+            return place.folder
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 in hex of a file, or of a folder by the listing `sha256sum` would print.
+
+    A folder's digest is the SHA-256 of one line "digest  relative/path" for each file below it, in
+    order of path; names beginning with a dot are left out, being the file manager's.
+    """
+    if path.is_dir():
+        return _digest_of_listing(
+            (sha256_of(member), member.relative_to(path).as_posix()) for member in _members(path)
+        )
+    return pooch.file_hash(str(path), alg="sha256")
+
+
+def verify(files: Sequence[DataFile], folder: Path) -> str:
+    """Check every one of `files` in `folder` against its SHA-256.
+
+    Args:
+      files: what must be there.
+      folder: the data folder.
+    Returns: one digest for them all, as `sha256sum <paths> | sha256sum` prints in `folder`, the
+      paths sorted.
+    Raises: FileNotFoundError if one is missing, ValueError if one is not the expected file; the
+      message names it, what was expected and what was found.
+    """
+    return _digest_of_listing((_verified_digest(file, folder), file.path) for file in files)
+
+
+def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) -> str:
+    """Say where a data set was looked for, why it was not downloaded, and what to put where.
+
+    Args:
+      name: of the data set.
+      files: what it needs.
+      root: the folder the caller named, or None.
+      why: the reason there was no download, or what became of it.
+    Returns: a message of several lines.
+    """
+    lines = [f"{name} was not found.", "Looked in:"]
+    for setting, folder in places(root):
+        if not folder.is_dir():
+            state = "no such folder"
+        else:
+            state = "lacks " + ", ".join(file.path for file in missing(files, folder))
+        lines.append(f"  {setting} {folder}: {state}")
+    lines += ["Download:", *(f"  {line}" for line in why.splitlines())]
+    lines.append("To use it, put these files into one of those folders, or into a new one named "
+                 "by --data-dir or $INFLUENCE_DATA:")
+    for file in files:
+        lines.append(f"  {file.path}  {file.size:,} bytes  SHA-256 {file.digests[0]}")
+        lines += [f"    from {url}" for url in file.urls]
+    return "\n".join(lines)
+
+
+def _verified_digest(file: DataFile, folder: Path) -> str:
+    path = folder / file.path
+    expected = f"{file.size:,} bytes with SHA-256 {' or '.join(file.digests)}"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is missing: expected {expected}, found nothing.")
+    digest = sha256_of(path)
+    if digest in file.digests:
+        return digest
+    size = sum(member.stat().st_size for member in _members(path))
+    guess = " It looks truncated." if size < file.size else ""
+    raise ValueError(f"{path} is not the file it should be: expected {expected}, found {size:,} "
+                     f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
+                     "replace it, then try again.")
+
+
+def _members(path: Path) -> list[Path]:
+    """The file itself, or the files below a folder in order of path, hidden names left out."""
+    if not path.is_dir():
+        return [path]
+    below = (member.relative_to(path) for member in path.rglob("*") if member.is_file())
+    shown = (name for name in below if not any(part.startswith(".") for part in name.parts))
+    return [path / name for name in sorted(shown, key=lambda name: name.as_posix())]
+
+
+def _digest_of_listing(entries) -> str:
+    """SHA-256 of the lines `sha256sum` prints for (digest, path) pairs, sorted by path."""
+    by_path = sorted(entries, key=lambda entry: entry[1])
+    listing = "".join(f"{digest}  {path}\n" for digest, path in by_path)
+    return hashlib.sha256(listing.encode()).hexdigest()

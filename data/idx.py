@@ -1,0 +1,52 @@
+"""The idx format of the MNIST files, after http://yann.lecun.com/exdb/mnist/.
+
+Big-endian throughout: two zero bytes, a type code (8 is unsigned byte), the number of dimensions,
+each dimension as a 32-bit integer, then the values with the last dimension varying fastest.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+_UNSIGNED_BYTE = 0x08
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a gzipped idx file of unsigned bytes whose shape is known beforehand.
+
+    Args:
+      path: the .gz file.
+      shape: the dimensions it must declare and fill, exactly.
+    Returns: a uint8 array of that shape, read-only.
+    Raises: ValueError naming the file, what was expected and what was found, if it is no complete
+      gzip file or its magic number, dimensions or length are not as they should be.
+    """
+    header_size = 4 + 4 * len(shape)
+    num_values = math.prod(shape)
+    try:
+        with gzip.open(path) as stream:
+            header = stream.read(header_size)
+            # One byte too many, to see trailing bytes and to have gzip check its own checksum,
+            # but no more: a file that unpacks to terabytes is refused after this many.
+            values = stream.read(num_values + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
+
+    if len(header) < header_size:
+        raise ValueError(f"{path}: expected an idx header of {header_size} bytes, "
+                         f"found {len(header)} bytes in all.")
+    magic, *dimensions = struct.unpack(f">{1 + len(shape)}I", header)
+    expected_magic = _UNSIGNED_BYTE << 8 | len(shape)
+    if magic != expected_magic:
+        raise ValueError(f"{path}: expected the idx magic number 0x{expected_magic:08x} (unsigned "
+                         f"bytes, {len(shape)} dimensions), found 0x{magic:08x}.")
+    if tuple(dimensions) != tuple(shape):
+        raise ValueError(f"{path}: expected dimensions {tuple(shape)}, found {tuple(dimensions)}.")
+    if len(values) != num_values:
+        found = "more" if len(values) > num_values else f"{len(values):,}"
+        raise ValueError(f"{path}: expected {num_values:,} bytes after the header, found {found}.")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)

@@ -1,0 +1,18 @@
+"""The data sets there are. A new one is a file beside this one and a line here."""
+
+from data import digits, mnist
+from data.splits import DataSet
+
+SETS: dict[str, DataSet] = {
+    dataset.name: dataset for dataset in (mnist.DATASET, digits.DATASET)
+}
+
+
+def named(name: str) -> DataSet:
+    """The data set of that name.
+
+    Raises: ValueError with the names there are, if there is none such.
+    """
+    if name not in SETS:
+        raise ValueError(f"name must be one of {', '.join(map(repr, SETS))}, got {name!r}.")
+    return SETS[name]

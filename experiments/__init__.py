@@ -1,0 +1,89 @@
+"""The paper's figures, one module each: Config -> run -> Record -> draw.
+
+An experiment module offers
+
+    Config                          frozen dataclass with a `seed`; defaults: the paper's protocol
+    PRESETS: dict[str, Config]      "smoke", "standard", "paper"
+    DATA, STAND_IN: str             data.load names; the stand-in serves the smoke preset only
+    CLAIMS: tuple[Claim, ...]       what the metrics must be
+    DEVIATIONS: tuple[str, ...]     each departure from the paper, both values and its effect
+    run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
+    draw(record) -> Figure          sees nothing but the Record
+
+and `python -m experiments` does the rest: options, data, seed, claims, files.
+"""
+
+import ast
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+MODULES = {
+    "fig1": "fig1_components",
+    "fig2": "fig2_leave_one_out",
+    "fig2-cnn": "fig2_cnn",
+    "fig3": "fig3_smooth_hinge",
+    "fig4": "fig4_rbf_vs_inception",
+    "fig5": "fig5_attack",
+    "fig6": "fig6_mislabelled_spam",
+    "hospital": "hospital_readmission",
+}  # in the order they are listed, run and reported
+
+
+def summaries() -> dict[str, str]:
+    """What can be run, without importing any of it (that would import TensorFlow).
+
+    Returns: {command: first line of its module's docstring}, for the modules that exist.
+    """
+    found = {}
+    for command, module in MODULES.items():
+        source = _source(module)
+        if source is not None:
+            doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+            found[command] = (doc or "").partition("\n")[0]
+    return found
+
+
+def load(command: str) -> ModuleType:
+    """Import one experiment.
+
+    Args:
+      command: a key of `summaries()`.
+    Returns: its module.
+    Raises: ValueError if there is no such experiment.
+    """
+    if command not in MODULES or _source(MODULES[command]) is None:
+        raise ValueError(f"command must be one of {', '.join(summaries())}, got {command!r}.")
+    with _quiet():
+        importlib.import_module("tensorflow")
+    return importlib.import_module(f"{__name__}.{MODULES[command]}")
+
+
+def _source(module: str) -> Path | None:
+    candidates = (Path(folder) / f"{module}.py" for folder in __path__)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # TensorFlow's C++ side logs the absence of a GPU straight to file descriptor 2, in part before
+    # it reads this setting; what it wrote is let through only if the import fails.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

@@ -1,0 +1,223 @@
+"""Figure 2, left and middle: predicted against actual leave-one-out changes, logistic regression.
+
+Koh & Liang 2017, section 4.1 and figure 2: ten-class logistic regression on MNIST; for one test
+point the change of its loss when a training row is left out, predicted by influence functions (with
+H^-1 from conjugate gradients, left, and from LiSSA, middle), against retraining without the row.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.compare import agreement, predicted_against_actual, rounded_down
+from experiments.record import Claim, Record
+from influence import (
+    CG,
+    Direct,
+    Examples,
+    Hessian,
+    Influence,
+    LiSSA,
+    MulticlassLogisticRegression,
+    leave_one_out,
+    prepare,
+)
+
+DATA = "mnist"
+STAND_IN = "digits"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's protocol; the release's values where the paper gives none."""
+
+    weight_decay: float = 0.01
+    """lambda of lambda/2 |W|^2 (release, train_mnist_logreg.py)"""
+    test_point: int = 8
+    """a 5 that the model takes for a 6 (release)"""
+    num_removals: int = 500
+    """rows of largest |influence| by CG, each removed alone (section 4.1)"""
+    cg_rtol: float = 1e-8
+    """relative residual that CG stops at; the release's own criterion is one of step length"""
+    lissa_scale: float = 25.0
+    """release: scale=25"""
+    lissa_depth: int = 5000
+    """t in section 4.1"""
+    lissa_repeats: int = 10
+    """r in section 4.1"""
+    lissa_batch_size: int = 1
+    """release: batch_size=1"""
+    lissa_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """one walk through the training set each; the release has one, unnamed in the paper"""
+    further_test_points: int = 10
+    """drawn with `seed`, so that one test point proves nothing alone; 0 leaves them out"""
+    further_removals: int = 100
+    """rows of largest |influence| removed for each further test point"""
+    gradient_tolerance: float = 1e-8
+    """Euclidean norm of each refit's own gradient"""
+    seed: int = 0
+    """of the draw of the further test points"""
+
+
+PRESETS = {
+    "smoke": Config(num_removals=60, lissa_depth=1000, lissa_seeds=(0, 1), lissa_scale=2.0,
+                    test_point=11, further_test_points=3, further_removals=20),
+    "standard": Config(),
+    "paper": Config(),
+}  # fmt: skip
+
+CLAIMS = (
+    Claim("pearson_cg", None, 0.9999, 1.0),
+    Claim("slope_cg", None, 0.985, 1.005),
+    Claim("sign_agreement_cg", None, 0.998, 1.0),
+    Claim("smallest_actual", -0.025, -0.030, -0.020),
+    Claim("largest_actual", 0.032, 0.026, 0.036),
+    Claim("further_worst_pearson", None, 0.999, 1.0),
+    Claim("cg_against_direct", None, 0.0, 1e-6, stand_in=True),
+    Claim("pearson_lissa_worst", None, 0.96, 1.0),
+    Claim("pearson_lissa_median", None, 0.98, 1.0),
+    Claim("worst_refit_gradient_norm", None, 0.0, 1e-8, stand_in=True),
+    Claim("test_accuracy", None, 0.90, 0.92),
+)
+
+DEVIATIONS = (
+    "Arithmetic: float64 here, float32 in the release. Changes of 1e-3 to 1e-5 need it.",
+    "Optimum: gradient norm <= 1e-10 here; scikit-learn's L-BFGS with tol 1e-8 there.",
+    "Refits: Newton's iteration from the full model, each certified by its own gradient norm "
+    "<= 1e-8; the release's warm-started L-BFGS gives no certificate.",
+    "CG: linear conjugate gradients to a relative residual of 1e-8; there SciPy's fmin_ncg, at most "
+    "100 steps, each of which costs many Hessian products. Both reach the same s_test.",
+    "LiSSA: five seeds here, one there; the ten repeats advance together, and each seed's "
+    "walk is one shuffled pass without replacement, as there.",
+    "Beyond the paper: ten further test points, 100 removals each.",
+)
+
+
+def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
+    """Fit, predict, remove and refit; see the file's head.
+
+    Args:
+      config: the protocol.
+      data: Splits of MNIST, or of a stand-in.
+      checkpoints: where finished refits are kept, so that an interrupted run continues.
+
+    Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
+    """
+    train, test = Examples(*data.train), Examples(*data.test)
+    num_classes = int(train.y.max()) + 1
+    net = MulticlassLogisticRegression(
+        train.x.shape[1], num_classes, weight_decay=config.weight_decay
+    )
+    net.fit(train)
+    points = _test_points(config, len(test))
+    measured = test.take(points)
+
+    by_cg = Influence(net, train, solver=CG(rtol=config.cg_rtol)).scores(measured)
+    direct = prepare(Hessian(net, train), Direct())
+    by_direct = Influence(net, train, solver=direct).s_test(measured)
+    error = np.linalg.norm(by_cg.solution.x - by_direct.x, axis=0) / np.linalg.norm(
+        by_direct.x, axis=0
+    )
+
+    counts = [config.num_removals] + [config.further_removals] * (len(points) - 1)
+    rows = [_largest(by_cg[j], count) for j, count in enumerate(counts)]
+    refits = [
+        leave_one_out(
+            net, train, test.take([point]), removed, solver=direct,
+            tolerance=config.gradient_tolerance, checkpoints=checkpoints,
+        )
+        for point, removed in zip(points, rows, strict=True)
+    ]  # fmt: skip
+    actual = refits[0][0]
+    by_lissa = np.array([
+        Influence(net, train, solver=_lissa(config, seed)).scores(test.take(points[:1]), rows[0])[0]
+        for seed in config.lissa_seeds
+    ])  # fmt: skip
+
+    first = agreement(by_cg[0][rows[0]], actual)
+    further = [agreement(by_cg[j][rows[j]], refits[j][0]) for j in range(1, len(points))]
+    lissa = [agreement(predicted, actual) for predicted in by_lissa]
+    metrics: dict[str, Any] = {f"{name}_cg": value for name, value in first.items()}
+    metrics |= {
+        "smallest_actual": actual.min(),
+        "largest_actual": actual.max(),
+        "cg_against_direct": error.max(),
+        "cg_iterations": by_cg.solution.iterations.max(),
+        "pearson_lissa_worst": min(a["pearson"] for a in lissa),
+        "pearson_lissa_median": np.median([a["pearson"] for a in lissa]),
+        "slope_lissa_median": np.median([a["slope"] for a in lissa]),
+        "sign_agreement_lissa_worst": min(a["sign_agreement"] for a in lissa),
+        "worst_refit_gradient_norm": max(r.gradient_norm.max() for r in refits),
+        "gradient_norm": np.linalg.norm(net.risk_gradient(train)),
+        "test_accuracy": np.mean(net.outputs(test.x).argmax(axis=1) == test.y),
+        "label": test.y[config.test_point],
+        "prediction": net.outputs(test.x[config.test_point][None]).argmax(),
+    }
+    if further:
+        for name in further[0]:
+            values = np.array([a[name] for a in further])
+            metrics[f"further_worst_{name}"] = _worst(name, values)
+            metrics[f"further_median_{name}"] = np.median(values)
+    arrays = {
+        "rows": rows[0], "actual": actual, "predicted_cg": by_cg[0][rows[0]],
+        "predicted_lissa": by_lissa, "lissa_seeds": np.array(config.lissa_seeds),
+        "refit_gradient_norm": refits[0].gradient_norm, "test_points": points,
+        "further_rows": np.array(rows[1:]),
+        "further_actual": np.array([r[0] for r in refits[1:]]),
+        "further_predicted_cg": np.array([by_cg[j][rows[j]] for j in range(1, len(points))]),
+    }  # fmt: skip
+    return Record.of(metrics=metrics, arrays=arrays)
+
+
+def draw(record: Record) -> Any:
+    """The paper's two panels: CG and LiSSA, predicted against actual, equal axes and y = x."""
+    import matplotlib.pyplot as plt
+
+    arrays, metrics = record.arrays, record.metrics
+    figure, axes = plt.subplots(1, 2, figsize=(6.75, 3.4), sharex=True, sharey=True,
+                                layout="constrained")  # fmt: skip
+    panels = (
+        ("Conjugate gradients", arrays["predicted_cg"], metrics["pearson_cg"]),
+        ("LiSSA", arrays["predicted_lissa"][0], np.corrcoef(
+            arrays["predicted_lissa"][0], arrays["actual"])[0, 1]),
+    )  # fmt: skip
+    for axis, (title, predicted, pearson) in zip(axes, panels, strict=True):
+        predicted_against_actual(axis, arrays["actual"], predicted)
+        axis.set_title(title)
+        axis.text(0.05, 0.95, f"r = {rounded_down(pearson)}", transform=axis.transAxes, va="top")
+    axes[1].set_ylabel("")
+    return figure
+
+
+def _test_points(config: Config, num_tests: int) -> NDArray:
+    """The paper's test point, then others drawn without it."""
+    others = np.delete(np.arange(num_tests), config.test_point)
+    rng = np.random.default_rng(config.seed)
+    return np.append(
+        config.test_point, rng.choice(others, config.further_test_points, replace=False)
+    )
+
+
+def _largest(scores: NDArray, count: int) -> NDArray:
+    """Rows of largest absolute score, the largest first."""
+    return np.argsort(-np.abs(scores), kind="stable")[:count]
+
+
+def _lissa(config: Config, seed: int) -> LiSSA:
+    # The residual after one pass over the data is near 0.7, far from any tolerance, and the
+    # scores are good all the same: that is the paper's point, so the residual is recorded as a
+    # metric and not warned of.
+    return LiSSA(config.lissa_scale, config.lissa_depth, config.lissa_repeats,
+                 config.lissa_batch_size, seed, rtol=np.inf)  # fmt: skip
+
+
+def _worst(name: str, values: NDArray) -> float:
+    """The value furthest from agreement."""
+    if name == "slope":
+        return float(values[np.abs(values - 1).argmax()])
+    if name in ("intercept", "largest_difference"):
+        return float(values[np.abs(values).argmax()])
+    return float(values.min())

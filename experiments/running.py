@@ -1,0 +1,190 @@
+"""What is done to every experiment: data, seed, run, verdicts, record, figure."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from experiments import report
+from experiments.record import Record, provenance, replacing, to_json
+
+SMOKE, STANDARD = "smoke", "standard"
+_CHECKPOINTS = "checkpoints"
+_DPI = 200
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class Misuse(Exception):
+    """What was asked for cannot be done as asked; the message says what can. Exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One experiment to be run.
+
+    Args:
+      command: its name on the command line.
+      module: its module, as `experiments` describes it.
+      preset: a key of module.PRESETS.
+      config: that preset's Config, or one that differs in some options.
+      data_dir: where to look for the data first, or None.
+      out: where its folder goes.
+    """
+
+    command: str
+    module: ModuleType
+    preset: str
+    config: Any
+    data_dir: Path | None
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """`<out>/<command>-<preset>`, and a hash where options differ from the preset's."""
+        name = f"{self.command}-{self.preset}"
+        if self.config != self.module.PRESETS[self.preset]:  # never over the preset's own results
+            text = to_json(dataclasses.asdict(self.config))
+            name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return self.out / name
+
+
+def run(job: Job) -> bool:
+    """Run an experiment, judge it, write its record and figure, and print the verdicts.
+
+    Args:
+      job: what to run.
+    Returns: whether every judged claim holds.
+    Raises: Misuse if the folder cannot be written to or the data is not there.
+    """
+    _check_writable(job.folder)
+    try:
+        record = _compute(job)
+    except Misuse:
+        with suppress(OSError):  # not empty: an earlier run's
+            job.folder.rmdir()
+        raise
+    record.save(job.folder)
+    shutil.rmtree(job.folder / _CHECKPOINTS)
+    return redraw(job)  # from the files, so that --redraw cannot differ
+
+
+def redraw(job: Job) -> bool:
+    """Draw an experiment's figure from its record, and print the verdicts again.
+
+    Args:
+      job: what was run.
+    Returns: whether every judged claim holds.
+    Raises: Misuse if there is no record or the folder cannot be written to.
+    """
+    try:
+        record = Record.load(job.folder)
+    except (OSError, ValueError) as error:
+        raise Misuse(f"--redraw needs a finished run: {error}") from error
+    _check_writable(job.folder)
+    _draw(job.module, record, job.folder)
+    print(_verdicts(record, job.module))
+    print(f"{job.folder}: record.json, arrays.h5, figure.png, figure.pdf", flush=True)
+    return record.holds
+
+
+def say(line: str) -> None:
+    """Print a line of progress, now: a run may be silent for minutes after it."""
+    print(line, flush=True)
+
+
+def _check_writable(folder: Path) -> None:
+    # Before an hour's work, not after it.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        user = f" as user {os.getuid()}" if hasattr(os, "getuid") else ""
+        raise Misuse(
+            f"--out must be a folder that can be written to, {folder} cannot be{user} "
+            f"({error.strerror}). With docker: mkdir out, then add --user $(id -u) to docker run."
+        ) from error
+
+
+def _compute(job: Job) -> Record:
+    import keras
+
+    import data
+
+    module = job.module
+    name = module.STAND_IN if job.preset == SMOKE else module.DATA
+    with provenance(job.config.seed) as facts:
+        say(f"{job.command}: reading {name}")
+        try:
+            splits = data.load(name, job.data_dir)
+        except (OSError, ValueError) as error:
+            raise Misuse(f"{error}\nOr, on embedded stand-in data: --preset {SMOKE}") from error
+        if splits.stand_in and job.preset != SMOKE:
+            raise Misuse(f"DATA must be real for preset {job.preset}, {name} is a stand-in.")
+        about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
+        checkpoints = _checkpoints(job, about)
+        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is not the whole
+        say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
+        keras.backend.clear_session()  # of what an experiment before this one left
+        keras.utils.set_random_seed(job.config.seed)
+        result = module.run(job.config, splits, checkpoints=checkpoints)
+    return dataclasses.replace(
+        result,
+        experiment=job.command,
+        preset=job.preset,
+        config=dataclasses.asdict(job.config),
+        data=about,
+        claims=[c.judge(result.metrics, stand_in=splits.stand_in) for c in module.CLAIMS],
+        provenance=facts,
+    )
+
+
+def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
+    """A folder for what an interrupted run can go on from; emptied if that was another run."""
+    digest = hashlib.sha256()
+    sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py"), job.module.__file__]
+    for source in sorted(map(str, sources)):
+        digest.update(Path(source).read_bytes())
+    key = to_json([dataclasses.asdict(job.config), about, digest.hexdigest()])
+    checkpoints = job.folder / _CHECKPOINTS
+    label = checkpoints / "run.json"
+    if label.is_file() and label.read_text(encoding="utf-8") == key:
+        say(f"continuing the run interrupted in {job.folder}")
+        return checkpoints
+    if checkpoints.exists():
+        say(f"{checkpoints} is of other options, data or code: starting afresh")
+        shutil.rmtree(checkpoints)
+    checkpoints.mkdir()
+    with replacing(label) as partial:
+        partial.write_text(key, encoding="utf-8")
+    return checkpoints
+
+
+def _draw(module: ModuleType, record: Record, folder: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure = module.draw(record)
+    if record.data["stand_in"]:  # above whatever title there is: the saved box grows to hold it
+        text = f"stand-in data: {record.data['name']}, not {module.DATA}"
+        figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
+    # Neither date nor version: the same record gives the same bytes.
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        with replacing(folder / f"figure.{kind}") as partial:
+            figure.savefig(partial, format=kind, dpi=_DPI, bbox_inches="tight", metadata=metadata)
+    plt.close(figure)
+
+
+def _verdicts(record: Record, module: ModuleType) -> str:
+    head = ("metric", "ours", "paper", "band", "verdict")
+    lines = [head] + [tuple(row[key] for key in head) for row in report.rows(record)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = f"\n{record.experiment}, preset {record.preset}"
+    if record.data["stand_in"]:
+        title += f", on stand-in data: {record.data['name']}, not {module.DATA}"
+    rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n  ".join([title, *rows])

@@ -1,0 +1,45 @@
+"""Arrays kept on disk so that an interrupted computation continues where it was."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray]
+
+
+def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[str, NDArray]:
+    """The arrays stored at `path`; computed and stored first if they are not there.
+
+    The file appears under its name only when it is whole (written beside it, then renamed), so
+    that a process killed at any moment leaves either nothing or everything.
+
+    Args:
+      path: an `.npz` file; None computes without storing.
+      compute: returns named arrays. It must depend on nothing that `path` does not name.
+
+    Returns: the arrays by name.
+    """
+    if path is None:
+        return {name: np.asarray(value) for name, value in compute().items()}
+    path = Path(path)
+    if not path.exists():
+        arrays = {name: np.asarray(value) for name, value in compute().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}

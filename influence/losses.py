@@ -1,0 +1,118 @@
+"""A loss as one number per example, from whatever Keras calls a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Which labels a Keras loss can take; a wrong label is otherwise a NaN, or another class's loss.
+_CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
+_PROBABILITIES = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
+_FROM_LOGITS = (
+    *_CLASS_NUMBERS,
+    *_PROBABILITIES,
+    keras.losses.categorical_crossentropy,
+    keras.losses.categorical_focal_crossentropy,
+)
+
+
+@dataclass(frozen=True)
+class PerExampleLoss:
+    """A differentiable function (y, output) -> (n,), and what is known about it.
+
+    Attributes:
+      name: how messages call it.
+      function: (y, output) -> (n,) tensor.
+      keras_function: the Keras loss function underneath, None for a user's callable.
+      from_logits: False for a cross-entropy of probabilities; True wherever the curvature at the
+        model's output is that of the negative log-likelihood, as far as can be known.
+    """
+
+    name: str
+    function: Callable[[Any, Any], Any]
+    keras_function: Any = None
+    from_logits: bool = True
+
+    def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
+        """Refuse labels that this loss has no meaning for.
+
+        Raises: ValueError naming `name`, the label and the range.
+        """
+        if self.keras_function in _CLASS_NUMBERS:
+            num_classes = output_shape[-1]
+            if y.dtype.kind not in "iub" and (y != np.round(y)).any():
+                raise ValueError(f"{name}.y must hold class numbers, got {y[y != np.round(y)][0]}.")
+            low, high, what = 0, num_classes - 1, f"class numbers 0 to {num_classes - 1}"
+        elif self.keras_function in _PROBABILITIES:
+            low, high, what = 0, 1, "labels in [0, 1]"
+        else:
+            return
+        outside = (y < low) | (y > high)
+        if outside.any():
+            row = np.argwhere(outside)[0][0]
+            raise ValueError(f"{name}.y must hold {what}, got {y[row]} in row {row}.")
+
+
+def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
+    """The given loss, or the model's compiled one, unreduced.
+
+    Args:
+      loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled one.
+      model: where a loss is looked up when none is given.
+
+    Raises: ValueError for no loss, an unknown name or a summing reduction; TypeError for anything
+      that is not a loss.
+    """
+    if loss is None:
+        loss = getattr(model, "loss", None)
+        if loss is None:
+            raise ValueError(
+                "loss must be given for a model that is not compiled with one, got None; "
+                "pass for example loss='sparse_categorical_crossentropy'."
+            )
+    if isinstance(loss, str):
+        try:
+            loss = keras.losses.get(loss)
+        except ValueError as error:
+            raise ValueError(f"loss must be the name of a Keras loss, got {loss!r}.") from error
+    if isinstance(loss, keras.losses.Loss):
+        if loss.reduction == "sum":
+            raise ValueError(
+                f"loss must not be reduced by a sum, got {loss.name!r} with reduction='sum': the "
+                "risk is a mean over examples; use reduction='none' or 'sum_over_batch_size'."
+            )
+        function = getattr(loss, "fn", None)
+        kwargs = getattr(loss, "_fn_kwargs", {})
+        return PerExampleLoss(
+            loss.name or type(loss).__name__,
+            lambda y, output: _mean_over_rest(loss.call(y, output)),
+            function,
+            function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
+        )
+    if not callable(loss):
+        raise TypeError(
+            "loss must be a Keras loss, its name or a callable (y, output) -> (n,), "
+            f"got {type(loss).__name__}."
+        )
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if getattr(loss, "__module__", "").split(".")[0] == "keras":
+
+        def aligned(y: Any, output: Any) -> Any:
+            # Labels (n,) against outputs (n, 1) would broadcast to (n, n) inside Keras' functions.
+            if len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
+                y = tf.expand_dims(y, -1)
+            return _mean_over_rest(loss(y, output))
+
+        return PerExampleLoss(name, aligned, loss, loss not in _FROM_LOGITS)
+    return PerExampleLoss(name, loss)
+
+
+def _mean_over_rest(values: Any) -> Any:
+    """Keras' own mean over time steps or pixels, kept apart per example."""
+    rank = len(values.shape)
+    return values if rank <= 1 else tf.reduce_mean(values, axis=list(range(1, rank)))

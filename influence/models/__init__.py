@@ -1,0 +1,5 @@
+"""The paper's models: what the network, loss and fit are, nothing else."""
+
+from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
+
+__all__ = ["BinaryLogisticRegression", "MulticlassLogisticRegression"]

@@ -1,0 +1,177 @@
+"""The training risk's curvature as symmetric SciPy LinearOperators over the whole training set."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+
+from influence.examples import Examples
+from influence.net import GenericNeuralNet
+
+_KEPT_BYTES = (
+    1 << 30
+)  # a training set smaller than this is kept as tensors, not converted each pass
+
+
+class Curvature(LinearOperator):
+    """A symmetric (d, d) matrix, seen only through its products: base of Hessian and GaussNewton.
+
+    Args:
+      net: the model, at the theta that the matrix belongs to.
+      examples: the training set; one product is one pass over it, whatever the number of vectors.
+      damping: absolute, added to the diagonal: every solver sees matrix + damping I.
+      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+
+    Raises: ValueError or TypeError for examples that do not fit the net, negative damping or a bad
+      batch size.
+    """
+
+    def __init__(
+        self,
+        net: GenericNeuralNet,
+        examples: Examples,
+        damping: float = 0.0,
+        *,
+        batch_size: int | None = None,
+    ):
+        if not isinstance(net, GenericNeuralNet):
+            raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+        if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
+            raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
+        check_batch_size(batch_size)
+        net.validate(examples, "examples")
+        self.net, self.examples, self.damping = net, examples, float(damping)
+        self.batch_size = batch_size
+        self._theta = net.theta
+        super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
+
+    @abstractmethod
+    def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
+        """One batch's mean product, without penalty and damping."""
+
+    @abstractmethod
+    def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
+        """Products with r estimates of the matrix, each from a few of the rows.
+
+        Args:
+          rows: (r, b) row numbers: estimate j is the mean over rows[j], plus penalty and damping.
+          V: (r, d, m) vectors.
+
+        Returns: (r, d, m).
+        """
+
+    def dense(self) -> NDArray:
+        """The matrix itself, (d, d), from blocks of products with unit vectors."""
+        d = self.shape[0]
+        block = max(1, min(d, 256))
+        columns = [
+            self @ np.eye(d, min(block, d - start), k=-start, dtype=self.dtype)
+            for start in range(0, d, block)
+        ]
+        matrix = np.concatenate(columns, axis=1)
+        return (matrix + matrix.T) / 2  # symmetric up to rounding as computed, exactly as returned
+
+    def _matmat(self, V: NDArray) -> NDArray:
+        self._check_theta()
+        V = np.asarray(V, self.dtype)
+        size = self.batch_size or self.net.rows_per_batch(self.examples, V.shape[1])
+        product = self.net.mean_over(self.examples, size, lambda x, y: self._product(x, y, V))
+        return product + self.net.penalty_hvp(V) + self.damping * V
+
+    def _matvec(self, v: NDArray) -> NDArray:
+        return self._matmat(np.reshape(v, (-1, 1)))[:, 0]
+
+    def _adjoint(self) -> Curvature:
+        return self
+
+    def _check_theta(self) -> None:
+        if not np.array_equal(self._theta, self.net.theta):
+            raise RuntimeError(
+                "theta has changed since this operator was made; make a new one for the new theta."
+            )
+
+    def _sample(self, rows: NDArray) -> tuple[Any, NDArray]:
+        """The chosen rows as arrays (r, b, ...)."""
+        chosen = self.examples.take(rows.ravel())
+
+        def shaped(part: Any) -> NDArray:
+            part = part.toarray() if scipy.sparse.issparse(part) else part
+            return part.reshape(*rows.shape, *part.shape[1:])
+
+        x = chosen.x
+        return {k: shaped(v) for k, v in x.items()} if isinstance(x, dict) else shaped(x), shaped(
+            chosen.y
+        )
+
+    def _with_penalty(self, products: NDArray, V: NDArray) -> NDArray:
+        num_batches, d, num_vectors = V.shape
+        flat = np.moveaxis(V, 1, 0).reshape(d, -1)
+        penalty = self.net.penalty_hvp(flat).reshape(d, num_batches, num_vectors)
+        return products + np.moveaxis(penalty, 0, 1) + self.damping * V
+
+
+class Hessian(Curvature):
+    """The Hessian of the risk, H = d2 R / d theta2, plus damping I.
+
+    R is the mean loss plus the penalty, so L2 regularisation is in it (Koh & Liang 2017, eq. 1).
+    `Hessian(net, examples) @ V` costs one pass over the examples for all columns of V.
+    """
+
+    def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
+        return self.net.hvp(x, y, V)
+
+    def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
+        """As `Curvature.sampled`, from the Hessians of single rows or small batches."""
+        self._check_theta()
+        return self._with_penalty(self.net.hvp_each(*self._sample(rows), V), V)
+
+    def dense(self) -> NDArray:
+        """The matrix itself, (d, d): the net's closed form if it has one, else blocks."""
+        self._check_theta()
+        closed_form = self.net.hessian(self.examples)
+        if closed_form is None:
+            return super().dense()
+        closed_form[np.diag_indices_from(closed_form)] += self.damping
+        return closed_form
+
+
+class GaussNewton(Curvature):
+    """The generalised Gauss-Newton matrix of the mean loss, plus penalty's Hessian and damping I.
+
+    G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002): the Hessian without the
+    model's own curvature, so positive semi-definite for a loss that is convex in the output. Not
+    the empirical Fisher, which is the mean of grad loss_i grad loss_i'.
+
+    Raises: ValueError for a cross-entropy of probabilities instead of logits, besides Curvature's.
+    """
+
+    def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
+        return self.net.gauss_newton_product(x, y, V)
+
+    def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
+        """As `Curvature.sampled`, from the Gauss-Newton matrices of a few rows each."""
+        self._check_theta()
+        x, y = self._sample(rows)
+        at = lambda j: {k: v[j] for k, v in x.items()} if isinstance(x, dict) else x[j]  # noqa: E731
+        products = [self.net.gauss_newton_product(at(j), y[j], V[j]) for j in range(len(rows))]
+        return self._with_penalty(np.stack(products), V)
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Refuse what is not None or a positive integer.
+
+    Raises: ValueError.
+    """
+    if batch_size is None:
+        return
+    if (
+        isinstance(batch_size, bool)
+        or not isinstance(batch_size, int | np.integer)
+        or batch_size < 1
+    ):
+        raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")

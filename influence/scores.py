@@ -1,0 +1,199 @@
+"""Influence: what the risk's curvature predicts for the removal of training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from influence.convergence import DivergenceError, warn_unconverged
+from influence.estimand import Estimand
+from influence.examples import Examples, check_rows
+from influence.net import GenericNeuralNet
+from influence.operators import Curvature, Hessian, check_batch_size
+from influence.progress import progress
+from influence.solvers import CG, Prepared, Solution, Solver, prepare
+
+_BLOCK = 512  # right-hand sides solved together
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Estimand):
+    """Predicted changes, (m, k), of each test loss were each training row removed.
+
+    Attributes:
+      change_if_removed: (m, k), see `Estimand`.
+      rows: (k,) the training rows.
+      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
+    """
+
+    solution: Solution
+
+
+class Influence:
+    """Influence functions of a net at a minimum of its training risk (Koh & Liang 2017).
+
+    Leaving row i out changes theta by + H^-1 grad L(z_i) / n and a measurement f by
+    + grad f' H^-1 grad L(z_i) / n, to first order, where L(z_i) = loss_i + penalty and H is the
+    Hessian of the risk plus damping I. That is -1/n times the paper's I_up,loss (eq. 2): positive
+    means that the test loss rises without the row, so the row helped.
+
+    Args:
+      net: the model, at its theta.
+      train: the training set.
+      solver: how H^-1 is applied; the default CG() stops at a relative residual of 1e-6. What
+        `prepare` returned serves as well, and is then not prepared again.
+      damping: absolute, part of the operator, the same for every solver.
+      curvature: `Hessian` or `GaussNewton`.
+      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+
+    Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
+    """
+
+    def __init__(
+        self,
+        net: GenericNeuralNet,
+        train: Examples,
+        *,
+        solver: Solver | Prepared = CG(),
+        damping: float = 0.0,
+        curvature: type[Curvature] = Hessian,
+        batch_size: int | None = None,
+    ):
+        check_batch_size(batch_size)
+        if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
+            raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}.")
+        self.net, self.train, self.batch_size = net, train, batch_size
+        self.operator = curvature(net, train, damping, batch_size=batch_size)
+        if not (isinstance(solver, Prepared) or hasattr(solver, "prepare")):
+            raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+        self._solver = solver
+
+    def s_test(self, test: Examples) -> Solution:
+        """H^-1 grad loss for every test example: `x` is (d, m).
+
+        The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
+        solver's tolerance.
+
+        Raises: DivergenceError if a direction of negative curvature was met, so that no inverse
+          stands behind the numbers.
+        """
+        self.net.validate(test, "test")
+        blocks = [
+            self._solve(self.net.gradients(*batch).T, "the test gradients")
+            for batch in test.batches(_BLOCK)
+        ]
+        return blocks[0] if len(blocks) == 1 else _joined(blocks)
+
+    def scores(self, test: Examples, rows: ArrayLike | None = None) -> Scores:
+        """Predicted change of each test loss were each training row left out.
+
+        s_test . grad L(z_i) / n, first order, -1/n times I_up,loss (Koh & Liang 2017, eq. 2).
+        Positive: the test loss rises without the row, so the row helped.
+
+        Args:
+          test: m examples, each a measurement of its own; `.mean(axis=0)` averages them.
+          rows: (k,) training rows; all n if omitted.
+
+        Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
+        Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
+        """
+        rows = self._rows(rows)
+        solution = self.s_test(test)
+        return Scores(self._changes(solution.x, rows).T, rows, solution)
+
+    def parameters(self, rows: ArrayLike) -> NDArray:
+        """Predicted change of theta were each training row left out, + H^-1 grad L(z_i) / n.
+
+        Args:
+          rows: (k,) training rows.
+
+        Returns: (k, d).
+        """
+        rows = self._rows(rows)
+        blocks = [
+            self._solve(G, "the rows' gradients").x.T for _, G, _ in self._row_gradients(rows)
+        ]
+        return np.concatenate(blocks) / len(self.train)
+
+    def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
+        """Predicted change of each training row's own loss were that row left out.
+
+        grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row; the largest belong to rows
+        that only their own presence explains, such as wrong labels.
+
+        Args:
+          rows: (k,) training rows; all n if omitted.
+
+        Returns: (k,), in the unit of the loss.
+        """
+        rows = self._rows(rows)
+        blocks = [
+            np.einsum("di,di->i", G_loss, self._solve(G, "the rows' gradients").x)
+            for G_loss, G, _ in self._row_gradients(rows)
+        ]
+        return np.concatenate(blocks) / len(self.train)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
+        return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
+
+    def _changes(self, S: NDArray, rows: NDArray[np.int64]) -> NDArray:
+        """(k, m): S . grad L(z_i) / n for every row and column of S, in passes over the rows."""
+        chosen = (
+            self.train
+            if len(rows) == len(self.train) and (rows == np.arange(len(rows))).all()
+            else self.train.take(rows)
+        )
+        size = self.batch_size or self.net.rows_per_batch(chosen, S.shape[1])
+        parts = [self.net.directional(x, y, S) for x, y in chosen.batches(size)]
+        return (np.concatenate(parts) + self.net.penalty_gradient() @ S) / len(self.train)
+
+    def _row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
+        """(grad loss, grad L, rows) block by block, gradients as columns (d, b)."""
+        penalty = self.net.penalty_gradient()[:, None]
+        starts = range(0, len(rows), _BLOCK)
+        for start in progress(starts, "solving for training rows"):
+            part = rows[start : start + _BLOCK]
+            chosen = self.train.take(part)
+            G = self.net.gradients(chosen.x, chosen.y).T
+            yield G, G + penalty, part
+
+    @property
+    def prepared(self) -> Prepared:
+        """The solver made ready for this operator; factored once, on first use."""
+        if not isinstance(self._solver, Prepared):
+            self._solver = prepare(self.operator, self._solver)
+        return self._solver
+
+    def _solve(self, B: NDArray, what: str) -> Solution:
+        solution = self.prepared(B)
+        if solution.converged.all():
+            return solution
+        worst = int(np.argmax(np.where(solution.converged, -np.inf, solution.residual)))
+        message = (
+            f"{type(self.prepared.solver).__name__} left a relative residual of "
+            f"{solution.residual[worst]:.1e} (rtol {self.prepared.solver.rtol:.1e}) in "
+            f"{np.count_nonzero(~solution.converged)} of {len(solution.converged)} systems for "
+            f"{what}: {solution.remedy}"
+        )
+        if (solution.min_curvature[~solution.converged] < 0).any():
+            raise DivergenceError(message)
+        warn_unconverged(message)
+        return solution
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    per_column = ("residual", "iterations", "converged", "min_curvature")
+    fields: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in per_column
+    }
+    return Solution(
+        x=np.concatenate([part.x for part in parts], axis=1),
+        remedy=next((part.remedy for part in parts if part.remedy), ""),
+        **fields,
+    )

@@ -1,0 +1,159 @@
+"""Solving (H + damping I) x = b: what a solver is, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a solver found, with the residual recomputed from the operator itself.
+
+    Attributes:
+      x: (d,) or (d, m), the shape of the right-hand sides.
+      residual: (m,) true relative residuals |b - A x| / |b|, recomputed from A at the end.
+      iterations: (m,) iterations each column took.
+      converged: (m,) residual within the solver's tolerance.
+      min_curvature: (m,) smallest curvature v'Av / v'v seen; NaN if none was looked at.
+        A negative one proves that A is not positive definite.
+      remedy: what to change if `converged` is not all True, else an empty string.
+    """
+
+    x: NDArray
+    residual: NDArray
+    iterations: NDArray
+    converged: NDArray
+    min_curvature: NDArray
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What an algorithm reports for a block, before its residual is checked."""
+
+    x: NDArray  # (d, m)
+    iterations: Any = 0  # () or (m,)
+    min_curvature: Any = np.nan  # () or (m,)
+    remedy: str = ""
+
+
+class Solver(Protocol):
+    """A frozen dataclass of hyperparameters that knows how to prepare for a matrix."""
+
+    @property
+    def rtol(self) -> float:
+        """The true relative residual up to which a column counts as converged."""
+        ...
+
+    def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
+        """Do once what serves every right-hand side; return the function (d, m) -> Raw."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A solver made ready for one matrix: call it with right-hand sides, as often as needed.
+
+    Attributes:
+      A: the matrix.
+      solver: how.
+      apply: the prepared algorithm, (d, m) -> Raw.
+    """
+
+    A: LinearOperator
+    solver: Solver
+    apply: Callable[[NDArray], Raw]
+
+    def __call__(self, B: ArrayLike) -> Solution:
+        """Solve for a vector (d,) or a block (d, m).
+
+        Raises: ValueError for a wrong shape or a NaN in B.
+        """
+        b = np.asarray(B)
+        if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
+            raise ValueError(
+                f"B must have shape ({self.A.shape[0]},) or ({self.A.shape[0]}, m), got {b.shape}."
+            )
+        if not np.isfinite(b).all():
+            raise ValueError("B must be finite, got a NaN or infinity.")
+        dtype = np.result_type(self.A.dtype, np.float32)
+        block = b.reshape(b.shape[0], -1).astype(dtype)
+        raw = self.apply(block)
+        m = block.shape[1]
+        residual = relative_residual(self.A, raw.x, block)
+        curvature = np.broadcast_to(np.asarray(raw.min_curvature, float), m).copy()
+        iterations = np.broadcast_to(np.asarray(raw.iterations), m).copy()
+        good = residual <= self.solver.rtol
+        return Solution(
+            x=raw.x.reshape(b.shape),
+            residual=residual,
+            iterations=iterations,
+            converged=good,
+            min_curvature=curvature,
+            remedy="" if good.all() else raw.remedy,
+        )
+
+
+def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
+    """Make a solver ready for a matrix; something already prepared is returned as it is.
+
+    Args:
+      A: a symmetric (d, d) array or LinearOperator.
+      solver: hyperparameters, for example `CG(rtol=1e-8)`.
+
+    Raises: ValueError for a matrix that is not square, not finite or not symmetric; TypeError for
+      something that is not a solver.
+    """
+    if isinstance(solver, Prepared):
+        return solver
+    if not hasattr(solver, "prepare") or isinstance(solver, type):
+        raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+    operator = as_symmetric(A)
+    return Prepared(operator, solver, solver.prepare(operator))
+
+
+def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
+    """Solve A X = B for a block of right-hand sides; prepared once, solved together.
+
+    Args:
+      A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train, damping)`.
+      B: (d,) or (d, m).
+      solver: `Direct()`, `CG()` or `LiSSA()`, or what `prepare` returned.
+
+    Returns: Solution. A column that did not converge is reported there, not raised.
+    Raises: ValueError for wrong shapes or values; DivergenceError where no number can be returned.
+    """
+    return prepare(A, solver)(B)
+
+
+def as_symmetric(A: Any) -> LinearOperator:
+    """A as a LinearOperator that remembers its dense form, checked as far as it can be."""
+    if isinstance(A, LinearOperator):
+        if A.shape[0] != A.shape[1]:
+            raise ValueError(f"A must be square, got shape {A.shape}.")
+        return A
+    matrix = np.asarray(A)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"A must be square, got shape {matrix.shape}.")
+    if not np.isfinite(matrix).all():
+        raise ValueError("A must be finite, got a NaN or infinity.")
+    scale = np.abs(matrix).max()
+    if np.abs(matrix - matrix.T).max() > 1e-5 * scale:
+        raise ValueError(
+            "A must be symmetric, got entries that differ from their mirror image by "
+            f"{np.abs(matrix - matrix.T).max():.1e}."
+        )
+    return aslinearoperator(matrix)
+
+
+def relative_residual(A: LinearOperator, X: NDArray, B: NDArray) -> NDArray:
+    """|b - A x| / |b| per column; zero where b and x are zero."""
+    gap = np.linalg.norm(B - A @ X, axis=0)
+    size = np.linalg.norm(B, axis=0)
+    return np.divide(gap, size, out=np.where(gap > 0, np.inf, 0.0).astype(float), where=size > 0)

@@ -1,0 +1,74 @@
+"""`data.load` itself: its arguments, what it returns, and its last word when nothing is found."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import data
+
+
+def test_names():
+    assert data.names() == ("mnist", "digits")
+
+
+@pytest.mark.parametrize("call", [data.load, data.find])
+def test_unknown_name(call):
+    with pytest.raises(ValueError, match="name must be one of 'mnist', 'digits', got 'mnits'"):
+        call("mnits")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int64", "flaot", ">f8"])
+def test_unknown_dtype(dtype):
+    message = f"dtype must be 'float32' or 'float64', got '{dtype}'"
+    with pytest.raises(ValueError, match=message):
+        data.load("digits", dtype=dtype)
+
+
+def test_dtype_may_be_a_type():
+    assert data.load("digits", dtype=np.float32).test[0].dtype == np.float32
+
+
+def test_splits_cannot_be_changed():
+    splits = data.load("digits")
+    for array in (*splits.train, *splits.test):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        splits.stand_in = False  # type: ignore[misc]
+
+
+def test_repr_is_a_line():
+    splits = data.load("digits")
+    assert repr(splits) == f"Splits(name='digits', stand_in=True, sha256='{splits.sha256}')"
+
+
+def test_found_by_environment_variable(root, monkeypatch):
+    monkeypatch.setenv("INFLUENCE_DATA", str(root))
+    assert data.find("mnist") == root
+    assert data.load("mnist", dtype="float32").name == "mnist"
+
+
+def test_nowhere_to_be_found(tmp_path, cache):
+    assert data.find("mnist", tmp_path) is None
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("mnist", tmp_path)
+    message = str(error.value)
+    assert message.startswith("mnist was not found.")
+    assert f"--data-dir {tmp_path}: lacks mnist/train-images-idx3-ubyte.gz, " in message
+    assert f"user cache {cache}: no such folder" in message
+    assert "INFLUENCE_OFFLINE=1 is set" in message
+    assert "mnist/t10k-labels-idx1-ubyte.gz  4,542 bytes  SHA-256 f7ae60f9" in message
+    assert "from https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels" in message
+    assert not cache.exists()
+
+
+def test_wrong_file_ends_the_search(root, cache, monkeypatch):
+    # A good copy further on does not excuse a bad one in the folder asked for.
+    monkeypatch.setenv("INFLUENCE_DATA", str(root))
+    bad = root.parent / "bad"
+    (bad / "mnist").mkdir(parents=True)
+    for path in (root / "mnist").iterdir():
+        (bad / "mnist" / path.name).write_bytes(b"spoilt")
+    with pytest.raises(ValueError, match="bad/mnist/train-images.* is not the file it should be"):
+        data.load("mnist", bad)

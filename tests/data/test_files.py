@@ -1,0 +1,125 @@
+"""Finding and checking files: which folder wins, and what is said when none does."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data import files
+from data.files import DataFile
+
+HELLO = hashlib.sha256(b"hello\n").hexdigest()
+FILE = DataFile("set/hello.txt", 6, (HELLO,), ("https://example.org/hello.txt",))
+
+
+def put(folder, content=b"hello\n", path=FILE.path):
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content)
+    return folder
+
+
+def test_search_order(monkeypatch, tmp_path, cache):
+    root, shared = tmp_path / "root", tmp_path / "shared"
+    assert files.find([FILE], root) is None
+    put(cache)
+    assert files.find([FILE], root) == cache
+    monkeypatch.setenv("INFLUENCE_DATA", str(shared))
+    assert files.find([FILE], root) == cache
+    put(shared)
+    assert files.find([FILE], root) == shared
+    put(root)
+    assert files.find([FILE], root) == root
+    assert files.find([FILE], str(root)) == root
+    assert files.find([FILE]) == shared
+
+
+def test_a_folder_with_half_the_files_is_passed_over(tmp_path, cache):
+    both = [FILE, DataFile("set/other.txt", 6, (HELLO,))]
+    put(tmp_path / "root")
+    assert files.find(both, tmp_path / "root") is None
+    put(put(cache), path="set/other.txt")
+    assert files.find(both, tmp_path / "root") == cache
+
+
+def test_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("INFLUENCE_DATA", "~/shared")
+    found = [place.folder for place in files.places("~/root")][:2]
+    assert found == [tmp_path / "root", tmp_path / "shared"]
+
+
+def test_empty_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("INFLUENCE_DATA", "")
+    assert [place.setting for place in files.places()] == ["user cache"]
+
+
+def test_root_that_is_no_path():
+    with pytest.raises(TypeError, match=r"root \(--data-dir\) must be a folder .* got 3"):
+        files.places(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"root \(--data-dir\) must name a folder, got ''"):
+        files.places("")
+
+
+def test_verify_gives_the_digest_of_sha256sum(tmp_path):
+    other = DataFile("a.txt", 6, (HELLO,))
+    put(put(tmp_path), path="a.txt")
+    command = "sha256sum a.txt set/hello.txt | sha256sum"
+    printed = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, check=True, text=True
+    )
+    assert files.verify([FILE, other], tmp_path) == printed.stdout.split()[0]
+
+
+def test_verify_accepts_any_of_several_digests(tmp_path):
+    repacked = DataFile(FILE.path, 6, ("0" * 64, HELLO))
+    assert files.verify([repacked], put(tmp_path)) == files.verify([FILE], tmp_path)
+
+
+def test_verify_names_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        files.verify([FILE], tmp_path)
+    assert f"{tmp_path / FILE.path} is missing" in str(error.value)
+    assert f"expected 6 bytes with SHA-256 {HELLO}, found nothing" in str(error.value)
+
+
+def test_verify_names_a_wrong_file_and_leaves_it(tmp_path):
+    put(tmp_path, b"hullo\n")
+    with pytest.raises(ValueError) as error:
+        files.verify([FILE], tmp_path)
+    found = hashlib.sha256(b"hullo\n").hexdigest()
+    assert f"{tmp_path / FILE.path} is not the file it should be" in str(error.value)
+    assert f"expected 6 bytes with SHA-256 {HELLO}" in str(error.value)
+    assert f"found 6 bytes with SHA-256 {found}" in str(error.value)
+    assert (tmp_path / FILE.path).read_bytes() == b"hullo\n"
+
+
+def test_a_folder_of_files_is_checked_as_one(tmp_path):
+    for name in ("b.JPEG", "a/c.JPEG", ".DS_Store", ".hidden/d.JPEG"):
+        put(tmp_path, path=f"images/{name}")
+    listing = f"{HELLO}  a/c.JPEG\n{HELLO}  b.JPEG\n"
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    images = DataFile("images", 12, (digest,))
+    assert files.find([images], tmp_path) == tmp_path
+    files.verify([images], tmp_path)
+
+    (tmp_path / "images/b.JPEG").unlink()
+    with pytest.raises(ValueError, match="images is not the .* expected 12 bytes .* found 6 bytes"):
+        files.verify([images], tmp_path)
+
+
+def test_explanation_says_where_it_looked_and_what_to_put_where(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("INFLUENCE_DATA", str(tmp_path))
+    message = files.explain_missing("hello", [FILE], Path("nowhere"), "first\nsecond")
+    assert message.splitlines()[:8] == [
+        "hello was not found.",
+        "Looked in:",
+        "  --data-dir nowhere: no such folder",
+        f"  $INFLUENCE_DATA {tmp_path}: lacks set/hello.txt",
+        f"  user cache {cache}: no such folder",
+        "Download:",
+        "  first",
+        "  second",
+    ]
+    assert f"  set/hello.txt  6 bytes  SHA-256 {HELLO}" in message
+    assert "    from https://example.org/hello.txt" in message

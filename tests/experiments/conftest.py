@@ -1,0 +1,97 @@
+"""A small experiment, `fake`, and small data for it, put where the framework looks for both."""
+
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+import experiments
+
+SOURCE = '''
+    """A fake figure: the mean of random numbers.
+
+    More words.
+    """
+    from dataclasses import dataclass
+
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from experiments.record import Claim, Record
+
+    @dataclass(frozen=True)
+    class Config:
+        seed: int = 3
+        num: int = 5
+        shift: float = 0.0
+        rows: tuple[int, ...] = (1, 2)
+        breaks: bool = False
+        stops: bool = False
+
+        def __post_init__(self):
+            if self.num < 1:
+                raise ValueError(f"num must be positive, got {self.num}.")
+
+    PRESETS = {"smoke": Config(num=2), "standard": Config(), "paper": Config(num=9)}
+    DATA, STAND_IN = "mnist", "digits"
+    CLAIMS = (
+        Claim("shift", 0.125, -1.0, 1.0),
+        Claim("everywhere", None, None, 1.0, stand_in=True),
+    )
+    DEVIATIONS = ("we <fake> it; the paper did not",)
+    SEEN = []
+
+    def run(config, data, *, checkpoints=None):
+        if config.breaks:
+            raise RuntimeError("broken on purpose")
+        SEEN.append(sorted(path.name for path in checkpoints.iterdir()))
+        (checkpoints / "half").write_text("done")
+        if config.stops:
+            raise KeyboardInterrupt
+        values = np.random.rand(config.num)
+        metrics = {"shift": config.shift, "everywhere": config.shift, "mean": values.mean()}
+        return Record.of(metrics=metrics, arrays={"values": values})
+
+    def draw(record):
+        figure = Figure()
+        axes = figure.add_subplot(title=f"rows {record.config['rows']}")
+        axes.plot(record.arrays["values"])
+        return figure
+'''
+
+
+class FakeData(ModuleType):
+    """Stands in for the package `data`; `found` says whether the real data is there."""
+
+    found = True
+
+    def find(self, name, root=None):
+        return self.found and "some/folder"
+
+    def load(self, name, root=None):
+        if name != "digits" and not self.found:
+            raise FileNotFoundError(f"{name} was found nowhere: put it somewhere.")
+        pair = (np.zeros((2, 3)), np.zeros(2))
+        return SimpleNamespace(
+            name=name, train=pair, test=pair, stand_in=name == "digits", sha256="5a" * 32
+        )
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """The fake experiment's module, as the only one there is, and its data as `fake.data`."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "fake_figure.py").write_text(textwrap.dedent(SOURCE))
+    monkeypatch.setattr(experiments, "MODULES", {"fake": "fake_figure", "absent": "no_such"})
+    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(folder)])
+    monkeypatch.delitem(experiments.sys.modules, "experiments.fake_figure", raising=False)
+    package = FakeData("data")
+    monkeypatch.setitem(experiments.sys.modules, "data", package)
+    monkeypatch.delenv("INFLUENCE_OUT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    module = experiments.load("fake")
+    module.data = package
+    yield module
+    experiments.sys.modules.pop("experiments.fake_figure", None)

@@ -1,0 +1,261 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import experiments
+from experiments.__main__ import main
+from experiments.record import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ["arrays.h5", "figure.pdf", "figure.png", "record.json"]
+
+
+def _record(folder):
+    return json.loads((Path(folder) / "record.json").read_text())
+
+
+def test_a_run_leaves_a_whole_record_and_its_figures(fake, capsys):
+    assert main(["fake", "--preset", "paper"]) == 0
+    assert sorted(os.listdir("out/fake-paper")) == FILES  # and no checkpoints
+    record = _record("out/fake-paper")
+    assert record["experiment"] == "fake"
+    assert record["preset"] == "paper"
+    assert record["config"]["num"] == 9
+    assert record["data"] == {"name": "mnist", "stand_in": False, "sha256": "5a" * 32}
+    assert record["claims"][0] == {
+        "metric": "shift", "paper": 0.125, "low": -1.0, "high": 1.0, "value": 0.0, "holds": True,
+    }  # fmt: skip
+    assert record["provenance"]["seed"] == 3
+    assert record["provenance"]["resumed"] is False
+    printed = capsys.readouterr().out
+    assert "fake: running preset paper, seed 3" in printed
+    assert "shift       0     0.125  -1 to 1    holds" in printed
+    assert "everywhere  0     –      at most 1  holds" in printed
+    assert f"out{os.sep}fake-paper: record.json" in printed
+
+
+def test_the_run_is_seeded_from_its_config_alone(fake):
+    np.random.seed(99)
+    main(["fake", "--preset", "paper", "--out", "first"])
+    np.random.seed(98)
+    main(["fake", "--preset", "paper", "--out", "second"])
+    first, second = Path("first/fake-paper"), Path("second/fake-paper")
+    for name in ("arrays.h5", "figure.png", "figure.pdf"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    expected = np.random.RandomState(3).rand(9)  # what keras.utils.set_random_seed seeds NumPy as
+    np.testing.assert_array_equal(Record.load(first).arrays["values"], expected)
+
+
+def test_exit_status_1_when_a_claim_falls_short(fake, capsys):
+    assert main(["fake", "--preset", "paper", "--shift", "1.5"]) == 1
+    assert "FALLS SHORT" in capsys.readouterr().out
+
+
+def test_nan_falls_short(fake):
+    assert main(["fake", "--preset", "paper", "--shift", "nan"]) == 1
+
+
+def test_the_stand_in_is_judged_by_its_own_claims_only(fake, capsys):
+    assert main(["fake", "--preset", "smoke", "--shift", "-5"]) == 0
+    assert "not judged" in capsys.readouterr().out
+    assert main(["fake", "--preset", "smoke", "--shift", "5"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig99"], "must be one of list, all, report, fake, got 'fig99'"),
+        (["absent"], "got 'absent'"),
+        (["--preset", "smoke", "fake"], "the command comes first"),
+        (["fake", "--preset", "smok"], "--preset must be one of smoke, standard, paper"),
+        (["fake", "--preset"], "expected one argument"),
+        (["fake", "--pre", "smoke"], "--pre"),
+        (["fake", "--num-rows", "3"], "--num-rows"),
+        (["fake", "--sh", "3"], "--sh"),
+        (["fake", "extra"], "extra"),
+        (["fake", "--num", "few"], "few"),
+        (["fake", "--num", "-1"], "num must be positive, got -1"),
+        (["fake", "--data-dir", "nowhere"], "--data-dir must be a folder, there is none"),
+        (["all", "--num", "3"], "--num"),
+        (["list", "fake"], "list takes no options"),
+        (["report"], "out does not exist"),
+        (["fake", "--redraw"], "--redraw needs a finished run"),
+    ],
+)
+def test_exit_status_2_on_misuse(fake, capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not os.path.exists("out")
+
+
+def test_missing_data_is_misuse_and_never_replaced(fake, capsys):
+    fake.data.found = False
+    for preset in ("standard", "paper"):
+        assert main(["fake", "--preset", preset]) == 2
+        error = capsys.readouterr().err
+        assert "put it somewhere" in error
+        assert "--preset smoke" in error
+    assert os.listdir("out") == []
+
+
+def test_a_stand_in_under_a_real_preset_is_refused(fake, monkeypatch, capsys):
+    monkeypatch.setattr(fake, "DATA", "digits")
+    assert main(["fake", "--preset", "paper"]) == 2
+    assert "is a stand-in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("found", "preset"), [(True, "standard"), (False, "smoke")])
+def test_default_preset_follows_the_data(fake, capsys, found, preset):
+    fake.data.found = found
+    assert main(["fake"]) == 0
+    assert _record(f"out/fake-{preset}")["data"]["stand_in"] is not found
+    why = "found in some/folder" if found else "not found"
+    assert f"fake: preset {preset}, as mnist is {why}\n" in capsys.readouterr().out
+
+
+def test_stand_in_is_marked_in_figure_and_verdicts(fake, capsys, monkeypatch):
+    drawn = []
+    draw = fake.draw
+    monkeypatch.setattr(fake, "draw", lambda record: drawn.append(draw(record)) or drawn[-1])
+    main(["fake", "--preset", "smoke"])
+    assert [text.get_text() for text in drawn[0].texts] == ["stand-in data: digits, not mnist"]
+    assert "on stand-in data: digits, not mnist" in capsys.readouterr().out
+    main(["fake", "--preset", "paper"])
+    assert drawn[1].texts == []
+    assert "stand-in" not in capsys.readouterr().out
+
+
+def test_changed_options_get_a_folder_of_their_own(fake):
+    main(["fake", "--preset", "paper"])
+    before = Path("out/fake-paper/record.json").read_bytes()
+    main(["fake", "--preset", "paper", "--num", "4"])
+    main(["fake", "--preset", "paper", "--rows", "1", "--num", "4"])
+    main(["fake", "--preset", "paper", "--rows", "1", "--num", "4"])
+    main(["fake", "--preset", "paper", "--num", "9"])  # the preset's own value
+    names = sorted(os.listdir("out"))
+    assert len(names) == 3
+    assert names[0] == "fake-paper"
+    assert all(len(name) == len("fake-paper-") + 8 for name in names[1:])
+    assert json.loads(before)["config"] == _record("out/fake-paper")["config"]
+
+
+def test_redraw_draws_the_record_without_running(fake, monkeypatch):
+    main(["fake", "--preset", "smoke"])
+    folder = Path("out/fake-smoke")
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    for name in ("figure.png", "figure.pdf"):
+        (folder / name).unlink()
+    monkeypatch.setattr(fake, "run", None)
+    assert main(["fake", "--preset", "smoke", "--redraw"]) == 0
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+def test_interrupted_run_finds_its_checkpoints_and_no_others(fake, capsys):
+    command = ["fake", "--preset", "paper"]
+    stopping = [*command, "--stops"]
+    assert main(stopping) == 130
+    assert "again continues" in capsys.readouterr().err
+    assert main(stopping) == 130
+    assert fake.SEEN == [["run.json"], ["half", "run.json"]]
+    assert "continuing the run interrupted" in capsys.readouterr().out
+    (label,) = Path("out").glob("*/checkpoints/run.json")
+    label.write_text(label.read_text().replace('"seed": 3', '"seed": 4'))
+    assert main(stopping) == 130
+    assert fake.SEEN[2] == ["run.json"]
+    assert "starting afresh" in capsys.readouterr().out
+    main(command)
+    assert not os.path.exists("out/fake-paper/checkpoints")
+
+
+def test_resumed_is_recorded(fake, monkeypatch):
+    run = fake.run
+
+    def stop(config, data, *, checkpoints=None):
+        (checkpoints / "half").write_text("done")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "run", stop)
+    assert main(["fake", "--preset", "paper"]) == 130
+    monkeypatch.setattr(fake, "run", run)
+    assert main(["fake", "--preset", "paper"]) == 0
+    assert _record("out/fake-paper")["provenance"]["resumed"] is True
+
+
+def test_all_goes_on_after_what_goes_wrong(fake, monkeypatch, capsys):
+    names = {"first": "fake_figure", "second": "fake_figure", "third": "fake_figure"}
+    monkeypatch.setattr(experiments, "MODULES", names)
+    assert main(["all", "--preset", "smoke"]) == 0
+    assert sorted(os.listdir("out")) == ["first-smoke", "second-smoke", "third-smoke"]
+
+    run, calls = fake.run, []
+
+    def break_first(config, data, *, checkpoints=None):
+        calls.append(config)
+        if len(calls) == 1:
+            raise RuntimeError("broken on purpose")
+        return run(config, data, checkpoints=checkpoints)
+
+    monkeypatch.setattr(fake, "run", break_first)
+    assert main(["all", "--preset", "smoke"]) == 1
+    assert len(calls) == 3
+    captured = capsys.readouterr()
+    assert "broken on purpose" in captured.err
+    assert "first     FALLS SHORT or broke, see above\nsecond    every claim" in captured.out
+    fake.data.found = False
+    assert main(["all", "--preset", "paper"]) == 2
+
+
+def test_one_that_breaks_says_where(fake):
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        main(["fake", "--preset", "smoke", "--breaks"])
+
+
+def test_out_defaults_to_the_environment(fake, monkeypatch):
+    monkeypatch.setenv("INFLUENCE_OUT", "elsewhere")
+    assert main(["fake", "--preset", "smoke"]) == 0
+    assert main(["all", "--preset", "smoke"]) == 0
+    assert main(["report"]) == 0
+    assert sorted(os.listdir("elsewhere")) == ["fake-smoke", "index.html"]
+
+
+def test_out_that_cannot_be_written_to_is_misuse(fake, capsys):
+    Path("file").write_text("")
+    assert main(["fake", "--preset", "smoke", "--out", "file"]) == 2
+    error = capsys.readouterr().err
+    assert "--out must be a folder that can be written to" in error
+    assert "--user $(id -u)" in error
+    assert fake.SEEN == []  # found out before the work
+
+
+def test_help_shows_every_option_and_the_presets_defaults(fake, capsys):
+    assert main(["fake", "--preset", "paper", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("--preset", "--data-dir", "--out", "--redraw", "--seed", "--num INT", "9",
+                 "of smoke, standard, paper"):  # fmt: skip
+        assert part in printed
+    assert main(["all", "--help"]) == 0
+    assert main(["report", "--help"]) == 0
+
+
+def test_list_and_help_do_not_import_tensorflow():
+    code = (
+        "import sys; from experiments.__main__ import main; status = main(sys.argv[1:]); "
+        "sys.exit(status or ('tensorflow' in sys.modules) * 9)"
+    )
+    for arguments in (["list"], ["--help"], []):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage: python -m experiments" in done.stdout
+
+
+def test_summaries_are_first_lines_of_modules_that_exist(fake):
+    assert experiments.summaries() == {"fake": "A fake figure: the mean of random numbers."}
+    with pytest.raises(ValueError, match="command must be one of fake, got 'absent'"):
+        experiments.load("absent")
