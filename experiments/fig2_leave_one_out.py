@@ -88,8 +88,8 @@ DEVIATIONS = (
     "Optimum: gradient norm <= 1e-10 here; scikit-learn's L-BFGS with tol 1e-8 there.",
     "Refits: Newton's iteration from the full model, each certified by its own gradient norm "
     "<= 1e-8; the release's warm-started L-BFGS gives no certificate.",
-    "CG: linear conjugate gradients to a relative residual of 1e-8; there SciPy's fmin_ncg, at most "
-    "100 steps, each of which costs many Hessian products. Both reach the same s_test.",
+    "CG: linear conjugate gradients to a relative residual of 1e-8; there SciPy's fmin_ncg, "
+    "at most 100 steps of many Hessian products each. Both reach the same s_test.",
     "LiSSA: five seeds here, one there; the ten repeats advance together, and each seed's "
     "walk is one shuffled pass without replacement, as there.",
     "Beyond the paper: ten further test points, 100 removals each.",

@@ -70,10 +70,10 @@ class Examples:
             else _array(self.x, "x")
         )
         y = _array(self.y, "y")
-        parts = x if isinstance(x, dict) else {"x": x}
+        parts = {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, dict) else {"x": x}
         if not parts:
             raise ValueError("x must hold at least one array, got an empty dict.")
-        for name, part in {**parts, "y": y}.items():
+        for name, part in {"y": y, **parts}.items():
             if part.ndim == 0:
                 raise ValueError(f"{name} must have one row per example, got a scalar.")
             if part.shape[0] == 0:
@@ -109,6 +109,8 @@ class Examples:
                 raise IndexError(
                     f"rows must lie in [0, {len(self)}), got {rows.min()} to {rows.max()}."
                 )
+        elif not range(*rows.indices(len(self))):
+            raise ValueError(f"rows must name at least one row, got {rows} of {len(self)}.")
         return self._trusted(_select(self.x, rows), self.y[rows])
 
     def without(self, rows: ArrayLike) -> Examples:

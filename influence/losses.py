@@ -88,28 +88,47 @@ def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
             )
         function = getattr(loss, "fn", None)
         kwargs = getattr(loss, "_fn_kwargs", {})
+        call = _aligned(loss.call) if _is_keras_own(type(loss)) else loss.call
         return PerExampleLoss(
             loss.name or type(loss).__name__,
-            lambda y, output: _mean_over_rest(loss.call(y, output)),
+            lambda y, output: _mean_over_rest(call(y, output)),
             function,
             function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
         )
-    if not callable(loss):
+    if not callable(loss) or isinstance(loss, type):
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
         raise TypeError(
-            "loss must be a Keras loss, its name or a callable (y, output) -> (n,), "
-            f"got {type(loss).__name__}."
+            f"loss must be a Keras loss, its name or a callable (y, output) -> (n,), got {got}."
         )
     name = getattr(loss, "__name__", type(loss).__name__)
-    if getattr(loss, "__module__", "").split(".")[0] == "keras":
-
-        def aligned(y: Any, output: Any) -> Any:
-            # Labels (n,) against outputs (n, 1) would broadcast to (n, n) inside Keras' functions.
-            if len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
-                y = tf.expand_dims(y, -1)
-            return _mean_over_rest(loss(y, output))
-
-        return PerExampleLoss(name, aligned, loss, loss not in _FROM_LOGITS)
+    if _is_keras_own(loss):
+        function = _aligned(loss)
+        return PerExampleLoss(
+            name, lambda y, output: _mean_over_rest(function(y, output)), loss,
+            loss not in _FROM_LOGITS,
+        )  # fmt: skip
     return PerExampleLoss(name, loss)
+
+
+def _is_keras_own(thing: Any) -> bool:
+    return getattr(thing, "__module__", "").split(".")[0] == "keras"
+
+
+def _aligned(loss: Callable) -> Callable:
+    """Keras' losses average over the last axis, so one output per example needs an axis for it.
+
+    Labels (n,) against outputs (n, 1) would broadcast to (n, n) inside some of them, and outputs
+    (n,) be averaged over the examples.
+    """
+
+    def function(y: Any, output: Any) -> Any:
+        if len(output.shape) == 1:
+            output = tf.expand_dims(output, -1)
+        if len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
+            y = tf.expand_dims(y, -1)
+        return loss(y, output)
+
+    return function
 
 
 def _mean_over_rest(values: Any) -> Any:

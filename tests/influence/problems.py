@@ -1,0 +1,141 @@
+"""Small problems whose answers `tests.oracles` knows in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from influence import (
+    BinaryLogisticRegression,
+    Examples,
+    GenericNeuralNet,
+    MulticlassLogisticRegression,
+)
+from tests import oracles
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A net at the minimum of its risk, and the closed form of everything about it."""
+
+    net: GenericNeuralNet
+    train: Examples
+    test: Examples
+    oracle: oracles.Risk  # over the training rows
+    measured: oracles.Risk  # over the test rows
+
+    @property
+    def theta(self) -> NDArray:
+        return self.net.theta
+
+
+def relative_error(got: Any, expected: Any) -> float:
+    """|got - expected| / |expected| over all entries; both must have the same shape."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def dense_net(
+    units: int, num_inputs: int, loss: Any, *, l2: float = 0.0, dtype: str = "float64"
+) -> GenericNeuralNet:
+    """A linear model with bias, as any user would write it; the penalty is on the kernel alone."""
+    model = keras.Sequential(
+        [
+            keras.Input((num_inputs,), dtype=dtype),
+            keras.layers.Dense(units, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype),
+        ]
+    )
+    return GenericNeuralNet(model, loss)
+
+
+def ridge(
+    num_rows: int = 40, num_inputs: int = 4, l2: float = 0.1, seed: int = 0, dtype: str = "float64"
+) -> Problem:
+    """Least squares by Keras: Dense(1), "mse", L2 on the kernel, at its exact minimum."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num_rows, num_inputs)) + 0.5
+    y = x @ rng.standard_normal(num_inputs) + 0.7 + rng.standard_normal(num_rows)
+    x_test = rng.standard_normal((7, num_inputs))
+    y_test = x_test.sum(axis=1)
+    net = dense_net(1, num_inputs, "mse", l2=l2, dtype=dtype)
+    penalty = np.array([2 * l2] * num_inputs + [0.0])  # Keras' L2 has no 1/2
+    oracle = oracles.LeastSquares(oracles.with_ones(x), y, penalty)
+    net.theta = oracle.minimum(np.zeros(num_inputs + 1))
+    return Problem(
+        net,
+        Examples(x.astype(dtype), y.astype(dtype)),
+        Examples(x_test.astype(dtype), y_test.astype(dtype)),
+        oracle,
+        oracle.on(oracles.with_ones(x_test), y_test),
+    )
+
+
+def logistic(
+    kind: str,
+    num_rows: int = 60,
+    num_inputs: int = 5,
+    weight_decay: float = 0.05,
+    *,
+    intercept: bool = False,
+    dtype: str = "float64",
+    seed: int = 0,
+) -> Problem:
+    """`kind` "softmax" (three classes) or "sigmoid": the library's model, at the oracle's minimum."""
+    rng = np.random.default_rng(seed)
+    num_classes = 3 if kind == "softmax" else 2
+    x = rng.standard_normal((num_rows + 7, num_inputs)) + 0.3
+    logits = 1.5 * x @ rng.standard_normal((num_inputs, num_classes))
+    y = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
+    options: Any = {"weight_decay": weight_decay, "intercept": intercept, "dtype": dtype}
+    A = oracles.with_ones(x) if intercept else x
+    if kind == "softmax":
+        net = MulticlassLogisticRegression(num_inputs, num_classes, **options)
+        oracle = oracles.softmax_regression(A, y, num_classes, weight_decay)
+    else:
+        net = BinaryLogisticRegression(num_inputs, **options)
+        oracle = oracles.logistic_regression(A, y, weight_decay)
+    train, test = slice(0, num_rows), slice(num_rows, None)
+    risk = oracle.on(A[train], y[train])
+    net.theta = risk.minimum(np.zeros(net.num_parameters))
+    return Problem(
+        net,
+        Examples(x[train].astype(dtype), y[train]),
+        Examples(x[test].astype(dtype), y[test]),
+        risk,
+        oracle.on(A[test], y[test]),
+    )
+
+
+def through_keras(problem: Problem) -> Problem:
+    """The same problem with the same Keras model, asked through the tape instead."""
+    net = GenericNeuralNet(problem.net.model, _KERAS_LOSSES[type(problem.net)]())
+    return Problem(net, problem.train, problem.test, problem.oracle, problem.measured)
+
+
+_KERAS_LOSSES = {
+    MulticlassLogisticRegression: lambda: keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True
+    ),
+    BinaryLogisticRegression: lambda: keras.losses.BinaryCrossentropy(from_logits=True),
+}
+
+
+def tanh_net(num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 0) -> Any:
+    """(net, examples): a small network, not at a minimum; its Hessian is indefinite."""
+    rng = np.random.default_rng(seed)
+    model = keras.Sequential(
+        [
+            keras.Input((num_inputs,), dtype="float64"),
+            keras.layers.Dense(hidden, activation="tanh", dtype="float64"),
+            keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype="float64"),
+        ]
+    )
+    net = GenericNeuralNet(model, "mse")
+    net.theta = rng.standard_normal(net.num_parameters)
+    x = rng.standard_normal((20, num_inputs))
+    return net, Examples(x, rng.standard_normal(20))

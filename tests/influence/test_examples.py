@@ -1,0 +1,224 @@
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from influence import Examples
+from influence.examples import check_rows
+
+X = np.arange(12.0).reshape(6, 2)
+Y = np.arange(6)
+
+
+def bounded(num_examples):
+    """Few examples and the same ones in every run: a failure is then everyone's failure."""
+    return settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
+
+
+# --- what is kept ----------------------------------------------------------------------------
+
+
+def test_arrays_are_kept_as_views_dtype_included_and_read_only():
+    x = X.astype(np.float32)
+    examples = Examples(x, Y)
+    assert examples.x.dtype == np.float32 and np.shares_memory(examples.x, x)
+    assert len(examples) == 6
+    with pytest.raises(ValueError, match="read-only"):
+        examples.x[0, 0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        examples.take([1]).y[0] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        examples.x = X
+    x[0, 0] = 5.0  # the owner's array is not locked
+
+
+def test_memmap_is_not_read_into_memory(tmp_path):
+    stored = np.memmap(tmp_path / "x", np.float64, "w+", shape=X.shape)
+    stored[:] = X
+    examples = Examples(stored, Y)
+    assert isinstance(examples.x, np.memmap) and np.shares_memory(examples.x, stored)
+    np.testing.assert_array_equal(examples.take([4, 1]).x, X[[4, 1]])
+
+
+@pytest.mark.parametrize("kind", ["csr_matrix", "csc_array", "coo_matrix"])
+def test_sparse_becomes_rows_that_can_be_taken(kind):
+    examples = Examples(getattr(scipy.sparse, kind)(X), Y)
+    assert examples.x.format == "csr"
+    np.testing.assert_array_equal(examples.take([5, 0]).x.toarray(), X[[5, 0]])
+    np.testing.assert_array_equal(examples.without([0]).x.toarray(), X[1:])
+    (first, second) = examples.batches(4)
+    np.testing.assert_array_equal(first[0].toarray(), X[:4])
+    np.testing.assert_array_equal(second[0].toarray(), X[4:])
+
+
+def test_dict_of_inputs_moves_together():
+    examples = Examples({"a": X, "b": 10 * X[:, 0]}, Y)
+    part = examples.without([1, 3]).take([2, 0])
+    np.testing.assert_array_equal(part.x["a"], X[[4, 0]])
+    np.testing.assert_array_equal(part.x["b"], 10 * X[[4, 0], 0])
+    np.testing.assert_array_equal(part.y, [4, 0])
+    assert [x["b"].tolist() for x, _ in examples.batches(5)] == [
+        [0.0, 20.0, 40.0, 60.0, 80.0],
+        [100.0],
+    ]
+
+
+def test_lists_are_taken_for_arrays():
+    examples = Examples([[1, 2], [3, 4]], [0, 1])
+    assert examples.x.shape == (2, 2) and examples.y.dtype.kind == "i"
+
+
+def test_repr_shows_shapes_and_dtypes():
+    assert repr(Examples(X, Y)) == f"Examples(x=float64[6, 2], y={Y.dtype}[6])"
+    assert repr(Examples({"a": X}, Y)).startswith("Examples(x={'a': 'float64[6, 2]'}")
+
+
+def test_survives_pickling():
+    again = pickle.loads(pickle.dumps(Examples(X, Y)))
+    np.testing.assert_array_equal(again.x, X)
+    np.testing.assert_array_equal(again.y, Y)
+
+
+# --- parts: properties ---------------------------------------------------------------------------
+
+
+@bounded(30)
+@given(n=st.integers(1, 20), size=st.integers(1, 25))
+def test_batches_are_the_rows_in_order(n, size):
+    x = np.arange(float(n))
+    parts = list(Examples(x, x).batches(size))
+    assert [len(y) for _, y in parts] == [size] * (n // size) + ([n % size] if n % size else [])
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in parts]), x)
+    np.testing.assert_array_equal(np.concatenate([y for _, y in parts]), x)
+
+
+@bounded(30)
+@given(n=st.integers(2, 20), data=st.data())
+def test_take_and_without_split_the_set(n, data):
+    rows = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n - 1, unique=True))
+    x = np.arange(float(n))
+    examples = Examples(x, -x)
+    np.testing.assert_array_equal(examples.take(rows).x, rows)
+    left = examples.without(rows)
+    np.testing.assert_array_equal(left.x, np.setdiff1d(x, rows))
+    np.testing.assert_array_equal(left.y, -left.x)
+
+
+def test_one_batch_by_default_and_a_row_may_be_taken_twice():
+    ((x, y),) = Examples(X, Y).batches()
+    assert x.shape == (6, 2) and y.shape == (6,)
+    assert Examples(X, Y).take([2, 2]).y.tolist() == [2, 2]
+    assert Examples(X, Y).take(slice(1, 3)).y.tolist() == [1, 2]
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def spoilt(value, row):
+    x = X.copy()
+    x[row, 1] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 4])
+def test_a_value_that_is_not_finite_is_named_with_its_row(value, row):
+    message = f"must be finite, got NaN or infinity in row {row}; drop the row"
+    with pytest.raises(ValueError, match=f"^x {message}"):
+        Examples(spoilt(value, row), Y)
+    with pytest.raises(ValueError, match=f"^x {message}"):
+        Examples(scipy.sparse.csr_matrix(spoilt(value, row)), Y)
+    with pytest.raises(ValueError, match=rf"^x\['b'\] {message}"):
+        Examples({"a": X, "b": spoilt(value, row).astype(np.float32)}, Y)
+    with pytest.raises(ValueError, match=f"^y {message}"):
+        Examples(X, spoilt(value, row))
+
+
+def test_nan_is_found_beyond_the_first_block_of_rows():
+    x = np.zeros((10_000, 1), np.float32)
+    x[9_000] = np.nan
+    with pytest.raises(ValueError, match="in row 9000"):
+        Examples(x, np.zeros(10_000))
+    with pytest.raises(ValueError, match="in row 9000"):
+        Examples(scipy.sparse.csr_matrix(x), np.zeros(10_000))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (X, Y[:5], ValueError, "x and y must have as many rows as each other, got 6 in x and 5 in"),
+        ({"a": X, "b": X[:4]}, Y, ValueError, r"got 4 in x\['b'\] and 6 in y"),
+        ({"y": X[:4]}, Y, ValueError, r"got 4 in x\['y'\] and 6 in y"),
+        (X[:0], Y[:0], ValueError, r"y must have at least one row, got shape \(0,\)"),
+        (X[:0], Y, ValueError, r"x must have at least one row, got shape \(0, 2\)"),
+        (X, Y[:0], ValueError, r"y must have at least one row, got shape \(0,\)"),
+        ({}, Y, ValueError, "x must hold at least one array, got an empty dict"),
+        (3.0, Y, ValueError, "x must have one row per example, got a scalar"),
+        (X, 1, ValueError, "y must have one row per example, got a scalar"),
+        (X.astype(object), Y, TypeError, "x must be an array of numbers, got dtype object"),
+        (X, np.array(list("abcdef")), TypeError, "y must be an array of numbers, got dtype <U1"),
+        (X.astype(complex), Y, TypeError, "x must be an array of numbers, got dtype complex128"),
+        ({"a": X, "b": [None] * 6}, Y, TypeError, r"x\['b'\] must be an array of numbers"),
+    ],
+)
+def test_bad_arrays(x, y, error, message):
+    with pytest.raises(error, match=message):
+        Examples(x, y)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([], ValueError, r"one-dimensional, non-empty list of row numbers, got shape \(0,\)"),
+        (3, ValueError, r"one-dimensional, non-empty list of row numbers, got shape \(\)"),
+        ([[1]], ValueError, r"one-dimensional, non-empty list of row numbers, got shape \(1, 1\)"),
+        ([0.0], TypeError, r"must be integers, got dtype float64\.$"),
+        ([True] * 6, TypeError, "got dtype bool; np.flatnonzero turns a mask into row numbers"),
+        ([2, 6], IndexError, r"must lie in \[0, 6\), got 6 at position 1"),
+        ([0, 1, -1], IndexError, r"must lie in \[0, 6\), got -1 at position 2"),
+        ([4, 1, 4], ValueError, "must name each row once, got 4 twice"),
+    ],
+)
+def test_bad_rows(rows, error, message):
+    with pytest.raises(error, match=f"^rows .*{message}"):
+        check_rows(rows, 6)
+    with pytest.raises(error, match=f"^rows .*{message}"):
+        Examples(X, Y).without(rows)
+    with pytest.raises(error, match="^removed "):
+        check_rows(rows, 6, "removed")
+
+
+def test_good_rows_become_int64():
+    rows = check_rows(np.array([5, 0], np.uint8), 6)
+    assert rows.dtype == np.int64 and rows.tolist() == [5, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([0.5], TypeError, "rows must be integers, got dtype float64"),
+        ([True] * 6, TypeError, "rows must be integers, got dtype bool"),
+        (np.array([], int), ValueError, "rows must name at least one row, got none"),
+        (slice(6, 9), ValueError, r"rows must name at least one row, got slice\(6, 9, None\) of 6"),
+        ([0, 6], IndexError, r"rows must lie in \[0, 6\), got 0 to 6"),
+        ([-1], IndexError, r"rows must lie in \[0, 6\), got -1 to -1"),
+    ],
+)
+def test_take_refuses(rows, error, message):
+    with pytest.raises(error, match=message):
+        Examples(X, Y).take(rows)
+
+
+def test_without_must_leave_something():
+    with pytest.raises(ValueError, match="rows must leave at least one example, got all 6"):
+        Examples(X, Y).without(np.arange(6))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "3"])
+def test_batches_refuse_a_bad_size(size):
+    with pytest.raises(ValueError, match=f"size must be a positive integer, got {size!r}"):
+        next(Examples(X, Y).batches(size))

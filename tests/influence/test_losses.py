@@ -1,0 +1,169 @@
+import keras
+import numpy as np
+import pytest
+import scipy.special
+import tensorflow as tf
+
+from influence.losses import per_example
+
+RNG = np.random.default_rng(0)
+N = 5
+LOGITS = RNG.standard_normal((N, 3))
+LOGIT = LOGITS[:, :1]
+PROBABILITIES = scipy.special.softmax(LOGITS, axis=1)
+PROBABILITY = scipy.special.expit(LOGIT)
+CLASSES = np.array([0, 2, 1, 1, 0])
+BITS = np.array([0, 1, 1, 0, 1])
+TARGET = RNG.standard_normal(N)
+
+LOG_SOFTMAX = -scipy.special.log_softmax(LOGITS, axis=1)[np.arange(N), CLASSES]
+LOG_SIGMOID = np.logaddexp(0, LOGIT[:, 0]) - BITS * LOGIT[:, 0]
+SQUARES = (TARGET - LOGIT[:, 0]) ** 2
+
+
+class Quartic(keras.losses.Loss):
+    """What a user subclasses."""
+
+    def call(self, y_true, y_pred):
+        return tf.reduce_sum((y_true - y_pred) ** 4, axis=-1)
+
+
+def quartic(y, output):
+    return tf.reduce_sum((y - output) ** 4, axis=-1)
+
+
+def compiled_with(loss):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(loss=loss)
+    return model
+
+
+K = keras.losses
+
+
+# From probabilities Keras clips at 1e-7, which none of these reaches.
+@pytest.mark.parametrize(
+    ("loss", "y", "output", "expected"),
+    [
+        ("mse", TARGET, LOGIT, SQUARES),
+        ("mse", TARGET[:, None], LOGIT, SQUARES),
+        ("mse", TARGET, LOGIT[:, 0], SQUARES),
+        ("mse", TARGET[:, None], LOGIT[:, 0], SQUARES),
+        (K.MeanSquaredError(), TARGET, LOGIT[:, 0], SQUARES),
+        (K.BinaryCrossentropy(from_logits=True), BITS, LOGIT[:, 0], LOG_SIGMOID),
+        ("mean_squared_error", LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 2).mean(axis=1)),
+        ("MeanSquaredError", TARGET, LOGIT, SQUARES),
+        (K.MeanSquaredError(), TARGET, LOGIT, SQUARES),
+        (K.MeanSquaredError(reduction="none"), TARGET, LOGIT, SQUARES),
+        (K.Huber(delta=0.5), 9 + TARGET, LOGIT, 0.5 * (9 + TARGET - LOGIT[:, 0]) - 0.125),
+        ("binary_crossentropy", BITS, PROBABILITY, LOG_SIGMOID),
+        ("binary_crossentropy", BITS[:, None], PROBABILITY, LOG_SIGMOID),
+        (K.BinaryCrossentropy(from_logits=True), BITS, LOGIT, LOG_SIGMOID),
+        (K.BinaryCrossentropy(from_logits=True), BITS[:, None], LOGIT, LOG_SIGMOID),
+        (K.binary_crossentropy, BITS.astype(float), PROBABILITY, LOG_SIGMOID),
+        ("sparse_categorical_crossentropy", CLASSES, PROBABILITIES, LOG_SOFTMAX),
+        (K.SparseCategoricalCrossentropy(), CLASSES, PROBABILITIES, LOG_SOFTMAX),
+        (K.SparseCategoricalCrossentropy(from_logits=True), CLASSES, LOGITS, LOG_SOFTMAX),
+        (K.SparseCategoricalCrossentropy(from_logits=True), CLASSES[:, None], LOGITS, LOG_SOFTMAX),
+        (K.CategoricalCrossentropy(from_logits=True), np.eye(3)[CLASSES], LOGITS, LOG_SOFTMAX),
+        (Quartic(), LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
+        (quartic, LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
+        (  # a class for each of two time steps: their mean, kept apart per example
+            K.SparseCategoricalCrossentropy(from_logits=True),
+            np.stack([CLASSES, CLASSES], axis=1),
+            np.stack([LOGITS, LOGITS + 3], axis=1),
+            LOG_SOFTMAX,
+        ),
+    ],
+)
+def test_one_number_per_example_in_float64(loss, y, output, expected):
+    values = per_example(loss, None).function(tf.constant(y), tf.constant(output)).numpy()
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["mse", K.MeanSquaredError(), K.mean_squared_error])
+def test_the_compiled_loss_is_the_default(loss):
+    got = per_example(None, compiled_with(loss))
+    np.testing.assert_allclose(got.function(TARGET, tf.constant(LOGIT)), SQUARES, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "from_logits"),
+    [
+        ("mse", "mean_squared_error", True),
+        (K.Huber(), "huber_loss", True),
+        ("binary_crossentropy", "binary_crossentropy", False),
+        (K.BinaryCrossentropy(), "binary_crossentropy", False),
+        (K.BinaryCrossentropy(from_logits=True), "binary_crossentropy", True),
+        (K.BinaryFocalCrossentropy(), "binary_focal_crossentropy", False),
+        ("categorical_crossentropy", "categorical_crossentropy", False),
+        (K.CategoricalFocalCrossentropy(), "categorical_focal_crossentropy", False),
+        (K.SparseCategoricalCrossentropy(), "sparse_categorical_crossentropy", False),
+        (
+            K.SparseCategoricalCrossentropy(from_logits=True, name="mine"),
+            "mine",
+            True,
+        ),
+        (quartic, "quartic", True),
+    ],
+)
+def test_what_is_known_about_a_loss(loss, name, from_logits):
+    got = per_example(loss, None)
+    assert (got.name, got.from_logits) == (name, from_logits)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (None, ValueError, "loss must be given for a model that is not compiled with one"),
+        ("mean_sqared", ValueError, "loss must be the name of a Keras loss, got 'mean_sqared'"),
+        (
+            K.MeanSquaredError(reduction="sum"),
+            ValueError,
+            "loss must not be reduced by a sum, got 'mean_squared_error' with reduction='sum'",
+        ),
+        (3, TypeError, r"loss must be a Keras loss, its name or a callable .*, got int\."),
+        (["mse"], TypeError, r"loss must be .*, got list\."),
+        (K.MeanSquaredError, TypeError, r"loss must be .*, got the class MeanSquaredError\."),
+    ],
+)
+def test_what_is_no_loss(loss, error, message):
+    with pytest.raises(error, match=message):
+        per_example(loss, keras.Sequential())
+
+
+SPARSE = K.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "message"),
+    [
+        (SPARSE, [0, 1, 3], r"class numbers 0 to 2, got 3 in row 2\."),
+        (SPARSE, [0, -1, 1], r"class numbers 0 to 2, got -1 in row 1\."),
+        (SPARSE, [[0], [1], [3]], r"class numbers 0 to 2, got \[3\] in row 2\."),
+        (SPARSE, [0.0, 1.5, 2.0], r"class numbers, got 1\.5\."),
+        ("sparse_categorical_crossentropy", [3], "class numbers 0 to 2, got 3 in row 0"),
+        ("binary_crossentropy", [0, 1, 2], r"labels in \[0, 1\], got 2 in row 2\."),
+        (K.BinaryCrossentropy(from_logits=True), [-1, 1], r"labels in \[0, 1\], got -1 in row 0"),
+        (K.BinaryFocalCrossentropy(), [0.5, 1.01], r"labels in \[0, 1\], got 1\.01 in row 1"),
+    ],
+)
+def test_labels_out_of_range(loss, y, message):
+    with pytest.raises(ValueError, match=rf"^train\.y must hold {message}"):
+        per_example(loss, None).check_labels(np.array(y), (N, 3), "train")
+
+
+@pytest.mark.parametrize(
+    ("loss", "y"),
+    [
+        (SPARSE, [0, 1, 2]),
+        (SPARSE, [0.0, 1.0, 2.0]),
+        (SPARSE, [True, False]),
+        ("binary_crossentropy", [0.0, 0.25, 1.0]),
+        ("mse", [-100.0, 100.0]),
+        (quartic, [-100.0]),
+    ],
+)
+def test_labels_in_range(loss, y):
+    per_example(loss, None).check_labels(np.array(y), (N, 3), "train")
