@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 
 def check_model(model: Any) -> None:
@@ -12,7 +13,8 @@ def check_model(model: Any) -> None:
 
     Raises: TypeError for something else than a Keras model or for trainable weights of several
       dtypes; ValueError for a model that is unbuilt, has no trainable weight, has an activity
-      regulariser, or has float64 weights behind an input that rounds to float32.
+      regulariser or a recurrent layer that is not unrolled, or has float64 weights behind an input
+      that rounds to float32.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}.")
@@ -33,6 +35,12 @@ def check_model(model: Any) -> None:
             raise ValueError(
                 f"model must have no activity regulariser, got one on layer {layer.name!r}: it "
                 "depends on x, so it belongs in the loss."
+            )
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            raise ValueError(
+                f"model must have its recurrent layers unrolled, got the loop of layer "
+                f"{layer.name!r}, which TensorFlow cannot differentiate twice for many vectors; "
+                "use unroll=True."
             )
     for tensor in getattr(model, "inputs", None) or []:
         if dtypes == ["float64"] and str(tensor.dtype) in ("float32", "float16", "bfloat16"):
@@ -70,3 +78,29 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
             raise ValueError(
                 f"{label} must have rows of shape {want} for model {model.name!r}, got {got}."
             )
+
+
+def check_output(model: keras.Model, x: Any, name: str) -> tuple[int, ...]:
+    """The shape of the model's answer to a few rows x, in inference mode; nothing is changed.
+
+    Raises: ValueError naming `name` if the model cannot take x, and for a model that has several
+      outputs or adds losses of its own.
+    """
+    try:
+        with keras.StatelessScope(collect_losses=True) as scope:
+            output = model(x, training=False)
+    except (TypeError, ValueError, tf.errors.OpError) as error:
+        parts = x if isinstance(x, dict) else {"x": x}
+        got = ", ".join(f"{key}: {part.dtype.name} {part.shape}" for key, part in parts.items())
+        raise ValueError(f"{name}.x does not fit the model {model.name!r}, got {got}.") from error
+    if not tf.is_tensor(output):
+        raise ValueError(
+            f"model must have one output, got a {type(output).__name__} from {model.name!r}; "
+            "keras.Model(model.inputs, one of its outputs) makes a model of the one you mean."
+        )
+    if scope.losses:
+        raise ValueError(
+            f"model must not add losses of its own, got {len(scope.losses)} by add_loss in "
+            f"{model.name!r}: they depend on x, so they belong in the loss."
+        )
+    return tuple(output.shape)

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from influence import tape
 from influence.convergence import warn_unconverged
 from influence.examples import Examples
-from influence.keras_model import check_inputs, check_model
+from influence.keras_model import check_inputs, check_model, check_output
 from influence.losses import per_example
 
 _BYTES_PER_PASS = 1 << 30  # what the activations of one batch may take
 _PROBE_ROWS = 3
+_MIXING_RTOL = 1e-3  # far above float32 rounding, far below a loss of another row
 
 
 class GenericNeuralNet:
@@ -225,9 +226,12 @@ class GenericNeuralNet:
         Returns: arrays of x's shape.
         Raises: TypeError for integer inputs, which have no gradient.
         """
-        for name, part in x.items() if isinstance(x, dict) else [("x", x)]:
+        parts = {f"x[{k!r}]": p for k, p in x.items()} if isinstance(x, dict) else {"x": x}
+        for name, part in parts.items():
             if part.dtype.kind != "f":
                 raise TypeError(f"{name} must be floating to be differentiated, got {part.dtype}.")
+        if np.shape(v) != (self.num_parameters,):
+            raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
         direction = self._block(v, "v")[0]
         function = partial(tape.input_gradient, self._losses)
         return self._run("input_gradient", function, self._theta(), *self._xy(x, y), direction)
@@ -307,25 +311,36 @@ class GenericNeuralNet:
         """Refuse examples that this model and loss have no meaning for, before any long work.
 
         Raises: TypeError for anything but Examples; ValueError naming `name` for inputs or labels
-          of the wrong shape, labels out of range, or a loss that is not one number per example.
+          of the wrong shape, labels out of range, or a loss that is not one number per example, and
+          for a model with several outputs or losses of its own.
         """
         if not isinstance(examples, Examples):
             raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
         check_inputs(self.model, examples.x, name)
         probe = examples.take(slice(0, _PROBE_ROWS))
-        output_shape = self.outputs(probe.x).shape
+        output_shape = check_output(self.model, self._x(probe.x), name)
         self.loss.check_labels(examples.y, output_shape, name)
         try:
-            shape = self.losses(probe.x, probe.y).shape
+            losses = self.losses(probe.x, probe.y)
         except (ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"{name}.y does not fit the loss {self.loss.name!r}: labels of shape "
                 f"{probe.y.shape}, dtype {probe.y.dtype}, against outputs of shape {output_shape}."
             ) from error
-        if shape != (len(probe),):
+        if losses.shape != (len(probe),):
             raise ValueError(
-                f"loss must give one number per example, got shape {shape} from {self.loss.name!r} "
-                f"for {len(probe)} examples of {name}; leave out the mean or sum over examples."
+                f"loss must give one number per example, got shape {losses.shape} from "
+                f"{self.loss.name!r} for {len(probe)} examples of {name}; leave out the mean or "
+                "sum over examples."
+            )
+        first = probe.take([0])
+        alone = float(self.losses(first.x, first.y)[0])
+        if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():
+            raise ValueError(
+                f"loss must depend on its own row alone, got {losses[0]:.4g} from "
+                f"{self.loss.name!r} for row 0 of {name} among {len(probe)} rows and {alone:.4g} "
+                f"for it by itself; labels of shape {probe.y.shape} broadcast against outputs of "
+                f"shape {output_shape}, or a layer that mixes rows, would do that."
             )
 
     def fit(

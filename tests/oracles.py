@@ -203,16 +203,16 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
             mean = tf.reduce_mean(losses)
         g = tf.concat([tf.reshape(p, [-1]) for p in _zero_for_none(inner, mean, weights)], 0)
     n, d = len(y), g.shape[0]
-    gradients = _columns(inner.jacobian(losses, weights), (n,), weights)
-    hessian = _columns(outer.jacobian(g, weights), (d,), weights)
-    J = _columns(inner.jacobian(output, weights), output.shape, weights)
-    with tf.GradientTape() as outer:
+    gradients = _columns(inner.jacobian(losses, weights, experimental_use_pfor=False), (n,), weights)
+    hessian = _columns(outer.jacobian(g, weights, experimental_use_pfor=False), (d,), weights)
+    J = _columns(inner.jacobian(output, weights, experimental_use_pfor=False), output.shape, weights)
+    with tf.GradientTape(persistent=True) as outer:
         outer.watch(output)
         with tf.GradientTape() as inner:
             inner.watch(output)
             total = tf.reduce_sum(loss(y, output))
         at_output = inner.gradient(total, output)
-    H = outer.jacobian(at_output, output)
+    H = outer.jacobian(at_output, output, experimental_use_pfor=False)
     H = np.zeros((*output.shape, *output.shape)) if H is None else H.numpy()
     size = int(np.prod(output.shape))
     J, H = J.reshape(size, d), H.reshape(size, size)

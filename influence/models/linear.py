@@ -250,14 +250,14 @@ class LinearModel(GenericNeuralNet):
         f = self.num_features + self.intercept
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
         grams: list[NDArray] = []
+        buffer = np.empty((_HESSIAN_ROWS, f), self.dtype)  # fresh pages cost more than the product
         for x, y in examples.batches(_HESSIAN_ROWS):
             w = np.sqrt(weights(self._times(x, self.theta), y))
             rows = self._with_one(self._dense(x))
             grams = grams or [np.zeros((f, f), self.dtype, order="F") for _ in range(w.shape[1])]
             for gram, column in zip(grams, w.T, strict=True):
-                weighted = (rows * column[:, None]).T
-                scale = 1 / len(examples)
-                syrk(scale, weighted, beta=1.0, c=gram, overwrite_c=True, lower=True)
+                weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
+                syrk(1 / len(examples), weighted, beta=1.0, c=gram, overwrite_c=True, lower=True)
         return np.stack([np.tril(gram) + np.tril(gram, -1).T for gram in grams])
 
     def _thetas(self, thetas: NDArray | None) -> NDArray:

@@ -63,7 +63,10 @@ def dense(A: LinearOperator) -> NDArray:
     """The matrix behind an operator, fresh to be overwritten."""
     if hasattr(A, "dense"):
         return A.dense()  # pyright: ignore[reportAttributeAccessIssue]
-    matrix = A @ np.eye(A.shape[0], dtype=np.result_type(A.dtype, np.float32))
+    if isinstance(getattr(A, "A", None), np.ndarray):  # aslinearoperator(array)
+        matrix = A.A.astype(np.result_type(A.dtype, np.float32))  # pyright: ignore
+    else:
+        matrix = A @ np.eye(A.shape[0], dtype=np.result_type(A.dtype, np.float32))
     return (matrix + matrix.T) / 2
 
 

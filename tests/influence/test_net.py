@@ -1,8 +1,711 @@
-import tests
+import keras
+import numpy as np
+import pytest
+import scipy.sparse
+import tensorflow as tf
+
+from influence import ConvergenceWarning, Examples, GenericNeuralNet
 from tests import oracles
-from tests.influence import problems
+from tests.influence.problems import dense_net, relative_error, ridge, tanh_net
+
+L = keras.layers
+N = 6
 
 
-def test_it():
-    print(tests, oracles, problems)
-    assert 0
+def logits_loss(y, output):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y, output)
+
+
+def squares(y, output):
+    return tf.reduce_sum((tf.reshape(y, [-1, 1]) - output) ** 2, axis=1)
+
+
+class NoTrainingArgument(keras.Model):
+    """Subclassed, and its call knows neither `training` nor a declared input."""
+
+    def __init__(self, units):
+        super().__init__(dtype="float64")
+        self.hidden = L.Dense(3, activation="tanh", dtype="float64")
+        self.last = L.Dense(units, activation="sigmoid", dtype="float64")
+
+    def call(self, x):
+        return self.last(self.hidden(x))
+
+
+# --- models of all kinds: model, loss as given to the net, the same loss plainly, x, y -------------
+
+
+def sequential(rng):
+    model = keras.Sequential(
+        [keras.Input((3,)), L.Dense(4, activation="tanh"), L.Dense(1)], name="a"
+    )
+    return model, "mse", squares, rng.standard_normal((N, 3)), rng.standard_normal(N)
+
+
+def two_inputs_to_probabilities(rng):
+    a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
+    hidden = L.Concatenate()([L.Dense(2, activation="softplus")(a), b])
+    model = keras.Model({"a": a, "b": b}, L.Dense(3, activation="softmax")(hidden))
+    x = {"a": rng.standard_normal((N, 3)), "b": rng.standard_normal((N, 2))}
+
+    def log_loss(y, output):
+        return -tf.math.log(tf.gather(output, y, axis=1, batch_dims=1))
+
+    return model, "sparse_categorical_crossentropy", log_loss, x, np.arange(N) % 3
+
+
+def subclassed_without_training(rng):
+    model = NoTrainingArgument(1)
+    model(np.zeros((1, 2)))
+    y = np.arange(N) % 2
+
+    def log_loss(y, output):
+        p = output[:, 0]
+        return -tf.where(y == 1, tf.math.log(p), tf.math.log(1 - p))
+
+    return model, "binary_crossentropy", log_loss, rng.standard_normal((N, 2)), y
+
+
+def batch_norm_dropout_frozen(rng):
+    model = keras.Sequential(
+        [
+            keras.Input((5, 5, 1)),
+            L.Conv2D(2, 2, name="frozen"),
+            L.BatchNormalization(),
+            L.Activation("tanh"),
+            L.Dropout(0.5),
+            L.Conv2D(2, 3),
+            L.Flatten(),
+            L.Dense(3),
+        ]
+    )
+    model.get_layer("frozen").trainable = False
+    model.layers[1].moving_mean.assign(rng.standard_normal(2))
+    model.layers[1].moving_variance.assign(rng.uniform(0.5, 2, 2))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return model, loss, logits_loss, rng.standard_normal((N, 5, 5, 1)), np.arange(N) % 3
+
+
+def embedded_integers(rng):
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            L.Embedding(6, 2),
+            L.Flatten(),
+            L.Dense(1),
+        ]
+    )
+    return model, squares, squares, rng.integers(0, 6, (N, 4)), rng.standard_normal(N)
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        sequential,
+        two_inputs_to_probabilities,
+        subclassed_without_training,
+        batch_norm_dropout_frozen,
+        embedded_integers,
+    )
+}
+
+
+def build(kind, dtype="float64"):
+    """(net, plain loss, x, y) with weights far from symmetric."""
+    rng = np.random.default_rng(7)
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model, loss, plain, x, y = KINDS[kind](rng)
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+    net = GenericNeuralNet(model, loss)
+    net.theta = rng.standard_normal(net.num_parameters) / 2
+    return net, plain, x, y
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request):
+    net, plain, x, y = build(request.param)
+    dense = oracles.dense_derivatives(net.model, plain, x, y)
+    V = np.random.default_rng(8).standard_normal((net.num_parameters, 3))
+    return request.param, net, x, y, dense, V
+
+
+# The tape in float64 against the tape in float64: only the order of additions differs.
+ROUNDING = 1e-12
+
+
+def test_losses_and_gradients_are_those_of_the_plain_model(case):
+    _, net, x, y, dense, _ = case
+    assert relative_error(net.losses(x, y), dense.losses) < ROUNDING
+    assert relative_error(net.gradients(x, y), dense.gradients) < ROUNDING
+    assert relative_error(net.gradient(x, y), dense.gradients.mean(axis=0)) < ROUNDING
+    loss, gradient = net.loss_and_gradient(x, y)
+    assert abs(loss - dense.losses.mean()) < ROUNDING * abs(loss)
+    assert relative_error(gradient, dense.gradients.mean(axis=0)) < ROUNDING
+    assert relative_error(net.outputs(x), net.model(x, training=False).numpy()) < ROUNDING
+
+
+def test_second_derivatives_are_those_of_the_plain_model(case):
+    kind, net, x, y, dense, V = case
+    assert relative_error(net.hvp(x, y, V), dense.hessian @ V) < ROUNDING
+    assert relative_error(net.hvp(x, y, V[:, 0]), dense.hessian @ V[:, 0]) < ROUNDING
+    assert relative_error(net.directional(x, y, V), dense.gradients @ V) < ROUNDING
+    assert relative_error(net.directional(x, y, V[:, 0]), dense.gradients @ V[:, 0]) < ROUNDING
+    if net.loss.from_logits:
+        assert relative_error(net.gauss_newton_product(x, y, V), dense.gauss_newton @ V) < ROUNDING
+        product = net.gauss_newton_product(x, y, V[:, 0])
+        assert relative_error(product, dense.gauss_newton @ V[:, 0]) < ROUNDING
+
+
+def test_every_result_has_the_dtype_of_theta(case):
+    _, net, x, y, _, V = case
+    results = [net.theta, net.losses(x, y), net.gradients(x, y), net.hvp(x, y, V.astype("f4"))]
+    assert {r.dtype for r in results} == {np.dtype("float64")}
+
+
+@pytest.mark.parametrize("kind", ["two_inputs_to_probabilities", "batch_norm_dropout_frozen"])
+def test_float32_models_answer_in_float32(kind):
+    net, plain, x, y = build(kind, "float32")
+    x = {k: v.astype("f4") for k, v in x.items()} if isinstance(x, dict) else x.astype("f4")
+    dense = oracles.dense_derivatives(net.model, plain, x, y)
+    V = np.random.default_rng(8).standard_normal((net.num_parameters, 2))
+    results = [
+        (net.losses(x, y), dense.losses),
+        (net.gradients(x, y), dense.gradients),
+        (net.hvp(x, y, V), dense.hessian @ V),
+        (net.directional(x, y, V), dense.gradients @ V),
+    ]
+    for got, expected in results:
+        assert got.dtype == np.float32
+        assert relative_error(got, expected) < 1e-4  # float32: 6e-8 times a few hundred additions
+
+
+def test_float64_data_into_a_float32_model_is_rounded_not_refused():
+    net = dense_net(1, 3, "mse", dtype="float32")
+    x, y = np.eye(3), np.ones(3)
+    net.theta = np.arange(4.0)
+    np.testing.assert_array_equal(net.losses(x, y), [(0 + 3 - 1) ** 2, 9, 16])
+    assert net.losses(x, y).dtype == np.float32
+
+
+# --- finite differences, of values that Keras computes by itself ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tanh():
+    """A network, two inputs, and its plain losses and gradients as functions of theta and x."""
+    net, examples = tanh_net()
+    twin, _ = tanh_net()  # moved about here, so that the net never is
+
+    def losses(theta, x=examples.x):
+        twin.theta = theta
+        return squares(examples.y, twin.model(x)).numpy()
+
+    def gradients(theta, x=examples.x):
+        """Of the mean loss by theta, and of each loss by its own x."""
+        twin.theta = theta
+        x = tf.constant(x)
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            values = squares(examples.y, twin.model(x))
+            mean, total = tf.reduce_mean(values), tf.reduce_sum(values)
+        by_theta = [np.ravel(g) for g in tape.gradient(mean, twin.model.trainable_weights)]
+        return np.concatenate(by_theta), tape.gradient(total, x).numpy()
+
+    V = np.random.default_rng(1).standard_normal((net.num_parameters, 2))
+    return net, examples, losses, gradients, V
+
+
+# Central differences of fourth order: about 1e-10 here, and 1e-6 is what must be reached.
+
+
+def test_directional_against_differences_of_losses(tanh):
+    net, examples, losses, _, V = tanh
+    for v in V.T:
+        expected = oracles.central_difference(losses, net.theta, v)
+        assert relative_error(net.directional(examples.x, examples.y, v), expected) < 1e-8
+
+
+def test_gradient_against_differences_of_losses(tanh):
+    net, examples, losses, _, V = tanh
+    for v in V.T:
+        expected = oracles.central_difference(lambda t: losses(t).mean(), net.theta, v)
+        assert abs(net.gradient(examples.x, examples.y) @ v - expected) < 1e-8 * abs(expected)
+
+
+def test_hvp_against_differences_of_gradients(tanh):
+    net, examples, _, gradients, V = tanh
+    for v in V.T:
+        expected = oracles.central_difference(lambda t: gradients(t)[0], net.theta, v)
+        assert relative_error(net.hvp(examples.x, examples.y, v), expected) < 1e-8
+
+
+def test_input_gradient_against_differences_of_gradients(tanh):
+    net, examples, _, gradients, V = tanh
+    for v in V.T:
+        expected = oracles.central_difference(lambda t: gradients(t)[1], net.theta, v)
+        assert relative_error(net.input_gradient(examples.x, examples.y, v), expected) < 1e-8
+
+
+def test_input_gradient_has_the_structure_of_x():
+    net, _, x, y = build("two_inputs_to_probabilities")
+    v = np.random.default_rng(2).standard_normal(net.num_parameters)
+    got = net.input_gradient(x, y, v)
+    assert set(got) == {"a", "b"}
+    for name in x:
+        for i, j in [(0, 0), (4, 1)]:
+            one = np.zeros_like(x[name])
+            one[i, j] = 1.0
+            expected = oracles.central_difference(
+                lambda part, name=name: net.directional({**x, name: part}, y, v)[i], x[name], one
+            )
+            assert abs(got[name][i, j] - expected) < 1e-8 * abs(expected)
+
+
+# --- other parameter vectors -----------------------------------------------------------------------
+
+
+def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
+    net, examples, losses, gradients, V = tanh
+    x, y = examples.x, examples.y
+    thetas = net.theta[:, None] + V
+    assert relative_error(net.losses(x, y, thetas), np.stack([losses(t) for t in thetas.T], 1)) < (
+        ROUNDING
+    )
+    expected = np.stack([gradients(t)[0] for t in thetas.T], axis=1)
+    assert relative_error(net.gradient(x, y, thetas), expected) < ROUNDING
+    each = net.gradients(x[:2], y[:2], thetas)
+    expected = [net.gradients(x[i : i + 1], y[i : i + 1], thetas[:, [i]])[0] for i in range(2)]
+    assert relative_error(each, np.stack(expected)) < ROUNDING
+    v = V[:, 0]
+    slope = oracles.central_difference(lambda t: losses(t)[1], thetas[:, 1], v)
+    assert abs(each[1] @ v - slope) < 1e-8 * abs(slope)
+
+
+def test_hvp_each_is_hvp_batch_by_batch(tanh):
+    net, examples, *_ = tanh
+    rows = np.array([[0, 3], [5, 5], [1, 2]])
+    V = np.random.default_rng(3).standard_normal((3, net.num_parameters, 2))
+    got = net.hvp_each(examples.x[rows], examples.y[rows], V)
+    expected = [net.hvp(examples.x[r], examples.y[r], v) for r, v in zip(rows, V, strict=True)]
+    assert relative_error(got, np.stack(expected)) < ROUNDING
+
+
+def test_hvp_each_of_dicts():
+    net, _, x, y = build("two_inputs_to_probabilities")
+    rows = np.array([[0, 3], [5, 1]])
+    V = np.random.default_rng(3).standard_normal((2, net.num_parameters, 1))
+    take = lambda r: {k: v[r] for k, v in x.items()}  # noqa: E731
+    got = net.hvp_each(take(rows), y[rows], V)
+    expected = [net.hvp(take(r), y[r], v) for r, v in zip(rows, V, strict=True)]
+    assert relative_error(got, np.stack(expected)) < ROUNDING
+
+
+# --- theta, penalty, risk ---------------------------------------------------------------------------
+
+
+def test_theta_is_the_trainable_weights_in_their_order():
+    net, *_ = build("batch_norm_dropout_frozen")
+    model = net.model
+    names = [w.path.split("/")[-1] for w in model.trainable_weights]
+    assert names == ["gamma", "beta", "kernel", "bias", "kernel", "bias"]  # "frozen" is left out
+    theta = np.arange(float(net.num_parameters))
+    net.theta = theta
+    np.testing.assert_array_equal(net.theta, theta)
+    flat = np.concatenate([np.ravel(w) for w in model.get_layer(index=-1).get_weights()])
+    np.testing.assert_array_equal(flat, theta[-len(flat) :])
+    np.testing.assert_array_equal(model.layers[1].gamma, theta[:2])
+
+
+@pytest.mark.parametrize(
+    ("theta", "message"),
+    [
+        (np.zeros(5), r"theta must have shape \(4,\), got \(5,\)"),
+        (np.zeros((4, 1)), r"theta must have shape \(4,\), got \(4, 1\)"),
+        ([0, 1, np.nan, 3], "theta must be finite, got nan at position 2"),
+        ([np.inf, 1, 2, 3], "theta must be finite, got inf at position 0"),
+    ],
+)
+def test_bad_theta(theta, message):
+    net = dense_net(1, 3, "mse")
+    before = net.theta
+    with pytest.raises(ValueError, match=message):
+        net.theta = theta
+    np.testing.assert_array_equal(net.theta, before)
+
+
+@pytest.fixture(scope="module")
+def penalised():
+    """L1L2 on one layer, L2 on another's bias, one layer without."""
+    R = keras.regularizers
+    model = keras.Sequential(
+        [
+            keras.Input((2,), dtype="float64"),
+            L.Dense(2, dtype="float64", kernel_regularizer=R.L1L2(0.3, 0.2)),
+            L.Dense(1, dtype="float64", bias_regularizer=R.L2(0.7)),
+        ]
+    )
+    net = GenericNeuralNet(model, "mse")
+    net.theta = np.array([1.0, -2, 3, -4, 5, 6, 7, 8, -9])
+    return net
+
+
+def test_penalty_is_the_sum_of_the_models_regularisers(penalised):
+    net, k = penalised, np.array([1.0, -2, 3, -4])
+    assert net.penalty() == pytest.approx(0.3 * 10 + 0.2 * 30 + 0.7 * 81, rel=1e-14)
+    assert net.penalty() == pytest.approx(float(sum(net.model.losses)), rel=1e-14)
+    gradient = np.r_[0.3 * np.sign(k) + 0.4 * k, np.zeros(4), 1.4 * -9]
+    np.testing.assert_allclose(net.penalty_gradient(), gradient, rtol=1e-14)
+    thetas = np.stack([net.theta, 2 * net.theta], axis=1)
+    twice = np.r_[0.3 * np.sign(k) + 0.8 * k, np.zeros(4), 1.4 * -18]
+    np.testing.assert_allclose(net.penalty_gradient(thetas), np.stack([gradient, twice], 1))
+    hessian = np.r_[np.full(4, 0.4), np.zeros(4), 1.4]
+    np.testing.assert_allclose(net.penalty_hvp(np.eye(9)), np.diag(hessian), rtol=1e-14)
+    np.testing.assert_allclose(net.penalty_hvp(np.ones(9)), hessian, rtol=1e-14)
+
+
+def test_penalty_of_a_frozen_layer_is_no_part_of_the_risk(penalised):
+    model = keras.models.clone_model(penalised.model)
+    model.layers[0].trainable = False
+    net = GenericNeuralNet(model, "mse")
+    net.theta = np.array([1.0, 1, 3])
+    assert net.penalty() == pytest.approx(0.7 * 9)
+
+
+def test_a_model_without_regularisers_has_no_penalty(tanh):
+    net, *_ = tanh
+    assert net.penalty() == 0
+    np.testing.assert_array_equal(net.penalty_gradient(), np.zeros(net.num_parameters))
+    np.testing.assert_array_equal(net.penalty_hvp(np.ones(net.num_parameters)), 0)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return ridge()
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 7, 39, 40, 64])
+def test_risk_is_that_of_the_closed_form_for_every_batch_size(linear, batch_size):
+    net, oracle, theta = linear.net, linear.oracle, linear.theta
+    thetas = theta[:, None] + np.random.default_rng(0).standard_normal((5, 2))
+    expected = np.stack([oracle.gradient(t) for t in thetas.T], axis=1)
+    assert net.risk(linear.train, batch_size) == pytest.approx(oracle.value(theta), rel=1e-12)
+    got = net.risk_gradient(linear.train, thetas, batch_size)
+    assert relative_error(got, expected) < ROUNDING
+    moved = np.array([0.5, -1, 2, 0, 1])
+    try:
+        net.theta = theta + moved
+        value, gradient = net.risk_and_gradient(linear.train, batch_size)
+        alone = net.risk_gradient(linear.train, batch_size=batch_size)
+    finally:
+        net.theta = theta
+    assert value == pytest.approx(oracle.value(theta + moved), rel=1e-12)
+    assert relative_error(gradient, oracle.gradient(theta + moved)) < ROUNDING
+    assert relative_error(alone, oracle.gradient(theta + moved)) < ROUNDING
+
+
+def test_rows_per_batch_bounds_memory(tanh, monkeypatch):
+    net, examples, *_ = tanh
+    assert net.rows_per_batch(examples) == len(examples)
+    monkeypatch.setattr("influence.net._BYTES_PER_PASS", 10_000)
+    few = net.rows_per_batch(examples)
+    assert 1 <= net.rows_per_batch(examples, 50) < few < len(examples)
+    assert net.risk(examples) == pytest.approx(net.risk(examples, 20), rel=1e-13)
+
+
+def test_no_closed_form_is_known(tanh):
+    net, examples, *_ = tanh
+    assert net.hessian(examples) is None and not net.convex
+
+
+# --- fit ----------------------------------------------------------------------------------------------
+
+
+def test_fit_reaches_the_exact_minimum():
+    problem = ridge()
+    theta = problem.oracle.minimum(problem.theta)
+    problem.net.theta = np.zeros(5)
+    assert problem.net.fit(problem.train, gradient_tolerance=1e-7) is problem.net
+    assert np.linalg.norm(problem.oracle.gradient(problem.theta)) <= 1e-7
+    # |theta - minimum| <= |gradient| / smallest eigenvalue.
+    smallest = np.linalg.eigvalsh(problem.oracle.hessian(theta))[0]
+    assert np.linalg.norm(problem.theta - theta) <= 1e-7 / smallest
+
+
+def test_fit_says_when_it_stops_early():
+    problem = ridge()
+    problem.net.theta = np.zeros(5)
+    with pytest.warns(ConvergenceWarning, match="L-BFGS stopped at a gradient norm of .* after 2"):
+        problem.net.fit(problem.train, gradient_tolerance=1e-9, max_iterations=2)
+
+
+# --- sparse rows and memmaps ---------------------------------------------------------------------------
+
+
+def test_sparse_rows_and_memmaps_give_the_numbers_of_dense_arrays(linear, tmp_path):
+    net, x, y = linear.net, linear.train.x, linear.train.y
+    stored = np.memmap(tmp_path / "x", np.float64, "w+", shape=x.shape)
+    stored[:] = x
+    V = np.random.default_rng(0).standard_normal((5, 2))
+    for other in (scipy.sparse.csr_matrix(x), stored):
+        np.testing.assert_array_equal(net.losses(other, y), net.losses(x, y))
+        np.testing.assert_array_equal(net.hvp(other, y, V), net.hvp(x, y, V))
+        np.testing.assert_array_equal(net.directional(other, y, V), net.directional(x, y, V))
+
+
+# --- the model is left as it was -------------------------------------------------------------------------
+
+
+def state(model):
+    layers = [(layer.name, layer.trainable) for layer in model._flatten_layers()]
+    compiled = (model.optimizer, model.loss, model.compiled, model.train_function)
+    return [np.array(v) for v in model.variables], layers, compiled
+
+
+def test_no_question_changes_the_model():
+    net, _, x, y = build("batch_norm_dropout_frozen")
+    model = net.model
+    model.compile("adam", loss="mse", metrics=["mae"])
+    variables, layers, compiled = state(model)
+    V = np.ones((net.num_parameters, 2))
+    thetas = np.zeros((net.num_parameters, 2))
+    examples = Examples(x, y)
+    net.validate(examples, "train")
+    for answer in (
+        net.outputs(x),
+        net.losses(x, y),
+        net.losses(x, y, thetas),
+        net.gradient(x, y),
+        net.gradients(x, y),
+        net.loss_and_gradient(x, y)[1],
+        net.hvp(x, y, V),
+        net.hvp_each(x[:4].reshape(2, 2, 5, 5, 1), y[:4].reshape(2, 2), np.stack([V, V])),
+        net.gauss_newton_product(x, y, V),
+        net.directional(x, y, V),
+        net.input_gradient(x, y, V[:, 0]),
+        net.penalty_gradient(),
+        net.penalty_hvp(V),
+        net.risk_gradient(examples),
+    ):
+        assert np.isfinite(answer).all()
+    after, layers_after, compiled_after = state(model)
+    for a, b in zip(after, variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert layers_after == layers and compiled_after == compiled
+    assert model.variables and all(isinstance(v, keras.Variable) for v in model.variables)
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+def unbuilt():
+    return keras.Sequential([L.Dense(1)])
+
+
+def nothing_trainable():
+    model = keras.Sequential([keras.Input((2,)), L.Dense(1)], name="all_frozen")
+    model.trainable = False
+    return model
+
+
+def activity_regularised():
+    regulariser = keras.regularizers.L2(0.1)
+    return keras.Sequential(
+        [keras.Input((2,)), L.Dense(1, activity_regularizer=regulariser, name="active")]
+    )
+
+
+def mixed_dtypes():
+    return keras.Sequential(
+        [keras.Input((2,)), L.Dense(1, dtype="float32"), L.Dense(1, dtype="float64")]
+    )
+
+
+def rounded_input():
+    return keras.Sequential([keras.Input((2,), name="rounding"), L.Dense(1, dtype="float64")])
+
+
+def looping():
+    return keras.Sequential([keras.Input((3, 2)), L.Bidirectional(L.LSTM(1), name="two_ways")])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: "model.keras", TypeError, r"^model must be a keras\.Model, got str\.$"),
+        (unbuilt, ValueError, "^model must be built, got the unbuilt 'sequential.*call it on a"),
+        (nothing_trainable, ValueError, "^model must have a trainable weight, got none in 'all_f"),
+        (activity_regularised, ValueError, "^model must have no activity regulariser, got one on "
+         "layer 'active'"),
+        (mixed_dtypes, TypeError, "^model must have trainable weights of one dtype, got float32, "
+         "float64"),
+        (rounded_input, ValueError, "^model must not round its input, got float64 weights behind "
+         "the float32 input 'rounding'"),
+        (looping, ValueError, "^model must have its recurrent layers unrolled, got the loop of "
+         "layer '(forward|backward)_lstm.*use unroll=True"),
+    ],
+)  # fmt: skip
+def test_models_that_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        GenericNeuralNet(make(), "mse")
+
+
+def test_a_net_needs_a_loss():
+    with pytest.raises(ValueError, match="loss must be given for a model that is not compiled"):
+        GenericNeuralNet(keras.Sequential([keras.Input((2,)), L.Dense(1)]))
+    model = keras.Sequential([keras.Input((2,)), L.Dense(1)])
+    model.compile(loss="mse")
+    assert GenericNeuralNet(model).loss.name == "mean_squared_error"
+
+
+class TwoOutputs(keras.Model):
+    def __init__(self):
+        super().__init__(name="two")
+        self.a, self.b = L.Dense(1), L.Dense(1)
+
+    def call(self, x):
+        return self.a(x), self.b(x)
+
+
+class AddsLoss(keras.Model):
+    def __init__(self):
+        super().__init__(name="adds")
+        self.a = L.Dense(1)
+
+    def call(self, x):
+        self.add_loss(tf.reduce_sum(x))
+        return self.a(x)
+
+
+class MixesRows(keras.Model):
+    def __init__(self):
+        super().__init__(name="mixes")
+        self.a = L.Dense(1)
+
+    def call(self, x):
+        return self.a(x - tf.reduce_mean(x, axis=0))
+
+
+def built(kind):
+    model = kind()
+    model(np.zeros((1, 2), np.float32))
+    return model
+
+
+FLAT = np.arange(8, dtype=np.float32).reshape(4, 2)
+REAL = np.array([1.0, -2, 3, 0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "y", "message"),
+    [
+        (TwoOutputs, "mse", REAL, "^model must have one output, got a tuple from 'two'"),
+        (AddsLoss, "mse", REAL, "^model must not add losses of its own, got 1 by add_loss in 'add"),
+        (MixesRows, "mse", REAL, "^loss must depend on its own row alone, got .* for row 0 of tra"),
+        (
+            lambda: built_dense(1),
+            lambda y, output: tf.reduce_mean((y - output) ** 2, axis=-1),  # (n,) - (n, 1)
+            REAL,
+            r"^loss must depend on its own row alone, .*labels of shape \(3,\) broadcast against "
+            r"outputs of shape \(3, 1\)",
+        ),
+        (
+            lambda: built_dense(1),
+            lambda y, output: tf.reduce_mean((y[:, None] - output) ** 2),
+            REAL,
+            r"^loss must give one number per example, got shape \(\) from '<lambda>' for 3 examples"
+            " of train; leave out the mean or sum",
+        ),
+        (
+            lambda: built_dense(1),
+            lambda y, output: (y[:, None] - output) ** 2,
+            REAL,
+            r"^loss must give one number per example, got shape \(3, 1\)",
+        ),
+        (
+            lambda: built_dense(3),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            [0, 1, 2, 3],
+            r"^train\.y must hold class numbers 0 to 2, got 3 in row 3",
+        ),
+        (
+            lambda: built_dense(2),
+            keras.losses.CategoricalCrossentropy(from_logits=True),
+            np.eye(3, dtype=np.float32)[[0, 1, 2, 0]],
+            r"^train\.y does not fit the loss 'categorical_crossentropy': labels of shape \(3, 3\),"
+            r" dtype float32, against outputs of shape \(3, 2\)",
+        ),
+        (
+            lambda: built_dense(3),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            np.eye(3, dtype=int)[[0, 1, 2, 0]],
+            r"^train\.y does not fit the loss 'sparse_categorical_crossentropy': labels of shape",
+        ),
+    ],
+)
+def test_sets_and_losses_that_do_not_fit(make, loss, y, message):
+    made = make()
+    if isinstance(made, keras.Model) and not made.built:
+        made(FLAT[:1])
+    with pytest.raises(ValueError, match=message):
+        GenericNeuralNet(made, loss).validate(Examples(FLAT, y), "train")
+
+
+def built_dense(units):
+    return keras.Sequential([keras.Input((2,)), L.Dense(units)], name="small")
+
+
+def test_inputs_that_do_not_fit():
+    one = GenericNeuralNet(built_dense(1), "mse")
+    two = build("two_inputs_to_probabilities")[0]
+    undeclared = GenericNeuralNet(built(MixesRows), "mse")
+    y = np.array([0, 1, 2, 0])
+    x = np.ones((4, 3))
+    for net, given, message in (
+        (one, x, r"^train\.x must have rows of shape \(2,\) for model 'small', got \(3,\)"),
+        (one, np.ones((4, 2, 1)), r"^train\.x must have rows of shape \(2,\) .*got \(2, 1\)"),
+        (one, scipy.sparse.csr_matrix(x), r"^train\.x must have rows of shape \(2,\)"),
+        (two, x, r"^train\.x must be a dict with the model's inputs \['a', 'b'\], got one array"),
+        (two, {"a": x, "c": x}, r"^train\.x must have the model's inputs \['a', 'b'\], got \['a',"),
+        (two, {"a": x, "b": x}, r"^train\.x\['b'\] must have rows of shape \(2,\) for model"),
+        (undeclared, x, r"^train\.x does not fit the model 'mixes', got x: float32 \(3, 3\)"),
+        (undeclared, {"a": x}, r"^train\.x does not fit the model 'mixes', got a: float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.validate(Examples(given, y), "train")
+    with pytest.raises(TypeError, match=r"^train must be Examples\(x, y\), got tuple"):
+        one.validate((x, y), "train")
+
+
+def test_vectors_that_do_not_fit(tanh):
+    net, examples, *_ = tanh
+    x, y = examples.x, examples.y
+    with pytest.raises(ValueError, match=r"^V must have shape \(21,\) or \(21, m\), got \(20,\)"):
+        net.hvp(x, y, np.ones(20))
+    with pytest.raises(ValueError, match=r"^V must .* got \(21, 1, 1\)"):
+        net.directional(x, y, np.ones((21, 1, 1)))
+    with pytest.raises(ValueError, match=r"^v must have shape \(21,\), got \(21, 2\)"):
+        net.input_gradient(x, y, np.ones((21, 2)))
+    with pytest.raises(ValueError, match=r"^thetas must have shape"):
+        net.losses(x, y, np.ones((3, 21)))
+
+
+def test_integers_have_no_input_gradient():
+    net, _, x, y = build("embedded_integers")
+    with pytest.raises(TypeError, match="^x must be floating to be differentiated, got int64"):
+        net.input_gradient(x, y, net.theta)
+    two = build("two_inputs_to_probabilities")[0]
+    x = {"a": np.ones((2, 3)), "b": np.ones((2, 2), int)}
+    with pytest.raises(TypeError, match=r"^x\['b'\] must be floating to be differentiated"):
+        two.input_gradient(x, np.zeros(2, int), two.theta)
+
+
+def test_gauss_newton_refuses_probabilities():
+    net, _, x, y = build("two_inputs_to_probabilities")
+    with pytest.raises(ValueError, match="^loss must take logits for a Gauss-Newton matrix, got "
+                       "'sparse_categorical_crossentropy' of probabilities"):  # fmt: skip
+        net.gauss_newton_product(x, y, net.theta)
