@@ -2,6 +2,7 @@
 
 from influence.convergence import ConvergenceWarning, DivergenceError
 from influence.examples import Examples
+from influence.models.hinge import SmoothHinge
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.net import GenericNeuralNet
 from influence.operators import GaussNewton, Hessian
@@ -24,6 +25,7 @@ __all__ = [
     "MulticlassLogisticRegression",
     "Refits",
     "Scores",
+    "SmoothHinge",
     "Solution",
     "leave_one_out",
     "prepare",

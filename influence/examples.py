@@ -46,6 +46,20 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
     return array.astype(np.int64)
 
 
+def check_differentiable(x: Any) -> None:
+    """Refuse inputs that have no derivative.
+
+    Args:
+      x: an array, or a dict of them.
+
+    Raises: TypeError naming the array that is not floating.
+    """
+    parts = {f"x[{k!r}]": p for k, p in x.items()} if isinstance(x, Mapping) else {"x": x}
+    for name, part in parts.items():
+        if part.dtype.kind != "f":
+            raise TypeError(f"{name} must be floating to be differentiated, got {part.dtype}.")
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Rows of inputs and labels; immutable.
@@ -129,6 +143,9 @@ class Examples:
         size = len(self) if size is None else size
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise ValueError(f"size must be a positive integer, got {size!r}.")
+        if size >= len(self):  # a slice of sparse rows would copy them
+            yield self.x, self.y
+            return
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield _select(self.x, part), self.y[part]

@@ -6,15 +6,16 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.layers import InputLayer
 
 
 def check_model(model: Any) -> None:
     """Refuse a model whose risk would not be what its owner believes.
 
     Raises: TypeError for something else than a Keras model or for trainable weights of several
-      dtypes; ValueError for a model that is unbuilt, has no trainable weight, has an activity
-      regulariser or a recurrent layer that is not unrolled, or has float64 weights behind an input
-      that rounds to float32.
+      dtypes, or of one that is neither float32 nor float64; ValueError for a model that is unbuilt,
+      has no trainable weight, has an activity regulariser, or computes in another dtype than its
+      weights'.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}.")
@@ -30,17 +31,23 @@ def check_model(model: Any) -> None:
     dtypes = sorted({str(w.dtype) for w in model.trainable_weights})
     if len(dtypes) > 1:
         raise TypeError(f"model must have trainable weights of one dtype, got {', '.join(dtypes)}.")
+    if dtypes[0] not in ("float32", "float64"):
+        raise TypeError(f"model must have float32 or float64 weights, got {dtypes[0]}.")
     for layer in model._flatten_layers():
         if getattr(layer, "activity_regularizer", None) is not None:
             raise ValueError(
                 f"model must have no activity regulariser, got one on layer {layer.name!r}: it "
                 "depends on x, so it belongs in the loss."
             )
-        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+        computes = str(layer.compute_dtype)
+        # Sequential and functional models only pass tensors on to their layers.
+        containers = InputLayer | keras.Sequential
+        passes_on = isinstance(layer, containers) or not layer._convert_input_args
+        if not passes_on and "float" in computes and computes != dtypes[0]:
             raise ValueError(
-                f"model must have its recurrent layers unrolled, got the loop of layer "
-                f"{layer.name!r}, which TensorFlow cannot differentiate twice for many vectors; "
-                "use unroll=True."
+                f"model must compute in the dtype of its weights, {dtypes[0]}, got {computes} in "
+                f"layer {layer.name!r}, whose rounding the derivatives would inherit; give every "
+                f"layer dtype={dtypes[0]!r}."
             )
     for tensor in getattr(model, "inputs", None) or []:
         if dtypes == ["float64"] and str(tensor.dtype) in ("float32", "float16", "bfloat16"):
@@ -58,7 +65,12 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
     declared = getattr(model, "inputs", None)
     if not declared:
         return
-    wanted = {tensor.name: tensor for tensor in declared}
+    try:  # the dict that the model was made with, whose keys Keras matches
+        structure = model.input
+    except (AttributeError, ValueError):
+        structure = None
+    by_key = isinstance(structure, dict)
+    wanted = structure if by_key else {tensor.name: tensor for tensor in declared}
     if isinstance(x, dict):
         if set(x) != set(wanted):
             raise ValueError(

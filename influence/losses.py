@@ -31,18 +31,27 @@ class PerExampleLoss:
       keras_function: the Keras loss function underneath, None for a user's callable.
       from_logits: False for a cross-entropy of probabilities; True wherever the curvature at the
         model's output is that of the negative log-likelihood, as far as can be known.
+      labels: the only labels it has a meaning for, from the loss's own attribute `labels`; None
+        where it does not say.
     """
 
     name: str
     function: Callable[[Any, Any], Any]
     keras_function: Any = None
     from_logits: bool = True
+    labels: tuple | None = None
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels that this loss has no meaning for.
 
         Raises: ValueError naming `name`, the label and the range.
         """
+        if self.labels is not None:
+            wrong = ~np.isin(y, self.labels)
+            if wrong.any():
+                row = np.argwhere(wrong)[0][0]
+                what = " or ".join(map(str, self.labels))
+                raise ValueError(f"{name}.y must hold labels {what}, got {y[row]} in row {row}.")
         if self.keras_function in _CLASS_NUMBERS:
             num_classes = output_shape[-1]
             if y.dtype.kind not in "iub" and (y != np.round(y)).any():
@@ -56,6 +65,17 @@ class PerExampleLoss:
         if outside.any():
             row = np.argwhere(outside)[0][0]
             raise ValueError(f"{name}.y must hold {what}, got {y[row]} in row {row}.")
+
+    def check_logits(self) -> None:
+        """Refuse a cross-entropy of probabilities where a Gauss-Newton matrix is asked for.
+
+        Raises: ValueError.
+        """
+        if not self.from_logits:
+            raise ValueError(
+                f"loss must take logits for a Gauss-Newton matrix, got {self.name!r} of "
+                "probabilities; drop the model's last softmax or sigmoid and use from_logits=True."
+            )
 
 
 def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
@@ -91,9 +111,10 @@ def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
         call = _aligned(loss.call) if _is_keras_own(type(loss)) else loss.call
         return PerExampleLoss(
             loss.name or type(loss).__name__,
-            lambda y, output: _mean_over_rest(call(y, output)),
+            lambda y, output: _mean_over_rest(call(_as_keras(y, output, function), output)),
             function,
             function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
+            getattr(loss, "labels", None),
         )
     if not callable(loss) or isinstance(loss, type):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
@@ -108,6 +129,11 @@ def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
             loss not in _FROM_LOGITS,
         )  # fmt: skip
     return PerExampleLoss(name, loss)
+
+
+def _as_keras(y: Any, output: Any, function: Any) -> Any:
+    """Labels as Keras hands them to `Loss.call`, floating, but not rounded to float32."""
+    return y if function in _CLASS_NUMBERS else tf.cast(y, output.dtype)
 
 
 def _is_keras_own(thing: Any) -> bool:

@@ -16,15 +16,15 @@ from typing import Any
 import keras
 import numpy as np
 import scipy.optimize
-import scipy.sparse
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence import tape
 from influence.convergence import warn_unconverged
-from influence.examples import Examples
+from influence.examples import Examples, check_differentiable
 from influence.keras_model import check_inputs, check_model, check_output
 from influence.losses import per_example
+from influence.traced import Traced, like
 
 _BYTES_PER_PASS = 1 << 30  # what the activations of one batch may take
 _PROBE_ROWS = 3
@@ -42,7 +42,7 @@ class GenericNeuralNet:
 
     Attributes:
       model: the Keras model, shared, not copied.
-      convex: True if the risk is known to be strictly convex in theta.
+      convex: True if the risk is known to be smooth and strictly convex in theta.
       dtype: of theta and of every result.
 
     Raises: TypeError for something else than a Keras model or mixed weight dtypes; ValueError for a
@@ -56,23 +56,18 @@ class GenericNeuralNet:
         check_model(model)
         self.model = model
         self.loss = per_example(loss, model)
-        self.dtype = np.dtype(model.trainable_weights[0].dtype)
-        self._sizes = [int(np.prod(w.shape)) for w in model.trainable_weights]
-        self._functions: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict:
-        """Traced functions stay in the process; the loss and the model travel."""
-        return {**self.__dict__, "_functions": {}}
+        self._tf = Traced(model, self.loss)
+        self.dtype = self._tf.dtype
 
     @property
     def num_parameters(self) -> int:
         """The length of theta, d."""
-        return sum(self._sizes)
+        return sum(self._tf.sizes)
 
     @property
     def theta(self) -> NDArray:
         """(d,) the trainable weights, flattened in the order of `model.trainable_weights`."""
-        return np.concatenate([np.ravel(w.numpy()) for w in self.model.trainable_weights])
+        return np.concatenate([np.ravel(w.numpy()) for w in self._tf.weights])
 
     @theta.setter
     def theta(self, value: NDArray) -> None:
@@ -84,15 +79,16 @@ class GenericNeuralNet:
                 f"theta must be finite, got {value[~np.isfinite(value)][0]} at position "
                 f"{np.flatnonzero(~np.isfinite(value))[0]}."
             )
-        ends = np.cumsum(self._sizes)[:-1]
-        for weight, part in zip(self.model.trainable_weights, np.split(value, ends), strict=True):
+        ends = np.cumsum(self._tf.sizes)[:-1]
+        for weight, part in zip(self._tf.weights, np.split(value, ends), strict=True):
             weight.assign(part.reshape(weight.shape).astype(self.dtype))
 
     # --- questions about one batch -----------------------------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
         """What the model answers for a batch, in inference mode: (n, ...)."""
-        return self._run("outputs", self._output, self._theta(), self._x(x))
+        t = self._tf
+        return t.run("outputs", t.output, t.theta(), t.inputs(x))
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """The data term of each example, without the penalty.
@@ -104,7 +100,7 @@ class GenericNeuralNet:
 
         Returns: (n,), or (n, k) with `thetas`; nats for log losses.
         """
-        return self._at("losses", self._losses, thetas, *self._xy(x, y))
+        return self._at("losses", self._tf.losses, thetas, x, y)
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Gradient of the batch's mean loss, without the penalty.
@@ -113,17 +109,18 @@ class GenericNeuralNet:
         """
 
         def mean_gradient(theta, x, y):
-            return tape.gradient(tape.mean_loss(self._losses, x, y), theta)
+            return tape.gradient(tape.mean_loss(self._tf.losses, x, y), theta)
 
-        return self._at("gradient", mean_gradient, thetas, *self._xy(x, y))
+        return self._at("gradient", mean_gradient, thetas, x, y)
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
         """The batch's mean loss and its gradient from one pass, without the penalty: (), (d,)."""
 
         def both(theta, x, y):
-            return tape.value_and_gradient(tape.mean_loss(self._losses, x, y), theta)
+            return tape.value_and_gradient(tape.mean_loss(self._tf.losses, x, y), theta)
 
-        loss, gradient = self._run("loss_and_gradient", both, self._theta(), *self._xy(x, y))
+        t = self._tf
+        loss, gradient = t.run("both", both, t.theta(), t.inputs(x), t.tensor(y))
         return float(loss), gradient
 
     def gradients(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
@@ -139,13 +136,12 @@ class GenericNeuralNet:
         Returns: (n, d).
         """
         if thetas is None:
-            thetas = np.repeat(self.theta[:, None], len(y), axis=1)
-        return self._run(
-            "gradients",
-            partial(tape.gradients, self._losses),
-            self._block(thetas, "thetas"),
-            *self._xy(x, y),
-        )
+            return self._mapped("gradients", tape.gradients, x, y)
+
+        def at_each(losses, each, theta, x, y, thetas):
+            return tape.gradients_at(losses, each, thetas, x, y)
+
+        return self._mapped("gradients at", at_each, x, y, self._tf.rows(thetas, "thetas"))
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Products of the Hessian of the batch's mean loss with m vectors, in one pass.
@@ -159,9 +155,7 @@ class GenericNeuralNet:
 
         Returns: the shape of V.
         """
-        rows = self._block(V, "V")
-        function = partial(tape.hvp, self._losses)
-        return _like(self._run("hvp", function, self._theta(), *self._xy(x, y), rows), V)
+        return like(self._mapped("hvp", tape.hvp, x, y, self._tf.rows(V, "V")), V)
 
     def hvp_each(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Hessian products of r small batches, each with its own vectors.
@@ -173,18 +167,12 @@ class GenericNeuralNet:
 
         Returns: (r, d, m): batch j's mean-loss Hessian times V[j].
         """
-        num_batches, num_parameters, num_vectors = V.shape
-        again = partial(np.repeat, repeats=num_vectors, axis=0)
-        x = {k: again(v) for k, v in x.items()} if isinstance(x, dict) else again(x)
-        flat = np.moveaxis(V, 2, 1).reshape(-1, num_parameters)
-        products = self._run(
-            "hvp_each",
-            partial(tape.hvp_each, self._losses),
-            self._theta(),
-            *self._xy(x, again(y)),
-            self._block(flat.T, "V"),
-        )
-        return np.moveaxis(products.reshape(num_batches, num_vectors, -1), 1, 2)
+        t = self._tf
+        x, y = t.inputs(x), t.tensor(y)
+        first = tf.nest.map_structure(lambda part: part[0], (x, y))
+        function = partial(tape.hvp_each, t.losses, t.each(*first))
+        rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
+        return np.moveaxis(t.run("hvp_each", function, t.theta(), x, y, rows), 1, 2)
 
     def gauss_newton_product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Products with the batch's generalised Gauss-Newton matrix (Schraudolph 2002).
@@ -196,14 +184,12 @@ class GenericNeuralNet:
         Raises: ValueError for a cross-entropy of probabilities: at a softmax or sigmoid output this
           matrix is the empirical Fisher, not the Gauss-Newton matrix.
         """
-        if not self.loss.from_logits:
-            raise ValueError(
-                f"loss must take logits for a Gauss-Newton matrix, got {self.loss.name!r} of "
-                "probabilities; drop the model's last softmax or sigmoid and use from_logits=True."
-            )
-        rows = self._block(V, "V")
-        function = partial(tape.gauss_newton, self._output, self.loss.function)
-        return _like(self._run("gauss_newton", function, self._theta(), *self._xy(x, y), rows), V)
+        self.loss.check_logits()
+
+        def products(losses, each, theta, x, y, V):
+            return tape.gauss_newton(self._tf.output, self.loss.function, each, theta, x, y, V)
+
+        return like(self._mapped("gauss_newton", products, x, y, self._tf.rows(V, "V")), V)
 
     def directional(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Gradient of each example's loss along m vectors, in one pass: grad loss_i . v_j.
@@ -211,9 +197,7 @@ class GenericNeuralNet:
         Args: as `hvp`.
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
-        rows = self._block(V, "V")
-        function = partial(tape.directional, self._losses)
-        return _like(self._run("directional", function, self._theta(), *self._xy(x, y), rows), V)
+        return like(self._mapped("directional", tape.directional, x, y, self._tf.rows(V, "V")), V)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
         """d/dx_i of (grad loss_i . v), for each example.
@@ -226,48 +210,50 @@ class GenericNeuralNet:
         Returns: arrays of x's shape.
         Raises: TypeError for integer inputs, which have no gradient.
         """
-        parts = {f"x[{k!r}]": p for k, p in x.items()} if isinstance(x, dict) else {"x": x}
-        for name, part in parts.items():
-            if part.dtype.kind != "f":
-                raise TypeError(f"{name} must be floating to be differentiated, got {part.dtype}.")
+        check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        direction = self._block(v, "v")[0]
-        function = partial(tape.input_gradient, self._losses)
-        return self._run("input_gradient", function, self._theta(), *self._xy(x, y), direction)
+        t = self._tf
+        function = partial(tape.input_gradient, t.losses)
+        batch = t.inputs(x), t.tensor(y)
+        return t.run("input_gradient", function, t.theta(), *batch, t.rows(v, "v")[0])
 
     # --- the penalty --------------------------------------------------------------------------
 
     def penalty(self) -> float:
         """Sum of the model's own Keras regularisers at theta: ()."""
-        return float(self._run("penalty", self._penalty, self._theta()))
+        return float(self._tf.run("penalty", self._tf.penalty, self._tf.theta()))
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
         """Gradient of the penalty: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
-        return self._at("penalty_gradient", partial(tape.gradient, self._penalty), thetas)
+        t = self._tf
+        rows = t.theta()[None] if thetas is None else t.rows(thetas, "thetas")
+
+        def at_each(thetas):
+            return tf.vectorized_map(partial(tape.gradient, t.penalty), thetas)
+
+        gradients = t.run("penalty_gradient", at_each, rows)
+        return gradients[0] if thetas is None else like(gradients, thetas)
 
     def penalty_hvp(self, V: NDArray) -> NDArray:
         """Products of the penalty's Hessian with m vectors: the shape of V."""
+        t = self._tf
 
         def products(theta, V):
-            return tf.vectorized_map(tape.hessian_map(self._penalty, theta), V)
+            return tf.vectorized_map(tape.hessian_map(t.penalty, theta), V)
 
-        return _like(self._run("penalty_hvp", products, self._theta(), self._block(V, "V")), V)
+        return like(t.run("penalty_hvp", products, t.theta(), t.rows(V, "V")), V)
 
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1) -> int:
         """Rows that one pass over `num_vectors` vectors takes; bounds memory, changes no result."""
-        if "activations" not in self._functions:
-            first = examples.take([0])
-            x, y = self._xy(first.x, first.y)
-            traced = tf.function(self._losses).get_concrete_function(self._theta(), x, y)
-            tensors = [t for op in traced.graph.get_operations() for t in op.outputs]
-            sizes = [t.shape.num_elements() or 1 for t in tensors if t.shape.rank]
-            # What has a parameter's size is there once, not once a row.
-            self._functions["activations"] = sum(s for s in sizes if s not in self._sizes) or 1
-        per_row = self._functions["activations"] * self.dtype.itemsize * (2 + 2 * num_vectors)
-        return int(np.clip(_BYTES_PER_PASS // per_row, 1, len(examples)))
+        first = examples.take([0])
+        loop, per_row = self._tf.facts(self._tf.inputs(first.x), self._tf.tensor(first.y))
+        # Forward, backward and both once more; vectorised, the second pair for every vector.
+        copies = 4 if loop else 2 + 2 * num_vectors
+        size = _BYTES_PER_PASS // (per_row * self.dtype.itemsize * copies)
+        return int(np.clip(size, 1, len(examples)))
 
     def mean_over(self, examples: Examples, batch_size: int | None, question: Callable) -> Any:
         """Mean of `question(x, y)` over batches, weighted by rows."""
@@ -292,6 +278,14 @@ class GenericNeuralNet:
         mean = self.mean_over(examples, batch_size, lambda x, y: self.gradient(x, y, thetas))
         return mean + self.penalty_gradient(thetas)
 
+    def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
+        """Euclidean norm of the risk's gradient: how well theta minimises it.
+
+        A strictly convex risk with kinks answers with the number that bounds the distance to its
+        minimum as this norm would.
+        """
+        return float(np.linalg.norm(self.risk_gradient(examples, batch_size=batch_size)))
+
     def risk_and_gradient(
         self, examples: Examples, batch_size: int | None = None
     ) -> tuple[float, NDArray]:
@@ -307,6 +301,17 @@ class GenericNeuralNet:
         """The risk's Hessian (d, d) where a model knows a closed form; None here."""
         return None
 
+    def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
+        """`Influence.self_influence` of training rows, exact, where a model knows a closed form.
+
+        Args:
+          examples: the training set.
+          rows: (k,) row numbers.
+
+        Returns: (k,) grad loss_i' H^-1 grad L(z_i) / n with the risk's own Hessian; None here.
+        """
+        return None
+
     def validate(self, examples: Examples, name: str) -> None:
         """Refuse examples that this model and loss have no meaning for, before any long work.
 
@@ -318,11 +323,11 @@ class GenericNeuralNet:
             raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
         check_inputs(self.model, examples.x, name)
         probe = examples.take(slice(0, _PROBE_ROWS))
-        output_shape = check_output(self.model, self._x(probe.x), name)
+        output_shape = check_output(self.model, self._tf.inputs(probe.x), name)
         self.loss.check_labels(examples.y, output_shape, name)
         try:
             losses = self.losses(probe.x, probe.y)
-        except (ValueError, tf.errors.InvalidArgumentError) as error:
+        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"{name}.y does not fit the loss {self.loss.name!r}: labels of shape "
                 f"{probe.y.shape}, dtype {probe.y.dtype}, against outputs of shape {output_shape}."
@@ -385,72 +390,20 @@ class GenericNeuralNet:
             )
         return self
 
-    # --- TensorFlow inside ---------------------------------------------------------------------
+    # --- inside ----------------------------------------------------------------------------------
 
-    def _output(self, theta: Any, x: Any) -> Any:
-        weights = self.model.trainable_weights
-        parts = tf.split(theta, self._sizes)
-        mapping = [(w, tf.reshape(p, w.shape)) for w, p in zip(weights, parts, strict=True)]
-        with keras.StatelessScope(state_mapping=mapping):
-            return self.model(x, training=False)
+    def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
+        """`function(losses, each, theta, x, y, *tensors)`, mapping over vectors or examples."""
+        t = self._tf
+        return t.mapped(name, partial(function, t.losses), t.inputs(x), t.tensor(y), *tensors)
 
-    def _losses(self, theta: Any, x: Any, y: Any) -> Any:
-        return tf.cast(self.loss.function(y, self._output(theta, x)), theta.dtype)
-
-    def _penalty(self, theta: Any) -> Any:
-        total = tf.zeros((), theta.dtype)
-        weights = self.model.trainable_weights
-        for weight, part in zip(weights, tf.split(theta, self._sizes), strict=True):
-            if weight.regularizer is not None:
-                total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
-        return total
-
-    def _run(self, name: str, function: Callable, *tensors: Any) -> Any:
-        if name not in self._functions:
-            self._functions[name] = tf.function(function, reduce_retracing=True)
-        return tf.nest.map_structure(lambda t: t.numpy(), self._functions[name](*tensors))
-
-    def _at(self, name: str, function: Callable, thetas: NDArray | None, *batch: Any) -> Any:
-        """`function(theta, *batch)` at the model's theta or, as last axis, at each of thetas."""
+    def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
+        """`function(theta, x, y)` at the model's theta or, as last axis, at each of thetas."""
+        t = self._tf
         if thetas is None:
-            return self._run(name, function, self._theta(), *batch)
+            return t.run(name, function, t.theta(), t.inputs(x), t.tensor(y))
 
-        def at_each(thetas, *batch):
-            return tf.vectorized_map(lambda theta: function(theta, *batch), thetas)
+        def at_each(losses, each, theta, x, y, thetas):
+            return each(lambda theta: function(theta, x, y), thetas)
 
-        return self._run(f"{name} at", at_each, self._block(thetas, "thetas"), *batch).T
-
-    def _theta(self) -> Any:
-        return tf.concat([tf.reshape(w.value, [-1]) for w in self.model.trainable_weights], 0)
-
-    def _tensor(self, array: Any) -> Any:
-        """Floats in the dtype of theta, integers as they are, sparse rows dense."""
-        if scipy.sparse.issparse(array):
-            array = array.toarray()
-        array = np.asarray(array)
-        return tf.convert_to_tensor(
-            array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
-        )
-
-    def _x(self, x: Any) -> Any:
-        return (
-            {k: self._tensor(v) for k, v in x.items()} if isinstance(x, dict) else self._tensor(x)
-        )
-
-    def _xy(self, x: Any, y: Any) -> tuple[Any, Any]:
-        return self._x(x), self._tensor(y)
-
-    def _block(self, V: Any, name: str) -> Any:
-        """(m, d) rows from (d,) or (d, m) columns: vectorized_map runs over the first axis."""
-        V = np.asarray(V)
-        if V.ndim not in (1, 2) or V.shape[0] != self.num_parameters:
-            raise ValueError(
-                f"{name} must have shape ({self.num_parameters},) or ({self.num_parameters}, m), "
-                f"got {V.shape}."
-            )
-        return self._tensor(np.ascontiguousarray(np.atleast_2d(V.T)).astype(self.dtype, copy=False))
-
-
-def _like(rows: NDArray, V: Any) -> NDArray:
-    """Rows (m, ...) as the columns of a block, or the one row of a vector."""
-    return rows.T if np.ndim(V) == 2 else rows[0]
+        return self._mapped(f"{name} at", at_each, x, y, t.rows(thetas, "thetas")).T

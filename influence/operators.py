@@ -89,8 +89,13 @@ class Curvature(LinearOperator):
     def _adjoint(self) -> Curvature:
         return self
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the net is still at the theta that this operator was made for."""
+        return np.array_equal(self._theta, self.net.theta)
+
     def _check_theta(self) -> None:
-        if not np.array_equal(self._theta, self.net.theta):
+        if not self.is_current:
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
@@ -149,6 +154,17 @@ class GaussNewton(Curvature):
 
     Raises: ValueError for a cross-entropy of probabilities instead of logits, besides Curvature's.
     """
+
+    def __init__(
+        self,
+        net: GenericNeuralNet,
+        examples: Examples,
+        damping: float = 0.0,
+        *,
+        batch_size: int | None = None,
+    ):
+        super().__init__(net, examples, damping, batch_size=batch_size)
+        net.loss.check_logits()
 
     def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         return self.net.gauss_newton_product(x, y, V)

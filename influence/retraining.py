@@ -228,7 +228,7 @@ def _fit_block(task: _Task, rows: NDArray, _: Any) -> dict[str, NDArray]:
             net.theta = task.start
         (task.fit or type(net).fit)(net, remaining)
         theta = net.theta
-        norm = np.linalg.norm(net.risk_gradient(remaining, batch_size=task.batch_size))
+        norm = net.gradient_norm(remaining, task.batch_size)
     finally:
         net.theta = before
     return _measured(task, theta[:, None], np.array([norm]), np.ones(1, int))

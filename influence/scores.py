@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.convergence import DivergenceError, warn_unconverged
 from influence.estimand import Estimand
-from influence.examples import Examples, check_rows
+from influence.examples import Examples, check_differentiable, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, Hessian, check_batch_size
 from influence.progress import progress
-from influence.solvers import CG, Prepared, Solution, Solver, prepare
+from influence.solvers import CG, Direct, Prepared, Solution, Solver, prepare
 
-_BLOCK = 512  # right-hand sides solved together
+_MANY_ROWS = 64  # from here one factorisation for all rows beats a solve for each
+_MOST_TOGETHER = 512  # right-hand sides solved together, fewer where theta is long:
+_BYTES_TOGETHER = 1 << 28  # what such a block may take; solvers keep a handful of its size
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +69,14 @@ class Influence:
         check_batch_size(batch_size)
         if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
             raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}.")
+        if not isinstance(net, GenericNeuralNet):
+            raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+        net.validate(train, "train")
         self.net, self.train, self.batch_size = net, train, batch_size
         self.operator = curvature(net, train, damping, batch_size=batch_size)
-        if not (isinstance(solver, Prepared) or hasattr(solver, "prepare")):
+        if isinstance(solver, Prepared):
+            _check_prepared_for(self.operator, solver.A)
+        elif not hasattr(solver, "prepare") or isinstance(solver, type):
             raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
         self._solver = solver
 
@@ -78,13 +86,13 @@ class Influence:
         The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
         solver's tolerance.
 
-        Raises: DivergenceError if a direction of negative curvature was met, so that no inverse
-          stands behind the numbers.
+        Raises: DivergenceError if a direction of negative or no curvature was met, so that no
+          inverse stands behind the numbers.
         """
         self.net.validate(test, "test")
         blocks = [
             self._solve(self.net.gradients(*batch).T, "the test gradients")
-            for batch in test.batches(_BLOCK)
+            for batch in test.batches(self._together)
         ]
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
@@ -105,6 +113,38 @@ class Influence:
         solution = self.s_test(test)
         return Scores(self._changes(solution.x, rows).T, rows, solution)
 
+    def perturbation(self, test: Examples, rows: ArrayLike) -> Any:
+        """Predicted derivative of each test loss by the input of each training row.
+
+        As x_i moves, the minimum of the risk moves along -H^-1 (d/dx_i grad loss_i) / n, so the
+        derivative is -(d/dx_i grad loss_i . s_test) / n: that of the test loss after retraining,
+        not an approximation to it, where theta is the minimum and nothing is damped. Positive: the
+        test loss rises as that entry of the row's input rises. This is 1/n times I_pert,loss
+        (Koh & Liang 2017, section 2.2); the 2017 release's own numbers are -n times these.
+
+        Args:
+          test: m examples, each a measurement of its own.
+          rows: (k,) training rows, with floating inputs.
+
+        Returns: (m, k, *shape of one row's x), or a dict of such arrays for several inputs, in the
+          unit of the test loss for each unit of x.
+        Raises: TypeError for integer inputs, which have no derivative; else as `scores`.
+        """
+        chosen = self.train.take(self._rows(rows))
+        check_differentiable(chosen.x)
+        S = self.s_test(test).x
+        size = self.batch_size or self.net.rows_per_batch(chosen)
+        batches = progress(chosen.batches(size), "input gradients", -(-len(chosen) // size))
+        found = [[self.net.input_gradient(x, y, s) for s in S.T] for x, y in batches]
+
+        def joined(part):
+            parts = [np.stack([part(gradient) for gradient in batch]) for batch in found]
+            return np.concatenate(parts, axis=1) / -len(self.train)
+
+        if isinstance(chosen.x, dict):
+            return {name: joined(itemgetter(name)) for name in chosen.x}
+        return joined(lambda gradient: gradient)
+
     def parameters(self, rows: ArrayLike) -> NDArray:
         """Predicted change of theta were each training row left out, + H^-1 grad L(z_i) / n.
 
@@ -123,7 +163,8 @@ class Influence:
         """Predicted change of each training row's own loss were that row left out.
 
         grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row; the largest belong to rows
-        that only their own presence explains, such as wrong labels.
+        that only their own presence explains, such as wrong labels. Where the net knows a closed
+        form, many rows are answered by it instead of by solving with CG or Direct.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -131,6 +172,10 @@ class Influence:
         Returns: (k,), in the unit of the loss.
         """
         rows = self._rows(rows)
+        if self._inverse_is_exact and len(rows) >= _MANY_ROWS:
+            closed_form = self.net.self_influence(self.train, rows)
+            if closed_form is not None:
+                return closed_form
         blocks = [
             np.einsum("di,di->i", G_loss, self._solve(G, "the rows' gradients").x)
             for G_loss, G, _ in self._row_gradients(rows)
@@ -156,12 +201,30 @@ class Influence:
     def _row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
         """(grad loss, grad L, rows) block by block, gradients as columns (d, b)."""
         penalty = self.net.penalty_gradient()[:, None]
-        starts = range(0, len(rows), _BLOCK)
+        starts = range(0, len(rows), self._together)
         for start in progress(starts, "solving for training rows"):
-            part = rows[start : start + _BLOCK]
+            part = rows[start : start + self._together]
             chosen = self.train.take(part)
             G = self.net.gradients(chosen.x, chosen.y).T
             yield G, G + penalty, part
+
+    @property
+    def _inverse_is_exact(self) -> bool:
+        """Whether the solver stands for the inverse of the risk's own Hessian, undamped."""
+        solver, operator = self._solver, self.operator
+        if isinstance(solver, Prepared):
+            solver, operator = solver.solver, solver.A
+        return (
+            isinstance(solver, CG | Direct)
+            and type(operator) is Hessian
+            and not operator.damping
+            and operator.is_current
+        )
+
+    @property
+    def _together(self) -> int:
+        per_vector = self.net.num_parameters * self.net.dtype.itemsize
+        return int(np.clip(_BYTES_TOGETHER // per_vector, 1, _MOST_TOGETHER))
 
     @property
     def prepared(self) -> Prepared:
@@ -181,10 +244,28 @@ class Influence:
             f"{np.count_nonzero(~solution.converged)} of {len(solution.converged)} systems for "
             f"{what}: {solution.remedy}"
         )
-        if (solution.min_curvature[~solution.converged] < 0).any():
+        if (solution.min_curvature[~solution.converged] <= 0).any():
             raise DivergenceError(message)
         warn_unconverged(message)
         return solution
+
+
+def _check_prepared_for(operator: Curvature, A: Any) -> None:
+    """A solver prepared for another matrix would answer another question."""
+    if isinstance(A, Curvature):
+        fits = (
+            type(A) is type(operator)
+            and A.net is operator.net
+            and A.examples is operator.examples
+            and A.damping == operator.damping
+        )
+    else:
+        fits = A.shape == operator.shape
+    if not fits:
+        raise ValueError(
+            "solver must be prepared for this net, training set, curvature and damping, got one "
+            f"for {A!r}; pass the unprepared solver, or prepare it for the same objects."
+        )
 
 
 def _joined(parts: list[Solution]) -> Solution:

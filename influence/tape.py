@@ -1,19 +1,60 @@
 """Derivatives of per-example losses by `tf.GradientTape`, many vectors in one pass.
 
 Every function takes `losses(theta, x, y) -> (n,)`, tensors, and blocks of vectors as rows (m, d),
-because `tf.vectorized_map` runs over the first axis. Unconnected gradients are zero: the second
-derivative of a linear function is no error.
+over which it maps with `each`: `tf.vectorized_map`, or `looped`. Unconnected gradients are zero:
+the second derivative of a linear function is no error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import tensorflow as tf
 
 _ZERO = tf.UnconnectedGradients.ZERO
 Losses = Callable[[Any, Any, Any], Any]
+Each = Callable[[Callable, Any], Any]
+
+# TensorFlow's vectoriser is wrong for grouped convolutions, cannot do recurrences, and on any
+# convolution is no faster than the loop, which needs no m-fold memory.
+_LOOPED_OPS = ("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN")
+
+
+def needs_loop(graph: Any) -> bool:
+    """Whether a traced function holds an operation that is not to be vectorised."""
+    return any(op.type.startswith(_LOOPED_OPS) for op in operations(graph))
+
+
+def operations(graph: Any) -> list[Any]:
+    """The operations of a traced function and of the functions inside it, such as loop bodies."""
+    inside = [f.graph for f in graph._functions.values() if hasattr(f, "graph")]
+    return [op for part in (graph, *inside) for op in part.get_operations()]
+
+
+def looped(function: Callable, elements: Any, dtype: Any) -> Any:
+    """As tf.vectorized_map, one element after the other; the results, of `dtype`, are stacked."""
+    return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """While tracing: moments without TensorFlow's stop_gradient on the mean.
+
+    `tf.nn.moments` stops the gradient at the mean inside the variance, where the first derivative
+    is zero and the second is not: under layer or group normalisation Hessians would be wrong,
+    without an error.
+    """
+
+    def moments(x, axes, shift=None, keepdims=False, name=None):
+        mean = tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
+        return (mean if keepdims else tf.squeeze(mean, axes)), variance
+
+    with mock.patch.object(tf.nn, "moments", moments):
+        yield
 
 
 def gradient(function: Callable, at: Any) -> Any:
@@ -42,30 +83,34 @@ def mean_loss(losses: Losses, x: Any, y: Any) -> Callable:
     return lambda theta: tf.reduce_mean(losses(theta, x, y))
 
 
-def hvp(losses: Losses, theta: Any, x: Any, y: Any, V: Any) -> Any:
+def hvp(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
     """(m, d) products of the mean loss's Hessian with the rows of V (m, d)."""
-    return tf.vectorized_map(hessian_map(mean_loss(losses, x, y), theta), V)
+    return each(hessian_map(mean_loss(losses, x, y), theta), V)
 
 
-def hvp_each(losses: Losses, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """(r, d): the Hessian of batch x[j] (b, ...) times V[j], for r batches."""
-    return tf.vectorized_map(
-        lambda part: hessian_map(mean_loss(losses, part[0], part[1]), theta)(part[2]), (x, y, V)
+def hvp_each(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
+    """(r, m, d): the Hessian of batch x[j] (b, ...) times the rows of V[j] (m, d), j < r."""
+    return tf.map_fn(
+        lambda part: hvp(losses, each, theta, *part), (x, y, V), fn_output_signature=V.dtype
     )
 
 
-def gradients(losses: Losses, thetas: Any, x: Any, y: Any) -> Any:
+def gradients(losses: Losses, each: Each, theta: Any, x: Any, y: Any) -> Any:
+    """(n, d): the gradient of each example's loss, all at one theta."""
+    return each(lambda part: _alone(losses, theta, *part), (x, y))
+
+
+def gradients_at(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> Any:
     """(n, d): the gradient of example i's loss at thetas[i]."""
-
-    def one(part):
-        theta, x, y = part
-        alone = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), x)
-        return gradient(mean_loss(losses, alone, tf.expand_dims(y, 0)), theta)
-
-    return tf.vectorized_map(one, (thetas, x, y))
+    return each(lambda part: _alone(losses, part[2], part[0], part[1]), (x, y, thetas))
 
 
-def directional(losses: Losses, theta: Any, x: Any, y: Any, V: Any) -> Any:
+def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
+    x, y = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), (x, y))
+    return gradient(mean_loss(losses, x, y), theta)
+
+
+def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
     """(m, n): grad loss_i . v_j.
 
     sum_i u_i loss_i is differentiated by theta, and the result, linear in u, pulled back along v_j:
@@ -75,9 +120,7 @@ def directional(losses: Losses, theta: Any, x: Any, y: Any, V: Any) -> Any:
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(u)
         g = gradient(lambda t: tf.tensordot(u, losses(t, x, y), 1), theta)
-    return tf.vectorized_map(
-        lambda v: tape.gradient(g, u, output_gradients=v, unconnected_gradients=_ZERO), V
-    )
+    return each(lambda v: tape.gradient(g, u, output_gradients=v, unconnected_gradients=_ZERO), V)
 
 
 def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
@@ -89,7 +132,9 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
     return tape.gradient(along, x, unconnected_gradients=_ZERO)
 
 
-def gauss_newton(output: Callable, loss: Callable, theta: Any, x: Any, y: Any, V: Any) -> Any:
+def gauss_newton(
+    output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, V: Any
+) -> Any:
     """(m, d) products with J' H J / n, J the Jacobian of the output, H the loss's Hessian at it.
 
     J v comes from two reverse passes: J'u is linear in u, so its pullback along v is J v.
@@ -109,4 +154,4 @@ def gauss_newton(output: Callable, loss: Callable, theta: Any, x: Any, y: Any, V
             z, theta, output_gradients=at_output(forward), unconnected_gradients=_ZERO
         )
 
-    return tf.vectorized_map(product, V)
+    return each(product, V)

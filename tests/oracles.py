@@ -46,7 +46,9 @@ class Risk:
         return self.gradients(theta).mean(axis=0) + self.penalty * theta
 
     def hessian(self, theta: NDArray) -> NDArray:
-        return self.hessians(theta).mean(axis=0) + np.diag(np.broadcast_to(self.penalty, theta.shape))
+        return self.hessians(theta).mean(axis=0) + np.diag(
+            np.broadcast_to(self.penalty, theta.shape)
+        )
 
     def on(self, features: NDArray, y: NDArray) -> Any:
         """The same losses of other rows."""
@@ -158,7 +160,7 @@ def with_ones(x: NDArray) -> NDArray:
     return np.column_stack([x, np.ones(len(x))])
 
 
-# --- finite differences ------------------------------------------------------------------------
+# --- finite differences -----------------------------------------------------------------------
 
 
 def central_difference(function: Any, at: NDArray, along: NDArray, step: float = 1e-3) -> NDArray:
@@ -171,7 +173,7 @@ def central_difference(function: Any, at: NDArray, along: NDArray, step: float =
     return (8 * near - far) / (12 * step)
 
 
-# --- the tape's own answers about a plain Keras model, one example and one entry at a time --------
+# --- the tape's own answers about a plain Keras model, one example and one entry at a time ----
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,13 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
             mean = tf.reduce_mean(losses)
         g = tf.concat([tf.reshape(p, [-1]) for p in _zero_for_none(inner, mean, weights)], 0)
     n, d = len(y), g.shape[0]
-    gradients = _columns(inner.jacobian(losses, weights, experimental_use_pfor=False), (n,), weights)
+    gradients = _columns(
+        inner.jacobian(losses, weights, experimental_use_pfor=False), (n,), weights
+    )
     hessian = _columns(outer.jacobian(g, weights, experimental_use_pfor=False), (d,), weights)
-    J = _columns(inner.jacobian(output, weights, experimental_use_pfor=False), output.shape, weights)
+    J = _columns(
+        inner.jacobian(output, weights, experimental_use_pfor=False), output.shape, weights
+    )
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(output)
         with tf.GradientTape() as inner:

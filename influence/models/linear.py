@@ -20,14 +20,12 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.convergence import warn_unconverged
-from influence.examples import Examples, check_rows
+from influence.examples import Examples, check_differentiable
+from influence.models import leverage, newton
 from influence.net import GenericNeuralNet
-from influence.operators import Hessian
-from influence.solvers import CG, Direct, Solver, solve
 
 _BLOCK_NUMBERS = 1 << 21  # entries of one batch's (rows, c, m) block: about the size of a cache
 _HESSIAN_ROWS = 1024  # rows weighted at a time when the Hessian is formed
-_DENSE_PARAMETERS = 2000  # up to here a Newton step factors the Hessian, beyond it iterates
 
 
 class LinearModel(GenericNeuralNet):
@@ -148,6 +146,7 @@ class LinearModel(GenericNeuralNet):
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """See GenericNeuralNet.input_gradient: v dl/dz + W (d2l/dz2) x v."""
+        check_differentiable(x)
         f, c = self.num_features, self.num_outputs
         W, D = (np.reshape(t, (-1, c))[:f] for t in (self.theta, v))
         Z, U = self._outputs_and(x, v)
@@ -182,31 +181,30 @@ class LinearModel(GenericNeuralNet):
     # --- fitting and oracles --------------------------------------------------------------------
 
     def fit(
-        self, examples: Examples, *, gradient_tolerance: float = 1e-10, max_iterations: int = 10_000
+        self, examples: Examples, *, gradient_tolerance: float = 1e-10, max_iterations: int = 1000
     ) -> LinearModel:
-        """Minimise the risk: L-BFGS to a hundred-thousandth, then Newton steps to the tolerance.
+        """Minimise the risk from the present theta by Newton's method; deterministic.
 
-        Args: as GenericNeuralNet.fit.
+        Args:
+          examples: the training set.
+          gradient_tolerance: Euclidean norm of the risk's gradient to stop at.
+          max_iterations: Newton steps at most.
+
         Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
+        Raises: DivergenceError for a risk that is not finite.
         """
-        coarse = max(gradient_tolerance, 1e-5 if self.dtype == np.float64 else 1e-3)
-        super().fit(examples, gradient_tolerance=coarse, max_iterations=max_iterations)
-        norm = np.inf
-        while True:
-            gradient = self.risk_gradient(examples)
-            before, norm = norm, float(np.linalg.norm(gradient))
-            if norm <= gradient_tolerance:
-                return self
-            if norm > before / 2:
-                warn_unconverged(
-                    f"Newton's steps stopped at a gradient norm of {norm:.1e}, above "
-                    f"{gradient_tolerance:.1e}: use float64 or a larger tolerance."
-                )
-                return self
-            small = self.num_parameters <= _DENSE_PARAMETERS
-            solver: Solver = Direct() if small else CG(rtol=1e-4)
-            step = solve(Hessian(self, examples), gradient, solver)
-            self.theta = self.theta - step.x
+        self.validate(examples, "examples")
+        norm, reason = newton.minimise(self, examples, gradient_tolerance, max_iterations)
+        if reason:
+            warn_unconverged(
+                f"Newton's steps stopped at a gradient norm of {norm:.1e}, above "
+                f"{gradient_tolerance:.1e}: {reason}."
+            )
+        return self
+
+    def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
+        """See GenericNeuralNet.self_influence: by one factorisation, of order n or d."""
+        return leverage.self_influence(self, examples, rows)
 
     def one_step_leave_one_out(self, examples: Examples, rows: Any) -> NDArray:
         """theta after one exact Newton step on the risk without each row; closed form.
@@ -220,25 +218,7 @@ class LinearModel(GenericNeuralNet):
 
         Returns: (k, d).
         """
-        rows = check_rows(rows, len(examples))
-        n, c = len(examples), self.num_outputs
-        H = self.hessian(examples) * (n / (n - 1))
-        H[np.diag_indices_from(H)] -= self.weight_decay / (n - 1)
-        factor = scipy.linalg.cho_factor(H)
-        gradient = self.risk_gradient(examples) - self.penalty_gradient()
-        chosen = examples.take(rows)
-        own = self.gradients(chosen.x, chosen.y)
-        Z = self._times(chosen.x, self.theta)
-        stepped = np.empty((len(rows), self.num_parameters))
-        for j, x in enumerate(self._with_one(self._dense(chosen.x))):
-            # A = x (x) I_c, so that the row's Hessian is A S A' with S (c, c).
-            A = np.kron(x[:, None], np.eye(c))
-            S = self._curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
-            g = (n * gradient - own[j]) / (n - 1) + self.penalty_gradient()
-            B = scipy.linalg.cho_solve(factor, np.column_stack([g, A]))
-            inner = np.linalg.solve(np.eye(c) - S @ (A.T @ B[:, 1:]), S @ (A.T @ B[:, 0]))
-            stepped[j] = self.theta - B[:, 0] - B[:, 1:] @ inner
-        return stepped
+        return leverage.one_step_leave_one_out(self, examples, rows)
 
     # --- inside -----------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
+from influence.convergence import DivergenceError
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -73,7 +75,7 @@ class Prepared:
     def __call__(self, B: ArrayLike) -> Solution:
         """Solve for a vector (d,) or a block (d, m).
 
-        Raises: ValueError for a wrong shape or a NaN in B.
+        Raises: ValueError for a wrong shape or a NaN in B; DivergenceError for a NaN from A.
         """
         b = np.asarray(B)
         if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
@@ -87,6 +89,11 @@ class Prepared:
         raw = self.apply(block)
         m = block.shape[1]
         residual = relative_residual(self.A, raw.x, block)
+        if not np.isfinite(raw.x).all() or np.isnan(residual).any():
+            raise DivergenceError(
+                f"A must have finite products, got NaN or infinity from {type(self.A).__name__} in "
+                f"{type(self.solver).__name__}; look for infinite losses at theta, or use float64."
+            )
         curvature = np.broadcast_to(np.asarray(raw.min_curvature, float), m).copy()
         iterations = np.broadcast_to(np.asarray(raw.iterations), m).copy()
         good = residual <= self.solver.rtol
@@ -107,10 +114,15 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
       A: a symmetric (d, d) array or LinearOperator.
       solver: hyperparameters, for example `CG(rtol=1e-8)`.
 
-    Raises: ValueError for a matrix that is not square, not finite or not symmetric; TypeError for
-      something that is not a solver.
+    Raises: ValueError for a matrix that is not square, not finite or not symmetric, and for a
+      solver prepared for a matrix of another shape; TypeError for something that is not a solver.
     """
     if isinstance(solver, Prepared):
+        if solver.A.shape != np.shape(A):
+            raise ValueError(
+                f"solver must be prepared for a matrix of shape {np.shape(A)}, got one prepared "
+                f"for {solver.A.shape}."
+            )
         return solver
     if not hasattr(solver, "prepare") or isinstance(solver, type):
         raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")

@@ -21,7 +21,8 @@ class CG:
 
     Differs from `scipy.sparse.linalg.cg` in:
     1. m right-hand sides share each pass over the data; a column that is done leaves the block.
-    2. A direction of non-positive curvature stops its column and is reported with its size.
+    2. A direction of non-positive curvature stops its column and is reported with its size, 0 for
+       what rounding cannot tell from it.
     3. Convergence is that of the true residual: when the recurrence says done, it is recomputed
        and, if it drifted, the column starts again from where it is.
 
@@ -74,6 +75,8 @@ def _conjugate_gradients(
     target = rtol * np.linalg.norm(B, axis=0)
     iterations = np.zeros(m, int)
     curvature = np.full(m, np.inf)
+    largest = 0.0  # curvature met in any column: rounding is eps times that
+    eps = float(np.finfo(B.dtype).eps)
     negative = np.zeros(m, bool)
     stalled = np.zeros(m, bool)
     R = B.copy()
@@ -92,10 +95,12 @@ def _conjugate_gradients(
             iterations[columns] += 1
             # p'p underflows to zero only where r has: then there is nothing left to do.
             ratio = np.divide(pAp, pp, out=np.full(len(pp), np.inf), where=pp > 0)
+            largest = max(largest, float(ratio[np.isfinite(ratio)].max(initial=0.0)))
+            ratio[(0 < ratio) & (ratio <= eps * largest)] = 0.0
             curvature[columns] = np.minimum(curvature[columns], ratio)
             bad = ratio <= 0
             negative[columns[bad]] = True
-            step = np.divide(rz, pAp, out=np.zeros_like(rz), where=(pAp > 0))
+            step = np.divide(rz, pAp, out=np.zeros_like(rz), where=~bad & (pAp > 0))
             x += step * p
             r -= step * Ap
             X[:, columns] = x
@@ -111,22 +116,30 @@ def _conjugate_gradients(
         R[:, open_columns] = B[:, open_columns] - A @ X[:, open_columns]
         size = np.linalg.norm(R, axis=0)
         # A restart that gains nothing has met the rounding of this dtype.
-        stalled[open_columns] = size[open_columns] > 0.5 * before
+        stalled[open_columns] = (size[open_columns] > 0.5 * before) & (iterations.max() < limit)
         open_columns = np.flatnonzero((size > target) & ~negative & ~stalled)
     return Raw(
         X,
         iterations,
         np.where(np.isinf(curvature), np.nan, curvature),
-        _remedy(negative, stalled, curvature, limit),
+        _remedy(negative, stalled, curvature, 4 * np.sqrt(len(B)) * eps * largest, limit),
     )
 
 
-def _remedy(negative: NDArray, stalled: NDArray, curvature: NDArray, limit: int) -> str:
+def _remedy(
+    negative: NDArray, stalled: NDArray, curvature: NDArray, rounding: float, limit: int
+) -> str:
     if negative.any():
         worst = float(curvature[negative].min())
+        if worst >= -rounding:
+            return (
+                f"A is singular: curvature {abs(worst):.1g} was met, zero but for rounding; add "
+                "damping or a penalty, or drop the redundant parameters."
+            )
         return (
-            f"A is not positive definite: negative curvature {worst:.3g} was met; use a damping "
-            f"above {-worst:.3g}, or GaussNewton, or Direct, which answers for indefinite matrices."
+            f"A is not positive definite: negative curvature {worst:.3g} was met, and there may be "
+            f"worse; use a damping well above {-worst:.3g}, or GaussNewton, or Direct, which "
+            "answers for indefinite matrices."
         )
     if stalled.any():
         return "rounding stopped CG above rtol: use float64 or a larger rtol."

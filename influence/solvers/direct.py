@@ -27,17 +27,24 @@ class Direct:
       rtol: true relative residual up to which a column counts as converged; a factorisation that
         misses it is too ill conditioned for its dtype.
 
-    Raises: DivergenceError when preparing for a singular matrix, with the damping that would work.
+    Raises: ValueError for a negative rtol; DivergenceError when preparing for a singular matrix,
+      with the damping that would work.
     """
 
     rtol: float = 1e-6
+
+    def __post_init__(self):
+        """Check the hyperparameters."""
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Form the dense matrix and factor it."""
         matrix = dense(A)
         remedy = "the matrix is too ill conditioned for its dtype: use float64 or a larger damping."
-        scale = float(np.abs(np.diag(matrix)).max())
+        scale = float(np.abs(np.diag(matrix)).max()) or 1.0
         tiny = float(np.finfo(matrix.dtype).eps) * len(matrix) * scale
+        enough = max(self.rtol, 1e-6)  # damping of tiny / rtol leaves a residual of about rtol
         try:
             factor: Any = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
@@ -46,7 +53,7 @@ class Direct:
             solve_pd = lambda B: scipy.linalg.cho_solve(factor, B, check_finite=False)  # noqa: E731
             smallest = _smallest(matrix, solve_pd)
             if smallest <= tiny:
-                raise _singular(smallest, tiny)
+                raise _singular(smallest, tiny / enough)
             return lambda B: Raw(solve_pd(B), 1, smallest, remedy)
         sytrf, sytrs = scipy.linalg.get_lapack_funcs(("sytrf", "sytrs"), (matrix,))
         ldl, pivots, info = sytrf(matrix, lower=1)
@@ -54,7 +61,7 @@ class Direct:
         # The eigenvalue nearest zero decides whether the system can be solved at all.
         nearest = 0.0 if info > 0 else _nearest_zero(matrix, solve_ldl)
         if abs(nearest) <= tiny:
-            raise _singular(nearest, tiny)
+            raise _singular(nearest, tiny / enough)
         smallest = _smallest(matrix, None)
         return lambda B: Raw(solve_ldl(B), 1, smallest, remedy)
 
@@ -96,8 +103,8 @@ def _eigsh(matrix: NDArray, **how: Any) -> float:
         return float("nan")
 
 
-def _singular(value: float, tiny: float) -> DivergenceError:
+def _singular(value: float, damping: float) -> DivergenceError:
     return DivergenceError(
         f"A must not be singular, got an eigenvalue of {value:.1e}; add damping of at least "
-        f"{100 * tiny:.1e}, or a penalty, or drop the redundant parameters."
+        f"{damping:.1e}, or a penalty, or drop the redundant parameters."
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.convergence import DivergenceError
 from influence.operators import Curvature
@@ -60,6 +60,8 @@ class LiSSA:
         """Check the hyperparameters."""
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive or None, got {self.scale}.")
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
         for name in ("depth", "repeats", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -67,6 +69,11 @@ class LiSSA:
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Choose the scale if none was given."""
         scale = self.scale or largest_eigenvalue(A, self.batch_size)
+        if not scale > 0:
+            raise DivergenceError(
+                f"LiSSA needs a positive definite A, got a largest eigenvalue of {scale:.3g}; use "
+                "damping, or GaussNewton, or Direct, which answers for indefinite matrices."
+            )
         return lambda B: self._run(A, B, scale)
 
     def _run(self, A: LinearOperator, B: NDArray, scale: float) -> Raw:
@@ -80,13 +87,15 @@ class LiSSA:
         H = np.repeat(B[None], repeats, axis=0)  # (repeats, d, m)
         size = np.linalg.norm(B, axis=0)
         for step, rows in enumerate(progress(walk, "LiSSA", self.depth), start=1):
-            H = B + H - product(rows, H) / scale
-            if step % _CHECK_EVERY == 0 or step == self.depth:
+            with np.errstate(over="ignore", invalid="ignore"):
+                H = B + H - product(rows, H) / scale
+                if step % _CHECK_EVERY and step < self.depth:
+                    continue
                 # While no factor expands, |h_t| <= (t + 1) |v|; tenfold leaves room for some.
                 if not (np.linalg.norm(H, axis=1) <= 10 * (step + 1) * size).all():
                     raise DivergenceError(
-                        f"LiSSA diverges at step {step} with scale {scale:.4g}; use a scale of "
-                        f"{largest_eigenvalue(A, self.batch_size):.4g} or larger, or CG."
+                        f"LiSSA diverges at step {step} with scale {scale:.4g}; "
+                        + _advice(scale, largest_eigenvalue(A, self.batch_size))
                     )
         remedy = (
             f"LiSSA's average is still noisy or its series unfinished after {self.depth} steps x "
@@ -104,17 +113,32 @@ class LiSSA:
         return (runs[:, step] for step in range(self.depth))
 
 
+def _advice(scale: float, largest: float) -> str:
+    if largest > scale:
+        return f"use a scale of {largest:.4g} or larger, or CG."
+    return (
+        f"the largest eigenvalue found is no larger, {largest:.4g}, so A has negative curvature "
+        "and no scale helps: use more damping, or GaussNewton, or Direct. If A is positive "
+        f"definite, some batches are larger than those looked at: use a scale of {2 * scale:.4g}."
+    )
+
+
 def largest_eigenvalue(A: LinearOperator, batch_size: int) -> float:
     """Largest eigenvalue of A, or for sampled batches the largest found among a fixed sample."""
     rng = np.random.default_rng(_PROBE_SEED)
     d = A.shape[0]
     if not isinstance(A, Curvature):
         start = rng.standard_normal(d)
+        first = A @ start
+        if not np.isfinite(first).all() or not first.any():
+            return float(first.sum())
         if d < 3:
             return float(np.linalg.eigvalsh(A @ np.eye(d))[-1])
-        return 1.05 * float(
-            eigsh(A, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0]
-        )
+        try:
+            found = eigsh(A, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)
+        except ArpackError:
+            return float("nan")
+        return 1.05 * float(found[0])
     rows = rng.integers(len(A.examples), size=(_PROBE_BATCHES, batch_size))
     V = rng.standard_normal((_PROBE_BATCHES, d, 1)).astype(A.dtype)
     size = np.linalg.norm(V, axis=1, keepdims=True)

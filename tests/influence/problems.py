@@ -85,7 +85,7 @@ def logistic(
     dtype: str = "float64",
     seed: int = 0,
 ) -> Problem:
-    """`kind` "softmax" (three classes) or "sigmoid": the library's model, at the oracle's minimum."""
+    """`kind` "softmax" (three classes) or "sigmoid": the library's model at its minimum."""
     rng = np.random.default_rng(seed)
     num_classes = 3 if kind == "softmax" else 2
     x = rng.standard_normal((num_rows + 7, num_inputs)) + 0.3
@@ -139,3 +139,11 @@ def tanh_net(num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 
     net.theta = rng.standard_normal(net.num_parameters)
     x = rng.standard_normal((20, num_inputs))
     return net, Examples(x, rng.standard_normal(20))
+
+
+def symmetric(eigenvalues: Any, seed: int = 0) -> NDArray:
+    """A dense symmetric matrix with these eigenvalues and random eigenvectors."""
+    d = len(eigenvalues)
+    Q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, d)))
+    A = (Q * np.asarray(eigenvalues, float)) @ Q.T
+    return (A + A.T) / 2

@@ -19,7 +19,7 @@ def bounded(num_examples):
     return settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
 
 
-# --- what is kept ----------------------------------------------------------------------------
+# --- what is kept -----------------------------------------------------------------------------
 
 
 def test_arrays_are_kept_as_views_dtype_included_and_read_only():
@@ -83,7 +83,7 @@ def test_survives_pickling():
     np.testing.assert_array_equal(again.y, Y)
 
 
-# --- parts: properties ---------------------------------------------------------------------------
+# --- parts: properties ------------------------------------------------------------------------
 
 
 @bounded(30)
@@ -115,7 +115,7 @@ def test_one_batch_by_default_and_a_row_may_be_taken_twice():
     assert Examples(X, Y).take(slice(1, 3)).y.tolist() == [1, 2]
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------
 
 
 def spoilt(value, row):

@@ -1,0 +1,285 @@
+"""The linear SVM and its smooth approximations: hinge losses on labels -1 and 1 (figure 3).
+
+With the margin s = y z, temperature t and u = 1 - s (Koh & Liang 2017, section 4.2)
+
+    loss = t log(1 + exp(u / t))
+    dl/dz = -y sigma(u / t)        d2l/dz2 = sigma(u / t) sigma(-u / t) / t
+
+and at t = 0 the hinge max(0, u), without curvature. Its minimum is found and proved by duality:
+
+    D(a) = mean a_i - lambda/2 |w(a)|^2,    w(a) = sum_i a_i y_i x_i / (n lambda),    0 <= a_i <= 1
+    R(w) - D(a) = mean (max(0, u_i) - a_i u_i) + lambda/2 |w - w(a)|^2  >=  R(w) - min R
+
+whatever a is. R is lambda-strongly convex, so this gap bounds the distance |w - w*|^2 by
+2 gap / lambda; every term of it is non-negative, so it is computed without cancellation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import scipy.special
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.convergence import warn_unconverged
+from influence.examples import Examples
+from influence.models.boxed import boxed_minimum
+from influence.models.linear import LinearModel
+
+_SMALLEST_T = 1e-30  # float32 rounds much smaller ones to zero
+_NEAR_KINK = 1e-4  # rows whose dual variable may lie inside (0, 1), at weights good to LinearSVC
+_FEW = 500  # rows that the dual is solved for exactly; with more, LinearSVC comes first
+_STALE = 10  # rounds without a smaller gap after which rounding is all that is left
+
+
+@keras.saving.register_keras_serializable(package="influence")
+class SmoothHingeLoss(keras.losses.Loss):
+    """t log(1 + exp((1 - y z) / t)) per example; the hinge at t = 0.
+
+    Args:
+      t: temperature, 0 or at least 1e-30.
+      reduction: Keras'.
+      name: None names it after t.
+
+    Raises: ValueError for another t.
+    """
+
+    labels = (-1, 1)
+
+    def __init__(self, t: float = 0.0, reduction: str = "none", name: str | None = None):
+        if not (t == 0 or _SMALLEST_T <= t < np.inf):
+            raise ValueError(f"t must be 0 or at least {_SMALLEST_T}, got {t}.")
+        super().__init__(name=name or f"smooth_hinge_{float(t)!r}", reduction=reduction)
+        self.t = float(t)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """The losses (n,) of labels (n,) or (n, 1) and outputs (n, 1) or (n,)."""
+        z = tf.reshape(y_pred, [-1])
+        u = 1 - tf.cast(tf.reshape(y_true, [-1]), z.dtype) * z
+        if self.t > 0:
+            return self.t * tf.math.softplus(u / self.t)
+        # On the kink the gradient is half of either side's, as in `_on_kink`.
+        half = u / 2 + tf.stop_gradient(tf.nn.relu(u) - u / 2)
+        return tf.where(tf.abs(u) <= _kink_width(z.dtype.as_numpy_dtype), half, tf.nn.relu(u))
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras needs to make it again."""
+        return {**super().get_config(), "t": self.t}
+
+
+class SmoothHinge(LinearModel):
+    """A linear SVM with the hinge smoothed by t; t = 0 is the SVM itself.
+
+    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on it: rows within
+    the square root of the dtype's precision of it get half the slope, the limit of t -> 0 there.
+
+    Args:
+      num_features: f.
+      t: temperature; 0 for the hinge.
+      weight_decay: lambda of lambda/2 |w|^2, the intercept included; positive at t = 0.
+      intercept: whether there is one; the paper has none.
+      dtype: "float64" or "float32".
+
+    Attributes:
+      convex: False at t = 0: convex it is, but not smooth, so Newton's refits have no meaning.
+
+    Raises: ValueError for a t that is not 0 or at least 1e-30, fewer than one feature or a weight
+      decay that is negative, or zero at t = 0.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        t: float = 0.0,
+        *,
+        weight_decay: float = 0.01,
+        intercept: bool = False,
+        dtype: str = "float64",
+    ):
+        if t == 0 and weight_decay == 0:
+            raise ValueError("weight_decay must be positive at t = 0, got 0: no unique minimum.")
+        super().__init__(
+            num_features,
+            1,
+            SmoothHingeLoss(t),
+            weight_decay=weight_decay,
+            intercept=intercept,
+            dtype=dtype,
+        )
+        self.t = float(t)
+        self.convex = self.t > 0
+
+    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        u = self._shortfall(Z, y)[:, 0]
+        return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
+
+    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        u = self._shortfall(Z, y)
+        if self.t > 0:
+            inside = scipy.special.expit(u / self.t)
+        else:
+            inside = np.where(_on_kink(u), 0.5, u > 0).astype(Z.dtype)
+        return -_signs(Z, y) * inside
+
+    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        if self.t == 0:
+            return np.zeros_like(U)
+        v = self._shortfall(Z, y) / self.t
+        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
+
+    def _shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
+        """u = 1 - y z, what a margin lacks of one."""
+        return 1 - _signs(Z, y) * Z
+
+    # --- the minimum at t = 0, and its proof ----------------------------------------------------
+
+    def fit(
+        self, examples: Examples, *, gradient_tolerance: float = 1e-8, max_iterations: int = 10_000
+    ) -> SmoothHinge:
+        """Minimise the risk from the present theta.
+
+        At t > 0 as LinearModel. At t = 0 the dual is solved exactly for the few rows near margin 1,
+        the others staying at 0 or 1, until the gap closes; where the present theta leaves too many
+        such rows, scikit-learn's LinearSVC brings it near first.
+
+        Args:
+          examples: labels -1 and 1.
+          gradient_tolerance: what `gradient_norm` is to be at most.
+          max_iterations: rounds of the dual, or L-BFGS iterations, at most.
+
+        Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
+        Raises: ValueError for labels that are not -1 and 1, or for one of them alone at t = 0 and
+          far from the minimum.
+        """
+        if self.t > 0:
+            super().fit(
+                examples, gradient_tolerance=gradient_tolerance, max_iterations=max_iterations
+            )
+            return self
+        self.validate(examples, "examples")
+        a, near = self._at_bounds(examples)
+        best, theta, stale, is_near = np.inf, self.theta, 0, False
+        for _ in range(max_iterations):
+            a = self._solved_for(examples, near, a)
+            self.theta = self._weights(examples, a)
+            u = self._shortfalls(examples)
+            slack = np.maximum(u, 0) - a * u  # the terms of the gap, here with w = w(a)
+            norm = self._norm_of(slack.mean())
+            stale += 1
+            if norm < best:
+                best, theta, stale = norm, self.theta, 0
+            if best <= gradient_tolerance or stale == _STALE:
+                break
+            near = (slack > 0) | ((a > 0) & (a < 1))
+            if near.sum() > _FEW and not is_near:
+                self._liblinear(examples)
+                a, near = self._at_bounds(examples)
+                is_near = True
+        self.theta = theta
+        if best > gradient_tolerance:
+            warn_unconverged(
+                f"the SVM's dual stopped at a duality gap worth a gradient norm of {best:.1e}, "
+                f"above {gradient_tolerance:.1e}: use float64, more iterations or a larger "
+                "tolerance."
+            )
+        return self
+
+    def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
+        """See GenericNeuralNet.gradient_norm; sqrt(2 lambda gap) at t = 0."""
+        if self.t > 0:
+            return super().gradient_norm(examples, batch_size)
+        return self._norm_of(self.duality_gap(examples))
+
+    def duality_gap(self, examples: Examples) -> float:
+        """How far R(theta) can be above its minimum: R(theta) - D(a), for the hinge.
+
+        a is 0 or 1 beside the kink, and the best there is for the rows near it; any a gives a true
+        bound, so the number needs no trust in how a, or theta, was found.
+
+        Args:
+          examples: the training set.
+
+        Returns: in the unit of the loss.
+        Raises: ValueError at t > 0, where the norm of the gradient says it all.
+        """
+        if self.t > 0:
+            raise ValueError(f"t must be 0 for a duality gap, got {self.t}; use gradient_norm.")
+        a, near = self._at_bounds(examples)
+        a = self._solved_for(examples, near, a)
+        u = self._shortfalls(examples)
+        apart = self.theta - self._weights(examples, a)
+        gap = (np.maximum(u, 0) - a * u).mean() + self.weight_decay / 2 * (apart @ apart)
+        return float(gap)
+
+    def _norm_of(self, gap: float) -> float:
+        """The gradient norm g that bounds the distance too: g / lambda = sqrt(2 gap / lambda)."""
+        return float(np.sqrt(2 * self.weight_decay * gap))
+
+    def _at_bounds(self, examples: Examples) -> tuple[NDArray, NDArray]:
+        """Dual variables (n,), 0 or 1 by theta's margins, and which rows are near the kink."""
+        u = self._shortfalls(examples)
+        return (u > 0).astype(float), np.abs(u) <= _NEAR_KINK
+
+    def _solved_for(self, examples: Examples, near: NDArray, a: NDArray) -> NDArray:
+        """Dual variables that maximise D over those of the rows near, the others as they are.
+
+        That is min a'AA'a / 2 - b'a over the box, with A the rows y_i x_i.
+        """
+        rows = np.flatnonzero(near)
+        if not len(rows):
+            return a
+        chosen = examples.take(rows)
+        A = self._with_one(self._dense(chosen.x)) * chosen.y.reshape(-1, 1)
+        others = np.where(near, 0, a)
+        b = len(a) * self.weight_decay * (1 - A @ self._weights(examples, others))
+        others[rows] = boxed_minimum(A @ A.T, b, a[rows])
+        return others
+
+    def _weights(self, examples: Examples, a: NDArray) -> NDArray:
+        """w(a), (d,)."""
+        rows = np.flatnonzero(a)
+        if not len(rows):
+            return np.zeros(self.num_parameters, self.dtype)
+        used = examples.take(rows)
+        E = (a[rows] * used.y.reshape(-1)).astype(self.dtype)[:, None, None]
+        return self._transposed_times(used.x, E)[:, 0] / (len(a) * self.weight_decay)
+
+    def _shortfalls(self, examples: Examples) -> NDArray:
+        return self._shortfall(self.outputs(examples.x)[:, :, None], examples.y)[:, 0, 0]
+
+    def _liblinear(self, examples: Examples) -> None:
+        """theta from scikit-learn, whose word on convergence is not needed: the gap is."""
+        from sklearn.exceptions import ConvergenceWarning  # seconds that only a fit need spend
+        from sklearn.svm import LinearSVC
+
+        labels = examples.y.reshape(-1)
+        if (labels == labels[0]).all():
+            raise ValueError(f"examples.y must hold both -1 and 1, got only {labels[0]}.")
+        svm = LinearSVC(
+            loss="hinge",
+            C=1 / (len(examples) * self.weight_decay),  # sum of losses there, mean here
+            tol=1e-6,
+            max_iter=10_000,
+            fit_intercept=self.intercept,  # penalised there too, as a feature that is always one
+            random_state=0,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            svm.fit(examples.x, labels)
+        self.theta = np.append(svm.coef_[0], svm.intercept_ if self.intercept else [])
+
+
+def _signs(Z: NDArray, y: NDArray) -> NDArray:
+    return y.reshape(-1, *[1] * (Z.ndim - 1)).astype(Z.dtype)
+
+
+def _on_kink(u: NDArray) -> NDArray:
+    return np.abs(u) <= _kink_width(u.dtype)
+
+
+def _kink_width(dtype: Any) -> float:
+    return float(np.sqrt(np.finfo(dtype).eps))

@@ -1,0 +1,138 @@
+"""A Keras model as functions of a flat theta, traced once by TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import scipy.sparse
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence import tape
+from influence.losses import PerExampleLoss
+
+
+class Traced:
+    """The model's losses and penalty as functions of theta, and the tensors to call them with.
+
+    The weights are those that are trainable when this is made: freezing a layer later changes
+    nothing here.
+
+    Args:
+      model: a checked Keras model.
+      loss: its per-example loss.
+    """
+
+    def __init__(self, model: keras.Model, loss: PerExampleLoss):
+        self.model, self.loss = model, loss
+        self.weights = tuple(model.trainable_weights)
+        self.sizes = [int(np.prod(w.shape)) for w in self.weights]
+        self.dtype = np.dtype(self.weights[0].dtype)
+        self._functions: dict[str, Any] = {}
+        self._seen: tuple[bool, int] | None = None
+
+    def __getstate__(self) -> dict:
+        """The model and the loss travel; traced functions are made again."""
+        return {**self.__dict__, "weights": (), "_functions": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        """Find the weights again in the model that came along."""
+        self.__dict__.update(state)
+        self.weights = tuple(self.model.trainable_weights)
+
+    # --- functions of theta, for tape ---------------------------------------------------------
+
+    def output(self, theta: Any, x: Any) -> Any:
+        """The model's output in inference mode, without touching its variables."""
+        parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
+        mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
+        with keras.StatelessScope(state_mapping=mapping), tape.twice_differentiable():
+            return self.model(x, training=False)
+
+    def losses(self, theta: Any, x: Any, y: Any) -> Any:
+        """(n,) the data terms."""
+        return tf.cast(self.loss.function(y, self.output(theta, x)), theta.dtype)
+
+    def penalty(self, theta: Any) -> Any:
+        """() the sum of the weights' own regularisers."""
+        total = tf.zeros((), theta.dtype)
+        for weight, part in zip(self.weights, tf.split(theta, self.sizes), strict=True):
+            if weight.regularizer is not None:
+                total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
+        return total
+
+    # --- running them -----------------------------------------------------------------------------
+
+    def run(self, name: str, function: Callable, *tensors: Any) -> Any:
+        """Trace `function` under `name` on first use; call it; NumPy arrays."""
+        if name not in self._functions:
+            self._functions[name] = tf.function(function, reduce_retracing=True)
+        return tf.nest.map_structure(lambda t: t.numpy(), self._functions[name](*tensors))
+
+    def mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
+        """As `run`, for a `function(each, theta, x, y, *tensors)` that maps over vectors."""
+        each = self.each(x, y)
+        return self.run(name, partial(function, each), self.theta(), x, y, *tensors)
+
+    def each(self, x: Any, y: Any) -> tape.Each:
+        """How to map over vectors: vectorised where TensorFlow does that right, else looped."""
+        if self.facts(x, y)[0]:
+            return partial(tape.looped, dtype=self.dtype)
+        return tf.vectorized_map
+
+    def facts(self, x: Any, y: Any) -> tuple[bool, int]:
+        """(whether to loop, numbers that one row's activations take), from tracing a row or two."""
+        if self._seen is None:
+            row = tf.nest.map_structure(lambda t: t[:1], (x, y))
+            rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
+            graphs = [
+                tf.function(self.losses).get_concrete_function(self.theta(), *batch).graph
+                for batch in (row, rows)
+            ]
+            one, two = (_numbers(graph) for graph in graphs)
+            self._seen = tape.needs_loop(graphs[0]), max(two - one, 1)
+        return self._seen
+
+    # --- tensors ------------------------------------------------------------------------------
+
+    def theta(self) -> Any:
+        """(d,) the weights as they are now."""
+        return tf.concat([tf.reshape(w.value, [-1]) for w in self.weights], 0)
+
+    def tensor(self, array: Any) -> Any:
+        """Floats in the dtype of theta, integers as they are, sparse rows dense."""
+        if scipy.sparse.issparse(array):
+            array = array.toarray()
+        array = np.asarray(array)
+        return tf.convert_to_tensor(
+            array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
+        )
+
+    def inputs(self, x: Any) -> Any:
+        """One tensor, or a dict of them."""
+        return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
+
+    def rows(self, V: Any, name: str) -> Any:
+        """(m, d) rows from (d,) or (d, m) columns: maps run over the first axis.
+
+        Raises: ValueError for another shape.
+        """
+        V, d = np.asarray(V), sum(self.sizes)
+        if V.ndim not in (1, 2) or V.shape[0] != d:
+            raise ValueError(f"{name} must have shape ({d},) or ({d}, m), got {V.shape}.")
+        return self.tensor(np.ascontiguousarray(np.atleast_2d(V.T)).astype(self.dtype, copy=False))
+
+
+def like(rows: NDArray, V: Any) -> NDArray:
+    """Rows (m, ...) as the columns of a block, or the one row of a vector."""
+    return rows.T if np.ndim(V) == 2 else rows[0]
+
+
+def _numbers(graph: Any) -> int:
+    """How many numbers a traced function's tensors hold, its loops' bodies counted once."""
+    tensors = (t for op in tape.operations(graph) for t in op.outputs)
+    return sum(t.shape.num_elements() or 0 for t in tensors)

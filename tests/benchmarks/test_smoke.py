@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as bench
+from benchmarks import solves, table, targets
+
+RESULTS = Path(__file__).resolve().parents[2] / bench.RESULTS
+
+
+def test_smoke_writes_numbers_and_their_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # tested in test_solves
+    monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.1)
+    assert bench.main(["--smoke", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / bench.RECORD).read_text())
+    assert result["data"]["stand_in"] is True
+    assert {target["holds"] for target in result["targets"]} == {None}
+    for way in ("closed_form", "tape"):
+        part = result["products"][way]
+        # float32 rounding, summed over 1,297 rows.
+        assert 0 < part["largest_error"] < 1e-4
+        best = part["seconds"]["product"]["best"], part["seconds"]["gradient"]["best"]
+        assert part["product_per_gradient"] == pytest.approx(best[0] / best[1])
+        machine = max(v for k, v in result["products"]["machine_gflops"].items() if "square" in k)
+        assert part["fraction_of_machine"] == pytest.approx(part["block_gflops"] / machine)
+        assert result["scores"][f"{way} float64"]["largest_error"] < 1e-12
+        assert 0 < result["scores"][f"{way} float32"]["largest_error"] < 1e-4
+    page = (tmp_path / bench.TABLE).read_text(encoding="utf-8")
+    assert page == table.page(result)
+    assert "digits (a stand-in)" in page
+    assert "not installed" in page
+    assert "not judged" in capsys.readouterr().out
+
+
+def test_targets_are_judged_on_real_data():
+    result = {
+        "data": {"stand_in": False},
+        "products": {
+            way: {"fraction_of_machine": 0.4, "product_per_gradient": 1.6}
+            for way in ("closed_form", "tape")
+        },
+        "scores": {f"{way} float32": {"one_per_gradient": 1.0} for way in ("closed_form", "tape")},
+        "solves": {"speedup": {"1": None, "100": None}},
+    }
+    holds = {target["metric"]: target["holds"] for target in targets.judged(result)}
+    assert holds["block_fraction_tape"] is True
+    assert holds["product_per_gradient_closed_form"] is False
+    assert holds["speedup_100_points"] is False  # not measured is not met
+    for metric in holds:
+        assert targets.meaning(metric).endswith(")")
+
+
+def test_without_mnist_it_says_so_and_takes_the_digits(tmp_path, monkeypatch, capsys):
+    import data
+
+    monkeypatch.setattr(data, "find", lambda name, root: None)
+    assert bench._data_name(False, None) == "digits"
+    assert "mnist is not found" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--data-dir", str(tmp_path / "none")])
+    assert "--data-dir must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (RESULTS / bench.RECORD).is_file(), reason="no results/benchmarks yet")
+def test_committed_page_says_what_the_numbers_say():
+    result = json.loads((RESULTS / bench.RECORD).read_text())
+    assert not result["data"]["stand_in"]
+    assert (RESULTS / bench.TABLE).read_text(encoding="utf-8") == table.page(result)

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+
+from benchmarks import child, solves, table
+from benchmarks.problem import WEIGHT_DECAY
+from benchmarks.solves import OURS, PYDVL, Setting
+from influence import Examples, Hessian
+
+needs_pydvl = pytest.mark.skipif(
+    solves.python_of_peers() is None, reason="pyDVL is not installed: `make bench` installs it"
+)
+
+
+def test_the_problem_is_solved_at_its_minimum(digits):
+    net = digits.closed_form("float64")
+    assert np.linalg.norm(net.risk_gradient(digits.train["float64"])) <= 1e-8
+    assert digits.shape == (1297, 64, 10)
+
+
+def test_true_residual(digits):
+    net, test = digits.closed_form("float64"), digits.test["float64"].take([0, 1])
+    B = net.gradients(test.x, test.y).T
+    exact = np.linalg.solve(Hessian(net, digits.train["float64"]).dense(), B)
+    assert solves.true_residuals(digits, exact).max() < 1e-12  # rounding times condition number
+    # x = 0 leaves all of b; 0.9 x leaves a tenth of it.
+    found = solves.true_residuals(digits, exact * [0.0, 0.9])
+    np.testing.assert_allclose(found, [1.0, 0.1], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("by", "method"),
+    [
+        (OURS, "cg"),
+        (OURS, "direct"),
+        pytest.param(PYDVL, "one by one", marks=needs_pydvl),
+        pytest.param(PYDVL, "block", marks=needs_pydvl),
+    ],
+)
+def test_every_way_solves_the_same_system(digits, by, method):
+    result = solves.run(digits, (Setting(by, method, "float64", 3, 3),))
+    (run,) = result["runs"]
+    assert run["meets"], run
+    assert run["largest_residual"] <= solves.TOLERANCE
+    assert run["peak_rss_mb"] > 50
+    assert result["fastest"][3][by] == 0
+
+
+def test_fewer_points_than_asked_are_extrapolated_and_never_the_fastest(digits, monkeypatch):
+    fake(monkeypatch, seconds=2.0)
+    result = solves.run(digits, (Setting(OURS, "cg", "float64", 4, 1),))
+    assert result["runs"][0]["seconds_for_all"] == 8.0
+    assert result["fastest"][4][OURS] is None
+    assert result["speedup"][4] is None
+
+
+def test_speedup_is_that_of_the_fastest_within_tolerance(digits, monkeypatch):
+    monkeypatch.setattr(solves, "python_of_peers", lambda: "python")
+    monkeypatch.setattr(solves, "_versions", lambda python: {"pyDVL": "0"})
+    fake(monkeypatch, seconds=iter([2.0, 1.0, 30.0, 3.0]).__next__,
+         residual=iter([1e-6, 1e-6, 1e-6, 2e-5]).__next__)  # fmt: skip
+    ways = [(OURS, "cg"), (OURS, "direct"), (PYDVL, "one by one"), (PYDVL, "block")]
+    result = solves.run(digits, tuple(Setting(*way, "float64", 2, 2) for way in ways))
+    assert [run["meets"] for run in result["runs"]] == [True, True, True, False]
+    assert result["fastest"][2] == {OURS: 1, PYDVL: 2}
+    assert result["speedup"][2] == 30.0
+
+
+def test_a_peer_that_is_not_there_is_said_to_be_missing(digits, monkeypatch):
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)
+    result = solves.run(digits, (Setting(PYDVL, "block", "float64", 2, 2),))
+    assert "not installed" in result["runs"][0]["error"]
+    assert result["peers"] is None
+
+
+def test_a_failing_process_is_reported_with_its_last_line(digits):
+    result = solves.run(digits, (Setting(OURS, "no such method", "float64", 2, 2),))
+    assert result["runs"][0]["error"] == "failed: KeyError: 'no such method'"
+
+
+def test_setting_in_words():
+    words = table.describe(
+        {"by": PYDVL, "method": "block", "dtype": "float32", "points": 9, "solved": 3,
+         "tolerance": 1e-6, "preconditioner_rank": 20}
+    )  # fmt: skip
+    assert words == (
+        "pyDVL, block, float32, Nyström preconditioner of rank 20, asked for 1e-06: 3 of 9"
+    )
+
+
+def test_the_child_reads_what_the_parent_writes(digits, tmp_path):
+    setting = Setting(OURS, "cg", "float32", 2, 2)
+    path = tmp_path / child.PROBLEM.format("float32")
+    solves._write(path, digits, "float32", (setting,))
+    with np.load(path, allow_pickle=False) as file:
+        assert {name: file[name].dtype for name in file.files} == {
+            "x": np.float32, "y": np.int64, "x_test": np.float32, "y_test": np.int64,
+            "theta": np.float32,
+        }  # fmt: skip
+        assert isinstance(Examples(file["x"], file["y"]), Examples)
+        assert file["theta"].shape == (64, 10)
+    assert setting.weight_decay == WEIGHT_DECAY
+
+
+def fake(monkeypatch, seconds, residual=lambda: 1e-6):
+    """Let processes end at once, with these seconds and residuals."""
+
+    def finished(command, **kwargs):
+        folder = solves.Path(command[-1])
+        np.save(folder / child.SOLUTION, np.zeros((640, 1)))
+        value = seconds() if callable(seconds) else seconds
+        report = {"seconds": value, "peak_rss_mb": 1, "rss_before_mb": 1}
+        (folder / child.REPORT).write_text(solves.json.dumps(report))
+
+    monkeypatch.setattr(solves.subprocess, "run", finished)
+    monkeypatch.setattr(solves, "true_residuals", lambda p, x: np.array([residual()]))

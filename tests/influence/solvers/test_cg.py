@@ -1,0 +1,180 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+from influence import CG, Direct, LiSSA, prepare, solve
+from tests.influence.problems import relative_error, symmetric
+
+D = 40
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    return symmetric(np.geomspace(0.01, 1, D))
+
+
+@pytest.fixture(scope="module")
+def B():
+    return np.random.default_rng(1).standard_normal((D, 5))
+
+
+def counting(matrix):
+    """The operator, and the widths of the blocks it was asked for."""
+    widths = []
+
+    def product(V):
+        widths.append(V.shape[1])
+        return matrix @ V
+
+    return LinearOperator(
+        matrix.shape, matvec=lambda v: product(v.reshape(-1, 1)), matmat=product, dtype=matrix.dtype
+    ), widths
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    d=st.integers(1, 12),
+    m=st.integers(1, 4),
+    condition=st.floats(1, 1e4),
+    seed=st.integers(0, 10_000),
+)
+def test_solves_every_positive_definite_system(d, m, condition, seed):
+    A = symmetric(np.geomspace(1 / condition, 1, d) if d > 1 else [1 / condition], seed)
+    B = np.random.default_rng(seed).standard_normal((d, m))
+    solution = solve(A, B, CG(rtol=1e-9))
+    assert solution.converged.all() and (solution.residual <= 1e-9).all()
+    # |x - A^-1 b| <= |A^-1| |b - A x|
+    error = np.linalg.norm(solution.x - np.linalg.solve(A, B), axis=0)
+    assert (error <= condition * 1e-9 * np.linalg.norm(B, axis=0) * (1 + 1e-6)).all()
+
+
+def test_as_many_iterations_as_distinct_eigenvalues():
+    A = symmetric(np.repeat([1.0, 2.0, 5.0], [10, 20, 10]))
+    solution = solve(A, np.random.default_rng(0).standard_normal((D, 3)), CG(rtol=1e-10))
+    assert solution.iterations.tolist() == [3, 3, 3]
+
+
+def test_a_block_is_its_columns_one_by_one(matrix, B):
+    matrix = matrix + 0.1 * np.eye(D)
+    B = B * [1, 1e-6, 1e6, 1, 1]  # each column has its own target
+    block = solve(matrix, B, CG(rtol=1e-8))
+    for j in range(B.shape[1]):
+        alone = solve(matrix, B[:, j], CG(rtol=1e-8))
+        # The last step of a column may fall either side of the tolerance by rounding.
+        assert abs(int(alone.iterations[0]) - int(block.iterations[j])) <= 1
+        assert relative_error(block.x[:, j], alone.x) < 1e-7  # both within 1e-8 times condition 10
+
+
+def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
+    values, vectors = np.linalg.eigh(matrix)
+    easy = np.column_stack([vectors[:, 3], vectors[:, :2].sum(axis=1)])  # one step, and two
+    A, widths = counting(matrix)
+    solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
+    steps = solution.iterations
+    assert steps[:2].tolist() == [1, 2] and steps[2] > 10
+    # Then one product to check the recurrence, and one for the residual that is reported.
+    assert widths == [3, 2] + [1] * (steps[2] - 2) + [3, 3]
+
+
+def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
+    # In float32 and at this condition the recurrence goes on falling after the truth has stopped.
+    A = symmetric(np.geomspace(1e-6, 1, D)).astype(np.float32)
+    b = np.random.default_rng(0).standard_normal(D).astype(np.float32)
+    solution = solve(A, b, CG(rtol=1e-5, max_iterations=2000))
+    true = np.linalg.norm(b - A @ solution.x) / np.linalg.norm(b)
+    assert solution.residual[0] == pytest.approx(true, rel=0.05)  # float32 products of a large x
+    assert solution.converged[0] == (solution.residual[0] <= 1e-5)
+    if not solution.converged[0]:
+        assert solution.remedy
+
+
+def test_a_drifted_recurrence_starts_again():
+    """Rounding makes the recurrence believe what is not so; a restart goes on from the truth."""
+    A = symmetric(np.geomspace(1e-7, 1, 200)).astype(np.float32)
+    b = (A @ np.ones(200, np.float32)).astype(np.float32)
+    first = solve(A, b, CG(rtol=1e-6, max_iterations=10_000))
+    assert first.residual[0] < 1e-6 and first.converged[0]
+
+
+def test_too_few_iterations_are_reported_with_the_remedy(matrix, B):
+    solution = solve(matrix, B, CG(rtol=1e-8, max_iterations=3))
+    assert solution.iterations.tolist() == [3] * 5
+    assert not solution.converged.any() and (solution.residual > 1e-8).all()
+    assert solution.remedy.startswith("CG stopped at max_iterations = 3: allow more")
+    one = solve(matrix, B, CG(max_iterations=1))
+    assert one.remedy.startswith("CG stopped at max_iterations = 1: allow more")
+
+
+def test_iterations_are_bounded_by_ten_times_the_dimension():
+    A = symmetric(np.geomspace(1e-12, 1, 5))
+    b = np.random.default_rng(0).standard_normal(5)
+    assert solve(A, b, CG(rtol=1e-15)).iterations[0] <= 50
+
+
+def test_curvature_is_the_smallest_rayleigh_quotient_met(matrix):
+    values, vectors = np.linalg.eigh(matrix)
+    solution = solve(matrix, vectors[:, [7, 20]], CG())
+    np.testing.assert_allclose(solution.min_curvature, values[[7, 20]], rtol=1e-10)
+
+
+def test_zero_right_hand_side_needs_no_product(matrix):
+    A, widths = counting(matrix)
+    solution = solve(A, np.zeros((D, 2)), CG())
+    assert solution.iterations.tolist() == [0, 0] and np.isnan(solution.min_curvature).all()
+    np.testing.assert_array_equal(solution.x, 0)
+    assert widths == [2]  # the residual
+
+
+# --- preconditioners -------------------------------------------------------------------------
+
+
+def test_the_exact_inverse_needs_one_iteration(matrix, B):
+    expected = np.linalg.solve(matrix, B)
+    inverse = np.linalg.inv(matrix)
+    for preconditioner in (
+        Direct(),
+        prepare(matrix, Direct()),
+        inverse,
+        aslinearoperator(inverse),
+    ):
+        solution = solve(matrix, B, CG(rtol=1e-9, preconditioner=preconditioner))
+        assert solution.iterations.tolist() == [1] * 5 and solution.converged.all()
+        assert relative_error(solution.x, expected) < 1e-9
+
+
+def test_an_approximate_inverse_saves_iterations_and_changes_no_answer(B):
+    scales = np.geomspace(1, 1e3, D)
+    A = symmetric(np.linspace(1, 2, D)) * np.sqrt(np.outer(scales, scales))
+    plain = solve(A, B, CG(rtol=1e-8, max_iterations=2000))
+    diagonal = LinearOperator(
+        A.shape, matvec=lambda v: np.ravel(v) / scales, dtype=A.dtype
+    )  # columns one by one, as SciPy does for an operator that knows vectors only
+    better = solve(A, B, CG(rtol=1e-8, preconditioner=diagonal))
+    assert better.converged.all() and plain.converged.all()
+    assert better.iterations.max() < plain.iterations.min() / 2
+    assert relative_error(better.x, np.linalg.solve(A, B)) < 1e-5
+
+
+def test_preconditioners_that_do_not_fit(matrix):
+    with pytest.raises(ValueError, match=r"^preconditioner must have the shape of A, \(40, 40\), "
+                       r"got \(3, 3\)"):  # fmt: skip
+        solve(matrix, np.ones(D), CG(preconditioner=np.eye(3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": -1e-3}, r"^rtol must be non-negative, got -0\.001"),
+        ({"rtol": float("nan")}, "^rtol must be non-negative, got nan"),
+        ({"max_iterations": 0}, "^max_iterations must be at least 1, got 0"),
+    ],
+)
+def test_bad_hyperparameters(options, message):
+    with pytest.raises(ValueError, match=message):
+        CG(**options)
+    if "rtol" in options:
+        for solver in (Direct, LiSSA):
+            with pytest.raises(ValueError, match=message):
+                solver(**options)

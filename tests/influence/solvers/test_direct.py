@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from scipy.sparse.linalg import LinearOperator
+
+from influence import Direct, DivergenceError, solve
+from influence.solvers.direct import dense
+from tests.influence.problems import relative_error, symmetric
+
+# Below and above the size from which eigenvalues are found by iteration.
+SIZES = [5, 63, 64, 150]
+
+
+@pytest.mark.parametrize("d", SIZES)
+def test_positive_definite(d):
+    A = symmetric(np.linspace(0.3, 2, d))
+    B = np.random.default_rng(0).standard_normal((d, 3))
+    solution = solve(A, B, Direct())
+    assert relative_error(solution.x, np.linalg.solve(A, B)) < 1e-13
+    assert (solution.residual < 1e-14).all() and solution.converged.all()
+    np.testing.assert_allclose(solution.min_curvature, 0.3, rtol=1e-3)  # ARPACK's own tolerance
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("negative", [1, 3])
+def test_indefinite_is_solved_and_its_smallest_eigenvalue_given(d, negative):
+    A = symmetric([*np.linspace(-1.5, -0.4, negative), *np.linspace(0.3, 2, d - negative)])
+    smallest = np.linalg.eigvalsh(A)[0]
+    B = np.random.default_rng(0).standard_normal((d, 3))
+    solution = solve(A, B, Direct())
+    assert relative_error(solution.x, np.linalg.solve(A, B)) < 1e-12
+    assert solution.converged.all() and (solution.residual < 1e-13).all()
+    np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-3)
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("others", ["positive", "indefinite"])
+def test_singular(d, others):
+    rest = np.linspace(0.3, 2, d - 1) * (1 if others == "positive" else np.where(
+        np.arange(d - 1) % 2, 1, -1))  # fmt: skip
+    with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue of"):
+        solve(symmetric([0.0, *rest]), np.ones(d), Direct())
+
+
+def test_ill_conditioned_is_not_converged():
+    # Solvable, but rounding in float32 leaves a residual far above 1e-6.
+    A = symmetric([1e-5, *np.linspace(1, 2, 9)]).astype(np.float32)
+    solution = solve(A, np.ones(10), Direct(rtol=1e-9))
+    assert not solution.converged[0] and solution.residual[0] > 1e-9
+    assert solution.remedy.startswith("the matrix is too ill conditioned for its dtype: use float6")
+    assert solution.min_curvature[0] == pytest.approx(1e-5, rel=0.05)  # 1e-7 of the largest
+
+
+def test_dense_form_of_anything():
+    A = symmetric(np.linspace(1, 2, 6))
+    operator = LinearOperator(A.shape, matvec=lambda v: A @ v, dtype=A.dtype)
+    np.testing.assert_allclose(dense(operator), A, rtol=1e-14)
+    assert dense(operator).dtype == np.float64
+
+
+def test_the_users_matrix_is_not_overwritten():
+    A = symmetric([-1.0, 1.0, 2.0])
+    for matrix in (A, symmetric([1.0, 2.0, 3.0])):
+        before = matrix.copy()
+        solve(matrix, np.ones(3), Direct())
+        np.testing.assert_array_equal(matrix, before)
+
+
+def test_no_global_seed_is_touched():
+    A = symmetric(np.linspace(0.3, 2, 80))
+    np.random.seed(3)
+    expected = np.random.random()
+    np.random.seed(3)
+    first = solve(A, np.ones(80), Direct())
+    assert np.random.random() == expected
+    np.testing.assert_array_equal(
+        solve(A, np.ones(80), Direct()).min_curvature, first.min_curvature
+    )

@@ -1,0 +1,205 @@
+import re
+
+import numpy as np
+import pytest
+from scipy.sparse.linalg import aslinearoperator
+
+from influence import DivergenceError, Examples, GaussNewton, Hessian, LiSSA, solve
+from influence.solvers.lissa import largest_eigenvalue
+from tests.influence.problems import logistic, relative_error, ridge, symmetric
+
+D = 8
+MATRIX = symmetric(np.linspace(0.2, 3, D))
+
+
+def series(matrix, v, scale, depth):
+    """(1/scale) sum_{j=0}^{depth} (I - A/scale)^j v, by eigenvalues."""
+    values, vectors = np.linalg.eigh(matrix)
+    factors = (1 - (1 - values / scale) ** (depth + 1)) / values
+    return vectors @ (factors[:, None] * (vectors.T @ v.reshape(len(v), -1)))
+
+
+@pytest.fixture(scope="module")
+def softmax():
+    return logistic("softmax", num_rows=30, num_inputs=3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("depth", [1, 5, 16, 17, 200])
+@pytest.mark.parametrize("scale", [3.0, 10.0, 1.6])
+def test_exact_value_at_finite_depth(depth, scale):
+    B = np.random.default_rng(0).standard_normal((D, 2))
+    for A in (MATRIX, aslinearoperator(MATRIX)):
+        solution = solve(A, B, LiSSA(scale=scale, depth=depth, repeats=3))
+        assert relative_error(solution.x, series(MATRIX, B, scale, depth)) < 1e-12
+        assert solution.iterations.tolist() == [depth] * 2
+
+
+@pytest.mark.parametrize("curvature", [Hessian, GaussNewton])
+def test_exact_value_when_every_batch_is_the_whole_set(curvature, softmax):
+    damping, n = 0.05, len(softmax.train)
+    H = softmax.oracle.hessian(softmax.theta) + damping * np.eye(9)
+    b = np.random.default_rng(0).standard_normal(9)
+    solver = LiSSA(scale=4.0, depth=20, repeats=2, batch_size=n)
+    solution = solve(curvature(softmax.net, softmax.train, damping), b, solver)
+    assert relative_error(solution.x, series(H, b, 4.0, 20)[:, 0]) < 1e-12
+
+
+def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
+    seen = []
+    sampled = Hessian.sampled
+    monkeypatch.setattr(
+        Hessian, "sampled", lambda A, rows, V: seen.append(rows) or sampled(A, rows, V)
+    )
+    # 2 runs x 25 steps x 3 rows: each run is 2 1/2 passes over 30 rows.
+    solve(
+        Hessian(softmax.net, softmax.train, 1.0),
+        np.arange(9.0),
+        LiSSA(scale=10.0, depth=25, repeats=2, batch_size=3),
+    )
+    assert len(seen) == 25 and seen[0].shape == (2, 3)
+    walk = np.stack(seen, axis=1).reshape(-1)  # run after run
+    counts = np.bincount(walk, minlength=30)
+    assert counts.tolist() == [5] * 30
+    np.testing.assert_array_equal(np.sort(walk[:30]), np.arange(30))
+    assert (walk[:30] != np.arange(30)).any()
+
+
+def test_the_average_over_runs_is_what_single_rows_give(softmax):
+    """The recursion written out, on the walk that was taken."""
+    rng = np.random.default_rng(5)
+    order = np.concatenate([rng.permutation(30) for _ in range(2)])[: 2 * 25].reshape(2, 25)
+    hessians = softmax.oracle.hessians(softmax.theta) + (0.1 + 0.3) * np.eye(9)
+    b, runs = np.random.default_rng(0).standard_normal(9), []
+    for run in order:
+        h = b
+        for row in run:
+            h = b + h - hessians[row] @ h / 6.0
+        runs.append(h / 6.0)
+    A = Hessian(softmax.net, softmax.train, 0.3)
+    solution = solve(A, b, LiSSA(scale=6.0, depth=25, repeats=2, seed=5))
+    assert relative_error(solution.x, np.mean(runs, axis=0)) < 1e-12
+
+
+def test_right_hand_sides_do_not_see_each_other(softmax):
+    A = Hessian(softmax.net, softmax.train, 0.3)
+    solver = LiSSA(depth=40, repeats=2)
+    B = np.random.default_rng(0).standard_normal((9, 3))
+    block = solve(A, B, solver)
+    for j in range(3):
+        assert relative_error(block.x[:, j], solve(A, B[:, j], solver).x) < 1e-12
+
+
+def test_the_seed_and_nothing_else_decides(softmax):
+    A = Hessian(softmax.net, softmax.train, 0.3)
+    b = np.arange(9.0)
+    first = solve(A, b, LiSSA(depth=40, repeats=2)).x
+    np.random.seed(0)
+    np.testing.assert_array_equal(solve(A, b, LiSSA(depth=40, repeats=2)).x, first)
+    assert relative_error(solve(A, b, LiSSA(depth=40, repeats=2, seed=1)).x, first) > 1e-4
+
+
+def test_damping_means_the_same_for_every_scale(softmax):
+    """Unlike the 2017 release, where it was multiplied by the scale."""
+    A = Hessian(softmax.net, softmax.train, damping=0.5)
+    matrix = softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9)
+    b = np.arange(9.0)
+    for scale in (2.0, 8.0):  # (1 - 0.6/8)^250 = 3e-9
+        solver = LiSSA(scale=scale, depth=250, repeats=1, batch_size=30)
+        assert relative_error(solve(A, b, solver).x, np.linalg.solve(matrix, b)) < 1e-7
+
+
+def test_sampling_converges_to_the_answer(softmax):
+    A = Hessian(softmax.net, softmax.train, 0.5)
+    B = np.random.default_rng(0).standard_normal((9, 2))
+    exact = np.linalg.solve(softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9), B)
+    rough = solve(A, B, LiSSA(depth=100, repeats=2))
+    fine = solve(A, B, LiSSA(depth=100, repeats=300))
+    # The noise of an average falls with the root of the number of runs: here twelvefold.
+    assert relative_error(fine.x, exact) < relative_error(rough.x, exact) / 4
+    assert relative_error(fine.x, exact) < 0.03
+    assert fine.converged.all() and (fine.residual < 0.1).all()
+
+
+def test_an_unfinished_series_says_so():
+    solution = solve(MATRIX, np.ones(D), LiSSA(depth=2))
+    assert not solution.converged[0] and solution.residual[0] > 0.1
+    assert solution.remedy.startswith("LiSSA's average is still noisy or its series unfinished aft")
+
+
+# --- divergence ------------------------------------------------------------------------------
+
+
+def scale_named_in(message):
+    found = re.search(r"use a scale of (\S+) or larger", message)
+    assert found is not None, message
+    return float(found[1])
+
+
+def test_divergence_is_named_with_a_scale_that_works():
+    with pytest.raises(DivergenceError, match="^LiSSA diverges at step 16 with scale 1;") as error:
+        solve(MATRIX, np.ones(D), LiSSA(scale=1.0))
+    scale = scale_named_in(str(error.value))
+    assert 3 <= scale < 3.3  # the largest eigenvalue
+    solution = solve(MATRIX, np.ones(D), LiSSA(scale=scale))
+    assert solution.converged[0] and solution.residual[0] < 1e-12
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_divergence_on_sampled_rows_is_named_with_a_scale_that_works(softmax, batch_size):
+    A = Hessian(softmax.net, softmax.train, 0.5)
+    with pytest.raises(DivergenceError, match="^LiSSA diverges at step .* with scale 0.3") as error:
+        solve(A, np.arange(9.0), LiSSA(scale=0.3, batch_size=batch_size))
+    scale = scale_named_in(str(error.value))
+    solution = solve(
+        A, np.arange(9.0), LiSSA(scale=scale, depth=200, repeats=50, batch_size=batch_size)
+    )
+    assert solution.converged[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_overflow_is_divergence_without_a_word_from_numpy(dtype):
+    with np.errstate(all="raise"):
+        with pytest.raises(DivergenceError, match="with scale 1e-30"):
+            solve(MATRIX.astype(dtype), np.ones(D), LiSSA(scale=1e-30))
+
+
+def test_divergence_is_looked_for_at_the_last_step_too():
+    # |1 - 3/1| = 2, so the norm doubles each step; the norm is looked at every 16 steps else.
+    with pytest.raises(DivergenceError, match="at step 13 "):
+        solve(MATRIX, np.ones(D), LiSSA(scale=1.0, depth=13))
+
+
+# --- the scale that is chosen ----------------------------------------------------------------
+
+
+def test_the_chosen_scale_is_the_largest_eigenvalue():
+    for matrix in (MATRIX, symmetric([0.5, 2.0]), symmetric([7.0])):
+        largest = np.linalg.eigvalsh(matrix)[-1]
+        assert largest * 0.99 <= largest_eigenvalue(aslinearoperator(matrix), 1) < 1.07 * largest
+    assert np.isnan(largest_eigenvalue(aslinearoperator(MATRIX * np.nan), 1))
+
+
+def test_the_chosen_scale_covers_the_sampled_batches():
+    rng = np.random.default_rng(0)
+    problem = ridge(num_rows=30, num_inputs=3)
+    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # every row alike: one eigenvalue
+    examples = Examples(x, np.zeros(30))
+    largest = 2 * (np.sum(x[0] ** 2) + 1)  # of 2 x x', the intercept's one included
+    found = largest_eigenvalue(Hessian(problem.net, examples), 1)
+    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # and the penalty's 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, r"^scale must be positive or None, got 0\.0"),
+        ({"scale": -1.0}, r"^scale must be positive or None, got -1\.0"),
+        ({"scale": float("nan")}, "^scale must be positive or None, got nan"),
+        ({"depth": 0}, "^depth must be at least 1, got 0"),
+        ({"repeats": 0}, "^repeats must be at least 1, got 0"),
+        ({"batch_size": -1}, "^batch_size must be at least 1, got -1"),
+    ],
+)
+def test_bad_hyperparameters(options, message):
+    with pytest.raises(ValueError, match=message):
+        LiSSA(**options)
