@@ -12,6 +12,9 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
+from influence.progress import progress
+
+_DENSE_BLOCK = 256  # columns of the dense matrix formed in one pass
 
 _KEPT_BYTES = (
     1 << 30
@@ -68,13 +71,24 @@ class Curvature(LinearOperator):
     def dense(self) -> NDArray:
         """The matrix itself, (d, d), from blocks of products with unit vectors."""
         d = self.shape[0]
-        block = max(1, min(d, 256))
-        columns = [
-            self @ np.eye(d, min(block, d - start), k=-start, dtype=self.dtype)
-            for start in range(0, d, block)
-        ]
-        matrix = np.concatenate(columns, axis=1)
-        return (matrix + matrix.T) / 2  # symmetric up to rounding as computed, exactly as returned
+        matrix = np.empty((d, d), self.dtype)
+        starts = range(0, d, _DENSE_BLOCK)
+        for start in progress(starts, "forming the matrix"):
+            size = min(_DENSE_BLOCK, d - start)
+            matrix[:, start : start + size] = self @ np.eye(d, size, k=-start, dtype=self.dtype)
+        matrix += matrix.T.copy()  # symmetric up to rounding as computed, exactly as returned
+        matrix /= 2
+        return matrix
+
+    def same_as(self, other: Any) -> bool:
+        """Whether `other` is this matrix: same kind, net, examples, damping and theta."""
+        return (
+            type(other) is type(self)
+            and other.net is self.net
+            and other.examples is self.examples
+            and other.damping == self.damping
+            and np.array_equal(other._theta, self._theta)
+        )
 
     def _matmat(self, V: NDArray) -> NDArray:
         self._check_theta()

@@ -75,7 +75,7 @@ class Influence:
         self.net, self.train, self.batch_size = net, train, batch_size
         self.operator = curvature(net, train, damping, batch_size=batch_size)
         if isinstance(solver, Prepared):
-            _check_prepared_for(self.operator, solver.A)
+            prepare(self.operator, solver)  # is it for this matrix?
         elif not hasattr(solver, "prepare") or isinstance(solver, type):
             raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
         self._solver = solver
@@ -154,9 +154,7 @@ class Influence:
         Returns: (k, d).
         """
         rows = self._rows(rows)
-        blocks = [
-            self._solve(G, "the rows' gradients").x.T for _, G, _ in self._row_gradients(rows)
-        ]
+        blocks = [self._solve(G, "the rows' gradients").x.T for _, G in self._row_gradients(rows)]
         return np.concatenate(blocks) / len(self.train)
 
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
@@ -178,7 +176,7 @@ class Influence:
                 return closed_form
         blocks = [
             np.einsum("di,di->i", G_loss, self._solve(G, "the rows' gradients").x)
-            for G_loss, G, _ in self._row_gradients(rows)
+            for G_loss, G in self._row_gradients(rows)
         ]
         return np.concatenate(blocks) / len(self.train)
 
@@ -198,15 +196,15 @@ class Influence:
         parts = [self.net.directional(x, y, S) for x, y in chosen.batches(size)]
         return (np.concatenate(parts) + self.net.penalty_gradient() @ S) / len(self.train)
 
-    def _row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
-        """(grad loss, grad L, rows) block by block, gradients as columns (d, b)."""
+    def _row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
+        """(grad loss, grad L) block by block of rows, gradients as columns (d, b)."""
         penalty = self.net.penalty_gradient()[:, None]
         starts = range(0, len(rows), self._together)
         for start in progress(starts, "solving for training rows"):
             part = rows[start : start + self._together]
             chosen = self.train.take(part)
             G = self.net.gradients(chosen.x, chosen.y).T
-            yield G, G + penalty, part
+            yield G, G + penalty
 
     @property
     def _inverse_is_exact(self) -> bool:
@@ -235,37 +233,28 @@ class Influence:
 
     def _solve(self, B: NDArray, what: str) -> Solution:
         solution = self.prepared(B)
-        if solution.converged.all():
+        name, rtol = type(self.prepared.solver).__name__, self.prepared.solver.rtol
+        smallest = float(np.min(solution.min_curvature, initial=np.inf, where=~np.isnan(
+            solution.min_curvature)))  # fmt: skip
+        if rtol is None:
             return solution
-        worst = int(np.argmax(np.where(solution.converged, -np.inf, solution.residual)))
-        message = (
-            f"{type(self.prepared.solver).__name__} left a relative residual of "
-            f"{solution.residual[worst]:.1e} (rtol {self.prepared.solver.rtol:.1e}) in "
-            f"{np.count_nonzero(~solution.converged)} of {len(solution.converged)} systems for "
-            f"{what}: {solution.remedy}"
-        )
-        if (solution.min_curvature[~solution.converged] <= 0).any():
-            raise DivergenceError(message)
-        warn_unconverged(message)
+        if not solution.converged.all():
+            worst = int(np.argmax(np.where(solution.converged, -np.inf, solution.residual)))
+            message = (
+                f"{name} left a relative residual of {solution.residual[worst]:.1e} "
+                f"(rtol {rtol:.1e}) in {np.count_nonzero(~solution.converged)} of "
+                f"{len(solution.converged)} systems for {what}: {solution.remedy}"
+            )
+            if (solution.min_curvature[~solution.converged] <= 0).any():
+                raise DivergenceError(message)
+            warn_unconverged(message)
+        elif smallest < 0:
+            warn_unconverged(
+                f"{name} solved for {what}, but the matrix is indefinite (smallest curvature seen "
+                f"{smallest:.3g}): theta is no minimum, and the scores are those of a saddle; use "
+                f"a damping above {-smallest:.3g}, GaussNewton, or train on."
+            )
         return solution
-
-
-def _check_prepared_for(operator: Curvature, A: Any) -> None:
-    """A solver prepared for another matrix would answer another question."""
-    if isinstance(A, Curvature):
-        fits = (
-            type(A) is type(operator)
-            and A.net is operator.net
-            and A.examples is operator.examples
-            and A.damping == operator.damping
-        )
-    else:
-        fits = A.shape == operator.shape
-    if not fits:
-        raise ValueError(
-            "solver must be prepared for this net, training set, curvature and damping, got one "
-            f"for {A!r}; pass the unprepared solver, or prepare it for the same objects."
-        )
 
 
 def _joined(parts: list[Solution]) -> Solution:

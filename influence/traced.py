@@ -51,7 +51,14 @@ class Traced:
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
         with keras.StatelessScope(state_mapping=mapping), tape.twice_differentiable():
-            return self.model(x, training=False)
+            output = self.model(x, training=False)
+        if getattr(output, "_keras_mask", None) is not None:
+            raise ValueError(
+                f"model must not mask its output, got a mask from {self.model.name!r}: Keras "
+                "divides such a loss by the number of unmasked steps in the whole batch, so it is "
+                "no mean over examples; end in a layer that consumes the mask, such as pooling."
+            )
+        return output
 
     def losses(self, theta: Any, x: Any, y: Any) -> Any:
         """(n,) the data terms."""

@@ -43,14 +43,19 @@ class Raw:
     iterations: Any = 0  # () or (m,)
     min_curvature: Any = np.nan  # () or (m,)
     remedy: str = ""
+    residual: NDArray | None = None  # (m,) if the algorithm has the matrix itself to check against
 
 
 class Solver(Protocol):
     """A frozen dataclass of hyperparameters that knows how to prepare for a matrix."""
 
     @property
-    def rtol(self) -> float:
-        """The true relative residual up to which a column counts as converged."""
+    def rtol(self) -> float | None:
+        """The true relative residual up to which a column counts as converged.
+
+        None for an approximation that has no such aim: its residual is reported, `converged` is
+        False, and nobody is warned.
+        """
         ...
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
@@ -88,7 +93,9 @@ class Prepared:
         block = b.reshape(b.shape[0], -1).astype(dtype)
         raw = self.apply(block)
         m = block.shape[1]
-        residual = relative_residual(self.A, raw.x, block)
+        residual = raw.residual
+        if residual is None:
+            residual = relative_residual(self.A, raw.x, block)
         if not np.isfinite(raw.x).all() or np.isnan(residual).any():
             raise DivergenceError(
                 f"A must have finite products, got NaN or infinity from {type(self.A).__name__} in "
@@ -96,7 +103,8 @@ class Prepared:
             )
         curvature = np.broadcast_to(np.asarray(raw.min_curvature, float), m).copy()
         iterations = np.broadcast_to(np.asarray(raw.iterations), m).copy()
-        good = residual <= self.solver.rtol
+        rtol = self.solver.rtol
+        good = residual <= rtol if rtol is not None else np.zeros(m, bool)
         return Solution(
             x=raw.x.reshape(b.shape),
             residual=residual,
@@ -115,13 +123,13 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
       solver: hyperparameters, for example `CG(rtol=1e-8)`.
 
     Raises: ValueError for a matrix that is not square, not finite or not symmetric, and for a
-      solver prepared for a matrix of another shape; TypeError for something that is not a solver.
+      solver prepared for another matrix; TypeError for something that is not a solver.
     """
     if isinstance(solver, Prepared):
-        if solver.A.shape != np.shape(A):
+        if not _same_matrix(solver.A, A):
             raise ValueError(
-                f"solver must be prepared for a matrix of shape {np.shape(A)}, got one prepared "
-                f"for {solver.A.shape}."
+                f"solver must be prepared for this matrix, got one prepared for {solver.A!r}, not "
+                f"{A!r}: the net, training set, theta and damping must be the same."
             )
         return solver
     if not hasattr(solver, "prepare") or isinstance(solver, type):
@@ -142,6 +150,18 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
     Raises: ValueError for wrong shapes or values; DivergenceError where no number can be returned.
     """
     return prepare(A, solver)(B)
+
+
+def _same_matrix(A: Any, B: Any) -> bool:
+    """Whether answers for A are answers for B."""
+    if A is B:
+        return True
+    if hasattr(A, "same_as"):  # Curvature
+        return A.same_as(B)
+    held = getattr(A, "A", None)  # aslinearoperator(array)
+    return held is not None and (
+        held is B or (isinstance(B, np.ndarray) and np.array_equal(held, B))
+    )
 
 
 def as_symmetric(A: Any) -> LinearOperator:

@@ -57,7 +57,9 @@ def _inverse(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], NDAr
     if preconditioner is None:
         return lambda R: R
     if isinstance(preconditioner, Prepared) or hasattr(preconditioner, "prepare"):
-        prepared = prepare(A, preconditioner)
+        # One prepared for another matrix is a good preconditioner for this one.
+        given = isinstance(preconditioner, Prepared)
+        prepared = preconditioner if given else prepare(A, preconditioner)
         return lambda R: prepared.apply(R).x
     operator = aslinearoperator(preconditioner)
     if operator.shape != A.shape:

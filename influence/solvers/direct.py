@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from influence.convergence import DivergenceError
-from influence.solvers.base import Raw
+from influence.solvers.base import Raw, relative_residual
 
 
 @dataclass(frozen=True)
@@ -39,41 +40,75 @@ class Direct:
             raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Form the dense matrix and factor it."""
+        """Form the dense matrix, compare it with A's products, and factor it."""
+        _check_memory(A)
         matrix = dense(A)
+        _check_products(A, matrix)
         remedy = "the matrix is too ill conditioned for its dtype: use float64 or a larger damping."
         scale = float(np.abs(np.diag(matrix)).max()) or 1.0
-        tiny = float(np.finfo(matrix.dtype).eps) * len(matrix) * scale
-        enough = max(self.rtol, 1e-6)  # damping of tiny / rtol leaves a residual of about rtol
+        tiny = float(np.finfo(matrix.dtype).eps) * np.sqrt(len(matrix)) * scale
         try:
             factor: Any = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
             factor = None
         if factor is not None:
-            solve_pd = lambda B: scipy.linalg.cho_solve(factor, B, check_finite=False)  # noqa: E731
-            smallest = _smallest(matrix, solve_pd)
-            if smallest <= tiny:
-                raise _singular(smallest, tiny / enough)
-            return lambda B: Raw(solve_pd(B), 1, smallest, remedy)
-        sytrf, sytrs = scipy.linalg.get_lapack_funcs(("sytrf", "sytrs"), (matrix,))
-        ldl, pivots, info = sytrf(matrix, lower=1)
-        solve_ldl = lambda B: sytrs(ldl, pivots, B, lower=1)[0]  # noqa: E731
-        # The eigenvalue nearest zero decides whether the system can be solved at all.
-        nearest = 0.0 if info > 0 else _nearest_zero(matrix, solve_ldl)
+            inverse = lambda B: scipy.linalg.cho_solve(factor, B, check_finite=False)  # noqa: E731
+            smallest = nearest = _smallest(matrix, inverse)
+        else:
+            sytrf, sytrs = scipy.linalg.get_lapack_funcs(("sytrf", "sytrs"), (matrix,))
+            ldl, pivots, info = sytrf(matrix, lower=1)
+            inverse = lambda B: sytrs(ldl, pivots, B, lower=1)[0]  # noqa: E731
+            # The eigenvalue nearest zero decides whether the system can be solved at all.
+            nearest = 0.0 if info > 0 else _nearest_zero(matrix, inverse)
+            smallest = _smallest(matrix, None)
         if abs(nearest) <= tiny:
-            raise _singular(nearest, tiny / enough)
-        smallest = _smallest(matrix, None)
-        return lambda B: Raw(solve_ldl(B), 1, smallest, remedy)
+            raise DivergenceError(
+                f"A must not be singular, got an eigenvalue of {nearest:.1e}; add damping of at "
+                f"least {1e3 * tiny:.1e}, or a penalty, or drop the redundant parameters."
+            )
+
+        def apply(B: NDArray) -> Raw:
+            X = inverse(B)
+            return Raw(X, 1, smallest, remedy, relative_residual(matrix, X, B))
+
+        return apply
+
+
+def _check_memory(A: LinearOperator) -> None:
+    """Before an hour of forming what cannot be held: the matrix, its factor and a copy."""
+    needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not told on this system
+        return
+    if needed > there:
+        raise ValueError(
+            f"A must be small enough to be factored, got d = {A.shape[0]}, which takes "
+            f"{needed / 1e9:.0f} GB of this machine's {there / 1e9:.0f}; use CG, or freeze layers."
+        )
+
+
+def _check_products(A: LinearOperator, matrix: NDArray) -> None:
+    """Residuals are taken against the dense matrix, so it must be A."""
+    V = np.random.default_rng(0).standard_normal((len(matrix), 2)).astype(matrix.dtype)
+    products = A @ V
+    gap = np.abs(matrix @ V - products).max()
+    if not gap <= np.sqrt(np.finfo(matrix.dtype).eps) * np.abs(products).max():
+        raise DivergenceError(
+            f"A must have products that agree with its dense form, they differ by {gap:.1e} in "
+            f"{type(A).__name__}; look for infinite losses at theta, or use float64."
+        )
 
 
 def dense(A: LinearOperator) -> NDArray:
     """The matrix behind an operator, fresh to be overwritten."""
     if hasattr(A, "dense"):
         return A.dense()  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(getattr(A, "A", None), np.ndarray):  # aslinearoperator(array)
-        matrix = A.A.astype(np.result_type(A.dtype, np.float32))  # pyright: ignore
-    else:
-        matrix = A @ np.eye(A.shape[0], dtype=np.result_type(A.dtype, np.float32))
+    held = getattr(A, "A", None)  # aslinearoperator(array)
+    dtype = np.result_type(A.dtype, np.float32)
+    matrix = (
+        held.astype(dtype) if isinstance(held, np.ndarray) else A @ np.eye(A.shape[0], dtype=dtype)
+    )
     return (matrix + matrix.T) / 2
 
 
@@ -101,10 +136,3 @@ def _eigsh(matrix: NDArray, **how: Any) -> float:
         return float(eigsh(matrix, k=1, v0=start, tol=1e-3, return_eigenvectors=False, **how)[0])
     except ArpackNoConvergence:
         return float("nan")
-
-
-def _singular(value: float, damping: float) -> DivergenceError:
-    return DivergenceError(
-        f"A must not be singular, got an eigenvalue of {value:.1e}; add damping of at least "
-        f"{damping:.1e}, or a penalty, or drop the redundant parameters."
-    )

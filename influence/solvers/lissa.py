@@ -43,7 +43,8 @@ class LiSSA:
       batch_size: rows of each estimate.
       seed: of the shuffled order.
       rtol: true relative residual up to which a column counts as converged. Larger than other
-        solvers', because the error falls only with the square root of depth x repeats.
+        solvers', because the error falls only with the square root of depth x repeats. None: no
+        such aim; the residual is reported, nothing counts as converged, nobody is warned.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError, with a scale that would
       work, when the norm outgrows what any convergent series can reach.
@@ -54,14 +55,14 @@ class LiSSA:
     repeats: int = 10
     batch_size: int = 1
     seed: int = 0
-    rtol: float = 0.1
+    rtol: float | None = 0.1
 
     def __post_init__(self):
         """Check the hyperparameters."""
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive or None, got {self.scale}.")
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
+        if self.rtol is not None and not self.rtol >= 0:
+            raise ValueError(f"rtol must be non-negative or None, got {self.rtol}.")
         for name in ("depth", "repeats", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
