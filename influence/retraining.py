@@ -116,6 +116,8 @@ def leave_one_out(
     method = method or ("newton" if net.convex else "fit")
     _check(net, train, method, tolerance, start, block, max_passes)
     check_batch_size(batch_size)
+    if num_processes == 0:
+        raise ValueError("num_processes must not be 0; 1 is this process, -1 is one a core.")
     if fit is not None and checkpoints is not None and not key:
         raise ValueError(
             "key must say what `fit` does when both fit and checkpoints are given, got ''; name "
@@ -307,6 +309,8 @@ def _check(
         raise ValueError(f"tolerance must be positive, got {tolerance}.")
     if start is not None and np.shape(start) != (net.num_parameters,):
         raise ValueError(f"start must have shape ({net.num_parameters},), got {np.shape(start)}.")
+    if start is not None and not np.isfinite(start).all():
+        raise ValueError("start must be finite, got a NaN or infinity.")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}.")
     if max_passes < 1:

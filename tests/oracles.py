@@ -178,14 +178,13 @@ def central_difference(function: Any, at: NDArray, along: NDArray, step: float =
 
 @dataclass(frozen=True)
 class Dense:
-    """Every derivative of a plain model's per-example losses, as dense arrays.
+    """First derivatives of a plain model, as dense arrays.
 
-    losses (n,); gradients (n, d); hessian (d, d) of the mean; gauss_newton (d, d), J'HJ / n.
+    losses (n,); gradients (n, d); gauss_newton (d, d), J'HJ / n.
     """
 
     losses: NDArray
     gradients: NDArray
-    hessian: NDArray
     gauss_newton: NDArray
 
 
@@ -198,36 +197,58 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
       x, y: a batch, NumPy.
     """
     weights = [w.value for w in model.trainable_weights]
-    with tf.GradientTape(persistent=True) as outer:
-        with tf.GradientTape(persistent=True) as inner:
-            output = model(x, training=False)
-            losses = loss(y, output)
-            mean = tf.reduce_mean(losses)
-        g = tf.concat([tf.reshape(p, [-1]) for p in _zero_for_none(inner, mean, weights)], 0)
-    n, d = len(y), g.shape[0]
-    gradients = _columns(
-        inner.jacobian(losses, weights, experimental_use_pfor=False), (n,), weights
-    )
-    hessian = _columns(outer.jacobian(g, weights, experimental_use_pfor=False), (d,), weights)
-    J = _columns(
-        inner.jacobian(output, weights, experimental_use_pfor=False), output.shape, weights
-    )
+    with tf.GradientTape(persistent=True) as tape:
+        output = model(x, training=False)
+        losses = loss(y, output)
+    gradients = _columns(_jacobian(tape, losses, weights), losses.shape, weights)
+    J = _columns(_jacobian(tape, output, weights), output.shape, weights)
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(output)
         with tf.GradientTape() as inner:
             inner.watch(output)
             total = tf.reduce_sum(loss(y, output))
         at_output = inner.gradient(total, output)
-    H = outer.jacobian(at_output, output, experimental_use_pfor=False)
-    H = np.zeros((*output.shape, *output.shape)) if H is None else H.numpy()
     size = int(np.prod(output.shape))
-    J, H = J.reshape(size, d), H.reshape(size, size)
-    return Dense(losses.numpy(), gradients, hessian, J.T @ H @ J / n)
+    H = np.reshape(_jacobian(outer, at_output, output), (size, size))
+    J = J.reshape(size, -1)
+    return Dense(losses.numpy(), gradients, J.T @ H @ J / len(y))
 
 
-def _zero_for_none(tape: Any, of: Any, weights: list) -> list:
-    parts = tape.gradient(of, weights)
-    return [tf.zeros_like(w) if p is None else p for p, w in zip(parts, weights, strict=True)]
+def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
+    """(d, d) of the mean loss, by a tape in a tape.
+
+    Not for normalising layers: TensorFlow's moments have a second derivative that is wrong.
+    """
+    weights = [w.value for w in model.trainable_weights]
+    with tf.GradientTape(persistent=True) as outer:
+        g = plain_gradient(model, loss, x, y)
+    return _columns(_jacobian(outer, g, weights), g.shape, weights)
+
+
+def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
+    """(d,) of the mean loss, by a tape on the model as it stands."""
+    weights = [w.value for w in model.trainable_weights]
+    with tf.GradientTape() as tape:
+        mean = tf.reduce_mean(loss(y, model(x, training=False)))
+    return tf.concat([tf.reshape(p, [-1]) for p in tape.gradient(mean, weights)], 0)
+
+
+def plain_gradient_at(model: keras.Model, loss: Any, x: Any, y: Any, theta: NDArray) -> NDArray:
+    """The same with other weights, which are put back."""
+    weights = model.trainable_weights
+    before = [w.numpy() for w in weights]
+    ends = np.cumsum([b.size for b in before])[:-1]
+    try:
+        for weight, part in zip(weights, np.split(theta, ends), strict=True):
+            weight.assign(part.reshape(weight.shape))
+        return plain_gradient(model, loss, x, y).numpy()
+    finally:
+        for weight, part in zip(weights, before, strict=True):
+            weight.assign(part)
+
+
+def _jacobian(tape: Any, of: Any, by: Any) -> Any:
+    return tape.jacobian(of, by, experimental_use_pfor=False)
 
 
 def _columns(parts: list, shape: tuple, weights: list) -> NDArray:

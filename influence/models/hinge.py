@@ -32,7 +32,7 @@ from influence.models.linear import LinearModel
 
 _SMALLEST_T = 1e-30  # float32 rounds much smaller ones to zero
 _NEAR_KINK = 1e-4  # rows whose dual variable may lie inside (0, 1), at weights good to LinearSVC
-_FEW = 500  # rows that the dual is solved for exactly; with more, LinearSVC comes first
+_FEW = 500  # rows to solve the dual for at once; with more, or more than d, LinearSVC is first
 _STALE = 10  # rounds without a smaller gap after which rounding is all that is left
 
 
@@ -175,7 +175,7 @@ class SmoothHinge(LinearModel):
             if best <= gradient_tolerance or stale == _STALE:
                 break
             near = (slack > 0) | ((a > 0) & (a < 1))
-            if near.sum() > _FEW and not is_near:
+            if near.sum() > min(_FEW, self.num_parameters) and not is_near:
                 self._liblinear(examples)
                 a, near = self._at_bounds(examples)
                 is_near = True

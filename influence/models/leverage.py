@@ -67,8 +67,8 @@ def leverages(
 def self_influence(model: LinearModel, examples: Examples, rows: NDArray) -> NDArray | None:
     """e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n with e = dl/dz: (k,).
 
-    None for several outputs, in float32, without a penalty or where the matrix is too large: then
-    there is no faster or no safe closed form.
+    None for several outputs, in float32, without a penalty, where the matrix is too large or not
+    positive definite: then there is no faster or no safe closed form.
     """
     smaller = min(len(examples), model.num_parameters)
     if model.num_outputs != 1 or model.dtype != np.float64 or model.weight_decay == 0:
@@ -77,7 +77,10 @@ def self_influence(model: LinearModel, examples: Examples, rows: NDArray) -> NDA
         return None
     chosen = examples.take(rows)
     e = model._slope(model._times(chosen.x, model.theta), chosen.y)[:, 0, 0]
-    h, q = _quadratics(model, examples, rows, None)
+    try:
+        h, q = _quadratics(model, examples, rows, None)
+    except DivergenceError:
+        return None
     return e * (e * h + q) / len(examples)
 
 

@@ -147,6 +147,8 @@ class LinearModel(GenericNeuralNet):
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """See GenericNeuralNet.input_gradient: v dl/dz + W (d2l/dz2) x v."""
         check_differentiable(x)
+        if np.shape(v) != (self.num_parameters,):
+            raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
         f, c = self.num_features, self.num_outputs
         W, D = (np.reshape(t, (-1, c))[:f] for t in (self.theta, v))
         Z, U = self._outputs_and(x, v)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
@@ -22,7 +23,7 @@ from influence.solvers import CG
 if TYPE_CHECKING:
     from influence.models.linear import LinearModel
 
-_DENSE_PARAMETERS = 2000  # up to here a step factors the Hessian, beyond it iterates
+_FACTOR_COST = 2000  # products with X that forming and factoring the Hessian may cost
 _LOOSEST = 0.5  # relative residual of the first steps, far from the minimum
 _SUFFICIENT = 1e-4  # share of the decrease promised by the slope (Armijo)
 _HALVINGS = 50
@@ -33,9 +34,10 @@ def minimise(
 ) -> tuple[float, str]:
     """Minimise the risk from the model's theta, which is left at the best point found.
 
-    Every step is shortened until the risk falls, so that no start is too far away. Up to 2,000
-    parameters H p = g is solved by Cholesky; beyond, by conjugate gradients to a residual that
-    tightens with the gradient (Dembo, Eisenstat & Steihaug 1982).
+    Every step is shortened until the risk falls, so that no start is too far away. H p = g is
+    solved by Cholesky where that is cheap (up to about 2,000 parameters for dense inputs); else by
+    conjugate gradients, to a residual that tightens with the gradient (Dembo, Eisenstat & Steihaug
+    1982).
 
     Args:
       model: with the closed forms of LinearModel.
@@ -83,7 +85,9 @@ def _step(
     model: LinearModel, examples: Examples, Z: NDArray, gradient: NDArray, rtol: float
 ) -> NDArray:
     """H^-1 gradient, (d,)."""
-    if model.num_parameters <= _DENSE_PARAMETERS:
+    n, d = len(examples), model.num_parameters
+    num_entries = examples.x.nnz if scipy.sparse.issparse(examples.x) else examples.x.size
+    if d**2 * (n + d / 3) <= _FACTOR_COST * num_entries * model.num_outputs:
         try:
             factor = scipy.linalg.cho_factor(model.hessian(examples), overwrite_a=True)
             step = scipy.linalg.cho_solve(factor, gradient)
@@ -95,9 +99,8 @@ def _step(
     def product(V: NDArray) -> NDArray:
         U = _outputs(model, examples, V)
         pulled = _pullback(model, examples, model._curved(Z, examples.y, U))
-        return pulled.reshape(V.shape) / len(examples) + model.weight_decay * V
+        return pulled.reshape(V.shape) / n + model.weight_decay * V
 
-    d = model.num_parameters
     H: Any = LinearOperator((d, d), matvec=product, matmat=product, dtype=model.dtype)  # pyright: ignore
     return CG(rtol).prepare(H)(gradient[:, None]).x[:, 0]
 

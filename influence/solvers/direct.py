@@ -46,7 +46,8 @@ class Direct:
         _check_products(A, matrix)
         remedy = "the matrix is too ill conditioned for its dtype: use float64 or a larger damping."
         scale = float(np.abs(np.diag(matrix)).max()) or 1.0
-        tiny = float(np.finfo(matrix.dtype).eps) * np.sqrt(len(matrix)) * scale
+        eps = float(np.finfo(matrix.dtype).eps)
+        tiny = eps * np.sqrt(len(matrix)) * scale
         try:
             factor: Any = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
@@ -62,9 +63,11 @@ class Direct:
             nearest = 0.0 if info > 0 else _nearest_zero(matrix, inverse)
             smallest = _smallest(matrix, None)
         if abs(nearest) <= tiny:
+            # The residual is about tiny / damping: this reaches rtol, in float32 as far as it can.
+            enough = tiny * min(1 / max(self.rtol, eps), 1e-3 / eps)
             raise DivergenceError(
                 f"A must not be singular, got an eigenvalue of {nearest:.1e}; add damping of at "
-                f"least {1e3 * tiny:.1e}, or a penalty, or drop the redundant parameters."
+                f"least {enough:.1e}, or a penalty, or drop the redundant parameters."
             )
 
         def apply(B: NDArray) -> Raw:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -98,6 +100,24 @@ def embedded_integers(rng):
     return model, squares, squares, rng.integers(0, 6, (N, 4)), rng.standard_normal(N)
 
 
+def normalised_grouped_convolution(rng):
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 2)),
+            L.DepthwiseConv2D(2),
+            L.LayerNormalization(epsilon=0.1),
+            L.GlobalAveragePooling2D(),
+            L.Dense(1),
+        ]
+    )
+    return model, "mse", squares, rng.standard_normal((N, 4, 4, 2)), rng.standard_normal(N)
+
+
+def recurrent(rng):
+    model = keras.Sequential([keras.Input((3, 2)), L.GRU(2), L.Dense(1)])
+    return model, "mse", squares, rng.standard_normal((N, 3, 2)), rng.standard_normal(N)
+
+
 KINDS = {
     kind.__name__: kind
     for kind in (
@@ -106,6 +126,8 @@ KINDS = {
         subclassed_without_training,
         batch_norm_dropout_frozen,
         embedded_integers,
+        normalised_grouped_convolution,
+        recurrent,
     )
 }
 
@@ -126,12 +148,16 @@ def build(kind, dtype="float64"):
     return net, plain, x, y
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = {"recurrent"}  # traced one time step after the other
+PARAMS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request):
     net, plain, x, y = build(request.param)
     dense = oracles.dense_derivatives(net.model, plain, x, y)
-    V = np.random.default_rng(8).standard_normal((net.num_parameters, 3))
-    return request.param, net, x, y, dense, V
+    V = np.random.default_rng(8).standard_normal((net.num_parameters, 2))
+    return net, plain, x, y, dense, V
 
 
 # The tape in float64 against the tape in float64: only the order of additions differs.
@@ -139,7 +165,7 @@ ROUNDING = 1e-12
 
 
 def test_losses_and_gradients_are_those_of_the_plain_model(case):
-    _, net, x, y, dense, _ = case
+    net, _, x, y, dense, _ = case
     assert relative_error(net.losses(x, y), dense.losses) < ROUNDING
     assert relative_error(net.gradients(x, y), dense.gradients) < ROUNDING
     assert relative_error(net.gradient(x, y), dense.gradients.mean(axis=0)) < ROUNDING
@@ -150,38 +176,36 @@ def test_losses_and_gradients_are_those_of_the_plain_model(case):
 
 
 def test_second_derivatives_are_those_of_the_plain_model(case):
-    kind, net, x, y, dense, V = case
-    assert relative_error(net.hvp(x, y, V), dense.hessian @ V) < ROUNDING
-    assert relative_error(net.hvp(x, y, V[:, 0]), dense.hessian @ V[:, 0]) < ROUNDING
+    net, plain, x, y, dense, V = case
     assert relative_error(net.directional(x, y, V), dense.gradients @ V) < ROUNDING
-    assert relative_error(net.directional(x, y, V[:, 0]), dense.gradients @ V[:, 0]) < ROUNDING
     if net.loss.from_logits:
         assert relative_error(net.gauss_newton_product(x, y, V), dense.gauss_newton @ V) < ROUNDING
-        product = net.gauss_newton_product(x, y, V[:, 0])
-        assert relative_error(product, dense.gauss_newton @ V[:, 0]) < ROUNDING
+    gradient_at = partial(oracles.plain_gradient_at, net.model, plain, x, y)
+    expected = [oracles.central_difference(gradient_at, net.theta, v) for v in V.T]
+    # Central differences of fourth order: about 1e-9 here, and 1e-6 is what must be reached.
+    assert relative_error(net.hvp(x, y, V), np.stack(expected, axis=1)) < 1e-7
 
 
 def test_every_result_has_the_dtype_of_theta(case):
-    _, net, x, y, _, V = case
+    net, _, x, y, _, V = case
     results = [net.theta, net.losses(x, y), net.gradients(x, y), net.hvp(x, y, V.astype("f4"))]
     assert {r.dtype for r in results} == {np.dtype("float64")}
 
 
-@pytest.mark.parametrize("kind", ["two_inputs_to_probabilities", "batch_norm_dropout_frozen"])
-def test_float32_models_answer_in_float32(kind):
-    net, plain, x, y = build(kind, "float32")
-    x = {k: v.astype("f4") for k, v in x.items()} if isinstance(x, dict) else x.astype("f4")
-    dense = oracles.dense_derivatives(net.model, plain, x, y)
+def test_float32_models_answer_in_float32():
+    net, _, x, y = build("two_inputs_to_probabilities", "float32")
+    exact, *_ = build("two_inputs_to_probabilities")
     V = np.random.default_rng(8).standard_normal((net.num_parameters, 2))
-    results = [
-        (net.losses(x, y), dense.losses),
-        (net.gradients(x, y), dense.gradients),
-        (net.hvp(x, y, V), dense.hessian @ V),
-        (net.directional(x, y, V), dense.gradients @ V),
-    ]
-    for got, expected in results:
+    for question in (
+        lambda net: net.losses(x, y),
+        lambda net: net.gradients(x, y),
+        lambda net: net.hvp(x, y, V),
+        lambda net: net.directional(x, y, V),
+    ):
+        got = question(net)
         assert got.dtype == np.float32
-        assert relative_error(got, expected) < 1e-4  # float32: 6e-8 times a few hundred additions
+        # float32: 6e-8 times a few hundred additions
+        assert relative_error(got, question(exact)) < 1e-4
 
 
 def test_float64_data_into_a_float32_model_is_rounded_not_refused():
@@ -284,6 +308,15 @@ def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
     v = V[:, 0]
     slope = oracles.central_difference(lambda t: losses(t)[1], thetas[:, 1], v)
     assert abs(each[1] @ v - slope) < 1e-8 * abs(slope)
+
+
+def test_a_vector_in_a_vector_out(tanh):
+    net, examples, *_, V = tanh
+    x, y = examples.x, examples.y
+    for question in (net.hvp, net.directional, net.gauss_newton_product):
+        block = question(x, y, V)
+        assert block.shape == ((len(y) if question == net.directional else len(V)), 2)
+        assert relative_error(question(x, y, V[:, 0]), block[:, 0]) < ROUNDING
 
 
 def test_hvp_each_is_hvp_batch_by_batch(tanh):
@@ -467,8 +500,16 @@ def state(model):
 
 
 def test_no_question_changes_the_model():
-    net, _, x, y = build("batch_norm_dropout_frozen")
-    model = net.model
+    rng = np.random.default_rng(0)
+    hidden = L.Dense(3, dtype="float64", trainable=False)
+    norm = L.BatchNormalization(dtype="float64")
+    model = keras.Sequential(
+        [keras.Input((2,), dtype="float64"), hidden, norm, L.Dropout(0.5, dtype="float64"),
+         L.Dense(2, dtype="float64")]
+    )  # fmt: skip
+    norm.moving_mean.assign(rng.standard_normal(3))
+    net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = rng.standard_normal((N, 2)), np.arange(N) % 2
     model.compile("adam", loss="mse", metrics=["mae"])
     variables, layers, compiled = state(model)
     V = np.ones((net.num_parameters, 2))
@@ -483,7 +524,7 @@ def test_no_question_changes_the_model():
         net.gradients(x, y),
         net.loss_and_gradient(x, y)[1],
         net.hvp(x, y, V),
-        net.hvp_each(x[:4].reshape(2, 2, 5, 5, 1), y[:4].reshape(2, 2), np.stack([V, V])),
+        net.hvp_each(x[:4].reshape(2, 2, 2), y[:4].reshape(2, 2), np.stack([V, V])),
         net.gauss_newton_product(x, y, V),
         net.directional(x, y, V),
         net.input_gradient(x, y, V[:, 0]),
@@ -529,8 +570,12 @@ def rounded_input():
     return keras.Sequential([keras.Input((2,), name="rounding"), L.Dense(1, dtype="float64")])
 
 
-def looping():
-    return keras.Sequential([keras.Input((3, 2)), L.Bidirectional(L.LSTM(1), name="two_ways")])
+def half_precision():
+    return keras.Sequential([keras.Input((2,)), L.Dense(1, dtype="float16")])
+
+
+def mixed_precision():
+    return keras.Sequential([keras.Input((2,)), L.Dense(1, dtype="mixed_float16", name="mixed")])
 
 
 @pytest.mark.parametrize(
@@ -545,8 +590,9 @@ def looping():
          "float64"),
         (rounded_input, ValueError, "^model must not round its input, got float64 weights behind "
          "the float32 input 'rounding'"),
-        (looping, ValueError, "^model must have its recurrent layers unrolled, got the loop of "
-         "layer '(forward|backward)_lstm.*use unroll=True"),
+        (half_precision, TypeError, "^model must have float32 or float64 weights, got float16"),
+        (mixed_precision, ValueError, "^model must compute in the dtype of its weights, float32, "
+         "got float16 in layer 'mixed'"),
     ],
 )  # fmt: skip
 def test_models_that_are_refused(make, error, message):

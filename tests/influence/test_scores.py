@@ -141,7 +141,7 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
     assert line.rvalue > 0.999
     assert abs(line.intercept) < 0.01 * actual.std()
     large = np.abs(actual) > 0.05 * actual.std()
-    assert (np.sign(predicted) == np.sign(actual))[large].all() and large.sum() > 200
+    assert (np.sign(predicted) == np.sign(actual))[large].all() and large.sum() > 100
 
 
 def test_positive_means_the_row_helped():
@@ -282,15 +282,19 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers():
     net, train = tanh_net()
     H = Hessian(net, train).dense()
     assert np.linalg.eigvalsh(H)[0] < -0.1
-    with pytest.raises(DivergenceError, match=r"^CG left a relative residual of .* \(rtol 1\.0e-06"
-                       r"\) in \d+ of 20 systems for the test gradients: A is not positive definite:"
-                       " negative curvature -.* was met.*GaussNewton"):  # fmt: skip
+    message = (
+        r"^CG left a relative residual of .* \(rtol 1\.0e-06\) in \d+ of 20 systems for the test "
+        "gradients: A is not positive definite: negative curvature -.* was met.*GaussNewton"
+    )
+    with pytest.raises(DivergenceError, match=message):
         Influence(net, train).scores(train)
     with pytest.raises(DivergenceError, match="systems for the rows' gradients: A is not positive"):
         Influence(net, train).self_influence()
     with pytest.raises(DivergenceError, match="systems for the rows' gradients: A is not positive"):
         Influence(net, train).parameters(np.arange(20))
-    scores = Influence(net, train, solver=Direct()).scores(train)
+    message = "Direct solved for the test gradients, but the matrix is indefinite .*curvature seen -"
+    with pytest.warns(ConvergenceWarning, match=message):
+        scores = Influence(net, train, solver=Direct()).scores(train)
     G = net.gradients(train.x, train.y)
     assert relative_error(scores[:], G @ np.linalg.solve(H, G.T) / 20) < 1e-10
     np.testing.assert_allclose(scores.solution.min_curvature, np.linalg.eigvalsh(H)[0], rtol=1e-9)
@@ -376,25 +380,22 @@ def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
     assert len(count) == 1
 
 
-def test_a_dense_hessian_of_ones_own_may_be_prepared(problems):
-    p = problems["ridge"]
-    prepared = prepare(p.oracle.hessian(p.theta), Direct())
-    scores = Influence(p.net, p.train, solver=prepared).scores(p.test)
-    expected = p.oracle.predicted_changes(p.theta, p.measured, np.arange(40))
-    assert relative_error(scores[:], expected) < 1e-11
-
-
 def test_what_is_prepared_for_something_else_is_refused(problems):
     p = problems["softmax by the tape"]
-    for A in (
-        Hessian(p.net, p.train, damping=0.1),
-        Hessian(p.net, p.train.take(np.arange(30))),
-        Hessian(problems["softmax"].net, p.train),
-        GaussNewton(p.net, p.train),
-        np.eye(5),
+    other = through_keras(logistic("softmax", intercept=True))
+    moved = prepare(Hessian(other.net, p.train), CG())
+    other.net.theta = other.theta + 1
+    for net, prepared in (
+        (p.net, prepare(Hessian(p.net, p.train, damping=0.1), CG())),
+        (p.net, prepare(Hessian(p.net, p.train.take(np.arange(30))), CG())),
+        (p.net, prepare(Hessian(problems["softmax"].net, p.train), CG())),
+        (p.net, prepare(GaussNewton(p.net, p.train), CG())),
+        (p.net, prepare(np.eye(18), CG())),
+        (p.net, prepare(np.eye(5), CG())),
+        (other.net, moved),
     ):
-        with pytest.raises(ValueError, match="^solver must be prepared for this net, training set"):
-            Influence(p.net, p.train, solver=prepare(A, CG()))
+        with pytest.raises(ValueError, match="^solver must be prepared for this matrix, got one"):
+            Influence(net, p.train, solver=prepared)
 
 
 # --- the model is left as it was -------------------------------------------------------------

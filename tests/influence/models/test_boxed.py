@@ -1,0 +1,52 @@
+"""The box-constrained quadratic: its optimality conditions, which prove a minimum."""
+
+import numpy as np
+import pytest
+
+from influence.models.boxed import boxed_minimum
+
+
+def violation(G, b, a):
+    """Largest slope at a that leads further down inside the box, relative to b."""
+    assert (a >= 0).all() and (a <= 1).all()
+    slope = G @ a - b
+    inwards = np.where(a == 0, -slope, np.where(a == 1, slope, np.abs(slope)))
+    return max(inwards.max(), 0) / np.abs(b).max()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_minimum_of_a_definite_quadratic(seed):
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((12, 20))
+    G, b = A @ A.T, 5 * rng.standard_normal(12)
+    a = boxed_minimum(G, b, rng.uniform(size=12))
+    assert {0.0, 1.0} & set(a) and ((a > 0) & (a < 1)).any()  # some at a bound and some inside
+    assert violation(G, b, a) < 1e-13
+
+
+def test_inside_the_box_it_is_the_linear_system():
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((6, 9))
+    wanted = rng.uniform(0.1, 0.9, 6)
+    a = boxed_minimum(A @ A.T, A @ A.T @ wanted, np.zeros(6))
+    np.testing.assert_allclose(a, wanted, rtol=1e-12)
+
+
+def test_singular_quadratic_from_one_answer_to_the_next():
+    # 40 rows in 5 dimensions; b is not in the range of G, so only the box makes a minimum.
+    rng = np.random.default_rng(3)
+    A = rng.standard_normal((40, 5))
+    G, b = A @ A.T, np.ones(40)
+    a, start = np.zeros(40), np.zeros(40)
+    for _ in range(4):
+        start, a = a, boxed_minimum(G, b, a)
+    value = lambda a: a @ G @ a / 2 - b @ a  # noqa: E731
+    assert value(a) <= value(start) + 1e-12 * abs(value(a))
+    assert violation(G, b, a) < 1e-12
+
+
+def test_ridge_pulls_towards_the_start():
+    # Two equal rows: only the sum of their entries is determined, so each keeps its lead.
+    G, b = np.ones((2, 2)), np.array([1.0, 1.0])
+    np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.9, 0.1])), [0.9, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.6, 0.4])), [0.6, 0.4], rtol=1e-6)

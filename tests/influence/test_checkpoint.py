@@ -1,0 +1,80 @@
+import os
+
+import numpy as np
+import pytest
+
+from influence import checkpoint
+from influence.checkpoint import kept
+
+ARRAYS = {
+    "change_if_removed": np.array([[1.5, -2.25], [np.nan, np.inf]]),
+    "passes": np.arange(3, dtype=np.int32),
+    "converged": np.array([True, False]),
+}
+
+
+def same(got, expected):
+    assert set(got) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array)
+        assert got[name].dtype == array.dtype
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+def test_what_was_stored_comes_back_bit_for_bit_and_is_not_computed_again(tmp_path):
+    path = tmp_path / "deep" / "er" / "block.npz"
+    same(kept(path, lambda: ARRAYS), ARRAYS)
+    same(kept(path, never), ARRAYS)
+    same(kept(str(path), never), ARRAYS)
+    assert [p.name for p in path.parent.iterdir()] == ["block.npz"]
+
+
+def test_without_a_path_nothing_is_stored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    same(kept(None, lambda: ARRAYS), ARRAYS)
+    assert kept(None, lambda: {"a": [1, 2]})["a"].tolist() == [1, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_computation_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        kept(tmp_path / "block.npz", lambda: {"a": np.array(1 / 0)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_interruption_while_writing_leaves_nothing(step, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kept(tmp_path / "block.npz", lambda: ARRAYS)
+    assert list(tmp_path.iterdir()) == []
+    same(kept(tmp_path / "block.npz", lambda: ARRAYS), ARRAYS)
+
+
+def test_the_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    """A kill -9 between writing and renaming leaves the partial file: it is not taken for whole."""
+    path, replace = tmp_path / "block.npz", os.replace
+
+    def look(partial, target):
+        assert not path.exists() and str(partial).endswith(".partial")
+        with np.load(partial) as stored:  # whole before it gets its name
+            same(dict(stored), ARRAYS)
+        replace(partial, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", look)
+    (tmp_path / "block.npzleft-by-a-kill.partial").write_bytes(b"PK half a file")
+    same(kept(path, lambda: ARRAYS), ARRAYS)
+    same(kept(path, never), ARRAYS)
+
+
+def test_objects_are_not_stored(tmp_path):
+    with pytest.raises(ValueError, match="(?i)object arrays cannot be saved"):
+        kept(tmp_path / "block.npz", lambda: {"a": np.array([None])})
+    assert list(tmp_path.iterdir()) == []
