@@ -27,7 +27,9 @@ lint: $(VENV)/installed-dev ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 
-bench: $(VENV)/installed ## how fast, against the machine's limit and against peers
+bench: $(VENV)/installed ## how fast, against the machine's limit and against peers; 20 minutes
+	@$(MAKE) --no-print-directory $(VENV)-bench/installed || \
+	  echo "Benchmarks without peers: requirements-bench.txt says what their installation needs." >&2
 	@$(BIN)/python -m benchmarks
 
 readme: $(VENV)/installed ## the README's table, from results/*/record.json
@@ -55,4 +57,10 @@ $(VENV)/installed: requirements.txt
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@echo "Installing requirements-dev.txt into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)-bench/installed: requirements-bench.txt
+	@echo "Installing requirements-bench.txt into $(VENV)-bench ..."
+	@$(BIN)/python -m venv --clear $(VENV)-bench
+	@$(VENV)-bench/bin/python -m pip install --quiet --requirement requirements-bench.txt
 	@touch $@

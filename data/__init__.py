@@ -65,10 +65,10 @@ def load(name: str, root: files.Root = None, *, dtype: npt.DTypeLike = "float64"
             message = files.explain_missing(name, dataset.files, root, str(error))
             raise FileNotFoundError(message) from error
     sha256 = files.verify(dataset.files, folder)
-    train, test = dataset.read(folder, x_dtype)
+    train, test, *names = dataset.read(folder, x_dtype)
     if not dataset.files:
         sha256 = sha256_of_arrays((*train, *test))
-    return Splits(name, train, test, stand_in=dataset.stand_in, sha256=sha256)
+    return Splits(name, train, test, dataset.stand_in, sha256, *names)
 
 
 def _float_dtype(dtype: npt.DTypeLike) -> np.dtype:

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _table(datasets: Sequence[DataSet], data_dir: str | None) -> str:
     rows = [("name", "what", "terms", "size", "found in")]
     for dataset in datasets:
-        size, place = "-", "scikit-learn"
+        size, place = "-", "embedded"
         if dataset.files:
             size = f"{sum(file.size for file in dataset.files) / 1e6:.1f} MB"
             place = str(data.find(dataset.name, data_dir) or "not found")

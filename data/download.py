@@ -17,7 +17,7 @@ from urllib.parse import unquote, urldefrag
 
 import pooch
 
-from data.files import DataFile, verify
+from data.files import DataFile, located, verify, verify_at
 
 
 def offline() -> bool:
@@ -39,7 +39,7 @@ def fetch(files: Sequence[DataFile], folder: Path) -> None:
       not the expected one.
     """
     for file in files:
-        if os.path.exists(folder / file.path):
+        if located(file, folder) is not None:
             verify([file], folder)
         else:
             _fetch_one(file, folder / file.path)
@@ -53,15 +53,22 @@ def _fetch_one(file: DataFile, target: Path) -> None:
         raise ConnectionError(f"{file.path} has no address to download from: get it by hand.")
     pooch.get_logger().setLevel("WARNING")  # at INFO it reports every step
     failures = []
+
+    def download(url: str, output_file: str, _pooch) -> None:
+        _download(url, output_file)
+        if file.unpacked is not None:
+            verify_at(file, Path(output_file))  # before pooch gives it its name
+
     for url in file.urls:
         try:
             pooch.retrieve(
                 url,
-                file.digests[0],
+                # An archive is known by what is in it: whoever packed it, the bytes may differ.
+                None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,
                 # pooch's annotation names other arguments than it passes, and documents.
-                downloader=_download,  # pyright: ignore[reportArgumentType]
+                downloader=download,  # pyright: ignore[reportArgumentType]
             )
             return
         # requests' exceptions are OSErrors; pooch reports a wrong digest by ValueError.
@@ -70,7 +77,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
     raise ConnectionError("\n".join([f"{file.path} could not be had from", *failures]))
 
 
-def _download(url: str, output_file: str, _pooch) -> None:
+def _download(url: str, output_file: str) -> None:
     """Write what `url` serves to `output_file`; of "address#member", that member of the zip."""
     http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
     address, member = urldefrag(url)

@@ -6,19 +6,21 @@ differs stops the search with an error and stays as it is, since it may be the u
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pooch
 
+from data.archive import names_below, read_tar
+
 Root = str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file, or one folder of files, that a data set is read from.
+    """One file, folder of files or archive of a folder that a data set is read from.
 
     Attributes:
       path: where it lies below a data folder, with forward slashes: "mnist/x.gz".
@@ -27,12 +29,16 @@ class DataFile:
         where a re-pack holds the same data. For a folder see `sha256_of`.
       urls: where it can be downloaded, tried in turn; empty if it must be got by hand. With a
         "#member" at its end a URL serves a zip archive, and the file is that member of it.
+      unpacked: for a gzipped tar archive of a folder: where that folder is looked for if the
+        archive is not there. Size and digest are then those of the folder, so that it does not
+        matter who packed it, and when.
     """
 
     path: str
     size: int
     digests: tuple[str, ...]
     urls: tuple[str, ...] = ()
+    unpacked: str | None = None
 
 
 class Place(NamedTuple):
@@ -70,10 +76,16 @@ def places(root: Root = None) -> list[Place]:
     return found
 
 
+def located(file: DataFile, folder: Path) -> Path | None:
+    """Where a file is in `folder`, or what may stand there in its place; None if neither is."""
+    candidates = [folder / name for name in (file.path, file.unpacked) if name is not None]
+    # os.path.exists, not Path.exists: a folder we may not enter is one without the data.
+    return next((path for path in candidates if os.path.exists(path)), None)
+
+
 def missing(files: Sequence[DataFile], folder: Path) -> list[DataFile]:
     """Those of `files` that are not in `folder`."""
-    # os.path.exists, not Path.exists: a folder we may not enter is one without the data.
-    return [file for file in files if not os.path.exists(folder / file.path)]
+    return [file for file in files if located(file, folder) is None]
 
 
 def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
@@ -100,9 +112,7 @@ def sha256_of(path: Path) -> str:
     order of path; names beginning with a dot are left out, being the file manager's.
     """
     if path.is_dir():
-        return _digest_of_listing(
-            (sha256_of(member), member.relative_to(path).as_posix()) for member in _members(path)
-        )
+        return _digest_of_listing((sha256_of(path / name), name) for name in names_below(path))
     return pooch.file_hash(str(path), alg="sha256")
 
 
@@ -141,36 +151,53 @@ def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) 
     lines.append("To use it, put these files into one of those folders, or into a new one named "
                  "by --data-dir or $INFLUENCE_DATA:")
     for file in files:
-        lines.append(f"  {file.path}  {file.size:,} bytes  SHA-256 {file.digests[0]}")
+        known_by = f"{file.size:,} bytes  SHA-256 {file.digests[0]}"
+        if file.unpacked is not None:
+            known_by = f"or the folder {file.unpacked} that it unpacks to, {known_by} of that"
+        lines.append(f"  {file.path}  {known_by}")
         lines += [f"    from {url}" for url in file.urls]
     return "\n".join(lines)
 
 
-def _verified_digest(file: DataFile, folder: Path) -> str:
-    path = folder / file.path
-    expected = f"{file.size:,} bytes with SHA-256 {' or '.join(file.digests)}"
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is missing: expected {expected}, found nothing.")
-    digest = sha256_of(path)
+def verify_at(file: DataFile, path: Path) -> str:
+    """Check what lies at `path`, wherever that is, as `verify` does.
+
+    Args:
+      file: what it must be.
+      path: a file, or for an archive the folder that it unpacks to.
+    Returns: its SHA-256; of an archive, that of the folder (see `sha256_of`).
+    Raises: ValueError if it is not the expected file.
+    """
+    packed = file.unpacked is not None and not path.is_dir()
+    if packed:
+        contents = read_tar(path, file.size)
+        hashes = ((hashlib.sha256(content).hexdigest(), name) for name, content in contents.items())
+        digest, size = _digest_of_listing(hashes), sum(map(len, contents.values()))
+    else:
+        digest = sha256_of(path)
+        members = [path / name for name in names_below(path)] if path.is_dir() else [path]
+        size = sum(member.stat().st_size for member in members)
     if digest in file.digests:
         return digest
-    size = sum(member.stat().st_size for member in _members(path))
+    of = "files of " if file.unpacked is not None else ""
+    expected = f"{of}{file.size:,} bytes with SHA-256 {' or '.join(file.digests)}"
     guess = " It looks truncated." if size < file.size else ""
     raise ValueError(f"{path} is not the file it should be: expected {expected}, found {size:,} "
                      f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
                      "replace it, then try again.")
 
 
-def _members(path: Path) -> list[Path]:
-    """The file itself, or the files below a folder in order of path, hidden names left out."""
-    if not path.is_dir():
-        return [path]
-    below = (member.relative_to(path) for member in path.rglob("*") if member.is_file())
-    shown = (name for name in below if not any(part.startswith(".") for part in name.parts))
-    return [path / name for name in sorted(shown, key=lambda name: name.as_posix())]
+def _verified_digest(file: DataFile, folder: Path) -> str:
+    path = located(file, folder)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder / file.path} is missing: expected {file.size:,} bytes with SHA-256 "
+            f"{' or '.join(file.digests)}, found nothing."
+        )
+    return verify_at(file, path)
 
 
-def _digest_of_listing(entries) -> str:
+def _digest_of_listing(entries: Iterable[tuple[str, str]]) -> str:
     """SHA-256 of the lines `sha256sum` prints for (digest, path) pairs, sorted by path."""
     by_path = sorted(entries, key=lambda entry: entry[1])
     listing = "".join(f"{digest}  {path}\n" for digest, path in by_path)

@@ -1,10 +1,14 @@
 """The data sets there are. A new one is a file beside this one and a line here."""
 
-from data import digits, mnist
+from data import diabetes, digits, enron1, hospital, mnist, spam
 from data.splits import DataSet
 
 SETS: dict[str, DataSet] = {
-    dataset.name: dataset for dataset in (mnist.DATASET, digits.DATASET)
+    dataset.name: dataset
+    for dataset in (
+        mnist.DATASET, digits.DATASET, diabetes.DATASET, hospital.DATASET, enron1.DATASET,
+        spam.DATASET,
+    )
 }
 
 

@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from data.files import DataFile
 
-Split = tuple[np.ndarray, np.ndarray]  # (x, y), an example a row in each
+Split = tuple[Any, np.ndarray]  # (x, y), an example a row in each; x an array or CSR
 
 
 @dataclass(frozen=True, eq=False)  # eq of arrays is an array, not a bool
@@ -20,10 +22,12 @@ class Splits:
 
     Attributes:
       name: of the data set.
-      train: (x, y), x of shape (n, ...) in the dtype asked for, y of shape (n,) int64.
+      train: (x, y), x of shape (n, ...) in the dtype asked for, an array or a CSR matrix, y of
+        shape (n,) int64.
       test: likewise.
       stand_in: True if this stands in for another data set that needs files; results then say so.
       sha256: one digest over the digests of the files read, or of the arrays if there were none.
+      feature_names: of the columns of x, where they have names.
     """
 
     name: str
@@ -31,11 +35,34 @@ class Splits:
     test: Split = field(repr=False)
     stand_in: bool
     sha256: str
+    feature_names: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         """Make the arrays read-only."""
-        for array in (*self.train, *self.test):
-            array.setflags(write=False)
+        for part in (*self.train, *self.test):
+            for array in _arrays(part):
+                array.setflags(write=False)
+
+    def of_classes(self, *classes: int) -> "Splits":
+        """The rows of some classes alone, in their order.
+
+        Args:
+          classes: labels, each once; classes[k] is relabelled k.
+        Returns: new Splits; the digest stays that of the files.
+        Raises: ValueError if a class is named twice or has no row in one of the splits.
+        """
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes must name each label once, got {classes}.")
+        parts = []
+        for name, (x, y) in (("train", self.train), ("test", self.test)):
+            missing = set(classes) - set(y.tolist())
+            if missing:
+                raise ValueError(f"classes must have rows in {name}, {min(missing)} has none.")
+            rows = np.flatnonzero(np.isin(y, classes))
+            order = np.argsort(classes)
+            numbers = order[np.searchsorted(np.asarray(classes)[order], y[rows])]
+            parts.append((x[rows], numbers.astype(np.int64)))
+        return replace(self, train=parts[0], test=parts[1])
 
 
 @dataclass(frozen=True)
@@ -46,7 +73,8 @@ class DataSet:
       name: what `load` is asked for.
       what: a line describing it.
       terms: its licence.
-      read: (folder, dtype) -> (train, test), called once the files there are known to be good.
+      read: (folder, dtype) -> (train, test), or (train, test, feature_names); called once the files
+        there are known to be good.
       files: what it is read from; empty if it is embedded or generated.
       stand_in: whether it stands in for another.
     """
@@ -54,19 +82,29 @@ class DataSet:
     name: str
     what: str
     terms: str
-    read: Callable[[Path, np.dtype], tuple[Split, Split]]
+    read: Callable[
+        [Path, np.dtype], tuple[Split, Split] | tuple[Split, Split, tuple[str, ...]]
+    ]
     files: tuple[DataFile, ...] = ()
     stand_in: bool = False
 
 
-def sha256_of_arrays(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 in hex of the shapes and values of real arrays.
+def sha256_of_arrays(arrays: Iterable[Any]) -> str:
+    """SHA-256 in hex of the shapes and values of real arrays and CSR matrices.
 
     Values are taken as little-endian float64, so that a change of dtype or machine that leaves
     every value what it was leaves the digest what it was.
     """
     digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+    for whole in arrays:
+        digest.update(repr(whole.shape).encode())
+        for array in _arrays(whole):
+            digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
     return digest.hexdigest()
+
+
+def _arrays(part: Any) -> tuple[np.ndarray, ...]:
+    """An array, or the three that a CSR matrix consists of."""
+    if scipy.sparse.issparse(part):
+        return part.data, part.indices, part.indptr
+    return (part,)

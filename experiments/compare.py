@@ -29,6 +29,36 @@ def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
     }
 
 
+def largest(scores: NDArray, count: int) -> NDArray[np.int64]:
+    """Positions of the largest absolute scores along the last axis, the largest first.
+
+    Args:
+      scores: (..., n).
+      count: how many.
+
+    Returns: (..., count), of equal scores the earlier position.
+    """
+    return np.argsort(-np.abs(scores), axis=-1, kind="stable")[..., :count]
+
+
+def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np.int64]:
+    """The paper's test point, then others, so that one test point proves nothing alone.
+
+    Args:
+      first: the paper's.
+      among: what the others are drawn from, without repetition; `first` is not.
+      count: of the others.
+      seed: of the draw.
+
+    Returns: (1 + count,).
+    Raises: ValueError if there are not as many others.
+    """
+    others = among[among != first]
+    if count > len(others):
+        raise ValueError(f"count must be at most {len(others)}, the other points, got {count}.")
+    return np.append(first, np.random.default_rng(seed).choice(others, count, replace=False))
+
+
 def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> None:
     """Scatter predicted on actual changes with y = x, both axes alike.
 
@@ -45,6 +75,32 @@ def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> 
         xlabel="Actual change in loss (nats)", ylabel="Predicted change in loss (nats)",
     )  # fmt: skip
     axis.locator_params(nbins=5)
+
+
+def largest_bars(
+    axis: Any, names: NDArray, values: NDArray, *, marked: str = "", count: int = 20
+) -> NDArray:
+    """Horizontal bars of the values of largest magnitude, the largest on top.
+
+    Args:
+      axis: matplotlib Axes.
+      names: (k,) what each value is of.
+      values: (k,) of either sign.
+      marked: the name whose bar stands out, if it is among them.
+      count: bars at most.
+
+    Returns: the positions in `values` of the bars, from the top; bar i is drawn at height i.
+    """
+    order = np.argsort(-np.abs(values), kind="stable")[:count]
+    colours = ["#D55E00" if name == marked else "#0072B2" for name in names[order]]
+    axis.barh(np.arange(len(order)), values[order], color=colours, height=0.7)
+    axis.axvline(0, color="0.6", linewidth=0.6)
+    axis.set_ylim(len(order) - 0.4, -0.6)
+    axis.set_yticks(np.arange(len(order)), names[order])
+    for label in axis.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == marked else "normal")
+    axis.locator_params(axis="x", nbins=5)
+    return order
 
 
 def rounded_down(correlation: float) -> str:

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.compare import agreement, predicted_against_actual, rounded_down
+from experiments.compare import (
+    agreement,
+    largest,
+    predicted_against_actual,
+    rounded_down,
+    with_others,
+)
 from experiments.record import Claim, Record
 from influence import (
     CG,
@@ -112,7 +118,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         train.x.shape[1], num_classes, weight_decay=config.weight_decay
     )
     net.fit(train)
-    points = _test_points(config, len(test))
+    points = with_others(
+        config.test_point, np.arange(len(test)), config.further_test_points, config.seed
+    )
     measured = test.take(points)
 
     by_cg = Influence(net, train, solver=CG(rtol=config.cg_rtol)).scores(measured)
@@ -123,7 +131,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     )
 
     counts = [config.num_removals] + [config.further_removals] * (len(points) - 1)
-    rows = [_largest(by_cg[j], count) for j, count in enumerate(counts)]
+    rows = [largest(by_cg[j], count) for j, count in enumerate(counts)]
     refits = [
         leave_one_out(
             net, train, test.take([point]), removed, solver=direct,
@@ -188,20 +196,6 @@ def draw(record: Record) -> Any:
         axis.text(0.05, 0.95, f"r = {rounded_down(pearson)}", transform=axis.transAxes, va="top")
     axes[1].set_ylabel("")
     return figure
-
-
-def _test_points(config: Config, num_tests: int) -> NDArray:
-    """The paper's test point, then others drawn without it."""
-    others = np.delete(np.arange(num_tests), config.test_point)
-    rng = np.random.default_rng(config.seed)
-    return np.append(
-        config.test_point, rng.choice(others, config.further_test_points, replace=False)
-    )
-
-
-def _largest(scores: NDArray, count: int) -> NDArray:
-    """Rows of largest absolute score, the largest first."""
-    return np.argsort(-np.abs(scores), kind="stable")[:count]
 
 
 def _lissa(config: Config, seed: int) -> LiSSA:

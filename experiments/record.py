@@ -81,7 +81,7 @@ class Record:
       config: the Config's fields.
       data: {name, stand_in, sha256}.
       metrics: what the claims speak of.
-      arrays: what the figure is drawn from, numeric.
+      arrays: what the figure is drawn from: numbers, and names as bytes.
       claims: one verdict per claim, from `Claim.judge`.
       provenance: seed, commit, versions, cpu_count, seconds, peak_rss_mb.
     """
@@ -101,7 +101,7 @@ class Record:
 
         Args:
           metrics: real numbers by name; NaN says that there is none.
-          arrays: numeric or boolean arrays by name.
+          arrays: numeric, boolean or byte-string (dtype "S") arrays by name.
         Returns: a Record with only these two.
         Raises: TypeError if a metric is not a real number or an array not numeric; ValueError if an
           array's name would be a path inside the HDF5 file.
@@ -111,9 +111,9 @@ class Record:
                 raise TypeError(f"metrics[{name!r}] must be a real number, got {value!r:.80}.")
         held = {name: np.asarray(array) for name, array in arrays.items()}
         for name, array in held.items():
-            if array.dtype.kind not in "biuf":
+            if array.dtype.kind not in "biufS":
                 raise TypeError(
-                    f"arrays[{name!r}] must be numeric or boolean, got dtype {array.dtype}."
+                    f"arrays[{name!r}] must be numeric, boolean or bytes, got dtype {array.dtype}."
                 )
             if not name or name.startswith(".") or "/" in name:  # HDF5 paths
                 raise ValueError(f"arrays: a name must not hold '/' or begin with '.': {name!r}.")

@@ -31,7 +31,6 @@ def test_true_residual(digits):
     ("by", "method"),
     [
         (OURS, "cg"),
-        (OURS, "direct"),
         pytest.param(PYDVL, "one by one", marks=needs_pydvl),
         pytest.param(PYDVL, "block", marks=needs_pydvl),
     ],
@@ -46,6 +45,7 @@ def test_every_way_solves_the_same_system(digits, by, method):
 
 
 def test_fewer_points_than_asked_are_extrapolated_and_never_the_fastest(digits, monkeypatch):
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)
     fake(monkeypatch, seconds=2.0)
     result = solves.run(digits, (Setting(OURS, "cg", "float64", 4, 1),))
     assert result["runs"][0]["seconds_for_all"] == 8.0
@@ -72,9 +72,12 @@ def test_a_peer_that_is_not_there_is_said_to_be_missing(digits, monkeypatch):
     assert result["peers"] is None
 
 
-def test_a_failing_process_is_reported_with_its_last_line(digits):
-    result = solves.run(digits, (Setting(OURS, "no such method", "float64", 2, 2),))
-    assert result["runs"][0]["error"] == "failed: KeyError: 'no such method'"
+def test_a_failing_process_is_reported_with_its_last_line(digits, monkeypatch):
+    monkeypatch.setitem(solves._MODULES, OURS, "benchmarks.nowhere")
+    result = solves.run(digits, (Setting(OURS, "cg", "float64", 2, 2),))
+    assert result["runs"][0]["error"].startswith("failed: ")
+    assert result["runs"][0]["error"].endswith("No module named benchmarks.nowhere")
+    assert result["fastest"][2][OURS] is None
 
 
 def test_setting_in_words():

@@ -103,6 +103,13 @@ def test_array_must_be_numeric(value):
         Record.of(metrics={}, arrays={"a": value})
 
 
+def test_names_are_kept_as_bytes(tmp_path):
+    names = np.array(["age_[0-10)", "change"], dtype="S")
+    Record.of(metrics={}, arrays={"names": names}).save(tmp_path)
+    again = Record.load(tmp_path).arrays["names"]
+    assert again.dtype == names.dtype and again.astype(str).tolist() == ["age_[0-10)", "change"]
+
+
 @pytest.mark.parametrize("name", ["", "a/b", ".a"])
 def test_array_name_must_be_one_hdf5_keeps(name):
     with pytest.raises(ValueError, match="name must not"):

@@ -154,6 +154,15 @@ def test_labels_out_of_range(loss, y, message):
         per_example(loss, None).check_labels(np.array(y), (N, 3), "train")
 
 
+def test_a_loss_may_name_its_own_labels():
+    loss = Quartic()
+    loss.labels = (-1, 1)
+    checked = per_example(loss, None)
+    checked.check_labels(np.array([1, -1, 1]), (3, 1), "train")
+    with pytest.raises(ValueError, match=r"^train\.y must hold labels -1 or 1, got 0 in row 2\."):
+        checked.check_labels(np.array([1, -1, 0]), (3, 1), "train")
+
+
 @pytest.mark.parametrize(
     ("loss", "y"),
     [

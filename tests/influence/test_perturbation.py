@@ -129,6 +129,8 @@ def test_integers_are_refused_before_the_solve(problem, problems, monkeypatch):
     monkeypatch.setattr(influence, "s_test", None)  # would fail otherwise
     with pytest.raises(TypeError, match="^x must be floating to be differentiated, got int64"):
         influence.perturbation(p.test, ROWS)
+    with pytest.raises(TypeError, match="^x must be floating to be differentiated, got int64"):
+        p.net.input_gradient(counts.x, counts.y, p.theta)
 
 
 @pytest.mark.parametrize(

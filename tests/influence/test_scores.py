@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -292,7 +293,9 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers():
         Influence(net, train).self_influence()
     with pytest.raises(DivergenceError, match="systems for the rows' gradients: A is not positive"):
         Influence(net, train).parameters(np.arange(20))
-    message = "Direct solved for the test gradients, but the matrix is indefinite .*curvature seen -"
+    message = (
+        "Direct solved for the test gradients, but the matrix is indefinite .* seen -"
+    )
     with pytest.warns(ConvergenceWarning, match=message):
         scores = Influence(net, train, solver=Direct()).scores(train)
     G = net.gradients(train.x, train.y)
@@ -334,6 +337,15 @@ def test_a_short_lissa_warns_and_a_diverging_one_raises(problems):
         Influence(p.net, p.train, solver=LiSSA(depth=2, repeats=1)).scores(p.test)
     with pytest.raises(DivergenceError, match="^LiSSA diverges at step .* use a scale of"):
         Influence(p.net, p.train, solver=LiSSA(scale=0.1)).scores(p.test)
+
+
+def test_a_solver_without_a_tolerance_warns_nobody(problems):
+    p = problems["softmax"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rough = Influence(p.net, p.train, solver=LiSSA(depth=2, repeats=1, rtol=None))
+        solution = rough.scores(p.test).solution
+    assert (solution.residual > 0.1).all() and not solution.converged.any()
 
 
 # --- the table that comes back ---------------------------------------------------------------

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator
 
-from influence import Direct, DivergenceError, solve
+from influence import Direct, DivergenceError, prepare, solve
 from influence.solvers.direct import dense
 from tests.influence.problems import relative_error, symmetric
 
@@ -48,6 +48,29 @@ def test_ill_conditioned_is_not_converged():
     assert not solution.converged[0] and solution.residual[0] > 1e-9
     assert solution.remedy.startswith("the matrix is too ill conditioned for its dtype: use float6")
     assert solution.min_curvature[0] == pytest.approx(1e-5, rel=0.05)  # 1e-7 of the largest
+
+
+def test_a_matrix_that_memory_cannot_hold_is_refused_before_any_product():
+    d = 10_000_000  # 2.4 petabytes
+    A = LinearOperator((d, d), matvec=lambda v: pytest.fail("the work had begun"), dtype=float)
+    with pytest.raises(ValueError, match="^A must be small enough to be factored, got d = 10000000,"
+                       " which takes 2400000 GB of this machine's"):  # fmt: skip
+        prepare(A, Direct())
+
+
+def test_a_dense_form_that_is_not_the_operators_is_refused():
+    class Wrong(LinearOperator):
+        def __init__(self):
+            super().__init__(np.float64, (3, 3))
+
+        def _matvec(self, v):
+            return np.diag([1.0, 2.0, 3.0]) @ v
+
+        def dense(self):
+            return np.diag([1.0, 2.0, 3.001])
+
+    with pytest.raises(DivergenceError, match="^A must have products that agree with its dense"):
+        prepare(Wrong(), Direct())
 
 
 def test_dense_form_of_anything():

@@ -1,0 +1,81 @@
+"""What every solving process does, ours and a peer's: read the problem, solve, time, say what with.
+
+Imported in both environments: only NumPy and the standard library here.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROBLEM, SETTING, SOLUTION, REPORT = "problem-{}.npz", "setting.json", "x.npy", "report.json"
+_AGAIN_WITHIN = 20.0  # seconds: what took no longer is run again
+_RUNS = 3
+
+Arrays = Mapping[str, NDArray]
+Solve = Callable[[], tuple[NDArray, dict[str, Any]]]
+
+
+def main(made_ready: Callable[[Arrays, dict[str, Any]], Solve]) -> None:
+    """Solve the problem in the folder named on the command line and leave the answer beside it.
+
+    Timed is what a user waits for with the data in memory: building the influence object, test
+    gradients, solving. Imports, reading and converting arrays are not.
+
+    Args:
+      made_ready: (arrays, setting) -> the call to be timed, which returns (d, m) and what else is
+        to be reported. Arrays are x, y, x_test, y_test, in the setting's dtype, and theta (f, c).
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    setting = json.loads((folder / SETTING).read_text())
+    with np.load(folder / PROBLEM.format(setting["dtype"]), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    points = slice(0, setting["solved"])
+    for name in ("x_test", "y_test"):
+        arrays[name] = arrays[name][points]
+    solve = made_ready(arrays, setting)
+    before = _rss_mb()
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < _RUNS and max(seconds) <= _AGAIN_WITHIN):
+        begun = time.perf_counter()
+        x, report = solve()
+        seconds.append(time.perf_counter() - begun)
+    np.save(folder / SOLUTION, x)
+    report |= {
+        "seconds": min(seconds),
+        "first_seconds": seconds[0],
+        "runs": len(seconds),
+        "peak_rss_mb": _peak_rss_mb(),
+        "rss_before_mb": before,
+    }
+    (folder / REPORT).write_text(json.dumps(report))
+
+
+def _rss_mb() -> int | None:
+    return _status("VmRSS:")
+
+
+def _peak_rss_mb() -> int:
+    # ru_maxrss starts from what the parent process had when it made this one; VmHWM does not.
+    peak = _status("VmHWM:")
+    if peak is not None:
+        return peak
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(size / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((round(int(s.split()[1]) / 1024) for s in lines if s.startswith(key)), None)

@@ -1,0 +1,60 @@
+"""The machine a number belongs to, and waiting until it is quiet."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import threadpoolctl
+
+from benchmarks.clock import watched
+from experiments.record import commit
+
+QUIET = 0.3  # cores that others may use
+_PACKAGES = ("tensorflow", "keras", "numpy", "scipy")
+_SAMPLE_SECONDS = 5
+
+
+def facts() -> dict[str, Any]:
+    """Processor, cores, BLAS, versions and commit; nothing that names a host or a path."""
+    linux = sys.platform == "linux"
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if linux else os.cpu_count(),
+        "blas": sorted(
+            f"{library['internal_api']} {library['version']}, {library['num_threads']} threads"
+            for library in threadpoolctl.threadpool_info()
+            if library["user_api"] == "blas"
+        ),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": commit(),
+    }
+
+
+def wait_until_quiet(minutes: float) -> dict[str, Any]:
+    """Wait until others use less than QUIET cores, but not longer than `minutes`.
+
+    Returns: what `watched` says of the last few seconds, and `quiet`: True, False, or None where
+      the system does not tell.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    while True:
+        with watched() as seen:
+            time.sleep(_SAMPLE_SECONDS)
+        others = seen["cores_used_by_others"]
+        if others is None or others < QUIET or time.monotonic() >= deadline:
+            return seen | {"quiet": None if others is None else others < QUIET}
+        print(f"waiting for a quiet machine: others use {others:.1f} cores", flush=True)
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,143 @@
+"""A run's numbers as markdown."""
+
+from typing import Any
+
+from benchmarks.solves import PYDVL, describe
+from benchmarks.targets import meaning
+
+_VERDICTS = {True: "holds", False: "FALLS SHORT", None: "not judged"}
+_WAYS = {"closed_form": "closed form", "tape": "tape"}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The whole page, results/benchmarks/README.md."""
+    parts = [
+        "# Benchmarks\n\nWritten by `make bench`; the same numbers and more are in "
+        "[benchmarks.json](benchmarks.json). All ratios are within one run.",
+        _where(result),
+        "## Targets\n\n" + targets(result),
+        "## Hessian products and scores\n\n" + _products(result),
+        _scores(result),
+        "## The same systems solved by two libraries\n\n" + _solves(result),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def targets(result: dict[str, Any]) -> str:
+    """The table of targets."""
+    lines = ["| what | measured | target | |", "|---|---|---|---|"]
+    for target in result["targets"]:
+        band = (
+            f"at least {target['low']:g}"
+            if target["low"] is not None
+            else f"at most {target['high']:g}"
+        )
+        value = "not measured" if target["value"] is None else _number(target["value"])
+        lines.append(
+            f"| {meaning(target['metric'])} | {value} | {band} | {_VERDICTS[target['holds']]} |"
+        )
+    return "\n".join(lines)
+
+
+def _where(result: dict[str, Any]) -> str:
+    machine, data, shape = result["machine"], result["data"], result["shape"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    before, stand_in = result["before"], " (a stand-in)" if data["stand_in"] else ""
+    others = {part: result[part]["watched"]["cores_used_by_others"] for part in
+              ("products", "scores", "solves")}  # fmt: skip
+    busy = ", ".join(f"{part} {value}" for part, value in others.items())
+    return (
+        f"Logistic regression on {data['name']}{stand_in}: n = {shape['n']:,} rows, "
+        f"d = {shape['f'] * shape['c']:,} parameters.\n"
+        f"{machine['cores']} cores, {machine['cpu']}; BLAS {'; '.join(machine['blas'])}; "
+        f"{versions}; commit {machine['commit'][:12]}.\n"
+        f"Quiet before the run: {before['quiet']}; cores used by others meanwhile: {busy}."
+    )
+
+
+def _products(result: dict[str, Any]) -> str:
+    part = result["products"]
+    rates = "; ".join(f"{name} {rate:.0f}" for name, rate in part["machine_gflops"].items())
+    lines = [
+        f"{part['dtype']}; a block is {part['num_vectors']} vectors and "
+        f"{part['flop_of_block']:.2e} operations (4 n f c m). Matrix products of the machine, "
+        f"GFLOP/s: {rates}; `shapes` are those of the block.\n",
+        "| by | gradient, s | one product, s | / gradient | block, s | GFLOP/s | of the machine "
+        "| largest error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for way, words in _WAYS.items():
+        row = part[way]
+        seconds = {name: _number(timing["best"]) for name, timing in row["seconds"].items()}
+        lines.append(
+            f"| {words} | {seconds['gradient']} | {seconds['product']} "
+            f"| {_number(row['product_per_gradient'])} | {seconds['block']} "
+            f"| {row['block_gflops']:.0f} | {row['fraction_of_machine']:.0%} "
+            f"| {row['largest_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def _scores(result: dict[str, Any]) -> str:
+    part = result["scores"]
+    lines = [
+        f"Scores of all {result['shape']['n']:,} rows, s_test given:\n",
+        f"| by | gradient, s | one point, s | / gradient | {part['num_points']} points, s "
+        "| / gradient | largest error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in (f"{way} {dtype}" for way in _WAYS for dtype in ("float32", "float64")):
+        row = part[name]
+        seconds = {key: _number(timing["best"]) for key, timing in row["seconds"].items()}
+        lines.append(
+            f"| {name.replace('_', ' ')} | {seconds['gradient']} | {seconds['one']} "
+            f"| {_number(row['one_per_gradient'])} | {seconds['many']} "
+            f"| {_number(row['many_per_gradient'])} | {row['largest_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def _solves(result: dict[str, Any]) -> str:
+    part = result["solves"]
+    peers = part["peers"]
+    against = (
+        "pyDVL is not installed here."
+        if peers is None
+        else ", ".join(f"{name} {version}" for name, version in peers.items()) + "."
+    )
+    lines = [
+        f"Relative residual {part['tolerance']:.0e}, recomputed for both in float64 by our "
+        "operator. Each in its own process; seconds are the least of up to three runs and exclude "
+        "imports and reading; memory is the process's peak, and what it held before solving. "
+        f"{against}\n",
+        "| solver, dtype: test points solved | seconds | / our fastest | residual, largest "
+        "| within | peak MB | before MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in part["runs"]:
+        if "error" in run:
+            lines.append(f"| {describe(run)} | {run['error']} | | | | | |")
+            continue
+        ours = part["fastest"][str(run["points"])]["ours"]
+        ratio = run["seconds_for_all"] / part["runs"][ours]["seconds"] if ours is not None else None
+        seconds = _number(run["seconds"])
+        if run["solved"] < run["points"]:
+            seconds += f" (extrapolated: {_number(run['seconds_for_all'])} for {run['points']})"
+        lines.append(
+            f"| {describe(run)} | {seconds} | {'' if ratio is None else _number(ratio)} "
+            f"| {run['largest_residual']:.1e} | {'yes' if run['meets'] else 'no'} "
+            f"| {run['peak_rss_mb']} | {run['rss_before_mb']} |"
+        )
+    for points, best in part["fastest"].items():
+        speedup = part["speedup"][points]
+        if speedup is not None:
+            theirs = describe(part["runs"][best[PYDVL]])
+            lines.append(
+                f"\n{points} test point{'s' * (points != '1')}: ours is {_number(speedup)} times "
+                f"as fast as {theirs}."
+            )
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

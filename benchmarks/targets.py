@@ -1,0 +1,51 @@
+"""What the library has promised, and whether a run keeps it."""
+
+from typing import Any
+
+from experiments.record import Claim
+
+TARGETS = (
+    Claim("block_fraction_closed_form", None, 0.35, None),
+    Claim("block_fraction_tape", None, 0.35, None),
+    Claim("product_per_gradient_closed_form", None, None, 1.5),
+    Claim("product_per_gradient_tape", None, None, 1.5),
+    Claim("scores_per_gradient_closed_form", None, None, 2.0),
+    Claim("scores_per_gradient_tape", None, None, 2.0),
+    Claim("speedup_100_points", None, 10.0, None),
+)
+MEANING = {
+    "block_fraction": "Hessian products in one block, float32: fraction of the machine's rate",
+    "product_per_gradient": "one Hessian product, float32: time over that of one gradient",
+    "scores_per_gradient": "scores of all rows, s_test given, float32: time over one gradient's",
+    "speedup": "s_test, the fastest way of pyDVL's over the fastest of ours, same true residual",
+}
+
+
+def metrics(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers that targets speak of, from a run's parts; what was not measured is left out."""
+    found: dict[str, float | None] = {}
+    for way in ("closed_form", "tape"):
+        product, score = result["products"][way], result["scores"][f"{way} float32"]
+        found[f"block_fraction_{way}"] = product["fraction_of_machine"]
+        found[f"product_per_gradient_{way}"] = product["product_per_gradient"]
+        found[f"scores_per_gradient_{way}"] = score["one_per_gradient"]
+    for points, value in result["solves"]["speedup"].items():
+        found[f"speedup_{points}_points"] = value
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target held against a run.
+
+    Returns: {metric, low, high, value, holds} for each; holds is None on stand-in data.
+    """
+    values, stand_in = metrics(result), result["data"]["stand_in"]
+    verdicts = [claim.judge(values, stand_in=stand_in) for claim in TARGETS]
+    return [{k: v for k, v in verdict.items() if k != "paper"} for verdict in verdicts]
+
+
+def meaning(metric: str) -> str:
+    """A metric in words."""
+    stem = next(stem for stem in MEANING if metric.startswith(stem))
+    rest = metric[len(stem) + 1 :].replace("_", " ")
+    return f"{MEANING[stem]} ({rest})"

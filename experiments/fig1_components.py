@@ -1,0 +1,292 @@
+"""Figure 1: what the training loss and the inverse Hessian contribute to an influence.
+
+Koh & Liang 2017, section 2.4 and figure 1: logistic regression of ones against sevens. For one test
+point the influence of every training row, against what is left of it without the training loss,
+without H^-1 and without both. Beyond the paper: which of the four predicts an actual removal, and
+the same comparison over a hundred test points.
+
+Everything is n times the change of the test loss when a row is removed: positive is helpful. The
+paper's I_up,loss is minus that.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from numpy.typing import NDArray
+
+from experiments.compare import agreement, largest, rounded_down, with_others
+from experiments.record import Claim, Record
+from influence import BinaryLogisticRegression, Direct, Examples, Influence, leave_one_out
+
+DATA = "mnist"
+STAND_IN = "digits"
+
+DIGITS = (7, 1)  # labelled 0 and 1, as in the release
+VARIANTS = ("full", "no_train_loss", "no_hessian", "neither")
+_SAME, _OTHER = "#0072B2", "#D55E00"  # these and the others: Okabe and Ito's colours
+_LOOKS = {
+    "full": ("o", "#000000", "in full"),
+    "no_train_loss": ("^", "#E69F00", "without training loss"),
+    "no_hessian": ("s", "#56B4E9", "without $H^{-1}$"),
+    "neither": ("v", "#CC79A7", "without either"),
+}
+NUM_MOST_HARMFUL = 50  # among which a row of the test point's own label must be
+
+
+@dataclass(frozen=True)
+class Config:
+    """The release's protocol (run_components_experiment.py)."""
+
+    weight_decay: float = 0.01
+    """lambda of lambda/2 |w|^2 (release)"""
+    test_point: int = 30
+    """a 7 among the ones and sevens of the test set, "arbitrary" (release)"""
+    shown_rank: int = 5
+    """of the harmful images with the test point's label, the one shown; 1 is the most harmful
+    (release)"""
+    further_test_points: int = 100
+    """drawn with `seed`, for the same numbers"""
+    num_removals: int = 100
+    """rows of largest |value| by each of the four variants, each removed alone"""
+    gradient_tolerance: float = 1e-8
+    """Euclidean norm of each refit's own gradient"""
+    seed: int = 0
+    """of the draw of the further test points"""
+
+    def __post_init__(self):
+        for name in ("shown_rank", "further_test_points", "num_removals"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+PRESETS = {
+    "smoke": Config(further_test_points=20, num_removals=20),
+    "standard": Config(),
+    "paper": Config(),
+}
+
+# The paper prints no number: the six ends of the points' horizontal ranges are read off the
+# release's figure by eye, and their bands are a fifth to either side.
+CLAIMS = (
+    Claim("num_train", None, 11_894, 11_894),
+    Claim("num_test", None, 2_163, 2_163),
+    Claim("smallest_no_train_loss", -150, -180, -120),
+    Claim("largest_no_train_loss", 200, 160, 240),
+    Claim("smallest_no_hessian", -15, -18, -12),
+    Claim("largest_no_hessian", 20, 16, 24),
+    Claim("smallest_neither", -20, -24, -16),
+    Claim("largest_neither", 25, 20, 30),
+    Claim("label_sign_no_hessian", None, 0.99, 1.0),
+    Claim("same_label_among_most_harmful", None, 1, NUM_MOST_HARMFUL),
+    Claim("further_fewest_same_label_among_most_harmful", None, 1, NUM_MOST_HARMFUL),
+    Claim("further_lowest_label_sign_no_hessian", None, 0.99, 1.0),
+    Claim("actual_pearson_full", None, 0.999, 1.0),
+    Claim("actual_slope_full", None, 0.95, 1.02),
+    Claim("actual_pearson_best_ablation", None, None, 0.7),
+    Claim("worst_refit_gradient_norm", None, 0.0, 1e-8, stand_in=True),
+)
+
+DEVIATIONS = (
+    "Arithmetic: float64 and a gradient norm <= 1e-10 here; float32 and L-BFGS's own criterion in "
+    "the release. H^-1: one Cholesky factor for all test points here; conjugate gradients there.",
+    "Without H, every row's sign is its label's only for the loss's own gradient, which is what "
+    "section 2.4's expression has: agreement 1.0. With the penalty's gradient in each row's L(z), "
+    "as the release computes it and the figure shows it, every row is shifted by the same amount "
+    "(below 2e-3, where the largest value is 18.6): agreement .948.",
+    "Beyond the paper: the rows largest by each of the four variants are removed and the model "
+    "refitted; and 100 further test points.",
+)
+
+
+def variants(influence: Influence, measured: Examples) -> NDArray:
+    """Influence and its three ablations, each n times the predicted change if removed.
+
+    With g the gradient of a test loss and L(z) = loss + penalty, in the order of VARIANTS:
+    g H^-1 grad L(z); the same with the training loss's factor 1 - p_y set to one and no penalty,
+    g H^-1 (-(2y - 1) x); and both with H set to the identity.
+
+    Args:
+      influence: of a BinaryLogisticRegression without intercept.
+      measured: m test examples.
+
+    Returns: (4, m, n). Positive: helpful.
+    """
+    net, train = influence.net, influence.train
+    scores = influence.scores(measured)
+    s_test, g = scores.solution.x, net.gradients(measured.x, measured.y).T  # (d, m) both
+    signed = (1 - 2 * train.y)[:, None]
+    no_hessian = net.directional(train.x, train.y, g) + net.penalty_gradient() @ g
+    return np.stack([
+        len(train) * scores.change_if_removed,
+        (signed * (train.x @ s_test)).T,
+        no_hessian.T,
+        (signed * (train.x @ g)).T,
+    ])  # fmt: skip
+
+
+def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
+    """Fit, compute the four variants for every test point, remove and refit; see the file's head.
+
+    Args:
+      config: the protocol.
+      data: Splits of MNIST, or of a stand-in.
+      checkpoints: where finished refits are kept, so that an interrupted run continues.
+
+    Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
+    Raises: ValueError if fewer than `shown_rank` rows of the test point's label are harmful.
+    """
+    pair = data.of_classes(*DIGITS)
+    train, test = Examples(*pair.train), Examples(*pair.test)
+    points = with_others(
+        config.test_point, np.arange(len(test)), config.further_test_points, config.seed
+    )
+    measured = test.take(points)
+    net = BinaryLogisticRegression(train.x.shape[1], weight_decay=config.weight_decay).fit(train)
+    influence = Influence(net, train, solver=Direct())
+    values = variants(influence, measured)  # (4, m, n)
+    same_label = train.y == measured.y[:, None]  # (m, n)
+    first = values[:, 0]
+
+    chosen = largest(first, config.num_removals)
+    rows = np.unique(chosen)
+    refits = leave_one_out(
+        net, train, measured.take([0]), rows, solver=influence.prepared,
+        tolerance=config.gradient_tolerance, checkpoints=checkpoints,
+    )  # fmt: skip
+    actual = len(train) * refits[0]
+
+    penalty = net.penalty_gradient() @ net.gradients(measured.x, measured.y).T  # (m,)
+    label_sign = np.mean((values[2] - penalty[:, None] > 0) == same_label, axis=1)
+    with_penalty = np.mean((values[2] > 0) == same_label, axis=1)
+    most_harmful = np.argsort(values[0], axis=1, kind="stable")[:, :NUM_MOST_HARMFUL]
+    same_among = np.take_along_axis(same_label, most_harmful, axis=1).sum(axis=1)
+    pearson = _correlations(values, values[0])
+    shown = _harmful_of_same_label(first[0], same_label[0], config.shown_rank)
+
+    metrics: dict[str, Any] = {
+        "num_train": len(train),
+        "num_test": len(test),
+        "test_digit": DIGITS[measured.y[0]],
+        "label_sign_no_hessian": label_sign[0],
+        "label_sign_no_hessian_with_penalty": with_penalty[0],
+        "further_lowest_label_sign_no_hessian": label_sign[1:].min(),
+        "same_label_among_most_harmful": same_among[0],
+        "further_fewest_same_label_among_most_harmful": same_among[1:].min(),
+        "further_median_same_label_among_most_harmful": np.median(same_among[1:]),
+        "same_label_harmful": np.mean(first[0][same_label[0]] < 0),
+        "num_removed": len(rows),
+        "smallest_actual": actual.min(),
+        "largest_actual": actual.max(),
+        "worst_refit_gradient_norm": refits.gradient_norm.max(),
+        "gradient_norm": net.gradient_norm(train),
+        "shown_row": shown,
+    }
+    for k, name in enumerate(VARIANTS):
+        held = agreement(first[k][rows], actual)
+        own = np.abs(actual[np.searchsorted(rows, chosen[k])])
+        metrics |= {
+            f"smallest_{name}": first[k].min(),
+            f"largest_{name}": first[k].max(),
+            f"actual_pearson_{name}": held["pearson"],
+            f"actual_slope_{name}": held["slope"],
+            f"actual_sign_agreement_{name}": held["sign_agreement"],
+            f"actual_mean_of_largest_{name}": own.mean(),
+        }
+        if k:
+            metrics |= {
+                f"pearson_{name}": pearson[k, 0],
+                f"spearman_{name}": scipy.stats.spearmanr(first[k], first[0])[0],
+                f"further_median_pearson_{name}": np.median(pearson[k, 1:]),
+                f"further_largest_pearson_{name}": pearson[k, 1:].max(),
+            }
+    metrics["actual_pearson_best_ablation"] = max(
+        metrics[f"actual_pearson_{name}"] for name in VARIANTS[1:]
+    )
+    arrays = {
+        "values": first, "same_label": same_label[0], "rows": rows, "actual": actual,
+        "test_points": points, "pearson": pearson, "same_label_among_most_harmful": same_among,
+        "test_image": _image(measured.x[0]), "harmful_image": _image(train.x[shown]),
+    }  # fmt: skip
+    return Record.of(metrics=metrics, arrays=arrays)
+
+
+def draw(record: Record) -> Any:
+    """The paper's three scatters and two digits, and what actual removals say of all four."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    arrays, metrics = record.arrays, record.metrics
+    digit, shown = int(metrics["test_digit"]), int(metrics["shown_row"])
+    full, same = arrays["values"][0], arrays["same_label"]
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 9}):
+        figure = plt.figure(figsize=(6.75, 4.7), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+        axes = above.subplots(1, 3, sharey=True)
+        order = np.random.default_rng(0).permutation(len(full))  # neither label hides the other
+        colours = np.where(same, _SAME, _OTHER)[order]
+        for axis, value, name in zip(axes, arrays["values"][1:], VARIANTS[1:], strict=True):
+            axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+            axis.axvline(0, color="0.8", linewidth=0.6, zorder=0)
+            axis.scatter(value[order], full[order], c=colours, s=5, linewidths=0, rasterized=True)
+            axis.plot(value[shown], full[shown], "ko", markersize=6, fillstyle="none")
+            title = _LOOKS[name][2]
+            axis.set(title=title[0].upper() + title[1:], xlabel="$n$ × predicted change (nats)")
+            axis.text(0.04, 0.96, f"r = {rounded_down(metrics[f'pearson_{name}'])}",
+                      transform=axis.transAxes, va="top")  # fmt: skip
+            axis.locator_params(nbins=5)
+        axes[0].set_ylabel("In full:\n$n$ × predicted change (nats)")
+        others = [d for d in DIGITS if d != digit]
+        looks: list[dict[str, Any]] = [
+            {"color": _SAME, "label": f"a {digit}, as the test image"},
+            {"color": _OTHER, "label": f"a {others[0]}"},
+            {"color": "black", "fillstyle": "none", "label": "the harmful image below"},
+        ]
+        marks = [Line2D([], [], linestyle="", marker="o", markersize=4, **look) for look in looks]
+        above.legend(handles=marks, loc="outside upper center", ncols=3, frameon=False)
+
+        test, harmful, axis = below.subplots(1, 3, width_ratios=[0.7, 0.7, 1])
+        for image, name, title in (
+            (test, "test_image", f"Test image: a {digit}"),
+            (harmful, "harmful_image", f"A {digit} that harms it"),
+        ):
+            image.imshow(arrays[name], cmap="gray_r", interpolation="nearest")
+            image.set(title=title, xticks=[], yticks=[])
+        actual = arrays["actual"]
+        reach = 1.08 * np.abs(actual).max()
+        axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=0)
+        for k in (1, 2, 3, 0):  # the full influence on top
+            marker, colour, label = _LOOKS[VARIANTS[k]]
+            pearson = rounded_down(metrics[f"actual_pearson_{VARIANTS[k]}"])
+            axis.scatter(actual, arrays["values"][k][arrays["rows"]], s=9, marker=marker,
+                         color=colour, linewidths=0, label=f"{label},\nr = {pearson}")  # fmt: skip
+        axis.set(title="Removed and refitted", xlabel="$n$ × actual change (nats)",
+                 ylabel="$n$ × predicted change (nats)")  # fmt: skip
+        axis.locator_params(nbins=5)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handletextpad=0.1)
+    return figure
+
+
+def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int:
+    """The row of the test point's label that is the rank-th most harmful."""
+    rows = np.flatnonzero(same_label & (full < 0))
+    if rank > len(rows):
+        raise ValueError(
+            f"shown_rank must be at most {len(rows)}, the number of harmful rows with the test "
+            f"point's label, got {rank}."
+        )
+    return int(rows[np.argsort(full[rows], kind="stable")[rank - 1]])
+
+
+def _correlations(values: NDArray, full: NDArray) -> NDArray:
+    """Pearson's r along the last axis: (4, m)."""
+    a, b = (v - v.mean(axis=-1, keepdims=True) for v in (values, full))
+    sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.einsum("kmn,mn->km", a, b) / sizes
+
+
+def _image(x: NDArray) -> NDArray:
+    side = int(np.sqrt(len(x)))
+    return x.reshape(side, side)

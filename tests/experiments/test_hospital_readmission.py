@@ -1,0 +1,166 @@
+"""The hospital: planted domain mismatch, the numbers that find it, and the figure."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import data
+from experiments import hospital_readmission as hospital
+from experiments.compare import largest_bars
+from tests import oracles
+
+SMOKE = hospital.PRESETS["smoke"]
+REAL = data.find("diabetes")
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return data.load("hospital")
+
+
+@pytest.fixture(scope="module")
+def record(splits, tmp_path_factory):
+    return hospital.run(SMOKE, splits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def closed_form(splits):
+    """(oracle on the training set left, its minimum, the child), found again without the module."""
+    x, y = splits.train
+    age = splits.feature_names.index("age_[0-10)")
+    stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
+    kept = [i for i in range(len(x)) if i not in stays[:-1]]
+    risk = oracles.logistic_regression(x[kept], y[kept], SMOKE.weight_decay)
+    child = risk.on(splits.test[0][[SMOKE.test_child]], splits.test[1][[SMOKE.test_child]])
+    return risk, risk.minimum(np.zeros(x.shape[1])), child
+
+
+def test_every_claim_holds_that_is_judged_on_the_stand_in(record):
+    verdicts = [claim.judge(record.metrics, stand_in=True) for claim in hospital.CLAIMS]
+    judged = {v["metric"]: v["holds"] for v in verdicts if v["holds"] is not None}
+    assert judged and all(judged.values()), judged
+
+
+def test_every_claim_has_its_metric_on_the_stand_in(record):
+    # DIED is a feature there too, so that smoke exercises every number of the real run.
+    assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
+
+
+def test_twenty_children_are_taken_out_and_most_test_children_flip(record, splits):
+    arrays, metrics = record.arrays, record.metrics
+    assert metrics["num_train"] == 4000 - 20
+    assert metrics["train_children_before"] == 24 and metrics["train_children"] == 4
+    assert arrays["readmitted"].sum() == 3 and len(arrays["test_children"]) == 40
+    before, after = arrays["probability_correct_before"], arrays["probability_correct"]
+    assert before.min() > 0.5
+    expected = arrays["test_children"][after < 0.5]
+    np.testing.assert_array_equal(arrays["flipped"], expected)
+    assert metrics["test_children_flipped"] == len(expected) == 35
+    age = splits.feature_names.index("age_[0-10)")
+    assert splits.test[0][arrays["flipped"], age].all()
+
+
+def test_influence_and_refits_are_those_of_the_closed_form(record, closed_form):
+    risk, theta, child = closed_form
+    arrays = record.arrays
+    np.testing.assert_allclose(arrays["coefficients"], theta, atol=1e-7)
+    rows = arrays["removed"]
+    predicted = risk.predicted_changes(theta, child, rows)[0]
+    # The smallest eigenvalue is the penalty, 1e-4: gradients exact to 1e-10 leave 1e-6 of theta.
+    np.testing.assert_allclose(arrays["influence"][rows], predicted, rtol=1e-5)
+    some = [0, 1, 2, 3, 40]
+    actual = risk.actual_changes(theta, child, rows[some])[0]
+    np.testing.assert_allclose(arrays["removed_actual"][some], actual, rtol=1e-4)
+    everyone = risk.without(arrays["children"]).minimum(theta)
+    together = child.losses(everyone)[0] - child.losses(theta)[0]
+    assert abs(record.metrics["all_children_actual"] - together) < 1e-5
+
+
+def test_derivative_by_the_input_is_the_closed_form_s(record, closed_form):
+    risk, theta, child = closed_form
+    s_test = np.linalg.solve(risk.hessian(theta), child.gradients(theta)[0])
+    expected = -risk.input_gradients(theta, s_test, len(theta)) / len(risk.y)
+    children = record.arrays["children"]
+    np.testing.assert_allclose(
+        record.arrays["derivative"], expected[children], rtol=1e-5, atol=1e-8
+    )
+    assert record.metrics["worst_derivative_error"] < 1e-5
+    by_size = np.argsort(-np.abs(record.arrays["derivative"][~record.arrays["readmitted"]][0]))
+    assert record.arrays["moved"].tolist() == by_size[:10].tolist()
+
+
+def test_the_stopped_model_is_the_one_that_stopped(record, splits):
+    # On the stand-in 1,000 iterations are enough; two are not.
+    assert record.metrics["stopped_gradient_norm"] < 1e-5
+    assert abs(record.metrics["stopped_ratio_to_next"] - record.metrics["ratio_to_next"]) < 1e-2
+    early = dataclasses.replace(SMOKE, release_iterations=2, num_removals=4, num_moved_features=1)
+    metrics = hospital.run(early, splits).metrics
+    assert metrics["stopped_gradient_norm"] > 1e-3 > metrics["gradient_norm"]
+    assert abs(metrics["stopped_ratio_to_next"] - metrics["ratio_to_next"]) > 1e-2
+
+
+def test_figure(record, splits):
+    figure = hospital.draw(record)
+    rows, features, coefficients = figure.axes
+    figure.draw_without_rendering()
+    marks = {line.get_label(): line.get_xydata() for line in rows.lines}
+    arrays = record.arrays
+    children, readmitted = arrays["children"], arrays["readmitted"]
+    for label, which in (("a child, readmitted", readmitted),
+                         ("a child, not readmitted", ~readmitted)):  # fmt: skip
+        shown = np.column_stack([children[which], arrays["influence"][children[which]]])
+        np.testing.assert_array_equal(marks[label], shown)
+    assert len(marks["removed and refitted (50 rows)"]) == 50
+    for axis, values in ((features, arrays["derivative"][~readmitted][0]),
+                         (coefficients, arrays["coefficients"])):  # fmt: skip
+        names = [label.get_text() for label in axis.get_yticklabels()]
+        widths = [bar.get_width() for bar in axis.patches]
+        order = np.argsort(-np.abs(values))[:20]
+        np.testing.assert_allclose(widths, values[order])
+        long = np.array(splits.feature_names)[order]
+        assert names == [name.replace("_disposition_id", "") for name in long]
+        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's stands out
+    (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
+    np.testing.assert_allclose(refitted.get_xdata(), arrays["moved_actual"])
+    for axis in figure.axes:
+        assert axis.get_xlabel() and min(t.get_fontsize() for t in axis.get_xticklabels()) >= 7
+    plt.close(figure)
+
+
+def test_bars_need_not_hold_the_marked_one():
+    figure, axis = plt.subplots()
+    names, values = np.array(["a", "b", "c", "d"]), np.array([0.5, -3.0, 0.1, 2.0])
+    assert largest_bars(axis, names, values, marked="c", count=3).tolist() == [1, 3, 0]
+    assert [bar.get_width() for bar in axis.patches] == [-3.0, 2.0, 0.5]
+    assert len({bar.get_facecolor() for bar in axis.patches}) == 1
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the largest on top
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name, value", [("num_removals", 3), ("num_moved_features", 0)])
+def test_config_refuses(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be at least {value + 1}, got {value}"):
+        hospital.Config(**{name: value})
+
+
+def test_the_test_child_must_be_one(splits):
+    with pytest.raises(ValueError, match="^test_child must be .* such as 13, got 14"):
+        hospital.run(dataclasses.replace(SMOKE, test_child=14), splits)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(REAL is None, reason="diabetes not found; set INFLUENCE_DATA")
+def test_real_children_are_found():
+    config = hospital.Config(num_removals=4, num_moved_features=1, release_iterations=5)
+    record = hospital.run(config, data.load("diabetes", REAL))
+    arrays, metrics = record.arrays, record.metrics
+    assert arrays["children"].tolist() == [9366, 11116, 13685, 19590]
+    assert sorted(arrays["removed"]) == [9366, 11116, 13685, 19590]
+    signs = np.sign(arrays["influence"][arrays["children"]]).tolist()
+    assert signs == np.sign(arrays["removed_actual"][np.argsort(arrays["removed"])]).tolist()
+    assert signs == [-1, -1, -1, 1]
+    assert metrics["num_features"] == 127 and metrics["test_children"] == 137
+    assert metrics["test_children_flipped"] == 30 and 1742 in arrays["flipped"]
+    assert 24 < metrics["ratio_to_next"] < 25 and metrics["coefficients_larger"] == 12

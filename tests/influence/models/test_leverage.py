@@ -1,0 +1,186 @@
+"""x' H^-1 x and self-influence in closed form, from either side of Woodbury's identity."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from influence import (
+    CG,
+    BinaryLogisticRegression,
+    Direct,
+    DivergenceError,
+    Examples,
+    GaussNewton,
+    Influence,
+    LiSSA,
+)
+from influence.models import leverage
+from tests import oracles
+from tests.influence.problems import logistic, relative_error
+
+FORMATS = {"dense": np.asarray, "sparse": scipy.sparse.csr_matrix}
+# Conditioning of these Hessians is below 1e4.
+ROUNDING = 1e-11
+
+
+def problem(num_rows, num_inputs, *, intercept=False, form="dense", weight_decay=0.01, seed=0):
+    """(net not at its minimum, examples, oracle)."""
+    rng = np.random.default_rng(seed)
+    x = rng.poisson(0.7, (num_rows, num_inputs)).astype(float)
+    y = rng.integers(2, size=num_rows)
+    net = BinaryLogisticRegression(num_inputs, weight_decay=weight_decay, intercept=intercept)
+    net.theta = rng.standard_normal(net.num_parameters)
+    features = oracles.with_ones(x) if intercept else x
+    oracle = oracles.logistic_regression(features, y, weight_decay)
+    return net, Examples(FORMATS[form](x), y), oracle
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("shape", [(70, 9), (70, 150)], ids=["tall", "wide"])
+def test_leverages_are_those_of_the_inverse(shape, intercept, form):
+    net, examples, oracle = problem(*shape, intercept=intercept, form=form)
+    inverse = np.linalg.inv(oracle.hessian(net.theta))
+    expected = np.einsum("ij,jk,ik->i", oracle.features, inverse, oracle.features)
+    assert relative_error(leverage.leverages(net, examples), expected) < ROUNDING
+    rows = [5, 3, 69]
+    assert relative_error(leverage.leverages(net, examples, rows), expected[rows]) < ROUNDING
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("shape", [(70, 9), (70, 150)], ids=["tall", "wide"])
+def test_self_influence_is_that_of_the_definition_and_of_direct(shape, intercept, form):
+    net, examples, oracle = problem(*shape, intercept=intercept, form=form)
+    expected = np.einsum(
+        "id,id->i",
+        oracle.gradients(net.theta),
+        oracle.predicted_parameters(net.theta, np.arange(70)),
+    )
+    influence = Influence(net, examples, solver=Direct())
+    assert relative_error(influence.self_influence(), expected) < ROUNDING  # the closed form
+    one_by_one = [influence.self_influence(rows) for rows in np.split(np.arange(70), [60])]
+    assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING  # solved for
+
+
+def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
+    """Rows that the model is sure of have next to no curvature, others next to no leverage left."""
+    net, examples, _ = problem(40, 60, weight_decay=1e-4)
+    net.theta = 2 * net.theta
+    rows, K = np.arange(40), leverage.gram(net, examples)
+    by_rows = leverage._by_rows(net, examples, rows, K)
+    by_parameters = leverage._by_parameters(net, examples, rows)
+    curvature = np.exp(-np.abs(net.outputs(examples.x)))
+    assert curvature.min() < 1e-12 and curvature.max() > 0.05
+    for one, other in zip(by_rows, by_parameters, strict=True):
+        assert relative_error(one, other) < 1e-9  # a condition number of 1e5
+
+
+@pytest.mark.parametrize("shape", [(50, 4), (50, 80)], ids=["tall", "wide"])
+def test_blocks_of_rows_change_nothing(monkeypatch, shape):
+    net, examples, _ = problem(*shape)
+    whole = leverage.leverages(net, examples)
+    monkeypatch.setattr(leverage, "_COLUMNS", 7)
+    assert relative_error(leverage.leverages(net, examples), whole) < 1e-14
+
+
+def test_a_gram_matrix_serves_whatever_the_labels():
+    net, examples, _ = problem(30, 50, intercept=True)
+    K = leverage.gram(net, examples)
+    x = oracles.with_ones(examples.x)
+    assert relative_error(K, x @ x.T) < 1e-14
+    flipped = Examples(examples.x, 1 - examples.y)
+    got = leverage.leverages(net, flipped, gram=K)
+    np.testing.assert_array_equal(got, leverage.leverages(net, flipped))
+    # ... and is what is used.
+    assert not np.allclose(leverage.leverages(net, examples, gram=2 * K), got, rtol=0.1)
+
+
+# --- when Influence asks for it ----------------------------------------------------------------
+
+ANSWER = np.arange(70.0)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """A problem whose net answers by a closed form that cannot be mistaken."""
+    p = logistic("sigmoid", 70)
+    monkeypatch.setattr(p.net, "self_influence", lambda examples, rows: ANSWER[rows])
+    return p
+
+
+@pytest.mark.parametrize("solver", [CG(), Direct()])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_closed_form_answers_for_many_rows(known, solver, prepared):
+    influence = Influence(known.net, known.train, solver=solver)
+    if prepared:
+        influence.scores(known.test)
+    rows = np.arange(70)[::-1][:64]
+    np.testing.assert_array_equal(influence.self_influence(), ANSWER)
+    np.testing.assert_array_equal(influence.self_influence(rows), ANSWER[rows])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": 0.1},
+        {"curvature": GaussNewton},
+        {"solver": LiSSA(depth=20, rtol=np.inf)},
+        {"rows": np.arange(63)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_closed_form_is_not_asked_for_anything_else(known, options):
+    rows = options.pop("rows", None)
+    got = Influence(known.net, known.train, **options).self_influence(rows)
+    assert np.abs(got).max() < 1  # solved for: the closed form's are up to 69
+
+
+def test_theta_must_be_the_one_that_the_influence_was_made_for(known):
+    influence = Influence(known.net, known.train)
+    known.net.theta = known.theta + 1
+    with pytest.raises(RuntimeError, match="theta has changed"):
+        influence.self_influence()
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        logistic("softmax", 10).net,
+        logistic("sigmoid", 10, dtype="float32").net,
+        BinaryLogisticRegression(5, weight_decay=0.0),
+    ],
+    ids=["several outputs", "float32", "no penalty"],
+)
+def test_nets_without_a_safe_closed_form_have_none(net):
+    examples = Examples(np.ones((10, 5), net.dtype), np.arange(10) % 2)
+    assert net.self_influence(examples, np.arange(10)) is None
+
+
+def test_matrices_too_large_are_not_factored(monkeypatch):
+    net, examples, _ = problem(30, 50)
+    assert net.self_influence(examples, np.arange(30)) is not None
+    monkeypatch.setattr(leverage, "_LARGEST_FACTOR", 29)
+    assert net.self_influence(examples, np.arange(30)) is None
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(30, 4), (30, 50)], ids=["tall", "wide"])
+def test_a_singular_hessian_is_named(shape):
+    net, examples, _ = problem(*shape, weight_decay=0.0)
+    same = Examples(np.ones(shape), examples.y)
+    with pytest.raises(DivergenceError, match="singular one; use a weight_decay above 0.0"):
+        leverage.leverages(net, same)
+
+
+def test_bad_arguments():
+    p = logistic("softmax", 10)
+    with pytest.raises(ValueError, match="model must have one output, got 3"):
+        leverage.leverages(p.net, p.train)
+    net, examples, _ = problem(30, 50)
+    with pytest.raises(ValueError, match=r"gram must have shape \(30, 30\), got \(50, 50\)"):
+        leverage.leverages(net, examples, gram=np.eye(50))
+    with pytest.raises(IndexError, match="rows must lie in"):
+        leverage.leverages(net, examples, [30])

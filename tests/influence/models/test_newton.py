@@ -1,0 +1,86 @@
+"""Newton's method for linear models: from any start, by either way of solving for the step."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from influence import BinaryLogisticRegression, Examples
+from influence.models import newton
+from tests import oracles
+from tests.influence.problems import logistic
+
+
+@pytest.fixture(params=["cholesky", "conjugate gradients"])
+def way(request, monkeypatch):
+    """Both ways of solving for a step, whatever the size."""
+    monkeypatch.setattr(newton, "_FACTOR_COST", {"cholesky": 1e9}.get(request.param, 0))
+    if request.param == "cholesky":
+        monkeypatch.setattr(newton, "CG", None)  # it would be an error to get there
+
+
+def wide(num_rows=12, num_inputs=30):
+    """Sparse counts with more words than rows, and the oracle of their risk."""
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.4, (num_rows, num_inputs)).astype(float)
+    y = (np.arange(num_rows) % 3 == 0).astype(int)
+    return Examples(scipy.sparse.csr_matrix(x), y), oracles.logistic_regression(x, y, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_both_ways_reach_the_minimum(way, kind):
+    p = logistic(kind)
+    expected = p.theta
+    p.net.theta = np.zeros_like(expected)
+    p.net.fit(p.train)
+    # |theta - minimum| <= |gradient| / the smallest eigenvalue, at least the weight decay 0.05.
+    assert np.linalg.norm(p.theta - expected) <= 1e-10 / 0.05
+
+
+def test_more_features_than_rows(way):
+    examples, oracle = wide()
+    net = BinaryLogisticRegression(30, weight_decay=1e-3).fit(examples)
+    assert np.linalg.norm(oracle.gradient(net.theta)) <= 1e-10
+
+
+def test_a_start_from_which_full_steps_diverge(way):
+    # One feature, half the labels against it: at theta = 8 the curvature is all but the penalty's.
+    x, y = np.ones((4, 1)), np.array([0, 0, 1, 1])
+    oracle = oracles.logistic_regression(x, y, 1e-6)
+    start = np.array([8.0])
+    full = start - oracle.gradient(start) / oracle.hessian(start)[0]
+    assert oracle.value(full) > oracle.value(start)
+    net = BinaryLogisticRegression(1, weight_decay=1e-6)
+    net.theta = start
+    net.fit(Examples(x, y))
+    assert abs(net.theta[0]) <= 1e-9  # the minimum is 0, the curvature there 1/4
+
+
+def test_features_of_very_different_scale(way):
+    p = logistic("sigmoid", num_rows=200)
+    scales = np.array([1e-2, 1, 10, 100, 1e3])
+    x, y = p.train.x * scales, p.train.y
+    net = BinaryLogisticRegression(5, weight_decay=1e-4).fit(Examples(x, y), gradient_tolerance=1e-9)
+    oracle = oracles.logistic_regression(x, y, 1e-4)
+    assert np.linalg.norm(oracle.gradient(net.theta)) <= 1.1e-9
+
+
+def test_the_cheaper_way_is_taken(monkeypatch):
+    """A dense problem of few parameters is factored, a wide sparse one is not."""
+    p = logistic("sigmoid", num_rows=200)
+    p.net.theta = np.zeros(5)
+    monkeypatch.setattr(newton, "CG", None)
+    p.net.fit(p.train)
+    rng = np.random.default_rng(0)
+    x = scipy.sparse.random(50, 3000, 0.01, "csr", rng=rng)
+    y = rng.integers(2, size=50)
+    with pytest.raises(TypeError, match="not callable"):
+        BinaryLogisticRegression(3000).fit(Examples(x, y))
+
+
+def test_the_tolerance_is_not_overshot_by_much(monkeypatch):
+    """The last step is solved no more exactly than the tolerance asks for."""
+    monkeypatch.setattr(newton, "_FACTOR_COST", 0)
+    examples, oracle = wide(40, 60)
+    net = BinaryLogisticRegression(60, weight_decay=1e-3)
+    net.fit(examples, gradient_tolerance=1e-3)
+    assert 1e-6 < np.linalg.norm(oracle.gradient(net.theta)) <= 1e-3
