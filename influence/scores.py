@@ -162,7 +162,7 @@ class Influence:
 
         grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row; the largest belong to rows
         that only their own presence explains, such as wrong labels. Where the net knows a closed
-        form, many rows are answered by it instead of by solving with CG or Direct.
+        form that is faster than CG or Direct, many rows are answered by it.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -170,7 +170,7 @@ class Influence:
         Returns: (k,), in the unit of the loss.
         """
         rows = self._rows(rows)
-        if self._inverse_is_exact and len(rows) >= _MANY_ROWS:
+        if len(rows) >= _MANY_ROWS and self._prefers_closed_form:
             closed_form = self.net.self_influence(self.train, rows)
             if closed_form is not None:
                 return closed_form
@@ -207,13 +207,16 @@ class Influence:
             yield G, G + penalty
 
     @property
-    def _inverse_is_exact(self) -> bool:
-        """Whether the solver stands for the inverse of the risk's own Hessian, undamped."""
+    def _prefers_closed_form(self) -> bool:
+        """Whether the solver stands for the exact inverse of the risk's own Hessian, but slower."""
         solver, operator = self._solver, self.operator
         if isinstance(solver, Prepared):
             solver, operator = solver.solver, solver.A
+        # Up to d = n Direct does much the same work.
+        slower = isinstance(solver, CG) or self.net.num_parameters > len(self.train)
         return (
-            isinstance(solver, CG | Direct)
+            slower
+            and isinstance(solver, CG | Direct)
             and type(operator) is Hessian
             and not operator.damping
             and operator.is_current

@@ -43,7 +43,7 @@ class Raw:
     iterations: Any = 0  # () or (m,)
     min_curvature: Any = np.nan  # () or (m,)
     remedy: str = ""
-    residual: NDArray | None = None  # (m,) if the algorithm has the matrix itself to check against
+    residual: Callable[[], NDArray] | None = None  # (m,), if there is a matrix to check against
 
 
 class Solver(Protocol):
@@ -93,9 +93,7 @@ class Prepared:
         block = b.reshape(b.shape[0], -1).astype(dtype)
         raw = self.apply(block)
         m = block.shape[1]
-        residual = raw.residual
-        if residual is None:
-            residual = relative_residual(self.A, raw.x, block)
+        residual = raw.residual() if raw.residual else relative_residual(self.A, raw.x, block)
         if not np.isfinite(raw.x).all() or np.isnan(residual).any():
             raise DivergenceError(
                 f"A must have finite products, got NaN or infinity from {type(self.A).__name__} in "

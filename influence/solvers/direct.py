@@ -72,7 +72,7 @@ class Direct:
 
         def apply(B: NDArray) -> Raw:
             X = inverse(B)
-            return Raw(X, 1, smallest, remedy, relative_residual(matrix, X, B))
+            return Raw(X, 1, smallest, remedy, lambda: relative_residual(matrix, X, B))
 
         return apply
 
