@@ -1,4 +1,4 @@
-"""Generated word counts, Enron1's stand-in: more words than mails, some mails far longer than others."""
+"""Generated word counts, Enron1's stand-in: more words than mails, some mails far longer."""
 
 from pathlib import Path
 

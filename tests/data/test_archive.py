@@ -133,7 +133,7 @@ def test_another_content_is_refused(unpacked, tmp_path, changed):
     packed = write(tmp_path / "packed", pack(CONTENTS | changed))
     with pytest.raises(ValueError, match="set.tar.gz is not the file it should be: expected files"):
         files.verify([file], packed)
-    (name, content), = changed.items()
+    ((name, content),) = changed.items()
     (unpacked[0] / "set/folder" / name).write_bytes(content)
     with pytest.raises(ValueError, match="set/folder is not the file it should be"):
         files.verify([file], unpacked[0])

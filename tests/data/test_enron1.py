@@ -101,9 +101,7 @@ def root(request, tmp_path, monkeypatch):
         digests=(files.sha256_of(tmp_path / "enron1/enron1"),),
     )
     monkeypatch.setattr(enron1, "_FILE", file)
-    monkeypatch.setitem(
-        registry.SETS, "enron1", dataclasses.replace(enron1.DATASET, files=(file,))
-    )
+    monkeypatch.setitem(registry.SETS, "enron1", dataclasses.replace(enron1.DATASET, files=(file,)))
     if request.param == "folder":
         return tmp_path
     packed = tmp_path / "packed"
@@ -151,7 +149,7 @@ def spam():
 
 
 def test_stand_in_is_wide_sparse_and_marked(spam):
-    (x, y), (x_test, y_test) = spam.train, spam.test
+    (x, y), (x_test, _) = spam.train, spam.test
     assert spam.stand_in and x.format == x_test.format == "csr"
     assert x.shape == (1_000, 1_415) and x_test.shape == (300, 1_415)
     assert y.mean() == pytest.approx(0.3, abs=0.03) and set(y) == {0, 1}

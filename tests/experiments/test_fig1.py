@@ -103,6 +103,7 @@ def test_a_rank_beyond_the_harmful_rows_is_refused():
 
 
 @pytest.mark.real_data
+@pytest.mark.slow
 @pytest.mark.skipif(data.find("mnist") is None, reason="mnist not found: set INFLUENCE_DATA")
 def test_ones_and_sevens_of_mnist():
     config = fig1.Config(further_test_points=5, num_removals=5)

@@ -116,6 +116,20 @@ def test_a_row_of_great_leverage_is_refitted_too():
     assert refits.converged.all() and relative_error(refits[:], expected) < 1e-7
 
 
+def test_a_step_that_does_not_help_is_halved():
+    """Beside an outlier's, the full-data curvature is far too small for the other rows' steps."""
+    p = logistic("sigmoid", num_rows=10, weight_decay=1e-3)
+    x = p.train.x.copy()
+    x[5] *= 100
+    oracle = replace(p.oracle, features=x)
+    p.net.theta = oracle.minimum(p.theta)
+    refits = leave_one_out(p.net, Examples(x, p.train.y), p.test, [6], max_passes=200)
+    assert refits.converged.all() and refits.passes[0] > 30
+    expected = oracle.actual_changes(p.theta, p.measured, [6])
+    # 1e-8 over the smallest eigenvalue, at least 1e-3, times gradients of size 1.
+    assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
+
+
 def test_the_gradient_norm_is_true(softmax, monkeypatch):
     """Recomputed by the oracle at the parameters that the test losses were taken at."""
     taken = []
@@ -454,9 +468,9 @@ def test_what_was_kept_for_something_else_is_not_taken(tmp_path, monkeypatch):
     assert run() == 1
     assert run() == 0
     moved = x.copy()
-    moved[5, 0] += 1e-9
+    moved[25, 0] += 1e-9
     relabelled = y.copy()
-    relabelled[5] = (relabelled[5] + 1) % 3
+    relabelled[25] = (relabelled[25] + 1) % 3
     assert run(train=Examples(moved, y)) == 1
     assert run(train=Examples(x, relabelled)) == 1
     assert run(test=p.test.take([0, 1])) == 1

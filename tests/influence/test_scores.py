@@ -293,9 +293,7 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers():
         Influence(net, train).self_influence()
     with pytest.raises(DivergenceError, match="systems for the rows' gradients: A is not positive"):
         Influence(net, train).parameters(np.arange(20))
-    message = (
-        "Direct solved for the test gradients, but the matrix is indefinite .* seen -"
-    )
+    message = "Direct solved for the test gradients, but the matrix is indefinite .* seen -"
     with pytest.warns(ConvergenceWarning, match=message):
         scores = Influence(net, train, solver=Direct()).scores(train)
     G = net.gradients(train.x, train.y)

@@ -222,6 +222,9 @@ def test_singular_cg_says_so_unless_the_system_has_a_solution():
     exact_zero = solve(np.diag([1.0, 0.0]), [0.0, 1.0], CG())
     assert exact_zero.min_curvature[0] == 0 and not exact_zero.converged[0]
     assert exact_zero.remedy.startswith("A is singular: curvature 0 was met")
+    rounded_zero = solve(np.diag([1.0, 1e-20]), [1.0, 1.0], CG())
+    assert rounded_zero.min_curvature[0] == 0 and not rounded_zero.converged[0]
+    assert np.abs(rounded_zero.x).max() < 10  # not 1e20
     assert solution.remedy.startswith("A is singular: curvature")
 
 

@@ -102,9 +102,9 @@ ANSWER = np.arange(70.0)
 
 
 @pytest.fixture
-def known(monkeypatch):
-    """A problem whose net answers by a closed form that cannot be mistaken."""
-    p = logistic("sigmoid", 70)
+def known(monkeypatch, request):
+    """A problem whose net answers by a closed form that cannot be mistaken; wide unless told."""
+    p = logistic("sigmoid", 70, getattr(request, "param", 90))
     monkeypatch.setattr(p.net, "self_influence", lambda examples, rows: ANSWER[rows])
     return p
 
@@ -118,6 +118,12 @@ def test_the_closed_form_answers_for_many_rows(known, solver, prepared):
     rows = np.arange(70)[::-1][:64]
     np.testing.assert_array_equal(influence.self_influence(), ANSWER)
     np.testing.assert_array_equal(influence.self_influence(rows), ANSWER[rows])
+
+
+@pytest.mark.parametrize("known", [5], indirect=True)
+def test_direct_is_preferred_where_it_is_as_fast(known):
+    assert np.abs(Influence(known.net, known.train, solver=Direct()).self_influence()).max() < 1
+    np.testing.assert_array_equal(Influence(known.net, known.train).self_influence(), ANSWER)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,191 @@
+"""Mislabelled spam: what each order finds and what correcting it gains, against dense algebra."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.sparse
+
+import data
+from data.splits import Splits
+from experiments import fig6_mislabelled_spam as fig6
+from influence.models.leverage import gram
+from tests import oracles
+
+SMOKE = fig6.PRESETS["smoke"]
+REAL = data.find("enron1")
+SMALL = fig6.Config(
+    weight_decay=0.01, step=0.1, flip_steps=(1, 2), check_steps=(1, 3), repeats=2, num_processes=1
+)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return fig6.run(SMOKE, data.load("spam"), checkpoints=tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Sixty mails of thirty words, forty of them to train on."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(2, size=60)
+    rates = np.exp(rng.standard_normal((2, 30)))
+    x = scipy.sparse.csr_matrix(rng.poisson(rates[y]).astype(float))
+    return Splits("few", (x[:40], y[:40]), (x[40:], y[40:]), True, "")
+
+
+def test_every_claim_holds_that_is_judged_on_the_stand_in(record):
+    verdicts = [claim.judge(record.metrics, stand_in=True) for claim in fig6.CLAIMS]
+    judged = {v["metric"]: v["holds"] for v in verdicts if v["holds"] is not None}
+    assert len(judged) == 6 and all(judged.values()), judged
+    assert {claim.metric for claim in fig6.CLAIMS} <= set(record.metrics)
+
+
+def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
+    arrays, metrics = record.arrays, record.metrics
+    assert arrays["found"].shape == arrays["accuracy"].shape == (1, 4, 4, 6)
+    assert arrays["accuracy_flipped"].shape == (1, 4)
+    np.testing.assert_allclose(arrays["flipped_share"], [0.1])
+    np.testing.assert_allclose(arrays["checked_share"], 0.05 * np.arange(1, 7))
+    assert (np.diff(arrays["found"], axis=-1) >= 0).all()
+    for name in ("found", "accuracy"):
+        values = arrays[name][0]
+        np.testing.assert_allclose(arrays[f"{name}_mean"][0], sum(values) / 4, rtol=1e-12)
+        error = np.sqrt(((values - sum(values) / 4) ** 2).sum(axis=0) / 3 / 4)
+        np.testing.assert_allclose(arrays[f"{name}_error"][0], error, atol=1e-15)
+    assert metrics["found_published_10"] == pytest.approx(arrays["found_mean"][0, 1, 1])
+    assert metrics["accuracy_loss_30"] == pytest.approx(arrays["accuracy_mean"][0, 2, 5])
+    lead = arrays["found_mean"][0, 0] - arrays["found_mean"][0, 2]
+    assert metrics["least_lead_of_influence_over_loss"] == pytest.approx(lead.min())
+    assert metrics["accuracy_flipped"] < metrics["accuracy_published_30"]
+    assert metrics["num_words"] == 1_415
+
+
+@pytest.mark.parametrize("flip_step, repeat", [(1, 0), (2, 1)])
+def test_a_draw_is_that_of_dense_algebra(few, flip_step, repeat):
+    """Flips, scores, orders, corrections and refits again, by the closed forms of the oracles."""
+    record = fig6.run(SMALL, few)
+    x, y = few.train[0].toarray(), few.train[1]
+    x_test, y_test = few.test[0].toarray(), few.test[1]
+    rng = np.random.default_rng([0, flip_step, repeat])
+    flipped = rng.choice(40, 4 * flip_step, replace=False)
+    noisy = y.copy()
+    noisy[flipped] = 1 - noisy[flipped]
+
+    def refit(labels):
+        risk = oracles.logistic_regression(x, labels, SMALL.weight_decay)
+        theta = risk.minimum(np.zeros(30))
+        return risk, theta, np.mean((x_test @ theta > 0) == y_test)
+
+    risk, theta, accuracy = refit(noisy)
+    at = flip_step - 1
+    assert record.arrays["accuracy_flipped"][at, repeat] == accuracy
+    sigma = 1 / (1 + np.exp((2 * noisy - 1) * (x @ theta)))
+    leverage = np.diag(x @ np.linalg.inv(risk.hessian(theta)) @ x.T)
+    scores = (sigma**2 * leverage, sigma * leverage, risk.losses(theta))
+    orders = [np.argsort(-score) for score in scores] + [rng.permutation(40)]
+    for i, order in enumerate(orders):
+        for j, count in enumerate((4, 12)):
+            checked = order[:count]
+            labels = noisy.copy()
+            labels[checked] = y[checked]
+            found = len(set(checked) & set(flipped)) / len(flipped)
+            assert record.arrays["found"][at, repeat, i, j] == found
+            assert record.arrays["accuracy"][at, repeat, i, j] == refit(labels)[2]
+
+
+def test_continues_where_it_was_interrupted(few, tmp_path, monkeypatch):
+    whole = fig6.run(SMALL, few)
+    draw, done = fig6._draw, []
+
+    def interrupted(*arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(arguments[1:])
+        return draw(*arguments)
+
+    monkeypatch.setattr(fig6, "_draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fig6.run(SMALL, few, checkpoints=tmp_path)
+    done[:] = []
+    again = fig6.run(SMALL, few, checkpoints=tmp_path)
+    assert done == [(2, 1)]  # the fourth of four
+    assert again.metrics == whole.metrics
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+
+
+def test_the_number_of_processes_changes_no_number(few):
+    one, two = (fig6.run(dataclasses.replace(SMALL, num_processes=k), few) for k in (1, 2))
+    assert one.metrics == two.metrics
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(two.arrays[name], array)
+
+
+def test_draws_differ_and_the_seed_decides(few):
+    first = fig6.run(SMALL, few)
+    other = fig6.run(dataclasses.replace(SMALL, seed=1), few)
+    assert not np.array_equal(first.arrays["found"], other.arrays["found"])
+    found = first.arrays["found"][:, :, 3].reshape(4, -1)  # at random
+    assert len(np.unique(found, axis=0)) > 1
+
+
+def test_figure_shows_the_records_numbers(record):
+    figure = fig6.draw(record)
+    left, right = figure.axes
+    for axis, name, scale in ((left, "accuracy", 1), (right, "found", 100)):
+        assert len(axis.containers) == 4
+        for j, container in enumerate(axis.containers):
+            x, y = container.lines[0].get_data()
+            np.testing.assert_allclose(x, [5, 10, 15, 20, 25, 30])
+            np.testing.assert_allclose(y, scale * record.arrays[f"{name}_mean"][0, j])
+    levels = [line.get_ydata()[0] for line in left.lines if len(set(line.get_xdata())) == 2]
+    assert record.metrics["accuracy_clean"] in levels
+    assert record.metrics["accuracy_flipped"] in levels
+    assert (left.get_ylabel(), right.get_ylabel()) == ("Test accuracy", "Flipped labels found (%)")
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[0].endswith("(correct)") and shown[1].endswith("(as published)")
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"flip_steps": (1, 3)}, r"flip_steps must hold 2, got \(1, 3\)"),
+        ({"flip_steps": ()}, r"flip_steps must be increasing numbers from 1, got \(\)"),
+        ({"check_steps": (2, 1)}, r"check_steps must be increasing .* got \(2, 1\)"),
+        ({"check_steps": (0, 1)}, r"check_steps must be increasing .* got \(0, 1\)"),
+        ({"step": 0.1}, r"step must lie in \(0, 0.0833\], got 0.1"),
+        ({"step": 0.0}, r"step must lie in \(0, 0.0833\], got 0.0"),
+        ({"repeats": 1}, "repeats must be at least 2, got 1"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        fig6.Config(**options)
+
+
+def test_presets():
+    assert fig6.PRESETS["paper"] == fig6.Config() and fig6.Config().repeats == 40
+    standard = fig6.PRESETS["standard"]
+    assert (standard.flip_steps, standard.repeats) == ((2,), 20)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(REAL is None, reason="Enron1 not found; set INFLUENCE_DATA")
+def test_one_draw_of_the_real_mails():
+    splits = data.load("enron1", REAL)
+    config = dataclasses.replace(fig6.PRESETS["standard"], check_steps=(2, 6))
+    train, test = (fig6.Examples(*part) for part in (splits.train, splits.test))
+    net = fig6._net(config, train)
+    net.fit(train, gradient_tolerance=1e-8)
+    assert 0.96 <= fig6._accuracy(net, test) <= 0.985
+    one = fig6._draw(fig6._Task(config, train, test, gram(net, train), net.theta), 2, 0)
+    assert fig6._count(config, train, 2) == 412
+    # A single draw is within 0.05 of the mean of many.
+    assert one["found"][1, 0] == pytest.approx(0.63, abs=0.05)
+    assert one["found"][1, 1] == pytest.approx(0.86, abs=0.05)
+    assert one["found"][2, 0] == pytest.approx(0.51, abs=0.05)
+    assert one["gradient_norm"] <= 1e-8
