@@ -74,6 +74,18 @@ K = keras.losses
             np.stack([LOGITS, LOGITS + 3], axis=1),
             LOG_SOFTMAX,
         ),
+        (  # a class for each of 2 x 3 pixels
+            K.SparseCategoricalCrossentropy(from_logits=True),
+            np.broadcast_to(CLASSES[:, None, None], (N, 2, 3)),
+            np.broadcast_to(LOGITS[:, None, None], (N, 2, 3, 3)),
+            LOG_SOFTMAX,
+        ),
+        (
+            "mse",
+            np.broadcast_to(TARGET[:, None, None], (N, 2, 3)),
+            np.broadcast_to(LOGIT[:, None], (N, 2, 3)),
+            SQUARES,
+        ),
     ],
 )
 def test_one_number_per_example_in_float64(loss, y, output, expected):
