@@ -91,7 +91,7 @@ class Curvature(LinearOperator):
         )
 
     def _matmat(self, V: NDArray) -> NDArray:
-        self._check_theta()
+        self.check_theta()
         V = np.asarray(V, self.dtype)
         size = self.batch_size or self.net.rows_per_batch(self.examples, V.shape[1])
         product = self.net.mean_over(self.examples, size, lambda x, y: self._product(x, y, V))
@@ -108,7 +108,11 @@ class Curvature(LinearOperator):
         """Whether the net is still at the theta that this operator was made for."""
         return np.array_equal(self._theta, self.net.theta)
 
-    def _check_theta(self) -> None:
+    def check_theta(self) -> None:
+        """Refuse to answer for a theta that is no longer the net's.
+
+        Raises: RuntimeError.
+        """
         if not self.is_current:
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
@@ -146,12 +150,12 @@ class Hessian(Curvature):
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
         """As `Curvature.sampled`, from the Hessians of single rows or small batches."""
-        self._check_theta()
+        self.check_theta()
         return self._with_penalty(self.net.hvp_each(*self._sample(rows), V), V)
 
     def dense(self) -> NDArray:
         """The matrix itself, (d, d): the net's closed form if it has one, else blocks."""
-        self._check_theta()
+        self.check_theta()
         closed_form = self.net.hessian(self.examples)
         if closed_form is None:
             return super().dense()
@@ -185,7 +189,7 @@ class GaussNewton(Curvature):
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
         """As `Curvature.sampled`, from the Gauss-Newton matrices of a few rows each."""
-        self._check_theta()
+        self.check_theta()
         x, y = self._sample(rows)
         at = lambda j: {k: v[j] for k, v in x.items()} if isinstance(x, dict) else x[j]  # noqa: E731
         products = [self.net.gauss_newton_product(at(j), y[j], V[j]) for j in range(len(rows))]

@@ -80,8 +80,11 @@ class Prepared:
     def __call__(self, B: ArrayLike) -> Solution:
         """Solve for a vector (d,) or a block (d, m).
 
-        Raises: ValueError for a wrong shape or a NaN in B; DivergenceError for a NaN from A.
+        Raises: ValueError for a wrong shape or a NaN in B; DivergenceError for a NaN from A;
+          RuntimeError if the net's theta has changed since A was made.
         """
+        if hasattr(self.A, "check_theta"):  # a factor does not see that theta has moved on
+            self.A.check_theta()  # pyright: ignore[reportAttributeAccessIssue]
         b = np.asarray(B)
         if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
             raise ValueError(

@@ -9,11 +9,13 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from influence import (
     CG,
+    BinaryLogisticRegression,
     Direct,
     DivergenceError,
     Examples,
     GaussNewton,
     Hessian,
+    Influence,
     LiSSA,
     prepare,
     solve,
@@ -348,3 +350,16 @@ def test_sets_of_one_row_are_enough():
     for solver in (Direct(), CG(rtol=1e-10)):
         x = solve(A, np.ones(5), solver).x
         assert relative_error(x, np.linalg.solve(matrix + 0.5 * np.eye(5), np.ones(5))) < 1e-9
+
+
+def test_a_factor_does_not_outlive_its_theta():
+    rng = np.random.default_rng(0)
+    train = Examples(rng.normal(size=(30, 3)), rng.integers(0, 2, 30))
+    net = BinaryLogisticRegression(3).fit(train)
+    prepared = prepare(Hessian(net, train), Direct())
+    influence = Influence(net, train, solver=prepared)
+    net.theta = net.theta + 1
+    with pytest.raises(RuntimeError, match="theta has changed"):
+        prepared(np.ones(3))
+    with pytest.raises(RuntimeError, match="theta has changed"):
+        influence.scores(train)
