@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
 from benchmarks import child
 
-_BATCHES = (100, 50, 10, 1)  # into how many batches the rows may be cut
+_BATCHES = (100, 50, 10, 1)  # into how many batches the rows may be cut; one is for one vector
 _ENOUGH_ITERATIONS = 500
 
 
@@ -91,7 +91,8 @@ def _rates(model: Any, x: Any, y: Any, num_vectors: int) -> dict[int, float]:
     """Rows a second that Hessian products of this many vectors take, by batch size."""
     V = torch.randn(num_vectors, model.weight.numel(), dtype=x.dtype)
     rates = {}
-    for size in (len(x) // k for k in _BATCHES if len(x) % k == 0):
+    counts = [k for k in _BATCHES if len(x) % k == 0 and (k > 1 or num_vectors == 1)] or [1]
+    for size in (len(x) // k for k in counts):
         one = DataLoader([(x[:size], y[:size])], batch_size=None)
         operator = HessianOperator(model, torch.nn.functional.cross_entropy, one)
         begun = time.perf_counter()

@@ -38,13 +38,6 @@ class NoTrainingArgument(keras.Model):
 # --- models of all kinds: model, loss as given to the net, the same loss plainly, x, y --------
 
 
-def sequential(rng):
-    model = keras.Sequential(
-        [keras.Input((3,)), L.Dense(4, activation="tanh"), L.Dense(1)], name="a"
-    )
-    return model, "mse", squares, rng.standard_normal((N, 3)), rng.standard_normal(N)
-
-
 def two_inputs_to_probabilities(rng):
     a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
     hidden = L.Concatenate()([L.Dense(2, activation="softplus")(a), b])
@@ -117,14 +110,13 @@ def normalised_grouped_convolution(rng):
 
 
 def recurrent(rng):
-    model = keras.Sequential([keras.Input((3, 2)), L.GRU(2), L.Dense(1)])
+    model = keras.Sequential([keras.Input((3, 2)), L.SimpleRNN(2), L.Dense(1)])
     return model, "mse", squares, rng.standard_normal((N, 3, 2)), rng.standard_normal(N)
 
 
 KINDS = {
     kind.__name__: kind
     for kind in (
-        sequential,
         two_inputs_to_probabilities,
         subclassed_without_training,
         batch_norm_dropout_frozen,

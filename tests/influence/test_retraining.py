@@ -389,23 +389,20 @@ def test_newton_is_for_convex_nets():
 KILLED = """
 import os, signal, sys
 import numpy as np
-from influence import leave_one_out
-from influence import retraining
+from influence import leave_one_out, retraining
 from tests.influence.test_retraining import interrupted_problem
 
-method, folder, blocks = sys.argv[1], sys.argv[2], int(sys.argv[3])
-name = "_newton_block" if method == "newton" else "_fit_block"
-refit, done = getattr(retraining, name), []
+refit, done = retraining._newton_block, []
 
 def dying(*arguments):
-    if len(done) == blocks:
+    if len(done) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(1)
     return refit(*arguments)
 
-setattr(retraining, name, dying)
-p, options = interrupted_problem(method)
-leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=folder, **options)
+retraining._newton_block = dying
+p, options = interrupted_problem("newton")
+leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=sys.argv[1], **options)
 """
 
 
@@ -427,27 +424,44 @@ def same(got, expected):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize(("method", "num_blocks"), [("newton", 5), ("fit", 9)])
-def test_a_killed_run_continues_and_ends_bit_for_bit(method, num_blocks, tmp_path, monkeypatch):
+def test_a_killed_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch):
     folder = tmp_path / "kept"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, method, str(folder), "3"]
+    command = [sys.executable, "-c", KILLED, str(folder)]
     killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert len(list(folder.iterdir())) == 3
+    continues_bit_for_bit("newton", folder, 5 - 3, monkeypatch)
 
+
+def test_an_interrupted_run_of_fits_continues_and_ends_bit_for_bit(tmp_path, monkeypatch):
+    p, options = interrupted_problem("fit")
+    refit, done = module._fit_block, []
+
+    def interrupted(*arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return refit(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_fit_block", interrupted)
+        leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=tmp_path, **options)
+    assert len(list(tmp_path.iterdir())) == 3
+    continues_bit_for_bit("fit", tmp_path, 9 - 3, monkeypatch)
+
+
+def continues_bit_for_bit(method, folder, num_left, monkeypatch):
     p, options = interrupted_problem(method)
-    calls = counting(monkeypatch, "_newton_block" if method == "newton" else "_fit_block")
-    continued = leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=folder, **options)
-    assert len(calls) == num_blocks - 3  # what was kept is not done again
+    calls = counting(monkeypatch, f"_{method}_block")
     uninterrupted = leave_one_out(p.net, p.train, p.test, np.arange(9), **options)
-    same(continued, uninterrupted)
-    assert len(list(folder.iterdir())) == num_blocks
-
-    calls.clear()
-    same(leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=folder, **options),
-         uninterrupted)  # fmt: skip
-    assert not calls
+    for expected in (num_left, 0):  # what was kept is not done again
+        calls.clear()
+        continued = leave_one_out(
+            p.net, p.train, p.test, np.arange(9), checkpoints=folder, **options
+        )
+        assert len(calls) == expected
+        same(continued, uninterrupted)
 
 
 def test_what_was_kept_for_something_else_is_not_taken(tmp_path, monkeypatch):

@@ -124,8 +124,10 @@ def test_for_linear_models_gauss_newton_is_the_hessian(problems):
 # --- the truth: sign, scale and bias against exact refits ------------------------------------
 
 
-@pytest.mark.parametrize("weight_decay", [0.01, 1.0])
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "ridge"])
+@pytest.mark.parametrize(
+    ("kind", "weight_decay"),
+    [("softmax", 0.01), ("softmax", 1.0), ("sigmoid", 0.01), ("sigmoid", 1.0), ("ridge", 1.0)],
+)
 def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
     n = 1000
     if kind == "ridge":
@@ -160,11 +162,10 @@ def test_positive_means_the_row_helped():
     assert change == pytest.approx(after - before, rel=4 * np.trace(leverage))
 
 
-@pytest.mark.parametrize("kind", ["softmax", "ridge"])
-def test_the_error_of_parameters_falls_with_the_square_of_n(kind):
+def test_the_error_of_parameters_falls_with_the_square_of_n():
     errors = {}
     for n in (100, 400):
-        p = ridge(n) if kind == "ridge" else logistic(kind, n, weight_decay=0.2)
+        p = logistic("softmax", n, weight_decay=0.2)
         rows = np.arange(20)
         predicted = Influence(p.net, p.train, solver=Direct()).parameters(rows)
         actual = p.oracle.actual_parameters(p.theta, rows)
