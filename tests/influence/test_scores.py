@@ -255,6 +255,7 @@ def results_that_use_threads():
     }
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_nothing(tmp_path):
     path = tmp_path / "one.npz"
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
