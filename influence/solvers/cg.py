@@ -1,4 +1,4 @@
-"""CG: conjugate gradients, many right-hand sides in lockstep."""
+"""CG: conjugate gradients, many right-hand sides in one search space."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from influence.solvers.base import Prepared, Raw, prepare
 
 _MOST_ITERATIONS = 10_000
+_PATIENCE = 100  # iterations together without halving the largest residual
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,11 @@ class CG:
     """Conjugate gradients (Hestenes & Stiefel 1952) on a block, one product per iteration.
 
     Differs from `scipy.sparse.linalg.cg` in:
-    1. m right-hand sides share each pass over the data; a column that is done leaves the block.
-    2. A direction of non-positive curvature stops its column and is reported with its size, 0 for
-       what rounding cannot tell from it.
+    1. m right-hand sides share each pass over the data and what it finds: every column is minimised
+       over the directions of all (O'Leary 1980, kept independent as by Ji & Li 2017), which takes a
+       fraction of the iterations. A column that is done leaves the block.
+    2. A direction of non-positive curvature stops the column that meets it by itself, and is
+       reported with its size, 0 for what rounding cannot tell from it; the others go on.
     3. Convergence is that of the true residual: when the recurrence says done, it is recomputed
        and, if it drifted, the column starts again from where it is.
 
@@ -73,59 +77,140 @@ def _conjugate_gradients(
     A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable
 ) -> Raw:
     m = B.shape[1]
-    X = np.zeros_like(B)
-    target = rtol * np.linalg.norm(B, axis=0)
-    iterations = np.zeros(m, int)
-    curvature = np.full(m, np.inf)
-    largest = 0.0  # curvature met in any column: rounding is eps times that
-    eps = float(np.finfo(B.dtype).eps)
-    negative = np.zeros(m, bool)
+    run = _Run(
+        A=A,
+        inverse=inverse,
+        target=rtol * np.linalg.norm(B, axis=0),
+        limit=limit,
+        X=np.zeros_like(B),
+        iterations=np.zeros(m, int),
+        curvature=np.full(m, np.inf),
+        negative=np.zeros(m, bool),
+    )
     stalled = np.zeros(m, bool)
     R = B.copy()
     size = np.linalg.norm(R, axis=0)
-    open_columns = np.flatnonzero(size > target)
-    while open_columns.size and iterations.max() < limit:
-        # One run of the recurrence; columns leave when done, and re-enter if the truth disagrees.
-        columns, before = open_columns, size[open_columns]
-        r, x = R[:, columns], X[:, columns]
-        z = inverse(r)
+    todo = np.flatnonzero(size > run.target)
+    together = True
+    while todo.size and run.iterations.max() < limit:
+        # One run of a recurrence; columns leave when done, and re-enter if the truth disagrees.
+        before = size[todo]
+        together = together and todo.size > 1
+        finished = run.together(todo, R[:, todo]) if together else run.lockstep(todo, R[:, todo])
+        R[:, todo] = B[:, todo] - A @ run.X[:, todo]
+        size = np.linalg.norm(R, axis=0)
+        if finished:
+            # A restart that gains nothing has met the rounding of this dtype.
+            stalled[todo] = (size[todo] > 0.5 * before) & (run.iterations.max() < limit)
+        together = together and finished
+        todo = np.flatnonzero((size > run.target) & ~run.negative & ~stalled)
+    rounding = 4 * np.sqrt(len(B)) * run.eps * run.largest
+    return Raw(
+        run.X,
+        run.iterations,
+        np.where(np.isinf(run.curvature), np.nan, run.curvature),
+        _remedy(run.negative, stalled, run.curvature, rounding, limit),
+    )
+
+
+@dataclass
+class _Run:
+    """What the recurrences share and add to."""
+
+    A: LinearOperator
+    inverse: Callable[[NDArray], NDArray]
+    target: NDArray  # (m,) residual norms to reach
+    limit: int
+    X: NDArray  # (d, m)
+    iterations: NDArray  # (m,)
+    curvature: NDArray  # (m,) smallest met
+    negative: NDArray  # (m,) whether the column met one that is not positive
+    largest: float = 0.0  # curvature met in any column: rounding is eps times that
+
+    @property
+    def eps(self) -> float:
+        return float(np.finfo(self.X.dtype).eps)
+
+    def together(self, columns: NDArray, r: NDArray) -> bool:
+        """Minimise over the directions of all columns; False if that cannot be gone on with.
+
+        With P the directions and Q = A P: X += P a, R -= Q a for a = (P'Q)^-1 P'R, and the next P
+        spans Z - P (P'Q)^-1 Q'Z, Z the preconditioned residuals.
+        """
+        smallest, since = np.inf, 0
+        P = _independent(self.inverse(r))
+        while columns.size and P.size and self.iterations.max() < self.limit:
+            Q = self.A @ P
+            T = P.T @ Q
+            T = (T + T.T) / 2
+            if not np.isfinite(T).all():
+                return False
+            self.iterations[columns] += 1
+            found = scipy.linalg.eigvalsh(T, check_finite=False)
+            if found[0] <= self.eps * max(self.largest, found[-1]):
+                return False  # whose direction it is, only each column by itself can tell
+            self.largest = max(self.largest, float(found[-1]))
+            self.curvature[columns] = np.minimum(self.curvature[columns], found[0])
+            factor = scipy.linalg.cho_factor(T, check_finite=False)
+            a = scipy.linalg.cho_solve(factor, P.T @ r, check_finite=False)
+            self.X[:, columns] += P @ a
+            r = r - Q @ a
+            norms = np.linalg.norm(r, axis=0)
+            keep = norms > np.maximum(self.target[columns], np.finfo(r.dtype).tiny)
+            columns, r = columns[keep], r[:, keep]
+            since = 0 if norms.max() < smallest / 2 else since + 1
+            smallest = min(smallest, norms.max())
+            if since > _PATIENCE:
+                return False
+            if columns.size:
+                Z = self.inverse(r)
+                P = _independent(
+                    Z - P @ scipy.linalg.cho_solve(factor, Q.T @ Z, check_finite=False)
+                )
+        return True
+
+    def lockstep(self, columns: NDArray, r: NDArray) -> bool:
+        """Every column by itself, products in common."""
+        x = self.X[:, columns]
+        z = self.inverse(r)
         p = z.copy()
         rz = _dot(r, z)
-        while columns.size and iterations.max() < limit:
-            Ap = A @ p
+        while columns.size and self.iterations.max() < self.limit:
+            Ap = self.A @ p
             pAp, pp = _dot(p, Ap), _dot(p, p)
-            iterations[columns] += 1
+            self.iterations[columns] += 1
             # p'p underflows to zero only where r has: then there is nothing left to do.
             ratio = np.divide(pAp, pp, out=np.full(len(pp), np.inf), where=pp > 0)
-            largest = max(largest, float(ratio[np.isfinite(ratio)].max(initial=0.0)))
-            ratio[(0 < ratio) & (ratio <= eps * largest)] = 0.0
-            curvature[columns] = np.minimum(curvature[columns], ratio)
+            finite = ratio[np.isfinite(ratio)]
+            self.largest = max(self.largest, float(finite.max(initial=0.0)))
+            ratio[(0 < ratio) & (ratio <= self.eps * self.largest)] = 0.0
+            self.curvature[columns] = np.minimum(self.curvature[columns], ratio)
             bad = ratio <= 0
-            negative[columns[bad]] = True
+            self.negative[columns[bad]] = True
             step = np.divide(rz, pAp, out=np.zeros_like(rz), where=~bad & (pAp > 0))
             x += step * p
-            r -= step * Ap
-            X[:, columns] = x
-            keep = (np.linalg.norm(r, axis=0) > target[columns]) & ~bad & (step > 0)
+            r = r - step * Ap
+            self.X[:, columns] = x
+            keep = (np.linalg.norm(r, axis=0) > self.target[columns]) & ~bad & (step > 0)
             if not keep.all():
                 columns, x, r, p, rz = columns[keep], x[:, keep], r[:, keep], p[:, keep], rz[keep]
                 if not columns.size:
                     break
-            z = inverse(r)
+            z = self.inverse(r)
             rz_next = _dot(r, z)
             p = z + (rz_next / rz) * p
             rz = rz_next
-        R[:, open_columns] = B[:, open_columns] - A @ X[:, open_columns]
-        size = np.linalg.norm(R, axis=0)
-        # A restart that gains nothing has met the rounding of this dtype.
-        stalled[open_columns] = (size[open_columns] > 0.5 * before) & (iterations.max() < limit)
-        open_columns = np.flatnonzero((size > target) & ~negative & ~stalled)
-    return Raw(
-        X,
-        iterations,
-        np.where(np.isinf(curvature), np.nan, curvature),
-        _remedy(negative, stalled, curvature, 4 * np.sqrt(len(B)) * eps * largest, limit),
-    )
+        return True
+
+
+def _independent(Z: NDArray) -> NDArray:
+    """Orthonormal columns that span those of Z (d, m), but for what rounding cannot tell apart."""
+    size = np.linalg.norm(Z, axis=0)
+    Z = Z[:, size > 0] / size[size > 0]
+    gram = (Z.T @ Z).astype(np.float64)
+    values, vectors = scipy.linalg.eigh(gram, check_finite=False) if Z.size else (size[:0], gram)
+    kept = values > np.sqrt(np.finfo(Z.dtype).eps) * values.max(initial=0.0)
+    return Z @ (vectors[:, kept] / np.sqrt(values[kept])).astype(Z.dtype)
 
 
 def _remedy(

@@ -26,8 +26,8 @@ def test_from_deep_inside_the_warning_names_the_line_that_called_the_library():
     impatient = Influence(p.net, p.train, solver=CG(rtol=1e-12, max_iterations=1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        impatient.scores(p.test)
-        impatient.self_influence([0, 1])
+        impatient.scores(p.test.take([0]))
+        impatient.self_influence([0])
     lines = [w.lineno for w in caught if w.category is ConvergenceWarning]
     assert {w.filename for w in caught} == {__file__}
     assert len(lines) == 2 and lines[1] == lines[0] + 1  # two calls, two lines
