@@ -28,8 +28,10 @@ lint: $(VENV)/installed-dev ## ruff and pyright
 	@$(BIN)/pyright
 
 bench: $(VENV)/installed ## how fast, against the machine's limit and against peers; 20 minutes
-	@$(MAKE) --no-print-directory $(VENV)-bench/installed || \
-	  echo "Benchmarks without peers: requirements-bench.txt says what their installation needs." >&2
+	@for peers in bench bench-tf; do \
+	  $(MAKE) --no-print-directory $(VENV)-$$peers/installed || \
+	  echo "Benchmarks without the peers of requirements-$$peers.txt: it says what they need." >&2; \
+	done
 	@$(BIN)/python -m benchmarks
 
 readme: $(VENV)/installed ## the README's table, from results/*/record.json
@@ -63,4 +65,12 @@ $(VENV)-bench/installed: requirements-bench.txt
 	@echo "Installing requirements-bench.txt into $(VENV)-bench ..."
 	@$(BIN)/python -m venv --clear $(VENV)-bench
 	@$(VENV)-bench/bin/python -m pip install --quiet --requirement requirements-bench.txt
+	@touch $@
+
+# Beside the TensorFlow of $(VENV), which it runs on.
+$(VENV)-bench-tf/installed: $(VENV)/installed requirements-bench-tf.txt
+	@echo "Installing requirements-bench-tf.txt into $(VENV)-bench-tf ..."
+	@rm -rf $(VENV)-bench-tf
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)-bench-tf \
+	  --requirement requirements-bench-tf.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""s_test by pyDVL's CgInfluence, in the peers' environment: `... -m benchmarks.solve_pydvl FOLDER`.
+"""s_test by pyDVL, in the peers' environment: `python -m benchmarks.solve_pydvl FOLDER`.
 
 What pyDVL needs to be told for the same problem and tolerance, from its 0.10.0 sources:
 
@@ -6,19 +6,38 @@ What pyDVL needs to be told for the same problem and tolerance, from its 0.10.0 
 - it averages over batches without weights, so the batch size must divide the number of rows;
 - CG starts from x = b, and stops at |b - A x| < max(rtol^2 |b|, atol^2), with |b| taken along the
   wrong axis unless `solve_simultaneously`; so one by one, atol is set for each point;
-- `solve_simultaneously=True` is a true block CG: one search space for all right-hand sides.
+- `solve_simultaneously=True` is a true block CG: one search space for all right-hand sides;
+- `LissaInfluence` takes the loader's batches for its samples, whole, and its early stop looks at
+  single entries: it is switched off, the steps are as given. Its `dampen` means dampen times
+  scale: 0;
+- `ArnoldiInfluence` takes what is outside its eigenvectors for zero unless `use_woodbury`; with it,
+  for the regularisation alone, as `NystroemSketchInfluence` does;
+- `EkfacInfluence` takes the last weights of every layer for biases and scrambles those of a layer
+  without: they are put where it expects them. `update_diagonal` is what makes it EK-FAC. Its
+  pseudo-gradient is one for each row, sum_c sqrt(p_c) grad log p_c: its outer product is not the
+  Fisher matrix, whose sum over c has no cross terms.
+
+`InverseHarmonicMeanInfluence` is left out: it leaves its first batch unweighted.
 
 Batches are handed over as finished tensors, which spares its DataLoader the collating of rows, and
 of the possible batch sizes the one with the fastest Hessian product is taken; neither is timed.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from numpy.typing import NDArray
-from pydvl.influence.torch import CgInfluence  # pyright: ignore[reportMissingImports]
+from pydvl.influence.torch import (  # pyright: ignore[reportMissingImports]
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    LissaInfluence,
+    NystroemSketchInfluence,
+)
 from pydvl.influence.torch.operator import HessianOperator  # pyright: ignore[reportMissingImports]
 from pydvl.influence.torch.preconditioner import (  # pyright: ignore[reportMissingImports]
     NystroemPreconditioner,
@@ -29,6 +48,19 @@ from benchmarks import child
 
 _BATCHES = (100, 50, 10, 1)  # into how many batches the rows may be cut; one is for one vector
 _ENOUGH_ITERATIONS = 500
+# How many vectors go through each Hessian product, by the name of a setting's field; "": one.
+_VECTORS_AT_ONCE = {"one by one": "", "block": "solved", "Nystrom": "rank", "Arnoldi": ""}
+
+
+class _Ekfac(EkfacInfluence):
+    """For one layer without a bias: its last input's weights stand where biases would."""
+
+    def _solve_hvp(self, rhs: Any) -> Any:
+        (layer,) = self.active_layers.values()
+        W = rhs.reshape(len(rhs), *layer.weight.shape)
+        found = super()._solve_hvp(torch.cat([W[:, :, :-1].flatten(1), W[:, :, -1]], dim=1))
+        weights, last = found[:, : -W.shape[1]], found[:, -W.shape[1] :]
+        return torch.cat([weights.reshape(W[:, :, :-1].shape), last[:, :, None]], 2).flatten(1)
 
 
 class _Passes(DataLoader):
@@ -47,37 +79,56 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
         torch.from_numpy(arrays[name]) for name in ("x", "y", "x_test", "y_test")
     )
     f, c = arrays["theta"].shape
-    model = torch.nn.Linear(f, c, bias=False, dtype=x.dtype)
+    torch.set_default_dtype(x.dtype)  # in which EkfacInfluence makes its matrices
+    model = torch.nn.Linear(f, c, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(arrays["theta"].T))
-    at_once = setting["solved"] if setting["method"] == "block" else 1
-    rates = _rates(model, x, y, at_once)
-    batch_size = max(rates, key=lambda size: rates[size])
+    method, decay = setting["method"], setting["weight_decay"]
+    if method in _VECTORS_AT_ONCE:
+        rates = _rates(model, x, y, setting.get(_VECTORS_AT_ONCE[method], 1))
+        batch_size = max(rates, key=lambda size: rates[size])
+    else:
+        batch_size = setting["batch_size"] or len(x)
     batches = [(x[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(x), batch_size)]
     data = _Passes(batches, batch_size=None)
     tolerance, rank = setting["tolerance"], setting["preconditioner_rank"]
+    loss = torch.nn.functional.cross_entropy
     E = torch.softmax(model(x_test).detach(), dim=1) - torch.nn.functional.one_hot(y_test, c)
     norms = (x_test.norm(dim=1) * E.norm(dim=1)).tolist()  # of the test gradients
 
-    def influence(**options: Any) -> Any:
+    def cg(**options: Any) -> Any:
         return CgInfluence(
             model,
-            torch.nn.functional.cross_entropy,
-            regularization=setting["weight_decay"],
+            loss,
+            regularization=decay,
             maxiter=_ENOUGH_ITERATIONS,
             preconditioner=NystroemPreconditioner(rank) if rank else None,
             **options,
         ).fit(data)
 
+    others: dict[str, Callable[[], Any]] = {
+        "Arnoldi": lambda: ArnoldiInfluence(
+            model, loss, decay, rank=setting["rank"], use_woodbury=True
+        ),
+        "direct": lambda: DirectInfluence(model, loss, decay),
+        "EK-FAC": lambda: _Ekfac(model, update_diagonal=True, hessian_regularization=decay),
+        "LiSSA": lambda: LissaInfluence(
+            model, loss, decay, maxiter=setting["steps"], scale=setting["scale"], rtol=0.0
+        ),
+        "Nystrom": lambda: NystroemSketchInfluence(model, loss, decay, setting["rank"]),
+    }
+
     def solve() -> tuple[NDArray, dict[str, Any]]:
         data.passes = 0
-        if setting["method"] == "block":
-            solver = influence(rtol=tolerance**0.5, atol=0.0, solve_simultaneously=True)
+        if method in others:
+            found = others[method]().fit(data).influence_factors(x_test, y_test)
+        elif method == "block":
+            solver = cg(rtol=tolerance**0.5, atol=0.0, solve_simultaneously=True)
             found = solver.influence_factors(x_test, y_test)
         else:
             parts = []
             for i, norm in enumerate(norms):
-                solver = influence(rtol=0.0, atol=(tolerance * norm) ** 0.5)
+                solver = cg(rtol=0.0, atol=(tolerance * norm) ** 0.5)
                 parts.append(solver.influence_factors(x_test[i : i + 1], y_test[i : i + 1]))
             found = torch.cat(parts)
         report = {"products": data.passes, "batch_size": batch_size}

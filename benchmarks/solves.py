@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,12 @@ from influence import Hessian
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-bench"  # made by `make bench` from requirements-bench.txt
+PEERS_TF = ROOT / ".venv-bench-tf"  # and from requirements-bench-tf.txt, beside our TensorFlow
 TOLERANCE = 1e-5
-OURS, PYDVL = "ours", "pyDVL"
-_MODULES = {OURS: "benchmarks.solve_ours", PYDVL: "benchmarks.solve_pydvl"}
-_PATIENCE = 300  # seconds that one process may take
+OURS, PYDVL, CAPTUM, INFLUENCIAE = "ours", "pyDVL", "captum", "influenciae"
+DEFAULT = "one by one"  # how CgInfluence solves unless told otherwise
+_MODULES = {by: f"benchmarks.solve_{by.lower()}" for by in (OURS, PYDVL, CAPTUM, INFLUENCIAE)}
+_PATIENCE = 900  # seconds that one process may take
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,20 @@ class Setting:
     """One way to solve.
 
     Attributes:
-      by: OURS or PYDVL.
-      method: ours: "cg" or "direct"; pyDVL's: "one by one" or "block".
+      by: OURS, PYDVL, CAPTUM or INFLUENCIAE.
+      method: ours: a key of `solve_ours.SOLVERS`; pyDVL's CG: "one by one" (its default) or
+        "block"; else as the child module names it.
       dtype: "float32" or "float64".
       points: test points in question.
       solved: test points solved in fact; where fewer, the seconds are extrapolated, and say so.
       tolerance: relative residual asked for.
       preconditioner_rank: of pyDVL's Nystroem preconditioner; 0: none.
       weight_decay: on the diagonal of the Hessian.
+      rank: of a low-rank approximation, or of our Nystroem preconditioner; 0: none.
+      steps: of LiSSA.
+      scale: of LiSSA; not ours, which chooses.
+      batch_size: of LiSSA's rows; 0: all.
+      again_within: seconds; what took no longer is run again.
     """
 
     by: str
@@ -47,12 +56,29 @@ class Setting:
     tolerance: float = TOLERANCE
     preconditioner_rank: int = 0
     weight_decay: float = WEIGHT_DECAY
+    rank: int = 0
+    steps: int = 0
+    scale: float = 0.0
+    batch_size: int = 0
+    again_within: float = 20.0
 
 
 def python_of_peers() -> Path | None:
     """The peers' interpreter, None where they are not installed."""
     path = PEERS / "bin" / "python"
     return path if path.is_file() and (PEERS / "installed").is_file() else None
+
+
+def interpreter(by: str) -> tuple[Path, dict[str, str]] | None:
+    """What runs a library's processes, and its environment; None where it is not installed."""
+    if by == OURS:
+        return Path(sys.executable), {}
+    if by == INFLUENCIAE:
+        there = (PEERS_TF / "installed").is_file()
+        beside = {"PYTHONPATH": str(PEERS_TF), "TF_USE_LEGACY_KERAS": "1"}
+        return (Path(sys.executable), beside) if there else None
+    python = python_of_peers()
+    return None if python is None else (python, {})
 
 
 def run(problem: Problem, settings: tuple[Setting, ...]) -> dict[str, Any]:
@@ -62,45 +88,69 @@ def run(problem: Problem, settings: tuple[Setting, ...]) -> dict[str, Any]:
       seconds_for_all (extrapolated where not all points were solved), peak_rss_mb and
       rss_before_mb, largest and median true residual, `meets`: whether every residual is within
       TOLERANCE; or `error`. `fastest`: by points and library, the index of the fastest run that
-      meets it and solved all points, None if none does. `speedup`: by points, pyDVL's fastest over
-      ours. `peers`: the versions compared with, None where they are not installed.
+      meets it and solved all points, None if none does; `fastest_default`: likewise among pyDVL's
+      runs one by one, which is what `CgInfluence` does unless told otherwise. `speedup` and
+      `speedup_over_default`: by points, pyDVL's fastest of either kind over ours. `peers`: the
+      versions compared with, None where they are not installed.
     """
     peers = python_of_peers()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for dtype in DTYPES:
-            _write(folder / child.PROBLEM.format(dtype), problem, dtype, settings)
-        runs = [_run(problem, setting, folder, peers) for setting in settings]
-    result: dict[str, Any] = {"tolerance": TOLERANCE, "runs": runs, "fastest": {}, "speedup": {}}
+        write(folder, problem, max(setting.solved for setting in settings))
+        runs = [answer(problem, setting, folder) for setting in settings]
+    result: dict[str, Any] = {"tolerance": TOLERANCE, "runs": runs, "fastest": {}}
+    result |= {"fastest_default": {}, "speedup": {}, "speedup_over_default": {}}
     for points in sorted({setting.points for setting in settings}):
-        best = {by: _fastest(runs, by, points) for by in (OURS, PYDVL)}
-        result["fastest"][points] = best
-        both = [runs[i]["seconds"] for i in best.values() if i is not None]
-        result["speedup"][points] = both[1] / both[0] if len(both) == 2 else None
+        ours, theirs = (_fastest(runs, by, points) for by in (OURS, PYDVL))
+        default = _fastest(runs, PYDVL, points, method=DEFAULT)
+        result["fastest"][points] = {OURS: ours, PYDVL: theirs}
+        result["fastest_default"][points] = default
+        result["speedup"][points] = _ratio(runs, theirs, ours)
+        result["speedup_over_default"][points] = _ratio(runs, default, ours)
     result["peers"] = None if peers is None else _versions(peers)
     return result
 
 
-def _write(path: Path, problem: Problem, dtype: str, settings: tuple[Setting, ...]) -> None:
-    train = problem.train[dtype]
-    test = problem.test[dtype].take(slice(0, max(setting.solved for setting in settings)))
-    theta = problem.theta.astype(dtype).reshape(problem.shape[1], -1)
-    np.savez(path, x=train.x, y=train.y, x_test=test.x, y_test=test.y, theta=theta)
+def write(folder: Path, problem: Problem, num_points: int) -> None:
+    """Leave the problem, with the first test points, where the children read it."""
+    for dtype in DTYPES:
+        train, test = problem.train[dtype], problem.test[dtype].take(slice(0, num_points))
+        theta = problem.theta.astype(dtype).reshape(problem.shape[1], -1)
+        np.savez(
+            folder / child.PROBLEM.format(dtype),
+            x=train.x, y=train.y, x_test=test.x, y_test=test.y, theta=theta,
+        )  # fmt: skip
 
 
-def _run(problem: Problem, setting: Setting, folder: Path, peers: Path | None) -> dict[str, Any]:
+def answer(
+    problem: Problem, setting: Setting, folder: Path, patience: float = _PATIENCE
+) -> dict[str, Any]:
+    """Solve in one setting, in a process of its own, and check the answer here, in float64.
+
+    Args:
+      problem: the model and its data.
+      setting: how.
+      folder: where `write` has left the problem.
+      patience: seconds that the process may take, its start and repetitions included.
+
+    Returns: what `run` says of one of its `runs`.
+    """
     result = dataclasses.asdict(setting)
-    python = sys.executable if setting.by == OURS else peers
-    if python is None:
+    found = interpreter(setting.by)
+    if found is None:
         return result | {"error": f"{setting.by} is not installed; `make bench` installs it"}
+    python, environment = found
     (folder / child.SETTING).write_text(json.dumps(result))
     command = [str(python), "-m", _MODULES[setting.by], str(folder)]
     print(f"  {describe(result)} ...", end=" ", flush=True)
     try:
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=_PATIENCE)
+        subprocess.run(
+            command, check=True, cwd=ROOT, capture_output=True, timeout=patience,
+            env=os.environ | environment,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         print("stopped", flush=True)
-        return result | {"error": f"stopped after {_PATIENCE} s"}
+        return result | {"error": f"stopped after {patience:g} s"}
     except subprocess.CalledProcessError as failure:
         lines = failure.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         print(lines[-1], flush=True)
@@ -108,6 +158,9 @@ def _run(problem: Problem, setting: Setting, folder: Path, peers: Path | None) -
     result |= json.loads((folder / child.REPORT).read_text())
     x = np.load(folder / child.SOLUTION, allow_pickle=False)
     residuals = true_residuals(problem, x)
+    if not np.isfinite(residuals).all():
+        print("not finite", flush=True)
+        return result | {"error": "failed: its answer is not finite"}
     result["seconds_for_all"] = result["seconds"] * setting.points / setting.solved
     result["largest_residual"] = float(residuals.max())
     result["median_residual"] = float(np.median(residuals))
@@ -140,13 +193,24 @@ def describe(run: dict[str, Any]) -> str:
     return ", ".join(words) + f": {run['solved']} of {run['points']}"
 
 
-def _fastest(runs: list[dict[str, Any]], by: str, points: int) -> int | None:
+def _fastest(
+    runs: list[dict[str, Any]], by: str, points: int, method: str | None = None
+) -> int | None:
     fit = [
         i
         for i, run in enumerate(runs)
-        if run["by"] == by and run["points"] == points == run["solved"] and run.get("meets")
+        if run["by"] == by
+        and run["points"] == points == run["solved"]
+        and run.get("meets")
+        and method in (None, run["method"])
     ]
     return min(fit, key=lambda i: runs[i]["seconds"], default=None)
+
+
+def _ratio(runs: list[dict[str, Any]], slow: int | None, fast: int | None) -> float | None:
+    if slow is None or fast is None:
+        return None
+    return runs[slow]["seconds"] / runs[fast]["seconds"]
 
 
 def _versions(python: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.solves import PYDVL, describe
+from benchmarks.solves import OURS, PYDVL, describe
 from benchmarks.targets import meaning
 
 _VERDICTS = {True: "holds", False: "FALLS SHORT", None: "not judged"}
@@ -18,7 +18,9 @@ def page(result: dict[str, Any]) -> str:
         "## Targets\n\n" + targets(result),
         "## Hessian products and scores\n\n" + _products(result),
         _scores(result),
+        "## Exact leave-one-out refits\n\n" + _refits(result),
         "## The same systems solved by two libraries\n\n" + _solves(result),
+        *("## Every solver of every peer: " + _peers(part) for part in result["peers"]["problems"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -44,7 +46,7 @@ def _where(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     before, stand_in = result["before"], " (a stand-in)" if data["stand_in"] else ""
     others = {part: result[part]["watched"]["cores_used_by_others"] for part in
-              ("products", "scores", "solves")}  # fmt: skip
+              ("products", "scores", "refits", "solves", "peers")}  # fmt: skip
     busy = ", ".join(f"{part} {value}" for part, value in others.items())
     return (
         f"Logistic regression on {data['name']}{stand_in}: n = {shape['n']:,} rows, "
@@ -97,6 +99,16 @@ def _scores(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _refits(result: dict[str, Any]) -> str:
+    part = result["refits"]
+    return (
+        f"{part['num_refits']} rows, each removed alone: {part['seconds']:.1f} s, the "
+        f"factorisation of the Hessian included; {part['passes_per_refit']:.1f} data passes a "
+        f"refit, shared by the refits of a block; worst gradient norm "
+        f"{part['worst_gradient_norm']:.1e}."
+    )
+
+
 def _solves(result: dict[str, Any]) -> str:
     part = result["solves"]
     peers = part["peers"]
@@ -120,23 +132,62 @@ def _solves(result: dict[str, Any]) -> str:
             continue
         ours = part["fastest"][str(run["points"])]["ours"]
         ratio = run["seconds_for_all"] / part["runs"][ours]["seconds"] if ours is not None else None
-        seconds = _number(run["seconds"])
-        if run["solved"] < run["points"]:
-            seconds += f" (extrapolated: {_number(run['seconds_for_all'])} for {run['points']})"
         lines.append(
-            f"| {describe(run)} | {seconds} | {'' if ratio is None else _number(ratio)} "
+            f"| {describe(run)} | {_seconds(run)} | {'' if ratio is None else _number(ratio)} "
             f"| {run['largest_residual']:.1e} | {'yes' if run['meets'] else 'no'} "
             f"| {run['peak_rss_mb']} | {run['rss_before_mb']} |"
         )
     for points, best in part["fastest"].items():
-        speedup = part["speedup"][points]
-        if speedup is not None:
-            theirs = describe(part["runs"][best[PYDVL]])
-            lines.append(
-                f"\n{points} test point{'s' * (points != '1')}: ours is {_number(speedup)} times "
-                f"as fast as {theirs}."
-            )
+        plural = "s" * (points != "1")
+        for which, speedup, theirs in (
+            ("as it comes", part["speedup_over_default"], part["fastest_default"][points]),
+            ("at its fastest", part["speedup"], best[PYDVL]),
+        ):
+            if speedup[points] is not None:
+                lines.append(
+                    f"\n{points} test point{plural}: ours is {_number(speedup[points])} times as "
+                    f"fast as pyDVL {which}: {describe(part['runs'][theirs])}."
+                )
     return "\n".join(lines)
+
+
+def _peers(part: dict[str, Any]) -> str:
+    versions = ", ".join(
+        f"{by} is not installed here" if found is None else ", ".join(map(" ".join, found.items()))
+        for by, found in part["versions"].items()
+    )
+    runs = part["runs"]
+    lines = [
+        f"{part['data']}\n\nLogistic regression, n = {part['n']:,}, d = {part['d']:,}, "
+        f"{part['points']} test points, weight decay in every H. The residual, recomputed in "
+        "float64, is that of the Hessian, whatever matrix a solver inverts. Each peer's row names "
+        "our fastest solver that comes at least as close, and its own seconds over that one's. "
+        f"Stopped after {part['patience']:g} s a process, start and repetitions included. "
+        f"{versions}.\n",
+        "| solver, dtype: test points solved | inverts | seconds | residual, largest "
+        "| ours at this residual | / ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        if run["by"] != OURS and part["versions"][run["by"]] is None:
+            continue
+        if "error" in run:
+            lines.append(f"| {describe(run)} | {run['inverts']} | {run['error']} | | | |")
+            continue
+        best = None if run["by"] == OURS else run["ours"]
+        beside = "none |" if best is None else f"{describe(runs[best])} | {_number(run['ratio'])}"
+        lines.append(
+            f"| {describe(run)} | {run['inverts']} | {_seconds(run)} "
+            f"| {run['largest_residual']:.1e} | {'|' if run['by'] == OURS else beside} |"
+        )
+    return "\n".join(lines)
+
+
+def _seconds(run: dict[str, Any]) -> str:
+    seconds = _number(run["seconds"])
+    if run["solved"] == run["points"]:
+        return seconds
+    return f"{seconds} (extrapolated: {_number(run['seconds_for_all'])} for {run['points']})"
 
 
 def _number(value: float) -> str:

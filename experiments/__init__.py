@@ -5,6 +5,7 @@ An experiment module offers
     Config                          frozen dataclass with a `seed`; defaults: the paper's protocol
     PRESETS: dict[str, Config]      "smoke", "standard", "paper"
     DATA, STAND_IN: str             data.load names; the stand-in serves the smoke preset only
+    DTYPE: str                      of its x, "float32" or "float64"; may be left out for "float64"
     CLAIMS: tuple[Claim, ...]       what the metrics must be
     DEVIATIONS: tuple[str, ...]     each departure from the paper, both values and its effect
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
@@ -59,14 +60,19 @@ def load(command: str) -> ModuleType:
     """
     if command not in MODULES or _source(MODULES[command]) is None:
         raise ValueError(f"command must be one of {', '.join(summaries())}, got {command!r}.")
-    with _quiet():
-        importlib.import_module("tensorflow")
+    import_tensorflow()
     return importlib.import_module(f"{__name__}.{MODULES[command]}")
 
 
 def _source(module: str) -> Path | None:
     candidates = (Path(folder) / f"{module}.py" for folder in __path__)
     return next((path for path in candidates if path.is_file()), None)
+
+
+def import_tensorflow() -> None:
+    """Import TensorFlow without what it logs of this machine's processor and missing GPU."""
+    with _quiet():
+        importlib.import_module("tensorflow")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from experiments.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
 _CHECKPOINTS = "checkpoints"
+_DTYPE = "float64"  # what convex models are computed in
 _DPI = 200
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,7 +122,7 @@ def _compute(job: Job) -> Record:
     with provenance(job.config.seed) as facts:
         say(f"{job.command}: reading {name}")
         try:
-            splits = data.load(name, job.data_dir)
+            splits = data.load(name, job.data_dir, dtype=getattr(module, "DTYPE", _DTYPE))
         except (OSError, ValueError) as error:
             raise Misuse(f"{error}\nOr, on embedded stand-in data: --preset {SMOKE}") from error
         if splits.stand_in and job.preset != SMOKE:

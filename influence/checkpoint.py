@@ -27,19 +27,29 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
     """
     if path is None:
         return {name: np.asarray(value) for name, value in compute().items()}
+    if not Path(path).exists():
+        store(path, compute())
+    return load(path)
+
+
+def store(path: str | os.PathLike, arrays: Arrays) -> None:
+    """Write named arrays to an `.npz` file, in the place of what is there, whole or not at all."""
     path = Path(path)
-    if not path.exists():
-        arrays = {name: np.asarray(value) for name, value in compute().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike) -> dict[str, NDArray]:
+    """The arrays of a file that `store` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
-_CHECK_ROWS = 4096  # rows read at a time when looking for NaN, so that a memmap stays on disk
+from influence.parts import CHECK_ROWS, Fingerprint, check_finite, parts_of
 
 
 def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArray[np.int64]:
@@ -46,6 +46,19 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
     return array.astype(np.int64)
 
 
+def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
+    """As `check_rows`, for rows that are read one after the other.
+
+    Raises: as `check_rows`; ValueError for rows that do not increase.
+    """
+    array = check_rows(rows, num_examples)
+    falls = np.flatnonzero(np.diff(array) < 0)
+    if falls.size:
+        before, after = array[falls[0]], array[falls[0] + 1]
+        raise ValueError(f"rows must increase, got {before} before {after}; use np.sort(rows).")
+    return array
+
+
 def check_differentiable(x: Any) -> None:
     """Refuse inputs that have no derivative.
 
@@ -54,8 +67,7 @@ def check_differentiable(x: Any) -> None:
 
     Raises: TypeError naming the array that is not floating.
     """
-    parts = {f"x[{k!r}]": p for k, p in x.items()} if isinstance(x, Mapping) else {"x": x}
-    for name, part in parts.items():
+    for name, part in parts_of(x).items():
         if part.dtype.kind != "f":
             raise TypeError(f"{name} must be floating to be differentiated, got {part.dtype}.")
 
@@ -84,7 +96,7 @@ class Examples:
             else _array(self.x, "x")
         )
         y = _array(self.y, "y")
-        parts = {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, dict) else {"x": x}
+        parts = parts_of(x)
         if not parts:
             raise ValueError("x must hold at least one array, got an empty dict.")
         for name, part in {"y": y, **parts}.items():
@@ -97,7 +109,7 @@ class Examples:
                     f"x and y must have as many rows as each other, got {part.shape[0]} "
                     f"in {name} and {y.shape[0]} in y."
                 )
-            _check_finite(part, name)
+            check_finite(part, name)
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", y)
 
@@ -107,12 +119,14 @@ class Examples:
 
     def __repr__(self) -> str:
         """Shapes and dtypes, not contents."""
-        show = lambda a: f"{a.dtype}{list(a.shape)}"  # noqa: E731
-        x = {k: show(v) for k, v in self.x.items()} if isinstance(self.x, dict) else show(self.x)
-        return f"Examples(x={x}, y={show(self.y)})"
+        first = self._taken(slice(0, 1))
+        show = lambda a: f"{a.dtype}{[len(self), *a.shape[1:]]}"  # noqa: E731
+        x = first.x
+        x = {k: show(v) for k, v in x.items()} if isinstance(x, dict) else show(x)
+        return f"{type(self).__name__}(x={x}, y={show(first.y)})"
 
     def take(self, rows: ArrayLike | slice) -> Examples:
-        """The given rows, in the given order (a row may be taken twice)."""
+        """The given rows, in the given order (a row may be taken twice), held in memory."""
         if not isinstance(rows, slice):
             rows = np.asarray(rows)
             if rows.dtype.kind not in "iu":
@@ -125,29 +139,74 @@ class Examples:
                 )
         elif not range(*rows.indices(len(self))):
             raise ValueError(f"rows must name at least one row, got {rows} of {len(self)}.")
-        return self._trusted(_select(self.x, rows), self.y[rows])
+        return self._taken(rows)
 
     def without(self, rows: ArrayLike) -> Examples:
-        """All rows but the given ones, in their order."""
+        """All rows but the given ones, in their order; what is on disk stays there."""
         keep = np.ones(len(self), bool)
         keep[check_rows(rows, len(self))] = False
         if not keep.any():
             raise ValueError(f"rows must leave at least one example, got all {len(self)}.")
-        return self._trusted(_select(self.x, np.flatnonzero(keep)), self.y[keep])
+        return self._remaining(np.flatnonzero(keep))
 
-    def batches(self, size: int | None = None) -> Iterator[tuple[Any, NDArray]]:
+    def batches(
+        self, size: int | None = None, rows: ArrayLike | None = None
+    ) -> Iterator[tuple[Any, NDArray]]:
         """(x, y) in order, `size` rows at a time; the last batch may be smaller.
 
         Whoever averages over batches weights them by their rows.
+
+        Args:
+          size: rows at a time; None: all at once.
+          rows: (k,) increasing row numbers, to go through these alone; never held together, which
+            `take` would do.
+
+        Raises: ValueError for a bad size; as `check_rows` for bad rows, or for rows that fall.
         """
-        size = len(self) if size is None else size
+        if rows is not None:
+            rows = check_increasing(rows, len(self))
+        count = len(self) if rows is None else len(rows)
+        size = count if size is None else size
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise ValueError(f"size must be a positive integer, got {size!r}.")
-        if size >= len(self):  # a slice of sparse rows would copy them
+        yield from self._read(int(size), rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows, the same for the same dense rows whatever holds them."""
+        seen = Fingerprint()
+        for x, y in self.batches(CHECK_ROWS):
+            seen.add(x, y)
+        return seen.hexdigest()
+
+    @property
+    def num_entries(self) -> int:
+        """How many numbers x holds, zeros that sparse rows leave out not counted."""
+        parts = parts_of(self.x).values()
+        return sum(p.nnz if scipy.sparse.issparse(p) else p.size for p in parts)
+
+    # --- what a set that holds its rows otherwise does otherwise, the arguments checked -----------
+
+    in_memory = True  # whether x can be had as a whole
+
+    def _taken(self, rows: NDArray | slice) -> Examples:
+        return Examples._trusted(_select(self.x, rows), self.y[rows])
+
+    def _remaining(self, kept: NDArray[np.int64]) -> Examples:
+        if any(isinstance(part, np.memmap) for part in parts_of(self.x).values()):
+            return Remaining(self, kept)
+        return self._taken(kept)
+
+    def _read(self, size: int, rows: NDArray[np.int64] | None) -> Iterator[tuple[Any, NDArray]]:
+        if rows is None and size >= len(self):  # a slice of sparse rows would copy them
             yield self.x, self.y
             return
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
+        for start in range(0, len(self) if rows is None else len(rows), size):
+            part: Any = slice(start, start + size)
+            if rows is not None:
+                part = rows[part]
+                if part[-1] - part[0] == len(part) - 1:  # a view instead of a copy
+                    part = slice(part[0], part[-1] + 1)
             yield _select(self.x, part), self.y[part]
 
     @classmethod
@@ -160,6 +219,36 @@ class Examples:
             if isinstance(part, np.ndarray):
                 part.setflags(write=False)
         return self
+
+
+class Remaining(Examples):
+    """Some rows of a set that is not to be copied, in their order, read through it."""
+
+    def __init__(self, whole: Examples, kept: NDArray[np.int64]):
+        y = whole.y[kept]
+        y.setflags(write=False)
+        object.__setattr__(self, "y", y)
+        self._whole, self._kept = whole, kept
+        self.in_memory = whole.in_memory
+
+    @property
+    def x(self) -> Any:
+        """Read now, if the whole set has it."""
+        return self._whole._taken(self._kept).x if self.in_memory else self._whole.x
+
+    @property
+    def num_entries(self) -> int:
+        """See Examples."""
+        return self._whole.num_entries // len(self._whole) * len(self)
+
+    def _taken(self, rows: NDArray | slice) -> Examples:
+        return self._whole._taken(self._kept[rows])
+
+    def _remaining(self, kept: NDArray[np.int64]) -> Examples:
+        return Remaining(self._whole, self._kept[kept])
+
+    def _read(self, size: int, rows: NDArray[np.int64] | None) -> Iterator[tuple[Any, NDArray]]:
+        return self._whole._read(size, self._kept if rows is None else self._kept[rows])
 
 
 def _array(value: Any, name: str) -> Any:
@@ -175,23 +264,3 @@ def _array(value: Any, name: str) -> Any:
 
 def _select(x: Any, rows: Any) -> Any:
     return {name: part[rows] for name, part in x.items()} if isinstance(x, dict) else x[rows]
-
-
-def _check_finite(part: Any, name: str) -> None:
-    if part.dtype.kind != "f":
-        return
-    for start in range(0, part.shape[0], _CHECK_ROWS):
-        block = part[start : start + _CHECK_ROWS]
-        values = block.data if scipy.sparse.issparse(block) else block
-        if np.isfinite(values).all():
-            continue
-        if scipy.sparse.issparse(block):
-            row = (
-                np.searchsorted(block.indptr, np.flatnonzero(~np.isfinite(values))[0], "right") - 1
-            )
-        else:
-            row = np.argwhere(~np.isfinite(values))[0][0]
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinity in row {start + row}; "
-            "drop the row or fill the value in first."
-        )

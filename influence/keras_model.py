@@ -92,8 +92,8 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
             )
 
 
-def check_output(model: keras.Model, x: Any, name: str) -> tuple[int, ...]:
-    """The shape of the model's answer to a few rows x, in inference mode; nothing is changed.
+def check_output(model: keras.Model, x: Any, name: str) -> Any:
+    """The model's answer to a few rows x, in inference mode; nothing is changed.
 
     Raises: ValueError naming `name` if the model cannot take x, and for a model that has several
       outputs or adds losses of its own.
@@ -115,4 +115,4 @@ def check_output(model: keras.Model, x: Any, name: str) -> tuple[int, ...]:
             f"model must not add losses of its own, got {len(scope.losses)} by add_loss in "
             f"{model.name!r}: they depend on x, so they belong in the loss."
         )
-    return tuple(output.shape)
+    return output

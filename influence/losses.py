@@ -13,6 +13,18 @@ import tensorflow as tf
 # Which labels a Keras loss can take; a wrong label is otherwise a NaN, or another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
 _PROBABILITIES = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
+# Convex in the model's output; the cross-entropies are where that is logits.
+_CONVEX = (
+    *_CLASS_NUMBERS,
+    keras.losses.binary_crossentropy,
+    keras.losses.categorical_crossentropy,
+    keras.losses.mean_squared_error,
+    keras.losses.mean_absolute_error,
+    keras.losses.huber,
+    keras.losses.log_cosh,
+    keras.losses.hinge,
+    keras.losses.squared_hinge,
+)
 _FROM_LOGITS = (
     *_CLASS_NUMBERS,
     *_PROBABILITIES,
@@ -33,6 +45,8 @@ class PerExampleLoss:
         model's output is that of the negative log-likelihood, as far as can be known.
       labels: the only labels it has a meaning for, from the loss's own attribute `labels`; None
         where it does not say.
+      role: how messages call the argument that it came in.
+      says_convex: what the loss's own attribute `convex` says, False where it does not.
     """
 
     name: str
@@ -40,6 +54,13 @@ class PerExampleLoss:
     keras_function: Any = None
     from_logits: bool = True
     labels: tuple | None = None
+    role: str = "loss"
+    says_convex: bool = False
+
+    @property
+    def convex(self) -> bool:
+        """Whether each loss is known to be convex in the model's output."""
+        return self.says_convex or (self.keras_function in _CONVEX and self.from_logits)
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels that this loss has no meaning for.
@@ -66,24 +87,33 @@ class PerExampleLoss:
             row = np.argwhere(outside)[0][0]
             raise ValueError(f"{name}.y must hold {what}, got {y[row]} in row {row}.")
 
-    def check_logits(self) -> None:
-        """Refuse a cross-entropy of probabilities where a Gauss-Newton matrix is asked for.
+    def is_differentiable(self, y: Any, output: Any) -> bool:
+        """Whether a gradient by the output exists; for class numbers and comparisons none does."""
+        output = tf.identity(output)  # Keras' losses would go round a softmax to its logits
+        with tf.GradientTape() as tape:
+            tape.watch(output)
+            values = self.function(y, output)
+        return tape.gradient(values, output) is not None
 
-        Raises: ValueError.
+    def check_logits(self, what: str = "a Gauss-Newton matrix") -> None:
+        """Refuse a cross-entropy of probabilities for what has a meaning for logits alone.
+
+        Raises: ValueError naming `what`.
         """
         if not self.from_logits:
             raise ValueError(
-                f"loss must take logits for a Gauss-Newton matrix, got {self.name!r} of "
+                f"loss must take logits for {what}, got {self.name!r} of "
                 "probabilities; drop the model's last softmax or sigmoid and use from_logits=True."
             )
 
 
-def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
+def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExampleLoss:
     """The given loss, or the model's compiled one, unreduced.
 
     Args:
       loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled one.
       model: where a loss is looked up when none is given.
+      role: how messages call it.
 
     Raises: ValueError for no loss, an unknown name or a summing reduction; TypeError for anything
       that is not a loss.
@@ -99,11 +129,11 @@ def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
         try:
             loss = keras.losses.get(loss)
         except ValueError as error:
-            raise ValueError(f"loss must be the name of a Keras loss, got {loss!r}.") from error
+            raise ValueError(f"{role} must be the name of a Keras loss, got {loss!r}.") from error
     if isinstance(loss, keras.losses.Loss):
         if loss.reduction == "sum":
             raise ValueError(
-                f"loss must not be reduced by a sum, got {loss.name!r} with reduction='sum': the "
+                f"{role} must not be reduced by a sum, got {loss.name!r} with reduction='sum': the "
                 "risk is a mean over examples; use reduction='none' or 'sum_over_batch_size'."
             )
         function = getattr(loss, "fn", None)
@@ -115,20 +145,22 @@ def per_example(loss: Any, model: keras.Model) -> PerExampleLoss:
             function,
             function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
             getattr(loss, "labels", None),
+            role,
+            bool(getattr(loss, "convex", False)),
         )
     if not callable(loss) or isinstance(loss, type):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
         raise TypeError(
-            f"loss must be a Keras loss, its name or a callable (y, output) -> (n,), got {got}."
+            f"{role} must be a Keras loss, its name or a callable (y, output) -> (n,), got {got}."
         )
     name = getattr(loss, "__name__", type(loss).__name__)
     if _is_keras_own(loss):
         function = _aligned(loss)
         return PerExampleLoss(
             name, lambda y, output: _mean_over_rest(function(y, output)), loss,
-            loss not in _FROM_LOGITS,
+            loss not in _FROM_LOGITS, role=role,
         )  # fmt: skip
-    return PerExampleLoss(name, loss)
+    return PerExampleLoss(name, loss, role=role)
 
 
 def _as_keras(y: Any, output: Any, function: Any) -> Any:

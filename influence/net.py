@@ -20,7 +20,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence import tape
+from influence.affine import AffineLayers
 from influence.convergence import warn_unconverged
+from influence.embedding import watched_ids
 from influence.examples import Examples, check_differentiable
 from influence.keras_model import check_inputs, check_model, check_output
 from influence.losses import per_example
@@ -58,6 +60,24 @@ class GenericNeuralNet:
         self.loss = per_example(loss, model)
         self._tf = Traced(model, self.loss)
         self.dtype = self._tf.dtype
+
+    def measuring(self, measurement: Any) -> GenericNeuralNet:
+        """The same model at the same theta, with another function of its output for a loss.
+
+        Args:
+          measurement: (y, output) -> (n,) of TensorFlow operations, or a Keras loss or its name.
+
+        Returns: a net that shares this one's model, its weights and so its theta and penalty.
+        Raises: TypeError or ValueError for what is no such function, and for one of logits (those
+          of `influence.measurements`) where this net's own loss takes probabilities.
+        """
+        loss = per_example(measurement, self.model, role="measurement")
+        if getattr(measurement, "takes_logits", False):
+            self.loss.check_logits(f"the measurement {loss.name!r}")
+        view = object.__new__(GenericNeuralNet)  # no closed form of a subclass belongs to it
+        view.model, view.loss, view.dtype = self.model, loss, self.dtype
+        view._tf = Traced(self.model, loss, self._tf.weights)
+        return view
 
     @property
     def num_parameters(self) -> int:
@@ -123,25 +143,49 @@ class GenericNeuralNet:
         loss, gradient = t.run("both", both, t.theta(), t.inputs(x), t.tensor(y))
         return float(loss), gradient
 
-    def gradients(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
-        """Gradient of each example's loss, without the penalty.
+    def gradients(self, x: Any, y: Any) -> NDArray:
+        """Gradient of each example's loss, without the penalty: (n, d).
 
         The one method with a vector of length d for each example; `directional` needs none.
+        """
+        return self._mapped("gradients", tape.gradients, x, y)
+
+    def gradient_each(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
+        """Gradient of each of r small batches' mean loss, each at its own parameters.
+
+        Args:
+          x: (r, b, ...) inputs of r batches of b examples.
+          y: (r, b, ...) labels.
+          thetas: (d, r) the parameters of each batch.
+
+        Returns: (d, r), without the penalty.
+        """
+        t = self._tf
+        x, y = t.inputs(x), t.tensor(y)
+        first = tf.nest.map_structure(lambda part: part[0], (x, y))
+        function = partial(tape.gradient_each, t.losses, t.each(*first))
+        return t.run("gradient_each", function, t.rows(thetas, "thetas"), x, y, leading=2).T
+
+    def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
+        """Gradient of the batch's mean Bregman divergence from theta, at other parameters.
+
+        D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i), where z_i is the model's
+        output at its own theta and z at the other one (Bae et al. 2022). Zero at theta, where its
+        derivative is the Gauss-Newton matrix.
 
         Args:
           x: (n, ...) inputs.
           y: (n, ...) labels.
-          thetas: (d, n): example i's gradient is taken at column i instead of the model's theta.
+          thetas: (d, k) parameter vectors.
 
-        Returns: (n, d).
+        Returns: (d, k).
         """
-        if thetas is None:
-            return self._mapped("gradients", tape.gradients, x, y)
 
-        def at_each(losses, each, theta, x, y, thetas):
-            return tape.gradients_at(losses, each, thetas, x, y)
+        def gradients(losses, each, theta, x, y, thetas):
+            output, loss = self._tf.output, self.loss.function
+            return tape.bregman_gradient(output, loss, each, theta, x, y, thetas)
 
-        return self._mapped("gradients at", at_each, x, y, self._tf.rows(thetas, "thetas"))
+        return self._mapped("bregman", gradients, x, y, self._tf.rows(thetas, "thetas")).T
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Products of the Hessian of the batch's mean loss with m vectors, in one pass.
@@ -167,12 +211,19 @@ class GenericNeuralNet:
 
         Returns: (r, d, m): batch j's mean-loss Hessian times V[j].
         """
+        return self._for_each("hvp_each", partial(tape.hvp, self._tf.losses), x, y, V)
+
+    def gauss_newton_each(self, x: Any, y: Any, V: NDArray) -> NDArray:
+        """Gauss-Newton products of r small batches, each with its own vectors.
+
+        Args: as `hvp_each`.
+        Returns: (r, d, m): batch j's Gauss-Newton matrix times V[j].
+        Raises: ValueError as `gauss_newton_product`.
+        """
+        self.loss.check_logits("a Gauss-Newton matrix")
         t = self._tf
-        x, y = t.inputs(x), t.tensor(y)
-        first = tf.nest.map_structure(lambda part: part[0], (x, y))
-        function = partial(tape.hvp_each, t.losses, t.each(*first))
-        rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
-        return np.moveaxis(t.run("hvp_each", function, t.theta(), x, y, rows), 1, 2)
+        function = partial(tape.gauss_newton, t.output, self.loss.function)
+        return self._for_each("gauss_newton_each", function, x, y, V)
 
     def gauss_newton_product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Products with the batch's generalised Gauss-Newton matrix (Schraudolph 2002).
@@ -191,13 +242,44 @@ class GenericNeuralNet:
 
         return like(self._mapped("gauss_newton", products, x, y, self._tf.rows(V, "V")), V)
 
-    def directional(self, x: Any, y: Any, V: NDArray) -> NDArray:
+    def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """Gradient of each example's loss along m vectors, in one pass: grad loss_i . v_j.
 
-        Args: as `hvp`.
+        Args:
+          x: (n, ...) inputs, or a dict of them.
+          y: (n, ...) labels.
+          V: (d,) or (d, m) directions.
+          dtype: of the result; a model with a closed form multiplies in it, at float32's speed.
+            None: the net's.
+
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
-        return like(self._mapped("directional", tape.directional, x, y, self._tf.rows(V, "V")), V)
+        rows = self._mapped("directional", tape.directional, x, y, self._tf.rows(V, "V"))
+        return like(rows.astype(dtype or self.dtype, copy=False), V)
+
+    def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """v' H_i v, with H_i the Hessian of each example's loss, in one pass: (n,).
+
+        Args:
+          x: (n, ...) inputs.
+          y: (n, ...) labels.
+          v: (d,) direction in parameter space.
+        """
+        t = self._tf
+        function = partial(tape.curvatures, t.losses)
+        return t.run("curvatures", function, t.theta(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0])
+
+    def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """Gradient by theta of v' H v, with H the Hessian of the batch's mean loss: (d,).
+
+        The third derivative of the mean loss, twice along v. The penalty is not included.
+
+        Args: as `curvatures`.
+        """
+        t = self._tf
+        function = partial(tape.curvature_gradient, t.losses)
+        tensors = t.theta(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
+        return t.run("curvature_gradient", function, *tensors)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
         """d/dx_i of (grad loss_i . v), for each example.
@@ -218,11 +300,38 @@ class GenericNeuralNet:
         batch = t.inputs(x), t.tensor(y)
         return t.run("input_gradient", function, t.theta(), *batch, t.rows(v, "v")[0])
 
+    def affine_layers(self, x: Any) -> AffineLayers:
+        """The layers that hold theta, if all are plain Dense or Conv2D: what EK-FAC needs.
+
+        Args:
+          x: a few rows of inputs, on which the layers are tried.
+
+        Raises: ValueError naming the layer that is of another kind, and what to do.
+        """
+        return AffineLayers(self._tf, self._tf.inputs(x))
+
     # --- the penalty --------------------------------------------------------------------------
 
     def penalty(self) -> float:
         """Sum of the model's own Keras regularisers at theta: ()."""
         return float(self._tf.run("penalty", self._tf.penalty, self._tf.theta()))
+
+    @property
+    def strong_convexity(self) -> float:
+        """What no eigenvalue of the risk's Hessian is below, at any theta; NaN if nothing is known.
+
+        0 for a net that is declared `convex`, more where a model knows more.
+        """
+        return 0.0 if self.convex else np.nan
+
+    @property
+    def penalty_convexity(self) -> float:
+        """What no eigenvalue of the penalty's Hessian is below: the least L2 of any weight.
+
+        L2(l) is l |w|^2, with second derivative 2 l, and none is 0. NaN where a weight has a
+        regulariser other than Keras' own L1, L2 and L1L2.
+        """
+        return min(_convexity(weight.regularizer) for weight in self._tf.weights)
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
         """Gradient of the penalty: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
@@ -244,10 +353,26 @@ class GenericNeuralNet:
 
         return like(t.run("penalty_hvp", products, t.theta(), t.rows(V, "V")), V)
 
+    def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
+        """Gradient by theta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
+        t = self._tf
+
+        def at(theta, v):
+            along = lambda theta: tf.tensordot(tape.hessian_map(t.penalty, theta)(v), v, 1)  # noqa: E731
+            return tape.gradient(along, theta)
+
+        return t.run("penalty_curvature_gradient", at, t.theta(), t.rows(v, "v")[0])
+
     # --- questions about a whole set ----------------------------------------------------------
 
-    def rows_per_batch(self, examples: Examples, num_vectors: int = 1) -> int:
-        """Rows that one pass over `num_vectors` vectors takes; bounds memory, changes no result."""
+    def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
+        """Rows that one pass over `num_vectors` vectors takes; bounds memory, changes no result.
+
+        Args:
+          examples: the rows.
+          num_vectors: how many.
+          dtype: as in `directional`, if that is what the pass is for.
+        """
         first = examples.take([0])
         loop, per_row = self._tf.facts(self._tf.inputs(first.x), self._tf.tensor(first.y))
         # Forward, backward and both once more; vectorised, the second pair for every vector.
@@ -316,25 +441,33 @@ class GenericNeuralNet:
         """Refuse examples that this model and loss have no meaning for, before any long work.
 
         Raises: TypeError for anything but Examples; ValueError naming `name` for inputs or labels
-          of the wrong shape, labels out of range, or a loss that is not one number per example, and
-          for a model with several outputs or losses of its own.
+          of the wrong shape, labels or ids for an embedding out of range, or a loss that is not one
+          number per example, and for a model with several outputs or losses of its own.
         """
         if not isinstance(examples, Examples):
             raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
-        check_inputs(self.model, examples.x, name)
         probe = examples.take(slice(0, _PROBE_ROWS))
-        output_shape = check_output(self.model, self._tf.inputs(probe.x), name)
+        check_inputs(self.model, probe.x, name)
+        with watched_ids(self.model, self._tf.inputs(probe.x), examples, name) as x:
+            output = check_output(self.model, x, name)
+        output_shape = tuple(output.shape)
         self.loss.check_labels(examples.y, output_shape, name)
         try:
+            differentiable = self.loss.is_differentiable(self._tf.tensor(probe.y), output)
             losses = self.losses(probe.x, probe.y)
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
-                f"{name}.y does not fit the loss {self.loss.name!r}: labels of shape "
+                f"{name}.y does not fit the {self.loss.role} {self.loss.name!r}: labels of shape "
                 f"{probe.y.shape}, dtype {probe.y.dtype}, against outputs of shape {output_shape}."
             ) from error
+        if not differentiable:
+            raise ValueError(
+                f"{self.loss.role} must be differentiable by the model's output, got no gradient "
+                f"from {self.loss.name!r}; argmax, rounding and comparisons have none."
+            )
         if losses.shape != (len(probe),):
             raise ValueError(
-                f"loss must give one number per example, got shape {losses.shape} from "
+                f"{self.loss.role} must give one number per example, got shape {losses.shape} from "
                 f"{self.loss.name!r} for {len(probe)} examples of {name}; leave out the mean or "
                 "sum over examples."
             )
@@ -342,7 +475,7 @@ class GenericNeuralNet:
         alone = float(self.losses(first.x, first.y)[0])
         if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():
             raise ValueError(
-                f"loss must depend on its own row alone, got {losses[0]:.4g} from "
+                f"{self.loss.role} must depend on its own row alone, got {losses[0]:.4g} from "
                 f"{self.loss.name!r} for row 0 of {name} among {len(probe)} rows and {alone:.4g} "
                 f"for it by itself; labels of shape {probe.y.shape} broadcast against outputs of "
                 f"shape {output_shape}, or a layer that mixes rows, would do that."
@@ -397,6 +530,15 @@ class GenericNeuralNet:
         t = self._tf
         return t.mapped(name, partial(function, t.losses), t.inputs(x), t.tensor(y), *tensors)
 
+    def _for_each(self, name: str, function: Callable, x: Any, y: Any, V: NDArray) -> NDArray:
+        """`function(each, theta, x[j], y[j], V[j])` of every batch j: (r, d, m), as V."""
+        t = self._tf
+        x, y = t.inputs(x), t.tensor(y)
+        first = tf.nest.map_structure(lambda part: part[0], (x, y))
+        rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
+        over = partial(tape.over_batches, partial(function, t.each(*first)))
+        return np.moveaxis(t.run(name, over, t.theta(), x, y, rows, leading=2), 1, 2)
+
     def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
         """`function(theta, x, y)` at the model's theta or, as last axis, at each of thetas."""
         t = self._tf
@@ -407,3 +549,12 @@ class GenericNeuralNet:
             return each(lambda theta: function(theta, x, y), thetas)
 
         return self._mapped(f"{name} at", at_each, x, y, t.rows(thetas, "thetas")).T
+
+
+def _convexity(regularizer: Any) -> float:
+    """Of one weight's penalty: its second derivative."""
+    if regularizer is None or type(regularizer) is keras.regularizers.L1:
+        return 0.0
+    if type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2):
+        return 2 * float(regularizer.l2)
+    return np.nan

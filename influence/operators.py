@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import abstractmethod
 from typing import Any
 
@@ -15,6 +16,8 @@ from influence.net import GenericNeuralNet
 from influence.progress import progress
 
 _DENSE_BLOCK = 256  # columns of the dense matrix formed in one pass
+_ROOT_BYTES = 1 << 28  # what the rows' roots of one batch may take,
+_ROOT_COPIES = 4  # with the pseudo-gradients that they are made of
 
 _KEPT_BYTES = (
     1 << 30
@@ -52,6 +55,19 @@ class Curvature(LinearOperator):
         self.batch_size = batch_size
         self._theta = net.theta
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
+
+    def __repr__(self) -> str:
+        """Kind, size and damping, and a checksum of theta and labels: no address."""
+        held = zlib.crc32(self.examples.y.tobytes(), zlib.crc32(self._theta.tobytes()))
+        return (
+            f"{type(self).__name__}({len(self.examples)} rows, d={self.shape[0]}, "
+            f"damping={self.damping}, theta and labels #{held:08x})"
+        )
+
+    @property
+    @abstractmethod
+    def smallest_eigenvalue_bound(self) -> float:
+        """What no eigenvalue is below, known without a product, damping included; NaN: nothing."""
 
     @abstractmethod
     def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
@@ -145,6 +161,11 @@ class Hessian(Curvature):
     `Hessian(net, examples) @ V` costs one pass over the examples for all columns of V.
     """
 
+    @property
+    def smallest_eigenvalue_bound(self) -> float:
+        """What no eigenvalue is below: damping plus what a convex net knows; NaN for another."""
+        return self.net.strong_convexity + self.damping
+
     def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         return self.net.hvp(x, y, V)
 
@@ -184,16 +205,47 @@ class GaussNewton(Curvature):
         super().__init__(net, examples, damping, batch_size=batch_size)
         net.loss.check_logits()
 
+    @property
+    def smallest_eigenvalue_bound(self) -> float:
+        """What no eigenvalue is below: damping plus the penalty's; NaN for a loss not convex."""
+        return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
+
     def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         return self.net.gauss_newton_product(x, y, V)
+
+    def dense(self) -> NDArray:
+        """The matrix itself, (d, d): of affine layers from each row's root, else from blocks.
+
+        A root, S_i' J_i with S_i S_i' the loss's Hessian, takes one backward pass for each of the
+        model's outputs; products with unit vectors take one or more for each of d.
+        """
+        self.check_theta()
+        layers = None
+        if self.net.loss.convex and not self.net.convex:
+            try:
+                layers = self.net.affine_layers(self.examples.take(slice(0, 2)).x)
+            except ValueError:  # layers of other kinds
+                pass
+        if layers is None:
+            return super().dense()
+        one = self.examples.take([0])
+        per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
+        size = int(np.clip(_ROOT_BYTES // per_row, 1, self.net.rows_per_batch(self.examples)))
+        size = self.batch_size or size
+        matrix, d = np.zeros(self.shape), self.shape[0]  # sums of float32 products in float64
+        batches = self.examples.batches(size)
+        for x, y in progress(batches, "forming the matrix", -(-len(self.examples) // size)):
+            roots = layers.roots(x, y).reshape(-1, d)
+            matrix += roots.T @ roots
+        matrix /= len(self.examples)
+        identity = np.eye(d, dtype=self.dtype)
+        matrix += self.net.penalty_hvp(identity) + self.damping * identity
+        return ((matrix + matrix.T) / 2).astype(self.dtype)
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
         """As `Curvature.sampled`, from the Gauss-Newton matrices of a few rows each."""
         self.check_theta()
-        x, y = self._sample(rows)
-        at = lambda j: {k: v[j] for k, v in x.items()} if isinstance(x, dict) else x[j]  # noqa: E731
-        products = [self.net.gauss_newton_product(at(j), y[j], V[j]) for j in range(len(rows))]
-        return self._with_penalty(np.stack(products), V)
+        return self._with_penalty(self.net.gauss_newton_each(*self._sample(rows), V), V)
 
 
 def check_batch_size(batch_size: Any) -> None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.convergence import DivergenceError, warn_unconverged
-from influence.estimand import Estimand
-from influence.examples import Examples, check_differentiable, check_rows
-from influence.net import GenericNeuralNet
-from influence.operators import Curvature, Hessian, check_batch_size
+from influence import groups, relative, score_file
+from influence.estimand import Estimand, NamedArray
+from influence.examples import Examples, check_differentiable, check_increasing
+from influence.groups import GroupScores
 from influence.progress import progress
-from influence.solvers import CG, Direct, Prepared, Solution, Solver, prepare
+from influence.relative import RelativeScores
+from influence.response import Response
+from influence.solvers import Prepared, Solution
 
 _MANY_ROWS = 64  # from here one factorisation for all rows beats a solve for each
-_MOST_TOGETHER = 512  # right-hand sides solved together, fewer where theta is long:
-_BYTES_TOGETHER = 1 << 28  # what such a block may take; solvers keep a handful of its size
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +30,29 @@ class Scores(Estimand):
       change_if_removed: (m, k), see `Estimand`.
       rows: (k,) the training rows.
       solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement that takes its place.
     """
 
     solution: Solution
 
 
-class Influence:
+@dataclass(frozen=True, eq=False)
+class AdditionScores(NamedArray):
+    """Predicted changes, (m, k), of each test loss were each new row added to the training set.
+
+    Attributes:
+      change_if_added: (m, k). Positive: the loss rises with the row, so the row would hurt; the
+        opposite of `change_if_removed`.
+      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement that takes its place.
+    """
+
+    change_if_added: NDArray
+    solution: Solution
+    measurement: str = "loss"
+
+
+class Influence(Response):
     """Influence functions of a net at a minimum of its training risk (Koh & Liang 2017).
 
     Leaving row i out changes theta by + H^-1 grad L(z_i) / n and a measurement f by
@@ -56,47 +72,9 @@ class Influence:
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
     """
 
-    def __init__(
-        self,
-        net: GenericNeuralNet,
-        train: Examples,
-        *,
-        solver: Solver | Prepared = CG(),
-        damping: float = 0.0,
-        curvature: type[Curvature] = Hessian,
-        batch_size: int | None = None,
-    ):
-        check_batch_size(batch_size)
-        if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
-            raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}.")
-        if not isinstance(net, GenericNeuralNet):
-            raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-        net.validate(train, "train")
-        self.net, self.train, self.batch_size = net, train, batch_size
-        self.operator = curvature(net, train, damping, batch_size=batch_size)
-        if isinstance(solver, Prepared):
-            prepare(self.operator, solver)  # is it for this matrix?
-        elif not hasattr(solver, "prepare") or isinstance(solver, type):
-            raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
-        self._solver = solver
-
-    def s_test(self, test: Examples) -> Solution:
-        """H^-1 grad loss for every test example: `x` is (d, m).
-
-        The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
-        solver's tolerance.
-
-        Raises: DivergenceError if a direction of negative or no curvature was met, so that no
-          inverse stands behind the numbers.
-        """
-        self.net.validate(test, "test")
-        blocks = [
-            self._solve(self.net.gradients(*batch).T, "the test gradients")
-            for batch in test.batches(self._together)
-        ]
-        return blocks[0] if len(blocks) == 1 else _joined(blocks)
-
-    def scores(self, test: Examples, rows: ArrayLike | None = None) -> Scores:
+    def scores(
+        self, test: Examples, rows: ArrayLike | None = None, *, measurement: Any = None
+    ) -> Scores:
         """Predicted change of each test loss were each training row left out.
 
         s_test . grad L(z_i) / n, first order, -1/n times I_up,loss (Koh & Liang 2017, eq. 2).
@@ -105,15 +83,151 @@ class Influence:
         Args:
           test: m examples, each a measurement of its own; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
+          measurement: what to predict the change of instead of the loss: a function of (y, output)
+            -> (n,) made of TensorFlow operations, such as those of `influence.measurements`.
+            Positive: the measurement rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
         """
         rows = self._rows(rows)
-        solution = self.s_test(test)
-        return Scores(self._changes(solution.x, rows).T, rows, solution)
+        view, name = self._measured(test, measurement)
+        solution = self._s_test(view, test)
+        changes = self._changes(solution.x, rows).T
+        return Scores(changes, rows, solution, measurement=name)
 
-    def perturbation(self, test: Examples, rows: ArrayLike) -> Any:
+    def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
+        """Predicted change of each test loss were each new row added to the training set, alone.
+
+        The mean over n + 1 rows plus the same penalty has its minimum, to first order, at
+        theta - H^-1 grad L(z) / n, so the change is - s_test . grad L(z) / n: I_up,loss (Koh &
+        Liang 2017, eq. 2) at a weight of + 1/n. Positive: the test loss rises with the row, so the
+        row would hurt; removal has the other sign.
+
+        Args:
+          test: m examples, each a measurement of its own.
+          new: k examples outside the training set.
+          measurement: as in `scores`.
+
+        Returns: AdditionScores (m, k), in the unit of the test loss.
+        Raises: as `scores`.
+        """
+        view, name = self._measured(test, measurement)
+        self.net.validate(new, "new")
+        solution = self._s_test(view, test)
+        return AdditionScores(-self._along(solution.x, new).T, solution, name)
+
+    def group(
+        self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None
+    ) -> GroupScores:
+        """Predicted change of each test loss were all the rows removed together.
+
+        Order 1: the sum of their scores (Koh et al. 2019), which mostly falls short of the actual
+        change. Order 2: the whole expansion to second order in the group's weight; its formula, and
+        what it has over that of Basu, You & Feizi (2020), is in `influence.groups`. It takes one
+        more solve and one more pass over the training set. Positive: the test loss rises without
+        the rows, so together they helped.
+
+        Args:
+          test: m examples, each a measurement of its own.
+          rows: (k,) training rows; fewer than half of them for order 2.
+          order: 1 or 2; 2 with `Hessian` as curvature.
+          measurement: as in `scores`.
+
+        Returns: GroupScores (m,), in the unit of the test loss.
+        Raises: as `scores`; ValueError for another order, or for too many rows.
+        """
+        return groups.group(self, test, rows, order, measurement)
+
+    def relative(
+        self,
+        test: Examples,
+        rows: ArrayLike | None = None,
+        kind: Literal["theta", "loss"] = "theta",
+        *,
+        measurement: Any = None,
+    ) -> RelativeScores:
+        """Predicted change of each test loss for each unit by which removing the row moves theta.
+
+        score / size, RelatIF (Barshan, Brunet & Dziugaite 2020), with D = H^-1 grad L(z_i) / n the
+        predicted change of theta and size = |D| for "theta", sqrt(D' H D) for "loss". Rows that
+        change everything, such as outliers, come out no larger than others; 1/n cancels. Positive:
+        the test loss rises without the row, so the row helped.
+
+        Args:
+          test: m examples, each a measurement of its own.
+          rows: (k,) training rows, a solve for each; all n if omitted.
+          kind: "theta", or "loss": where H is the Fisher information, its size is the root mean
+            square of the change of a loss over the data.
+          measurement: as in `scores`.
+
+        Returns: RelativeScores (m, k): the unit of the test loss for each unit of theta ("theta")
+          or for each root of the loss's unit ("loss"); NaN for a row that changes nothing.
+        Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
+        """
+        return relative.relative(self, test, rows, kind, measurement)
+
+    def write_scores(
+        self,
+        path: str | Path,
+        test: Examples,
+        rows: ArrayLike | None = None,
+        *,
+        measurement: Any = None,
+        dtype: Literal["float32", "float64"] = "float32",
+    ) -> Path:
+        """Write `scores` that are too many for memory to an HDF5 file, block by block.
+
+        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n with the sign of
+        `scores`: positive, the test loss rises without the row, so the row helped. Beside it:
+        `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
+        `converged` and `min_curvature` (m,), and `rounding_error`, the largest error of a sample of
+        scores relative to the largest of them: about 1e-6 at most in float32. All else is in
+        attributes.
+
+        A call that was interrupted, by kill -9 too, goes on where it was, from `path` with
+        ".partial" behind it, and ends with the same file; no finished system is solved again. In
+        memory are at most 0.3 GB, beside what the net's batches and the solver take (`Direct`:
+        three d x d matrices).
+
+        Args:
+          path: the file, whole as soon as it has this name.
+          test: m examples, each a measurement of its own.
+          rows: (k,) increasing training rows; all n if omitted.
+          measurement: as in `scores`.
+          dtype: of the scores and of their multiplication; solves are in the net's dtype.
+
+        Returns: the path.
+        Raises: as `scores`; ValueError for another dtype, rows that do not increase, too small a
+          disk, or a path where something else is, such as scores of other inputs (named).
+        """
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
+        rows = self._rows(None) if rows is None else check_increasing(rows, len(self.train))
+        view, name = self._measured(test, measurement)
+        solver = self._solver.solver if isinstance(self._solver, Prepared) else self._solver
+        inputs = {
+            "solver": repr(solver),
+            "curvature": type(self.operator).__name__,
+            "damping": self.operator.damping,
+            "measurement": name,
+        }
+        job = score_file.Job(
+            net=self.net,
+            measured=view,
+            train=self.train,
+            test=test,
+            rows=rows,
+            dtype=dtype,
+            solve=lambda B: self._solve(B, "the test gradients"),
+            together=self._together,
+            batch_size=self.batch_size,
+            inputs=inputs,
+            judged=solver.rtol is not None,
+        )
+        return score_file.write(job, Path(path))
+
+    def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
         """Predicted derivative of each test loss by the input of each training row.
 
         As x_i moves, the minimum of the risk moves along -H^-1 (d/dx_i grad loss_i) / n, so the
@@ -125,6 +239,7 @@ class Influence:
         Args:
           test: m examples, each a measurement of its own.
           rows: (k,) training rows, with floating inputs.
+          measurement: as in `scores`.
 
         Returns: (m, k, *shape of one row's x), or a dict of such arrays for several inputs, in the
           unit of the test loss for each unit of x.
@@ -132,7 +247,7 @@ class Influence:
         """
         chosen = self.train.take(self._rows(rows))
         check_differentiable(chosen.x)
-        S = self.s_test(test).x
+        S = self.s_test(test, measurement=measurement).x
         size = self.batch_size or self.net.rows_per_batch(chosen)
         batches = progress(chosen.batches(size), "input gradients", -(-len(chosen) // size))
         found = [[self.net.input_gradient(x, y, s) for s in S.T] for x, y in batches]
@@ -144,18 +259,6 @@ class Influence:
         if isinstance(chosen.x, dict):
             return {name: joined(itemgetter(name)) for name in chosen.x}
         return joined(lambda gradient: gradient)
-
-    def parameters(self, rows: ArrayLike) -> NDArray:
-        """Predicted change of theta were each training row left out, + H^-1 grad L(z_i) / n.
-
-        Args:
-          rows: (k,) training rows.
-
-        Returns: (k, d).
-        """
-        rows = self._rows(rows)
-        blocks = [self._solve(G, "the rows' gradients").x.T for _, G in self._row_gradients(rows)]
-        return np.concatenate(blocks) / len(self.train)
 
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
         """Predicted change of each training row's own loss were that row left out.
@@ -179,94 +282,3 @@ class Influence:
             for G_loss, G in self._row_gradients(rows)
         ]
         return np.concatenate(blocks) / len(self.train)
-
-    # --- inside ----------------------------------------------------------------------------------
-
-    def _rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
-        return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
-
-    def _changes(self, S: NDArray, rows: NDArray[np.int64]) -> NDArray:
-        """(k, m): S . grad L(z_i) / n for every row and column of S, in passes over the rows."""
-        chosen = (
-            self.train
-            if len(rows) == len(self.train) and (rows == np.arange(len(rows))).all()
-            else self.train.take(rows)
-        )
-        size = self.batch_size or self.net.rows_per_batch(chosen, S.shape[1])
-        parts = [self.net.directional(x, y, S) for x, y in chosen.batches(size)]
-        return (np.concatenate(parts) + self.net.penalty_gradient() @ S) / len(self.train)
-
-    def _row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
-        """(grad loss, grad L) block by block of rows, gradients as columns (d, b)."""
-        penalty = self.net.penalty_gradient()[:, None]
-        starts = range(0, len(rows), self._together)
-        for start in progress(starts, "solving for training rows"):
-            part = rows[start : start + self._together]
-            chosen = self.train.take(part)
-            G = self.net.gradients(chosen.x, chosen.y).T
-            yield G, G + penalty
-
-    @property
-    def _prefers_closed_form(self) -> bool:
-        """Whether the solver stands for the exact inverse of the risk's own Hessian, but slower."""
-        solver, operator = self._solver, self.operator
-        if isinstance(solver, Prepared):
-            solver, operator = solver.solver, solver.A
-        # Up to d = n Direct does much the same work.
-        slower = isinstance(solver, CG) or self.net.num_parameters > len(self.train)
-        return (
-            slower
-            and isinstance(solver, CG | Direct)
-            and type(operator) is Hessian
-            and not operator.damping
-            and operator.is_current
-        )
-
-    @property
-    def _together(self) -> int:
-        per_vector = self.net.num_parameters * self.net.dtype.itemsize
-        return int(np.clip(_BYTES_TOGETHER // per_vector, 1, _MOST_TOGETHER))
-
-    @property
-    def prepared(self) -> Prepared:
-        """The solver made ready for this operator; factored once, on first use."""
-        if not isinstance(self._solver, Prepared):
-            self._solver = prepare(self.operator, self._solver)
-        return self._solver
-
-    def _solve(self, B: NDArray, what: str) -> Solution:
-        solution = self.prepared(B)
-        name, rtol = type(self.prepared.solver).__name__, self.prepared.solver.rtol
-        smallest = float(np.min(solution.min_curvature, initial=np.inf, where=~np.isnan(
-            solution.min_curvature)))  # fmt: skip
-        if rtol is None:
-            return solution
-        if not solution.converged.all():
-            worst = int(np.argmax(np.where(solution.converged, -np.inf, solution.residual)))
-            message = (
-                f"{name} left a relative residual of {solution.residual[worst]:.1e} "
-                f"(rtol {rtol:.1e}) in {np.count_nonzero(~solution.converged)} of "
-                f"{len(solution.converged)} systems for {what}: {solution.remedy}"
-            )
-            if (solution.min_curvature[~solution.converged] <= 0).any():
-                raise DivergenceError(message)
-            warn_unconverged(message)
-        elif smallest < 0:
-            warn_unconverged(
-                f"{name} solved for {what}, but the matrix is indefinite (smallest curvature seen "
-                f"{smallest:.3g}): theta is no minimum, and the scores are those of a saddle; use "
-                f"a damping above {-smallest:.3g}, GaussNewton, or train on."
-            )
-        return solution
-
-
-def _joined(parts: list[Solution]) -> Solution:
-    per_column = ("residual", "iterations", "converged", "min_curvature")
-    fields: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in per_column
-    }
-    return Solution(
-        x=np.concatenate([part.x for part in parts], axis=1),
-        remedy=next((part.remedy for part in parts if part.remedy), ""),
-        **fields,
-    )

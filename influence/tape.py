@@ -88,11 +88,9 @@ def hvp(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
     return each(hessian_map(mean_loss(losses, x, y), theta), V)
 
 
-def hvp_each(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """(r, m, d): the Hessian of batch x[j] (b, ...) times the rows of V[j] (m, d), j < r."""
-    return tf.map_fn(
-        lambda part: hvp(losses, each, theta, *part), (x, y, V), fn_output_signature=V.dtype
-    )
+def over_batches(products: Callable, theta: Any, x: Any, y: Any, V: Any) -> Any:
+    """(r, m, d): `products(theta, x[j], y[j], V[j])` of batch x[j] (b, ...), V[j] (m, d), j < r."""
+    return tf.map_fn(lambda part: products(theta, *part), (x, y, V), fn_output_signature=V.dtype)
 
 
 def gradients(losses: Losses, each: Each, theta: Any, x: Any, y: Any) -> Any:
@@ -100,9 +98,9 @@ def gradients(losses: Losses, each: Each, theta: Any, x: Any, y: Any) -> Any:
     return each(lambda part: _alone(losses, theta, *part), (x, y))
 
 
-def gradients_at(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> Any:
-    """(n, d): the gradient of example i's loss at thetas[i]."""
-    return each(lambda part: _alone(losses, part[2], part[0], part[1]), (x, y, thetas))
+def gradient_each(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> Any:
+    """(r, d): the gradient of the mean loss of batch x[j] (b, ...) at thetas[j]."""
+    return each(lambda part: gradient(mean_loss(losses, *part[:2]), part[2]), (x, y, thetas))
 
 
 def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
@@ -130,6 +128,52 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
         g = gradient(lambda t: tf.reduce_sum(losses(t, x, y)), theta)
         along = tf.tensordot(g, v, 1)
     return tape.gradient(along, x, unconnected_gradients=_ZERO)
+
+
+def bregman_gradient(
+    output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, thetas: Any
+) -> Any:
+    """(k, d): gradient, at each of thetas, of the mean Bregman divergence of the loss from theta.
+
+    D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i) in the output z, z_i being
+    what the model says at theta. The two slopes are subtracted before they are pulled back, so that
+    near theta, where they almost cancel, the digits of the difference are kept.
+    """
+
+    def slope(z):
+        return gradient(lambda z: tf.reduce_mean(loss(y, z)), z)
+
+    before = slope(output(theta, x))
+
+    def at(there):
+        with tf.GradientTape() as tape:
+            tape.watch(there)
+            z = output(there, x)
+        rise = slope(tf.stop_gradient(z)) - before
+        return tape.gradient(z, there, output_gradients=rise, unconnected_gradients=_ZERO)
+
+    return each(at, thetas)
+
+
+def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
+    """(n,): v' H_i v with H_i the Hessian of each example's loss.
+
+    As in `directional`: v' (sum_i u_i H_i) v is linear in u, so its gradient by u is the answer.
+    """
+    u = tf.ones(tf.shape(y)[:1], theta.dtype)
+    return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)
+
+
+def curvature_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
+    """(d,): gradient by theta of v' H v, H the mean loss's Hessian: its third derivative."""
+    u = tf.ones(tf.shape(y)[:1], theta.dtype)
+    u /= tf.reduce_sum(u)
+    return gradient(lambda t: _along_twice(losses, t, x, y, v, u), theta)
+
+
+def _along_twice(losses: Losses, theta: Any, x: Any, y: Any, v: Any, u: Any) -> Any:
+    product = hessian_map(lambda t: tf.tensordot(u, losses(t, x, y), 1), theta)
+    return tf.tensordot(product(v), v, 1)
 
 
 def gauss_newton(

@@ -25,11 +25,12 @@ class Traced:
     Args:
       model: a checked Keras model.
       loss: its per-example loss.
+      weights: what theta is; None: the model's trainable weights.
     """
 
-    def __init__(self, model: keras.Model, loss: PerExampleLoss):
+    def __init__(self, model: keras.Model, loss: PerExampleLoss, weights: Any = None):
         self.model, self.loss = model, loss
-        self.weights = tuple(model.trainable_weights)
+        self.weights = tuple(model.trainable_weights if weights is None else weights)
         self.sizes = [int(np.prod(w.shape)) for w in self.weights]
         self.dtype = np.dtype(self.weights[0].dtype)
         self._functions: dict[str, Any] = {}
@@ -74,11 +75,24 @@ class Traced:
 
     # --- running them -----------------------------------------------------------------------------
 
-    def run(self, name: str, function: Callable, *tensors: Any) -> Any:
-        """Trace `function` under `name` on first use; call it; NumPy arrays."""
-        if name not in self._functions:
-            self._functions[name] = tf.function(function, reduce_retracing=True)
-        return tf.nest.map_structure(lambda t: t.numpy(), self._functions[name](*tensors))
+    def run(self, name: str, function: Callable, *tensors: Any, leading: int = 1) -> Any:
+        """Trace `function` under `name` on first use; call it; NumPy arrays.
+
+        The sizes of the leading axes are left open from the first trace on. Were they found to vary
+        later, numbers would depend, in their last bits, on what had been asked before: a run that
+        was interrupted would not end as one that was not.
+        """
+
+        def signature(t):
+            is_theta = t.shape[-1:] == [sum(self.sizes)]
+            open_axes = min(leading, t.shape.rank - is_theta)
+            return tf.TensorSpec([None] * open_axes + t.shape[open_axes:].as_list(), t.dtype)
+
+        signatures = tf.nest.map_structure(signature, tensors)
+        key = f"{name} {signatures}"
+        if key not in self._functions:
+            self._functions[key] = tf.function(function, input_signature=signatures)
+        return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
         """As `run`, for a `function(each, theta, x, y, *tensors)` that maps over vectors."""
@@ -96,9 +110,10 @@ class Traced:
         if self._seen is None:
             row = tf.nest.map_structure(lambda t: t[:1], (x, y))
             rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
+            # A name of its own: TensorFlow warns of tracing one function often, as is meant here.
+            losses = tf.function(lambda *tensors: self.losses(*tensors))
             graphs = [
-                tf.function(self.losses).get_concrete_function(self.theta(), *batch).graph
-                for batch in (row, rows)
+                losses.get_concrete_function(self.theta(), *batch).graph for batch in (row, rows)
             ]
             one, two = (_numbers(graph) for graph in graphs)
             self._seen = tape.needs_loop(graphs[0]), max(two - one, 1)

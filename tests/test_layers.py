@@ -19,12 +19,25 @@ PACKAGES = {
 _BELOW_SOLVERS = {"examples", "net", "operators"}
 LAYERS = {
     "examples": set(),
+    "stream": {"examples"},
     "net": {"examples"},
     "operators": {"examples", "net"},
     "solvers": _BELOW_SOLVERS,
+    "spectrum": _BELOW_SOLVERS | {"solvers"},
     "models": _BELOW_SOLVERS | {"solvers"},
-    "scores": _BELOW_SOLVERS | {"solvers"},
-    "retraining": _BELOW_SOLVERS | {"solvers"},
+    "response": _BELOW_SOLVERS | {"solvers"},
+    "groups": _BELOW_SOLVERS | {"solvers", "response"},
+    "relative": _BELOW_SOLVERS | {"solvers", "response"},
+    "score_file": _BELOW_SOLVERS | {"solvers"},
+    "scores": _BELOW_SOLVERS | {"solvers", "response", "groups", "relative", "score_file"},
+    "datainf": _BELOW_SOLVERS,
+    "tracin": _BELOW_SOLVERS,
+    "refits": _BELOW_SOLVERS,
+    "removal": _BELOW_SOLVERS | {"solvers", "refits"},
+    "retraining": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
+    "proximal": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
+    "preflight": _BELOW_SOLVERS | {"solvers", "spectrum"},
+    "check": _BELOW_SOLVERS | {"preflight", "spectrum"},
     "attack": _BELOW_SOLVERS | {"solvers"},
 }
 FRONT = {"__init__", "__main__"}  # the public names, the command line: above everything

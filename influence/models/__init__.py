@@ -1,9 +1,11 @@
 """The paper's models: what the network, loss and fit are, nothing else."""
 
+from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge, SmoothHingeLoss
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 
 __all__ = [
+    "AllCNN",
     "BinaryLogisticRegression",
     "MulticlassLogisticRegression",
     "SmoothHinge",

@@ -49,6 +49,7 @@ class SmoothHingeLoss(keras.losses.Loss):
     """
 
     labels = (-1, 1)
+    convex = True
 
     def __init__(self, t: float = 0.0, reduction: str = "none", name: str | None = None):
         if not (t == 0 or _SMALLEST_T <= t < np.inf):
@@ -153,7 +154,7 @@ class SmoothHinge(LinearModel):
 
         Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
         Raises: ValueError for labels that are not -1 and 1, or for one of them alone at t = 0 and
-          far from the minimum.
+          far from the minimum; TypeError there for a Stream, which LinearSVC cannot take.
         """
         if self.t > 0:
             super().fit(
@@ -244,12 +245,17 @@ class SmoothHinge(LinearModel):
         rows = np.flatnonzero(a)
         if not len(rows):
             return np.zeros(self.num_parameters, self.dtype)
-        used = examples.take(rows)
-        E = (a[rows] * used.y.reshape(-1)).astype(self.dtype)[:, None, None]
-        return self._transposed_times(used.x, E)[:, 0] / (len(a) * self.weight_decay)
+        E = (a[rows] * examples.y[rows].reshape(-1)).astype(self.dtype)[:, None, None]
+        total, start = np.zeros(self.num_parameters, self.dtype), 0
+        for x, y in examples.batches(self.rows_per_batch(examples), rows):
+            total = total + self._transposed_times(x, E[start : start + len(y)])[:, 0]
+            start += len(y)
+        return total / (len(a) * self.weight_decay)
 
     def _shortfalls(self, examples: Examples) -> NDArray:
-        return self._shortfall(self.outputs(examples.x)[:, :, None], examples.y)[:, 0, 0]
+        batches = examples.batches(self.rows_per_batch(examples))
+        Z = np.concatenate([self.outputs(x) for x, _ in batches])[:, :, None]
+        return self._shortfall(Z, examples.y)[:, 0, 0]
 
     def _liblinear(self, examples: Examples) -> None:
         """theta from scikit-learn, whose word on convergence is not needed: the gap is."""

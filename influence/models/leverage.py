@@ -68,15 +68,21 @@ def self_influence(model: LinearModel, examples: Examples, rows: NDArray) -> NDA
     """e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n with e = dl/dz: (k,).
 
     None for several outputs, in float32, without a penalty, where the matrix is too large or not
-    positive definite: then there is no faster or no safe closed form.
+    positive definite, or (n, n) and the inputs are not in memory: then there is no faster or no
+    safe closed form.
     """
     smaller = min(len(examples), model.num_parameters)
     if model.num_outputs != 1 or model.dtype != np.float64 or model.weight_decay == 0:
         return None
-    if smaller > _LARGEST_FACTOR:
+    by_rows = model.num_parameters > len(examples)
+    if smaller > _LARGEST_FACTOR or (by_rows and not examples.in_memory):
         return None
-    chosen = examples.take(rows)
-    e = model._slope(model._times(chosen.x, model.theta), chosen.y)[:, 0, 0]
+    order = np.argsort(rows)
+    batches = examples.batches(model.rows_per_batch(examples), rows[order])
+    e = np.empty(len(rows), model.dtype)
+    e[order] = np.concatenate(
+        [model._slope(model._times(x, model.theta), y)[:, 0, 0] for x, y in batches]
+    )
     try:
         h, q = _quadratics(model, examples, rows, None)
     except DivergenceError:
@@ -128,8 +134,11 @@ def _by_parameters(model: LinearModel, examples: Examples, rows: NDArray) -> Any
     L = scipy.linalg.cholesky(H.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, model.weight_decay * model.theta)
     h, q = np.empty((2, len(rows)), H.dtype)
-    for part in _parts(len(rows)):
-        columns = _solved(L, model._with_one(model._dense(examples.take(rows[part]).x)).T)
+    order = np.argsort(rows)
+    batches = examples.batches(_COLUMNS, rows[order])
+    for slots, (x, _) in zip(_parts(len(rows)), batches, strict=True):
+        columns = _solved(L, model._with_one(model._dense(x)).T)
+        part = order[slots]
         h[part], q[part] = np.einsum("ij,ij->j", columns, columns), half @ columns
     return h, q
 

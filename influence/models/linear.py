@@ -15,17 +15,17 @@ from typing import Any
 
 import keras
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.convergence import warn_unconverged
 from influence.examples import Examples, check_differentiable
-from influence.models import leverage, newton
+from influence.models import leverage, newton, products
 from influence.net import GenericNeuralNet
 
 _BLOCK_NUMBERS = 1 << 21  # entries of one batch's (rows, c, m) block: about the size of a cache
-_HESSIAN_ROWS = 1024  # rows weighted at a time when the Hessian is formed
+_BATCH_BYTES = 1 << 30  # what a batch of inputs may take
+_GRADIENT_BYTES = 1 << 26  # what its gradients may, where `directional` forms them
 
 
 class LinearModel(GenericNeuralNet):
@@ -110,16 +110,27 @@ class LinearModel(GenericNeuralNet):
         gradient = self._transposed_times(x, self._slope(Z, y))[:, 0] / len(y)
         return float(self._loss(Z, y).mean()), gradient
 
-    def gradients(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
+    def gradients(self, x: Any, y: Any) -> NDArray:
         """See GenericNeuralNet.gradients: x_i (x) dl_i/dz."""
         rows = self._with_one(self._dense(x))
-        if thetas is None:
-            Z = self._times(x, self.theta)
-        else:
-            W = self._columns(thetas).T.reshape(len(rows), -1, self.num_outputs)
-            Z = np.einsum("nf,nfc->nc", rows, W)[:, :, None]
-        E = self._slope(Z, np.asarray(y))[:, :, 0]
+        E = self._slope(self._times(x, self.theta), np.asarray(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
+
+    def gradient_each(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
+        """See GenericNeuralNet.gradient_each."""
+        num_batches, batch_size = np.shape(y)[:2]
+        flat = np.reshape(x, (num_batches * batch_size, -1))
+        rows = self._with_one(self._dense(flat)).reshape(num_batches, batch_size, -1)
+        W = self._columns(thetas).T.reshape(num_batches, rows.shape[2], -1)
+        Z = (rows @ W).reshape(num_batches * batch_size, -1, 1)
+        E = self._slope(Z, np.reshape(y, -1)).reshape(num_batches, batch_size, -1)
+        return (rows.transpose(0, 2, 1) @ E).reshape(num_batches, -1).T / batch_size
+
+    def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
+        """See GenericNeuralNet.bregman_gradient: outputs linear in theta have a constant slope."""
+        Z, y = self._times(x, np.column_stack([self.theta, self._columns(thetas)])), np.asarray(y)
+        E = self._slope(Z[:, :, 1:], y) - self._slope(Z[:, :, :1], y)
+        return self._transposed_times(x, E) / len(E)
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """See GenericNeuralNet.hvp: X' (d2l/dz2) X V / n."""
@@ -138,8 +149,13 @@ class LinearModel(GenericNeuralNet):
         C = self._curved(Z, np.reshape(y, -1), U).reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ C).reshape(V.shape) / batch_size
 
-    def directional(self, x: Any, y: Any, V: NDArray) -> NDArray:
+    # The output is linear in theta, so the Hessian has nothing besides its Gauss-Newton part.
+    gauss_newton_product, gauss_newton_each = hvp, hvp_each
+
+    def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """See GenericNeuralNet.directional: sum_c (dl/dz)_c (X V)_c."""
+        if dtype is not None and np.dtype(dtype) != self.dtype:
+            return products.directional(self, dtype, x, y, V)
         Z, U = self._outputs_and(x, V)
         along = np.einsum("nc,ncm->nm", self._slope(Z, np.asarray(y))[:, :, 0], U)
         return along if np.ndim(V) == 2 else along[:, 0]
@@ -159,6 +175,11 @@ class LinearModel(GenericNeuralNet):
         """See GenericNeuralNet.penalty: weight_decay/2 |W|^2."""
         return self.weight_decay / 2 * float(self.theta @ self.theta)
 
+    @property
+    def strong_convexity(self) -> float:
+        """See GenericNeuralNet.strong_convexity: weight_decay."""
+        return self.weight_decay
+
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
         """See GenericNeuralNet.penalty_gradient: weight_decay W."""
         return self.weight_decay * (self.theta if thetas is None else self._columns(thetas))
@@ -169,16 +190,22 @@ class LinearModel(GenericNeuralNet):
 
     def hessian(self, examples: Examples) -> NDArray:
         """The risk's Hessian (d, d) in closed form, for one output: X' diag(d2l/dz2) X / n."""
-        block = self._weighted_gram(
-            examples, lambda Z, y: self._curved(Z, y, np.ones_like(Z))[:, :, 0]
+        block = products.weighted_gram(
+            self, examples, lambda Z, y: self._curved(Z, y, np.ones_like(Z))[:, :, 0]
         )[0]
         block[np.diag_indices_from(block)] += self.weight_decay
         return block
 
-    def rows_per_batch(self, examples: Examples, num_vectors: int = 1) -> int:
+    def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
         """See GenericNeuralNet.rows_per_batch: blocks that stay in the cache are fastest."""
+        if dtype is not None and np.dtype(dtype) != self.dtype:
+            of_row = self.num_parameters * np.dtype(dtype).itemsize
+            return int(np.clip(_GRADIENT_BYTES // of_row, 1, len(examples)))
         width = max(self.num_outputs * num_vectors, 1)
-        return int(np.clip(_BLOCK_NUMBERS // width, min(256, len(examples)), len(examples)))
+        of_row = examples.num_entries * self.dtype.itemsize / len(examples)
+        fits = max(_BATCH_BYTES // max(of_row, 1), 1)
+        size = np.clip(_BLOCK_NUMBERS // width, min(256, len(examples)), len(examples))
+        return int(min(size, fits))
 
     # --- fitting and oracles --------------------------------------------------------------------
 
@@ -223,24 +250,6 @@ class LinearModel(GenericNeuralNet):
         return leverage.one_step_leave_one_out(self, examples, rows)
 
     # --- inside -----------------------------------------------------------------------------------
-
-    def _weighted_gram(self, examples: Examples, weights: Any) -> NDArray:
-        """X' diag(w_k) X / n, (k, f, f), for non-negative weights w (n, k) = weights(Z, y).
-
-        A symmetric rank-n update of sqrt(w) X does half the work of a product.
-        """
-        f = self.num_features + self.intercept
-        syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
-        grams: list[NDArray] = []
-        buffer = np.empty((_HESSIAN_ROWS, f), self.dtype)  # fresh pages cost more than the product
-        for x, y in examples.batches(_HESSIAN_ROWS):
-            w = np.sqrt(weights(self._times(x, self.theta), y))
-            rows = self._with_one(self._dense(x))
-            grams = grams or [np.zeros((f, f), self.dtype, order="F") for _ in range(w.shape[1])]
-            for gram, column in zip(grams, w.T, strict=True):
-                weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
-                syrk(1 / len(examples), weighted, beta=1.0, c=gram, overwrite_c=True, lower=True)
-        return np.stack([np.tril(gram) + np.tril(gram, -1).T for gram in grams])
 
     def _thetas(self, thetas: NDArray | None) -> NDArray:
         return self.theta[:, None] if thetas is None else self._columns(thetas)

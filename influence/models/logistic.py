@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from influence.examples import Examples
 from influence.models.linear import LinearModel
+from influence.models.products import weighted_gram
 
 
 class MulticlassLogisticRegression(LinearModel):
@@ -60,7 +61,7 @@ class MulticlassLogisticRegression(LinearModel):
             return P[:, a] * P[:, b]
 
         H = np.zeros((f, c, f, c), self.dtype)
-        for i, j, block in zip(a, b, self._weighted_gram(examples, pair_weights), strict=True):
+        for i, j, block in zip(a, b, weighted_gram(self, examples, pair_weights), strict=True):
             H[:, i, :, j] = H[:, j, :, i] = -block
             H[:, i, :, i] += block
             H[:, j, :, j] += block

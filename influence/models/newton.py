@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
@@ -86,8 +85,7 @@ def _step(
 ) -> NDArray:
     """H^-1 gradient, (d,)."""
     n, d = len(examples), model.num_parameters
-    num_entries = examples.x.nnz if scipy.sparse.issparse(examples.x) else examples.x.size
-    if d**2 * (n + d / 3) <= _FACTOR_COST * num_entries * model.num_outputs:
+    if d**2 * (n + d / 3) <= _FACTOR_COST * examples.num_entries * model.num_outputs:
         try:
             factor = scipy.linalg.cho_factor(model.hessian(examples), overwrite_a=True)
             step = scipy.linalg.cho_solve(factor, gradient)

@@ -3,6 +3,21 @@
 from influence.solvers.base import Prepared, Solution, Solver, prepare, solve
 from influence.solvers.cg import CG
 from influence.solvers.direct import Direct
+from influence.solvers.ekfac import EKFAC
+from influence.solvers.lanczos import Lanczos
 from influence.solvers.lissa import LiSSA
+from influence.solvers.nystrom import Nystrom
 
-__all__ = ["CG", "Direct", "LiSSA", "Prepared", "Solution", "Solver", "prepare", "solve"]
+__all__ = [
+    "CG",
+    "EKFAC",
+    "Direct",
+    "Lanczos",
+    "LiSSA",
+    "Nystrom",
+    "Prepared",
+    "Solution",
+    "Solver",
+    "prepare",
+    "solve",
+]

@@ -24,6 +24,9 @@ class Solution:
       converged: (m,) residual within the solver's tolerance.
       min_curvature: (m,) smallest curvature v'Av / v'v seen; NaN if none was looked at.
         A negative one proves that A is not positive definite.
+      residual_norm: (m,) the same residuals in absolute size, |b - A x|.
+      eigenvalue_bound: what no eigenvalue of A is smaller than in size: known from the model, or
+        found by the solver; NaN if neither tells.
       remedy: what to change if `converged` is not all True, else an empty string.
     """
 
@@ -32,7 +35,27 @@ class Solution:
     iterations: NDArray
     converged: NDArray
     min_curvature: NDArray
+    residual_norm: NDArray
+    eigenvalue_bound: float = np.nan
     remedy: str = ""
+
+    def score_error_bound(self, gradients: ArrayLike) -> NDArray:
+        """How far g . x can be from g . A^-1 b, for every vector g and every column.
+
+        |g . (A^-1 b - x)| = |(A^-1 g) . (b - A x)| <= |g| |b - A x| / min_j |eigenvalue_j of A|.
+        A certificate of the solve, in exact arithmetic: neither the rounding of the products nor
+        what influence functions themselves neglect is in it.
+
+        Args:
+          gradients: (k, d) vectors g.
+
+        Returns: (k, m), in the unit of g . x; NaN where no bound on A's eigenvalues is known.
+        Raises: ValueError for another shape.
+        """
+        G = np.asarray(gradients)
+        if G.ndim != 2 or G.shape[1] != len(self.x):
+            raise ValueError(f"gradients must have shape (k, {len(self.x)}), got {G.shape}.")
+        return np.outer(np.linalg.norm(G, axis=1), self.residual_norm) / self.eigenvalue_bound
 
 
 @dataclass(frozen=True)
@@ -44,10 +67,14 @@ class Raw:
     min_curvature: Any = np.nan  # () or (m,)
     remedy: str = ""
     residual: Callable[[], NDArray] | None = None  # (m,), if there is a matrix to check against
+    eigenvalue_bound: float = np.nan  # as in Solution, if the solver found one
 
 
 class Solver(Protocol):
-    """A frozen dataclass of hyperparameters that knows how to prepare for a matrix."""
+    """A frozen dataclass of hyperparameters that knows how to prepare for a matrix.
+
+    A class attribute `unfit_as_preconditioner`, where there is one, says why CG cannot use it.
+    """
 
     @property
     def rtol(self) -> float | None:
@@ -77,6 +104,10 @@ class Prepared:
     solver: Solver
     apply: Callable[[NDArray], Raw]
 
+    def __repr__(self) -> str:
+        """Matrix and solver, without addresses: the same in every process."""
+        return f"prepare({self.A!r}, {self.solver!r})"
+
     def __call__(self, B: ArrayLike) -> Solution:
         """Solve for a vector (d,) or a block (d, m).
 
@@ -97,11 +128,10 @@ class Prepared:
         raw = self.apply(block)
         m = block.shape[1]
         residual = raw.residual() if raw.residual else relative_residual(self.A, raw.x, block)
+        known = getattr(self.A, "smallest_eigenvalue_bound", np.nan)
+        bounds = [bound for bound in (known, raw.eigenvalue_bound) if bound > 0]
         if not np.isfinite(raw.x).all() or np.isnan(residual).any():
-            raise DivergenceError(
-                f"A must have finite products, got NaN or infinity from {type(self.A).__name__} in "
-                f"{type(self.solver).__name__}; look for infinite losses at theta, or use float64."
-            )
+            raise not_finite(self.A, type(self.solver).__name__)
         curvature = np.broadcast_to(np.asarray(raw.min_curvature, float), m).copy()
         iterations = np.broadcast_to(np.asarray(raw.iterations), m).copy()
         rtol = self.solver.rtol
@@ -112,6 +142,8 @@ class Prepared:
             iterations=iterations,
             converged=good,
             min_curvature=curvature,
+            residual_norm=residual * np.linalg.norm(block, axis=0),
+            eigenvalue_bound=float(max(bounds, default=np.nan)),
             remedy="" if good.all() else raw.remedy,
         )
 
@@ -145,7 +177,8 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train, damping)`.
       B: (d,) or (d, m).
-      solver: `Direct()`, `CG()` or `LiSSA()`, or what `prepare` returned.
+      solver: `Direct()`, `CG()`, `LiSSA()`, `Lanczos(rank)`, `Nystrom(rank)`, or what `prepare`
+        returned.
 
     Returns: Solution. A column that did not converge is reported there, not raised.
     Raises: ValueError for wrong shapes or values; DivergenceError where no number can be returned.
@@ -187,6 +220,39 @@ def as_symmetric(A: Any) -> LinearOperator:
 
 def relative_residual(A: LinearOperator, X: NDArray, B: NDArray) -> NDArray:
     """|b - A x| / |b| per column; zero where b and x are zero."""
-    gap = np.linalg.norm(B - A @ X, axis=0)
-    size = np.linalg.norm(B, axis=0)
+    return relative_norm(B - A @ X, B)
+
+
+def relative_norm(R: NDArray, B: NDArray) -> NDArray:
+    """|r| / |b| per column; zero where both are zero."""
+    gap, size = np.linalg.norm(R, axis=0), np.linalg.norm(B, axis=0)
     return np.divide(gap, size, out=np.where(gap > 0, np.inf, 0.0).astype(float), where=size > 0)
+
+
+def finite_products(A: LinearOperator, V: NDArray, name: str) -> NDArray:
+    """A V, or DivergenceError in the name of a solver that cannot go on with a NaN."""
+    products = A @ V
+    if not np.isfinite(products).all():
+        raise not_finite(A, name)
+    return products
+
+
+def not_finite(A: LinearOperator, name: str) -> DivergenceError:
+    """What to say of an operator whose products are not numbers."""
+    return DivergenceError(
+        f"A must have finite products, got NaN or infinity from {type(A).__name__} in {name}; "
+        "look for infinite losses at theta, or use float64."
+    )
+
+
+def check_rank(rank: Any, seed: Any, rtol: float | None) -> None:
+    """Refuse the hyperparameters of a low-rank solver that have no meaning.
+
+    Raises: ValueError.
+    """
+    for name, value, least in (("rank", rank, 1), ("seed", seed, 0)):
+        integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not integer or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    if rtol is not None and not rtol >= 0:
+        raise ValueError(f"rtol must be non-negative or None, got {rtol}.")

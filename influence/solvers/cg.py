@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
 
-from influence.solvers.base import Prepared, Raw, prepare
+from influence.solvers.base import Raw, relative_norm
+from influence.solvers.preconditioner import check_preconditioner, inverse_of
 
 _MOST_ITERATIONS = 10_000
+_OF_USE = 1e-2  # no larger rtol is worth a suggestion
 _PATIENCE = 100  # iterations together without halving the largest residual
 
 
@@ -33,11 +35,17 @@ class CG:
     Args:
       rtol: relative residual |b - A x| / |b| to reach, per column.
       max_iterations: at most this many; None: 10 d, and 10,000 at most.
-      preconditioner: a solver that is fixed, linear and positive definite (prepared on the same
-        matrix), or a (d, d) array or LinearOperator that approximates the inverse.
+      preconditioner: a solver that is fixed, linear and positive definite, such as Nystrom(100),
+        prepared on the same matrix unless it is prepared already; or a (d, d) array or
+        LinearOperator that approximates the inverse.
 
-    Raises: ValueError for a negative rtol or fewer than one iteration.
+    Raises: ValueError for a negative rtol or fewer than one iteration, and, when preparing, for a
+      preconditioner that is not positive definite; TypeError for one that is not linear.
     """
+
+    unfit_as_preconditioner: ClassVar[str] = (
+        "where it stops, and so what it answers, depends on the right-hand side"
+    )
 
     rtol: float = 1e-6
     max_iterations: int | None = None
@@ -49,28 +57,13 @@ class CG:
             raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
         if self.max_iterations is not None and self.max_iterations < 1:
             raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        check_preconditioner(self.preconditioner)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Prepare the preconditioner, if there is one."""
-        inverse = _inverse(self.preconditioner, A)
+        inverse = inverse_of(self.preconditioner, A)
         limit = self.max_iterations or min(10 * A.shape[0], _MOST_ITERATIONS)
         return lambda B: _conjugate_gradients(A, B, self.rtol, limit, inverse)
-
-
-def _inverse(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], NDArray]:
-    if preconditioner is None:
-        return lambda R: R
-    if isinstance(preconditioner, Prepared) or hasattr(preconditioner, "prepare"):
-        # One prepared for another matrix is a good preconditioner for this one.
-        given = isinstance(preconditioner, Prepared)
-        prepared = preconditioner if given else prepare(A, preconditioner)
-        return lambda R: prepared.apply(R).x
-    operator = aslinearoperator(preconditioner)
-    if operator.shape != A.shape:
-        raise ValueError(
-            f"preconditioner must have the shape of A, {A.shape}, got {operator.shape}."
-        )
-    return lambda R: operator @ R
 
 
 def _conjugate_gradients(
@@ -109,7 +102,8 @@ def _conjugate_gradients(
         run.X,
         run.iterations,
         np.where(np.isinf(run.curvature), np.nan, run.curvature),
-        _remedy(run.negative, stalled, run.curvature, rounding, limit),
+        _remedy(run.negative, stalled, run.curvature, rounding, limit, relative_norm(R, B)),
+        residual=lambda: relative_norm(R, B),  # R is B - A X itself, not the recurrence's
     )
 
 
@@ -214,14 +208,23 @@ def _independent(Z: NDArray) -> NDArray:
 
 
 def _remedy(
-    negative: NDArray, stalled: NDArray, curvature: NDArray, rounding: float, limit: int
+    negative: NDArray,
+    stalled: NDArray,
+    curvature: NDArray,
+    rounding: float,
+    limit: int,
+    residual: NDArray,
 ) -> str:
+    # In float32 rounding leaves 1e-7 to 1e-5 by condition number; how much less to ask for is seen.
+    reached = float(residual[negative | stalled].max(initial=0.0))
+    rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
     if negative.any():
         worst = float(curvature[negative].min())
         if worst >= -rounding:
+            before = f", or stop before that, with CG(rtol={rtol:.0e})" if rtol else ""
             return (
                 f"A is singular: curvature {abs(worst):.1g} was met, zero but for rounding; add "
-                "damping or a penalty, or drop the redundant parameters."
+                f"damping or a penalty, or drop the redundant parameters{before}."
             )
         return (
             f"A is not positive definite: negative curvature {worst:.3g} was met, and there may be "
@@ -229,7 +232,8 @@ def _remedy(
             "answers for indefinite matrices."
         )
     if stalled.any():
-        return "rounding stopped CG above rtol: use float64 or a larger rtol."
+        asked = f"CG(rtol={rtol:.0e})" if rtol else "a larger rtol"
+        return f"rounding stopped CG above rtol: use float64 or {asked}."
     return f"CG stopped at max_iterations = {limit}: allow more, precondition, or damp more."
 
 

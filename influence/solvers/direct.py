@@ -15,6 +15,8 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from influence.convergence import DivergenceError
 from influence.solvers.base import Raw, relative_residual
 
+_FEW = 64  # order up to which all eigenvalues are no dearer than one by iteration
+
 
 @dataclass(frozen=True)
 class Direct:
@@ -54,14 +56,15 @@ class Direct:
             factor = None
         if factor is not None:
             inverse = lambda B: scipy.linalg.cho_solve(factor, B, check_finite=False)  # noqa: E731
-            smallest = nearest = _smallest(matrix, inverse)
+            nearest, bound = _nearest_zero(matrix, inverse)
+            smallest = nearest
         else:
             sytrf, sytrs = scipy.linalg.get_lapack_funcs(("sytrf", "sytrs"), (matrix,))
             ldl, pivots, info = sytrf(matrix, lower=1)
             inverse = lambda B: sytrs(ldl, pivots, B, lower=1)[0]  # noqa: E731
             # The eigenvalue nearest zero decides whether the system can be solved at all.
-            nearest = 0.0 if info > 0 else _nearest_zero(matrix, inverse)
-            smallest = _smallest(matrix, None)
+            nearest, bound = (0.0, 0.0) if info > 0 else _nearest_zero(matrix, inverse)
+            smallest = _smallest(matrix)
         if abs(nearest) <= tiny:
             # The residual is about tiny / damping: this reaches rtol, in float32 as far as it can.
             enough = tiny * min(1 / max(self.rtol, eps), 1e-3 / eps)
@@ -72,7 +75,8 @@ class Direct:
 
         def apply(B: NDArray) -> Raw:
             X = inverse(B)
-            return Raw(X, 1, smallest, remedy, lambda: relative_residual(matrix, X, B))
+            residual = lambda: relative_residual(matrix, X, B)  # noqa: E731
+            return Raw(X, 1, smallest, remedy, residual, bound - tiny)
 
         return apply
 
@@ -115,27 +119,37 @@ def dense(A: LinearOperator) -> NDArray:
     return (matrix + matrix.T) / 2
 
 
-def _smallest(matrix: NDArray, inverse: Callable | None) -> float:
-    """Smallest eigenvalue; by inverse iteration where a positive definite factor is at hand."""
-    if len(matrix) < 64:
+def _smallest(matrix: NDArray) -> float:
+    if len(matrix) < _FEW:
         return float(scipy.linalg.eigvalsh(matrix, subset_by_index=[0, 0])[0])
-    if inverse is not None:
-        return _nearest_zero(matrix, inverse)
-    return _eigsh(matrix, which="SA")
+    return _eigsh(matrix, which="SA")[0]
 
 
-def _nearest_zero(matrix: NDArray, inverse: Callable) -> float:
-    if len(matrix) < 64:
+def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
+    """The eigenvalue nearest zero, and what none is smaller than in size, by inverse iteration.
+
+    Some eigenvalue of the inverse lies within |A^-1 v - mu v| of mu, and the iteration tends to
+    the largest: 1 / (|mu| + residual) bounds what the matrix itself has. Its own residual |A v -
+    v / mu| would be relative to its largest eigenvalue and say nothing.
+    """
+    if len(matrix) < _FEW:
         values = scipy.linalg.eigvalsh(matrix)
-        return float(values[np.abs(values).argmin()])
+        nearest = float(values[np.abs(values).argmin()])
+        return nearest, abs(nearest)
     operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore
-    return _eigsh(matrix, which="LM", sigma=0.0, OPinv=operator)
+    nearest, v = _eigsh(matrix, which="LM", sigma=0.0, OPinv=operator)
+    if np.isnan(nearest):
+        return nearest, nearest
+    w = np.ravel(inverse(v))
+    mu = float(v @ w)
+    return nearest, 1 / (abs(mu) + float(np.linalg.norm(w - mu * v)))
 
 
-def _eigsh(matrix: NDArray, **how: Any) -> float:
+def _eigsh(matrix: NDArray, **how: Any) -> tuple[float, NDArray]:
     # A fixed start vector: the same matrix gives the same number, and no global seed is touched.
     start = np.random.default_rng(0).standard_normal(len(matrix)).astype(matrix.dtype)
     try:
-        return float(eigsh(matrix, k=1, v0=start, tol=1e-3, return_eigenvectors=False, **how)[0])
+        values, vectors = eigsh(matrix, k=1, v0=start, tol=1e-3, **how)
     except ArpackNoConvergence:
-        return float("nan")
+        return float("nan"), start
+    return float(values[0]), vectors[:, 0]

@@ -56,13 +56,16 @@ def test_fewer_points_than_asked_are_extrapolated_and_never_the_fastest(digits, 
 def test_speedup_is_that_of_the_fastest_within_tolerance(digits, monkeypatch):
     monkeypatch.setattr(solves, "python_of_peers", lambda: "python")
     monkeypatch.setattr(solves, "_versions", lambda python: {"pyDVL": "0"})
-    fake(monkeypatch, seconds=iter([2.0, 1.0, 30.0, 3.0]).__next__,
-         residual=iter([1e-6, 1e-6, 1e-6, 2e-5]).__next__)  # fmt: skip
+    fake(monkeypatch, seconds=iter([2.0, 1.0, 30.0, 20.0, 3.0]).__next__,
+         residual=iter([1e-6, 1e-6, 1e-6, 1e-6, 2e-5]).__next__)  # fmt: skip
     ways = [(OURS, "cg"), (OURS, "direct"), (PYDVL, "one by one"), (PYDVL, "block")]
+    ways.append((PYDVL, "block"))
     result = solves.run(digits, tuple(Setting(*way, "float64", 2, 2) for way in ways))
-    assert [run["meets"] for run in result["runs"]] == [True, True, True, False]
-    assert result["fastest"][2] == {OURS: 1, PYDVL: 2}
-    assert result["speedup"][2] == 30.0
+    assert [run["meets"] for run in result["runs"]] == [True, True, True, True, False]
+    assert result["fastest"][2] == {OURS: 1, PYDVL: 3}
+    assert result["fastest_default"][2] == 2
+    assert result["speedup"][2] == 20.0
+    assert result["speedup_over_default"][2] == 30.0
 
 
 def test_a_peer_that_is_not_there_is_said_to_be_missing(digits, monkeypatch):
@@ -80,6 +83,20 @@ def test_a_failing_process_is_reported_with_its_last_line(digits, monkeypatch):
     assert result["fastest"][2][OURS] is None
 
 
+def test_a_process_that_takes_too_long_is_stopped(digits, tmp_path):
+    solves.write(tmp_path, digits, 1)
+    result = solves.answer(digits, Setting(OURS, "cg", "float64", 1, 1), tmp_path, patience=0.1)
+    assert result["error"] == "stopped after 0.1 s"
+
+
+def test_an_answer_that_is_not_finite_is_none(digits, monkeypatch):
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)
+    fake(monkeypatch, seconds=1.0, residual=lambda: np.nan)
+    (run,) = solves.run(digits, (Setting(OURS, "cg", "float64", 1, 1),))["runs"]
+    assert run["error"] == "failed: its answer is not finite"
+    assert "meets" not in run
+
+
 def test_setting_in_words():
     words = table.describe(
         {"by": PYDVL, "method": "block", "dtype": "float32", "points": 9, "solved": 3,
@@ -92,8 +109,8 @@ def test_setting_in_words():
 
 def test_the_child_reads_what_the_parent_writes(digits, tmp_path):
     setting = Setting(OURS, "cg", "float32", 2, 2)
+    solves.write(tmp_path, digits, 2)
     path = tmp_path / child.PROBLEM.format("float32")
-    solves._write(path, digits, "float32", (setting,))
     with np.load(path, allow_pickle=False) as file:
         assert {name: file[name].dtype for name in file.files} == {
             "x": np.float32, "y": np.int64, "x_test": np.float32, "y_test": np.int64,
@@ -101,6 +118,7 @@ def test_the_child_reads_what_the_parent_writes(digits, tmp_path):
         }  # fmt: skip
         assert isinstance(Examples(file["x"], file["y"]), Examples)
         assert file["theta"].shape == (64, 10)
+        assert len(file["x_test"]) == 2
     assert setting.weight_decay == WEIGHT_DECAY
 
 

@@ -66,10 +66,15 @@ class FakeData(ModuleType):
 
     found = True
 
+    def __init__(self, name):
+        super().__init__(name)
+        self.dtypes = []  # that were asked for
+
     def find(self, name, root=None):
         return self.found and "some/folder"
 
-    def load(self, name, root=None):
+    def load(self, name, root=None, *, dtype="float64"):
+        self.dtypes.append(dtype)
         if name != "digits" and not self.found:
             raise FileNotFoundError(f"{name} was found nowhere: put it somewhere.")
         pair = (np.zeros((2, 3)), np.zeros(2))

@@ -93,6 +93,13 @@ def test_exit_status_2_on_misuse(fake, capsys, arguments, message):
     assert not os.path.exists("out")
 
 
+def test_a_module_says_in_which_dtype_it_wants_its_data(fake, monkeypatch):
+    main(["fake", "--preset", "smoke"])
+    monkeypatch.setattr(fake, "DTYPE", "float32", raising=False)
+    main(["fake", "--preset", "smoke"])
+    assert fake.data.dtypes == ["float64", "float32"]
+
+
 def test_missing_data_is_misuse_and_never_replaced(fake, capsys):
     fake.data.found = False
     for preset in ("standard", "paper"):

@@ -1,5 +1,6 @@
 import dataclasses
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -42,6 +43,27 @@ def test_memmap_is_not_read_into_memory(tmp_path):
     examples = Examples(stored, Y)
     assert isinstance(examples.x, np.memmap) and np.shares_memory(examples.x, stored)
     np.testing.assert_array_equal(examples.take([4, 1]).x, X[[4, 1]])
+
+
+def test_what_is_left_of_a_memmap_stays_on_disk(tmp_path):
+    big = np.memmap(tmp_path / "x", np.float64, "w+", shape=(3000, 500))  # 12 MB
+    big[:] = np.arange(3000.0)[:, None]
+    examples = Examples({"a": big, "b": np.arange(3000)}, np.arange(3000))
+    tracemalloc.start()
+    left = examples.without([3, 2999]).without([0])
+    sums = [x["a"].sum() for x, _ in left.batches(100)]
+    few = [x["a"].sum() for x, _ in left.batches(100, np.arange(0, 2997, 7))]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6
+    kept = np.delete(np.arange(3000), [0, 3, 2999])
+    assert len(left) == 2997 and left.y.tolist() == kept.tolist() and not left.y.flags.writeable
+    assert sum(sums) == 500 * kept.sum() and sum(few) == 500 * kept[::7].sum()
+    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # read when asked for
+    np.testing.assert_array_equal(left.take([5, 0]).x["a"][:, 0], kept[[5, 0]])
+    assert left.num_entries == 2997 * 501
+    x = {name: part[kept] for name, part in examples.x.items()}
+    assert left.fingerprint == Examples(x, kept).fingerprint
 
 
 @pytest.mark.parametrize("kind", ["csr_matrix", "csc_array", "coo_matrix"])
@@ -106,6 +128,24 @@ def test_take_and_without_split_the_set(n, data):
     left = examples.without(rows)
     np.testing.assert_array_equal(left.x, np.setdiff1d(x, rows))
     np.testing.assert_array_equal(left.y, -left.x)
+
+
+@bounded(30)
+@given(n=st.integers(1, 20), size=st.integers(1, 25), data=st.data())
+def test_batches_of_chosen_rows(n, size, data):
+    rows = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
+    x = np.arange(float(n))
+    for held in (x, scipy.sparse.csr_matrix(x[:, None])):
+        parts = list(Examples(held, -x).batches(size, rows))
+        assert all(len(y) == size for _, y in parts[:-1]) and 1 <= len(parts[-1][1]) <= size
+        got = [x.toarray()[:, 0] if scipy.sparse.issparse(x) else x for x, _ in parts]
+        np.testing.assert_array_equal(np.concatenate(got), rows)
+        np.testing.assert_array_equal(np.concatenate([y for _, y in parts]), -np.array(rows))
+
+
+def test_neighbouring_rows_are_views():
+    ((x, _),) = Examples(X, Y).batches(9, [2, 3, 4])
+    assert np.shares_memory(x, X)
 
 
 def test_one_batch_by_default_and_a_row_may_be_taken_twice():
@@ -190,6 +230,13 @@ def test_bad_rows(rows, error, message):
         Examples(X, Y).without(rows)
     with pytest.raises(error, match="^removed "):
         check_rows(rows, 6, "removed")
+
+
+def test_rows_that_are_read_in_turn_must_increase():
+    with pytest.raises(ValueError, match="^rows must increase, got 4 before 1; use np.sort"):
+        next(Examples(X, Y).batches(2, [0, 4, 1]))
+    with pytest.raises(IndexError, match="^rows must lie in"):
+        next(Examples(X, Y).batches(2, [0, 6]))
 
 
 def test_good_rows_become_int64():

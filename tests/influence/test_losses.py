@@ -188,3 +188,36 @@ def test_a_loss_may_name_its_own_labels():
 )
 def test_labels_in_range(loss, y):
     per_example(loss, None).check_labels(np.array(y), (N, 3), "train")
+
+
+@pytest.mark.parametrize(
+    ("loss", "convex"),
+    [
+        ("mse", True),
+        ("mae", True),
+        ("huber", True),
+        ("log_cosh", True),
+        ("squared_hinge", True),
+        (keras.losses.SparseCategoricalCrossentropy(from_logits=True), True),
+        (keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1), True),
+        (keras.losses.CategoricalCrossentropy(from_logits=True), True),
+        ("binary_crossentropy", False),  # of probabilities
+        (keras.losses.BinaryFocalCrossentropy(from_logits=True), False),
+        ("cosine_similarity", False),
+        (lambda y, output: output[:, 0] ** 2, False),  # convex, but nobody said so
+    ],
+)
+def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert per_example(loss, model).convex is convex
+
+
+def test_a_loss_may_say_that_it_is_convex():
+    class Own(keras.losses.Loss):
+        convex = True
+
+        def call(self, y_true, y_pred):
+            return (y_true - y_pred[:, 0]) ** 2
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert per_example(Own(), model).convex is True

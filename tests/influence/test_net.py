@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import scipy.sparse
+import scipy.special
 import tensorflow as tf
 
 from influence import ConvergenceWarning, Examples, GenericNeuralNet
@@ -177,6 +178,23 @@ def test_second_derivatives_are_those_of_the_plain_model(case):
     assert relative_error(net.hvp(x, y, V), np.stack(expected, axis=1)) < 1e-7
 
 
+def test_third_derivatives_against_differences_of_second(case):
+    net, _, x, y, _, V = case
+    v, theta = V[:, 0], net.theta
+
+    def at(question, other):
+        net.theta = other
+        try:
+            return question(x, y, v)
+        finally:
+            net.theta = theta
+
+    expected = oracles.central_difference(partial(at, net.directional), theta, v)
+    assert relative_error(net.curvatures(x, y, v), expected) < 1e-7
+    expected = oracles.central_difference(partial(at, net.hvp), theta, v)
+    assert relative_error(net.curvature_gradient(x, y, v), expected) < 1e-7
+
+
 def test_every_result_has_the_dtype_of_theta(case):
     net, _, x, y, _, V = case
     results = [net.theta, net.losses(x, y), net.gradients(x, y), net.hvp(x, y, V.astype("f4"))]
@@ -296,12 +314,65 @@ def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
     )
     expected = np.stack([gradients(t)[0] for t in thetas.T], axis=1)
     assert relative_error(net.gradient(x, y, thetas), expected) < ROUNDING
-    each = net.gradients(x[:2], y[:2], thetas)
-    expected = [net.gradients(x[i : i + 1], y[i : i + 1], thetas[:, [i]])[0] for i in range(2)]
-    assert relative_error(each, np.stack(expected)) < ROUNDING
+    rows = np.array([[0, 5, 2], [7, 2, 9]])
+    each = net.gradient_each(x[rows], y[rows], thetas)
+    expected = [
+        net.gradient(x[r], y[r], t[:, None])[:, 0] for r, t in zip(rows, thetas.T, strict=True)
+    ]
+    assert relative_error(each, np.stack(expected, axis=1)) < ROUNDING
     v = V[:, 0]
-    slope = oracles.central_difference(lambda t: losses(t)[1], thetas[:, 1], v)
-    assert abs(each[1] @ v - slope) < 1e-8 * abs(slope)
+    slope = oracles.central_difference(lambda t: losses(t)[rows[1]].mean(), thetas[:, 1], v)
+    assert abs(each[:, 1] @ v - slope) < 1e-8 * abs(slope)
+
+
+@pytest.mark.parametrize("kind", ["tanh", "conv"])
+def test_bregman_gradient_against_differences_of_the_divergence(kind):
+    """D = loss at f - loss at s - slope at s . (f - s), put together from the outputs f and s."""
+    rng, f8 = np.random.default_rng(3), {"dtype": "float64"}
+    if kind == "conv":
+        x = rng.standard_normal((4, 5, 5, 2))
+        hidden = [L.Conv2D(2, 3, **f8), L.Activation("tanh", **f8), L.Flatten(**f8)]
+    else:
+        x, hidden = rng.standard_normal((4, 3)), [L.Dense(3, activation="tanh", **f8)]
+    model = keras.Sequential([keras.Input(x.shape[1:], **f8), *hidden, L.Dense(3, **f8)])
+    net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    net.theta = theta = rng.standard_normal(net.num_parameters) / 2
+    y, s = np.array([0, 2, 1, 2]), net.outputs(x)
+    P = scipy.special.softmax(s, axis=1)
+
+    def divergence(at):
+        net.theta = at
+        f = net.outputs(x)
+        net.theta = theta
+        rise = scipy.special.logsumexp(f, axis=1) - scipy.special.logsumexp(s, axis=1)
+        return (rise - np.sum(P * (f - s), axis=1)).mean()  # the label's part is linear: it cancels
+
+    V = rng.standard_normal((net.num_parameters, 2))
+    thetas = theta[:, None] + 0.3 * V
+    got = net.bregman_gradient(x, y, thetas)
+    for j in range(2):
+        slope = oracles.central_difference(divergence, thetas[:, j], V[:, 0])
+        assert abs(got[:, j] @ V[:, 0] - slope) < 1e-7 * abs(slope)
+    np.testing.assert_array_equal(net.bregman_gradient(x, y, theta[:, None]), 0)
+    near = net.bregman_gradient(x, y, theta[:, None] + 1e-6 * V) / 1e-6
+    assert relative_error(near, net.gauss_newton_product(x, y, V)) < 1e-4
+
+
+def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
+    """A second trace would make the last bits of a number depend on what was asked before it."""
+    net, examples = tanh_net()
+    for num, size in ((1, 20), (3, 1), (2, 7)):
+        x, y = examples.x[:size], examples.y[:size]
+        V = np.ones((net.num_parameters, num))
+        net.losses(x, y, V)
+        net.gradient(x, y, V)
+        net.bregman_gradient(x, y, V)
+        net.hvp(x, y, V)
+        net.gradient_each(np.stack([x] * num), np.stack([y] * num), V)
+        net.hvp_each(np.stack([x] * num), np.stack([y] * num), np.stack([V] * num))
+    functions = net._tf._functions
+    assert len(functions) == 6
+    assert all(f.experimental_get_tracing_count() == 1 for f in functions.values())
 
 
 def test_a_vector_in_a_vector_out(tanh):
@@ -393,6 +464,7 @@ def test_penalty_is_the_sum_of_the_models_regularisers(penalised):
     hessian = np.r_[np.full(4, 0.4), np.zeros(4), 1.4]
     np.testing.assert_allclose(net.penalty_hvp(np.eye(9)), np.diag(hessian), rtol=1e-14)
     np.testing.assert_allclose(net.penalty_hvp(np.ones(9)), hessian, rtol=1e-14)
+    np.testing.assert_array_equal(net.penalty_curvature_gradient(np.ones(9)), np.zeros(9))
 
 
 def test_penalty_of_a_frozen_layer_is_no_part_of_the_risk(penalised):

@@ -274,3 +274,35 @@ def test_gauss_newton_refuses_probabilities_when_it_is_made():
     message = "^loss must take logits for a Gauss-Newton matrix, got 'binary_crossentropy' of prob"
     with pytest.raises(ValueError, match=message):
         GaussNewton(net, Examples(np.ones((3, 2), np.float32), np.array([0, 1, 1])))
+
+
+# --- what is known of them --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_print_what_they_are_and_nothing_of_where(curvature, tanh):
+    net, examples, _ = tanh
+    A = curvature(net, examples, 0.25)
+    text = f"{curvature.__name__}(20 rows, d={net.num_parameters}, damping=0.25, theta and labels #"
+    assert repr(A).startswith(text)
+    again, same = tanh_net(l2=0.3)
+    assert repr(curvature(again, same, 0.25)) == repr(A)
+    relabelled = Examples(same.x, same.y + 1)
+    assert repr(curvature(again, relabelled, 0.25)) != repr(A)
+    again.theta = again.theta + 1e-12
+    assert repr(curvature(again, same, 0.25)) != repr(A)
+
+
+def test_gauss_newton_of_many_batches_is_one_traced_map(softmax, monkeypatch):
+    A = GaussNewton(softmax.net, softmax.train)
+    rows = np.arange(40).reshape(20, 2)
+    V = np.random.default_rng(0).standard_normal((20, softmax.net.num_parameters, 2))
+    expected = [GaussNewton(softmax.net, softmax.train.take(r)) @ v
+                for r, v in zip(rows, V, strict=True)]  # fmt: skip
+    runs = []
+    run = softmax.net._tf.run
+    monkeypatch.setattr(
+        softmax.net._tf, "run", lambda name, *a, **k: runs.append(name) or run(name, *a, **k)
+    )
+    assert relative_error(A.sampled(rows, V), np.stack(expected)) < ROUNDING
+    assert runs == ["gauss_newton_each", "penalty_hvp"]

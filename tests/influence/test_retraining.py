@@ -21,6 +21,7 @@ from influence import (
     Refits,
     leave_one_out,
     prepare,
+    refits,
 )
 from influence import retraining as module
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
@@ -116,7 +117,7 @@ def test_a_row_of_great_leverage_is_refitted_too():
     assert refits.converged.all() and relative_error(refits[:], expected) < 1e-7
 
 
-def test_a_step_that_does_not_help_is_halved():
+def test_refits_far_from_the_full_datas_curvature_arrive():
     """Beside an outlier's, the full-data curvature is far too small for the other rows' steps."""
     p = logistic("sigmoid", num_rows=10, weight_decay=1e-3)
     x = p.train.x.copy()
@@ -124,7 +125,7 @@ def test_a_step_that_does_not_help_is_halved():
     oracle = replace(p.oracle, features=x)
     p.net.theta = oracle.minimum(p.theta)
     refits = leave_one_out(p.net, Examples(x, p.train.y), p.test, [6], max_passes=200)
-    assert refits.converged.all() and refits.passes[0] > 30
+    assert refits.converged.all() and refits.passes[0] < 60
     expected = oracle.actual_changes(p.theta, p.measured, [6])
     # 1e-8 over the smallest eigenvalue, at least 1e-3, times gradients of size 1.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
@@ -143,7 +144,7 @@ def test_the_gradient_norm_is_true(softmax, monkeypatch):
     monkeypatch.setattr(softmax.net, "losses", spy)
     for tolerance in (1e-4, 1e-9):
         refits = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS, tolerance=tolerance)
-        thetas = taken.pop()
+        thetas = taken.pop()[:, 1:]  # beside the net's own
         true = [
             np.linalg.norm(softmax.oracle.without([row]).gradient(theta))
             for row, theta in zip(ROWS, thetas.T, strict=True)
@@ -372,7 +373,7 @@ Y = np.zeros(4)
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_any_work(arguments, error, message, softmax, monkeypatch):
     monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
-    monkeypatch.setattr(module, "_kept_block", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
     given = {"net": softmax.net, "train": softmax.train, "test": softmax.test, "rows": [0]}
     with pytest.raises(error, match=message):
         leave_one_out(**{**given, **arguments})

@@ -206,7 +206,7 @@ def test_blocks_of_right_hand_sides_change_nothing(problems, monkeypatch):
     influence = Influence(p.net, p.train, solver=CG(rtol=1e-12))
     scores, own = influence.scores(p.test), influence.self_influence()
     parameters = influence.parameters(np.arange(9))
-    monkeypatch.setattr("influence.scores._MOST_TOGETHER", 4)
+    monkeypatch.setattr("influence.response._MOST_TOGETHER", 4)
     again = influence.scores(p.test)
     assert relative_error(again[:], scores[:]) < 1e-10
     assert relative_error(again.solution.x, scores.solution.x) < 1e-10

@@ -186,7 +186,7 @@ def test_indefinite_cg_keeps_the_columns_that_never_meet_it():
 
 def test_indefinite_lissa_says_that_no_scale_helps():
     for scale in (None, 100.0):
-        message = "LiSSA diverges at step .* no larger, 4.*negative curvature and no scale helps"
+        message = "LiSSA diverges at step .* negative curvature.* and no scale helps"
         with pytest.raises(DivergenceError, match=message):
             solve(INDEFINITE, np.ones(D), LiSSA(scale=scale, depth=20_000))
 
@@ -336,7 +336,7 @@ def test_a_curvature_is_factored_once():
 def test_solvers_are_values():
     assert CG() == CG(rtol=1e-6) and hash(Direct()) == hash(Direct()) and LiSSA() != LiSSA(seed=1)
     assert repr(LiSSA()) == (
-        "LiSSA(scale=None, depth=5000, repeats=10, batch_size=1, seed=0, rtol=0.1)"
+        "LiSSA(scale=None, depth=5000, repeats=10, batch_size=1, seed=0, change=0.001, rtol=0.1)"
     )
 
 

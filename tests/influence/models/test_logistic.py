@@ -51,9 +51,9 @@ def test_closed_forms_are_those_of_numpy(case, form):
         "losses": (net.losses(x, y), oracle.losses(theta)),
         "losses at": (net.losses(x, y, thetas), np.stack([oracle.losses(t) for t in at], 1)),
         "gradients": (net.gradients(x, y), each),
-        "gradients at": (
-            net.gradients(x[:3], y[:3], thetas),
-            np.stack([oracle.gradients(t)[i] for i, t in enumerate(at)]),
+        "bregman gradient": (
+            net.bregman_gradient(x, y, thetas),  # outputs are linear in theta
+            np.stack([oracle.gradients(t).mean(axis=0) - each.mean(axis=0) for t in at], 1),
         ),
         "gradient": (net.gradient(x, y), each.mean(axis=0)),
         "gradient at": (
@@ -107,6 +107,8 @@ def test_closed_forms_are_the_tapes_answers(case):
         "gradients": (x, y),
         "hvp": (x, y, V),
         "hvp_each": (x[rows], y[rows], W),
+        "gradient_each": (x[rows], y[rows], thetas[:, 1:]),
+        "bregman_gradient": (x, y, thetas),
         "directional": (x, y, V),
         "input_gradient": (x, y, V[:, 0]),
         "gauss_newton_product": (x, y, V),

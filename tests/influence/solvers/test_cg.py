@@ -92,8 +92,8 @@ def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
     solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
     steps = solution.iterations
     assert steps[:2].tolist() == [1, 2] and steps[2] > 10
-    # Then one product to check the recurrence, and one for the residual that is reported.
-    assert widths == [3, 2] + [1] * (steps[2] - 2) + [3, 3]
+    # Then one product to check the recurrence, which is also the residual that is reported.
+    assert widths == [3, 2] + [1] * (steps[2] - 2) + [3]
 
 
 def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
@@ -106,6 +106,30 @@ def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
     assert solution.converged[0] == (solution.residual[0] <= 1e-5)
     if not solution.converged[0]:
         assert solution.remedy
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e3])
+def test_the_rtol_that_rounding_allows_is_named_and_is_met(condition):
+    A = symmetric(np.geomspace(1 / condition, 1, D)).astype(np.float32)
+    b = np.random.default_rng(0).standard_normal((D, 3)).astype(np.float32)
+    stopped = solve(A, b, CG(rtol=1e-8))
+    assert not stopped.converged.any()
+    start, rtol = stopped.remedy.split("(rtol=")
+    assert start == "rounding stopped CG above rtol: use float64 or CG"
+    rtol = float(rtol.rstrip(")."))
+    assert stopped.residual.max() < rtol < 20.1 * stopped.residual.max()
+    assert solve(A, b, CG(rtol=rtol)).converged.all()
+
+
+def test_rounding_at_a_singular_matrix_names_the_rtol_too():
+    singular = symmetric([0.0] + [1.0, 2, 3] * 13).astype(np.float32)
+    b = singular @ np.random.default_rng(0).standard_normal(D).astype(np.float32)
+    stopped = solve(singular, b, CG(rtol=1e-12))
+    assert stopped.remedy.startswith("A is singular")
+    rtol = float(stopped.remedy.split("(rtol=")[1].rstrip(")."))
+    assert solve(singular, b, CG(rtol=rtol)).converged.all()
+    nothing = solve(np.diag([1.0, 0.0]), [1.0, 1.0], CG())
+    assert nothing.remedy.endswith("drop the redundant parameters.")
 
 
 def test_a_drifted_recurrence_starts_again():
@@ -144,7 +168,7 @@ def test_zero_right_hand_side_needs_no_product(matrix):
     solution = solve(A, np.zeros((D, 2)), CG())
     assert solution.iterations.tolist() == [0, 0] and np.isnan(solution.min_curvature).all()
     np.testing.assert_array_equal(solution.x, 0)
-    assert widths == [2]  # the residual
+    assert widths == []
 
 
 # --- preconditioners -------------------------------------------------------------------------

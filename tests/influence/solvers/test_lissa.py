@@ -2,11 +2,25 @@ import re
 
 import numpy as np
 import pytest
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from influence import DivergenceError, Examples, GaussNewton, Hessian, LiSSA, solve
+from influence import (
+    BinaryLogisticRegression,
+    DivergenceError,
+    Examples,
+    GaussNewton,
+    Hessian,
+    LiSSA,
+    solve,
+)
 from influence.solvers.lissa import largest_eigenvalue
-from tests.influence.problems import logistic, relative_error, ridge, symmetric
+from tests.influence.problems import (
+    logistic,
+    relative_error,
+    ridge,
+    symmetric,
+    tanh_net,
+)
 
 D = 8
 MATRIX = symmetric(np.linspace(0.2, 3, D))
@@ -29,7 +43,7 @@ def softmax():
 def test_exact_value_at_finite_depth(depth, scale):
     B = np.random.default_rng(0).standard_normal((D, 2))
     for A in (MATRIX, aslinearoperator(MATRIX)):
-        solution = solve(A, B, LiSSA(scale=scale, depth=depth, repeats=3))
+        solution = solve(A, B, LiSSA(scale=scale, depth=depth, repeats=3, change=0.0))
         assert relative_error(solution.x, series(MATRIX, B, scale, depth)) < 1e-12
         assert solution.iterations.tolist() == [depth] * 2
 
@@ -120,6 +134,51 @@ def test_sampling_converges_to_the_answer(softmax):
     assert fine.converged.all() and (fine.residual < 0.1).all()
 
 
+# --- stopping early --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [1e-2, 1e-3, 1e-6])
+def test_a_column_stops_when_its_average_does(change):
+    values, vectors = np.linalg.eigh(MATRIX)
+    B = np.column_stack([vectors[:, -1], vectors[:, 0], vectors.sum(axis=1), np.zeros(D)])
+    solution = solve(MATRIX, B, LiSSA(scale=4.0, change=change))
+    steps = solution.iterations
+    for j in range(4):
+        # What is returned is the series at the step where it stopped, not the average.
+        expected = series(MATRIX, B[:, j], 4.0, int(steps[j]))[:, 0]
+        np.testing.assert_allclose(solution.x[:, j], expected, rtol=1e-11, atol=1e-13)
+        alone = solve(MATRIX, B[:, j], LiSSA(scale=4.0, change=change))
+        assert alone.iterations[0] == steps[j]
+    assert set(steps) <= {32, 64, 128, 256, 512, 1024}
+    assert steps[0] == steps[3] == 32 < steps[1]
+    # On one eigenvector, by the definition: averages of 1 - r^t over the halves of the steps.
+    r, before = 1 - values[0] / 4.0, None
+    for looks in (1, 2, 4, 8, 16, 32, 64):
+        t = 16 * np.arange(looks // 2 + 1, looks + 1)
+        average = np.mean(1 - r ** (t + 1))
+        if before is not None and abs(average - before) <= change * average:
+            break
+        before = average
+    assert steps[1] == 16 * looks
+    exact = np.linalg.solve(MATRIX, B[:, :3])
+    assert relative_error(solution.x[:, :3], exact) < 10 * change
+
+
+def test_without_a_change_every_step_is_taken():
+    solution = solve(MATRIX, np.ones(D), LiSSA(scale=4.0, depth=3000, change=0.0))
+    assert solution.iterations.tolist() == [3000]
+
+
+def test_noise_is_not_taken_for_an_end(softmax):
+    """Few runs of single rows: every average still moves by more than a thousandth."""
+    A = Hessian(softmax.net, softmax.train, 0.3)
+    B = np.random.default_rng(0).standard_normal((9, 3))
+    solution = solve(A, B, LiSSA(depth=600, repeats=2))
+    assert solution.iterations.tolist() == [600] * 3
+    whole = solve(A, B, LiSSA(depth=600, repeats=2, change=0.0))
+    np.testing.assert_array_equal(solution.x, whole.x)
+
+
 def test_an_unfinished_series_says_so():
     solution = solve(MATRIX, np.ones(D), LiSSA(depth=2))
     assert not solution.converged[0] and solution.residual[0] > 0.1
@@ -140,7 +199,7 @@ def test_divergence_is_named_with_a_scale_that_works():
         solve(MATRIX, np.ones(D), LiSSA(scale=1.0))
     scale = scale_named_in(str(error.value))
     assert 3 <= scale < 3.3  # the largest eigenvalue
-    solution = solve(MATRIX, np.ones(D), LiSSA(scale=scale))
+    solution = solve(MATRIX, np.ones(D), LiSSA(scale=scale, change=0.0))
     assert solution.converged[0] and solution.residual[0] < 1e-12
 
 
@@ -172,6 +231,78 @@ def test_divergence_is_looked_for_at_the_last_step_too():
 # --- the scale that is chosen ----------------------------------------------------------------
 
 
+def with_outliers(size, dtype="float64"):
+    """Logistic regression at theta = 0, Hessian x'x/4, with eight long rows on their own feature.
+
+    They are not among the batches that are looked at for the scale.
+    """
+    rng = np.random.default_rng(0)
+    x = np.column_stack([np.zeros(400), rng.standard_normal((400, 3))]).astype(dtype)
+    y = np.arange(400) % 2
+    net = BinaryLogisticRegression(4, weight_decay=0.1, dtype=dtype)
+    A = Hessian(net, Examples(x, y), 0.5)
+    looked_at, sampled = [], A.sampled
+    A.sampled = lambda rows, V: looked_at.append(rows) or sampled(rows, V)
+    largest_eigenvalue(A, 1)
+    long = np.setdiff1d(np.arange(400), looked_at)[:8]
+    x[long] = [size, 0, 0, 0]
+    return Hessian(net, Examples(x, y), 0.5), x.T @ x / 4 / 400 + 0.6 * np.eye(4)
+
+
+def test_a_batch_that_was_not_looked_at_doubles_the_scale():
+    A, matrix = with_outliers(60.0)
+    scale = largest_eigenvalue(A, 1)
+    assert scale < 20 < 60**2 / 4 / 2  # a row's eigenvalue is 900
+    B = np.column_stack([np.eye(4)[0], np.eye(4)[1], np.ones(4)])
+    options = {"depth": 600, "repeats": 4, "change": 0.0}
+    with pytest.raises(DivergenceError, match="^LiSSA diverges at step .* with scale"):
+        solve(A, B, LiSSA(scale=scale, **options))
+    solution = solve(A, B, LiSSA(**options))
+    assert solution.iterations.tolist() == [600] * 3
+    scales = {scale * 2**k for k in range(8)}
+    found = [
+        {s for s in scales if gives(A, B[:, j], LiSSA(scale=s, **options), solution.x[:, j])}
+        for j in range(3)
+    ]
+    # The second column has nothing on those rows' feature, and keeps the scale it began with.
+    assert found[1] == {scale} and found[0] == found[2]
+    (larger,) = found[0]
+    assert larger >= 4 * scale
+    with pytest.raises(DivergenceError):
+        solve(A, B[:, 0], LiSSA(scale=larger / 2, **options))
+    exact = np.linalg.solve(matrix, B[:, 1])
+    assert relative_error(solution.x[:, 1], exact) < 0.2
+
+
+def gives(A, b, solver, expected):
+    try:
+        return np.allclose(solve(A, b, solver).x, expected, rtol=1e-9)
+    except DivergenceError:
+        return False
+
+
+def test_an_overflow_doubles_the_scale_too():
+    A, _ = with_outliers(1e9, "float32")  # 1e17 times the others: past float32 in three such rows
+    solution = solve(A, np.ones(4), LiSSA(depth=200, repeats=1))
+    assert np.isfinite(solution.x).all() and not solution.converged[0]
+
+
+def test_an_indefinite_matrix_is_not_helped_by_doubling(softmax):
+    net, examples = tanh_net()
+    H = Hessian(net, examples)
+    message = r"^LiSSA diverges at step \d+ with scale .* along its iterates A has a negative curv"
+    with pytest.raises(DivergenceError, match=message) as error:
+        solve(H, np.ones(net.num_parameters), LiSSA(batch_size=20, repeats=1))
+    met = float(str(error.value).split("curvature of ")[1].split(",")[0])
+    assert np.linalg.eigvalsh(H.dense())[0] * (1 + 1e-9) <= met < 0
+
+
+def test_a_matrix_that_is_not_finite_is_not_run_again_and_again():
+    A = LinearOperator((D, D), matvec=lambda v: np.full(D, np.nan), dtype=float)
+    with pytest.raises(DivergenceError, match="finite"):
+        LiSSA()._check_growth(A, np.ones((D, 1)), np.full((D, 1), np.inf), 16, 1.0)
+
+
 def test_the_chosen_scale_is_the_largest_eigenvalue():
     for matrix in (MATRIX, symmetric([0.5, 2.0]), symmetric([7.0])):
         largest = np.linalg.eigvalsh(matrix)[-1]
@@ -197,6 +328,8 @@ def test_the_chosen_scale_covers_the_sampled_batches():
         ({"scale": float("nan")}, "^scale must be positive or None, got nan"),
         ({"depth": 0}, "^depth must be at least 1, got 0"),
         ({"repeats": 0}, "^repeats must be at least 1, got 0"),
+        ({"change": -1e-3}, r"^change must be non-negative, got -0\.001"),
+        ({"change": float("nan")}, "^change must be non-negative, got nan"),
         ({"batch_size": -1}, "^batch_size must be at least 1, got -1"),
     ],
 )

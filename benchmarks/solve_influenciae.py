@@ -1,0 +1,98 @@
+"""s_test by influenciae, under tf_keras: `python -m benchmarks.solve_influenciae FOLDER`.
+
+Needs PYTHONPATH and TF_USE_LEGACY_KERAS as `solves.interpreter` sets them. What influenciae needs
+to be told for the same problem, from its 0.3.0 sources:
+
+- its Hessian is of the mean loss and knows no penalty, so each row's loss gets one added. Its
+  right-hand sides would then have it too; they come from a second model, without;
+- `ConjugateGradientDescentIHVP` stops at a relative residual of 1e-3, or 1e-5 absolute, whatever
+  it is told; its base class `IterativeIHVP` takes the same solver with another tolerance;
+- `LissaIHVP` runs on all rows, in float32 only, and its `damping` means damping times scale: 0;
+- `ArnoldiInfluenceCalculator` keeps the k eigenvalues nearest zero, so k is the whole space; one
+  pass of Gram-Schmidt makes its basis, which loses orthogonality as the space grows.
+
+Every product goes through the rows one by one (`tf.map_fn`), and the right-hand sides one by one.
+"""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from deel.influenciae.common import (  # pyright: ignore[reportMissingImports]
+    ExactIHVP,
+    InfluenceModel,
+    LissaIHVP,
+)
+from deel.influenciae.common.inverse_hessian_vector_product import (  # pyright: ignore[reportMissingImports]
+    IterativeIHVP,
+)
+from deel.influenciae.influence.arnoldi_influence_calculator import (  # pyright: ignore[reportMissingImports]
+    ArnoldiInfluenceCalculator,
+)
+from deel.influenciae.utils import (  # pyright: ignore[reportMissingImports]
+    conjugate_gradients_solve,
+)
+from numpy.typing import NDArray
+
+from benchmarks import child
+
+_EXACT_BATCH = 1  # its Hessians take each row's parameters through all rows of a batch
+_BATCH = 1000
+_ENOUGH_ITERATIONS = 500
+
+
+def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
+    """The tf_keras model and its data; what `child.main` times is the rest."""
+    f, c = arrays["theta"].shape
+    keras: Any = tf.keras  # tf_keras
+    keras.backend.set_floatx(setting["dtype"])
+    # The first layer is what IterativeIHVP takes for the feature extractor.
+    layers = [keras.layers.Activation("linear"), keras.layers.Dense(c, use_bias=False)]
+    model = keras.Sequential([keras.layers.InputLayer((f,)), *layers])
+    kernel = model.layers[-1].kernel
+    kernel.assign(arrays["theta"])
+    labels, test_labels = (tf.one_hot(arrays[k], c, dtype=kernel.dtype) for k in ("y", "y_test"))
+    method, half = setting["method"], setting["weight_decay"] / 2
+
+    def loss(y, z, sample_weight=None):
+        return tf.nn.softmax_cross_entropy_with_logits(y, z)
+
+    def risk(y, z, sample_weight=None):
+        return loss(y, z) + half * tf.reduce_sum(tf.square(kernel))
+
+    batch_size = _EXACT_BATCH if method == "exact" else _BATCH
+    data = tf.data.Dataset.from_tensor_slices((arrays["x"], labels)).batch(batch_size)
+
+    def solve() -> tuple[NDArray, dict[str, Any]]:
+        plain = InfluenceModel(model, start_layer=-1, loss_function=loss)
+        train = InfluenceModel(model, start_layer=-1, loss_function=risk)
+        B = plain.batch_jacobian_tensor((arrays["x_test"], test_labels))
+        if method == "Arnoldi":
+            rank = setting["rank"]
+            arnoldi = ArnoldiInfluenceCalculator(train, data, rank, True, rank, kernel.dtype)
+            inner = tf.matmul(B, arnoldi.G, transpose_b=True) / arnoldi.eig_vals
+            return tf.matmul(arnoldi.G, inner, transpose_a=True, transpose_b=True).numpy(), {}
+        if method == "exact":
+            inverse = ExactIHVP(train, data)
+        elif method == "CGD":
+            inverse = IterativeIHVP(
+                lambda H, v, steps: conjugate_gradients_solve(
+                    H, v, maxiter=steps, tol=setting["tolerance"], atol=0.0
+                ),
+                train, -1, data, _ENOUGH_ITERATIONS,
+            )  # fmt: skip
+        else:
+            inverse = LissaIHVP(
+                train, -1, data, setting["steps"], damping=0.0, scale=setting["scale"]
+            )
+        found = inverse.compute_ihvp(
+            tf.data.Dataset.from_tensor_slices((B,)).batch(len(B)), use_gradient=False
+        )
+        return np.concatenate([np.asarray(part) for part in found], axis=1), {}
+
+    return solve
+
+
+if __name__ == "__main__":
+    tf.random.set_seed(0)
+    child.main(made_ready)

@@ -1,0 +1,287 @@
+"""A model's affine layers one by one: what went in, and what a change of their output would do.
+
+A Dense or Conv2D layer without activation computes z_t = a_t W + b at every position t (a pixel, a
+time step, or the only one), so the derivative of anything by its weights is
+
+    d / d[W; b] = sum_t [a_t, 1]' (d / dz_t).
+
+EK-FAC (influence.solvers.ekfac) is built from the two factors of that product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.layers import Conv2D, Dense
+from numpy.typing import NDArray
+
+from influence import tape
+from influence.traced import Traced
+
+_GAP = 1e-3  # far above the rounding of float32, far below a derivative that is another
+_REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """One layer and where its weights are in theta.
+
+    Attributes:
+      layer: a Dense or Conv2D.
+      has_kernel: whether theta holds its kernel.
+      has_bias: whether theta holds its bias.
+      entries: (f, c) positions in theta of the weights, the kernel's rows first, the bias last.
+    """
+
+    layer: Any
+    has_kernel: bool
+    has_bias: bool
+    entries: NDArray[np.int64]
+
+    def inputs(self, inputs: Any, z: Any) -> Any:
+        """(n, t, f) what the weights are multiplied with to give z: patches, then a one."""
+        n, c = tf.shape(z)[0], self.entries.shape[1]
+        positions = tf.size(z) // (n * c)
+        parts = []
+        if self.has_kernel:
+            a = tf.cast(inputs, z.dtype)
+            if isinstance(self.layer, Conv2D):
+                a = _patches(self.layer, a)
+            parts.append(tf.reshape(a, [n, positions, len(self.entries) - self.has_bias]))
+        if self.has_bias:
+            parts.append(tf.ones([n, positions, 1], z.dtype))
+        return parts[0] if len(parts) == 1 else tf.concat(parts, 2)
+
+
+class AffineLayers:
+    """The layers that hold theta, in the order of theta, if all of them are affine.
+
+    Args:
+      traced: the model.
+      x: a few rows of input tensors, on which the factors are compared with the tape's derivative.
+
+    Raises: ValueError naming the layer that is neither Dense nor Conv2D, has an activation of its
+      own, is grouped, keeps channels first, is used more than once, mixes rows, or uses its weights
+      for anything else than z = a W + b.
+    """
+
+    def __init__(self, traced: Traced, x: Any):
+        self.traced = traced
+        self.layers = _find(traced)
+        self._check(x)
+
+    def pseudo_gradients(self, x: Any, y: Any) -> list[tuple[NDArray, NDArray]]:
+        """Both factors of the Gauss-Newton matrix's root, for every layer.
+
+        With the loss's Hessian at the output of row i, H_i = S_i S_i', the matrix is the mean over
+        i of sum_s p_is p_is', where p_is = J_i' S_i[:, s] has the layer's part sum_t a_it' g_its. A
+        loss that is not convex in the output counts with the positive part of H_i.
+
+        Args:
+          x: (n, ...) inputs.
+          y: (n, ...) labels.
+
+        Returns: for each layer a (n, t, f), inputs with a one for the bias, and g (n, t, s, c), the
+          derivatives of output . S_i[:, s] by the layer's own output, s up to the output's size.
+        """
+        t = self.traced
+        return t.mapped("pseudo gradients", self._factors, t.inputs(x), t.tensor(y))
+
+    def roots(self, x: Any, y: Any) -> NDArray:
+        """The p_is themselves, (n, s, d): the Gauss-Newton matrix is mean_i sum_s p_is p_is'."""
+        parts = self.pseudo_gradients(x, y)
+        n, _, s, _ = parts[0][1].shape
+        roots = np.zeros((n, s, sum(self.traced.sizes)), parts[0][1].dtype)
+        for affine, (a, g) in zip(self.layers, parts, strict=True):
+            f, c = affine.entries.shape
+            products = a.transpose(0, 2, 1) @ g.reshape(n, -1, s * c)  # (n, f, s c)
+            products = products.reshape(n, f, s, c).transpose(0, 2, 1, 3)
+            roots[:, :, affine.entries.ravel()] = products.reshape(n, s, f * c)
+        return roots
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _factors(self, each: tape.Each, theta: Any, x: Any, y: Any) -> list[tuple[Any, Any]]:
+        with tf.GradientTape(persistent=True) as by_z:
+            by_z.watch(theta)
+            output, calls = self._forward(theta, x)
+        outputs = [z for ((_, z),) in calls]
+        n = tf.shape(output)[0]
+
+        def pulled_back(column):
+            parts: Any = by_z.gradient(
+                output, outputs, output_gradients=column,
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )  # fmt: skip
+            return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
+
+        pulled = each(pulled_back, _root(self.traced.loss.function, each, y, output))  # (s, n, ...)
+        pulled = tf.split(pulled, [tf.size(z) // n for z in outputs], axis=2)
+        found = []
+        for affine, ((inputs, z),), g in zip(self.layers, calls, pulled, strict=True):
+            g = tf.reshape(g, [tf.shape(g)[0], n, -1, affine.entries.shape[1]])
+            found.append((affine.inputs(inputs, z), tf.transpose(g, [1, 2, 0, 3])))
+        return found
+
+    def _forward(self, theta: Any, x: Any) -> tuple[Any, list[list[tuple[Any, Any]]]]:
+        """The model's output, and (input, output) of each call of each layer."""
+        with _recording([affine.layer for affine in self.layers]) as calls:
+            return self.traced.output(theta, x), calls
+
+    def _check(self, x: Any) -> None:
+        """On a few rows, not traced: one call a layer, and sum_t a_t' g_t the tape's derivative."""
+        theta = self.traced.theta()
+        with tf.GradientTape(persistent=True) as by_z:
+            by_z.watch(theta)
+            output, calls = self._forward(theta, x)
+        n = len(output)
+        for affine, seen in zip(self.layers, calls, strict=True):
+            name = affine.layer.name
+            if len(seen) != 1:
+                raise ValueError(
+                    f"model must call each layer once for EK-FAC, got {len(seen)} calls of layer "
+                    f"{name!r}; {_REMEDY}."
+                )
+            if seen[0][1].shape[0] != n:
+                raise ValueError(
+                    f"model must keep one row per example for EK-FAC, got shape "
+                    f"{tuple(seen[0][1].shape)} for {n} examples in layer {name!r}; {_REMEDY}."
+                )
+        column: Any = np.random.default_rng(0).standard_normal(output.shape)
+        sources: Any = [theta, *(z for ((_, z),) in calls)]
+        both: Any = by_z.gradient(
+            output, sources, output_gradients=tf.constant(column, output.dtype),  # pyright: ignore
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )  # fmt: skip
+        true = both[0].numpy()
+        for affine, ((inputs, z),), g in zip(self.layers, calls, both[1:], strict=True):
+            a = affine.inputs(inputs, z).numpy()
+            ours = a.reshape(-1, a.shape[2]).T @ np.reshape(g, (-1, affine.entries.shape[1]))
+            gap = float(np.abs(ours - true[affine.entries]).max())
+            if not gap <= _GAP * max(np.abs(ours).max(), np.abs(true[affine.entries]).max()):
+                raise ValueError(
+                    f"model must use the weights of layer {affine.layer.name!r} for a W + b alone "
+                    f"for EK-FAC, got a derivative by them that is off by {gap:.1e}: its call does "
+                    f"more, or they are shared; {_REMEDY}."
+                )
+
+
+def _find(traced: Traced) -> tuple[Affine, ...]:
+    """The owners of theta's parts; a layer inside a layer comes later and takes its own."""
+    owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
+    ends = np.cumsum(traced.sizes)
+    parts: dict[int, list] = {}
+    layers = {}
+    for weight, end, size in zip(traced.weights, ends, traced.sizes, strict=True):
+        layer = owners[id(weight)]
+        layers[id(layer)] = layer
+        parts.setdefault(id(layer), []).append((weight, np.arange(end - size, end)))
+    return tuple(_affine(layers[key], parts[key]) for key in layers)
+
+
+def _affine(layer: Any, parts: list) -> Affine:
+    name = layer.name
+    if not isinstance(layer, Dense | Conv2D):
+        raise ValueError(
+            f"model must hold theta in Dense and Conv2D layers for EK-FAC, got the weight "
+            f"{parts[0][0].name!r} of {type(layer).__name__} layer {name!r}; {_REMEDY}."
+        )
+    own = {"kernel": getattr(layer, "kernel", None), "bias": getattr(layer, "bias", None)}
+    found = {
+        key: positions.reshape(-1, weight.shape[-1])
+        for key in own
+        for weight, positions in parts
+        if weight is own[key]
+    }
+    if len(found) != len(parts):
+        other = next(w for w, _ in parts if all(w is not mine for mine in own.values()))
+        raise ValueError(
+            f"model must hold theta in kernels and biases for EK-FAC, got the weight "
+            f"{other.name!r} of layer {name!r}; {_REMEDY}."
+        )
+    if layer.activation not in (None, keras.activations.linear):
+        activation = getattr(layer.activation, "__name__", repr(layer.activation))
+        raise ValueError(
+            f"model must keep activations in layers of their own for EK-FAC, got "
+            f"activation={activation!r} in layer {name!r}; give it none and put "
+            f"keras.layers.Activation({activation!r}) after it: theta stays the same."
+        )
+    if isinstance(layer, Conv2D):
+        if layer.groups != 1:
+            raise ValueError(
+                f"model must have no grouped convolution for EK-FAC, got groups={layer.groups} in "
+                f"layer {name!r}; {_REMEDY}."
+            )
+        if layer.data_format != "channels_last":
+            raise ValueError(
+                f"model must keep channels last for EK-FAC, got data_format={layer.data_format!r} "
+                f"in layer {name!r}; {_REMEDY}."
+            )
+    entries = np.concatenate([found[key] for key in own if key in found])
+    return Affine(layer, "kernel" in found, "bias" in found, entries)
+
+
+@contextmanager
+def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
+    """While the model is called: (input, output) of every call of each layer, in lists.
+
+    Keras calls `layer.call`, which an attribute of the instance hides.
+    """
+    calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
+
+    def recorder(call: Callable, seen: list) -> Callable:
+        def recorded(inputs, *args, **kwargs):
+            output = call(inputs, *args, **kwargs)
+            seen.append((inputs, output))
+            return output
+
+        return recorded
+
+    before = [vars(layer).get("call") for layer in layers]
+    try:
+        for layer, seen in zip(layers, calls, strict=True):
+            vars(layer)["call"] = recorder(layer.call, seen)
+        yield calls
+    finally:
+        for layer, call in zip(layers, before, strict=True):
+            if call is None:
+                vars(layer).pop("call", None)
+            else:
+                vars(layer)["call"] = call
+
+
+def _patches(layer: Conv2D, a: Any) -> Any:
+    """(n, height, width, f) what each output pixel sees, in the order of the kernel's rows."""
+    square = lambda pair: [1, *pair, 1]  # noqa: E731
+    return tf.image.extract_patches(
+        a,
+        square(layer.kernel_size),
+        square(layer.strides),
+        square(layer.dilation_rate),
+        layer.padding.upper(),
+    )
+
+
+def _root(loss: Callable, each: tape.Each, y: Any, output: Any) -> Any:
+    """(s, n, ...): the columns of S_i, S_i S_i' the loss's Hessian at row i's output."""
+    n = tf.shape(output)[0]
+    size = tf.size(output) // n
+    curved = tape.hessian_map(lambda z: tf.reduce_sum(loss(y, z)), tf.stop_gradient(output))
+
+    def column(unit):
+        along = tf.reshape(tf.broadcast_to(unit, [n, size]), tf.shape(output))
+        return tf.reshape(curved(along), [n, size])
+
+    H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
+    H = (H + tf.linalg.matrix_transpose(H)) / 2
+    # eigh stops at a NaN without saying whose: it gets a zero, and the answer the NaN.
+    values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
+    S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
+    S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)
+    return tf.reshape(tf.transpose(S, [2, 0, 1]), tf.concat([[size], tf.shape(output)], 0))

@@ -1,0 +1,143 @@
+"""The check before the computation: can the numbers be trusted, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from influence.examples import Examples
+from influence.net import GenericNeuralNet
+from influence.operators import Hessian, check_batch_size
+from influence.preflight import curvature, labels, risk, rows
+from influence.preflight.report import Line, Report
+from influence.progress import progress
+from influence.spectrum import spectrum
+
+_NUM_LINES = 13
+_RTOL = 1e-4  # residual of the eigenvalues, relative to the largest
+_MOST_PRODUCTS = 512  # passes for each end of the spectrum, where d is above 1024
+
+
+def check(
+    net: GenericNeuralNet,
+    train: Examples,
+    *,
+    damping: float = 0.0,
+    test: Examples | None = None,
+    batch_size: int | None = None,
+) -> Report:
+    """Ask of a net whatever influence functions take for granted, before they are computed.
+
+    They assume that the risk is a mean of per-example losses plus the penalty, that theta is its
+    minimum and that its Hessian is right and invertible. Each line says which assumption, what was
+    found, what that means and what to do. Where the rows themselves are at fault, nothing is asked
+    about derivatives.
+
+    Costs about ten passes over the training set beside the products of `spectrum` (d up to d =
+    1024, else some hundreds) and of at most 40 steps of CG on three vectors. Nothing about the net
+    is changed.
+
+    Args:
+      net: the model, at the theta to be explained.
+      train: the training set.
+      damping: as will be given to `Influence`.
+      test: rows whose losses are to be explained; None takes training rows where some are needed.
+      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+
+    Returns: Report; `print(report)` shows a table, `report.ok` is True if every line is ok.
+    Raises: TypeError for a net that is no GenericNeuralNet or sets that are no Examples; ValueError
+      for a negative damping, a bad batch size or a single row. What is wrong with the model, loss
+      or data is a line of the report.
+    """
+    if not isinstance(net, GenericNeuralNet):
+        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    for name, examples in (("train", train), ("test", test)):
+        if not isinstance(examples, Examples) and (name == "train" or examples is not None):
+            raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
+    if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
+        raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
+    check_batch_size(batch_size)
+    if len(train) < 2:
+        raise ValueError("train must have at least 2 rows to leave one out, got 1.")
+    lines = _lines(net, train, float(damping), test, batch_size)
+    return Report(tuple(progress(lines, "checking the net", _NUM_LINES)))
+
+
+def _lines(
+    net: GenericNeuralNet,
+    train: Examples,
+    damping: float,
+    test: Examples | None,
+    batch_size: int | None,
+) -> Iterator[Line]:
+    found = []
+    for line in _about_rows(net, train, test, batch_size):
+        found.append(line)
+        yield line
+    if any(line.verdict == "fail" and line.name != "labels" for line in found):
+        yield Line(
+            "derivatives",
+            np.nan,
+            "warn",
+            "Gradient, Hessian and minimum were not looked at: with the failures above they have "
+            "no meaning.",
+            "Mend those first and check again.",
+        )
+        return
+    yield from _about_curvature(net, train, damping, test, batch_size)
+
+
+def _about_rows(
+    net: GenericNeuralNet, train: Examples, test: Examples | None, batch_size: int | None
+) -> Iterator[Line]:
+    fits = [rows.fits(net, train, "train")]
+    if test is not None:
+        fits.append(rows.fits(net, test, "test"))
+    yield from fits
+    refused = any(line.verdict == "fail" for line in fits)
+    try:
+        outside = labels.in_range(net, train)
+        if outside:
+            yield outside
+            return
+        separate = rows.separate(net, train)
+    except (TypeError, ValueError, tf.errors.OpError):
+        if refused:  # the refusal has said what is wrong
+            return
+        raise
+    yield separate
+    if np.isnan(separate.value):
+        return
+    values = rows.losses(net, train, batch_size)
+    yield rows.same_twice(net, train, values, batch_size)
+    if refused:
+        return
+    yield rows.finite(net, train, values, "train", batch_size)
+    if test is not None:
+        losses = rows.losses(net, test, batch_size)
+        yield rows.finite(net, test, losses, "test", batch_size)
+    yield labels.plausible(net, train, test, values, batch_size)
+    yield risk.frozen(net)
+    yield risk.penalty(net, float(values.mean()))
+
+
+def _about_curvature(
+    net: GenericNeuralNet,
+    train: Examples,
+    damping: float,
+    test: Examples | None,
+    batch_size: int | None,
+) -> Iterator[Line]:
+    A = Hessian(net, train, damping, batch_size=batch_size)
+    yield from curvature.derivatives(net, A)
+    found = spectrum(A, rtol=_RTOL, max_products=_MOST_PRODUCTS)
+    low, high = float(found.smallest[0]), float(found.largest[0])
+    noise = 4 * np.sqrt(A.shape[0]) * float(np.finfo(net.dtype).eps) * max(high, 0.0)
+    known = A.smallest_eigenvalue_bound
+    yield curvature.largest(found)
+    yield curvature.smallest(found, known, damping, noise)
+    yield curvature.precision(found, known, net.dtype)
+    shift = 0.0 if low > noise else 2 * abs(low) + 1e-6 * abs(high)
+    yield curvature.stationary(net, A, test, shift)

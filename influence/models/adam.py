@@ -1,0 +1,145 @@
+"""Adam on seeded minibatches: what `fit` of a network does, in a file of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.checkpoint import load, store
+from influence.convergence import DivergenceError
+from influence.examples import Examples
+from influence.net import GenericNeuralNet
+from influence.progress import progress
+
+_SAVE_EVERY = 500  # steps
+
+
+def minimise(
+    net: GenericNeuralNet,
+    examples: Examples,
+    *,
+    schedule: Sequence[tuple[int, float]],
+    batch_size: int,
+    seed: int,
+    checkpoints: str | os.PathLike | None = None,
+    key: Any = (),
+) -> None:
+    """Lower the risk from the net's theta by Adam (Kingma & Ba 2015), as Keras has it.
+
+    Each step takes the next rows of shuffled passes over the examples laid end to end, so that
+    step k's rows follow from the seed and k alone.
+
+    Args:
+      net: left at the last step's theta.
+      examples: the training set.
+      schedule: (steps, learning rate) of each stage; Adam's averages go on from one to the next.
+      batch_size: rows a step, all of them if there are fewer.
+      seed: of the order of the rows.
+      checkpoints: a folder for the state of this training, kept every few hundred steps under a
+        name made of all that it depends on.
+      key: what else it depends on: the net's architecture, as values.
+
+    Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
+      finite, all variables being put back.
+    """
+    rates = _rates(schedule)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size}.")
+    weights = list(net._tf.weights)
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(weights)
+    # With what training moves besides theta, such as batch statistics and dropout's generators.
+    variables = [*net.model.variables, *optimizer.variables]
+    start = [variable.numpy() for variable in variables]
+    path = None
+    if checkpoints is not None:
+        identity = joblib.hash(
+            (type(net).__name__, key, start, rates, batch_size, seed, examples.fingerprint)
+        )
+        path = Path(checkpoints) / f"adam-{identity[:16]}.npz"
+    done = 0
+    if path is not None and path.exists():
+        kept = load(path)
+        done = int(kept.pop("step"))
+        _assign(variables, [kept[f"variable {i}"] for i in range(len(variables))])
+    step = tf.function(_step(net, optimizer, weights))
+    batches = _rows(len(examples), min(batch_size, len(examples)), seed, done)
+    rate = None
+    for number in progress(range(done, len(rates)), "training", len(rates) - done):
+        if rates[number] != rate:
+            rate = rates[number]
+            optimizer.learning_rate = rate
+        batch = examples.take(next(batches))
+        risk = float(step(net._tf.inputs(batch.x), net._tf.tensor(batch.y)))
+        if not np.isfinite(risk):
+            _assign(variables, start)
+            raise DivergenceError(
+                f"the risk must stay finite, got {risk} at step {number + 1} with learning rate "
+                f"{rate:g}; use a smaller one in schedule, or scale the inputs."
+            )
+        last = number + 1 == len(rates)
+        if path is not None and (last or (number + 1) % _SAVE_EVERY == 0):
+            arrays = {f"variable {i}": v.numpy() for i, v in enumerate(variables)}
+            store(path, {"step": np.array(number + 1), **arrays})
+
+
+def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
+    """(x, y) -> the minibatch's risk before the step, which it takes."""
+
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            losses = net.loss.function(y, net.model(x, training=True))
+            risk = tf.reduce_mean(losses) + sum(net.model.losses)
+        optimizer.apply(tape.gradient(risk, [w.value for w in weights]), weights)
+        return risk
+
+    return step
+
+
+def _rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
+    """The rows of step `first` and of all that follow: pass p is shuffled by (seed, p)."""
+    number, offset = divmod(first * batch_size, num_examples)
+
+    def shuffled(number: int) -> NDArray:
+        return np.random.default_rng((seed, number)).permutation(num_examples)
+
+    waiting = shuffled(number)[offset:]
+    while True:
+        while len(waiting) < batch_size:
+            number += 1
+            waiting = np.concatenate([waiting, shuffled(number)])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def _rates(schedule: Sequence[tuple[int, float]]) -> list[float]:
+    """The learning rate of each step."""
+    rates: list[float] = []
+    for stage in schedule:
+        steps, rate = stage
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+            raise ValueError(
+                f"schedule must be (steps, learning rate) pairs with positive integer steps, got "
+                f"{stage!r}."
+            )
+        if not (np.isfinite(rate) and rate > 0):
+            raise ValueError(f"schedule must have positive learning rates, got {stage!r}.")
+        rates += [float(rate)] * int(steps)
+    if not rates:
+        raise ValueError("schedule must have at least one (steps, learning rate) pair, got none.")
+    return rates
+
+
+def _assign(variables: list, values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -1,0 +1,265 @@
+"""Questions about derivatives and curvature: is H right, is it invertible, is theta a minimum."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.examples import Examples
+from influence.net import GenericNeuralNet
+from influence.operators import Hessian
+from influence.preflight.report import Line
+from influence.preflight.rows import plain_inputs, sample
+from influence.solvers import CG, solve
+from influence.spectrum import Spectrum
+from influence.tape import operations
+
+_STEPS = (10.0, 1.0, 0.1, 0.01)  # times the cube root of eps, the best step for a smooth function
+_SIGNS = 2  # random combinations of rows that stand for the removal of one
+_ROWS = 256  # rows in each, and rows whose losses are watched
+_ITERATIONS = 40  # of CG: an order of magnitude is asked for
+_KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
+_ENOUGH_DIGITS = 1e-2  # error of a score that nobody minds
+
+
+def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
+    """Whether H v is the difference of gradients that it stands for, and H symmetric.
+
+    v = H w for a random w has weight wherever there is curvature. A right product agrees at one of
+    the steps; a wrong one at none.
+    """
+    d, dtype = net.num_parameters, net.dtype
+    eps = float(np.finfo(dtype).eps)
+    w, u = np.random.default_rng(0).standard_normal((2, d)).astype(dtype)
+    u /= np.linalg.norm(u)
+    v = A @ w
+    v = (v if v.any() and np.isfinite(v).all() else w) / (np.linalg.norm(v) or 1.0)
+    Hu, Hv = (A @ np.stack([u, v], axis=1)).T
+    theta = net.theta
+    steps = np.array(_STEPS) * np.cbrt(eps) * max(1.0, float(np.linalg.norm(theta)))
+    ends = np.concatenate([steps, -steps]).astype(dtype)
+    G = net.risk_gradient(A.examples, theta[:, None] + ends * v[:, None], A.batch_size)
+    differences = (G[:, : len(steps)] - G[:, len(steps) :]) / (2 * steps) + A.damping * v[:, None]
+    size = float(np.linalg.norm(Hv))
+    gaps = np.linalg.norm(differences - Hv[:, None], axis=0)
+    gap = float(gaps.min() / size) if size else float(gaps.min() > 0)
+    asymmetry = abs(float(u @ Hv - v @ Hu)) / (max(size, float(np.linalg.norm(Hu))) or 1.0)
+    return _differences(net, A.examples, gap), _symmetry(asymmetry, 1e4 * eps)
+
+
+def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
+    title = "Hessian = differences"
+    if gap <= 2 * np.cbrt(np.finfo(net.dtype).eps):
+        return Line(
+            title,
+            gap,
+            "ok",
+            "Products with the Hessian agree with central differences of the gradient (relative "
+            "difference in value).",
+        )
+    found = (
+        f"A product with the Hessian differs by {gap:.1e} of its size from central differences of "
+        "the gradient"
+    )
+    kinks = _kinks(net.model, train) if net.dtype.itemsize < 8 else []
+    if kinks:
+        return Line(
+            title,
+            gap,
+            "warn",
+            f"{found}. The steps that {net.dtype} needs cross kinks ({', '.join(kinks)}), which "
+            "have a curvature on average that no Hessian contains: scores leave it out.",
+            "Check again in float64, whose steps are too small to cross many; use softplus, GELU "
+            "or tanh where scores must match refits.",
+        )
+    return Line(
+        title,
+        gap,
+        "fail",
+        f"{found}: second derivatives are wrong.",
+        "Look for tf.custom_gradient or tf.stop_gradient in the model or loss, and for losses with "
+        "kinks.",
+    )
+
+
+def _kinks(model: keras.Model, train: Examples) -> list[str]:
+    """Operations of the model whose slope jumps."""
+    x = plain_inputs(train.take([0]).x)
+    function = tf.function(lambda x: model(x, training=False))
+    with keras.StatelessScope():
+        graph = function.get_concrete_function(tf.nest.map_structure(tf.constant, x)).graph
+    return sorted({op.type for op in operations(graph) if op.type.startswith(_KINKS)})
+
+
+def _symmetry(gap: float, tolerance: float) -> Line:
+    title = "Hessian symmetric"
+    if gap <= tolerance:
+        return Line(title, gap, "ok", "u'Hv = v'Hu (relative difference in value).")
+    return Line(
+        title,
+        gap,
+        "fail",
+        f"u'Hv and v'Hu differ by {gap:.1e} of |Hv|: this is no second derivative of any function, "
+        "and no solver's answer means anything.",
+        "Look for tf.custom_gradient or tf.stop_gradient in the model or loss.",
+    )
+
+
+def largest(found: Spectrum) -> Line:
+    """The largest eigenvalue, for information."""
+    value, error = found.largest[0], found.largest_residuals[0]
+    return Line(
+        "largest eigenvalue",
+        float(value),
+        "ok" if value > 0 else "fail",
+        f"That of the Hessian with damping, known to {error:.1g}; with the smallest it sets how "
+        "hard the system is.",
+        "" if value > 0 else "Nothing curves upwards: theta is no minimum; train first.",
+    )
+
+
+def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Line:
+    """Whether the damped Hessian is positive definite.
+
+    Args:
+      found: its eigenvalues.
+      known: a number that no eigenvalue is below; NaN if there is none.
+      damping: what of them is damping.
+      noise: size below which an eigenvalue is zero but for rounding.
+    """
+    title = "smallest eigenvalue"
+    low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
+    enough = damping - low + error + max(0.1 * abs(low - damping), 1e-3 * float(found.largest[0]))
+    advice = (
+        f"Train on, or give damping={enough:.2g} or more, or use curvature=GaussNewton; a penalty "
+        "on every weight helps at the next training."
+    )
+    value = f"{low:.3g}, known to {error:.1g}"
+    if low < -noise:
+        return Line(
+            title,
+            low,
+            "fail",
+            f"The smallest eigenvalue is {value}: theta is a saddle, not a minimum, and the "
+            "inverse turns the sign of every score along that direction.",
+            advice,
+        )
+    if low <= noise:
+        return Line(
+            title,
+            low,
+            "fail",
+            f"The smallest eigenvalue is {value}, zero but for rounding ({noise:.1g}): directions "
+            "that change no loss make the Hessian singular, and it has no inverse.",
+            advice,
+        )
+    if damping and low - damping <= noise:
+        return Line(
+            title,
+            low,
+            "warn",
+            f"The smallest eigenvalue is {value}, but {low - damping:.3g} without the damping: "
+            "scores are those of a risk that holds the weights where they are.",
+            "Hold the scores against proximal refits with the same damping, not against plain "
+            "ones.",
+        )
+    if not (low - error > noise or known > 0):
+        return Line(
+            title,
+            low,
+            "warn",
+            f"The smallest eigenvalue found is {value} only: a negative one may have been missed.",
+            f"influence.spectrum with more max_products tells; damping={enough:.2g} is safe.",
+        )
+    return Line(
+        title,
+        low,
+        "ok",
+        f"Positive, {value}: the Hessian is invertible and theta, if stationary, a minimum.",
+    )
+
+
+def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
+    """Whether the dtype is enough for the condition number."""
+    title = "precision"
+    low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
+    floor = max(low - error, known) if not np.isnan(known) else low - error
+    floor = floor if floor > 0 else low
+    if floor <= 0:
+        return Line(
+            title,
+            np.nan,
+            "warn",
+            "No condition number: the Hessian is not positive definite.",
+            "Mend that first, and check again with the damping that will be used.",
+        )
+    condition = float(found.largest[0]) / floor
+    lost = condition * float(np.finfo(dtype).eps)
+    says = f"{dtype} at condition number {condition:.1g} may lose {min(lost, 1):.1g} of a score"
+    if lost < _ENOUGH_DIGITS:
+        return Line(title, lost, "ok", f"{says} to rounding: little enough.")
+    return Line(
+        title,
+        lost,
+        "warn" if lost < 1 else "fail",
+        f"{says} to rounding"
+        + (", all of it along the flattest directions." if lost >= 1 else "."),
+        ("" if dtype.itemsize == 8 else "Use float64 (Input and layers with dtype='float64'), ")
+        + "more penalty or damping, or scaled inputs.",
+    )
+
+
+def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
+    """How far theta is from the minimum, in losses, beside what removals change.
+
+    Finishing the training would change loss j by about -grad loss_j . H^-1 grad R (a Newton step);
+    leaving row i out changes it by grad loss_j . H^-1 grad L(z_i) / n. The root mean square of the
+    latter over rows i is that of the same expression for a sum of rows with random signs. As many
+    signs are positive as negative, so that the penalty's share cancels.
+
+    Args:
+      net: the net.
+      A: the damped Hessian over the training set.
+      test: None, or the rows whose losses are watched; else training rows are.
+      shift: added to A where A itself is not positive definite.
+    """
+    title = "stationary point"
+    train, n = A.examples, len(A.examples)
+    g = net.risk_gradient(train, batch_size=A.batch_size)
+    some, rng = train.take(sample(n, _ROWS)), np.random.default_rng(0)
+    sums = [_signed_sum(net, some, rng.permutation(len(some))) for _ in range(_SIGNS)]
+    damped = Hessian(net, train, A.damping + shift, batch_size=A.batch_size)
+    X = solve(damped, np.stack([g, *sums], 1), CG(rtol=0.1, max_iterations=_ITERATIONS)).x
+    watched = some if test is None else test.take(sample(len(test), _ROWS))
+    size = A.batch_size or net.rows_per_batch(watched, X.shape[1])
+    changes = [net.directional(x, y, X) for x, y in watched.batches(size)]
+    by_column = np.sqrt(np.mean(np.square(np.concatenate(changes), dtype=np.float64), axis=0))
+    drift, removal = float(by_column[0]), float(np.sqrt(np.mean(by_column[1:] ** 2))) / n
+    ratio = drift / removal if removal else (np.inf if drift else 0.0)
+    found = (
+        f"gradient norm {np.linalg.norm(g):.1e}. Finishing the training would change "
+        f"{'test' if test is not None else 'training'} losses by {drift:.1e} (rms), leaving a "
+        f"row out by {removal:.1e}"
+    )
+    if ratio < 0.1:
+        return Line(title, ratio, "ok", f"Theta is the minimum for this purpose: {found}.")
+    return Line(
+        title,
+        ratio,
+        "warn" if ratio < 1 else "fail",
+        f"Theta is not the minimum of mean loss + penalty: {found}. Refits would show the drift, "
+        "and the formula leaves it out.",
+        "Train on, all rows at once, with a falling learning rate or net.fit. Dropout, batch "
+        "statistics, augmentation or early stopping minimise another risk than the one asked "
+        "about: then compare with proximal refits.",
+    )
+
+
+def _signed_sum(net: GenericNeuralNet, examples: Examples, order: NDArray) -> NDArray:
+    """sum_i s_i grad L(z_i) / sqrt(k) over k rows, half of the signs positive."""
+    half = len(order) // 2
+    parts = [examples.take(part) for part in (order[:half], order[half : 2 * half])]
+    one, other = (net.gradient(part.x, part.y) for part in parts)
+    return np.sqrt(half / 2) * (one - other)

@@ -1,0 +1,167 @@
+"""Questions about class labels: are they those that the model was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from influence.examples import Examples
+from influence.losses import PerExampleLoss
+from influence.net import GenericNeuralNet
+from influence.preflight.report import Line
+
+_TITLE = "labels"
+_ONE_BIT = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
+_LOG_LOSSES = (
+    keras.losses.sparse_categorical_crossentropy,
+    keras.losses.categorical_crossentropy,
+    keras.losses.binary_crossentropy,
+)
+_ONE_NUMBER = (keras.losses.mean_squared_error, keras.losses.mean_absolute_error)
+_SHOWN = 10  # classes that a message gives
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Labels and predictions as class numbers from 0, each (n,); labels not yet checked."""
+
+    y: NDArray
+    predicted: NDArray
+    num_classes: int
+
+
+def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
+    """The line for class numbers that the model has no output for; None if there is none."""
+    some = examples.take([0])
+    y, shape = np.asarray(examples.y), net.outputs(some.x).shape
+    if not _are_numbers(y, shape):
+        return None
+    low, high, c = int(y.min()), int(y.max()), shape[-1]
+    if 0 <= low and high < c:
+        return None
+    off_by_one = (low, high) == (1, c)
+    return Line(
+        _TITLE,
+        np.count_nonzero((y < 0) | (y >= c)),
+        "fail",
+        f"Labels run from {low} to {high} against {c} outputs, which are classes 0 to {c - 1}"
+        + (": they are off by one." if off_by_one else "."),
+        "Subtract 1 from the labels." if off_by_one else "Number the classes from 0.",
+    )
+
+
+def plausible(
+    net: GenericNeuralNet,
+    train: Examples,
+    test: Examples | None,
+    losses: NDArray,
+    batch_size: int | None,
+) -> Line:
+    """Whether the labels are those that the model predicts, better than guessing would.
+
+    Args:
+      net: the net.
+      train: the training set, its labels in range.
+      test: None, or rows whose classes should be among the training set's.
+      losses: (n,) the training rows' losses.
+      batch_size: rows at a time.
+    """
+    classes = _classes(net, train, batch_size)
+    if classes is None:
+        return Line(_TITLE, np.nan, "ok", "The labels are no classes; nothing to compare them to.")
+    c = classes.num_classes
+    # agreement[s]: share of rows whose label would be the predicted class if it were s larger.
+    agreement = {s: float(np.mean(classes.predicted == (classes.y + s) % c)) for s in (0, 1, -1)}
+    shift = max(agreement, key=lambda s: agreement[s])
+    accuracy, shifted = agreement[0], agreement[shift]
+    predicted = f"{accuracy:.0%} of the rows' labels are the predicted class"
+    if shifted > 0.5 and shifted > 2 * accuracy:
+        how = "swapped" if c == 2 else f"off by one: with {shift:+d} added it is {shifted:.0%}"
+        return Line(
+            _TITLE,
+            accuracy,
+            "fail",
+            f"Only {predicted}, and the labels look {how}.",
+            "Compare the labels' coding with that of the training: a first class of 1 instead of "
+            "0, or a 0 and 1 that mean the opposite.",
+        )
+    unseen = np.setdiff1d(np.arange(c), classes.y)
+    if len(unseen):
+        from_one = len(unseen) == 1 and unseen[0] == 0
+        return Line(
+            _TITLE,
+            len(unseen),
+            "warn",
+            f"No training row has class {', '.join(map(str, unseen[:_SHOWN]))} of the model's {c}"
+            + (": labels that begin at 1 look off by one." if from_one else "."),
+            "If the classes were counted from 1, subtract 1 and train a model with an output less; "
+            "else nothing trains those outputs but the penalty: leave them out.",
+        )
+    other = _classes(net, test, batch_size) if test is not None else None
+    if other is not None and len(new := np.setdiff1d(other.y, classes.y)):
+        return Line(
+            _TITLE,
+            len(new),
+            "warn",
+            f"Test rows have class {', '.join(map(str, new[:_SHOWN]))}, which no training row has.",
+            "Compare the two sets' coding of the labels.",
+        )
+    guess = float(np.log(c))
+    if net.loss.keras_function in _LOG_LOSSES and losses.mean() > guess:
+        return Line(
+            _TITLE,
+            float(losses.mean()),
+            "warn",
+            f"The mean training loss, {losses.mean():.3g} nats, is above the {guess:.3g} of "
+            f"guessing among {c} classes; {predicted}.",
+            "Check that these are the weights that were trained, and that the inputs are scaled "
+            "and the labels coded as they were then.",
+        )
+    return Line(_TITLE, accuracy, "ok", f"{predicted[0].upper()}{predicted[1:]}.")
+
+
+def _are_numbers(y: NDArray, output_shape: tuple[int, ...]) -> bool:
+    """Whether labels are class numbers: integers, one for each row of several outputs."""
+    if len(output_shape) < 2 or output_shape[-1] < 2 or (y != np.round(y)).any():
+        return False
+    return y.shape[1:] == output_shape[1:-1] or y.shape[1:] == (*output_shape[1:-1], 1)
+
+
+def _classes(net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> _Classes | None:
+    y = np.asarray(examples.y)
+    shape = net.outputs(examples.take([0]).x).shape
+    numbers = _are_numbers(y, shape)
+    one_hot = y.shape[1:] == shape[1:] and shape[-1] > 1 and _are_one_hot(y)
+    one_bit = y.size == len(y) and int(np.prod(shape)) == 1
+    threshold = _threshold(net.loss, y) if one_bit else None
+    if not (numbers or one_hot or threshold is not None):
+        return None
+    size = batch_size or net.rows_per_batch(examples)
+    parts = [net.outputs(x) for x, _ in examples.batches(size)]
+    if threshold is not None:
+        predicted = np.concatenate([np.ravel(part) > threshold for part in parts])
+        return _Classes(np.ravel(y > (y.min() + y.max()) / 2), predicted, 2)
+    predicted = np.concatenate([np.ravel(part.argmax(axis=-1)) for part in parts])
+    labels = np.ravel(y if numbers else y.argmax(axis=-1)).astype(int)
+    return _Classes(labels, predicted, shape[-1])
+
+
+def _are_one_hot(y: NDArray) -> bool:
+    return bool(((y == 0) | (y == 1)).all() and (y.sum(axis=-1) == 1).all())
+
+
+def _threshold(loss: PerExampleLoss, y: NDArray) -> float | None:
+    """Output above which a model of one output answers the larger label; None: not known."""
+    values = set(np.unique(y[: 1 << 16]).tolist())
+    if len(values) != 2:
+        return None
+    if values == {-1, 1}:
+        return 0.0
+    if values != {0, 1}:
+        return None
+    if loss.keras_function in _ONE_BIT:
+        return 0.0 if loss.from_logits else 0.5
+    return 0.5 if loss.keras_function in _ONE_NUMBER else None

@@ -1,0 +1,229 @@
+"""Questions about the rows: do they fit, is a loss a row's own, is it finite, is it the same twice.
+
+Everything else that the library answers is a sum over rows of what each row says by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from influence.examples import Examples
+from influence.net import GenericNeuralNet
+from influence.preflight.report import Line
+
+_SAMPLE = 64  # rows asked again in another order
+_ALONE = 8  # of them asked one by one
+_SHOWN = 5  # row numbers that a message gives
+
+
+def rounding(dtype: np.dtype) -> float:
+    """Relative difference up to which two orders of addition may lead, with room for deep nets."""
+    return 1e3 * float(np.finfo(dtype).eps)
+
+
+def sample(num_rows: int, size: int) -> NDArray[np.int64]:
+    """Up to `size` row numbers, ascending, the same for every call."""
+    if num_rows <= size:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(0).choice(num_rows, size, replace=False))
+
+
+def losses(net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> NDArray:
+    """(n,) from one pass."""
+    size = batch_size or net.rows_per_batch(examples)
+    return np.concatenate([net.losses(x, y) for x, y in examples.batches(size)])
+
+
+def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
+    """Whether the net accepts the examples at all."""
+    title = f"{name} fits the net"
+    try:
+        net.validate(examples, name)
+    except ValueError as error:
+        return Line(title, np.nan, "fail", str(error), "Do as the message says; check again.")
+    return Line(
+        title,
+        len(examples),
+        "ok",
+        f"{len(examples)} rows; shapes, dtypes and the range of the labels are those that the "
+        "model and its loss take.",
+    )
+
+
+def separate(net: GenericNeuralNet, examples: Examples) -> Line:
+    """Whether a row's loss is its own: alone, among others, and with the others reversed."""
+    title = "loss per example"
+    rows = sample(len(examples), _SAMPLE)
+    some = examples.take(rows)
+    together = net.losses(some.x, some.y)
+    if np.shape(together) != (len(rows),):
+        return Line(
+            title,
+            np.nan,
+            "fail",
+            f"The loss {net.loss.name!r} gives shape {np.shape(together)} for {len(rows)} rows "
+            "instead of a number for each: it is summed or averaged over rows, or not over the "
+            "outputs of one row, so that no row's share in the risk can be told.",
+            "Leave out the sum or mean over rows; a Keras loss, or its name, is right as it is.",
+        )
+    reverse = some.take(np.arange(len(rows))[::-1])
+    few = [some.take([row]) for row in range(min(_ALONE, len(rows)))]
+    outputs = net.outputs(some.x)
+    alone = np.concatenate([net.losses(one.x, one.y) for one in few])
+    outputs_alone = np.concatenate([net.outputs(one.x) for one in few])
+    # Both are compared: of a well fitted row the loss hardly shows that its output has moved.
+    size = _largest(outputs)
+    reversed_ = net.outputs(reverse.x)[::-1], net.losses(reverse.x, reverse.y)[::-1]
+    gap = max(
+        _gap(outputs_alone, outputs[: len(few)], size),
+        _gap(reversed_[0], outputs, size),
+        _gap(alone, together[: len(few)], size + _largest(together)),
+        _gap(reversed_[1], together, size + _largest(together)),
+    )
+    if gap > rounding(net.dtype):
+        return Line(
+            title,
+            gap,
+            "fail",
+            f"A row's output or loss changes with the company it is in, by {gap:.1e} of its size: "
+            "it has no loss of its own that removing it would take out of the risk.",
+            "Look for a layer that mixes rows (BatchNormalization called with training=True, "
+            "which here must run in inference mode), for a random layer, and for labels of shape "
+            "(n,) that broadcast against outputs of shape (n, 1) in the loss.",
+        )
+    return Line(
+        title,
+        gap,
+        "ok",
+        "A row's loss is the same alone, among others and in another order (relative difference "
+        "in value).",
+    )
+
+
+def same_twice(
+    net: GenericNeuralNet, examples: Examples, first: NDArray, batch_size: int | None
+) -> Line:
+    """Whether two passes agree, and whether the model answers alike when its seeds move on.
+
+    Inside the library's own passes the seeds of Keras' random layers stand still, so that a dropout
+    left on would give the same wrong numbers again and again.
+
+    Args:
+      net: the net.
+      examples: the rows.
+      first: (n,) their losses from an earlier pass.
+      batch_size: that pass's.
+    """
+    title = "same answer twice"
+    again = losses(net, examples, batch_size)
+    some = examples.take(sample(len(examples), _SAMPLE))
+    x = plain_inputs(some.x)
+    with keras.StatelessScope():  # seeds move inside it, and not outside
+        one, two = (np.asarray(net.model(x, training=False)) for _ in range(2))
+    size = _largest(one)
+    gap = _gap(one, two, size)
+    if gap > rounding(net.dtype):
+        names = ", ".join(repr(name) for name in random_layers(net.model))
+        return Line(
+            title,
+            gap,
+            "fail",
+            f"The model answers the same rows differently each time, by {gap:.1e} of the outputs' "
+            "size, in inference mode: a random layer is on, or one that keeps a state, and every "
+            "number would be that of one draw.",
+            "Let dropout and noise obey `training`: call them without training=True."
+            + (f" Layers with a random state: {names}." if names else ""),
+        )
+    gap = _gap(first, again, _largest(first) + size)
+    if gap > rounding(net.dtype):
+        return Line(
+            title,
+            gap,
+            "fail",
+            f"Two passes over the same rows differ by {gap:.1e} of the losses' size.",
+            "Look for tf.random, NumPy's random numbers or data that are read anew in the model's "
+            "call or in the loss.",
+        )
+    return Line(
+        title,
+        gap,
+        "ok",
+        "Two passes over the rows agree"
+        + (" to the last bit." if gap == 0 else " but for rounding (relative difference in value).")
+        + " No random layer is on.",
+    )
+
+
+def finite(
+    net: GenericNeuralNet, examples: Examples, values: NDArray, name: str, batch_size: int | None
+) -> Line:
+    """Whether every row's loss and gradient is a number, and which are not.
+
+    Args:
+      net: the net.
+      examples: the rows.
+      values: (n,) their losses.
+      name: what the rows are called.
+      batch_size: rows at a time.
+    """
+    title = f"finite {name} rows"
+    v = np.random.default_rng(0).standard_normal(net.num_parameters)
+    size = batch_size or net.rows_per_batch(examples)
+    slopes = np.concatenate([net.directional(x, y, v) for x, y in examples.batches(size)])
+    bad = np.flatnonzero(~np.isfinite(values))
+    what, cause = "loss", "a log of 0 (use logits), a division by 0, an overflow, a wrong label"
+    if not len(bad):
+        bad = np.flatnonzero(~np.isfinite(slopes))
+        what, cause = "gradient", "a square root or norm at 0, whose slope is infinite there"
+    if len(bad):
+        return Line(
+            title,
+            len(bad),
+            "fail",
+            f"The {what} of {len(bad)} of {len(examples)} rows is NaN or infinite (row "
+            f"{_listed(bad)}), and so is every mean over rows.",
+            f"Look at those rows for {cause}; mend the model or loss, or drop them with `without`.",
+        )
+    return Line(title, 0, "ok", f"The loss and gradient of all {len(examples)} rows are finite.")
+
+
+def random_layers(model: keras.Model) -> list[str]:
+    """Names of the layers that keep the state of a random generator."""
+    found = []
+    for layer in model._flatten_layers(include_self=False):
+        own = {id(w) for w in layer.weights}
+        inner = any(True for _ in layer._flatten_layers(include_self=False))
+        if not inner and any(id(v) not in own for v in layer.variables):
+            found.append(layer.name)
+    return found
+
+
+def _listed(rows: NDArray) -> str:
+    shown = ", ".join(map(str, rows[:_SHOWN]))
+    return shown + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+
+
+def _largest(values: NDArray) -> float:
+    """The largest size among the finite."""
+    sizes = np.abs(values)
+    return float(sizes[np.isfinite(sizes)].max(initial=0.0))
+
+
+def _gap(one: NDArray, two: NDArray, size: float) -> float:
+    """The largest difference relative to `size`; NaN and infinity have a line of their own."""
+    finite = np.isfinite(one) & np.isfinite(two)
+    gap = _largest(one[finite] - two[finite])
+    return gap / size if gap else 0.0
+
+
+def plain_inputs(x: Any) -> Any:
+    """Inputs as dense arrays, for the Keras model itself."""
+    if isinstance(x, Mapping):
+        return {key: plain_inputs(part) for key, part in x.items()}
+    return x.toarray() if scipy.sparse.issparse(x) else x

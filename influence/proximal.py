@@ -1,0 +1,192 @@
+"""Proximal responses: what removing a row does to a net that is at no minimum and stays nearby.
+
+With theta_s the net as it is, n training rows and L(z_i) = loss_i + penalty, each removal moves
+theta to the minimum of
+
+    F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2.
+
+D keeps the net where it is, so that F_i is minimised by theta_s itself but for L(z_i):
+
+    "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
+    "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
+
+with f_j and s_j row j's outputs at theta and theta_s. Both are Bregman divergences, of the loss in
+the outputs and of the risk in theta. The first gets the same divergence of the penalty, which for
+L2 is the penalty of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from influence import refits, secant
+from influence.convergence import warn_unconverged
+from influence.estimand import Estimand
+from influence.examples import Examples, check_rows
+from influence.net import GenericNeuralNet
+from influence.operators import Curvature, GaussNewton, Hessian
+from influence.refits import Groups, Task
+from influence.removal import Removal
+from influence.solvers import Direct, Prepared, Solver, prepare
+
+_CURVATURE: dict[str, type[Curvature]] = {"bregman": GaussNewton, "leave_one_out": Hessian}
+
+
+@dataclass(frozen=True, eq=False)
+class ProximalResponse(Estimand):
+    """Changes, (m, k), of each test loss as theta moves to each row's proximal minimum.
+
+    Attributes:
+      change_if_removed: (m, k) test loss at the minimum of F_i, minus that at theta_s.
+      rows: (k,) the training rows.
+      objective: "bregman" or "leave_one_out": which F_i.
+      damping: of F_i.
+      gradient_norm: (k,) Euclidean norm of the gradient of F_i where theta ended, relative to that
+        at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
+      iterations: (k,) gradients of F_i that each row took, passes over the training set.
+      converged: (k,) gradient_norm within the tolerance.
+    """
+
+    objective: str
+    damping: float
+    gradient_norm: NDArray
+    iterations: NDArray
+    converged: NDArray
+
+
+def proximal_response(
+    net: GenericNeuralNet,
+    train: Examples,
+    test: Examples,
+    rows: ArrayLike,
+    *,
+    objective: Literal["bregman", "leave_one_out"] = "bregman",
+    damping: float,
+    solver: Solver | Prepared = Direct(),
+    tolerance: float = 1e-4,
+    max_iterations: int = 50,
+    block: int = 10,
+    batch_size: int | None = None,
+    num_processes: int = 1,
+    checkpoints: str | Path | None = None,
+) -> ProximalResponse:
+    """Actual change of each test loss as theta moves to the proximal minimum without each row.
+
+    argmin D(theta, theta_s) - L(z_i) / n + damping/2 |theta - theta_s|^2: with "bregman" Bae et
+    al.'s (2022) proximal Bregman response function, with "leave_one_out" the risk without the row,
+    made stationary at theta_s. To first order theta moves by + A^-1 grad L(z_i) / n, A being
+    `GaussNewton` or `Hessian` of that damping, which is `Influence.parameters`: these are the
+    truths that damped influence predicts at a theta that is no minimum. At a minimum, without
+    damping, "leave_one_out" is retraining without the row; so is "bregman" for a model linear in
+    theta.
+
+    Steps are Newton's with A, factored once, and the row's own curvature taken out of it, then with
+    secant updates. The net is left as it was.
+
+    Args:
+      net: anywhere; float64, unless its gradients can be told from rounding in float32.
+      train: the training set, n rows.
+      test: m examples whose losses are measured; the penalty is not part of them.
+      rows: (k,) training rows, each alone.
+      objective: "bregman" or "leave_one_out".
+      damping: of the proximal term, absolute; A must be positive definite.
+      solver: how A is inverted; what `prepare` returned for A is not prepared again.
+      tolerance: gradient norm of F_i to reach, relative to that at theta_s.
+      max_iterations: gradients of F_i at most, for each row.
+      block: rows whose minima are sought together. Part of the checkpoints' identity.
+      batch_size: rows of the training set at a time; None: chosen.
+      num_processes: joblib workers; -1 for one a core.
+      checkpoints: a folder where finished blocks are kept. A call that was interrupted, by kill -9
+        too, continues from there and ends bit for bit as if it had not been.
+
+    Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
+    Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
+      if A is not positive definite. Rows that miss the tolerance are marked in `converged`, with a
+      ConvergenceWarning.
+    """
+    refits.check(net, train, test, tolerance=tolerance, block=block, batch_size=batch_size)
+    rows = check_rows(rows, len(train))
+    if objective not in _CURVATURE:
+        raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
+    A = _CURVATURE[objective](net, train, damping, batch_size=batch_size)
+    refits.check_processes(num_processes, net)
+    inverse = prepare(A, solver)
+    found = refits.run(
+        Task(net, train, test, tolerance, max_iterations, batch_size),
+        _proximal_block,
+        list(rows[:, None]),
+        inverse,
+        block=block,
+        checkpoints=checkpoints,
+        identity=("proximal", objective, float(damping), repr(inverse.solver)),
+        num_processes=num_processes,
+        what="proximal responses",
+    )
+    norms = found["gradient_norm"]
+    converged = norms <= tolerance
+    if not converged.all():
+        warn_unconverged(
+            f"{np.count_nonzero(~converged)} of {len(rows)} proximal responses ended above "
+            f"{tolerance:.1e} of their first gradient norm (worst {norms.max():.1e}): allow more "
+            "max_iterations, use float64 or a larger damping."
+        )
+    return ProximalResponse(
+        found["change_if_removed"], rows, objective, float(damping), norms, found["passes"],
+        converged,
+    )  # fmt: skip
+
+
+def _proximal_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, NDArray]:
+    """The minima of F_i for some rows, a column each."""
+    net, train, n = task.net, task.train, len(task.train)
+    A: Any = inverse.A  # GaussNewton or Hessian
+    removed = Removal(net, train, groups, task.batch_size)
+    thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
+    divergence = _of_outputs(task) if isinstance(A, GaussNewton) else _of_the_risk(task)
+
+    def gradients(there: NDArray, columns: NDArray) -> NDArray:
+        away = there - thetas[:, columns]
+        own = removed.gradients(there, columns) / n
+        return divergence(there) - own + A.damping * away
+
+    def steps(G: NDArray, columns: NDArray) -> NDArray:
+        return removed.solve(inverse, G, columns)
+
+    first = -removed.gradients(thetas, np.arange(len(groups))) / n  # D is stationary at theta_s
+    scale = np.linalg.norm(first, axis=0)
+    found = secant.minimise(
+        gradients, steps, thetas, first, task.tolerance * scale, task.max_passes
+    )
+    return {
+        "change_if_removed": task.changes(found.thetas),
+        "gradient_norm": np.divide(found.norms, scale, out=np.zeros_like(scale), where=scale > 0),
+        "passes": found.passes,
+    }
+
+
+def _of_outputs(task: Task) -> Callable[[NDArray], NDArray]:
+    """The gradient (d, j) of the "bregman" divergence, as a function of thetas (d, j)."""
+    net, train = task.net, task.train
+    penalty = net.penalty_gradient()[:, None]
+
+    def gradient(thetas: NDArray) -> NDArray:
+        size = task.batch_size or net.rows_per_batch(train, thetas.shape[1])
+        mean = net.mean_over(train, size, lambda x, y: net.bregman_gradient(x, y, thetas))
+        return mean + net.penalty_gradient(thetas) - penalty
+
+    return gradient
+
+
+def _of_the_risk(task: Task) -> Callable[[NDArray], NDArray]:
+    """The gradient (d, j) of the "leave_one_out" divergence, as a function of thetas (d, j)."""
+    net, train, size = task.net, task.train, task.batch_size
+    before = net.risk_gradient(train, net.theta[:, None], size)
+    return lambda thetas: net.risk_gradient(train, thetas, size) - before

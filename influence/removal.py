@@ -1,0 +1,150 @@
+"""Groups of training rows about to be removed: their share of gradients and of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from influence.convergence import DivergenceError
+from influence.examples import Examples
+from influence.net import GenericNeuralNet
+from influence.refits import Groups
+from influence.solvers import Prepared
+
+_MOST_STEPS = 10  # of conjugate gradients that take a group's own curvature out
+_RTOL = 1e-3  # of those steps; what a chord leaves of the gradient is more than that
+_BYTES = 1 << 28  # of dense inputs handled in one call
+
+
+class Removal:
+    """k groups of rows, a column each: sums over a group of what its rows bring to the risk.
+
+    Rows are read in batches of one length, many groups' in a call, and groups larger than a batch
+    in several.
+
+    Args:
+      net: at the theta where curvature is taken.
+      train: the training set.
+      groups: k arrays of row numbers.
+      batch_size: rows at a time at most; None: chosen.
+    """
+
+    def __init__(
+        self, net: GenericNeuralNet, train: Examples, groups: Groups, batch_size: int | None
+    ):
+        self.net, self.train, self.groups = net, train, groups
+        self.sizes = np.array([len(group) for group in groups])
+        first = train.take([0]).x
+        parts = first.values() if isinstance(first, dict) else (first,)
+        row = sum(int(np.prod(part.shape[1:])) * part.dtype.itemsize for part in parts)
+        chosen = min(net.rows_per_batch(train), max(_BYTES // max(row, 1), 1))
+        self._together = batch_size or chosen
+
+    def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
+        """(d, j): sum over a group of grad (loss_i + penalty), at a column of thetas (d, j)."""
+        total = self.net.penalty_gradient(thetas) * self._sizes(columns)
+        for at, x, y in self._batches(columns):
+            total[:, at] += self.net.gradient_each(x, y, thetas[:, at]) * y.shape[1]
+        return total
+
+    def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
+        """(d, j): sum over a group of the Hessian of loss_i + penalty at theta, times a column."""
+        total = self.net.penalty_hvp(V) * self._sizes(columns)
+        for at, x, y in self._batches(columns):
+            products = self.net.hvp_each(x, y, V[:, at].T[:, :, None])
+            total[:, at] += products[:, :, 0].T * y.shape[1]
+        return total
+
+    def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
+        """About (A - H_g / n)^-1 b, (d, j), for the matrix A of `inverse` and H_g as in `hvp`.
+
+        Conjugate gradients preconditioned by A^-1. Then A p follows from the recurrence of p, so
+        that a step costs one product with the group's own rows, and about as many are needed as a
+        small group has outputs. Large groups, whose products cost as much as the data passes that
+        they are to save, get fewer steps; the caller's secant updates make up for it.
+
+        Raises: DivergenceError if A is not positive definite.
+        """
+        n = len(self.train)
+        limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
+        X = np.zeros_like(B)
+        at = np.arange(B.shape[1])  # the columns still open
+        r, z = B, _apply(inverse, B)
+        p, Ap = z, r  # Ap: what A, without the groups taken out, makes of p
+        rz = _dot(r, z)
+        target = _RTOL**2 * rz
+        for step in range(1, _MOST_STEPS + 1):
+            Hp = Ap - self.hvp(p, columns[at]) / n
+            curvature = _dot(p, Hp)
+            # No curvature left without the group: what the steps before have is the answer.
+            bent = curvature > 0
+            length = np.divide(rz, curvature, out=np.full_like(rz, float(step == 1)), where=bent)
+            X[:, at] += length * p
+            r = r - length * Hp
+            stay = bent & (step < limit[at])
+            at, (r, p, Ap, rz) = at[stay], _columns(stay, r, p, Ap, rz)
+            if not len(at):
+                break
+            z = _apply(inverse, r)
+            before, rz = rz, _dot(r, z)
+            stay = rz > target[at]
+            at, (r, z, p, Ap, before, rz) = at[stay], _columns(stay, r, z, p, Ap, before, rz)
+            if not len(at):
+                break
+            p, Ap = z + rz / before * p, r + rz / before * Ap
+        return X
+
+    def _sizes(self, columns: NDArray) -> NDArray:
+        return self.sizes[columns].astype(self.net.dtype)
+
+    def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
+        """(positions in columns (r,), x (r, b, ...), y (r, b, ...)): batches of equal length b.
+
+        A position occurs once in a batch: a group's parts are full ones, alone, and a shorter rest.
+        """
+        by_length: dict[int, list[tuple[int, NDArray]]] = {}
+        for position, column in enumerate(columns):
+            group = self.groups[column]
+            for start in range(0, len(group), self._together):
+                part = group[start : start + self._together]
+                by_length.setdefault(len(part), []).append((position, part))
+        for length, found in by_length.items():
+            num = max(self._together // length, 1)
+            for start in range(0, len(found), num):
+                at, rows = zip(*found[start : start + num], strict=True)
+                yield np.array(at), *self._shaped(np.stack(rows))
+
+    def _shaped(self, rows: NDArray) -> tuple[Any, NDArray]:
+        """The rows (r, b) as arrays (r, b, ...)."""
+        chosen = self.train.take(rows.ravel())
+
+        def shaped(part: Any) -> NDArray:
+            part = part.toarray() if hasattr(part, "toarray") else part
+            return part.reshape(*rows.shape, *part.shape[1:])
+
+        x = chosen.x
+        x = {name: shaped(part) for name, part in x.items()} if isinstance(x, dict) else shaped(x)
+        return x, shaped(chosen.y)
+
+
+def _apply(inverse: Prepared, B: NDArray) -> NDArray:
+    raw = inverse.apply(B)
+    if np.any(np.asarray(raw.min_curvature) <= 0):
+        smallest = np.nanmin(raw.min_curvature)
+        raise DivergenceError(
+            f"the curvature at theta must be positive definite, got {smallest:.3g} in some "
+            f"direction; raise the damping by more than {-smallest:.3g} or, where there is none, "
+            "retrain by method='fit'."
+        )
+    return raw.x
+
+
+def _columns(which: NDArray, *parts: NDArray) -> list[NDArray]:
+    return [part[..., which] for part in parts]
+
+
+def _dot(U: NDArray, V: NDArray) -> NDArray:
+    return np.einsum("ij,ij->j", U, V)

@@ -1,0 +1,117 @@
+"""Chord steps with secant updates: many small minimisations in lockstep from one inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PAIRS = 20  # of steps and changes of gradient that are remembered
+_PATIENCE = 20  # passes without a smaller gradient, after which rounding is all that is left
+_CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
+_OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Where k minimisations ended.
+
+    Attributes:
+      thetas: (d, k) of the smallest gradient each has seen.
+      norms: (k,) Euclidean norms of those gradients.
+      passes: (k,) gradients that each took, the first not counted.
+    """
+
+    thetas: NDArray
+    norms: NDArray
+    passes: NDArray
+
+
+def minimise(
+    gradients: Callable[[NDArray, NDArray], NDArray],
+    inverse: Callable[[NDArray, NDArray], NDArray],
+    thetas: NDArray,
+    first: NDArray,
+    tolerance: NDArray,
+    max_passes: int,
+) -> Found:
+    """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
+
+    The inverse Hessian at the start makes the first step Newton's; what later gradients show of the
+    curvature elsewhere is added by the two-loop recursion (Nocedal 1980). A step is taken unless it
+    ends on a climb half as steep as its descent began (the upper half of the approximate Wolfe
+    conditions, Hager & Zhang 2005, which gradients alone decide and rounding spares) and the
+    gradient has grown. One that is not taken still teaches its curvature, and the next is at most
+    half as long.
+
+    Args:
+      gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
+      inverse: (G (d, j), columns (j,)) -> (d, j), about the inverse Hessians at the start times G;
+        positive definite.
+      thetas: (d, k) the start.
+      first: (d, k) the gradients there.
+      tolerance: (k,) norms of gradients to stop at.
+      max_passes: calls of `gradients` at most.
+
+    Returns: Found.
+    """
+    thetas, G = thetas.copy(), first.copy()
+    norms = np.linalg.norm(G, axis=0)
+    best = Found(thetas.copy(), norms.copy(), np.zeros(len(norms), int))
+    longest = np.full(len(norms), np.inf)
+    stale = np.zeros(len(norms), int)
+    pairs: list[tuple[NDArray, NDArray, NDArray]] = []
+    todo = np.flatnonzero(norms > tolerance)
+    for _ in range(max_passes):
+        if not len(todo):
+            break
+        g = G[:, todo]
+        steps = -_two_loops(pairs, g, lambda Q: inverse(Q, todo))  # noqa: B023
+        steps *= np.minimum(1, longest[todo] / np.linalg.norm(steps, axis=0))
+        tried = thetas[:, todo] + steps
+        there = gradients(tried, todo)
+        tried_norms = np.linalg.norm(there, axis=0)
+        pairs = [*pairs[1 - _PAIRS :], _pair(steps, there - g)]
+        climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
+        taken = np.isfinite(tried_norms) & (~climbs | (tried_norms < norms[todo]))
+        moved = todo[taken]
+        thetas[:, moved], G[:, moved] = tried[:, taken], there[:, taken]
+        norms[moved] = tried_norms[taken]
+        longest[todo] = np.where(taken, np.inf, np.linalg.norm(steps, axis=0) / 2)
+        better = todo[norms[todo] < best.norms[todo]]
+        best.thetas[:, better], best.norms[better] = thetas[:, better], norms[better]
+        best.passes[todo] += 1
+        stale[todo] += 1
+        stale[better] = 0
+        stay = (best.norms[todo] > tolerance[todo]) & (stale[todo] < _PATIENCE)
+        if not stay.all():
+            pairs = [(S[:, stay], Y[:, stay], weight[stay]) for S, Y, weight in pairs]
+            todo = todo[stay]
+    return best
+
+
+def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
+    """The updated inverse times G, column by column."""
+    Q, shares = G.copy(), []
+    for S, Y, weight in reversed(pairs):
+        shares.append(weight * _dot(S, Q))
+        Q -= shares[-1] * Y
+    R = inverse(Q)
+    for (S, Y, weight), share in zip(pairs, reversed(shares), strict=True):
+        R = R + (share - weight * _dot(Y, R)) * S
+    return R
+
+
+def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """(steps, changes of gradient, 1 / their product); all zero where no curvature was seen."""
+    Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
+    product = _dot(S, Y)
+    curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)
+    weight = np.divide(1, product, out=np.zeros_like(product), where=curved)
+    return S, Y, weight
+
+
+def _dot(U: NDArray, V: NDArray) -> NDArray:
+    return np.einsum("ij,ij->j", U, V)

@@ -1,0 +1,109 @@
+"""Nystroem: a low-rank approximation from one product with a random block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+
+from influence.convergence import DivergenceError
+from influence.solvers.base import Raw, check_rank, finite_products
+from influence.solvers.lanczos import singular
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """Randomised Nystroem approximation (Frangella, Tropp & Udell 2023, alg. 2.1), plus a floor.
+
+    With Omega (d, rank) random and orthonormal and A = M + known I,
+
+        M ~ (M Omega) (Omega' M Omega)^-1 (M Omega)' = U diag(values) U'
+        A ~ U diag(values + known) U' + (smallest value + known) (I - U U')
+
+    the inverse of which is their preconditioner (section 5), here scaled as an approximation of
+    A^-1 itself. `known` is what is known without a product: the damping, and for a convex net the
+    penalty. It is taken off before the sketch, where it would spend the rank on what every
+    direction has, and put back exactly. The approximation is fixed, linear and positive definite,
+    exact where the rank is d or more than that of M.
+
+    Args:
+      rank: of U; more than d counts as d. Costs one pass over the data with rank vectors.
+      seed: of Omega.
+      rtol: true relative residual up to which a column counts as converged; None: no such aim, the
+        residual is reported, nothing counts as converged, nobody is warned.
+
+    Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a matrix
+      that is seen to be indefinite, for which the method has no meaning, or singular.
+    """
+
+    rank: int
+    seed: int = 0
+    rtol: float | None = None
+
+    def __post_init__(self):
+        """Check the hyperparameters."""
+        check_rank(self.rank, self.seed, self.rtol)
+
+    def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
+        """Sketch the matrix."""
+        d = A.shape[0]
+        rank = min(self.rank, d)
+        dtype = np.result_type(A.dtype, np.float32)
+        rng = np.random.default_rng(self.seed)
+        Omega = np.linalg.qr(rng.standard_normal((d, rank)))[0].astype(dtype)
+        Y = finite_products(A, Omega, "Nystrom")
+        size = float(np.linalg.norm(Y, 2))
+        rounding = float(np.finfo(dtype).eps * np.sqrt(d) * size)
+        smallest = float(np.linalg.eigvalsh(_core(Omega, Y))[0])
+        if smallest < -rounding:
+            raise DivergenceError(
+                f"Nystrom needs a positive definite A, met a negative curvature of {smallest:.3g}, "
+                f"and there may be worse; use a damping well above {-smallest:.3g}, or "
+                "GaussNewton, or Direct, which answers for indefinite matrices."
+            )
+        known = _known(A)
+        if smallest - known < -rounding:  # A is definite only by its damping: sketch it whole
+            known = 0.0
+        # The shift keeps the core's Cholesky factor clear of rounding, and comes off again below.
+        Y, shift = Y - dtype.type(known) * Omega, rounding
+        while True:
+            shifted = Y + dtype.type(shift) * Omega
+            try:
+                L = np.linalg.cholesky(_core(Omega, shifted))
+                break
+            except np.linalg.LinAlgError:
+                shift = max(10 * shift, float(np.finfo(dtype).tiny))
+        half = scipy.linalg.solve_triangular(L, shifted.T, lower=True).T
+        U, sigma, _ = scipy.linalg.svd(half, full_matrices=False)
+        values = np.maximum(sigma**2 - shift, 0) + known
+        if values[-1] <= rounding:
+            raise singular(float(values[-1]), rounding)
+        values = values.astype(dtype)[:, None]
+        remedy = (
+            f"Nystrom of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
+            f"let CG do the rest, CG(preconditioner=Nystrom({rank}))."
+        )
+
+        def apply(B: NDArray) -> Raw:
+            C = U.T @ B
+            X = U @ (C / values)
+            if rank < d:
+                X += (B - U @ C) / values[-1]
+            return Raw(X, 1, smallest, remedy)
+
+        return apply
+
+
+def _core(Omega: NDArray, Y: NDArray) -> NDArray:
+    core = Omega.T @ Y
+    return (core + core.T) / 2
+
+
+def _known(A: LinearOperator) -> float:
+    """The multiple of I that A is known to hold: its damping, or more where the model tells."""
+    bounds = (getattr(A, "damping", 0.0), getattr(A, "smallest_eigenvalue_bound", np.nan))
+    return float(max(bound for bound in bounds if not np.isnan(bound)))

@@ -1,0 +1,84 @@
+"""What CG may be preconditioned with: anything fixed, linear and positive definite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+from influence.solvers.base import Prepared, prepare
+
+
+def check_preconditioner(preconditioner: Any) -> None:
+    """Refuse what can be no preconditioner, before any work.
+
+    Args:
+      preconditioner: None, a solver, what `prepare` returned, a (d, d) array or a LinearOperator.
+
+    Raises: TypeError for a solver whose answers are not those of one fixed symmetric linear map,
+      with the reason, and for what is none of these.
+    """
+    if preconditioner is None:
+        return
+    solver = getattr(preconditioner, "solver", preconditioner)  # of what is prepared
+    if hasattr(solver, "prepare") and not isinstance(solver, type):
+        reason = getattr(solver, "unfit_as_preconditioner", "")
+        if reason:
+            raise TypeError(
+                f"preconditioner must be fixed, linear and positive definite, got {solver!r}: "
+                f"{reason}; use Nystrom, Lanczos, EKFAC or Direct."
+            )
+    elif not scipy.sparse.issparse(solver) and (
+        not isinstance(solver, np.ndarray | LinearOperator) or solver.ndim != 2
+    ):
+        raise TypeError(
+            "preconditioner must be a solver such as Nystrom(100), what prepare returned, or a "
+            f"(d, d) array or LinearOperator that approximates the inverse, got {solver!r}."
+        )
+
+
+def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], NDArray]:
+    """The approximate inverse as a function of a block (d, m), prepared and tried once.
+
+    Args:
+      preconditioner: as in `check_preconditioner`. A solver prepared for another matrix of A's
+        shape is used as it is: often a good preconditioner for this one.
+      A: symmetric (d, d).
+
+    Raises: ValueError for another shape, or for what is seen not to be positive definite.
+    """
+    if preconditioner is None:
+        return lambda R: R
+    probe = np.random.default_rng(0).standard_normal((A.shape[0], 1))
+    probe = probe.astype(np.result_type(A.dtype, np.float32))
+    if isinstance(preconditioner, Prepared) or hasattr(preconditioner, "prepare"):
+        given = isinstance(preconditioner, Prepared)
+        prepared = preconditioner if given else prepare(A, preconditioner)
+        _check_shape(prepared.A.shape, A.shape)
+        raw = prepared.apply(probe)
+        met = np.asarray(raw.min_curvature, float)
+        curvature = float(np.min(met, initial=np.inf, where=~np.isnan(met)))
+        tried, name = raw.x, repr(prepared.solver)
+        inverse = lambda R: prepared.apply(R).x  # noqa: E731
+    else:
+        operator = aslinearoperator(preconditioner)
+        _check_shape(operator.shape, A.shape)
+        inverse = lambda R: operator @ R  # noqa: E731
+        tried, curvature, name = inverse(probe), np.inf, type(preconditioner).__name__
+    along = float(np.sum(probe * tried))
+    if not (curvature > 0 and along > 0):
+        seen = f"a curvature of {curvature:.3g}" if curvature <= 0 else f"v'Mv = {along:.3g}"
+        raise ValueError(
+            f"preconditioner must be positive definite, got {seen} from {name}; damp the matrix "
+            "that it is prepared for, or prepare it for GaussNewton."
+        )
+    return inverse
+
+
+def _check_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ValueError(f"preconditioner must have the shape of A, {wanted}, got {shape}.")

@@ -1,0 +1,197 @@
+"""Stream: training rows that a dataset reads anew in every pass, asked like any other examples."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.examples import Examples, Remaining
+from influence.parts import Fingerprint
+from influence.progress import progress
+from influence.streamed import Batch, batches_of, check_kind, checked, row_hashes
+
+_FIRST_ROWS = 8  # kept in memory: what probes of a model look at
+_LABEL_BYTES = 1 << 26  # labels up to this size are kept in memory, larger ones on disk
+
+
+class Stream(Examples):
+    """The rows of a dataset that is read anew in every pass; x is never held as a whole.
+
+    It takes the place of Examples everywhere, and what is computed from it is what the same rows
+    give as arrays: they are cut into the batches that are asked for, whatever the dataset's own.
+    When it is made, the dataset is read twice and the passes compared row by row; beside one batch,
+    what is kept is the labels and 8 bytes for each row. A `take` of rows is a pass over a
+    tf.data.Dataset up to the last of them, so LiSSA, which takes rows at random, is slow on one; a
+    PyDataset is asked for the batches that hold them.
+
+    Args:
+      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as `fit` takes it:
+        x an array or a dict of arrays (one per model input), y an array of labels.
+      max_rows: a dataset that goes on beyond this counts as infinite.
+
+    Attributes:
+      y: (n, ...) labels; on disk, in a temporary file, where they take more than 64 MiB.
+
+    Raises: TypeError for another kind of dataset, sample weights, or batches that are not (x, y) of
+      arrays of numbers; ValueError for an infinite or empty dataset, a NaN or infinity, rows that
+      change their shape, and for rows or an order that differ from pass to pass (shuffling,
+      augmentation), naming the row and the remedy.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset | keras.utils.PyDataset, *, max_rows: int = 10**7):
+        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
+            raise ValueError(f"max_rows must be a positive integer, got {max_rows!r}.")
+        check_kind(dataset)
+        self._dataset = dataset
+        hashes = self._first_pass(max_rows)
+        if isinstance(dataset, keras.utils.PyDataset):
+            dataset.on_epoch_end()  # where Keras' own datasets are shuffled
+            dataset.on_epoch_begin()
+        self._second_pass(hashes)
+
+    in_memory = False
+
+    @property
+    def x(self) -> Any:
+        """Not to be had.
+
+        Raises: TypeError.
+        """
+        raise TypeError(
+            "x of a Stream is not held in memory; use batches(size), or take(slice(None)) for "
+            "Examples that hold all rows."
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """See Examples.fingerprint; known from the first pass."""
+        return self._fingerprint
+
+    @property
+    def num_entries(self) -> int:
+        """How many numbers x holds."""
+        return self._first.num_entries // len(self._first) * len(self)
+
+    # --- see Examples ---------------------------------------------------------------------------
+
+    def _taken(self, rows: NDArray | slice) -> Examples:
+        numbers = np.arange(len(self))[rows]
+        if numbers.max() < len(self._first):
+            return self._first._taken(numbers)
+        wanted, places = np.unique(numbers, return_inverse=True)
+        ((x, y),) = self._read(len(wanted), wanted)
+        found = Examples._trusted(x, y)
+        return found if np.array_equal(numbers, wanted) else found._taken(places)
+
+    def _remaining(self, kept: NDArray[np.int64]) -> Examples:
+        return Remaining(self, kept)
+
+    def _read(self, size: int, rows: NDArray[np.int64] | None) -> Iterator[tuple[Any, NDArray]]:
+        missing = len(self) if rows is None else len(rows)
+        arrays: dict[Any, NDArray] = {}
+        filled = 0
+        for piece in self._pieces(rows):
+            used, length = 0, len(piece.y)
+            while used < length:
+                if not arrays:
+                    room = min(size, missing)
+                    arrays = {k: np.empty((room, *p.shape[1:]), p.dtype) for k, p in piece.parts}
+                step = min(room - filled, length - used)
+                for key, part in piece.parts:
+                    arrays[key][filled : filled + step] = part[used : used + step]
+                used, filled = used + step, filled + step
+                if filled == room:
+                    yield piece.structured(arrays)
+                    arrays, filled, missing = {}, 0, missing - room
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _first_pass(self, max_rows: int) -> NDArray[np.int64]:
+        """What is to be known of the rows; a hash of each, (n,)."""
+        seen, hashes, starts, first = Fingerprint(), [], [0], []
+        with tempfile.TemporaryFile() as file:
+            batches = checked(batches_of(self._dataset), max_rows)
+            for batch in progress(batches, "reading the stream"):
+                seen.add(batch.x, batch.y)
+                hashes.append(row_hashes(batch))
+                starts.append(starts[-1] + len(batch.y))
+                file.write(np.ascontiguousarray(batch.y).data)
+                if starts[-2] < _FIRST_ROWS and len(batch.y):
+                    first.append(batch)
+            if not starts[-1]:
+                raise ValueError("dataset must hold at least one row, got an empty one.")
+            file.flush()
+            y = first[0].y
+            shape = (starts[-1], *y.shape[1:])
+            y = np.memmap(file, y.dtype, "r", shape=shape)
+            y = y if y.nbytes > _LABEL_BYTES else np.array(y)
+        y.setflags(write=False)
+        object.__setattr__(self, "y", y)
+        self._fingerprint, self._starts = seen.hexdigest(), np.array(starts)
+        keys = [key for key, _ in first[0].parts]
+        rows = [np.concatenate([dict(b.parts)[key] for b in first])[:_FIRST_ROWS] for key in keys]
+        self._first = Examples(*first[0].structured(dict(zip(keys, rows, strict=True))))
+        return np.concatenate(hashes)
+
+    def _second_pass(self, expected: NDArray[np.int64]) -> None:
+        """Refuse rows that are not those of the first pass.
+
+        Raises: ValueError.
+        """
+        count = 0
+        batches = batches_of(self._dataset)
+        for batch in progress(batches, "reading the stream again", len(self._starts) - 1):
+            got = row_hashes(batch)
+            before = expected[count : count + len(got)]
+            differ = np.flatnonzero(got[: len(before)] != before)
+            if differ.size:
+                row = count + differ[0]
+                elsewhere = np.flatnonzero(expected == got[differ[0]])
+                what = (
+                    f"row {elsewhere[0]} of the first at the place of row {row}: it is shuffled; "
+                    "use shuffle(..., reshuffle_each_iteration=False), or none"
+                    if elsewhere.size
+                    else f"values in row {row} that the first does not have: it is random; leave "
+                    "out random augmentation and dropout"
+                )
+                raise ValueError(
+                    f"dataset must give the same rows in every pass, got in the second {what}."
+                )
+            count += len(got)
+            if count > len(expected):
+                break
+        if count != len(expected):
+            more = "more" if count > len(expected) else f"only {count}"
+            raise ValueError(
+                f"dataset must give the same rows in every pass, got {len(expected)} in the first "
+                f"and {more} in the second; a generator must start anew when it is called."
+            )
+
+    def _pieces(self, rows: NDArray[np.int64] | None) -> Iterator[Batch]:
+        """The wanted rows of each of the dataset's own batches, compared with the known labels."""
+        if rows is None:
+            rows = np.arange(len(self))
+        of_batch = np.searchsorted(self._starts, rows, "right") - 1
+        numbers, begins = np.unique(of_batch, return_index=True)
+        count = 0
+        found = batches_of(self._dataset, numbers)
+        for number, wanted, batch in zip(numbers, np.split(rows, begins[1:]), found, strict=False):
+            inside = wanted - self._starts[number]
+            whole = len(batch.y) == self._starts[number + 1] - self._starts[number]
+            piece = batch.rows(inside) if whole and len(inside) < len(batch.y) else batch
+            if not whole or not np.array_equal(piece.y, self.y[wanted]):
+                break
+            yield piece
+            count += 1
+        if count < len(numbers):
+            raise RuntimeError(
+                "dataset must stay as it was when the Stream was made, got other labels or fewer "
+                f"rows in its batch {numbers[count]}; make a new Stream after changing or "
+                "reshuffling it."
+            )

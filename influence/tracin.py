@@ -1,0 +1,115 @@
+"""TracIn: what each row did to each test loss while the model was trained (Pruthi et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from influence.estimand import NamedArray
+from influence.examples import Examples, check_rows
+from influence.net import GenericNeuralNet
+from influence.operators import check_batch_size
+from influence.progress import progress
+
+_BYTES_TOGETHER = 1 << 28  # what one block of test gradients may take
+
+
+@dataclass(frozen=True, eq=False)
+class TracInScores(NamedArray):
+    """How much, (m, k), training on each row lowered each test loss.
+
+    Attributes:
+      reduction_by_training: (m, k) over the whole of training. Positive: the row helped (a
+        proponent). Not the change of the loss were the row removed.
+      rows: (k,) the training rows.
+    """
+
+    reduction_by_training: NDArray
+    rows: NDArray[np.int64]
+
+
+def tracin(
+    net: GenericNeuralNet,
+    train: Examples,
+    test: Examples,
+    rows: ArrayLike | None = None,
+    *,
+    thetas: ArrayLike,
+    learning_rates: ArrayLike,
+    batch_size: int | None = None,
+) -> TracInScores:
+    """How much training on each row lowered each test loss, summed over checkpoints.
+
+    sum_t learning_rate_t grad loss(z_test; theta_t) . grad loss(z_i; theta_t), TracInCP (Pruthi et
+    al. 2020, section 3.3): a gradient step on row i alone moves theta by - learning_rate grad
+    loss_i, and so lowers the test loss by one term of the sum, to first order. Positive: the row
+    helped. The unit is that of the test loss, over training, one step for each checkpoint: a row
+    that was seen s times between checkpoints in batches of b had s / b times its term. The losses
+    exclude the penalty, whose share would be the same for every row.
+
+    The net's theta is put back whatever happens. Its other state, such as the statistics of batch
+    normalisation, stays as it is and counts for every checkpoint.
+
+    Args:
+      net: the model; its own theta is not used.
+      train: the training set, n rows.
+      test: m examples, each a measurement of its own.
+      rows: (k,) training rows; all n if omitted.
+      thetas: (t, d) the parameters at each checkpoint.
+      learning_rates: (t,) those of the steps after each checkpoint.
+      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+
+    Returns: TracInScores (m, k).
+    Raises: TypeError, ValueError or IndexError for bad input, before any long work.
+    """
+    if not isinstance(net, GenericNeuralNet):
+        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    net.validate(train, "train")
+    net.validate(test, "test")
+    rows = np.arange(len(train)) if rows is None else check_rows(rows, len(train))
+    check_batch_size(batch_size)
+    thetas, rates = _checkpoints(net, thetas, learning_rates)
+    order = np.argsort(rows)
+    width = _BYTES_TOGETHER // (net.num_parameters * net.dtype.itemsize)
+    width = int(np.clip(width, 1, len(test)))
+    size = batch_size or net.rows_per_batch(train, width)
+    table = np.zeros((len(test), len(rows)), net.dtype)
+    before = net.theta
+    try:
+        for theta, rate in progress(zip(thetas, rates, strict=True), "checkpoints", len(rates)):
+            net.theta = theta
+            for start in range(0, len(test), width):
+                part = slice(start, start + width)
+                some = test.take(part)
+                V = rate * net.gradients(some.x, some.y).T
+                batches = train.batches(size, rows[order])
+                along = [net.directional(x, y, V) for x, y in batches]
+                table[part, order] += np.concatenate(along).T
+    finally:
+        net.theta = before
+    return TracInScores(table, rows)
+
+
+def _checkpoints(
+    net: GenericNeuralNet, thetas: ArrayLike, learning_rates: ArrayLike
+) -> tuple[NDArray, NDArray]:
+    points = np.asarray(thetas)
+    if points.ndim != 2 or points.shape[1] != net.num_parameters or not len(points):
+        raise ValueError(
+            f"thetas must have shape (t, {net.num_parameters}), one row a checkpoint, got "
+            f"{points.shape}."
+        )
+    if not np.isfinite(points).all():
+        wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))[0]
+        raise ValueError(f"thetas must be finite, got NaN or infinity in checkpoint {wrong}.")
+    rates = np.asarray(learning_rates, net.dtype)
+    if rates.shape != (len(points),):
+        raise ValueError(
+            f"learning_rates must have one for each of {len(points)} checkpoints, got shape "
+            f"{rates.shape}."
+        )
+    if not (np.isfinite(rates).all() and (rates >= 0).all()):
+        raise ValueError(f"learning_rates must be finite and not negative, got {rates.tolist()}.")
+    return points, rates

@@ -1,0 +1,393 @@
+"""EK-FAC against the exact inverse where it is exact, and against its own definition elsewhere."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from influence import (
+    CG,
+    Direct,
+    DivergenceError,
+    Examples,
+    GaussNewton,
+    GenericNeuralNet,
+    Hessian,
+    MulticlassLogisticRegression,
+    prepare,
+    solve,
+)
+from influence.models.cnn import AllCNN
+from influence.solvers.ekfac import EKFAC
+from tests import oracles
+from tests.influence.problems import logistic, relative_error, symmetric, tanh_net
+
+L = keras.layers
+F64 = {"dtype": "float64"}
+
+
+def l2(strength):
+    return keras.regularizers.L2(strength / 2)
+
+
+def linear(*, use_bias, kernel_penalty=0.0, bias_penalty=0.0, num_rows=30):
+    model = keras.Sequential(
+        [
+            keras.Input((4,), **F64),
+            L.Dense(
+                3, use_bias=use_bias, kernel_regularizer=l2(kernel_penalty),
+                bias_regularizer=l2(bias_penalty) if use_bias else None, **F64,
+            ),
+        ]
+    )  # fmt: skip
+    net = GenericNeuralNet(model, "mse")
+    rng = np.random.default_rng(0)
+    net.theta = rng.standard_normal(net.num_parameters)
+    x = rng.standard_normal((num_rows, 4)) * [1, 2, 0.3, 1] + 0.5
+    return net, Examples(x, rng.standard_normal((num_rows, 3)))
+
+
+def images(num_rows=12, shape=(6, 5, 2), num_classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return Examples(rng.standard_normal((num_rows, *shape)), np.arange(num_rows) % num_classes)
+
+
+def convolutional(padding="same", penalty=0.2):
+    """conv, tanh, conv without bias, tanh, dense: strided, padded, penalised on kernels alone."""
+    model = keras.Sequential(
+        [
+            keras.Input((6, 5, 2), **F64),
+            L.Conv2D(3, 2, strides=(2, 1), padding=padding, kernel_regularizer=l2(penalty), **F64),
+            L.Activation("tanh", **F64),
+            L.Conv2D(2, (2, 3), use_bias=False, kernel_regularizer=l2(penalty), **F64),
+            L.Activation("tanh", **F64),
+            L.GlobalAveragePooling2D(**F64),
+            L.Dense(3, kernel_regularizer=l2(penalty), **F64),
+        ]
+    )
+    net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    net.theta = 0.6 * np.random.default_rng(1).standard_normal(net.num_parameters)
+    return net
+
+
+def inverse(A):
+    """EK-FAC's inverse as a dense matrix."""
+    return prepare(A, EKFAC()).apply(np.eye(A.shape[0], dtype=A.dtype)).x
+
+
+# --- where it is exact ------------------------------------------------------------------------
+
+PENALTIES = {
+    "no": {},
+    "kernel's": {"kernel_penalty": 0.3},
+    "one": {"kernel_penalty": 0.3, "bias_penalty": 0.3},
+    "two": {"kernel_penalty": 0.3, "bias_penalty": 0.05},
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_one_linear_layer_with_squared_error_is_exact(use_bias, penalty):
+    net, examples = linear(use_bias=use_bias, **PENALTIES[penalty])
+    B = np.random.default_rng(2).standard_normal((net.num_parameters, 3))
+    for A in (Hessian(net, examples), GaussNewton(net, examples), GaussNewton(net, examples, 0.1)):
+        solution = solve(A, B, EKFAC(rtol=1e-8))
+        assert relative_error(solution.x, solve(A, B, Direct()).x) < 1e-10  # required 1e-8
+        assert solution.converged.all() and not solution.remedy
+        assert relative_error(solve(A, B[:, 0], EKFAC()).x, solution.x[:, 0]) < 1e-12
+
+
+def test_a_network_is_approximated_and_says_so():
+    net, examples = convolutional(), images()
+    A = GaussNewton(net, examples, 0.1)
+    b = np.random.default_rng(0).standard_normal(net.num_parameters)
+    without_aim, with_aim = (solve(A, b, EKFAC(rtol=rtol)) for rtol in (None, 1e-3))
+    assert not without_aim.converged.any() and not with_aim.converged.any()
+    assert 0.01 < with_aim.residual[0] < 10 and np.isnan(with_aim.min_curvature[0])
+    assert relative_error(b - A @ with_aim.x, b) == pytest.approx(
+        np.linalg.norm(A @ with_aim.x) / np.linalg.norm(b)
+    )
+    assert with_aim.remedy.startswith("EK-FAC is an approximation, layer by layer: use CG")
+
+
+# --- what it is elsewhere ---------------------------------------------------------------------
+
+
+def patches(layer, image, out_shape):
+    """(pixels, f) what each output pixel of a convolution sees, by slicing a padded image."""
+    (kh, kw), (sh, sw) = layer.kernel_size, layer.strides
+    if layer.padding == "same":
+        need = [
+            max((o - 1) * s + k - i, 0)
+            for o, s, k, i in zip(out_shape, (sh, sw), (kh, kw), image.shape, strict=False)
+        ]
+        image = np.pad(image, [*((p // 2, p - p // 2) for p in need), (0, 0)])
+    return np.array(
+        [
+            image[r * sh : r * sh + kh, q * sw : q * sw + kw].ravel()
+            for r in range(out_shape[0])
+            for q in range(out_shape[1])
+        ]
+    )
+
+
+def factors(net, examples):
+    """For each layer: mean_i sum_t a a' and mean_i sum_st g g' / T, one row at a time."""
+    layers = net.model.layers
+    found = {}
+    for x in examples.x:
+        values = [x[None]]
+        for layer in layers:
+            values.append(layer(values[-1]).numpy())
+        p = np.exp(values[-1][0]) / np.exp(values[-1][0]).sum()
+        curved = np.diag(p) - np.outer(p, p)
+        for i, layer in enumerate(layers):
+            if not layer.trainable_weights:
+                continue
+            z = tf.constant(values[i + 1])
+            with tf.GradientTape(persistent=True) as tape:
+                tape.watch(z)
+                output = z
+                for later in layers[i + 1 :]:
+                    output = later(output)
+            J = tape.jacobian(output, z, experimental_use_pfor=False).numpy().reshape(len(p), -1)
+            # sum_s g_s g_s' of the whole output of the layer is J' H J; its diagonal blocks count.
+            c = z.shape[-1]
+            T = J.shape[1] // c
+            gg = (J.T @ curved @ J).reshape(T, c, T, c)
+            S = np.einsum("tctd->cd", gg) / T
+            a = values[i][0]
+            if isinstance(layer, L.Conv2D):
+                a = patches(layer, a, z.shape[1:3])
+            a = a.reshape(T, -1)
+            if layer.use_bias:
+                a = np.column_stack([a, np.ones(T)])
+            old = found.get(i, (0, 0))
+            n = len(examples)
+            found[i] = (old[0] + a.T @ a / n, old[1] + S / n)
+    return list(found.values())
+
+
+def log_loss(y, output):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y, output)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
+    """By definition: in the factors' eigenbasis, the diagonal of the dense Gauss-Newton matrix."""
+    net, examples, penalty, damping = convolutional(padding), images(), 0.2, 0.1
+    G = oracles.dense_derivatives(net.model, log_loss, examples.x, examples.y).gauss_newton
+    expected = np.zeros_like(G)
+    end = 0
+    for (A, S), layer in zip(
+        factors(net, examples), [w for w in net.model.layers if w.trainable_weights], strict=True
+    ):
+        f, c = len(A), len(S)
+        entries = slice(end, end := end + f * c)
+        row_penalty = np.full(f, penalty)
+        if layer.use_bias:
+            row_penalty[-1] = 0.0
+        U = np.linalg.eigh(A + np.diag(row_penalty) / (np.trace(S) / c))[1]
+        K = np.kron(U, np.linalg.eigh(S)[1])
+        H = G[entries, entries] + np.diag(np.repeat(row_penalty, c))
+        eigenvalues = np.diag(K.T @ H @ K) + damping
+        expected[entries, entries] = (K / eigenvalues) @ K.T
+    assert end == len(G)
+    for curvature in (GaussNewton, Hessian):  # of either it is the Gauss-Newton part
+        assert relative_error(inverse(curvature(net, examples, damping)), expected) < 1e-9
+
+
+def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues():
+    """At a softmax inputs and pseudo-gradients depend on each other: K-FAC is off."""
+    p = logistic("softmax", intercept=True)
+    A, ours = p.oracle.features, inverse(Hessian(p.net, p.train, 0.01))
+    P = p.net.outputs(p.train.x)
+    P = np.exp(P) / np.exp(P).sum(axis=1, keepdims=True)
+    S = np.diag(P.mean(axis=0)) - P.T @ P / len(P)
+    a, U = np.linalg.eigh(A.T @ A / len(A))
+    s, V = np.linalg.eigh(S)
+    K = np.kron(U, V)
+    corrected = np.diag(K.T @ p.oracle.hessian(p.theta) @ K)
+    assert relative_error(ours, (K / (corrected + 0.01)) @ K.T) < 1e-9
+    product = np.kron(a, s) + 0.05  # the weight decay
+    assert relative_error(ours, (K / (product + 0.01)) @ K.T) > 0.02
+    assert relative_error(product, corrected) > 0.02
+
+
+def test_symmetric_linear_and_positive_definite():
+    net, examples = convolutional(), images()
+    X = inverse(GaussNewton(net, examples, 0.01))
+    assert relative_error(X, X.T) < 1e-13
+    assert np.linalg.eigvalsh(X)[0] > 0
+    B = np.random.default_rng(0).standard_normal((len(X), 2))
+    prepared = prepare(GaussNewton(net, examples, 0.01), EKFAC())
+    assert relative_error(prepared.apply(B).x, X @ B) < 1e-12
+
+
+# --- what must not matter ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_batch_size_changes_nothing(batch_size, monkeypatch):
+    net, examples = convolutional(), images()
+    whole = inverse(GaussNewton(net, examples, 0.1))
+    A = GaussNewton(net, examples, 0.1, batch_size=batch_size)
+    assert relative_error(inverse(A), whole) < 1e-11
+    monkeypatch.setattr("influence.solvers.ekfac._BYTES_AT_ONCE", 1)  # one row after the other
+    assert relative_error(inverse(GaussNewton(net, examples, 0.1)), whole) < 1e-11
+
+
+def test_row_order_changes_nothing():
+    net, examples = convolutional(), images()
+    order = np.random.default_rng(0).permutation(len(examples))
+    whole = inverse(GaussNewton(net, examples, 0.1))
+    assert relative_error(inverse(GaussNewton(net, examples.take(order), 0.1)), whole) < 1e-11
+
+
+def test_float32_is_float64_rounded():
+    p, rounded = (logistic("softmax", dtype=dtype) for dtype in ("float64", "float32"))
+    ours = inverse(Hessian(rounded.net, rounded.train, 0.1))
+    assert ours.dtype == np.float32
+    assert relative_error(ours, inverse(Hessian(p.net, p.train, 0.1))) < 1e-4
+
+
+# --- as a preconditioner ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    return x, y
+
+
+def iterations(A, b, preconditioner):
+    solution = solve(A, b, CG(rtol=1e-8, preconditioner=preconditioner))
+    assert solution.converged.all()
+    return int(solution.iterations[0]), solution.x
+
+
+def test_preconditions_the_paper_s_convex_model(digits):
+    """Softmax regression through images: a third fewer iterations, and the same answer."""
+    x, y = digits
+    train = Examples(x[:500] / 16, y[:500])
+    net = MulticlassLogisticRegression(64, 10, weight_decay=0.1, intercept=True).fit(train)
+    A = Hessian(net, train)
+    b = net.gradients(x[500:501] / 16, y[500:501])[0]
+    plain, x0 = iterations(A, b, None)
+    fewer, x1 = iterations(A, b, EKFAC())
+    assert plain >= 1.4 * fewer
+    assert relative_error(x1, x0) < 1e-7
+    assert relative_error(x0, solve(A, b, Direct()).x) < 1e-7
+
+
+def test_preconditioning_a_network_gives_the_same_answer(digits):
+    """Not in fewer iterations: the coupling of layers, which it leaves out, is what counts here."""
+    x, y = digits
+    train = Examples((x[:60] / 16).reshape(-1, 8, 8, 1), y[:60])
+    net = AllCNN((8, 8, 1), filters=2, strides=(1, 2), dtype="float64")
+    net.fit(train, schedule=((300, 1e-2),), batch_size=20)
+    b = net.gradients((x[60:61] / 16).reshape(-1, 8, 8, 1), y[60:61])[0]
+    damping = 0.06  # the Hessian's smallest eigenvalue is -0.05
+    H, G = (curvature(net, train, damping) for curvature in (Hessian, GaussNewton))
+    matrix, gauss_newton = H.dense(), G.dense()
+    plain, x0 = iterations(matrix, b, None)
+    taken, x1 = iterations(matrix, b, prepare(H, EKFAC()))
+    truth = np.linalg.solve(matrix, b)
+    assert relative_error(x0, truth) < 1e-5 and relative_error(x1, truth) < 1e-5
+    assert taken <= 1.2 * plain
+    # It is not the factors: the exact inverses of the layers' own blocks are little better.
+    blocks = np.zeros_like(gauss_newton)
+    for affine in net.affine_layers(train.x[:2]).layers:
+        own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
+        blocks[own] = np.linalg.inv(gauss_newton[own])
+    assert iterations(matrix, b, blocks)[0] > 0.5 * taken
+    # With the coupling it is a third.
+    whole, x2 = iterations(matrix, b, prepare(G, Direct()))
+    assert 2 * whole <= plain and relative_error(x2, truth) < 1e-5
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("A", [symmetric([1.0, 2.0, 3.0]), 2 * Hessian(*linear(use_bias=True))])
+def test_only_curvatures_have_layers(A):
+    with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKFAC"):
+        solve(A, np.ones(A.shape[0]), EKFAC())
+    with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKFAC"):
+        solve(A, np.ones(A.shape[0]), CG(preconditioner=EKFAC()))
+
+
+def test_layers_are_refused_by_name():
+    net, examples = tanh_net()
+    name = net.model.layers[0].name
+    message = f"^model must keep activations in layers of their own .*'tanh' in layer '{name}'"
+    with pytest.raises(ValueError, match=message):
+        prepare(Hessian(net, examples), EKFAC())
+
+
+def test_a_penalty_that_mixes_weights_is_refused():
+    class Product(keras.regularizers.Regularizer):
+        def __call__(self, x):
+            return x[0, 0] * x[1, 1]
+
+    model = keras.Sequential(
+        [keras.Input((4,), **F64), L.Dense(3, kernel_regularizer=Product(), name="mixed", **F64)]
+    )
+    net = GenericNeuralNet(model, "mse")
+    message = "^model must have regularisers of each weight by itself .* among the layers mixed; us"
+    with pytest.raises(ValueError, match=message):
+        prepare(Hessian(net, linear(use_bias=True)[1]), EKFAC())
+
+
+def test_probabilities_are_refused():
+    model = keras.Sequential(
+        [keras.Input((4,), **F64), L.Dense(1, **F64), L.Activation("sigmoid", **F64)]
+    )
+    net = GenericNeuralNet(model, "binary_crossentropy")
+    examples = Examples(linear(use_bias=True)[1].x, np.arange(30) % 2)
+    with pytest.raises(ValueError, match="^loss must take logits for a Gauss-Newton matrix"):
+        prepare(Hessian(net, examples), EKFAC())
+
+
+def test_a_singular_matrix_is_named_with_a_damping_that_works():
+    net, examples = linear(use_bias=True, num_rows=3)  # 5 inputs
+    message = "^A must be positive definite for EKFAC, got an eigenvalue of .* in layer 'dense"
+    with pytest.raises(DivergenceError, match=message) as info:
+        prepare(Hessian(net, examples), EKFAC())
+    damping = float(str(info.value).split("at least ")[1].split(",")[0])
+    assert 0 < damping < 1e-13
+    assert np.isfinite(inverse(Hessian(net, examples, damping))).all()
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    def nan(y, output):
+        return tf.where(output[:, 0] < 1e9, output[:, 0] ** 2 * np.nan, 0.0)
+
+    net, examples = linear(use_bias=True)
+    broken = GenericNeuralNet(net.model, lambda y, output: output[:, 0] ** 2)
+    A = Hessian(broken, examples)
+    A.net = GenericNeuralNet(net.model, nan)  # what a later batch may be
+    with pytest.raises((DivergenceError, ValueError), match="NaN|infinite|finite"):
+        prepare(A, EKFAC())
+
+
+def test_theta_must_not_have_moved():
+    net, examples = linear(use_bias=True)
+    A = Hessian(net, examples, 0.1)
+    prepared = prepare(A, EKFAC())
+    net.theta = net.theta + 1
+    with pytest.raises(RuntimeError, match="^theta has changed"):
+        prepare(A, EKFAC())
+    with pytest.raises(RuntimeError, match="^theta has changed"):
+        prepared(np.ones(net.num_parameters))
+
+
+@pytest.mark.parametrize("rtol", [-1e-3, np.nan])
+def test_bad_tolerances(rtol):
+    with pytest.raises(ValueError, match="^rtol must be non-negative or None, got"):
+        EKFAC(rtol=rtol)
+
+
+def test_a_value():
+    assert EKFAC() == EKFAC(rtol=None) and repr(EKFAC()) == "EKFAC(rtol=None)"

@@ -1,0 +1,386 @@
+"""The factors of affine layers: together they are the Gauss-Newton matrix of the dense Jacobian."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from influence import BinaryLogisticRegression, Examples, GaussNewton, GenericNeuralNet
+from tests import oracles
+from tests.influence.problems import relative_error
+
+L = keras.layers
+N = 5
+SPARSE = "sparse_categorical_crossentropy"
+
+
+def log_loss(y, output):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y, output)
+
+
+def logits(name="loss"):
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, name=name)
+
+
+def net_of(*layers, loss=None, shape=(6, 5, 2), before=None):
+    """A sequential net in float64 with weights of every size, biases included."""
+    before_us = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        model = keras.Sequential([keras.Input(shape, dtype="float64"), *(m() for m in layers)])
+    finally:
+        keras.config.set_dtype_policy(before_us)
+    if before:
+        before(model)
+    net = GenericNeuralNet(model, loss or logits())
+    net.theta = 0.5 * np.random.default_rng(0).standard_normal(net.num_parameters)
+    return net
+
+
+def conv(*args, **kwargs):
+    return lambda: L.Conv2D(*args, **kwargs)
+
+
+def dense(*args, **kwargs):
+    return lambda: L.Dense(*args, **kwargs)
+
+
+def tanh():
+    return L.Activation("tanh")
+
+
+def data(net, shape, num_classes=3, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((N, *shape)), np.arange(N) % num_classes
+
+
+def gauss_newton(net, x, y):
+    """(d, d) mean_i sum_s p_is p_is', each p put together by loops, and as `roots` has it."""
+    layers = net.affine_layers({k: v[:2] for k, v in x.items()} if isinstance(x, dict) else x[:2])
+    parts = layers.pseudo_gradients(x, y)
+    p = np.full((N, parts[0][1].shape[2], net.num_parameters), np.nan)
+    for affine, (a, g) in zip(layers.layers, parts, strict=True):
+        for i, s in np.ndindex(p.shape[:2]):
+            p[i, s, affine.entries] = sum(
+                np.outer(*at) for at in zip(a[i], g[i, :, s], strict=True)
+            )
+    assert relative_error(layers.roots(x, y), p) < 1e-12
+    return np.einsum("isd,ise->de", p, p) / N
+
+
+CONVOLUTIONS = {
+    "valid": {"filters": 3, "kernel_size": 3},
+    "same": {"filters": 3, "kernel_size": (3, 2), "padding": "same"},
+    "strided": {"filters": 2, "kernel_size": (2, 3), "strides": (2, 1)},
+    "strided same": {"filters": 2, "kernel_size": 3, "strides": 2, "padding": "same"},
+    "dilated same": {"filters": 2, "kernel_size": 2, "dilation_rate": (2, 1), "padding": "same"},
+    "without bias": {"filters": 3, "kernel_size": (1, 2), "use_bias": False},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions(options):
+    net = net_of(conv(**options), tanh, L.Flatten, dense(3))
+    x, y = data(net, (6, 5, 2))
+    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
+    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+
+
+DENSE = {
+    "two layers": (dense(4), tanh, dense(3)),
+    "without bias": (dense(4, use_bias=False), tanh, dense(3, use_bias=False)),
+    "over time": (lambda: L.Reshape((2, 4)), dense(3), tanh, L.Flatten, dense(3)),
+    "over pixels": (lambda: L.Reshape((2, 2, 2)), dense(3), tanh, L.Flatten, dense(3)),
+    "linear activation": (dense(4, activation="linear"), tanh, dense(3)),
+}
+
+
+@pytest.mark.parametrize("layers", DENSE.values(), ids=DENSE)
+def test_dense(layers):
+    net = net_of(*layers, shape=(8,))
+    x, y = data(net, (8,))
+    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
+    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+
+
+def test_layers_in_between_and_frozen_ones():
+    """Frozen layers of any kind may stand anywhere, fused activations included."""
+
+    def freeze(model):
+        for layer in model.layers:
+            layer.trainable = layer.name not in ("first", "norm")
+        model.layers[-1].kernel.trainable = False
+
+    net = net_of(
+        conv(2, 2, activation="relu", name="first"),
+        lambda: L.BatchNormalization(name="norm"), conv(3, 2), tanh, L.MaxPooling2D,
+        L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh, dense(3), before=freeze,
+    )  # fmt: skip
+    x, y = data(net, (6, 5, 2))
+    assert net.affine_layers(x).layers[-1].entries.shape == (1, 3)  # the bias alone
+    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
+    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+
+
+def test_functional_with_a_skip_and_two_inputs():
+    a, b = (keras.Input((3,), name=name, dtype="float64") for name in "ab")
+    hidden = L.Activation("tanh", dtype="float64")(L.Dense(3, dtype="float64")(a))
+    skipped = L.Concatenate(dtype="float64")([hidden, a, b])
+    net = GenericNeuralNet(keras.Model([a, b], L.Dense(2, dtype="float64")(skipped)), "mse")
+    rng = np.random.default_rng(0)
+    net.theta = rng.standard_normal(net.num_parameters)
+    x = {"a": rng.standard_normal((N, 3)), "b": rng.standard_normal((N, 3))}
+    y = rng.standard_normal((N, 2))
+    truth = oracles.dense_derivatives(
+        net.model, lambda y, o: tf.reduce_mean((y - o) ** 2, axis=1), x, y
+    ).gauss_newton
+    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+
+
+class Nested(keras.Model):
+    """Subclassed; a layer in a list, one in a model of its own, and a name used by both."""
+
+    def __init__(self):
+        super().__init__(dtype="float64")
+        self.parts = [L.Dense(3, dtype="float64", name="same")]
+        self.inner = keras.Sequential([L.Dense(3, dtype="float64", name="same")])
+
+    def call(self, x):
+        x = self.parts[0](inputs=x)
+        return self.inner(tf.tanh(x))
+
+
+def test_subclassed():
+    model = Nested()
+    model(np.zeros((1, 4)))
+    net = GenericNeuralNet(model, logits())
+    x, y = data(net, (4,))
+    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
+    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+
+
+def test_one_output_and_labels_without_an_axis():
+    net = BinaryLogisticRegression(3, intercept=True)
+    net.theta = np.array([1.0, -1, 0.5, 0.2])
+    x, _ = data(net, (3,))
+    y = np.array([0, 1, 1, 0, 1])
+    oracle = oracles.logistic_regression(oracles.with_ones(x), y, 0.0)
+    assert relative_error(gauss_newton(net, x, y), oracle.hessian(net.theta)) < 1e-12
+
+
+def test_a_loss_that_is_not_convex_in_the_output_counts_with_its_positive_part():
+    def cosine(y, output):
+        return 1 - tf.cos(output[:, 0] - tf.cast(y, output.dtype))
+
+    net = net_of(dense(1), shape=(3,), loss=cosine)
+    x, _ = data(net, (3,))
+    y = np.linspace(-3.0, 3.0, N)
+    curvature = np.cos(net.outputs(x)[:, 0] - y)
+    assert (curvature < -0.1).any() and (curvature > 0.1).any()
+    A = oracles.with_ones(x)
+    expected = (A * np.maximum(curvature, 0)[:, None]).T @ A / N
+    assert relative_error(gauss_newton(net, x, y), expected) < 1e-12
+
+
+def test_calling_leaves_the_model_as_it_was():
+    net = net_of(conv(2, 2), tanh, L.Flatten, dense(3))
+    x, y = data(net, (6, 5, 2))
+    layer, before = net.model.layers[0], net.outputs(x)
+    own = []
+    vars(layer)["call"] = lambda inputs: own.append(1) or type(layer).call(layer, inputs)
+    net.affine_layers(x).pseudo_gradients(x, y)
+    assert own and "call" in vars(layer) and "call" not in vars(net.model.layers[-1])
+    del vars(layer)["call"]
+    np.testing.assert_array_equal(net.outputs(x), before)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_the_dense_gauss_newton_matrix_comes_from_the_roots(batch_size, monkeypatch):
+    net = net_of(conv(2, 3, kernel_regularizer="l2"), tanh, L.Flatten, dense(3))
+    x, y = data(net, (6, 5, 2))
+    d = net.num_parameters
+    A = GaussNewton(net, Examples(x, y), 0.3, batch_size=batch_size)
+    products = A @ np.eye(d)
+    with monkeypatch.context() as patch:
+        patch.setattr(GaussNewton, "_product", None)  # it would be an error to get there
+        ours = A.dense()
+    assert relative_error(ours, products) < 1e-12
+    np.testing.assert_array_equal(ours, ours.T)
+
+
+def test_the_dense_matrix_of_another_net_or_loss_comes_from_products():
+    fused = net_of(dense(4, activation="tanh"), dense(3), shape=(4,))
+    x, y = data(fused, (4,))
+    A = GaussNewton(fused, Examples(x, y), 0.3)
+    assert relative_error(A.dense(), A @ np.eye(fused.num_parameters)) < 1e-12
+
+    def cosine(y, output):  # its Gauss-Newton matrix is indefinite: a root has no negative part
+        return 1 - tf.cos(output[:, 0] - tf.cast(y, output.dtype))
+
+    net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
+    A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
+    assert np.linalg.eigvalsh(A.dense())[0] < -1e-3
+    assert relative_error(A.dense(), A @ np.eye(net.num_parameters)) < 1e-12
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+class Twice(keras.Model):
+    def __init__(self, times):
+        super().__init__(dtype="float64")
+        self.times = times
+        self.hidden = L.Dense(4, dtype="float64", name="hidden")
+        self.last = L.Dense(3, dtype="float64")
+
+    def call(self, x):
+        for _ in range(self.times):
+            x = self.hidden(x)
+        return self.last(x)
+
+
+class Squeezed(keras.Model):
+    """Its layer sees rows and time steps as one axis."""
+
+    def __init__(self):
+        super().__init__(dtype="float64")
+        self.hidden = L.Dense(2, dtype="float64", name="hidden")
+        self.last = L.Dense(3, dtype="float64")
+
+    def call(self, x):
+        return self.last(tf.reshape(self.hidden(tf.reshape(x, [-1, 2])), [-1, 4]))
+
+
+class Tied(keras.Model):
+    """Its kernel is used once more, behind the layer's back."""
+
+    def __init__(self):
+        super().__init__(dtype="float64")
+        self.hidden = L.Dense(4, dtype="float64", name="hidden")
+
+    def call(self, x):
+        return tf.matmul(tf.tanh(self.hidden(x)), self.hidden.kernel, transpose_b=True)[:, :3]
+
+
+class Doubled(L.Dense):
+    def call(self, inputs):
+        return 2 * super().call(inputs)
+
+
+class OwnWeight(keras.Model):
+    def __init__(self):
+        super().__init__(dtype="float64", name="owner")
+        self.shift = self.add_weight(shape=(3,), name="shift")
+        self.last = L.Dense(3, dtype="float64")
+
+    def call(self, x):
+        return self.last(x) + self.shift
+
+
+def built(model):
+    model(np.zeros((1, 4)))
+    return GenericNeuralNet(model, logits())
+
+
+def with_lora():
+    net = net_of(dense(4, name="hidden"), tanh, dense(3), shape=(4,))
+    net.model.layers[0].enable_lora(2)
+    return GenericNeuralNet(net.model, logits())
+
+
+REFUSED = {
+    "fused activation": (
+        lambda: net_of(conv(2, 2, activation="tanh", name="fused"), L.Flatten, dense(3)),
+        "^model must keep activations in layers of their own for EK-FAC, got activation='tanh' in "
+        r"layer 'fused'; give it none and put keras\.layers\.Activation\('tanh'\) after it: theta",
+    ),
+    "fused softmax": (
+        lambda: net_of(L.Flatten, dense(3, activation="softmax", name="last"), loss=SPARSE),
+        "^model must keep activations .* got activation='softmax' in layer 'last'",
+    ),
+    "batch normalisation": (
+        lambda: net_of(conv(2, 2), lambda: L.BatchNormalization(name="norm"), L.Flatten, dense(3)),
+        "^model must hold theta in Dense and Conv2D layers for EK-FAC, got the weight 'gamma' of "
+        "BatchNormalization layer 'norm'; set its trainable = False before .*, or use CG without",
+    ),
+    "depthwise": (
+        lambda: net_of(lambda: L.DepthwiseConv2D(2, name="deep"), L.Flatten, dense(3)),
+        "got the weight .* of DepthwiseConv2D layer 'deep'; set its trainable = False",
+    ),
+    "a model's own weight": (
+        lambda: built(OwnWeight()), "^model must hold theta .* 'shift' of OwnWeight layer 'owner'"
+    ),
+    "low-rank adapters": (
+        with_lora,
+        "^model must hold theta in kernels and biases .* 'lora_kernel_a' of layer 'hidden'; set",
+    ),
+    "groups": (
+        lambda: net_of(conv(4, 2, groups=2, name="grouped"), L.Flatten, dense(3)),
+        "^model must have no grouped convolution for EK-FAC, got groups=2 in layer 'grouped'; set",
+    ),
+    "called twice": (
+        lambda: built(Twice(2)),
+        "^model must call each layer once for EK-FAC, got 2 calls of layer 'hidden'; set",
+    ),
+    "shared in a functional model": (
+        lambda: shared(), "^model must call each layer once for EK-FAC, got 2 calls of layer 'both'"
+    ),
+    "rows and steps as one axis": (
+        lambda: built(Squeezed()),
+        r"^model must keep one row per example for EK-FAC, got shape \(4, 2\) for 2 examples in "
+        "layer 'hidden'; set",
+    ),
+    "tied weights": (
+        lambda: built(Tied()),
+        r"^model must use the weights of layer 'hidden' for a W \+ b alone for EK-FAC, got a "
+        "derivative by them that is off by .*: its call does more, or they are shared; set",
+    ),
+    "another call": (
+        lambda: net_of(lambda: Doubled(4, name="doubled"), tanh, dense(3), shape=(4,)),
+        "^model must use the weights of layer 'doubled' .* off by",
+    ),
+}  # fmt: skip
+
+
+def shared():
+    a = keras.Input((4,), dtype="float64")
+    both = L.Dense(4, dtype="float64", name="both")
+    hidden = L.Activation("tanh", dtype="float64")(both(a))
+    return GenericNeuralNet(keras.Model(a, L.Dense(3, dtype="float64")(both(hidden))), logits())
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_has_no_such_factors_is_refused_by_name(make, message):
+    net = make()
+    shape = net.model.input_shape[1:] if hasattr(net.model, "input_shape") else (4,)
+    with pytest.raises(ValueError, match=message):
+        net.affine_layers(np.random.default_rng(0).standard_normal((2, *shape)))
+
+
+def test_a_layer_that_is_never_called():
+    net = built(Twice(1))
+    net.model.times = 0
+    with pytest.raises(ValueError, match="got 0 calls of layer 'hidden'"):
+        net.affine_layers(np.zeros((2, 4)))
+
+
+def test_channels_first():
+    net = net_of(conv(2, 2, name="first"), L.Flatten, dense(3))
+    net.model.layers[0].data_format = "channels_first"
+    with pytest.raises(ValueError, match="^model must keep channels last for EK-FAC, got data_for"):
+        net.affine_layers(np.zeros((2, 6, 5, 2)))
+
+
+def test_a_kernel_without_influence_is_no_error():
+    """Both derivatives are zero: nothing to compare, nothing wrong."""
+    net = net_of(dense(4), tanh, dense(3), shape=(4,))
+    net.theta = np.zeros(net.num_parameters)
+    a, g = net.affine_layers(np.ones((2, 4))).pseudo_gradients(np.ones((N, 4)), np.arange(N) % 3)[0]
+    assert a.shape == (N, 1, 5) and g.shape == (N, 1, 3, 4) and not g.any()
+
+
+def test_examples_may_be_one_row():
+    net = net_of(dense(3), shape=(4,))
+    one = Examples(np.ones((1, 4)), np.array([1]))
+    (a, g), *_ = net.affine_layers(one.x).pseudo_gradients(one.x, one.y)
+    assert a.shape == (1, 1, 5) and g.shape == (1, 1, 3, 3)

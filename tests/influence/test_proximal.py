@@ -1,0 +1,332 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from influence import (
+    CG,
+    ConvergenceWarning,
+    Direct,
+    DivergenceError,
+    Examples,
+    GaussNewton,
+    Hessian,
+    Influence,
+    leave_one_out,
+    prepare,
+    proximal,
+    refits,
+)
+from influence.proximal import proximal_response
+from influence.refits import Task
+from tests.influence.problems import logistic, relative_error, ridge, tanh_net
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
+# At this theta the Hessian's smallest eigenvalue is -1.6, the Gauss-Newton matrix' is 0.
+DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
+ROWS = [0, 6, 13]
+OBJECTIVES = sorted(CURVATURE)
+
+
+@pytest.fixture(scope="module")
+def tanh():
+    """A network with a penalty, far from a minimum: net, examples."""
+    return tanh_net(l2=0.05)
+
+
+def of_tanh(theta, examples):
+    """The network's outputs (n,) and its penalty, in NumPy alone."""
+    W, b, v, c = np.split(theta, [12, 16, 20])
+    hidden = np.tanh(examples.x @ W.reshape(3, 4) + b)
+    return hidden @ v + c, 0.05 * v @ v
+
+
+def objective_of(kind, net, examples, row, damping):
+    """F_i as a function of theta, from its definition alone."""
+    y, theta_s = examples.y, net.theta
+    s, penalty_s = of_tanh(theta_s, examples)
+    eye = np.eye(len(theta_s)) * 1e-5
+
+    def risk(theta):
+        f, penalty = of_tanh(theta, examples)
+        return np.mean((f - y) ** 2) + penalty
+
+    slope = np.array([(risk(theta_s + e) - risk(theta_s - e)) / 2e-5 for e in eye])
+
+    def value(theta):
+        f, penalty = of_tanh(theta, examples)
+        away = theta - theta_s
+        if kind == "bregman":
+            v, v_s = theta[16:20], theta_s[16:20]
+            D = np.mean((f - y) ** 2 - (s - y) ** 2 - 2 * (s - y) * (f - s))
+            D += penalty - penalty_s - 0.1 * v_s @ (v - v_s)
+        else:
+            D = risk(theta) - risk(theta_s) - slope @ away
+        own = (f[row] - y[row]) ** 2 + penalty
+        return D - own / len(y) + damping / 2 * away @ away
+
+    return value
+
+
+def respond(tanh, objective, rows=ROWS, test=None, **options):
+    net, examples = tanh
+    options = {"damping": DAMPING[objective], **options}
+    return proximal_response(net, examples, test or examples, rows, objective=objective, **options)
+
+
+def thetas_of(monkeypatch):
+    """A list that fills with the parameters that test losses are taken at."""
+    taken, asked = [], Task.changes
+    monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
+    return taken
+
+
+# --- the numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_is_the_minimum_of_the_objective_as_defined(objective, tanh, monkeypatch):
+    net, examples = tanh
+    taken = thetas_of(monkeypatch)
+    got = respond(tanh, objective, tolerance=1e-9)
+    assert got.converged.all() and got.objective == objective and got.shape == (20, 3)
+    for j, row in enumerate(ROWS):
+        value = objective_of(objective, net, examples, row, DAMPING[objective])
+        found = scipy.optimize.minimize(value, net.theta, options={"gtol": 1e-7}).x
+        theta = taken[0][:, j]
+        # Differences of values 1e-16 apart over steps of 1e-8 show a minimum to about 1e-7.
+        assert np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3
+        assert value(theta) <= value(found) + 1e-12
+        change = (of_tanh(theta, examples)[0] - examples.y) ** 2
+        change -= (of_tanh(net.theta, examples)[0] - examples.y) ** 2
+        np.testing.assert_allclose(got[:, j], change, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_certificate_is_true(objective, tanh, monkeypatch):
+    """The gradient of F_i by differences of its value, at the theta whose losses are given."""
+    net, examples = tanh
+    taken = thetas_of(monkeypatch)
+    with pytest.warns(ConvergenceWarning):
+        got = respond(tanh, objective, tolerance=1e-9, max_iterations=2)
+    assert (got.iterations == 2).all() and not got.converged.all()
+    for j, row in enumerate(ROWS):
+        value = objective_of(objective, net, examples, row, DAMPING[objective])
+        eye = np.eye(len(net.theta)) * 1e-4
+        slopes = [
+            [(value(t + e) - value(t - e)) / 2e-4 for e in eye] for t in (taken[0][:, j], net.theta)
+        ]
+        there, first = np.linalg.norm(slopes, axis=1)
+        assert abs(got.gradient_norm[j] - there / first) < 1e-5
+        assert got.gradient_norm[j] > 1e-5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("model", ["softmax", "ridge"])
+def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model):
+    """A model linear in theta: both divergences are that of the risk in theta."""
+    p = logistic("softmax", 40) if model == "softmax" else ridge()
+    rows = [3, 11, 0]
+    got = proximal_response(
+        p.net, p.train, p.test, rows, objective=objective, damping=0.0, tolerance=1e-9
+    )
+    exact = p.oracle.actual_changes(p.theta, p.measured, rows)
+    assert relative_error(got[:], exact) < 1e-7
+    if model == "softmax":
+        assert relative_error(got[:], leave_one_out(p.net, p.train, p.test, rows)[:]) < 1e-5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_its_linearisation_is_damped_influence(objective, tanh):
+    """As n grows a row's push shrinks as 1/n: n copies of the rows, and the error falls as 1/n."""
+    net, examples = tanh
+    errors = []
+    for copies in (100, 1000):
+        many = Examples(np.tile(examples.x, (copies, 1)), np.tile(examples.y, copies))
+        got = respond((net, many), objective, test=examples, tolerance=1e-7)
+        predicted = Influence(
+            net, many, solver=Direct(), damping=DAMPING[objective], curvature=CURVATURE[objective]
+        ).scores(examples, ROWS)
+        slope = np.sum(got[:] * predicted[:]) / np.sum(predicted[:] ** 2)
+        assert abs(slope - 1) < 0.2 / copies
+        errors.append(relative_error(got[:], predicted[:]))
+    assert errors[0] < 0.01
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.1)
+
+
+def test_a_row_without_gradient_stays():
+    net, examples = tanh_net()  # without a penalty: a perfectly fitted row pulls nowhere
+    theta, y = net.theta, examples.y.copy()
+    theta[16:] = y[4] = 0  # the output is zero whatever the input
+    net.theta, fitted = theta, Examples(examples.x, y)
+    got = proximal_response(net, fitted, fitted, [4, 5], damping=0.5)
+    np.testing.assert_array_equal(got[:, 0], 0)
+    assert got.gradient_norm[0] == 0 and got.iterations[0] == 0 and got.converged.all()
+    assert np.abs(got[:, 1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_default_tolerance_is_enough_for_changes_and_quick(objective, tanh):
+    rows = np.arange(20)
+    exact = respond(tanh, objective, rows, tolerance=1e-10)
+    got = respond(tanh, objective, rows)
+    assert relative_error(got[:], exact[:]) < 1e-3
+    assert (got.gradient_norm <= 1e-4).all() and (got.iterations <= 8).all()
+
+
+# --- what must not matter --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_blocks_batches_and_order_change_nothing(objective, tanh):
+    net, examples = tanh
+    expected = respond(tanh, objective, tolerance=1e-10)
+    for options in ({"block": 1}, {"block": 2}, {"batch_size": 1}, {"batch_size": 7}):
+        got = respond(tanh, objective, tolerance=1e-10, **options)
+        assert np.abs(got[:] - expected[:]).max() < 1e-9 * np.abs(expected[:]).max()
+    order = np.random.default_rng(0).permutation(20)
+    shuffled = net, examples.take(order)
+    rows = np.argsort(order)[ROWS]
+    got = respond(shuffled, objective, rows, test=examples, tolerance=1e-10)
+    assert np.abs(got[:] - expected[:]).max() < 1e-9 * np.abs(expected[:]).max()
+    np.testing.assert_array_equal(got.rows, rows)
+
+
+def test_any_solver_finds_the_same_minimum_and_what_is_prepared_is_used(tanh, monkeypatch):
+    net, examples = tanh
+    expected = respond(tanh, "bregman", tolerance=1e-9)
+    by_cg = respond(tanh, "bregman", tolerance=1e-9, solver=CG(rtol=1e-5))
+    assert relative_error(by_cg[:], expected[:]) < 1e-7
+    prepared = prepare(GaussNewton(net, examples, 0.5), Direct())
+    monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("prepared again"))
+    got = respond(tanh, "bregman", tolerance=1e-9, solver=prepared)
+    np.testing.assert_array_equal(got[:], expected[:])
+    with pytest.raises(ValueError, match="^solver must be prepared for this matrix"):
+        respond(tanh, "leave_one_out", solver=prepared)
+
+
+def test_the_model_never_moves(tanh, monkeypatch):
+    net, _ = tanh
+    before = net.model.get_weights()
+    monkeypatch.setattr(
+        type(net), "theta", property(type(net).theta.fget, lambda *_: pytest.fail("moved"))
+    )
+    for objective in OBJECTIVES:
+        respond(tanh, objective)
+    for weight, was in zip(net.model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, was)
+
+
+# --- no number is given for a good one that is not -------------------------------------------
+
+
+def test_what_misses_the_tolerance_is_marked(tanh):
+    with pytest.warns(ConvergenceWarning) as caught:
+        got = respond(tanh, "bregman", tolerance=1e-6, max_iterations=1)
+    assert [w.filename for w in caught] == [__file__]
+    assert str(caught[0].message).startswith(
+        f"3 of 3 proximal responses ended above 1.0e-06 of their first gradient norm (worst "
+        f"{got.gradient_norm.max():.1e}): allow more max_iterations"
+    )
+    assert not got.converged.any() and (got.iterations == 1).all()
+
+
+def test_an_indefinite_matrix_is_refused(tanh):
+    with pytest.raises(DivergenceError, match="^the curvature at theta must be positive definite"):
+        respond(tanh, "leave_one_out", damping=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"net": "net"}, TypeError, "^net must be a GenericNeuralNet, got str"),
+        ({"train": (1, 2)}, TypeError, r"^train must be Examples\(x, y\), got tuple"),
+        ({"test": (1, 2)}, TypeError, r"^test must be Examples\(x, y\), got tuple"),
+        ({"rows": [20]}, IndexError, r"^rows must lie in \[0, 20\), got 20"),
+        ({"rows": [2, 2]}, ValueError, "^rows must name each row once, got 2 twice"),
+        ({"objective": "pbrf"}, ValueError,
+         "^objective must be 'bregman' or 'leave_one_out', got 'pbrf'"),
+        ({"damping": -0.1}, ValueError, "^damping must be a number >= 0, got -0.1"),
+        ({"damping": None}, ValueError, "^damping must be a number >= 0, got None"),
+        ({"tolerance": 0.0}, ValueError, r"^tolerance must be positive, got 0\.0"),
+        ({"max_iterations": 0}, ValueError, "^max_iterations must be at least 1, got 0"),
+        ({"block": 0}, ValueError, "^block must be at least 1, got 0"),
+        ({"batch_size": 0}, ValueError, "^batch_size must be a positive integer or None, got 0"),
+        ({"num_processes": 0}, ValueError, "^num_processes must not be 0"),
+        ({"solver": "cg"}, TypeError, r"^solver must be a solver such as CG\(\)"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_any_work(arguments, error, message, tanh, monkeypatch):
+    monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    net, examples = tanh
+    given = {"net": net, "train": examples, "test": examples, "rows": [0], "damping": 0.5}
+    with pytest.raises(error, match=message):
+        proximal_response(**{**given, **arguments})
+
+
+# --- kept on disk ----------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from influence import proximal
+from tests.influence.test_proximal import interrupted
+
+respond, done = proximal._proximal_block, []
+
+def dying(*arguments):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return respond(*arguments)
+
+proximal._proximal_block = dying
+interrupted(sys.argv[1])
+"""
+
+
+def interrupted(folder, problem=None, **options):
+    net, examples = problem or tanh_net(l2=0.05)
+    options = {"objective": "bregman", "damping": 0.5, **options}
+    return proximal_response(
+        net, examples, examples, [3, 1, 4, 15, 9], block=2, checkpoints=folder, **options
+    )
+
+
+def test_a_killed_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch, tanh):
+    folder = tmp_path / "kept"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert len(list(folder.iterdir())) == 2
+    calls, respond = [], proximal._proximal_block
+    monkeypatch.setattr(
+        proximal, "_proximal_block", lambda *given: calls.append(1) or respond(*given)
+    )
+    expected = interrupted(None, tanh)  # a net that has been asked before
+    for left in (1, 0):
+        calls.clear()
+        got = interrupted(folder)
+        assert len(calls) == left
+        for name in ("change_if_removed", "gradient_norm", "iterations", "converged"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    for other in ({"damping": 0.6}, {"tolerance": 1e-5}, {"max_iterations": 40},
+                  {"solver": CG()}, {"objective": "leave_one_out", "damping": 3.0}):  # fmt: skip
+        calls.clear()
+        interrupted(folder, tanh, **other)
+        assert len(calls) == 3, other  # what was kept for something else is not taken
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_bits():
+    one = interrupted(None)
+    two = interrupted(None, num_processes=2)
+    np.testing.assert_array_equal(two[:], one[:])
+    np.testing.assert_array_equal(two.gradient_norm, one.gradient_norm)

@@ -1,0 +1,79 @@
+import keras
+import numpy as np
+import pytest
+
+from influence import Examples, GenericNeuralNet, leave_one_out, refits
+from influence.proximal import proximal_response
+from influence.retraining import leave_group_out
+from tests.influence.problems import logistic
+
+
+class Unregistered(keras.Model):
+    """What the decorator register_keras_serializable would cure."""
+
+    def __init__(self, width):
+        super().__init__(dtype="float64")
+        self.last = keras.layers.Dense(width, dtype="float64")
+
+    def call(self, x):
+        return self.last(x)
+
+
+def unregistered():
+    model = Unregistered(1)
+    rng = np.random.default_rng(0)
+    examples = Examples(rng.standard_normal((6, 3)), rng.standard_normal(6))
+    model(examples.x)
+    return GenericNeuralNet(model, "mse"), examples
+
+
+@pytest.mark.slow
+def test_a_model_that_workers_cannot_rebuild_is_named_before_any_work(monkeypatch):
+    net, examples = unregistered()
+    given = net, examples, examples
+    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    message = (
+        "^num_processes must be 1 for a net that another process cannot rebuild, got 2 "
+        r"\(.*\); give a model class of your own the decorator "
+        "keras.saving.register_keras_serializable and a get_config"
+    )
+    fit = lambda *_: None  # noqa: E731
+    with pytest.raises(ValueError, match=message) as caught:
+        leave_one_out(*given, [0], fit=fit, num_processes=2)
+    assert "Error: " in str(caught.value) and "Traceback" not in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        leave_group_out(*given, [[0]], fit=fit, num_processes=2)
+    with pytest.raises(ValueError, match=message):
+        proximal_response(*given, [0], damping=0.1, num_processes=2)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_nothing_is_sent_where_nothing_need_be(num_processes, monkeypatch):
+    """One process here, and one that a backend says is enough."""
+    monkeypatch.setattr(refits.joblib, "effective_n_jobs", lambda _: 1)
+    monkeypatch.setattr(refits.joblib, "Parallel", lambda **_: pytest.fail("sent"))
+    refits.check_processes(num_processes, *unregistered())
+
+
+def test_the_reason_is_one_sentence():
+    text = '\n"""\nTraceback (most recent call last):\n  File "a.py"\n'
+    for body, expected in [
+        ("TypeError: Could not locate class 'A'. Make sure ...\n\nconfig={}\n\"\"\"",
+         "TypeError: Could not locate class 'A'"),
+        ("NotImplementedError: \nObject A was created. By\n    return config\n",
+         "NotImplementedError: Object A was created"),
+        ("_pickle.PicklingError: no way\n", "PicklingError: no way"),
+    ]:  # fmt: skip
+        outer = RuntimeError("the pool broke")
+        outer.__cause__ = ImportError(text + body)
+        assert refits._reason(outer) == expected
+    assert refits._reason(KeyError("a")) == "KeyError: 'a'"
+
+
+def test_changes_and_losses_are_of_the_same_rounding():
+    """In float32 a change of 1e-7 is seen only if both losses are computed alike."""
+    p = logistic("softmax", 20, 400, dtype="float32")
+    task = refits.Task(p.net, p.train, p.test, None, 1, None)
+    thetas = np.repeat(p.theta[:, None], 3, axis=1)
+    np.testing.assert_array_equal(task.changes(thetas), 0)
+    assert task.losses().shape == (7,) and task.losses(thetas).shape == (7, 3)

@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from influence import CG, Direct, DivergenceError, Examples, GaussNewton, Hessian, prepare
+from influence.removal import Removal
+from tests import oracles
+from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
+
+GROUPS = [np.array(rows) for rows in ([3], [5, 1], [7, 3, 0, 2, 9], [4], [8, 5], list(range(20)))]
+EVERY = np.arange(len(GROUPS))
+
+
+@pytest.fixture(scope="module", params=["closed", "taped"])
+def softmax(request):
+    p = logistic("softmax", intercept=True)
+    return p if request.param == "closed" else through_keras(p)
+
+
+@pytest.fixture(params=[None, 1, 3])
+def removal(softmax, request):
+    return Removal(softmax.net, softmax.train, GROUPS, request.param)
+
+
+def thetas_of(p):
+    noise = np.random.default_rng(0).standard_normal((len(p.theta), len(GROUPS)))
+    return p.theta[:, None] + 0.1 * noise
+
+
+def test_gradients_are_sums_over_the_group(softmax, removal):
+    p, thetas = softmax, thetas_of(softmax)
+    own = [p.oracle.gradients(t)[g] + 0.05 * t for t, g in zip(thetas.T, GROUPS, strict=True)]
+    expected = np.stack([part.sum(axis=0) for part in own], axis=1)
+    assert relative_error(removal.gradients(thetas, EVERY), expected) < 1e-12
+    few = np.array([5, 2])  # some of the columns, in another order
+    assert relative_error(removal.gradients(thetas[:, few], few), expected[:, few]) < 1e-12
+
+
+def test_products_are_sums_over_the_group(softmax, removal):
+    p, V = softmax, thetas_of(softmax)
+    data = p.oracle.hessians(p.theta) + 0.05 * np.eye(len(V))
+    own = [data[g].sum(axis=0) @ v for g, v in zip(GROUPS, V.T, strict=True)]
+    expected = np.stack(own, axis=1)
+    assert relative_error(removal.hvp(V, EVERY), expected) < 1e-12
+    few = np.array([4, 0, 5])
+    assert relative_error(removal.hvp(V[:, few], few), expected[:, few]) < 1e-12
+
+
+def test_dicts_and_sparse_rows():
+    p = logistic("softmax", intercept=True)
+    thetas = thetas_of(p)
+    expected = Removal(p.net, p.train, GROUPS, None).gradients(thetas, EVERY)
+    sparse = Examples(scipy.sparse.csr_matrix(p.train.x), p.train.y)
+    got = Removal(p.net, sparse, GROUPS, 3).gradients(thetas, EVERY)
+    assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("solver", [Direct(), CG(rtol=1e-10)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_solve_takes_the_groups_curvature_out(solver, size, softmax):
+    p = softmax
+    groups = [np.arange(first, first + size) for first in range(0, 12, size)]
+    removed = Removal(p.net, p.train, groups, None)
+    inverse = prepare(Hessian(p.net, p.train), solver)
+    data, d, n = p.oracle.hessians(p.theta), len(p.theta), len(p.train)
+    B = np.random.default_rng(0).standard_normal((d, len(groups)))
+    got = removed.solve(inverse, B, np.arange(len(groups)))
+    for j, group in enumerate(groups):
+        own = data[group].sum(axis=0) + size * 0.05 * np.eye(d)
+        H = p.oracle.hessian(p.theta) - own / n
+        expected = np.linalg.solve(H, B[:, j])
+        without = np.linalg.solve(p.oracle.hessian(p.theta), B[:, j])
+        assert relative_error(got[:, j], expected) < 2e-3  # to 1e-3 in the norm of the matrix
+        assert relative_error(without, expected) > 1e-2
+
+
+def test_great_leverage_costs_no_more_steps(monkeypatch):
+    """A fixed point would contract at the leverage; conjugate gradients see one direction."""
+    p = ridge()
+    x = p.train.x.copy()
+    x[5] *= 20
+    oracle = replace(p.oracle, features=oracles.with_ones(x))
+    H = oracle.hessian(p.theta)
+    own = oracle.hessians(p.theta)[5] + np.diag(oracle.penalty)
+    assert np.linalg.eigvals(np.linalg.solve(H, own / 40)).real.max() > 0.95
+    calls, hvp = [], Removal.hvp
+    monkeypatch.setattr(Removal, "hvp", lambda *given: calls.append(1) or hvp(*given))
+    train = Examples(x, p.train.y)
+    removed = Removal(p.net, train, [np.array([5])], None)
+    got = removed.solve(prepare(Hessian(p.net, train), Direct()), np.ones((5, 1)), np.array([0]))
+    expected = np.linalg.solve(H - own / 40, np.ones(5))
+    assert relative_error(got[:, 0], expected) < 2e-3 and len(calls) <= 3
+
+
+def test_a_group_gets_steps_as_it_has_rows(monkeypatch):
+    """Half of the rows: two products; and a column's answer is its own."""
+    p = ridge(num_inputs=8)
+    calls, hvp = [], Removal.hvp
+    monkeypatch.setattr(
+        Removal, "hvp", lambda self, V, at: calls.append(at.tolist()) or hvp(self, V, at)
+    )
+    removed = Removal(p.net, p.train, [np.arange(20), np.arange(30), np.arange(4)], None)
+    inverse = prepare(Hessian(p.net, p.train), Direct())
+    B = np.random.default_rng(0).standard_normal((9, 3))
+    together = removed.solve(inverse, B, np.arange(3))
+    counts = [sum(j in at for at in calls) for j in range(3)]
+    assert counts[:2] == [2, 1] and 3 <= counts[2] <= 10
+    for j in range(3):
+        alone = removed.solve(inverse, B[:, [j]], np.array([j]))
+        np.testing.assert_allclose(alone[:, 0], together[:, j], rtol=1e-10)
+
+
+def test_zero_is_solved_by_zero():
+    p = ridge()
+    removed = Removal(p.net, p.train, [np.array([1])], None)
+    inverse = prepare(Hessian(p.net, p.train), Direct())
+    np.testing.assert_array_equal(removed.solve(inverse, np.zeros((5, 1)), np.array([0])), 0)
+
+
+def test_negative_curvature_is_refused():
+    net, examples = tanh_net()
+    removed = Removal(net, examples, [np.array([1])], None)
+    inverse = prepare(Hessian(net, examples), Direct())
+    with pytest.raises(
+        DivergenceError,
+        match=r"^the curvature at theta must be positive definite, got (-[\d.]+) in some "
+        r"direction; raise the damping by more than [\d.]+ or",
+    ):
+        removed.solve(inverse, np.ones((21, 1)), np.array([0]))
+
+
+def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent():
+    """Without a row, the little damping there is may be less than the row's share."""
+    net, examples = tanh_net()
+    few = examples.take([0, 1])
+    A = GaussNewton(net, few, 0.01)
+    b = np.random.default_rng(0).standard_normal((21, 1))
+    got = Removal(net, few, [np.array([0])], None).solve(prepare(A, Direct()), b, np.array([0]))
+    assert np.isfinite(got).all() and b[:, 0] @ got[:, 0] > 0

@@ -1,0 +1,134 @@
+import numpy as np
+
+from influence import secant
+from influence.secant import minimise
+from tests.influence.problems import symmetric
+
+
+def every(start, num):
+    return np.repeat(np.asarray(start, float)[:, None], num, axis=1)
+
+
+def quadratics(matrices, minima):
+    """Gradients H_j (theta - c_j), and a list of the columns asked for at each call."""
+    asked = []
+
+    def gradients(thetas, columns):
+        asked.append(columns.tolist())
+        away = thetas - minima[:, columns]
+        return np.stack([matrices[c] @ away[:, j] for j, c in enumerate(columns)], axis=1)
+
+    return gradients, asked
+
+
+def run(gradients, inverse, start, tolerance=1e-10, max_passes=50):
+    start = np.asarray(start, float)
+    num = start.shape[1]
+    first = gradients(start, np.arange(num))
+    return minimise(gradients, inverse, start, first, np.full(num, tolerance), max_passes)
+
+
+def test_the_right_inverse_needs_one_pass():
+    matrices = [symmetric([1, 2, 5], seed) for seed in range(2)]
+    minima = np.array([[1.0, 0], [2, 0], [3, 0]])
+    gradients, asked = quadratics(matrices, minima)
+    solve = lambda G, columns: np.stack(  # noqa: E731
+        [np.linalg.solve(matrices[c], G[:, j]) for j, c in enumerate(columns)], axis=1
+    )
+    found = run(gradients, solve, np.zeros((3, 2)))
+    np.testing.assert_allclose(found.thetas, minima, atol=1e-12)
+    # The second function starts at its minimum, so that only the first one is asked again.
+    assert asked == [[0, 1], [0]] and found.passes.tolist() == [1, 0]
+
+
+def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
+    """As many passes as there are directions in which it is wrong, and one that finds it right."""
+    H = symmetric([1, 1, 1, 1, 3, 7])
+    c = np.arange(6.0)[:, None]
+    gradients, _ = quadratics([H], c)
+    found = run(gradients, lambda G, _: G, np.zeros((6, 1)))
+    np.testing.assert_allclose(found.thetas, c, atol=1e-9)
+    assert found.passes[0] < 14
+    by_chord = np.zeros((6, 1))
+    for _ in range(14):  # steps without what was seen diverge from an inverse this wrong
+        by_chord = by_chord - gradients(by_chord, np.array([0]))
+    assert np.abs(by_chord - c).max() > 1e6
+
+
+def test_columns_do_not_depend_on_each_other():
+    rng = np.random.default_rng(0)
+    matrices = [symmetric(rng.uniform(0.5, 3, 4), seed) for seed in range(5)]
+    minima = rng.standard_normal((4, 5))
+    gradients, _ = quadratics(matrices, minima)
+    together = run(gradients, lambda G, _: G, np.zeros((4, 5)))
+    for j in range(5):
+        alone, _ = quadratics([matrices[j]], minima[:, [j]])
+        found = run(alone, lambda G, _: G, np.zeros((4, 1)))
+        np.testing.assert_allclose(found.thetas[:, 0], together.thetas[:, j], rtol=1e-12)
+        assert found.passes[0] == together.passes[j]
+
+
+def test_a_step_that_climbs_is_not_taken_but_learned_from():
+    """log cosh is flat far out: Newton's step from 3 goes to -200, beyond any use."""
+    seen = []
+
+    def gradients(thetas, columns):
+        seen.append(thetas[0, 0])
+        return np.tanh(thetas)
+
+    curvature = 1 / np.cosh(3.0) ** 2
+    found = run(gradients, lambda G, _: G / curvature, [[3.0]])
+    assert abs(found.thetas[0, 0]) < 1e-10 and found.norms[0] < 1e-10
+    assert seen[1] < -90  # tried
+    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # from 3 again, and at most half as far
+
+
+def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
+    """A gradient that is not finite teaches nothing, so only the length can change."""
+    seen = []
+
+    def gradients(thetas, columns):
+        seen.append(thetas[0, 0])
+        return np.where(thetas > -1, thetas, np.nan)
+
+    found = run(gradients, lambda G, _: 16 * G, [[1.0]])
+    np.testing.assert_allclose(seen[1:5], [-15, -7, -3, -1])
+    assert abs(found.thetas[0, 0]) < 1e-10
+
+
+def test_directions_of_negative_curvature_are_descended():
+    """theta^4 / 4 - theta^2 / 2 has a maximum at 0: Newton's own step would go there."""
+    found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
+    np.testing.assert_allclose(found.thetas, [[1, -1]], atol=1e-9)
+
+
+def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
+    """Gradients with an error of 1e-3, as rounding makes them."""
+    rng = np.random.default_rng(0)
+    H = symmetric([1, 2, 3])
+    noisy = lambda t, _: H @ t + 1e-3 * rng.standard_normal(t.shape)  # noqa: E731
+    found = run(noisy, lambda G, _: G / 2, np.ones((3, 1)), max_passes=1000)
+    assert 1e-10 < found.norms[0] < 5e-3 and found.passes[0] < 100
+    one = run(lambda t, _: H @ t, lambda G, _: G / 10, np.ones((3, 1)), max_passes=1)
+    assert one.passes[0] == 1
+    np.testing.assert_allclose(one.norms, np.linalg.norm(H @ one.thetas, axis=0))
+
+
+def test_only_so_many_pairs_are_remembered(monkeypatch):
+    H = symmetric(np.geomspace(1, 1e2, 30))
+    gradients, _ = quadratics([H], np.ones((30, 1)))
+    passes = {}
+    for num in (3, 100):
+        monkeypatch.setattr(secant, "_PAIRS", num)
+        found = run(gradients, lambda G, _: G / 30, np.zeros((30, 1)), 1e-6, 500)
+        assert found.norms[0] <= 1e-6
+        passes[num] = found.passes[0]
+    assert passes[100] < passes[3]
+
+
+def test_the_start_is_left_alone():
+    start = np.ones((2, 1))
+    first = start.copy()
+    minimise(lambda t, _: t, lambda G, _: G, start, first, np.array([1e-9]), 5)
+    np.testing.assert_array_equal(start, 1)
+    np.testing.assert_array_equal(first, 1)

@@ -1,0 +1,138 @@
+"""tracin against its formula in closed form, and against actual training."""
+
+import numpy as np
+import pytest
+
+from influence.tracin import tracin
+from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
+
+RATES = [0.1, 0.05, 0.2]
+
+
+@pytest.fixture(scope="module")
+def problems():
+    softmax = logistic("softmax", intercept=True)
+    return {"ridge": ridge(), "softmax": softmax, "softmax by the tape": through_keras(softmax)}
+
+
+def checkpoints(problem):
+    start = np.random.default_rng(0).standard_normal((3, len(problem.theta)))
+    return start + problem.theta
+
+
+@pytest.mark.parametrize("problem", ["ridge", "softmax", "softmax by the tape"])
+def test_is_the_sum_over_checkpoints(problem, problems):
+    p = problems[problem]
+    thetas, before = checkpoints(p), p.theta
+    expected = sum(
+        rate * p.measured.gradients(theta) @ p.oracle.gradients(theta).T
+        for rate, theta in zip(RATES, thetas, strict=True)
+    )
+    got = tracin(p.net, p.train, p.test, thetas=thetas, learning_rates=RATES)
+    assert relative_error(got.reduction_by_training, expected) < 1e-11
+    np.testing.assert_array_equal(got.rows, np.arange(len(p.train)))
+    np.testing.assert_array_equal(p.net.theta, before)
+    some = tracin(p.net, p.train, p.test, [7, 2], thetas=thetas, learning_rates=RATES)
+    assert relative_error(some[:], np.asarray(expected)[:, [7, 2]]) < 1e-11
+    assert some.rows.tolist() == [7, 2]
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(20, 0.1), (200, 0.01)])
+def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
+    """Sign, scale and unit: small gradient steps on single rows, in turn, a theta for each."""
+    net, train = tanh_net()
+    order = np.arange(steps) % 4  # rows 0 to 3
+    rate = 0.4 / steps
+    test = train.take([10, 11, 12])
+    first = net.losses(test.x, test.y)
+    theta, thetas = net.theta, []
+    start = theta
+    try:
+        for row in order:
+            thetas.append(theta)
+            net.theta = theta
+            theta = theta - rate * net.gradients(train.x[[row]], train.y[[row]])[0]
+        net.theta = theta
+        last = net.losses(test.x, test.y)
+    finally:
+        net.theta = start
+    total = np.zeros(3)
+    for row in range(4):  # each row's own steps: the checkpoints before them
+        own = np.array(thetas)[order == row]
+        got = tracin(net, train, test, [row], thetas=own, learning_rates=np.full(len(own), rate))
+        total += got[:, 0]
+    assert relative_error(total, first - last) < tolerance  # of the order of the step
+    assert np.linalg.norm(first - last) > 1
+
+
+def test_a_row_like_the_test_point_is_a_proponent(problems):
+    p = problems["ridge"]
+    got = tracin(p.net, p.train, p.train, thetas=checkpoints(p), learning_rates=RATES)
+    assert (np.diag(got[:]) > 0).all()
+
+
+def test_blocks_and_batches_change_nothing(problems, monkeypatch):
+    p = problems["softmax by the tape"]
+    thetas = checkpoints(p)
+    expected = tracin(p.net, p.train, p.test, thetas=thetas, learning_rates=RATES)
+    monkeypatch.setattr("influence.tracin._BYTES_TOGETHER", 3 * 8 * p.net.num_parameters)
+    got = tracin(p.net, p.train, p.test, thetas=thetas, learning_rates=RATES, batch_size=7)
+    assert relative_error(got[:], expected[:]) < 1e-11
+
+
+def test_theta_is_put_back_after_an_error(problems, monkeypatch):
+    p = problems["ridge"]
+    before, seen = p.net.theta, []
+
+    def fails(self, x, y, V):
+        seen.append(self.theta)
+        raise MemoryError
+
+    monkeypatch.setattr(type(p.net), "directional", fails)
+    thetas = checkpoints(p)
+    with pytest.raises(MemoryError):
+        tracin(p.net, p.train, p.test, thetas=thetas, learning_rates=RATES)
+    np.testing.assert_array_equal(seen[0], thetas[0])
+    np.testing.assert_array_equal(p.net.theta, before)
+
+
+def test_single_precision_stays_single():
+    p = ridge(dtype="float32")
+    thetas = checkpoints(p)
+    got = tracin(p.net, p.train, p.test, thetas=thetas, learning_rates=RATES)
+    assert got[:].dtype == np.float32
+    double = ridge()
+    expected = tracin(double.net, double.train, double.test, thetas=thetas, learning_rates=RATES)
+    assert relative_error(got[:], expected[:]) < 1e-5
+
+
+THETAS = np.zeros((2, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"net": "net"}, TypeError, "^net must be a GenericNeuralNet, got str"),
+        ({"train": 1}, TypeError, r"^train must be Examples\(x, y\), got int"),
+        ({"test": 1}, TypeError, r"^test must be Examples\(x, y\), got int"),
+        ({"rows": [40]}, IndexError, r"^rows must lie in \[0, 40\), got 40"),
+        ({"thetas": np.zeros(5)}, ValueError, r"^thetas must have shape \(t, 5\), .* got \(5,\)"),
+        ({"thetas": THETAS.T}, ValueError, r"^thetas must have shape \(t, 5\), .* got \(5, 2\)"),
+        ({"thetas": THETAS[:0]}, ValueError, r"^thetas must have shape .* got \(0, 5\)"),
+        (
+            {"thetas": THETAS + [[0], [np.nan]]},
+            ValueError,
+            "^thetas must be finite, .* checkpoint 1",
+        ),
+        ({"learning_rates": [1.0]}, ValueError, "^learning_rates must have one for each of 2 che"),
+        ({"learning_rates": 0.1}, ValueError, r"^learning_rates must have one .* got shape \(\)"),
+        ({"learning_rates": [1, -1]}, ValueError, "^learning_rates must be finite and not negati"),
+        ({"batch_size": 0}, ValueError, "^batch_size must be a positive integer or None, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(options, error, message, problems, monkeypatch):
+    p = problems["ridge"]
+    monkeypatch.setattr(type(p.net), "gradients", lambda *_: pytest.fail("the work had begun"))
+    given = {"net": p.net, "train": p.train, "test": p.test, "thetas": THETAS}
+    with pytest.raises(error, match=message):
+        tracin(**{**given, "learning_rates": [0.1, 0.1], **options})

@@ -1,0 +1,373 @@
+"""Keras layers and losses of all kinds, against derivatives taken without the library.
+
+Each model is small and at weights far from a minimum. The truth is TensorFlow's tape on the plain
+model, as its owner would call it: first derivatives example by example, the Hessian row by row. For
+layers whose second derivatives TensorFlow gets wrong, it is central differences of the plain
+gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.special
+import tensorflow as tf
+
+from influence import CG, Direct, Examples, GenericNeuralNet, Influence
+from tests import oracles
+from tests.influence.problems import relative_error
+
+L = keras.layers
+K = keras.losses
+N = 6
+AUTODIFF = 1e-9  # the tape in float64 against itself: 1e-15 times the size of what cancels
+DIFFERENCES = 1e-7  # central differences of fourth order: about 1e-9
+
+
+# --- losses as a model's owner would write them, from the definitions -----------------------------
+
+
+def log_softmax(y, z, smoothing=0.0):
+    """Of class numbers, or of one-hot labels; a mean over time steps if there are any."""
+    log_p = z - tf.reduce_logsumexp(z, axis=-1, keepdims=True)
+    target = tf.one_hot(y, z.shape[-1], dtype=z.dtype) if y.ndim < len(z.shape) else y
+    target = (1 - smoothing) * tf.cast(target, z.dtype) + smoothing / z.shape[-1]
+    values = -tf.reduce_sum(target * log_p, axis=-1)
+    return tf.reduce_mean(values, axis=list(range(1, len(values.shape))))
+
+
+def log_probability(y, p):
+    return -tf.math.log(tf.gather(p, y, axis=1, batch_dims=1))
+
+
+def log_sigmoid(y, z):
+    return tf.math.softplus(z[:, 0]) - tf.cast(y, z.dtype) * z[:, 0]
+
+
+def squares(y, z):
+    return tf.reduce_mean((tf.reshape(y, z.shape) - z) ** 2, axis=1)
+
+
+def huber(y, z):
+    gap = tf.abs(y - z[:, 0])
+    return tf.where(gap <= 1, gap**2 / 2, gap - 0.5)
+
+
+def poisson(y, z):
+    return z[:, 0] - tf.cast(y, z.dtype) * tf.math.log(z[:, 0] + 1e-7)  # Keras' epsilon
+
+
+def quartic(y, z):
+    return tf.reduce_sum((y - z) ** 4, axis=-1)
+
+
+# --- the zoo --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to make a model, its loss as given to the net and plainly, and a batch."""
+
+    make: Callable
+    loss: Any
+    plain: Callable
+    x: Callable  # rng -> inputs
+    y: Callable  # rng -> labels
+    by_autodiff: bool = True  # whether the plain model's second derivatives can be trusted
+
+
+def normal(*shape):
+    return lambda rng: rng.standard_normal((N, *shape))
+
+
+def classes(c, *shape):
+    return lambda rng: rng.integers(0, c, (N, *shape))
+
+
+def stacked(shape, *layers, dtype=None):
+    return keras.Sequential([keras.Input(shape, dtype=dtype), *layers])
+
+
+def regularised():
+    R = keras.regularizers
+    hidden = L.Dense(3, activation="softplus", kernel_regularizer=R.L2(0.1))
+    return stacked((3,), hidden, L.Dense(3, activation="gelu", bias_regularizer=R.L1L2(0, 0.2)),
+                   L.Dense(3, activation="silu"))  # fmt: skip
+
+
+def skip_connection():
+    a, b = keras.Input((2,), name="a"), keras.Input((3,), name="b")
+    hidden = L.Dense(3, activation="tanh")(L.Concatenate()([a, b]))
+    skip = L.Add()([hidden, b])
+    return keras.Model([a, b], L.Dense(3)(L.Concatenate()([skip, a])))
+
+
+class SharedTwice(keras.Model):
+    """Subclassed: one layer used twice, another frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = L.Dense(2, activation="tanh")
+        self.frozen = L.Dense(2, trainable=False)
+        self.last = L.Dense(1)
+
+    def call(self, x, training=None):
+        return self.last(self.shared(self.frozen(self.shared(x))) + x)
+
+
+def shared():
+    model = SharedTwice()
+    model(np.zeros((1, 2)))
+    return model
+
+
+def batch_normalised():
+    norm = L.BatchNormalization()
+    model = stacked((3,), L.Dense(3), norm, L.Activation("elu"), L.Dropout(0.4), L.Dense(1))
+    norm.moving_mean.assign([1.0, -1, 0.5])
+    norm.moving_variance.assign([0.5, 2, 1])
+    return model
+
+
+def normalised():
+    return stacked((2, 4), L.LayerNormalization(epsilon=0.1), L.Dense(4), L.GroupNormalization(2),
+                   L.RMSNormalization(), L.UnitNormalization(), L.Flatten(),
+                   L.Dense(1, activation="exponential"))  # fmt: skip
+
+
+def masked_ids():
+    return stacked((3,), L.Embedding(5, 2, mask_zero=True), L.GRU(2), L.Dense(3), dtype="int32")
+
+
+def steps():
+    return stacked((2, 2), L.LSTM(2, return_sequences=True), L.TimeDistributed(L.Dense(3)))
+
+
+def attention():
+    x = keras.Input((3, 2))
+    attended = L.MultiHeadAttention(2, 2)(x, x, use_causal_mask=True)
+    pooled = L.GlobalAveragePooling1D()(L.Add()([x, attended]))
+    return keras.Model(x, L.Dense(2, activation="softmax")(pooled))
+
+
+def sequence_convolved():
+    return stacked((8, 2), L.Conv1D(2, 3, padding="causal", dilation_rate=2),
+                   L.Activation("tanh"), L.MaxPooling1D(2), L.SeparableConv1D(2, 2),
+                   L.GlobalMaxPooling1D(), L.Dense(1))  # fmt: skip
+
+
+def convolved():
+    return stacked((5, 5, 1), L.Conv2D(2, 3, strides=2, padding="same"), L.Activation("tanh"),
+                   L.DepthwiseConv2D(2), L.SeparableConv2D(2, 2, activation="softplus"),
+                   L.Conv2DTranspose(1, 2, strides=2), L.AveragePooling2D(2), L.Flatten(),
+                   L.Dense(1))  # fmt: skip
+
+
+def grouped_and_pooled():
+    return stacked((4, 4, 2), L.Conv2D(2, 2, groups=2), L.PReLU(), L.MaxPooling2D(2, strides=1),
+                   L.UpSampling2D(2), L.ZeroPadding2D(1), L.Conv2D(1, 3), L.Flatten(),
+                   L.Dense(1))  # fmt: skip
+
+
+def pooled_without_weights():
+    return stacked((4, 4, 1), L.MaxPooling2D(2), L.Flatten(), L.Dense(2, activation="selu"),
+                   L.LeakyReLU(0.3), L.Dense(1))  # fmt: skip
+
+
+def volume():
+    return stacked((3, 3, 3, 1), L.Conv3D(2, 2), L.Activation("sigmoid"),
+                   L.GlobalAveragePooling3D(), L.EinsumDense("nf,fg->ng", 2),
+                   L.Dense(1))  # fmt: skip
+
+
+def one_hot(rng):
+    return np.eye(3)[rng.integers(0, 3, N)]
+
+
+def pair(rng):
+    return {"a": rng.standard_normal((N, 2)), "b": rng.standard_normal((N, 3))}
+
+
+SPARSE = partial(K.SparseCategoricalCrossentropy, from_logits=True)
+SMOOTHED = partial(K.CategoricalCrossentropy, from_logits=True, label_smoothing=0.2)
+BINARY = partial(K.BinaryCrossentropy, from_logits=True)
+SMOOTH = partial(log_softmax, smoothing=0.2)
+KINDS = {
+    "regularised": Kind(regularised, SPARSE(), log_softmax, normal(3), classes(3)),
+    "skip_connection": Kind(skip_connection, SMOOTHED(), SMOOTH, pair, one_hot),
+    "shared": Kind(shared, BINARY(), log_sigmoid, normal(2), classes(2)),
+    "batch_normalised": Kind(batch_normalised, K.Huber(), huber, normal(3), normal()),
+    "normalised": Kind(normalised, "poisson", poisson, normal(2, 4), classes(4), False),
+    "masked_ids": Kind(masked_ids, SPARSE(), log_softmax, classes(5, 3), classes(3)),
+    "steps": Kind(steps, SPARSE(), log_softmax, normal(2, 2), classes(3, 2)),
+    "attention": Kind(attention, "sparse_categorical_crossentropy", log_probability,
+                      normal(3, 2), classes(2)),
+    "sequence_convolved": Kind(sequence_convolved, BINARY(), log_sigmoid, normal(8, 2), classes(2)),
+    "convolved": Kind(convolved, "mse", squares, normal(5, 5, 1), normal()),
+    "grouped_and_pooled": Kind(grouped_and_pooled, quartic, quartic, normal(4, 4, 2), normal(1)),
+    "pooled_alone": Kind(pooled_without_weights, "mse", squares, normal(4, 4, 1), normal()),
+    "volume": Kind(volume, K.MeanSquaredError(), squares, normal(3, 3, 3, 1), normal()),
+}  # fmt: skip
+
+
+@cache
+def build(name, dtype="float64"):
+    """(net, plain loss, x, y), every weight random."""
+    rng, kind = np.random.default_rng(7), KINDS[name]
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model = kind.make()
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+    for weight in model.weights:
+        if "moving" not in weight.path:
+            weight.assign(rng.standard_normal(weight.shape) / 2)
+    return GenericNeuralNet(model, kind.loss), kind.plain, kind.x(rng), kind.y(rng)
+
+
+@dataclass(frozen=True)
+class Case:
+    net: GenericNeuralNet
+    plain: Callable
+    x: Any
+    y: Any
+    by_autodiff: bool
+    dense: oracles.Dense
+    hessian: np.ndarray  # of the mean loss
+    V: np.ndarray
+
+    @property
+    def second(self) -> float:
+        return AUTODIFF if self.by_autodiff else DIFFERENCES
+
+
+def plain_hessian(model, plain, x, y):
+    """(d, d): as `oracles.dense_hessian`, with one trace for all rows."""
+    weights = model.trainable_weights
+
+    @tf.function
+    def row(v):
+        values = [w.value for w in weights]
+        with tf.GradientTape() as outer:
+            g = oracles.plain_gradient(model, plain, x, y)
+        parts = outer.gradient(g, values, output_gradients=v, unconnected_gradients="zero")
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+
+    d = sum(int(np.prod(w.shape)) for w in weights)
+    return np.stack([row(v).numpy() for v in np.eye(d)])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request):
+    net, plain, x, y = build(request.param)
+    by_autodiff = KINDS[request.param].by_autodiff
+    dense = oracles.dense_derivatives(net.model, plain, x, y)
+    if by_autodiff:
+        hessian = plain_hessian(net.model, plain, x, y)
+    else:
+        at = partial(oracles.plain_gradient_at, net.model, plain, x, y)
+        rows = np.eye(net.num_parameters)
+        hessian = np.stack([oracles.central_difference(at, net.theta, row) for row in rows])
+    V = np.random.default_rng(8).standard_normal((net.num_parameters, N))
+    return Case(net, plain, x, y, by_autodiff, dense, hessian, V)
+
+
+def test_losses_and_first_derivatives(case):
+    net, x, y, V = case.net, case.x, case.y, case.V
+    net.validate(Examples(x, y), "train")
+    assert relative_error(net.losses(x, y), case.dense.losses) < AUTODIFF
+    assert relative_error(net.gradients(x, y), case.dense.gradients) < AUTODIFF
+    assert relative_error(net.directional(x, y, V), case.dense.gradients @ V) < AUTODIFF
+
+
+def test_second_derivatives(case):
+    net, x, y, V = case.net, case.x, case.y, case.V
+    assert relative_error(net.hvp(x, y, V), case.hessian @ V) < case.second
+    if net.loss.from_logits:
+        product = net.gauss_newton_product(x, y, V)
+        assert relative_error(product, case.dense.gauss_newton @ V) < AUTODIFF
+        assert np.linalg.norm(case.hessian - case.dense.gauss_newton) > 1e-3
+
+
+def plain_input_gradient(case):
+    """d/dx of grad loss_i . v, by a tape in a tape on the model's own weights."""
+    weights = case.net.model.trainable_weights
+    parts = np.split(case.V[:, 0], np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1])
+    x = tf.nest.map_structure(tf.constant, case.x)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            total = tf.reduce_sum(case.plain(case.y, case.net.model(x, training=False)))
+        by_weight = inner.gradient(total, [w.value for w in weights])
+        along = tf.add_n(
+            [
+                tf.reduce_sum(g * part.reshape(w.shape))
+                for g, w, part in zip(by_weight, weights, parts, strict=True)
+            ]
+        )
+    return outer.gradient(along, x)
+
+
+def test_input_gradients(case):
+    if (
+        np.asarray(next(iter(case.x.values())) if isinstance(case.x, dict) else case.x).dtype.kind
+        == "i"
+    ):
+        return  # ids have none
+    if all(part.dtype.kind == "i" for part in tf.nest.flatten(case.x)):
+        return  # ids have none
+    got = case.net.input_gradient(case.x, case.y, case.V[:, 0])
+    if case.by_autodiff:
+        for part, true in zip(
+            *map(tf.nest.flatten, (got, plain_input_gradient(case))), strict=True
+        ):
+            assert relative_error(part, true.numpy()) < AUTODIFF
+        return
+
+    def along(x):
+        gradients = oracles.dense_derivatives(case.net.model, case.plain, x, case.y).gradients
+        return np.sum(gradients @ case.V[:, 0])
+
+    for direction in np.random.default_rng(9).standard_normal((2, *case.x.shape)):
+        true = oracles.central_difference(along, case.x, direction)
+        assert abs(np.sum(got * direction) - true) < DIFFERENCES * abs(true)
+
+
+def test_scores(case):
+    """CG's and Direct's are those of the dense matrix, damped until it is positive definite."""
+    net, train = case.net, Examples(case.x, case.y)
+    H = case.hessian + net.penalty_hvp(np.eye(net.num_parameters))
+    values = scipy.linalg.eigvalsh(H)
+    damping = float(max(-1.5 * values[0], 0) + 0.1 * values[-1])
+    G = case.dense.gradients
+    inverse = np.linalg.inv(H + damping * np.eye(len(H)))
+    expected = G @ inverse @ (G + net.penalty_gradient()).T / N
+    condition = (values[-1] + damping) / (values[0] + damping)
+    for solver in (CG(rtol=1e-12), Direct()):
+        scores = Influence(net, train, solver=solver, damping=damping).scores(train)
+        assert relative_error(scores, expected) < condition * case.second
+
+
+@pytest.mark.parametrize("name", ["skip_connection", "convolved"])
+def test_float32_models_answer_in_float32(name):
+    net, _, x, y = build(name, "float32")
+    exact, *_ = build(name)
+    V = np.random.default_rng(8).standard_normal((net.num_parameters, 2))
+    for question in (
+        lambda net: net.losses(x, y),
+        lambda net: net.gradients(x, y),
+        lambda net: net.hvp(x, y, V),
+        lambda net: net.directional(x, y, V),
+        lambda net: net.gauss_newton_product(x, y, V),
+    ):
+        got = question(net)
+        assert got.dtype == np.float32
+        assert relative_error(got, question(exact)) < 1e-4  # 6e-8 times some hundred additions
