@@ -1,17 +1,37 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
+from influence import measurements
+from influence.check import check
 from influence.convergence import ConvergenceWarning, DivergenceError
+from influence.datainf import datainf
 from influence.examples import Examples
+from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.net import GenericNeuralNet
 from influence.operators import GaussNewton, Hessian
-from influence.retraining import Refits, leave_one_out
+from influence.proximal import proximal_response
+from influence.retraining import Refits, leave_group_out, leave_one_out
 from influence.scores import Influence, Scores
-from influence.solvers import CG, Direct, LiSSA, Solution, prepare, solve
+from influence.solvers import (
+    CG,
+    EKFAC,
+    Direct,
+    Lanczos,
+    LiSSA,
+    Nystrom,
+    Solution,
+    prepare,
+    solve,
+)
+from influence.spectrum import spectrum, suggest_damping
+from influence.stream import Stream
+from influence.tracin import tracin
 
 __all__ = [
     "CG",
+    "EKFAC",
+    "AllCNN",
     "BinaryLogisticRegression",
     "ConvergenceWarning",
     "Direct",
@@ -21,13 +41,24 @@ __all__ = [
     "GenericNeuralNet",
     "Hessian",
     "Influence",
+    "Lanczos",
     "LiSSA",
     "MulticlassLogisticRegression",
+    "Nystrom",
     "Refits",
     "Scores",
     "SmoothHinge",
     "Solution",
+    "Stream",
+    "check",
+    "datainf",
+    "leave_group_out",
     "leave_one_out",
+    "measurements",
     "prepare",
+    "proximal_response",
     "solve",
+    "spectrum",
+    "suggest_damping",
+    "tracin",
 ]

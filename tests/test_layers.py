@@ -20,7 +20,8 @@ _BELOW_SOLVERS = {"examples", "net", "operators"}
 LAYERS = {
     "examples": set(),
     "stream": {"examples"},
-    "net": {"examples"},
+    "derivatives": {"examples"},
+    "net": {"examples", "derivatives"},
     "operators": {"examples", "net"},
     "solvers": _BELOW_SOLVERS,
     "spectrum": _BELOW_SOLVERS | {"solvers"},

@@ -25,9 +25,7 @@ def test_splits_partition_the_rows(splits):
     labels = np.concatenate([splits.train[1], splits.test[1]])
     found = np.column_stack([rows * 16, labels])
     expected = np.column_stack([*load_digits(return_X_y=True)])
-    np.testing.assert_array_equal(
-        found[np.lexsort(found.T)], expected[np.lexsort(expected.T)]
-    )
+    np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -77,9 +77,7 @@ def garbage_after(content):
     return content + b"garbage"
 
 
-@pytest.mark.parametrize(
-    "spoil", [cut, corrupt_checksum, corrupt_stream, not_gzip, garbage_after]
-)
+@pytest.mark.parametrize("spoil", [cut, corrupt_checksum, corrupt_stream, not_gzip, garbage_after])
 def test_broken_gzip(path, write_idx, spoil):
     write_idx(path, PIXELS)
     path.write_bytes(spoil(path.read_bytes()))

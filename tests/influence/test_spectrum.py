@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator
@@ -14,6 +16,8 @@ from influence import (
 from influence.spectrum import spectrum, suggest_damping
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 
+MODULE = sys.modules["influence.spectrum"]  # the function has its name in the package
+
 D = 150
 
 
@@ -21,7 +25,7 @@ D = 150
 def path(request, monkeypatch):
     """Both ways of finding them."""
     if request.param == "iterated":
-        monkeypatch.setattr("influence.spectrum._FEW", 8)
+        monkeypatch.setattr(MODULE, "_FEW", 8)
 
 
 def test_both_ends(path):
@@ -50,22 +54,22 @@ def test_residuals_are_true_ones(path):
 
 
 def test_what_did_not_converge_says_so(monkeypatch):
-    monkeypatch.setattr("influence.spectrum._FEW", 8)
-    monkeypatch.setattr("influence.spectrum._LARGEST_BASIS", 32)
+    monkeypatch.setattr(MODULE, "_FEW", 8)
+    monkeypatch.setattr(MODULE, "_LARGEST_BASIS", 32)
     A = symmetric(np.geomspace(1e-9, 1, 400))
     found = spectrum(A, max_products=40, rtol=1e-12)
     assert not found.converged
     assert found.smallest_residuals[0] > 1e-12 and found.smallest[0] > 1e-9
     assert found.products < 400
     with pytest.warns(ConvergenceWarning, match="the spectrum's ends still have residuals of .* "):
-        monkeypatch.setattr("influence.spectrum._LARGEST_BASIS", 3)
+        monkeypatch.setattr(MODULE, "_LARGEST_BASIS", 3)
         suggest_damping(A - 0.1 * np.eye(400))
 
 
 def test_an_eigenvalue_of_zero_is_found_in_few_products(monkeypatch):
     """A tolerance relative to it would be met by its neighbour, or by nothing."""
-    monkeypatch.setattr("influence.spectrum._FEW", 8)
-    monkeypatch.setattr("influence.spectrum._LARGEST_BASIS", 40)
+    monkeypatch.setattr(MODULE, "_FEW", 8)
+    monkeypatch.setattr(MODULE, "_LARGEST_BASIS", 40)
     found = spectrum(symmetric(np.linspace(0, 1, 300)))
     assert found.converged and abs(found.smallest[0]) < 1e-6
     assert found.products < 220
