@@ -49,7 +49,7 @@ INVERTS = {
 DENSE = 1000  # parameters up to which everybody can form the matrix
 RANK = 100
 _RANK_OF_INFLUENCIAE = 30  # from about 40 on its basis is no longer orthogonal, and it gets worse
-_STEPS_OF_INFLUENCIAE = 100  # one pass for each point and step, row by row
+_STEPS_OF_INFLUENCIAE = 50  # one pass for each point and step, row by row
 _AGAIN_WITHIN = 5.0
 _PACKAGES = {
     PYDVL: ("pyDVL", "torch"),

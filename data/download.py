@@ -47,8 +47,10 @@ def fetch(files: Sequence[DataFile], folder: Path) -> None:
 
 def _fetch_one(file: DataFile, target: Path) -> None:
     if offline():
-        raise ConnectionError(f"{file.path} was not tried, as INFLUENCE_OFFLINE="
-                              f"{os.environ['INFLUENCE_OFFLINE']} is set; unset it to download.")
+        raise ConnectionError(
+            f"{file.path} was not tried, as INFLUENCE_OFFLINE="
+            f"{os.environ['INFLUENCE_OFFLINE']} is set; unset it to download."
+        )
     if not file.urls:
         raise ConnectionError(f"{file.path} has no address to download from: get it by hand.")
     pooch.get_logger().setLevel("WARNING")  # at INFO it reports every step
@@ -90,9 +92,13 @@ def _download(url: str, output_file: str) -> None:
     with tempfile.TemporaryFile() as archive:
         http(address, archive, None)
         try:
-            with (zipfile.ZipFile(archive) as folder, folder.open(unquote(member)) as source,
-                  open(output_file, "wb") as target):
+            with (
+                zipfile.ZipFile(archive) as folder,
+                folder.open(unquote(member)) as source,
+                open(output_file, "wb") as target,
+            ):
                 shutil.copyfileobj(source, target)
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-            raise ValueError(f"expected a zip archive with {unquote(member)} in it, "
-                             f"found: {error}") from error
+            raise ValueError(
+                f"expected a zip archive with {unquote(member)} in it, found: {error}"
+            ) from error

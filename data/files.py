@@ -65,8 +65,10 @@ def places(root: Root = None) -> list[Place]:
         raise TypeError(f"root (--data-dir) must be a folder (str or Path) or None, got {root!r}.")
     if root == "":
         # Path("") is the current folder: never what an unset shell variable meant.
-        raise ValueError("root (--data-dir) must name a folder, got ''; leave it out to use "
-                         "$INFLUENCE_DATA and the user cache.")
+        raise ValueError(
+            "root (--data-dir) must name a folder, got ''; leave it out to use "
+            "$INFLUENCE_DATA and the user cache."
+        )
     found = []
     if root is not None:
         found.append(Place("--data-dir", Path(root).expanduser()))
@@ -148,8 +150,10 @@ def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) 
             state = "lacks " + ", ".join(file.path for file in missing(files, folder))
         lines.append(f"  {setting} {folder}: {state}")
     lines += ["Download:", *(f"  {line}" for line in why.splitlines())]
-    lines.append("To use it, put these files into one of those folders, or into a new one named "
-                 "by --data-dir or $INFLUENCE_DATA:")
+    lines.append(
+        "To use it, put these files into one of those folders, or into a new one named "
+        "by --data-dir or $INFLUENCE_DATA:"
+    )
     for file in files:
         known_by = f"{file.size:,} bytes  SHA-256 {file.digests[0]}"
         if file.unpacked is not None:
@@ -182,9 +186,11 @@ def verify_at(file: DataFile, path: Path) -> str:
     of = "files of " if file.unpacked is not None else ""
     expected = f"{of}{file.size:,} bytes with SHA-256 {' or '.join(file.digests)}"
     guess = " It looks truncated." if size < file.size else ""
-    raise ValueError(f"{path} is not the file it should be: expected {expected}, found {size:,} "
-                     f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
-                     "replace it, then try again.")
+    raise ValueError(
+        f"{path} is not the file it should be: expected {expected}, found {size:,} "
+        f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
+        "replace it, then try again."
+    )
 
 
 def _verified_digest(file: DataFile, folder: Path) -> str:

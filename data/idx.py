@@ -37,13 +37,17 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
 
     if len(header) < header_size:
-        raise ValueError(f"{path}: expected an idx header of {header_size} bytes, "
-                         f"found {len(header)} bytes in all.")
+        raise ValueError(
+            f"{path}: expected an idx header of {header_size} bytes, "
+            f"found {len(header)} bytes in all."
+        )
     magic, *dimensions = struct.unpack(f">{1 + len(shape)}I", header)
     expected_magic = _UNSIGNED_BYTE << 8 | len(shape)
     if magic != expected_magic:
-        raise ValueError(f"{path}: expected the idx magic number 0x{expected_magic:08x} (unsigned "
-                         f"bytes, {len(shape)} dimensions), found 0x{magic:08x}.")
+        raise ValueError(
+            f"{path}: expected the idx magic number 0x{expected_magic:08x} (unsigned "
+            f"bytes, {len(shape)} dimensions), found 0x{magic:08x}."
+        )
     if tuple(dimensions) != tuple(shape):
         raise ValueError(f"{path}: expected dimensions {tuple(shape)}, found {tuple(dimensions)}.")
     if len(values) != num_values:

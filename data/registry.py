@@ -6,7 +6,11 @@ from data.splits import DataSet
 SETS: dict[str, DataSet] = {
     dataset.name: dataset
     for dataset in (
-        mnist.DATASET, digits.DATASET, diabetes.DATASET, hospital.DATASET, enron1.DATASET,
+        mnist.DATASET,
+        digits.DATASET,
+        diabetes.DATASET,
+        hospital.DATASET,
+        enron1.DATASET,
         spam.DATASET,
     )
 }

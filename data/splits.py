@@ -82,9 +82,7 @@ class DataSet:
     name: str
     what: str
     terms: str
-    read: Callable[
-        [Path, np.dtype], tuple[Split, Split] | tuple[Split, Split, tuple[str, ...]]
-    ]
+    read: Callable[[Path, np.dtype], tuple[Split, Split] | tuple[Split, Split, tuple[str, ...]]]
     files: tuple[DataFile, ...] = ()
     stand_in: bool = False
 
