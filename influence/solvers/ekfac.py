@@ -43,11 +43,12 @@ class EKFAC:
     wherever one on both would be.
 
     For a `Hessian` too this is the Gauss-Newton part (Grosse et al. 2023 use it for influence). It
-    is fixed, linear and positive definite, so `CG(preconditioner=EKFAC())` gives the exact answer.
-    For a single layer that takes fewer iterations. For several it can take more than none at all,
-    because layers are taken for independent: on the paper's network, damped by 0.01, several times
-    as many, and even the exact inverse of each layer's own block takes three times as many. There
-    the inverse of the whole `GaussNewton` is better, `prepare(GaussNewton(...), Direct())`.
+    is fixed, linear and positive definite, so `CG(preconditioner=EKFAC())` gives the exact answer;
+    for a single layer in somewhat fewer iterations. For several layers it may take more than none
+    at all, because their coupling is left out: with the Gauss-Newton matrix of 1,000 MNIST images
+    at the paper's network, damped by 0.01, CG takes 88 iterations, with this 472, with the exact
+    inverse of each layer's own block 254. There precondition with the whole matrix,
+    `prepare(GaussNewton(net, train, damping), Direct())`: the Hessian then takes 20, alone 668.
 
     Preparing takes two passes with as many backward passes each as the model has outputs, and the
     eigenvectors of matrices as large as a layer's inputs and outputs; solving takes none.
