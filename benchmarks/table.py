@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.peers import ROUNDING
 from benchmarks.solves import OURS, PYDVL, describe
 from benchmarks.targets import meaning
 
@@ -160,8 +161,9 @@ def _peers(part: dict[str, Any]) -> str:
     lines = [
         f"{part['data']}\n\nLogistic regression, n = {part['n']:,}, d = {part['d']:,}, "
         f"{part['points']} test points, weight decay in every H. The residual, recomputed in "
-        "float64, is that of the Hessian, whatever matrix a solver inverts. Each peer's row names "
-        "our fastest solver that comes at least as close, and its own seconds over that one's. "
+        "float64, is that of the Hessian, whatever matrix a solver inverts; 1 is what x = 0 "
+        f"leaves, and below {ROUNDING:.0e} all is rounding. Each peer's row names our fastest "
+        "solver that comes at least as close, and its own seconds over that one's. "
         f"Stopped after {part['patience']:g} s a process, start and repetitions included. "
         f"{versions}.\n",
         "| solver, dtype: test points solved | inverts | seconds | residual, largest "

@@ -176,10 +176,12 @@ def test_a_peer_is_held_against_our_fastest_that_comes_as_close():
         row(OURS, 5.0, 1e-9),
         {"by": OURS, "error": "stopped after 1 s"},
     ]
-    near, far = row(PYDVL, 20.0, 1e-3), row(PYDVL, 3.0, 1e-12)
+    near, far = row(PYDVL, 20.0, 1e-3), row(PYDVL, 3.0, 1e-11)
     assert peers.compared(near, runs) == {"ours": 1, "ratio": 5.0}
     assert peers.compared(row(PYDVL, 3.0, 1e-1), runs) == {"ours": 0, "ratio": 3.0}
     assert peers.compared(far, runs) == {"ours": None, "ratio": None}
+    rounding = [*runs, row(OURS, 2.0, 9e-13)]
+    assert peers.compared(row(PYDVL, 3.0, 1e-15), rounding) == {"ours": 4, "ratio": 1.5}
     assert peers.compared(runs[0], runs) == {}
     assert peers.compared({"by": PYDVL, "error": "failed"}, runs) == {}
     extrapolated = near | {"seconds_for_all": 200.0}
