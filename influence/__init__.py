@@ -2,11 +2,13 @@
 
 from influence import measurements
 from influence.check import check
+from influence.continued import continued_training
 from influence.convergence import ConvergenceWarning, DivergenceError
 from influence.datainf import datainf
 from influence.examples import Examples
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge
+from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.net import GenericNeuralNet
 from influence.operators import GaussNewton, Hessian
@@ -20,6 +22,7 @@ from influence.solvers import (
     Lanczos,
     LiSSA,
     Nystrom,
+    Prepared,
     Solution,
     prepare,
     solve,
@@ -45,12 +48,15 @@ __all__ = [
     "LiSSA",
     "MulticlassLogisticRegression",
     "Nystrom",
+    "Prepared",
     "Refits",
     "Scores",
     "SmoothHinge",
     "Solution",
     "Stream",
+    "TopLayer",
     "check",
+    "continued_training",
     "datainf",
     "leave_group_out",
     "leave_one_out",

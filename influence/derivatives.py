@@ -1,4 +1,4 @@
-"""The questions about one batch of rows at one theta, and about the penalty, answered by the tape.
+"""The questions about one batch of rows at one theta, answered by the tape.
 
 Every answer is NumPy's, in the dtype of theta, and leaves the model as it was.
 """
@@ -18,24 +18,22 @@ from influence import tape
 from influence.affine import AffineLayers
 from influence.examples import check_differentiable
 from influence.losses import PerExampleLoss
-from influence.traced import Traced, like
+from influence.penalty import Penalty
+from influence.traced import like
 
 
-class Derivatives:
+class Derivatives(Penalty):
     """Losses, outputs and their derivatives: the part of GenericNeuralNet that knows one batch.
 
     Attributes:
       model: the Keras model.
       loss: its per-example loss.
-      convex: True if the risk is known to be smooth and strictly convex in theta.
       dtype: of theta and of every result.
     """
 
     model: keras.Model
     loss: PerExampleLoss
     dtype: np.dtype
-    convex = False
-    _tf: Traced
 
     @property
     def num_parameters(self) -> int:
@@ -249,59 +247,6 @@ class Derivatives:
         """
         return AffineLayers(self._tf, self._tf.inputs(x))
 
-    # --- the penalty --------------------------------------------------------------------------
-
-    def penalty(self) -> float:
-        """Sum of the model's own Keras regularisers at theta: ()."""
-        return float(self._tf.run("penalty", self._tf.penalty, self._tf.theta()))
-
-    @property
-    def strong_convexity(self) -> float:
-        """What no eigenvalue of the risk's Hessian is below, at any theta; NaN if nothing is known.
-
-        0 for a net that is declared `convex`, more where a model knows more.
-        """
-        return 0.0 if self.convex else np.nan
-
-    @property
-    def penalty_convexity(self) -> float:
-        """What no eigenvalue of the penalty's Hessian is below: the least L2 of any weight.
-
-        L2(l) is l |w|^2, with second derivative 2 l, and none is 0. NaN where a weight has a
-        regulariser other than Keras' own L1, L2 and L1L2.
-        """
-        return min(_convexity(weight.regularizer) for weight in self._tf.weights)
-
-    def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
-        """Gradient of the penalty: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
-        t = self._tf
-        rows = t.theta()[None] if thetas is None else t.rows(thetas, "thetas")
-
-        def at_each(thetas):
-            return tf.vectorized_map(partial(tape.gradient, t.penalty), thetas)
-
-        gradients = t.run("penalty_gradient", at_each, rows)
-        return gradients[0] if thetas is None else like(gradients, thetas)
-
-    def penalty_hvp(self, V: NDArray) -> NDArray:
-        """Products of the penalty's Hessian with m vectors: the shape of V."""
-        t = self._tf
-
-        def products(theta, V):
-            return tf.vectorized_map(tape.hessian_map(t.penalty, theta), V)
-
-        return like(t.run("penalty_hvp", products, t.theta(), t.rows(V, "V")), V)
-
-    def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
-        """Gradient by theta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
-        t = self._tf
-
-        def at(theta, v):
-            along = lambda theta: tf.tensordot(tape.hessian_map(t.penalty, theta)(v), v, 1)  # noqa: E731
-            return tape.gradient(along, theta)
-
-        return t.run("penalty_curvature_gradient", at, t.theta(), t.rows(v, "v")[0])
-
     # --- inside ----------------------------------------------------------------------------------
 
     def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
@@ -328,12 +273,3 @@ class Derivatives:
             return each(lambda theta: function(theta, x, y), thetas)
 
         return self._mapped(f"{name} at", at_each, x, y, t.rows(thetas, "thetas")).T
-
-
-def _convexity(regularizer: Any) -> float:
-    """Of one weight's penalty: its second derivative."""
-    if regularizer is None or type(regularizer) is keras.regularizers.L1:
-        return 0.0
-    if type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2):
-        return 2 * float(regularizer.l2)
-    return np.nan

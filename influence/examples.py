@@ -141,6 +141,18 @@ class Examples:
             raise ValueError(f"rows must name at least one row, got {rows} of {len(self)}.")
         return self._taken(rows)
 
+    def stacked(self, rows: NDArray) -> tuple[Any, NDArray]:
+        """r small batches of b rows each as dense arrays: x and y (r, b, ...) for rows (r, b)."""
+        chosen = self.take(rows.ravel())
+
+        def shaped(part: Any) -> NDArray:
+            part = part.toarray() if scipy.sparse.issparse(part) else part
+            return part.reshape(*rows.shape, *part.shape[1:])
+
+        x = chosen.x
+        x = {name: shaped(part) for name, part in x.items()} if isinstance(x, dict) else shaped(x)
+        return x, shaped(chosen.y)
+
     def without(self, rows: ArrayLike) -> Examples:
         """All rows but the given ones, in their order; what is on disk stays there."""
         keep = np.ones(len(self), bool)

@@ -30,6 +30,7 @@ _FROM_LOGITS = (
     *_PROBABILITIES,
     keras.losses.categorical_crossentropy,
     keras.losses.categorical_focal_crossentropy,
+    keras.losses.kl_divergence,  # from one-hot labels it is the cross-entropy
 )
 
 

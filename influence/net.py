@@ -18,15 +18,20 @@ import scipy.optimize
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.chain import Chain
 from influence.convergence import warn_unconverged
 from influence.derivatives import Derivatives
 from influence.embedding import watched_ids
 from influence.examples import Examples
 from influence.keras_model import check_inputs, check_model, check_output
 from influence.losses import per_example
+from influence.progress import progress
 from influence.traced import Traced
 
 _BYTES_PER_PASS = 1 << 30  # what the activations of one batch may take
+# TensorFlow's convolutions add up a batch in float32, digit by digit lost: of 5,500 MNIST images, a
+# Hessian product is wrong by 2e-4 at 2,854 rows a batch, by 8e-6 at 500, at a sixth more time.
+_FLOAT32_ROWS = 500
 _PROBE_ROWS = 3
 _MIXING_RTOL = 1e-3  # far above float32 rounding, far below a loss of another row
 
@@ -75,6 +80,14 @@ class GenericNeuralNet(Derivatives):
         view._tf = Traced(self.model, loss, self._tf.weights)
         return view
 
+    def features(self, x: Any) -> Any:
+        """What the trained part of the model sees of inputs: x itself, if there is nothing before it.
+
+        A model on a frozen trunk gives what the trunk makes of x, which all its other questions
+        take in the place of x.
+        """
+        return x
+
     @property
     def theta(self) -> NDArray:
         """(d,) the trainable weights, flattened in the order of `model.trainable_weights`."""
@@ -109,6 +122,8 @@ class GenericNeuralNet(Derivatives):
         # Forward, backward and both once more; vectorised, the second pair for every vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         size = _BYTES_PER_PASS // (per_row * self.dtype.itemsize * copies)
+        if loop and self.dtype == np.float32:
+            size = min(size, _FLOAT32_ROWS)
         return int(np.clip(size, 1, len(examples)))
 
     def mean_over(self, examples: Examples, batch_size: int | None, question: Callable) -> Any:
@@ -153,9 +168,19 @@ class GenericNeuralNet(Derivatives):
             gradient = gradient + part[1] * (len(y) / len(examples))
         return loss + self.penalty(), gradient
 
-    def hessian(self, examples: Examples) -> NDArray | None:
-        """The risk's Hessian (d, d) where a model knows a closed form; None here."""
-        return None
+    def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
+        """The risk's Hessian (d, d) where the model has a closed form: here, if it is a `Chain`."""
+        first = self._tf.inputs(examples.take([0]).x)
+        chain = Chain.of(self._tf, first)
+        if chain is None:
+            return None
+        size = min(batch_size or len(examples), chain.rows_per_batch(first))
+        batches = progress(examples.batches(size), "forming the matrix", -(-len(examples) // size))
+        total = 0.0
+        for x, y in batches:
+            total = total + chain.hessian(x, y).astype(np.float64) * (len(y) / len(examples))
+        matrix = np.asarray(total, self.dtype)
+        return matrix + self.penalty_hvp(np.eye(len(matrix), dtype=self.dtype))
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
         """`Influence.self_influence` of training rows, exact, where a model knows a closed form.
@@ -176,7 +201,10 @@ class GenericNeuralNet(Derivatives):
           number per example, and for a model with several outputs or losses of its own.
         """
         if not isinstance(examples, Examples):
-            raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
+            dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
+            remedy = "; wrap it: influence.Stream(dataset)" if dataset else ""
+            kind = type(examples).__name__
+            raise TypeError(f"{name} must be Examples(x, y), got {kind}{remedy}.")
         probe = examples.take(slice(0, _PROBE_ROWS))
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self._tf.inputs(probe.x), examples, name) as x:

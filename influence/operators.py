@@ -7,7 +7,6 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
@@ -18,10 +17,6 @@ from influence.progress import progress
 _DENSE_BLOCK = 256  # columns of the dense matrix formed in one pass
 _ROOT_BYTES = 1 << 28  # what the rows' roots of one batch may take,
 _ROOT_COPIES = 4  # with the pseudo-gradients that they are made of
-
-_KEPT_BYTES = (
-    1 << 30
-)  # a training set smaller than this is kept as tensors, not converted each pass
 
 
 class Curvature(LinearOperator):
@@ -92,9 +87,7 @@ class Curvature(LinearOperator):
         for start in progress(starts, "forming the matrix"):
             size = min(_DENSE_BLOCK, d - start)
             matrix[:, start : start + size] = self @ np.eye(d, size, k=-start, dtype=self.dtype)
-        matrix += matrix.T.copy()  # symmetric up to rounding as computed, exactly as returned
-        matrix /= 2
-        return matrix
+        return symmetrised(matrix)
 
     def same_as(self, other: Any) -> bool:
         """Whether `other` is this matrix: same kind, net, examples, damping and theta."""
@@ -134,19 +127,6 @@ class Curvature(LinearOperator):
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
 
-    def _sample(self, rows: NDArray) -> tuple[Any, NDArray]:
-        """The chosen rows as arrays (r, b, ...)."""
-        chosen = self.examples.take(rows.ravel())
-
-        def shaped(part: Any) -> NDArray:
-            part = part.toarray() if scipy.sparse.issparse(part) else part
-            return part.reshape(*rows.shape, *part.shape[1:])
-
-        x = chosen.x
-        return {k: shaped(v) for k, v in x.items()} if isinstance(x, dict) else shaped(x), shaped(
-            chosen.y
-        )
-
     def _with_penalty(self, products: NDArray, V: NDArray) -> NDArray:
         num_batches, d, num_vectors = V.shape
         flat = np.moveaxis(V, 1, 0).reshape(d, -1)
@@ -172,12 +152,12 @@ class Hessian(Curvature):
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
         """As `Curvature.sampled`, from the Hessians of single rows or small batches."""
         self.check_theta()
-        return self._with_penalty(self.net.hvp_each(*self._sample(rows), V), V)
+        return self._with_penalty(self.net.hvp_each(*self.examples.stacked(rows), V), V)
 
     def dense(self) -> NDArray:
         """The matrix itself, (d, d): the net's closed form if it has one, else blocks."""
         self.check_theta()
-        closed_form = self.net.hessian(self.examples)
+        closed_form = self.net.hessian(self.examples, self.batch_size)
         if closed_form is None:
             return super().dense()
         closed_form[np.diag_indices_from(closed_form)] += self.damping
@@ -238,14 +218,33 @@ class GaussNewton(Curvature):
             roots = layers.roots(x, y).reshape(-1, d)
             matrix += roots.T @ roots
         matrix /= len(self.examples)
-        identity = np.eye(d, dtype=self.dtype)
-        matrix += self.net.penalty_hvp(identity) + self.damping * identity
-        return ((matrix + matrix.T) / 2).astype(self.dtype)
+        for start in range(0, d, _DENSE_BLOCK):
+            size = min(_DENSE_BLOCK, d - start)
+            columns = np.eye(d, size, k=-start, dtype=self.dtype)
+            matrix[:, start : start + size] += self.net.penalty_hvp(columns)
+        matrix[np.diag_indices(d)] += self.damping
+        return symmetrised(matrix.astype(self.dtype, copy=False))
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
         """As `Curvature.sampled`, from the Gauss-Newton matrices of a few rows each."""
         self.check_theta()
-        return self._with_penalty(self.net.gauss_newton_each(*self._sample(rows), V), V)
+        products = self.net.gauss_newton_each(*self.examples.stacked(rows), V)
+        return self._with_penalty(products, V)
+
+
+def symmetrised(matrix: NDArray) -> NDArray:
+    """The mean of a matrix (d, d) and its mirror image, in its own memory.
+
+    What is computed is symmetric up to rounding; what is returned, exactly.
+    """
+    starts = range(0, len(matrix), _DENSE_BLOCK)
+    tiles = [slice(start, start + _DENSE_BLOCK) for start in starts]
+    for i, rows in enumerate(tiles):
+        for columns in tiles[i:]:
+            mean = (matrix[rows, columns] + matrix[columns, rows].T) / 2
+            matrix[rows, columns] = mean
+            matrix[columns, rows] = mean.T
+    return matrix
 
 
 def check_batch_size(batch_size: Any) -> None:

@@ -82,7 +82,8 @@ class Task:
         """One short name for everything the work depends on, the model by what it answers."""
         net, few = self.net, self.train.take(slice(0, 8))
         parts = (
-            type(net).__name__, net.model.get_weights(), net.theta, net.losses(few.x, few.y),
+            type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
+            net.losses(few.x, few.y),
             net.penalty(), self.tolerance, self.max_passes, self.batch_size, self.start,
             self.train.fingerprint, self.test.fingerprint, *more,
         )  # fmt: skip

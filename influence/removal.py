@@ -115,19 +115,7 @@ class Removal:
             num = max(self._together // length, 1)
             for start in range(0, len(found), num):
                 at, rows = zip(*found[start : start + num], strict=True)
-                yield np.array(at), *self._shaped(np.stack(rows))
-
-    def _shaped(self, rows: NDArray) -> tuple[Any, NDArray]:
-        """The rows (r, b) as arrays (r, b, ...)."""
-        chosen = self.train.take(rows.ravel())
-
-        def shaped(part: Any) -> NDArray:
-            part = part.toarray() if hasattr(part, "toarray") else part
-            return part.reshape(*rows.shape, *part.shape[1:])
-
-        x = chosen.x
-        x = {name: shaped(part) for name, part in x.items()} if isinstance(x, dict) else shaped(x)
-        return x, shaped(chosen.y)
+                yield np.array(at), *self.train.stacked(np.stack(rows))
 
 
 def _apply(inverse: Prepared, B: NDArray) -> NDArray:

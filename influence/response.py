@@ -16,7 +16,8 @@ from influence.progress import progress
 from influence.solvers import CG, Direct, Prepared, Solution, Solver, prepare
 
 _MOST_TOGETHER = 512  # right-hand sides solved together, fewer where theta is long:
-_BYTES_TOGETHER = 1 << 28  # what such a block may take; solvers keep a handful of its size
+_BYTES_TOGETHER = 1 << 28  # what such a block may take, with
+_COPIES = 5  # gradients, right-hand sides, solutions, their product with H and the residuals
 
 
 class Response:
@@ -90,7 +91,9 @@ class Response:
         Returns: (m, k) in the scores' unit. NaN where no bound on H's eigenvalues is known: they
           are known for the convex models, for GaussNewton under damping or a penalty on all
           weights, and after Direct.
+        Raises: RuntimeError if theta has changed since this was made.
         """
+        self.operator.check_theta()
         blocks = [
             scores.solution.score_error_bound(G.T).T for _, G in self._row_gradients(scores.rows)
         ]
@@ -154,7 +157,7 @@ class Response:
 
     @property
     def _together(self) -> int:
-        per_vector = self.net.num_parameters * self.net.dtype.itemsize
+        per_vector = _COPIES * self.net.num_parameters * self.net.dtype.itemsize
         return int(np.clip(_BYTES_TOGETHER // per_vector, 1, _MOST_TOGETHER))
 
     @property

@@ -112,7 +112,8 @@ def leave_group_out(
         `Hessian(net, train)` is not prepared again.
       start: (d,) parameters that each "fit" begins with; None for the net's present ones.
       fit: replaces `net.fit` as the thing called on (net, remaining rows). All of the model's
-        weights are put back after each call; an optimiser that it needs it must make itself.
+        variables, dropout's generators among them, are put back after each call; an optimiser that
+        it needs it must make itself.
       max_passes: data passes at most for each refit by "newton".
       block: refits that share a data pass. Part of the checkpoints' identity.
       batch_size: rows of the training set at a time; None: chosen.
@@ -270,7 +271,9 @@ def _newton_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, ND
 def _fit_block(task: Task, groups: Groups, _: Any) -> dict[str, NDArray]:
     """The net's own fit without one group, from where it is or from `start`; then put back."""
     net, remaining = task.net, task.train.without(groups[0])
-    before = net.model.get_weights()  # with the statistics that training moves, not theta alone
+    # With the statistics that training moves and the state of dropout's generators, not theta alone.
+    variables = net.model.variables
+    before = [variable.numpy() for variable in variables]
     losses = task.losses()
     try:
         if task.start is not None:
@@ -279,7 +282,8 @@ def _fit_block(task: Task, groups: Groups, _: Any) -> dict[str, NDArray]:
         change = task.losses() - losses
         norm = net.gradient_norm(remaining, task.batch_size)
     finally:
-        net.model.set_weights(before)
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
     return {
         "change_if_removed": change[:, None],
         "gradient_norm": np.array([norm]),

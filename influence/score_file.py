@@ -19,6 +19,8 @@ from influence.net import GenericNeuralNet
 from influence.progress import progress
 from influence.score_table import (
     CHUNK,
+    LOSSES,
+    PENALTY,
     PER_TEST,
     S_TEST,
     SAMPLE,
@@ -78,6 +80,8 @@ def write(job: Job, path: Path) -> Path:
     identity = _identity(job)
     if path.exists():
         check_same(path, identity)
+        with h5py.File(path, "r") as file:
+            _warn_of_earlier(job, file, len(job.test))
         return path
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
@@ -105,12 +109,7 @@ def write(job: Job, path: Path) -> Path:
 def _solve(job: Job, file: h5py.File) -> None:
     m, size = len(job.test), job.together
     done = int(file["tests_solved"][()])
-    if done and job.judged and not file["converged"][:done].all():
-        missed = np.count_nonzero(~file["converged"][:done])
-        warn_unconverged(
-            f"{missed} of the first {done} systems, solved before this run was interrupted, missed "
-            "the solver's tolerance; the data set residual says by how much."
-        )
+    _warn_of_earlier(job, file, done)
     if done == m:
         return
     batches = job.test.batches(size, np.arange(done, m))
@@ -122,6 +121,16 @@ def _solve(job: Job, file: h5py.File) -> None:
             file[name][part] = getattr(solution, name)
         done += len(y)
         mark(file, "tests_solved", done)
+
+
+def _warn_of_earlier(job: Job, file: h5py.File, done: int) -> None:
+    """Say of systems that an earlier call solved what was said then."""
+    converged = file["converged"][:done]
+    if job.judged and not converged.all():
+        warn_unconverged(
+            f"{np.count_nonzero(~converged)} of the first {done} systems, solved by an earlier "
+            "call, missed the solver's tolerance; the data set residual says by how much."
+        )
 
 
 def _multiply(job: Job, file: h5py.File) -> None:
@@ -203,8 +212,8 @@ def _identity(job: Job) -> dict[str, Any]:
     return {
         "net": type(net).__name__,
         "weights": weights.hexdigest(),
-        "losses of the first test examples": job.measured.losses(few.x, few.y).astype(float),
-        "penalty": net.penalty(),
+        LOSSES: job.measured.losses(few.x, few.y).astype(float),
+        PENALTY: net.penalty(),
         "train": job.train.fingerprint,
         "test": job.test.fingerprint,
         "rows": hashlib.sha256(job.rows.tobytes()).hexdigest(),

@@ -35,6 +35,7 @@ class Spectrum:
       largest_residuals: (k,) of those.
       products: vectors that A was multiplied with.
       converged: whether every residual is within the tolerance.
+      complete: whether all eigenvalues were computed, so that none can have been missed.
     """
 
     smallest: NDArray
@@ -43,6 +44,7 @@ class Spectrum:
     largest_residuals: NDArray
     products: int
     converged: bool
+    complete: bool = False
 
 
 def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000) -> Spectrum:
@@ -84,7 +86,8 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
         V = V.reshape(d, -1).astype(dtype)
         return finite_products(operator, V, "spectrum").astype(np.float64)
 
-    if d <= _FEW or 2 * k >= d:
+    complete = d <= _FEW or 2 * k >= d
+    if complete:
         V = np.linalg.eigh(dense(operator))[1]
         counted += d
         low, high = V[:, :k], V[:, ::-1][:, :k]
@@ -97,23 +100,25 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
     size = max(np.abs(smallest).max(), np.abs(largest).max())
     rounding = np.sqrt(d) * np.finfo(dtype).eps
     within = max(below.max(), above.max()) <= (rtol + rounding) * size
-    return Spectrum(smallest[up], below[up], largest[down], above[down], counted, bool(within))
+    ends = smallest[up], below[up], largest[down], above[down]
+    return Spectrum(*ends, counted, bool(within), complete)
 
 
 def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     """The smallest damping that makes a matrix positive definite, with a margin.
 
-    The least t >= 0 with bound + t >= margin (largest + t), bound a number that no eigenvalue of A
-    is below: what the model knows by itself, or the smallest eigenvalue found minus its residual.
-    The condition number is then at most 1 / margin.
+    The least t >= 0 with bound + t >= margin (size + t), size the largest eigenvalue in size, bound
+    a number that no eigenvalue of A is below: what the model knows by itself, or the smallest
+    eigenvalue found minus its residual. The condition number is then at most 1 / margin.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
-      margin: of the largest eigenvalue.
+      margin: of the largest eigenvalue in size.
 
     Returns: in A's unit, to be added to what damping A has already; 0.0 if it needs none. Warns
       with ConvergenceWarning if the eigenvalues did not converge, and it may be too small.
-    Raises: ValueError for a margin outside (0, 1); as `spectrum`.
+    Raises: ValueError for a margin outside (0, 1), and for A = 0, beside which no damping is large
+      or small; as `spectrum`.
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin must lie between 0 and 1, got {margin}.")
@@ -127,8 +132,15 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     bounds = [found.smallest[0] - found.smallest_residuals[0]]
     known = getattr(A, "smallest_eigenvalue_bound", np.nan)
     bound = max(bounds + ([known] if not np.isnan(known) else []))
-    largest = found.largest[0] + found.largest_residuals[0]
-    return max(0.0, float((margin * largest - bound) / (1 - margin)))
+    # Where all curvature is negative the largest says nothing of A's size: -I + 1.0 I would be 0.
+    size = max(abs(found.smallest[0]) + found.smallest_residuals[0],
+               abs(found.largest[0]) + found.largest_residuals[0])  # fmt: skip
+    if size == 0:
+        raise ValueError(
+            "A must not be zero, got no eigenvalue but 0: any damping would be all of it; look for a "
+            "loss that does not depend on theta."
+        )
+    return max(0.0, float((margin * size - bound) / (1 - margin)))
 
 
 def _top(product: Callable, d: int, k: int, rtol: float, max_products: int) -> NDArray:

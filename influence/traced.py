@@ -38,12 +38,16 @@ class Traced:
 
     def __getstate__(self) -> dict:
         """The model and the loss travel; traced functions are made again."""
-        return {**self.__dict__, "weights": (), "_functions": {}}
+        drawn = [state.numpy() for state in _generators(self.model)]
+        return {**self.__dict__, "weights": (), "_functions": {}, "_drawn": drawn}
 
     def __setstate__(self, state: dict) -> None:
         """Find the weights again in the model that came along."""
+        drawn = state.pop("_drawn")
         self.__dict__.update(state)
         self.weights = tuple(self.model.trainable_weights)
+        for generator, value in zip(_generators(self.model), drawn, strict=True):
+            generator.assign(value)
 
     # --- functions of theta, for tape ---------------------------------------------------------
 
@@ -152,6 +156,12 @@ class Traced:
 def like(rows: NDArray, V: Any) -> NDArray:
     """Rows (m, ...) as the columns of a block, or the one row of a vector."""
     return rows.T if np.ndim(V) == 2 else rows[0]
+
+
+def _generators(model: keras.Model) -> list[Any]:
+    """The states of what random layers draw from: variables that Keras does not keep with weights."""
+    weights = {id(weight) for weight in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _numbers(graph: Any) -> int:

@@ -37,9 +37,11 @@ LAYERS = {
     "removal": _BELOW_SOLVERS | {"solvers", "refits"},
     "retraining": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
     "proximal": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
+    "continued": _BELOW_SOLVERS | {"models", "refits"},
     "preflight": _BELOW_SOLVERS | {"solvers", "spectrum"},
     "check": _BELOW_SOLVERS | {"preflight", "spectrum"},
-    "attack": _BELOW_SOLVERS | {"solvers"},
+    "reach": _BELOW_SOLVERS | {"solvers", "response"},
+    "attack": _BELOW_SOLVERS | {"solvers", "reach"},
 }
 FRONT = {"__init__", "__main__"}  # the public names, the command line: above everything
 

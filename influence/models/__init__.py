@@ -2,6 +2,7 @@
 
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge, SmoothHingeLoss
+from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     "MulticlassLogisticRegression",
     "SmoothHinge",
     "SmoothHingeLoss",
+    "TopLayer",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,43 @@ from influence.net import GenericNeuralNet
 from influence.progress import progress
 
 _SAVE_EVERY = 500  # steps
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Adam's state after a training: what continuing it needs besides theta.
+
+    Attributes:
+      steps: taken.
+      first: (d,) running mean of the gradients, not yet corrected for its start at zero.
+      second: (d,) that of their squares.
+    """
+
+    steps: int
+    first: NDArray
+    second: NDArray
+
+    @classmethod
+    def none(cls, net: GenericNeuralNet) -> Moments:
+        """Before the first step."""
+        zero = np.zeros(net.num_parameters, net.dtype)
+        return cls(0, zero, zero)
+
+    def step(self, thetas: NDArray, gradients: NDArray, rate: float) -> tuple[NDArray, Moments]:
+        """The next parameters and moments of k trainings at once, (d, k) each, as Keras has them.
+
+        theta - rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), Kingma & Ba (2015, end of
+        section 2), where epsilon is not the one of their algorithm 1.
+        """
+        t = self.steps + 1
+        m, v = (a[:, None] if a.ndim == 1 else a for a in (self.first, self.second))
+        m = m + (gradients - m) * (1 - _BETA_1)
+        v = v + (gradients**2 - v) * (1 - _BETA_2)
+        length = rate * np.sqrt(1 - _BETA_2**t) / (1 - _BETA_1**t)
+        moved = thetas - (length * m / (np.sqrt(v) + _EPSILON)).astype(thetas.dtype)
+        return moved, Moments(t, m, v)
+
 
 
 def minimise(
@@ -31,7 +69,7 @@ def minimise(
     seed: int,
     checkpoints: str | os.PathLike | None = None,
     key: Any = (),
-) -> None:
+) -> Moments:
     """Lower the risk from the net's theta by Adam (Kingma & Ba 2015), as Keras has it.
 
     Each step takes the next rows of shuffled passes over the examples laid end to end, so that
@@ -47,6 +85,7 @@ def minimise(
         name made of all that it depends on.
       key: what else it depends on: the net's architecture, as values.
 
+    Returns: Adam's state at the end.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
       finite, all variables being put back.
     """
@@ -56,7 +95,7 @@ def minimise(
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size}.")
     weights = list(net._tf.weights)
-    optimizer = keras.optimizers.Adam()
+    optimizer = keras.optimizers.Adam(beta_1=_BETA_1, beta_2=_BETA_2, epsilon=_EPSILON)
     optimizer.build(weights)
     # With what training moves besides theta, such as batch statistics and dropout's generators.
     variables = [*net.model.variables, *optimizer.variables]
@@ -73,7 +112,7 @@ def minimise(
         done = int(kept.pop("step"))
         _assign(variables, [kept[f"variable {i}"] for i in range(len(variables))])
     step = tf.function(_step(net, optimizer, weights))
-    batches = _rows(len(examples), min(batch_size, len(examples)), seed, done)
+    batches = batch_rows(len(examples), batch_size, seed, done)
     rate = None
     for number in progress(range(done, len(rates)), "training", len(rates) - done):
         if rates[number] != rate:
@@ -91,6 +130,13 @@ def minimise(
         if path is not None and (last or (number + 1) % _SAVE_EVERY == 0):
             arrays = {f"variable {i}": v.numpy() for i, v in enumerate(variables)}
             store(path, {"step": np.array(number + 1), **arrays})
+    return Moments(len(rates), _flat(optimizer, "momentum"), _flat(optimizer, "velocity"))
+
+
+def _flat(optimizer: Any, kind: str) -> NDArray:
+    """(d,) one of Adam's two averages, in the order of theta."""
+    parts = [variable for variable in optimizer.variables if variable.path.endswith(kind)]
+    return np.concatenate([np.ravel(part.numpy()) for part in parts])
 
 
 def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
@@ -106,8 +152,9 @@ def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
     return step
 
 
-def _rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
+def batch_rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
     """The rows of step `first` and of all that follow: pass p is shuffled by (seed, p)."""
+    batch_size = min(batch_size, num_examples)
     number, offset = divmod(first * batch_size, num_examples)
 
     def shuffled(number: int) -> NDArray:

@@ -39,6 +39,9 @@ class AllCNN(GenericNeuralNet):
       dtype: "float32", or "float64".
       seed: of the start.
 
+    Attributes:
+      moments: Adam's state after `fit`, for `continued_training`; None before.
+
     Raises: ValueError for an image that the convolutions leave nothing of, a size below 1 or a
       negative weight decay.
     """
@@ -55,6 +58,7 @@ class AllCNN(GenericNeuralNet):
         seed: int = 0,
     ):
         _check(image_shape, num_classes, filters, strides, weight_decay)
+        self.moments: adam.Moments | None = None
         self.settings = (tuple(image_shape), num_classes, filters, tuple(strides), weight_decay)
         seeds = iter(np.random.default_rng(seed).integers(2**31, size=len(strides) + 2).tolist())
 
@@ -111,12 +115,12 @@ class AllCNN(GenericNeuralNet):
           checkpoints: a folder where theta and Adam's state are kept every few hundred steps, so
             that a training that was killed goes on where it was and ends with the same numbers.
 
-        Returns: self.
+        Returns: self, with Adam's state in `moments`.
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
           finite, theta being put back.
         """
         self.validate(examples, "examples")
-        adam.minimise(
+        self.moments = adam.minimise(
             self, examples, schedule=schedule, batch_size=batch_size, seed=seed,
             checkpoints=checkpoints, key=self.settings,
         )  # fmt: skip

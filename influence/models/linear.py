@@ -188,10 +188,10 @@ class LinearModel(GenericNeuralNet):
         """See GenericNeuralNet.penalty_hvp: weight_decay V."""
         return self.weight_decay * V
 
-    def hessian(self, examples: Examples) -> NDArray:
+    def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
         """The risk's Hessian (d, d) in closed form, for one output: X' diag(d2l/dz2) X / n."""
         block = products.weighted_gram(
-            self, examples, lambda Z, y: self._curved(Z, y, np.ones_like(Z))[:, :, 0]
+            self, examples, 1, lambda Z, y: self._curved(Z, y, np.ones_like(Z))[:, :, 0]
         )[0]
         block[np.diag_indices_from(block)] += self.weight_decay
         return block

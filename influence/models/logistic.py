@@ -48,7 +48,7 @@ class MulticlassLogisticRegression(LinearModel):
             dtype=dtype,
         )
 
-    def hessian(self, examples: Examples) -> NDArray:
+    def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
         """The risk's Hessian (d, d), from the blocks of pairs of classes, -X' diag(p_a p_b) X / n.
 
         Probabilities add up to one, so a class's own block is minus the sum of its others.
@@ -60,11 +60,17 @@ class MulticlassLogisticRegression(LinearModel):
             P = _softmax(Z)[:, :, 0]
             return P[:, a] * P[:, b]
 
-        H = np.zeros((f, c, f, c), self.dtype)
-        for i, j, block in zip(a, b, weighted_gram(self, examples, pair_weights), strict=True):
-            H[:, i, :, j] = H[:, j, :, i] = -block
-            H[:, i, :, i] += block
-            H[:, j, :, j] += block
+        blocks = weighted_gram(self, examples, len(a), pair_weights)
+        pair = np.zeros((c, c), int)
+        pair[a, b] = pair[b, a] = np.arange(len(a))
+        own = np.arange(c)
+        H = np.empty((f, c, f, c), self.dtype)
+        # One feature's rows at a time: what they are gathered from and put into stays in the cache.
+        for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
+            parts = -of_row[pair]  # (c, c, f)
+            parts[own, own] = 0
+            parts[own, own] = -parts.sum(axis=1)
+            row[:] = parts.swapaxes(1, 2)
         H = H.reshape(f * c, f * c)
         H[np.diag_indices_from(H)] += self.weight_decay
         return H

@@ -19,7 +19,7 @@ from influence.tape import operations
 _STEPS = (10.0, 1.0, 0.1, 0.01)  # times the cube root of eps, the best step for a smooth function
 _SIGNS = 2  # random combinations of rows that stand for the removal of one
 _ROWS = 256  # rows in each, and rows whose losses are watched
-_ITERATIONS = 40  # of CG: an order of magnitude is asked for
+_ITERATIONS, _RTOL = 40, 0.1  # of CG: an order of magnitude is asked for
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
 _ENOUGH_DIGITS = 1e-2  # error of a score that nobody minds
 
@@ -165,7 +165,9 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
             "Hold the scores against proximal refits with the same damping, not against plain "
             "ones.",
         )
-    if not (low - error > noise or known > 0):
+    # A residual says that some eigenvalue is near `low`, not that none is below it.
+    found_it = found.complete or (found.converged and error <= 0.1 * low)
+    if not (known > 0 or (found_it and low - error > noise)):
         return Line(
             title,
             low,
@@ -231,7 +233,8 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     some, rng = train.take(sample(n, _ROWS)), np.random.default_rng(0)
     sums = [_signed_sum(net, some, rng.permutation(len(some))) for _ in range(_SIGNS)]
     damped = Hessian(net, train, A.damping + shift, batch_size=A.batch_size)
-    X = solve(damped, np.stack([g, *sums], 1), CG(rtol=0.1, max_iterations=_ITERATIONS)).x
+    solution = solve(damped, np.stack([g, *sums], 1), CG(_RTOL, max_iterations=_ITERATIONS))
+    X = solution.x
     watched = some if test is None else test.take(sample(len(test), _ROWS))
     size = A.batch_size or net.rows_per_batch(watched, X.shape[1])
     changes = [net.directional(x, y, X) for x, y in watched.batches(size)]
@@ -243,6 +246,16 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
         f"{'test' if test is not None else 'training'} losses by {drift:.1e} (rms), leaving a "
         f"row out by {removal:.1e}"
     )
+    if ratio < 0.1 and not solution.converged.all():
+        return Line(
+            title,
+            ratio,
+            "warn",
+            f"Theta may be the minimum for this purpose: {found}; but CG left a relative residual "
+            f"of {solution.residual.max():.1g} in {_ITERATIONS} iterations, and either may be more.",
+            "Train on by net.fit to a smaller gradient norm, or check with the damping that will be "
+            "used.",
+        )
     if ratio < 0.1:
         return Line(title, ratio, "ok", f"Theta is the minimum for this purpose: {found}.")
     return Line(

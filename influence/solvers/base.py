@@ -19,7 +19,8 @@ class Solution:
 
     Attributes:
       x: (d,) or (d, m), the shape of the right-hand sides.
-      residual: (m,) true relative residuals |b - A x| / |b|, recomputed from A at the end.
+      residual: (m,) true relative residuals |b - A x| / |b|, recomputed from A at the end; `Direct`
+        does so for a few columns of a block, see there.
       iterations: (m,) iterations each column took.
       converged: (m,) residual within the solver's tolerance.
       min_curvature: (m,) smallest curvature v'Av / v'v seen; NaN if none was looked at.
@@ -225,8 +226,13 @@ def relative_residual(A: LinearOperator, X: NDArray, B: NDArray) -> NDArray:
 
 def relative_norm(R: NDArray, B: NDArray) -> NDArray:
     """|r| / |b| per column; zero where both are zero."""
-    gap, size = np.linalg.norm(R, axis=0), np.linalg.norm(B, axis=0)
-    return np.divide(gap, size, out=np.where(gap > 0, np.inf, 0.0).astype(float), where=size > 0)
+    return relative_size(np.linalg.norm(R, axis=0), B)
+
+
+def relative_size(norms: NDArray, B: NDArray) -> NDArray:
+    """The same of norms |r| (m,)."""
+    size, zero = np.linalg.norm(B, axis=0), np.where(norms > 0, np.inf, 0.0)
+    return np.divide(norms, size, out=zero, where=size > 0)
 
 
 def finite_products(A: LinearOperator, V: NDArray, name: str) -> NDArray:

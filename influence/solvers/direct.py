@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.convergence import DivergenceError
-from influence.solvers.base import Raw, relative_residual
+from influence.operators import symmetrised
+from influence.solvers.base import Raw, relative_size
 
 _FEW = 64  # order up to which all eigenvalues are no dearer than one by iteration
+_WATCHED = 4  # columns of a block whose residual is taken with A's own products
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Direct:
     Costs d^2 numbers of memory and d^3 / 3 operations once, 2 d^2 per right-hand side. An
     indefinite matrix is solved exactly as well, but what it means for influence is doubtful:
     `min_curvature` is then the (negative) smallest eigenvalue.
+
+    The residual is that of A for four columns of each block; for more right-hand sides, whose
+    product with A would cost more than solving for them, it is that of the dense matrix plus the
+    most by which the four show it to differ from A, for an x of that size.
 
     Args:
       rtol: true relative residual up to which a column counts as converged; a factorisation that
@@ -45,7 +51,7 @@ class Direct:
         """Form the dense matrix, compare it with A's products, and factor it."""
         _check_memory(A)
         matrix = dense(A)
-        _check_products(A, matrix)
+        away = _check_products(A, matrix)
         remedy = "the matrix is too ill conditioned for its dtype: use float64 or a larger damping."
         scale = float(np.abs(np.diag(matrix)).max()) or 1.0
         eps = float(np.finfo(matrix.dtype).eps)
@@ -75,14 +81,18 @@ class Direct:
 
         def apply(B: NDArray) -> Raw:
             X = inverse(B)
-            residual = lambda: relative_residual(matrix, X, B)  # noqa: E731
-            return Raw(X, 1, smallest, remedy, residual, bound - tiny)
+            residual = lambda: _residual(A, matrix, X, B)  # noqa: E731
+            return Raw(X, 1, smallest, remedy, residual, bound - tiny - away)
 
         return apply
 
 
 def _check_memory(A: LinearOperator) -> None:
-    """Before an hour of forming what cannot be held: the matrix, its factor and a copy."""
+    """Before an hour of forming what cannot be held.
+
+    The matrix, its factor, and what takes all eigenvalues where iteration fails; GaussNewton's sum
+    in float64 and a batch's share are no more.
+    """
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -95,16 +105,30 @@ def _check_memory(A: LinearOperator) -> None:
         )
 
 
-def _check_products(A: LinearOperator, matrix: NDArray) -> None:
-    """Residuals are taken against the dense matrix, so it must be A."""
+def _check_products(A: LinearOperator, matrix: NDArray) -> float:
+    """About |A - matrix|, Frobenius, which must be small: sqrt(d) times what it is on random v."""
     V = np.random.default_rng(0).standard_normal((len(matrix), 2)).astype(matrix.dtype)
     products = A @ V
-    gap = np.abs(matrix @ V - products).max()
+    gaps = matrix @ V - products
+    gap = np.abs(gaps).max()
     if not gap <= np.sqrt(np.finfo(matrix.dtype).eps) * np.abs(products).max():
         raise DivergenceError(
             f"A must have products that agree with its dense form, they differ by {gap:.1e} in "
             f"{type(A).__name__}; look for infinite losses at theta, or use float64."
         )
+    ratios = np.linalg.norm(gaps, axis=0) / np.linalg.norm(V, axis=0)
+    return float(np.sqrt(len(matrix)) * ratios.max())
+
+
+def _residual(A: LinearOperator, matrix: NDArray, X: NDArray, B: NDArray) -> NDArray:
+    """|b - A x| / |b|, (m,), as told in Direct."""
+    R, size = B - matrix @ X, np.linalg.norm(X, axis=0)
+    some = np.unique(np.linspace(0, len(size) - 1, _WATCHED).astype(int))
+    gaps = matrix @ X[:, some] - A @ X[:, some]
+    rates = np.linalg.norm(gaps, axis=0) / np.where(size[some] > 0, size[some], 1)
+    norms = np.linalg.norm(R, axis=0) + rates.max() * size
+    norms[some] = np.linalg.norm(R[:, some] + gaps, axis=0)
+    return relative_size(norms, B)
 
 
 def dense(A: LinearOperator) -> NDArray:
@@ -116,13 +140,14 @@ def dense(A: LinearOperator) -> NDArray:
     matrix = (
         held.astype(dtype) if isinstance(held, np.ndarray) else A @ np.eye(A.shape[0], dtype=dtype)
     )
-    return (matrix + matrix.T) / 2
+    return symmetrised(matrix)
 
 
 def _smallest(matrix: NDArray) -> float:
-    if len(matrix) < _FEW:
+    value = np.nan if len(matrix) < _FEW else _eigsh(matrix, which="SA")[0]
+    if np.isnan(value):
         return float(scipy.linalg.eigvalsh(matrix, subset_by_index=[0, 0])[0])
-    return _eigsh(matrix, which="SA")[0]
+    return value
 
 
 def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
@@ -132,24 +157,24 @@ def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
     the largest: 1 / (|mu| + residual) bounds what the matrix itself has. Its own residual |A v -
     v / mu| would be relative to its largest eigenvalue and say nothing.
     """
-    if len(matrix) < _FEW:
-        values = scipy.linalg.eigvalsh(matrix)
-        nearest = float(values[np.abs(values).argmin()])
-        return nearest, abs(nearest)
-    operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore
-    nearest, v = _eigsh(matrix, which="LM", sigma=0.0, OPinv=operator)
-    if np.isnan(nearest):
-        return nearest, nearest
-    w = np.ravel(inverse(v))
-    mu = float(v @ w)
-    return nearest, 1 / (abs(mu) + float(np.linalg.norm(w - mu * v)))
+    if len(matrix) >= _FEW:
+        operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore
+        nearest, v = _eigsh(matrix, which="LM", sigma=0.0, OPinv=operator)
+        if not np.isnan(nearest):
+            w = np.ravel(inverse(v))
+            mu = float(v @ w)
+            return nearest, 1 / (abs(mu) + float(np.linalg.norm(w - mu * v)))
+    values = scipy.linalg.eigvalsh(matrix)
+    nearest = float(values[np.abs(values).argmin()])
+    return nearest, abs(nearest)
 
 
 def _eigsh(matrix: NDArray, **how: Any) -> tuple[float, NDArray]:
+    """NaN where it does not converge, for the caller to take all eigenvalues instead."""
     # A fixed start vector: the same matrix gives the same number, and no global seed is touched.
     start = np.random.default_rng(0).standard_normal(len(matrix)).astype(matrix.dtype)
     try:
         values, vectors = eigsh(matrix, k=1, v0=start, tol=1e-3, **how)
-    except ArpackNoConvergence:
+    except ArpackError:
         return float("nan"), start
     return float(values[0]), vectors[:, 0]

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from influence.convergence import DivergenceError
 from influence.operators import Curvature
 from influence.progress import progress
-from influence.solvers.base import Raw, finite_products
+from influence.solvers.base import Raw, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
 _CHECK_EVERY = 16  # steps between looks at the norm
@@ -87,6 +87,8 @@ class LiSSA:
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Choose the scale if none was given."""
         scale = self.scale or largest_eigenvalue(A, self.batch_size)
+        if np.isnan(scale):
+            raise not_finite(A, "LiSSA")
         if not scale > 0:
             raise DivergenceError(
                 f"LiSSA needs a positive definite A, got a largest eigenvalue of {scale:.3g}; use "

@@ -49,7 +49,7 @@ def test_every_step_is_kingma_and_ba_s_on_the_risk_with_its_penalty():
 def test_minibatches_are_the_rows_that_are_said():
     """One step on rows 3 and 1 is one step on those rows alone."""
     p, q = ridge(), ridge()
-    rows = next(adam._rows(len(p.train), 2, 5, 0))
+    rows = next(adam.batch_rows(len(p.train), 2, 5, 0))
     adam.minimise(p.net, p.train, schedule=((1, 0.1),), batch_size=2, seed=5)
     adam.minimise(q.net, q.train.take(rows), schedule=((1, 0.1),), batch_size=2, seed=0)
     assert relative_error(p.theta, q.theta) < 1e-12
@@ -58,16 +58,16 @@ def test_minibatches_are_the_rows_that_are_said():
 @pytest.mark.parametrize(("n", "batch_size"), [(11, 3), (10, 5), (4, 4), (5, 4)])
 def test_rows_are_shuffled_passes_end_to_end(n, batch_size):
     steps = 2 * n
-    batches = list(islice(adam._rows(n, batch_size, 7, 0), steps))
+    batches = list(islice(adam.batch_rows(n, batch_size, 7, 0), steps))
     assert all(batch.shape == (batch_size,) for batch in batches)
     passes = np.concatenate(batches).reshape(-1, n)
     for order in passes:
         assert sorted(order) == list(range(n))
     assert len({tuple(order) for order in passes}) > 1
     for first in (1, 3, n):  # from any step on as if from the first
-        rest = list(islice(adam._rows(n, batch_size, 7, first), steps - first))
+        rest = list(islice(adam.batch_rows(n, batch_size, 7, first), steps - first))
         np.testing.assert_array_equal(rest, batches[first:])
-    assert not np.array_equal(next(adam._rows(n, batch_size, 8, 0)), batches[0]) or n == 4
+    assert not np.array_equal(next(adam.batch_rows(n, batch_size, 8, 0)), batches[0]) or n == 4
 
 
 def test_the_seed_decides_and_nothing_else(images):

@@ -1,0 +1,170 @@
+"""Hessians of chains against the products of the tape, layer kind by layer kind."""
+
+import keras
+import numpy as np
+import pytest
+
+from influence import AllCNN, Examples, GenericNeuralNet, Hessian
+from influence.chain import Chain
+from influence.operators import Curvature
+
+L = keras.layers
+F64 = {"dtype": "float64"}
+_X = np.random.default_rng(0).normal(size=(7, 6, 6, 2))
+_LABELS = Examples(_X, np.array([0, 2, 1, 1, 0, 2, 2]))
+
+
+def _sequential(*layers, shape=(6, 6, 2), dtype="float64"):
+    return keras.Sequential([keras.Input(shape, dtype=dtype), *layers])
+
+
+def _net(*layers, loss=None):
+    keras.utils.set_random_seed(0)
+    loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    net = GenericNeuralNet(_sequential(*layers), loss)
+    rng = np.random.default_rng(1)
+    net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)  # biases are not zero
+    return net
+
+
+CHAINS = {
+    "strided, padded, without bias": lambda: (
+        L.Conv2D(3, 3, padding="same", strides=2, use_bias=False, **F64),
+        L.Activation("softplus", **F64), L.Conv2D(2, 2, kernel_regularizer="l2", **F64),
+        L.ELU(**F64), L.Flatten(**F64), L.Dropout(0.5, **F64), L.Dense(3, **F64),
+    ),
+    "linear layers between": lambda: (
+        L.Conv2D(2, 3, **F64), L.AveragePooling2D(2, **F64), L.Activation("gelu", **F64),
+        L.ZeroPadding2D(1, **F64), L.Conv2D(2, (1, 3), **F64), L.Activation("sigmoid", **F64),
+        L.Reshape((-1, 2), **F64), L.Dense(2, **F64), L.Activation("tanh", **F64),
+        L.Flatten(**F64), L.Dense(3, **F64),
+    ),
+    "two affine layers in a row": lambda: (
+        L.Flatten(**F64), L.Dense(3, **F64), L.Dense(4, **F64), L.Activation("tanh", **F64),
+        L.Dense(3, **F64),
+    ),
+    "dense at every pixel": lambda: (
+        L.Dense(2, **F64), L.Activation("tanh", **F64), L.Dense(3, **F64),
+        L.GlobalAveragePooling2D(**F64),
+    ),
+    "kinked": lambda: (
+        L.Conv2D(3, 3, **F64), L.ReLU(**F64), L.Conv2D(2, 2, **F64), L.LeakyReLU(**F64),
+        L.GlobalAveragePooling2D(**F64), L.Dense(3, **F64),
+    ),
+}  # fmt: skip
+
+
+def _matches_products(net, examples):
+    closed_form = net.hessian(examples)
+    assert closed_form is not None
+    by_products = Curvature.dense(Hessian(net, examples))
+    scale = np.abs(by_products).max()
+    np.testing.assert_allclose(closed_form, by_products, atol=1e-12 * scale)
+    return closed_form
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_s_hessian_is_that_of_the_products(name):
+    _matches_products(_net(*CHAINS[name]()), _LABELS)
+
+
+def test_the_paper_s_network_in_both_dtypes():
+    settings = {"filters": 2, "strides": (1, 2)}
+    net = AllCNN((9, 9, 2), 3, dtype="float64", **settings)
+    net.theta = net.theta + 0.1 * np.random.default_rng(1).normal(size=net.num_parameters)
+    x = np.random.default_rng(2).normal(size=(7, 9, 9, 2))
+    exact = _matches_products(net, Examples(x, _LABELS.y))
+    single = AllCNN((9, 9, 2), 3, **settings)
+    single.theta = net.theta.astype(np.float32)
+    found = single.hessian(Examples(x.astype(np.float32), _LABELS.y))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_frozen_layers_are_passed_through(frozen):
+    layers = [
+        L.Conv2D(2, 3, **F64), L.Activation("tanh", **F64), L.Conv2D(2, 2, **F64),
+        L.Activation("tanh", **F64), L.Flatten(**F64), L.Dense(3, **F64),
+    ]  # fmt: skip
+    layers[frozen].trainable = False
+    _matches_products(_net(*layers), _LABELS)
+
+
+def test_an_activation_before_any_weight():
+    _matches_products(_net(L.Activation("tanh", **F64), L.Flatten(**F64), L.Dense(3, **F64)),
+                      _LABELS)  # fmt: skip
+
+
+def test_a_loss_with_full_curvature_in_the_output():
+    def loss(y, z):
+        return keras.ops.log1p(keras.ops.sum(z, axis=1) ** 2) + keras.ops.sum(z**4, axis=1)
+
+    _matches_products(_net(*CHAINS["two affine layers in a row"](), loss=loss), _LABELS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_batch_size_changes_nothing(batch_size):
+    net = _net(*CHAINS["kinked"]())
+    whole = net.hessian(_LABELS)
+    np.testing.assert_allclose(net.hessian(_LABELS, batch_size), whole, rtol=1e-12, atol=1e-15)
+
+
+def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
+    net = _net(*CHAINS["kinked"]())
+    x = net._tf.inputs(_X[:1])
+    chain = Chain.of(net._tf, x)
+    # The widest layer: 4 x 4 x 3 outputs by the 57 weights before and in it, 8 bytes, 8 copies.
+    widest = 48 * 57 * 8 * 8
+    monkeypatch.setattr("influence.chain._BYTES", 5 * widest)
+    assert chain.rows_per_batch(x) == 5
+    monkeypatch.setattr("influence.chain._BYTES", 1)
+    assert chain.rows_per_batch(x) == 1
+
+
+class _Left(L.Dropout):
+    """Dropout that cannot be switched off."""
+
+    def call(self, inputs, training=None):
+        return super().call(inputs, training=True)
+
+
+def _flatten():
+    return L.Flatten(**F64)
+
+
+def _branched():
+    inputs = keras.Input((6, 6, 2), **F64)
+    flat = L.Flatten(**F64)(inputs)
+    z = L.Dense(3, **F64)(flat)
+    return keras.Model(inputs, L.Add(**F64)([z, L.Dense(3, **F64)(flat)]))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (_flatten, lambda: L.Dense(3, activation="tanh", **F64)),
+        (lambda: L.Conv2D(2, 2, dilation_rate=2, **F64), _flatten, lambda: L.Dense(3, **F64)),
+        (lambda: L.Conv2D(2, 2, groups=2, **F64), _flatten, lambda: L.Dense(3, **F64)),
+        (lambda: L.Activation("softmax", **F64), _flatten, lambda: L.Dense(3, **F64)),
+        (lambda: _Left(0.5, **F64), _flatten, lambda: L.Dense(3, **F64)),
+        (lambda: L.LayerNormalization(**F64), _flatten, lambda: L.Dense(3, **F64)),
+        (lambda: L.MaxPooling2D(2, **F64), _flatten, lambda: L.Dense(3, **F64)),
+    ],
+    ids="fused dilated grouped softmax dropout normalised pooled".split(),
+)
+def test_what_is_no_chain_is_left_to_products(layers):
+    net = _net(*(make() for make in layers))
+    assert net.hessian(_LABELS) is None
+
+
+def test_branches_are_left_to_products():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    assert GenericNeuralNet(_branched(), loss).hessian(_LABELS) is None
+
+
+def test_a_functional_chain_is_one():
+    inputs = keras.Input((6, 6, 2), **F64)
+    z = L.Dense(3, **F64)(L.Activation("tanh", **F64)(L.Dense(2, **F64)(L.Flatten(**F64)(inputs))))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    _matches_products(GenericNeuralNet(keras.Model(inputs, z), loss), _LABELS)
