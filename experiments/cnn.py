@@ -11,6 +11,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from experiments.compare import largest
 from influence import (
     CG,
     AllCNN,
@@ -27,9 +28,11 @@ from influence import (
     solve,
 )
 from influence.checkpoint import kept
+from influence.models.descent import descend, num_negative
 
 _ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
 _REFINEMENTS = 3
+_MOST_REFITTING = 200  # passes for a refit at the minimum, where some directions are nearly flat
 
 
 def images(data: Any, config: Any) -> tuple[Examples, Examples]:
@@ -53,9 +56,16 @@ def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
     )  # fmt: skip
 
 
+def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
+    """The network and sets of examples in float64."""
+    double = network(config, sets[0], "float64")
+    double.theta = net.theta.astype(np.float64)
+    return double, *(Examples(part.x.astype(np.float64), part.y) for part in sets)
+
+
 def predictions(
     config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
-) -> tuple[dict[str, NDArray], dict[str, Any], Prepared, Prepared]:
+) -> tuple[dict[str, NDArray], dict[str, Any], dict[str, Prepared]]:
     """What removing each row is predicted to change, and the curvature behind it.
 
     Args:
@@ -65,8 +75,8 @@ def predictions(
       measured: m test examples.
       checkpoints: where what takes minutes is kept, or None.
 
-    Returns: (changes (m, n) by the way they were predicted, metrics, the damped Hessian factored,
-      the damped Gauss-Newton matrix factored).
+    Returns: (changes (m, n) by the way they were predicted, metrics, the factored matrices by the
+      name of the proximal objective that they belong to).
     """
     matrix = kept(
         checkpoints and checkpoints / "hessian.npz", lambda: {"H": Hessian(net, train).dense()}
@@ -95,14 +105,14 @@ def predictions(
     metrics = {
         "smallest_eigenvalue": values[0],
         "largest_eigenvalue": values[-1],
-        "num_negative_eigenvalues": np.count_nonzero(values < 0),
+        "num_negative_eigenvalues": num_negative(values, matrix.dtype),
         "cg_iterations": found["cg"].solution.iterations.max(),
         "cg_residual": found["cg"].solution.residual.max(),
         "lissa_residual": found["lissa"].solution.residual.max(),
         "cg_against_direct": _cg_against_direct(config, net, train, measured, gauss_newton,
                                                 values, vectors, checkpoints),
     }  # fmt: skip
-    return predicted, metrics, direct, gauss_newton
+    return predicted, metrics, {"leave_one_out": direct, "bregman": gauss_newton}
 
 
 def _cg_against_direct(
@@ -114,10 +124,9 @@ def _cg_against_direct(
     Both in float64: in float32 rounding makes an error of 1e-4 in either. The exact solution is
     that of the formed matrix, refined against products in float64.
     """
-    double = network(config, train, "float64")
-    double.theta = net.theta.astype(np.float64)
-    A = Hessian(double, Examples(train.x.astype(np.float64), train.y), config.damping)
-    b = double.gradients(measured.x[:1].astype(np.float64), measured.y[:1]).T
+    double, train, measured = in_double(config, net, train, measured)
+    A = Hessian(double, train, config.damping)
+    b = double.gradients(measured.x[:1], measured.y[:1]).T
 
     def both() -> dict[str, NDArray]:
         x = np.zeros_like(b)
@@ -172,3 +181,69 @@ def truths(
     same = continued[0][np.searchsorted(removed, few)]
     metrics |= {"lost_noise": 1 - np.corrcoef(same, again)[0, 1], "drift": continued.drift[0]}
     return changes, metrics
+
+
+def at_minimum(
+    config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
+) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Predictions and exact refits at a local minimum, as near to one as the rounds allow.
+
+    Without damping a proximal leave-one-out is a refit. The damping that is left is there for the
+    one direction in which a softmax has no curvature, and for negative curvature if some is left.
+
+    Args:
+      config: of `fig2_cnn`.
+      net: where training stopped; left at the minimum.
+      train: the training set.
+      measured: m test examples.
+      checkpoints: where finished rounds and refits are kept, or None.
+
+    Returns: (arrays: risk and gradient_norm by round, predicted and actual (m, r), removed (r,),
+      removals_j; metrics).
+    """
+    double, train64, measured64 = in_double(config, net, train, measured)
+
+    def rounded(theta: NDArray) -> NDArray:
+        net.theta = theta
+        return Hessian(net, train).dense()
+
+    descent = descend(
+        double, train64, tolerance=config.minimum_tolerance, rounds=config.rounds,
+        evaluations=config.evaluations, hessian=rounded, checkpoints=checkpoints,
+    )  # fmt: skip
+    damping = max(config.minimum_damping, -2 * descent.smallest_eigenvalue[-1])
+    direct = prepare(Hessian(double, train64, damping), Direct(_ROUNDED))
+    predicted = Influence(double, train64, solver=direct, damping=damping).scores(measured64)
+    rows = removals(config, predicted)
+    removed = np.unique(np.concatenate(rows))
+    refits = proximal_response(
+        double, train64, measured64, removed, objective="leave_one_out", damping=damping,
+        solver=direct, tolerance=config.refit_tolerance, max_iterations=_MOST_REFITTING,
+        checkpoints=checkpoints,
+    )  # fmt: skip
+    net.theta = double.theta
+    arrays = {
+        "risk": descent.risk, "gradient_norm": descent.gradient_norm, "removed": removed,
+        "smallest_eigenvalue": descent.smallest_eigenvalue,
+        "predicted_minimum": predicted[:, removed], "actual_minimum": refits.change_if_removed,
+    }  # fmt: skip
+    arrays |= {f"removals_{j}": np.searchsorted(removed, some) for j, some in enumerate(rows)}
+    metrics = {
+        "risk": descent.risk[-1],
+        "gradient_norm": descent.gradient_norm[-1],
+        "smallest_eigenvalue": descent.smallest_eigenvalue[-1],
+        "num_negative_eigenvalues": descent.num_negative[-1],
+        "rounds": len(descent.risk) - 1,
+        "damping": damping,
+        "refit_gradient_norm": refits.gradient_norm.max(),
+        "refits_unconverged": np.count_nonzero(~refits.converged),
+    }
+    return arrays, metrics
+
+
+def removals(config: Any, predicted: Any) -> list[NDArray]:
+    """The rows to remove for each test point: those of largest |influence|, the largest first."""
+    return [
+        largest(scores, config.further_removals if j else config.num_removals)
+        for j, scores in enumerate(np.asarray(predicted))
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cnn
-from experiments.compare import agreement, largest, predicted_against_actual, rounded_down
+from experiments.compare import agreement, predicted_against_actual, rounded_down
 from experiments.record import Claim, Record
 
 DATA = "mnist"
@@ -60,6 +60,16 @@ class Config:
     """of the first test point, trained on a second time with other minibatches"""
     tolerance: float = 1e-2
     """gradient norm of a proximal minimum, relative to where it starts"""
+    rounds: int = 0
+    """Hessians formed on the way to a local minimum; 0 stays where training stopped (release)"""
+    evaluations: int = 200
+    """of the risk and its gradient in each of those rounds"""
+    minimum_tolerance: float = 1e-6
+    """gradient norm to reach there"""
+    minimum_damping: float = 1e-6
+    """added to the Hessian there, which softmax leaves singular in one direction"""
+    refit_tolerance: float = 1e-3
+    """gradient norm of each refit there, relative to where it starts"""
     dtype: str = DTYPE
     """of the network (release)"""
     seed: int = 0
@@ -86,17 +96,22 @@ PRESETS = {
                     noise_removals=5, dtype="float64"),
     "standard": Config(schedule=_SHORT, continued_steps=220, continued_rate=1e-4),
     "paper": Config(),
+    "converged": Config(schedule=_SHORT, rounds=20),
 }  # fmt: skip
+_STOPPED = ("smoke", "standard", "paper")  # presets that stay where training stopped
 
 CLAIMS = (
     Claim("num_parameters", 2616, 2616, 2616),
     Claim("train_accuracy", 0.9996, 0.99, 1.0),
     Claim("test_accuracy", 0.9746, 0.96, 1.0),
-    Claim("pearson_proximal", None, 0.95, 1.0),
-    Claim("median_pearson_proximal", None, 0.93, 1.0),
-    Claim("median_pearson_bregman", None, 0.80, 1.0),
-    Claim("pearson_continued", 0.86, 0.60, 1.0),
-    Claim("cg_against_direct", None, 0.0, 1e-4, stand_in=True),
+    Claim("pearson_proximal", None, 0.95, 1.0, presets=_STOPPED),
+    Claim("median_pearson_proximal", None, 0.93, 1.0, presets=_STOPPED),
+    Claim("median_pearson_bregman", None, 0.80, 1.0, presets=_STOPPED),
+    Claim("pearson_continued", 0.86, 0.60, 1.0, presets=_STOPPED),
+    Claim("cg_against_direct", None, 0.0, 1e-4, stand_in=True, presets=_STOPPED),
+    Claim("pearson_minimum", None, 0.95, 1.0, presets=("converged",)),
+    Claim("gradient_norm", None, 0.0, 1e-6, presets=("converged",)),
+    Claim("num_negative_eigenvalues", None, 0, 0, presets=("converged",)),
 )
 
 DEVIATIONS = (
@@ -119,16 +134,18 @@ TRUTHS = {
     "proximal": "Proximal leave-one-out",
     "bregman": "Proximal Bregman response",
 }
-# What is lost between the prediction and the published truth: (name, one side, the other).
+# What is lost between the prediction and the published truth: (name, one side, the other, label).
 BUDGET = (
-    ("solver", "cg", "direct"),
-    ("solver_lissa", "lissa", "direct"),
-    ("damping_doubled", "direct_doubled", "direct"),
-    ("curvature", "gauss_newton", "direct"),
-    ("linearisation", "direct", "proximal"),
-    ("non_convergence", "proximal", "continued"),
-    ("everything", "direct", "continued"),
+    ("solver", "cg", "direct", "CG for the exact solution"),
+    ("solver_lissa", "lissa", "direct", "LiSSA for the exact solution"),
+    ("damping_doubled", "direct_doubled", "direct", "Twice the damping"),
+    ("curvature", "gauss_newton", "direct", "Gauss-Newton for the Hessian"),
+    ("linearisation", "direct", "proximal", "First order for the proximal minimum"),
+    ("non_convergence", "proximal", "continued", "Proximal minimum for training on"),
+    ("noise", "continued", "again", "Other minibatches"),
+    ("everything", "direct", "continued", "Prediction for training on"),
 )
+_LEAST = 1e-6  # correlation lost that is shown
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
@@ -149,22 +166,28 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         train, schedule=config.schedule, batch_size=config.batch_size, seed=config.seed,
         checkpoints=checkpoints,
     )  # fmt: skip
-    predicted, metrics, direct, gauss_newton = cnn.predictions(
-        config, net, train, measured, checkpoints
-    )
-    rows = [
-        largest(scores, config.further_removals if j else config.num_removals)
-        for j, scores in enumerate(predicted["cg"])
-    ]
+    metrics = {
+        "num_parameters": net.num_parameters,
+        "train_accuracy": np.mean(net.outputs(train.x).argmax(axis=1) == train.y),
+        "test_accuracy": np.mean(net.outputs(test.x).argmax(axis=1) == test.y),
+    }
+    work = _at_minimum if config.rounds else _where_training_stopped
+    arrays, more = work(config, net, train, measured, checkpoints)
+    arrays["test_points"] = np.array(config.test_points)
+    return Record.of(metrics=metrics | more, arrays=arrays)
+
+
+def _where_training_stopped(
+    config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and metrics of the published protocol and of the proximal truths."""
+    predicted, metrics, prepared = cnn.predictions(config, net, train, measured, checkpoints)
+    rows = cnn.removals(config, predicted["cg"])
     removed = np.unique(np.concatenate(rows))  # each once, for all test points
-    prepared = {"leave_one_out": direct, "bregman": gauss_newton}
     changes, more = cnn.truths(
         config, net, train, measured, removed, rows[0], prepared, checkpoints
     )
     metrics |= more | {
-        "num_parameters": net.num_parameters,
-        "train_accuracy": np.mean(net.outputs(train.x).argmax(axis=1) == train.y),
-        "test_accuracy": np.mean(net.outputs(test.x).argmax(axis=1) == test.y),
         "risk": net.risk(train),
         "gradient_norm": net.gradient_norm(train),
         "damping": config.damping,
@@ -173,75 +196,107 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     at = [np.searchsorted(removed, some) for some in rows]
     predicted = {how: values[:, removed] for how, values in predicted.items()}
     for truth in TRUTHS:
-        found = [
-            agreement(predicted["cg"][j, some], changes[truth][j, some])
-            for j, some in enumerate(at)
-        ]
-        metrics |= {f"{name}_{truth}": value for name, value in found[0].items()}
-        metrics[f"median_pearson_{truth}"] = np.median([one["pearson"] for one in found])
-        metrics[f"worst_pearson_{truth}"] = min(one["pearson"] for one in found)
+        metrics |= _agreements(truth, predicted["cg"], changes[truth], at)
     sides = predicted | changes
-    for name, one, other in BUDGET:
+    for name, one, other, _ in BUDGET:
+        if other not in sides:
+            continue  # of some rows alone
         r = np.corrcoef(sides[one][0, at[0]], sides[other][0, at[0]])[0, 1]
         metrics[f"lost_{name}"] = 1 - r
     metrics["pearson_gauss_newton_bregman"] = agreement(
         predicted["gauss_newton"][0, at[0]], changes["bregman"][0, at[0]]
     )["pearson"]
-    arrays = {"test_points": np.array(config.test_points), "removed": removed}
+    arrays: dict[str, Any] = {"removed": removed}
     arrays |= {f"predicted_{how}": values for how, values in predicted.items()}
     arrays |= {f"actual_{truth}": values for truth, values in changes.items()}
     arrays |= {f"removals_{j}": some for j, some in enumerate(at)}
-    return Record.of(metrics=metrics, arrays=arrays)
+    return arrays, metrics
+
+
+def _at_minimum(
+    config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and metrics at a local minimum."""
+    arrays, metrics = cnn.at_minimum(config, net, train, measured, checkpoints)
+    at = [arrays[f"removals_{j}"] for j in range(len(config.test_points))]
+    sides = arrays["predicted_minimum"], arrays["actual_minimum"]
+    return arrays, metrics | _agreements("minimum", *sides, at)
+
+
+def _agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
+    """Of the first test point in full; over all of them Pearson's median and worst."""
+    found = [agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
+    pearson = [one["pearson"] for one in found]
+    named = {f"{name}_{truth}": value for name, value in found[0].items()}
+    return named | {
+        f"median_pearson_{truth}": float(np.median(pearson)),
+        f"worst_pearson_{truth}": min(pearson),
+    }
 
 
 def draw(record: Record) -> Any:
-    """Predicted against actual for each truth, equal axes and y = x, and the error budget."""
+    """Predicted against actual for each truth, equal axes and y = x, and what explains them."""
     import matplotlib.pyplot as plt
 
-    arrays, metrics = record.arrays, record.metrics
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.6])
-    axes = above.subplots(1, 3, sharex=False, sharey=False)
-    first = arrays["removals_0"]
-    predicted = arrays["predicted_cg"][0, first]
+    if "actual_minimum" in record.arrays:
+        figure.set_size_inches(6.75, 3.2)
+        left, right = figure.subplots(1, 2)
+        _draw_truth(left, record, "minimum", "At a local minimum")
+        _draw_descent(right, record.arrays)
+        return figure
+    above, below = figure.subfigures(2, 1, height_ratios=[2.4, 2])
+    axes = above.subplots(1, 3)
     for axis, (truth, title) in zip(axes, TRUTHS.items(), strict=True):
-        predicted_against_actual(axis, arrays[f"actual_{truth}"][0, first], predicted)
-        axis.set_title(title, fontsize=9)
-        axis.text(
-            0.05, 0.95,
-            f"r = {rounded_down(metrics[f'pearson_{truth}'])}\n"
-            f"slope {metrics[f'slope_{truth}']:.2f}",
-            transform=axis.transAxes, va="top", fontsize=8,
-        )  # fmt: skip
+        _draw_truth(axis, record, truth, title)
+    for axis in axes[1:]:
         axis.set_ylabel("")
-        axis.set_xlabel("Actual change (nats)")
-    axes[0].set_ylabel("Predicted change (nats)")
-    _draw_budget(below.subplots(1, 1), metrics)
+    _draw_budget(below.subplots(), record.metrics)
     return figure
 
 
-_BUDGET_LABELS = {
-    "solver": "CG for the exact solution",
-    "solver_lissa": "LiSSA for the exact solution",
-    "damping_doubled": "Twice the damping",
-    "curvature": "Gauss-Newton for the Hessian",
-    "linearisation": "First order for the proximal minimum",
-    "non_convergence": "Proximal minimum for training on",
-    "noise": "Other minibatches",
-    "everything": "Prediction for training on",
-}
+def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
+    """The first test point's removals, predicted against one meaning of actual."""
+    arrays, metrics = record.arrays, record.metrics
+    first = arrays["removals_0"]
+    by = "minimum" if truth == "minimum" else "cg"
+    predicted = arrays[f"predicted_{by}"][0, first]
+    predicted_against_actual(axis, arrays[f"actual_{truth}"][0, first], predicted)
+    axis.locator_params(nbins=4)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("Actual change (nats)", fontsize=9)
+    axis.set_ylabel("Predicted change (nats)", fontsize=9)
+    axis.tick_params(labelsize=8)
+    slope = metrics[f"slope_{truth}"]
+    text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
+    axis.text(0.05, 0.95, text, transform=axis.transAxes, va="top", fontsize=8)
+
+
+def _draw_descent(axis: Any, arrays: Any) -> None:
+    """Gradient norm and risk by round, on axes of their own colours."""
+    rounds = np.arange(len(arrays["risk"]))
+    axis.semilogy(rounds, arrays["gradient_norm"], "o-", color="#0072B2", markersize=3)
+    axis.set_xlabel("Hessians formed on the way", fontsize=9)
+    axis.set_ylabel("Gradient norm", color="#0072B2", fontsize=9)
+    beside = axis.twinx()
+    beside.plot(rounds, arrays["risk"], "s--", color="#D55E00", markersize=3)
+    beside.set_ylabel("Risk (nats)", color="#D55E00", fontsize=9)
+    for one in (axis, beside):
+        one.tick_params(labelsize=8)
+    axis.set_title("The way there", fontsize=9)
 
 
 def _draw_budget(axis: Any, metrics: Any) -> None:
     """Bars of the correlation that each step from the prediction to the truth loses."""
-    names = list(_BUDGET_LABELS)
-    lost = np.array([max(metrics[f"lost_{name}"], 1e-8) for name in names])
-    axis.barh(np.arange(len(names)), lost, color="#0072B2", height=0.65)
-    axis.set_xscale("log")
-    axis.set_xlim(1e-7, 2)
-    axis.set_yticks(np.arange(len(names)), [_BUDGET_LABELS[name] for name in names], fontsize=8)
+    lost = np.array([metrics[f"lost_{name}"] for name, *_ in BUDGET])
+    shown = np.clip(lost, _LEAST, None)
+    axis.barh(np.arange(len(lost)), shown, left=0, color="#0072B2", height=0.65)
+    axis.set(xscale="log", xlim=(_LEAST, 5), xlabel="Correlation lost, 1 - r")
+    axis.set_yticks(np.arange(len(lost)), [label for *_, label in BUDGET], fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.xaxis.label.set_fontsize(9)
     axis.invert_yaxis()
-    for height, value in enumerate(lost):
-        axis.text(value * 1.15, height, f"{value:.1g}", va="center", fontsize=7)
-    axis.set_xlabel("Correlation lost, 1 - r")
+    for height, (value, bar) in enumerate(zip(lost, shown, strict=True)):
+        text = f"{value:.1g}" if value > _LEAST else f"below {_LEAST:g}"
+        axis.text(bar * 1.2, height, text, va="center", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

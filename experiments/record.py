@@ -34,6 +34,7 @@ class Claim:
       paper: the paper's own value, None where it gives none.
       low, high: the band, None for an open side.
       stand_in: whether the band holds on the stand-in data too; else only real data is judged.
+      presets: those that compute the metric; None for all.
     Raises: ValueError if the band is empty.
     """
 
@@ -42,6 +43,7 @@ class Claim:
     low: float | None
     high: float | None
     stand_in: bool = False
+    presets: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if not (_or(self.low, -math.inf) <= _or(self.high, math.inf)):

@@ -14,6 +14,7 @@ from experiments import report
 from experiments.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
+PHOTOGRAPHS = "photographs.png"  # for whoever has them: git ignores it, and so does the report
 _CHECKPOINTS = "checkpoints"
 _DTYPE = "float64"  # what convex models are computed in
 _DPI = 200
@@ -64,12 +65,16 @@ def run(job: Job) -> bool:
     """
     _check_writable(job.folder)
     try:
-        record = _compute(job)
+        record, splits = _compute(job)
     except Misuse:
         with suppress(OSError):  # not empty: an earlier run's
             job.folder.rmdir()
         raise
     record.save(job.folder)
+    if hasattr(job.module, "photographs"):
+        checkpoints = job.folder / _CHECKPOINTS
+        figure = job.module.photographs(record, splits, checkpoints=checkpoints)
+        _write(figure, job.folder / PHOTOGRAPHS)
     shutil.rmtree(job.folder / _CHECKPOINTS)
     return redraw(job)  # from the files, so that --redraw cannot differ
 
@@ -112,7 +117,8 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _compute(job: Job) -> Record:
+def _compute(job: Job) -> tuple[Record, Any]:
+    """The record, and the data it is of."""
     import keras
 
     import data
@@ -134,15 +140,20 @@ def _compute(job: Job) -> Record:
         keras.backend.clear_session()  # of what an experiment before this one left
         keras.utils.set_random_seed(job.config.seed)
         result = module.run(job.config, splits, checkpoints=checkpoints)
-    return dataclasses.replace(
+    record = dataclasses.replace(
         result,
         experiment=job.command,
         preset=job.preset,
         config=dataclasses.asdict(job.config),
         data=about,
-        claims=[c.judge(result.metrics, stand_in=splits.stand_in) for c in module.CLAIMS],
+        claims=[
+            claim.judge(result.metrics, stand_in=splits.stand_in)
+            for claim in module.CLAIMS
+            if claim.presets is None or job.preset in claim.presets
+        ],
         provenance=facts,
     )
+    return record, splits
 
 
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
@@ -167,16 +178,23 @@ def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
 
 
 def _draw(module: ModuleType, record: Record, folder: Path) -> None:
-    import matplotlib.pyplot as plt
-
     figure = module.draw(record)
     if record.data["stand_in"]:  # above whatever title there is: the saved box grows to hold it
         text = f"stand-in data: {record.data['name']}, not {module.DATA}"
         figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
+    _write(figure, folder / "figure.png", folder / "figure.pdf")
+
+
+def _write(figure: Any, *paths: Path) -> None:
+    import matplotlib.pyplot as plt
+
     # Neither date nor version: the same record gives the same bytes.
-    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        with replacing(folder / f"figure.{kind}") as partial:
-            figure.savefig(partial, format=kind, dpi=_DPI, bbox_inches="tight", metadata=metadata)
+    metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
+    for path in paths:
+        kind = path.suffix
+        with replacing(path) as partial:
+            figure.savefig(partial, format=kind[1:], dpi=_DPI, bbox_inches="tight",
+                           metadata=metadata[kind])  # fmt: skip
     plt.close(figure)
 
 

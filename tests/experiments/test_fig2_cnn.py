@@ -1,0 +1,164 @@
+"""Figure 2, right: predictions and truths on a small network, each against its definition."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.linalg
+
+import data
+from experiments import cnn, fig2_cnn
+from experiments.record import Record
+from influence import Hessian, proximal_response
+
+SMALL = dataclasses.replace(
+    fig2_cnn.PRESETS["smoke"], num_train=120, filters=2, strides=(2,), schedule=((150, 1e-2),),
+    num_removals=8, further_removals=4, noise_removals=4, lissa_depth=50, continued_steps=20,
+    damping=0.05,
+)  # fmt: skip
+AT_MINIMUM = dataclasses.replace(SMALL, rounds=8, evaluations=150, minimum_damping=1e-4)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def record(digits, folder):
+    return fig2_cnn.run(SMALL, digits, checkpoints=folder)
+
+
+@pytest.fixture(scope="module")
+def converged(digits, folder):
+    return fig2_cnn.run(AT_MINIMUM, digits, checkpoints=folder)
+
+
+def trained(digits):
+    train, test = cnn.images(digits, SMALL)
+    net = cnn.network(SMALL, train)
+    net.fit(train, schedule=SMALL.schedule, batch_size=SMALL.batch_size)
+    return net, train, test.take(SMALL.test_points)
+
+
+def test_predictions_are_those_of_the_dense_hessian(record, digits):
+    net, train, measured = trained(digits)
+    H = Hessian(net, train, SMALL.damping).dense()
+    own = net.gradients(train.x, train.y) + net.penalty_gradient()
+    S = scipy.linalg.solve(H, net.gradients(measured.x, measured.y).T)
+    expected = (own @ S).T / len(train)
+    removed, first = record.arrays["removed"], record.arrays["removals_0"]
+    scale = np.abs(expected).max()
+    for how, error in (("direct", 1e-8), ("cg", 1e-3)):
+        np.testing.assert_allclose(
+            record.arrays[f"predicted_{how}"], expected[:, removed], atol=error * scale
+        )
+    assert set(removed[first]) == set(np.argsort(-np.abs(expected[0]))[:8])
+    assert len(record.arrays["removals_1"]) == 4
+    assert record.metrics["cg_against_direct"] < 1e-4
+    values = np.linalg.eigvalsh(H) - SMALL.damping
+    assert record.metrics["smallest_eigenvalue"] == pytest.approx(values[0], abs=1e-9)
+    assert record.metrics["num_negative_eigenvalues"] == np.count_nonzero(values < -1e-12)
+
+
+def test_metrics_are_of_the_arrays(record):
+    arrays, metrics = record.arrays, record.metrics
+    first = arrays["removals_0"]
+    predicted = arrays["predicted_cg"][0, first]
+    for truth in fig2_cnn.TRUTHS:
+        actual = arrays[f"actual_{truth}"][0, first]
+        r = np.corrcoef(predicted, actual)[0, 1]
+        assert metrics[f"pearson_{truth}"] == pytest.approx(r, rel=1e-12)
+        slope = np.polyfit(actual, predicted, 1)[0]
+        assert metrics[f"slope_{truth}"] == pytest.approx(slope, rel=1e-9)
+        assert metrics[f"worst_pearson_{truth}"] <= metrics[f"median_pearson_{truth}"]
+    r = np.corrcoef(arrays["actual_proximal"][0, first], arrays["actual_continued"][0, first])[0, 1]
+    assert metrics["lost_non_convergence"] == pytest.approx(1 - r, rel=1e-9)
+    assert metrics["pearson_proximal"] > 0.9  # what damped influence predicts
+    for truth in ("proximal", "bregman"):
+        assert metrics[f"{truth}_gradient_norm"] <= SMALL.tolerance
+    assert 0 < metrics["lost_noise"] < 0.5
+
+
+def test_truths_are_the_library_s(record, digits):
+    net, train, measured = trained(digits)
+    rows = record.arrays["removed"][:2]
+    response = proximal_response(
+        net, train, measured, rows, objective="leave_one_out", damping=SMALL.damping,
+        tolerance=1e-6,
+    )  # fmt: skip
+    found = record.arrays["actual_proximal"][:, :2]
+    np.testing.assert_allclose(found, response[:], atol=0.05 * np.abs(response[:]).max())
+
+
+def test_at_a_minimum_influence_is_what_refits_say(converged):
+    arrays, metrics = converged.arrays, converged.metrics
+    assert metrics["gradient_norm"] <= 1e-6 and metrics["num_negative_eigenvalues"] == 0
+    assert metrics["risk"] == arrays["risk"][-1] < arrays["risk"][0]
+    assert metrics["refits_unconverged"] == 0
+    first = arrays["removals_0"]
+    r = np.corrcoef(arrays["predicted_minimum"][0, first], arrays["actual_minimum"][0, first])
+    assert metrics["pearson_minimum"] == pytest.approx(r[0, 1], rel=1e-12)
+    assert metrics["pearson_minimum"] > 0.9
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(record, converged, digits, folder):
+    for path in sorted(folder.iterdir())[::2]:  # as if the others had been finished
+        path.unlink()
+    for config, whole in ((SMALL, record), (AT_MINIMUM, converged)):
+        again = fig2_cnn.run(config, digits, checkpoints=folder)
+        assert again.metrics == whole.metrics
+        for name, array in whole.arrays.items():
+            np.testing.assert_array_equal(again.arrays[name], array)
+
+
+def test_draw(record, converged):
+    figure = fig2_cnn.draw(Record.of(metrics=record.metrics, arrays=record.arrays))
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == list(fig2_cnn.TRUTHS.values())
+    first = record.arrays["removals_0"]
+    for axis, truth in zip(panels, fig2_cnn.TRUTHS, strict=True):
+        drawn = np.asarray(axis.collections[0].get_offsets())
+        expected = [record.arrays[f"actual_{truth}"][0, first],
+                    record.arrays["predicted_cg"][0, first]]  # fmt: skip
+        np.testing.assert_allclose(drawn, np.transpose(expected))
+    budget = figure.axes[-1]
+    widths = [bar.get_width() for bar in budget.patches]
+    lost = [record.metrics[f"lost_{name}"] for name, *_ in fig2_cnn.BUDGET]
+    np.testing.assert_allclose(widths, np.maximum(lost, 1e-6))
+    plt.close(figure)
+    figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=converged.arrays))
+    assert figure.axes[0].get_title() == "At a local minimum"
+    np.testing.assert_allclose(
+        figure.axes[1].lines[0].get_ydata(), converged.arrays["gradient_norm"]
+    )
+    plt.close(figure)
+
+
+def test_every_preset_is_judged_by_what_it_computes(record, converged):
+    for claim in fig2_cnn.CLAIMS:
+        for preset, found in (("smoke", record), ("converged", converged)):
+            if claim.presets is None or preset in claim.presets:
+                assert claim.metric in found.metrics
+    assert set(fig2_cnn.PRESETS) == {"smoke", "standard", "paper", "converged"}
+    paper = fig2_cnn.PRESETS["paper"]
+    assert sum(steps for steps, _ in paper.schedule) == 500_000
+    assert (paper.continued_steps, paper.continued_rate) == (30_000, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"further_removals": 30}, "num_removals must be at least further_removals"),
+        ({"noise_removals": 2}, "noise_removals must lie between 3 and num_removals"),
+    ],
+)
+def test_config_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **options)

@@ -1,0 +1,80 @@
+"""Descents to local minima: of a network, from a saddle, and interrupted."""
+
+import numpy as np
+import pytest
+
+from influence import Hessian
+from influence.models import descent
+from influence.models.descent import descend
+from tests.influence.problems import relative_error, ridge, tanh_net
+
+
+def network():
+    net, examples = tanh_net(l2=0.05)
+    return net, examples
+
+
+def test_ends_at_a_minimum_that_it_reports():
+    net, examples = network()
+    before = net.risk(examples)
+    found = descend(net, examples, tolerance=1e-9, rounds=30)
+    assert found.is_minimum and found.gradient_norm[-1] <= 1e-9
+    assert found.risk[-1] == pytest.approx(net.risk(examples), rel=1e-12)
+    assert found.risk[-1] < found.risk[0] == pytest.approx(before, rel=1e-12)
+    assert (np.diff(found.risk) <= 1e-12).all()
+    assert found.gradient_norm[-1] == pytest.approx(net.gradient_norm(examples))
+    values = np.linalg.eigvalsh(Hessian(net, examples).dense())
+    assert found.smallest_eigenvalue[-1] == pytest.approx(values[0], abs=1e-9)
+    assert found.num_negative[0] > 0  # where it started there was negative curvature
+
+
+def test_a_quadratic_takes_one_round():
+    p = ridge()
+    minimum = p.theta
+    p.net.theta = minimum + 1
+    found = descend(p.net, p.train, tolerance=1e-10)
+    assert len(found.risk) == 2
+    assert relative_error(p.net.theta, minimum) < 1e-8
+
+
+def test_an_approximate_hessian_serves_as_well():
+    net, examples = network()
+    exact = Hessian(net, examples)
+
+    def rounded(theta):
+        return Hessian(net, examples).dense().astype(np.float32)
+
+    found = descend(net, examples, tolerance=1e-8, rounds=30, hessian=rounded)
+    assert found.gradient_norm[-1] <= 1e-8 and found.is_minimum
+    assert exact.shape == (net.num_parameters,) * 2
+
+
+def test_rounds_bound_the_work_and_the_lowest_point_is_kept():
+    net, examples = network()
+    found = descend(net, examples, tolerance=1e-12, rounds=2, evaluations=3)
+    assert len(found.risk) == 3 and not found.gradient_norm[-1] <= 1e-12
+    assert found.risk[-1] < found.risk[0]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_was_interrupted_ends_with_the_same_bits(rounds, tmp_path, monkeypatch):
+    settings = {"tolerance": 1e-9, "rounds": 30, "evaluations": 8}
+    whole, examples = network()
+    expected = descend(whole, examples, **settings)
+
+    def until(items, what, total):
+        for i, item in enumerate(items):
+            if i == rounds:
+                raise KeyboardInterrupt
+            yield item
+
+    net, _ = network()
+    start = net.theta
+    with monkeypatch.context() as patch:
+        patch.setattr(descent, "progress", until)
+        with pytest.raises(KeyboardInterrupt):
+            descend(net, examples, checkpoints=tmp_path, **settings)
+    net.theta = start
+    found = descend(net, examples, checkpoints=tmp_path, **settings)
+    np.testing.assert_array_equal(net.theta, whole.theta)
+    np.testing.assert_array_equal(found.risk, expected.risk)
