@@ -29,7 +29,6 @@ from influence.affine import Affine, AffineLayers
 from influence.jacobian import Jacobian
 from influence.traced import Traced
 
-_ZERO = tf.UnconnectedGradients.ZERO
 _BYTES = 1 << 30  # what the Jacobians of one batch may take,
 _COPIES = 8  # in as many copies
 _ELEMENTWISE = frozenset(

@@ -12,10 +12,8 @@ other minibatches for every removal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
@@ -28,6 +26,7 @@ from influence.estimand import Estimand
 from influence.examples import Examples, check_rows
 from influence.models.adam import Moments, batch_rows
 from influence.net import GenericNeuralNet
+from influence.operators import check_batch_size
 from influence.progress import progress
 from influence.refits import Groups, Task
 
@@ -90,7 +89,7 @@ def continued_training(
       steps: of Adam (Kingma & Ba 2015) from here.
       rate: its learning rate.
       moments: Adam's state here, such as `AllCNN.moments`; None starts it from zero.
-      batch_size: rows a step, at least 2.
+      batch_size: rows a step, at least 3.
       seed: of the order of the rows.
       block: trainings side by side. Part of the checkpoints' identity.
       num_processes: joblib workers; -1 for one a core.
@@ -101,14 +100,18 @@ def continued_training(
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
       for parameters that are not finite.
     """
-    refits.check(net, train, test, tolerance=None, block=block, batch_size=batch_size)
+    check_batch_size(batch_size)
+    refits.check(net, train, test, tolerance=None, block=block, batch_size=None)
     rows = check_rows(rows, len(train))
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     if not (np.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be positive, got {rate}.")
-    if batch_size < 2:
-        raise ValueError("batch_size must be at least 2: one may be without the row, got 1.")
+    if batch_size is None or batch_size < 3:
+        raise ValueError(
+            f"batch_size must be at least 3: two of its rows may be the removed one, got "
+            f"{batch_size}."
+        )
     moments = Moments.none(net) if moments is None else moments
     if np.shape(moments.first) != (net.num_parameters,):
         raise ValueError(
@@ -142,8 +145,9 @@ def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArr
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
     moments, done, path = plan.moments, 0, None
     if plan.folder is not None:
-        name = task.identity(joblib.hash((plan.moments.first, plan.moments.second)), groups,
-                             plan.rate, plan.batch_size, plan.seed)  # fmt: skip
+        start = plan.moments
+        name = task.identity(start.steps, start.first, start.second, groups, plan.rate,
+                             plan.batch_size, plan.seed)  # fmt: skip
         path = plan.folder / f"continued-{name}.npz"
         if path.exists():
             kept = load(path)
@@ -152,15 +156,15 @@ def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArr
     batches = batch_rows(len(train), plan.batch_size, plan.seed, done)
     for step in progress(range(done, plan.steps), "training on", plan.steps - done):
         gradients = _gradients(net, train, next(batches), removed, thetas)
+        if not np.isfinite(gradients).all():
+            raise DivergenceError(
+                f"training on must stay finite, got a gradient that is not at step {step + 1} "
+                f"with rate {plan.rate:g}; use a smaller rate."
+            )
         thetas, moments = moments.step(thetas, gradients, plan.rate)
         if path is not None and (step + 1) % _SAVE_EVERY == 0 and step + 1 < plan.steps:
             store(path, {"thetas": thetas, "done": np.array(step + 1),
                          "first": moments.first, "second": moments.second})  # fmt: skip
-    if not np.isfinite(thetas).all():
-        raise DivergenceError(
-            f"training on must stay finite, got parameters that are not after {plan.steps} steps "
-            f"at rate {plan.rate:g}; use a smaller rate."
-        )
     return {"change": task.changes(thetas)}
 
 
@@ -170,14 +174,10 @@ def _gradients(
     """(d, k): the minibatch's risk gradients, in each column without the row it has removed."""
     batch = train.take(rows)
     G = net.gradient(batch.x, batch.y, thetas)
-    for position, columns in _hits(rows, removed):
-        row = train.take([rows[position]])
-        own = net.gradient(row.x, row.y, thetas[:, columns])
-        G[:, columns] += (G[:, columns] - own) / (len(rows) - 1)
+    for row in np.intersect1d(rows, removed):
+        columns = np.flatnonzero(removed == row)
+        times = np.count_nonzero(rows == row)  # twice, where one pass ends and the next begins
+        one = train.take([row])
+        own = net.gradient(one.x, one.y, thetas[:, columns])
+        G[:, columns] += (G[:, columns] - own) * (times / (len(rows) - times))
     return G + net.penalty_gradient(thetas)
-
-
-def _hits(rows: NDArray, removed: NDArray) -> Iterator[tuple[int, NDArray[Any]]]:
-    """(position in the minibatch, the columns that have removed that row)."""
-    for position in np.flatnonzero(np.isin(rows, removed)):
-        yield int(position), np.flatnonzero(removed == rows[position])
