@@ -1,6 +1,7 @@
 # `make help` lists what there is to make.
 PYTHON ?= python3
 OUT ?= out
+PARTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -27,12 +28,12 @@ lint: $(VENV)/installed-dev ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 
-bench: $(VENV)/installed ## how fast, against the machine's limit and against peers; 20 minutes
+bench: $(VENV)/installed ## how fast, against the limit and against peers; an hour; some: make bench PARTS="lissa cnn"
 	@for peers in bench bench-tf; do \
 	  $(MAKE) --no-print-directory $(VENV)-$$peers/installed || \
 	  echo "Benchmarks without the peers of requirements-$$peers.txt: it says what they need." >&2; \
 	done
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(PARTS)
 
 readme: $(VENV)/installed ## the README's table, from results/*/record.json
 	@$(BIN)/python -m experiments report --readme README.md --results results

@@ -4,22 +4,36 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, peers, problem, products, refits, scores, solves, table
+from benchmarks import (
+    all_scores,
+    cnn,
+    lissa,
+    machine,
+    peers,
+    problem,
+    products,
+    refits,
+    scores,
+    solves,
+    table,
+)
 from benchmarks.clock import watched
+from benchmarks.cnn import Network
 from benchmarks.problem import Problem
 from benchmarks.solves import OURS, PYDVL, Setting
+from benchmarks.table import PARTS
 from benchmarks.targets import judged
 from experiments.record import replacing, to_json
 
 DATA, STAND_IN = "mnist", "digits"
 RESULTS, ELSEWHERE = Path("results/benchmarks"), Path("out/benchmarks")
-RECORD, TABLE = "benchmarks.json", "README.md"
+RECORD, TABLE, CHECKPOINTS = "benchmarks.json", "README.md", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class Sizes:
     """of every time but the solves'"""
     square: int = 4000
     """size of the matrices whose product gives the machine's rate"""
+    num_tests: int = 10_000
+    """test points whose scores on all rows are written to a file"""
     num_refits: int = 500
     """exact leave-one-out refits"""
     settings: tuple[Setting, ...] = (
@@ -48,6 +64,10 @@ class Sizes:
     """ways to solve; pyDVL's default is one by one, `block` its option solve_simultaneously, which
     its Nystroem preconditioner makes no faster here. In float32 neither library reaches 1e-5 for
     all points, whatever it is asked for"""
+    lissa: tuple[int, int, int] = (8, 5000, 10)
+    """test point, depth and repeats: the paper's"""
+    network: Network = Network()
+    """the paper's, trained for 20,000 steps in place of its 500,000"""
     peers: tuple[tuple[str, float], ...] = (("digits", 45), ("mnist", 45))
     """problems on which every solver of every peer runs, and seconds for each process, at most"""
     peers_points: int = 10
@@ -58,13 +78,19 @@ SMOKE = Sizes(
     num_vectors=5,
     rounds=2,
     square=200,
+    num_tests=200,
     num_refits=20,
     settings=(
         Setting(OURS, "cg", "float64", 10, 10),
         Setting(PYDVL, "block", "float64", 10, 10),
     ),
+    lissa=(8, 200, 2),
+    network=Network(
+        num_rows=100, point=0, filters=2, strides=(1, 2), schedule=((60, 1e-2),), damping=0.3
+    ),
     peers=(),
 )
+ON_STAND_IN = replace(Sizes(), network=SMOKE.network)  # whose images are smaller
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,10 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Times within one run, as ratios, with the residual beside each.",
+        description="Times within one part's run, as ratios, with the residual beside each.",
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add("parts", nargs="*", metavar="PART",
+        help=f"{', '.join(PARTS)}; default all. Some take their place among the results that are "
+        "there, of the same machine and data")  # fmt: skip
     add("--smoke", action="store_true", help="a few seconds, on the digits")
     add("--data-dir", type=Path, metavar="DIR", help="where to look for MNIST first")
     add("--out", type=Path, metavar="DIR",
@@ -90,10 +119,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.data_dir is not None and not options.data_dir.is_dir():
         parser.error(f"--data-dir must be a folder, there is none at {options.data_dir}.")
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    parts = tuple(part for part in PARTS if part in options.parts) or PARTS
     name = _data_name(options.smoke, options.data_dir)
-    sizes = SMOKE if options.smoke else Sizes()
+    sizes = SMOKE if options.smoke else Sizes() if name == DATA else ON_STAND_IN
     out = options.out or (RESULTS if name == DATA else ELSEWHERE)
-    result = run(name, options.data_dir, sizes, 0 if options.smoke else options.wait)
+    p = _loaded(name, options.data_dir)
+    about = _about(p)
+    there = {} if parts == PARTS else _there(out / RECORD)
+    differs = [key for key in about if there and _comparable(there[key]) != _comparable(about[key])]
+    if differs:
+        parser.error(
+            f"PART can be added only to results of the same machine and data, {out / RECORD} has "
+            f"another {' and '.join(differs)}; name no part, to run all, or give another --out."
+        )
+    wait = 0 if options.smoke else options.wait
+    result = run(p, options.data_dir, sizes, wait, parts=parts, checkpoints=out / CHECKPOINTS)
+    result = merged(there, result)
     out.mkdir(parents=True, exist_ok=True)
     for file, text in ((RECORD, to_json(result)), (TABLE, table.page(result))):
         with replacing(out / file) as partial:
@@ -103,40 +147,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(target["holds"] is False for target in result["targets"]) else 0
 
 
-def run(name: str, data_dir: Path | None, sizes: Sizes, wait: float) -> dict[str, Any]:
-    """Everything, as it goes into the JSON file.
+def run(
+    p: Problem,
+    data_dir: Path | None,
+    sizes: Sizes,
+    wait: float,
+    *,
+    parts: Sequence[str] = PARTS,
+    checkpoints: Path | None = None,
+) -> dict[str, Any]:
+    """Some parts, or everything, as it goes into the JSON file, but for the targets.
 
     Args:
-      name: of the data set.
-      data_dir: where to look for it first.
+      p: the problem.
+      data_dir: where to look first for the data of other problems.
       sizes: how much of each.
       wait: minutes to wait for a quiet machine, at most.
+      parts: some of PARTS.
+      checkpoints: a folder for what takes long to train, or None.
     """
-    print(f"fitting the logistic regression on {name} ...", flush=True)
-    p = problem.load(name, data_dir)
-    result: dict[str, Any] = {
-        "machine": machine.facts(),
-        "data": {"name": p.name, "stand_in": p.stand_in, "sha256": p.sha256},
-        "shape": dict(zip(("n", "f", "c"), p.shape, strict=True)),
-        "before": machine.wait_until_quiet(wait),
-    }
-    parts = {
+    about, before = _about(p), machine.wait_until_quiet(wait)
+    tasks = {
         "products": lambda: products.run(
             p, num_vectors=sizes.num_vectors, rounds=sizes.rounds, square=sizes.square
         ),
         "scores": lambda: scores.run(p, _any_s_test(p, sizes.num_vectors), rounds=sizes.rounds),
+        "all-scores": lambda: all_scores.run(p, num_tests=sizes.num_tests, square=sizes.square),
         "refits": lambda: refits.run(p, num_refits=sizes.num_refits),
         "solves": lambda: solves.run(p, sizes.settings),
+        "lissa": lambda: lissa.run(
+            p, point=sizes.lissa[0], depth=sizes.lissa[1], repeats=sizes.lissa[2]
+        ),
+        "cnn": lambda: cnn.run(p, sizes.network, checkpoints=checkpoints),
         "peers": lambda: _peers(p, data_dir, sizes),
     }
-    for part, task in parts.items():
+    result: dict[str, Any] = dict(about)
+    for part in parts:
         print(f"{part} ...", flush=True)
         with watched() as seen:
-            result[part] = task()
-        result[part]["watched"] = seen
+            result[part] = tasks[part]()
+        run_of = {"commit": about["machine"]["commit"], "quiet": before["quiet"]}
+        result[part] |= {"watched": seen, "run": run_of}
     # What is read back later is what the table is made from now.
-    result = json.loads(to_json(result))
-    return result | {"targets": judged(result)}
+    return json.loads(to_json(result))
+
+
+def merged(there: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Results with some parts anew, judged as a whole.
+
+    Args:
+      there: what has been measured before, or nothing.
+      result: what `run` returned.
+    """
+    whole = there | result
+    return whole | {"targets": judged(whole)}
+
+
+def _loaded(name: str, data_dir: Path | None) -> Problem:
+    print(f"fitting the logistic regression on {name} ...", flush=True)
+    return problem.load(name, data_dir)
+
+
+def _about(p: Problem) -> dict[str, Any]:
+    """Where, and on what."""
+    return {
+        "machine": machine.facts(),
+        "data": {"name": p.name, "stand_in": p.stand_in, "sha256": p.sha256},
+        "shape": dict(zip(("n", "f", "c"), p.shape, strict=True)),
+    }
+
+
+def _there(record: Path) -> dict[str, Any]:
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+
+
+def _comparable(facts: dict[str, Any]) -> dict[str, Any]:
+    """All but the commit, which every part has its own of."""
+    return json.loads(to_json({key: value for key, value in facts.items() if key != "commit"}))
 
 
 def _peers(p: Problem, data_dir: Path | None, sizes: Sizes) -> dict[str, Any]:

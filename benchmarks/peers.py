@@ -95,8 +95,10 @@ def settings(
         one(OURS, "cg after EK-FAC"),
     ]
     if num_parameters > DENSE:
-        # A batch's largest eigenvalue may be larger than that of all rows.
-        sampled = {"steps": 1000, "scale": 1.2 * largest_eigenvalue, "batch_size": num_rows // 100}
+        # A smaller scale finishes the series and leaves the batches' noise, a larger one the
+        # reverse. This is pyDVL's best on MNIST: largest residuals .27, against .51, .35, .29 and
+        # .41 at 1.2, 2.5, 10 and 20 times the largest eigenvalue. Ours chooses its own.
+        sampled = {"steps": 1000, "scale": 5 * largest_eigenvalue, "batch_size": num_rows // 100}
         return (*approximations, *(one(by, "LiSSA", **sampled) for by in (PYDVL, OURS)))
     # On all rows a scale of just over half the largest eigenvalue makes the shortest series.
     series = {"steps": 600, "scale": 0.6 * largest_eigenvalue, "batch_size": num_rows}

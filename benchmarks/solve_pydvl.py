@@ -8,8 +8,9 @@ What pyDVL needs to be told for the same problem and tolerance, from its 0.10.0 
   wrong axis unless `solve_simultaneously`; so one by one, atol is set for each point;
 - `solve_simultaneously=True` is a true block CG: one search space for all right-hand sides;
 - `LissaInfluence` takes the loader's batches for its samples, whole, and its early stop looks at
-  single entries: it is switched off, the steps are as given. Its `dampen` means dampen times
-  scale: 0;
+  single entries: it is switched off, the steps are as given. Every step draws one of the batches
+  anew, with replacement, so that its noise asks for a larger scale than ours; `peers.settings` has
+  its best. Its `dampen` means dampen times scale: 0;
 - `ArnoldiInfluence` takes what is outside its eigenvectors for zero unless `use_woodbury`; with it,
   for the regularisation alone, as `NystroemSketchInfluence` does;
 - `EkfacInfluence` takes the last weights of every layer for biases and scrambles those of a layer

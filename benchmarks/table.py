@@ -1,29 +1,37 @@
 """A run's numbers as markdown."""
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.peers import ROUNDING
 from benchmarks.solves import OURS, PYDVL, describe
 from benchmarks.targets import meaning
 
+PARTS = ("products", "scores", "all-scores", "refits", "solves", "lissa", "cnn", "peers")
 _VERDICTS = {True: "holds", False: "FALLS SHORT", None: "not judged"}
 _WAYS = {"closed_form": "closed form", "tape": "tape"}
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page, results/benchmarks/README.md."""
+    """The whole page, results/benchmarks/README.md, of the parts that are there."""
+    sections: dict[str, Callable[[dict[str, Any]], str]] = {
+        "products": lambda r: "## Hessian products and scores\n\n" + _products(r),
+        "scores": _scores,
+        "all-scores": lambda r: "## All scores, in a file\n\n" + _all_scores(r),
+        "refits": lambda r: "## Exact leave-one-out refits\n\n" + _refits(r),
+        "solves": lambda r: "## The same systems solved by two libraries\n\n" + _solves(r),
+        "lissa": lambda r: "## LiSSA at the paper's setting\n\n" + _lissa(r),
+        "cnn": lambda r: "## The convolutional network\n\n" + _cnn(r),
+        "peers": _all_peers,
+    }
     parts = [
         "# Benchmarks\n\nWritten by `make bench`; the same numbers and more are in "
-        "[benchmarks.json](benchmarks.json). All ratios are within one run.",
+        "[benchmarks.json](benchmarks.json). All ratios are within one part's run.",
         _where(result),
         "## Targets\n\n" + targets(result),
-        "## Hessian products and scores\n\n" + _products(result),
-        _scores(result),
-        "## Exact leave-one-out refits\n\n" + _refits(result),
-        "## The same systems solved by two libraries\n\n" + _solves(result),
-        *("## Every solver of every peer: " + _peers(part) for part in result["peers"]["problems"]),
+        *(sections[part](result) for part in PARTS if part in result),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def targets(result: dict[str, Any]) -> str:
@@ -45,17 +53,29 @@ def targets(result: dict[str, Any]) -> str:
 def _where(result: dict[str, Any]) -> str:
     machine, data, shape = result["machine"], result["data"], result["shape"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    before, stand_in = result["before"], " (a stand-in)" if data["stand_in"] else ""
-    others = {part: result[part]["watched"]["cores_used_by_others"] for part in
-              ("products", "scores", "refits", "solves", "peers")}  # fmt: skip
-    busy = ", ".join(f"{part} {value}" for part, value in others.items())
+    stand_in = " (a stand-in)" if data["stand_in"] else ""
+    there = {name: result[name] for name in PARTS if name in result}
+    busy = {name: part["watched"]["cores_used_by_others"] for name, part in there.items()}
+    commits = {name: part["run"]["commit"][:12] for name, part in there.items()}
+    quiet = {name: part["run"]["quiet"] for name, part in there.items()}
     return (
         f"Logistic regression on {data['name']}{stand_in}: n = {shape['n']:,} rows, "
         f"d = {shape['f'] * shape['c']:,} parameters.\n"
         f"{machine['cores']} cores, {machine['cpu']}; BLAS {'; '.join(machine['blas'])}; "
-        f"{versions}; commit {machine['commit'][:12]}.\n"
-        f"Quiet before the run: {before['quiet']}; cores used by others meanwhile: {busy}."
+        f"{versions}; commit {_by_part(commits)}.\n"
+        f"Quiet before the run: {_by_part(quiet)}; cores used by others meanwhile: "
+        f"{', '.join(f'{name} {value}' for name, value in busy.items())}."
     )
+
+
+def _by_part(values: dict[str, Any]) -> str:
+    """One value where all parts have the same, else each with its parts."""
+    parts: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        parts.setdefault(value, []).append(name)
+    if len(parts) == 1:
+        return str(next(iter(parts)))
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in parts.items())
 
 
 def _products(result: dict[str, Any]) -> str:
@@ -150,6 +170,68 @@ def _solves(result: dict[str, Any]) -> str:
                     f"fast as pyDVL {which}: {describe(part['runs'][theirs])}."
                 )
     return "\n".join(lines)
+
+
+def _all_scores(result: dict[str, Any]) -> str:
+    part = result["all-scores"]
+    seconds = {name: _number(value) for name, value in part["seconds"].items()}
+    return (
+        f"{part['num_tests']:,} test points x {result['shape']['n']:,} rows, {part['dtype']} from "
+        f"float64 solves, {part['megabytes']:,.0f} MB: {seconds['all']} s, of which preparing "
+        f"`Direct` {seconds['prepare']}, solving {seconds['solve']}, multiplying and writing "
+        f"{seconds['multiply']}, all else {seconds['other']}.\n"
+        f"The multiplication, {part['flop_of_multiply']:.2e} operations (2 n d m), ran at "
+        f"{part['multiply_gflops']:.0f} GFLOP/s, {part['fraction_of_machine']:.0%} of the "
+        f"machine's {part['machine_gflops']:.0f} in the same process.\n"
+        f"Largest residual {part['largest_residual']:.1e}; largest error of a sample, relative to "
+        f"its largest score, {part['largest_error']:.1e}."
+    )
+
+
+def _lissa(result: dict[str, Any]) -> str:
+    part = result["lissa"]
+    return (
+        f"Scale {part['scale']:g}, depth {part['depth']:,}, {part['repeats']} repeats, batches of "
+        f"{part['batch_size']} row, test point {part['point']}: {_number(part['seconds'])} s. "
+        f"Residual {_number(part['residual'])}; correlation of all rows' scores with exact ones "
+        f"{part['pearson']:.4f}."
+    )
+
+
+def _cnn(result: dict[str, Any]) -> str:
+    part = result["cnn"]
+    network, iterations = part["network"], part["gauss_newton_iterations"]
+    steps = sum(steps for steps, _ in network["schedule"])
+    lines = [
+        f"s_test of test point {network['point']}, {network['num_rows']:,} images, d = "
+        f"{part['d']:,}, float32, after {steps:,} steps of training (not timed): risk "
+        f"{_number(part['risk'])}, gradient norm {part['gradient_norm']:.1e}. Hessian damped by "
+        f"{network['damping']:g}, to a relative residual of {network['rtol']:g}. One Hessian "
+        f"product takes {_number(part['product_seconds'])} s; CG is stopped after products of "
+        f"{network['patience']:g} s.\n",
+        "| way | seconds | of which preparing | iterations | residual | within |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in part["runs"]:
+        if "error" in run:
+            lines.append(f"| {run['method']} | {run['error']} | | | | no |")
+            continue
+        lines.append(
+            f"| {run['method']} | {_number(run['seconds'])} | {_number(run['prepare_seconds'])} "
+            f"| {run['iterations']} | {run['residual']:.1e} | {'yes' if run['meets'] else 'no'} |"
+        )
+    factor = iterations["EK-FAC"] / iterations["none"]
+    lines.append(
+        f"\nOn the damped Gauss-Newton matrix itself CG takes {iterations['none']} iterations, "
+        f"{iterations['EK-FAC']} after EK-FAC ({_number(factor)} times as many) and "
+        f"{iterations['layers']} after the exact inverse of every layer's own block."
+    )
+    return "\n".join(lines)
+
+
+def _all_peers(result: dict[str, Any]) -> str:
+    found = result["peers"]["problems"]
+    return "\n\n".join("## Every solver of every peer: " + _peers(part) for part in found)
 
 
 def _peers(part: dict[str, Any]) -> str:

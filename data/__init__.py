@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data import download, files
+from data.networks import weights
 from data.registry import SETS, named
 from data.splits import Splits, sha256_of_arrays
 
-__all__ = ["Splits", "find", "load", "names"]
+__all__ = ["Splits", "find", "load", "names", "weights"]
 
 
 def names() -> tuple[str, ...]:
@@ -49,26 +50,21 @@ def load(name: str, root: files.Root = None, *, dtype: npt.DTypeLike = "float64"
     Args:
       name: one of `names()`.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
-      dtype: of x: "float64" for convex models, "float32" for networks.
+      dtype: of x: "float64" for convex models, "float32" for networks; photographs are
+        uint8 whatever it is.
     Returns: its Splits, the arrays read-only.
     Raises: ValueError if name or dtype is not among those known, or a file that was found is not
       the one expected; FileNotFoundError, saying what to put where, if the data set is nowhere and
       could not be downloaded; TypeError or ValueError if root is no path.
     """
     dataset, x_dtype = named(name), _float_dtype(dtype)
-    folder = find(name, root)
-    if folder is None:
-        folder = files.cache_folder()
-        try:
-            download.fetch(dataset.files, folder)
-        except OSError as error:
-            message = files.explain_missing(name, dataset.files, root, str(error))
-            raise FileNotFoundError(message) from error
+    folder = find(name, root) or download.obtain(name, dataset.files, root)
     sha256 = files.verify(dataset.files, folder)
     train, test, *names = dataset.read(folder, x_dtype)
     if not dataset.files:
         sha256 = sha256_of_arrays((*train, *test))
-    return Splits(name, train, test, dataset.stand_in, sha256, *names)
+    where = folder if dataset.files else None
+    return Splits(name, train, test, dataset.stand_in, sha256, *names, folder=where)
 
 
 def _float_dtype(dtype: npt.DTypeLike) -> np.dtype:

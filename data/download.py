@@ -17,7 +17,16 @@ from urllib.parse import unquote, urldefrag
 
 import pooch
 
-from data.files import DataFile, located, verify, verify_at
+from data.files import (
+    DataFile,
+    Root,
+    cache_folder,
+    explain_missing,
+    find,
+    located,
+    verify,
+    verify_at,
+)
 
 
 def offline() -> bool:
@@ -45,14 +54,36 @@ def fetch(files: Sequence[DataFile], folder: Path) -> None:
             _fetch_one(file, folder / file.path)
 
 
+def obtain(name: str, files: Sequence[DataFile], root: Root) -> Path:
+    """The folder that holds all of `files`, downloaded into the user cache if they are nowhere.
+
+    Args:
+      name: what they are, for the message.
+      files: what is needed.
+      root: a folder to look in first, or None.
+    Returns: the data folder.
+    Raises: FileNotFoundError, saying what to put where, if they could not be downloaded; TypeError
+      or ValueError if root is no path.
+    """
+    folder = find(files, root)
+    if folder is None:
+        folder = cache_folder()
+        try:
+            fetch(files, folder)
+        except OSError as error:
+            raise FileNotFoundError(explain_missing(name, files, root, str(error))) from error
+    return folder
+
+
 def _fetch_one(file: DataFile, target: Path) -> None:
+    if not file.urls:
+        what = f" It is {file.contents}" if file.contents else ""
+        raise ConnectionError(f"{file.path} has no address to download from: get it by hand.{what}")
     if offline():
         raise ConnectionError(
             f"{file.path} was not tried, as INFLUENCE_OFFLINE="
             f"{os.environ['INFLUENCE_OFFLINE']} is set; unset it to download."
         )
-    if not file.urls:
-        raise ConnectionError(f"{file.path} has no address to download from: get it by hand.")
     pooch.get_logger().setLevel("WARNING")  # at INFO it reports every step
     failures = []
 

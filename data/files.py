@@ -16,6 +16,7 @@ import pooch
 from data.archive import names_below, read_tar
 
 Root = str | os.PathLike[str] | None
+_MD5 = "md5:"  # before a digest of that kind, as pooch has it
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class DataFile:
       path: where it lies below a data folder, with forward slashes: "mnist/x.gz".
       size: bytes; for a folder, of all its files together.
       digests: the SHA-256 values accepted, in hex; the first is that of the download. Several
-        where a re-pack holds the same data. For a folder see `sha256_of`.
+        where a re-pack holds the same data. For a folder see `sha256_of`. "md5:" and that digest
+        where the publisher gives no other. None at all where any content will do: which it is,
+        the digest found says.
       urls: where it can be downloaded, tried in turn; empty if it must be got by hand. With a
         "#member" at its end a URL serves a zip archive, and the file is that member of it.
       unpacked: for a gzipped tar archive of a folder: where that folder is looked for if the
         archive is not there. Size and digest are then those of the folder, so that it does not
         matter who packed it, and when.
+      contents: where no digest says it, what to put there, in words.
     """
 
     path: str
@@ -39,6 +43,7 @@ class DataFile:
     digests: tuple[str, ...]
     urls: tuple[str, ...] = ()
     unpacked: str | None = None
+    contents: str = ""
 
 
 class Place(NamedTuple):
@@ -155,7 +160,9 @@ def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) 
         "by --data-dir or $INFLUENCE_DATA:"
     )
     for file in files:
-        known_by = f"{file.size:,} bytes  SHA-256 {file.digests[0]}"
+        known_by = file.contents
+        if file.digests:
+            known_by = f"{file.size:,} bytes  {_named(file.digests[0])}"
         if file.unpacked is not None:
             known_by = f"or the folder {file.unpacked} that it unpacks to, {known_by} of that"
         lines.append(f"  {file.path}  {known_by}")
@@ -181,13 +188,15 @@ def verify_at(file: DataFile, path: Path) -> str:
         digest = sha256_of(path)
         members = [path / name for name in names_below(path)] if path.is_dir() else [path]
         size = sum(member.stat().st_size for member in members)
-    if digest in file.digests:
+    if not file.digests or digest in file.digests:
         return digest
+    if any(known.startswith(_MD5) for known in file.digests) and path.is_file():
+        if _MD5 + pooch.file_hash(str(path), alg="md5") in file.digests:
+            return digest
     of = "files of " if file.unpacked is not None else ""
-    expected = f"{of}{file.size:,} bytes with SHA-256 {' or '.join(file.digests)}"
     guess = " It looks truncated." if size < file.size else ""
     raise ValueError(
-        f"{path} is not the file it should be: expected {expected}, found {size:,} "
+        f"{path} is not the file it should be: expected {of}{_known_by(file)}, found {size:,} "
         f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
         "replace it, then try again."
     )
@@ -197,10 +206,20 @@ def _verified_digest(file: DataFile, folder: Path) -> str:
     path = located(file, folder)
     if path is None:
         raise FileNotFoundError(
-            f"{folder / file.path} is missing: expected {file.size:,} bytes with SHA-256 "
-            f"{' or '.join(file.digests)}, found nothing."
+            f"{folder / file.path} is missing: expected {_known_by(file)}, found nothing."
         )
     return verify_at(file, path)
+
+
+def _known_by(file: DataFile) -> str:
+    """What a file is known by, in words."""
+    if not file.digests:
+        return file.contents
+    return f"{file.size:,} bytes with {' or '.join(map(_named, file.digests))}"
+
+
+def _named(digest: str) -> str:
+    return f"MD5 {digest[len(_MD5) :]}" if digest.startswith(_MD5) else f"SHA-256 {digest}"
 
 
 def _digest_of_listing(entries: Iterable[tuple[str, str]]) -> str:

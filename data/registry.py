@@ -1,6 +1,6 @@
 """The data sets there are. A new one is a file beside this one and a line here."""
 
-from data import diabetes, digits, enron1, hospital, mnist, spam
+from data import diabetes, digits, dogfish, enron1, fishlike, hospital, mnist, spam
 from data.splits import DataSet
 
 SETS: dict[str, DataSet] = {
@@ -12,6 +12,8 @@ SETS: dict[str, DataSet] = {
         hospital.DATASET,
         enron1.DATASET,
         spam.DATASET,
+        dogfish.DATASET,
+        fishlike.DATASET,
     )
 }
 

@@ -28,6 +28,7 @@ class Splits:
       stand_in: True if this stands in for another data set that needs files; results then say so.
       sha256: one digest over the digests of the files read, or of the arrays if there were none.
       feature_names: of the columns of x, where they have names.
+      folder: the data folder that it was read from, None if it is embedded or generated.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Splits:
     stand_in: bool
     sha256: str
     feature_names: tuple[str, ...] = field(default=(), repr=False)
+    folder: Path | None = field(default=None, repr=False)
 
     def __post_init__(self):
         """Make the arrays read-only."""

@@ -10,6 +10,9 @@ An experiment module offers
     DEVIATIONS: tuple[str, ...]     each departure from the paper, both values and its effect
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
     draw(record) -> Figure          sees nothing but the Record
+    photographs(record, data, *, checkpoints=None) -> Figure
+                                    may be left out; shows what no record may hold: written by a run
+                                    as photographs.png, which git ignores
 
 and `python -m experiments` does the rest: options, data, seed, claims, files.
 """

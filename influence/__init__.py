@@ -1,6 +1,7 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
 from influence import measurements
+from influence.attack import poison
 from influence.check import check
 from influence.continued import continued_training
 from influence.convergence import ConvergenceWarning, DivergenceError
@@ -61,6 +62,7 @@ __all__ = [
     "leave_group_out",
     "leave_one_out",
     "measurements",
+    "poison",
     "prepare",
     "proximal_response",
     "solve",

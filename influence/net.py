@@ -81,7 +81,7 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def features(self, x: Any) -> Any:
-        """What the trained part of the model sees of inputs: x itself, if there is nothing before it.
+        """What the trained part of the model sees of inputs: x itself, if nothing is before it.
 
         A model on a frozen trunk gives what the trunk makes of x, which all its other questions
         take in the place of x.

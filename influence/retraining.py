@@ -119,7 +119,8 @@ def leave_group_out(
       batch_size: rows of the training set at a time; None: chosen.
       num_processes: joblib workers; -1 for one a core. Set a joblib backend to leave the machine.
       checkpoints: a folder where finished blocks are kept. A call that was interrupted, by kill -9
-        too, continues from there and ends bit for bit as if it had not been.
+        too, continues from there and ends bit for bit as if it had not been; with dropout, if its
+        layers were given seeds.
       key: part of the checkpoints' identity: what they cannot see, such as the hyperparameters of
         `fit`. Required with `checkpoints` where `fit` is given.
 
@@ -271,7 +272,7 @@ def _newton_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, ND
 def _fit_block(task: Task, groups: Groups, _: Any) -> dict[str, NDArray]:
     """The net's own fit without one group, from where it is or from `start`; then put back."""
     net, remaining = task.net, task.train.without(groups[0])
-    # With the statistics that training moves and the state of dropout's generators, not theta alone.
+    # With the statistics that training moves and dropout's generators, not theta alone.
     variables = net.model.variables
     before = [variable.numpy() for variable in variables]
     losses = task.losses()

@@ -173,7 +173,8 @@ class _Factors:
         constant = np.empty(len(S), job.dtype)
         for start in range(0, len(S), CHUNK[0]):  # never both dtypes whole
             rows = slice(start, min(start + CHUNK[0], len(S)))
-            exact = file[S_TEST][part.start + rows.start : part.start + rows.stop] / n
+            exact = file[S_TEST][part.start + rows.start : part.start + rows.stop]
+            exact /= n
             S[rows], constant[rows] = exact, exact @ penalty
         return _Factors(S, constant)
 
@@ -192,8 +193,14 @@ class _Factors:
 
 def _rounding_error(job: Job, file: h5py.File) -> float:
     """What float32 costs, on scores spread over the table."""
+
+    def spread(size: int, most: int) -> NDArray:
+        return np.unique(np.linspace(0, size - 1, most).astype(int))
+
     m, k = file[TABLE].shape
-    tests, columns = (np.unique(np.linspace(0, size - 1, SAMPLE).astype(int)) for size in (m, k))
+    # Where theta is long, half as many of s_test as are multiplied at once: it is not rounded here.
+    fit = _S_BYTES // (2 * job.net.num_parameters * job.net.dtype.itemsize)
+    tests, columns = spread(m, int(np.clip(fit, 1, SAMPLE))), spread(k, SAMPLE)
     some = job.train.take(job.rows[columns])
     S = file[S_TEST][tests].T
     exact = job.net.directional(some.x, some.y, S) + job.net.penalty_gradient() @ S

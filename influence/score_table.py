@@ -93,8 +93,8 @@ def _describe(file: h5py.File, n: int) -> None:
     file[S_TEST].attrs["meaning"] = "H^-1 grad loss of each test example"
     file["rounding_error"] = np.nan
     file["rounding_error"].attrs["meaning"] = (
-        f"largest error of {SAMPLE} x {SAMPLE} scores, against the net's own dtype, over the "
-        "largest score among them"
+        f"largest error of {SAMPLE} x {SAMPLE} scores at most, against the net's own dtype, over "
+        "the largest score among them"
     )
     packages = ("numpy", "scipy", "h5py", "keras", "tensorflow")
     file.attrs["versions"] = json.dumps({p: importlib.metadata.version(p) for p in packages})

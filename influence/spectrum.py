@@ -137,8 +137,8 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
                abs(found.largest[0]) + found.largest_residuals[0])  # fmt: skip
     if size == 0:
         raise ValueError(
-            "A must not be zero, got no eigenvalue but 0: any damping would be all of it; look for a "
-            "loss that does not depend on theta."
+            "A must not be zero, got no eigenvalue but 0: any damping would be all of it; look for "
+            "a loss that does not depend on theta."
         )
     return max(0.0, float((margin * size - bound) / (1 - margin)))
 

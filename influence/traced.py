@@ -159,7 +159,7 @@ def like(rows: NDArray, V: Any) -> NDArray:
 
 
 def _generators(model: keras.Model) -> list[Any]:
-    """The states of what random layers draw from: variables that Keras does not keep with weights."""
+    """The states of what random layers draw from: variables that Keras leaves out of weights."""
     weights = {id(weight) for weight in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
 

@@ -59,7 +59,6 @@ class Moments:
         return moved, Moments(t, m, v)
 
 
-
 def minimise(
     net: GenericNeuralNet,
     examples: Examples,

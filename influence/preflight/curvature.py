@@ -251,10 +251,10 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
             title,
             ratio,
             "warn",
-            f"Theta may be the minimum for this purpose: {found}; but CG left a relative residual "
-            f"of {solution.residual.max():.1g} in {_ITERATIONS} iterations, and either may be more.",
-            "Train on by net.fit to a smaller gradient norm, or check with the damping that will be "
-            "used.",
+            f"Theta may be the minimum for this purpose: {found}. But CG left a relative residual "
+            f"of {solution.residual.max():.1g} in {_ITERATIONS} iterations: either may be more.",
+            "Train on by net.fit to a smaller gradient norm, or check with the damping that will "
+            "be used.",
         )
     if ratio < 0.1:
         return Line(title, ratio, "ok", f"Theta is the minimum for this purpose: {found}.")

@@ -155,7 +155,7 @@ def test_every_setting_is_one_that_somebody_knows(d):
             assert 0 < s.rank < d
         if s.method == "LiSSA":
             assert s.steps and s.batch_size == (1000 if d == 640 else 10)
-            assert s.scale == pytest.approx(1.2 if d == 640 else 2.4)
+            assert s.scale == pytest.approx(1.2 if d == 640 else 10.0)
         assert s.points == 10
 
 

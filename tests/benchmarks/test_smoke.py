@@ -73,3 +73,46 @@ def test_committed_page_says_what_the_numbers_say():
     result = json.loads((RESULTS / bench.RECORD).read_text())
     assert not result["data"]["stand_in"]
     assert (RESULTS / bench.TABLE).read_text(encoding="utf-8") == table.page(result)
+
+
+def smoke(tmp_path, monkeypatch, *words):
+    monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.01)
+    status = bench.main([*words, "--smoke", "--out", str(tmp_path)])
+    return status, json.loads((tmp_path / bench.RECORD).read_text())
+
+
+def test_one_part_takes_its_place_among_the_others(tmp_path, monkeypatch, capsys):
+    _, first = smoke(tmp_path, monkeypatch, "scores", "refits")
+    assert set(bench.PARTS) & set(first) == {"scores", "refits"}
+    page = (tmp_path / bench.TABLE).read_text(encoding="utf-8")
+    assert "Exact leave-one-out refits" in page and "## LiSSA" not in page
+    monkeypatch.setattr(bench.machine, "commit", lambda: "f" * 40)
+    status, second = smoke(tmp_path, monkeypatch, "lissa")
+    assert status == 0 and "lissa ...\n" in capsys.readouterr().out
+    assert second["scores"] == first["scores"] and second["refits"] == first["refits"]
+    assert second["lissa"]["run"]["commit"] == "f" * 40 != second["scores"]["run"]["commit"]
+    assert {t["metric"]: t["value"] for t in second["targets"]} == {
+        t["metric"]: targets.metrics(second).get(t["metric"]) for t in first["targets"]
+    }
+    page = (tmp_path / bench.TABLE).read_text(encoding="utf-8")
+    assert page == table.page(second)
+    assert f"{'f' * 12} (lissa)" in page and "(scores, refits)" in page
+    assert "Exact leave-one-out refits" in page and "## LiSSA" in page
+
+
+def test_parts_of_another_machine_are_not_mixed(tmp_path, monkeypatch, capsys):
+    _, there = smoke(tmp_path, monkeypatch, "lissa")
+    there["machine"]["cores"] += 1
+    (tmp_path / bench.RECORD).write_text(json.dumps(there))
+    with pytest.raises(SystemExit, match="2"):
+        smoke(tmp_path, monkeypatch, "lissa")
+    assert "of the same machine and data" in (said := capsys.readouterr().err)
+    assert "has another machine;" in said
+    assert json.loads((tmp_path / bench.RECORD).read_text()) == there
+
+
+def test_a_part_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["lisa", "cnn"])
+    assert "PART must be one of products, scores, all-scores" in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith("got lisa.")

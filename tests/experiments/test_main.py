@@ -266,3 +266,22 @@ def test_summaries_are_first_lines_of_modules_that_exist(fake):
     assert experiments.summaries() == {"fake": "A fake figure: the mean of random numbers."}
     with pytest.raises(ValueError, match="command must be one of fake, got 'absent'"):
         experiments.load("absent")
+
+
+def test_photographs_are_drawn_for_who_has_them_and_kept_from_git(fake, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+
+    def photographs(record, data, *, checkpoints=None):
+        seen.append((record.experiment, data.name, sorted(os.listdir(checkpoints))))
+        return Figure()
+
+    monkeypatch.setattr(fake, "photographs", photographs, raising=False)
+    assert main(["fake", "--preset", "paper"]) == 0
+    assert seen == [("fake", "mnist", ["half", "run.json"])]
+    assert sorted(os.listdir("out/fake-paper")) == [*FILES[:3], "photographs.png", FILES[3]]
+    assert main(["fake", "--preset", "paper", "--redraw"]) == 0
+    assert len(seen) == 1
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert "photographs.png" in ignored

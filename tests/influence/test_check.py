@@ -122,9 +122,8 @@ def test_eigenvalues_of_a_long_theta_come_with_their_errors():
     assert report.ok, str(report)
     # More weights than rows: the flattest directions see the penalty alone.
     assert report["smallest eigenvalue"].value == pytest.approx(0.05, rel=1e-3)
-    w = rng.standard_normal(2200)
     H = net.hvp(train.x, train.y, np.eye(2200)[:, :3])
-    assert report["largest eigenvalue"].value > 0.05 + H[0, 0] and w.size == net.num_parameters
+    assert report["largest eigenvalue"].value > 0.05 + H[0, 0]
 
 
 # --- planted faults -------------------------------------------------------------------------------

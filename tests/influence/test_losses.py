@@ -112,6 +112,8 @@ def test_the_compiled_loss_is_the_default(loss):
         ("categorical_crossentropy", "categorical_crossentropy", False),
         (K.CategoricalFocalCrossentropy(), "categorical_focal_crossentropy", False),
         (K.SparseCategoricalCrossentropy(), "sparse_categorical_crossentropy", False),
+        (K.KLDivergence(), "kl_divergence", False),
+        ("kl_divergence", "kl_divergence", False),
         (
             K.SparseCategoricalCrossentropy(from_logits=True, name="mine"),
             "mine",

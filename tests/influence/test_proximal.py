@@ -1,9 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.optimize
@@ -26,7 +20,6 @@ from influence.proximal import proximal_response
 from influence.refits import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net
 
-ROOT = Path(__file__).resolve().parents[2]
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
 # At this theta the Hessian's smallest eigenvalue is -1.6, the Gauss-Newton matrix' is 0.
 DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
@@ -38,6 +31,11 @@ OBJECTIVES = sorted(CURVATURE)
 def tanh():
     """A network with a penalty, far from a minimum: net, examples."""
     return tanh_net(l2=0.05)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return ridge()
 
 
 def of_tanh(theta, examples):
@@ -129,9 +127,9 @@ def test_the_certificate_is_true(objective, tanh, monkeypatch):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model", ["softmax", "ridge"])
-def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model):
+def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, linear):
     """A model linear in theta: both divergences are that of the risk in theta."""
-    p = logistic("softmax", 40) if model == "softmax" else ridge()
+    p = logistic("softmax", 40) if model == "softmax" else linear
     rows = [3, 11, 0]
     got = proximal_response(
         p.net, p.train, p.test, rows, objective=objective, damping=0.0, tolerance=1e-9
@@ -273,60 +271,43 @@ def test_bad_arguments_are_refused_before_any_work(arguments, error, message, ta
 
 # --- kept on disk ----------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from influence import proximal
-from tests.influence.test_proximal import interrupted
 
-respond, done = proximal._proximal_block, []
-
-def dying(*arguments):
-    if len(done) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    done.append(1)
-    return respond(*arguments)
-
-proximal._proximal_block = dying
-interrupted(sys.argv[1])
-"""
-
-
-def interrupted(folder, problem=None, **options):
-    net, examples = problem or tanh_net(l2=0.05)
+def kept(folder, problem, **options):
+    net, examples = problem
     options = {"objective": "bregman", "damping": 0.5, **options}
     return proximal_response(
         net, examples, examples, [3, 1, 4, 15, 9], block=2, checkpoints=folder, **options
     )
 
 
-def test_a_killed_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch, tanh):
-    folder = tmp_path / "kept"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert len(list(folder.iterdir())) == 2
+def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch, tanh):
+    """What a kill -9 leaves is tested in test_retraining.py; it is kept by the same code."""
+    folder, again = tmp_path / "kept", tanh_net(l2=0.05)  # a net that has not been asked before
     calls, respond = [], proximal._proximal_block
-    monkeypatch.setattr(
-        proximal, "_proximal_block", lambda *given: calls.append(1) or respond(*given)
-    )
-    expected = interrupted(None, tanh)  # a net that has been asked before
+
+    def counted(*arguments):
+        calls.append(1)
+        return respond(*arguments)
+
+    def dying(*arguments):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return counted(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(proximal, "_proximal_block", dying)
+        kept(folder, tanh)
+    assert len(list(folder.iterdir())) == 2
+    monkeypatch.setattr(proximal, "_proximal_block", counted)
+    expected = kept(None, tanh)
     for left in (1, 0):
         calls.clear()
-        got = interrupted(folder)
+        got = kept(folder, again)
         assert len(calls) == left
         for name in ("change_if_removed", "gradient_norm", "iterations", "converged"):
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     for other in ({"damping": 0.6}, {"tolerance": 1e-5}, {"max_iterations": 40},
                   {"solver": CG()}, {"objective": "leave_one_out", "damping": 3.0}):  # fmt: skip
         calls.clear()
-        interrupted(folder, tanh, **other)
+        kept(folder, tanh, **other)
         assert len(calls) == 3, other  # what was kept for something else is not taken
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_same_bits():
-    one = interrupted(None)
-    two = interrupted(None, num_processes=2)
-    np.testing.assert_array_equal(two[:], one[:])
-    np.testing.assert_array_equal(two.gradient_norm, one.gradient_norm)

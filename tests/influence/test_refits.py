@@ -5,7 +5,8 @@ import pytest
 from influence import Examples, GenericNeuralNet, leave_one_out, refits
 from influence.proximal import proximal_response
 from influence.retraining import leave_group_out
-from tests.influence.problems import logistic
+from tests.influence.problems import logistic, tanh_net
+from tests.influence.test_retraining import draws, dropping, interrupted_problem
 
 
 class Unregistered(keras.Model):
@@ -28,7 +29,23 @@ def unregistered():
 
 
 @pytest.mark.slow
-def test_a_model_that_workers_cannot_rebuild_is_named_before_any_work(monkeypatch):
+def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
+    """One test, so that processes start once: TensorFlow takes them seconds."""
+    p, options = interrupted_problem("newton")
+    net, train = dropping()
+    tanh, rows = tanh_net(l2=0.05)
+    for work in (
+        lambda n: leave_one_out(p.net, p.train, p.test, range(9), num_processes=n, **options),
+        lambda n: leave_one_out(
+            net, train, train, [0, 1, 2], method="fit", fit=draws, num_processes=n
+        ),
+        lambda n: proximal_response(
+            tanh, rows, rows, [3, 1, 4], damping=0.5, block=2, num_processes=n
+        ),
+    ):
+        one, two = work(1), work(2)
+        np.testing.assert_array_equal(two[:], one[:])
+        np.testing.assert_array_equal(two.gradient_norm, one.gradient_norm)
     net, examples = unregistered()
     given = net, examples, examples
     monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
@@ -41,10 +58,23 @@ def test_a_model_that_workers_cannot_rebuild_is_named_before_any_work(monkeypatc
     with pytest.raises(ValueError, match=message) as caught:
         leave_one_out(*given, [0], fit=fit, num_processes=2)
     assert "Error: " in str(caught.value) and "Traceback" not in str(caught.value)
-    with pytest.raises(ValueError, match=message):
-        leave_group_out(*given, [[0]], fit=fit, num_processes=2)
-    with pytest.raises(ValueError, match=message):
-        proximal_response(*given, [0], damping=0.1, num_processes=2)
+
+
+def test_every_way_of_retraining_tries_its_processes_before_any_work(monkeypatch):
+    def tried(num_processes, net, *_):
+        raise RuntimeError(f"{num_processes} for {type(net).__name__}")
+
+    monkeypatch.setattr(refits, "check_processes", tried)
+    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    net, examples = unregistered()
+    given = net, examples, examples
+    for work in (
+        lambda: leave_one_out(*given, [0], num_processes=2),
+        lambda: leave_group_out(*given, [[0]], num_processes=2),
+        lambda: proximal_response(*given, [0], damping=0.1, num_processes=2),
+    ):
+        with pytest.raises(RuntimeError, match="^2 for GenericNeuralNet"):
+            work()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

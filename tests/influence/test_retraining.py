@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import scipy.sparse
+import tensorflow as tf
 
 from influence import (
     CG,
@@ -299,6 +300,38 @@ def test_all_weights_are_put_back(fails):
     assert compiled == (model.optimizer, model.loss, model.optimizer.iterations.numpy())
 
 
+def dropping():
+    """(net, examples): a model that draws as it trains."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dropout(0.5), keras.layers.Dense(1)]
+    rng = np.random.default_rng(0)
+    net = GenericNeuralNet(keras.Sequential([keras.Input((6,)), *layers]), "mse")
+    examples = Examples(rng.standard_normal((5, 6)), rng.standard_normal(5))
+    return net, examples
+
+
+def draws(net, examples):
+    """A step whose length is drawn."""
+    net.theta = net.theta + float(tf.reduce_sum(net.model(np.ones((4, 6)), training=True)))
+
+
+def test_what_a_fit_draws_depends_on_no_other_refit(tmp_path):
+    net, train = dropping()
+    state = [variable.numpy() for variable in net.model.variables]
+    options = {"method": "fit", "fit": draws, "key": "draws"}
+    expected = leave_one_out(net, train, train, [0, 1, 2], **options)
+    for after, before in zip(net.model.variables, state, strict=True):
+        np.testing.assert_array_equal(after.numpy(), before)
+    backwards = leave_one_out(net, train, train, [2, 1, 0], **options)
+    np.testing.assert_array_equal(backwards[:], expected[:, ::-1])
+    leave_one_out(net, train, train, [1], checkpoints=tmp_path, **options)  # and then interrupted
+    continued = leave_one_out(net, train, train, [0, 1, 2], checkpoints=tmp_path, **options)
+    same(continued, expected)
+    net.model(np.ones((4, 6)), training=True)  # what is drawn from here on is something else
+    other = leave_one_out(net, train, train, [0, 1, 2], checkpoints=tmp_path, **options)
+    assert np.abs(other[:] - expected[:]).min() > 1e-3
+
+
 def test_newton_never_moves_the_model(softmax, monkeypatch):
     model = softmax.net.model
     before = [v.numpy() for v in model.variables]
@@ -515,7 +548,8 @@ def test_frozen_weights_and_losses_are_part_of_what_is_kept(tmp_path, monkeypatc
     def run(loss, delta=None):
         calls.clear()
         net = GenericNeuralNet(model, loss)
-        leave_one_out(net, examples, examples, [0], checkpoints=tmp_path)
+        options = {"fit": lambda *_: None, "key": "none"}
+        leave_one_out(net, examples, examples, [0], checkpoints=tmp_path, **options)
         return len(calls)
 
     assert run(keras.losses.Huber(delta=0.5)) == 1
@@ -523,12 +557,3 @@ def test_frozen_weights_and_losses_are_part_of_what_is_kept(tmp_path, monkeypatc
     assert run(keras.losses.Huber(delta=0.7)) == 1  # of the same name
     model.layers[0].bias.assign([0.5, 0.5])
     assert run(keras.losses.Huber(delta=0.5)) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["newton", "fit"])
-def test_two_processes_give_the_same_bits(method):
-    p, options = interrupted_problem(method)
-    one = leave_one_out(p.net, p.train, p.test, np.arange(9), **options)
-    two = leave_one_out(p.net, p.train, p.test, np.arange(9), num_processes=2, **options)
-    same(two, one)

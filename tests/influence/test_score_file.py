@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -24,6 +25,7 @@ from influence import (
     score_file,
     score_table,
 )
+from influence.solvers.base import Raw
 from influence.stream import Stream
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 from tests.influence.test_stream import Batches
@@ -188,6 +190,31 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
     assert relative_error(part, expected[:]) < 1e-6
 
 
+@dataclass(frozen=True)
+class Halving:
+    """A solver with no memory of its own but its answer."""
+
+    rtol = None
+
+    def prepare(self, A):
+        return lambda B: Raw(B / 2, residual=lambda: np.zeros(B.shape[1]))
+
+
+def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
+    f, m, most = 20_000, 24, 1 << 23
+    rng = np.random.default_rng(0)
+    net = MulticlassLogisticRegression(f, 3)
+    x, y = rng.standard_normal((m, f)), np.arange(m) % 3
+    influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
+    monkeypatch.setattr("influence.response._BYTES_TOGETHER", most)  # 17 vectors of this length
+    monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
+    tracemalloc.start()
+    influence.write_scores(tmp_path / "long.h5", Examples(x, y))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most / 3 < peak < most
+
+
 # --- interrupted and continued ----------------------------------------------------------------
 
 KILLED = """
@@ -263,6 +290,18 @@ def test_a_block_is_counted_once_it_is_on_the_disk(tmp_path, monkeypatch):
         assert counts == [3] and file["count"][()] == 4
 
 
+def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monkeypatch):
+    p = problem()
+    with monkeypatch.context() as patch:
+        patch.setattr(score_table, "_describe", lambda *_: 1 / 0)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill -9 takes nothing away
+        with pytest.raises(ZeroDivisionError):
+            Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
+    assert len(list(tmp_path.iterdir())) == 1
+    Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
+    assert [f.name for f in tmp_path.iterdir()] == ["s.h5"]
+
+
 def test_what_goes_wrong_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
     p = problem()
     influence = Influence(p.net, p.train, solver=Direct())
@@ -290,14 +329,18 @@ def test_an_unconverged_solve_warns_also_when_it_was_done_before(
             with pytest.raises(KeyboardInterrupt):
                 influence.write_scores(tmp_path / "s.h5", p.test)
     with pytest.warns(
-        ConvergenceWarning, match="^7 of the first 7 systems, solved before this run"
+        ConvergenceWarning, match="^7 of the first 7 systems, solved by an earlier call, missed"
     ):
         path = influence.write_scores(tmp_path / "s.h5", p.test)
     assert not contents(path)["converged"].any()
+    with pytest.warns(ConvergenceWarning, match="^7 of the first 7 systems") as caught:
+        influence.write_scores(path, p.test)  # the file is finished, and no better for that
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rough = Influence(p.net, p.train, solver=LiSSA(depth=2, repeats=1, rtol=None))
-        rough.write_scores(tmp_path / "rough.h5", p.test)
+        for _ in range(2):
+            rough.write_scores(tmp_path / "rough.h5", p.test)
 
 
 def test_a_diverging_solve_leaves_no_file(tmp_path):
@@ -326,6 +369,7 @@ def test_a_file_of_other_inputs_is_refused_by_name(finished, tmp_path, small_blo
     measured = {"measurement": lambda _, output: output[:, 1]}
     for names, train_, test_, options, asked in (
         ("damping", train, test, {"damping": 0.1}, {}),
+        ("damping", train, test, {"damping": 1e-9}, {}),  # not one of the numbers that may round
         ("solver", train, test, {"solver": CG()}, {}),
         ("train", train.without([5]), test, {}, {"rows": range(59)}),
         ("test", train, Examples(x, test.y), {}, {}),

@@ -197,6 +197,12 @@ def test_lissa_needs_a_positive_eigenvalue(matrix):
         solve(matrix, np.ones(D), LiSSA())
 
 
+def test_lissa_names_a_nan():
+    A = LinearOperator((D, D), matvec=lambda v: np.full(D, np.nan), dtype=np.float64)
+    with pytest.raises(DivergenceError, match="^A must have finite products, got NaN or inf"):
+        solve(A, np.ones(D), LiSSA())
+
+
 @pytest.mark.parametrize("matrix", [SINGULAR, np.zeros((D, D)), np.outer(np.ones(D), np.ones(D))])
 def test_singular_direct_names_a_damping_that_works(matrix):
     with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue") as info:

@@ -154,6 +154,25 @@ def test_no_damping_where_none_is_needed(path):
     assert suggest_damping(Hessian(p.net, p.train)) == 0.0
 
 
+@pytest.mark.parametrize("values", [np.full(D, -1.0), np.linspace(-3, -0.1, D), [-3, *[1e-3] * D]])
+def test_where_negative_curvature_is_largest_the_margin_is_of_that(path, values):
+    A, size = symmetric(values), -np.min(values)
+    damping = suggest_damping(A, margin=1e-2)
+    assert damping == pytest.approx(size * (1 + 1e-2) / (1 - 1e-2), rel=1e-5)
+    shifted = np.linalg.eigvalsh(A) + damping
+    assert shifted[0] > 0.02 * size and shifted[-1] / shifted[0] <= 100
+
+
+def test_no_damping_suits_a_matrix_of_zeros(path):
+    with pytest.raises(ValueError, match="^A must not be zero, got no eigenvalue but 0"):
+        suggest_damping(np.zeros((D, D)))
+
+
+def test_what_was_found_by_iteration_is_not_complete(path):
+    small = spectrum(symmetric(np.geomspace(1e-2, 1, D)))
+    assert small.complete == (MODULE._FEW > D)
+
+
 def test_damping_is_added_to_what_there_is():
     net, examples = tanh_net()
     smallest, largest = np.linalg.eigvalsh(Hessian(net, examples).dense())[[0, -1]]
@@ -161,7 +180,6 @@ def test_damping_is_added_to_what_there_is():
     rest = suggest_damping(Hessian(net, examples, 0.1 * -smallest))
     assert whole == pytest.approx((1e-5 * largest - smallest) / (1 - 1e-5), rel=1e-9)
     assert rest == pytest.approx(whole - 0.1 * -smallest, rel=1e-4)
-    assert Hessian(net, examples, whole).dense().shape  # it is a damping
     values = np.linalg.eigvalsh(Hessian(net, examples, whole).dense())
     assert values[0] == pytest.approx(1e-5 * values[-1], rel=1e-6)
 

@@ -104,9 +104,9 @@ def test_kinks_are_crossed_by_the_steps_of_float32(dtype):
 # --- eigenvalues ----------------------------------------------------------------------------------
 
 
-def found(low, high, error=0.0):
+def found(low, high, error=0.0, converged=True, complete=False):
     one = np.ones(1)
-    return Spectrum(low * one, error * one, high * one, 0 * one, products=0, converged=True)
+    return Spectrum(low * one, error * one, high * one, 0 * one, 0, converged, complete)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,23 @@ def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, sa
     if verdict == "fail":  # what it asks for must be enough
         enough = float(line.remedy.split("damping=")[1].split(" ")[0])
         assert low - damping + enough > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("error", "converged", "complete", "known", "verdict"),
+    [
+        (0.05, True, False, np.nan, "ok"),
+        (0.06, True, False, np.nan, "warn"),  # near some eigenvalue, which need not be the least
+        (0.01, False, False, np.nan, "warn"),
+        (0.01, False, False, 0.1, "ok"),
+        (0.06, True, True, np.nan, "ok"),  # of all that there are
+        (0.6, True, True, np.nan, "warn"),
+    ],
+)
+def test_one_eigenvalue_that_is_positive_is_not_all(error, converged, complete, known, verdict):
+    line = curvature.smallest(found(0.5, 10.0, error, converged, complete), known, 0.0, 1e-6)
+    assert line.verdict == verdict
+    assert ("a negative one may have been missed" in line.meaning) == (verdict == "warn")
 
 
 def test_the_largest_eigenvalue_should_be_positive():
@@ -189,6 +206,17 @@ def test_drift_and_removals_are_those_of_the_closed_form(linear, with_test, dist
     assert 0.5 < line.value / ratio < 2
     assert line.verdict == verdict
     assert f"gradient norm {np.linalg.norm(gradient):.1e}" in line.meaning
+
+
+def test_a_solve_that_stopped_early_is_no_proof_of_a_minimum(linear, monkeypatch):
+    p = linear
+    A = Hessian(p.net, p.train)
+    assert curvature.stationary(p.net, A, None, 0.0).verdict == "ok"
+    monkeypatch.setattr(curvature, "_ITERATIONS", 1)
+    line = curvature.stationary(p.net, A, None, 0.0)
+    assert line.verdict == "warn" and line.value < 0.1
+    residual = float(line.meaning.split("relative residual of ")[1].split(" ")[0])
+    assert 0.1 < residual < 1 and "in 1 iterations" in line.meaning
 
 
 def test_a_saddle_is_judged_with_a_shift(tanh):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from scipy.sparse.linalg import LinearOperator
 
 from influence import (
     CG,
@@ -119,6 +120,42 @@ def test_gradients_of_another_shape(gradients):
         solution.score_error_bound(gradients)
 
 
+class Skewed(LinearOperator):
+    """A matrix whose dense form differs from its products, by less than what is refused."""
+
+    def __init__(self, matrix, away):
+        super().__init__(np.float64, matrix.shape)
+        self.products, self.matrix = matrix + away, matrix
+
+    def _matmat(self, V):
+        return self.products @ V
+
+    def dense(self):
+        return self.matrix.copy()
+
+
+@pytest.mark.parametrize("m", [1, 4, 30])
+def test_the_residual_of_direct_is_that_of_the_products(m):
+    A = Skewed(symmetric(np.linspace(0.2, 3, 30)), 1e-10 * symmetric(np.linspace(-1, 1, 30), 1))
+    B = np.random.default_rng(0).standard_normal((30, m)) * np.geomspace(1e-3, 1e3, m)
+    solution = solve(A, B, Direct(rtol=1e-12))
+    true = np.linalg.norm(B - A.products @ solution.x, axis=0) / np.linalg.norm(B, axis=0)
+    assert (true > 1e-12).all() and not solution.converged.any()
+    watched = solution.residual if m <= 4 else solution.residual[[0, 9, 19, 29]]
+    np.testing.assert_allclose(watched, true if m <= 4 else true[[0, 9, 19, 29]], rtol=1e-3)
+    # Of the others what four columns let expect: the same rate, and no more than three times it.
+    assert (solution.residual > 0.5 * true).all() and (solution.residual < 5 * true).all()
+    error, bound = errors_and_bounds(A.products, solution, B)
+    assert (error <= bound).all()
+
+
+def test_what_the_products_differ_by_is_taken_off_the_bound():
+    """The dense form's smallest eigenvalue is 1e-7, that of the products 9e-8."""
+    A = Skewed(symmetric([1e-7, *np.linspace(0.5, 3, 29)]), -1e-8 * np.eye(30))
+    bound = solve(A, np.ones(30), Direct()).eigenvalue_bound
+    assert 1e-8 < bound <= 9e-8
+
+
 # --- what the models know --------------------------------------------------------------------
 
 
@@ -168,6 +205,17 @@ def test_penalties_that_are_not_known_bound_nothing():
         )
         net = GenericNeuralNet(model, "mse")
         np.testing.assert_allclose(net.penalty_convexity, expected, rtol=1e-6)
+    for order in (1, -1):  # a known one before or after
+        l2, cubic = (keras.regularizers.L2(0.1), Cubic())[::order]
+        model = keras.Sequential(
+            [
+                keras.Input((2,), dtype="float64"),
+                keras.layers.Dense(
+                    1, kernel_regularizer=l2, bias_regularizer=cubic, dtype="float64"
+                ),
+            ]
+        )
+        assert np.isnan(GenericNeuralNet(model, "mse").penalty_convexity)
 
 
 # --- through Influence -----------------------------------------------------------------------
@@ -189,6 +237,15 @@ def test_scores_come_with_a_bound(problem):
         np.outer(rough.solution.residual_norm, np.linalg.norm(G, axis=1)) / smallest / len(p.train)
     )
     assert relative_error(bound, expected) < 1e-12
+
+
+def test_a_bound_is_of_the_theta_of_the_scores():
+    p = logistic("sigmoid")
+    influence = Influence(p.net, p.train)
+    scores = influence.scores(p.test, [0, 1])
+    p.net.theta = p.theta + 1
+    with pytest.raises(RuntimeError, match="^theta has changed since this operator was made"):
+        influence.error_bound(scores)
 
 
 def test_scores_without_a_known_bound_say_so():

@@ -1,8 +1,21 @@
+import tracemalloc
+
+import keras
 import numpy as np
 import pytest
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
 
-from influence import Direct, DivergenceError, prepare, solve
+from influence import (
+    Direct,
+    DivergenceError,
+    Examples,
+    GaussNewton,
+    GenericNeuralNet,
+    Hessian,
+    MulticlassLogisticRegression,
+    prepare,
+    solve,
+)
 from influence.solvers.direct import dense
 from tests.influence.problems import relative_error, symmetric
 
@@ -41,6 +54,20 @@ def test_singular(d, others):
         solve(symmetric([0.0, *rest]), np.ones(d), Direct())
 
 
+@pytest.mark.parametrize("values", [[0.2, *np.linspace(0.5, 2, 99)], [-0.7, -0.2, *[1.0] * 98]])
+def test_where_iteration_fails_all_eigenvalues_are_taken(values, monkeypatch):
+    def fails(*_, **__):
+        raise ArpackNoConvergence("no", np.empty(0), np.empty((0, 0)))
+
+    monkeypatch.setattr("influence.solvers.direct.eigsh", fails)
+    solution = solve(symmetric(values), np.ones(100), Direct())
+    np.testing.assert_allclose(solution.min_curvature, min(values), rtol=1e-9)
+    assert solution.eigenvalue_bound == pytest.approx(0.2, rel=1e-9)
+    for rest in (np.linspace(0.3, 2, 99), np.linspace(-1, -0.3, 99)):
+        with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue of"):
+            solve(symmetric([0.0, *rest]), np.ones(100), Direct())
+
+
 def test_ill_conditioned_is_not_converged():
     # Solvable, but rounding in float32 leaves a residual far above 1e-6.
     A = symmetric([1e-5, *np.linspace(1, 2, 9)]).astype(np.float32)
@@ -56,6 +83,30 @@ def test_a_matrix_that_memory_cannot_hold_is_refused_before_any_product():
     with pytest.raises(ValueError, match="^A must be small enough to be factored, got d = 10000000,"
                        " which takes 2400000 GB of this machine's"):  # fmt: skip
         prepare(A, Direct())
+
+
+@pytest.mark.parametrize("kind", ["affine layers", "products", "closed form"])
+def test_preparing_holds_no_more_than_is_counted(kind):
+    """Three matrices of the net's dtype, beside a batch of rows."""
+    rng = np.random.default_rng(0)
+    if kind == "closed form":
+        net = MulticlassLogisticRegression(300, 4, dtype="float32")
+        A = Hessian(net, Examples(rng.standard_normal((20, 300)), np.arange(20) % 4), 0.1)
+    else:
+        layers = [keras.layers.Dense(30), keras.layers.Activation("tanh"), keras.layers.Dense(1)]
+        if kind == "products":
+            layers[:2] = [keras.layers.Dense(30, activation="tanh")]
+        net = GenericNeuralNet(keras.Sequential([keras.Input((38,)), *layers]), "mse")
+        x = rng.standard_normal((8, 38)).astype("float32")
+        A = GaussNewton(net, Examples(x, x[:, 0]), 0.1)
+    d = net.num_parameters
+    assert 1190 < d < 1210
+    prepare(A, Direct())  # traced
+    tracemalloc.start()
+    prepare(A, Direct())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 2 * d**2 * 4 < peak < 3 * d**2 * 4 + 4e6
 
 
 def test_a_dense_form_that_is_not_the_operators_is_refused():

@@ -1,0 +1,121 @@
+"""Every score of a training set on a test set, in a file: seconds of each stage, and how right."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import h5py
+import numpy as np
+
+from benchmarks.problem import Problem
+from influence import Direct, Influence, score_file
+
+_DTYPE = "float32"
+_SEED = 0
+_SAMPLE = 20  # test points and rows whose scores are computed once more, in float64
+_ROUNDS = 3  # of the machine's rate, before and after
+
+
+def run(problem: Problem, *, num_tests: int, square: int) -> dict[str, Any]:
+    """Time `Influence.write_scores` after `Direct`: float32 scores from float64 solves.
+
+    The multiplication is counted as 2 n d m operations in its stage's seconds, with the rows'
+    gradients formed and the table written in them, against square float32 products of this process
+    before and after.
+
+    Args:
+      problem: the model and its data.
+      num_tests: m test points, or all there are.
+      square: size of the square matrices whose product gives the machine's rate.
+
+    Returns: `num_tests`; `seconds` of `prepare`, `solve`, `multiply`, `other` and `all`;
+      `megabytes` of the file; `multiply_gflops`, `machine_gflops` and their ratio
+      `fraction_of_machine`; `largest_residual` of the solves and whether all `converged`;
+      `rounding_error` as the file has it; and `largest_error` of a sample against
+      `Influence.scores`, relative to its largest score.
+    """
+    net, train = problem.closed_form("float64"), problem.train["float64"]
+    test = problem.test["float64"].take(slice(0, num_tests))
+    rates = [_gflops(square)]
+    influence = Influence(net, train, solver=Direct())
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "all"):
+        with _timed(seconds, "prepare"):
+            influence.prepared  # noqa: B018
+        with tempfile.TemporaryDirectory() as folder:
+            with _stages(seconds):
+                path = influence.write_scores(Path(folder) / "scores.h5", test, dtype=_DTYPE)
+            with _timed(seconds, "checked"):
+                facts = _facts(path, influence, test)
+    seconds["all"] -= seconds.pop("checked")
+    seconds["other"] = 2 * seconds["all"] - sum(seconds.values())
+    rates.append(_gflops(square))
+    work = 2 * len(train) * len(problem.theta) * len(test)
+    rate = work / seconds["multiply"] / 1e9
+    return facts | {
+        "num_tests": len(test),
+        "dtype": _DTYPE,
+        "seconds": seconds,
+        "flop_of_multiply": work,
+        "multiply_gflops": rate,
+        "machine_gflops": max(rates),
+        "fraction_of_machine": rate / max(rates),
+    }
+
+
+def _facts(path: Path, influence: Influence, test: Any) -> dict[str, Any]:
+    """What the file says of itself, and a sample of it against scores in float64."""
+    rng = np.random.default_rng(_SEED)
+    tests, rows = (
+        np.sort(rng.choice(size, min(_SAMPLE, size), replace=False))
+        for size in (len(test), len(influence.train))
+    )
+    exact = influence.scores(test.take(tests), rows)[:]
+    with h5py.File(path, "r") as file:
+        got = np.stack([np.asarray(file["change_if_removed"][i])[rows] for i in tests])  # pyright: ignore
+        return {
+            "megabytes": path.stat().st_size / 1e6,
+            "largest_residual": float(np.max(file["residual"])),  # pyright: ignore
+            "converged": bool(np.all(file["converged"])),  # pyright: ignore
+            "rounding_error": float(file["rounding_error"][()]),  # pyright: ignore
+            "largest_error": float(np.abs(got - exact).max() / np.abs(exact).max()),
+        }
+
+
+def _gflops(square: int) -> float:
+    """The machine's best rate of square float32 products, GFLOP/s."""
+    S, T = np.random.default_rng(_SEED).standard_normal((2, square, square)).astype(_DTYPE)
+    np.matmul(S, T)
+    best = np.inf
+    for _ in range(_ROUNDS):
+        begun = time.perf_counter()
+        np.matmul(S, T)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * square**3 / best / 1e9
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - begun
+
+
+@contextmanager
+def _stages(seconds: dict[str, float]) -> Iterator[None]:
+    """Time the stages that `write_scores` goes through, which it keeps to itself."""
+
+    def timed(stage: Callable, name: str) -> Callable:
+        def watched(*args: Any) -> None:
+            with _timed(seconds, name):
+                stage(*args)
+
+        return watched
+
+    solve, multiply = timed(score_file._solve, "solve"), timed(score_file._multiply, "multiply")
+    with mock.patch.multiple(score_file, _solve=solve, _multiply=multiply):
+        yield

@@ -1,0 +1,140 @@
+"""Dog or fish: 1,800 training and 600 test photographs, split as by Koh & Liang (2017).
+
+The paper's are drawn from the whole of ImageNet's synsets dog and fish. Where those are not to be
+had, two of Imagenette's ten classes stand for them: English springer and tench, one breed against
+one species, which is easier (deep features of the paper's own set leave 9 of 600 wrong).
+ImageNet's photographs are for research: nothing made here may hold them, numbers excepted.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data import images
+from data.files import DataFile
+from data.splits import DataSet, Split
+
+NUM_TRAIN, NUM_TEST = 900, 300  # of each class (release 8ca7b4f, scripts/load_animals.py)
+SHUFFLE_SEED = 0  # release: training rows first, then test rows, of one stream
+PAPERS_SIDE = 299  # what Inception takes; the release resizes on reading
+IMAGENETTES_SIDE = 224  # the side that its photographs come with here
+
+PAPERS = ("n02084071", "n02512053")  # ImageNet's synsets: dog, label 0; fish, label 1
+IMAGENETTES = ("n02102040", "n01440764")  # English springer, tench
+PUBLISHED = "dataset_dog-fish_train-900_test-300.npz"
+
+_WHAT_TO_PUT = f"""\
+one of these, by hand, under ImageNet's terms:
+      train/{{{",".join(IMAGENETTES)}}}/*.JPEG and val/{{...}}/*.JPEG: English springer and tench,
+        of Imagenette (github.com/fastai/imagenette, any size; {IMAGENETTES_SIDE} pixels if resized)
+      {{{",".join(PAPERS)}}}/*.JPEG: the paper's own synsets, dog and fish (image-net.org)
+      {PUBLISHED}: the photographs as the paper published them"""
+
+_FILE = DataFile(
+    path="dogfish",
+    size=30_740_011,  # Imagenette's at 224 pixels; it says nothing of the others
+    digests=(),  # the photographs that are there decide; records say which by their digest
+    contents=_WHAT_TO_PUT,
+)
+
+
+def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
+    """Read the photographs, in the release's order: dogs by name, fish by name, shuffled.
+
+    Args:
+      folder: the data folder, with `dogfish` in it: the paper's own photographs if they are there,
+        otherwise Imagenette's.
+      dtype: not looked at: photographs stay bytes, of which floats would make gigabytes.
+    Returns: (train, test), each (x, y): x (n, side, side, 3) uint8, side 224 for Imagenette's, 299
+      for the paper's; another side is for `images.resized`. y (n,) int64, dog 0, fish 1.
+    Raises: ValueError naming the folder or file for too few photographs, or for one that is broken.
+    """
+    home = folder / "dogfish"
+    if (home / PUBLISHED).is_file():
+        return _published(home / PUBLISHED)
+    if any((home / synset).is_dir() for synset in PAPERS):
+        found = [_by_number(paths) for paths in _found(home, PAPERS, NUM_TRAIN + NUM_TEST)]
+        train = [path for paths in found for path in paths[:NUM_TRAIN]]
+        test = [path for paths in found for path in paths[NUM_TRAIN : NUM_TRAIN + NUM_TEST]]
+        return _shuffled(train, test, PAPERS_SIDE)
+    train, test = (
+        [path for paths in _found(home / split, IMAGENETTES, count) for path in paths[:count]]
+        for split, count in (("train", NUM_TRAIN), ("val", NUM_TEST))
+    )
+    return _shuffled(train, test, IMAGENETTES_SIDE)
+
+
+def _found(home: Path, synsets: Sequence[str], count: int) -> list[list[Path]]:
+    """The photographs of each class, enough of them."""
+    found = [images.photographs(home / synset) for synset in synsets]
+    for synset, paths in zip(synsets, found, strict=True):
+        if len(paths) < count:
+            raise ValueError(
+                f"{home / synset}: expected at least {count} photographs, found {len(paths)}. "
+                f"dogfish is {_WHAT_TO_PUT}"
+            )
+    return found
+
+
+def _by_number(paths: Sequence[Path]) -> list[Path]:
+    """In the order of the number that ends each name, as the release goes through a synset."""
+    return sorted(paths, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
+
+
+def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Split]:
+    # The legacy generator, whose stream NumPy has frozen, in the release's order of calls.
+    rng = np.random.RandomState(SHUFFLE_SEED)
+    parts = []
+    for paths in (train, test):
+        order = rng.permutation(len(paths))  # dogs are the first half
+        x = images.read([paths[i] for i in order], side)
+        parts.append((x, (order >= len(paths) // 2).astype(np.int64)))
+    return parts[0], parts[1]
+
+
+def _published(path: Path) -> tuple[Split, Split]:
+    """The release's own array file, already shuffled: floats in [-1, 1], made bytes again."""
+    parts = []
+    for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                x, y = arrays[f"X_{split}"], arrays[f"Y_{split}"].astype(np.int64)
+        except (KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path}: expected arrays X_{split} and Y_{split}, found: {error}."
+            ) from error
+        shape = (2 * count, PAPERS_SIDE, PAPERS_SIDE, 3)
+        if x.shape != shape or sorted(y.tolist()) != [0] * count + [1] * count:
+            raise ValueError(
+                f"{path}: expected X_{split} {shape} with {count} labels of each class in "
+                f"Y_{split}, found {x.shape} with labels {np.unique(y, return_counts=True)}."
+            )
+        pixels = np.empty(shape, np.uint8)
+        for to, values in zip(pixels, x, strict=True):  # at once they would be gigabytes more
+            levels = (values + 1) * 127.5
+            nearest = np.rint(levels)
+            if not (
+                np.abs(levels - nearest).max() < 1e-3 and 0 <= nearest.min() <= nearest.max() < 256
+            ):
+                raise ValueError(
+                    f"{path}: expected X_{split} to be bytes scaled to [-1, 1], found values from "
+                    f"{values.min():.4g} to {values.max():.4g} that are none."
+                )
+            to[:] = nearest
+        parts.append((pixels, y))
+    return parts[0], parts[1]
+
+
+DATASET = DataSet(
+    name="dogfish",
+    what="photographs of dogs and fish: 1,800 train, 600 test",
+    terms="ImageNet's: research only, never to be passed on",
+    read=read,
+    files=(_FILE,),
+)

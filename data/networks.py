@@ -1,0 +1,50 @@
+"""Weights of networks trained on ImageNet: files that are found, fetched and checked as data is."""
+
+from pathlib import Path
+
+from data import download, files
+from data.files import DataFile
+
+_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
+_NOTOP = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+
+WEIGHTS = {
+    # Google's 2015 network, exact up to layer mixed8, in Keras' layout.
+    "inception": DataFile(
+        "inception/inception_v3_2015_to_mixed8.weights.h5",
+        43_351_272,
+        ("37855c123fc26ccb3b0df85a9c3b976deffe904127fa8424e5ed522e8eab17c1",),
+    ),
+    # The whole network, which the paper used: Keras' own file, and Keras' own digest of it.
+    "inception-keras": DataFile(
+        f"inception/{_NOTOP}",
+        87_910_968,
+        ("md5:bcbd6486424b2319ff4ef7d526e38f63",),
+        (_KERAS + _NOTOP,),
+    ),
+    "mobilenet": DataFile(
+        "mobilenet/mobilenet_v1_0.75_224_notop.weights.h5",
+        7_570_480,
+        ("0a6d50d0e079cbf32309bbff2b4457075cc6c5c79a8bb1efe1f12e7ae0f89589",),
+    ),
+}
+
+
+def weights(name: str, root: files.Root = None) -> Path:
+    """The file of a trained network's weights, checked; downloaded into the user cache if need be.
+
+    It is HDF5, which Keras reads as arrays: nothing in it is run.
+
+    Args:
+      name: of WEIGHTS.
+      root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
+    Returns: its path.
+    Raises: ValueError if there is no such network or the file is not the one expected;
+      FileNotFoundError, saying what to put where, if it is nowhere and could not be downloaded.
+    """
+    if name not in WEIGHTS:
+        raise ValueError(f"name must be one of {', '.join(map(repr, WEIGHTS))}, got {name!r}.")
+    file = WEIGHTS[name]
+    folder = download.obtain(f"{name}, the network's weights,", (file,), root)
+    files.verify((file,), folder)
+    return folder / file.path

@@ -1,0 +1,202 @@
+"""The attacks that Figure 5 is made of: on one test image, and on a group of them together."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.heads import FLIPPED, LEVEL, Head
+from influence import Examples, Influence
+from influence.attack import Poisoning, Rule
+from influence.models.inception import scaled
+from influence.reach import gradient_norms, mean_s_test
+
+SIGNS = ("self_influence", "loss", "distance")  # by which poisons may be found
+_COMPONENTS = 700  # principal ones, that the release's notebook projects on
+
+
+def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], NDArray]:
+    """Training rows by the paper's ranking, the L1 norm of their derivatives by the pixels.
+
+    That norm is computed for the `count` rows of the largest Euclidean norm of the derivative by
+    the features, of which the pixels' is the product with the trunk's Jacobian.
+
+    Args:
+      head: the head.
+      test: the test images.
+      count: rows.
+
+    Returns: (rows, norms), (count,) each, the largest norm first.
+    """
+    s = mean_s_test(head.net, head.train, test)
+    cotangents = np.linalg.norm(head.net.input_gradient(head.train.x, head.train.y, s), axis=1)
+    rows = np.argsort(-cotangents, kind="stable")[:count]
+    norms = gradient_norms(head.net, head.train, test, rows, inputs=scaled(head.images[rows]))
+    order = np.argsort(-norms, kind="stable")
+    return rows[order], norms[order]
+
+
+def single(
+    head: Head, point: int, *, counts: tuple[int, ...], candidates: int, paper: Rule, best: Rule
+) -> dict[str, Any]:
+    """Attack one test image by both rules, with more and more poisons until it is flipped.
+
+    By the paper's rule: with the first training image, with the second, then with as many together
+    as `counts` says, each time beginning with clean images.
+
+    Args:
+      head: the head.
+      point: the test image's row.
+      counts: numbers of poisons, increasing from one.
+      candidates: rows whose derivative by the pixels is computed.
+      paper: the release's rule.
+      best: the strongest.
+
+    Returns: arrays by name. `paper_flipped` and `best_flipped` (len(counts),): whether that many
+      poisons or fewer flipped the image, by the word of cold refits. `standing` (counts[-1],
+      len(SIGNS), 2): see `standing`; NaN beyond the best rule's poisons.
+    """
+    test = head.test.take([point])
+    rows, norms = ranked(head, test, candidates)
+    found: list[Poisoning] = []
+    for chosen in (rows[:1], rows[1:2], *(rows[:count] for count in counts[1:])):
+        found.append(head.attacked(test, chosen, rule=paper))
+        if found[-1].flipped.all():
+            break
+    strong = head.attacked(test, rows, rule=best, counts=counts, gradient_norms=norms)
+    where = np.full((counts[-1], len(SIGNS), 2), np.nan)
+    where[: len(strong.rows)] = standing(head, strong)
+    every = (*found, strong)
+    return {
+        "paper_flipped": _flipped(found[-1], counts),
+        "best_flipped": _flipped(strong, counts),
+        "paper_change": found[-1].change_if_poisoned[0],
+        "best_change": strong.change_if_poisoned[0],
+        "clean_loss": strong.test_losses[0, 0],
+        "refits": sum(len(one.test_losses) for one in every),
+        "gradient_norm": max(one.gradient_norm for one in every),
+        "same_bytes": all(_same(one) for one in every),
+        # What the warm refits say of the image, the cold one must say too.
+        "confirmed": all(
+            bool((one.test_losses[-1] > FLIPPED).all() == one.flipped.all()) for one in every
+        ),
+        "standing": where,
+    }
+
+
+def _flipped(found: Poisoning, counts: tuple[int, ...]) -> NDArray[np.bool_]:
+    return (
+        np.array(counts) >= len(found.rows) if found.flipped.all() else np.zeros(len(counts), bool)
+    )
+
+
+def _same(found: Poisoning) -> bool:
+    return found.same_bytes is not None and bool(found.same_bytes.all())
+
+
+def standing(head: Head, found: Poisoning) -> NDArray:
+    """Where poisons stand among the training images, before and after: (k, len(SIGNS), 2).
+
+    The share of all training images that are checked before a poison, if those of the largest
+    self-influence, or loss, or distance from the mean features of their class are checked first.
+    """
+    net, clean = head.net, head.net.theta
+    means = np.stack([head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)])
+    shares = np.empty((len(found.rows), len(SIGNS), 2))
+    states = ((head.train, clean), (head.poisoned(found), found.theta))
+    try:
+        for j, (train, theta) in enumerate(states):
+            net.theta = theta
+            scores = (
+                Influence(net, train).self_influence(),
+                net.losses(train.x, train.y),
+                np.linalg.norm(train.x - means[train.y], axis=1),
+            )
+            for i, score in enumerate(scores):
+                rank = np.argsort(np.argsort(-score, kind="stable"), kind="stable")
+                shares[:, i, j] = rank[found.rows] / len(score)
+    finally:
+        net.theta = clean
+    return shares
+
+
+def group(
+    head: Head,
+    points: NDArray,
+    *,
+    counts: tuple[int, ...],
+    candidates: int,
+    one: Rule,
+    many: Rule,
+) -> dict[str, Any]:
+    """Attack test images of one class together.
+
+    First with one poison, the training image of the other class that the model is least sure of;
+    then with as many, by the best rule, as flip half of the test images.
+
+    Args:
+      head: the head.
+      points: rows of the test images.
+      counts: of the many, increasing.
+      candidates: rows that they are chosen from.
+      one: the rule for the one, which no flip ends.
+      many: the rule for the many.
+
+    Returns: arrays by name: `one_...` with the geometry of the release's notebook, `many_...`;
+      `one_input` is the poisoned image itself.
+    """
+    test, train = head.test.take(points), head.train
+    losses = head.net.losses(train.x, train.y)
+    alone = lone(head, points, one)
+    (row,) = alone.rows
+    rows, norms = ranked(head, test, candidates)
+    half = -(-len(points) // 2)
+    most = head.attacked(test, rows, rule=many, counts=counts, flips=half, gradient_norms=norms)
+    flipped = alone.test_losses[0] + alone.change_if_poisoned > FLIPPED
+    return {
+        "one_row": row,
+        "one_input": alone.inputs[0],
+        "one_rank_in_loss": np.sum(losses > losses[row]),
+        "one_flipped": np.sum(flipped),
+        "one_losses": alone.test_losses.mean(axis=1),
+        "one_train_accuracy": head.accuracy(head.poisoned(alone), alone.theta),
+        "one_standing": standing(head, alone)[0],
+        "many_poisons": most.num_poisons,
+        "many_losses": most.test_losses.mean(axis=1),
+        "many_flipped": np.sum(most.test_losses > FLIPPED, axis=1),
+        "many_flipped_cold": np.sum(most.flipped),
+        "gradient_norm": max(alone.gradient_norm, most.gradient_norm),
+        "same_bytes": _same(alone) and _same(most),
+    } | geometry(head, alone)
+
+
+def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
+    """Attack test images of one class by the one training image of the other that is least sure."""
+    train, test = head.train, head.test.take(points)
+    others = np.flatnonzero(train.y != test.y[0])
+    row = others[np.argmax(head.net.losses(train.x, train.y)[others])]
+    return head.attacked(test, np.array([row]), rule=rule, flip_at=np.inf)
+
+
+def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
+    """How far the first poison has gone, in pixels and features, as the release's notebook asks."""
+    row, train = found.rows[0], head.train
+    moved = (found.inputs[0] - scaled(head.images[row])).astype(np.float64)
+    before, after = train.x[row], found.features[0]
+    own = train.x[train.y == train.y[row]]
+    to_own, to_other = own.mean(axis=0), train.x[train.y != train.y[row]].mean(axis=0)
+    basis = np.linalg.svd(train.x - train.x.mean(axis=0), full_matrices=False)[2][:_COMPONENTS]
+    shift = after - before
+    inside = basis @ shift
+    return {
+        "levels_moved": np.abs(moved).max() / LEVEL,
+        "pixels_moved": np.linalg.norm(moved),
+        "features_moved": np.linalg.norm(shift),
+        "mean_to_own": np.linalg.norm(own - to_own, axis=1).mean(),
+        "to_own_before": np.linalg.norm(before - to_own),
+        "to_own_after": np.linalg.norm(after - to_own),
+        "to_other_before": np.linalg.norm(before - to_other),
+        "to_other_after": np.linalg.norm(after - to_other),
+        "moved_in_components": np.linalg.norm(inside),
+        "moved_outside_components": np.sqrt(max(shift @ shift - inside @ inside, 0.0)),
+    }

@@ -1,0 +1,267 @@
+"""Figure 5: training images changed by less than an eye or a byte can see, to flip a test image.
+
+Koh & Liang 2017, section 5.2 and figure 5: dogs against fish by logistic regression on a deep
+network's features. One, two or ten training images are changed within their own 8-bit cells, their
+labels untouched, so that the model fitted to them gets a test image wrong that it had right. Then
+thirty test images at once, and the defender's side: would anybody have found the poisons?
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+from numpy.typing import NDArray
+
+from experiments import trunks
+from experiments.attacking import SIGNS, group, single
+from experiments.fig5_drawing import RULES, draw
+from experiments.heads import LEVEL, Head, alike, fitted, right
+from experiments.record import Claim, Record
+from influence.attack import Rule
+from influence.checkpoint import kept
+from influence.models.inception import scaled
+from influence.progress import progress
+
+__all__ = ["CLAIMS", "DEVIATIONS", "PRESETS", "Config", "draw", "photographs", "run"]
+
+DATA = "dogfish"
+STAND_IN = "fishlike"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The release's protocol (run_data_poisoning_indiv.py), and what it is compared with."""
+
+    heads: tuple[str, ...] = ("inception-keras/mixed10",)
+    """network/layer under each head, one of a network (section 5.2: Inception v3's)"""
+    weight_decays: tuple[float, ...] = (0.001,)
+    """of each head: lambda of lambda/2 |w|^2 (release)"""
+    standardised: tuple[bool, ...] = (False,)
+    """of each head: whether its features have mean 0 and deviation 1 (release: no)"""
+    num_test: int = 0
+    """attacked, drawn with `seed` among the test images that the head has right; 0: all (paper)"""
+    counts: tuple[int, ...] = (1, 2, 3, 5, 10)
+    """training images poisoned together (release; the paper gives 1, 2 and 10)"""
+    radius: float = 0.49
+    """of each pixel's box, in 8-bit levels (release .5: a closed box, which rounding leaves)"""
+    step: float = 0.02
+    """of the paper's rule, in levels (release)"""
+    moves: int = 100
+    """of the paper's rule, at most (release)"""
+    best_moves: int = 10
+    """of the best rule, at most, for each set of poisons"""
+    best_tries: int = 10
+    """training images that the best rule tries alone first"""
+    candidates: int = 64
+    """training images whose derivative by the pixels is computed"""
+    group_size: int = 30
+    """test images attacked together (release: 30 photographs of one dog)"""
+    group_moves: int = 100
+    """of the one poison against all of them, at most (release: 2,000 of .005 levels)"""
+    group_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """poisons against all of them, until half are flipped"""
+    seed: int = 0
+    """of the draw of the test images"""
+
+    def __post_init__(self):
+        """Refuse what would be found out only after an hour."""
+        networks = [trunks.split(head)[0] for head in self.heads]
+        if not networks or len(set(networks)) < len(networks):
+            raise ValueError(f"heads must be of different networks, got {self.heads}.")
+        for name in ("weight_decays", "standardised"):
+            if len(getattr(self, name)) != len(self.heads):
+                raise ValueError(
+                    f"{name} must have an entry for each of {len(self.heads)} heads, got "
+                    f"{getattr(self, name)}."
+                )
+        for name in ("counts", "group_counts"):
+            counts = getattr(self, name)
+            if not counts or counts[0] != 1 or list(counts) != sorted(set(counts)):
+                raise ValueError(f"{name} must increase from 1, got {counts}.")
+        if self.candidates < max(*self.counts, *self.group_counts, 2):
+            raise ValueError(
+                f"candidates must be no fewer than poisons, got {self.candidates} for "
+                f"{max(*self.counts, *self.group_counts, 2)}."
+            )
+        if not 0 < self.radius < 0.5:
+            raise ValueError(f"radius must lie in (0, 0.5), got {self.radius}.")
+        if not 0 < self.step <= 2 * self.radius:
+            raise ValueError(f"step must lie in (0, {2 * self.radius}], got {self.step}.")
+        if self.num_test < 0:
+            raise ValueError(f"num_test must be non-negative, got {self.num_test}.")
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}.")
+
+
+PRESETS = {
+    "smoke": Config(
+        heads=("small/relu2",), num_test=4, counts=(1, 2, 10), step=0.1, moves=4, best_moves=3,
+        best_tries=2, candidates=16, group_size=6, group_moves=4, group_counts=(1, 4, 16),
+    ),
+    "standard": Config(
+        heads=("mobilenet/conv_pw_11_relu", "inception/mixed4"),
+        weight_decays=(0.001, 0.001), standardised=(False, False),
+        num_test=60, counts=(1, 2, 10), step=0.1, moves=12, group_moves=20,
+    ),
+    "paper": Config(),
+}  # fmt: skip
+
+CLAIMS = (
+    Claim("best_flipped_10_mobilenet", 0.998, 0.95, 1.0),
+    Claim("best_flipped_2_inception", 0.77, 0.40, 1.0),
+    Claim("times_as_many_by_best_rule_with_2", None, 1.5, None),
+    Claim("least_gain_by_more_poisons", None, 0.0, None, stand_in=True),
+    Claim("confirmed_by_cold_refit", None, 1.0, 1.0, stand_in=True),
+    Claim("byte_equal", None, 1.0, 1.0, stand_in=True),
+    Claim("worst_gradient_norm", None, 0.0, 1e-9, stand_in=True),
+    Claim("test_accuracy_mobilenet", 0.985, 0.97, 0.995),
+    Claim("test_accuracy_inception", 0.985, 0.97, 0.995),
+)
+
+DEVIATIONS = ()
+
+
+def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
+    """Attack test images one by one and together, at every head; see the file's head.
+
+    Args:
+      config: the protocol.
+      data: Splits of dogfish, or of its stand-in.
+      checkpoints: where finished test images are kept, so that an interrupted run continues.
+
+    Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, no pixel among
+      them.
+    Raises: Misuse if a network's weights are not there.
+    """
+    trunks.check(config.heads, data.folder)
+    metrics: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"heads": np.array(config.heads, "S"), "signs": np.array(SIGNS, "S")}
+    every: list[dict[str, NDArray]] = []
+    groups: list[dict[str, NDArray]] = []
+    # Threads that wait for each other on a busy machine cost tenfold; the trunk has its own.
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        for i, name in enumerate(config.heads):
+            head, about = fitted(config, i, data, checkpoints)
+            network, _ = trunks.split(name)
+            points = right(config, head)
+            tasks = {
+                f"{network}-{point}": partial(_single, config, head, point) for point in points
+            } | {f"{network}-group": partial(_group, config, head)}
+            done = [
+                kept(checkpoints and checkpoints / f"{key}.npz", task)
+                for key, task in progress(tasks.items(), f"attacks at {name}", len(tasks))
+            ]
+            *singles, together = done
+            del together["one_input"]
+            joined = {key: np.stack([one[key] for one in singles]) for key in singles[0]}
+            every.append(joined)
+            groups.append(together)
+            found = {f"{rule}_flipped": joined[f"{rule}_flipped"].mean(axis=0) for rule in RULES}
+            metrics |= {f"{key}_{network}": value for key, value in about.items()}
+            metrics |= {
+                f"{key}_{count}_{network}": share
+                for key, shares in found.items()
+                for count, share in zip(config.counts, shares, strict=True)
+            }
+            metrics |= _of_group(together, network)
+            metrics[f"num_attacked_{network}"] = len(points)
+            arrays |= {f"points_{network}": points}
+            arrays |= {f"{key}_{network}": value for key, value in (joined | together).items()
+                       if np.ndim(value)}  # fmt: skip
+    metrics |= _over_all(config, every, groups)
+    arrays["counts"] = np.array(config.counts)
+    return Record.of(metrics=metrics, arrays=arrays)
+
+
+def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
+    """The poison against many test images beside its original, head by head: not to be committed.
+
+    Args:
+      record: of a run on `data`.
+      data: the same Splits.
+      checkpoints: where `run` kept the poison, which records never hold; without, it is made again.
+
+    Returns: a figure with photographs: the first test image, the training image, the poison, and
+      their difference, half a level being black or white.
+    """
+    import matplotlib.pyplot as plt
+
+    config = Config(**record.config)
+    size = (6.75, 1.9 * len(config.heads))
+    with plt.rc_context({"font.size": 7}), threadpoolctl.threadpool_limits(1, "blas"):
+        figure, axes = plt.subplots(len(config.heads), 4, figsize=size, squeeze=False,
+                                    layout="constrained")  # fmt: skip
+        for i, line in enumerate(axes):
+            head, _ = fitted(config, i, data, checkpoints)
+            path = checkpoints and checkpoints / f"{trunks.split(config.heads[i])[0]}-group.npz"
+            found = kept(path, partial(_group, config, head))
+            poison, original = found["one_input"], head.images[int(found["one_row"])]
+            moved = (poison - scaled(original)) / LEVEL
+            test = data.test[0][alike(config, head)[0]]
+            shown = (test, original, (poison + 1) / 2, np.clip(moved + 0.5, 0, 1))
+            titles = (f"{config.heads[i]}: test image", "training image", "poison", "difference")
+            for axis, image, title in zip(line, shown, titles, strict=True):
+                axis.imshow(image)
+                axis.set_title(title)
+                axis.axis("off")
+    return figure
+
+
+def _single(config: Config, head: Head, point: int) -> dict[str, Any]:
+    radii = 1 / config.radius
+    return single(
+        head, point, counts=config.counts, candidates=config.candidates,
+        paper=_signs(config.step * radii, config.moves), best=_best(config),
+    )  # fmt: skip
+
+
+def _group(config: Config, head: Head) -> dict[str, Any]:
+    return group(
+        head, alike(config, head), counts=config.group_counts, candidates=config.candidates,
+        one=Rule(max_steps=config.group_moves, decay=0.9, tries=0), many=_best(config),
+    )  # fmt: skip
+
+
+def _signs(step: float, moves: int) -> Rule:
+    """The paper's: the sign of the derivative, the same step always, ranked once."""
+    return Rule(step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0)
+
+
+def _best(config: Config) -> Rule:
+    return Rule(max_steps=config.best_moves, tries=config.best_tries)
+
+
+def _of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
+    half = np.flatnonzero(found["many_flipped"] == found["many_flipped"].max())[0]
+    scalars = {key: float(value) for key, value in found.items() if not np.ndim(value)}
+    return {f"group_{key}_{network}": value for key, value in scalars.items()} | {
+        f"group_one_loss_before_{network}": found["one_losses"][0],
+        f"group_one_loss_after_{network}": found["one_losses"][-1],
+        f"group_most_flipped_{network}": found["many_flipped"][half],
+        f"group_poisons_for_most_{network}": found["many_poisons"][half],
+    }
+
+
+def _over_all(config: Config, every: list, groups: list) -> dict[str, float]:
+    """What is claimed of all heads together."""
+    flipped = {rule: np.concatenate([one[f"{rule}_flipped"] for one in every]) for rule in RULES}
+    two = config.counts.index(2) if 2 in config.counts else 0
+    worst = [np.max(one["gradient_norm"]) for one in (*every, *groups)]
+    gains = [np.diff(one[f"{rule}_flipped"].mean(axis=0)) for one in every for rule in RULES]
+    paper, best = (flipped[rule][:, two].sum() for rule in RULES)
+    ranks = np.concatenate([one["standing"].reshape(-1, len(SIGNS), 2) for one in every])
+    ranks = ranks[~np.isnan(ranks[:, 0, 0])]
+    metrics = {
+        "times_as_many_by_best_rule_with_2": best / max(paper, 1),
+        "least_gain_by_more_poisons": min((g.min() for g in gains if len(g)), default=0.0),
+        "confirmed_by_cold_refit": np.mean(np.concatenate([one["confirmed"] for one in every])),
+        "byte_equal": np.mean([np.mean(one["same_bytes"]) for one in (*every, *groups)]),
+        "worst_gradient_norm": max(worst),
+    }
+    for i, sign in enumerate(SIGNS):
+        for j, when in enumerate(("before", "after")):
+            metrics[f"median_poison_at_by_{sign}_{when}"] = np.median(ranks[:, i, j])
+    return metrics

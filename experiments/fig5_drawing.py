@@ -1,0 +1,73 @@
+"""What Figure 5 looks like."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments import trunks
+from experiments.attacking import SIGNS
+from experiments.record import Record
+
+RULES = ("paper", "best")
+
+
+def draw(record: Record) -> Any:
+    """Success over the number of poisons, head by head; the group; where poisons are found."""
+    import matplotlib.pyplot as plt
+
+    arrays, metrics = record.arrays, record.metrics
+    names = [name.decode() for name in arrays["heads"]]
+    networks = [trunks.split(name)[0] for name in names]
+    counts, at = arrays["counts"], np.arange(len(arrays["counts"]))
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 9}):
+        figure = plt.figure(figsize=(6.75, 5.0), layout="constrained")
+        above, below = figure.subfigures(2, 1)
+        for axis, name, network in zip(
+            np.atleast_1d(above.subplots(1, len(names), sharey=True)), names, networks, strict=True
+        ):
+            for rule, (label, colour, marker) in zip(RULES, _LOOKS, strict=True):
+                shares = 100 * arrays[f"{rule}_flipped_{network}"].mean(axis=0)
+                axis.plot(at, shares, marker=marker, color=colour, label=label, clip_on=False)
+            known = [(i, _PAPER[c]) for i, c in enumerate(counts.tolist()) if c in _PAPER]
+            axis.plot(*zip(*known, strict=True), "x", color="0.5", label="the paper's network")
+            axis.set_xticks(at, counts)
+            axis.set(ylim=(0, 103), xlabel="Training images poisoned", title=name)
+        above.axes[0].set_ylabel("Test images flipped (%)")
+        above.axes[0].legend(frameon=False, fontsize=7)
+        defence, together = below.subplots(1, 2)
+        _draw_defence(defence, [arrays[f"standing_{network}"] for network in networks])
+        for network, colour in zip(networks, ("#0072B2", "#D55E00", "#009E73"), strict=False):
+            poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
+            last = np.append(np.diff(poisons) > 0, True)  # of the refits with as many poisons
+            together.plot(poisons[last], flipped[last], "o-", color=colour, label=network)
+            together.axhline(metrics[f"group_one_flipped_{network}"], color=colour, linewidth=0.8,
+                             linestyle=":")  # fmt: skip
+        together.set_xscale("symlog", linthresh=1)
+        together.set(
+            xlabel="Training images poisoned", ylabel="Test images flipped",
+            ylim=(-0.5, record.config["group_size"]), title="Many test images at once",
+        )  # fmt: skip
+        together.legend(frameon=False, fontsize=7)
+    return figure
+
+
+_PAPER = {1: 57.0, 2: 77.0, 10: 99.8}  # section 5.2: of 591 test images, per cent
+_LOOKS = (("the paper's rule", "#56B4E9", "s"), ("best rule", "#D55E00", "o"))  # of RULES
+
+
+def _draw_defence(axis: Any, standings: list[NDArray]) -> None:
+    """The share of poisons found over the share of training images checked."""
+    ranks = np.concatenate([one.reshape(-1, len(SIGNS), 2) for one in standings])
+    ranks = ranks[~np.isnan(ranks[:, 0, 0])]
+    looks = (("self-influence", "#0072B2"), ("loss", "#D55E00"), ("distance", "#009E73"))
+    for i, (label, colour) in enumerate(looks):
+        for j, line in enumerate((":", "-")):
+            checked = np.append(np.sort(ranks[:, i, j]), 1)
+            found = np.append(np.arange(1, len(ranks) + 1), len(ranks)) / len(ranks)
+            axis.step(100 * checked, 100 * found, line, where="post", color=colour,
+                      label=label if j else None)  # fmt: skip
+    axis.plot([0, 100], [0, 100], color="0.8", linewidth=0.8, zorder=0)
+    axis.set(xlabel="Training images checked (%)", ylabel="Poisons found (%)",
+             title="By what poisons are found (dotted: before)")  # fmt: skip
+    axis.legend(frameon=False, fontsize=7, loc="lower right")

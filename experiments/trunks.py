@@ -1,0 +1,245 @@
+"""Networks trained on ImageNet, cut at a layer, and the features that photographs have there.
+
+A head is named by its network and the layer under it: "inception/mixed8". What can be had:
+
+    small            random weights, for the stand-in's 32 x 32 pictures: up to relu2
+    mobilenet        MobileNet, width .75, 224 pixels, whole
+    inception        Inception v3 of 2015, 299 pixels, up to mixed8
+    inception-keras  Inception v3 with Keras' own weights, the paper's, whole: mixed10
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import joblib
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+import data
+from data import images
+from data.files import cache_folder
+from data.networks import WEIGHTS
+from experiments.running import Misuse
+from influence import TopLayer
+from influence.checkpoint import kept
+from influence.models.inception import cut
+
+_ROWS = 256  # images whose features are kept together: what an interruption can cost
+_VERSION = 1  # of what features are, besides everything that their file's name is made of
+_SMALL = (32, 64)  # filters of 5 x 5
+_GAIN = 20  # of random weights: features large enough for the weight decay of the others
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network is.
+
+    Attributes:
+      side: of its images, pixels.
+      layers: those that are asked about, in order, the last one there is at the end: one pass
+        over the images gives the features of all.
+    """
+
+    side: int
+    layers: tuple[str, ...]
+
+
+NETWORKS = {
+    "small": Network(32, tuple(f"relu{i}" for i in range(1, len(_SMALL) + 1))),
+    "mobilenet": Network(224, tuple(f"conv_pw_{i}_relu" for i in range(9, 14))),
+    "inception": Network(299, tuple(f"mixed{i}" for i in range(3, 9))),
+    "inception-keras": Network(299, tuple(f"mixed{i}" for i in range(3, 11))),
+}
+
+
+def split(head: str) -> tuple[str, str]:
+    """The network and the layer of "network/layer".
+
+    Raises: ValueError if there is no such network.
+    """
+    network, _, layer = head.partition("/")
+    if network not in NETWORKS or not layer:
+        raise ValueError(
+            f"a head must be named network/layer with a network of {', '.join(NETWORKS)}, "
+            f"got {head!r}."
+        )
+    return network, layer
+
+
+def side(head: str) -> int:
+    """Pixels on a side of the images that a head's network takes."""
+    return NETWORKS[split(head)[0]].side
+
+
+def check(heads: Sequence[str], root: Path | None) -> None:
+    """See that the weights of all networks are there, before any work.
+
+    Args:
+      heads: names.
+      root: the data folder, to be looked in first.
+    Raises: Misuse saying what to put where.
+    """
+    for network in dict.fromkeys(split(head)[0] for head in heads):
+        try:
+            _weights(network, root)
+        except (OSError, ValueError) as error:
+            raise Misuse(str(error)) from error
+
+
+def trunk(head: str, root: Path | None) -> keras.Model:
+    """The network with its trained weights, up to the layer.
+
+    Args:
+      head: its name.
+      root: the data folder, to be looked in first for the weights.
+    Returns: a model from images in [-1, 1] to that layer's output.
+    Raises: ValueError if there is no such layer; as `data.weights`.
+    """
+    network, layer = split(head)
+    return cut(_built(network, root), layer)
+
+
+def features(
+    heads: Sequence[str],
+    x: NDArray[np.uint8],
+    *,
+    root: Path | None,
+    folder: Path | None,
+) -> dict[str, NDArray]:
+    """The pooled features of images at each of several heads, one pass for each network.
+
+    Args:
+      heads: names.
+      x: (n, h, w, 3) uint8, resized to the network's side if they are of another.
+      root: the data folder, to be looked in first for the weights.
+      folder: where they are kept, as float32, which they are computed in; None keeps nothing.
+    Returns: {head: (n, f) float64}, not standardised.
+    Raises: as `trunk`.
+    """
+    found: dict[str, dict[str, NDArray]] = {}
+    for network in dict.fromkeys(split(head)[0] for head in heads):
+        mine = {split(head)[1] for head in heads if split(head)[0] == network}
+        layers = NETWORKS[network].layers
+        if not mine <= set(layers):
+            layers = tuple(sorted(mine))
+        found[network] = _features_of(network, layers, x, root, folder)
+    return {head: found[split(head)[0]][split(head)[1]] for head in heads}
+
+
+def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
+    """Where features are to be kept: in the user cache, for every experiment and run after this.
+
+    Args:
+      stand_in: of a stand-in they are kept in the run's own folder: they take no time.
+      checkpoints: that folder, which serves, too, where the cache cannot be written to.
+    """
+    cache = cache_folder() / "features"
+    if stand_in:
+        return checkpoints
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return checkpoints
+    return cache if os.access(cache, os.W_OK) else checkpoints
+
+
+def _features_of(
+    network: str,
+    layers: tuple[str, ...],
+    x: NDArray[np.uint8],
+    root: Path | None,
+    folder: Path | None,
+) -> dict[str, NDArray]:
+    """{layer: (n, f)}."""
+    x = images.resized(x, NETWORKS[network].side)
+    net: TopLayer | None = None
+    widths: list[int] = []
+
+    def compute(rows: slice) -> dict[str, NDArray]:
+        nonlocal net
+        if net is None:  # not before it is known to be needed
+            model = _built(network, root)
+            outputs = [cut(model, layer).output for layer in layers]
+            widths.extend(output.shape[-1] for output in outputs)
+            net = TopLayer(_side_by_side(outputs))
+        pooled = net.features(x[rows]).astype(np.float32)  # what they were computed in
+        parts = np.split(pooled, np.cumsum(widths)[:-1], axis=1)
+        return dict(zip(layers, parts, strict=True))
+
+    name = folder and _name(network, layers, x, root)
+    blocks = [
+        kept(
+            folder and folder / f"{network}-{name}-{start:05}.npz",
+            partial(compute, slice(start, start + _ROWS)),
+        )
+        for start in range(0, len(x), _ROWS)
+    ]
+    return {
+        layer: np.concatenate([block[layer] for block in blocks]).astype(np.float64)
+        for layer in layers
+    }
+
+
+def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Path | None) -> str:
+    """Of everything that features depend on."""
+    path = _weights(network, root)
+    weights = (
+        WEIGHTS[network].digests[0] if path else joblib.hash(_built(network, root).get_weights())
+    )
+    versions = [metadata.version(package) for package in ("keras", "tensorflow")]
+    digest = hashlib.sha256(repr((_VERSION, layers, weights, versions, x.shape)).encode())
+    digest.update(np.ascontiguousarray(x).data)
+    return digest.hexdigest()[:16]
+
+
+def _side_by_side(outputs: list[Any]) -> keras.Model:
+    """The pooled outputs of several layers of one model as one vector."""
+    pooled = [keras.layers.GlobalAveragePooling2D()(output) for output in outputs]
+    joined = pooled[0] if len(pooled) == 1 else keras.layers.Concatenate()(pooled)
+    (first,) = keras.utils.get_source_inputs(joined)
+    return keras.Model(first, joined)
+
+
+def _weights(network: str, root: Path | None) -> Path | None:
+    return data.weights(network, root) if network in WEIGHTS else None
+
+
+def _built(network: str, root: Path | None) -> Any:
+    """The network up to its last layer, with its trained weights."""
+    path, side = _weights(network, root), NETWORKS[network].side
+    options: dict[str, Any] = {"include_top": False, "input_shape": (side, side, 3)}
+    if network == "small":
+        return _small(options["input_shape"])
+    if network == "mobilenet":
+        return keras.applications.MobileNet(alpha=0.75, weights=str(path), **options)
+    whole = keras.applications.InceptionV3(weights=None, **options)
+    model = cut(whole, NETWORKS[network].layers[-1])
+    model.load_weights(str(path))
+    return model
+
+
+def _small(shape: tuple[int, ...]) -> keras.Model:
+    L = keras.layers
+    layers: list[Any] = [keras.Input(shape)]
+    for i, filters in enumerate(_SMALL, start=1):
+        start = keras.initializers.VarianceScaling(_GAIN, seed=i)
+        bias = keras.initializers.RandomNormal(stddev=0.3, seed=len(_SMALL) + i)
+        layers += [
+            L.Conv2D(
+                filters,
+                5,
+                strides=2,
+                kernel_initializer=start,
+                bias_initializer=bias,
+                name=f"conv{i}",
+            ),
+            L.Activation("relu", name=f"relu{i}"),
+        ]
+    return keras.Sequential(layers, name="small")

@@ -1,0 +1,102 @@
+"""Photographs: grey, CMYK and other ones become RGB squares; broken ones are named."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import images
+
+SIDE = 16
+
+
+def smooth(height=SIDE, width=SIDE):
+    """Colours that change slowly, so that JPEG keeps them."""
+    v, u = np.mgrid[:height, :width]
+    channels = 60 + 120 * u / width, 200 - 100 * v / height, 90 + 60 * (u + v) / (height + width)
+    return np.stack(channels, axis=2).astype(np.uint8)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def saved(pixels, name="a.JPEG", mode="RGB", kind="JPEG"):
+        path = tmp_path / name
+        Image.fromarray(pixels).convert(mode).save(path, kind, quality=98)
+        return path
+
+    return saved
+
+
+def test_a_photograph_of_the_right_size_is_taken_as_it_is(save):
+    path = save(smooth(), kind="PNG")  # whatever its name says, as one of ImageNet's
+    found = images.read([path, path], SIDE)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, [smooth(), smooth()])
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("RGBA", "PNG"), ("RGB", "JPEG")])
+def test_other_modes_keep_their_colours(save, mode, kind):
+    (found,) = images.read([save(smooth(), mode=mode, kind=kind)], SIDE)
+    assert np.abs(found.astype(int) - smooth()).max() < 12  # JPEG's loss
+
+
+def test_grey_becomes_three_equal_channels(save):
+    (found,) = images.read([save(smooth(), mode="L")], SIDE)
+    assert found.shape == (SIDE, SIDE, 3)
+    assert (found[..., 0] == found[..., 1]).all() and (found[..., 0] == found[..., 2]).all()
+    luminance = smooth() @ [0.299, 0.587, 0.114]  # ITU-R 601
+    assert np.abs(found[..., 0] - luminance).max() < 8
+
+
+def test_other_sizes_are_squeezed(save):
+    (found,) = images.read([save(smooth(40, 64))], SIDE)
+    assert np.abs(found.astype(int) - smooth()).max() < 12
+    again = images.resized(found[None], 8)
+    assert again.shape == (1, 8, 8, 3) and again.dtype == np.uint8
+    means = found.reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+    assert np.abs(again[0].astype(float) - means).max() < 6
+    assert images.resized(again, 8) is again
+
+
+@pytest.mark.parametrize("size", [0, 1, 40, 300])
+def test_a_truncated_photograph_is_named(save, size):
+    path = save(smooth())
+    content = path.read_bytes()
+    assert len(content) > 300
+    path.write_bytes(content[:size])
+    with pytest.raises(ValueError, match=r"a.JPEG: expected a whole JPEG or PNG .*move it away"):
+        images.read([path], SIDE)
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"GIF89a" + bytes(40)])
+def test_something_else_is_named(tmp_path, content):
+    path = tmp_path / "b.JPEG"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="b.JPEG: expected a whole JPEG or PNG photograph, found"):
+        images.read([path], SIDE)
+
+
+def test_a_bomb_is_refused(save, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match="a.JPEG: expected a whole .* decompression bomb"):
+        images.read([save(smooth())], SIDE)
+
+
+def test_an_error_of_the_disk_is_not_the_photographs(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        images.read([tmp_path / "none.JPEG"], SIDE)
+
+
+def test_photographs_are_found_by_name(tmp_path):
+    for name in ("b.JPEG", "a.jpg", "c.Png", ".hidden.JPEG", "d.txt", "e.JPEG.partial"):
+        (tmp_path / name).touch()
+    assert [path.name for path in images.photographs(tmp_path)] == ["a.jpg", "b.JPEG", "c.Png"]
+    assert images.photographs(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((2, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), np.zeros((2, 4, 4, 1), "uint8")],
+)
+def test_what_cannot_be_resized(wrong):
+    with pytest.raises(ValueError, match=r"images must be \(k, h, w, 3\) of uint8, got"):
+        images.resized(wrong, 8)

@@ -1,0 +1,344 @@
+"""TopLayer: a head on a frozen trunk, held against finite differences and the tape of the whole."""
+
+import inspect
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from joblib.externals.loky.backend import reduction
+
+from influence import (
+    CG,
+    BinaryLogisticRegression,
+    Direct,
+    Examples,
+    GenericNeuralNet,
+    Influence,
+    TopLayer,
+)
+from influence.models import trunk as trunk_module
+from influence.models.inception import cut, scaled
+from tests import oracles
+from tests.influence.problems import relative_error
+
+L = keras.layers
+SIDE, F = 8, 5
+
+
+def trunk(dtype="float64", pooled=False, seed=1):
+    """With normalisation by moments of its own, and dropout; to (3, 3, 5) or a vector (5,)."""
+    init = lambda k: keras.initializers.RandomNormal(stddev=0.5, seed=seed + k)  # noqa: E731
+    layers = [
+        keras.Input((SIDE, SIDE, 3), dtype=dtype),
+        L.Conv2D(4, 3, name="first", kernel_initializer=init(0), dtype=dtype),
+        L.BatchNormalization(name="norm", dtype=dtype),
+        L.Activation("tanh", dtype=dtype),
+        L.Dropout(0.5, dtype=dtype),
+        L.Conv2D(F, 3, strides=2, name="last", kernel_initializer=init(1), dtype=dtype),
+        L.Activation("softplus", name="map", dtype=dtype),
+    ]
+    if pooled:
+        layers += [L.Flatten(dtype=dtype), L.Dense(F, kernel_initializer=init(2), dtype=dtype)]
+    model = keras.Sequential(layers, name="trunk")
+    model.get_layer("norm").moving_mean.assign([0.1, -0.2, 0.3, 0.0])
+    model.get_layer("norm").moving_variance.assign([0.5, 1.5, 1.0, 2.0])
+    return model
+
+
+MEAN, SCALE = np.linspace(0.5, 1.0, F), np.linspace(0.2, 0.6, F)
+
+
+def problem(n=14, *, dtype="float64", pooled=False, standardised=True, weight_decay=0.05):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-0.9, 0.9, (n, SIDE, SIDE, 3)).astype(dtype)
+    y = np.arange(n) % 2
+    images[y == 1, :, :, 0] += 0.1
+    options = {"mean": MEAN, "scale": SCALE} if standardised else {}
+    net = TopLayer(trunk(dtype, pooled), weight_decay=weight_decay, **options)
+    net.theta = rng.standard_normal(F)
+    return net, images, y
+
+
+def by_hand(net, images):
+    """The features, from the model called as its owner would call it."""
+    out = net.trunk(images, training=False).numpy().astype(np.float64)
+    return (out.mean(axis=(1, 2)) - MEAN) / SCALE
+
+
+def test_features_are_the_pooled_standardised_outputs():
+    net, images, _ = problem()
+    got = net.features(images)
+    assert got.dtype == np.float64 and relative_error(got, by_hand(net, images)) < 1e-12
+    assert net.features(got) is got
+    plain = TopLayer(net.trunk)
+    np.testing.assert_allclose(plain.features(images), by_hand(net, images) * SCALE + MEAN)
+    vector, images, _ = problem(pooled=True, standardised=False)
+    assert relative_error(vector.features(images), vector.trunk(images).numpy()) < 1e-12
+
+
+def test_theta_is_the_head_alone_and_the_trunk_is_left_as_it_was():
+    net, images, y = problem()
+    before = net.trunk.get_weights()
+    assert net.num_parameters == F and net.dtype == np.float64
+    net.fit(Examples(images, y))
+    for was, now in zip(before, net.trunk.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+    assert net.trunk.trainable
+
+
+def test_the_default_is_the_papers_model():
+    net = TopLayer(trunk("float32"))
+    assert net.weight_decay == 0.001 and not net.intercept
+    assert isinstance(net, BinaryLogisticRegression)
+
+
+QUESTIONS = sorted(
+    name
+    for name, method in inspect.getmembers(GenericNeuralNet, inspect.isfunction)
+    if not name.startswith("_") and "x" in inspect.signature(method).parameters
+)
+
+
+@pytest.mark.parametrize("name", [q for q in QUESTIONS if q not in ("features", "affine_layers")])
+def test_every_question_takes_images_or_their_features(name):
+    net, images, y = problem(6)
+    rng = np.random.default_rng(2)
+    V, W = rng.standard_normal((F, 3)), rng.standard_normal((2, F, 2))
+    each = np.array([[0, 3, 1], [4, 2, 5]])
+    take = lambda x: (x, y)  # noqa: E731
+    more = {
+        "outputs": (),
+        "hvp": (V,), "directional": (V,), "gauss_newton_product": (V,), "bregman_gradient": (V,),
+        "curvatures": (V[:, 0],), "curvature_gradient": (V[:, 0],), "input_gradient": (V[:, 0],),
+        "hvp_each": (W,), "gauss_newton_each": (W,), "gradient_each": (V[:, :2],),
+    }.get(name, ())  # fmt: skip
+    if name.endswith("_each"):
+        take = lambda x: (x[each], y[each])  # noqa: E731
+    if name == "outputs":
+        take = lambda x: (x,)  # noqa: E731
+    head = BinaryLogisticRegression(F, weight_decay=net.weight_decay)
+    head.theta = net.theta
+    features = by_hand(net, images)
+    expected = getattr(head, name)(*take(features), *more)
+    of_features = getattr(net, name)(*take(features), *more)
+    np.testing.assert_array_equal(of_features[0], expected[0])
+    if name == "input_gradient":  # of images it is another thing
+        assert getattr(net, name)(*take(images), *more).shape == images.shape
+        return
+    of_images = getattr(net, name)(*take(images), *more)
+    if not isinstance(expected, tuple):
+        of_images, expected = (of_images,), (expected,)
+    for got, wanted in zip(of_images, expected, strict=True):
+        assert relative_error(got, wanted) < 1e-12
+
+
+def test_affine_layers_are_the_heads():
+    net, images, _ = problem(4)
+    (layer,) = net.affine_layers(images).layers
+    assert layer.entries.shape == (F, 1)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_input_gradient_is_a_difference_of_actual_gradients(pooled):
+    net, images, y = problem(5, pooled=pooled, standardised=not pooled)
+    rng = np.random.default_rng(3)
+    v, along = rng.standard_normal(F), rng.standard_normal(images.shape)
+    got = net.input_gradient(images, y, v)
+
+    def slopes(x):
+        return net.gradients(x, y) @ v  # (n,): grad loss_i . v
+
+    expected = oracles.central_difference(slopes, images, along, 3e-4)
+    assert got.shape == images.shape and got.dtype == images.dtype
+    assert relative_error((got * along).sum(axis=(1, 2, 3)), expected) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_input_gradient_is_the_tapes_of_the_whole_model(dtype):
+    net, images, y = problem(11, dtype=dtype)
+    v = np.random.default_rng(4).standard_normal(F)
+    x, w = tf.constant(images), tf.constant(net.theta[:, None])
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(w)
+            pooled = tf.reduce_mean(net.trunk(x, training=False), axis=(1, 2))
+            features = (tf.cast(pooled, tf.float64) - MEAN) / SCALE
+            z = (features @ w)[:, 0]
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(tf.constant(y, tf.float64), z)
+            total = tf.reduce_sum(losses)
+        along = tf.reduce_sum(inner.gradient(total, w)[:, 0] * v)
+    expected = outer.gradient(along, x).numpy()
+    got = net.input_gradient(images, y, v)
+    assert got.dtype == np.dtype(dtype)
+    assert relative_error(got, expected) < {"float64": 1e-12, "float32": 1e-5}[dtype]
+
+
+def test_moving_pixels_moves_the_refitted_test_loss_as_predicted():
+    """d(test loss after retraining) / d(pixels), against refits with moved pixels."""
+    net, images, y = problem(14)
+    train, test = Examples(images, y), Examples(images[:2] * 0.5, 1 - y[:2])
+    net.fit(train)
+    got = Influence(net, train, solver=Direct()).perturbation(test, [3])[:, 0]
+    along = np.random.default_rng(5).standard_normal(images[3].shape)
+
+    def after(t):
+        moved = images.copy()
+        moved[3] += t[0] * along
+        other = TopLayer(net.trunk, weight_decay=net.weight_decay, mean=MEAN, scale=SCALE)
+        other.fit(Examples(moved, y), gradient_tolerance=1e-13)
+        return other.losses(test.x, test.y)
+
+    expected = oracles.central_difference(after, np.zeros(1), np.ones(1), 1e-3)
+    assert relative_error((got * along).sum(axis=(1, 2, 3)), expected) < 1e-7
+
+
+def test_neither_batches_nor_order_change_a_bit():
+    net, images, y = problem(75, dtype="float32")
+    v = np.random.default_rng(6).standard_normal(F)
+    rows = np.random.default_rng(7).permutation(75)
+    cuts = np.split(rows, [1, 4, 11, 50])
+    parts = np.concatenate([net.features(images[r]) for r in cuts])
+    np.testing.assert_array_equal(parts, net.features(images)[rows])
+    parts = np.concatenate([net.input_gradient(images[r], y[r], v) for r in cuts])
+    np.testing.assert_array_equal(parts, net.input_gradient(images, y, v)[rows])
+
+
+def test_several_images_at_a_time_as_on_a_gpu(monkeypatch):
+    net, images, y = problem(37)
+    v = np.random.default_rng(6).standard_normal(F)
+    expected = net.features(images), net.input_gradient(images, y, v)
+    monkeypatch.setattr(trunk_module, "_ELSEWHERE", 16)
+    assert relative_error(net.features(images), expected[0]) < 1e-12
+    assert relative_error(net.input_gradient(images, y, v), expected[1]) < 1e-12
+
+
+def test_examples_of_images_are_answered_as_those_of_features():
+    net, images, y = problem(20)
+    train = Examples(images, y)
+    featured = net.featured(train)
+    assert net.featured(featured) is featured and relative_error(
+        featured.x, by_hand(net, images)
+    ) < 1e-12  # fmt: skip
+    net.fit(train)
+    assert net.gradient_norm(train) < 1e-10 and net.gradient_norm(featured) < 1e-10
+    np.testing.assert_allclose(net.hessian(train), net.hessian(featured), rtol=1e-12)
+    few = train.take([1, 4, 6])
+    for solver in (Direct(), CG(rtol=1e-12)):
+        of_images = Influence(net, train, solver=solver, batch_size=7).scores(few)
+        of_features = Influence(net, featured, solver=solver).scores(net.featured(few))
+        np.testing.assert_allclose(
+            of_images.change_if_removed, of_features.change_if_removed, rtol=1e-9, atol=1e-12
+        )
+    for question in (net.self_influence, net.one_step_leave_one_out):
+        pair = [question(examples, np.array([2, 5])) for examples in (train, featured)]
+        np.testing.assert_allclose(*pair, rtol=1e-9)
+
+
+def test_bytes_and_floats_are_the_same_images():
+    pixels = np.arange(256, dtype=np.uint8)
+    x = scaled(pixels, "float64")
+    np.testing.assert_allclose(x, np.linspace(-1, 1, 256), atol=1e-15)
+    assert scaled(pixels).dtype == np.float32
+    np.testing.assert_array_equal(np.round((scaled(pixels).astype(float) + 1) * 127.5), pixels)
+    already = np.linspace(-1, 1, 5)
+    assert scaled(already, "float64") is already
+    net = problem()[0]
+    images = np.random.default_rng(8).integers(0, 256, (3, SIDE, SIDE, 3))
+    expected = net.features(images / 127.5 - 1)
+    for dtype in ("uint8", "int64"):
+        assert relative_error(net.features(images.astype(dtype)), expected) < 1e-12
+
+
+def test_cut_ends_at_a_layer_and_shares_its_weights():
+    model = trunk()
+    part = cut(model, "last")
+    images = problem(2)[1]
+    expected = model.get_layer("map")(part(images, training=False))
+    np.testing.assert_allclose(model(images, training=False), expected, rtol=1e-12)
+    assert part.get_layer("first") is model.get_layer("first")
+    with pytest.raises(ValueError, match="layer_name must be a layer of 'trunk', .*'map', got 'm'"):
+        cut(model, "m")
+
+
+def test_pickled_with_its_trunk():
+    net, images, _ = problem(3)
+    expected = net.features(images)
+    again = pickle.loads(reduction.dumps(net))  # as joblib sends it to its workers
+    assert relative_error(again.features(images), expected) < 1e-12
+    np.testing.assert_array_equal(again.theta, net.theta)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def model_of(*layers):
+    return keras.Sequential(list(layers), name="other")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: 3, TypeError, "trunk must be a keras.Model, got int"),
+        (lambda: keras.Sequential([L.Conv2D(1, 1)]), ValueError, "one input and one output, got 0"),
+        (lambda: model_of(keras.Input((4,)), L.Dense(2)), ValueError,
+         r"from images \(h, w, c\) to a feature map .* got \(4,\) to \(2,\) in 'other'"),
+        (lambda: model_of(keras.Input((8, 8, 3)), L.Reshape((64, 3))), ValueError,
+         r"got \(8, 8, 3\) to \(64, 3\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_trunk(make, error, message):
+    with pytest.raises(error, match=message):
+        TopLayer(make())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": np.zeros(4)}, r"mean must be 5 finite numbers, .* got shape \(4,\)"),
+        ({"scale": np.array([1, 1, np.nan, 1, 1])}, "scale must be 5 finite .* with NaN"),
+        ({"scale": np.array([1, 1, 0, 1, 1])}, "scale must be positive, got 0 at position 2"),
+        ({"weight_decay": -1}, "weight_decay must be non-negative, got -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TopLayer(trunk(), **options)
+
+
+def test_bad_images():
+    net, images, y = problem(4)
+    v = np.ones(F)
+    with pytest.raises(ValueError, match=r"train.x must be images of shape \(8, 8, 3\) .*'trunk'"):
+        net.validate(Examples(images[:, :7], y), "train")
+    with pytest.raises(ValueError, match=r"x must be images of shape .* got \(8, 7, 3\)"):
+        net.features(images[:, :, :7])
+    with pytest.raises(ValueError, match=r"images must be in \[-1, 1\] as floats, got .* to 3"):
+        net.features(images + 3 - images.max())
+    with pytest.raises(ValueError, match="bytes 0 to 255 as integers, got -1 to 300"):
+        net.features(np.full(images.shape, 300) - 301 * (images > 0))
+    with pytest.raises(TypeError, match="images must be integers or floats, got dtype bool"):
+        net.features(images > 0)
+    with pytest.raises(TypeError, match="x must be floating to be differentiated, got uint8"):
+        net.input_gradient(np.zeros(images.shape, np.uint8), y, v)
+    with pytest.raises(ValueError, match=r"v must have shape \(5,\), got \(4,\)"):
+        net.input_gradient(images, y, v[:4])
+    with pytest.raises(ValueError, match="x must be images of shape"):
+        net.input_gradient(images[:, :7], y, v)
+    with pytest.raises(ValueError, match=r"train.y must hold labels in \[0, 1\], got 2 in row 3"):
+        net.validate(Examples(images, np.array([0, 1, 0, 2])), "train")
+    with pytest.raises(ValueError, match=r"train.x must have rows of shape \(5,\) .* got \(6,\)"):
+        net.validate(Examples(np.ones((4, 6)), y), "train")
+    net.validate(Examples(images, y), "train")
+    net.validate(Examples(net.features(images), y), "train")
+
+
+def test_a_trunk_without_a_derivative():
+    model = model_of(keras.Input((SIDE, SIDE, 3)), L.Lambda(tf.round))
+    net = TopLayer(model)
+    images = np.zeros((2, SIDE, SIDE, 3), np.float32)
+    assert net.features(images).shape == (2, 3)
+    with pytest.raises(ValueError, match="trunk must be differentiable .* from 'other'"):
+        net.input_gradient(images, np.array([0, 1]), np.ones(3))

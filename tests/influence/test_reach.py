@@ -1,0 +1,185 @@
+"""The derivative of a test loss by a training input: against refits and closed forms; the moves."""
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from influence import CG, Direct, DivergenceError, Examples
+from influence.reach import (
+    PAPER_RULE,
+    Rule,
+    check_targets,
+    gradient_norms,
+    mean_s_test,
+    mean_size,
+)
+from tests import oracles
+from tests.influence import attacked
+from tests.influence.attacked import RADIUS, mean_loss, replaced
+
+
+def derivative(net, train, test, rows, along, inputs=None):
+    """Of the mean test loss after a refit, by the inputs of some rows, along a direction."""
+    targets = check_targets(net, train, rows, RADIUS, inputs, None)
+    s = mean_s_test(net, train, test, CG(1e-12))
+    g = targets.gradients(net, slice(None), targets.x, s)
+    return -np.sum(g * along) / len(train)
+
+
+def refitted_loss(net, train, test, rows, x):
+    theta = net.theta
+    attacked.tight(net, replaced(train, rows, x))
+    loss = mean_loss(net, test)
+    net.theta = theta
+    return loss
+
+
+@pytest.mark.parametrize("make", [attacked.logistic, attacked.network])
+def test_gradient_is_that_of_the_test_loss_after_a_refit(make):
+    net, train, test, *_ = make()
+    rows = np.array([4, 17])
+    along = np.random.default_rng(0).standard_normal(train.x[rows].shape)
+    actual = oracles.central_difference(
+        lambda x: refitted_loss(net, train, test, rows, x), train.x[rows], along
+    )
+    assert derivative(net, train, test, rows, along) == pytest.approx(actual, rel=1e-4)
+    assert abs(actual) > 1e-4
+
+
+def test_gradient_reaches_through_a_trunk():
+    net, train, test, inputs = attacked.on_trunk()
+    rows = np.array([4, 17])
+    along = np.random.default_rng(0).standard_normal(inputs[rows].shape)
+    actual = oracles.central_difference(
+        lambda x: refitted_loss(net, train, test, rows, net.features(x)), inputs[rows], along
+    )
+    found = derivative(net, train, test, rows, along, inputs[rows])
+    assert found == pytest.approx(actual, rel=1e-4)
+    assert abs(actual) > 1e-4
+
+
+def test_gradients_do_not_depend_on_how_many_are_asked_for():
+    net, train, test, _ = attacked.logistic()
+    targets = check_targets(net, train, np.arange(40), RADIUS, None, None)
+    s = mean_s_test(net, train, test, CG(1e-12))
+    whole = targets.gradients(net, slice(None), targets.x, s)
+    for at in (np.array([39, 2]), np.arange(5, 30)):
+        part = targets.gradients(net, at, targets.x[at], s)
+        np.testing.assert_allclose(part, whole[at], rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [attacked.logistic, attacked.network])
+def test_s_test_by_any_solver(make):
+    net, train, test, *_ = make()
+    I = np.eye(net.num_parameters)  # noqa: E741
+    H = net.hvp(train.x, train.y, I) + net.penalty_hvp(I)
+    expected = np.linalg.solve(H, net.gradient(test.x, test.y))
+    for solver in (None, Direct(), CG(1e-12)):
+        np.testing.assert_allclose(mean_s_test(net, train, test, solver), expected, rtol=1e-7)
+
+
+def test_a_singular_hessian_is_named():
+    net, train, test, _ = attacked.logistic(weight_decay=0.02)
+    flat = attacked.BinaryLogisticRegression(5, weight_decay=0.0)
+    double = [Examples(np.c_[part.x, np.zeros(len(part))], part.y) for part in (train, test)]
+    with pytest.raises(DivergenceError, match="A must not be singular"):
+        mean_s_test(flat, *double)
+
+
+def test_norms_by_hand():
+    net, train, test, oracle = attacked.logistic()
+    rows, theta = np.array([7, 0, 12]), net.theta
+    g_test = oracle.on(test.x, test.y).gradients(theta).mean(axis=0)
+    s = np.linalg.solve(oracle.hessian(theta), g_test)
+    g = oracle.on(train.x[rows], train.y[rows]).input_gradients(theta, s, 4)
+    found = gradient_norms(net, train, test, rows)
+    np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-9)
+    # What they are good for: the rise of the test loss within a small box.
+    for row, size, step in zip(rows, found, -1e-3 * np.sign(g), strict=True):
+        rise = refitted_loss(net, train, test, row, train.x[row] + step) - mean_loss(net, test)
+        assert 1e-3 * size / len(train) == pytest.approx(rise, rel=1e-2)
+
+
+def test_norms_through_a_trunk_are_by_the_inputs():
+    net, train, test, inputs = attacked.on_trunk()
+    rows = np.array([2, 31])
+    found = gradient_norms(net, train, test, rows, inputs=inputs[rows])
+    s = mean_s_test(net, train, test, CG(1e-12))
+    g = net.input_gradient(inputs[rows], train.y[rows], s)
+    np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-6)
+    assert (found != gradient_norms(net, train, test, rows)).all()  # those by the features
+
+
+def test_boxes():
+    net, train, *_ = attacked.logistic()
+    low, high = float(train.x.min()), float(train.x.max())
+    targets = check_targets(net, train, np.arange(40), RADIUS, None, (low, high))
+    far = targets.moved(slice(None), targets.x, np.full_like(targets.x, 9.0))
+    np.testing.assert_array_equal(far, np.minimum(train.x + RADIUS, high))
+    far = targets.moved(slice(None), targets.x, np.full_like(targets.x, -9.0))
+    np.testing.assert_array_equal(far, np.maximum(train.x - RADIUS, low))
+    at = np.array([3, 1])
+    near = targets.moved(at, train.x[at], np.full((2, 4), -0.25))
+    expected = np.maximum(train.x[at] - 0.25 * RADIUS, low)
+    np.testing.assert_allclose(near, expected, rtol=1e-15)
+
+
+def test_moves():
+    v = np.array([[4.0, -2.0, 0.0, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(PAPER_RULE.move(v, 99), [[-0.04, 0.04, 0, -0.04], [0, 0, 0, 0]])
+    rule = Rule(step=0.5, decay=0.5, softness=1.0)
+    mean = 6.1 / 4
+    expected = -0.125 * np.array([[1, -1, 0, 0.1 / mean], [0, 0, 0, 0]])
+    np.testing.assert_allclose(rule.move(v, 2), expected, rtol=1e-15)
+    np.testing.assert_allclose(mean_size(v), [[mean], [1]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"step": 0.0}, r"step must lie in \(0, 2\], got 0.0"),
+        ({"step": 2.5}, r"step must lie in \(0, 2\], got 2.5"),
+        ({"decay": 0.0}, r"decay must lie in \(0, 1\], got 0.0"),
+        ({"decay": 1.5}, r"decay must lie in \(0, 1\], got 1.5"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"momentum": -0.1}, r"momentum must lie in \[0, 1\), got -0.1"),
+        ({"softness": -1.0}, "softness must be non-negative, got -1.0"),
+        ({"softness": np.nan}, "softness must be non-negative, got nan"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"tries": -1}, "tries must be at least 0, got -1"),
+    ],
+)
+def test_wrong_rules_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"rows": [40]}, IndexError, r"rows must lie in \[0, 40\), got 40"),
+        ({"radius": 0.0}, ValueError, "radius must be positive and finite, got 0.0"),
+        ({"radius": np.nan}, ValueError, "radius must be positive and finite, got nan"),
+        ({"inputs": np.zeros((3, 6))}, ValueError, "inputs must have a row for each of 2 rows"),
+        ({"inputs": np.zeros((2, 6), np.uint8)}, TypeError, "inputs must be floating .* got uint8"),
+        ({"inputs": np.ones((2, 6))}, ValueError, "inputs must be those of the rows, got features"),
+        ({"bounds": (1.0, -1.0)}, ValueError, "bounds must be the least and the largest value"),
+        ({"bounds": (-0.1, 0.1)}, ValueError, r"bounds must hold the inputs, got \(-0.1, 0.1\)"),
+    ],
+)
+def test_wrong_targets_are_refused(changed, error, message):
+    net, train, _, inputs = attacked.on_trunk()
+    arguments = {"rows": [1, 2], "radius": RADIUS, "inputs": inputs[[1, 2]], "bounds": None}
+    with pytest.raises(error, match=message):
+        check_targets(net, train, **(arguments | changed))
+
+
+def test_inputs_that_cannot_move_are_refused():
+    net, train, test, _ = attacked.logistic()
+    integers = Examples(train.x.astype(int), train.y)
+    with pytest.raises(TypeError, match=r"train\.x must be floating to be moved, got int64"):
+        gradient_norms(net, integers, test, [1])
+    with pytest.raises(TypeError, match=r"train\.x must be one dense array .* got sparse rows"):
+        gradient_norms(net, Examples(csr_matrix(train.x), train.y), test, [1])
+    with pytest.raises(TypeError, match=r"train\.x must be one dense array .* got a dict"):
+        check_targets(net, Examples({"a": train.x}, train.y), [1], RADIUS, None, None)
