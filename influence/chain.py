@@ -103,6 +103,31 @@ class Chain:
             numbers = max(numbers, int(tf.size(z)) * columns)
         return max(_BYTES // (numbers * self.traced.dtype.itemsize * _COPIES), 1)
 
+    def beats_products(self, x: Any) -> bool:
+        """Whether a row takes fewer multiplications here than d Hessian products do.
+
+        Few outputs and many parameters of convolutions, shared by many positions, speak for this;
+        a wide last layer for products.
+
+        Args:
+          x: a row of inputs.
+        """
+        squares, forward, before, own = 0, 0, 0, None
+        values = self._forward(self.traced.theta(), x)[1:]
+        for step, z in zip(self.steps, values, strict=True):
+            width = int(tf.size(z))
+            if step.kind == "affine":
+                forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
+            elif step.kind == "activation":
+                # A channel knows its own weights only: f rows of the layer's f x c.
+                f = 0 if own is None else len(own.entries)
+                squares += width * (before**2 + before * f + f**2)
+            before += 0 if own is None else own.entries.size
+            own = step.own
+        squares += int(tf.size(values[-1])) * sum(self.traced.sizes) ** 2
+        # Reverse over reverse: forward and back, twice.
+        return squares <= 4 * forward * sum(self.traced.sizes)
+
     def hessian(self, x: Any, y: Any) -> NDArray:
         """The Hessian (d, d) of a batch's mean loss, without the penalty.
 

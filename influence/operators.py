@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from influence.checkpoint import kept
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.progress import progress
@@ -27,6 +31,8 @@ class Curvature(LinearOperator):
       examples: the training set; one product is one pass over it, whatever the number of vectors.
       damping: absolute, added to the diagonal: every solver sees matrix + damping I.
       batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+      checkpoints: a folder where `dense` keeps the matrix, undamped, so that it is formed once for
+        all dampings and is there after an interruption.
 
     Raises: ValueError or TypeError for examples that do not fit the net, negative damping or a bad
       batch size.
@@ -39,6 +45,7 @@ class Curvature(LinearOperator):
         damping: float = 0.0,
         *,
         batch_size: int | None = None,
+        checkpoints: str | os.PathLike | None = None,
     ):
         if not isinstance(net, GenericNeuralNet):
             raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
@@ -48,6 +55,7 @@ class Curvature(LinearOperator):
         net.validate(examples, "examples")
         self.net, self.examples, self.damping = net, examples, float(damping)
         self.batch_size = batch_size
+        self.checkpoints = None if checkpoints is None else Path(checkpoints)
         self._theta = net.theta
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
@@ -80,14 +88,35 @@ class Curvature(LinearOperator):
         """
 
     def dense(self) -> NDArray:
-        """The matrix itself, (d, d), from blocks of products with unit vectors."""
+        """The matrix itself, (d, d), a fresh array."""
+        self.check_theta()
+        path = None
+        if self.checkpoints is not None:
+            path = self.checkpoints / f"{type(self).__name__.lower()}-{self._identity()}.npz"
+        matrix = kept(path, lambda: {"matrix": self._formed()})["matrix"]
+        matrix[np.diag_indices_from(matrix)] += self.damping
+        return matrix
+
+    def _formed(self) -> NDArray:
+        """The matrix without damping, (d, d), from blocks of products with unit vectors."""
         d = self.shape[0]
         matrix = np.empty((d, d), self.dtype)
         starts = range(0, d, _DENSE_BLOCK)
         for start in progress(starts, "forming the matrix"):
             size = min(_DENSE_BLOCK, d - start)
-            matrix[:, start : start + size] = self @ np.eye(d, size, k=-start, dtype=self.dtype)
+            units = np.eye(d, size, k=-start, dtype=self.dtype)
+            matrix[:, start : start + size] = self._undamped(units)
         return symmetrised(matrix)
+
+    def _identity(self) -> str:
+        """A short name for all that the undamped matrix depends on, the model by its answers."""
+        net, few = self.net, self.examples.take(slice(0, 8))
+        parts = (
+            type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
+            net.losses(few.x, few.y), net.penalty(), net.penalty_gradient(),
+            self.examples.fingerprint,
+        )  # fmt: skip
+        return joblib.hash(parts)[:16]
 
     def same_as(self, other: Any) -> bool:
         """Whether `other` is this matrix: same kind, net, examples, damping and theta."""
@@ -102,9 +131,12 @@ class Curvature(LinearOperator):
     def _matmat(self, V: NDArray) -> NDArray:
         self.check_theta()
         V = np.asarray(V, self.dtype)
+        return self._undamped(V) + self.damping * V
+
+    def _undamped(self, V: NDArray) -> NDArray:
         size = self.batch_size or self.net.rows_per_batch(self.examples, V.shape[1])
         product = self.net.mean_over(self.examples, size, lambda x, y: self._product(x, y, V))
-        return product + self.net.penalty_hvp(V) + self.damping * V
+        return product + self.net.penalty_hvp(V)
 
     def _matvec(self, v: NDArray) -> NDArray:
         return self._matmat(np.reshape(v, (-1, 1)))[:, 0]
@@ -154,14 +186,10 @@ class Hessian(Curvature):
         self.check_theta()
         return self._with_penalty(self.net.hvp_each(*self.examples.stacked(rows), V), V)
 
-    def dense(self) -> NDArray:
-        """The matrix itself, (d, d): the net's closed form if it has one, else blocks."""
-        self.check_theta()
+    def _formed(self) -> NDArray:
+        """The net's closed form if it has one, else blocks."""
         closed_form = self.net.hessian(self.examples, self.batch_size)
-        if closed_form is None:
-            return super().dense()
-        closed_form[np.diag_indices_from(closed_form)] += self.damping
-        return closed_form
+        return super()._formed() if closed_form is None else symmetrised(closed_form)
 
 
 class GaussNewton(Curvature):
@@ -181,8 +209,9 @@ class GaussNewton(Curvature):
         damping: float = 0.0,
         *,
         batch_size: int | None = None,
+        checkpoints: str | os.PathLike | None = None,
     ):
-        super().__init__(net, examples, damping, batch_size=batch_size)
+        super().__init__(net, examples, damping, batch_size=batch_size, checkpoints=checkpoints)
         net.loss.check_logits()
 
     @property
@@ -193,13 +222,12 @@ class GaussNewton(Curvature):
     def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         return self.net.gauss_newton_product(x, y, V)
 
-    def dense(self) -> NDArray:
-        """The matrix itself, (d, d): of affine layers from each row's root, else from blocks.
+    def _formed(self) -> NDArray:
+        """The matrix without damping: of affine layers from each row's root, else from blocks.
 
         A root, S_i' J_i with S_i S_i' the loss's Hessian, takes one backward pass for each of the
         model's outputs; products with unit vectors take one or more for each of d.
         """
-        self.check_theta()
         layers = None
         if self.net.loss.convex and not self.net.convex:
             try:
@@ -207,7 +235,7 @@ class GaussNewton(Curvature):
             except ValueError:  # layers of other kinds
                 pass
         if layers is None:
-            return super().dense()
+            return super()._formed()
         one = self.examples.take([0])
         per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
         size = int(np.clip(_ROOT_BYTES // per_row, 1, self.net.rows_per_batch(self.examples)))
@@ -222,7 +250,6 @@ class GaussNewton(Curvature):
             size = min(_DENSE_BLOCK, d - start)
             columns = np.eye(d, size, k=-start, dtype=self.dtype)
             matrix[:, start : start + size] += self.net.penalty_hvp(columns)
-        matrix[np.diag_indices(d)] += self.damping
         return symmetrised(matrix.astype(self.dtype, copy=False))
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:

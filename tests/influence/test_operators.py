@@ -306,3 +306,19 @@ def test_gauss_newton_of_many_batches_is_one_traced_map(softmax, monkeypatch):
     )
     assert relative_error(A.sampled(rows, V), np.stack(expected)) < ROUNDING
     assert runs == ["gauss_newton_each", "penalty_hvp"]
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_a_kept_matrix_is_formed_once_for_every_damping(kind, tmp_path, monkeypatch):
+    net, examples = tanh_net(l2=0.05)
+    expected = kind(net, examples, 0.3).dense()
+    kept = kind(net, examples, 0.3, checkpoints=tmp_path).dense()
+    np.testing.assert_array_equal(kept, expected)
+    formed = []
+    monkeypatch.setattr(kind, "_formed", lambda self: formed.append(1) or np.eye(self.shape[0]))
+    again = kind(net, examples, 0.1, checkpoints=tmp_path).dense()
+    assert not formed
+    np.testing.assert_allclose(again, expected - 0.2 * np.eye(len(expected)), atol=1e-14)
+    net.theta = net.theta + 1e-9  # another matrix: nothing that was kept is taken for it
+    kind(net, examples, 0.1, checkpoints=tmp_path).dense()
+    assert formed == [1]
