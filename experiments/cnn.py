@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import joblib
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from influence import (
     Influence,
     LiSSA,
     Prepared,
+    Scores,
     continued_training,
     prepare,
     proximal_response,
@@ -31,7 +33,8 @@ from influence.checkpoint import kept
 from influence.models.descent import descend, num_negative
 
 _ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
-_REFINEMENTS = 3
+_CG_FLOAT64 = 1e-7  # relative residual
+_LOST = 0.1  # of the first gradient norm: what is left above it is no minimum
 _MOST_REFITTING = 200  # passes for a refit at the minimum, where some directions are nearly flat
 
 
@@ -73,18 +76,16 @@ def predictions(
       net: where training stopped.
       train: the training set, n rows.
       measured: m test examples.
-      checkpoints: where what takes minutes is kept, or None.
+      checkpoints: where matrices are kept, or None.
 
     Returns: (changes (m, n) by the way they were predicted, metrics, the factored matrices by the
       name of the proximal objective that they belong to).
     """
-    matrix = kept(
-        checkpoints and checkpoints / "hessian.npz", lambda: {"H": Hessian(net, train).dense()}
-    )["H"]
-    values, vectors = scipy.linalg.eigh(matrix.astype(np.float64))
     damping = config.damping
-    gauss_newton = prepare(GaussNewton(net, train, damping), Direct(_ROUNDED))
-    direct = prepare(Hessian(net, train, damping), Direct(_ROUNDED))
+    gauss_newton = prepare(
+        GaussNewton(net, train, damping, checkpoints=checkpoints), Direct(_ROUNDED)
+    )
+    direct = prepare(Hessian(net, train, damping, checkpoints=checkpoints), Direct(_ROUNDED))
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
     solvers = {
         "cg": CG(config.cg_rtol, preconditioner=gauss_newton), "direct": direct, "lissa": lissa,
@@ -96,46 +97,48 @@ def predictions(
     found["gauss_newton"] = Influence(
         net, train, solver=gauss_newton, damping=damping, curvature=GaussNewton
     ).scores(measured)
+    doubled = prepare(Hessian(net, train, 2 * damping, checkpoints=checkpoints), Direct(_ROUNDED))
+    found["doubled"] = Influence(net, train, solver=doubled, damping=2 * damping).scores(measured)
     predicted = {how: scores.change_if_removed for how, scores in found.items()}
-    doubled = matrix + 2 * damping * np.eye(len(matrix), dtype=matrix.dtype)
-    s_test = solve(doubled, net.gradients(measured.x, measured.y).T, Direct(_ROUNDED)).x
-    batches = train.batches(net.rows_per_batch(train, len(measured)))
-    along = np.concatenate([net.directional(x, y, s_test) for x, y in batches])
-    predicted["direct_doubled"] = (along + net.penalty_gradient() @ s_test).T / len(train)
     metrics = {
-        "smallest_eigenvalue": values[0],
-        "largest_eigenvalue": values[-1],
-        "num_negative_eigenvalues": num_negative(values, matrix.dtype),
         "cg_iterations": found["cg"].solution.iterations.max(),
         "cg_residual": found["cg"].solution.residual.max(),
         "lissa_residual": found["lissa"].solution.residual.max(),
-        "cg_against_direct": _cg_against_direct(config, net, train, measured, gauss_newton,
-                                                values, vectors, checkpoints),
-    }  # fmt: skip
+    } | _in_float64(config, net, train, measured, gauss_newton, found["cg"], checkpoints)
     return predicted, metrics, {"leave_one_out": direct, "bregman": gauss_newton}
 
 
-def _cg_against_direct(
+def _in_float64(
     config: Any, net: AllCNN, train: Examples, measured: Examples, gauss_newton: Prepared,
-    values: NDArray, vectors: NDArray, checkpoints: Path | None,
-) -> float:  # fmt: skip
-    """Relative error of CG's s_test, of the first test point.
+    by_cg: Scores, checkpoints: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The exact Hessian's spectrum, and s_test by CG against that by the factored matrix.
 
-    Both in float64: in float32 rounding makes an error of 1e-4 in either. The exact solution is
-    that of the formed matrix, refined against products in float64.
+    In float32 rounding makes an error of 1e-4 in either, so that the first test point's is solved
+    for in float64 too.
     """
     double, train, measured = in_double(config, net, train, measured)
-    A = Hessian(double, train, config.damping)
+    A = Hessian(double, train, config.damping, checkpoints=checkpoints)
+    values = scipy.linalg.eigvalsh(A.dense()) - config.damping
+    exact = solve(A, double.gradients(measured.x, measured.y).T, Direct())
     b = double.gradients(measured.x[:1], measured.y[:1]).T
+    name = joblib.hash((net.theta, train.fingerprint, measured.fingerprint, config.damping))
+    s_test = kept(
+        checkpoints and checkpoints / f"cg-{name[:16]}.npz",
+        lambda: {"x": solve(A, b, CG(_CG_FLOAT64, preconditioner=gauss_newton)).x},
+    )["x"]
 
-    def both() -> dict[str, NDArray]:
-        x = np.zeros_like(b)
-        for _ in range(_REFINEMENTS):
-            x += vectors @ (vectors.T @ (b - A @ x) / (values + config.damping)[:, None])
-        return {"cg": solve(A, b, CG(1e-7, preconditioner=gauss_newton)).x, "direct": x}
+    def error(x: NDArray, true: NDArray) -> NDArray:
+        return np.linalg.norm(x - true, axis=0) / np.linalg.norm(true, axis=0)
 
-    s_test = kept(checkpoints and checkpoints / "float64.npz", both)
-    return float(np.linalg.norm(s_test["cg"] - s_test["direct"]) / np.linalg.norm(s_test["direct"]))
+    return {
+        "smallest_eigenvalue": values[0],
+        "largest_eigenvalue": values[-1],
+        "num_negative_eigenvalues": num_negative(values, np.float64),
+        "direct_residual": exact.residual.max(),
+        "cg_against_direct": error(s_test, exact.x[:, :1]).max(),
+        "cg_in_float32_against_direct": error(by_cg.solution.x, exact.x).max(),
+    }
 
 
 def truths(
@@ -154,9 +157,10 @@ def truths(
       prepared: the factored matrices by the name of the proximal objective.
       checkpoints: where finished removals are kept, or None.
 
-    Returns: (changes (m, r) by truth, metrics).
+    Returns: (changes (m, r) by truth, NaN where none was found; metrics, and arrays (r,) with each
+      proximal minimum's gradient norm).
     """
-    metrics: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     changes: dict[str, NDArray] = {}
     objectives: tuple[tuple[str, Literal["leave_one_out", "bregman"]], ...]
     objectives = ("proximal", "leave_one_out"), ("bregman", "bregman")
@@ -165,22 +169,56 @@ def truths(
             net, train, measured, removed, objective=objective, damping=config.damping,
             solver=prepared[objective], tolerance=config.tolerance, checkpoints=checkpoints,
         )  # fmt: skip
-        changes[truth] = response.change_if_removed
-        metrics[f"{truth}_gradient_norm"] = response.gradient_norm.max()
-        metrics[f"{truth}_unconverged"] = np.count_nonzero(~response.converged)
-        metrics[f"{truth}_iterations"] = response.iterations.mean()
+        # Without the row's own curvature there may be no minimum nearby; rounding leaves less.
+        lost = response.gradient_norm > _LOST
+        changes[truth] = np.where(lost, np.nan, response.change_if_removed)
+        found[f"{truth}_gradient_norm"] = response.gradient_norm
+        found[f"{truth}_iterations"] = response.iterations.mean()
+        found[f"{truth}_lost"] = np.count_nonzero(lost)
     train_on = partial(
-        continued_training, net, train, measured, steps=config.continued_steps,
-        rate=config.continued_rate, moments=net.moments, batch_size=config.batch_size,
+        continued_training, net, train, measured, moments=net.moments,
+        batch_size=config.batch_size, checkpoints=checkpoints,
+    )  # fmt: skip
+    here = {"steps": config.continued_steps, "rate": config.continued_rate}
+    continued = train_on(removed, seed=config.seed + 1, **here)
+    changes["continued"] = continued.change_if_removed
+    some = np.full(changes["continued"].shape, np.nan)
+    at = np.searchsorted(removed, first)
+    some[:, at] = train_on(first, seed=config.seed + 2, **here).change_if_removed
+    changes["again"] = some
+    few = first[: config.slow_removals]
+    slow = train_on(few, seed=config.seed + 1, steps=config.continued_steps, rate=config.slow_rate)
+    found["proximal_float32_error"] = _rounding(
+        config, net, train, measured, removed, first, changes["proximal"], checkpoints
+    )
+    return changes, found | {
+        "drift": continued.drift,
+        "slow_spread": slow[0].std(),
+        "slow_drift": slow.drift[0],
+        "slow_pearson": np.corrcoef(slow[0], continued[0][at[: len(few)]])[0, 1],
+    }
+
+
+def _rounding(
+    config: Any, net: AllCNN, train: Examples, measured: Examples, removed: NDArray,
+    first: NDArray, found: NDArray, checkpoints: Path | None,
+) -> float:  # fmt: skip
+    """What float32 and the tolerance make of proximal leave-one-out, relative to its largest.
+
+    Against float64 and a tolerance a hundred times smaller, for some of the first test point's
+    rows, spread over their influence.
+    """
+    double, train, measured = in_double(config, net, train, measured)
+    some = first[:: -(-len(first) // config.double_removals)]
+    A = Hessian(double, train, config.damping, checkpoints=checkpoints)
+    exact = proximal_response(
+        double, train, measured, some, objective="leave_one_out", damping=config.damping,
+        solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=100,
         checkpoints=checkpoints,
     )  # fmt: skip
-    continued = train_on(removed, seed=config.seed + 1)
-    changes["continued"] = continued.change_if_removed
-    few = first[: config.noise_removals]
-    again = train_on(few, seed=config.seed + 2)[0]
-    same = continued[0][np.searchsorted(removed, few)]
-    metrics |= {"lost_noise": 1 - np.corrcoef(same, again)[0, 1], "drift": continued.drift[0]}
-    return changes, metrics
+    rough = found[0, np.searchsorted(removed, some)]
+    known = (exact.gradient_norm <= _LOST) & np.isfinite(rough)
+    return float(np.abs(rough - exact[0])[known].max() / np.abs(exact[0][known]).max())
 
 
 def at_minimum(
@@ -205,14 +243,16 @@ def at_minimum(
 
     def rounded(theta: NDArray) -> NDArray:
         net.theta = theta
-        return Hessian(net, train).dense()
+        return Hessian(net, train, checkpoints=checkpoints).dense()
 
     descent = descend(
         double, train64, tolerance=config.minimum_tolerance, rounds=config.rounds,
         evaluations=config.evaluations, hessian=rounded, checkpoints=checkpoints,
     )  # fmt: skip
     damping = max(config.minimum_damping, -2 * descent.smallest_eigenvalue[-1])
-    direct = prepare(Hessian(double, train64, damping), Direct(_ROUNDED))
+    A = Hessian(double, train64, damping, checkpoints=checkpoints)
+    values = scipy.linalg.eigvalsh(A.dense()) - damping
+    direct = prepare(A, Direct(_ROUNDED))
     predicted = Influence(double, train64, solver=direct, damping=damping).scores(measured64)
     rows = removals(config, predicted)
     removed = np.unique(np.concatenate(rows))
@@ -231,8 +271,9 @@ def at_minimum(
     metrics = {
         "risk": descent.risk[-1],
         "gradient_norm": descent.gradient_norm[-1],
-        "smallest_eigenvalue": descent.smallest_eigenvalue[-1],
-        "num_negative_eigenvalues": descent.num_negative[-1],
+        "smallest_eigenvalue": values[0],
+        "largest_eigenvalue": values[-1],
+        "num_negative_eigenvalues": num_negative(values, np.float64),
         "rounds": len(descent.risk) - 1,
         "damping": damping,
         "refit_gradient_norm": refits.gradient_norm.max(),

@@ -15,7 +15,7 @@ from experiments.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
 PHOTOGRAPHS = "photographs.png"  # for whoever has them: git ignores it, and so does the report
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS, _LABEL = "checkpoints", "run.json"
 _DTYPE = "float64"  # what convex models are computed in
 _DPI = 200
 _ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,9 @@ def run(job: Job) -> bool:
     try:
         record, splits = _compute(job)
     except Misuse:
+        checkpoints = job.folder / _CHECKPOINTS
+        if [path.name for path in checkpoints.glob("*")] == [_LABEL]:
+            shutil.rmtree(checkpoints)
         with suppress(OSError):  # not empty: an earlier run's
             job.folder.rmdir()
         raise
@@ -159,12 +162,13 @@ def _compute(job: Job) -> tuple[Record, Any]:
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
     """A folder for what an interrupted run can go on from; emptied if that was another run."""
     digest = hashlib.sha256()
-    sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py"), job.module.__file__]
+    sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
+    sources += [*_ROOT.glob("experiments/*.py"), job.module.__file__]
     for source in sorted(map(str, sources)):
         digest.update(Path(source).read_bytes())
     key = to_json([dataclasses.asdict(job.config), about, digest.hexdigest()])
     checkpoints = job.folder / _CHECKPOINTS
-    label = checkpoints / "run.json"
+    label = checkpoints / _LABEL
     if label.is_file() and label.read_text(encoding="utf-8") == key:
         say(f"continuing the run interrupted in {job.folder}")
         return checkpoints

@@ -9,13 +9,14 @@ import scipy.linalg
 
 import data
 from experiments import cnn, fig2_cnn
+from experiments.cnn_drawing import STEPS, TRUTHS
 from experiments.record import Record
 from influence import Hessian, proximal_response
 
 SMALL = dataclasses.replace(
     fig2_cnn.PRESETS["smoke"], num_train=120, filters=2, strides=(2,), schedule=((150, 1e-2),),
-    num_removals=8, further_removals=4, noise_removals=4, lissa_depth=50, continued_steps=20,
-    damping=0.05,
+    num_removals=8, further_removals=4, slow_removals=4, double_removals=3, lissa_depth=50,
+    continued_steps=20, damping=0.05,
 )  # fmt: skip
 AT_MINIMUM = dataclasses.replace(SMALL, rounds=8, evaluations=150, minimum_damping=1e-4)
 
@@ -71,19 +72,40 @@ def test_metrics_are_of_the_arrays(record):
     arrays, metrics = record.arrays, record.metrics
     first = arrays["removals_0"]
     predicted = arrays["predicted_cg"][0, first]
-    for truth in fig2_cnn.TRUTHS:
+    for truth in TRUTHS:
         actual = arrays[f"actual_{truth}"][0, first]
         r = np.corrcoef(predicted, actual)[0, 1]
         assert metrics[f"pearson_{truth}"] == pytest.approx(r, rel=1e-12)
         slope = np.polyfit(actual, predicted, 1)[0]
         assert metrics[f"slope_{truth}"] == pytest.approx(slope, rel=1e-9)
         assert metrics[f"worst_pearson_{truth}"] <= metrics[f"median_pearson_{truth}"]
-    r = np.corrcoef(arrays["actual_proximal"][0, first], arrays["actual_continued"][0, first])[0, 1]
-    assert metrics["lost_non_convergence"] == pytest.approx(1 - r, rel=1e-9)
+    sides = {name.partition("_")[2]: array for name, array in arrays.items()
+             if name.startswith(("predicted_", "actual_"))}  # fmt: skip
+    for i, (one, other, _) in enumerate(STEPS):
+        line = np.polyfit(sides[other][0, first], sides[one][0, first], 1)
+        r = np.corrcoef(sides[one][0, first], sides[other][0, first])[0, 1]
+        assert arrays["step_pearson"][i] == pytest.approx(r, rel=1e-9)
+        assert arrays["step_slope"][i] == pytest.approx(line[0], rel=1e-6)
     assert metrics["pearson_proximal"] > 0.9  # what damped influence predicts
     for truth in ("proximal", "bregman"):
-        assert metrics[f"{truth}_gradient_norm"] <= SMALL.tolerance
-    assert 0 < metrics["lost_noise"] < 0.5
+        assert arrays[f"{truth}_gradient_norm"].max() <= SMALL.tolerance
+        assert metrics[f"{truth}_lost"] == 0
+    assert metrics["proximal_float32_error"] < 0.05  # of the tolerance alone: it is in float64
+    assert arrays["drift"].shape == (2,) and (arrays["drift"] != 0).all()
+    assert 0 < metrics["slow_spread"] < 0.2 * np.std(arrays["actual_continued"][0, first])
+
+
+def test_rows_without_a_proximal_minimum_are_left_out_and_counted(digits, monkeypatch):
+    net, train, measured = trained(digits)
+    _, _, prepared = cnn.predictions(SMALL, net, train, measured, None)
+    monkeypatch.setattr(cnn, "_LOST", 1e-4)
+    monkeypatch.setattr(cnn, "_rounding", lambda *a: 0.0)
+    removed = np.arange(6)
+    rough = dataclasses.replace(SMALL, tolerance=0.5)
+    changes, found = cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
+    lost = found["proximal_gradient_norm"] > 1e-4
+    assert found["proximal_lost"] == np.count_nonzero(lost) > 0
+    np.testing.assert_array_equal(np.isnan(changes["proximal"]), np.tile(lost, (2, 1)))
 
 
 def test_truths_are_the_library_s(record, digits):
@@ -119,19 +141,22 @@ def test_an_interrupted_run_ends_with_the_same_numbers(record, converged, digits
 
 
 def test_draw(record, converged):
-    figure = fig2_cnn.draw(Record.of(metrics=record.metrics, arrays=record.arrays))
+    shown = Record.of(metrics=record.metrics, arrays=record.arrays)
+    figure = fig2_cnn.draw(dataclasses.replace(shown, config=dataclasses.asdict(SMALL)))
     panels = [axis for axis in figure.axes if axis.get_title()]
-    assert [axis.get_title() for axis in panels] == list(fig2_cnn.TRUTHS.values())
+    titles = list(TRUTHS.values())
+    assert panels[0].get_title() == f"{titles[0]}\n(20 steps at 0.001)"
+    assert [axis.get_title() for axis in panels[1:]] == titles[1:]
+    assert len({axis.get_xlim() for axis in panels}) == 1
     first = record.arrays["removals_0"]
-    for axis, truth in zip(panels, fig2_cnn.TRUTHS, strict=True):
+    for axis, truth in zip(panels, TRUTHS, strict=True):
         drawn = np.asarray(axis.collections[0].get_offsets())
         expected = [record.arrays[f"actual_{truth}"][0, first],
                     record.arrays["predicted_cg"][0, first]]  # fmt: skip
         np.testing.assert_allclose(drawn, np.transpose(expected))
-    budget = figure.axes[-1]
-    widths = [bar.get_width() for bar in budget.patches]
-    lost = [record.metrics[f"lost_{name}"] for name, *_ in fig2_cnn.BUDGET]
-    np.testing.assert_allclose(widths, np.maximum(lost, 1e-6))
+    cells = figure.axes[-1].tables[0].get_celld()
+    for i, r in enumerate(record.arrays["step_pearson"], start=1):
+        assert cells[i, 2].get_text().get_text() == f"{1 - r:.1e}"
     plt.close(figure)
     figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=converged.arrays))
     assert figure.axes[0].get_title() == "At a local minimum"
@@ -156,7 +181,10 @@ def test_every_preset_is_judged_by_what_it_computes(record, converged):
     ("options", "message"),
     [
         ({"further_removals": 30}, "num_removals must be at least further_removals"),
-        ({"noise_removals": 2}, "noise_removals must lie between 3 and num_removals"),
+        ({"slow_removals": 2}, "slow_removals must lie between 3 and num_removals"),
+        ({"damping": 0.0}, "damping must be positive, got 0"),
+        ({"continued_steps": 0}, "continued_steps must be positive, got 0"),
+        ({"dtype": "float16"}, "dtype must be 'float32' or 'float64'"),
     ],
 )
 def test_config_is_checked(options, message):

@@ -1,0 +1,105 @@
+"""The CNN's figure: predicted against each meaning of actual, and how far each step agrees."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments.compare import predicted_against_actual, rounded_down
+from experiments.record import Record
+
+TRUTHS = {
+    "continued": "Training on, less the control",
+    "proximal": "Proximal leave-one-out",
+    "bregman": "Proximal Bregman response",
+}
+# How each approximation agrees with what it stands for: (one side, the other, what it is).
+STEPS = (
+    ("cg", "direct", "CG for the exact inverse"),
+    ("lissa", "direct", "LiSSA for the exact inverse"),
+    ("gauss_newton", "direct", "Gauss-Newton for the Hessian"),
+    ("doubled", "direct", "Twice the damping"),
+    ("direct", "proximal", "First order for the proximal minimum"),
+    ("proximal", "continued", "Proximal minimum for training on"),
+    ("again", "continued", "Other minibatches for training on"),
+    ("direct", "continued", "Prediction for training on, in all"),
+)
+
+
+def draw(record: Record) -> Any:
+    """Predicted against actual for each truth, equal axes and y = x, and what explains them."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
+    if "actual_minimum" in record.arrays:
+        figure.set_size_inches(6.75, 3.2)
+        left, right = figure.subplots(1, 2)
+        _draw_truth(left, record, "minimum", "At a local minimum")
+        _draw_descent(right, record.arrays)
+        return figure
+    above, below = figure.subfigures(2, 1, height_ratios=[2.3, 2])
+    axes = above.subplots(1, 3)
+    steps = record.config["continued_steps"], record.config["continued_rate"]
+    titles = TRUTHS | {"continued": f"{TRUTHS['continued']}\n({steps[0]:,} steps at {steps[1]:g})"}
+    for axis, (truth, title) in zip(axes, titles.items(), strict=True):
+        _draw_truth(axis, record, truth, title)
+    reach = max(axis.get_xlim()[1] for axis in axes)
+    for axis in axes:
+        axis.lines[0].set_data([-reach, reach], [-reach, reach])
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # one scale: slopes are the message
+    for axis in axes[1:]:
+        axis.set_ylabel("")
+    _draw_steps(below.subplots(), record)
+    return figure
+
+
+def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
+    """The first test point's removals, predicted against one meaning of actual."""
+    arrays, metrics = record.arrays, record.metrics
+    first = arrays["removals_0"]
+    by = "minimum" if truth == "minimum" else "cg"
+    predicted = arrays[f"predicted_{by}"][0, first]
+    predicted_against_actual(axis, arrays[f"actual_{truth}"][0, first], predicted)
+    axis.locator_params(nbins=4)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("Actual change (nats)", fontsize=9)
+    axis.set_ylabel("Predicted change (nats)", fontsize=9)
+    axis.tick_params(labelsize=8)
+    slope = metrics[f"slope_{truth}"]
+    text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
+    axis.text(0.05, 0.95, text, transform=axis.transAxes, va="top", fontsize=8)
+
+
+def _draw_descent(axis: Any, arrays: Any) -> None:
+    """Gradient norm and risk by round, on axes of their own colours."""
+    rounds = np.arange(len(arrays["risk"]))
+    axis.semilogy(rounds, arrays["gradient_norm"], "o-", color="#0072B2", markersize=3)
+    axis.set_xlabel("Hessians formed on the way", fontsize=9)
+    axis.set_ylabel("Gradient norm", color="#0072B2", fontsize=9)
+    beside = axis.twinx()
+    beside.plot(rounds, arrays["risk"], "s--", color="#D55E00", markersize=3)
+    beside.set_ylabel("Risk (nats)", color="#D55E00", fontsize=9)
+    for one in (axis, beside):
+        one.tick_params(labelsize=8)
+    axis.set_title("The way there", fontsize=9)
+
+
+def _draw_steps(axis: Any, record: Record) -> None:
+    """A table: correlation and slope of each approximation on what it stands for."""
+    arrays = record.arrays
+    axis.axis("off")
+    rows = []
+    for (one, *_, label), r, slope in zip(
+        STEPS, arrays["step_pearson"], arrays["step_slope"], strict=True
+    ):
+        if one == "lissa":
+            label += f" (residual {record.metrics['lissa_residual']:.1f})"
+        rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}"))
+    head = ("What stands for what", "r", "lost, 1 - r", "slope")
+    table = axis.table(rows, colLabels=head, colWidths=[0.58, 0.14, 0.14, 0.14], loc="center",
+                       cellLoc="left", edges="horizontal")  # fmt: skip
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_edgecolor("0.8")
+        if row == 0:
+            cell.get_text().set_fontweight("bold")
