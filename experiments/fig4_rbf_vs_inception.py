@@ -92,13 +92,31 @@ CLAIMS = (
     Claim("median_spearman_svm", None, None, -0.15),
     Claim("lowest_median_spearman_deep", None, -0.08, None),
     Claim("same_class_in_top_svm", None, 0.9, 1.0),
-    Claim("fewest_dogs_in_top_deep", 5, 1, None),
+    Claim("fewest_dogs_in_top_deep", None, 1, None),
     Claim("least_ratio_of_largest_influence", 57, 10, None),
     Claim("lowest_test_accuracy_deep", 0.985, 0.97, 1.0),
     Claim("worst_gradient_norm", None, 0.0, 1e-9, stand_in=True),
 )
 
-DEVIATIONS = ()
+DEVIATIONS = (
+    "Photographs: English springer and tench, two of Imagenette's classes, for ImageNet's synsets "
+    "dog and fish. One breed and one species are easier: the last layers tell them apart without a "
+    "mistake (591 of 600 in the paper), the earlier ones nearly as the paper's (592 and 589).",
+    "Networks: Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and MobileNet, "
+    "of width .75, at two layers (768 and 384), for Inception's last layer (2,048), whose weights "
+    "are not at hand; the paper preset takes Keras' own. The surer a head, the smaller its "
+    "influences: hence largest ones 17 to 20,000 times below the SVM's, 57 in the paper.",
+    "SVM: the smooth hinge's own minimum, of gradient norm 1e-10; LinearSVC's, which is the "
+    "hinge's, in the release: there the smooth hinge's gradient has a norm of 4e-3, whatever "
+    "LinearSVC's tolerance. Scores correlate by .9996, .998 at least; the median Spearman is -.25 "
+    "here, -.23 with LinearSVC.",
+    "Images: resized to 299 pixels bicubically, from 224; by nearest neighbours, from ImageNet's "
+    "own sizes, in the release.",
+    "Test fish: beyond the paper's one there are 59 more. Row 462, a clownfish there, is another "
+    "fish here, which the SVM takes for a dog: the one that is drawn has its margin of .99.",
+    "Solver: float64, one Cholesky factor for each model; float32 and conjugate gradients in the "
+    "release.",
+)
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:

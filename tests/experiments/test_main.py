@@ -10,6 +10,7 @@ import pytest
 import experiments
 from experiments.__main__ import main
 from experiments.record import Record
+from experiments.running import Misuse
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["arrays.h5", "figure.pdf", "figure.png", "record.json"]
@@ -285,3 +286,13 @@ def test_photographs_are_drawn_for_who_has_them_and_kept_from_git(fake, monkeypa
     assert len(seen) == 1
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     assert "photographs.png" in ignored
+
+
+def test_what_a_run_finds_missing_is_misuse_and_leaves_nothing(fake, monkeypatch, capsys):
+    def run(config, data, *, checkpoints=None):
+        raise Misuse("the weights are missing")
+
+    monkeypatch.setattr(fake, "run", run)
+    assert main(["fake", "--preset", "paper"]) == 2
+    assert "the weights are missing" in capsys.readouterr().err
+    assert os.listdir("out") == []
