@@ -44,6 +44,7 @@ def draw(record: Record) -> Any:
         strips[0].axvline(0, color="0.6", linewidth=0.8, zorder=0)
         strips[1].set_xlim(left=0)
         strips[2].set_xscale("log")
+        strips[2].locator_params(axis="x", numticks=4)
     return figure
 
 
