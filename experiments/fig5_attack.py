@@ -51,9 +51,9 @@ class Config:
     """of the paper's rule, in levels (release)"""
     moves: int = 100
     """of the paper's rule, at most (release)"""
-    best_moves: int = 10
+    best_moves: int = 12
     """of the best rule, at most, for each set of poisons"""
-    best_tries: int = 10
+    best_tries: int = 6
     """training images that the best rule tries alone first"""
     candidates: int = 64
     """training images whose derivative by the pixels is computed"""
@@ -102,9 +102,9 @@ PRESETS = {
         best_tries=2, candidates=16, group_size=6, group_moves=4, group_counts=(1, 4, 16),
     ),
     "standard": Config(
-        heads=("mobilenet/conv_pw_11_relu", "inception/mixed4"),
-        weight_decays=(0.001, 0.001), standardised=(False, False),
-        num_test=60, counts=(1, 2, 10), step=0.1, moves=12, group_moves=20,
+        heads=("mobilenet/conv_pw_10_relu", "inception/mixed4"),
+        weight_decays=(1e-5, 1e-5), standardised=(False, False),
+        num_test=60, counts=(1, 2, 10), step=0.1, moves=20, group_moves=20,
     ),
     "paper": Config(),
 }  # fmt: skip
@@ -121,7 +121,32 @@ CLAIMS = (
     Claim("test_accuracy_inception", 0.985, 0.97, 0.995),
 )
 
-DEVIATIONS = ()
+DEVIATIONS = (
+    "Photographs and networks: English springer against tench for all dogs against all fish, "
+    "MobileNet (width .75) and Inception up to mixed8 for Inception's pool features: neither the "
+    "paper's photographs nor its network's last layers are to be had here. The numbers are not "
+    "comparable image by image.",
+    "Head, never chosen by the attack: features as they are, weight decay and layer such that the "
+    "head is as the paper's, whose training accuracy is 1, training loss .0040 and test accuracy "
+    ".985. Weight decay 1e-5 gives training accuracy 1 and a loss of .0034 (conv_pw_10_relu), "
+    ".0024 (conv_pw_11_relu), .0029 (mixed4), .0015 (mixed5); 1e-3, the paper's own, .0555 .0423 "
+    ".0591 .0343 with 8 to 16 training images wrong. Accuracy on held-out quarters of the training "
+    "images at 1e-5, mean of five divisions: .984 .987 .984 .989; so conv_pw_10_relu and mixed4. "
+    "At 1e-3 the margins are half as wide and an attack moves them by a tenth as much.",
+    "Box: .49 of a level to each side and every rounded byte compared; the release's closed .5, "
+    "which float32 overshoots, so that its poisons do not round to their originals.",
+    "Paper's rule: 20 moves of .1 of a level here (standard), 100 of .02 in the release.",
+    "Ranking: the L1 norm by the pixels of the 64 training images with the largest derivative by "
+    "the features, not of all 1,800; the ten largest were at places up to 34 among the 64.",
+    "Test images: 60 (standard), drawn with the seed among those that the head has right; 591 in "
+    "the paper. Success with k poisons is success with k or fewer, as the release stops at the "
+    "first; with one poison it has two tries.",
+    "Best rule, not the paper's: steps that decay, momentum, entries below half of the mean "
+    "derivative moved in proportion; six training images moved alone, and the poisons those that "
+    "then did most.",
+    "Group: a test image and the 29 of its class nearest in features; 30 photographs of one dog in "
+    "the release.",
+)
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:

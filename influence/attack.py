@@ -206,7 +206,9 @@ class _Attack:
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
-        for t in range(self.rule.max_steps):
+        # Inputs that were moved before are not to be thrown far from where that has led them.
+        first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
+        for t in range(first, first + self.rule.max_steps):
             state = states[-1]
             if self.enough(state.losses):
                 break

@@ -43,18 +43,18 @@ class Rule:
       softness: of the sign: entries of |v| below this share of the mean move in proportion.
       max_steps: moves at most of each set of poisons.
       tries: how many rows, those of largest |g|_1 at the clean weights, are moved alone first; the
-        poisons are those that then did most, and go on from there together. 0: the rows of largest
-        |g|_1 are the poisons, from their own inputs on.
+        poisons are those that then did most, and go on from there together, t beginning at half of
+        max_steps. 0: the rows of largest |g|_1 are the poisons, from their own inputs on.
 
     Raises: ValueError.
     """
 
     step: float = 1.0
-    decay: float = 0.8
+    decay: float = 0.85
     momentum: float = 0.5
     softness: float = 0.5
-    max_steps: int = 8
-    tries: int = 10
+    max_steps: int = 12
+    tries: int = 6
 
     def __post_init__(self):
         """Check the hyperparameters."""

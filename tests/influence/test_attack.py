@@ -184,6 +184,32 @@ def test_tries_choose_by_what_was_attained(problem):
     assert two.change_if_poisoned[0] >= together - 1e-9
 
 
+def test_rows_tried_alone_go_on_together_with_smaller_steps(problem):
+    net, train, test, oracle = problem
+    rule, rows = Rule(tries=2, max_steps=2, decay=0.5, softness=0.0), np.array([11, 30])
+    alone = [
+        poison(net, train, test, [row], RADIUS, rule=Rule(tries=0, max_steps=2, decay=0.5,
+                                                          softness=0.0), flip_at=np.inf)
+        for row in rows
+    ]  # fmt: skip
+    found = poison(net, train, test, rows, RADIUS, rule=rule, flip_at=np.inf)
+    order = np.argsort([-one.change_if_poisoned[0] for one in alone])
+    rows, x = rows[order], np.concatenate([alone[i].inputs for i in order])
+    assert found.rows.tolist() == rows.tolist()
+    theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
+    measured = oracle.on(test.x, test.y)
+    losses = [measured.losses(theta)[0]]
+    risk = oracle.on(replaced(train, rows, x).x, train.y)
+    s = np.linalg.solve(risk.hessian(theta), measured.gradients(theta)[0])
+    g = oracle.on(x, train.y[rows]).input_gradients(theta, s, 4)
+    box = train.x[rows] - RADIUS, train.x[rows] + RADIUS
+    x = np.clip(x - 0.5 * RADIUS * np.sign(g), *box)  # step decay^1, not step
+    theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(theta)
+    losses.append(measured.losses(theta)[0])
+    assert losses[1] > losses[0]  # so that both are on the way to the best
+    np.testing.assert_allclose(found.test_losses[1:3, 0], losses, atol=1e-9)
+
+
 def test_what_comes_back_is_the_best_that_was_seen(problem):
     net, train, test, _ = problem
     moves = []
