@@ -60,7 +60,9 @@ def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
 
 
 def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
-    """The network and sets of examples in float64."""
+    """The network and sets of examples in float64; themselves, where that is what they are."""
+    if config.dtype == "float64":
+        return net, *sets
     double = network(config, sets[0], "float64")
     double.theta = net.theta.astype(np.float64)
     return double, *(Examples(part.x.astype(np.float64), part.y) for part in sets)

@@ -55,7 +55,7 @@ def check(
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
     for name, examples in (("train", train), ("test", test)):
         if not isinstance(examples, Examples) and (name == "train" or examples is not None):
-            raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
+            net.validate(examples, name)  # refuses it, and says how a dataset is wrapped
     if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
         raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
     check_batch_size(batch_size)

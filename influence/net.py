@@ -186,7 +186,10 @@ class GenericNeuralNet(Derivatives):
         batches = progress(examples.batches(size), "forming the matrix", -(-len(examples) // size))
         matrix = np.zeros((self.num_parameters, self.num_parameters))  # float32 sums in float64
         for x, y in batches:
-            matrix += chain.hessian(x, y) * (len(y) / len(examples))
+            part = chain.hessian(x, y)
+            part *= len(y) / len(examples)
+            matrix += part
+            del part  # not beside the next batch's
         matrix = matrix.astype(self.dtype, copy=False)
         for columns in np.array_split(np.arange(len(matrix)), -(-len(matrix) // _COLUMNS)):
             units = np.eye(len(matrix), len(columns), k=-columns[0], dtype=self.dtype)

@@ -83,6 +83,7 @@ class Response:
 
         |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|): the residual that the
         solver left, see `Solution.score_error_bound`. What the first order neglects is not in it.
+        After Direct it is an estimate for the columns whose residual is one.
         Costs a pass over the rows with each one's gradient, a vector of length d, but no solve.
 
         Args:

@@ -25,6 +25,7 @@ from influence.score_table import (
     S_TEST,
     SAMPLE,
     TABLE,
+    TRAINING,
     check_same,
     create,
     mark,
@@ -213,6 +214,7 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
 def _identity(job: Job) -> dict[str, Any]:
     """What the numbers depend on, by names that a refusal can give."""
     net, few = job.net, job.test.take(slice(0, _PROBE_ROWS))
+    first = job.train.take(slice(0, _PROBE_ROWS))
     weights = hashlib.sha256()
     for array in [net.theta, *net.model.get_weights()]:
         weights.update(np.ascontiguousarray(array).tobytes())
@@ -220,6 +222,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "net": type(net).__name__,
         "weights": weights.hexdigest(),
         LOSSES: job.measured.losses(few.x, few.y).astype(float),
+        TRAINING: net.losses(first.x, first.y).astype(float),
         PENALTY: net.penalty(),
         "train": job.train.fingerprint,
         "test": job.test.fingerprint,

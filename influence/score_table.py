@@ -23,7 +23,8 @@ CHUNK = (128, 1024)  # 512 KiB in float32: a row and a column are both quick to 
 SAMPLE = 64  # tests and rows whose scores are computed again in the net's dtype
 PER_TEST = ("residual", "iterations", "converged", "min_curvature")
 LOSSES, PENALTY = "losses of the first test examples", "penalty"
-_COMPUTED = (LOSSES, PENALTY)  # the model's answers: on another machine or thread count they are
+TRAINING = "losses of the first training rows"
+_COMPUTED = (LOSSES, TRAINING, PENALTY)  # the model's answers: by another machine or thread count
 _PROBE_RTOL = 1e-3  # equal to this; everything else is what was given, and equal or not
 
 

@@ -188,7 +188,8 @@ class Influence(Response):
         A call that was interrupted, by kill -9 too, goes on where it was, from `path` with
         ".partial" behind it, and ends with the same file; no finished system is solved again. In
         memory are at most 0.3 GB, or five vectors of theta's length if those are more, beside what
-        the net's batches and the solver take (`Direct`: three d x d matrices).
+        the net's batches and the solver take (`Direct`: three d x d matrices; up to five while
+        TensorFlow forms the Hessian of a chain of layers).
 
         Args:
           path: the file, whole as soon as it has this name.

@@ -200,6 +200,15 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
     condition = float(found.largest[0]) / floor
     lost = condition * float(np.finfo(dtype).eps)
     says = f"{dtype} at condition number {condition:.1g} may lose {min(lost, 1):.1g} of a score"
+    found_it = found.complete or (found.converged and error <= 0.1 * low)
+    if lost < _ENOUGH_DIGITS and not (known > 0 or found_it):
+        return Line(
+            title,
+            lost,
+            "warn",
+            f"{says} to rounding, or more: the smallest eigenvalue is known to {error:.1g} only.",
+            "influence.spectrum with more max_products tells; more damping makes it certain.",
+        )
     if lost < _ENOUGH_DIGITS:
         return Line(title, lost, "ok", f"{says} to rounding: little enough.")
     return Line(

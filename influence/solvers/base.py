@@ -45,7 +45,8 @@ class Solution:
 
         |g . (A^-1 b - x)| = |(A^-1 g) . (b - A x)| <= |g| |b - A x| / min_j |eigenvalue_j of A|.
         A certificate of the solve, in exact arithmetic: neither the rounding of the products nor
-        what influence functions themselves neglect is in it.
+        what influence functions themselves neglect is in it. After Direct it is an estimate for
+        the columns whose residual is one.
 
         Args:
           gradients: (k, d) vectors g.
@@ -178,8 +179,8 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train, damping)`.
       B: (d,) or (d, m).
-      solver: `Direct()`, `CG()`, `LiSSA()`, `Lanczos(rank)`, `Nystrom(rank)`, or what `prepare`
-        returned.
+      solver: `Direct()`, `CG()`, `LiSSA()`, `Lanczos(rank)`, `Nystrom(rank)`, `EKFAC()`, or what
+        `prepare` returned.
 
     Returns: Solution. A column that did not converge is reported there, not raised.
     Raises: ValueError for wrong shapes or values; DivergenceError where no number can be returned.

@@ -24,9 +24,10 @@ _WATCHED = 4  # columns of a block whose residual is taken with A's own products
 class Direct:
     """Cholesky of the dense matrix; Bunch-Kaufman (L D L') where it is indefinite, and says so.
 
-    Costs d^2 numbers of memory and d^3 / 3 operations once, 2 d^2 per right-hand side. An
-    indefinite matrix is solved exactly as well, but what it means for influence is doubtful:
-    `min_curvature` is then the (negative) smallest eigenvalue.
+    Costs 2 d^2 numbers of memory, 3 d^2 while preparing, and d^3 / 3 operations once; 4 d^2 per
+    right-hand side, half of them for its residual. An indefinite matrix is solved exactly as well,
+    but what it means for influence is doubtful: `min_curvature` is then the (negative) smallest
+    eigenvalue.
 
     The residual is that of A for four columns of each block; for more right-hand sides, whose
     product with A would cost more than solving for them, it is that of the dense matrix plus the
@@ -91,7 +92,7 @@ def _check_memory(A: LinearOperator) -> None:
     """Before an hour of forming what cannot be held.
 
     The matrix, its factor, and what takes all eigenvalues where iteration fails; GaussNewton's sum
-    in float64 and a batch's share are no more.
+    in float64 and a batch's share are no more. A chain's Hessian takes up to five for a moment.
     """
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
     try:

@@ -314,6 +314,12 @@ def test_a_stream_is_asked_like_arrays():
     [
         (("net", None), {}, TypeError, r"^net must be a GenericNeuralNet, got str\.$"),
         ((None, "rows"), {}, TypeError, r"^train must be Examples\(x, y\), got str\.$"),
+        (
+            (None, tf.data.Dataset.range(3)),
+            {},
+            TypeError,
+            r"^train must be Examples\(x, y\), got \w+; wrap it: influence\.Stream",
+        ),
         ((None, None), {"test": 3}, TypeError, r"^test must be Examples\(x, y\), got int\.$"),
         ((None, None), {"damping": -1}, ValueError, "^damping must be a number >= 0, got -1"),
         ((None, None), {"damping": "1"}, ValueError, "^damping must be a number >= 0, got '1'"),

@@ -804,6 +804,16 @@ def test_a_dataset_is_to_be_wrapped(tanh):
     with pytest.raises(TypeError, match=message):
         net.validate(dataset, "train")
 
+    class Rows(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return examples.x, examples.y
+
+    with pytest.raises(TypeError, match=r"got Rows; wrap it: influence\.Stream\(dataset\)\.$"):
+        net.validate(Rows(), "train")
+
 
 def test_vectors_that_do_not_fit(tanh):
     net, examples, *_ = tanh

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pytest
 import scipy.sparse
@@ -19,6 +20,7 @@ from influence import (
     Direct,
     DivergenceError,
     Examples,
+    GenericNeuralNet,
     Influence,
     LiSSA,
     MulticlassLogisticRegression,
@@ -430,3 +432,27 @@ def test_bad_arguments_are_refused_before_any_work(options, error, message, tmp_
     with pytest.raises(error, match=message):
         influence.write_scores(tmp_path / "s.h5", **{"test": p.test, **options})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("factor", "same"), [(1 + 1e-4, True), (1 + 1e-2, False)])
+def test_the_probe_may_round_otherwise(factor, same, tmp_path, monkeypatch):
+    p = problem()
+    influence = Influence(p.net, p.train, solver=Direct())
+    path = influence.write_scores(tmp_path / "s.h5", p.test)
+    losses = type(p.net).losses
+    monkeypatch.setattr(type(p.net), "losses", lambda *given: losses(*given) * factor)
+    if same:
+        assert influence.write_scores(path, p.test) == path
+        return
+    with pytest.raises(ValueError, match="with another losses of the first test examples"):
+        influence.write_scores(path, p.test)
+
+
+def test_another_training_loss_is_another_file(tmp_path):
+    p = ridge()
+    other = GenericNeuralNet(p.net.model, keras.losses.Huber(0.5))
+    asked = {"measurement": lambda _, output: output[:, 0]}
+    options = {"solver": Direct(), "damping": 1.0}
+    path = Influence(p.net, p.train, **options).write_scores(tmp_path / "s.h5", p.test, **asked)
+    with pytest.raises(ValueError, match="with another losses of the first training rows"):
+        Influence(other, p.train, **options).write_scores(path, p.test, **asked)

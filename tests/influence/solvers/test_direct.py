@@ -85,7 +85,7 @@ def test_a_matrix_that_memory_cannot_hold_is_refused_before_any_product():
         prepare(A, Direct())
 
 
-@pytest.mark.parametrize("kind", ["affine layers", "products", "closed form"])
+@pytest.mark.parametrize("kind", ["affine layers", "products", "closed form", "chain"])
 def test_preparing_holds_no_more_than_is_counted(kind):
     """Three matrices of the net's dtype, beside a batch of rows."""
     rng = np.random.default_rng(0)
@@ -98,7 +98,10 @@ def test_preparing_holds_no_more_than_is_counted(kind):
             layers[:2] = [keras.layers.Dense(30, activation="tanh")]
         net = GenericNeuralNet(keras.Sequential([keras.Input((38,)), *layers]), "mse")
         x = rng.standard_normal((8, 38)).astype("float32")
-        A = GaussNewton(net, Examples(x, x[:, 0]), 0.1)
+        examples = Examples(x, x[:, 0])
+        # Damped until it is positive definite for sure, and has a Cholesky factor.
+        A = Hessian(net, examples, 10.0) if kind == "chain" else GaussNewton(net, examples, 0.1)
+        assert kind != "chain" or net.hessian(examples) is not None
     d = net.num_parameters
     assert 1190 < d < 1210
     prepare(A, Direct())  # traced
