@@ -35,7 +35,7 @@ class DataFile:
       unpacked: for a gzipped tar archive of a folder: where that folder is looked for if the
         archive is not there. Size and digest are then those of the folder, so that it does not
         matter who packed it, and when.
-      contents: where no digest says it, what to put there, in words.
+      contents: where no digest says it, or no URL has it: what it is, in words.
     """
 
     path: str

@@ -1,12 +1,15 @@
 """Photographs as arrays of bytes: decoded, in three channels, squeezed to a square."""
 
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 _FORMATS = ("JPEG", "PNG")  # whatever the name says: ImageNet has a PNG among its .JPEGs
@@ -34,7 +37,7 @@ def read(paths: Sequence[Path], side: int) -> NDArray[np.uint8]:
     Raises: ValueError naming the file if one is no whole photograph.
     """
     images = np.empty((len(paths), side, side, 3), np.uint8)
-    for image, path in zip(images, paths, strict=True):
+    for image, path in _shown(images, paths, "reading photographs"):
         image[:] = np.asarray(_squeezed(_decoded(path), side))
     return images
 
@@ -55,9 +58,21 @@ def resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     if images.shape[1:3] == (side, side):
         return images
     found = np.empty((len(images), side, side, 3), np.uint8)
-    for image, pixels in zip(found, images, strict=True):
+    for image, pixels in _shown(found, images, "resizing photographs"):
         image[:] = np.asarray(_squeezed(Image.fromarray(pixels), side))
     return found
+
+
+def _shown(to: NDArray, what: Sequence | NDArray, name: str) -> Iterator[tuple[NDArray, Any]]:
+    """Each place with what goes there; on the standard error how far it is, after five seconds.
+
+    A terminal gets a moving bar, a log a line every half a minute.
+    """
+    # As influence.progress has it, which is above this package.
+    every = 0.5 if sys.stderr.isatty() else 30
+    pairs = zip(to, what, strict=True)
+    yield from tqdm(pairs, name, len(to), leave=False, delay=5, mininterval=every,
+                    dynamic_ncols=True)  # fmt: skip
 
 
 def _decoded(path: Path) -> Image.Image:

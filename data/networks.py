@@ -14,6 +14,13 @@ WEIGHTS = {
         "inception/inception_v3_2015_to_mixed8.weights.h5",
         43_351_272,
         ("37855c123fc26ccb3b0df85a9c3b976deffe904127fa8424e5ed522e8eab17c1",),
+        contents=(
+            "Google's Inception v3 of 2015-12-05, trained on ImageNet (Apache-2.0), its batch "
+            "normalisation folded, up to layer mixed8: what save_weights writes of "
+            "keras.Model(base.input, base.get_layer('mixed8').output) with base = "
+            "keras.applications.InceptionV3(include_top=False, input_shape=(299, 299, 3)). "
+            "Another training of that network, Keras' own, is inception-keras, which is downloaded."
+        ),
     ),
     # The whole network, which the paper used: Keras' own file, and Keras' own digest of it.
     "inception-keras": DataFile(
@@ -26,6 +33,11 @@ WEIGHTS = {
         "mobilenet/mobilenet_v1_0.75_224_notop.weights.h5",
         7_570_480,
         ("0a6d50d0e079cbf32309bbff2b4457075cc6c5c79a8bb1efe1f12e7ae0f89589",),
+        contents=(
+            "MobileNet v1 of width .75 for 224 pixels, trained on ImageNet (Apache-2.0): what "
+            "save_weights writes of keras.applications.MobileNet(alpha=0.75, include_top=False, "
+            "input_shape=(224, 224, 3)) with it."
+        ),
     ),
 }
 

@@ -11,6 +11,7 @@ from influence.attack import Poisoning, Rule
 from influence.models.inception import scaled
 from influence.reach import gradient_norms, mean_s_test
 
+RULES = ("paper", "best")
 SIGNS = ("self_influence", "loss", "distance")  # by which poisons may be found
 _COMPONENTS = 700  # principal ones, that the release's notebook projects on
 
@@ -73,7 +74,6 @@ def single(
         "paper_change": found[-1].change_if_poisoned[0],
         "best_change": strong.change_if_poisoned[0],
         "clean_loss": strong.test_losses[0, 0],
-        "refits": sum(len(one.test_losses) for one in every),
         "gradient_norm": max(one.gradient_norm for one in every),
         "same_bytes": all(_same(one) for one in every),
         # What the warm refits say of the image, the cold one must say too.
@@ -165,8 +165,13 @@ def group(
         "many_losses": most.test_losses.mean(axis=1),
         "many_flipped": np.sum(most.test_losses > FLIPPED, axis=1),
         "many_flipped_cold": np.sum(most.flipped),
-        "gradient_norm": max(alone.gradient_norm, most.gradient_norm),
-        "same_bytes": _same(alone) and _same(most),
+        "size": len(points),
+        "refits_gradient_norm": max(alone.gradient_norm, most.gradient_norm),
+        "all_same_bytes": _same(alone) and _same(most),
+        "all_confirmed": bool(
+            np.sum(most.test_losses[-1] > FLIPPED) == np.sum(most.flipped)
+            and np.array_equal(alone.test_losses[-1] > FLIPPED, flipped)
+        ),
     } | geometry(head, alone)
 
 
@@ -187,7 +192,8 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
     to_own, to_other = own.mean(axis=0), train.x[train.y != train.y[row]].mean(axis=0)
     basis = np.linalg.svd(train.x - train.x.mean(axis=0), full_matrices=False)[2][:_COMPONENTS]
     shift = after - before
-    inside = basis @ shift
+    # With no more features than components there is nothing outside but rounding.
+    inside = basis @ shift if train.x.shape[1] > _COMPONENTS else np.full(1, np.nan)
     return {
         "levels_moved": np.abs(moved).max() / LEVEL,
         "pixels_moved": np.linalg.norm(moved),
@@ -198,5 +204,53 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
         "to_other_before": np.linalg.norm(before - to_other),
         "to_other_after": np.linalg.norm(after - to_other),
         "moved_in_components": np.linalg.norm(inside),
-        "moved_outside_components": np.sqrt(max(shift @ shift - inside @ inside, 0.0)),
+        "moved_outside_components": np.sqrt(np.maximum(shift @ shift - inside @ inside, 0.0)),
     }
+
+
+def of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
+    """The metrics of what `group` returned."""
+    half = np.flatnonzero(found["many_flipped"] == found["many_flipped"].max())[0]
+    scalars = {key: float(value) for key, value in found.items() if not np.ndim(value)}
+    return {f"group_{key}_{network}": value for key, value in scalars.items()} | {
+        f"group_one_loss_before_{network}": found["one_losses"][0],
+        f"group_one_loss_after_{network}": found["one_losses"][-1],
+        f"group_most_flipped_{network}": found["many_flipped"][half],
+        f"group_poisons_for_most_{network}": found["many_poisons"][half],
+    }
+
+
+def over_all(
+    counts: tuple[int, ...], every: list[dict[str, NDArray]], groups: list[dict[str, NDArray]]
+) -> dict[str, float]:
+    """What is claimed of all heads together.
+
+    Args:
+      counts: numbers of poisons.
+      every: for each head what `single` returned, stacked over the test images.
+      groups: for each head what `group` returned.
+    """
+    flipped = {rule: np.concatenate([one[f"{rule}_flipped"] for one in every]) for rule in RULES}
+    ranks = np.concatenate([one["standing"].reshape(-1, len(SIGNS), 2) for one in every])
+    ranks = ranks[~np.isnan(ranks[:, 0, 0])]
+    confirmed = [one["confirmed"] for one in every] + [one["all_confirmed"] for one in groups]
+    same = [one["same_bytes"] for one in every] + [one["all_same_bytes"] for one in groups]
+    norms = [one["gradient_norm"] for one in every] + [
+        one["refits_gradient_norm"] for one in groups
+    ]
+    metrics = {
+        "group_half_flipped": min(2 * one["many_flipped_cold"] >= one["size"] for one in groups),
+        "confirmed_by_cold_refit": np.mean(np.hstack(confirmed)),
+        "byte_equal": np.mean(np.hstack(same)),
+        "worst_gradient_norm": np.max(np.hstack(norms)),
+    }
+    if 2 in counts:
+        paper, best = (flipped[rule][:, counts.index(2)].sum() for rule in RULES)
+        metrics["times_as_many_by_best_rule_with_2"] = best / max(paper, 1)
+    if 10 in counts:
+        shares = flipped["paper"].mean(axis=0)
+        metrics["gain_from_1_to_10_by_papers_rule"] = shares[counts.index(10)] - shares[0]
+    for i, sign in enumerate(SIGNS):
+        for j, when in enumerate(("before", "after")):
+            metrics[f"median_poison_at_by_{sign}_{when}"] = np.median(ranks[:, i, j])
+    return metrics

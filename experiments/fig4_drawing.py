@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.dogfish import IMAGENETTES_SIDE
 from experiments import trunks
 from experiments.dog_or_fish import FISH
 from experiments.record import Record
@@ -13,6 +14,7 @@ from experiments.record import Record
 SVM = "svm"  # its name among the models; a deep head's is network/layer
 NUM_PHOTOGRAPHS = 5  # most helpful ones of each kind
 _SHOWN = 2  # deep heads whose scatter is drawn beside the SVM's
+_CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}  # not the paper's network
 _GREEN, _ORANGE = "#009E73", "#E69F00"  # fish, dogs: told apart by the colour-blind, too
 
 
@@ -45,7 +47,23 @@ def draw(record: Record) -> Any:
         strips[1].set_xlim(left=0)
         strips[2].set_xscale("log")
         strips[2].locator_params(axis="x", numticks=4)
+        if not record.data.get("stand_in", True):  # which says what it is by itself
+            figure.supxlabel(_said(record, names[1:]), fontsize=7, color="0.35")
     return figure
+
+
+def _said(record: Record, heads: list[str]) -> str:
+    """What the figure is of, where that is not what the paper's is of."""
+    networks = dict.fromkeys(trunks.split(head)[0] for head in heads)
+    said = []
+    if record.metrics.get("photographs_side", IMAGENETTES_SIDE) == IMAGENETTES_SIDE:
+        said.append("Photographs of Imagenette, English springer against tench")
+    cut = [_CUT[network] for network in networks if network in _CUT]
+    if cut:
+        said.append(f"{' and '.join(cut)} cut at the layer named")
+    if not said:
+        return ""
+    return f"{'; '.join(said)}:\nthe paper's own are not to be had."
 
 
 def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:

@@ -92,8 +92,10 @@ CLAIMS = (
     Claim("median_spearman_svm", None, None, -0.15),
     Claim("lowest_median_spearman_deep", None, -0.08, None),
     Claim("same_class_in_top_svm", None, 0.9, 1.0),
+    Claim("median_same_class_in_top_svm", None, 0.9, 1.0),
     Claim("fewest_dogs_in_top_deep", None, 1, None),
-    Claim("least_ratio_of_largest_influence", 57, 10, None),
+    Claim("least_median_ratio_of_largest_influence", None, 10, None),
+    Claim("least_ratio_of_largest_influence_of_test_point", 57, 1, None),
     Claim("lowest_test_accuracy_deep", 0.985, 0.97, 1.0),
     Claim("worst_gradient_norm", None, 0.0, 1e-9, stand_in=True),
 )
@@ -104,8 +106,14 @@ DEVIATIONS = (
     "mistake (591 of 600 in the paper), the earlier ones nearly as the paper's (592 and 589).",
     "Networks: Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and MobileNet, "
     "of width .75, at two layers (768 and 384), for Inception's last layer (2,048), whose weights "
-    "are not at hand; the paper preset takes Keras' own. The surer a head, the smaller its "
-    "influences: its largest is 16 to 4,800 times below the SVM's (median), 57 in the paper.",
+    "are not at hand; the paper preset takes Keras' own.",
+    "Largest influence: the SVM's is 57 times the deep net's for the paper's one fish. For the one "
+    "drawn here it is 5.1 times that of mixed5, 5.6 of mixed8, 79 and 91 times MobileNet's; in the "
+    "median over the 60 test fish 16 to 4,800 times. It is a matter of how sure a head is of a "
+    "fish: of the one drawn, which was chosen by the SVM, mixed5 and mixed8 are less sure (.97, "
+    ".95) than MobileNet (.997).",
+    "The SVM's 20 most helpful images: all of them fish in the median over the 60 test fish, .93 "
+    "in the mean, .45 for the one with the fewest.",
     "SVM: the smooth hinge's own minimum, of gradient norm 1e-10; LinearSVC's, which is the "
     "hinge's, in the release: there the smooth hinge's gradient has a norm of 4e-3, whatever "
     "LinearSVC's tolerance. Scores correlate by .9996, .998 at least; the median Spearman is -.25 "
@@ -148,7 +156,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
                         weight_decay=config.weight_decay)
     }  # fmt: skip
     folder = trunks.kept_in(data.stand_in, checkpoints)
-    features = trunks.features(config.heads, images, root=data.folder, folder=folder)
+    features, seconds = trunks.timed_features(config.heads, images, root=data.folder, folder=folder)
     for head, phi in features.items():
         models[head] = deep_head(phi, y, y_test, weight_decay=config.weight_decay)
 
@@ -172,9 +180,13 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     metrics: dict[str, Any] = {
         "num_train": len(y),
         "num_test": len(y_test),
+        "photographs_side": x.shape[1],
+        "features_seconds": seconds,
         "same_class_in_top_svm": 1 - np.mean(dogs[0]) / config.top_svm,
+        "median_same_class_in_top_svm": 1 - np.median(dogs[0]) / config.top_svm,
         "fewest_dogs_in_top_deep": dogs[1:].min(),
-        "least_ratio_of_largest_influence": np.median(ratio, axis=1).min(),
+        "least_median_ratio_of_largest_influence": np.median(ratio, axis=1).min(),
+        "least_ratio_of_largest_influence_of_test_point": ratio[:, 0].min(),
         "lowest_median_spearman_deep": np.median(spearman[1:], axis=1).min(),
         "largest_median_spearman_deep": np.median(spearman[1:], axis=1).max(),
         "lowest_test_accuracy_deep": min(accuracies[head][1] for head in config.heads),
@@ -199,6 +211,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
                 f"median_dogs_in_top_{name}": np.median(dogs[i]),
                 f"fewest_dogs_in_top_{name}": dogs[i].min(),
                 f"median_ratio_of_largest_influence_{name}": np.median(ratio[i - 1]),
+                f"ratio_of_largest_influence_of_test_point_{name}": ratio[i - 1, 0],
                 f"probability_of_test_point_{name}": scipy.special.expit(z),
             }
     helpful_dogs = np.argsort(np.where(y == FISH, np.inf, -scores[:, 0]), axis=1, kind="stable")

@@ -15,9 +15,9 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from experiments import trunks
-from experiments.attacking import SIGNS, group, single
-from experiments.fig5_drawing import RULES, draw
+from experiments import choice, trunks
+from experiments.attacking import RULES, SIGNS, group, of_group, over_all, single
+from experiments.fig5_drawing import draw
 from experiments.heads import LEVEL, Head, alike, fitted, right
 from experiments.record import Claim, Record
 from influence.attack import Rule
@@ -55,6 +55,8 @@ class Config:
     """of the best rule, at most, for each set of poisons"""
     best_tries: int = 6
     """training images that the best rule tries alone first"""
+    best_restarts: int = 1
+    """of the best rule, of every set of several poisons that was not enough"""
     candidates: int = 64
     """training images whose derivative by the pixels is computed"""
     group_size: int = 30
@@ -94,6 +96,12 @@ class Config:
             raise ValueError(f"num_test must be non-negative, got {self.num_test}.")
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}.")
+        if not all(0 < weight_decay < np.inf for weight_decay in self.weight_decays):
+            raise ValueError(f"weight_decays must be positive, got {self.weight_decays}.")
+        for name, least in (("moves", 1), ("best_moves", 1), ("group_moves", 1),
+                            ("best_tries", 0), ("best_restarts", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 PRESETS = {
@@ -109,16 +117,23 @@ PRESETS = {
     "paper": Config(),
 }  # fmt: skip
 
+_HERE, _THERE = ("standard",), ("paper",)
 CLAIMS = (
-    Claim("best_flipped_10_mobilenet", 0.998, 0.95, 1.0),
-    Claim("best_flipped_2_inception", 0.77, 0.40, 1.0),
-    Claim("times_as_many_by_best_rule_with_2", None, 1.5, None),
-    Claim("least_gain_by_more_poisons", None, 0.0, None, stand_in=True),
+    Claim("best_flipped_10_mobilenet", 0.998, 0.95, 1.0, presets=_HERE),
+    Claim("best_flipped_2_inception", 0.77, 0.40, 1.0, presets=_HERE),
+    Claim("times_as_many_by_best_rule_with_2", None, 1.5, None, presets=_HERE),
+    Claim("gain_from_1_to_10_by_papers_rule", 0.43, 0.1, 1.0, presets=("standard", "paper")),
+    Claim("group_half_flipped", None, 1.0, 1.0, presets=_HERE),
     Claim("confirmed_by_cold_refit", None, 1.0, 1.0, stand_in=True),
     Claim("byte_equal", None, 1.0, 1.0, stand_in=True),
     Claim("worst_gradient_norm", None, 0.0, 1e-9, stand_in=True),
-    Claim("test_accuracy_mobilenet", 0.985, 0.97, 0.995),
-    Claim("test_accuracy_inception", 0.985, 0.97, 0.995),
+    Claim("heads_as_chosen", None, 1.0, 1.0, presets=_HERE),
+    Claim("test_accuracy_mobilenet", 0.985, 0.97, 0.995, presets=_HERE),
+    Claim("test_accuracy_inception", 0.985, 0.97, 0.995, presets=_HERE),
+    Claim("paper_flipped_1_inception-keras", 0.57, 0.45, 0.70, presets=_THERE),
+    Claim("paper_flipped_2_inception-keras", 0.77, 0.65, 0.90, presets=_THERE),
+    Claim("paper_flipped_10_inception-keras", 0.998, 0.95, 1.0, presets=_THERE),
+    Claim("test_accuracy_inception-keras", 0.985, 0.97, 0.995, presets=_THERE),
 )
 
 DEVIATIONS = (
@@ -126,13 +141,10 @@ DEVIATIONS = (
     "MobileNet (width .75) and Inception up to mixed8 for Inception's pool features: neither the "
     "paper's photographs nor its network's last layers are to be had here. The numbers are not "
     "comparable image by image.",
-    "Head, never chosen by the attack: features as they are, weight decay and layer such that the "
-    "head is as the paper's, whose training accuracy is 1, training loss .0040 and test accuracy "
-    ".985. Weight decay 1e-5 gives training accuracy 1 and a loss of .0034 (conv_pw_10_relu), "
-    ".0024 (conv_pw_11_relu), .0029 (mixed4), .0015 (mixed5); 1e-3, the paper's own, .0555 .0423 "
-    ".0591 .0343 with 8 to 16 training images wrong. Accuracy on held-out quarters of the training "
-    "images at 1e-5, mean of five divisions: .984 .987 .984 .989; so conv_pw_10_relu and mixed4. "
-    "At 1e-3 the margins are half as wide and an attack moves them by a tenth as much.",
+    "Head: features as they are, layer and weight decay by a rule that knows the training images "
+    "alone (experiments/choice.py, the arrays `choice_...`): held-out accuracy within a standard "
+    "error of the paper's .985, then the training loss nearest to its .0040. The release's own "
+    "weight decay, 1e-3, gives training losses ten times as high here.",
     "Box: .49 of a level to each side and every rounded byte compared; the release's closed .5, "
     "which float32 overshoots, so that its poisons do not round to their originals.",
     "Paper's rule: 20 moves of .1 of a level here (standard), 100 of .02 in the release.",
@@ -143,9 +155,12 @@ DEVIATIONS = (
     "first; with one poison it has two tries.",
     "Best rule, not the paper's: steps that decay, momentum, entries below half of the mean "
     "derivative moved in proportion; six training images moved alone, and the poisons those that "
-    "then did most.",
-    "Group: a test image and the 29 of its class nearest in features; 30 photographs of one dog in "
-    "the release.",
+    "then did most, the rest ranked again at the weights reached; a restart elsewhere in the boxes "
+    "where that was not enough. Its numbers were set after trials on eight of the test images at "
+    "MobileNet and six at Inception.",
+    "Group: a test image and the 29 of its class nearest in features, all right before; 30 "
+    "photographs of one dog in the release. The one poison is the training image of the other "
+    "class that the head is least sure of; the release's was that among all, and of that class.",
 )
 
 
@@ -166,6 +181,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     arrays: dict[str, Any] = {"heads": np.array(config.heads, "S"), "signs": np.array(SIGNS, "S")}
     every: list[dict[str, NDArray]] = []
     groups: list[dict[str, NDArray]] = []
+    as_chosen: list[bool] = []
     # Threads that wait for each other on a busy machine cost tenfold; the trunk has its own.
     with threadpoolctl.threadpool_limits(1, "blas"):
         for i, name in enumerate(config.heads):
@@ -181,6 +197,16 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             ]
             *singles, together = done
             del together["one_input"]
+            heads = choice.heads_of(
+                network, data, seed=config.seed, checkpoints=checkpoints,
+                folder=trunks.kept_in(data.stand_in, checkpoints),
+            )  # fmt: skip
+            arrays |= {f"choice_{key}_{network}": value for key, value in heads.items()}
+            layer, weight_decay = choice.chosen(heads, len(data.train[1]))
+            as_chosen.append(
+                (name, config.weight_decays[i], config.standardised[i])
+                == (f"{network}/{layer}", weight_decay, False)
+            )
             joined = {key: np.stack([one[key] for one in singles]) for key in singles[0]}
             every.append(joined)
             groups.append(together)
@@ -191,12 +217,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
                 for key, shares in found.items()
                 for count, share in zip(config.counts, shares, strict=True)
             }
-            metrics |= _of_group(together, network)
+            metrics |= of_group(together, network)
             metrics[f"num_attacked_{network}"] = len(points)
             arrays |= {f"points_{network}": points}
             arrays |= {f"{key}_{network}": value for key, value in (joined | together).items()
                        if np.ndim(value)}  # fmt: skip
-    metrics |= _over_all(config, every, groups)
+    metrics |= over_all(config.counts, every, groups) | {"heads_as_chosen": min(as_chosen)}
     arrays["counts"] = np.array(config.counts)
     return Record.of(metrics=metrics, arrays=arrays)
 
@@ -246,47 +272,16 @@ def _single(config: Config, head: Head, point: int) -> dict[str, Any]:
 def _group(config: Config, head: Head) -> dict[str, Any]:
     return group(
         head, alike(config, head), counts=config.group_counts, candidates=config.candidates,
-        one=Rule(max_steps=config.group_moves, decay=0.9, tries=0), many=_best(config),
+        one=Rule(max_steps=config.group_moves, decay=0.9, tries=0, restarts=0),
+        many=_best(config),
     )  # fmt: skip
 
 
 def _signs(step: float, moves: int) -> Rule:
     """The paper's: the sign of the derivative, the same step always, ranked once."""
-    return Rule(step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0)
+    return Rule(step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0,
+                restarts=0)  # fmt: skip
 
 
 def _best(config: Config) -> Rule:
-    return Rule(max_steps=config.best_moves, tries=config.best_tries)
-
-
-def _of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
-    half = np.flatnonzero(found["many_flipped"] == found["many_flipped"].max())[0]
-    scalars = {key: float(value) for key, value in found.items() if not np.ndim(value)}
-    return {f"group_{key}_{network}": value for key, value in scalars.items()} | {
-        f"group_one_loss_before_{network}": found["one_losses"][0],
-        f"group_one_loss_after_{network}": found["one_losses"][-1],
-        f"group_most_flipped_{network}": found["many_flipped"][half],
-        f"group_poisons_for_most_{network}": found["many_poisons"][half],
-    }
-
-
-def _over_all(config: Config, every: list, groups: list) -> dict[str, float]:
-    """What is claimed of all heads together."""
-    flipped = {rule: np.concatenate([one[f"{rule}_flipped"] for one in every]) for rule in RULES}
-    two = config.counts.index(2) if 2 in config.counts else 0
-    worst = [np.max(one["gradient_norm"]) for one in (*every, *groups)]
-    gains = [np.diff(one[f"{rule}_flipped"].mean(axis=0)) for one in every for rule in RULES]
-    paper, best = (flipped[rule][:, two].sum() for rule in RULES)
-    ranks = np.concatenate([one["standing"].reshape(-1, len(SIGNS), 2) for one in every])
-    ranks = ranks[~np.isnan(ranks[:, 0, 0])]
-    metrics = {
-        "times_as_many_by_best_rule_with_2": best / max(paper, 1),
-        "least_gain_by_more_poisons": min((g.min() for g in gains if len(g)), default=0.0),
-        "confirmed_by_cold_refit": np.mean(np.concatenate([one["confirmed"] for one in every])),
-        "byte_equal": np.mean([np.mean(one["same_bytes"]) for one in (*every, *groups)]),
-        "worst_gradient_norm": max(worst),
-    }
-    for i, sign in enumerate(SIGNS):
-        for j, when in enumerate(("before", "after")):
-            metrics[f"median_poison_at_by_{sign}_{when}"] = np.median(ranks[:, i, j])
-    return metrics
+    return Rule(max_steps=config.best_moves, tries=config.best_tries, restarts=config.best_restarts)

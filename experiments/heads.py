@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data import images
 from experiments import trunks
+from experiments.choice import held_out_accuracy
 from influence import Examples, TopLayer
 from influence.attack import Poisoning, poison
 from influence.models.inception import scaled
@@ -16,7 +17,6 @@ from influence.models.inception import scaled
 BOUNDS = (-1.0, 1.0)  # of a pixel
 LEVEL = 2 / 255  # one step of its 8-bit value
 FLIPPED = float(np.log(2))  # test loss above which P(label) < 1/2
-_FOLDS = 4  # of the training images, each held out once
 _TOLERANCE = 1e-9  # of the clean fits; refits have a smaller one
 
 
@@ -79,7 +79,7 @@ def fitted(config: Any, i: int, data: Any, checkpoints: Path | None) -> tuple[He
     return head, {
         "test_accuracy": head.accuracy(test),
         "train_accuracy": head.accuracy(train),
-        "held_out_accuracy": _held_out_accuracy(config, i, head),
+        "held_out_accuracy": held_out_accuracy(net, train, config.seed),
         "median_test_margin": np.median((2 * y_test - 1) * (test.x @ net.theta)),
     }
 
@@ -87,20 +87,6 @@ def fitted(config: Any, i: int, data: Any, checkpoints: Path | None) -> tuple[He
 def _standards(phi: NDArray) -> tuple[NDArray, NDArray]:
     deviation = phi.std(axis=0)
     return phi.mean(axis=0), np.where(deviation > 0, deviation, 1)
-
-
-def _held_out_accuracy(config: Any, i: int, head: Head) -> float:
-    """What the layer and the weight decay were chosen by: nothing of the test set is in it."""
-    train = head.train
-    folds = np.random.default_rng(config.seed).permutation(len(train)) % _FOLDS
-    right = 0
-    theta = head.net.theta
-    for fold in range(_FOLDS):
-        own, held = (train.take(np.flatnonzero(w)) for w in (folds != fold, folds == fold))
-        head.net.fit(own, gradient_tolerance=_TOLERANCE)
-        right += head.accuracy(held) * len(held)
-        head.net.theta = theta
-    return right / len(train)
 
 
 def right(config: Any, head: Head) -> NDArray[np.int64]:
@@ -112,8 +98,12 @@ def right(config: Any, head: Head) -> NDArray[np.int64]:
 
 
 def alike(config: Any, head: Head) -> NDArray[np.int64]:
-    """A test image and those nearest to it of its class, in place of photographs of one dog."""
-    x, first = head.test.x, right(config, head)[0]
-    own = np.flatnonzero(head.test.y == head.test.y[first])
+    """A test image and those nearest to it of its class, in place of photographs of one dog.
+
+    All of them are right before the attack, as the release's are: fewer than `group_size` if the
+    class has no more.
+    """
+    x, y, first = head.test.x, head.test.y, right(config, head)[0]
+    own = np.flatnonzero((y == y[first]) & (head.net.losses(x, y) < FLIPPED))
     far = np.linalg.norm(x[own] - x[first], axis=1)
     return own[np.argsort(far, kind="stable")[: config.group_size]]

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from influence.attack_arguments import check_arguments
 from influence.examples import Examples
+from influence.minimum import TOLERANCE, check_at_minimum
 from influence.net import GenericNeuralNet
 from influence.reach import (
     BEST_RULE,
     PAPER_RULE,
     Rule,
     Targets,
-    check_targets,
     mean_s_test,
     mean_size,
     norms_of,
@@ -83,6 +84,7 @@ def poison(
     solver: Solver | None = None,
     fit: Callable[[GenericNeuralNet, Examples], Any] | None = None,
     start: NDArray | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Poisoning:
     """Move training inputs within their boxes so that the mean test loss after retraining rises.
 
@@ -101,7 +103,8 @@ def poison(
       counts: how many of the candidates to poison, increasing: with the first number, and, if that
         was not enough, with the next. All at once if omitted.
       rule: how they are moved and chosen.
-      inputs: (c, ...) the candidates' inputs, floating, where `train` holds features of them.
+      inputs: (c, ...) the candidates' inputs, floating, where `train` holds features of them;
+        `train`'s own if omitted.
       bounds: least and largest value of an input's entries, or None.
       flip_at: test loss above which a test example counts as flipped; log 2 is P(label) < 1/2 for
         log losses. Infinity: no early end.
@@ -112,29 +115,20 @@ def poison(
       fit: called instead of `net.fit` on (net, poisoned training set), from the present theta.
       start: (d,) where the confirming refit begins; zero for a convex net and the net's theta for
         any other, if omitted.
+      tolerance: Euclidean norm of the risk's gradient up to which the net is at its minimum; from
+        elsewhere `change_if_poisoned` would be that of ordinary training.
 
     Returns: Poisoning; positive: the test loss rose.
-    Raises: TypeError, ValueError or IndexError naming the argument, before any long computation.
+    Raises: TypeError, ValueError or IndexError naming the argument, before any long computation;
+      ValueError for a net that is not at its minimum.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    targets, counts, flips, start = check_arguments(
+        net, train, test, rows, radius, counts=counts, rule=rule, inputs=inputs, bounds=bounds,
+        flip_at=flip_at, flips=flips, gradient_norms=gradient_norms, solver=solver, fit=fit,
+        start=start, tolerance=tolerance,
+    )  # fmt: skip
     train, test = seen_by(net, train), seen_by(net, test)
-    net.validate(train, "train")
-    net.validate(test, "test")
-    targets = check_targets(net, train, rows, radius, inputs, bounds)
-    c = len(targets.rows)
-    counts = [c] if counts is None else list(counts)
-    if not counts or counts[0] < 1 or counts[-1] > c or (np.diff(counts) <= 0).any():
-        raise ValueError(f"counts must be increasing numbers in [1, {c}], got {counts}.")
-    flips = len(test) if flips is None else flips
-    if not 1 <= flips <= len(test):
-        raise ValueError(f"flips must lie in [1, {len(test)}], got {flips}.")
-    if gradient_norms is not None and np.shape(gradient_norms) != (c,):
-        raise ValueError(f"gradient_norms must have shape ({c},), got {np.shape(gradient_norms)}.")
-    if start is None:
-        start = np.zeros_like(net.theta) if net.convex else net.theta
-    elif np.shape(start) != (net.num_parameters,):
-        raise ValueError(f"start must have shape ({net.num_parameters},), got {np.shape(start)}.")
+    check_at_minimum(net, train, tolerance, "give the tolerance that it was fitted to")
     before = net.model.get_weights()
     try:
         enough = lambda losses: np.count_nonzero(losses > flip_at) >= flips  # noqa: E731
@@ -188,26 +182,57 @@ class _Attack:
             tried.append(self._moved(np.array([i]), x))
             if counts[0] == 1 and self.enough(tried[-1][-1].losses):
                 break
-        tried.sort(key=lambda states: -states[-1].losses.mean())
+        tried.sort(key=lambda states: self._worth(states[-1]), reverse=True)
         best = [int(states[-1].at[0]) for states in tried]
         order = np.array([*best, *(i for i in order if i not in best)])
         for states in tried:
             x[states[-1].at] = states[-1].x
+        moved = len(tried)
         for count in counts:
+            if self.rule.tries and moved < count and len(self.trace) > 1:
+                order = self._ranked_again(order, moved)
+                moved = count
             states = tried[0] if count == 1 and tried else self._moved(order[:count], x)
+            for again in range(0 if count == 1 else self.rule.restarts):
+                if self.enough(states[-1].losses):
+                    break
+                elsewhere = self.targets.anywhere(order[:count], again)
+                found = self._moved(order[:count], elsewhere, first=0)
+                states = max(states, found, key=lambda states: self._worth(states[-1]))
             self.state = states[-1]
             x[self.state.at] = self.state.x
             self.trace += [(count, s.losses) for s in states if s.losses is not self.losses]
             if self.enough(self.state.losses):
                 return
 
-    def _moved(self, at: NDArray, x: NDArray) -> list[_State]:
-        """Move the targets `at` together from x, with a refit after each move; the best is last."""
+    def _worth(self, state: _State) -> tuple[bool, float]:
+        """What makes one set of poisons better than another."""
+        return self.enough(state.losses), float(state.losses.mean())
+
+    def _ranked_again(self, order: NDArray, moved: int) -> NDArray:
+        """The order with the targets after the first `moved` ranked at the present poisons."""
+        state, rest = self.state, order[moved:]
+        self.net.theta = state.theta
+        s = mean_s_test(self.net, self._poisoned(state), self.test, self.solver)
+        g = self.targets.gradients(self.net, rest, self.targets.x[rest], s)
+        norms = np.abs(g).sum(axis=tuple(range(1, g.ndim)), dtype=np.float64)
+        by_norm = np.lexsort((self.targets.rows[rest], -norms))
+        return np.concatenate([order[:moved], rest[by_norm]])
+
+    def _moved(self, at: NDArray, x: NDArray, first: int | None = None) -> list[_State]:
+        """Move the targets `at` together from x, with a refit after each move; the best is last.
+
+        Args:
+          at: positions in the targets.
+          x: inputs of all targets.
+          first: which move of the rule's is the first. None: the one that x is due to.
+        """
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
-        # Inputs that were moved before are not to be thrown far from where that has led them.
-        first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
+        if first is None:
+            # Inputs moved before are not to be thrown far from where that has led them.
+            first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]
             if self.enough(state.losses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import tensorflow as tf
@@ -55,7 +56,7 @@ def check(
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
     for name, examples in (("train", train), ("test", test)):
         if not isinstance(examples, Examples) and (name == "train" or examples is not None):
-            net.validate(examples, name)  # refuses it, and says how a dataset is wrapped
+            net.validate(cast(Examples, examples), name)  # refuses it, says how to wrap a dataset
     if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
         raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
     check_batch_size(batch_size)

@@ -12,13 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from influence import refits, secant
 from influence.convergence import warn_unconverged
 from influence.examples import Examples, check_rows
+from influence.minimum import TOLERANCE, check_at_minimum
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
 from influence.refits import Groups, Refits, Task
 from influence.removal import Removal
 from influence.solvers import Direct, Prepared, Solver, prepare
-
-_NEWTON_TOLERANCE = 1e-8
 
 
 def leave_one_out(
@@ -207,14 +206,9 @@ def _retrained(
     refits.check_processes(num_processes, net, task.fit)
     label, inverse, refit = "", None, _fit_block
     if method == "newton":
-        tolerance = _NEWTON_TOLERANCE if task.tolerance is None else task.tolerance
+        tolerance = TOLERANCE if task.tolerance is None else task.tolerance
         task = Task(net, train, task.test, tolerance, task.max_passes, task.batch_size)
-        norm = float(np.linalg.norm(net.risk_gradient(train, batch_size=task.batch_size)))
-        if norm > tolerance:
-            raise ValueError(
-                f"net must be at the minimum of its risk, got a gradient norm of {norm:.1e}, above "
-                f"the tolerance {tolerance:.1e}; call net.fit(train) first or use method='fit'."
-            )
+        check_at_minimum(net, train, tolerance, "use method='fit'", task.batch_size)
         inverse = prepare(Hessian(net, train, batch_size=task.batch_size), solver)
         label, refit = repr(inverse.solver), _newton_block
     found = refits.run(

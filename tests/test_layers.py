@@ -35,13 +35,15 @@ LAYERS = {
     "tracin": _BELOW_SOLVERS,
     "refits": _BELOW_SOLVERS,
     "removal": _BELOW_SOLVERS | {"solvers", "refits"},
-    "retraining": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
+    "minimum": {"examples", "net"},
+    "retraining": _BELOW_SOLVERS | {"solvers", "refits", "removal", "minimum"},
     "proximal": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
     "continued": _BELOW_SOLVERS | {"models", "refits"},
     "preflight": _BELOW_SOLVERS | {"solvers", "spectrum"},
     "check": _BELOW_SOLVERS | {"preflight", "spectrum"},
     "reach": _BELOW_SOLVERS | {"solvers", "response"},
-    "attack": _BELOW_SOLVERS | {"solvers", "reach"},
+    "attack_arguments": _BELOW_SOLVERS | {"reach"},
+    "attack": _BELOW_SOLVERS | {"solvers", "reach", "attack_arguments", "minimum"},
 }
 FRONT = {"__init__", "__main__"}  # the public names, the command line: above everything
 

@@ -47,6 +47,19 @@ def test_grey_becomes_three_equal_channels(save):
     assert np.abs(found[..., 0] - luminance).max() < 8
 
 
+def test_how_far_it_is_is_shown_if_it_takes_long(save, capfd, monkeypatch):
+    paths = [save(smooth(40, 64))] * 2
+    silent = images.read(paths, SIDE)
+    assert capfd.readouterr() == ("", "")
+    tqdm = images.tqdm
+    monkeypatch.setattr(images, "tqdm", lambda *a, **k: tqdm(*a, **{**k, "delay": 0}))
+    np.testing.assert_array_equal(images.read(paths, SIDE), silent)
+    out, err = capfd.readouterr()
+    assert "reading photographs" in err and "0/2" in err and out == ""
+    images.resized(silent, 8)
+    assert "resizing photographs" in capfd.readouterr().err
+
+
 def test_other_sizes_are_squeezed(save):
     (found,) = images.read([save(smooth(40, 64))], SIDE)
     assert np.abs(found.astype(int) - smooth()).max() < 12

@@ -43,13 +43,20 @@ def test_found_and_checked(weights, tmp_path):
         data.weights("mobilenet", tmp_path)
 
 
-def test_without_an_address(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "what", "known_by"),
+    [
+        ("mobilenet", "MobileNet v1 of width .75", "7,570,480 bytes  SHA-256 0a6d50d0"),
+        ("inception", "Google's Inception v3 of 2015-12-05", "43,351,272 bytes  SHA-256 37855c12"),
+    ],
+)
+def test_without_an_address_it_is_said_what_it_is(tmp_path, name, what, known_by):
     with pytest.raises(FileNotFoundError) as error:
-        data.weights("mobilenet", tmp_path)
+        data.weights(name, tmp_path)
     message = str(error.value)
-    assert message.startswith("mobilenet, the network's weights, was not found.")
-    assert "has no address to download from: get it by hand." in message
-    assert "7,570,480 bytes  SHA-256 0a6d50d0" in message
+    assert message.startswith(f"{name}, the network's weights, was not found.")
+    assert f"has no address to download from: get it by hand. It is {what}" in message
+    assert known_by in message
 
 
 @pytest.mark.usefixtures("online")

@@ -83,7 +83,12 @@ def test_the_kernel_sees_images_of_its_own_side(splits, record):
 def test_metrics_are_those_of_the_arrays(record):
     metrics, arrays = record.metrics, record.arrays
     ratios = arrays["largest_influence"][0] / arrays["largest_influence"][1:]
-    assert metrics["least_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
+    assert metrics["least_median_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
+    of_point = [metrics[f"ratio_of_largest_influence_of_test_point_{name}"] for name in NAMES[1:]]
+    scores = np.abs(arrays["score"]).max(axis=1)  # those of the test point
+    np.testing.assert_allclose(of_point, scores[0] / scores[1:], rtol=1e-12)
+    assert metrics["least_ratio_of_largest_influence_of_test_point"] == min(of_point)
+    assert min(of_point) != np.median(ratios, axis=1).min()
     medians = np.median(arrays["spearman"], axis=1)
     assert metrics["median_spearman_svm"] == medians[0]
     assert metrics["lowest_median_spearman_deep"] == medians[1:].min()
@@ -91,6 +96,9 @@ def test_metrics_are_those_of_the_arrays(record):
     assert metrics["fewest_dogs_in_top_deep"] == arrays["dogs_in_top"][1:].min()
     share = 1 - arrays["dogs_in_top"][0].mean() / SMOKE.top_svm
     assert metrics["same_class_in_top_svm"] == pytest.approx(share)
+    median = 1 - np.median(arrays["dogs_in_top"][0]) / SMOKE.top_svm
+    assert metrics["median_same_class_in_top_svm"] == pytest.approx(median)
+    assert 0 < metrics["features_seconds"] < 300 and metrics["photographs_side"] == 32
     for i in range(3):
         helpful = arrays["most_helpful"][i]
         assert (np.diff(arrays["score"][i, helpful]) <= 0).all()
@@ -157,6 +165,36 @@ def test_draw(record):
     assert not any(axis.images for axis in figure.axes)
     medians = [line.get_xdata()[0] for line in figure.axes[3].lines[:3]]
     np.testing.assert_allclose(medians, np.median(arrays["spearman"], axis=1))
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("heads", "side", "said"),
+    [
+        (("inception/mixed8", "mobilenet/conv_pw_13_relu", "inception/mixed5"), 224,
+         "Photographs of Imagenette, English springer against tench; Inception v3 and MobileNet "
+         ".75 cut at the layer named:\nthe paper's own are not to be had."),
+        (("inception-keras/mixed10",), 224,
+         "Photographs of Imagenette, English springer against tench:\nthe paper's own are not to "
+         "be had."),
+        (("mobilenet/conv_pw_9_relu",), 299,
+         "MobileNet .75 cut at the layer named:\nthe paper's own are not to be had."),
+        (("inception-keras/mixed10",), 299, ""),
+    ],
+)  # fmt: skip
+def test_a_figure_says_where_it_is_not_of_what_the_papers_is_of(record, heads, side, said):
+    names, count = np.array(["svm", *heads], "S"), 1 + len(heads)
+    arrays = record.arrays | {"models": names} | {
+        key: np.resize(record.arrays[key], (count, *record.arrays[key].shape[1:]))
+        for key in ("score", "spearman", "dogs_in_top", "largest_influence")
+    }  # fmt: skip
+    metrics = record.metrics | {"photographs_side": side}
+    real = dataclasses.replace(record, arrays=arrays, metrics=metrics, data={"stand_in": False})
+    figure = fig4.draw(real)
+    assert figure.get_supxlabel() == said
+    plt.close(figure)
+    figure = fig4.draw(dataclasses.replace(real, data={"stand_in": True}))
+    assert figure.get_supxlabel() == ""
     plt.close(figure)
 
 

@@ -1,7 +1,10 @@
 """The committed results, and the README's table of them."""
 
+import re
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
 from experiments import report
@@ -17,6 +20,18 @@ def test_readme_says_what_the_records_say():
     if report.BEGIN not in text:
         pytest.skip(f"README.md has no {report.BEGIN} yet")
     assert text == report.with_table(text, RESULTS), "README.md is out of date: run `make readme`"
+
+
+def test_the_attack_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if "poison(" in block]
+    keras.utils.set_random_seed(0)
+    names = {}
+    exec(block, names)
+    found, x = names["found"], names["train"].x
+    assert found.same_bytes.all() and (found.change_if_poisoned > 0).all()
+    moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
+    assert 0.9 < moved < 1  # pixels are what was moved
 
 
 @needs_results

@@ -73,6 +73,23 @@ def test_a_layer_that_is_not_asked_about_as_a_rule(x):
     assert (found["small/relu1"] >= found["small/conv1"] - 1e-6).all()  # mean of the positive part
 
 
+def test_seconds_are_those_of_whenever_it_was(x, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(trunks, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(trunks, "_ROWS", 2)
+    ask = lambda: trunks.timed_features(["small/relu1"], x, root=None, folder=tmp_path)  # noqa: E731
+    features, seconds = ask()
+    assert seconds == 3 * 5
+    again, seconds = ask()
+    assert seconds == 3 * 5  # kept with them
+    np.testing.assert_array_equal(again["small/relu1"], features["small/relu1"])
+    path = min(tmp_path.iterdir())
+    np.savez(path, **{key: value for key, value in np.load(path).items() if key != "seconds"})
+    again, seconds = ask()
+    assert np.isnan(seconds)
+    np.testing.assert_array_equal(again["small/relu1"], features["small/relu1"])
+
+
 def test_where_features_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(trunks, "cache_folder", lambda: tmp_path / "cache")
     assert trunks.kept_in(True, tmp_path) == tmp_path
@@ -102,6 +119,18 @@ def test_missing_weights_are_misuse(tmp_path):
     trunks.check(["small/relu1"], None)
     with pytest.raises(Misuse, match="(?s)inception-keras, .* was not found.*notop.h5.*from https"):
         trunks.check(["small/relu1", "inception-keras/mixed10"], tmp_path)
+
+
+def test_layers_that_are_none_are_misuse(monkeypatch):
+    built = trunks._built
+    asked = []
+    monkeypatch.setattr(trunks, "_built", lambda *a: asked.append(a) or built(*a))
+    trunks.check(["small/relu1", "small/relu2"], None)
+    assert not asked  # of those that are asked about as a rule nothing need be built
+    trunks.check(["small/conv1"], None)
+    with pytest.raises(Misuse, match="layer_name must be a layer of 'small', .* got 'relu9'"):
+        trunks.check(["small/relu1", "small/relu9"], None)
+    assert len(asked) == 2
 
 
 @pytest.mark.real_data

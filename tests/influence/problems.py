@@ -40,6 +40,36 @@ def relative_error(got: Any, expected: Any) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+# By structure, loss and penalty: what was traced for a net, and the last net that had it.
+_TRACED: dict[tuple, tuple[dict, Any]] = {}
+
+
+def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
+    """The net, with what TensorFlow has traced for others of the same layers and loss.
+
+    What is traced takes theta as an argument. A net of other weights besides, which it would keep,
+    is left as it is. A trace takes up to a second, and the tests ask for thousands.
+
+    Args:
+      net: a net that has not been asked anything.
+      loss: what stands for its loss. Functions are told apart by identity, Keras' losses by value.
+    """
+    model, traced = net.model, net._tf
+    if type(model) is not keras.Sequential or len(model.weights) != len(traced.weights):
+        return net
+    if getattr(loss, "__module__", "").startswith("keras.") and hasattr(loss, "_fn_kwargs"):
+        loss = type(loss), str(loss._fn_kwargs)
+    names = "name", "kernel_initializer", "bias_initializer"
+    configs = [layer.get_config() for layer in model._flatten_layers(include_self=False)]
+    layers = [{k: v for k, v in config.items() if k not in names} for config in configs]
+    kinds = [type(layer) for layer in model._flatten_layers(include_self=False)]
+    key = (str(layers), *kinds, str(model.inputs[0].dtype), loss)
+    functions, before = _TRACED.get(key, ({}, traced))
+    traced._functions, traced._seen = functions, before._seen
+    _TRACED[key] = functions, traced
+    return net
+
+
 def dense_net(
     units: int, num_inputs: int, loss: Any, *, l2: float = 0.0, dtype: str = "float64"
 ) -> GenericNeuralNet:
@@ -50,7 +80,7 @@ def dense_net(
             keras.layers.Dense(units, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype),
         ]
     )
-    return GenericNeuralNet(model, loss)
+    return traced_once(GenericNeuralNet(model, loss), loss)
 
 
 def ridge(
@@ -99,6 +129,7 @@ def logistic(
     else:
         net = BinaryLogisticRegression(num_inputs, **options)
         oracle = oracles.logistic_regression(A, y, weight_decay)
+    net = traced_once(net, type(net))
     train, test = slice(0, num_rows), slice(num_rows, None)
     risk = oracle.on(A[train], y[train])
     net.theta = risk.minimum(np.zeros(net.num_parameters))
@@ -113,7 +144,8 @@ def logistic(
 
 def through_keras(problem: Problem) -> Problem:
     """The same problem with the same Keras model, asked through the tape instead."""
-    net = GenericNeuralNet(problem.net.model, _KERAS_LOSSES[type(problem.net)]())
+    loss = _KERAS_LOSSES[type(problem.net)]()
+    net = traced_once(GenericNeuralNet(problem.net.model, loss), loss)
     return Problem(net, problem.train, problem.test, problem.oracle, problem.measured)
 
 
@@ -135,7 +167,7 @@ def tanh_net(num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 
             keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype="float64"),
         ]
     )
-    net = GenericNeuralNet(model, "mse")
+    net = traced_once(GenericNeuralNet(model, "mse"), "mse")
     net.theta = rng.standard_normal(net.num_parameters)
     x = rng.standard_normal((20, num_inputs))
     return net, Examples(x, rng.standard_normal(20))

@@ -11,7 +11,7 @@ from influence.reach import gradient_norms
 from tests.influence import attacked
 from tests.influence.attacked import RADIUS, replaced
 
-SIGNS = {"decay": 1.0, "momentum": 0.0, "softness": 0.0, "tries": 0}
+SIGNS = {"decay": 1.0, "momentum": 0.0, "softness": 0.0, "tries": 0, "restarts": 0}
 ONE_STEP = Rule(step=0.5, max_steps=1, **SIGNS)
 
 
@@ -249,28 +249,6 @@ def test_norms_that_are_known_are_not_computed_again(problem, rule):
     assert turned.rows.tolist() != other.rows.tolist()
 
 
-def test_a_trunk_is_asked_for_the_moved_rows_alone():
-    net, train, test, inputs = attacked.on_trunk()
-    rows = np.array([3, 8, 20])
-    net.seen_inputs = 0
-    rule = Rule(step=0.2, max_steps=4, **SIGNS)
-    found = poison(net, train, test, rows, RADIUS, inputs=inputs[rows], rule=rule, flip_at=np.inf)
-    assert net.seen_inputs == 2 + 5 * 3  # two to see that they are the rows', three a state
-    np.testing.assert_allclose(found.features, np.tanh(found.inputs @ net.A), atol=1e-15)
-    net.fit(replaced(train, found.rows, found.features), gradient_tolerance=1e-12)
-    np.testing.assert_allclose(found.theta, net.theta, atol=1e-9)
-    assert found.change_if_poisoned.mean() > 0
-
-
-def test_images_and_features_give_the_same(problem):
-    net, train, test, inputs = attacked.on_trunk()
-    rows = np.array([3, 8, 20])
-    images = Examples(inputs, train.y)
-    one = poison(net, train, test, rows, RADIUS, inputs=inputs[rows], flip_at=np.inf)
-    other = poison(net, images, test, rows, RADIUS, inputs=inputs[rows], flip_at=np.inf)
-    np.testing.assert_array_equal(one.inputs, other.inputs)
-
-
 def test_a_network():
     net, train, test = attacked.network()
     test = test.take([0])
@@ -309,25 +287,3 @@ def test_bytes(levels, same):
 def test_without_bounds_nothing_is_certified(problem):
     net, train, test, _ = problem
     assert poison(net, train, test, [1], RADIUS, rule=ONE_STEP).same_bytes is None
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"net": "net"}, TypeError, "net must be a GenericNeuralNet, got str"),
-        ({"counts": [0, 1]}, ValueError, r"counts must be increasing numbers in \[1, 2\], got"),
-        ({"counts": [1, 3]}, ValueError, r"counts must be increasing numbers in \[1, 2\], got"),
-        ({"counts": [2, 1]}, ValueError, r"counts must be increasing numbers in \[1, 2\], got"),
-        ({"counts": []}, ValueError, r"counts must be increasing numbers in \[1, 2\], got"),
-        ({"gradient_norms": np.ones(3)}, ValueError, r"gradient_norms must have shape \(2,\)"),
-        ({"flips": 2}, ValueError, r"flips must lie in \[1, 1\], got 2"),
-        ({"flips": 0}, ValueError, r"flips must lie in \[1, 1\], got 0"),
-        ({"start": np.zeros(3)}, ValueError, r"start must have shape \(4,\), got \(3,\)"),
-        ({"rows": [1, 1]}, ValueError, "rows must name each row once, got 1 twice"),
-    ],
-)
-def test_wrong_arguments_are_refused(problem, changed, error, message):
-    net, train, test, _ = problem
-    arguments = {"net": net, "train": train, "test": test, "rows": [1, 2], "radius": 0.1} | changed
-    with pytest.raises(error, match=message):
-        poison(**arguments)

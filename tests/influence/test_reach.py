@@ -161,8 +161,11 @@ def test_wrong_rules_are_refused(changed, message):
         ({"radius": 0.0}, ValueError, "radius must be positive and finite, got 0.0"),
         ({"radius": np.nan}, ValueError, "radius must be positive and finite, got nan"),
         ({"inputs": np.zeros((3, 6))}, ValueError, "inputs must have a row for each of 2 rows"),
+        ({"inputs": 3.0}, ValueError, r"inputs must have a row for each of 2 rows, got shape \(\)"),
         ({"inputs": np.zeros((2, 6), np.uint8)}, TypeError, "inputs must be floating .* got uint8"),
-        ({"inputs": np.ones((2, 6))}, ValueError, "inputs must be those of the rows, got features"),
+        ({"inputs": np.ones((2, 6))}, ValueError, "inputs must be those of the rows, in their ord"),
+        ({"inputs": np.full((2, 6), np.nan)}, ValueError, "inputs must be those of the rows"),
+        ({"bounds": 3}, ValueError, "bounds must be the least and the largest value, got 3"),
         ({"bounds": (1.0, -1.0)}, ValueError, "bounds must be the least and the largest value"),
         ({"bounds": (-0.1, 0.1)}, ValueError, r"bounds must hold the inputs, got \(-0.1, 0.1\)"),
     ],
@@ -172,6 +175,31 @@ def test_wrong_targets_are_refused(changed, error, message):
     arguments = {"rows": [1, 2], "radius": RADIUS, "inputs": inputs[[1, 2]], "bounds": None}
     with pytest.raises(error, match=message):
         check_targets(net, train, **(arguments | changed))
+
+
+def test_every_input_must_be_its_rows():
+    net, train, _, inputs = attacked.on_trunk()
+    rows = np.arange(1, 40)  # in more than two parts
+    check_targets(net, train, rows, RADIUS, inputs[rows], None)
+    check_targets(net, train, rows, RADIUS, inputs[rows].astype(np.float32), None)
+    for one, other in ((1, 2), (17, 30), (37, 36)):
+        wrong = rows.copy()
+        wrong[[one, other]] = rows[[other, one]]
+        first = rows[min(one, other)]
+        with pytest.raises(ValueError, match=f"in their order, got for row {first} one that"):
+            check_targets(net, train, rows, RADIUS, inputs[wrong], None)
+
+
+def test_without_a_trunk_inputs_are_the_rows_themselves():
+    net, train, *_ = attacked.logistic()
+    far = Examples(train.x + 1e4, train.y)  # where rows differ by little of what they are
+    rows = [5, 2, 9]
+    targets = check_targets(net, far, rows, RADIUS, far.x[rows].astype(np.float32), None)
+    assert targets.x.dtype == np.float32
+    with pytest.raises(ValueError, match="in their order, got for row 5 one"):
+        check_targets(net, far, rows, RADIUS, far.x[[2, 5, 9]], None)
+    with pytest.raises(ValueError, match=r"inputs must be .*, got shape \(3, 2\), .* \(3, 4\)"):
+        check_targets(net, far, rows, RADIUS, far.x[rows, :2], None)
 
 
 def test_inputs_that_cannot_move_are_refused():
