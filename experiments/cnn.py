@@ -30,12 +30,11 @@ from influence import (
     solve,
 )
 from influence.checkpoint import kept
-from influence.models.descent import descend, num_negative
+from influence.models.descent import num_negative
 
-_ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
-_CG_FLOAT64 = 1e-7  # relative residual
+ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
+CG_FLOAT64 = 1e-7  # relative residual
 _LOST = 0.1  # of the first gradient norm: what is left above it is no minimum
-_MOST_REFITTING = 200  # passes for a refit at the minimum, where some directions are nearly flat
 
 
 def images(data: Any, config: Any) -> tuple[Examples, Examples]:
@@ -85,9 +84,9 @@ def predictions(
     """
     damping = config.damping
     gauss_newton = prepare(
-        GaussNewton(net, train, damping, checkpoints=checkpoints), Direct(_ROUNDED)
+        GaussNewton(net, train, damping, checkpoints=checkpoints), Direct(ROUNDED)
     )
-    direct = prepare(Hessian(net, train, damping, checkpoints=checkpoints), Direct(_ROUNDED))
+    direct = prepare(Hessian(net, train, damping, checkpoints=checkpoints), Direct(ROUNDED))
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
     solvers = {
         "cg": CG(config.cg_rtol, preconditioner=gauss_newton), "direct": direct, "lissa": lissa,
@@ -99,7 +98,7 @@ def predictions(
     found["gauss_newton"] = Influence(
         net, train, solver=gauss_newton, damping=damping, curvature=GaussNewton
     ).scores(measured)
-    doubled = prepare(Hessian(net, train, 2 * damping, checkpoints=checkpoints), Direct(_ROUNDED))
+    doubled = prepare(Hessian(net, train, 2 * damping, checkpoints=checkpoints), Direct(ROUNDED))
     found["doubled"] = Influence(net, train, solver=doubled, damping=2 * damping).scores(measured)
     predicted = {how: scores.change_if_removed for how, scores in found.items()}
     metrics = {
@@ -127,7 +126,7 @@ def _in_float64(
     name = joblib.hash((net.theta, train.fingerprint, measured.fingerprint, config.damping))
     s_test = kept(
         checkpoints and checkpoints / f"cg-{name[:16]}.npz",
-        lambda: {"x": solve(A, b, CG(_CG_FLOAT64, preconditioner=gauss_newton)).x},
+        lambda: {"x": solve(A, b, CG(CG_FLOAT64, preconditioner=gauss_newton)).x},
     )["x"]
 
     def error(x: NDArray, true: NDArray) -> NDArray:
@@ -221,67 +220,6 @@ def _rounding(
     rough = found[0, np.searchsorted(removed, some)]
     known = (exact.gradient_norm <= _LOST) & np.isfinite(rough)
     return float(np.abs(rough - exact[0])[known].max() / np.abs(exact[0][known]).max())
-
-
-def at_minimum(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
-) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Predictions and exact refits at a local minimum, as near to one as the rounds allow.
-
-    Without damping a proximal leave-one-out is a refit. The damping that is left is there for the
-    one direction in which a softmax has no curvature, and for negative curvature if some is left.
-
-    Args:
-      config: of `fig2_cnn`.
-      net: where training stopped; left at the minimum.
-      train: the training set.
-      measured: m test examples.
-      checkpoints: where finished rounds and refits are kept, or None.
-
-    Returns: (arrays: risk and gradient_norm by round, predicted and actual (m, r), removed (r,),
-      removals_j; metrics).
-    """
-    double, train64, measured64 = in_double(config, net, train, measured)
-
-    def rounded(theta: NDArray) -> NDArray:
-        net.theta = theta
-        return Hessian(net, train, checkpoints=checkpoints).dense()
-
-    descent = descend(
-        double, train64, tolerance=config.minimum_tolerance, rounds=config.rounds,
-        evaluations=config.evaluations, hessian=rounded, checkpoints=checkpoints,
-    )  # fmt: skip
-    damping = max(config.minimum_damping, -2 * descent.smallest_eigenvalue[-1])
-    A = Hessian(double, train64, damping, checkpoints=checkpoints)
-    values = scipy.linalg.eigvalsh(A.dense()) - damping
-    direct = prepare(A, Direct(_ROUNDED))
-    predicted = Influence(double, train64, solver=direct, damping=damping).scores(measured64)
-    rows = removals(config, predicted)
-    removed = np.unique(np.concatenate(rows))
-    refits = proximal_response(
-        double, train64, measured64, removed, objective="leave_one_out", damping=damping,
-        solver=direct, tolerance=config.refit_tolerance, max_iterations=_MOST_REFITTING,
-        checkpoints=checkpoints,
-    )  # fmt: skip
-    net.theta = double.theta
-    arrays = {
-        "risk": descent.risk, "gradient_norm": descent.gradient_norm, "removed": removed,
-        "smallest_eigenvalue": descent.smallest_eigenvalue,
-        "predicted_minimum": predicted[:, removed], "actual_minimum": refits.change_if_removed,
-    }  # fmt: skip
-    arrays |= {f"removals_{j}": np.searchsorted(removed, some) for j, some in enumerate(rows)}
-    metrics = {
-        "risk": descent.risk[-1],
-        "gradient_norm": descent.gradient_norm[-1],
-        "smallest_eigenvalue": values[0],
-        "largest_eigenvalue": values[-1],
-        "num_negative_eigenvalues": num_negative(values, np.float64),
-        "rounds": len(descent.risk) - 1,
-        "damping": damping,
-        "refit_gradient_norm": refits.gradient_norm.max(),
-        "refits_unconverged": np.count_nonzero(~refits.converged),
-    }
-    return arrays, metrics
 
 
 def removals(config: Any, predicted: Any) -> list[NDArray]:

@@ -23,6 +23,14 @@ STEPS = (
     ("again", "continued", "Other minibatches for training on"),
     ("direct", "continued", "Prediction for training on, in all"),
 )
+STEPS_AT_MINIMUM = (
+    ("cg", "minimum", "CG for the exact inverse"),
+    ("lissa", "minimum", "LiSSA for the exact inverse"),
+    ("gauss_newton", "minimum", "Gauss-Newton for the Hessian"),
+    ("damped", "minimum", "Damping as where training stopped"),
+    ("minimum", "actual", "First order for the refit"),
+    ("damped", "actual", "Damping and first order for the refit"),
+)
 
 
 def draw(record: Record) -> Any:
@@ -31,10 +39,11 @@ def draw(record: Record) -> Any:
 
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
     if "actual_minimum" in record.arrays:
-        figure.set_size_inches(6.75, 3.2)
-        left, right = figure.subplots(1, 2)
+        above, below = figure.subfigures(2, 1, height_ratios=[2.9, 1.7])
+        left, right = above.subplots(1, 2)
         _draw_truth(left, record, "minimum", "At a local minimum")
         _draw_descent(right, record.arrays)
+        _draw_steps(below.subplots(), record, STEPS_AT_MINIMUM)
         return figure
     above, below = figure.subfigures(2, 1, height_ratios=[2.3, 2])
     axes = above.subplots(1, 3)
@@ -48,7 +57,7 @@ def draw(record: Record) -> Any:
         axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # one scale: slopes are the message
     for axis in axes[1:]:
         axis.set_ylabel("")
-    _draw_steps(below.subplots(), record)
+    _draw_steps(below.subplots(), record, STEPS)
     return figure
 
 
@@ -66,6 +75,8 @@ def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
     axis.tick_params(labelsize=8)
     slope = metrics[f"slope_{truth}"]
     text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
+    if truth == "continued":
+        text += f"\ncontrol's drift\n{arrays['drift'][0]:+.2g}"
     axis.text(0.05, 0.95, text, transform=axis.transAxes, va="top", fontsize=8)
 
 
@@ -83,15 +94,15 @@ def _draw_descent(axis: Any, arrays: Any) -> None:
     axis.set_title("The way there", fontsize=9)
 
 
-def _draw_steps(axis: Any, record: Record) -> None:
+def _draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ...]) -> None:
     """A table: correlation and slope of each approximation on what it stands for."""
     arrays = record.arrays
     axis.axis("off")
     rows = []
     for (one, *_, label), r, slope in zip(
-        STEPS, arrays["step_pearson"], arrays["step_slope"], strict=True
+        steps, arrays["step_pearson"], arrays["step_slope"], strict=True
     ):
-        if one == "lissa":
+        if one == "lissa" and "lissa_residual" in record.metrics:
             label += f" (residual {record.metrics['lissa_residual']:.1f})"
         rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}"))
     head = ("What stands for what", "r", "lost, 1 - r", "slope")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cnn
-from experiments.cnn_drawing import STEPS, TRUTHS, draw
+from experiments import cnn, cnn_minimum
+from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS, draw
 from experiments.compare import agreement
 from experiments.record import Claim, Record
 
@@ -71,11 +71,9 @@ class Config:
     evaluations: int = 200
     """of the risk and its gradient in each of those rounds"""
     minimum_tolerance: float = 1e-6
-    """gradient norm to reach there"""
+    """gradient norm to reach there, and by each refit"""
     minimum_damping: float = 1e-6
     """added to the Hessian there, which softmax leaves singular in one direction"""
-    refit_tolerance: float = 1e-3
-    """gradient norm of each refit there, relative to where it starts"""
     dtype: str = DTYPE
     """of the network (release)"""
     seed: int = 0
@@ -94,7 +92,7 @@ class Config:
                     f"{getattr(self, name)}."
                 )
         for name in ("damping", "tolerance", "minimum_damping", "minimum_tolerance",
-                     "refit_tolerance", "continued_rate", "slow_rate", "continued_steps",
+                     "continued_rate", "slow_rate", "continued_steps",
                      "evaluations", "cg_rtol", "lissa_depth", "lissa_batch_size"):  # fmt: skip
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -205,29 +203,35 @@ def _where_training_stopped(
     metrics |= _agreements(
         "gauss_newton_bregman", predicted["gauss_newton"], changes["bregman"], at
     )
-    sides = predicted | changes
-    steps = [
-        _finite_agreement(sides[one][0, at[0]], sides[other][0, at[0]]) for one, other, _ in STEPS
-    ]
     arrays: dict[str, Any] = {"removed": removed}
     arrays |= {f"predicted_{how}": values for how, values in predicted.items()}
     arrays |= {f"actual_{truth}": values for truth, values in changes.items()}
     arrays |= {f"removals_{j}": some for j, some in enumerate(at)}
     arrays |= {name: metrics.pop(name) for name in ("drift", "proximal_gradient_norm",
                                                     "bregman_gradient_norm")}  # fmt: skip
-    arrays["step_pearson"] = np.array([step["pearson"] for step in steps])
-    arrays["step_slope"] = np.array([step["slope"] for step in steps])
-    return arrays, metrics
+    return arrays | _steps(STEPS, predicted | changes, at[0]), metrics
 
 
 def _at_minimum(
     config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and metrics at a local minimum."""
-    arrays, metrics = cnn.at_minimum(config, net, train, measured, checkpoints)
+    arrays, metrics = cnn_minimum.at_minimum(config, net, train, measured, checkpoints)
     at = [arrays[f"removals_{j}"] for j in range(len(config.test_points))]
-    sides = arrays["predicted_minimum"], arrays["actual_minimum"]
-    return arrays, metrics | _agreements("minimum", *sides, at)
+    sides = {
+        how.partition("_")[2]: values for how, values in arrays.items() if how.startswith("predict")
+    } | {"actual": arrays["actual_minimum"]}
+    metrics |= _agreements("minimum", sides["minimum"], sides["actual"], at)
+    arrays |= _steps(STEPS_AT_MINIMUM, sides, at[0])
+    return arrays, metrics
+
+
+def _steps(steps: Any, sides: Any, first: Any) -> dict[str, Any]:
+    """How each approximation agrees with what it stands for, on the first test point's removals."""
+    found = [_finite_agreement(sides[one][0, first], sides[other][0, first])
+             for one, other, _ in steps]  # fmt: skip
+    return {f"step_{name}": np.array([step[name] for step in found])
+            for name in ("pearson", "slope")}  # fmt: skip
 
 
 def _agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:

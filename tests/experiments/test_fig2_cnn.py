@@ -11,7 +11,8 @@ import data
 from experiments import cnn, fig2_cnn
 from experiments.cnn_drawing import STEPS, TRUTHS
 from experiments.record import Record
-from influence import Hessian, proximal_response
+from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
+from tests.influence.problems import traced_once
 
 SMALL = dataclasses.replace(
     fig2_cnn.PRESETS["smoke"], num_train=120, filters=2, strides=(2,), schedule=((150, 1e-2),),
@@ -24,6 +25,15 @@ AT_MINIMUM = dataclasses.replace(SMALL, rounds=8, evaluations=150, minimum_dampi
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_traced_once():
+    """Each run makes networks of its own, of which TensorFlow would trace the same again."""
+    make = cnn.network
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +51,17 @@ def converged(digits, folder):
     return fig2_cnn.run(AT_MINIMUM, digits, checkpoints=folder)
 
 
+@pytest.fixture(scope="module")
 def trained(digits):
+    """(net, training set, test points) where the run of `record` stops training."""
     train, test = cnn.images(digits, SMALL)
     net = cnn.network(SMALL, train)
     net.fit(train, schedule=SMALL.schedule, batch_size=SMALL.batch_size)
     return net, train, test.take(SMALL.test_points)
 
 
-def test_predictions_are_those_of_the_dense_hessian(record, digits):
-    net, train, measured = trained(digits)
+def test_predictions_are_those_of_the_dense_hessian(record, trained):
+    net, train, measured = trained
     H = Hessian(net, train, SMALL.damping).dense()
     own = net.gradients(train.x, train.y) + net.penalty_gradient()
     S = scipy.linalg.solve(H, net.gradients(measured.x, measured.y).T)
@@ -95,21 +107,25 @@ def test_metrics_are_of_the_arrays(record):
     assert 0 < metrics["slow_spread"] < 0.2 * np.std(arrays["actual_continued"][0, first])
 
 
-def test_rows_without_a_proximal_minimum_are_left_out_and_counted(digits, monkeypatch):
-    net, train, measured = trained(digits)
-    _, _, prepared = cnn.predictions(SMALL, net, train, measured, None)
+def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monkeypatch):
+    net, train, measured = trained
+    curvatures = {"leave_one_out": Hessian, "bregman": GaussNewton}
+    prepared = {
+        objective: prepare(curvature(net, train, SMALL.damping), Direct())
+        for objective, curvature in curvatures.items()
+    }
     monkeypatch.setattr(cnn, "_LOST", 1e-4)
     monkeypatch.setattr(cnn, "_rounding", lambda *a: 0.0)
     removed = np.arange(6)
-    rough = dataclasses.replace(SMALL, tolerance=0.5)
+    rough = dataclasses.replace(SMALL, tolerance=0.5, continued_steps=1)
     changes, found = cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
     lost = found["proximal_gradient_norm"] > 1e-4
     assert found["proximal_lost"] == np.count_nonzero(lost) > 0
     np.testing.assert_array_equal(np.isnan(changes["proximal"]), np.tile(lost, (2, 1)))
 
 
-def test_truths_are_the_library_s(record, digits):
-    net, train, measured = trained(digits)
+def test_truths_are_the_library_s(record, trained):
+    net, train, measured = trained
     rows = record.arrays["removed"][:2]
     response = proximal_response(
         net, train, measured, rows, objective="leave_one_out", damping=SMALL.damping,
@@ -123,7 +139,14 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
     arrays, metrics = converged.arrays, converged.metrics
     assert metrics["gradient_norm"] <= 1e-6 and metrics["num_negative_eigenvalues"] == 0
     assert metrics["risk"] == arrays["risk"][-1] < arrays["risk"][0]
-    assert metrics["refits_unconverged"] == 0
+    assert metrics["refits_unconverged"] == 0 and metrics["refit_gradient_norm"] <= 1e-6
+    for how in ("cg", "gauss_newton", "damped", "lissa"):
+        assert arrays[f"predicted_{how}"].shape == arrays["predicted_minimum"].shape
+    np.testing.assert_allclose(
+        arrays["predicted_cg"], arrays["predicted_minimum"],
+        atol=1e-4 * np.abs(arrays["predicted_minimum"]).max(),
+    )  # fmt: skip
+    assert arrays["step_pearson"][-2] == pytest.approx(metrics["pearson_minimum"], rel=1e-12)
     first = arrays["removals_0"]
     r = np.corrcoef(arrays["predicted_minimum"][0, first], arrays["actual_minimum"][0, first])
     assert metrics["pearson_minimum"] == pytest.approx(r[0, 1], rel=1e-12)
