@@ -105,3 +105,10 @@ def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, ND
     x = rng.standard_normal((num_rows + 3, num_inputs))
     y = (x.sum(axis=1) + rng.logistic(size=len(x)) > 0).astype(int)
     return x[:num_rows], y[:num_rows], x[num_rows:], y[num_rows:]
+
+
+def by_refit(oracle, net, train, test, rows, x):
+    """(m,) test losses after an exact refit with other inputs in some rows, minus before."""
+    theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
+    measured = oracle.on(test.x, test.y)
+    return measured.losses(theta) - measured.losses(net.theta)

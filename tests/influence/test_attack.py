@@ -5,11 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from influence import Examples
 from influence.attack import PAPER_RULE, Rule, poison
 from influence.reach import gradient_norms
 from tests.influence import attacked
-from tests.influence.attacked import RADIUS, replaced
+from tests.influence.attacked import RADIUS, by_refit, replaced
 
 SIGNS = {"decay": 1.0, "momentum": 0.0, "softness": 0.0, "tries": 0, "restarts": 0}
 ONE_STEP = Rule(step=0.5, max_steps=1, **SIGNS)
@@ -19,13 +18,6 @@ ONE_STEP = Rule(step=0.5, max_steps=1, **SIGNS)
 def problem():
     net, train, test, oracle = attacked.logistic()
     return net, train, test.take([0]), oracle
-
-
-def by_refit(oracle, net, train, test, rows, x):
-    """(m,) test losses after an exact refit with other inputs in some rows, minus before."""
-    theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
-    measured = oracle.on(test.x, test.y)
-    return measured.losses(theta) - measured.losses(net.theta)
 
 
 def test_the_change_is_that_of_an_exact_refit(problem):
@@ -247,43 +239,3 @@ def test_norms_that_are_known_are_not_computed_again(problem, rule):
     np.testing.assert_array_equal(one.inputs, other.inputs)
     turned = poison(net, train, test, rows, RADIUS, gradient_norms=-norms, **arguments)
     assert turned.rows.tolist() != other.rows.tolist()
-
-
-def test_a_network():
-    net, train, test = attacked.network()
-    test = test.take([0])
-    options = {"fit": attacked.tight, "flip_at": np.inf, "rule": Rule(tries=0, max_steps=1)}
-    found = poison(net, train, test, [2, 9], 0.1, counts=[1], **options)
-    before = net.losses(test.x, test.y)
-    attacked.tight(net, replaced(train, found.rows, found.inputs))
-    np.testing.assert_allclose(
-        found.change_if_poisoned, net.losses(test.x, test.y) - before, rtol=1e-6
-    )
-    assert found.change_if_poisoned[0] > 0
-
-
-@pytest.mark.parametrize(("levels", "same"), [(0.49, True), (0.6, False), (3.0, False)])
-def test_bytes(levels, same):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (30, 5))
-    pixels[:, 0], pixels[:, 1] = 0, 255  # bounds cut these cells
-    train = Examples((pixels / 127.5 - 1).astype(np.float32), (pixels[:, 2] > 127).astype(int))
-    net = attacked.BinaryLogisticRegression(5, weight_decay=0.1)
-    net.fit(train)
-    found = poison(
-        net, train, train.take([0]), [4, 6], levels / 127.5, bounds=(-1, 1),
-        flip_at=np.inf, rule=PAPER_RULE,
-    )  # fmt: skip
-    assert found.inputs.dtype == np.float32
-    assert found.same_bytes is not None and found.same_bytes.tolist() == [same, same]
-    again = np.rint(255 * (found.inputs.astype(float) + 1) / 2)
-    assert (again == pixels[found.rows]).all() == same
-    assert found.inputs.min() >= -1 and found.inputs.max() <= 1
-    assert np.abs(127.5 * (found.inputs + 1) - pixels[found.rows]).max() == pytest.approx(
-        levels, rel=1e-4
-    )
-
-
-def test_without_bounds_nothing_is_certified(problem):
-    net, train, test, _ = problem
-    assert poison(net, train, test, [1], RADIUS, rule=ONE_STEP).same_bytes is None
