@@ -221,12 +221,16 @@ def of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
 
 
 def over_all(
-    counts: tuple[int, ...], every: list[dict[str, NDArray]], groups: list[dict[str, NDArray]]
+    counts: tuple[int, ...],
+    networks: list[str],
+    every: list[dict[str, NDArray]],
+    groups: list[dict[str, NDArray]],
 ) -> dict[str, float]:
     """What is claimed of all heads together.
 
     Args:
       counts: numbers of poisons.
+      networks: of the heads.
       every: for each head what `single` returned, stacked over the test images.
       groups: for each head what `group` returned.
     """
@@ -245,8 +249,12 @@ def over_all(
         "worst_gradient_norm": np.max(np.hstack(norms)),
     }
     if 2 in counts:
-        paper, best = (flipped[rule][:, counts.index(2)].sum() for rule in RULES)
-        metrics["times_as_many_by_best_rule_with_2"] = best / max(paper, 1)
+        two = [
+            [one[f"{rule}_flipped"][:, counts.index(2)].sum() for rule in RULES] for one in every
+        ]
+        for name, (paper, best) in zip(("", *networks), (np.sum(two, axis=0), *two), strict=True):
+            end = f"_{name}" if name else ""  # of all of them, and of each
+            metrics[f"times_as_many_by_best_rule_with_2{end}"] = best / max(paper, 1)
     if 10 in counts:
         shares = flipped["paper"].mean(axis=0)
         metrics["gain_from_1_to_10_by_papers_rule"] = shares[counts.index(10)] - shares[0]

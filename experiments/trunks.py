@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import joblib
@@ -33,6 +34,7 @@ from influence.models.inception import cut
 
 _ROWS = 256  # images whose features are kept together: what an interruption can cost
 _VERSION = 1  # of what features are, besides everything that their file's name is made of
+_SECONDS = "seconds"  # among a block's layers: what they took
 _SMALL = (32, 64)  # filters of 5 x 5
 _GAIN = 20  # of random weights: features large enough for the weight decay of the others
 
@@ -79,18 +81,26 @@ def side(head: str) -> int:
 
 
 def check(heads: Sequence[str], root: Path | None) -> None:
-    """See that the weights of all networks are there, before any work.
+    """See that the weights of all networks are there, and the layers, before any work.
 
     Args:
       heads: names.
       root: the data folder, to be looked in first.
-    Raises: Misuse saying what to put where.
+    Raises: Misuse saying what to put where, or which layers there are.
     """
-    for network in dict.fromkeys(split(head)[0] for head in heads):
-        try:
+    by_network: dict[str, list[str]] = {}
+    for head in heads:
+        by_network.setdefault(split(head)[0], []).append(split(head)[1])
+    try:
+        for network in by_network:
             _weights(network, root)
-        except (OSError, ValueError) as error:
-            raise Misuse(str(error)) from error
+        for network, layers in by_network.items():
+            others = [layer for layer in layers if layer not in NETWORKS[network].layers]
+            model = _built(network, root) if others else None
+            for layer in others:
+                cut(model, layer)
+    except (OSError, ValueError) as error:
+        raise Misuse(str(error)) from error
 
 
 def trunk(head: str, root: Path | None) -> keras.Model:
@@ -123,6 +133,27 @@ def features(
     Returns: {head: (n, f) float64}, not standardised.
     Raises: as `trunk`.
     """
+    return timed_features(heads, x, root=root, folder=folder)[0]
+
+
+def timed_features(
+    heads: Sequence[str],
+    x: NDArray[np.uint8],
+    *,
+    root: Path | None,
+    folder: Path | None,
+) -> tuple[dict[str, NDArray], float]:
+    """`features`, and the seconds that the networks took for them, whenever that was.
+
+    Args:
+      heads: names.
+      x: as for `features`.
+      root: likewise.
+      folder: likewise.
+    Returns: (features, seconds); NaN seconds where those kept do not say it. Resizing is not part
+      of them.
+    Raises: as `trunk`.
+    """
     found: dict[str, dict[str, NDArray]] = {}
     for network in dict.fromkeys(split(head)[0] for head in heads):
         mine = {split(head)[1] for head in heads if split(head)[0] == network}
@@ -130,7 +161,8 @@ def features(
         if not mine <= set(layers):
             layers = tuple(sorted(mine))
         found[network] = _features_of(network, layers, x, root, folder)
-    return {head: found[split(head)[0]][split(head)[1]] for head in heads}
+    seconds = sum(float(of_network[_SECONDS]) for of_network in found.values())
+    return {head: found[split(head)[0]][split(head)[1]] for head in heads}, seconds
 
 
 def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
@@ -157,13 +189,14 @@ def _features_of(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """{layer: (n, f)}."""
+    """{layer: (n, f)}, and the seconds they took."""
     x = images.resized(x, NETWORKS[network].side)
     net: TopLayer | None = None
     widths: list[int] = []
 
-    def compute(rows: slice) -> dict[str, NDArray]:
+    def compute(rows: slice) -> dict[str, Any]:
         nonlocal net
+        begun = perf_counter()
         if net is None:  # not before it is known to be needed
             model = _built(network, root)
             outputs = [cut(model, layer).output for layer in layers]
@@ -171,7 +204,8 @@ def _features_of(
             net = TopLayer(_side_by_side(outputs))
         pooled = net.features(x[rows]).astype(np.float32)  # what they were computed in
         parts = np.split(pooled, np.cumsum(widths)[:-1], axis=1)
-        return dict(zip(layers, parts, strict=True))
+        found = dict(zip(layers, parts, strict=True))
+        return found | {_SECONDS: perf_counter() - begun}
 
     name = folder and _name(network, layers, x, root)
     blocks = [
@@ -184,7 +218,7 @@ def _features_of(
     return {
         layer: np.concatenate([block[layer] for block in blocks]).astype(np.float64)
         for layer in layers
-    }
+    } | {_SECONDS: np.array([float(block.get(_SECONDS, np.nan)) for block in blocks]).sum()}
 
 
 def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Path | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ def check_arguments(
     if fit is not None and not callable(fit):
         raise TypeError(f"fit must be a function of a net and a training set, got {fit!r}.")
     for name, value in (("flip_at", flip_at), ("tolerance", tolerance)):
-        if not (isinstance(value, numbers.Real) and value > 0):
+        if not (isinstance(value, int | float | np.number) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
     for name, examples in (("train", train), ("test", test)):
         if not isinstance(examples, Examples):

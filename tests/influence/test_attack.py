@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from influence.attack import PAPER_RULE, Rule, poison
+from influence.attack import Rule, poison
 from influence.reach import gradient_norms
 from tests.influence import attacked
 from tests.influence.attacked import RADIUS, by_refit, replaced
