@@ -176,6 +176,7 @@ def truths(
         found[f"{truth}_gradient_norm"] = response.gradient_norm
         found[f"{truth}_iterations"] = response.iterations.mean()
         found[f"{truth}_lost"] = np.count_nonzero(lost)
+        found[f"{truth}_unconverged"] = np.count_nonzero(~response.converged & ~lost)
     train_on = partial(
         continued_training, net, train, measured, moments=net.moments,
         batch_size=config.batch_size, checkpoints=checkpoints,
@@ -214,11 +215,11 @@ def _rounding(
     A = Hessian(double, train, config.damping, checkpoints=checkpoints)
     exact = proximal_response(
         double, train, measured, some, objective="leave_one_out", damping=config.damping,
-        solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=100,
+        solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=40,
         checkpoints=checkpoints,
     )  # fmt: skip
     rough = found[0, np.searchsorted(removed, some)]
-    known = (exact.gradient_norm <= _LOST) & np.isfinite(rough)
+    known = (exact.gradient_norm <= config.tolerance) & np.isfinite(rough)
     return float(np.abs(rough - exact[0])[known].max() / np.abs(exact[0][known]).max())
 
 

@@ -66,8 +66,9 @@ def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
     arrays, metrics = record.arrays, record.metrics
     first = arrays["removals_0"]
     by = "minimum" if truth == "minimum" else "cg"
-    predicted = arrays[f"predicted_{by}"][0, first]
-    predicted_against_actual(axis, arrays[f"actual_{truth}"][0, first], predicted)
+    predicted, actual = arrays[f"predicted_{by}"][0, first], arrays[f"actual_{truth}"][0, first]
+    known = np.isfinite(actual)
+    predicted_against_actual(axis, actual[known], predicted[known])
     axis.locator_params(nbins=4)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("Actual change (nats)", fontsize=9)
@@ -75,6 +76,8 @@ def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
     axis.tick_params(labelsize=8)
     slope = metrics[f"slope_{truth}"]
     text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
+    if not known.all():
+        text += f"\n{np.count_nonzero(~known)} left out"
     if truth == "continued":
         text += f"\ncontrol's drift\n{arrays['drift'][0]:+.2g}"
     axis.text(0.05, 0.95, text, transform=axis.transAxes, va="top", fontsize=8)

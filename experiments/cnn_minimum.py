@@ -7,7 +7,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from experiments.cnn import CG_FLOAT64, ROUNDED, in_double, removals
+from experiments.cnn import CG_FLOAT64, in_double, removals
 from influence import (
     CG,
     AllCNN,
@@ -18,14 +18,16 @@ from influence import (
     Influence,
     LiSSA,
     Prepared,
+    Scores,
     prepare,
     proximal_response,
     solve,
 )
 from influence.models.descent import Descent, descend, num_negative
 
-_FLOAT32_GRADIENT = 1e-5  # a gradient's norm that float32 can still tell from rounding
-_MOST_REFITTING = 200  # passes for a refit at the minimum, where some directions are nearly flat
+_FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rounding
+_MOST_REFITTING = 100  # passes for a refit: some directions are nearly flat
+_TOGETHER = 2  # refits side by side: in float64 more of them are no faster, and are lost together
 
 
 def at_minimum(
@@ -33,8 +35,9 @@ def at_minimum(
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
     """Predictions and exact refits at a local minimum, as near to one as the rounds allow.
 
-    Without damping a proximal leave-one-out is a refit. The damping that is left is there for the
-    one direction in which a softmax has no curvature, and for negative curvature if some is left.
+    Without damping a proximal leave-one-out at a minimum is a refit. The damping that is left is
+    there for the one direction in which a softmax has no curvature, and for negative curvature if
+    some is left. All of it is at the float64 theta where the descent ended.
 
     Args:
       config: of `fig2_cnn`.
@@ -46,36 +49,36 @@ def at_minimum(
     Returns: (arrays: risk and gradient_norm by round, predicted (m, r) in every way and actual,
       removed (r,), removals_j; metrics).
     """
-    descents = _descended(config, net, train, checkpoints)
-    double, train64, measured64 = in_double(config, net, train, measured)
-    smallest = scipy.linalg.eigvalsh(Hessian(double, train64, checkpoints=checkpoints).dense(),
-                                     subset_by_index=[0, 0])[0]  # fmt: skip
+    descents, double, train64 = _descended(config, net, train, checkpoints)
+    *_, measured64 = in_double(config, net, train, measured)
+    undamped = Hessian(double, train64, checkpoints=checkpoints).dense()
+    smallest = scipy.linalg.eigvalsh(undamped, subset_by_index=[0, 0])[0]
     damping = max(config.minimum_damping, -2 * smallest)
     A = Hessian(double, train64, damping, checkpoints=checkpoints)
-    direct = prepare(A, Direct(ROUNDED))
-    found = _at_minimum(config, double, train64, measured64, A, direct, checkpoints)
+    direct = prepare(A, Direct())
+    found, solved = _predicted(config, double, train64, measured64, A, direct, checkpoints)
     rows = removals(config, found["minimum"])
     removed = np.unique(np.concatenate(rows))
-    # Each refit's gradient norm begins at |grad L(z_i)| / n, which its tolerance is relative to.
+    # Relative to where it starts, |grad L(z_i)| / n, every refit gets to the minimum's own norm.
     own = double.gradients(train64.x[removed], train64.y[removed]) + double.penalty_gradient()
     start = np.linalg.norm(own, axis=1) / len(train)
     refits = proximal_response(
         double, train64, measured64, removed, objective="leave_one_out", damping=damping,
         solver=direct, tolerance=min(config.minimum_tolerance / start.max(), 0.5),
-        max_iterations=_MOST_REFITTING, checkpoints=checkpoints,
+        max_iterations=_MOST_REFITTING, block=_TOGETHER, checkpoints=checkpoints,
     )  # fmt: skip
+    actual = np.where(refits.converged, refits.change_if_removed, np.nan)
     values = scipy.linalg.eigvalsh(A.dense()) - damping
-    last = descents[-1]
     arrays = {
         name: np.concatenate([getattr(one, name) for one in descents])
         for name in ("risk", "gradient_norm", "smallest_eigenvalue")
     }
     arrays |= {f"predicted_{how}": scores[:, removed] for how, scores in found.items()}
-    arrays |= {"actual_minimum": refits.change_if_removed, "removed": removed}
+    arrays |= {"actual_minimum": actual, "removed": removed}
     arrays |= {f"removals_{j}": np.searchsorted(removed, some) for j, some in enumerate(rows)}
-    metrics = {
-        "risk": last.risk[-1],
-        "gradient_norm": last.gradient_norm[-1],
+    metrics = solved | {
+        "risk": double.risk(train64),
+        "gradient_norm": double.gradient_norm(train64),
         "smallest_eigenvalue": values[0],
         "largest_eigenvalue": values[-1],
         "num_negative_eigenvalues": num_negative(values, np.float64),
@@ -89,8 +92,8 @@ def at_minimum(
 
 def _descended(
     config: Any, net: AllCNN, train: Examples, checkpoints: Path | None
-) -> list[Descent]:
-    """The ways down in float32, where that is what the net is in, and from there in float64."""
+) -> tuple[list[Descent], AllCNN, Examples]:
+    """The ways down, first in float32 if that is what the net is in; the net there in float64."""
     descents = []
     if config.dtype != "float64":
         # Float32's gradients cost a fifth, and its noise is far below where training stopped.
@@ -100,43 +103,59 @@ def _descended(
         ))  # fmt: skip
     double, train64 = in_double(config, net, train)
 
-    def rounded(theta: NDArray) -> NDArray:
+    def formed(theta: NDArray) -> NDArray:
+        """In float32 on the way; where it may be the last, in float64, which tells zeros' signs."""
+        if double.gradient_norm(train64) <= config.minimum_tolerance:
+            return Hessian(double, train64, checkpoints=checkpoints).dense()
         net.theta = theta
         return Hessian(net, train, checkpoints=checkpoints).dense()
 
     descents.append(descend(
-        double, train64, tolerance=config.minimum_tolerance, rounds=config.rounds,
-        evaluations=config.evaluations, hessian=rounded, checkpoints=checkpoints,
+        double, train64, tolerance=config.minimum_tolerance, rounds=config.final_rounds,
+        evaluations=config.evaluations, hessian=formed, checkpoints=checkpoints,
     ))  # fmt: skip
     net.theta = double.theta
-    return descents
+    return descents, double, train64
 
 
-def _at_minimum(
+def _predicted(
     config: Any, net: AllCNN, train: Examples, measured: Examples, A: Hessian, direct: Prepared,
     checkpoints: Path | None,
-) -> dict[str, NDArray]:  # fmt: skip
-    """(m, n) predicted changes by the way they were predicted; `minimum` is the exact one's."""
+) -> tuple[dict[str, NDArray], dict[str, float]]:  # fmt: skip
+    """(m, n) predicted changes by the way they were predicted, and how well systems were solved.
 
-    def scores(solver: Any, damping: float, curvature: Any = Hessian) -> NDArray:
+    `minimum` is the exact one's.
+    """
+
+    def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
         influence = Influence(net, train, solver=solver, damping=damping, curvature=curvature)
-        return influence.scores(measured).change_if_removed
+        return influence.scores(measured)
 
     G = GaussNewton(net, train, A.damping, checkpoints=checkpoints)
-    gauss_newton = prepare(G, Direct(ROUNDED))
+    gauss_newton = prepare(G, Direct())
     more = Hessian(net, train, config.damping, checkpoints=checkpoints)
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
     # The formed matrix has the products of A: CG on it takes the steps that it would on A.
-    X = solve(
+    cg = solve(
         A.dense(), net.gradients(measured.x, measured.y).T,
         CG(CG_FLOAT64, preconditioner=gauss_newton),
-    ).x  # fmt: skip
-    batches = train.batches(net.rows_per_batch(train, X.shape[1]))
-    along = np.concatenate([net.directional(x, y, X) for x, y in batches])
-    return {
+    )  # fmt: skip
+    batches = train.batches(net.rows_per_batch(train, cg.x.shape[1]))
+    along = np.concatenate([net.directional(x, y, cg.x) for x, y in batches])
+    found = {
         "minimum": scores(direct, A.damping),
-        "cg": (along + net.penalty_gradient() @ X).T / len(train),
         "gauss_newton": scores(gauss_newton, A.damping, GaussNewton),
-        "damped": scores(prepare(more, Direct(ROUNDED)), config.damping),
+        "damped": scores(prepare(more, Direct()), config.damping),
         "lissa": scores(lissa, A.damping),
+    }
+    exact = found["minimum"].solution.x
+    changes = {how: one.change_if_removed for how, one in found.items()}
+    changes["cg"] = (along + net.penalty_gradient() @ cg.x).T / len(train)
+    error = np.linalg.norm(cg.x - exact, axis=0) / np.linalg.norm(exact, axis=0)
+    return changes, {
+        "direct_residual": found["minimum"].solution.residual.max(),
+        "cg_residual": cg.residual.max(),
+        "cg_iterations": cg.iterations.max(),
+        "cg_against_direct": error.max(),
+        "lissa_residual": found["lissa"].solution.residual.max(),
     }

@@ -33,6 +33,8 @@ _FLOOR = 1e-6  # of the largest eigenvalue: what smaller ones are lifted to
 _MEMORY = 50  # pairs that L-BFGS remembers
 _POLISH = 30  # Newton's steps at the end of a round
 _ROUNDING = 4  # times eps and the largest eigenvalue: what a zero eigenvalue may come out as
+_STALLED = 16  # times eps and the risk: what rounding may take off it
+_LENGTHS = 10.0 ** np.arange(-3, 1)  # that are tried along negative curvature
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,10 @@ def descend(
         matrix = formed(net.theta)
         values, vectors = scipy.linalg.eigh(matrix.astype(np.float64))
         history.append(_state(net, examples, values, matrix.dtype))
-        if history[-1][1] <= tolerance and not history[-1][3]:
+        if (history[-1][1] <= tolerance and not history[-1][3]) or _stalled(history, net.dtype):
             break
+        if history[-1][1] <= tolerance:
+            _leave_saddle(net, examples, vectors[:, 0])
         _round(net, examples, values, vectors, tolerance, evaluations)
         if path is not None:
             store(path, {"theta": net.theta, "history": np.array(history)})
@@ -114,8 +118,31 @@ def _state(
 
 
 def num_negative(values: NDArray, dtype: Any) -> int:
-    """How many eigenvalues of a matrix formed in `dtype` are below zero by more than rounding."""
-    return np.count_nonzero(values < -_ROUNDING * np.finfo(dtype).eps * np.abs(values).max())
+    """How many eigenvalues of a matrix formed in `dtype` are below zero by more than rounding.
+
+    That of the matrix, and of its float64 factorisation, which grows with its size.
+    """
+    rounding = _ROUNDING * np.finfo(dtype).eps + len(values) * np.finfo(np.float64).eps
+    return np.count_nonzero(values < -rounding * np.abs(values).max())
+
+
+def _stalled(history: list[tuple[float, ...]], dtype: Any) -> bool:
+    """Whether the last round has neither lowered the risk nor halved the gradient."""
+    if len(history) < 2:
+        return False
+    (before, norm_before, *_), (risk, norm, *_) = history[-2:]
+    noise = _STALLED * float(np.finfo(dtype).eps) * abs(risk)
+    return bool(before - risk <= noise and norm > norm_before / 2)
+
+
+def _leave_saddle(net: GenericNeuralNet, examples: Examples, direction: NDArray) -> None:
+    """Go to the lowest risk of some points along negative curvature: the gradient shows no way."""
+    start = net.theta
+    risks = [(net.risk(examples), 0.0)]
+    for length in (*_LENGTHS, *-_LENGTHS):
+        net.theta = start + length * direction
+        risks.append((net.risk(examples), length))
+    net.theta = start + min(risks)[1] * direction
 
 
 def _round(
@@ -149,18 +176,19 @@ def _round(
 def _polish(
     net: GenericNeuralNet, examples: Examples, vectors: NDArray, scale: NDArray, tolerance: float
 ) -> None:
-    """Newton's steps for as long as each halves the gradient.
+    """Newton's steps for as long as each halves the gradient and raises no risk.
 
     L-BFGS looks at values of the risk, which near a minimum differ by rounding alone while the
     gradient is still far above its own.
     """
-    gradient = net.risk_gradient(examples)
+    risk, gradient = net.risk_and_gradient(examples)
     for _ in range(_POLISH):
         theta, norm = net.theta, np.linalg.norm(gradient)
         if norm <= tolerance:
             return
         net.theta = theta - vectors @ (vectors.T @ gradient / scale**2)
-        gradient = net.risk_gradient(examples)
-        if not np.linalg.norm(gradient) <= norm / 2:
+        highest = risk + _STALLED * np.finfo(net.dtype).eps * abs(risk)
+        risk, gradient = net.risk_and_gradient(examples)
+        if not (np.linalg.norm(gradient) <= norm / 2 and risk <= highest):
             net.theta = theta
             return

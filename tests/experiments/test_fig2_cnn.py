@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 
 import data
-from experiments import cnn, fig2_cnn
+from experiments import cnn, cnn_minimum, fig2_cnn
 from experiments.cnn_drawing import STEPS, TRUTHS
 from experiments.record import Record
 from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
@@ -153,9 +153,31 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
     assert metrics["pearson_minimum"] > 0.9
 
 
+def test_what_is_certified_in_float64_is_what_is_used(digits, monkeypatch):
+    config = dataclasses.replace(AT_MINIMUM, dtype="float32", rounds=3, final_rounds=3)
+    train, test = cnn.images(digits, config)
+    net = cnn.network(config, train)
+    net.fit(train, schedule=config.schedule, batch_size=config.batch_size)
+    used = []
+
+    def response(net, *arguments, **options):
+        used.append(net.gradient_norm(arguments[0]))
+        return proximal_response(net, *arguments, **options)
+
+    monkeypatch.setattr(cnn_minimum, "proximal_response", response)
+    arrays, metrics = cnn_minimum.at_minimum(
+        config, net, train, test.take(config.test_points), None
+    )
+    assert used == [metrics["gradient_norm"]] and used[0] < 1e-6
+    assert metrics["gradient_norm"] < 0.1 * arrays["gradient_norm"][0]
+
+
 def test_an_interrupted_run_ends_with_the_same_numbers(record, converged, digits, folder):
-    for path in sorted(folder.iterdir())[::2]:  # as if the others had been finished
-        path.unlink()
+    for kind in ("refits", "descent"):  # as if all else had been finished
+        paths = sorted(folder.glob(f"{kind}-*"))
+        assert paths
+        for path in paths[::2]:
+            path.unlink()
     for config, whole in ((SMALL, record), (AT_MINIMUM, converged)):
         again = fig2_cnn.run(config, digits, checkpoints=folder)
         assert again.metrics == whole.metrics
@@ -180,6 +202,13 @@ def test_draw(record, converged):
     cells = figure.axes[-1].tables[0].get_celld()
     for i, r in enumerate(record.arrays["step_pearson"], start=1):
         assert cells[i, 2].get_text().get_text() == f"{1 - r:.1e}"
+    plt.close(figure)
+    some = dict(converged.arrays)
+    some["actual_minimum"] = some["actual_minimum"].copy()
+    some["actual_minimum"][0, some["removals_0"][0]] = np.nan
+    figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=some))
+    assert "1 left out" in figure.axes[0].texts[0].get_text()
+    assert len(figure.axes[0].collections[0].get_offsets()) == len(some["removals_0"]) - 1
     plt.close(figure)
     figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=converged.arrays))
     assert figure.axes[0].get_title() == "At a local minimum"

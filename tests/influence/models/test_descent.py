@@ -58,7 +58,7 @@ def test_rounds_bound_the_work_and_the_lowest_point_is_kept():
 
 def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     rounds = 2
-    settings = {"tolerance": 1e-9, "rounds": 30, "evaluations": 8}
+    settings = {"tolerance": 1e-9, "rounds": 4, "evaluations": 8}
     whole, examples = network()
     expected = descend(whole, examples, **settings)
 
@@ -82,3 +82,47 @@ def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert len(formed) == len(found.risk) - 1 - rounds  # what was kept is not done again
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(found.risk, expected.risk)
+
+
+class Saddle:
+    """Risk u^2/2 - w^2/2 + w^4/4 of theta (u, w), whose gradient is zero at zero."""
+
+    dtype = np.dtype(float)
+
+    def __init__(self):
+        self.theta = np.zeros(2)
+
+    def risk_and_gradient(self, examples):
+        u, w = self.theta
+        return u**2 / 2 - w**2 / 2 + w**4 / 4, np.array([u, w**3 - w])
+
+    def risk(self, examples):
+        return self.risk_and_gradient(examples)[0]
+
+
+def saddle_hessian(theta):
+    return np.diag([1.0, 3 * theta[1] ** 2 - 1])
+
+
+def test_a_saddle_is_left():
+    net = Saddle()
+    found = descend(net, None, tolerance=1e-9, hessian=saddle_hessian)
+    assert found.gradient_norm[0] == 0 and found.num_negative[0] == 1
+    assert found.risk[-1] == pytest.approx(-0.25) and found.num_negative[-1] == 0
+    assert found.gradient_norm[-1] <= 1e-9
+
+
+def test_it_stops_where_a_round_does_nothing(monkeypatch):
+    net, rounds = Saddle(), []
+    net.theta = np.array([1.0, 0.5])
+    monkeypatch.setattr(descent, "_round", lambda *arguments: rounds.append(0))
+    found = descend(net, None, tolerance=1e-9, rounds=20, hessian=saddle_hessian)
+    assert len(rounds) == 1 and len(found.risk) == 2
+
+
+def test_the_last_steps_do_not_climb():
+    """From (0, 1.2) too small a curvature leads near the saddle: gradient .02, uphill."""
+    net = Saddle()
+    net.theta = np.array([0.0, 1.2])
+    descent._polish(net, None, np.eye(2), np.sqrt([1.0, 0.528 / 1.18]), 1e-12)
+    np.testing.assert_array_equal(net.theta, [0.0, 1.2])
