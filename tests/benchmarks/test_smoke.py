@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ RESULTS = Path(__file__).resolve().parents[2] / bench.RESULTS
 def test_smoke_writes_numbers_and_their_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # tested in test_solves
     monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.1)
+    # The processes of our own solves and the whole network are tested in test_solves and test_cnn.
+    network = replace(bench.SMOKE.network, strides=(1,), num_rows=20, schedule=((5, 1e-2),))
+    few = replace(bench.SMOKE, settings=bench.SMOKE.settings[1:], network=network)
+    monkeypatch.setattr(bench, "SMOKE", few)
     assert bench.main(["--smoke", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / bench.RECORD).read_text())
     assert result["data"]["stand_in"] is True

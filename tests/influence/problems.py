@@ -40,33 +40,63 @@ def relative_error(got: Any, expected: Any) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-# By structure, loss and penalty: what was traced for a net, and the last net that had it.
-_TRACED: dict[tuple, tuple[dict, Any]] = {}
+class _Traced(dict):
+    """Traced functions by name: the losses' are shared with more nets than the penalty's."""
+
+    def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
+        self.losses, self.penalty = losses, penalty
+
+    def _part(self, name: str) -> dict[str, Any]:
+        return self.penalty if name.startswith("penalty") else self.losses
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self._part(name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._part(name)[name]
+
+    def __setitem__(self, name: str, function: Any) -> None:
+        self._part(name)[name] = function
+
+
+_LOSSES: dict[tuple, dict[str, Any]] = {}  # by layers and loss
+_PENALTIES: dict[str, dict[str, Any]] = {}  # by layers with their regularisers
+_LAST: dict[tuple, Any] = {}  # the last net, which may have been asked what it takes
 
 
 def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
     """The net, with what TensorFlow has traced for others of the same layers and loss.
 
-    What is traced takes theta as an argument. A net of other weights besides, which it would keep,
-    is left as it is. A trace takes up to a second, and the tests ask for thousands.
+    What is traced takes theta as an argument. A net with variables besides, whose values would go
+    into it, is left as it is. A trace takes up to a second, and the tests ask for thousands.
 
     Args:
       net: a net that has not been asked anything.
       loss: what stands for its loss. Functions are told apart by identity, Keras' losses by value.
     """
     model, traced = net.model, net._tf
-    if type(model) is not keras.Sequential or len(model.weights) != len(traced.weights):
+    if type(model) is not keras.Sequential or len(model.variables) != len(traced.weights):
         return net
     if getattr(loss, "__module__", "").startswith("keras.") and hasattr(loss, "_fn_kwargs"):
         loss = type(loss), str(loss._fn_kwargs)
-    names = "name", "kernel_initializer", "bias_initializer"
-    configs = [layer.get_config() for layer in model._flatten_layers(include_self=False)]
-    layers = [{k: v for k, v in config.items() if k not in names} for config in configs]
-    kinds = [type(layer) for layer in model._flatten_layers(include_self=False)]
-    key = (str(layers), *kinds, str(model.inputs[0].dtype), loss)
-    functions, before = _TRACED.get(key, ({}, traced))
-    traced._functions, traced._seen = functions, before._seen
-    _TRACED[key] = functions, traced
+    layers = [str(model.inputs[0].dtype)]
+    regularised = layers.copy()
+    for layer in model._flatten_layers(include_self=False):
+        config = {k: v for k, v in layer.get_config().items() if "initializer" not in k}
+        del config["name"]
+        regularised.append(f"{type(layer)} {config}")
+        plain = {k: v for k, v in config.items() if "regularizer" not in k}
+        layers.append(f"{type(layer)} {plain}")
+    key, penalty = (*layers, loss), " ".join(regularised)
+    traced._functions = _Traced(_LOSSES.setdefault(key, {}), _PENALTIES.setdefault(penalty, {}))
+    traced._seen = _LAST.get(key, traced)._seen
+    _LAST[key] = traced
+    return net
+
+
+def untraced(net: GenericNeuralNet) -> GenericNeuralNet:
+    """The net as if nobody had asked it, or another of its kind, anything yet."""
+    net._tf._functions, net._tf._seen = {}, None
     return net
 
 

@@ -7,6 +7,7 @@ import pytest
 from influence import AllCNN, Examples, GenericNeuralNet, Hessian
 from influence.chain import Chain
 from influence.operators import Curvature
+from tests.influence.problems import traced_once
 
 L = keras.layers
 F64 = {"dtype": "float64"}
@@ -21,7 +22,7 @@ def _sequential(*layers, shape=(6, 6, 2), dtype="float64"):
 def _net(*layers, loss=None):
     keras.utils.set_random_seed(0)
     loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-    net = GenericNeuralNet(_sequential(*layers), loss)
+    net = traced_once(GenericNeuralNet(_sequential(*layers), loss), loss)
     rng = np.random.default_rng(1)
     net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)  # biases are not zero
     return net

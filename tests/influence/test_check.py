@@ -16,6 +16,7 @@ from tests.influence.problems import (
     ridge,
     tanh_net,
     through_keras,
+    traced_once,
 )
 
 L = keras.layers
@@ -32,7 +33,7 @@ def penalised(layer, *args, l2=0.02, **options):
 
 
 def trained(model, loss, x, y):
-    net = GenericNeuralNet(model, loss)
+    net = traced_once(GenericNeuralNet(model, loss), loss)
     rng = np.random.default_rng(1)
     net.theta = rng.standard_normal(net.num_parameters) / 2
     train = Examples(x, y)

@@ -8,7 +8,14 @@ import tensorflow as tf
 
 from influence import CG, Direct, Examples, GaussNewton, Influence
 from influence.measurements import margin
-from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
+from tests.influence.problems import (
+    logistic,
+    relative_error,
+    ridge,
+    tanh_net,
+    through_keras,
+    untraced,
+)
 
 N = 200
 PERCENT = (1, 5, 10, 25)
@@ -227,6 +234,7 @@ def test_a_network_with_a_penalty_that_is_not_quadratic():
     """The third derivative of everything, against differences of the library's own Hessian."""
     net, train = tanh_net(l2=0.1)
     net.model.layers[-1].kernel.regularizer = Quartic()
+    untraced(net)
     influence = Influence(net, train, solver=Direct(), damping=20.0)
     rows, test = np.array([4, 9, 1]), train.take([0, 5])
     got = influence.group(test, rows, 2)

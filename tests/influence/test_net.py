@@ -1,5 +1,5 @@
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from influence import ConvergenceWarning, Examples, GenericNeuralNet
 from tests import oracles
-from tests.influence.problems import dense_net, relative_error, ridge, tanh_net
+from tests.influence.problems import dense_net, relative_error, ridge, tanh_net, untraced
 
 L = keras.layers
 N = 6
@@ -112,8 +112,9 @@ KINDS = {
 }
 
 
+@cache
 def build(kind, dtype="float64"):
-    """(net, plain loss, x, y) with weights far from symmetric."""
+    """(net, plain loss, x, y), weights far from symmetric; one net of a kind for all tests."""
     rng = np.random.default_rng(7)
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
@@ -362,6 +363,7 @@ def test_bregman_gradient_against_differences_of_the_divergence(kind):
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
     """A second trace would make the last bits of a number depend on what was asked before it."""
     net, examples = tanh_net()
+    untraced(net)
     for num, size in ((1, 20), (3, 1), (2, 7)):
         x, y = examples.x[:size], examples.y[:size]
         V = np.ones((net.num_parameters, num))
@@ -408,7 +410,7 @@ def test_hvp_each_of_dicts():
 
 
 def test_theta_is_the_trainable_weights_in_their_order():
-    net, *_ = build("batch_norm_dropout_frozen")
+    net, *_ = build.__wrapped__("batch_norm_dropout_frozen")  # its theta is moved
     model = net.model
     names = [w.path.split("/")[-1] for w in model.trainable_weights]
     assert names == ["gamma", "beta", "kernel", "bias", "kernel", "bias"]  # "frozen" is left out

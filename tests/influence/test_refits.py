@@ -11,7 +11,6 @@ from influence import (
 )
 from influence.proximal import proximal_response
 from influence.retraining import leave_group_out
-from tests.influence.problems import tanh_net
 from tests.influence.test_retraining import draws, dropping, interrupted_problem
 
 
@@ -39,14 +38,15 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
     """One test, so that processes start once: TensorFlow takes them seconds."""
     p, options = interrupted_problem("newton")
     net, train = dropping()
-    tanh, rows = tanh_net(l2=0.05)
     for work in (
         lambda n: leave_one_out(p.net, p.train, p.test, range(9), num_processes=n, **options),
         lambda n: leave_one_out(
             net, train, train, [0, 1, 2], method="fit", fit=draws, num_processes=n
         ),
-        # In one block: what it asks takes seconds to trace, in every process that has one.
-        lambda n: proximal_response(tanh, rows, rows, [3, 1, 4], damping=0.5, num_processes=n),
+        # In closed form: by the tape it takes seconds to trace, in every process.
+        lambda n: proximal_response(
+            p.net, p.train, p.test, [3, 1, 4], damping=0.5, block=2, num_processes=n
+        ),
     ):
         one, two = work(1), work(2)
         np.testing.assert_array_equal(two[:], one[:])

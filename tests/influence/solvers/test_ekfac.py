@@ -21,7 +21,13 @@ from influence import (
 from influence.models.cnn import AllCNN
 from influence.solvers.ekfac import EKFAC
 from tests import oracles
-from tests.influence.problems import logistic, relative_error, symmetric, tanh_net
+from tests.influence.problems import (
+    logistic,
+    relative_error,
+    symmetric,
+    tanh_net,
+    traced_once,
+)
 
 L = keras.layers
 F64 = {"dtype": "float64"}
@@ -41,7 +47,7 @@ def linear(*, use_bias, kernel_penalty=0.0, bias_penalty=0.0, num_rows=30):
             ),
         ]
     )  # fmt: skip
-    net = GenericNeuralNet(model, "mse")
+    net = traced_once(GenericNeuralNet(model, "mse"), "mse")
     rng = np.random.default_rng(0)
     net.theta = rng.standard_normal(net.num_parameters)
     x = rng.standard_normal((num_rows, 4)) * [1, 2, 0.3, 1] + 0.5
@@ -66,7 +72,8 @@ def convolutional(padding="same", penalty=0.2):
             L.Dense(3, kernel_regularizer=l2(penalty), **F64),
         ]
     )
-    net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net = traced_once(GenericNeuralNet(model, loss), loss)
     net.theta = 0.6 * np.random.default_rng(1).standard_normal(net.num_parameters)
     return net
 
