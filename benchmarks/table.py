@@ -200,7 +200,7 @@ def _lissa(result: dict[str, Any]) -> str:
 
 def _cnn(result: dict[str, Any]) -> str:
     part = result["cnn"]
-    network, iterations = part["network"], part["gauss_newton_iterations"]
+    network, iterations = part["network"], part["cg_iterations"]
     steps = sum(steps for steps, _ in network["schedule"])
     lines = [
         f"s_test of test point {network['point']}, {network['num_rows']:,} images, d = "
@@ -220,13 +220,24 @@ def _cnn(result: dict[str, Any]) -> str:
             f"| {run['method']} | {_number(run['seconds'])} | {_number(run['prepare_seconds'])} "
             f"| {run['iterations']} | {run['residual']:.1e} | {'yes' if run['meets'] else 'no'} |"
         )
-    factor = iterations["EK-FAC"] / iterations["none"]
-    lines.append(
-        f"\nOn the damped Gauss-Newton matrix itself CG takes {iterations['none']} iterations, "
-        f"{iterations['EK-FAC']} after EK-FAC ({_number(factor)} times as many) and "
-        f"{iterations['layers']} after the exact inverse of every layer's own block."
-    )
+    lines += [
+        "\nIterations of CG in float64, and the factor by which each preconditioner cuts them; "
+        "EK-FAC is damped as the matrix, or 100 times as much; `layers` is the exact inverse of "
+        "every layer's own block of the Gauss-Newton matrix:\n",
+        "| matrix | " + " | ".join(iterations["Hessian"]) + " |",
+        "|---" * (1 + len(iterations["Hessian"])) + "|",
+    ]
+    for matrix, found in iterations.items():
+        cells = [_cut(found["none"], count) for count in found.values()]
+        lines.append(f"| {matrix} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cut(none: int | None, count: int | None) -> str:
+    """A count and the factor by which it is less than without a preconditioner."""
+    if count is None:
+        return "negative curvature"
+    return f"{count} ({_number(none / count)})" if none is not None else f"{count}"
 
 
 def _all_peers(result: dict[str, Any]) -> str:

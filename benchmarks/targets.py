@@ -19,6 +19,7 @@ TARGETS = (
     Claim("refits_gradient_norm", None, None, 1e-8),
     Claim("lissa_seconds", None, None, 30.0),
     Claim("cnn_seconds", None, None, 180.0),
+    Claim("cnn_hessian_seconds", None, None, 360.0),
 )
 MEANING = {
     "block_fraction": "Hessian products in one block, float32: fraction of the machine's rate",
@@ -32,6 +33,7 @@ MEANING = {
     "refits_seconds": "exact refits, the factorisation included: seconds",
     "refits_gradient_norm": "exact refits: worst gradient norm",
     "lissa_seconds": "LiSSA at the paper's setting, one test point: seconds",
+    "cnn_hessian_seconds": "the exact Hessian of that network, formed and factored: seconds",
     "cnn_seconds": "s_test of the convolutional network, one test point, to a relative residual of "
     "1e-4 by the fastest way: seconds",
 }
@@ -63,6 +65,9 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
     if "cnn" in result:
         best = cnn.fastest(result["cnn"])
         found["cnn_seconds"] = None if best is None else best["seconds"]
+        for run in result["cnn"]["runs"]:
+            if run["method"] == "Direct" and "error" not in run:
+                found["cnn_hessian_seconds"] = run["prepare_seconds"]
     return {name: value for name, value in found.items() if value is not None}
 
 

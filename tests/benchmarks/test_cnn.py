@@ -32,14 +32,15 @@ def test_every_way_but_ek_fac_alone_reaches_the_tolerance(part):
     assert runs["CG after Gauss-Newton"]["iterations"] < 0.7 * runs["CG"]["iterations"]
 
 
-def test_iterations_on_the_gauss_newton_matrix_are_those_of_its_definition(part, trained):
+def test_iterations_are_those_of_the_definition(part, trained):
     net, train, b = trained
     G = GaussNewton(net, train, SMOKE.network.damping).dense().astype(float)
-    found = part["gauss_newton_iterations"]
-    assert found["none"] == pytest.approx(
-        plain_iterations(G, b.astype(float), SMOKE.network.rtol), abs=1
-    )
-    assert 0 < found["layers"] <= found["EK-FAC"]
+    H = Hessian(net, train, SMOKE.network.damping).dense().astype(float)
+    for matrix, A in {"Gauss-Newton": G, "Hessian": H}.items():
+        found = part["cg_iterations"][matrix]
+        plain = plain_iterations(A, b.astype(float), SMOKE.network.rtol)
+        assert found["none"] == pytest.approx(plain, abs=1)
+        assert 0 < found["layers"] <= found["EK-FAC"] and found["EK-FAC damped more"] > 0
 
 
 def plain_iterations(A, b, rtol):
@@ -107,6 +108,8 @@ def test_the_target_is_held_against_the_fastest_that_meets_it():
     ]
     assert targets.metrics({"cnn": {"runs": runs}}) == {"cnn_seconds": 7.0}
     assert targets.metrics({"cnn": {"runs": runs[:2]}}) == {}
+    exact = {"method": "Direct", "seconds": 9.0, "prepare_seconds": 8.0, "meets": False}
+    assert targets.metrics({"cnn": {"runs": [exact]}}) == {"cnn_hessian_seconds": 8.0}
 
 
 def test_in_words(part):
@@ -114,5 +117,6 @@ def test_in_words(part):
     assert text.startswith("s_test of test point 0, 100 images, d = ")
     assert "| x | no | | | | no |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {7}
-    assert "times as many) and" in text
+    assert widths == {7, 6}  # the ways; the iterations
+    plain = part["cg_iterations"]["Hessian"]["none"]
+    assert f"| Hessian | {plain} (1) |" in text
