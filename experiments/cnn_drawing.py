@@ -110,7 +110,7 @@ def _draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ..
         rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}"))
     head = ("What stands for what", "r", "lost, 1 - r", "slope")
     table = axis.table(rows, colLabels=head, colWidths=[0.58, 0.14, 0.14, 0.14], loc="center",
-                       cellLoc="left", edges="horizontal")  # fmt: skip
+                       cellLoc="left", colLoc="left", edges="horizontal")  # fmt: skip
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     for (row, _), cell in table.get_celld().items():

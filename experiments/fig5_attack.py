@@ -6,7 +6,7 @@ labels untouched, so that the model fitted to them gets a test image wrong that 
 thirty test images at once, and the defender's side: would anybody have found the poisons?
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,13 @@ class Config:
     best_restarts: int = 1
     """of the best rule, of every set of several poisons that was not enough"""
     candidates: int = 64
-    """training images whose derivative by the pixels is computed"""
+    """training images whose derivative by the pixels is computed; for a group `group_counts`' most,
+    if that is more"""
     group_size: int = 30
     """test images attacked together (release: 30 photographs of one dog)"""
     group_moves: int = 100
     """of the one poison against all of them, at most (release: 2,000 of .005 levels)"""
-    group_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    group_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """poisons against all of them, until half are flipped"""
     seed: int = 0
     """of the draw of the test images"""
@@ -83,23 +84,19 @@ class Config:
             counts = getattr(self, name)
             if not counts or counts[0] != 1 or list(counts) != sorted(set(counts)):
                 raise ValueError(f"{name} must increase from 1, got {counts}.")
-        if self.candidates < max(*self.counts, *self.group_counts, 2):
+        most = max(*self.counts, 2)
+        if self.candidates < most:
             raise ValueError(
-                f"candidates must be no fewer than poisons, got {self.candidates} for "
-                f"{max(*self.counts, *self.group_counts, 2)}."
+                f"candidates must be no fewer than poisons, got {self.candidates} for {most}."
             )
         if not 0 < self.radius < 0.5:
             raise ValueError(f"radius must lie in (0, 0.5), got {self.radius}.")
         if not 0 < self.step <= 2 * self.radius:
             raise ValueError(f"step must lie in (0, {2 * self.radius}], got {self.step}.")
-        if self.num_test < 0:
-            raise ValueError(f"num_test must be non-negative, got {self.num_test}.")
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}.")
         if not all(0 < weight_decay < np.inf for weight_decay in self.weight_decays):
             raise ValueError(f"weight_decays must be positive, got {self.weight_decays}.")
-        for name, least in (("moves", 1), ("best_moves", 1), ("group_moves", 1),
-                            ("best_tries", 0), ("best_restarts", 0)):  # fmt: skip
+        for name, least in (("moves", 1), ("best_moves", 1), ("group_moves", 1), ("group_size", 1),
+                            ("num_test", 0), ("best_tries", 0), ("best_restarts", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
@@ -163,7 +160,8 @@ DEVIATIONS = (
     "half as many again; 1.36 times as many in all (standard).",
     "Group: a test image and the 29 of its class nearest in features, all right before; 30 "
     "photographs of one dog in the release. The one poison is the training image of the other "
-    "class that the head is least sure of; the release's was that among all, and of that class.",
+    "class that the head is least sure of; the release's was that among all, and of that class. "
+    "The many are by the best rule without restarts.",
 )
 
 
@@ -180,6 +178,11 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Raises: Misuse if a network's weights are not there.
     """
     trunks.check(config.heads, data.folder)
+    if max(config.candidates, *config.group_counts) > (n := len(data.train[1])):
+        raise ValueError(
+            f"candidates and group_counts must not exceed the {n} training images, got "
+            f"{config.candidates} and {config.group_counts}."
+        )
     metrics: dict[str, Any] = {}
     arrays: dict[str, Any] = {"heads": np.array(config.heads, "S"), "signs": np.array(SIGNS, "S")}
     every: list[dict[str, NDArray]] = []
@@ -276,9 +279,11 @@ def _single(config: Config, head: Head, point: int) -> dict[str, Any]:
 
 def _group(config: Config, head: Head) -> dict[str, Any]:
     return group(
-        head, alike(config, head), counts=config.group_counts, candidates=config.candidates,
+        head, alike(config, head), counts=config.group_counts,
+        candidates=max(config.candidates, config.group_counts[-1]),
         one=Rule(max_steps=config.group_moves, decay=0.9, tries=0, restarts=0),
-        many=_best(config),
+        # A restart of so many costs what twice as many cost, which do more.
+        many=replace(_best(config), restarts=0),
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def draw(record: Record) -> Any:
             together.axhline(metrics[f"group_one_flipped_{network}"], color=colour, linewidth=0.8,
                              linestyle=":", label=f"{network}, the least sure one")  # fmt: skip
         together.set_xscale("symlog", linthresh=1)
+        together.set_xlim(left=0)
         together.set(
             xlabel="Training images poisoned", ylabel="Test images flipped",
             ylim=(-0.5, record.config["group_size"]), title="Many test images at once",

@@ -193,16 +193,32 @@ def test_standardised_features_are_those_the_head_sees(splits):
         ({"standardised": (True, False)}, "standardised must have an entry for each of 1 heads"),
         ({"counts": (2, 10)}, r"counts must increase from 1, got \(2, 10\)"),
         ({"group_counts": (1, 1)}, r"group_counts must increase from 1, got \(1, 1\)"),
-        ({"candidates": 9}, "candidates must be no fewer than poisons, got 9 for 16"),
+        ({"candidates": 9}, "candidates must be no fewer than poisons, got 9 for 10"),
         ({"radius": 0.5}, r"radius must lie in \(0, 0.5\), got 0.5"),
         ({"step": 1.0}, r"step must lie in \(0, 0.98\], got 1.0"),
-        ({"num_test": -1}, "num_test must be non-negative, got -1"),
+        ({"num_test": -1}, "num_test must be at least 0, got -1"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
     ],
 )
 def test_config_is_checked(changed, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMOKE, **changed)
+
+
+def test_no_more_images_are_poisoned_than_there_are(splits):
+    n = len(splits.train[1])
+    message = rf"must not exceed the {n} training images, got 16 and \(1, {n + 1}\)"
+    with pytest.raises(ValueError, match=message):
+        fig5.run(dataclasses.replace(SMOKE, group_counts=(1, n + 1)), splits)
+
+
+def test_a_group_has_candidates_for_all_its_poisons(head, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(fig5, "group", lambda *_, **options: asked.update(options))
+    fig5._group(dataclasses.replace(SMOKE, candidates=12, group_counts=(1, 40)), head)
+    assert asked["candidates"] == 40
+    fig5._group(dataclasses.replace(SMOKE, group_counts=(1, 4)), head)
+    assert asked["candidates"] == SMOKE.candidates
 
 
 def test_presets_are_of_heads_that_there_are():
