@@ -22,7 +22,7 @@ figures: $(VENV)/installed ## every experiment on embedded data, in seconds each
 	exit $$status
 
 test: $(VENV)/installed-dev ## the tests; those that need real data look in INFLUENCE_DATA
-	@OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	@OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/installed-dev ## ruff and pyright
 	@$(BIN)/ruff check .

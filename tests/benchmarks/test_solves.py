@@ -76,10 +76,10 @@ def test_a_peer_that_is_not_there_is_said_to_be_missing(digits, monkeypatch):
 
 
 def test_a_failing_process_is_reported_with_its_last_line(digits, monkeypatch):
-    monkeypatch.setitem(solves._MODULES, OURS, "benchmarks.nowhere")
+    monkeypatch.setitem(solves._MODULES, OURS, "json.nowhere")
     result = solves.run(digits, (Setting(OURS, "cg", "float64", 2, 2),))
     assert result["runs"][0]["error"].startswith("failed: ")
-    assert result["runs"][0]["error"].endswith("No module named benchmarks.nowhere")
+    assert result["runs"][0]["error"].endswith("No module named json.nowhere")
     assert result["fastest"][2][OURS] is None
 
 
