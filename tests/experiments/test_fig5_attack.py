@@ -1,6 +1,7 @@
 """Figure 5: the experiment on the stand-in, its poisons refitted by another route, its figure."""
 
 import dataclasses
+import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,8 +29,13 @@ def head(splits):
 
 
 @pytest.fixture(scope="module")
-def record(splits, tmp_path_factory):
-    result = fig5.run(SMOKE, splits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def record(splits, folder):
+    result = fig5.run(SMOKE, splits, checkpoints=folder)
     return dataclasses.replace(result, config=dataclasses.asdict(SMOKE))
 
 
@@ -81,18 +87,16 @@ def test_no_pixel_is_recorded(record):
         assert array.size < pixels, name
 
 
-def test_an_interrupted_run_ends_with_the_same_numbers(record, splits, tmp_path):
-    few = dataclasses.replace(SMOKE, num_test=2)
-    first = fig5.run(few, splits, checkpoints=tmp_path)
-    kept = sorted(tmp_path.glob("small-[0-9g]*.npz"))
-    assert len([path for path in kept if "group" in path.name]) == 1
-    (path,) = tmp_path.glob(f"small-{first.arrays['points_small'][0]}.npz")
-    path.unlink()
-    again = fig5.run(few, splits, checkpoints=tmp_path)
-    assert again.metrics == pytest.approx(first.metrics, rel=0, abs=0, nan_ok=True)
-    for name in ("best_flipped", "best_change", "paper_change"):
-        both = (one.arrays[f"{name}_small"] for one in (again, record))
-        np.testing.assert_allclose(next(both), next(both)[:2], rtol=1e-6)
+def test_an_interrupted_run_ends_with_the_same_numbers(record, splits, folder, tmp_path):
+    points = record.arrays["points_small"]
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    assert len(list(kept.glob("small-group.npz"))) == 1
+    (kept / f"small-{points[0]}.npz").unlink()
+    again = fig5.run(SMOKE, splits, checkpoints=kept)
+    assert again.metrics == pytest.approx(record.metrics, rel=0, abs=0, nan_ok=True)
+    for name, array in record.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
 
 
 def test_a_poison_does_what_is_said_of_it(head):
