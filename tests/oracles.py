@@ -61,7 +61,7 @@ class Risk:
         """theta of the smallest risk, to a gradient norm of 1e-12."""
         found = scipy.optimize.minimize(
             self.value, start, jac=self.gradient, hess=self.hessian, method="trust-exact",
-            options={"gtol": 1e-9},
+            options={"gtol": 1e-5},
         ).x  # fmt: skip
         for _ in range(3):  # to the last digits, which differences of the value cannot show
             found = found - np.linalg.solve(self.hessian(found), self.gradient(found))

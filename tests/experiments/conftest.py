@@ -1,5 +1,6 @@
 """A small experiment, `fake`, and small data for it, put where the framework looks for both."""
 
+import gc
 import textwrap
 from types import ModuleType, SimpleNamespace
 
@@ -96,6 +97,7 @@ def fake(tmp_path, monkeypatch):
     package = FakeData("data")
     monkeypatch.setitem(experiments.sys.modules, "data", package)
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # by Keras, of what all tests before have left
     monkeypatch.chdir(tmp_path)
     module = experiments.load("fake")
     module.data = package

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from influence import BinaryLogisticRegression, Examples, GenericNeuralNet
 from tests import oracles
+from tests.influence.problems import traced_once
 
 RADIUS = 0.3
 
@@ -72,7 +73,8 @@ def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
             keras.layers.Dense(1, **options),
         ]
     )
-    net = GenericNeuralNet(model, keras.losses.BinaryCrossentropy(from_logits=True))
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    net = traced_once(GenericNeuralNet(model, loss), loss)
     train = Examples(x, y[:, None].astype(float))
     tight(net, train)
     return net, train, Examples(x_test, y_test[:, None].astype(float))

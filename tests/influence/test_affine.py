@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from influence import BinaryLogisticRegression, Examples, GaussNewton, GenericNeuralNet
 from tests import oracles
-from tests.influence.problems import relative_error
+from tests.influence.problems import relative_error, traced_once
 
 L = keras.layers
 N = 5
@@ -32,7 +32,8 @@ def net_of(*layers, loss=None, shape=(6, 5, 2), before=None):
         keras.config.set_dtype_policy(before_us)
     if before:
         before(model)
-    net = GenericNeuralNet(model, loss or logits())
+    loss = loss or logits()
+    net = traced_once(GenericNeuralNet(model, loss), loss)
     net.theta = 0.5 * np.random.default_rng(0).standard_normal(net.num_parameters)
     return net
 
