@@ -1,8 +1,20 @@
 import pytest
 
-from benchmarks import problem
+from benchmarks import cnn, problem
+from benchmarks.__main__ import SMOKE
 
 
 @pytest.fixture(scope="session")
 def digits():
     return problem.load("digits")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def part(digits, folder):
+    """What is said of a small convolutional network."""
+    return cnn.run(digits, SMOKE.network, checkpoints=folder)

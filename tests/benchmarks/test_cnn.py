@@ -9,14 +9,8 @@ from influence.solvers.base import Raw
 
 
 @pytest.fixture(scope="module")
-def part(digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return cnn.run(digits, SMOKE.network, checkpoints=folder) | {"folder": folder}
-
-
-@pytest.fixture(scope="module")
-def trained(part, digits):
-    net, train, test = cnn._trained(digits, SMOKE.network, part["folder"])
+def trained(part, digits, folder):
+    net, train, test = cnn._trained(digits, SMOKE.network, folder)
     return net, train, net.gradients(test.x, test.y)[0]
 
 
@@ -76,8 +70,8 @@ class Known:
         return lambda B: Raw(self.x[:, None].astype(B.dtype), 1)
 
 
-def test_training_is_kept_and_found_again(part, digits, trained):
-    (kept,) = part["folder"].iterdir()
+def test_training_is_kept_and_found_again(part, digits, folder, trained):
+    (kept,) = folder.iterdir()
     before = kept.read_bytes()
     net, _, _ = trained
     again, train, test = cnn._trained(digits, SMOKE.network, None)

@@ -10,25 +10,25 @@ from benchmarks import solves, table, targets
 RESULTS = Path(__file__).resolve().parents[2] / bench.RESULTS
 
 
-def test_smoke_writes_numbers_and_their_table(tmp_path, monkeypatch, capsys):
+def test_smoke_writes_numbers_and_their_table(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # tested in test_solves
     monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.1)
-    # The processes of our own solves and the whole network are tested in test_solves and test_cnn.
-    network = replace(bench.SMOKE.network, strides=(1,), num_rows=20, schedule=((5, 1e-2),))
-    few = replace(bench.SMOKE, settings=bench.SMOKE.settings[1:], network=network)
+    # The processes of our own solves are tested in test_solves.
+    few = replace(bench.SMOKE, settings=bench.SMOKE.settings[1:])
     monkeypatch.setattr(bench, "SMOKE", few)
+    monkeypatch.setattr(bench.cnn, "run", lambda *_, **__: part)
     assert bench.main(["--smoke", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / bench.RECORD).read_text())
     assert result["data"]["stand_in"] is True
     assert {target["holds"] for target in result["targets"]} == {None}
     for way in ("closed_form", "tape"):
-        part = result["products"][way]
+        products = result["products"][way]
         # float32 rounding, summed over 1,297 rows.
-        assert 0 < part["largest_error"] < 1e-4
-        best = part["seconds"]["product"]["best"], part["seconds"]["gradient"]["best"]
-        assert part["product_per_gradient"] == pytest.approx(best[0] / best[1])
+        assert 0 < products["largest_error"] < 1e-4
+        best = products["seconds"]["product"]["best"], products["seconds"]["gradient"]["best"]
+        assert products["product_per_gradient"] == pytest.approx(best[0] / best[1])
         machine = max(v for k, v in result["products"]["machine_gflops"].items() if "square" in k)
-        assert part["fraction_of_machine"] == pytest.approx(part["block_gflops"] / machine)
+        assert products["fraction_of_machine"] == pytest.approx(products["block_gflops"] / machine)
         assert result["scores"][f"{way} float64"]["largest_error"] < 1e-12
         assert 0 < result["scores"][f"{way} float32"]["largest_error"] < 1e-4
     page = (tmp_path / bench.TABLE).read_text(encoding="utf-8")
