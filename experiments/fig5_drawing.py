@@ -35,19 +35,23 @@ def draw(record: Record) -> Any:
         above.axes[0].legend(frameon=False, fontsize=7)
         defence, together = below.subplots(1, 2)
         _draw_defence(defence, [arrays[f"standing_{network}"] for network in networks])
-        for network, colour in zip(
-            networks, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False
-        ):
+        colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+        for i, (network, colour) in enumerate(zip(networks, colours, strict=False)):
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
             last = np.append(np.diff(poisons) > 0, True)  # of the refits with as many poisons
             together.plot(poisons[last], flipped[last], "o-", color=colour, label=network)
             together.axhline(metrics[f"group_one_flipped_{network}"], color=colour, linewidth=0.8,
-                             linestyle=":", label=f"{network}, the least sure one")  # fmt: skip
+                             linestyle=(3 * i, (3, 3)),  # both seen where they lie on each other
+                             label=f"{network}, the least sure one")  # fmt: skip
+        group = record.config["group_size"]
+        together.axhline(group / 2, color="0.7", linewidth=0.8, zorder=0)
         together.set_xscale("symlog", linthresh=1)
-        together.set_xlim(left=0)
+        together.xaxis.set_major_formatter("{x:g}")
+        most = max(arrays[f"many_poisons_{network}"].max() for network in networks)
+        together.set_xlim(0, 1.4 * most)
         together.set(
-            xlabel="Training images poisoned", ylabel="Test images flipped",
-            ylim=(-0.5, record.config["group_size"]), title="Many test images at once",
+            xlabel="Training images poisoned", ylabel=f"Test images flipped (of {group})",
+            ylim=(-0.5, group), title="Many test images at once",
         )  # fmt: skip
         together.legend(frameon=False, fontsize=7)
         if not record.data.get("stand_in", True):  # which says what it is by itself

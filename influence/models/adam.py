@@ -110,7 +110,7 @@ def minimise(
         kept = load(path)
         done = int(kept.pop("step"))
         _assign(variables, [kept[f"variable {i}"] for i in range(len(variables))])
-    step = tf.function(_step(net, optimizer, weights))
+    step = tf.function(_step(net, optimizer, weights), autograph=False)
     batches = batch_rows(len(examples), batch_size, seed, done)
     rate = None
     for number in progress(range(done, len(rates)), "training", len(rates) - done):

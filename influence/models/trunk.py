@@ -111,8 +111,8 @@ class Trunk:
             x = tf.TensorSpec((None, *self.image_shape), tf.as_dtype(self.dtype))
             y = v = tf.TensorSpec((None,), tf.float64)
             self._traced = (
-                tf.function(self._forward, input_signature=[x]),
-                tf.function(self._backward, input_signature=[x, y, v]),
+                tf.function(self._forward, input_signature=[x], autograph=False),
+                tf.function(self._backward, input_signature=[x, y, v], autograph=False),
             )
         return self._traced
 

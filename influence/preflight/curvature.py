@@ -87,7 +87,7 @@ def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
 def _kinks(model: keras.Model, train: Examples) -> list[str]:
     """Operations of the model whose slope jumps."""
     x = plain_inputs(train.take([0]).x)
-    function = tf.function(lambda x: model(x, training=False))
+    function = tf.function(lambda x: model(x, training=False), autograph=False)
     with keras.StatelessScope():
         graph = function.get_concrete_function(tf.nest.map_structure(tf.constant, x)).graph
     return sorted({op.type for op in operations(graph) if op.type.startswith(_KINKS)})
