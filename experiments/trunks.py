@@ -31,6 +31,7 @@ from experiments.running import Misuse
 from influence import TopLayer
 from influence.checkpoint import kept
 from influence.models.inception import cut
+from influence.progress import progress
 
 _ROWS = 256  # images whose features are kept together: what an interruption can cost
 _VERSION = 1  # of what features are, besides everything that their file's name is made of
@@ -213,7 +214,7 @@ def _features_of(
             folder and folder / f"{network}-{name}-{start:05}.npz",
             partial(compute, slice(start, start + _ROWS)),
         )
-        for start in range(0, len(x), _ROWS)
+        for start in progress(range(0, len(x), _ROWS), f"features of images by {network}")
     ]
     return {
         layer: np.concatenate([block[layer] for block in blocks]).astype(np.float64)
