@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +51,7 @@ class ProximalResponse(Estimand):
         at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
       iterations: (k,) gradients of F_i that each row took, passes over the training set.
       converged: (k,) gradient_norm within the tolerance.
+      thetas: (k, d) where each row's search ended: another may `start` there.
     """
 
     objective: str
@@ -58,6 +59,17 @@ class ProximalResponse(Estimand):
     gradient_norm: NDArray
     iterations: NDArray
     converged: NDArray
+    thetas: NDArray
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What blocks are told: the inverse behind their steps, F_i's damping, and by row the rest."""
+
+    inverse: Prepared
+    damping: float
+    tolerance: dict[int, float]
+    start: dict[int, NDArray]
 
 
 def proximal_response(
@@ -68,8 +80,10 @@ def proximal_response(
     *,
     objective: Literal["bregman", "leave_one_out"] = "bregman",
     damping: float,
+    step_damping: float = 0.0,
     solver: Solver | Prepared = Direct(),
-    tolerance: float = 1e-4,
+    tolerance: ArrayLike = 1e-4,
+    start: ArrayLike | None = None,
     max_iterations: int = 50,
     block: int = 10,
     batch_size: int | None = None,
@@ -96,8 +110,12 @@ def proximal_response(
       rows: (k,) training rows, each alone.
       objective: "bregman" or "leave_one_out".
       damping: of the proximal term, absolute; A must be positive definite.
-      solver: how A is inverted; what `prepare` returned for A is not prepared again.
-      tolerance: gradient norm of F_i to reach, relative to that at theta_s.
+      step_damping: added to A's damping for the steps alone. Where some curvature nearly vanishes
+        fewer steps are needed with a millionth of the largest eigenvalue.
+      solver: how A, for the steps, is inverted; what `prepare` returned for it is not prepared
+        again.
+      tolerance: gradient norm of F_i to reach, relative to that at theta_s; (k,) for one a row.
+      start: (k, d) where the searches start, such as `thetas` of a call in float32; None: theta_s.
       max_iterations: gradients of F_i at most, for each row.
       block: rows whose minima are sought together. Part of the checkpoints' identity.
       batch_size: rows of the training set at a time; None: chosen.
@@ -110,62 +128,95 @@ def proximal_response(
       if A is not positive definite. Rows that miss the tolerance are marked in `converged`, with a
       ConvergenceWarning.
     """
-    refits.check(net, train, test, tolerance=tolerance, block=block, batch_size=batch_size)
+    refits.check(net, train, test, tolerance=None, block=block, batch_size=batch_size)
     rows = check_rows(rows, len(train))
+    tolerances = _numbers("tolerance", tolerance, (len(rows),))
+    if not (tolerances > 0).all():
+        raise ValueError(f"tolerance must be positive, got {tolerances.min()}.")
+    if not 0 <= step_damping < np.inf:
+        raise ValueError(f"step_damping must be finite and at least 0, got {step_damping}.")
+    starts = _numbers("start", net.theta if start is None else start, (len(rows), len(net.theta)))
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
     A = _CURVATURE[objective](net, train, damping, batch_size=batch_size)
+    if step_damping:
+        A = type(A)(net, train, damping + step_damping, batch_size=batch_size)
     refits.check_processes(num_processes, net)
     inverse = prepare(A, solver)
     found = refits.run(
-        Task(net, train, test, tolerance, max_iterations, batch_size),
+        Task(net, train, test, None, max_iterations, batch_size),
         _proximal_block,
         list(rows[:, None]),
-        inverse,
+        _Search(
+            inverse,
+            damping,
+            dict(zip(rows, tolerances, strict=True)),
+            dict(zip(rows, starts, strict=True)),
+        ),
         block=block,
         checkpoints=checkpoints,
-        identity=("proximal", objective, float(damping), repr(inverse.solver)),
+        identity=(
+            "proximal",
+            objective,
+            float(damping),
+            float(step_damping),
+            repr(inverse.solver),
+            tolerances,
+            starts,
+        ),
         num_processes=num_processes,
         what="proximal responses",
     )
     norms = found["gradient_norm"]
-    converged = norms <= tolerance
+    converged = norms <= tolerances
     if not converged.all():
         warn_unconverged(
             f"{np.count_nonzero(~converged)} of {len(rows)} proximal responses ended above "
-            f"{tolerance:.1e} of their first gradient norm (worst {norms.max():.1e}): allow more "
-            "max_iterations, use float64 or a larger damping."
+            f"{tolerances.min():.1e} of their first gradient norm (worst {norms.max():.1e}): allow "
+            "more max_iterations, use float64 or a larger damping."
         )
     return ProximalResponse(
         found["change_if_removed"], rows, objective, float(damping), norms, found["passes"],
-        converged,
+        converged, found["thetas"].T,
     )  # fmt: skip
 
 
-def _proximal_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, NDArray]:
+def _numbers(name: str, given: ArrayLike, shape: tuple[int, ...]) -> NDArray:
+    """What was given as an array of that shape, repeated along the first axis if need be."""
+    found = np.asarray(given)
+    if found.shape not in (shape, shape[1:]) or not np.isfinite(found.astype(float)).all():
+        raise ValueError(
+            f"{name} must be finite, of shape {shape[1:]} or {shape}, got shape {found.shape}."
+        )
+    return np.broadcast_to(found, shape)
+
+
+def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
     """The minima of F_i for some rows, a column each."""
     net, train, n = task.net, task.train, len(task.train)
-    A: Any = inverse.A  # GaussNewton or Hessian
+    inverse = search.inverse
     removed = Removal(net, train, groups, task.batch_size)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
-    divergence = _of_outputs(task) if isinstance(A, GaussNewton) else _of_the_risk(task)
+    divergence = _of_outputs(task) if isinstance(inverse.A, GaussNewton) else _of_the_risk(task)
 
     def gradients(there: NDArray, columns: NDArray) -> NDArray:
         away = there - thetas[:, columns]
         own = removed.gradients(there, columns) / n
-        return divergence(there) - own + A.damping * away
+        return divergence(there) - own + search.damping * away
 
     def steps(G: NDArray, columns: NDArray) -> NDArray:
         return removed.solve(inverse, G, columns)
 
     first = -removed.gradients(thetas, np.arange(len(groups))) / n  # D is stationary at theta_s
     scale = np.linalg.norm(first, axis=0)
-    found = secant.minimise(
-        gradients, steps, thetas, first, task.tolerance * scale, task.max_passes
-    )
+    start = np.column_stack([search.start[row] for (row,) in groups]).astype(thetas.dtype)
+    tolerance = np.array([search.tolerance[row] for (row,) in groups]) * scale
+    begun = first if (start == thetas).all() else gradients(start, np.arange(len(groups)))
+    found = secant.minimise(gradients, steps, start, begun, tolerance, task.max_passes)
     return {
+        "thetas": found.thetas,
         "change_if_removed": task.changes(found.thetas),
         "gradient_norm": np.divide(found.norms, scale, out=np.zeros_like(scale), where=scale > 0),
         "passes": found.passes,

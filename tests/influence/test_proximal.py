@@ -209,6 +209,26 @@ def test_any_solver_finds_the_same_minimum_and_what_is_prepared_is_used(tanh, mo
         respond(tanh, "leave_one_out", solver=prepared)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_damped_steps_and_another_start_find_the_same_minimum(objective, tanh):
+    expected = respond(tanh, objective, tolerance=1e-9)
+    assert expected.thetas.shape == (3, 21)
+    damped = respond(tanh, objective, tolerance=1e-9, step_damping=1.0)
+    assert (damped.iterations > expected.iterations).any()
+    rough = respond(tanh, objective, tolerance=1e-2)
+    onward = respond(tanh, objective, tolerance=1e-9, start=rough.thetas)
+    assert (onward.iterations < expected.iterations).all()
+    for got in (damped, onward):
+        assert got.converged.all() and relative_error(got.thetas, expected.thetas) < 1e-7
+        assert relative_error(got[:], expected[:]) < 1e-7
+
+
+def test_each_row_has_its_own_tolerance(tanh):
+    got = respond(tanh, "bregman", tolerance=[1e-2, 1e-9, 1e-2])
+    assert got.converged.all() and (got.gradient_norm[[0, 2]] > 1e-9).all()
+    assert got.gradient_norm[1] <= 1e-9
+
+
 def test_the_model_never_moves(tanh, monkeypatch):
     net, _ = tanh
     before = net.model.get_weights()
@@ -252,6 +272,9 @@ def test_an_indefinite_matrix_is_refused(tanh):
          "^objective must be 'bregman' or 'leave_one_out', got 'pbrf'"),
         ({"damping": -0.1}, ValueError, "^damping must be a number >= 0, got -0.1"),
         ({"damping": None}, ValueError, "^damping must be a number >= 0, got None"),
+        ({"tolerance": [0.1, 1.0]}, ValueError, r"^tolerance must be finite, .* or \(1,\), got"),
+        ({"start": np.zeros(5)}, ValueError, r"^start must be finite, .* or \(1, 21\), got"),
+        ({"step_damping": -1.0}, ValueError, r"^step_damping must be finite and at least 0"),
         ({"tolerance": 0.0}, ValueError, r"^tolerance must be positive, got 0\.0"),
         ({"max_iterations": 0}, ValueError, "^max_iterations must be at least 1, got 0"),
         ({"block": 0}, ValueError, "^block must be at least 1, got 0"),
