@@ -152,9 +152,9 @@ DEVIATIONS = (
     "exact Hessian and its spectrum, Gauss-Newton, LiSSA, and how each approximation agrees with "
     "what it stands for. Rows without a proximal minimum nearby are left out and counted.",
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
-    "Hessian's coordinates, first in float32, then in float64. The refits there, too, are sought in "
-    "float32 first. They are damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, "
-    "as are the predictions; rows without a minimum nearby, whose refits miss the gradient norm, are "
+    "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
+    "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
+    "predictions; rows without a minimum nearby, whose refits miss the gradient norm, are "
     "left out and counted.",
 )
 
