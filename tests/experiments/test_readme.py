@@ -30,6 +30,7 @@ def test_the_attack_in_the_readme_runs():
     exec(block, names)
     found, x = names["found"], names["train"].x
     assert found.same_bytes.all() and (found.change_if_poisoned > 0).all()
+    assert found.flipped.all()
     moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
     assert 0.9 < moved < 1  # pixels are what was moved
 
