@@ -14,12 +14,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import scipy.optimize
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence import lbfgs
 from influence.chain import Chain
-from influence.convergence import warn_unconverged
 from influence.derivatives import Derivatives
 from influence.embedding import watched_ids
 from influence.examples import Examples
@@ -267,31 +266,5 @@ class GenericNeuralNet(Derivatives):
         Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
         """
         self.validate(examples, "examples")
-
-        def at(theta):
-            self.theta = theta
-            risk, gradient = self.risk_and_gradient(examples)
-            return risk, gradient.astype(np.float64)
-
-        found = scipy.optimize.minimize(
-            at,
-            self.theta.astype(np.float64),
-            jac=True,
-            method="L-BFGS-B",
-            options={
-                "maxiter": max_iterations,
-                "maxfun": 2 * max_iterations,
-                "maxcor": 20,
-                "ftol": 0.0,
-                # scipy's tolerance is on the largest entry.
-                "gtol": gradient_tolerance / np.sqrt(self.num_parameters),
-            },
-        )
-        self.theta = found.x
-        norm = float(np.linalg.norm(self.risk_gradient(examples)))
-        if norm > gradient_tolerance:
-            warn_unconverged(
-                f"L-BFGS stopped at a gradient norm of {norm:.1e}, above {gradient_tolerance:.1e}, "
-                f"after {found.nit} iterations; use float64, more iterations or a larger tolerance."
-            )
+        lbfgs.fit(self, examples, gradient_tolerance, max_iterations)
         return self
