@@ -238,12 +238,7 @@ class GenericNeuralNet(Derivatives):
                 f"{self.loss.role} must be differentiable by the model's output, got no gradient "
                 f"from {self.loss.name!r}; argmax, rounding and comparisons have none."
             )
-        if losses.shape != (len(probe),):
-            raise ValueError(
-                f"{self.loss.role} must give one number per example, got shape {losses.shape} from "
-                f"{self.loss.name!r} for {len(probe)} examples of {name}; leave out the mean or "
-                "sum over examples."
-            )
+        self.loss.check_one_each(losses.shape, probe.y.shape, output_shape, name)
         first = probe.take([0])
         alone = float(self.losses(first.x, first.y)[0])
         if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():

@@ -737,7 +737,21 @@ REAL = np.array([1.0, -2, 3, 0], np.float32)
             lambda: built_dense(1),
             lambda y, output: (y[:, None] - output) ** 2,
             REAL,
-            r"^loss must give one number per example, got shape \(3, 1\)",
+            r"^loss must give one number per example, got shape \(3, 1\) .*; take the mean "
+            r"for each example, tf\.reduce_mean\(\.\.\., axis=-1\)\.$",
+        ),
+        (
+            lambda: built_dense(1),
+            lambda y, output: (y - output) ** 2,  # (n,) - (n, 1)
+            REAL,
+            r"got shape \(3, 3\) .* labels of shape \(3,\) broadcast against outputs of shape "
+            r"\(3, 1\); use y\[:, None\], and take the mean .*axis=-1\)\.$",
+        ),
+        (
+            lambda: built_dense(3),
+            lambda y, output: (y - output)[:, :, None] ** 2,
+            np.eye(3, dtype=np.float32)[[0, 1, 2, 0]],
+            r"got shape \(3, 3, 1\) .*; take the mean .*axis=\[1, 2\]\)\.$",
         ),
         (
             lambda: built_dense(3),
