@@ -23,7 +23,7 @@ from influence.convergence import warn_unconverged
 from influence.derivatives import Derivatives
 from influence.embedding import watched_ids
 from influence.examples import Examples
-from influence.keras_model import check_inputs, check_model, check_output
+from influence.keras_model import check_inputs, check_model, check_output, check_weights
 from influence.losses import per_example
 from influence.progress import progress
 from influence.traced import Traced
@@ -212,13 +212,15 @@ class GenericNeuralNet(Derivatives):
 
         Raises: TypeError for anything but Examples; ValueError naming `name` for inputs or labels
           of the wrong shape, labels or ids for an embedding out of range, or a loss that is not one
-          number per example, and for a model with several outputs or losses of its own.
+          number per example, and for a model with several outputs, losses of its own or weights
+          that are not finite.
         """
         if not isinstance(examples, Examples):
             dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
             remedy = "; wrap it: influence.Stream(dataset)" if dataset else ""
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}{remedy}.")
+        check_weights(self.model)
         probe = examples.take(slice(0, _PROBE_ROWS))
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self._tf.inputs(probe.x), examples, name) as x:

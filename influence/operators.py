@@ -14,6 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.checkpoint import check_folder, kept
 from influence.examples import Examples
+from influence.keras_model import check_weights
 from influence.net import GenericNeuralNet
 from influence.progress import progress
 
@@ -151,9 +152,10 @@ class Curvature(LinearOperator):
     def check_theta(self) -> None:
         """Refuse to answer for a theta that is no longer the net's.
 
-        Raises: RuntimeError.
+        Raises: RuntimeError; ValueError where the net's has become NaN or infinite.
         """
         if not self.is_current:
+            check_weights(self.net.model)  # NaN would differ from itself
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
