@@ -22,7 +22,7 @@ from influence.chain import Chain
 from influence.derivatives import Derivatives
 from influence.embedding import watched_ids
 from influence.examples import Examples
-from influence.keras_model import check_inputs, check_model, check_output
+from influence.keras_model import check_inputs, check_model, check_output, check_weights
 from influence.losses import per_example
 from influence.progress import progress
 from influence.traced import Traced
@@ -211,13 +211,15 @@ class GenericNeuralNet(Derivatives):
 
         Raises: TypeError for anything but Examples; ValueError naming `name` for inputs or labels
           of the wrong shape, labels or ids for an embedding out of range, or a loss that is not one
-          number per example, and for a model with several outputs or losses of its own.
+          number per example, and for a model with several outputs, losses of its own or weights
+          that are not finite.
         """
         if not isinstance(examples, Examples):
             dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
             remedy = "; wrap it: influence.Stream(dataset)" if dataset else ""
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}{remedy}.")
+        check_weights(self.model)
         probe = examples.take(slice(0, _PROBE_ROWS))
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self._tf.inputs(probe.x), examples, name) as x:
@@ -237,12 +239,7 @@ class GenericNeuralNet(Derivatives):
                 f"{self.loss.role} must be differentiable by the model's output, got no gradient "
                 f"from {self.loss.name!r}; argmax, rounding and comparisons have none."
             )
-        if losses.shape != (len(probe),):
-            raise ValueError(
-                f"{self.loss.role} must give one number per example, got shape {losses.shape} from "
-                f"{self.loss.name!r} for {len(probe)} examples of {name}; leave out the mean or "
-                "sum over examples."
-            )
+        self.loss.check_one_each(losses.shape, probe.y.shape, output_shape, name)
         first = probe.take([0])
         alone = float(self.losses(first.x, first.y)[0])
         if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():

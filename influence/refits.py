@@ -12,7 +12,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.checkpoint import kept
+from influence.checkpoint import check_folder, kept
 from influence.estimand import Estimand
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
@@ -114,12 +114,15 @@ def run(
       identity: what the numbers depend on besides the task and the groups.
       num_processes: joblib workers.
       what: the work's name, for the progress bar.
+
+    Raises: as `check_folder`.
     """
+    folder = check_folder(checkpoints)
     parts = [groups[first : first + block] for first in range(0, len(groups), block)]
     paths: list[Path | None] = [None] * len(parts)
-    if checkpoints is not None:
+    if folder is not None:
         name = task.identity(*identity)
-        paths = [Path(checkpoints) / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
+        paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
     work = joblib.Parallel(n_jobs=num_processes, return_as="generator")(
         joblib.delayed(_kept)(path, refit, task, part, argument)
         for path, part in zip(paths, parts, strict=True)
