@@ -135,7 +135,8 @@ class PerExampleLoss:
         if not self.from_logits:
             raise ValueError(
                 f"loss must take logits for {what}, got {self.name!r} of "
-                "probabilities; drop the model's last softmax or sigmoid and use from_logits=True."
+                "probabilities; drop the model's last softmax or sigmoid, as by model.layers[-1]."
+                "activation = keras.activations.linear, and give the loss from_logits=True."
             )
 
 
