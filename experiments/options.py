@@ -3,7 +3,7 @@
 Every refusal is a Misuse that begins with the option's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def at_most(config: Any, most: int, what: str, *names: str) -> None:
             raise Misuse(f"{name} must be at most {most}, the {what}, got {value}.")
 
 
-def rows_of(config: Any, rows: Sequence | np.ndarray, what: str, *names: str) -> None:
+def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
     """Refuse an option, or an entry of one that is a tuple, that is no row number.
 
     Args:

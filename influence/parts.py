@@ -47,8 +47,11 @@ def numbers(value: Any, name: str) -> NDArray:
         return array
     got = f"dtype {array.dtype}"
     # Data frames and series by what they offer: pandas need not be installed.
-    columns = list(zip(value.columns, value.dtypes, strict=True)) if _is_frame(value) else []
-    wrong = [column for column, dtype in columns if getattr(dtype, "kind", "O") not in "biuf"]
+    columns = list(getattr(value, "columns", ()))
+    dtypes = list(getattr(value, "dtypes", ())) if columns else []
+    wrong = [
+        c for c, t in zip(columns, dtypes, strict=False) if getattr(t, "kind", "O") not in "biuf"
+    ]
     if wrong:
         got = f"{', '.join(map(repr, wrong))} among its columns; leave them out or encode them"
     elif getattr(getattr(value, "dtype", None), "kind", "O") in "biuf" or columns:
@@ -61,10 +64,6 @@ def numbers(value: Any, name: str) -> NDArray:
             "StringLookup) and give its ids to a model without it"
         )
     raise TypeError(f"{name} must be an array of numbers, got {got}.")
-
-
-def _is_frame(value: Any) -> bool:
-    return hasattr(value, "columns") and hasattr(value, "dtypes")
 
 
 class Fingerprint:

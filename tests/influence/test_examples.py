@@ -245,6 +245,8 @@ def test_real_frames():
     with pytest.raises(TypeError, match="^x must be an array of numbers, got 'b' among its col"):
         Examples(frame, Y)
     assert Examples(frame[["a"]], pandas.Series(Y)).x.shape == (6, 1)
+    with pytest.raises(TypeError, match="^y .* got dtype object of strings; use np.unique"):
+        Examples(X, frame["b"])
     mixed = frame[["a"]].assign(c=pandas.array(range(6), dtype="Int64"))
     mixed["a"] = mixed["a"].astype("Float32")
     with pytest.raises(TypeError, match=r"^x .* got dtype object; use \.to_numpy\('float32'\)"):
