@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits, secant
+from influence.checkpoint import check_folder
 from influence.convergence import ConvergenceWarning, warn_unconverged
 from influence.examples import Examples, check_rows
 from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
@@ -187,6 +188,7 @@ def _retrained(
             "key must say what `fit` does when both fit and checkpoints are given, got ''; name "
             "its hyperparameters, so that another fit's results are not taken for this one's."
         )
+    check_folder(checkpoints)
     refits.check_processes(num_processes, net, task.fit)
     label, inverse, refit = "", None, _fit_block
     if method == "newton":
