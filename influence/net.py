@@ -263,5 +263,10 @@ class GenericNeuralNet(Derivatives):
         Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
         """
         self.validate(examples, "examples")
-        lbfgs.fit(self, examples, gradient_tolerance, max_iterations)
+
+        def at(theta: NDArray) -> tuple[float, NDArray]:
+            self.theta = theta
+            return self.risk_and_gradient(examples)
+
+        self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations)
         return self
