@@ -88,9 +88,10 @@ def poison(
 ) -> Poisoning:
     """Move training inputs within their boxes so that the mean test loss after retraining rises.
 
-    See the file's head for the iteration. It ends as soon as enough test losses are above
-    `flip_at`; else with the moves after which the mean test loss was largest. The outcome is
-    confirmed by a refit that begins where no poison has led. The net is left as it was.
+    Each poisoned input moves against g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test
+    loss), and back into its box; the net is refitted; and again, until enough test losses are above
+    `flip_at`; else it ends with the moves after which the mean test loss was largest. A refit that
+    begins where no poison has led confirms it. The net is left as it was.
 
     Args:
       net: at the minimum of its risk on `train`. On a frozen trunk, `net.features(x)` is what its
@@ -102,7 +103,7 @@ def poison(
         8-bit cells up to a radius of 1/255; .98/255 leaves room for float32's rounding.
       counts: how many of the candidates to poison, increasing: with the first number, and, if that
         was not enough, with the next. All at once if omitted.
-      rule: how they are moved and chosen.
+      rule: how they are moved and chosen: a `Rule`, such as `PAPER_RULE`, of influence.attack.
       inputs: (c, ...) the candidates' inputs, floating, where `train` holds features of them;
         `train`'s own if omitted.
       bounds: least and largest value of an input's entries, or None.

@@ -144,9 +144,9 @@ def gradient_norms(
     inputs: NDArray | None = None,
     solver: Solver | None = None,
 ) -> NDArray:
-    """L1 norms of g_i, by which the paper's attack ranks training rows; see the file's head.
+    """L1 norms of g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test loss), for each row.
 
-    Times radius / n: how much the mean test loss can be made to rise by moving the row within a box
+    By them the paper's attack ranks training rows. Times radius / n: how much the mean test loss can be made to rise by moving the row within a box
     of that radius, to first order. What bounds cut off the box is not looked at.
 
     Args:

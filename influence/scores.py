@@ -27,7 +27,8 @@ class Scores(Estimand):
     """Predicted changes, (m, k), of each test loss were each training row removed.
 
     Attributes:
-      change_if_removed: (m, k), see `Estimand`.
+      change_if_removed: (m, k), in the loss's unit (nats for log losses). Positive: the loss rises
+        without the row, so the row helped.
       rows: (k,) the training rows.
       solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement that takes its place.
@@ -123,10 +124,11 @@ class Influence(Response):
         """Predicted change of each test loss were all the rows removed together.
 
         Order 1: the sum of their scores (Koh et al. 2019), which mostly falls short of the actual
-        change. Order 2: the whole expansion to second order in the group's weight; its formula, and
-        what it has over that of Basu, You & Feizi (2020), is in `influence.groups`. It takes one
-        more solve and one more pass over the training set. Positive: the test loss rises without
-        the rows, so together they helped.
+        change. Order 2: grad m . D2 + D1' (d2 m) D1 / 2 for a measurement m, with w = 1 / (n - k),
+        D1 = w H^-1 g, g the sum of the group's gradients, H_U its mean Hessian, T the risk's third
+        derivative, and D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2; Basu, You & Feizi
+        (2020) leave out T and d2 m. It takes one more solve and one more pass over the training
+        set. Positive: the test loss rises without the rows, so together they helped.
 
         Args:
           test: m examples, each a measurement of its own.
