@@ -146,8 +146,9 @@ def gradient_norms(
 ) -> NDArray:
     """L1 norms of g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test loss), for each row.
 
-    By them the paper's attack ranks training rows. Times radius / n: how much the mean test loss can be made to rise by moving the row within a box
-    of that radius, to first order. What bounds cut off the box is not looked at.
+    By them the paper's attack ranks training rows. Times radius / n: how much the mean test loss
+    can be made to rise by moving the row within a box of that radius, to first order. What bounds
+    cut off the box is not looked at.
 
     Args:
       net: at the minimum of its risk on `train`.
