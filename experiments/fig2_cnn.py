@@ -155,8 +155,8 @@ DEVIATIONS = (
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions; rows without a minimum nearby, whose refits miss the gradient norm, are "
-    "left out and counted.",
+    "predictions. Rows whose refits miss the gradient norm in 100 passes, mostly because the "
+    "removal leaves no minimum nearby, are left out and counted; they are the more influential.",
 )
 
 
