@@ -1,7 +1,7 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
 from influence import measurements
-from influence.attack import poison
+from influence.attack import BEST_RULE, PAPER_RULE, Rule, poison
 from influence.check import check
 from influence.continued import continued_training
 from influence.convergence import ConvergenceWarning, DivergenceError
@@ -33,6 +33,7 @@ from influence.stream import Stream
 from influence.tracin import tracin
 
 __all__ = [
+    "BEST_RULE",
     "CG",
     "EKFAC",
     "AllCNN",
@@ -49,8 +50,10 @@ __all__ = [
     "LiSSA",
     "MulticlassLogisticRegression",
     "Nystrom",
+    "PAPER_RULE",
     "Prepared",
     "Refits",
+    "Rule",
     "Scores",
     "SmoothHinge",
     "Solution",

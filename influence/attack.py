@@ -1,9 +1,7 @@
 """Poisoning: training inputs moved, each within a small box, so that test losses rise.
 
-Koh & Liang 2017, section 5.2. With s = H^-1 grad (mean test loss) at the present weights, the mean
-test loss after retraining falls along g_i / n, g_i = d/dx_i (grad loss_i . s), so each poisoned
-input moves against g_i and is put back into its box; the net is refitted; and again. Labels never
-change.
+Koh & Liang 2017, section 5.2; the iteration is told in `poison`, what it moves along in
+`influence.reach`.
 """
 
 from __future__ import annotations
@@ -88,10 +86,12 @@ def poison(
 ) -> Poisoning:
     """Move training inputs within their boxes so that the mean test loss after retraining rises.
 
-    Each poisoned input moves against g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test
-    loss), and back into its box; the net is refitted; and again, until enough test losses are above
-    `flip_at`; else it ends with the moves after which the mean test loss was largest. A refit that
-    begins where no poison has led confirms it. The net is left as it was.
+    With s = H^-1 grad (mean test loss) at the present weights, that loss falls along g_i / n, g_i =
+    d/dx_i (grad loss_i . s) (Koh & Liang 2017, section 5.2). So each poison moves against g_i and
+    is put back into its box, the net is refitted, and again; `rule` says how far and which rows.
+    Labels never change. It ends as soon as enough test losses are above `flip_at`; else with the
+    moves after which the mean test loss was largest. The outcome is confirmed by a refit that
+    begins where no poison has led. The net is left as it was.
 
     Args:
       net: at the minimum of its risk on `train`. On a frozen trunk, `net.features(x)` is what its
@@ -103,15 +103,16 @@ def poison(
         8-bit cells up to a radius of 1/255; .98/255 leaves room for float32's rounding.
       counts: how many of the candidates to poison, increasing: with the first number, and, if that
         was not enough, with the next. All at once if omitted.
-      rule: how they are moved and chosen: a `Rule`, such as `PAPER_RULE`, of influence.attack.
+      rule: how they are moved and chosen: `BEST_RULE`, the strongest found, `PAPER_RULE`, the
+        2017 release's, or a `Rule` of one's own.
       inputs: (c, ...) the candidates' inputs, floating, where `train` holds features of them;
         `train`'s own if omitted.
       bounds: least and largest value of an input's entries, or None.
       flip_at: test loss above which a test example counts as flipped; log 2 is P(label) < 1/2 for
         log losses. Infinity: no early end.
       flips: flipped test examples that are enough; all m if omitted.
-      gradient_norms: (c,) what `reach.gradient_norms` returned for the candidates, not to be
-        computed again.
+      gradient_norms: (c,) |g_i|_1 of the candidates, as `influence.reach.gradient_norms` returns
+        them, by which they are ranked; computed if omitted.
       solver: how H^-1 is applied; `Direct` if omitted.
       fit: called instead of `net.fit` on (net, poisoned training set), from the present theta.
       start: (d,) where the confirming refit begins; zero for a convex net and the net's theta for

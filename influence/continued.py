@@ -88,7 +88,9 @@ def continued_training(
       rows: (k,) training rows, each removed alone.
       steps: of Adam (Kingma & Ba 2015) from here.
       rate: its learning rate.
-      moments: Adam's state here, such as `AllCNN.moments`; None starts it from zero.
+      moments: Adam's state here: `AllCNN.moments` after its fit, or
+        `influence.models.adam.Moments(steps, first, second)`, the steps taken and the (d,) running
+        means of the gradients and of their squares; None starts it from zero.
       batch_size: rows a step, at least 3.
       seed: of the order of the rows.
       block: trainings side by side. Part of the checkpoints' identity.

@@ -24,8 +24,8 @@ class DataInfScores(Estimand):
     """DataInf's predicted changes, (m, k), of each test loss were each training row removed.
 
     Attributes:
-      change_if_removed: (m, k), in the loss's unit (nats for log losses). Positive: the loss rises
-        without the row, so the row helped.
+      change_if_removed: (m, k) change of each test loss were each training row left out. Positive:
+        the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
       damping: one for each layer.
     """

@@ -144,22 +144,22 @@ def gradient_norms(
     inputs: NDArray | None = None,
     solver: Solver | None = None,
 ) -> NDArray:
-    """L1 norms of g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test loss), for each row.
+    """L1 norms of g_i, by which the paper's attack ranks training rows.
 
-    By them the paper's attack ranks training rows. Times radius / n: how much the mean test loss
-    can be made to rise by moving the row within a box of that radius, to first order. What bounds
-    cut off the box is not looked at.
+    g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test loss). Times radius / n: how much the
+    mean test loss can be made to rise by moving the row within a box of that radius, to first
+    order. What bounds cut off the box is not looked at.
 
     Args:
       net: at the minimum of its risk on `train`.
-      train: n rows; see `attack.poison`.
+      train: n rows; see `poison`.
       test: m examples; the mean of their losses is what is to rise.
       rows: (c,) training rows.
       inputs: (c, ...) the rows' inputs, where `train` holds features of them.
       solver: how H^-1 is applied; `Direct` if omitted.
 
     Returns: (c,), in the unit of the loss for each unit of the input.
-    Raises: as `attack.poison`.
+    Raises: as `poison`.
     """
     net.validate(train, "train")
     net.validate(test, "test")

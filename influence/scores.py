@@ -27,8 +27,8 @@ class Scores(Estimand):
     """Predicted changes, (m, k), of each test loss were each training row removed.
 
     Attributes:
-      change_if_removed: (m, k), in the loss's unit (nats for log losses). Positive: the loss rises
-        without the row, so the row helped.
+      change_if_removed: (m, k) change of each test loss (nats for log losses) were each training
+        row left out. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
       solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement that takes its place.
@@ -123,12 +123,17 @@ class Influence(Response):
     ) -> GroupScores:
         """Predicted change of each test loss were all the rows removed together.
 
-        Order 1: the sum of their scores (Koh et al. 2019), which mostly falls short of the actual
-        change. Order 2: grad m . D2 + D1' (d2 m) D1 / 2 for a measurement m, with w = 1 / (n - k),
-        D1 = w H^-1 g, g the sum of the group's gradients, H_U its mean Hessian, T the risk's third
-        derivative, and D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2; Basu, You & Feizi
-        (2020) leave out T and d2 m. It takes one more solve and one more pass over the training
-        set. Positive: the test loss rises without the rows, so together they helped.
+        Order 1: the sum of their scores, grad f . H^-1 g / n with g = sum_U grad L(z_i) over the k
+        rows U (Koh et al. 2019), which mostly falls short of the actual change. Order 2: the whole
+        expansion to second order in the group's weight,
+
+            D1 = H^-1 g / (n - k)
+            D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
+            change = grad f . D2 + D1' (d2 f) D1 / 2
+
+        H_U being the mean Hessian of L(z_i) over U, and T the risk's third derivative. Basu, You &
+        Feizi (2020) leave out T and d2 f. It takes one more solve and one more pass over the
+        training set. Positive: the test loss rises without the rows, so together they helped.
 
         Args:
           test: m examples, each a measurement of its own.

@@ -73,7 +73,10 @@ def _of_all_features(question: _F) -> _F:
 
 
 class TopLayer(Head):
-    """Binary logistic regression on the pooled features of a frozen trunk; see the file's head.
+    """Binary logistic regression on the pooled features of a frozen trunk.
+
+    The logit is z = theta . (phi(x) - mean) / scale, phi(x) the mean of the trunk's feature map
+    over its places.
 
     Every question takes images (n, h, w, c) or, in their place, what `features` made of them,
     (n, f). Each asks the trunk anew, so whoever asks often computes the features once.
