@@ -113,6 +113,8 @@ def _check(dataset: DataSet, data_dir: str | None) -> str:
     folder = _folder(dataset, data_dir)
     if folder is None:
         why = f"not tried; `python -m data fetch {dataset.name}` does it."
+        if not all(file.urls for file in dataset.files):
+            why = "there is no address to download it from; get it by hand."
         raise FileNotFoundError(files.explain_missing(dataset.name, dataset.files, None, why))
     files.verify(dataset.files, folder)
     splits = data.load(dataset.name, folder, dtype="float32")

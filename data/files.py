@@ -63,8 +63,10 @@ def places(root: Root = None) -> list[Place]:
 
     Args:
       root: a folder named by the caller (`--data-dir`), or None for none.
-    Returns: one Place for each setting that is set; the folders need not exist.
-    Raises: TypeError if root is not a path, ValueError if it is the empty string.
+    Returns: one Place for each setting that is set; the folders need not exist, but for
+      $INFLUENCE_DATA's.
+    Raises: TypeError if root is not a path, ValueError if it is the empty string, or if
+      $INFLUENCE_DATA names no folder.
     """
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root (--data-dir) must be a folder (str or Path) or None, got {root!r}.")
@@ -78,7 +80,13 @@ def places(root: Root = None) -> list[Place]:
     if root is not None:
         found.append(Place("--data-dir", Path(root).expanduser()))
     if os.environ.get("INFLUENCE_DATA"):
-        found.append(Place("$INFLUENCE_DATA", Path(os.environ["INFLUENCE_DATA"]).expanduser()))
+        folder = Path(os.environ["INFLUENCE_DATA"]).expanduser()
+        if not folder.is_dir():  # a slip would pass for data that is not there
+            raise ValueError(
+                f"INFLUENCE_DATA must be a folder, there is none at {folder}; unset it to use the "
+                "user cache."
+            )
+        found.append(Place("$INFLUENCE_DATA", folder))
     found.append(Place("user cache", cache_folder()))
     return found
 
@@ -104,7 +112,7 @@ def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
       files: what to look for.
       root: a folder to look in first, or None.
     Returns: the data folder (not the data set's own folder below it), or None.
-    Raises: TypeError or ValueError if root is no path.
+    Raises: as `places`.
     """
     for place in places(root):
         if not missing(files, place.folder):

@@ -168,7 +168,10 @@ def _preset(command: str, module: ModuleType, options: Options) -> str:
     import data
 
     if options.preset is None:
-        found = data.find(module.DATA, options.data_dir)
+        try:
+            found = data.find(module.DATA, options.data_dir)
+        except ValueError as error:  # of $INFLUENCE_DATA
+            raise Misuse(str(error)) from error
         preset, why = (STANDARD, f"found in {found}") if found else (SMOKE, "not found")
         say(f"{command}: preset {preset}, as {module.DATA} is {why}")
         return preset

@@ -134,7 +134,8 @@ def _refits(
         exact = minimised(
             found, *double, config.minimum_tolerance, start=start, block=_TOGETHER
         )  # fmt: skip
-        worst = (exact.gradient_norm * first[found]).max()
+        norms = exact.gradient_norm * first[found]
+        worst = norms[exact.converged].max(initial=0.0)
         found = found[exact.converged]
         actual[:, found] = exact.change_if_removed[:, exact.converged]
     return {

@@ -17,8 +17,10 @@ import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 
+from experiments import options
 from experiments.compare import agreement, largest, rounded_down, with_others
 from experiments.record import Claim, Record
+from experiments.running import Misuse
 from influence import BinaryLogisticRegression, Direct, Examples, Influence, leave_one_out
 
 DATA = "mnist"
@@ -57,9 +59,9 @@ class Config:
     """of the draw of the further test points"""
 
     def __post_init__(self):
-        for name in ("shown_rank", "further_test_points", "num_removals"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        options.at_least(self, 1, "shown_rank", "further_test_points")
+        options.at_least(self, 2, "num_removals")  # a line is drawn through them
+        options.positive(self, "weight_decay", "gradient_tolerance")
 
 
 PRESETS = {
@@ -136,10 +138,14 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       checkpoints: where finished refits are kept, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: ValueError if fewer than `shown_rank` rows of the test point's label are harmful.
+    Raises: Misuse for an option beyond the data, or if fewer than `shown_rank` rows of the test
+      point's label are harmful.
     """
     pair = data.of_classes(*DIGITS)
     train, test = Examples(*pair.train), Examples(*pair.test)
+    options.rows_of(config, test, "test rows", "test_point")
+    options.at_most(config, len(test) - 1, "other test rows", "further_test_points")
+    options.at_most(config, len(train), "training rows", "num_removals")
     points = with_others(
         config.test_point, np.arange(len(test)), config.further_test_points, config.seed
     )
@@ -149,6 +155,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     values = variants(influence, measured)  # (4, m, n)
     same_label = train.y == measured.y[:, None]  # (m, n)
     first = values[:, 0]
+    shown = _harmful_of_same_label(first[0], same_label[0], config.shown_rank)
 
     chosen = largest(first, config.num_removals)
     rows = np.unique(chosen)
@@ -164,7 +171,6 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     most_harmful = np.argsort(values[0], axis=1, kind="stable")[:, :NUM_MOST_HARMFUL]
     same_among = np.take_along_axis(same_label, most_harmful, axis=1).sum(axis=1)
     pearson = _correlations(values, values[0])
-    shown = _harmful_of_same_label(first[0], same_label[0], config.shown_rank)
 
     metrics: dict[str, Any] = {
         "num_train": len(train),
@@ -273,7 +279,7 @@ def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int
     """The row of the test point's label that is the rank-th most harmful."""
     rows = np.flatnonzero(same_label & (full < 0))
     if rank > len(rows):
-        raise ValueError(
+        raise Misuse(
             f"shown_rank must be at most {len(rows)}, the number of harmful rows with the test "
             f"point's label, got {rank}."
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cnn, cnn_minimum
+from experiments import cnn, cnn_minimum, options
 from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS, draw
 from experiments.compare import agreement
 from experiments.record import Claim, Record
@@ -94,11 +94,12 @@ class Config:
                     f"{name} must lie between 3 and num_removals, {self.num_removals}, got "
                     f"{getattr(self, name)}."
                 )
-        for name in ("damping", "tolerance", "minimum_damping", "minimum_tolerance",
-                     "continued_rate", "slow_rate", "continued_steps",
-                     "evaluations", "cg_rtol", "lissa_depth", "lissa_batch_size"):  # fmt: skip
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        options.positive(self, "damping", "tolerance", "minimum_damping", "minimum_tolerance",
+                         "continued_rate", "slow_rate", "continued_steps", "evaluations",
+                         "cg_rtol", "lissa_depth", "lissa_batch_size")  # fmt: skip
+        options.at_least(self, 2, "further_removals")  # a line is drawn through them
+        options.at_least(self, 1, "filters", "strides", "batch_size")
+        options.at_least(self, 0, "weight_decay", "test_points", "rounds", "final_rounds")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}.")
 
@@ -154,8 +155,8 @@ DEVIATIONS = (
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions; rows without a minimum nearby, whose refits miss the gradient norm, are "
-    "left out and counted.",
+    "predictions. Rows whose refits miss the gradient norm in 100 passes, mostly because the "
+    "removal leaves no minimum nearby, are left out and counted; they are the more influential.",
 )
 
 
@@ -169,7 +170,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
+    Raises: Misuse for an option beyond the data.
     """
+    options.at_most(config, len(data.train[1]), "training rows", "num_train")
+    options.rows_of(config, data.test[1], "test rows", "test_points")
     train, test = cnn.images(data, config)
     measured = test.take(config.test_points)
     net = cnn.network(config, train)

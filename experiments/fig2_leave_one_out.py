@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments import options
 from experiments.compare import (
     agreement,
     largest,
@@ -67,6 +68,13 @@ class Config:
     seed: int = 0
     """of the draw of the further test points"""
 
+    def __post_init__(self):
+        """Refuse what has no meaning, before any work."""
+        options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
+        options.at_least(self, 2, "num_removals", "further_removals")  # a line through them
+        options.at_least(self, 1, "lissa_depth", "lissa_repeats", "lissa_batch_size")
+        options.at_least(self, 0, "lissa_seeds", "further_test_points")
+
 
 PRESETS = {
     "smoke": Config(num_removals=60, lissa_depth=1000, lissa_seeds=(0, 1), lissa_scale=2.0,
@@ -111,8 +119,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       checkpoints: where finished refits are kept, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
+    Raises: Misuse for an option beyond the data.
     """
     train, test = Examples(*data.train), Examples(*data.test)
+    options.rows_of(config, test, "test rows", "test_point")
+    options.at_most(config, len(test) - 1, "other test rows", "further_test_points")
+    options.at_most(config, len(train), "training rows", "num_removals", "further_removals")
     num_classes = int(train.y.max()) + 1
     net = MulticlassLogisticRegression(
         train.x.shape[1], num_classes, weight_decay=config.weight_decay

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import compare
+from experiments import compare, options
 from experiments.record import Claim, Record
+from experiments.running import Misuse
 from influence import Direct, Examples, Influence, SmoothHinge, leave_one_out
 
 DATA = "mnist"
@@ -48,18 +49,10 @@ class Config:
     """of the draw of the further test points"""
 
     def __post_init__(self):
-        for name in ("multiple", "num_removals", "further_test_points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("smooth", "sweep"):
-            values = getattr(self, name)
-            if not (values and all(t > 0 for t in values)):
-                raise ValueError(f"{name} must hold positive temperatures, got {values}.")
-        if self.further_among <= self.further_test_points:
-            raise ValueError(
-                f"further_among must exceed further_test_points, {self.further_test_points}, "
-                f"got {self.further_among}."
-            )
+        options.at_least(self, 1, "multiple", "further_test_points")
+        options.at_least(self, 2, "num_removals")  # a line is drawn through them
+        options.positive(self, "weight_decay", "smooth", "sweep")
+        options.at_least(self, self.further_test_points + 1, "further_among")  # and the paper's
 
 
 PRESETS = {
@@ -107,9 +100,14 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       checkpoints: where finished refits are kept, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
+    Raises: Misuse for an option beyond the data, or a test point that the hinge has no slope at.
     """
     pair = data.of_classes(*DIGITS)
+    options.at_most(config, min(len(pair.train[1]), len(pair.test[1])), "rows", "multiple")
     train, test = (_truncated(x, y, config.multiple) for x, y in (pair.train, pair.test))
+    options.rows_of(config, test, "test rows", "test_point")
+    options.at_most(config, len(test), "test rows", "further_among")
+    options.at_most(config, len(train), "training rows", "num_removals")
     svm = SmoothHinge(train.x.shape[1], weight_decay=config.weight_decay).fit(train)
     margins = test.y * svm.outputs(test.x)[:, 0]
     points = _test_points(config, margins)
@@ -254,7 +252,7 @@ def _test_points(config: Config, margins: NDArray) -> NDArray:
     small = np.argsort(margins, kind="stable")[: config.further_among]
     points = compare.with_others(config.test_point, small, config.further_test_points, config.seed)
     if margins[points].max() >= 1:
-        raise ValueError(
+        raise Misuse(
             "test_point and the further_among smallest margins must lie below 1, where the hinge "
             f"has a slope, got {margins[points].max():.3g} for test point "
             f"{points[margins[points].argmax()]}."

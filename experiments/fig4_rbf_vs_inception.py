@@ -18,10 +18,11 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from data.images import resized
-from experiments import compare, trunks
+from experiments import compare, options, trunks
 from experiments.dog_or_fish import FISH, deep_head, kernel_svm, squared_distances
 from experiments.fig4_drawing import NUM_PHOTOGRAPHS, SVM, draw, photographs
 from experiments.record import Claim, Record
+from experiments.running import Misuse
 
 __all__ = ["Config", "draw", "photographs", "run"]
 
@@ -61,14 +62,10 @@ class Config:
 
     def __post_init__(self):
         """Refuse what has no meaning, before any work."""
-        for name in ("side", "num_fish", "top_svm", "top_deep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("weight_decay", "gamma", "temperature"):
-            if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        options.at_least(self, 1, "side", "num_fish", "top_svm", "top_deep")
+        options.positive(self, "weight_decay", "gamma", "temperature")
         if not self.heads:
-            raise ValueError("heads must name at least one network/layer, got none.")
+            raise Misuse("heads must name at least one network/layer, got none.")
         for head in self.heads:
             trunks.split(head)
 
@@ -138,15 +135,14 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, no pixel among
       them.
-    Raises: Misuse if a network's weights are not there; ValueError if the test point is no fish.
+    Raises: Misuse if a network's weights are not there, or an option goes beyond the data.
     """
     (x, y), (x_test, y_test) = data.train, data.test
     trunks.check(config.heads, data.folder)
-    if config.test_point is not None and config.test_point not in np.flatnonzero(y_test == FISH):
-        raise ValueError(
-            f"test_point must be a fish of the test set, got {config.test_point}; such as "
-            f"{', '.join(map(str, np.flatnonzero(y_test == FISH)[:8]))}."
-        )
+    if config.test_point is not None:
+        fish = np.flatnonzero(y_test == FISH)
+        options.one_of(config, fish, "a fish of the test set", "test_point")
+    options.at_most(config, len(y), "training images", "top_svm", "top_deep")
 
     images = np.concatenate([x, x_test])
     seen = resized(images, config.side)
@@ -155,13 +151,13 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         SVM: kernel_svm(distance, y, y_test, gamma=config.gamma / len(x), t=config.temperature,
                         weight_decay=config.weight_decay)
     }  # fmt: skip
+    margins = models[SVM].outputs  # of fish, whose label is + 1
+    points = _fish(config, margins, y_test)
     folder = trunks.kept_in(data.stand_in, checkpoints)
     features, seconds = trunks.timed_features(config.heads, images, root=data.folder, folder=folder)
     for head, phi in features.items():
         models[head] = deep_head(phi, y, y_test, weight_decay=config.weight_decay)
 
-    margins = models[SVM].outputs  # of fish, whose label is + 1
-    points = _fish(config, margins, y_test)
     scores = np.stack([model.scores(points) for model in models.values()])  # (models, k, n)
     apart = np.sqrt(distance[len(x) + points])  # (k, n)
     spearman = np.array([
@@ -236,8 +232,9 @@ def _fish(config: Config, margins: NDArray, y_test: NDArray) -> NDArray[np.int64
     if first is None:
         first = int(fish[np.abs(margins[fish] - _PAPERS_MARGIN).argmin()])
     elif first not in fish:
-        raise ValueError(
+        raise Misuse(
             "test_point must have a margin below 1, where the hinge has a slope, got "
             f"{margins[first]:.3g} for test point {first}."
         )
+    options.at_most(config, len(fish), "test fish of margins below 1", "num_fish")
     return compare.with_others(first, fish, config.num_fish - 1, config.seed)

@@ -15,7 +15,7 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from experiments import choice, trunks
+from experiments import choice, options, trunks
 from experiments.attacking import RULES, SIGNS, group, of_group, over_all, single
 from experiments.fig5_drawing import draw
 from experiments.heads import LEVEL, Head, alike, fitted, right
@@ -93,12 +93,9 @@ class Config:
             raise ValueError(f"radius must lie in (0, 0.5), got {self.radius}.")
         if not 0 < self.step <= 2 * self.radius:
             raise ValueError(f"step must lie in (0, {2 * self.radius}], got {self.step}.")
-        if not all(0 < weight_decay < np.inf for weight_decay in self.weight_decays):
-            raise ValueError(f"weight_decays must be positive, got {self.weight_decays}.")
-        for name, least in (("moves", 1), ("best_moves", 1), ("group_moves", 1), ("group_size", 1),
-                            ("num_test", 0), ("best_tries", 0), ("best_restarts", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        options.positive(self, "weight_decays")
+        options.at_least(self, 1, "moves", "best_moves", "group_moves", "group_size")
+        options.at_least(self, 0, "num_test", "best_tries", "best_restarts")
 
 
 PRESETS = {
@@ -175,14 +172,11 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, no pixel among
       them.
-    Raises: Misuse if a network's weights are not there.
+    Raises: Misuse if a network's weights are not there, or an option goes beyond the data.
     """
     trunks.check(config.heads, data.folder)
-    if max(config.candidates, *config.group_counts) > (n := len(data.train[1])):
-        raise ValueError(
-            f"candidates and group_counts must not exceed the {n} training images, got "
-            f"{config.candidates} and {config.group_counts}."
-        )
+    options.at_most(config, len(data.train[1]), "training images", "candidates", "group_counts")
+    options.at_most(config, len(data.test[1]), "test images", "num_test", "group_size")
     metrics: dict[str, Any] = {}
     arrays: dict[str, Any] = {"heads": np.array(config.heads, "S"), "signs": np.array(SIGNS, "S")}
     every: list[dict[str, NDArray]] = []

@@ -21,7 +21,7 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from experiments import load
+from experiments import load, options
 from experiments.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.checkpoint import kept
@@ -58,17 +58,16 @@ class Config:
 
     def __post_init__(self):
         """Refuse what would be found out only after an hour."""
-        for name in ("flip_steps", "check_steps"):
-            steps = getattr(self, name)
-            if not steps or min(steps) < 1 or list(steps) != sorted(set(steps)):
-                raise ValueError(f"{name} must be increasing numbers from 1, got {steps}.")
+        options.increasing(self, "flip_steps", "check_steps")
+        options.at_least(self, 2, "repeats")
+        options.positive(self, "weight_decay", "gradient_tolerance")
         if _FIGURE not in self.flip_steps:
             raise ValueError(f"flip_steps must hold {_FIGURE}, got {self.flip_steps}.")
         most = max(*self.flip_steps, *self.check_steps)
         if not 0 < self.step * most <= 0.5:
             raise ValueError(f"step must lie in (0, {0.5 / most:.3g}], got {self.step}.")
-        if self.repeats < 2:
-            raise ValueError(f"repeats must be at least 2, got {self.repeats}.")
+        if self.num_processes == 0:
+            raise ValueError("num_processes must be a number of workers or -1, got 0.")
 
 
 PRESETS = {
@@ -136,6 +135,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       and their means and standard errors by flip step, (repeat,) method of METHODS and check step.
     """
     train, test = Examples(*data.train), Examples(*data.test)
+    options.at_least(config, 1 / len(train), "step")
     with threadpoolctl.threadpool_limits(1):
         net = _net(config, train)
         net.fit(train, gradient_tolerance=config.gradient_tolerance)

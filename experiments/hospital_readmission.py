@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from experiments import options
 from experiments.compare import agreement, largest_bars
 from experiments.record import Claim, Record
 from influence import BinaryLogisticRegression as _Net
@@ -51,9 +52,9 @@ class Config:
     """nothing is drawn here; the split's seed, 2, is the data set's own"""
 
     def __post_init__(self):
-        for name, least in (("num_removals", 4), ("num_moved_features", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        options.at_least(self, 4, "num_removals")
+        options.at_least(self, 1, "num_moved_features", "release_iterations")
+        options.positive(self, "weight_decay", "gradient_tolerance")
 
 
 PRESETS = {"smoke": Config(test_child=13), "standard": Config(), "paper": Config()}
@@ -118,15 +119,13 @@ class _Hospital:
         self.age = self.names.index(CHILD)
         self.everyone, self.test = Examples(*data.train), Examples(*data.test)
         self.test_children = np.flatnonzero(self.test.x[:, self.age])
-        if config.test_child not in self.test_children:
-            raise ValueError(
-                f"test_child must be the test row of a child, such as {self.test_children[0]}, "
-                f"got {config.test_child}."
-            )
+        options.one_of(config, self.test_children, "the test row of a child", "test_child")
+        options.at_most(config, len(self.names), "features", "num_moved_features")
         self.child = self.test.take([config.test_child])  # whose loss is explained
         is_child = self.everyone.x[:, self.age] == 1
         self.num_before = np.count_nonzero(is_child)
         self.train = self.everyone.without(np.flatnonzero(is_child & (self.everyone.y == 0))[:-1])
+        options.at_most(config, len(self.train), "training rows", "num_removals")
         self.children = np.flatnonzero(self.train.x[:, self.age])
         self.readmitted = self.train.y[self.children] == 1
 
@@ -140,7 +139,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       checkpoints: where finished refits are kept, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: ValueError if config.test_child is not the test row of a child.
+    Raises: Misuse if test_child is not the test row of a child, or an option goes beyond the data.
     """
     at, tolerance = _Hospital(config, data), config.gradient_tolerance
     net = _fitted(config, at.train)

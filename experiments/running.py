@@ -18,10 +18,11 @@ PHOTOGRAPHS = "photographs.png"  # for whoever has them: git ignores it, and so 
 _CHECKPOINTS, _LABEL = "checkpoints", "run.json"
 _DTYPE = "float64"  # what convex models are computed in
 _DPI = 200
+_NUM_SEEDS = 2**32  # that Keras and NumPy take
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-class Misuse(Exception):
+class Misuse(ValueError):  # tyro shows a ValueError from a Config as it shows its own
     """What was asked for cannot be done as asked; the message says what can. Exit status 2."""
 
 
@@ -61,8 +62,11 @@ def run(job: Job) -> bool:
     Args:
       job: what to run.
     Returns: whether every judged claim holds.
-    Raises: Misuse if the folder cannot be written to or the data is not there.
+    Raises: Misuse if the folder cannot be written to, the data is not there, or an option goes
+      beyond it.
     """
+    if not 0 <= job.config.seed < _NUM_SEEDS:
+        raise Misuse(f"seed must lie in [0, {_NUM_SEEDS}), got {job.config.seed}.")
     _check_writable(job.folder)
     try:
         record, splits = _compute(job)

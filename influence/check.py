@@ -93,6 +93,10 @@ def _lines(
 def _about_rows(
     net: GenericNeuralNet, train: Examples, test: Examples | None, batch_size: int | None
 ) -> Iterator[Line]:
+    unfit = rows.finite_weights(net)
+    if unfit:
+        yield unfit
+        return
     fits = [rows.fits(net, train, "train")]
     if test is not None:
         fits.append(rows.fits(net, test, "test"))

@@ -13,6 +13,31 @@ from numpy.typing import NDArray
 Arrays = Mapping[str, NDArray]
 
 
+def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:
+    """Make a folder for checkpoints and try it, before any work that is to be kept there.
+
+    Args:
+      checkpoints: the folder, or None for none.
+
+    Returns: its path, or None.
+    Raises: TypeError for what is no path, ValueError for a folder that cannot be written to.
+    """
+    if checkpoints is None:
+        return None
+    if not isinstance(checkpoints, str | os.PathLike):
+        raise TypeError(f"checkpoints must be a folder (str or Path) or None, got {checkpoints!r}.")
+    folder = Path(checkpoints)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"checkpoints must be a folder that can be written to, got {folder} ({error.strerror})."
+        ) from error
+    return folder
+
+
 def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[str, NDArray]:
     """The arrays stored at `path`; computed and stored first if they are not there.
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits
-from influence.checkpoint import load, store
+from influence.checkpoint import check_folder, load, store
 from influence.convergence import DivergenceError
 from influence.estimand import Estimand
 from influence.examples import Examples, check_rows
@@ -119,11 +119,9 @@ def continued_training(
         raise ValueError(
             f"moments must be of {net.num_parameters} parameters, got {np.shape(moments.first)}."
         )
+    folder = check_folder(checkpoints)
     refits.check_processes(num_processes, net)
-    plan = _Plan(
-        moments, int(steps), float(rate), int(batch_size), seed,
-        None if checkpoints is None else Path(checkpoints),
-    )  # fmt: skip
+    plan = _Plan(moments, int(steps), float(rate), int(batch_size), seed, folder)
     started = joblib.hash((moments.steps, moments.first, moments.second))
     found = refits.run(
         Task(net, train, test, None, int(steps), None),

@@ -10,7 +10,14 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
-from influence.parts import CHECK_ROWS, Fingerprint, check_finite, parts_of
+from influence.parts import (
+    CHECK_ROWS,
+    Fingerprint,
+    check_finite,
+    check_one_input,
+    numbers,
+    parts_of,
+)
 
 
 def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArray[np.int64]:
@@ -25,25 +32,30 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
     Raises: TypeError if they are not integers, IndexError if one is out of range, ValueError if
       there is none, one occurs twice, or the array is not one-dimensional.
     """
-    array = np.asarray(rows)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(
-            f"{name} must be a one-dimensional, non-empty list of row numbers, "
-            f"got shape {array.shape}."
-        )
-    if array.dtype.kind not in "iu":
-        hint = "; np.flatnonzero turns a mask into row numbers" if array.dtype.kind == "b" else ""
-        raise TypeError(f"{name} must be integers, got dtype {array.dtype}{hint}.")
-    outside = (array < 0) | (array >= num_examples)
-    if outside.any():
-        raise IndexError(
-            f"{name} must lie in [0, {num_examples}), got {array[outside][0]} "
-            f"at position {np.flatnonzero(outside)[0]}."
-        )
+    array = _row_numbers(rows, num_examples, name)
     values, counts = np.unique(array, return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"{name} must name each row once, got {values[counts > 1][0]} twice.")
     return array.astype(np.int64)
+
+
+def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
+    """As `check_rows`, a row as often as it likes."""
+    array = np.asarray(rows)
+    if array.ndim != 1 or array.size == 0:
+        got = f"{array}; use [{array}]" if array.ndim == 0 else f"shape {array.shape}"
+        raise ValueError(
+            f"{name} must be a one-dimensional, non-empty list of row numbers, got {got}."
+        )
+    if array.dtype.kind not in "iu":
+        hint = "; np.flatnonzero turns a mask into row numbers" if array.dtype.kind == "b" else ""
+        raise TypeError(f"{name} must be integers, got dtype {array.dtype}{hint}.")
+    if array.min() < 0 or array.max() >= num_examples:
+        position = np.flatnonzero((array < 0) | (array >= num_examples))[0]
+        raise IndexError(
+            f"{name} must lie in [0, {num_examples}), got {array[position]} at position {position}."
+        )
+    return array
 
 
 def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
@@ -90,6 +102,7 @@ class Examples:
 
     def __post_init__(self):
         """Check once, here, so that nothing later needs to."""
+        check_one_input(self.x, self.y)
         x = (
             {k: _array(v, f"x[{k!r}]") for k, v in self.x.items()}
             if isinstance(self.x, Mapping)
@@ -128,15 +141,7 @@ class Examples:
     def take(self, rows: ArrayLike | slice) -> Examples:
         """The given rows, in the given order (a row may be taken twice), held in memory."""
         if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            if rows.dtype.kind not in "iu":
-                raise TypeError(f"rows must be integers, got dtype {rows.dtype}.")
-            if rows.size == 0:
-                raise ValueError("rows must name at least one row, got none.")
-            if rows.min() < 0 or rows.max() >= len(self):
-                raise IndexError(
-                    f"rows must lie in [0, {len(self)}), got {rows.min()} to {rows.max()}."
-                )
+            rows = _row_numbers(rows, len(self), "rows")
         elif not range(*rows.indices(len(self))):
             raise ValueError(f"rows must name at least one row, got {rows} of {len(self)}.")
         return self._taken(rows)
@@ -267,9 +272,7 @@ def _array(value: Any, name: str) -> Any:
     """A read-only view of an array, CSR rows for anything sparse."""
     if scipy.sparse.issparse(value):
         return value.tocsr()
-    array = (value if isinstance(value, np.ndarray) else np.asarray(value)).view()
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}.")
+    array = numbers(value, name).view()
     array.setflags(write=False)
     return array
 

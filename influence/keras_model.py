@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.layers import InputLayer
+
+_SHOWN = 5  # layers that a message names
 
 
 def check_model(model: Any) -> None:
@@ -55,6 +58,25 @@ def check_model(model: Any) -> None:
                 f"model must not round its input, got float64 weights behind the {tensor.dtype} "
                 f"input {tensor.name!r}; use keras.Input(..., dtype='float64')."
             )
+
+
+def check_weights(model: keras.Model) -> None:
+    """Refuse weights that are not finite, as training that diverged leaves them.
+
+    Raises: ValueError naming the layers.
+    """
+    bad = {w.path.split("/")[-2:][0]: None for w in model.weights if not _finite(w.numpy())}
+    if bad:
+        layers = ", ".join(map(repr, list(bad)[:_SHOWN]))
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise ValueError(
+            f"model must have finite weights, got NaN or infinity in layer {layers}{more}; train "
+            "again, with a smaller learning rate if training diverged."
+        )
+
+
+def _finite(weight: Any) -> bool:
+    return weight.dtype.kind != "f" or bool(np.isfinite(weight).all())
 
 
 def check_inputs(model: keras.Model, x: Any, name: str) -> None:

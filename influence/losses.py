@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from influence import measurements
 
 # Which labels a Keras loss can take; a wrong label is otherwise a NaN, or another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
@@ -25,6 +27,7 @@ _CONVEX = (
     keras.losses.hinge,
     keras.losses.squared_hinge,
 )
+_OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 _FROM_LOGITS = (
     *_CLASS_NUMBERS,
     *_PROBABILITIES,
@@ -88,6 +91,34 @@ class PerExampleLoss:
             row = np.argwhere(outside)[0][0]
             raise ValueError(f"{name}.y must hold {what}, got {y[row]} in row {row}.")
 
+    def check_one_each(self, shape: tuple, y_shape: tuple, output_shape: tuple, name: str) -> None:
+        """Refuse what is not one number per example.
+
+        Args:
+          shape: of the losses of some examples.
+          y_shape: of their labels.
+          output_shape: of the model's outputs for them.
+          name: what the examples are called.
+
+        Raises: ValueError with the remedy for that shape.
+        """
+        n = y_shape[0]
+        if shape == (n,):
+            return
+        remedy = "leave out the mean or sum over examples"
+        if len(shape) > 1 and shape[0] == n:
+            axis = -1 if len(shape) == 2 else list(range(1, len(shape)))
+            remedy = f"take the mean for each example, tf.reduce_mean(..., axis={axis})"
+            if len(y_shape) == 1 and tuple(output_shape[1:]) == (1,) and shape == (n, n):
+                remedy = (
+                    f"labels of shape {y_shape} broadcast against outputs of shape {output_shape}; "
+                    f"use y[:, None], and {remedy}"
+                )
+        raise ValueError(
+            f"{self.role} must give one number per example, got shape {shape} from {self.name!r} "
+            f"for {n} examples of {name}; {remedy}."
+        )
+
     def is_differentiable(self, y: Any, output: Any) -> bool:
         """Whether a gradient by the output exists; for class numbers and comparisons none does."""
         output = tf.identity(output)  # Keras' losses would go round a softmax to its logits
@@ -104,7 +135,8 @@ class PerExampleLoss:
         if not self.from_logits:
             raise ValueError(
                 f"loss must take logits for {what}, got {self.name!r} of "
-                "probabilities; drop the model's last softmax or sigmoid and use from_logits=True."
+                "probabilities; drop the model's last softmax or sigmoid, as by model.layers[-1]."
+                "activation = keras.activations.linear, and give the loss from_logits=True."
             )
 
 
@@ -120,7 +152,7 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
       that is not a loss.
     """
     if loss is None:
-        loss = getattr(model, "loss", None)
+        loss = _compiled(model)
         if loss is None:
             raise ValueError(
                 "loss must be given for a model that is not compiled with one, got None; "
@@ -130,7 +162,11 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
         try:
             loss = keras.losses.get(loss)
         except ValueError as error:
-            raise ValueError(f"{role} must be the name of a Keras loss, got {loss!r}.") from error
+            raise ValueError(
+                f"{role} must be the name of a Keras loss{_OTHERS.get(role, '')}, got {loss!r}."
+            ) from error
+    if loss is measurements.logit:
+        raise TypeError(f"{role} must be logit(label) of a class number, got logit itself.")
     if isinstance(loss, keras.losses.Loss):
         if loss.reduction == "sum":
             raise ValueError(
@@ -162,6 +198,24 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
             loss not in _FROM_LOGITS, role=role,
         )  # fmt: skip
     return PerExampleLoss(name, loss, role=role)
+
+
+def _compiled(model: keras.Model) -> Any:
+    """The loss that a model is compiled with, out of the list or dict that holds it alone.
+
+    Raises: ValueError for several.
+    """
+    loss = getattr(model, "loss", None)
+    if not isinstance(loss, list | tuple | Mapping):
+        return loss
+    entries = list(loss.values()) if isinstance(loss, Mapping) else list(loss)
+    if len(entries) != 1:
+        kind = "dict" if isinstance(loss, Mapping) else "list"
+        raise ValueError(
+            "loss must be given for a model that is not compiled with a single one, got a "
+            f"{kind} of {len(entries)} compiled; pass loss=."
+        )
+    return entries[0]
 
 
 def _as_keras(y: Any, output: Any, function: Any) -> Any:

@@ -14,16 +14,15 @@ from typing import Any
 
 import keras
 import numpy as np
-import scipy.optimize
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence import lbfgs
 from influence.chain import Chain
-from influence.convergence import warn_unconverged
 from influence.derivatives import Derivatives
 from influence.embedding import watched_ids
 from influence.examples import Examples
-from influence.keras_model import check_inputs, check_model, check_output
+from influence.keras_model import check_inputs, check_model, check_output, check_weights
 from influence.losses import per_example
 from influence.progress import progress
 from influence.traced import Traced
@@ -212,13 +211,15 @@ class GenericNeuralNet(Derivatives):
 
         Raises: TypeError for anything but Examples; ValueError naming `name` for inputs or labels
           of the wrong shape, labels or ids for an embedding out of range, or a loss that is not one
-          number per example, and for a model with several outputs or losses of its own.
+          number per example, and for a model with several outputs, losses of its own or weights
+          that are not finite.
         """
         if not isinstance(examples, Examples):
             dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
             remedy = "; wrap it: influence.Stream(dataset)" if dataset else ""
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}{remedy}.")
+        check_weights(self.model)
         probe = examples.take(slice(0, _PROBE_ROWS))
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self._tf.inputs(probe.x), examples, name) as x:
@@ -238,12 +239,7 @@ class GenericNeuralNet(Derivatives):
                 f"{self.loss.role} must be differentiable by the model's output, got no gradient "
                 f"from {self.loss.name!r}; argmax, rounding and comparisons have none."
             )
-        if losses.shape != (len(probe),):
-            raise ValueError(
-                f"{self.loss.role} must give one number per example, got shape {losses.shape} from "
-                f"{self.loss.name!r} for {len(probe)} examples of {name}; leave out the mean or "
-                "sum over examples."
-            )
+        self.loss.check_one_each(losses.shape, probe.y.shape, output_shape, name)
         first = probe.take([0])
         alone = float(self.losses(first.x, first.y)[0])
         if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():
@@ -268,30 +264,9 @@ class GenericNeuralNet(Derivatives):
         """
         self.validate(examples, "examples")
 
-        def at(theta):
+        def at(theta: NDArray) -> tuple[float, NDArray]:
             self.theta = theta
-            risk, gradient = self.risk_and_gradient(examples)
-            return risk, gradient.astype(np.float64)
+            return self.risk_and_gradient(examples)
 
-        found = scipy.optimize.minimize(
-            at,
-            self.theta.astype(np.float64),
-            jac=True,
-            method="L-BFGS-B",
-            options={
-                "maxiter": max_iterations,
-                "maxfun": 2 * max_iterations,
-                "maxcor": 20,
-                "ftol": 0.0,
-                # scipy's tolerance is on the largest entry.
-                "gtol": gradient_tolerance / np.sqrt(self.num_parameters),
-            },
-        )
-        self.theta = found.x
-        norm = float(np.linalg.norm(self.risk_gradient(examples)))
-        if norm > gradient_tolerance:
-            warn_unconverged(
-                f"L-BFGS stopped at a gradient norm of {norm:.1e}, above {gradient_tolerance:.1e}, "
-                f"after {found.nit} iterations; use float64, more iterations or a larger tolerance."
-            )
+        self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations)
         return self

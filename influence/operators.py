@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zlib
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -13,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.checkpoint import kept
+from influence.checkpoint import check_folder, kept
 from influence.examples import Examples
+from influence.keras_model import check_weights
 from influence.net import GenericNeuralNet
 from influence.progress import progress
 
@@ -34,8 +34,8 @@ class Curvature(LinearOperator):
       checkpoints: a folder where `dense` keeps the matrix, undamped, so that it is formed once for
         all dampings and is there after an interruption.
 
-    Raises: ValueError or TypeError for examples that do not fit the net, negative damping or a bad
-      batch size.
+    Raises: ValueError or TypeError for examples that do not fit the net, negative damping, a bad
+      batch size or a folder that cannot be written to.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Curvature(LinearOperator):
         net.validate(examples, "examples")
         self.net, self.examples, self.damping = net, examples, float(damping)
         self.batch_size = batch_size
-        self.checkpoints = None if checkpoints is None else Path(checkpoints)
+        self.checkpoints = check_folder(checkpoints)
         self._theta = net.theta
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
@@ -152,9 +152,10 @@ class Curvature(LinearOperator):
     def check_theta(self) -> None:
         """Refuse to answer for a theta that is no longer the net's.
 
-        Raises: RuntimeError.
+        Raises: RuntimeError; ValueError where the net's has become NaN or infinite.
         """
         if not self.is_current:
+            check_weights(self.net.model)  # NaN would differ from itself
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )

@@ -18,6 +18,54 @@ def parts_of(x: Any) -> dict[str, Any]:
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
 
 
+def check_one_input(x: Any, y: Any) -> None:
+    """Refuse a list of arrays that are inputs of a model, not rows.
+
+    Raises: TypeError.
+    """
+    if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) in (0, len(y)):
+        return
+    if all(tuple(getattr(part, "shape", ()))[:1] == (len(y),) for part in x):
+        raise TypeError(
+            "x must be an array or a dict of arrays by input name, such as {'a': ..., 'b': ...}, "
+            f"got a {type(x).__name__} of {len(x)} arrays."
+        )
+
+
+def numbers(value: Any, name: str) -> NDArray:
+    """A dense array of numbers, as it is where it is one.
+
+    Raises: TypeError naming `name`, and of a data frame the columns that are none.
+    """
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    except ValueError as error:  # NumPy's, which speaks of a sequence that is not homogeneous
+        raise TypeError(
+            f"{name} must be an array of numbers, got rows of unlike shapes."
+        ) from error
+    if array.dtype.kind in "biuf":
+        return array
+    got = f"dtype {array.dtype}"
+    # Data frames and series by what they offer: pandas need not be installed.
+    columns = list(getattr(value, "columns", ()))
+    dtypes = list(getattr(value, "dtypes", ())) if columns else []
+    wrong = [
+        c for c, t in zip(columns, dtypes, strict=False) if getattr(t, "kind", "O") not in "biuf"
+    ]
+    if wrong:
+        got = f"{', '.join(map(repr, wrong))} among its columns; leave them out or encode them"
+    elif getattr(getattr(value, "dtype", None), "kind", "O") in "biuf" or columns:
+        got += "; use .to_numpy('float32') for x, .to_numpy('int64') for class numbers"
+    elif array.dtype.kind in "SUT" or (array.size and isinstance(array.flat[0], str | bytes)):
+        got += (
+            " of strings; use np.unique(y, return_inverse=True)[1]"
+            if name == "y"
+            else " of strings; apply the layer that looks them up first (TextVectorization, "
+            "StringLookup) and give its ids to a model without it"
+        )
+    raise TypeError(f"{name} must be an array of numbers, got {got}.")
+
+
 class Fingerprint:
     """SHA-256 of rows as they come by; where batches begin and end does not count."""
 

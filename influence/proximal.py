@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits, secant
+from influence.checkpoint import check_folder
 from influence.convergence import warn_unconverged
 from influence.estimand import Estimand
 from influence.examples import Examples, check_rows
@@ -140,6 +141,7 @@ def proximal_response(
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
+    check_folder(checkpoints)  # before the factorisation
     A = _CURVATURE[objective](net, train, damping, batch_size=batch_size)
     if step_damping:
         A = type(A)(net, train, damping + step_damping, batch_size=batch_size)

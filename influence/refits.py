@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.checkpoint import kept
+from influence.checkpoint import check_folder, kept
 from influence.estimand import Estimand
-from influence.examples import Examples
+from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import check_batch_size
 from influence.progress import progress
@@ -114,12 +114,15 @@ def run(
       identity: what the numbers depend on besides the task and the groups.
       num_processes: joblib workers.
       what: the work's name, for the progress bar.
+
+    Raises: as `check_folder`.
     """
+    folder = check_folder(checkpoints)
     parts = [groups[first : first + block] for first in range(0, len(groups), block)]
     paths: list[Path | None] = [None] * len(parts)
-    if checkpoints is not None:
+    if folder is not None:
         name = task.identity(*identity)
-        paths = [Path(checkpoints) / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
+        paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
     work = joblib.Parallel(n_jobs=num_processes, return_as="generator")(
         joblib.delayed(_kept)(path, refit, task, part, argument)
         for path, part in zip(paths, parts, strict=True)
@@ -156,6 +159,28 @@ def check(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}.")
     check_batch_size(batch_size)
+
+
+def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
+    """(names, groups), each group int64 rows that leave some behind.
+
+    Raises: TypeError, ValueError or IndexError naming the group.
+    """
+    if isinstance(groups, str) or not hasattr(groups, "__len__"):
+        raise TypeError(
+            "groups must be a list of arrays of row numbers or a dict of them, got "
+            f"{type(groups).__name__}."
+        )
+    if not len(groups):
+        raise ValueError("groups must hold at least one group of rows, got none.")
+    named = isinstance(groups, Mapping)
+    checked = []
+    for name, group in groups.items() if named else enumerate(groups):
+        rows = check_rows(group, num_rows, f"groups[{name!r}]")
+        if len(rows) == num_rows:
+            raise ValueError(f"groups[{name!r}] must leave a row to train on, got all {num_rows}.")
+        checked.append(rows)
+    return tuple(groups) if named else (), checked
 
 
 def check_processes(num_processes: int, *sent: Any) -> None:

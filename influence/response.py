@@ -13,7 +13,8 @@ from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, Hessian, check_batch_size
 from influence.progress import progress
-from influence.solvers import CG, Direct, Prepared, Solution, Solver, prepare
+from influence.solvers import CG, Direct, Lanczos, Prepared, Solution, Solver, prepare
+from influence.solvers.base import enough_damping
 
 _MOST_TOGETHER = 512  # right-hand sides solved together, fewer where theta is long:
 _BYTES_TOGETHER = 1 << 28  # what such a block may take, with
@@ -189,14 +190,16 @@ class Response:
                 f"(rtol {rtol:.1e}) in {np.count_nonzero(~solution.converged)} of "
                 f"{len(solution.converged)} systems for {what}: {solution.remedy}"
             )
-            if (solution.min_curvature[~solution.converged] <= 0).any():
+            stopped = (solution.min_curvature[~solution.converged] <= 0).any()
+            if stopped and not isinstance(self.prepared.solver, Direct | Lanczos):
                 raise DivergenceError(message)
             warn_unconverged(message)
-        elif smallest < 0:
+        if smallest < 0:
             warn_unconverged(
                 f"{name} solved for {what}, but the matrix is indefinite (smallest curvature seen "
                 f"{smallest:.3g}): theta is no minimum, and the scores are those of a saddle; use "
-                f"a damping above {-smallest:.3g}, GaussNewton, or train on."
+                f"a damping above {enough_damping(self.prepared.A, smallest)}, GaussNewton, or "
+                "train on."
             )
         return solution
 

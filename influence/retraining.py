@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits, secant
-from influence.convergence import warn_unconverged
+from influence.checkpoint import check_folder
+from influence.convergence import ConvergenceWarning, warn_unconverged
 from influence.examples import Examples, check_rows
-from influence.minimum import TOLERANCE, check_at_minimum
+from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
 from influence.refits import Groups, Refits, Task
@@ -105,8 +108,9 @@ def leave_group_out(
       test: m examples whose losses are measured; the penalty is not part of them.
       groups: k arrays of row numbers, each removed together, or a dict from names to such arrays.
       method: None takes "newton" for a convex net and "fit" for any other.
-      tolerance: Euclidean norm of each refit's own gradient to reach. None: 1e-8 for "newton"; for
-        "fit" the norms are reported and not judged, so that nothing counts as converged.
+      tolerance: Euclidean norm of each refit's own gradient to reach, which the net's own fit is
+        given too. None: 1e-8 for "newton"; for "fit" the norms are reported and not judged, so that
+        nothing counts as converged.
       solver: for "newton": how the full-data Hessian is inverted; what `prepare` returned for
         `Hessian(net, train)` is not prepared again.
       start: (d,) parameters that each "fit" begins with; None for the net's present ones.
@@ -129,9 +133,9 @@ def leave_group_out(
       the tolerance are marked in `converged`, with a ConvergenceWarning.
     """
     task = _task(net, train, test, method, tolerance, max_passes, block, batch_size, start, fit)
-    names, checked = _check_groups(groups, len(train))
+    names, rows = refits.check_groups(groups, len(train))
     return _retrained(
-        task, checked, tuple(checked), names, method, solver, block, num_processes, checkpoints, key
+        task, rows, tuple(rows), names, method, solver, block, num_processes, checkpoints, key
     )
 
 
@@ -165,25 +169,6 @@ def _task(
     return Task(net, train, test, tolerance, max_passes, batch_size, start, fit)
 
 
-def _check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
-    """(names, groups), each group int64 rows that leave some behind."""
-    if isinstance(groups, str) or not hasattr(groups, "__len__"):
-        raise TypeError(
-            "groups must be a list of arrays of row numbers or a dict of them, got "
-            f"{type(groups).__name__}."
-        )
-    if not len(groups):
-        raise ValueError("groups must hold at least one group of rows, got none.")
-    named = isinstance(groups, Mapping)
-    checked = []
-    for name, group in groups.items() if named else enumerate(groups):
-        rows = check_rows(group, num_rows, f"groups[{name!r}]")
-        if len(rows) == num_rows:
-            raise ValueError(f"groups[{name!r}] must leave a row to train on, got all {num_rows}.")
-        checked.append(rows)
-    return tuple(groups) if named else (), checked
-
-
 def _retrained(
     task: Task,
     groups: Groups,
@@ -203,6 +188,7 @@ def _retrained(
             "key must say what `fit` does when both fit and checkpoints are given, got ''; name "
             "its hyperparameters, so that another fit's results are not taken for this one's."
         )
+    check_folder(checkpoints)
     refits.check_processes(num_processes, net, task.fit)
     label, inverse, refit = "", None, _fit_block
     if method == "newton":
@@ -211,6 +197,8 @@ def _retrained(
         check_at_minimum(net, train, tolerance, "use method='fit'", task.batch_size)
         inverse = prepare(Hessian(net, train, batch_size=task.batch_size), solver)
         label, refit = repr(inverse.solver), _newton_block
+    else:
+        warn_of_drift(net, train, groups, task.batch_size)
     found = refits.run(
         task,
         refit,
@@ -224,11 +212,12 @@ def _retrained(
     )
     norms, tolerance = found["gradient_norm"], task.tolerance
     converged = norms <= tolerance if tolerance is not None else np.zeros(len(norms), bool)
-    if tolerance is not None and not converged.all():
+    asked = _asked_of_fit(task) if method == "fit" and tolerance is None else tolerance
+    if asked is not None and norms.max() > asked:
+        more = "allow more max_passes, " if method == "newton" else ""
         warn_unconverged(
-            f"{np.count_nonzero(~converged)} of {len(norms)} refits ended above a gradient norm of "
-            f"{tolerance:.1e} (worst {norms.max():.1e}): allow more max_passes, use method='fit' "
-            "with a tighter tolerance, or float64."
+            f"{np.count_nonzero(norms > asked)} of {len(norms)} refits ended above a gradient norm "
+            f"of {asked:.1e} (worst {norms.max():.1e}): {more}use float64, or a larger tolerance."
         )
     return Refits(found["change_if_removed"], rows, norms, found["passes"], converged, names=names)
 
@@ -263,17 +252,29 @@ def _newton_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, ND
     }
 
 
+def _asked_of_fit(task: Task) -> float | None:
+    """The gradient norm that the net's own fit is to reach; None if it has no such tolerance."""
+    own = inspect.signature(type(task.net).fit).parameters.get("gradient_tolerance")
+    if task.fit is not None or own is None:
+        return None
+    return own.default if task.tolerance is None else task.tolerance
+
+
 def _fit_block(task: Task, groups: Groups, _: Any) -> dict[str, NDArray]:
     """The net's own fit without one group, from where it is or from `start`; then put back."""
     net, remaining = task.net, task.train.without(groups[0])
     # With the statistics that training moves and dropout's generators, not theta alone.
     variables = net.model.variables
     before = [variable.numpy() for variable in variables]
-    losses = task.losses()
+    losses, asked = task.losses(), _asked_of_fit(task)
+    options: Any = {} if task.tolerance is None or asked is None else {"gradient_tolerance": asked}
     try:
         if task.start is not None:
             net.theta = task.start
-        (task.fit or type(net).fit)(net, remaining)
+        with warnings.catch_warnings():
+            if asked is not None:  # one warning for all, at the end
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            (task.fit or type(net).fit)(net, remaining, **options)
         change = task.losses() - losses
         norm = net.gradient_norm(remaining, task.batch_size)
     finally:

@@ -129,6 +129,8 @@ def check_same(path: Path, identity: dict[str, Any]) -> None:
 
     Raises: ValueError naming them.
     """
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}.")
     try:
         with h5py.File(path, "r") as file:
             stored = dict(file.attrs)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from tqdm import tqdm
 
 from influence.convergence import warn_unconverged
+from influence.progress import counter
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov
@@ -77,18 +79,25 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
             raise ValueError(f"{name} must be an integer {limits}, got {value!r}.")
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol}.")
-    dtype = np.result_type(operator.dtype, np.float32)
-    counted = 0
+    with counter("eigenvalues, products") as bar:
+        return _ends(operator, k, rtol, max_products, bar)
+
+
+def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) -> Spectrum:
+    """What `spectrum` says of A, each of whose products `bar` shows."""
+    d, counted = A.shape[0], 0
+    dtype = np.result_type(A.dtype, np.float32)
 
     def product(V: NDArray) -> NDArray:
         nonlocal counted
         counted += V.size // d
+        bar.update(V.size // d)
         V = V.reshape(d, -1).astype(dtype)
-        return finite_products(operator, V, "spectrum").astype(np.float64)
+        return finite_products(A, V, "spectrum").astype(np.float64)
 
     complete = d <= _FEW or 2 * k >= d
     if complete:
-        V = np.linalg.eigh(dense(operator))[1]
+        V = np.linalg.eigh(dense(A))[1]
         counted += d
         low, high = V[:, :k], V[:, ::-1][:, :k]
     else:

@@ -96,9 +96,10 @@ class Traced:
         key = f"{name} {signatures}"
         if key not in self._functions:
             # Without autograph, as Keras traces its own steps: with it, a sixth more time to trace.
+            # Concrete: TensorFlow warns of retracing where many nets' functions share a name.
             self._functions[key] = tf.function(
                 function, input_signature=signatures, autograph=False
-            )
+            ).get_concrete_function()
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:

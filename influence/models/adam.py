@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -14,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.checkpoint import load, store
+from influence.checkpoint import check_folder, load, store
 from influence.convergence import DivergenceError
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
@@ -99,12 +98,12 @@ def minimise(
     # With what training moves besides theta, such as batch statistics and dropout's generators.
     variables = [*net.model.variables, *optimizer.variables]
     start = [variable.numpy() for variable in variables]
-    path = None
-    if checkpoints is not None:
+    path, folder = None, check_folder(checkpoints)
+    if folder is not None:
         identity = joblib.hash(
             (type(net).__name__, key, start, rates, batch_size, seed, examples.fingerprint)
         )
-        path = Path(checkpoints) / f"adam-{identity[:16]}.npz"
+        path = folder / f"adam-{identity[:16]}.npz"
     done = 0
     if path is not None and path.exists():
         kept = load(path)

@@ -23,7 +23,7 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-from influence.checkpoint import load, store
+from influence.checkpoint import check_folder, load, store
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
@@ -80,13 +80,14 @@ def descend(
     Returns: Descent. Whether the tolerance was met is for the caller to look at.
     """
     path, history, done = None, [], 0
-    if checkpoints is not None:
+    folder = check_folder(checkpoints)
+    if folder is not None:
         few = examples.take(slice(0, 8))
         identity = joblib.hash((
             type(net).__name__, net.model.get_weights(), net.losses(few.x, few.y), net.penalty(),
             tolerance, rounds, evaluations, hessian is None, examples.fingerprint,
         ))  # fmt: skip
-        path = Path(checkpoints) / f"descent-{identity[:16]}.npz"
+        path = folder / f"descent-{identity[:16]}.npz"
         if path.exists():
             found = load(path)
             net.theta, done = found["theta"], len(found["history"])

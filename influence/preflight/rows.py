@@ -14,6 +14,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.examples import Examples
+from influence.keras_model import check_weights
 from influence.net import GenericNeuralNet
 from influence.preflight.report import Line
 
@@ -54,6 +55,15 @@ def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
         f"{len(examples)} rows; shapes, dtypes and the range of the labels are those that the "
         "model and its loss take.",
     )
+
+
+def finite_weights(net: GenericNeuralNet) -> Line | None:
+    """Which layers' weights are NaN or infinite; None where all are finite."""
+    try:
+        check_weights(net.model)
+    except ValueError as error:
+        return Line("finite weights", np.nan, "fail", str(error), "Train the model again.")
+    return None
 
 
 def separate(net: GenericNeuralNet, examples: Examples) -> Line:

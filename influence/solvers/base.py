@@ -188,6 +188,13 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
     return prepare(A, solver)(B)
 
 
+def enough_damping(A: Any, smallest: float) -> str:
+    """The damping that lifts an eigenvalue of A to zero, in words: with what A has already."""
+    present = getattr(A, "damping", 0.0)
+    more = f" ({-smallest:.3g} more than now)" if present else ""
+    return f"{present - smallest:.3g}{more}"
+
+
 def _same_matrix(A: Any, B: Any) -> bool:
     """Whether answers for A are answers for B."""
     if A is B:

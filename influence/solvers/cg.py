@@ -10,8 +10,10 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
+from tqdm import tqdm
 
-from influence.solvers.base import Raw, relative_norm
+from influence.progress import counter
+from influence.solvers.base import Raw, enough_damping, relative_norm
 from influence.solvers.preconditioner import check_preconditioner, inverse_of
 
 _MOST_ITERATIONS = 10_000
@@ -63,18 +65,25 @@ class CG:
         """Prepare the preconditioner, if there is one."""
         inverse = inverse_of(self.preconditioner, A)
         limit = self.max_iterations or min(10 * A.shape[0], _MOST_ITERATIONS)
-        return lambda B: _conjugate_gradients(A, B, self.rtol, limit, inverse)
+
+        def apply(B: NDArray) -> Raw:
+            with counter("conjugate gradients") as bar:
+                return _conjugate_gradients(A, B, self.rtol, limit, inverse, bar)
+
+        return apply
 
 
 def _conjugate_gradients(
-    A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable
+    A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable, bar: tqdm
 ) -> Raw:
-    m = B.shape[1]
+    m, lengths = B.shape[1], np.linalg.norm(B, axis=0)
     run = _Run(
         A=A,
         inverse=inverse,
-        target=rtol * np.linalg.norm(B, axis=0),
+        lengths=lengths,
+        target=rtol * lengths,
         limit=limit,
+        bar=bar,
         X=np.zeros_like(B),
         iterations=np.zeros(m, int),
         curvature=np.full(m, np.inf),
@@ -102,7 +111,7 @@ def _conjugate_gradients(
         run.X,
         run.iterations,
         np.where(np.isinf(run.curvature), np.nan, run.curvature),
-        _remedy(run.negative, stalled, run.curvature, rounding, limit, relative_norm(R, B)),
+        _remedy(A, run.negative, stalled, run.curvature, rounding, limit, relative_norm(R, B)),
         residual=lambda: relative_norm(R, B),  # R is B - A X itself, not the recurrence's
     )
 
@@ -113,8 +122,10 @@ class _Run:
 
     A: LinearOperator
     inverse: Callable[[NDArray], NDArray]
+    lengths: NDArray  # (m,) of the right-hand sides
     target: NDArray  # (m,) residual norms to reach
     limit: int
+    bar: tqdm  # of iterations
     X: NDArray  # (d, m)
     iterations: NDArray  # (m,)
     curvature: NDArray  # (m,) smallest met
@@ -124,6 +135,12 @@ class _Run:
     @property
     def eps(self) -> float:
         return float(np.finfo(self.X.dtype).eps)
+
+    def told(self, columns: NDArray, norms: NDArray) -> None:
+        """Show an iteration and the largest residual that it left in some columns."""
+        worst = np.max(norms / self.lengths[columns], initial=0.0)
+        self.bar.set_postfix_str(f"relative residual {worst:.1e}", refresh=False)
+        self.bar.update()
 
     def together(self, columns: NDArray, r: NDArray) -> bool:
         """Minimise over the directions of all columns; False if that cannot be gone on with.
@@ -150,6 +167,7 @@ class _Run:
             self.X[:, columns] += P @ a
             r = r - Q @ a
             norms = np.linalg.norm(r, axis=0)
+            self.told(columns, norms)
             keep = norms > np.maximum(self.target[columns], np.finfo(r.dtype).tiny)
             columns, r = columns[keep], r[:, keep]
             since = 0 if norms.max() < smallest / 2 else since + 1
@@ -185,7 +203,9 @@ class _Run:
             x += step * p
             r = r - step * Ap
             self.X[:, columns] = x
-            keep = (np.linalg.norm(r, axis=0) > self.target[columns]) & ~bad & (step > 0)
+            norms = np.linalg.norm(r, axis=0)
+            self.told(columns, norms)
+            keep = (norms > self.target[columns]) & ~bad & (step > 0)
             if not keep.all():
                 columns, x, r, p, rz = columns[keep], x[:, keep], r[:, keep], p[:, keep], rz[keep]
                 if not columns.size:
@@ -208,6 +228,7 @@ def _independent(Z: NDArray) -> NDArray:
 
 
 def _remedy(
+    A: LinearOperator,
     negative: NDArray,
     stalled: NDArray,
     curvature: NDArray,
@@ -228,8 +249,8 @@ def _remedy(
             )
         return (
             f"A is not positive definite: negative curvature {worst:.3g} was met, and there may be "
-            f"worse; use a damping well above {-worst:.3g}, or GaussNewton, or Direct, which "
-            "answers for indefinite matrices."
+            f"worse; use a damping well above {enough_damping(A, worst)}, or GaussNewton, or "
+            "Direct, which answers for indefinite matrices."
         )
     if stalled.any():
         asked = f"CG(rtol={rtol:.0e})" if rtol else "a larger rtol"

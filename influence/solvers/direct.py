@@ -53,7 +53,10 @@ class Direct:
         _check_memory(A)
         matrix = dense(A)
         away = _check_products(A, matrix)
-        remedy = "the matrix is too ill conditioned for its dtype: use float64 or a larger damping."
+        remedy = (
+            "the matrix is too ill conditioned for its dtype: use float64, a larger damping, or a "
+            "larger Direct(rtol=...)."
+        )
         scale = float(np.abs(np.diag(matrix)).max()) or 1.0
         eps = float(np.finfo(matrix.dtype).eps)
         tiny = eps * np.sqrt(len(matrix)) * scale

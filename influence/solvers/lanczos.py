@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.convergence import DivergenceError
-from influence.solvers.base import Raw, check_rank, finite_products
+from influence.solvers.base import Raw, check_rank, enough_damping, finite_products
 
 _STEPS = 16  # at least so many where the rank allows it: the ends of the spectrum need powers of A
 _LARGEST_BLOCK = 8  # vectors in one pass; more make it dearer without making it shorter
@@ -67,8 +67,8 @@ class Lanczos:
             raise DivergenceError(
                 f"Lanczos needs a positive definite A at a rank below d = {d}, met a negative "
                 f"curvature of {smallest:.3g}, and there may be worse; use a damping well above "
-                f"{-smallest:.3g}, or GaussNewton, or Direct, which answers for indefinite "
-                "matrices."
+                f"{enough_damping(A, smallest)}, or GaussNewton, or Direct, which answers for "
+                "indefinite matrices."
             )
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])

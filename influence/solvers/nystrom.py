@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.convergence import DivergenceError
-from influence.solvers.base import Raw, check_rank, finite_products
+from influence.solvers.base import Raw, check_rank, enough_damping, finite_products
 from influence.solvers.lanczos import singular
 
 
@@ -62,8 +62,9 @@ class Nystrom:
         if smallest < -rounding:
             raise DivergenceError(
                 f"Nystrom needs a positive definite A, met a negative curvature of {smallest:.3g}, "
-                f"and there may be worse; use a damping well above {-smallest:.3g}, or "
-                "GaussNewton, or Direct, which answers for indefinite matrices."
+                f"and there may be worse; use a damping well above "
+                f"{enough_damping(A, smallest)}, or GaussNewton, or Direct, which answers for "
+                "indefinite matrices."
             )
         known = _known(A)
         if smallest - known < -rounding:  # A is definite only by its damping: sketch it whole

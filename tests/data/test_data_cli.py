@@ -51,6 +51,14 @@ def test_check_good(capsys, root):
     assert (status, err) == (0, "")
 
 
+def test_check_promises_no_download_where_there_is_no_address(capsys):
+    status, _, err = run(capsys, "check", "dogfish", "mnist")
+    dogfish, mnist = err.split("mnist: mnist was not found.")
+    assert status == 1
+    assert "there is no address to download it from; get it by hand." in dogfish
+    assert "fetch" not in dogfish and "python -m data fetch mnist" in mnist
+
+
 def test_check_goes_on_after_a_bad_one(capsys, root):
     (root / "mnist/t10k-labels-idx1-ubyte.gz").write_bytes(b"spoilt")
     status, out, err = run(capsys, "check", "--data-dir", str(root), "mnist", "digits")
@@ -91,6 +99,17 @@ def test_fetch_offline(capsys):
     status, _, err = run(capsys, "fetch", "mnist")
     assert status == 1
     assert "INFLUENCE_OFFLINE=1 is set" in err
+
+
+@pytest.mark.parametrize("command", ["list", "fetch", "check"])
+def test_a_variable_that_names_no_folder_is_misuse(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setenv("INFLUENCE_DATA", str(tmp_path / "dta"))
+    with pytest.raises(SystemExit) as ended:
+        main([command])
+    assert ended.value.code == 2
+    assert (
+        f"INFLUENCE_DATA must be a folder, there is none at {tmp_path}" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def test_search_order(monkeypatch, tmp_path, cache):
     assert files.find([FILE], root) is None
     put(cache)
     assert files.find([FILE], root) == cache
+    shared.mkdir()
     monkeypatch.setenv("INFLUENCE_DATA", str(shared))
     assert files.find([FILE], root) == cache
     put(shared)
@@ -44,6 +45,7 @@ def test_a_folder_with_half_the_files_is_passed_over(tmp_path, cache):
 
 def test_home_folder_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "shared").mkdir()
     monkeypatch.setenv("INFLUENCE_DATA", "~/shared")
     found = [place.folder for place in files.places("~/root")][:2]
     assert found == [tmp_path / "root", tmp_path / "shared"]

@@ -9,6 +9,7 @@ import pytest
 import data
 from experiments import fig1_components as fig1
 from experiments.record import Record
+from experiments.running import Misuse
 from influence import Direct, Influence
 from tests.influence.problems import logistic, relative_error
 
@@ -90,15 +91,36 @@ def test_draw(record):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("name", ["shown_rank", "further_test_points", "num_removals"])
-def test_config_is_checked(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        dataclasses.replace(fig1.PRESETS["smoke"], **{name: 0})
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shown_rank": 0}, "shown_rank must be at least 1, got 0"),
+        ({"further_test_points": 0}, "further_test_points must be at least 1, got 0"),
+        ({"num_removals": 1}, "num_removals must be at least 2, got 1"),
+        ({"weight_decay": 0.0}, "weight_decay must be positive, got 0"),
+    ],
+)
+def test_config_is_checked(changed, message):
+    with pytest.raises(Misuse, match=message):
+        dataclasses.replace(fig1.PRESETS["smoke"], **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"test_point": -1}, r"test_point must lie in \[0, \d+\), the test rows, got -1"),
+        ({"further_test_points": 999}, r"further_test_points must be at most \d+, .* got 999"),
+        ({"num_removals": 999}, r"num_removals must be at most \d+, the training rows, got 999"),
+    ],
+)
+def test_options_beyond_the_data_are_misuse(changed, message):
+    with pytest.raises(Misuse, match=message):
+        fig1.run(dataclasses.replace(fig1.PRESETS["smoke"], **changed), data.load("digits"))
 
 
 def test_a_rank_beyond_the_harmful_rows_is_refused():
     config = dataclasses.replace(fig1.PRESETS["smoke"], shown_rank=130)
-    with pytest.raises(ValueError, match=r"shown_rank must be at most \d+, .* got 130"):
+    with pytest.raises(Misuse, match=r"shown_rank must be at most \d+, .* got 130"):
         fig1.run(config, data.load("digits"))
 
 

@@ -11,6 +11,7 @@ import data
 from experiments import cnn, cnn_minimum, fig2_cnn
 from experiments.cnn_drawing import STEPS, TRUTHS
 from experiments.record import Record
+from experiments.running import Misuse
 from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
 from tests.influence.problems import traced_once
 
@@ -235,6 +236,9 @@ def test_every_preset_is_judged_by_what_it_computes(record, converged):
         ({"further_removals": 30}, "num_removals must be at least further_removals"),
         ({"slow_removals": 2}, "slow_removals must lie between 3 and num_removals"),
         ({"damping": 0.0}, "damping must be positive, got 0"),
+        ({"further_removals": 1}, "further_removals must be at least 2, got 1"),
+        ({"test_points": ()}, "test_points must hold at least one number, got none"),
+        ({"test_points": (3, -1)}, r"test_points must be at least 0, got \(3, -1\)"),
         ({"continued_steps": 0}, "continued_steps must be positive, got 0"),
         ({"dtype": "float16"}, "dtype must be 'float32' or 'float64'"),
     ],
@@ -242,3 +246,15 @@ def test_every_preset_is_judged_by_what_it_computes(record, converged):
 def test_config_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train": 9999}, r"num_train must be at most \d+, the training rows, got 9999"),
+        ({"test_points": (3, 9999)}, r"test_points must lie in \[0, \d+\), .* got \(3, 9999\)"),
+    ],
+)
+def test_options_beyond_the_data_are_misuse(options, message):
+    with pytest.raises(Misuse, match=message):
+        fig2_cnn.run(dataclasses.replace(SMALL, **options), data.load("digits"))

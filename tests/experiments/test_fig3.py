@@ -10,6 +10,7 @@ from sklearn.svm import LinearSVC
 import data
 from experiments import fig3_smooth_hinge as fig3
 from experiments.record import Record
+from experiments.running import Misuse
 
 SMOKE = fig3.PRESETS["smoke"]
 
@@ -96,7 +97,7 @@ def test_test_points_are_of_small_margin(record, rows):
 
 
 def test_a_margin_beyond_the_kink_is_refused():
-    with pytest.raises(ValueError, match=r"below 1, .* for test point 1"):
+    with pytest.raises(Misuse, match=r"below 1, .* for test point 1"):
         fig3.run(dataclasses.replace(SMOKE, test_point=1), data.load("digits"))
 
 
@@ -104,16 +105,31 @@ def test_a_margin_beyond_the_kink_is_refused():
     ("changed", "message"),
     [
         ({"multiple": 0}, "multiple must be at least 1, got 0"),
-        ({"num_removals": 0}, "num_removals must be at least 1, got 0"),
+        ({"num_removals": 1}, "num_removals must be at least 2, got 1"),
+        ({"weight_decay": -1.0}, "weight_decay must be positive, got -1"),
         ({"further_test_points": 0}, "further_test_points must be at least 1, got 0"),
-        ({"smooth": (0.1, 0.0)}, r"smooth must hold positive temperatures, got \(0\.1, 0\.0\)"),
-        ({"sweep": ()}, r"sweep must hold positive temperatures, got \(\)"),
-        ({"further_among": 3}, "further_among must exceed further_test_points, 3, got 3"),
+        ({"smooth": (0.1, 0.0)}, r"smooth must be positive, got \(0\.1, 0\.0\)"),
+        ({"sweep": ()}, "sweep must hold at least one number, got none"),
+        ({"further_among": 3}, "further_among must be at least 4, got 3"),
     ],
 )
 def test_config_is_checked(changed, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Misuse, match=message):
         dataclasses.replace(SMOKE, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"multiple": 500}, r"multiple must be at most \d+, the rows, got 500"),
+        ({"test_point": 100_000}, r"test_point must lie in \[0, \d+\), the test rows, got 100000"),
+        ({"further_among": 999}, r"further_among must be at most \d+, the test rows, got 999"),
+        ({"num_removals": 999}, r"num_removals must be at most \d+, the training rows, got 999"),
+    ],
+)
+def test_options_beyond_the_data_are_misuse(changed, message):
+    with pytest.raises(Misuse, match=message):
+        fig3.run(dataclasses.replace(SMOKE, **changed), data.load("digits"))
 
 
 def test_draw(record):

@@ -229,9 +229,16 @@ def test_config_is_checked(changed, message):
 
 def test_a_dog_is_no_test_fish(splits):
     dog = int(np.flatnonzero(splits.test[1] == 0)[0])
-    with pytest.raises(ValueError, match=f"test_point must be a fish of the test set, got {dog}"):
+    with pytest.raises(ValueError, match=f"test_point must be a fish .*, got {dog}"):
         fig4.run(dataclasses.replace(SMOKE, test_point=dog), splits)
     assert fig4.PRESETS["standard"].test_point is None
+
+
+def test_options_beyond_the_data_are_misuse(splits, monkeypatch):
+    monkeypatch.setattr(trunks, "timed_features", None)  # refused before any are computed
+    for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
+        with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
+            fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)
 
 
 def test_missing_weights_are_said_before_any_work(splits, monkeypatch):

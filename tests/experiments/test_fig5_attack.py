@@ -12,6 +12,7 @@ import data
 from experiments import attacking, choice, heads, trunks
 from experiments import fig5_attack as fig5
 from experiments.record import Record
+from experiments.running import Misuse
 from influence import Examples
 from influence.attack import Rule
 
@@ -211,8 +212,8 @@ def test_config_is_checked(changed, message):
 
 def test_no_more_images_are_poisoned_than_there_are(splits):
     n = len(splits.train[1])
-    message = rf"must not exceed the {n} training images, got 16 and \(1, {n + 1}\)"
-    with pytest.raises(ValueError, match=message):
+    message = rf"group_counts must be at most {n}, the training images, got \(1, {n + 1}\)"
+    with pytest.raises(Misuse, match=message):
         fig5.run(dataclasses.replace(SMOKE, group_counts=(1, n + 1)), splits)
 
 

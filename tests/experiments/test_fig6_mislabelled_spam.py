@@ -10,6 +10,7 @@ import scipy.sparse
 import data
 from data.splits import Splits
 from experiments import fig6_mislabelled_spam as fig6
+from experiments.running import Misuse
 from influence.models.leverage import gram
 from tests import oracles
 
@@ -163,6 +164,8 @@ def test_figure_shows_the_records_numbers(record):
         ({"step": 0.1}, r"step must lie in \(0, 0.0833\], got 0.1"),
         ({"step": 0.0}, r"step must lie in \(0, 0.0833\], got 0.0"),
         ({"repeats": 1}, "repeats must be at least 2, got 1"),
+        ({"num_processes": 0}, "num_processes must be a number of workers or -1, got 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be positive, got -1"),
     ],
 )
 def test_bad_configurations(options, message):
@@ -192,3 +195,8 @@ def test_one_draw_of_the_real_mails():
     assert one["found"][1, 1] == pytest.approx(0.86, abs=0.05)
     assert one["found"][2, 0] == pytest.approx(0.51, abs=0.05)
     assert one["gradient_norm"] <= 1e-8
+
+
+def test_a_step_of_no_mail_is_misuse():
+    with pytest.raises(Misuse, match=r"step must be at least 0\.00\d+, got 1e-05"):
+        fig6.run(dataclasses.replace(SMOKE, step=1e-5), data.load("spam"))

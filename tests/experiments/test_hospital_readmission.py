@@ -9,6 +9,7 @@ import pytest
 import data
 from experiments import hospital_readmission as hospital
 from experiments.compare import largest_bars
+from experiments.running import Misuse
 from tests import oracles
 
 SMOKE = hospital.PRESETS["smoke"]
@@ -148,6 +149,12 @@ def test_config_refuses(name, value):
 def test_the_test_child_must_be_one(splits):
     with pytest.raises(ValueError, match="^test_child must be .* such as 13, got 14"):
         hospital.run(dataclasses.replace(SMOKE, test_child=14), splits)
+
+
+@pytest.mark.parametrize("name", ["num_removals", "num_moved_features"])
+def test_options_beyond_the_data_are_misuse(splits, name):
+    with pytest.raises(Misuse, match=rf"^{name} must be at most \d+, the .*, got 99999"):
+        hospital.run(dataclasses.replace(SMOKE, **{name: 99_999}), splits)
 
 
 @pytest.mark.real_data

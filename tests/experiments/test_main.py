@@ -81,6 +81,7 @@ def test_the_stand_in_is_judged_by_its_own_claims_only(fake, capsys):
         (["fake", "extra"], "extra"),
         (["fake", "--num", "few"], "few"),
         (["fake", "--num", "-1"], "num must be positive, got -1"),
+        (["fake", "--seed", "-1"], "seed must lie in [0, 4294967296), got -1"),
         (["fake", "--data-dir", "nowhere"], "--data-dir must be a folder, there is none"),
         (["all", "--num", "3"], "--num"),
         (["list", "fake"], "list takes no options"),
@@ -109,6 +110,15 @@ def test_missing_data_is_misuse_and_never_replaced(fake, capsys):
         assert "put it somewhere" in error
         assert "--preset smoke" in error
     assert os.listdir("out") == []
+
+
+def test_a_search_that_is_refused_is_misuse(fake, monkeypatch, capsys):
+    def find(name, root=None):
+        raise ValueError("INFLUENCE_DATA must be a folder")
+
+    monkeypatch.setattr(fake.data, "find", find)
+    assert main(["fake"]) == 2
+    assert "INFLUENCE_DATA must be a folder" in capsys.readouterr().err
 
 
 def test_a_stand_in_under_a_real_preset_is_refused(fake, monkeypatch, capsys):

@@ -6,8 +6,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import scipy.special
 
 from experiments import report
+from influence import GenericNeuralNet
 
 ROOT = Path(__file__).resolve().parents[2]
 README, RESULTS = ROOT / "README.md", ROOT / "results"
@@ -22,17 +24,41 @@ def test_readme_says_what_the_records_say():
     assert text == report.with_table(text, RESULTS), "README.md is out of date: run `make readme`"
 
 
-def test_the_attack_in_the_readme_runs():
+def run(part: str, **names):
+    """What the README's snippet that holds `part` leaves in its names."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (block,) = [block for block in blocks if "poison(" in block]
-    keras.utils.set_random_seed(0)
-    names = {}
+    (block,) = [block for block in blocks if part in block]
     exec(block, names)
+    return names
+
+
+def test_the_attack_in_the_readme_runs():
+    names = run("poison(")
     found, x = names["found"], names["train"].x
-    assert found.same_bytes.all() and (found.change_if_poisoned > 0).all()
-    assert found.flipped.all()
+    assert found.same_bytes.all() and found.flipped.all()
+    np.testing.assert_allclose(found.change_if_poisoned, 0.0035, atol=5e-5)
     moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
     assert 0.9 < moved < 1  # pixels are what was moved
+
+
+def test_the_wrong_labels_in_the_readme_are_found():
+    names = run("np.isin(")
+    assert len(names["y"]) == 1297
+    assert np.isin(names["flipped"], np.argsort(-names["own"])[:100]).sum() == 48
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional"])
+def test_the_model_without_softmax_in_the_readme_is_the_same_model(kind):
+    layers = [keras.layers.Dense(4, "tanh"), keras.layers.Dense(3, "softmax")]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    if kind == "functional":
+        given = keras.Input((2,))
+        model = keras.Model(given, layers[1](layers[0](given)))
+    x = np.random.default_rng(0).standard_normal((5, 2))
+    before = model(x.astype("float32")).numpy()
+    net = run("from_config(", model=model, keras=keras, GenericNeuralNet=GenericNeuralNet)["net"]
+    assert net.dtype == "float64" and net.loss.from_logits
+    np.testing.assert_allclose(scipy.special.softmax(net.outputs(x), axis=1), before, atol=1e-6)
 
 
 @needs_results

@@ -270,6 +270,17 @@ def test_examples_that_do_not_fit_are_all_that_is_said():
     assert named(check(p.net, p.train, test=wrong), "fail") == {"test fits the net"}
 
 
+def test_weights_that_are_not_finite_are_all_that_is_said():
+    p = ridge()
+    weights = p.net.model.trainable_weights
+    before = weights[0].numpy()
+    weights[0].assign(before * np.nan)
+    report = check(p.net, p.train)
+    assert [line.name for line in report.lines] == ["finite weights", "derivatives"]
+    assert report["finite weights"].verdict == "fail"
+    assert "got NaN or infinity in layer" in report["finite weights"].meaning
+
+
 # --- what must not matter -------------------------------------------------------------------------
 
 

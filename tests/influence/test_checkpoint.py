@@ -3,8 +3,16 @@ import os
 import numpy as np
 import pytest
 
-from influence import checkpoint
+from influence import (
+    Hessian,
+    checkpoint,
+    continued_training,
+    leave_one_out,
+    proximal_response,
+    refits,
+)
 from influence.checkpoint import kept
+from tests.influence.problems import logistic
 
 ARRAYS = {
     "change_if_removed": np.array([[1.5, -2.25], [np.nan, np.inf]]),
@@ -78,3 +86,32 @@ def test_objects_are_not_stored(tmp_path):
     with pytest.raises(ValueError, match="(?i)object arrays cannot be saved"):
         kept(tmp_path / "block.npz", lambda: {"a": np.array([None])})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
+    tmp_path, monkeypatch, below
+):
+    p = logistic("sigmoid")
+    given = p.net, p.train, p.test, [0, 1]
+    monkeypatch.setattr(refits, "_kept", None)
+    file = tmp_path / "file"
+    file.write_text("")
+    folder = file / below if below else file
+    for work in (
+        lambda: leave_one_out(*given, checkpoints=folder),
+        lambda: proximal_response(*given, damping=0.1, checkpoints=folder),
+        lambda: continued_training(*given, steps=2, rate=0.1, batch_size=8, checkpoints=folder),
+        lambda: Hessian(p.net, p.train, checkpoints=folder),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^checkpoints must be a folder .*, got {folder} \(.+\)"
+        ):
+            work()
+    Hessian(p.net, p.train, checkpoints=tmp_path / "new")
+    assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
+
+
+def test_checkpoints_must_be_a_path():
+    with pytest.raises(TypeError, match="^checkpoints must be a folder .* or None, got 3"):
+        checkpoint.check_folder(3)  # type: ignore[arg-type]

@@ -203,6 +203,11 @@ def test_nan_is_found_beyond_the_first_block_of_rows():
         (X, np.array(list("abcdef")), TypeError, "y must be an array of numbers, got dtype <U1"),
         (X.astype(complex), Y, TypeError, "x must be an array of numbers, got dtype complex128"),
         ({"a": X, "b": [None] * 6}, Y, TypeError, r"x\['b'\] must be an array of numbers"),
+        ([X, X], Y, TypeError, r"^x must be .* dict of arrays by input name.*got a list of 2 arr"),
+        ((X, X[:, :1]), Y, TypeError, "^x must be .* a dict .* got a tuple of 2 arrays"),
+        ([[1, 2], [3]], Y[:2], TypeError, "^x must be an array of numbers, got rows of unlike sha"),
+        (np.array([["a"]] * 6), Y, TypeError, "dtype <U1 of strings; apply the layer .*TextVector"),
+        (X, list("abcdef"), TypeError, r"^y .* of strings; use np.unique\(y, return_inverse=True"),
     ],
 )
 def test_bad_arrays(x, y, error, message):
@@ -210,11 +215,49 @@ def test_bad_arrays(x, y, error, message):
         Examples(x, y)
 
 
+class Frame:
+    """What pandas offers of a frame whose columns have no common NumPy dtype."""
+
+    def __init__(self, **dtypes):
+        self.columns, self.dtypes = list(dtypes), list(dtypes.values())
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros((6, len(self.columns)), object)
+
+
+class Nullable:
+    """A pandas dtype such as Float32, in whose place NumPy has object."""
+
+    kind = "f"
+
+
+def test_columns_that_are_no_numbers_are_named():
+    real, text = np.dtype(float), np.dtype(object)
+    with pytest.raises(TypeError, match="^x must be an array of numbers, got 'b', 'd' among its"):
+        Examples(Frame(a=real, b=text, c=Nullable(), d=text), Y)
+    with pytest.raises(TypeError, match=r"got dtype object; use \.to_numpy\('float32'\) for x"):
+        Examples(Frame(a=Nullable(), b=Nullable()), Y)
+
+
+def test_real_frames():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": X[:, 0], "b": list("abcdef")})
+    with pytest.raises(TypeError, match="^x must be an array of numbers, got 'b' among its col"):
+        Examples(frame, Y)
+    assert Examples(frame[["a"]], pandas.Series(Y)).x.shape == (6, 1)
+    with pytest.raises(TypeError, match="^y .* got dtype object of strings; use np.unique"):
+        Examples(X, frame["b"])
+    mixed = frame[["a"]].assign(c=pandas.array(range(6), dtype="Int64"))
+    mixed["a"] = mixed["a"].astype("Float32")
+    with pytest.raises(TypeError, match=r"^x .* got dtype object; use \.to_numpy\('float32'\)"):
+        Examples(mixed, Y)
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
         ([], ValueError, r"one-dimensional, non-empty list of row numbers, got shape \(0,\)"),
-        (3, ValueError, r"one-dimensional, non-empty list of row numbers, got shape \(\)"),
+        (3, ValueError, r"one-dimensional, non-empty list of row numbers, got 3; use \[3\]"),
         ([[1]], ValueError, r"one-dimensional, non-empty list of row numbers, got shape \(1, 1\)"),
         ([0.0], TypeError, r"must be integers, got dtype float64\.$"),
         ([True] * 6, TypeError, "got dtype bool; np.flatnonzero turns a mask into row numbers"),
@@ -249,10 +292,12 @@ def test_good_rows_become_int64():
     [
         ([0.5], TypeError, "rows must be integers, got dtype float64"),
         ([True] * 6, TypeError, "rows must be integers, got dtype bool"),
-        (np.array([], int), ValueError, "rows must name at least one row, got none"),
+        (np.array([], int), ValueError, r"^rows must be a .*non-empty list .*got shape \(0,\)"),
+        (5, ValueError, r"^rows must be a .* list of row numbers, got 5; use \[5\]\.$"),
+        ([[1, 2]], ValueError, r"^rows must be a one-dimensional, .*got shape \(1, 2\)"),
         (slice(6, 9), ValueError, r"rows must name at least one row, got slice\(6, 9, None\) of 6"),
-        ([0, 6], IndexError, r"rows must lie in \[0, 6\), got 0 to 6"),
-        ([-1], IndexError, r"rows must lie in \[0, 6\), got -1 to -1"),
+        ([0, 6], IndexError, r"rows must lie in \[0, 6\), got 6 at position 1"),
+        ([-1], IndexError, r"rows must lie in \[0, 6\), got -1 at position 0"),
     ],
 )
 def test_take_refuses(rows, error, message):

@@ -178,7 +178,7 @@ def test_fit_is_newton(softmax):
         (3, TypeError, "^groups must be a list of arrays of row numbers or a dict .* got int"),
         ("ab", TypeError, "^groups must be a list of arrays of row numbers .* got str"),
         (iter([[1]]), TypeError, "^groups must be a list of arrays of row numbers"),
-        ([1, 2], ValueError, r"^groups\[0\] must be a one-dimensional, .* got shape \(\)"),
+        ([1, 2], ValueError, r"^groups\[0\] must be a one-dimensional, .* got 1; use \[1\]"),
         ([[1], []], ValueError, r"^groups\[1\] must be a one-dimensional, non-empty list"),
         ({"a": [1], "b": []}, ValueError, r"^groups\['b'\] must be a one-dimensional, non-empty"),
         ([[0, N]], IndexError, rf"^groups\[0\] must lie in \[0, {N}\), got {N} at position 1"),

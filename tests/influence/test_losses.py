@@ -147,6 +147,22 @@ def test_what_is_no_loss(loss, error, message):
         per_example(loss, keras.Sequential())
 
 
+@pytest.mark.parametrize("loss", [["mse"], {"only": "mse"}])
+def test_a_single_loss_is_found_in_what_the_model_is_compiled_with(loss):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="only")])
+    model.compile("adam", loss)
+    assert per_example(None, model).name == "mean_squared_error"
+
+
+@pytest.mark.parametrize(("loss", "kind"), [(["mse", "mae"], "list"), ({"a": 1, "b": 2}, "dict")])
+def test_of_several_compiled_losses_one_must_be_passed(loss, kind):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.loss = loss
+    message = f"^loss must be given for a model .* got a {kind} of 2 compiled; pass loss=\\.$"
+    with pytest.raises(ValueError, match=message):
+        per_example(None, model)
+
+
 SPARSE = K.SparseCategoricalCrossentropy(from_logits=True)
 
 

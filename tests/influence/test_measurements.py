@@ -235,7 +235,13 @@ def misfit(y, output):
     ("measurement", "error", "message"),
     [
         (3, TypeError, r"^measurement must be a Keras loss, its name or a callable .*, got int\."),
-        ("margins", ValueError, "^measurement must be the name of a Keras loss, got 'margins'"),
+        (
+            "margin",
+            ValueError,
+            "^measurement must be .* Keras loss or a function such as influence"
+            r"\.measurements\.margin or logit\(label\), got 'margin'",
+        ),
+        (logit, TypeError, r"^measurement must be logit\(label\) of a class number, got logit its"),
         (
             keras.losses.MeanSquaredError(reduction="sum"),
             ValueError,

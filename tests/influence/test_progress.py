@@ -1,9 +1,9 @@
 import numpy as np
 
-from influence import Influence
+from influence import CG, Hessian, Influence, spectrum
 from influence import progress as module
 from influence.progress import progress
-from tests.influence.problems import logistic, relative_error
+from tests.influence.problems import logistic, relative_error, tanh_net
 
 
 def test_short_work_is_silent(capfd):
@@ -21,3 +21,16 @@ def test_long_work_says_what_is_done_on_the_standard_error(capfd, monkeypatch):
     assert "solving for training rows" in err and out == ""
     monkeypatch.undo()
     assert relative_error(Influence(p.net, p.train).self_influence(np.array([1, 2])), slow) < 1e-12
+
+
+def test_iterations_of_unknown_number_are_counted_and_say_how_far_they_got(capfd, monkeypatch):
+    tqdm = module.tqdm
+    monkeypatch.setattr(module, "_bar", lambda *a: tqdm(a[0], desc=a[1], total=a[2], mininterval=0))
+    net, train = tanh_net(l2=0.05)
+    net.fit(train, gradient_tolerance=1e-3)
+    assert "fitting, data passes: " in (err := capfd.readouterr().err) and "gradient norm " in err
+    Influence(net, train, solver=CG(), damping=2.0).scores(train.take([0]))
+    err = capfd.readouterr().err
+    assert "conjugate gradients: " in err and "relative residual " in err
+    assert spectrum(Hessian(net, train)).products > 0
+    assert "eigenvalues, products: " in capfd.readouterr().err

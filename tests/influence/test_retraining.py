@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,6 +233,31 @@ def test_fit_of_a_generic_net(taped_ridge):
 
     refits = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", fit=fit, tolerance=1e-7)
     assert refits.converged.all() and np.abs(refits[:] - expected).max() < 1e-6
+
+
+def test_the_own_fit_goes_to_the_tolerance_and_is_warned_of_once(taped_ridge):
+    p = taped_ridge
+    expected = p.oracle.actual_changes(p.theta, p.measured, ROWS[:2])
+    got = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", tolerance=1e-7)
+    assert got.converged.all() and np.abs(got[:] - expected).max() < 1e-6
+    with pytest.warns(ConvergenceWarning) as caught:
+        got = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", tolerance=1e-30)
+    assert not got.converged.any() and len(caught) == 1
+    assert str(caught[0].message).startswith(
+        "2 of 2 refits ended above a gradient norm of 1.0e-30"
+    ) and str(caught[0].message).endswith("): use float64, or a larger tolerance.")
+
+
+def test_training_on_from_no_minimum_is_told_from_removal():
+    net, examples = tanh_net(l2=0.05)
+    with pytest.warns(ConvergenceWarning, match="^net is at a gradient norm of .* go on with the"):
+        away = leave_one_out(net, examples, examples, [0, 6])
+    net.fit(examples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        there = leave_one_out(net, examples, examples, [0, 6])
+    # What was warned of: one and the same drift in every column, larger than what tells them apart.
+    assert np.abs(away[:].mean(axis=1)).max() > 2 * np.abs(there[:]).max()
 
 
 def test_fit_is_called_on_the_remaining_rows_from_the_start(softmax):

@@ -396,6 +396,8 @@ def test_a_file_of_other_inputs_is_refused_by_name(finished, tmp_path, small_blo
 def test_a_path_where_something_else_is(tmp_path):
     p = problem()
     influence = Influence(p.net, p.train, solver=Direct())
+    with pytest.raises(ValueError, match=f"^path must be a file, got the folder {tmp_path}\\.$"):
+        influence.write_scores(tmp_path, p.test)
     for name in ("s.h5", "t.h5.partial"):
         (tmp_path / name).write_bytes(b"no scores")
         with pytest.raises(

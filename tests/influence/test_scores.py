@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from influence import (
     GaussNewton,
     Hessian,
     Influence,
+    Lanczos,
     LiSSA,
     Scores,
     prepare,
@@ -286,6 +288,36 @@ def test_float32_in_float32_out():
 
 
 # --- no number is given for a good one that is not -------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [CG(), Direct(), Lanczos(3)], ids=["CG", "Direct", "Lanczos"])
+def test_the_damping_that_is_named_counts_what_is_there(tanh, solver):
+    net, train = tanh
+    smallest = np.linalg.eigvalsh(Hessian(net, train).dense())[0]
+    present = -0.4 * smallest
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Influence(net, train, solver=solver, damping=present).scores(train.take([0]))
+        message = str(caught[-1].message)
+    except DivergenceError as error:
+        message = str(error)
+    enough, more = re.search(
+        r"damping (?:well )?above (\S+) \((\S+) more than now\)", message
+    ).groups()
+    assert float(enough) == pytest.approx(present + float(more), rel=1e-2)
+    assert float(enough) <= -smallest * 1.01  # the truth, or of the directions that were met
+    if isinstance(solver, Direct):
+        assert float(enough) == pytest.approx(-smallest, rel=1e-2)
+
+
+def test_direct_answers_for_an_indefinite_matrix_though_rounding_misses_rtol(tanh):
+    net, train = tanh
+    with pytest.warns(ConvergenceWarning) as caught:
+        Influence(net, train, solver=Direct(rtol=1e-30)).scores(train.take([0]))
+    first, second = (str(warning.message) for warning in caught)
+    assert "Direct left a relative residual of" in first and "larger Direct(rtol=" in first
+    assert "the matrix is indefinite" in second
 
 
 def test_cg_on_an_indefinite_hessian_raises_and_direct_answers(tanh):

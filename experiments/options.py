@@ -1,0 +1,113 @@
+"""What an option may be, asked before any long work: of a Config alone, then beside the data.
+
+Every refusal is a Misuse that begins with the option's name.
+"""
+
+from collections.abc import Sized
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.running import Misuse
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Refuse an option, or an entry of one that is a tuple, below `least`.
+
+    Args:
+      config: an experiment's Config.
+      least: what is still allowed.
+      names: of its fields.
+
+    Raises: Misuse; for an empty tuple too.
+    """
+    for name in names:
+        if not all(entry >= least for entry in _entries(config, name)):
+            raise Misuse(f"{name} must be at least {least:.3g}, got {getattr(config, name)}.")
+
+
+def positive(config: Any, *names: str) -> None:
+    """Refuse an option, or an entry of one that is a tuple, that is not above zero, or infinite.
+
+    Args:
+      config: an experiment's Config.
+      names: of its fields.
+
+    Raises: Misuse; for an empty tuple too.
+    """
+    for name in names:
+        if not all(0 < entry < np.inf for entry in _entries(config, name)):
+            raise Misuse(f"{name} must be positive, got {getattr(config, name)}.")
+
+
+def increasing(config: Any, *names: str) -> None:
+    """Refuse a tuple that does not increase from 1 or above.
+
+    Args:
+      config: an experiment's Config.
+      names: of its fields.
+
+    Raises: Misuse.
+    """
+    for name in names:
+        values = getattr(config, name)
+        if not values or min(values) < 1 or list(values) != sorted(set(values)):
+            raise Misuse(f"{name} must be increasing numbers from 1, got {values}.")
+
+
+def at_most(config: Any, most: int, what: str, *names: str) -> None:
+    """Refuse an option, or an entry of one that is a tuple, above what there is.
+
+    Args:
+      config: an experiment's Config.
+      most: how many there are.
+      what: they are, for the message.
+      names: of its fields.
+
+    Raises: Misuse.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if np.max(value) > most:
+            raise Misuse(f"{name} must be at most {most}, the {what}, got {value}.")
+
+
+def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
+    """Refuse an option, or an entry of one that is a tuple, that is no row number.
+
+    Args:
+      config: an experiment's Config.
+      rows: what is numbered.
+      what: they are, for the message.
+      names: of its fields.
+
+    Raises: Misuse.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if np.min(value) < 0 or np.max(value) >= len(rows):
+            raise Misuse(f"{name} must lie in [0, {len(rows)}), the {what}, got {value}.")
+
+
+def one_of(config: Any, rows: NDArray[np.int64], what: str, name: str) -> None:
+    """Refuse an option that is none of some rows.
+
+    Args:
+      config: an experiment's Config.
+      rows: those there are.
+      what: one of them is, for the message.
+      name: of its field.
+
+    Raises: Misuse.
+    """
+    value = getattr(config, name)
+    if value not in rows:
+        raise Misuse(f"{name} must be {what}, such as {rows[0]}, got {value}.")
+
+
+def _entries(config: Any, name: str) -> tuple:
+    value = getattr(config, name)
+    if value == ():
+        raise Misuse(f"{name} must hold at least one number, got none.")
+    return value if isinstance(value, tuple) else (value,)
