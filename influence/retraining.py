@@ -47,7 +47,7 @@ def leave_one_out(
     `leave_group_out` does for groups of one row. The net is left as it was.
 
     Args:
-      net: at the minimum of its risk on `train` for "newton", anywhere for "fit".
+      net: at the minimum of its risk on `train`; from elsewhere "fit" warns of drift.
       train: the training set, n rows.
       test: m examples whose losses are measured; the penalty is not part of them.
       rows: (k,) rows to remove, each alone.
@@ -103,7 +103,7 @@ def leave_group_out(
     the remaining rows, from theta (warm) or from `start` (cold). The net is left as it was.
 
     Args:
-      net: at the minimum of its risk on `train` for "newton", anywhere for "fit".
+      net: at the minimum of its risk on `train`; from elsewhere "fit" warns of drift.
       train: the training set, n rows.
       test: m examples whose losses are measured; the penalty is not part of them.
       groups: k arrays of row numbers, each removed together, or a dict from names to such arrays.
