@@ -95,8 +95,8 @@ def _refits(
     """The net minimised without each row, from the minimum with all: `actual` (m, k), and metrics.
 
     In float32 as far as that tells gradients from rounding, if that is what the net is in, then in
-    float64. A row that float32 finds no minimum without is not tried again: its removal leaves
-    negative curvature, and the net goes on to somewhere else altogether.
+    float64. A row that float32 finds no minimum without is not tried again: two that were
+    followed further went on to somewhere else altogether.
 
     Args:
       config: of `fig2_cnn`.

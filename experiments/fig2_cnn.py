@@ -113,7 +113,7 @@ PRESETS = {
                     dtype="float64"),
     "standard": Config(schedule=_SHORT, continued_steps=220, continued_rate=1e-4),
     "paper": Config(),
-    "converged": Config(schedule=_SHORT, rounds=12),  # 13th: the risk changes by its rounding
+    "converged": Config(schedule=_SHORT, rounds=12),  # float32 ends near 1e-3
 }  # fmt: skip
 _STOPPED = ("smoke", "standard", "paper")  # presets that stay where training stopped
 

@@ -52,7 +52,7 @@ def minimise(
                 "gtol": gradient_tolerance / np.sqrt(len(theta)),
             },
         )
-    norm = float(np.linalg.norm(risk_and_gradient(found.x)[1]))
+    norm = float(np.linalg.norm(found.jac))
     if norm > gradient_tolerance:
         # Where iterations are left, no step lowered the risk by more than its rounding.
         needed = "more iterations" if found.nit >= max_iterations else "float64"

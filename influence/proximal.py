@@ -70,7 +70,7 @@ class _Search:
     inverse: Prepared
     damping: float
     tolerance: dict[int, float]
-    start: dict[int, NDArray]
+    start: dict[int, NDArray] | None  # None: theta_s, which workers need not be sent k times
 
 
 def proximal_response(
@@ -136,7 +136,7 @@ def proximal_response(
         raise ValueError(f"tolerance must be positive, got {tolerances.min()}.")
     if not 0 <= step_damping < np.inf:
         raise ValueError(f"step_damping must be finite and at least 0, got {step_damping}.")
-    starts = _numbers("start", net.theta if start is None else start, (len(rows), len(net.theta)))
+    starts = None if start is None else _numbers("start", start, (len(rows), len(net.theta)))
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
     if max_iterations < 1:
@@ -155,7 +155,7 @@ def proximal_response(
             inverse,
             damping,
             dict(zip(rows, tolerances, strict=True)),
-            dict(zip(rows, starts, strict=True)),
+            None if starts is None else dict(zip(rows, starts, strict=True)),
         ),
         block=block,
         checkpoints=checkpoints,
@@ -213,9 +213,11 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
 
     first = -removed.gradients(thetas, np.arange(len(groups))) / n  # D is stationary at theta_s
     scale = np.linalg.norm(first, axis=0)
-    start = np.column_stack([search.start[row] for (row,) in groups]).astype(thetas.dtype)
+    start, begun = thetas, first
+    if search.start is not None:
+        start = np.column_stack([search.start[row] for (row,) in groups]).astype(thetas.dtype)
+        begun = gradients(start, np.arange(len(groups)))
     tolerance = np.array([search.tolerance[row] for (row,) in groups]) * scale
-    begun = first if (start == thetas).all() else gradients(start, np.arange(len(groups)))
     found = secant.minimise(gradients, steps, start, begun, tolerance, task.max_passes)
     return {
         "thetas": found.thetas,
