@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -111,16 +110,15 @@ def say(line: str) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    from influence.checkpoint import check_writable
+
     # Before an hour's work, not after it.
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        user = f" as user {os.getuid()}" if hasattr(os, "getuid") else ""
+        check_writable(folder, "--out")
+    except ValueError as error:
+        user = f" As user {os.getuid()}." if hasattr(os, "getuid") else ""
         raise Misuse(
-            f"--out must be a folder that can be written to, {folder} cannot be{user} "
-            f"({error.strerror}). With docker: mkdir out, then add --user $(id -u) to docker run."
+            f"{error}{user} With docker: mkdir out, then add --user $(id -u) to docker run."
         ) from error
 
 

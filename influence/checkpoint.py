@@ -26,14 +26,22 @@ def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:
         return None
     if not isinstance(checkpoints, str | os.PathLike):
         raise TypeError(f"checkpoints must be a folder (str or Path) or None, got {checkpoints!r}.")
-    folder = Path(checkpoints)
+    return check_writable(Path(checkpoints), "checkpoints")
+
+
+def check_writable(folder: Path, name: str) -> Path:
+    """Make a folder, if need be, and try it; `name` is what the error calls it.
+
+    Returns: the folder.
+    Raises: ValueError for one that cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"checkpoints must be a folder that can be written to, got {folder} ({error.strerror})."
+            f"{name} must be a folder that can be written to, got {folder} ({error.strerror})."
         ) from error
     return folder
 

@@ -18,6 +18,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from influence.checkpoint import check_writable
+
 TABLE, S_TEST = "change_if_removed", "s_test"
 CHUNK = (128, 1024)  # 512 KiB in float32: a row and a column are both quick to read
 SAMPLE = 64  # tests and rows whose scores are computed again in the net's dtype
@@ -51,14 +53,14 @@ def create(
       n: how many training rows there are in all.
       together: tests and rows of the table that are finished at once.
 
-    Raises: ValueError where the disk is too small.
+    Raises: ValueError where the disk is too small or cannot be written to.
     """
     (m, k), (d, s_dtype) = shape, s_test
+    check_writable(path.parent, "path's parent")
     # One name, so that what a kill -9 in here left behind is overwritten by the next call.
     unfinished = path.with_name(path.name + ".new")
     unfinished.unlink(missing_ok=True)
     needed = m * (k * np.dtype(dtype).itemsize + d * np.dtype(s_dtype).itemsize)
-    path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ValueError(

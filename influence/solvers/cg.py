@@ -142,6 +142,13 @@ class _Run:
         self.bar.set_postfix_str(f"relative residual {worst:.1e}", refresh=False)
         self.bar.update()
 
+    def target_of(self, columns: NDArray, r: NDArray) -> NDArray:
+        """Norms to end a recurrence at that begins with r (d, j).
+
+        One that has fallen by eps has lost the true residual; going on, it may end anywhere.
+        """
+        return np.maximum(self.target[columns], self.eps * np.linalg.norm(r, axis=0))
+
     def together(self, columns: NDArray, r: NDArray) -> bool:
         """Minimise over the directions of all columns; False if that cannot be gone on with.
 
@@ -149,6 +156,7 @@ class _Run:
         spans Z - P (P'Q)^-1 Q'Z, Z the preconditioned residuals.
         """
         smallest, since = np.inf, 0
+        target = self.target_of(columns, r)
         P = _independent(self.inverse(r))
         while columns.size and P.size and self.iterations.max() < self.limit:
             Q = self.A @ P
@@ -168,8 +176,8 @@ class _Run:
             r = r - Q @ a
             norms = np.linalg.norm(r, axis=0)
             self.told(columns, norms)
-            keep = norms > np.maximum(self.target[columns], np.finfo(r.dtype).tiny)
-            columns, r = columns[keep], r[:, keep]
+            keep = norms > target
+            columns, r, target = columns[keep], r[:, keep], target[keep]
             since = 0 if norms.max() < smallest / 2 else since + 1
             smallest = min(smallest, norms.max())
             if since > _PATIENCE:
@@ -184,6 +192,7 @@ class _Run:
     def lockstep(self, columns: NDArray, r: NDArray) -> bool:
         """Every column by itself, products in common."""
         x = self.X[:, columns]
+        target = self.target_of(columns, r)
         z = self.inverse(r)
         p = z.copy()
         rz = _dot(r, z)
@@ -205,9 +214,10 @@ class _Run:
             self.X[:, columns] = x
             norms = np.linalg.norm(r, axis=0)
             self.told(columns, norms)
-            keep = (norms > self.target[columns]) & ~bad & (step > 0)
+            keep = (norms > target) & ~bad & (step > 0)
             if not keep.all():
                 columns, x, r, p, rz = columns[keep], x[:, keep], r[:, keep], p[:, keep], rz[keep]
+                target = target[keep]
                 if not columns.size:
                     break
             z = self.inverse(r)

@@ -355,6 +355,14 @@ def test_a_diverging_solve_leaves_no_file(tmp_path):
 # --- what is refused --------------------------------------------------------------------------
 
 
+def test_a_path_below_a_file_is_refused_before_solving(tmp_path, monkeypatch):
+    p = problem()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(score_file, "_multiply", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="^path's parent must be a folder that can be written to"):
+        Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "file" / "s.h5", p.test)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_file_of_other_inputs_is_refused_by_name(finished, tmp_path, small_blocks, monkeypatch):
     p, path = problem(), tmp_path / "s.h5"

@@ -253,6 +253,19 @@ def test_cg_with_more_iterations_than_dimensions(dtype):
     assert (solution.iterations < 1000).all()
 
 
+@pytest.mark.parametrize("columns", [1, 5])
+def test_cg_ends_where_rounding_does(columns):
+    d = 1000
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    A = ((Q * np.geomspace(1, 1e-2, d)) @ Q.T).astype("float32")
+    b = rng.standard_normal((d, columns)).astype("float32")
+    solution = solve((A + A.T) / 2, b, CG(rtol=0, max_iterations=2000))
+    assert solution.residual.max() < 100 * np.finfo("float32").eps
+    assert (solution.min_curvature > 0.9e-2).all()
+    assert "rounding stopped CG above rtol" in solution.remedy
+
+
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("when", [0, 5])
 def test_an_operator_that_gives_nan_is_named(solver, when):

@@ -225,6 +225,13 @@ def test_a_singular_matrix_is_refused_where_it_shows(rank):
     assert solve(A, np.ones(D), Lanczos(5)).residual[0] > 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_curvature_that_rounds_below_zero_is_zero(dtype):
+    A = symmetric([*np.zeros(30), *np.linspace(1, 2, 10)]).astype(dtype)
+    found = [solve(A, np.ones(D), Lanczos(5, seed=seed)).min_curvature[0] for seed in range(20)]
+    assert min(found) >= 0
+
+
 def test_products_that_are_not_finite_are_named():
     A = LinearOperator((D, D), matvec=lambda v: np.full(D, np.nan), dtype=float)
     with pytest.raises(DivergenceError, match="^A must have finite products, got NaN .* in Lanczo"):
