@@ -168,7 +168,8 @@ def truths(
     for truth, objective in objectives:
         response = proximal_response(
             net, train, measured, removed, objective=objective, damping=config.damping,
-            solver=prepared[objective], tolerance=config.tolerance, checkpoints=checkpoints,
+            solver=prepared[objective], tolerance=config.tolerance,
+            num_processes=config.num_processes, checkpoints=checkpoints,
         )  # fmt: skip
         # Without the row's own curvature there may be no minimum nearby; rounding leaves less.
         lost = response.gradient_norm > _LOST
@@ -216,7 +217,7 @@ def _rounding(
     exact = proximal_response(
         double, train, measured, some, objective="leave_one_out", damping=config.damping,
         solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=40,
-        checkpoints=checkpoints,
+        num_processes=config.num_processes, checkpoints=checkpoints,
     )  # fmt: skip
     rough = found[0, np.searchsorted(removed, some)]
     known = (exact.gradient_norm <= config.tolerance) & np.isfinite(rough)

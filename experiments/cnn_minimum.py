@@ -29,8 +29,8 @@ from influence.proximal import ProximalResponse
 _FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rounding
 _FLOAT32_REFIT = 1e-5  # the same for a refit, whose gradient less that at the minimum is taken
 _STEP_DAMPING = 1e-6  # of the largest eigenvalue: how flat directions may be for a refit's steps
-_MOST_REFITTING = 100  # passes for a refit: some directions are nearly flat
-_TOGETHER = 2  # refits side by side: in float64 more of them are no faster, and are lost together
+_MOST_REFITTING = 300  # passes for a refit: some directions are nearly flat
+_TOGETHER = 4  # refits side by side: more of them are no faster, and are lost together
 
 
 def at_minimum(
@@ -95,8 +95,7 @@ def _refits(
     """The net minimised without each row, from the minimum with all: `actual` (m, k), and metrics.
 
     In float32 as far as that tells gradients from rounding, if that is what the net is in, then in
-    float64. A row that float32 finds no minimum without is not tried again: two that were
-    followed further went on to somewhere else altogether.
+    float64. A row that float32 finds no minimum without is not tried again.
 
     Args:
       config: of `fig2_cnn`.
@@ -120,7 +119,8 @@ def _refits(
             solver=prepare(
                 Hessian(net, train, damping + step_damping, checkpoints=checkpoints), Direct()
             ),
-            max_iterations=_MOST_REFITTING, checkpoints=checkpoints, **options,
+            max_iterations=_MOST_REFITTING, block=_TOGETHER, num_processes=config.num_processes,
+            checkpoints=checkpoints, **options,
         )  # fmt: skip
 
     found, start = np.arange(len(removed)), None
@@ -131,9 +131,7 @@ def _refits(
     actual = np.full((len(double[2]), len(removed)), np.nan)
     worst = 0.0
     if len(found):
-        exact = minimised(
-            found, *double, config.minimum_tolerance, start=start, block=_TOGETHER
-        )  # fmt: skip
+        exact = minimised(found, *double, config.minimum_tolerance, start=start)
         norms = exact.gradient_norm * first[found]
         worst = norms[exact.converged].max(initial=0.0)
         found = found[exact.converged]

@@ -77,6 +77,8 @@ class Config:
     """gradient norm to reach there, and by each refit of its own objective"""
     minimum_damping: float = 1e-6
     """added to the Hessian there, which softmax leaves singular in one direction"""
+    num_processes: int = 2
+    """that look for proximal minima and refits, one of which keeps about one core busy"""
     dtype: str = DTYPE
     """of the network (release)"""
     seed: int = 0
@@ -98,7 +100,7 @@ class Config:
                          "continued_rate", "slow_rate", "continued_steps", "evaluations",
                          "cg_rtol", "lissa_depth", "lissa_batch_size")  # fmt: skip
         options.at_least(self, 2, "further_removals")  # a line is drawn through them
-        options.at_least(self, 1, "filters", "strides", "batch_size")
+        options.at_least(self, 1, "filters", "strides", "batch_size", "num_processes")
         options.at_least(self, 0, "weight_decay", "test_points", "rounds", "final_rounds")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}.")
@@ -109,7 +111,7 @@ PRESETS = {
     "smoke": Config(num_train=400, filters=4, strides=(1, 2), schedule=((800, 1e-2), (200, 1e-3)),
                     batch_size=100, test_points=(11, 57), num_removals=20, further_removals=10,
                     lissa_depth=200, continued_steps=40, continued_rate=1e-3,
-                    slow_removals=5, double_removals=3, damping=0.05,
+                    slow_removals=5, double_removals=3, damping=0.05, num_processes=1,
                     dtype="float64"),
     "standard": Config(schedule=_SHORT, continued_steps=220, continued_rate=1e-4),
     "paper": Config(),
@@ -155,8 +157,7 @@ DEVIATIONS = (
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions. Rows whose refits miss the gradient norm in 100 passes, mostly because the "
-    "removal leaves no minimum nearby, are left out and counted; they are the more influential.",
+    "predictions. Rows whose refits miss the gradient norm in 300 passes are left out and counted.",
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from influence.operators import check_batch_size
 from influence.progress import progress
 
 Groups = Sequence[NDArray[np.int64]]
+_THREADS = "TF_NUM_INTRAOP_THREADS"  # read by TensorFlow when a process begins to use it
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +126,12 @@ def run(
     if folder is not None:
         name = task.identity(*identity)
         paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
-    work = joblib.Parallel(n_jobs=num_processes, return_as="generator")(
-        joblib.delayed(_kept)(path, refit, task, part, argument)
-        for path, part in zip(paths, parts, strict=True)
-    )
-    done = list(progress(work, what, len(parts)))
+    with _cores_shared(num_processes):
+        work = joblib.Parallel(n_jobs=num_processes, return_as="generator")(
+            joblib.delayed(_kept)(path, refit, task, part, argument)
+            for path, part in zip(paths, parts, strict=True)
+        )
+        done = list(progress(work, what, len(parts)))
     return {name: np.concatenate([d[name] for d in done], axis=-1) for name in done[0]}
 
 
@@ -196,7 +200,8 @@ def check_processes(num_processes: int, *sent: Any) -> None:
     if joblib.effective_n_jobs(num_processes) == 1:
         return
     try:
-        joblib.Parallel(n_jobs=num_processes)([joblib.delayed(_arrived)(*sent)])
+        with _cores_shared(num_processes):
+            joblib.Parallel(n_jobs=num_processes)([joblib.delayed(_arrived)(*sent)])
     except Exception as error:
         raise ValueError(
             f"num_processes must be 1 for a net that another process cannot rebuild, got "
@@ -204,6 +209,23 @@ def check_processes(num_processes: int, *sent: Any) -> None:
             "keras.saving.register_keras_serializable and a get_config, and define it and the loss "
             "in a module that can be imported, not in the script or notebook itself."
         ) from error
+
+
+@contextmanager
+def _cores_shared(num_processes: int) -> Iterator[None]:
+    """Workers that start in here have their share of the cores for TensorFlow's threads.
+
+    As joblib sees to it for BLAS: else each would take them all, and wait for the others.
+    """
+    workers = joblib.effective_n_jobs(num_processes)
+    if workers == 1 or _THREADS in os.environ:
+        yield
+        return
+    os.environ[_THREADS] = str(max(joblib.cpu_count() // workers, 1))
+    try:
+        yield
+    finally:
+        del os.environ[_THREADS]
 
 
 def _arrived(*sent: Any) -> int:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_PAIRS = 20  # of steps and changes of gradient that are remembered
-_PATIENCE = 20  # passes without a smaller gradient, after which rounding is all that is left
+_LEAST_PAIRS = 20  # of steps and changes of gradient that are remembered, and all that fit into
+_BYTES = 1 << 24  # for each function: where curvature changes on the way, old ones still tell of it
+_PATIENCE = 20  # passes without a smaller gradient, after which the function must have fallen
+_FALL = 1e-3  # in them, by this much of all that it fell: else rounding is all that is left
 _CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
 _OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
 
@@ -44,7 +46,8 @@ def minimise(
     ends on a climb half as steep as its descent began (the upper half of the approximate Wolfe
     conditions, Hager & Zhang 2005, which gradients alone decide and rounding spares) and the
     gradient has grown. One that is not taken still teaches its curvature, and the next is at most
-    half as long.
+    half as long. While gradients do not shrink, (g + g')'s/2 of the steps taken, which is what the
+    function fell by but for third order, tells a long way down from rounding.
 
     Args:
       gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
@@ -61,7 +64,8 @@ def minimise(
     norms = np.linalg.norm(G, axis=0)
     best = Found(thetas.copy(), norms.copy(), np.zeros(len(norms), int))
     longest = np.full(len(norms), np.inf)
-    stale = np.zeros(len(norms), int)
+    stale, fallen, mark = np.zeros(len(norms), int), np.zeros(len(norms)), np.zeros(len(norms))
+    most = max(_BYTES // (2 * thetas.itemsize * len(thetas)), _LEAST_PAIRS)
     pairs: list[tuple[NDArray, NDArray, NDArray]] = []
     todo = np.flatnonzero(norms > tolerance)
     for _ in range(max_passes):
@@ -73,18 +77,23 @@ def minimise(
         tried = thetas[:, todo] + steps
         there = gradients(tried, todo)
         tried_norms = np.linalg.norm(there, axis=0)
-        pairs = [*pairs[1 - _PAIRS :], _pair(steps, there - g)]
+        pairs = [*pairs[1 - most :], _pair(steps, there - g)]
         climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
         taken = np.isfinite(tried_norms) & (~climbs | (tried_norms < norms[todo]))
         moved = todo[taken]
         thetas[:, moved], G[:, moved] = tried[:, taken], there[:, taken]
         norms[moved] = tried_norms[taken]
+        fallen[moved] -= (_dot(there + g, steps) / 2)[taken]
         longest[todo] = np.where(taken, np.inf, np.linalg.norm(steps, axis=0) / 2)
         better = todo[norms[todo] < best.norms[todo]]
         best.thetas[:, better], best.norms[better] = thetas[:, better], norms[better]
         best.passes[todo] += 1
         stale[todo] += 1
         stale[better] = 0
+        falls = todo[fallen[todo] - mark[todo] > _FALL * fallen[todo]]
+        waited = falls[stale[falls] >= _PATIENCE]
+        stale[waited] = 0
+        mark[better], mark[waited] = fallen[better], fallen[waited]
         stay = (best.norms[todo] > tolerance[todo]) & (stale[todo] < _PATIENCE)
         if not stay.all():
             pairs = [(S[:, stay], Y[:, stay], weight[stay]) for S, Y, weight in pairs]

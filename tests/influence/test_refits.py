@@ -1,3 +1,5 @@
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -63,6 +65,19 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
     with pytest.raises(ValueError, match=message) as caught:
         leave_one_out(*given, [0], fit=fit, num_processes=2)
     assert "Error: " in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_processes_share_the_cores_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(refits.joblib, "cpu_count", lambda: 6)
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    for num_processes, threads in ((1, None), (2, "3"), (9, "1")):
+        with refits._cores_shared(num_processes):
+            assert os.environ.get("TF_NUM_INTRAOP_THREADS") == threads
+        assert "TF_NUM_INTRAOP_THREADS" not in os.environ
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "5")
+    with refits._cores_shared(2):
+        assert os.environ["TF_NUM_INTRAOP_THREADS"] == "5"
+    assert os.environ["TF_NUM_INTRAOP_THREADS"] == "5"
 
 
 def test_every_way_of_retraining_tries_its_processes_before_any_work(monkeypatch):

@@ -114,12 +114,25 @@ def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
     np.testing.assert_allclose(one.norms, np.linalg.norm(H @ one.thetas, axis=0))
 
 
+def test_a_long_way_down_is_gone_though_gradients_grow():
+    """Rosenbrock's valley: beside its floor gradients are a hundred times those on it."""
+
+    def rosenbrock(t, _):
+        away = t[1] - t[0] ** 2
+        return np.stack([2 * (t[0] - 1) - 400 * t[0] * away, 200 * away])
+
+    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # on its floor, at the far end
+    found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
+    np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
+
+
 def test_only_so_many_pairs_are_remembered(monkeypatch):
     H = symmetric(np.geomspace(1, 1e2, 30))
     gradients, _ = quadratics([H], np.ones((30, 1)))
     passes = {}
     for num in (3, 100):
-        monkeypatch.setattr(secant, "_PAIRS", num)
+        monkeypatch.setattr(secant, "_LEAST_PAIRS", num)
+        monkeypatch.setattr(secant, "_BYTES", 0)
         found = run(gradients, lambda G, _: G / 30, np.zeros((30, 1)), 1e-6, 500)
         assert found.norms[0] <= 1e-6
         passes[num] = found.passes[0]
