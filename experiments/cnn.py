@@ -217,7 +217,8 @@ def _rounding(
     exact = proximal_response(
         double, train, measured, some, objective="leave_one_out", damping=config.damping,
         solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=40,
-        num_processes=config.num_processes, checkpoints=checkpoints,
+        block=-(-len(some) // config.num_processes), num_processes=config.num_processes,
+        checkpoints=checkpoints,
     )  # fmt: skip
     rough = found[0, np.searchsorted(removed, some)]
     known = (exact.gradient_norm <= config.tolerance) & np.isfinite(rough)

@@ -50,7 +50,7 @@ def at_minimum(
       checkpoints: where finished rounds and refits are kept, or None.
 
     Returns: (arrays: risk and gradient_norm by round, predicted (m, r) in every way and actual,
-      removed (r,), removals_j; metrics).
+      removed (r,), removals_j, refit_distance and refit_passes (r,); metrics).
     """
     descents, double, train64 = _descended(config, net, train, checkpoints)
     *_, measured64 = in_double(config, net, train, measured)
@@ -71,7 +71,8 @@ def at_minimum(
         for name in ("risk", "gradient_norm", "smallest_eigenvalue")
     }
     arrays |= {f"predicted_{how}": scores[:, removed] for how, scores in found.items()}
-    arrays |= {"actual_minimum": refits.pop("actual"), "removed": removed}
+    arrays |= {"removed": removed, "actual_minimum": refits.pop("actual")}
+    arrays |= {name: refits.pop(name) for name in ("refit_distance", "refit_passes")}
     arrays |= {f"removals_{j}": np.searchsorted(removed, some) for j, some in enumerate(rows)}
     metrics = solved | {
         "risk": double.risk(train64),
@@ -92,7 +93,10 @@ def _refits(
     config: Any, single: _Given, double: _Given, removed: NDArray, damping: float,
     step_damping: float, checkpoints: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The net minimised without each row, from the minimum with all: `actual` (m, k), and metrics.
+    """The net minimised without each row, from the minimum with all: arrays by row, and metrics.
+
+    `actual` (m, k), `refit_distance` (k,) from the minimum with all, both NaN where none was found,
+    and `refit_passes` (k,) over the training set.
 
     In float32 as far as that tells gradients from rounding, if that is what the net is in, then in
     float64. A row that float32 finds no minimum without is not tried again.
@@ -124,20 +128,26 @@ def _refits(
         )  # fmt: skip
 
     found, start = np.arange(len(removed)), None
+    passes = np.zeros(len(removed), int)
     if config.dtype != "float64":
         rough = minimised(found, *single, max(_FLOAT32_REFIT, config.minimum_tolerance))
+        passes += rough.iterations
         found = np.flatnonzero(rough.converged)
         start = rough.thetas[found]
     actual = np.full((len(double[2]), len(removed)), np.nan)
-    worst = 0.0
+    distance, worst = np.full(len(removed), np.nan), 0.0
     if len(found):
         exact = minimised(found, *double, config.minimum_tolerance, start=start)
+        passes[found] += exact.iterations
         norms = exact.gradient_norm * first[found]
         worst = norms[exact.converged].max(initial=0.0)
         found = found[exact.converged]
         actual[:, found] = exact.change_if_removed[:, exact.converged]
+        distance[found] = np.linalg.norm(exact.thetas[exact.converged] - net.theta, axis=1)
     return {
         "actual": actual,
+        "refit_distance": distance,
+        "refit_passes": passes,
         "refit_gradient_norm": worst,
         "refits_unconverged": len(removed) - len(found),
     }

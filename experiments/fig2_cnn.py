@@ -78,7 +78,7 @@ class Config:
     minimum_damping: float = 1e-6
     """added to the Hessian there, which softmax leaves singular in one direction"""
     num_processes: int = 2
-    """that look for proximal minima and refits, one of which keeps about one core busy"""
+    """joblib workers for proximal minima and refits; each keeps about one core busy"""
     dtype: str = DTYPE
     """of the network (release)"""
     seed: int = 0
@@ -157,7 +157,7 @@ DEVIATIONS = (
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions. Rows whose refits miss the gradient norm in 300 passes are left out and counted.",
+    "predictions. Rows whose refits miss the gradient norm are left out and counted.",
 )
 
 

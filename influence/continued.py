@@ -94,7 +94,8 @@ def continued_training(
       batch_size: rows a step, at least 3.
       seed: of the order of the rows.
       block: trainings side by side. Part of the checkpoints' identity.
-      num_processes: joblib workers; -1 for one a core.
+      num_processes: joblib workers, which share the cores; -1 for one a core. The last bits may
+        depend on it.
       checkpoints: a folder for finished blocks and, every few hundred steps, the one at work. A
         call that was interrupted, by kill -9 too, goes on from there to the same numbers.
 

@@ -120,7 +120,8 @@ def proximal_response(
       max_iterations: gradients of F_i at most, for each row.
       block: rows whose minima are sought together. Part of the checkpoints' identity.
       batch_size: rows of the training set at a time; None: chosen.
-      num_processes: joblib workers; -1 for one a core.
+      num_processes: joblib workers, which share the cores; -1 for one a core. The last bits may
+        depend on it.
       checkpoints: a folder where finished blocks are kept. A call that was interrupted, by kill -9
         too, continues from there and ends bit for bit as if it had not been.
 

@@ -126,8 +126,9 @@ def run(
     if folder is not None:
         name = task.identity(*identity)
         paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
-    with _cores_shared(num_processes):
-        work = joblib.Parallel(n_jobs=num_processes, return_as="generator")(
+    workers = min(joblib.effective_n_jobs(num_processes), len(parts))
+    with _cores_shared(workers):
+        work = joblib.Parallel(n_jobs=workers, return_as="generator")(
             joblib.delayed(_kept)(path, refit, task, part, argument)
             for path, part in zip(paths, parts, strict=True)
         )

@@ -122,10 +122,10 @@ def _apply(inverse: Prepared, B: NDArray) -> NDArray:
     raw = inverse.apply(B)
     if np.any(np.asarray(raw.min_curvature) <= 0):
         smallest = np.nanmin(raw.min_curvature)
+        more = f" by more than {-smallest:.3g}" if smallest else ""
         raise DivergenceError(
             f"the curvature at theta must be positive definite, got {smallest:.3g} in some "
-            f"direction; raise the damping by more than {-smallest:.3g} or, where there is none, "
-            "retrain by method='fit'."
+            f"direction; raise the damping{more} or, where there is none, retrain by method='fit'."
         )
     return raw.x
 

@@ -59,7 +59,8 @@ def leave_one_out(
       max_passes: data passes at most for each refit by "newton".
       block: refits that share a data pass. Part of the checkpoints' identity.
       batch_size: rows of the training set at a time; None: chosen.
-      num_processes: joblib workers; -1 for one a core.
+      num_processes: joblib workers, which share the cores; -1 for one a core. The last bits may
+        depend on it.
       checkpoints: a folder where finished blocks are kept.
       key: part of the checkpoints' identity; required with them where `fit` is given.
 
@@ -120,7 +121,8 @@ def leave_group_out(
       max_passes: data passes at most for each refit by "newton".
       block: refits that share a data pass. Part of the checkpoints' identity.
       batch_size: rows of the training set at a time; None: chosen.
-      num_processes: joblib workers; -1 for one a core. Set a joblib backend to leave the machine.
+      num_processes: joblib workers, which share the cores; -1 for one a core. The last bits may
+        depend on it. Set a joblib backend to leave the machine.
       checkpoints: a folder where finished blocks are kept. A call that was interrupted, by kill -9
         too, continues from there and ends bit for bit as if it had not been; with dropout, if its
         layers were given seeds.

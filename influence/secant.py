@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_LEAST_PAIRS = 20  # of steps and changes of gradient that are remembered, and all that fit into
-_BYTES = 1 << 24  # for each function: where curvature changes on the way, old ones still tell of it
-_PATIENCE = 20  # passes without a smaller gradient, after which the function must have fallen
-_FALL = 1e-3  # in them, by this much of all that it fell: else rounding is all that is left
+_LEAST_PAIRS = 20  # (step, change of gradient) that are remembered, however large theta is
+_BYTES = 1 << 23  # of pairs that a function may hold beyond those: each mends one more direction
+_PATIENCE = 20  # passes without a smaller gradient until what the function did since is looked at
+_FALL = 1e-3  # share of its whole fall that they must have brought; less is taken for rounding
+_ROSE = 2.0  # times the smallest gradient: what they must have met; less is taken for rounding
 _CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
 _OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
 
@@ -46,8 +47,9 @@ def minimise(
     ends on a climb half as steep as its descent began (the upper half of the approximate Wolfe
     conditions, Hager & Zhang 2005, which gradients alone decide and rounding spares) and the
     gradient has grown. One that is not taken still teaches its curvature, and the next is at most
-    half as long. While gradients do not shrink, (g + g')'s/2 of the steps taken, which is what the
-    function fell by but for third order, tells a long way down from rounding.
+    half as long. Where gradients no longer shrink, a long way down is told from rounding by how far
+    they rose, and by the sum of -(g_before + g_after) . step / 2, the function's fall but for third
+    order.
 
     Args:
       gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
@@ -65,6 +67,7 @@ def minimise(
     best = Found(thetas.copy(), norms.copy(), np.zeros(len(norms), int))
     longest = np.full(len(norms), np.inf)
     stale, fallen, mark = np.zeros(len(norms), int), np.zeros(len(norms)), np.zeros(len(norms))
+    highest = norms.copy()  # of the gradients since `mark`
     most = max(_BYTES // (2 * thetas.itemsize * len(thetas)), _LEAST_PAIRS)
     pairs: list[tuple[NDArray, NDArray, NDArray]] = []
     todo = np.flatnonzero(norms > tolerance)
@@ -75,6 +78,7 @@ def minimise(
         steps = -_two_loops(pairs, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, longest[todo] / np.linalg.norm(steps, axis=0))
         tried = thetas[:, todo] + steps
+        steps = tried - thetas[:, todo]  # as far as it rounds to
         there = gradients(tried, todo)
         tried_norms = np.linalg.norm(there, axis=0)
         pairs = [*pairs[1 - most :], _pair(steps, there - g)]
@@ -89,14 +93,15 @@ def minimise(
         best.thetas[:, better], best.norms[better] = thetas[:, better], norms[better]
         best.passes[todo] += 1
         stale[todo] += 1
-        stale[better] = 0
-        falls = todo[fallen[todo] - mark[todo] > _FALL * fallen[todo]]
-        waited = falls[stale[falls] >= _PATIENCE]
-        stale[waited] = 0
-        mark[better], mark[waited] = fallen[better], fallen[waited]
+        highest[todo] = np.maximum(highest[todo], norms[todo])
+        under_way = fallen - mark > _FALL * np.abs(fallen)
+        under_way &= (highest > _ROSE * best.norms) & (stale >= _PATIENCE)
+        again = np.concatenate([better, todo[under_way[todo]]])
+        stale[again], mark[again], highest[again] = 0, fallen[again], norms[again]
         stay = (best.norms[todo] > tolerance[todo]) & (stale[todo] < _PATIENCE)
         if not stay.all():
-            pairs = [(S[:, stay], Y[:, stay], weight[stay]) for S, Y, weight in pairs]
+            for i, (S, Y, weight) in enumerate(pairs):  # in place: they are most of the memory
+                pairs[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
     return best
 

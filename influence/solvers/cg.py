@@ -145,7 +145,7 @@ class _Run:
     def target_of(self, columns: NDArray, r: NDArray) -> NDArray:
         """Norms to end a recurrence at that begins with r (d, j).
 
-        One that has fallen by eps has lost the true residual; going on, it may end anywhere.
+        One that has fallen to eps of that has lost the true residual, and may end anywhere.
         """
         return np.maximum(self.target[columns], self.eps * np.linalg.norm(r, axis=0))
 

@@ -70,7 +70,8 @@ class Lanczos:
                 f"{enough_damping(A, smallest)}, or GaussNewton, or Direct, which answers for "
                 "indefinite matrices."
             )
-        smallest = max(smallest, 0.0) if smallest >= -rounding else smallest
+        if abs(smallest) <= rounding:
+            smallest = 0.0  # its sign is rounding's
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:

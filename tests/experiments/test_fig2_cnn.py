@@ -166,6 +166,9 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
     r = np.corrcoef(arrays["predicted_minimum"][0, first], arrays["actual_minimum"][0, first])
     assert metrics["pearson_minimum"] == pytest.approx(r[0, 1], rel=1e-12)
     assert metrics["pearson_minimum"] > 0.9
+    num = len(arrays["removed"])
+    assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
+    assert (arrays["refit_passes"] > 0).all() and (arrays["refit_distance"] > 1e-4).all()
 
 
 def test_what_is_certified_in_float64_is_what_is_used(converged, refitted_from):

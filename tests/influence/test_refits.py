@@ -1,4 +1,5 @@
 import os
+from contextlib import nullcontext
 
 import keras
 import numpy as np
@@ -38,6 +39,7 @@ def unregistered():
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
     """One test, so that processes start once: TensorFlow takes them seconds."""
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")  # in both, or last bits may differ
     p, options = interrupted_problem("newton")
     net, train = dropping()
     for work in (
@@ -95,6 +97,15 @@ def test_every_way_of_retraining_tries_its_processes_before_any_work(monkeypatch
     ):
         with pytest.raises(RuntimeError, match="^2 for GenericNeuralNet"):
             work()
+
+
+def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
+    p, options = interrupted_problem("newton")
+    shared = []
+    monkeypatch.setattr(refits, "check_processes", lambda *_: None)
+    monkeypatch.setattr(refits, "_cores_shared", lambda n: shared.append(n) or nullcontext())
+    leave_one_out(p.net, p.train, p.test, [0, 1], num_processes=2, **(options | {"block": 2}))
+    assert shared == [1]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -358,7 +358,7 @@ def test_a_diverging_solve_leaves_no_file(tmp_path):
 def test_a_path_below_a_file_is_refused_before_solving(tmp_path, monkeypatch):
     p = problem()
     (tmp_path / "file").touch()
-    monkeypatch.setattr(score_file, "_multiply", lambda *_: 1 / 0)
+    monkeypatch.setattr(score_file, "_solve", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="^path's parent must be a folder that can be written to"):
         Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "file" / "s.h5", p.test)
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from influence import secant
 from influence.secant import minimise
@@ -126,17 +127,44 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
 
+@pytest.mark.parametrize("ratio", [10, 100])
+def test_rounding_is_no_way_down(ratio):
+    """Steps towards noise look as if the function fell, by as much in every pass."""
+    H, rng = symmetric(np.geomspace(1, 100, 30)), np.random.default_rng(0)
+    size = np.linalg.norm(H @ np.ones(30)) / ratio
+    noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
+    found = run(lambda t, _: H @ t + noise(t), lambda G, _: np.linalg.solve(H, G),
+                np.ones((30, 1)), max_passes=1000)  # fmt: skip
+    assert found.passes[0] < 100
+
+
+def test_a_search_that_cannot_move_ends():
+    start = np.full((1, 1), 1000, np.float32)  # its last digit is more than a step
+    first = np.full((1, 1), 1e-6, np.float32)
+    stuck = minimise(lambda t, _: first, lambda G, _: G, start, first, np.zeros(1), 300)
+    asked = []
+
+    def once(thetas, _):
+        """A smaller gradient after a climb along a flat direction, and nowhere else to go."""
+        asked.append(thetas)
+        return np.array([[[1], [0.1]], [[0], [-0.9]], [[np.nan], [np.nan]]][min(len(asked), 3) - 1])
+
+    lost = run(once, lambda G, _: np.array([[1], [100]]) * G, [[0.0], [0.0]], max_passes=300)
+    assert lost.norms[0] == 0.9  # it was taken
+    assert stuck.passes[0] < 30 and lost.passes[0] < 30
+
+
 def test_only_so_many_pairs_are_remembered(monkeypatch):
     H = symmetric(np.geomspace(1, 1e2, 30))
     gradients, _ = quadratics([H], np.ones((30, 1)))
     passes = {}
-    for num in (3, 100):
-        monkeypatch.setattr(secant, "_LEAST_PAIRS", num)
-        monkeypatch.setattr(secant, "_BYTES", 0)
+    for least, fit in ((3, 0), (100, 0), (3, 100), (3, 3)):
+        monkeypatch.setattr(secant, "_LEAST_PAIRS", least)
+        monkeypatch.setattr(secant, "_BYTES", fit * 2 * 30 * 8)
         found = run(gradients, lambda G, _: G / 30, np.zeros((30, 1)), 1e-6, 500)
         assert found.norms[0] <= 1e-6
-        passes[num] = found.passes[0]
-    assert passes[100] < passes[3]
+        passes[least, fit] = found.passes[0]
+    assert passes[3, 100] == passes[100, 0] < passes[3, 0] == passes[3, 3]
 
 
 def test_the_start_is_left_alone():

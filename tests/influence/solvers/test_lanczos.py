@@ -226,10 +226,10 @@ def test_a_singular_matrix_is_refused_where_it_shows(rank):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_curvature_that_rounds_below_zero_is_zero(dtype):
+def test_curvature_that_rounds_to_zero_is_zero(dtype):
     A = symmetric([*np.zeros(30), *np.linspace(1, 2, 10)]).astype(dtype)
-    found = [solve(A, np.ones(D), Lanczos(5, seed=seed)).min_curvature[0] for seed in range(20)]
-    assert min(found) >= 0
+    for seed in range(10):  # the sign of what is met is rounding's
+        assert solve(A, np.ones(D), Lanczos(5, seed=seed)).min_curvature[0] == 0
 
 
 def test_products_that_are_not_finite_are_named():
