@@ -33,7 +33,7 @@ from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, GaussNewton, Hessian
 from influence.refits import Groups, Task
-from influence.removal import Removal
+from influence.removal import Removal, apply
 from influence.solvers import Direct, Prepared, Solver, prepare
 
 _CURVATURE: dict[str, type[Curvature]] = {"bregman": GaussNewton, "leave_one_out": Hessian}
@@ -102,7 +102,8 @@ def proximal_response(
     theta.
 
     Steps are Newton's with A, factored once, and the row's own curvature taken out of it, then with
-    secant updates. The net is left as it was.
+    secant updates; none is much longer than the last or, the first, than A's own. The net is left
+    as it was.
 
     Args:
       net: anywhere; float64, unless its gradients can be told from rounding in float32.
@@ -199,18 +200,18 @@ def _numbers(name: str, given: ArrayLike, shape: tuple[int, ...]) -> NDArray:
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
     """The minima of F_i for some rows, a column each."""
     net, train, n = task.net, task.train, len(task.train)
-    inverse = search.inverse
     removed = Removal(net, train, groups, task.batch_size)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
-    divergence = _of_outputs(task) if isinstance(inverse.A, GaussNewton) else _of_the_risk(task)
+    gauss_newton = isinstance(search.inverse.A, GaussNewton)
+    divergence = _of_outputs(task) if gauss_newton else _of_the_risk(task)
 
     def gradients(there: NDArray, columns: NDArray) -> NDArray:
         away = there - thetas[:, columns]
         own = removed.gradients(there, columns) / n
         return divergence(there) - own + search.damping * away
 
-    def steps(G: NDArray, columns: NDArray) -> NDArray:
-        return removed.solve(inverse, G, columns)
+    def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
+        return apply(search.inverse, G)
 
     first = -removed.gradients(thetas, np.arange(len(groups))) / n  # D is stationary at theta_s
     scale = np.linalg.norm(first, axis=0)
@@ -219,7 +220,11 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
         start = np.column_stack([search.start[row] for (row,) in groups]).astype(thetas.dtype)
         begun = gradients(start, np.arange(len(groups)))
     tolerance = np.array([search.tolerance[row] for (row,) in groups]) * scale
-    found = secant.minimise(gradients, steps, start, begun, tolerance, task.max_passes)
+    found = secant.minimise(
+        gradients, inverse, start, begun, tolerance, task.max_passes,
+        pairs=removed.pairs(search.inverse, begun),
+        longest=np.linalg.norm(inverse(begun), axis=0),  # the row's own curvature may leave none
+    )  # fmt: skip
     return {
         "thetas": found.thetas,
         "change_if_removed": task.changes(found.thetas),

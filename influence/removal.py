@@ -58,44 +58,52 @@ class Removal:
             total[:, at] += products[:, :, 0].T * y.shape[1]
         return total
 
-    def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
-        """About (A - H_g / n)^-1 b, (d, j), for the matrix A of `inverse` and H_g as in `hvp`.
+    def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
+        """Directions P (d, k), and what A - H_g / n makes of them, that tell it from A.
 
-        Conjugate gradients preconditioned by A^-1. Then A p follows from the recurrence of p, so
-        that a step costs one product with the group's own rows, and about as many are needed as a
-        small group has outputs. Large groups, whose products cost as much as the data passes that
-        they are to save, get fewer steps; the caller's secant updates make up for it.
+        A is the matrix of `inverse`, H_g as in `hvp`. The directions are those of conjugate
+        gradients for (A - H_g / n) x = b, preconditioned by A^-1, so that A p follows from the
+        recurrence of p and a step costs one product with the group's own rows. About as many are
+        needed as a small group has outputs. Large groups, whose products cost as much as the data
+        passes that they are to save, get fewer. Secant updates of A^-1 by these pairs solve for b.
 
+        Args:
+          inverse: of A; positive definite.
+          B: (d, k) right-hand sides, one a group.
+
+        Returns: pairs (P, (A - H_g / n) P); zero for a group that has had its directions, or that
+          leaves no curvature along one.
         Raises: DivergenceError if A is not positive definite.
         """
-        n = len(self.train)
-        limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
-        X = np.zeros_like(B)
-        at = np.arange(B.shape[1])  # the columns still open
-        r, z = B, _apply(inverse, B)
-        p, Ap = z, r  # Ap: what A, without the groups taken out, makes of p
-        rz = _dot(r, z)
+        n, pairs = len(self.train), []
+        limit = np.clip(n // self.sizes, 1, _MOST_STEPS)
+        at = np.flatnonzero(B.any(axis=0))  # the columns still open
+        if not len(at):
+            return pairs
+        r = B[:, at]
+        p, Ap = apply(inverse, r), r  # Ap: what A, without the groups taken out, makes of p
+        rz = _dot(r, p)
         target = _RTOL**2 * rz
-        for step in range(1, _MOST_STEPS + 1):
-            Hp = Ap - self.hvp(p, columns[at]) / n
+        while len(at):
+            Hp = Ap - self.hvp(p, at) / n
             curvature = _dot(p, Hp)
-            # No curvature left without the group: what the steps before have is the answer.
-            bent = curvature > 0
-            length = np.divide(rz, curvature, out=np.full_like(rz, float(step == 1)), where=bent)
-            X[:, at] += length * p
-            r = r - length * Hp
-            stay = bent & (step < limit[at])
-            at, (r, p, Ap, rz) = at[stay], _columns(stay, r, p, Ap, rz)
-            if not len(at):
+            curved = curvature > 0
+            P, Y = np.zeros_like(B), np.zeros_like(B)
+            P[:, at[curved]], Y[:, at[curved]] = p[:, curved], Hp[:, curved]
+            pairs.append((P, Y))
+            stay = curved & (len(pairs) < limit[at])
+            if not stay.any():
                 break
-            z = _apply(inverse, r)
+            r = r - np.divide(rz, curvature, out=np.zeros_like(rz), where=curved) * Hp
+            z = apply(inverse, r)
             before, rz = rz, _dot(r, z)
-            stay = rz > target[at]
-            at, (r, z, p, Ap, before, rz) = at[stay], _columns(stay, r, z, p, Ap, before, rz)
-            if not len(at):
-                break
+            stay &= rz > target
+            at, (r, z, p, Ap, before, rz, target) = (
+                at[stay],
+                _columns(stay, r, z, p, Ap, before, rz, target),
+            )
             p, Ap = z + rz / before * p, r + rz / before * Ap
-        return X
+        return pairs
 
     def _sizes(self, columns: NDArray) -> NDArray:
         return self.sizes[columns].astype(self.net.dtype)
@@ -118,7 +126,8 @@ class Removal:
                 yield np.array(at), *self.train.stacked(np.stack(rows))
 
 
-def _apply(inverse: Prepared, B: NDArray) -> NDArray:
+def apply(inverse: Prepared, B: NDArray) -> NDArray:
+    """A^-1 B for the matrix A of `inverse`; DivergenceError if it is not positive definite."""
     raw = inverse.apply(B)
     if np.any(np.asarray(raw.min_curvature) <= 0):
         smallest = np.nanmin(raw.min_curvature)

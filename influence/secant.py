@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 _LEAST_PAIRS = 20  # (step, change of gradient) that are remembered, however large theta is
 _BYTES = 1 << 23  # of pairs that a function may hold beyond those: each mends one more direction
 _PATIENCE = 20  # passes without a smaller gradient until what the function did since is looked at
-_FALL = 1e-3  # share of its whole fall that they must have brought; less is taken for rounding
+_FALL = 1e-5  # share of its whole fall that they must have brought; less is taken for rounding
 _ROSE = 2.0  # times the smallest gradient: what they must have met; less is taken for rounding
 _CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
 _OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
+_LONGER = 1.5  # times a step that was taken: what the next may be
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,9 @@ def minimise(
     first: NDArray,
     tolerance: NDArray,
     max_passes: int,
+    *,
+    pairs: Sequence[tuple[NDArray, NDArray]] = (),
+    longest: NDArray | None = None,
 ) -> Found:
     """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
 
@@ -47,7 +51,9 @@ def minimise(
     ends on a climb half as steep as its descent began (the upper half of the approximate Wolfe
     conditions, Hager & Zhang 2005, which gradients alone decide and rounding spares) and the
     gradient has grown. One that is not taken still teaches its curvature, and the next is at most
-    half as long. Where gradients no longer shrink, a long way down is told from rounding by how far
+    half as long; after one that is taken, half again as long, or as long if it ended on such a
+    climb: a function that bends much on the way is not left for where Newton's step would go.
+    Where gradients no longer shrink, a long way down is told from rounding by how far
     they rose, and by the sum of -(g_before + g_after) . step / 2, the function's fall but for third
     order.
 
@@ -59,36 +65,41 @@ def minimise(
       first: (d, k) the gradients there.
       tolerance: (k,) norms of gradients to stop at.
       max_passes: calls of `gradients` at most.
+      pairs: (P, Y), (d, k) each, by which the inverse is updated first: Y is what the Hessian at
+        the start makes of P; zero for a function that lacks one.
+      longest: (k,) how long the first steps may be; None: as long as they come.
 
     Returns: Found.
     """
     thetas, G = thetas.copy(), first.copy()
     norms = np.linalg.norm(G, axis=0)
     best = Found(thetas.copy(), norms.copy(), np.zeros(len(norms), int))
-    longest = np.full(len(norms), np.inf)
+    longest = np.full(len(norms), np.inf) if longest is None else longest.copy()
     stale, fallen, mark = np.zeros(len(norms), int), np.zeros(len(norms)), np.zeros(len(norms))
     highest = norms.copy()  # of the gradients since `mark`
     most = max(_BYTES // (2 * thetas.itemsize * len(thetas)), _LEAST_PAIRS)
-    pairs: list[tuple[NDArray, NDArray, NDArray]] = []
     todo = np.flatnonzero(norms > tolerance)
+    seen = [_pair(P[:, todo], Y[:, todo]) for P, Y in pairs]
     for _ in range(max_passes):
         if not len(todo):
             break
         g = G[:, todo]
-        steps = -_two_loops(pairs, g, lambda Q: inverse(Q, todo))  # noqa: B023
+        steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, longest[todo] / np.linalg.norm(steps, axis=0))
         tried = thetas[:, todo] + steps
         steps = tried - thetas[:, todo]  # as far as it rounds to
         there = gradients(tried, todo)
         tried_norms = np.linalg.norm(there, axis=0)
-        pairs = [*pairs[1 - most :], _pair(steps, there - g)]
+        seen = [*seen[1 - most :], _pair(steps, there - g)]
         climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
         taken = np.isfinite(tried_norms) & (~climbs | (tried_norms < norms[todo]))
         moved = todo[taken]
         thetas[:, moved], G[:, moved] = tried[:, taken], there[:, taken]
         norms[moved] = tried_norms[taken]
         fallen[moved] -= (_dot(there + g, steps) / 2)[taken]
-        longest[todo] = np.where(taken, np.inf, np.linalg.norm(steps, axis=0) / 2)
+        lengths = np.linalg.norm(steps, axis=0)
+        longer = np.where(climbs, lengths, np.maximum(longest[todo], _LONGER * lengths))
+        longest[todo] = np.where(taken, longer, lengths / 2)
         better = todo[norms[todo] < best.norms[todo]]
         best.thetas[:, better], best.norms[better] = thetas[:, better], norms[better]
         best.passes[todo] += 1
@@ -100,8 +111,8 @@ def minimise(
         stale[again], mark[again], highest[again] = 0, fallen[again], norms[again]
         stay = (best.norms[todo] > tolerance[todo]) & (stale[todo] < _PATIENCE)
         if not stay.all():
-            for i, (S, Y, weight) in enumerate(pairs):  # in place: they are most of the memory
-                pairs[i] = S[:, stay], Y[:, stay], weight[stay]
+            for i, (S, Y, weight) in enumerate(seen):  # in place: they are most of the memory
+                seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
     return best
 
