@@ -97,6 +97,65 @@ def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
     assert abs(found.thetas[0, 0]) < 1e-10
 
 
+def test_pairs_that_are_given_are_known_from_the_start():
+    """All directions in which the inverse is wrong, for one of two functions."""
+    H, c = symmetric([1, 1, 1, 3, 7]), np.arange(5.0)[:, None]
+    values, vectors = np.linalg.eigh(H)
+    gradients, _ = quadratics([H, H], np.hstack([c, c]))
+    none = np.zeros((5, 1))
+    pairs = [(np.hstack([v, none]), np.hstack([H @ v, none])) for v in vectors[:, 3:].T[:, :, None]]
+    start = np.zeros((5, 2))
+    first = gradients(start, np.arange(2))
+    found = minimise(gradients, lambda G, _: G, start, first, np.full(2, 1e-10), 50, pairs=pairs)
+    np.testing.assert_allclose(found.thetas, np.hstack([c, c]), atol=1e-9)
+    assert found.passes[0] == 1 < found.passes[1]
+
+
+def test_steps_grow_with_those_that_were_taken():
+    """Down a straight slope to a far minimum, from which it is no longer limited."""
+    seen = []
+
+    def gradients(thetas, columns):
+        seen.append(thetas[0].tolist())
+        return np.where(np.abs(thetas) > 1, np.sign(thetas), thetas)
+
+    start = np.array([[100.0]])
+    found = minimise(
+        gradients, lambda G, _: 1000 * G, start, np.ones((1, 1)), np.full(1, 1e-10), 50,
+        longest=np.array([2.0]),
+    )  # fmt: skip
+    lengths = np.abs(np.diff([[100.0], *seen], axis=0))[:, 0]
+    np.testing.assert_allclose(lengths[:6], 2 * 1.5 ** np.arange(6))
+    assert found.norms[0] < 1e-10
+
+
+def test_after_a_step_that_went_too_far_the_next_is_no_longer():
+    """Taken, because the gradient is smaller there; but what it climbs tells how far is too far."""
+    seen, scales = [], iter([1.8, *[100.0] * 20])
+
+    def gradients(thetas, columns):
+        seen.append(thetas[:, 0])
+        return np.array([[-0.8], [0.5]])
+
+    minimise(
+        gradients, lambda G, _: next(scales) * G, np.zeros((2, 1)), np.array([[1.0], [0]]),
+        np.full(1, 1e-10), 2,
+    )  # fmt: skip
+    np.testing.assert_allclose(seen[0], [-1.8, 0])
+    assert np.linalg.norm(seen[1] - seen[0]) == pytest.approx(1.8)
+
+
+def test_a_search_stays_in_the_valley_it_begins_in():
+    """-cos has hardly any curvature at 1.5: Newton's step from there goes to another minimum."""
+    gradients = lambda t, _: np.sin(t)  # noqa: E731
+    inverse = lambda G, _: G / np.cos(1.5)  # noqa: E731
+    start, first, tolerance = np.full((1, 1), 1.5), np.full((1, 1), np.sin(1.5)), np.full(1, 1e-10)
+    far = minimise(gradients, inverse, start, first, tolerance, 50)
+    near = minimise(gradients, inverse, start, first, tolerance, 50, longest=np.ones(1))
+    assert abs(far.thetas[0, 0]) > 6 and far.norms[0] < 1e-10
+    assert abs(near.thetas[0, 0]) < 1e-10
+
+
 def test_directions_of_negative_curvature_are_descended():
     """theta^4 / 4 - theta^2 / 2 has a maximum at 0: Newton's own step would go there."""
     found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
