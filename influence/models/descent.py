@@ -75,11 +75,11 @@ def descend(
       evaluations: risks with gradients in each round at most.
       hessian: theta -> (d, d) the risk's Hessian, or an approximation; None: `Hessian.dense`.
       checkpoints: a folder where theta is kept after every round, so that a descent that was
-        killed goes on from there and ends with the same numbers.
+        killed goes on from there and ends with the same numbers; one that had ended is read.
 
     Returns: Descent. Whether the tolerance was met is for the caller to look at.
     """
-    path, history, done = None, [], 0
+    path, history, ended = None, [], False
     folder = check_folder(checkpoints)
     if folder is not None:
         few = examples.take(slice(0, 8))
@@ -90,10 +90,16 @@ def descend(
         path = folder / f"descent-{identity[:16]}.npz"
         if path.exists():
             found = load(path)
-            net.theta, done = found["theta"], len(found["history"])
-            history = list(found["history"])
+            net.theta, history, ended = found["theta"], list(found["history"]), found["ended"]
+
+    def keep(ended: bool) -> None:
+        if path is not None:
+            store(path, {"theta": net.theta, "history": np.array(history), "ended": ended})
+
+    if ended:
+        return Descent(*np.array(history).T)
     formed = hessian or (lambda theta: Hessian(net, examples).dense())
-    for _ in progress(range(done, rounds), "descending", rounds - done):
+    for _ in progress(range(len(history), rounds), "descending", rounds - len(history)):
         matrix = formed(net.theta)
         values, vectors = scipy.linalg.eigh(matrix.astype(np.float64))
         history.append(_state(net, examples, values, matrix.dtype))
@@ -102,12 +108,12 @@ def descend(
         if history[-1][1] <= tolerance:
             _leave_saddle(net, examples, vectors[:, 0])
         _round(net, examples, values, vectors, tolerance, evaluations)
-        if path is not None:
-            store(path, {"theta": net.theta, "history": np.array(history)})
+        keep(False)
     else:
         matrix = formed(net.theta)
         values = scipy.linalg.eigvalsh(matrix.astype(np.float64))
         history.append(_state(net, examples, values, matrix.dtype))
+    keep(True)
     return Descent(*np.array(history).T)
 
 

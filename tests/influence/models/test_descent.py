@@ -82,6 +82,11 @@ def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert len(formed) == len(found.risk) - 1 - rounds  # what was kept is not done again
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(found.risk, expected.risk)
+    net.theta = start
+    monkeypatch.setattr(descent, "Hessian", None)  # not even the last one
+    again = descend(net, examples, checkpoints=tmp_path, **settings)
+    np.testing.assert_array_equal(net.theta, whole.theta)
+    np.testing.assert_array_equal(again.risk, expected.risk)
 
 
 class Saddle:
