@@ -94,7 +94,9 @@ def descend(
 
     def keep(ended: bool) -> None:
         if path is not None:
-            store(path, {"theta": net.theta, "history": np.array(history), "ended": ended})
+            store(
+                path, {"theta": net.theta, "history": np.array(history), "ended": np.array(ended)}
+            )
 
     if ended:
         return Descent(*np.array(history).T)
