@@ -28,8 +28,10 @@ STEPS_AT_MINIMUM = (
     ("lissa", "minimum", "LiSSA for the exact inverse"),
     ("gauss_newton", "minimum", "Gauss-Newton for the Hessian"),
     ("damped", "minimum", "Damping as where training stopped"),
-    ("minimum", "actual", "First order for the refit"),
-    ("damped", "actual", "Damping and first order for the refit"),
+    ("minimum", "part", "First order for a refit without a tenth of the row"),
+    ("part", "actual", "That refit, tenfold, for the refit without the row"),
+    ("minimum", "actual", "First order for the refit without the row"),
+    ("damped", "actual", "Damping and first order for that refit"),
 )
 
 
@@ -39,10 +41,12 @@ def draw(record: Record) -> Any:
 
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
     if "actual_minimum" in record.arrays:
-        above, below = figure.subfigures(2, 1, height_ratios=[2.9, 1.7])
-        left, right = above.subplots(1, 2)
-        _draw_truth(left, record, "minimum", "At a local minimum")
-        _draw_descent(right, record.arrays)
+        above, below = figure.subfigures(2, 1, height_ratios=[2.3, 2])
+        left, middle, right = above.subplots(1, 3)
+        _draw_descent(left, record.arrays)
+        _draw_truth(middle, record, "part", "A tenth of the row removed,\nchange times ten")
+        _draw_truth(right, record, "minimum", "The row removed,\nrefitted at the minimum")
+        right.set_ylabel("")
         _draw_steps(below.subplots(), record, STEPS_AT_MINIMUM)
         return figure
     above, below = figure.subfigures(2, 1, height_ratios=[2.3, 2])
@@ -65,7 +69,7 @@ def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
     """The first test point's removals, predicted against one meaning of actual."""
     arrays, metrics = record.arrays, record.metrics
     first = arrays["removals_0"]
-    by = "minimum" if truth == "minimum" else "cg"
+    by = "minimum" if truth in ("minimum", "part") else "cg"
     predicted, actual = arrays[f"predicted_{by}"][0, first], arrays[f"actual_{truth}"][0, first]
     known = np.isfinite(actual)
     predicted_against_actual(axis, actual[known], predicted[known])
@@ -94,7 +98,7 @@ def _draw_descent(axis: Any, arrays: Any) -> None:
     beside.set_ylabel("Risk (nats)", color="#D55E00", fontsize=9)
     for one in (axis, beside):
         one.tick_params(labelsize=8)
-    axis.set_title("The way there", fontsize=9)
+    axis.set_title("The way to a local minimum", fontsize=9)
 
 
 def _draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ...]) -> None:

@@ -29,6 +29,7 @@ from influence.proximal import ProximalResponse
 _FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rounding
 _FLOAT32_REFIT = 1e-5  # the same for a refit, whose gradient less that at the minimum is taken
 _STEP_DAMPING = 1e-6  # of the largest eigenvalue: how flat directions may be for a refit's steps
+_PART = 0.1  # of a row's weight, taken out to see what first order is good for
 _MOST_REFITTING = 300  # passes for a refit; rows that go on at 300 did not end by 600
 _TOGETHER = 4  # refits side by side: more of them are no faster, and are lost together
 
@@ -50,7 +51,8 @@ def at_minimum(
       checkpoints: where finished rounds and refits are kept, or None.
 
     Returns: (arrays: risk and gradient_norm by round, predicted (m, r) in every way and actual,
-      removed (r,), removals_j, refit_distance and refit_passes (r,); metrics).
+      removed (r,), removals_j, refit_distance and refit_passes (r,), actual_part (m, r) by removing
+      `_PART` of a row, divided by it, for the first test point's removals, else NaN; metrics).
     """
     descents, double, train64 = _descended(config, net, train, checkpoints)
     *_, measured64 = in_double(config, net, train, measured)
@@ -63,8 +65,13 @@ def at_minimum(
     rows = removals(config, found["minimum"])
     removed = np.unique(np.concatenate(rows))
     largest = scipy.linalg.eigvalsh(undamped, subset_by_index=[len(undamped) - 1] * 2)[0]
-    refits = _refits(config, (net, train, measured), (double, train64, measured64), removed,
-                     damping, _STEP_DAMPING * largest, checkpoints)  # fmt: skip
+    given = (net, train, measured), (double, train64, measured64)
+    dampings = damping, _STEP_DAMPING * largest
+    refits = _refits(config, *given, removed, 1.0, *dampings, checkpoints)
+    parts = _refits(config, *given, rows[0], _PART, *dampings, checkpoints)
+    first = np.searchsorted(removed, rows[0])
+    actual_part = np.full((len(measured), len(removed)), np.nan)
+    actual_part[:, first] = parts["actual"] / _PART
     values = scipy.linalg.eigvalsh(A.dense()) - damping
     arrays = {
         name: np.concatenate([getattr(one, name) for one in descents])
@@ -72,6 +79,7 @@ def at_minimum(
     }
     arrays |= {f"predicted_{how}": scores[:, removed] for how, scores in found.items()}
     arrays |= {"removed": removed, "actual_minimum": refits.pop("actual")}
+    arrays["actual_part"] = actual_part
     arrays |= {name: refits.pop(name) for name in ("refit_distance", "refit_passes")}
     arrays |= {f"removals_{j}": np.searchsorted(removed, some) for j, some in enumerate(rows)}
     metrics = solved | {
@@ -82,6 +90,7 @@ def at_minimum(
         "num_negative_eigenvalues": num_negative(values, np.float64),
         "hessians_formed": len(arrays["risk"]),
         "damping": damping,
+        "parts_unconverged": parts["refits_unconverged"],
     }
     return arrays, metrics | refits
 
@@ -90,8 +99,8 @@ _Given = tuple[AllCNN, Examples, Examples]
 
 
 def _refits(
-    config: Any, single: _Given, double: _Given, removed: NDArray, damping: float,
-    step_damping: float, checkpoints: Path | None,
+    config: Any, single: _Given, double: _Given, removed: NDArray, fraction: float,
+    damping: float, step_damping: float, checkpoints: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The net minimised without each row, from the minimum with all: arrays by row, and metrics.
 
@@ -106,20 +115,24 @@ def _refits(
       single: net, train, measured; in the experiment's dtype.
       double: the same in float64.
       removed: (k,) the rows.
+      fraction: of each that is removed; the gradient to reach is this fraction of the whole row's.
       damping: of the refits.
       step_damping: of their steps.
       checkpoints: where finished refits are kept, or None.
     """
     net, train, _ = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()
-    first = np.linalg.norm(own, axis=1) / len(train)  # the gradient that a refit starts with
+    # The gradient that a refit starts with.
+    first = fraction * np.linalg.norm(own, axis=1) / len(train)
+    final = fraction * config.minimum_tolerance
 
     def minimised(which: NDArray, net: AllCNN, train: Examples, measured: Examples,
                   tolerance: float, **options: Any) -> ProximalResponse:  # fmt: skip
         # The cap is for rows that a minimum hardly feels.
         return proximal_response(
             net, train, measured, removed[which], objective="leave_one_out", damping=damping,
-            step_damping=step_damping, tolerance=np.minimum(tolerance / first[which], 0.5),
+            fraction=fraction, step_damping=step_damping,
+            tolerance=np.minimum(tolerance / first[which], 0.5),
             solver=prepare(
                 Hessian(net, train, damping + step_damping, checkpoints=checkpoints), Direct()
             ),
@@ -130,14 +143,14 @@ def _refits(
     found, start = np.arange(len(removed)), None
     passes = np.zeros(len(removed), int)
     if config.dtype != "float64":
-        rough = minimised(found, *single, max(_FLOAT32_REFIT, config.minimum_tolerance))
+        rough = minimised(found, *single, max(_FLOAT32_REFIT, final))
         passes += rough.iterations
         found = np.flatnonzero(rough.converged)
         start = rough.thetas[found]
     actual = np.full((len(double[2]), len(removed)), np.nan)
     distance, worst = np.full(len(removed), np.nan), 0.0
     if len(found):
-        exact = minimised(found, *double, config.minimum_tolerance, start=start)
+        exact = minimised(found, *double, final, start=start)
         passes[found] += exact.iterations
         norms = exact.gradient_norm * first[found]
         worst = norms[exact.converged].max(initial=0.0)

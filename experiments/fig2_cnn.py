@@ -157,7 +157,9 @@ DEVIATIONS = (
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions. Rows whose refits miss the gradient norm are left out and counted.",
+    "predictions. Rows whose refits miss the gradient norm are left out and counted. Beside them "
+    "refits without a tenth of a row's weight, to a tenth of that norm, their changes times ten: "
+    "what first order is exact for, as the part goes to 0.",
 )
 
 
@@ -234,8 +236,10 @@ def _at_minimum(
     at = [arrays[f"removals_{j}"] for j in range(len(config.test_points))]
     sides = {
         how.partition("_")[2]: values for how, values in arrays.items() if how.startswith("predict")
-    } | {"actual": arrays["actual_minimum"]}
+    } | {"actual": arrays["actual_minimum"], "part": arrays["actual_part"]}
     metrics |= _agreements("minimum", sides["minimum"], sides["actual"], at)
+    part = _finite_agreement(sides["minimum"][0, at[0]], sides["part"][0, at[0]])
+    metrics |= {f"{name}_part": value for name, value in part.items()}
     arrays |= _steps(STEPS_AT_MINIMUM, sides, at[0])
     return arrays, metrics
 

@@ -3,9 +3,10 @@
 With theta_s the net as it is, n training rows and L(z_i) = loss_i + penalty, each removal moves
 theta to the minimum of
 
-    F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2.
+    F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2,
 
-D keeps the net where it is, so that F_i is minimised by theta_s itself but for L(z_i):
+or of that with a fraction of L(z_i) / n. D keeps the net where it is, so that F_i is minimised by
+theta_s itself but for L(z_i):
 
     "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
@@ -48,6 +49,7 @@ class ProximalResponse(Estimand):
       rows: (k,) the training rows.
       objective: "bregman" or "leave_one_out": which F_i.
       damping: of F_i.
+      fraction: of the row's weight that F_i takes out.
       gradient_norm: (k,) Euclidean norm of the gradient of F_i where theta ended, relative to that
         at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
       iterations: (k,) gradients of F_i that each row took, passes over the training set.
@@ -57,6 +59,7 @@ class ProximalResponse(Estimand):
 
     objective: str
     damping: float
+    fraction: float
     gradient_norm: NDArray
     iterations: NDArray
     converged: NDArray
@@ -69,6 +72,7 @@ class _Search:
 
     inverse: Prepared
     damping: float
+    fraction: float
     tolerance: dict[int, float]
     start: dict[int, NDArray] | None  # None: theta_s, which workers need not be sent k times
 
@@ -81,6 +85,7 @@ def proximal_response(
     *,
     objective: Literal["bregman", "leave_one_out"] = "bregman",
     damping: float,
+    fraction: float = 1.0,
     step_damping: float = 0.0,
     solver: Solver | Prepared = Direct(),
     tolerance: ArrayLike = 1e-4,
@@ -112,6 +117,8 @@ def proximal_response(
       rows: (k,) training rows, each alone.
       objective: "bregman" or "leave_one_out".
       damping: of the proximal term, absolute; A must be positive definite.
+      fraction: of the row's weight 1/n that is taken out, in (0, 1]. Changes divided by it tend to
+        damped influence, the derivative, as it goes to 0.
       step_damping: added to A's damping for the steps alone. Where some curvature nearly vanishes
         fewer steps are needed with a millionth of the largest eigenvalue.
       solver: how A, for the steps, is inverted; what `prepare` returned for it is not prepared
@@ -136,6 +143,8 @@ def proximal_response(
     tolerances = _numbers("tolerance", tolerance, (len(rows),))
     if not (tolerances > 0).all():
         raise ValueError(f"tolerance must be positive, got {tolerances.min()}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
     if not 0 <= step_damping < np.inf:
         raise ValueError(f"step_damping must be finite and at least 0, got {step_damping}.")
     starts = None if start is None else _numbers("start", start, (len(rows), len(net.theta)))
@@ -156,6 +165,7 @@ def proximal_response(
         _Search(
             inverse,
             damping,
+            fraction,
             dict(zip(rows, tolerances, strict=True)),
             None if starts is None else dict(zip(rows, starts, strict=True)),
         ),
@@ -165,6 +175,7 @@ def proximal_response(
             "proximal",
             objective,
             float(damping),
+            float(fraction),
             float(step_damping),
             repr(inverse.solver),
             tolerances,
@@ -182,8 +193,8 @@ def proximal_response(
             "more max_iterations, use float64 or a larger damping."
         )
     return ProximalResponse(
-        found["change_if_removed"], rows, objective, float(damping), norms, found["passes"],
-        converged, found["thetas"].T,
+        found["change_if_removed"], rows, objective, float(damping), float(fraction), norms,
+        found["passes"], converged, found["thetas"].T,
     )  # fmt: skip
 
 
@@ -200,7 +211,7 @@ def _numbers(name: str, given: ArrayLike, shape: tuple[int, ...]) -> NDArray:
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
     """The minima of F_i for some rows, a column each."""
     net, train, n = task.net, task.train, len(task.train)
-    removed = Removal(net, train, groups, task.batch_size)
+    removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
     gauss_newton = isinstance(search.inverse.A, GaussNewton)
     divergence = _of_outputs(task) if gauss_newton else _of_the_risk(task)

@@ -30,12 +30,18 @@ class Removal:
       train: the training set.
       groups: k arrays of row numbers.
       batch_size: rows at a time at most; None: chosen.
+      fraction: of the rows' weight that is taken out, a factor of every sum.
     """
 
     def __init__(
-        self, net: GenericNeuralNet, train: Examples, groups: Groups, batch_size: int | None
+        self,
+        net: GenericNeuralNet,
+        train: Examples,
+        groups: Groups,
+        batch_size: int | None,
+        fraction: float = 1.0,
     ):
-        self.net, self.train, self.groups = net, train, groups
+        self.net, self.train, self.groups, self.fraction = net, train, groups, fraction
         self.sizes = np.array([len(group) for group in groups])
         first = train.take([0]).x
         parts = first.values() if isinstance(first, dict) else (first,)
@@ -48,7 +54,7 @@ class Removal:
         total = self.net.penalty_gradient(thetas) * self._sizes(columns)
         for at, x, y in self._batches(columns):
             total[:, at] += self.net.gradient_each(x, y, thetas[:, at]) * y.shape[1]
-        return total
+        return total * self.fraction
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
         """(d, j): sum over a group of the Hessian of loss_i + penalty at theta, times a column."""
@@ -56,7 +62,7 @@ class Removal:
         for at, x, y in self._batches(columns):
             products = self.net.hvp_each(x, y, V[:, at].T[:, :, None])
             total[:, at] += products[:, :, 0].T * y.shape[1]
-        return total
+        return total * self.fraction
 
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
         """Directions P (d, k), and what A - H_g / n makes of them, that tell it from A.

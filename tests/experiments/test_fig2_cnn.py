@@ -166,13 +166,21 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
     r = np.corrcoef(arrays["predicted_minimum"][0, first], arrays["actual_minimum"][0, first])
     assert metrics["pearson_minimum"] == pytest.approx(r[0, 1], rel=1e-12)
     assert metrics["pearson_minimum"] > 0.9
+    part = arrays["actual_part"]
+    assert np.isfinite(part[:, first]).all() and metrics["parts_unconverged"] == 0
+    assert np.isnan(np.delete(part, first, axis=1)).all()
+    lost = [np.abs(arrays["predicted_minimum"] - actual)[0, first].max()
+            for actual in (part, arrays["actual_minimum"])]  # fmt: skip
+    assert lost[0] < 0.2 * lost[1]  # the tenth of a row loses a tenth by what is not first order
+    assert metrics["slope_part"] == pytest.approx(1, abs=0.05)
     num = len(arrays["removed"])
     assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
     assert (arrays["refit_passes"] > 0).all() and (arrays["refit_distance"] > 1e-4).all()
 
 
 def test_what_is_certified_in_float64_is_what_is_used(converged, refitted_from):
-    rough, used = refitted_from
+    rough, used, *part = refitted_from
+    assert part == [rough, used]
     assert used == converged.metrics["gradient_norm"] != rough
 
 
@@ -211,14 +219,18 @@ def test_draw(record, converged):
     some["actual_minimum"] = some["actual_minimum"].copy()
     some["actual_minimum"][0, some["removals_0"][0]] = np.nan
     figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=some))
-    assert "1 left out" in figure.axes[0].texts[0].get_text()
-    assert len(figure.axes[0].collections[0].get_offsets()) == len(some["removals_0"]) - 1
+    *_, last = (axis for axis in figure.axes if axis.get_title())
+    assert "1 left out" in last.texts[0].get_text()
+    assert len(last.collections[0].get_offsets()) == len(some["removals_0"]) - 1
     plt.close(figure)
     figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=converged.arrays))
-    assert figure.axes[0].get_title() == "At a local minimum"
-    np.testing.assert_allclose(
-        figure.axes[1].lines[0].get_ydata(), converged.arrays["gradient_norm"]
-    )
+    way, part, whole = (axis for axis in figure.axes if axis.get_title())
+    np.testing.assert_allclose(way.lines[0].get_ydata(), converged.arrays["gradient_norm"])
+    for axis, name in ((part, "actual_part"), (whole, "actual_minimum")):
+        drawn = np.asarray(axis.collections[0].get_offsets())
+        expected = converged.arrays[name], converged.arrays["predicted_minimum"]
+        rows = converged.arrays["removals_0"]
+        np.testing.assert_allclose(drawn, np.transpose([one[0, rows] for one in expected]))
     plt.close(figure)
 
 

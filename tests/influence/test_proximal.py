@@ -45,7 +45,7 @@ def of_tanh(theta, examples):
     return hidden @ v + c, 0.05 * v @ v
 
 
-def objective_of(kind, net, examples, row, damping):
+def objective_of(kind, net, examples, row, damping, fraction=1.0):
     """F_i as a function of theta, from its definition alone."""
     y, theta_s = examples.y, net.theta
     s, penalty_s = of_tanh(theta_s, examples)
@@ -67,7 +67,7 @@ def objective_of(kind, net, examples, row, damping):
         else:
             D = risk(theta) - risk(theta_s) - slope @ away
         own = (f[row] - y[row]) ** 2 + penalty
-        return D - own / len(y) + damping / 2 * away @ away
+        return D - fraction * own / len(y) + damping / 2 * away @ away
 
     return value
 
@@ -88,18 +88,22 @@ def thetas_of(monkeypatch):
 # --- the numbers -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_it_is_the_minimum_of_the_objective_as_defined(objective, tanh, monkeypatch):
+def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh, monkeypatch):
     net, examples = tanh
     taken = thetas_of(monkeypatch)
-    got = respond(tanh, objective, tolerance=1e-9)
+    got = respond(tanh, objective, fraction=fraction, tolerance=1e-9)
+    assert got.fraction == fraction
     assert got.converged.all() and got.objective == objective and got.shape == (20, 3)
     for j, row in enumerate(ROWS):
-        value = objective_of(objective, net, examples, row, DAMPING[objective])
+        value = objective_of(objective, net, examples, row, DAMPING[objective], fraction)
         found = scipy.optimize.minimize(value, net.theta, options={"gtol": 1e-7}).x
         theta = taken[0][:, j]
         # Differences of values 1e-16 apart over steps of 1e-8 show a minimum to about 1e-7.
-        assert np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3
+        assert (
+            np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3 * fraction
+        )
         assert value(theta) <= value(found) + 1e-12
         change = (of_tanh(theta, examples)[0] - examples.y) ** 2
         change -= (of_tanh(net.theta, examples)[0] - examples.y) ** 2
@@ -156,6 +160,22 @@ def test_its_linearisation_is_damped_influence(objective, tanh):
         errors.append(relative_error(got[:], predicted[:]))
     assert errors[0] < 0.01
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.1)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_influence_is_the_derivative_by_the_fraction(objective, tanh):
+    net, examples = tanh
+    predicted = Influence(
+        net, examples, solver=Direct(), damping=DAMPING[objective], curvature=CURVATURE[objective]
+    ).scores(examples, ROWS)[:]
+    errors = [
+        relative_error(
+            respond(tanh, objective, fraction=fraction, tolerance=1e-8)[:] / fraction, predicted
+        )
+        for fraction in (1.0, 0.1, 0.01)
+    ]
+    assert errors[0] > 0.1
+    assert errors[2] == pytest.approx(errors[1] / 10, rel=0.2)
 
 
 def test_a_row_without_gradient_stays():
@@ -272,6 +292,8 @@ def test_an_indefinite_matrix_is_refused(tanh):
          "^objective must be 'bregman' or 'leave_one_out', got 'pbrf'"),
         ({"damping": -0.1}, ValueError, "^damping must be a number >= 0, got -0.1"),
         ({"damping": None}, ValueError, "^damping must be a number >= 0, got None"),
+        ({"fraction": 0.0}, ValueError, r"^fraction must lie in \(0, 1\], got 0\.0"),
+        ({"fraction": 1.5}, ValueError, r"^fraction must lie in \(0, 1\], got 1\.5"),
         ({"tolerance": [0.1, 1.0]}, ValueError, r"^tolerance must be finite, .* or \(1,\), got"),
         ({"start": np.zeros(5)}, ValueError, r"^start must be finite, .* or \(1, 21\), got"),
         ({"step_damping": -1.0}, ValueError, r"^step_damping must be finite and at least 0"),
@@ -337,7 +359,8 @@ def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     monkeypatch.setattr(proximal, "_proximal_block", known)
     for other in ({"damping": 0.6}, {"tolerance": 1e-3}, {"max_iterations": 40},
-                  {"solver": CG()}, {"objective": "leave_one_out", "damping": 3.0}):  # fmt: skip
+                  {"solver": CG()}, {"fraction": 0.5},
+                  {"objective": "leave_one_out", "damping": 3.0}):  # fmt: skip
         calls.clear()
         kept(folder, tanh, **other)
         assert len(calls) == 3, other  # what was kept for something else is not taken
