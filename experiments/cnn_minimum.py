@@ -24,7 +24,6 @@ from influence import (
     solve,
 )
 from influence.models.descent import Descent, descend, num_negative
-from influence.proximal import ProximalResponse
 
 _FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rounding
 _FLOAT32_REFIT = 1e-5  # the same for a refit, whose gradient less that at the minimum is taken
@@ -105,10 +104,8 @@ def _refits(
     """The net minimised without each row, from the minimum with all: arrays by row, and metrics.
 
     `actual` (m, k), `refit_distance` (k,) from the minimum with all, both NaN where none was found,
-    and `refit_passes` (k,) over the training set.
-
-    In float32 as far as that tells gradients from rounding, if that is what the net is in, then in
-    float64. A row that float32 finds no minimum without is not tried again.
+    and `refit_passes` (k,) over the training set. By float32's gradients as far as they can be told
+    from rounding, if that is what the net is in; the last steps and the certificate in float64.
 
     Args:
       config: of `fig2_cnn`.
@@ -120,49 +117,29 @@ def _refits(
       step_damping: of their steps.
       checkpoints: where finished refits are kept, or None.
     """
-    net, train, _ = double
+    net, train, measured = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()
     # The gradient that a refit starts with.
     first = fraction * np.linalg.norm(own, axis=1) / len(train)
     final = fraction * config.minimum_tolerance
-
-    def minimised(which: NDArray, net: AllCNN, train: Examples, measured: Examples,
-                  tolerance: float, **options: Any) -> ProximalResponse:  # fmt: skip
-        # The cap is for rows that a minimum hardly feels.
-        return proximal_response(
-            net, train, measured, removed[which], objective="leave_one_out", damping=damping,
-            fraction=fraction, step_damping=step_damping,
-            tolerance=np.minimum(tolerance / first[which], 0.5),
-            solver=prepare(
-                Hessian(net, train, damping + step_damping, checkpoints=checkpoints), Direct()
-            ),
-            max_iterations=_MOST_REFITTING, block=_TOGETHER, num_processes=config.num_processes,
-            checkpoints=checkpoints, **options,
-        )  # fmt: skip
-
-    found, start = np.arange(len(removed)), None
-    passes = np.zeros(len(removed), int)
-    if config.dtype != "float64":
-        rough = minimised(found, *single, max(_FLOAT32_REFIT, final))
-        passes += rough.iterations
-        found = np.flatnonzero(rough.converged)
-        start = rough.thetas[found]
-    actual = np.full((len(double[2]), len(removed)), np.nan)
-    distance, worst = np.full(len(removed), np.nan), 0.0
-    if len(found):
-        exact = minimised(found, *double, final, start=start)
-        passes[found] += exact.iterations
-        norms = exact.gradient_norm * first[found]
-        worst = norms[exact.converged].max(initial=0.0)
-        found = found[exact.converged]
-        actual[:, found] = exact.change_if_removed[:, exact.converged]
-        distance[found] = np.linalg.norm(exact.thetas[exact.converged] - net.theta, axis=1)
+    H = Hessian(net, train, damping + step_damping, checkpoints=checkpoints)
+    found = proximal_response(
+        net, train, measured, removed, objective="leave_one_out", damping=damping,
+        fraction=fraction, step_damping=step_damping, solver=prepare(H, Direct()),
+        # The caps are for rows that a minimum hardly feels.
+        tolerance=np.minimum(final / first, 0.5),
+        rough=None if config.dtype == "float64" else single[:2],
+        rough_tolerance=np.minimum(max(_FLOAT32_REFIT, final) / first, 0.5),
+        max_iterations=_MOST_REFITTING, block=_TOGETHER, num_processes=config.num_processes,
+        checkpoints=checkpoints,
+    )  # fmt: skip
+    reached = found.converged
     return {
-        "actual": actual,
-        "refit_distance": distance,
-        "refit_passes": passes,
-        "refit_gradient_norm": worst,
-        "refits_unconverged": len(removed) - len(found),
+        "actual": np.where(reached, found.change_if_removed, np.nan),
+        "refit_distance": np.where(reached, found.distance, np.nan),
+        "refit_passes": found.iterations,
+        "refit_gradient_norm": (found.gradient_norm * first)[reached].max(initial=0.0),
+        "refits_unconverged": np.count_nonzero(~reached),
     }
 
 

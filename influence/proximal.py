@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,7 +54,7 @@ class ProximalResponse(Estimand):
         at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
       iterations: (k,) gradients of F_i that each row took, passes over the training set.
       converged: (k,) gradient_norm within the tolerance.
-      thetas: (k, d) where each row's search ended: another may `start` there.
+      distance: (k,) |theta - theta_s|.
     """
 
     objective: str
@@ -63,18 +63,19 @@ class ProximalResponse(Estimand):
     gradient_norm: NDArray
     iterations: NDArray
     converged: NDArray
-    thetas: NDArray
+    distance: NDArray
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What blocks are told: the inverse behind their steps, F_i's damping, and by row the rest."""
+    """What blocks are told: the inverse behind their steps, F_i, and how far to go by row."""
 
     inverse: Prepared
     damping: float
     fraction: float
     tolerance: dict[int, float]
-    start: dict[int, NDArray] | None  # None: theta_s, which workers need not be sent k times
+    rough: tuple[GenericNeuralNet, Examples] | None
+    rough_tolerance: dict[int, float]
 
 
 def proximal_response(
@@ -89,7 +90,8 @@ def proximal_response(
     step_damping: float = 0.0,
     solver: Solver | Prepared = Direct(),
     tolerance: ArrayLike = 1e-4,
-    start: ArrayLike | None = None,
+    rough: tuple[GenericNeuralNet, Examples] | None = None,
+    rough_tolerance: ArrayLike = 1e-2,
     max_iterations: int = 50,
     block: int = 10,
     batch_size: int | None = None,
@@ -124,7 +126,9 @@ def proximal_response(
       solver: how A, for the steps, is inverted; what `prepare` returned for it is not prepared
         again.
       tolerance: gradient norm of F_i to reach, relative to that at theta_s; (k,) for one a row.
-      start: (k, d) where the searches start, such as `thetas` of a call in float32; None: theta_s.
+      rough: the net at the same theta, and the training set, in a lower precision: their gradients
+        are taken for most of the way. The certificate is of `net` all the same.
+      rough_tolerance: as `tolerance`: how far they are taken, above their rounding.
       max_iterations: gradients of F_i at most, for each row.
       block: rows whose minima are sought together. Part of the checkpoints' identity.
       batch_size: rows of the training set at a time; None: chosen.
@@ -140,14 +144,14 @@ def proximal_response(
     """
     refits.check(net, train, test, tolerance=None, block=block, batch_size=batch_size)
     rows = check_rows(rows, len(train))
-    tolerances = _numbers("tolerance", tolerance, (len(rows),))
-    if not (tolerances > 0).all():
-        raise ValueError(f"tolerance must be positive, got {tolerances.min()}.")
+    tolerances = _tolerances("tolerance", tolerance, len(rows))
+    until = _tolerances("rough_tolerance", rough_tolerance, len(rows))
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
     if not 0 <= step_damping < np.inf:
         raise ValueError(f"step_damping must be finite and at least 0, got {step_damping}.")
-    starts = None if start is None else _numbers("start", start, (len(rows), len(net.theta)))
+    if rough is not None:
+        _check_rough(rough, net, train)
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
     if max_iterations < 1:
@@ -167,7 +171,8 @@ def proximal_response(
             damping,
             fraction,
             dict(zip(rows, tolerances, strict=True)),
-            None if starts is None else dict(zip(rows, starts, strict=True)),
+            rough,
+            dict(zip(rows, until, strict=True)),
         ),
         block=block,
         checkpoints=checkpoints,
@@ -179,7 +184,7 @@ def proximal_response(
             float(step_damping),
             repr(inverse.solver),
             tolerances,
-            starts,
+            None if rough is None else (rough[0].dtype.str, until),
         ),
         num_processes=num_processes,
         what="proximal responses",
@@ -194,71 +199,105 @@ def proximal_response(
         )
     return ProximalResponse(
         found["change_if_removed"], rows, objective, float(damping), float(fraction), norms,
-        found["passes"], converged, found["thetas"].T,
+        found["passes"], converged, found["distance"],
     )  # fmt: skip
 
 
-def _numbers(name: str, given: ArrayLike, shape: tuple[int, ...]) -> NDArray:
-    """What was given as an array of that shape, repeated along the first axis if need be."""
-    found = np.asarray(given)
-    if found.shape not in (shape, shape[1:]) or not np.isfinite(found.astype(float)).all():
+def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
+    """One for each row."""
+    found = np.asarray(given, float)
+    if found.shape not in ((), (num_rows,)) or not (found > 0).all():
         raise ValueError(
-            f"{name} must be finite, of shape {shape[1:]} or {shape}, got shape {found.shape}."
+            f"{name} must be positive, of shape () or ({num_rows},), got shape {found.shape}"
+            f"{f' and {found.min()}' if found.size else ''}."
         )
-    return np.broadcast_to(found, shape)
+    return np.broadcast_to(found, (num_rows,))
+
+
+def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
+    """Refuse a pair that is not `net` and `train` but for rounding."""
+    if not isinstance(rough, tuple) or len(rough) != 2:
+        raise TypeError(f"rough must be (net, train) or None, got {type(rough).__name__}.")
+    other, examples = rough
+    if not isinstance(other, GenericNeuralNet) or not isinstance(examples, Examples):
+        names = ", ".join(type(one).__name__ for one in rough)
+        raise TypeError(f"rough must be (GenericNeuralNet, Examples), got ({names}).")
+    other.validate(examples, "rough")
+    if len(examples) != len(train) or other.num_parameters != net.num_parameters:
+        raise ValueError(
+            f"rough must have {len(train)} rows and {net.num_parameters} parameters, got "
+            f"{len(examples)} and {other.num_parameters}."
+        )
+    if not np.array_equal(other.theta, net.theta.astype(other.dtype)):
+        raise ValueError("rough must be at the theta of net, got another; set its theta first.")
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
     """The minima of F_i for some rows, a column each."""
-    net, train, n = task.net, task.train, len(task.train)
+    net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
-    gauss_newton = isinstance(search.inverse.A, GaussNewton)
-    divergence = _of_outputs(task) if gauss_newton else _of_the_risk(task)
-
-    def gradients(there: NDArray, columns: NDArray) -> NDArray:
-        away = there - thetas[:, columns]
-        own = removed.gradients(there, columns) / n
-        return divergence(there) - own + search.damping * away
 
     def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
         return apply(search.inverse, G)
 
-    first = -removed.gradients(thetas, np.arange(len(groups))) / n  # D is stationary at theta_s
+    # D is stationary at theta_s.
+    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)
     scale = np.linalg.norm(first, axis=0)
-    start, begun = thetas, first
-    if search.start is not None:
-        start = np.column_stack([search.start[row] for (row,) in groups]).astype(thetas.dtype)
-        begun = gradients(start, np.arange(len(groups)))
-    tolerance = np.array([search.tolerance[row] for (row,) in groups]) * scale
+    tolerance, until = (
+        np.array([by_row[row] for (row,) in groups]) * scale
+        for by_row in (search.tolerance, search.rough_tolerance)
+    )
+    rough = search.rough and (_gradients(task, *search.rough, groups, search), until)
     found = secant.minimise(
-        gradients, inverse, start, begun, tolerance, task.max_passes,
-        pairs=removed.pairs(search.inverse, begun),
-        longest=np.linalg.norm(inverse(begun), axis=0),  # the row's own curvature may leave none
+        _gradients(task, net, train, groups, search), inverse, thetas, first, tolerance,
+        task.max_passes,
+        pairs=removed.pairs(search.inverse, first),
+        longest=np.linalg.norm(inverse(first), axis=0),  # the row's own curvature may leave none
+        rough=rough,
     )  # fmt: skip
     return {
-        "thetas": found.thetas,
+        "distance": np.linalg.norm(found.thetas - thetas, axis=0),
         "change_if_removed": task.changes(found.thetas),
         "gradient_norm": np.divide(found.norms, scale, out=np.zeros_like(scale), where=scale > 0),
         "passes": found.passes,
     }
 
 
-def _of_outputs(task: Task) -> Callable[[NDArray], NDArray]:
+def _gradients(
+    task: Task, net: GenericNeuralNet, train: Examples, groups: Groups, search: _Search
+) -> Callable[[NDArray, NDArray], NDArray]:
+    """The gradients (d, j) of some F_i as a function of thetas (d, j), by that net's arithmetic."""
+    removed = Removal(net, train, groups, task.batch_size, search.fraction)
+    theta_s = task.net.theta[:, None]
+    bregman = isinstance(search.inverse.A, GaussNewton)
+    divergence = (_of_outputs if bregman else _of_the_risk)(net, train, task.batch_size)
+
+    def gradients(thetas: NDArray, columns: NDArray) -> NDArray:
+        there = thetas.astype(net.dtype)
+        own = removed.gradients(there, columns) / len(train)
+        return divergence(there) - own + search.damping * (thetas - theta_s)
+
+    return gradients
+
+
+def _of_outputs(
+    net: GenericNeuralNet, train: Examples, batch_size: int | None
+) -> Callable[[NDArray], NDArray]:
     """The gradient (d, j) of the "bregman" divergence, as a function of thetas (d, j)."""
-    net, train = task.net, task.train
     penalty = net.penalty_gradient()[:, None]
 
     def gradient(thetas: NDArray) -> NDArray:
-        size = task.batch_size or net.rows_per_batch(train, thetas.shape[1])
+        size = batch_size or net.rows_per_batch(train, thetas.shape[1])
         mean = net.mean_over(train, size, lambda x, y: net.bregman_gradient(x, y, thetas))
         return mean + net.penalty_gradient(thetas) - penalty
 
     return gradient
 
 
-def _of_the_risk(task: Task) -> Callable[[NDArray], NDArray]:
+def _of_the_risk(
+    net: GenericNeuralNet, train: Examples, batch_size: int | None
+) -> Callable[[NDArray], NDArray]:
     """The gradient (d, j) of the "leave_one_out" divergence, as a function of thetas (d, j)."""
-    net, train, size = task.net, task.train, task.batch_size
-    before = net.risk_gradient(train, net.theta[:, None], size)
-    return lambda thetas: net.risk_gradient(train, thetas, size) - before
+    before = net.risk_gradient(train, net.theta[:, None], batch_size)
+    return lambda thetas: net.risk_gradient(train, thetas, batch_size) - before

@@ -25,7 +25,7 @@ class Found:
     Attributes:
       thetas: (d, k) of the smallest gradient each has seen.
       norms: (k,) Euclidean norms of those gradients.
-      passes: (k,) gradients that each took, the first not counted.
+      passes: (k,) gradients that each took; neither the first nor that which judged the rough ones.
     """
 
     thetas: NDArray
@@ -43,6 +43,7 @@ def minimise(
     *,
     pairs: Sequence[tuple[NDArray, NDArray]] = (),
     longest: NDArray | None = None,
+    rough: tuple[Callable[[NDArray, NDArray], NDArray], NDArray] | None = None,
 ) -> Found:
     """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
 
@@ -53,9 +54,8 @@ def minimise(
     gradient has grown. One that is not taken still teaches its curvature, and the next is at most
     half as long; after one that is taken, half again as long, or as long if it ended on such a
     climb: a function that bends much on the way is not left for where Newton's step would go.
-    Where gradients no longer shrink, a long way down is told from rounding by how far
-    they rose, and by the sum of -(g_before + g_after) . step / 2, the function's fall but for third
-    order.
+    Where gradients no longer shrink, a long way down is told from rounding by how far they rose,
+    and by the sum of -(g_before + g_after) . step / 2, the function's fall but for third order.
 
     Args:
       gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
@@ -64,10 +64,12 @@ def minimise(
       thetas: (d, k) the start.
       first: (d, k) the gradients there.
       tolerance: (k,) norms of gradients to stop at.
-      max_passes: calls of `gradients` at most.
+      max_passes: calls of `gradients`, or of the rough ones, at most.
       pairs: (P, Y), (d, k) each, by which the inverse is updated first: Y is what the Hessian at
         the start makes of P; zero for a function that lacks one.
       longest: (k,) how long the first steps may be; None: as long as they come.
+      rough: cheaper gradients with more rounding, and (k,) norms until which they are taken; what
+        is returned is judged by `gradients` all the same.
 
     Returns: Found.
     """
@@ -78,6 +80,30 @@ def minimise(
     stale, fallen, mark = np.zeros(len(norms), int), np.zeros(len(norms)), np.zeros(len(norms))
     highest = norms.copy()  # of the gradients since `mark`
     most = max(_BYTES // (2 * thetas.itemsize * len(thetas)), _LEAST_PAIRS)
+    exact = np.full(len(norms), rough is None)
+    until = tolerance.copy() if rough is None else rough[1].copy()
+
+    def at(thetas: NDArray, columns: NDArray) -> NDArray:
+        found = np.empty_like(thetas)
+        for of, some in ((gradients, exact[columns]), (rough and rough[0], ~exact[columns])):
+            if of and some.any():
+                found[:, some] = of(thetas[:, some], columns[some])
+        return found
+
+    def ended(columns: NDArray) -> NDArray:
+        return (best.norms[columns] <= until[columns]) | (stale[columns] >= _PATIENCE)
+
+    def judge(columns: NDArray) -> None:
+        """From the rough to the exact gradients, at the best theta."""
+        if not len(columns):
+            return
+        thetas[:, columns] = best.thetas[:, columns]
+        G[:, columns] = gradients(thetas[:, columns], columns)
+        norms[columns] = highest[columns] = np.linalg.norm(G[:, columns], axis=0)
+        best.norms[columns], until[columns] = norms[columns], tolerance[columns]
+        exact[columns] = True
+        stale[columns], mark[columns] = 0, fallen[columns]
+
     todo = np.flatnonzero(norms > tolerance)
     seen = [_pair(P[:, todo], Y[:, todo]) for P, Y in pairs]
     for _ in range(max_passes):
@@ -88,7 +114,7 @@ def minimise(
         steps *= np.minimum(1, longest[todo] / np.linalg.norm(steps, axis=0))
         tried = thetas[:, todo] + steps
         steps = tried - thetas[:, todo]  # as far as it rounds to
-        there = gradients(tried, todo)
+        there = at(tried, todo)
         tried_norms = np.linalg.norm(there, axis=0)
         seen = [*seen[1 - most :], _pair(steps, there - g)]
         climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
@@ -109,11 +135,13 @@ def minimise(
         under_way &= (highest > _ROSE * best.norms) & (stale >= _PATIENCE)
         again = np.concatenate([better, todo[under_way[todo]]])
         stale[again], mark[again], highest[again] = 0, fallen[again], norms[again]
-        stay = (best.norms[todo] > tolerance[todo]) & (stale[todo] < _PATIENCE)
+        judge(todo[ended(todo) & ~exact[todo]])
+        stay = ~ended(todo)
         if not stay.all():
             for i, (S, Y, weight) in enumerate(seen):  # in place: they are most of the memory
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
+    judge(todo[~exact[todo]])
     return best
 
 

@@ -187,20 +187,22 @@ _KERAS_LOSSES = {
 }
 
 
-def tanh_net(num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 0) -> Any:
+def tanh_net(
+    num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 0, dtype: str = "float64"
+) -> Any:
     """(net, examples): a small network, not at a minimum; its Hessian is indefinite."""
     rng = np.random.default_rng(seed)
     model = keras.Sequential(
         [
-            keras.Input((num_inputs,), dtype="float64"),
-            keras.layers.Dense(hidden, activation="tanh", dtype="float64"),
-            keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype="float64"),
+            keras.Input((num_inputs,), dtype=dtype),
+            keras.layers.Dense(hidden, activation="tanh", dtype=dtype),
+            keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype),
         ]
     )
     net = traced_once(GenericNeuralNet(model, "mse"), "mse")
     net.theta = rng.standard_normal(net.num_parameters)
     x = rng.standard_normal((20, num_inputs))
-    return net, Examples(x, rng.standard_normal(20))
+    return net, Examples(x.astype(dtype), rng.standard_normal(20).astype(dtype))
 
 
 def symmetric(eigenvalues: Any, seed: int = 0) -> NDArray:
