@@ -80,7 +80,7 @@ def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
     axis.tick_params(labelsize=8)
     slope = metrics[f"slope_{truth}"]
     text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
-    if not known.all():
+    if not known.all() and truth != "part":
         text += f"\n{np.count_nonzero(~known)} left out"
     if truth == "continued":
         text += f"\ncontrol's drift\n{arrays['drift'][0]:+.2g}"

@@ -51,7 +51,8 @@ def at_minimum(
 
     Returns: (arrays: risk and gradient_norm by round, predicted (m, r) in every way and actual,
       removed (r,), removals_j, refit_distance and refit_passes (r,), actual_part (m, r) by removing
-      `_PART` of a row, divided by it, for the first test point's removals, else NaN; metrics).
+      `_PART` of a row, divided by it, for the first of the first test point's removals, else NaN;
+      metrics).
     """
     descents, double, train64 = _descended(config, net, train, checkpoints)
     *_, measured64 = in_double(config, net, train, measured)
@@ -67,8 +68,9 @@ def at_minimum(
     given = (net, train, measured), (double, train64, measured64)
     dampings = damping, _STEP_DAMPING * largest
     refits = _refits(config, *given, removed, 1.0, *dampings, checkpoints)
-    parts = _refits(config, *given, rows[0], _PART, *dampings, checkpoints)
-    first = np.searchsorted(removed, rows[0])
+    some = rows[0][: config.further_removals]
+    parts = _refits(config, *given, some, _PART, *dampings, checkpoints)
+    first = np.searchsorted(removed, some)
     actual_part = np.full((len(measured), len(removed)), np.nan)
     actual_part[:, first] = parts["actual"] / _PART
     values = scipy.linalg.eigvalsh(A.dense()) - damping
@@ -80,7 +82,7 @@ def at_minimum(
     arrays |= {"removed": removed, "actual_minimum": refits.pop("actual")}
     arrays["actual_part"] = actual_part
     arrays |= {name: refits.pop(name) for name in ("refit_distance", "refit_passes")}
-    arrays |= {f"removals_{j}": np.searchsorted(removed, some) for j, some in enumerate(rows)}
+    arrays |= {f"removals_{j}": np.searchsorted(removed, one) for j, one in enumerate(rows)}
     metrics = solved | {
         "risk": double.risk(train64),
         "gradient_norm": double.gradient_norm(train64),

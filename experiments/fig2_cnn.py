@@ -157,9 +157,9 @@ DEVIATIONS = (
     "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions. Rows whose refits miss the gradient norm are left out and counted. Beside them "
-    "refits without a tenth of a row's weight, to a tenth of that norm, their changes times ten: "
-    "what first order is exact for, as the part goes to 0.",
+    "predictions. Rows whose refits miss the gradient norm are left out and counted. Beside them, "
+    "for 40 of the rows, refits without a tenth of a row's weight, to a tenth of that norm, their "
+    "changes times ten: what first order is exact for, as the part goes to 0.",
 )
 
 

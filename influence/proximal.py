@@ -216,12 +216,11 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 
 def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
     """Refuse a pair that is not `net` and `train` but for rounding."""
-    if not isinstance(rough, tuple) or len(rough) != 2:
-        raise TypeError(f"rough must be (net, train) or None, got {type(rough).__name__}.")
-    other, examples = rough
-    if not isinstance(other, GenericNeuralNet) or not isinstance(examples, Examples):
-        names = ", ".join(type(one).__name__ for one in rough)
-        raise TypeError(f"rough must be (GenericNeuralNet, Examples), got ({names}).")
+    match rough:
+        case (GenericNeuralNet() as other, Examples() as examples):
+            pass
+        case _:
+            raise TypeError(f"rough must be (GenericNeuralNet, Examples) or None, got {rough!r}.")
     other.validate(examples, "rough")
     if len(examples) != len(train) or other.num_parameters != net.num_parameters:
         raise ValueError(
@@ -229,7 +228,7 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
             f"{len(examples)} and {other.num_parameters}."
         )
     if not np.array_equal(other.theta, net.theta.astype(other.dtype)):
-        raise ValueError("rough must be at the theta of net, got another; set its theta first.")
+        raise ValueError("rough must be at the theta of net, got another; set its theta.")
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
@@ -241,20 +240,18 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
     def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
         return apply(search.inverse, G)
 
-    # D is stationary at theta_s.
-    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)
+    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)  # D is stationary
     scale = np.linalg.norm(first, axis=0)
     tolerance, until = (
         np.array([by_row[row] for (row,) in groups]) * scale
         for by_row in (search.tolerance, search.rough_tolerance)
     )
-    rough = search.rough and (_gradients(task, *search.rough, groups, search), until)
     found = secant.minimise(
         _gradients(task, net, train, groups, search), inverse, thetas, first, tolerance,
         task.max_passes,
         pairs=removed.pairs(search.inverse, first),
         longest=np.linalg.norm(inverse(first), axis=0),  # the row's own curvature may leave none
-        rough=rough,
+        rough=search.rough and (_gradients(task, *search.rough, groups, search), until),
     )  # fmt: skip
     return {
         "distance": np.linalg.norm(found.thetas - thetas, axis=0),
