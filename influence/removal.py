@@ -64,6 +64,45 @@ class Removal:
             total[:, at] += products[:, :, 0].T * y.shape[1]
         return total * self.fraction
 
+    def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
+        """About (A - H_g / n)^-1 b, (d, j), for the matrix A of `inverse` and H_g as in `hvp`.
+
+        Conjugate gradients preconditioned by A^-1. Then A p follows from the recurrence of p, so
+        that a step costs one product with the group's own rows, and about as many are needed as a
+        small group has outputs. Large groups, whose products cost as much as the data passes that
+        they are to save, get fewer steps; the caller's secant updates make up for it.
+
+        Raises: DivergenceError if A is not positive definite.
+        """
+        n = len(self.train)
+        limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
+        X = np.zeros_like(B)
+        at = np.arange(B.shape[1])  # the columns still open
+        r, z = B, apply(inverse, B)
+        p, Ap = z, r  # Ap: what A, without the groups taken out, makes of p
+        rz = _dot(r, z)
+        target = _RTOL**2 * rz
+        for step in range(1, _MOST_STEPS + 1):
+            Hp = Ap - self.hvp(p, columns[at]) / n
+            curvature = _dot(p, Hp)
+            # No curvature left without the group: what the steps before have is the answer.
+            bent = curvature > 0
+            length = np.divide(rz, curvature, out=np.full_like(rz, float(step == 1)), where=bent)
+            X[:, at] += length * p
+            r = r - length * Hp
+            stay = bent & (step < limit[at])
+            at, (r, p, Ap, rz) = at[stay], _columns(stay, r, p, Ap, rz)
+            if not len(at):
+                break
+            z = apply(inverse, r)
+            before, rz = rz, _dot(r, z)
+            stay = rz > target[at]
+            at, (r, z, p, Ap, before, rz) = at[stay], _columns(stay, r, z, p, Ap, before, rz)
+            if not len(at):
+                break
+            p, Ap = z + rz / before * p, r + rz / before * Ap
+        return X
+
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
         """Directions P (d, k), and what A - H_g / n makes of them, that tell it from A.
 

@@ -19,7 +19,7 @@ from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
 from influence.refits import Groups, Refits, Task
-from influence.removal import Removal, apply
+from influence.removal import Removal
 from influence.solvers import Direct, Prepared, Solver, prepare
 
 
@@ -228,7 +228,7 @@ def _newton_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, ND
     """The minima of R_-g for some groups, a column each.
 
     R_-g' = (n R' - sum over g of (loss_i + penalty)') / (n - r) for a group of r rows, and its
-    Hessian at theta is n / (n - r) times that of `Removal.pairs`.
+    Hessian at theta is n / (n - r) times what `Removal.solve` inverts.
     """
     net, train, n = task.net, task.train, len(task.train)
     removed = Removal(net, train, groups, task.batch_size)
@@ -238,18 +238,15 @@ def _newton_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, ND
         whole = net.risk_gradient(train, thetas, task.batch_size)
         return (whole - removed.gradients(thetas, columns) / n) / share[columns]
 
-    def full(G: NDArray, columns: NDArray) -> NDArray:
-        return apply(inverse, G * share[columns])
+    def steps(G: NDArray, columns: NDArray) -> NDArray:
+        return removed.solve(inverse, G * share[columns], columns)
 
     every = np.arange(len(groups))
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
     whole = net.risk_gradient(train, batch_size=task.batch_size)  # at theta it is one for all
     first = (whole[:, None] - removed.gradients(thetas, every) / n) / share
     tolerance = np.full(len(groups), task.tolerance)
-    found = secant.minimise(
-        gradients, full, thetas, first, tolerance, task.max_passes,
-        pairs=[(P, Y / share) for P, Y in removed.pairs(inverse, first * share)],
-    )  # fmt: skip
+    found = secant.minimise(gradients, steps, thetas, first, tolerance, task.max_passes)
     return {
         "change_if_removed": task.changes(found.thetas),
         "gradient_norm": found.norms,
