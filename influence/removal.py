@@ -67,50 +67,23 @@ class Removal:
     def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
         """About (A - H_g / n)^-1 b, (d, j), for the matrix A of `inverse` and H_g as in `hvp`.
 
-        Conjugate gradients preconditioned by A^-1. Then A p follows from the recurrence of p, so
-        that a step costs one product with the group's own rows, and about as many are needed as a
-        small group has outputs. Large groups, whose products cost as much as the data passes that
-        they are to save, get fewer steps; the caller's secant updates make up for it.
+        By the steps of conjugate gradients that `pairs` names; A^-1 b for a group that leaves no
+        curvature along it.
 
         Raises: DivergenceError if A is not positive definite.
         """
-        n = len(self.train)
-        limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
         X = np.zeros_like(B)
-        at = np.arange(B.shape[1])  # the columns still open
-        r, z = B, apply(inverse, B)
-        p, Ap = z, r  # Ap: what A, without the groups taken out, makes of p
-        rz = _dot(r, z)
-        target = _RTOL**2 * rz
-        for step in range(1, _MOST_STEPS + 1):
-            Hp = Ap - self.hvp(p, columns[at]) / n
-            curvature = _dot(p, Hp)
-            # No curvature left without the group: what the steps before have is the answer.
-            bent = curvature > 0
-            length = np.divide(rz, curvature, out=np.full_like(rz, float(step == 1)), where=bent)
-            X[:, at] += length * p
-            r = r - length * Hp
-            stay = bent & (step < limit[at])
-            at, (r, p, Ap, rz) = at[stay], _columns(stay, r, p, Ap, rz)
-            if not len(at):
-                break
-            z = apply(inverse, r)
-            before, rz = rz, _dot(r, z)
-            stay = rz > target[at]
-            at, (r, z, p, Ap, before, rz) = at[stay], _columns(stay, r, z, p, Ap, before, rz)
-            if not len(at):
-                break
-            p, Ap = z + rz / before * p, r + rz / before * Ap
+        for step, (at, p, _, length) in enumerate(self._directions(inverse, B, columns)):
+            X[:, at] += np.where(length > 0, length, float(step == 0)) * p
         return X
 
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
         """Directions P (d, k), and what A - H_g / n makes of them, that tell it from A.
 
         A is the matrix of `inverse`, H_g as in `hvp`. The directions are those of conjugate
-        gradients for (A - H_g / n) x = b, preconditioned by A^-1, so that A p follows from the
-        recurrence of p and a step costs one product with the group's own rows. About as many are
-        needed as a small group has outputs. Large groups, whose products cost as much as the data
-        passes that they are to save, get fewer. Secant updates of A^-1 by these pairs solve for b.
+        gradients for (A - H_g / n) x = b, preconditioned by A^-1: secant updates of A^-1 by these
+        pairs solve for b. About as many are needed as a small group has outputs. Large groups,
+        whose products cost as much as the data passes that they are to save, get fewer.
 
         Args:
           inverse: of A; positive definite.
@@ -120,35 +93,52 @@ class Removal:
           leaves no curvature along one.
         Raises: DivergenceError if A is not positive definite.
         """
-        n, pairs = len(self.train), []
-        limit = np.clip(n // self.sizes, 1, _MOST_STEPS)
+        pairs = []
+        for at, p, Hp, length in self._directions(inverse, B, np.arange(B.shape[1])):
+            P, Y = np.zeros_like(B), np.zeros_like(B)
+            P[:, at], Y[:, at] = np.where(length > 0, p, 0), np.where(length > 0, Hp, 0)
+            pairs.append((P, Y))
+        return pairs
+
+    def _directions(
+        self, inverse: Prepared, B: NDArray, columns: NDArray
+    ) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
+        """(positions in columns (r,), p (d, r), (A - H_g / n) p (d, r), length of the step (r,)).
+
+        Preconditioned conjugate gradients. A p follows from the recurrence of p, so that a step
+        costs one product with the group's own rows. A length of 0, which is a column's last, says
+        that no curvature is left along p.
+        """
+        n = len(self.train)
+        limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
         at = np.flatnonzero(B.any(axis=0))  # the columns still open
         if not len(at):
-            return pairs
+            return
         r = B[:, at]
-        p, Ap = apply(inverse, r), r  # Ap: what A, without the groups taken out, makes of p
-        rz = _dot(r, p)
+        z = apply(inverse, r)
+        p, Ap = z, r  # Ap: what A, without the groups taken out, makes of p
+        rz = _dot(r, z)
         target = _RTOL**2 * rz
-        while len(at):
-            Hp = Ap - self.hvp(p, at) / n
+        for step in range(1, _MOST_STEPS + 1):
+            Hp = Ap - self.hvp(p, columns[at]) / n
             curvature = _dot(p, Hp)
-            curved = curvature > 0
-            P, Y = np.zeros_like(B), np.zeros_like(B)
-            P[:, at[curved]], Y[:, at[curved]] = p[:, curved], Hp[:, curved]
-            pairs.append((P, Y))
-            stay = curved & (len(pairs) < limit[at])
+            length = np.divide(rz, curvature, out=np.zeros_like(rz), where=curvature > 0)
+            yield at, p, Hp, length
+            stay = (length > 0) & (step < limit[at])
             if not stay.any():
-                break
-            r = r - np.divide(rz, curvature, out=np.zeros_like(rz), where=curved) * Hp
+                return
+            r = r - length * Hp
+            at, (r, p, Ap, rz, target) = at[stay], _columns(stay, r, p, Ap, rz, target)
             z = apply(inverse, r)
             before, rz = rz, _dot(r, z)
-            stay &= rz > target
+            stay = rz > target
+            if not stay.any():
+                return
             at, (r, z, p, Ap, before, rz, target) = (
                 at[stay],
                 _columns(stay, r, z, p, Ap, before, rz, target),
             )
             p, Ap = z + rz / before * p, r + rz / before * Ap
-        return pairs
 
     def _sizes(self, columns: NDArray) -> NDArray:
         return self.sizes[columns].astype(self.net.dtype)

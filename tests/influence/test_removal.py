@@ -25,10 +25,20 @@ def removal(softmax, request):
     return Removal(softmax.net, softmax.train, GROUPS, request.param)
 
 
-def solved(removed, inverse, B):
+def by_pairs(removed, inverse, B):
     """What secant updates by its pairs make of B."""
     pairs = [_pair(*pair) for pair in removed.pairs(inverse, B)]
     return _two_loops(pairs, B, lambda Q: apply(inverse, Q))
+
+
+def by_steps(removed, inverse, B):
+    return removed.solve(inverse, B, np.arange(len(removed.groups)))
+
+
+@pytest.fixture(params=[by_pairs, by_steps])
+def solved(request):
+    """(Removal, inverse, B) -> about (A - H_g / n)^-1 b, in either way."""
+    return request.param
 
 
 def thetas_of(p):
@@ -66,7 +76,7 @@ def test_dicts_and_sparse_rows():
 
 @pytest.mark.parametrize("solver", [Direct(), CG(rtol=1e-10)])
 @pytest.mark.parametrize("size", [1, 3])
-def test_pairs_take_the_groups_curvature_out(solver, size, softmax):
+def test_the_groups_curvature_is_taken_out(solver, size, softmax, solved):
     p = softmax
     groups = [np.arange(first, first + size) for first in range(0, 12, size)]
     removed = Removal(p.net, p.train, groups, None)
@@ -83,7 +93,7 @@ def test_pairs_take_the_groups_curvature_out(solver, size, softmax):
         assert relative_error(without, expected) > 1e-2
 
 
-def test_great_leverage_costs_no_more_steps(monkeypatch):
+def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
     """A fixed point would contract at the leverage; conjugate gradients see one direction."""
     p = ridge()
     x = p.train.x.copy()
@@ -101,7 +111,7 @@ def test_great_leverage_costs_no_more_steps(monkeypatch):
     assert relative_error(got[:, 0], expected) < 2e-3 and len(calls) <= 3
 
 
-def test_a_group_gets_steps_as_it_has_rows(monkeypatch):
+def test_a_group_gets_steps_as_it_has_rows(monkeypatch, solved):
     """Half of the rows: two products; and a column's answer is its own."""
     p = ridge(num_inputs=8)
     calls, hvp = [], Removal.hvp
@@ -120,7 +130,16 @@ def test_a_group_gets_steps_as_it_has_rows(monkeypatch):
         np.testing.assert_allclose(alone[:, 0], together[:, j], rtol=1e-10)
 
 
-def test_zero_is_solved_by_zero():
+def test_some_of_the_groups_are_solved_for():
+    p = ridge()
+    removed = Removal(p.net, p.train, GROUPS, None)
+    inverse, few = prepare(Hessian(p.net, p.train), Direct()), np.array([4, 1])
+    B = np.random.default_rng(0).standard_normal((5, len(GROUPS)))
+    every = removed.solve(inverse, B, EVERY)
+    np.testing.assert_allclose(removed.solve(inverse, B[:, few], few), every[:, few], rtol=1e-10)
+
+
+def test_zero_is_solved_by_zero(solved):
     p = ridge()
     removed = Removal(p.net, p.train, [np.array([1])], None)
     inverse = prepare(Hessian(p.net, p.train), Direct())
@@ -140,7 +159,7 @@ def test_negative_curvature_is_refused():
         removed.pairs(inverse, np.ones((21, 1)))
 
 
-def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent():
+def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent(solved):
     """Without a row, the little damping there is may be less than the row's share."""
     net, examples = tanh_net()
     few = examples.take([0, 1])
