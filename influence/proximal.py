@@ -52,7 +52,8 @@ class ProximalResponse(Estimand):
       fraction: of the row's weight that F_i takes out.
       gradient_norm: (k,) Euclidean norm of the gradient of F_i where theta ended, relative to that
         at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
-      iterations: (k,) gradients of F_i that each row took, passes over the training set.
+      iterations: (k,) gradients of F_i that each row took, passes over the training set, those of
+        `rough` among them.
       converged: (k,) gradient_norm within the tolerance.
       distance: (k,) |theta - theta_s|.
     """
@@ -74,8 +75,8 @@ class _Search:
     damping: float
     fraction: float
     tolerance: dict[int, float]
-    rough: tuple[GenericNeuralNet, Examples] | None
     rough_tolerance: dict[int, float]
+    rough: tuple[GenericNeuralNet, Examples] | None
 
 
 def proximal_response(
@@ -126,8 +127,8 @@ def proximal_response(
       solver: how A, for the steps, is inverted; what `prepare` returned for it is not prepared
         again.
       tolerance: gradient norm of F_i to reach, relative to that at theta_s; (k,) for one a row.
-      rough: the net at the same theta, and the training set, in a lower precision: their gradients
-        are taken for most of the way. The certificate is of `net` all the same.
+      rough: the net at the same theta, and the training set in the same order, in a lower
+        precision: their gradients are taken for most of the way. The certificate is of `net`.
       rough_tolerance: as `tolerance`: how far they are taken, above their rounding.
       max_iterations: gradients of F_i at most, for each row.
       block: rows whose minima are sought together. Part of the checkpoints' identity.
@@ -162,18 +163,12 @@ def proximal_response(
         A = type(A)(net, train, damping + step_damping, batch_size=batch_size)
     refits.check_processes(num_processes, net)
     inverse = prepare(A, solver)
+    by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
     found = refits.run(
         Task(net, train, test, None, max_iterations, batch_size),
         _proximal_block,
         list(rows[:, None]),
-        _Search(
-            inverse,
-            damping,
-            fraction,
-            dict(zip(rows, tolerances, strict=True)),
-            rough,
-            dict(zip(rows, until, strict=True)),
-        ),
+        _Search(inverse, damping, fraction, *by_row, rough),
         block=block,
         checkpoints=checkpoints,
         identity=(
@@ -193,9 +188,9 @@ def proximal_response(
     converged = norms <= tolerances
     if not converged.all():
         warn_unconverged(
-            f"{np.count_nonzero(~converged)} of {len(rows)} proximal responses ended above "
-            f"{tolerances.min():.1e} of their first gradient norm (worst {norms.max():.1e}): allow "
-            "more max_iterations, use float64 or a larger damping."
+            f"{np.count_nonzero(~converged)} of {len(rows)} proximal responses missed their "
+            f"tolerance (the worst by {np.max(norms / tolerances):.1e} times): allow more "
+            "max_iterations, use float64 or a larger damping."
         )
     return ProximalResponse(
         found["change_if_removed"], rows, objective, float(damping), float(fraction), norms,
@@ -227,6 +222,8 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
             f"rough must have {len(train)} rows and {net.num_parameters} parameters, got "
             f"{len(examples)} and {other.num_parameters}."
         )
+    if not np.array_equal(examples.y, train.y.astype(examples.y.dtype)):
+        raise ValueError("rough must have the training set's rows in its order, got other targets.")
     if not np.array_equal(other.theta, net.theta.astype(other.dtype)):
         raise ValueError("rough must be at the theta of net, got another; set its theta.")
 
@@ -256,7 +253,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
     return {
         "distance": np.linalg.norm(found.thetas - thetas, axis=0),
         "change_if_removed": task.changes(found.thetas),
-        "gradient_norm": np.divide(found.norms, scale, out=np.zeros_like(scale), where=scale > 0),
+        "gradient_norm": np.divide(found.norms, scale, out=np.zeros_like(scale), where=scale != 0),
         "passes": found.passes,
     }
 

@@ -17,6 +17,8 @@ _CURVED = 1e-8  # cosine between step and change of gradient from which a pair i
 _OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
 _LONGER = 1.5  # times a step that was taken: what the next may be
 
+Gradients = Callable[[NDArray, NDArray], NDArray]  # (thetas (d, j), columns (j,)) -> (d, j)
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -24,8 +26,9 @@ class Found:
 
     Attributes:
       thetas: (d, k) of the smallest gradient each has seen.
-      norms: (k,) Euclidean norms of those gradients.
-      passes: (k,) gradients that each took; neither the first nor that which judged the rough ones.
+      norms: (k,) Euclidean norms of the gradients there, never of rough ones.
+      passes: (k,) gradients that each took, rough ones too; neither the first nor the exact one
+        where the rough ones ended.
     """
 
     thetas: NDArray
@@ -34,8 +37,8 @@ class Found:
 
 
 def minimise(
-    gradients: Callable[[NDArray, NDArray], NDArray],
-    inverse: Callable[[NDArray, NDArray], NDArray],
+    gradients: Gradients,
+    inverse: Gradients,
     thetas: NDArray,
     first: NDArray,
     tolerance: NDArray,
@@ -43,7 +46,7 @@ def minimise(
     *,
     pairs: Sequence[tuple[NDArray, NDArray]] = (),
     longest: NDArray | None = None,
-    rough: tuple[Callable[[NDArray, NDArray], NDArray], NDArray] | None = None,
+    rough: tuple[Gradients, NDArray] | None = None,
 ) -> Found:
     """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
 
@@ -51,9 +54,13 @@ def minimise(
     curvature elsewhere is added by the two-loop recursion (Nocedal 1980). A step is taken unless it
     ends on a climb half as steep as its descent began (the upper half of the approximate Wolfe
     conditions, Hager & Zhang 2005, which gradients alone decide and rounding spares) and the
-    gradient has grown. One that is not taken still teaches its curvature, and the next is at most
-    half as long; after one that is taken, half again as long, or as long if it ended on such a
-    climb: a function that bends much on the way is not left for where Newton's step would go.
+    gradient has grown. One that is not taken still teaches its curvature.
+
+    No step is longer than its function's radius, at first `longest`. A step that is not taken sets
+    the radius to half its length; one taken although it ended on such a climb, to its length; any
+    other leaves it at least half again as long as the step. So a function that bends much on the
+    way is not left for where Newton's step would go.
+
     Where gradients no longer shrink, a long way down is told from rounding by how far they rose,
     and by the sum of -(g_before + g_after) . step / 2, the function's fall but for third order.
 
@@ -62,87 +69,132 @@ def minimise(
       inverse: (G (d, j), columns (j,)) -> (d, j), about the inverse Hessians at the start times G;
         positive definite.
       thetas: (d, k) the start.
-      first: (d, k) the gradients there.
+      first: (d, k) the gradients there, exact ones.
       tolerance: (k,) norms of gradients to stop at.
       max_passes: calls of `gradients`, or of the rough ones, at most.
-      pairs: (P, Y), (d, k) each, by which the inverse is updated first: Y is what the Hessian at
-        the start makes of P; zero for a function that lacks one.
+      pairs: (P, Y), (d, k) each, by which the inverse is updated first: Y is what the matrix that
+        the steps are to start from makes of P; zero for a function that lacks one.
       longest: (k,) how long the first steps may be; None: as long as they come.
-      rough: cheaper gradients with more rounding, and (k,) norms until which they are taken; what
-        is returned is judged by `gradients` all the same.
+      rough: cheaper gradients with more rounding, and (k,) norms until which they are taken, or
+        until they shrink no more; from where they were smallest `gradients` goes on.
 
     Returns: Found.
     """
-    thetas, G = thetas.copy(), first.copy()
-    norms = np.linalg.norm(G, axis=0)
-    best = Found(thetas.copy(), norms.copy(), np.zeros(len(norms), int))
-    longest = np.full(len(norms), np.inf) if longest is None else longest.copy()
-    stale, fallen, mark = np.zeros(len(norms), int), np.zeros(len(norms)), np.zeros(len(norms))
-    highest = norms.copy()  # of the gradients since `mark`
+    now = _Searches(gradients, thetas, first, tolerance, longest, rough)
     most = max(_BYTES // (2 * thetas.itemsize * len(thetas)), _LEAST_PAIRS)
-    exact = np.full(len(norms), rough is None)
-    until = tolerance.copy() if rough is None else rough[1].copy()
-
-    def at(thetas: NDArray, columns: NDArray) -> NDArray:
-        found = np.empty_like(thetas)
-        for of, some in ((gradients, exact[columns]), (rough and rough[0], ~exact[columns])):
-            if of and some.any():
-                found[:, some] = of(thetas[:, some], columns[some])
-        return found
-
-    def ended(columns: NDArray) -> NDArray:
-        return (best.norms[columns] <= until[columns]) | (stale[columns] >= _PATIENCE)
-
-    def judge(columns: NDArray) -> None:
-        """From the rough to the exact gradients, at the best theta."""
-        if not len(columns):
-            return
-        thetas[:, columns] = best.thetas[:, columns]
-        G[:, columns] = gradients(thetas[:, columns], columns)
-        norms[columns] = highest[columns] = np.linalg.norm(G[:, columns], axis=0)
-        best.norms[columns], until[columns] = norms[columns], tolerance[columns]
-        exact[columns] = True
-        stale[columns], mark[columns] = 0, fallen[columns]
-
-    todo = np.flatnonzero(norms > tolerance)
+    todo = np.flatnonzero(now.norms > tolerance)
     seen = [_pair(P[:, todo], Y[:, todo]) for P, Y in pairs]
+    given = len(seen)
     for _ in range(max_passes):
         if not len(todo):
             break
-        g = G[:, todo]
+        g = now.G[:, todo]
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
-        steps *= np.minimum(1, longest[todo] / np.linalg.norm(steps, axis=0))
-        tried = thetas[:, todo] + steps
-        steps = tried - thetas[:, todo]  # as far as it rounds to
-        there = at(tried, todo)
-        tried_norms = np.linalg.norm(there, axis=0)
-        seen = [*seen[1 - most :], _pair(steps, there - g)]
-        climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
-        taken = np.isfinite(tried_norms) & (~climbs | (tried_norms < norms[todo]))
-        moved = todo[taken]
-        thetas[:, moved], G[:, moved] = tried[:, taken], there[:, taken]
-        norms[moved] = tried_norms[taken]
-        fallen[moved] -= (_dot(there + g, steps) / 2)[taken]
-        lengths = np.linalg.norm(steps, axis=0)
-        longer = np.where(climbs, lengths, np.maximum(longest[todo], _LONGER * lengths))
-        longest[todo] = np.where(taken, longer, lengths / 2)
-        better = todo[norms[todo] < best.norms[todo]]
-        best.thetas[:, better], best.norms[better] = thetas[:, better], norms[better]
-        best.passes[todo] += 1
-        stale[todo] += 1
-        highest[todo] = np.maximum(highest[todo], norms[todo])
-        under_way = fallen - mark > _FALL * np.abs(fallen)
-        under_way &= (highest > _ROSE * best.norms) & (stale >= _PATIENCE)
-        again = np.concatenate([better, todo[under_way[todo]]])
-        stale[again], mark[again], highest[again] = 0, fallen[again], norms[again]
-        judge(todo[ended(todo) & ~exact[todo]])
-        stay = ~ended(todo)
+        steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
+        tried = now.thetas[:, todo] + steps
+        steps = tried - now.thetas[:, todo]  # as far as it rounds to
+        there = now.gradients(tried, todo)
+        seen.append(_pair(steps, there - g))
+        del seen[given:-most]
+        now.step(todo, steps, tried, there)
+        now.look(todo)
+        stuck = now.stuck(todo) & ~now.exact[todo]
+        for _, _, weight in seen[given:]:
+            weight[stuck] = 0  # they say more of rounding than of the function
+        now.judge(todo[now.ended(todo)])
+        stay = ~now.ended(todo)
         if not stay.all():
             for i, (S, Y, weight) in enumerate(seen):  # in place: they are most of the memory
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
-    judge(todo[~exact[todo]])
-    return best
+    now.judge(todo)
+    return now.best
+
+
+class _Searches:
+    """Where k minimisations are; `columns` says which of them a method is about."""
+
+    def __init__(
+        self, gradients: Gradients, thetas: NDArray, first: NDArray, tolerance: NDArray,
+        longest: NDArray | None, rough: tuple[Gradients, NDArray] | None,
+    ):  # fmt: skip
+        k = thetas.shape[1]
+        self.thetas, self.G = thetas.copy(), first.copy()
+        self.norms = np.linalg.norm(first, axis=0)
+        self._gradients, self._tolerance = gradients, tolerance
+        self._rough, until = rough or (None, np.full(k, np.inf))
+        self.exact = ~(self.norms > until)  # whose gradients are the exact ones
+        self.until = np.where(self.exact, tolerance, until)
+        self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
+        self.longest = np.full(k, np.inf) if longest is None else longest.copy()
+        self.stale = np.zeros(k, int)  # passes since the gradient was last smaller than ever
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # how far the function, until then too
+        self.highest = self.norms.copy()  # the largest gradient since then
+
+    def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
+        """(d, j), of each column the exact or the rough ones."""
+        found = np.empty_like(thetas)
+        exact = self.exact[columns]
+        for of, some in ((self._gradients, exact), (self._rough, ~exact)):
+            if of and some.any():
+                found[:, some] = of(thetas[:, some], columns[some])
+        return found
+
+    def step(self, columns: NDArray, steps: NDArray, tried: NDArray, there: NDArray) -> None:
+        """Take the steps that are to be taken, and set how long the next may be."""
+        g, norms = self.G[:, columns], np.linalg.norm(there, axis=0)
+        climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
+        taken = np.isfinite(norms) & (~climbs | (norms < self.norms[columns]))
+        moved = columns[taken]
+        self.thetas[:, moved], self.G[:, moved] = tried[:, taken], there[:, taken]
+        self.norms[moved] = norms[taken]
+        self.fallen[moved] -= (_dot(there + g, steps) / 2)[taken]
+        lengths = np.linalg.norm(steps, axis=0)
+        longer = np.maximum(self.longest[columns], _LONGER * lengths)
+        longer = np.where(climbs, lengths, longer)
+        self.longest[columns] = np.where(taken, longer, lengths / 2)
+
+    def look(self, columns: NDArray) -> None:
+        """Keep what is best so far, and count passes since, unless a long way down was gone."""
+        best, norms = self.best, self.norms[columns]
+        smaller = norms < best.norms[columns]
+        better = columns[smaller]
+        best.thetas[:, better], best.norms[better] = self.thetas[:, better], norms[smaller]
+        best.passes[columns] += 1
+        self.stale[columns] += 1
+        self.highest[columns] = np.maximum(self.highest[columns], norms)
+        fallen = self.fallen[columns]
+        under_way = (
+            self.stuck(columns)
+            & (fallen - self.mark[columns] > _FALL * np.abs(fallen))
+            & (self.highest[columns] > _ROSE * best.norms[columns])
+        )
+        self._begin(columns[smaller | under_way])
+
+    def ended(self, columns: NDArray) -> NDArray:
+        """(j,) by the gradients that each takes."""
+        return (self.best.norms[columns] <= self.until[columns]) | self.stuck(columns)
+
+    def stuck(self, columns: NDArray) -> NDArray:
+        """(j,) whose gradients shrink no more."""
+        return self.stale[columns] >= _PATIENCE
+
+    def judge(self, columns: NDArray) -> None:
+        """From the rough gradients, where those are taken, to the exact ones at the best theta."""
+        columns = columns[~self.exact[columns]]
+        if not len(columns):
+            return
+        self.exact[columns], self.until[columns] = True, self._tolerance[columns]
+        self.thetas[:, columns] = self.best.thetas[:, columns]
+        self.G[:, columns] = self._gradients(self.thetas[:, columns], columns)
+        self.norms[columns] = np.linalg.norm(self.G[:, columns], axis=0)
+        self.best.norms[columns] = self.norms[columns]
+        self._begin(columns)
+
+    def _begin(self, columns: NDArray) -> None:
+        """Count passes, the fall and the rise of gradients from here."""
+        self.stale[columns], self.mark[columns] = 0, self.fallen[columns]
+        self.highest[columns] = self.norms[columns]
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:

@@ -90,7 +90,7 @@ def descend(
         path = folder / f"descent-{identity[:16]}.npz"
         if path.exists():
             found = load(path)
-            net.theta, history, ended = found["theta"], list(found["history"]), found["ended"]
+            net.theta, history, ended = found["theta"], list(found["history"]), found.get("ended")
 
     def keep(ended: bool) -> None:
         if path is not None:

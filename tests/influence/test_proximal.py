@@ -18,6 +18,7 @@ from influence import (
 )
 from influence.proximal import proximal_response
 from influence.refits import Task
+from influence.removal import Removal
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, untraced
 
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
@@ -261,11 +262,56 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
     assert got.converged.all() and relative_error(got[:], exact[:]) < 1e-7
     assert asked["float32"] > 0 and 0 < asked["float64"] < 0.8 * exact.iterations.sum()
     assert sum(asked.values()) == got.iterations.sum() + len(ROWS)  # each is judged once
-    # Float32 alone does not get there, and is not believed.
+    # Workers find the same, with nets of their own.
+    by_workers = respond(tanh, objective, tolerance=1e-9, rough=SINGLE, rough_tolerance=1e-3,
+                         num_processes=2, block=2)  # fmt: skip
+    assert relative_error(by_workers[:], got[:]) < 1e-7 and by_workers.converged.all()
+
+
+def test_float32_is_not_believed(tanh, monkeypatch):
+    """Both searches take its steps alone, one of them when its gradients are far smaller."""
+    taken, given = thetas_of(monkeypatch), proximal._gradients
+
+    def flattered(task, net, *more):
+        found = given(task, net, *more)
+        return found if net.dtype == "float64" else lambda t, c: found(t, c) * 1e-9
+
+    honest = {"rough": SINGLE, "tolerance": 1e-4, "max_iterations": 1}
     with pytest.warns(ConvergenceWarning):
-        got = respond(tanh, objective, tolerance=1e-9, rough=SINGLE, rough_tolerance=1e-3,
-                      max_iterations=2)  # fmt: skip
-    assert (got.iterations == 2).all() and (got.gradient_norm > 1e-9).all()
+        expected = respond(tanh, "bregman", **honest)
+    monkeypatch.setattr(proximal, "_gradients", flattered)
+    with pytest.warns(ConvergenceWarning):
+        got = respond(tanh, "bregman", **honest)
+    np.testing.assert_array_equal(taken[1], taken[0])
+    np.testing.assert_allclose(got.gradient_norm, expected.gradient_norm, rtol=1e-12)
+    assert (got.iterations == 1).all() and (got.gradient_norm > 1e-4).all()
+
+
+def test_the_rows_own_curvature_is_known_but_the_first_step_is_no_longer_for_it(
+    linear, monkeypatch
+):
+    """Of a row of large leverage: its one direction, known, is gone down in a few long steps."""
+    p, thetas = linear, []
+    x = p.train.x.copy()
+    x[5] *= 20
+    train, given = Examples(x, p.train.y), proximal._gradients
+
+    def watched(*arguments):
+        gradients = given(*arguments)
+        return lambda t, columns: thetas.append(t) or gradients(t, columns)
+
+    monkeypatch.setattr(proximal, "_gradients", watched)
+    options = {"objective": "leave_one_out", "damping": 0.0, "tolerance": 1e-9}
+    got = proximal_response(p.net, train, p.test, [5], **options)
+    push = p.net.gradients(x[5:6], train.y[5:6])[0] + p.net.penalty_gradient()
+    by_A = np.linalg.norm(prepare(Hessian(p.net, train), Direct()).apply(push[:, None]).x) / 40
+    assert np.linalg.norm(thetas[0][:, 0] - p.theta) == pytest.approx(by_A)
+    assert got.converged.all() and got.distance[0] > 10 * by_A
+    far = len(thetas)
+    got = proximal_response(p.net, p.train, p.test, [3], **options)
+    assert got.converged.all() and len(thetas) == far + 2 == far + got.iterations[0]
+    monkeypatch.setattr(Removal, "pairs", lambda *_: [])
+    assert proximal_response(p.net, p.train, p.test, [3], **options).iterations[0] > 2
 
 
 def test_each_row_has_its_own_tolerance(tanh):
@@ -294,8 +340,8 @@ def test_what_misses_the_tolerance_is_marked(tanh):
         got = respond(tanh, "bregman", tolerance=1e-6, max_iterations=1)
     assert [w.filename for w in caught] == [__file__]
     assert str(caught[0].message).startswith(
-        f"3 of 3 proximal responses ended above 1.0e-06 of their first gradient norm (worst "
-        f"{got.gradient_norm.max():.1e}): allow more max_iterations"
+        f"3 of 3 proximal responses missed their tolerance (the worst by "
+        f"{got.gradient_norm.max() * 1e6:.1e} times): allow more max_iterations"
     )
     assert not got.converged.any() and (got.iterations == 1).all()
 
@@ -325,6 +371,8 @@ def test_an_indefinite_matrix_is_refused(tanh):
         ({"rough": ("net", 1)}, TypeError, r"or None, got \('net', 1\)"),
         ({"rough": (SINGLE[0], SINGLE[1].take([0, 1]))}, ValueError,
          "^rough must have 20 rows and 21 parameters, got 2 and 21"),
+        ({"rough": (SINGLE[0], SINGLE[1].take(np.arange(20)[::-1]))}, ValueError,
+         "^rough must have the training set's rows in its order, got other targets"),
         ({"rough": OTHER}, ValueError, "^rough must be at the theta of net"),
         ({"step_damping": -1.0}, ValueError, r"^step_damping must be finite and at least 0"),
         ({"tolerance": 0.0}, ValueError, r"^tolerance must be positive, .* got shape \(\) and 0"),
@@ -389,7 +437,8 @@ def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     monkeypatch.setattr(proximal, "_proximal_block", known)
     for other in ({"damping": 0.6}, {"tolerance": 1e-3}, {"max_iterations": 40},
-                  {"solver": CG()}, {"fraction": 0.5},
+                  {"solver": CG()}, {"fraction": 0.5}, {"step_damping": 1.0}, {"rough": SINGLE},
+                  {"rough": SINGLE, "rough_tolerance": 0.1},
                   {"objective": "leave_one_out", "damping": 3.0}):  # fmt: skip
         calls.clear()
         kept(folder, tanh, **other)

@@ -65,6 +65,15 @@ def test_products_are_sums_over_the_group(softmax, removal):
     assert relative_error(removal.hvp(V[:, few], few), expected[:, few]) < 1e-12
 
 
+def test_a_fraction_is_of_every_sum(softmax):
+    p, V = softmax, thetas_of(softmax)
+    whole, part = (Removal(p.net, p.train, GROUPS, None, fraction) for fraction in (1.0, 0.3))
+    np.testing.assert_allclose(part.hvp(V, EVERY), 0.3 * whole.hvp(V, EVERY), rtol=1e-12)
+    np.testing.assert_allclose(
+        part.gradients(V, EVERY), 0.3 * whole.gradients(V, EVERY), rtol=1e-12
+    )
+
+
 def test_dicts_and_sparse_rows():
     p = logistic("softmax", intercept=True)
     thetas = thetas_of(p)

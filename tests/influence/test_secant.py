@@ -111,6 +111,29 @@ def test_pairs_that_are_given_are_known_from_the_start():
     assert found.passes[0] == 1 < found.passes[1]
 
 
+def test_pairs_that_others_are_given_change_nothing(monkeypatch):
+    """They count not among those that are remembered, nor does the oldest of them go first."""
+    monkeypatch.setattr(secant, "_LEAST_PAIRS", 4)
+    monkeypatch.setattr(secant, "_BYTES", 0)
+    H, c = symmetric(np.geomspace(1, 1e2, 12)), np.ones((12, 1))
+    vectors = np.linalg.eigh(H)[1][:, -6:]
+    pairs = [(v[:, None], H @ v[:, None]) for v in vectors.T]
+    none = np.zeros((12, 1))
+    beside = [(np.hstack([P if i < 2 else none, P]), np.hstack([Y if i < 2 else none, Y]))
+              for i, (P, Y) in enumerate(pairs)]  # fmt: skip
+    found = []
+    for given, k in ((pairs[:2], 1), (beside, 2)):
+        gradients, _ = quadratics([H] * k, np.repeat(c, k, axis=1))
+        start = np.zeros((12, k))
+        first = gradients(start, np.arange(k))
+        found.append(
+            minimise(gradients, lambda G, _: G, start, first, np.zeros(k), 15, pairs=given)
+        )
+    alone, together = found
+    assert together.norms[1] < alone.norms[0] / 2  # more given helps, with as many remembered
+    np.testing.assert_allclose(together.thetas[:, 0], alone.thetas[:, 0], rtol=1e-8)
+
+
 def test_steps_grow_with_those_that_were_taken():
     """Down a straight slope to a far minimum, from which it is no longer limited."""
     seen = []
@@ -211,6 +234,92 @@ def test_a_search_that_cannot_move_ends():
     lost = run(once, lambda G, _: np.array([[1], [100]]) * G, [[0.0], [0.0]], max_passes=300)
     assert lost.norms[0] == 0.9  # it was taken
     assert stuck.passes[0] < 30 and lost.passes[0] < 30
+
+
+def searched(max_passes, until=1e-3):
+    """Two of three by rough gradients whose minimum is elsewhere; the third starts at its own."""
+    H, c, asked = symmetric([1, 2, 5]), np.ones((3, 1)), {"exact": [], "rough": []}
+
+    def by(name, error):
+        def gradients(thetas, columns):
+            asked[name].append(columns.tolist())
+            return H @ (thetas - c) + error
+
+        return gradients
+
+    start = np.array([[0, 9.0, 1], [0, 9, 1], [0, -9, 1]])
+    found = minimise(
+        by("exact", 0), lambda G, _: G / 3, start, H @ (start - c), np.full(3, 1e-9), max_passes,
+        rough=(by("rough", 0.01), np.full(3, until)),
+    )  # fmt: skip
+    true = np.linalg.norm(H @ (found.thetas - c), axis=0)
+    np.testing.assert_allclose(found.norms, true, rtol=1e-9, atol=1e-15)
+    return found, asked
+
+
+def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
+    found, asked = searched(3)  # ends while they are rough
+    assert found.passes.tolist() == [3, 3, 0] and asked["exact"] == [[0, 1]]
+    found, asked = searched(50)  # goes on by the exact ones; the third is never asked
+    columns = sum(asked["exact"] + asked["rough"], [])
+    assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 2
+    assert 2 not in columns
+    found, _ = searched(500, until=0.0)  # rough ones that shrink no more
+    assert (found.norms <= 1e-9).all()
+
+
+def test_rough_gradients_are_not_taken_where_the_first_is_small_enough():
+    found, asked = searched(50, until=10.0)
+    assert (found.norms <= 1e-9).all()
+    assert sum(asked["rough"], []).count(0) == 0 < sum(asked["rough"], []).count(1)
+
+
+def test_the_exact_ones_go_on_from_the_smallest_gradient():
+    """The last step went to where it is larger, for the function was falling all the same."""
+    H, tried = np.diag([1.0, 100]), []
+
+    def rough(thetas, _):
+        tried.append(thetas)
+        return H @ thetas
+
+    start = np.array([[10.0], [0]])
+    slanted = lambda G, _: np.array([[0.1, 0], [0.02, 0.01]]) @ G  # noqa: E731
+    asked = []
+
+    def exact(thetas, _):
+        asked.append(thetas)
+        return H @ thetas
+
+    minimise(exact, slanted, start, H @ start, np.full(1, 1e-9), 1, rough=(rough, np.zeros(1)))
+    sizes = [np.linalg.norm(H @ one) for one in (start, *tried)]
+    np.testing.assert_array_equal(asked[0], [start, *tried][int(np.argmin(sizes))])
+    assert np.argmin(sizes) < len(tried)
+
+
+def test_rounding_among_rough_gradients_teaches_the_exact_ones_nothing():
+    """Rough ones that shrink no more: their last steps, divided by noise, are forgotten."""
+    H, passes = symmetric(np.geomspace(1, 100, 40)), []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        start = rng.standard_normal((40, 1))
+        first = H @ start
+        size = 1e-3 * np.linalg.norm(first)
+        asked = []
+
+        def noisy(t, _, rng=rng, size=size):
+            return H @ t + size / np.sqrt(40) * rng.standard_normal(t.shape)
+
+        def exact(t, _, asked=asked):
+            asked.append(t)
+            return H @ t
+
+        found = minimise(
+            exact, lambda G, _: np.linalg.solve(H + 0.5 * np.eye(40), G), start, first,
+            1e-9 * np.linalg.norm(first, axis=0), 500, rough=(noisy, np.full(1, 0.3 * size)),
+        )  # fmt: skip
+        assert found.norms[0] <= 1e-9 * np.linalg.norm(first)
+        passes.append(len(asked))
+    assert np.mean(passes) < 15, passes
 
 
 def test_only_so_many_pairs_are_remembered(monkeypatch):
