@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.compare import predicted_against_actual, rounded_down
 from experiments.record import Record
@@ -29,10 +30,20 @@ STEPS_AT_MINIMUM = (
     ("gauss_newton", "minimum", "Gauss-Newton for the Hessian"),
     ("damped", "minimum", "Damping as where training stopped"),
     ("minimum", "part", "First order for a refit without a tenth of the row"),
-    ("part", "actual", "That refit, tenfold, for the refit without the row"),
-    ("minimum", "actual", "First order for the refit without the row"),
-    ("damped", "actual", "Damping and first order for that refit"),
+    ("part", "refit", "That refit, tenfold, for the refit without the row"),
+    ("minimum", "refit", "First order for the refit without the row"),
+    ("damped", "refit", "Damping and first order for that refit"),
 )
+
+
+def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
+    """Two sides of a step, (k,) each: the first test point's removals, where both are known."""
+    names = {name.partition("_")[2]: name for name in arrays if name.startswith("actual_")}
+    names |= {name.partition("_")[2]: name for name in arrays if name.startswith("predicted_")}
+    names["refit"] = "actual_minimum"
+    left, right = (arrays[names[side]][0, arrays["removals_0"]] for side in (one, other))
+    known = np.isfinite(left) & np.isfinite(right)
+    return left[known], right[known]
 
 
 def draw(record: Record) -> Any:
@@ -80,8 +91,10 @@ def _draw_truth(axis: Any, record: Record, truth: str, title: str) -> None:
     axis.tick_params(labelsize=8)
     slope = metrics[f"slope_{truth}"]
     text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
-    if not known.all() and truth != "part":
-        text += f"\n{np.count_nonzero(~known)} left out"
+    text += f"\n{np.count_nonzero(known)} rows"
+    lost = metrics["parts_unconverged"] if truth == "part" else np.count_nonzero(~known)
+    if lost:
+        text += f"\n{lost:.0f} left out"
     if truth == "continued":
         text += f"\ncontrol's drift\n{arrays['drift'][0]:+.2g}"
     axis.text(0.05, 0.95, text, transform=axis.transAxes, va="top", fontsize=8)
@@ -106,15 +119,16 @@ def _draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ..
     arrays = record.arrays
     axis.axis("off")
     rows = []
-    for (one, *_, label), r, slope in zip(
+    for (one, other, label), r, slope in zip(
         steps, arrays["step_pearson"], arrays["step_slope"], strict=True
     ):
         if one == "lissa" and "lissa_residual" in record.metrics:
             label += f" (residual {record.metrics['lissa_residual']:.1f})"
-        rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}"))
-    head = ("What stands for what", "r", "lost, 1 - r", "slope")
-    table = axis.table(rows, colLabels=head, colWidths=[0.58, 0.14, 0.14, 0.14], loc="center",
-                       cellLoc="left", colLoc="left", edges="horizontal")  # fmt: skip
+        num = len(both_sides(arrays, one, other)[0])
+        rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}", f"{num}"))
+    head = ("What stands for what", "r", "lost, 1 - r", "slope", "rows")
+    table = axis.table(rows, colLabels=head, colWidths=[0.56, 0.12, 0.13, 0.11, 0.08],
+                       loc="center", cellLoc="left", colLoc="left", edges="horizontal")  # fmt: skip
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     for (row, _), cell in table.get_celld().items():

@@ -106,8 +106,9 @@ def _refits(
     """The net minimised without each row, from the minimum with all: arrays by row, and metrics.
 
     `actual` (m, k), `refit_distance` (k,) from the minimum with all, both NaN where none was found,
-    and `refit_passes` (k,) over the training set. By float32's gradients as far as they can be told
-    from rounding, if that is what the net is in; the last steps and the certificate in float64.
+    and `refit_passes` (k,) over the training set, whatever the precision. By float32's gradients as
+    far as they can be told from rounding, if that is what the net is in; the last steps and the
+    certificate in float64.
 
     Args:
       config: of `fig2_cnn`.
@@ -128,10 +129,10 @@ def _refits(
     found = proximal_response(
         net, train, measured, removed, objective="leave_one_out", damping=damping,
         fraction=fraction, step_damping=step_damping, solver=prepare(H, Direct()),
-        # The caps are for rows that a minimum hardly feels.
+        # The cap is for rows that a minimum hardly feels.
         tolerance=np.minimum(final / first, 0.5),
         rough=None if config.dtype == "float64" else single[:2],
-        rough_tolerance=np.minimum(max(_FLOAT32_REFIT, final) / first, 0.5),
+        rough_tolerance=max(_FLOAT32_REFIT, final) / first,
         max_iterations=_MOST_REFITTING, block=_TOGETHER, num_processes=config.num_processes,
         checkpoints=checkpoints,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cnn, cnn_minimum, options
-from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS, draw
+from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS, both_sides, draw
 from experiments.compare import agreement
 from experiments.record import Claim, Record
 
@@ -47,7 +47,8 @@ class Config:
     num_removals: int = 100
     """rows of largest |influence| removed for the first test point (section 4.2)"""
     further_removals: int = 40
-    """the same for each further test point"""
+    """the same for each further test point; at a minimum as many of the first's are refitted
+    without a part of the row too"""
     cg_rtol: float = 1e-5
     """relative residual that CG stops at; the release's own criterion is one of step length"""
     lissa_depth: int = 1000
@@ -134,6 +135,7 @@ CLAIMS = (
     Claim("gradient_norm", None, 0.0, 1e-6, presets=("converged",)),
     Claim("num_negative_eigenvalues", None, 0, 0, presets=("converged",)),
     Claim("refits_unconverged", None, 0, 5, presets=("converged",)),
+    Claim("parts_unconverged", None, 0, 2, presets=("converged",)),
 )
 
 DEVIATIONS = (
@@ -158,8 +160,8 @@ DEVIATIONS = (
     "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
     "predictions. Rows whose refits miss the gradient norm are left out and counted. Beside them, "
-    "for 40 of the rows, refits without a tenth of a row's weight, to a tenth of that norm, their "
-    "changes times ten: what first order is exact for, as the part goes to 0.",
+    "for the 40 of largest predicted change, refits without a tenth of a row's weight, to a tenth "
+    "of that norm, their changes times ten: what first order is exact for, as the part goes to 0.",
 )
 
 
@@ -225,7 +227,7 @@ def _where_training_stopped(
     arrays |= {f"removals_{j}": some for j, some in enumerate(at)}
     arrays |= {name: metrics.pop(name) for name in ("drift", "proximal_gradient_norm",
                                                     "bregman_gradient_norm")}  # fmt: skip
-    return arrays | _steps(STEPS, predicted | changes, at[0]), metrics
+    return arrays | _steps(STEPS, arrays), metrics
 
 
 def _at_minimum(
@@ -234,20 +236,16 @@ def _at_minimum(
     """Arrays and metrics at a local minimum."""
     arrays, metrics = cnn_minimum.at_minimum(config, net, train, measured, checkpoints)
     at = [arrays[f"removals_{j}"] for j in range(len(config.test_points))]
-    sides = {
-        how.partition("_")[2]: values for how, values in arrays.items() if how.startswith("predict")
-    } | {"actual": arrays["actual_minimum"], "part": arrays["actual_part"]}
-    metrics |= _agreements("minimum", sides["minimum"], sides["actual"], at)
-    part = _finite_agreement(sides["minimum"][0, at[0]], sides["part"][0, at[0]])
+    predicted = arrays["predicted_minimum"]
+    metrics |= _agreements("minimum", predicted, arrays["actual_minimum"], at)
+    part = _finite_agreement(predicted[0, at[0]], arrays["actual_part"][0, at[0]])
     metrics |= {f"{name}_part": value for name, value in part.items()}
-    arrays |= _steps(STEPS_AT_MINIMUM, sides, at[0])
-    return arrays, metrics
+    return arrays | _steps(STEPS_AT_MINIMUM, arrays), metrics
 
 
-def _steps(steps: Any, sides: Any, first: Any) -> dict[str, Any]:
+def _steps(steps: Any, arrays: Any) -> dict[str, Any]:
     """How each approximation agrees with what it stands for, on the first test point's removals."""
-    found = [_finite_agreement(sides[one][0, first], sides[other][0, first])
-             for one, other, _ in steps]  # fmt: skip
+    found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
     return {f"step_{name}": np.array([step[name] for step in found])
             for name in ("pearson", "slope")}  # fmt: skip
 

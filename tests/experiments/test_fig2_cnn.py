@@ -9,7 +9,7 @@ import scipy.linalg
 
 import data
 from experiments import cnn, cnn_minimum, fig2_cnn
-from experiments.cnn_drawing import STEPS, TRUTHS
+from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS
 from experiments.record import Record
 from experiments.running import Misuse
 from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
@@ -213,14 +213,22 @@ def test_draw(record, converged):
     cells = figure.axes[-1].tables[0].get_celld()
     for i, r in enumerate(record.arrays["step_pearson"], start=1):
         assert cells[i, 2].get_text().get_text() == f"{1 - r:.1e}"
+        assert cells[i, 4].get_text().get_text() == str(len(first))
     plt.close(figure)
     some = dict(converged.arrays)
     some["actual_minimum"] = some["actual_minimum"].copy()
     some["actual_minimum"][0, some["removals_0"][0]] = np.nan
-    figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=some))
-    *_, last = (axis for axis in figure.axes if axis.get_title())
-    assert "1 left out" in last.texts[0].get_text()
-    assert len(last.collections[0].get_offsets()) == len(some["removals_0"]) - 1
+    metrics = converged.metrics | {"parts_unconverged": 2}
+    figure = fig2_cnn.draw(Record.of(metrics=metrics, arrays=some))
+    *_, part, last = (axis for axis in figure.axes if axis.get_title())
+    num = len(some["removals_0"])
+    assert last.texts[0].get_text().endswith(f"{num - 1} rows\n1 left out")
+    assert len(last.collections[0].get_offsets()) == num - 1
+    assert part.texts[0].get_text().endswith(f"{AT_MINIMUM.further_removals} rows\n2 left out")
+    cells = figure.axes[-1].tables[0].get_celld()
+    shown = [cells[i, 4].get_text().get_text() for i in range(1, len(STEPS_AT_MINIMUM) + 1)]
+    few = AT_MINIMUM.further_removals
+    assert shown == [str(known) for known in [num] * 4 + [few, few - 1] + [num - 1] * 2]
     plt.close(figure)
     figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=converged.arrays))
     way, part, whole = (axis for axis in figure.axes if axis.get_title())
