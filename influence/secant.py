@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 _LEAST_PAIRS = 20  # (step, change of gradient) that are remembered, however large theta is
 _BYTES = 1 << 23  # of pairs that a function may hold beyond those: each mends one more direction
 _PATIENCE = 20  # passes without a smaller gradient until what the function did since is looked at
-_FALL = 1e-5  # share of its whole fall that they must have brought; less is taken for rounding
+# Share of its whole fall that they must have brought, by precision; less is taken for rounding.
+_FALL = {"float32": 1e-5, "float64": 1e-10}
 _ROSE = 2.0  # times the smallest gradient: what they must have met; less is taken for rounding
+_TOLD = 10.0  # times the rounding of gradients: the least change of theirs that is believed
 _CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
 _OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
 _LONGER = 1.5  # times a step that was taken: what the next may be
@@ -27,8 +29,8 @@ class Found:
     Attributes:
       thetas: (d, k) of the smallest gradient each has seen.
       norms: (k,) Euclidean norms of the gradients there, never of rough ones.
-      passes: (k,) gradients that each took, rough ones too; neither the first nor the exact one
-        where the rough ones ended.
+      passes: (k,) gradients that each took, rough ones too; neither the first nor those where it
+        went from rough ones to exact ones.
     """
 
     thetas: NDArray
@@ -98,16 +100,18 @@ def minimise(
         del seen[given:-most]
         now.step(todo, steps, tried, there)
         now.look(todo)
-        stuck = now.stuck(todo) & ~now.exact[todo]
-        for _, _, weight in seen[given:]:
-            weight[stuck] = 0  # they say more of rounding than of the function
-        now.judge(todo[now.ended(todo)])
+        rough_ended = now.ended(todo) & ~now.exact[todo]
+        if rough_ended.any():
+            rounding = now.judge(todo[rough_ended])
+            for _, Y, weight in seen[given:]:
+                told = np.linalg.norm(Y[:, rough_ended], axis=0) > _TOLD * rounding
+                weight[rough_ended] *= told
         stay = ~now.ended(todo)
         if not stay.all():
             for i, (S, Y, weight) in enumerate(seen):  # in place: they are most of the memory
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
-    now.judge(todo)
+    now.judge(todo[~now.exact[todo]])
     return now.best
 
 
@@ -164,9 +168,10 @@ class _Searches:
         self.stale[columns] += 1
         self.highest[columns] = np.maximum(self.highest[columns], norms)
         fallen = self.fallen[columns]
+        least = np.where(self.exact[columns], _FALL[self.thetas.dtype.name], _FALL["float32"])
         under_way = (
             self.stuck(columns)
-            & (fallen - self.mark[columns] > _FALL * np.abs(fallen))
+            & (fallen - self.mark[columns] > least * np.abs(fallen))
             & (self.highest[columns] > _ROSE * best.norms[columns])
         )
         self._begin(columns[smaller | under_way])
@@ -179,17 +184,18 @@ class _Searches:
         """(j,) whose gradients shrink no more."""
         return self.stale[columns] >= _PATIENCE
 
-    def judge(self, columns: NDArray) -> None:
-        """From the rough gradients, where those are taken, to the exact ones at the best theta."""
-        columns = columns[~self.exact[columns]]
+    def judge(self, columns: NDArray) -> NDArray:
+        """From rough to exact gradients, at the best theta; (j,) by how much they differ there."""
         if not len(columns):
-            return
+            return np.empty(0)
+        there = self.best.thetas[:, columns]
+        rough = self.gradients(there, columns)
         self.exact[columns], self.until[columns] = True, self._tolerance[columns]
-        self.thetas[:, columns] = self.best.thetas[:, columns]
-        self.G[:, columns] = self._gradients(self.thetas[:, columns], columns)
+        self.thetas[:, columns], self.G[:, columns] = there, self.gradients(there, columns)
         self.norms[columns] = np.linalg.norm(self.G[:, columns], axis=0)
         self.best.norms[columns] = self.norms[columns]
         self._begin(columns)
+        return np.linalg.norm(self.G[:, columns] - rough, axis=0)
 
     def _begin(self, columns: NDArray) -> None:
         """Count passes, the fall and the rise of gradients from here."""

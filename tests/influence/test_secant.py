@@ -208,6 +208,14 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
+    # The same after a first step that the function fell a million times as far by.
+    def after(t, columns):
+        return np.concatenate([rosenbrock(t[:2], columns), 2e7 * t[2:]])
+
+    inverse = lambda G, _: G / np.array([[1000], [1000], [2e7]])  # noqa: E731
+    found = run(after, inverse, np.concatenate([start, [[1.0]]]), 1e-6, max_passes=2000)
+    np.testing.assert_allclose(found.thetas, [[1], [1], [0]], atol=1e-5)
+
 
 @pytest.mark.parametrize("ratio", [10, 100])
 def test_rounding_is_no_way_down(ratio):
@@ -262,7 +270,7 @@ def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
     assert found.passes.tolist() == [3, 3, 0] and asked["exact"] == [[0, 1]]
     found, asked = searched(50)  # goes on by the exact ones; the third is never asked
     columns = sum(asked["exact"] + asked["rough"], [])
-    assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 2
+    assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 4
     assert 2 not in columns
     found, _ = searched(500, until=0.0)  # rough ones that shrink no more
     assert (found.norms <= 1e-9).all()
