@@ -78,7 +78,8 @@ def minimise(
         the steps are to start from makes of P; zero for a function that lacks one.
       longest: (k,) how long the first steps may be; None: as long as they come.
       rough: cheaper gradients with more rounding, and (k,) norms until which they are taken, or
-        until they shrink no more; from where they were smallest `gradients` goes on.
+        until they shrink no more; from where they were smallest `gradients` goes on, with those
+        of their pairs that rounding cannot have made.
 
     Returns: Found.
     """
