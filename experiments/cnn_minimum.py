@@ -29,7 +29,7 @@ _FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rou
 _FLOAT32_REFIT = 1e-5  # the same for a refit, whose gradient less that at the minimum is taken
 _STEP_DAMPING = 1e-6  # of the largest eigenvalue: how flat directions may be for a refit's steps
 _PART = 0.1  # of a row's weight, taken out to see what first order is good for
-_MOST_REFITTING = 400  # passes for a refit; of three that were let go on, one ended by 1,000
+_MOST_REFITTING = 400  # passes for a refit; what goes on at 400 is still at 100 times the norm
 _TOGETHER = 4  # refits side by side: more of them are no faster, and are lost together
 
 

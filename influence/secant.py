@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 _LEAST_PAIRS = 20  # (step, change of gradient) that are remembered, however large theta is
 _BYTES = 1 << 23  # of pairs that a function may hold beyond those: each mends one more direction
 _PATIENCE = 20  # passes without a smaller gradient until what the function did since is looked at
-# Share of its whole fall that they must have brought, by precision; less is taken for rounding.
+# By precision, the share of its whole fall that they must have brought, and what they must have
+# met, in times of the smallest gradient; less is taken for rounding.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-_ROSE = 2.0  # times the smallest gradient: what they must have met; less is taken for rounding
+_ROSE = {"float32": 2.0, "float64": 0.0}
 _TOLD = 10.0  # times the rounding of gradients: the least change of theirs that is believed
 _CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
 _OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
@@ -63,8 +64,9 @@ def minimise(
     other leaves it at least half again as long as the step. So a function that bends much on the
     way is not left for where Newton's step would go.
 
-    Where gradients no longer shrink, a long way down is told from rounding by how far they rose,
-    and by the sum of -(g_before + g_after) . step / 2, the function's fall but for third order.
+    Where gradients no longer shrink, a long way down is told from rounding by the sum of
+    -(g_before + g_after) . step / 2, the function's fall but for third order, and, unless they are
+    in float64, by how far they rose.
 
     Args:
       gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
@@ -169,11 +171,14 @@ class _Searches:
         self.stale[columns] += 1
         self.highest[columns] = np.maximum(self.highest[columns], norms)
         fallen = self.fallen[columns]
-        least = np.where(self.exact[columns], _FALL[self.thetas.dtype.name], _FALL["float32"])
+        fall, rose = (
+            np.where(self.exact[columns], least[self.thetas.dtype.name], least["float32"])
+            for least in (_FALL, _ROSE)
+        )
         under_way = (
             self.stuck(columns)
-            & (fallen - self.mark[columns] > least * np.abs(fallen))
-            & (self.highest[columns] > _ROSE * best.norms[columns])
+            & (fallen - self.mark[columns] > fall * np.abs(fallen))
+            & (self.highest[columns] > rose * best.norms[columns])
         )
         self._begin(columns[smaller | under_way])
 

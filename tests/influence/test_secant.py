@@ -22,8 +22,8 @@ def quadratics(matrices, minima):
     return gradients, asked
 
 
-def run(gradients, inverse, start, tolerance=1e-10, max_passes=50):
-    start = np.asarray(start, float)
+def run(gradients, inverse, start, tolerance=1e-10, max_passes=50, dtype=float):
+    start = np.asarray(start, dtype)
     num = start.shape[1]
     first = gradients(start, np.arange(num))
     return minimise(gradients, inverse, start, first, np.full(num, tolerance), max_passes)
@@ -217,6 +217,16 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
     np.testing.assert_allclose(found.thetas, [[1], [1], [0]], atol=1e-5)
 
 
+def test_a_long_straight_slope_is_gone_down():
+    """Gradients as large as the first for more passes than the patience."""
+    slope = lambda t, _: np.where(np.abs(t) > 1, np.sign(t), t)  # noqa: E731
+    start, first = np.array([[1e8]]), np.ones((1, 1))
+    options = {"longest": np.ones(1)}
+    inverse = lambda G, _: 1e9 * G  # noqa: E731
+    found = minimise(slope, inverse, start, first, np.full(1, 1e-10), 100, **options)
+    assert found.norms[0] <= 1e-10 and found.passes[0] > 40
+
+
 @pytest.mark.parametrize("ratio", [10, 100])
 def test_rounding_is_no_way_down(ratio):
     """Steps towards noise look as if the function fell, by as much in every pass."""
@@ -224,7 +234,7 @@ def test_rounding_is_no_way_down(ratio):
     size = np.linalg.norm(H @ np.ones(30)) / ratio
     noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
     found = run(lambda t, _: H @ t + noise(t), lambda G, _: np.linalg.solve(H, G),
-                np.ones((30, 1)), max_passes=1000)  # fmt: skip
+                np.ones((30, 1)), max_passes=1000, dtype="float32")  # fmt: skip
     assert found.passes[0] < 100
 
 
