@@ -161,7 +161,10 @@ DEVIATIONS = (
     "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
     "predictions. Rows whose refits miss the gradient norm are left out and counted. Beside them, "
     "for the 40 of largest predicted change, refits without a tenth of a row's weight, to a tenth "
-    "of that norm, their changes times ten: what first order is exact for, as the part goes to 0.",
+    "of that norm, their changes times ten: what first order is exact for, as the part goes to 0. "
+    "With the last of its weight a row takes out the curvature that it gave: what that costs is "
+    "the difference between `pearson_part` and `pearson_minimum`, which therefore falls short; and "
+    "some rows leave no minimum nearby.",
 )
 
 
