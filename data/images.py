@@ -68,7 +68,7 @@ def _shown(to: NDArray, what: Sequence | NDArray, name: str) -> Iterator[tuple[N
 
     A terminal gets a moving bar, a log a line every half a minute.
     """
-    # As influence.progress has it, which is above this package.
+    # As influence.common.progress has it, which is above this package.
     every = 0.5 if sys.stderr.isatty() else 30
     pairs = zip(to, what, strict=True)
     yield from tqdm(pairs, name, len(to), leave=False, delay=5, mininterval=every,

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from experiments import trunks
 from influence import BinaryLogisticRegression, Examples
-from influence.checkpoint import kept
-from influence.progress import progress
+from influence.common.checkpoint import kept
+from influence.common.progress import progress
 
 WEIGHT_DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)
 _ACCURACY, _LOSS = 0.985, 0.0040  # of the paper's head

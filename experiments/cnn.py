@@ -29,7 +29,7 @@ from influence import (
     proximal_response,
     solve,
 )
-from influence.checkpoint import kept
+from influence.common.checkpoint import kept
 from influence.models.descent import num_negative
 
 ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most

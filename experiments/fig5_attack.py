@@ -21,9 +21,9 @@ from experiments.fig5_drawing import draw
 from experiments.heads import LEVEL, Head, alike, fitted, right
 from experiments.record import Claim, Record
 from influence.attack import Rule
-from influence.checkpoint import kept
+from influence.common.checkpoint import kept
+from influence.common.progress import progress
 from influence.models.inception import scaled
-from influence.progress import progress
 
 __all__ = ["CLAIMS", "DEVIATIONS", "PRESETS", "Config", "draw", "photographs", "run"]
 

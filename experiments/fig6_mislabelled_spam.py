@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from experiments import load, options
 from experiments.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
-from influence.checkpoint import kept
+from influence.common.checkpoint import kept
+from influence.common.progress import progress
 from influence.models.leverage import gram, leverages
-from influence.progress import progress
 
 DATA = "enron1"
 STAND_IN = "spam"

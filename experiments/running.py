@@ -110,7 +110,7 @@ def say(line: str) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    from influence.checkpoint import check_writable
+    from influence.common.checkpoint import check_writable
 
     # Before an hour's work, not after it.
     try:

@@ -29,9 +29,9 @@ from data.files import cache_folder
 from data.networks import WEIGHTS
 from experiments.running import Misuse
 from influence import TopLayer
-from influence.checkpoint import kept
+from influence.common.checkpoint import kept
+from influence.common.progress import progress
 from influence.models.inception import cut
-from influence.progress import progress
 
 _ROWS = 256  # images whose features are kept together: what an interruption can cost
 _VERSION = 1  # of what features are, besides everything that their file's name is made of

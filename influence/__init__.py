@@ -3,8 +3,8 @@
 from influence import measurements
 from influence.attack import BEST_RULE, PAPER_RULE, Rule, poison
 from influence.check import check
+from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.continued import continued_training
-from influence.convergence import ConvergenceWarning, DivergenceError
 from influence.datainf import datainf
 from influence.examples import Examples
 from influence.models.cnn import AllCNN

@@ -8,12 +8,12 @@ from typing import cast
 import numpy as np
 import tensorflow as tf
 
+from influence.common.progress import progress
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian, check_batch_size
 from influence.preflight import curvature, labels, risk, rows
 from influence.preflight.report import Line, Report
-from influence.progress import progress
 from influence.spectrum import spectrum
 
 _NUM_LINES = 13

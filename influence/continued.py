@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits
-from influence.checkpoint import check_folder, load, store
-from influence.convergence import DivergenceError
-from influence.estimand import Estimand
+from influence.common.checkpoint import check_folder, load, store
+from influence.common.convergence import DivergenceError
+from influence.common.named_array import Estimand
+from influence.common.progress import progress
 from influence.examples import Examples, check_rows
 from influence.models.adam import Moments, batch_rows
 from influence.net import GenericNeuralNet
 from influence.operators import check_batch_size
-from influence.progress import progress
 from influence.refits import Groups, Task
 
 _SAVE_EVERY = 500  # steps

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.estimand import Estimand
+from influence.common.named_array import Estimand
+from influence.common.progress import progress
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import check_batch_size
-from influence.progress import progress
 
 _BYTES_TOGETHER = 1 << 28  # what one block of per-example gradients may take
 

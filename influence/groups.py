@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.estimand import NamedArray
+from influence.common.named_array import NamedArray
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian

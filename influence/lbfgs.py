@@ -8,8 +8,8 @@ import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
 
-from influence.convergence import warn_unconverged
-from influence.progress import counter
+from influence.common.convergence import warn_unconverged
+from influence.common.progress import counter
 
 _MEMORY = 20  # pairs that are remembered
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from influence.convergence import warn_unconverged
+from influence.common.convergence import warn_unconverged
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
 

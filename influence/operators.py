@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.checkpoint import check_folder, kept
+from influence.common.checkpoint import check_folder, kept
+from influence.common.progress import progress
 from influence.examples import Examples
 from influence.keras_model import check_weights
 from influence.net import GenericNeuralNet
-from influence.progress import progress
 
 _DENSE_BLOCK = 256  # columns of the dense matrix formed in one pass
 _ROOT_BYTES = 1 << 28  # what the rows' roots of one batch may take,

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits, secant
-from influence.checkpoint import check_folder
-from influence.convergence import warn_unconverged
-from influence.estimand import Estimand
+from influence.common.checkpoint import check_folder
+from influence.common.convergence import warn_unconverged
+from influence.common.named_array import Estimand
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, GaussNewton, Hessian

@@ -14,12 +14,12 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.checkpoint import check_folder, kept
-from influence.estimand import Estimand
+from influence.common.checkpoint import check_folder, kept
+from influence.common.named_array import Estimand
+from influence.common.progress import progress
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import check_batch_size
-from influence.progress import progress
 
 Groups = Sequence[NDArray[np.int64]]
 _THREADS = "TF_NUM_INTRAOP_THREADS"  # read by TensorFlow when a process begins to use it

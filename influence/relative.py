@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.convergence import DivergenceError
-from influence.estimand import NamedArray
+from influence.common.convergence import DivergenceError
+from influence.common.named_array import NamedArray
 from influence.examples import Examples
 from influence.response import Response
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.refits import Groups

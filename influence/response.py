@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.convergence import DivergenceError, warn_unconverged
+from influence.common.convergence import DivergenceError, warn_unconverged
+from influence.common.progress import progress
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, Hessian, check_batch_size
-from influence.progress import progress
 from influence.solvers import CG, Direct, Lanczos, Prepared, Solution, Solver, prepare
 from influence.solvers.base import enough_damping
 

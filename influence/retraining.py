@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import refits, secant
-from influence.checkpoint import check_folder
-from influence.convergence import ConvergenceWarning, warn_unconverged
+from influence.common.checkpoint import check_folder
+from influence.common.convergence import ConvergenceWarning, warn_unconverged
 from influence.examples import Examples, check_rows
 from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net import GenericNeuralNet

@@ -13,10 +13,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.convergence import warn_unconverged
+from influence.common.convergence import warn_unconverged
+from influence.common.progress import progress
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
-from influence.progress import progress
 from influence.score_table import (
     CHUNK,
     LOSSES,

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.checkpoint import check_writable
+from influence.common.checkpoint import check_writable
 
 TABLE, S_TEST = "change_if_removed", "s_test"
 CHUNK = (128, 1024)  # 512 KiB in float32: a row and a column are both quick to read

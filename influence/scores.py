@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence import groups, relative, score_file
-from influence.estimand import Estimand, NamedArray
+from influence.common.named_array import Estimand, NamedArray
+from influence.common.progress import progress
 from influence.examples import Examples, check_differentiable, check_increasing
 from influence.groups import GroupScores
-from influence.progress import progress
 from influence.relative import RelativeScores
 from influence.response import Response
 from influence.solvers import Prepared, Solution

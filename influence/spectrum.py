@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from tqdm import tqdm
 
-from influence.convergence import warn_unconverged
-from influence.progress import counter
+from influence.common.convergence import warn_unconverged
+from influence.common.progress import counter
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov

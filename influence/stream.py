@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.progress import progress
 from influence.examples import Examples, Remaining
 from influence.parts import Fingerprint
-from influence.progress import progress
 from influence.streamed import Batch, batches_of, check_kind, checked, row_hashes
 
 _FIRST_ROWS = 8  # kept in memory: what probes of a model look at

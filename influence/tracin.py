@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.estimand import NamedArray
+from influence.common.named_array import NamedArray
+from influence.common.progress import progress
 from influence.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import check_batch_size
-from influence.progress import progress
 
 _BYTES_TOGETHER = 1 << 28  # what one block of test gradients may take
 

@@ -13,11 +13,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.checkpoint import check_folder, load, store
-from influence.convergence import DivergenceError
+from influence.common.checkpoint import check_folder, load, store
+from influence.common.convergence import DivergenceError
+from influence.common.progress import progress
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
-from influence.progress import progress
 
 _SAVE_EVERY = 500  # steps
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7

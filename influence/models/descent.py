@@ -23,11 +23,11 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-from influence.checkpoint import check_folder, load, store
+from influence.common.checkpoint import check_folder, load, store
+from influence.common.progress import progress
 from influence.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
-from influence.progress import progress
 
 _FLOOR = 1e-6  # of the largest eigenvalue: what smaller ones are lifted to
 _MEMORY = 50  # pairs that L-BFGS remembers

@@ -25,7 +25,7 @@ import scipy.special
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.convergence import warn_unconverged
+from influence.common.convergence import warn_unconverged
 from influence.examples import Examples
 from influence.models.boxed import boxed_minimum
 from influence.models.linear import LinearModel

@@ -16,7 +16,7 @@ import scipy.linalg
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
 from influence.examples import Examples, check_rows
 
 if TYPE_CHECKING:

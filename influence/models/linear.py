@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from influence.convergence import warn_unconverged
+from influence.common.convergence import warn_unconverged
 from influence.examples import Examples, check_differentiable
 from influence.models import leverage, newton, products
 from influence.net import GenericNeuralNet

@@ -15,7 +15,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
 from influence.examples import Examples
 from influence.solvers import CG
 

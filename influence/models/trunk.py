@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.progress import progress
+from influence.common.progress import progress
 
 # Images at a time. On a processor photographs together are no faster than one by one, and only one
 # by one are their last bits sure not to depend on which others they come with.

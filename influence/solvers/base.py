@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
 
 
 @dataclass(frozen=True, eq=False)

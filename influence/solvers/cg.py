@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
-from influence.progress import counter
+from influence.common.progress import counter
 from influence.solvers.base import Raw, enough_damping, relative_norm
 from influence.solvers.preconditioner import check_preconditioner, inverse_of
 

@@ -12,7 +12,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
 from influence.operators import symmetrised
 from influence.solvers.base import Raw, relative_size
 

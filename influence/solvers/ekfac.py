@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.affine import AffineLayers
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
+from influence.common.progress import progress
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature
-from influence.progress import progress
 from influence.solvers.base import Raw
 
 _BYTES_AT_ONCE = 1 << 28  # of one batch's inputs and pseudo-gradients

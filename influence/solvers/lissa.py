@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
+from influence.common.progress import progress
 from influence.operators import Curvature
-from influence.progress import progress
 from influence.solvers.base import Raw, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 

@@ -10,7 +10,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.convergence import DivergenceError
+from influence.common.convergence import DivergenceError
 from influence.solvers.base import Raw, check_rank, enough_damping, finite_products
 from influence.solvers.lanczos import singular
 

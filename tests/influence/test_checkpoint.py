@@ -3,15 +3,9 @@ import os
 import numpy as np
 import pytest
 
-from influence import (
-    Hessian,
-    checkpoint,
-    continued_training,
-    leave_one_out,
-    proximal_response,
-    refits,
-)
-from influence.checkpoint import kept
+from influence import Hessian, continued_training, leave_one_out, proximal_response, refits
+from influence.common import checkpoint
+from influence.common.checkpoint import kept
 from tests.influence.problems import logistic
 
 ARRAYS = {

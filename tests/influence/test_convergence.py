@@ -5,7 +5,7 @@ import pytest
 
 import influence
 from influence import CG, ConvergenceWarning, DivergenceError, Examples, Influence
-from influence.convergence import warn_unconverged
+from influence.common.convergence import warn_unconverged
 from tests.influence.problems import ridge
 
 

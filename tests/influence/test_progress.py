@@ -1,8 +1,8 @@
 import numpy as np
 
 from influence import CG, Hessian, Influence, spectrum
-from influence import progress as module
-from influence.progress import progress
+from influence.common import progress as module
+from influence.common.progress import progress
 from tests.influence.problems import logistic, relative_error, tanh_net
 
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-_LIBRARY = str(Path(__file__).parent)
+_LIBRARY = str(Path(__file__).parents[1])
 
 
 class ConvergenceWarning(UserWarning):

@@ -1,0 +1,1 @@
+"""What every other folder uses: named arrays, checkpoints, warnings, progress."""
