@@ -17,7 +17,6 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence import lbfgs
 from influence.chain import Chain
 from influence.common.progress import progress
 from influence.derivatives import Derivatives
@@ -25,6 +24,7 @@ from influence.embedding import watched_ids
 from influence.examples import Examples
 from influence.keras_model import check_inputs, check_model, check_output, check_weights
 from influence.losses import per_example
+from influence.minimisers import lbfgs
 from influence.traced import Traced
 
 _BYTES_PER_PASS = 1 << 30  # what the activations of one batch may take

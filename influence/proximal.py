@@ -26,11 +26,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence import refits, secant
+from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
 from influence.examples import Examples, check_rows
+from influence.minimisers import block_lbfgs
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, GaussNewton, Hessian
 from influence.refits import Groups, Task
@@ -243,7 +244,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
         np.array([by_row[row] for (row,) in groups]) * scale
         for by_row in (search.tolerance, search.rough_tolerance)
     )
-    found = secant.minimise(
+    found = block_lbfgs.minimise(
         _gradients(task, net, train, groups, search), inverse, thetas, first, tolerance,
         task.max_passes,
         pairs=removed.pairs(search.inverse, first),

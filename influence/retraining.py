@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence import refits, secant
+from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
 from influence.examples import Examples, check_rows
+from influence.minimisers import block_lbfgs
 from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
@@ -246,7 +247,7 @@ def _newton_block(task: Task, groups: Groups, inverse: Prepared) -> dict[str, ND
     whole = net.risk_gradient(train, batch_size=task.batch_size)  # at theta it is one for all
     first = (whole[:, None] - removed.gradients(thetas, every) / n) / share
     tolerance = np.full(len(groups), task.tolerance)
-    found = secant.minimise(gradients, steps, thetas, first, tolerance, task.max_passes)
+    found = block_lbfgs.minimise(gradients, steps, thetas, first, tolerance, task.max_passes)
     return {
         "change_if_removed": task.changes(found.thetas),
         "gradient_norm": found.norms,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import warn_unconverged
 from influence.examples import Examples
-from influence.models.boxed import boxed_minimum
+from influence.minimisers.box_qp import boxed_minimum
 from influence.models.linear import LinearModel
 
 _SMALLEST_T = 1e-30  # float32 rounds much smaller ones to zero

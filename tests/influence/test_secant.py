@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from influence import secant
-from influence.secant import minimise
+from influence.minimisers import block_lbfgs
+from influence.minimisers.block_lbfgs import minimise
 from tests.influence.problems import symmetric
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from influence.models.boxed import boxed_minimum
+from influence.minimisers.box_qp import boxed_minimum
 
 
 def violation(G, b, a):
