@@ -6,7 +6,8 @@ from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.continued import continued_training
 from influence.datainf import datainf
-from influence.examples import Examples
+from influence.examples.examples import Examples
+from influence.examples.stream import Stream
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge
 from influence.models.inception import TopLayer
@@ -29,7 +30,6 @@ from influence.solvers import (
     solve,
 )
 from influence.spectrum import spectrum, suggest_damping
-from influence.stream import Stream
 from influence.tracin import tracin
 
 __all__ = [

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.attack_arguments import check_arguments
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.minimum import TOLERANCE, check_at_minimum
 from influence.net import GenericNeuralNet
 from influence.reach import (

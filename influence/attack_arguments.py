@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.examples import Examples, check_rows
+from influence.examples.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.reach import Rule, Targets, check_targets
 

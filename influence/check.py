@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from influence.common.progress import progress
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian, check_batch_size
 from influence.preflight import curvature, labels, risk, rows

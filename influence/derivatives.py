@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from influence import tape
 from influence.affine import AffineLayers
-from influence.examples import check_differentiable
+from influence.examples.examples import check_differentiable
 from influence.losses import PerExampleLoss
 from influence.penalty import Penalty
 from influence.traced import like

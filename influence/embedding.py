@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from influence.parts import CHECK_ROWS
+from influence.examples.arrays import CHECK_ROWS
 
 _PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()  # what need not be read again
 

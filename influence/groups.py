@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import NamedArray
-from influence.examples import Examples, check_rows
+from influence.examples.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
 from influence.response import Response

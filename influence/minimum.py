@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from influence.common.convergence import warn_unconverged
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.net import GenericNeuralNet
 
 TOLERANCE = 1e-8

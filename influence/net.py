@@ -21,7 +21,7 @@ from influence.chain import Chain
 from influence.common.progress import progress
 from influence.derivatives import Derivatives
 from influence.embedding import watched_ids
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.keras_model import check_inputs, check_model, check_output, check_weights
 from influence.losses import per_example
 from influence.minimisers import lbfgs

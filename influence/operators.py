@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.common.checkpoint import check_folder, kept
 from influence.common.progress import progress
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.keras_model import check_weights
 from influence.net import GenericNeuralNet
 

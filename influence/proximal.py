@@ -30,7 +30,7 @@ from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
-from influence.examples import Examples, check_rows
+from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net import GenericNeuralNet
 from influence.operators import Curvature, GaussNewton, Hessian

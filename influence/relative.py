@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import NamedArray
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.response import Response
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.convergence import DivergenceError
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.refits import Groups
 from influence.solvers import Prepared

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
-from influence.examples import Examples, check_rows
+from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net import GenericNeuralNet

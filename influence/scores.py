@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence import groups, relative, score_file
 from influence.common.named_array import Estimand, NamedArray
 from influence.common.progress import progress
-from influence.examples import Examples, check_differentiable, check_increasing
+from influence.examples.examples import Examples, check_differentiable, check_increasing
 from influence.groups import GroupScores
 from influence.relative import RelativeScores
 from influence.response import Response

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import NamedArray
 from influence.common.progress import progress
-from influence.examples import Examples, check_rows
+from influence.examples.examples import Examples, check_rows
 from influence.net import GenericNeuralNet
 from influence.operators import check_batch_size
 

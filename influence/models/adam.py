@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from influence.common.checkpoint import check_folder, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.net import GenericNeuralNet
 
 _SAVE_EVERY = 500  # steps

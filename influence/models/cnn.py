@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.models import adam
 from influence.net import GenericNeuralNet
 

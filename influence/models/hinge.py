@@ -26,7 +26,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.convergence import warn_unconverged
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.minimisers.box_qp import boxed_minimum
 from influence.models.linear import LinearModel
 

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.examples import Examples, check_differentiable
+from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression as Head
 from influence.models.trunk import Trunk, scaled
 

@@ -17,7 +17,7 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError
-from influence.examples import Examples, check_rows
+from influence.examples.examples import Examples, check_rows
 
 if TYPE_CHECKING:
     from influence.models.linear import LinearModel

@@ -19,7 +19,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.common.convergence import warn_unconverged
-from influence.examples import Examples, check_differentiable
+from influence.examples.examples import Examples, check_differentiable
 from influence.models import leverage, newton, products
 from influence.net import GenericNeuralNet
 

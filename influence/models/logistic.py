@@ -10,7 +10,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import NDArray
 
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.models.linear import LinearModel
 from influence.models.products import weighted_gram
 

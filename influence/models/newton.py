@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.solvers import CG
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import scipy.sparse
 import threadpoolctl
 from numpy.typing import NDArray
 
-from influence.examples import Examples
+from influence.examples.examples import Examples
 
 if TYPE_CHECKING:
     from influence.models.linear import LinearModel

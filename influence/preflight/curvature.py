@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.net import GenericNeuralNet
 from influence.operators import Hessian
 from influence.preflight.report import Line

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.losses import PerExampleLoss
 from influence.net import GenericNeuralNet
 from influence.preflight.report import Line

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from influence.examples import Examples
+from influence.examples.examples import Examples
 from influence.keras_model import check_weights
 from influence.net import GenericNeuralNet
 from influence.preflight.report import Line

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from influence import Examples, GenericNeuralNet, Hessian, MulticlassLogisticRegression
 from influence.check import check
+from influence.examples.stream import Stream
 from influence.preflight import curvature
-from influence.stream import Stream
 from tests.influence.problems import (
     dense_net,
     logistic,

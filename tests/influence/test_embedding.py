@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from influence import Examples, GenericNeuralNet, Influence
-from influence.stream import Stream
+from influence.examples.stream import Stream
 from tests.influence.test_stream import Batches
 
 N = 9000  # more than what is looked at together

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence import Examples
-from influence.examples import check_rows
+from influence.examples.examples import check_rows
 
 X = np.arange(12.0).reshape(6, 2)
 Y = np.arange(6)

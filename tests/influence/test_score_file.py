@@ -27,8 +27,8 @@ from influence import (
     score_file,
     score_table,
 )
+from influence.examples.stream import Stream
 from influence.solvers.base import Raw
-from influence.stream import Stream
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 from tests.influence.test_stream import Batches
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from influence import CG, Direct, Examples, GaussNewton, Hessian, Influence, LiSSA, leave_one_out
 from influence.datainf import datainf
+from influence.examples.stream import Stream
 from influence.models.hinge import SmoothHinge
-from influence.stream import Stream
 from influence.tracin import tracin
 from tests.influence.problems import dense_net, logistic, ridge, through_keras
 
@@ -152,7 +152,7 @@ def test_empty_batches_are_no_rows():
 
 
 def test_large_labels_stay_on_disk(monkeypatch):
-    monkeypatch.setattr("influence.stream._LABEL_BYTES", 100)
+    monkeypatch.setattr("influence.examples.stream._LABEL_BYTES", 100)
     stream = as_stream(Examples(X, X))
     assert isinstance(stream.y, np.memmap) and not stream.y.flags.writeable
     gc.collect()  # the file has no name and lives as long as the labels

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
-from influence.parts import (
+from influence.examples.arrays import (
     CHECK_ROWS,
     Fingerprint,
     check_finite,

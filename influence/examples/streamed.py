@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.parts import check_finite, parts_of
+from influence.examples.arrays import check_finite, parts_of
 
 _LABELS = None  # the key of y among a batch's parts; inputs have names or, if there is one, ""
 _REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to make it so"

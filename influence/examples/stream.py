@@ -12,9 +12,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.progress import progress
-from influence.examples import Examples, Remaining
-from influence.parts import Fingerprint
-from influence.streamed import Batch, batches_of, check_kind, checked, row_hashes
+from influence.examples.arrays import Fingerprint
+from influence.examples.examples import Examples, Remaining
+from influence.examples.streamed import Batch, batches_of, check_kind, checked, row_hashes
 
 _FIRST_ROWS = 8  # kept in memory: what probes of a model look at
 _LABEL_BYTES = 1 << 26  # labels up to this size are kept in memory, larger ones on disk

@@ -1,0 +1,1 @@
+"""The rows that a risk is a mean over."""
