@@ -1,6 +1,5 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
-from influence import measurements
 from influence.attack import BEST_RULE, PAPER_RULE, Rule, poison
 from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
@@ -12,7 +11,8 @@ from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge
 from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
-from influence.net import GenericNeuralNet
+from influence.net import measurements
+from influence.net.net import GenericNeuralNet
 from influence.operators import GaussNewton, Hessian
 from influence.proximal import proximal_response
 from influence.retraining import Refits, leave_group_out, leave_one_out

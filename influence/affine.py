@@ -21,8 +21,8 @@ import tensorflow as tf
 from keras.layers import Conv2D, Dense
 from numpy.typing import NDArray
 
-from influence import tape
-from influence.traced import Traced
+from influence.net import tape
+from influence.net.flat import Traced
 
 _GAP = 1e-3  # far above the rounding of float32, far below a derivative that is another
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"

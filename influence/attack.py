@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.attack_arguments import check_arguments
 from influence.examples.examples import Examples
-from influence.minimum import TOLERANCE, check_at_minimum
-from influence.net import GenericNeuralNet
+from influence.net.minimum import TOLERANCE, check_at_minimum
+from influence.net.net import GenericNeuralNet
 from influence.reach import (
     BEST_RULE,
     PAPER_RULE,

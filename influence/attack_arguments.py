@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples, check_rows
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.reach import Rule, Targets, check_targets
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from influence import jacobian
 from influence.affine import Affine, AffineLayers
 from influence.jacobian import Jacobian
-from influence.traced import Traced
+from influence.net.flat import Traced
 
 _BYTES = 1 << 30  # what the Jacobians of one batch may take,
 _COPIES = 8  # in as many copies

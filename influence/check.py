@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from influence.common.progress import progress
 from influence.examples.examples import Examples
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.operators import Hessian, check_batch_size
 from influence.preflight import curvature, labels, risk, rows
 from influence.preflight.report import Line, Report

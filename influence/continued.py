@@ -26,7 +26,7 @@ from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
 from influence.models.adam import Moments, batch_rows
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.operators import check_batch_size
 from influence.refits import Groups, Task
 

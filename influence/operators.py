@@ -15,8 +15,8 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.checkpoint import check_folder, kept
 from influence.common.progress import progress
 from influence.examples.examples import Examples
-from influence.keras_model import check_weights
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
+from influence.net.refused import check_weights
 
 _DENSE_BLOCK = 256  # columns of the dense matrix formed in one pass
 _ROOT_BYTES = 1 << 28  # what the rows' roots of one batch may take,

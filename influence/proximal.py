@@ -32,7 +32,7 @@ from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.operators import Curvature, GaussNewton, Hessian
 from influence.refits import Groups, Task
 from influence.removal import Removal, apply

@@ -22,7 +22,7 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.examples.examples import Examples, check_rows
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.response import Response
 from influence.solvers import Direct, Solver
 

@@ -18,7 +18,7 @@ from influence.common.checkpoint import check_folder, kept
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.operators import check_batch_size
 
 Groups = Sequence[NDArray[np.int64]]

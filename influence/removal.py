@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import DivergenceError
 from influence.examples.examples import Examples
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.refits import Groups
 from influence.solvers import Prepared
 

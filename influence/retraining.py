@@ -16,8 +16,8 @@ from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
-from influence.minimum import TOLERANCE, check_at_minimum, warn_of_drift
-from influence.net import GenericNeuralNet
+from influence.net.minimum import TOLERANCE, check_at_minimum, warn_of_drift
+from influence.net.net import GenericNeuralNet
 from influence.operators import Hessian
 from influence.refits import Groups, Refits, Task
 from influence.removal import Removal

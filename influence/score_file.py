@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from influence.common.convergence import warn_unconverged
 from influence.common.progress import progress
 from influence.examples.examples import Examples
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.score_table import (
     CHUNK,
     LOSSES,

@@ -17,7 +17,7 @@ from influence.common.checkpoint import check_folder, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
 from influence.examples.examples import Examples
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 
 _SAVE_EVERY = 500  # steps
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7

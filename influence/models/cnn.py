@@ -10,7 +10,7 @@ import numpy as np
 
 from influence.examples.examples import Examples
 from influence.models import adam
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 

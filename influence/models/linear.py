@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from influence.common.convergence import warn_unconverged
 from influence.examples.examples import Examples, check_differentiable
 from influence.models import leverage, newton, products
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 
 _BLOCK_NUMBERS = 1 << 21  # entries of one batch's (rows, c, m) block: about the size of a cache
 _BATCH_BYTES = 1 << 30  # what a batch of inputs may take

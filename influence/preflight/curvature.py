@@ -8,13 +8,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
+from influence.net.tape import operations
 from influence.operators import Hessian
 from influence.preflight.report import Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
 from influence.spectrum import Spectrum
-from influence.tape import operations
 
 _STEPS = (10.0, 1.0, 0.1, 0.01)  # times the cube root of eps, the best step for a smooth function
 _SIGNS = 2  # random combinations of rows that stand for the removal of one

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
-from influence.losses import PerExampleLoss
-from influence.net import GenericNeuralNet
+from influence.net.losses import PerExampleLoss
+from influence.net.net import GenericNeuralNet
 from influence.preflight.report import Line
 
 _TITLE = "labels"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.preflight.report import Line
 from influence.preflight.rows import rounding
 

@@ -14,8 +14,8 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
-from influence.keras_model import check_weights
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
+from influence.net.refused import check_weights
 from influence.preflight.report import Line
 
 _SAMPLE = 64  # rows asked again in another order

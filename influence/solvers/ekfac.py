@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 from influence.affine import AffineLayers
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 from influence.operators import Curvature
 from influence.solvers.base import Raw
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from influence import Direct, Examples, Influence
-from influence.measurements import margin
+from influence.net.measurements import margin
 from tests.influence.problems import logistic, relative_error, ridge, through_keras
 
 

@@ -7,7 +7,7 @@ import scipy.sparse
 import tensorflow as tf
 
 from influence import CG, Direct, Examples, GaussNewton, Influence
-from influence.measurements import margin
+from influence.net.measurements import margin
 from tests.influence.problems import (
     logistic,
     relative_error,

@@ -4,7 +4,7 @@ import pytest
 import scipy.special
 import tensorflow as tf
 
-from influence.losses import per_example
+from influence.net.losses import per_example
 
 RNG = np.random.default_rng(0)
 N = 5

@@ -8,7 +8,7 @@ import scipy.stats
 import tensorflow as tf
 
 from influence import Direct, Examples, GenericNeuralNet, Influence, SmoothHinge
-from influence.measurements import adversarial_loss, logit, margin
+from influence.net.measurements import adversarial_loss, logit, margin
 from tests import oracles
 from tests.influence.problems import dense_net, logistic, relative_error, ridge, through_keras
 

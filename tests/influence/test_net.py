@@ -509,7 +509,7 @@ def test_risk_is_that_of_the_closed_form_for_every_batch_size(linear, batch_size
 def test_rows_per_batch_bounds_memory(tanh, monkeypatch):
     net, examples, *_ = tanh
     assert net.rows_per_batch(examples) == len(examples)
-    monkeypatch.setattr("influence.net._BYTES_PER_PASS", 10_000)
+    monkeypatch.setattr("influence.net.net._BYTES_PER_PASS", 10_000)
     few = net.rows_per_batch(examples)
     assert 1 <= net.rows_per_batch(examples, 50) < few < len(examples)
     assert net.risk(examples) == pytest.approx(net.risk(examples, 20), rel=1e-13)

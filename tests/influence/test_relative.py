@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from influence import CG, ConvergenceWarning, Direct, DivergenceError, Examples, Influence
-from influence.measurements import margin
+from influence.net.measurements import margin
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
 ROWS = [30, 2, 17]

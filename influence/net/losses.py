@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from influence import measurements
+from influence.net import measurements
 
 # Which labels a Keras loss can take; a wrong label is otherwise a NaN, or another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
@@ -27,7 +27,7 @@ _CONVEX = (
     keras.losses.hinge,
     keras.losses.squared_hinge,
 )
-_OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
+_OTHERS = {"measurement": " or a function such as influence.net.measurements.margin or logit(label)"}
 _FROM_LOGITS = (
     *_CLASS_NUMBERS,
     *_PROBABILITIES,

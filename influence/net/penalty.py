@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence import tape
-from influence.traced import Traced, like
+from influence.net import tape
+from influence.net.flat import Traced, like
 
 
 class Penalty:

@@ -12,8 +12,8 @@ import scipy.sparse
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence import tape
-from influence.losses import PerExampleLoss
+from influence.net import tape
+from influence.net.losses import PerExampleLoss
 
 
 class Traced:

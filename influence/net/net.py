@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from influence.chain import Chain
 from influence.common.progress import progress
-from influence.derivatives import Derivatives
-from influence.embedding import watched_ids
 from influence.examples.examples import Examples
-from influence.keras_model import check_inputs, check_model, check_output, check_weights
-from influence.losses import per_example
 from influence.minimisers import lbfgs
-from influence.traced import Traced
+from influence.net.batch import Derivatives
+from influence.net.embedding import watched_ids
+from influence.net.flat import Traced
+from influence.net.losses import per_example
+from influence.net.refused import check_inputs, check_model, check_output, check_weights
 
 _BYTES_PER_PASS = 1 << 30  # what the activations of one batch may take
 # TensorFlow's convolutions add up a batch in float32, digit by digit lost: of 5,500 MNIST images, a
@@ -70,7 +70,7 @@ class GenericNeuralNet(Derivatives):
 
         Returns: a net that shares this one's model, its weights and so its theta and penalty.
         Raises: TypeError or ValueError for what is no such function, and for one of logits (those
-          of `influence.measurements`) where this net's own loss takes probabilities.
+          of `influence.net.measurements`) where this net's own loss takes probabilities.
         """
         loss = per_example(measurement, self.model, role="measurement")
         if getattr(measurement, "takes_logits", False):

@@ -14,12 +14,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence import tape
 from influence.affine import AffineLayers
 from influence.examples.examples import check_differentiable
-from influence.losses import PerExampleLoss
-from influence.penalty import Penalty
-from influence.traced import like
+from influence.net import tape
+from influence.net.flat import like
+from influence.net.losses import PerExampleLoss
+from influence.net.penalty import Penalty
 
 
 class Derivatives(Penalty):

@@ -8,7 +8,7 @@ import numpy as np
 
 from influence.common.convergence import warn_unconverged
 from influence.examples.examples import Examples
-from influence.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
 _DRIFT = 0.1  # of what a removal adds to the gradient: what may be there before
