@@ -4,6 +4,7 @@ from influence.attack import BEST_RULE, PAPER_RULE, Rule, poison
 from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.continued import continued_training
+from influence.curvature.operators import GaussNewton, Hessian
 from influence.datainf import datainf
 from influence.examples.examples import Examples
 from influence.examples.stream import Stream
@@ -13,7 +14,6 @@ from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.net import measurements
 from influence.net.net import GenericNeuralNet
-from influence.operators import GaussNewton, Hessian
 from influence.proximal import proximal_response
 from influence.retraining import Refits, leave_group_out, leave_one_out
 from influence.scores import Influence, Scores

@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from influence.common.progress import progress
+from influence.curvature.operators import Hessian, check_batch_size
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.operators import Hessian, check_batch_size
 from influence.preflight import curvature, labels, risk, rows
 from influence.preflight.report import Line, Report
 from influence.spectrum import spectrum

@@ -24,10 +24,10 @@ from influence.common.checkpoint import check_folder, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
+from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.models.adam import Moments, batch_rows
 from influence.net.net import GenericNeuralNet
-from influence.operators import check_batch_size
 from influence.refits import Groups, Task
 
 _SAVE_EVERY = 500  # steps

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
+from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.operators import check_batch_size
 
 _BYTES_TOGETHER = 1 << 28  # what one block of per-example gradients may take
 

@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import NamedArray
+from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.operators import Hessian
 from influence.response import Response
 from influence.solvers import Solution
 

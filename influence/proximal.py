@@ -30,10 +30,10 @@ from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
+from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net.net import GenericNeuralNet
-from influence.operators import Curvature, GaussNewton, Hessian
 from influence.refits import Groups, Task
 from influence.removal import Removal, apply
 from influence.solvers import Direct, Prepared, Solver, prepare

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from influence.common.checkpoint import check_folder, kept
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
+from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.operators import check_batch_size
 
 Groups = Sequence[NDArray[np.int64]]
 _THREADS = "TF_NUM_INTRAOP_THREADS"  # read by TensorFlow when a process begins to use it

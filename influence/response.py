@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError, warn_unconverged
 from influence.common.progress import progress
+from influence.curvature.operators import Curvature, Hessian, check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.operators import Curvature, Hessian, check_batch_size
 from influence.solvers import CG, Direct, Lanczos, Prepared, Solution, Solver, prepare
 from influence.solvers.base import enough_damping
 

@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
+from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net.net import GenericNeuralNet
-from influence.operators import Hessian
 from influence.refits import Groups, Refits, Task
 from influence.removal import Removal
 from influence.solvers import Direct, Prepared, Solver, prepare

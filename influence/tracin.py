@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import NamedArray
 from influence.common.progress import progress
+from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.operators import check_batch_size
 
 _BYTES_TOGETHER = 1 << 28  # what one block of test gradients may take
 

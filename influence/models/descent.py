@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from influence.common.checkpoint import check_folder, load, store
 from influence.common.progress import progress
+from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.operators import Hessian
 
 _FLOOR = 1e-6  # of the largest eigenvalue: what smaller ones are lifted to
 _MEMORY = 50  # pairs that L-BFGS remembers

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.affine import AffineLayers
+from influence.curvature.layers import AffineLayers
 from influence.examples.examples import check_differentiable
 from influence.net import tape
 from influence.net.flat import like

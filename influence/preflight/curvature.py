@@ -7,10 +7,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.tape import operations
-from influence.operators import Hessian
 from influence.preflight.report import Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve

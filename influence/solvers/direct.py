@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.common.convergence import DivergenceError
-from influence.operators import symmetrised
+from influence.curvature.operators import symmetrised
 from influence.solvers.base import Raw, relative_size
 
 _FEW = 64  # order up to which all eigenvalues are no dearer than one by iteration

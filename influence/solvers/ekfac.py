@@ -11,11 +11,11 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.affine import AffineLayers
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
+from influence.curvature.layers import AffineLayers
+from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
-from influence.operators import Curvature
 from influence.solvers.base import Raw
 
 _BYTES_AT_ONCE = 1 << 28  # of one batch's inputs and pseudo-gradients

@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
-from influence.operators import Curvature
+from influence.curvature.operators import Curvature
 from influence.solvers.base import Raw, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from influence import AllCNN, Examples, GenericNeuralNet, Hessian
-from influence.chain import Chain
-from influence.operators import Curvature
+from influence.curvature.chain import Chain
+from influence.curvature.operators import Curvature
 from tests.influence.problems import traced_once
 
 L = keras.layers
@@ -133,9 +133,9 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     chain = Chain.of(net._tf, x)
     # The widest layer: 4 x 4 x 3 outputs by the 57 weights before and in it, 8 bytes, 8 copies.
     widest = 48 * 57 * 8 * 8
-    monkeypatch.setattr("influence.chain._BYTES", 5 * widest)
+    monkeypatch.setattr("influence.curvature.chain._BYTES", 5 * widest)
     assert chain.rows_per_batch(x) == 5
-    monkeypatch.setattr("influence.chain._BYTES", 1)
+    monkeypatch.setattr("influence.curvature.chain._BYTES", 1)
     assert chain.rows_per_batch(x) == 1
 
 

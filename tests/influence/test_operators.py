@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator
 
 from influence import Examples, GaussNewton, GenericNeuralNet, Hessian
-from influence.operators import check_batch_size
+from influence.curvature.operators import check_batch_size
 from tests import oracles
 from tests.influence.problems import (
     dense_net,

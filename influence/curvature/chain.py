@@ -24,9 +24,9 @@ import tensorflow as tf
 from keras import layers
 from numpy.typing import NDArray
 
-from influence import jacobian
-from influence.affine import Affine, AffineLayers
-from influence.jacobian import Jacobian
+from influence.curvature import jacobian
+from influence.curvature.jacobian import Jacobian
+from influence.curvature.layers import Affine, AffineLayers
 from influence.net.flat import Traced
 
 _BYTES = 1 << 30  # what the Jacobians of one batch may take,

@@ -1,6 +1,6 @@
 """The derivative of a layer's output by all parameters before it, carried through a chain.
 
-Arrays are (n, ..., c, q): n rows, positions, c channels, q parameters. What `influence.chain` adds
+Arrays are (n, ..., c, q): n rows, positions, c channels, q parameters. What `influence.curvature.chain` adds
 up to a Hessian is made here.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from influence.affine import Affine
+from influence.curvature.layers import Affine
 
 
 @dataclass(frozen=True, eq=False)

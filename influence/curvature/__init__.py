@@ -1,0 +1,1 @@
+"""The Hessian and the Gauss-Newton matrix of a risk, as operators."""
