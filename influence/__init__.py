@@ -29,7 +29,7 @@ from influence.solvers import (
     prepare,
     solve,
 )
-from influence.spectrum import spectrum, suggest_damping
+from influence.solvers.spectrum import spectrum, suggest_damping
 from influence.tracin import tracin
 
 __all__ = [

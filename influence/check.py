@@ -14,7 +14,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.preflight import curvature, labels, risk, rows
 from influence.preflight.report import Line, Report
-from influence.spectrum import spectrum
+from influence.solvers.spectrum import spectrum
 
 _NUM_LINES = 13
 _RTOL = 1e-4  # residual of the eigenvalues, relative to the largest

@@ -14,7 +14,7 @@ from influence.net.tape import operations
 from influence.preflight.report import Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
-from influence.spectrum import Spectrum
+from influence.solvers.spectrum import Spectrum
 
 _STEPS = (10.0, 1.0, 0.1, 0.01)  # times the cube root of eps, the best step for a smooth function
 _SIGNS = 2  # random combinations of rows that stand for the removal of one
@@ -173,7 +173,7 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
             low,
             "warn",
             f"The smallest eigenvalue found is {value} only: a negative one may have been missed.",
-            f"influence.spectrum with more max_products tells; damping={enough:.2g} is safe.",
+            f"influence.solvers.spectrum with more max_products tells; damping={enough:.2g} is safe.",
         )
     return Line(
         title,
@@ -207,7 +207,7 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
             lost,
             "warn",
             f"{says} to rounding, or more: the smallest eigenvalue is known to {error:.1g} only.",
-            "influence.spectrum with more max_products tells; more damping makes it certain.",
+            "influence.solvers.spectrum with more max_products tells; more damping makes it certain.",
         )
     if lost < _ENOUGH_DIGITS:
         return Line(title, lost, "ok", f"{says} to rounding: little enough.")

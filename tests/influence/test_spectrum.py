@@ -13,10 +13,10 @@ from influence import (
     Hessian,
     solve,
 )
-from influence.spectrum import spectrum, suggest_damping
+from influence.solvers.spectrum import spectrum, suggest_damping
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 
-MODULE = sys.modules["influence.spectrum"]  # the function has its name in the package
+MODULE = sys.modules["influence.solvers.spectrum"]  # the function has its name in the package
 
 D = 150
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from influence import Examples, GenericNeuralNet, Hessian
 from influence.preflight import curvature
-from influence.spectrum import Spectrum, spectrum
+from influence.solvers.spectrum import Spectrum, spectrum
 from tests.influence.problems import dense_net, logistic, ridge, tanh_net
 
 EPS = {dtype: float(np.finfo(dtype).eps) for dtype in ("float32", "float64")}
