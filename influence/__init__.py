@@ -5,7 +5,6 @@ from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.continued import continued_training
 from influence.curvature.operators import GaussNewton, Hessian
-from influence.datainf import datainf
 from influence.examples.examples import Examples
 from influence.examples.stream import Stream
 from influence.models.cnn import AllCNN
@@ -16,7 +15,9 @@ from influence.net import measurements
 from influence.net.net import GenericNeuralNet
 from influence.proximal import proximal_response
 from influence.retraining import Refits, leave_group_out, leave_one_out
-from influence.scores import Influence, Scores
+from influence.scores.datainf import datainf
+from influence.scores.influence import Influence, Scores
+from influence.scores.tracin import tracin
 from influence.solvers import (
     CG,
     EKFAC,
@@ -30,7 +31,6 @@ from influence.solvers import (
     solve,
 )
 from influence.solvers.spectrum import spectrum, suggest_damping
-from influence.tracin import tracin
 
 __all__ = [
     "BEST_RULE",

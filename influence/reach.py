@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.response import Response
+from influence.scores.inverse import Response
 from influence.solvers import Direct, Solver
 
 _TOGETHER = 16  # inputs that are differentiated in one call: images through a deep trunk

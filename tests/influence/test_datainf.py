@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from influence import Direct, Examples, GenericNeuralNet, Influence
-from influence.datainf import datainf
+from influence.scores.datainf import datainf
 from tests.influence.problems import logistic, relative_error, tanh_net
 
 

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from influence.tracin import tracin
+from influence.scores.tracin import tracin
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-MODULE = sys.modules["influence.tracin"]  # the function has its name in the package
+MODULE = sys.modules["influence.scores.tracin"]  # the function has its name in the package
 
 RATES = [0.1, 0.05, 0.2]
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import NamedArray
 from influence.examples.examples import Examples
-from influence.response import Response
+from influence.scores.inverse import Response
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence import groups, relative, score_file
 from influence.common.named_array import Estimand, NamedArray
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable, check_increasing
-from influence.groups import GroupScores
-from influence.relative import RelativeScores
-from influence.response import Response
+from influence.scores import file, groups, relative
+from influence.scores.groups import GroupScores
+from influence.scores.inverse import Response
+from influence.scores.relative import RelativeScores
 from influence.solvers import Prepared, Solution
 
 _MANY_ROWS = 64  # from here one factorisation for all rows beats a solve for each
@@ -220,7 +220,7 @@ class Influence(Response):
             "damping": self.operator.damping,
             "measurement": name,
         }
-        job = score_file.Job(
+        job = file.Job(
             net=self.net,
             measured=view,
             train=self.train,
@@ -233,7 +233,7 @@ class Influence(Response):
             inputs=inputs,
             judged=solver.rtol is not None,
         )
-        return score_file.write(job, Path(path))
+        return file.write(job, Path(path))
 
     def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
         """Predicted derivative of each test loss by the input of each training row.

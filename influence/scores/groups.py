@@ -29,7 +29,7 @@ from influence.common.named_array import NamedArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.response import Response
+from influence.scores.inverse import Response
 from influence.solvers import Solution
 
 

@@ -17,7 +17,7 @@ from influence.common.convergence import warn_unconverged
 from influence.common.progress import progress
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.score_table import (
+from influence.scores.score_table import (
     CHUNK,
     LOSSES,
     PENALTY,

@@ -1,0 +1,1 @@
+"""Predicted changes: influence functions and what they are compared with."""
