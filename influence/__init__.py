@@ -3,7 +3,6 @@
 from influence.attack import BEST_RULE, PAPER_RULE, Rule, poison
 from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
-from influence.continued import continued_training
 from influence.curvature.operators import GaussNewton, Hessian
 from influence.examples.examples import Examples
 from influence.examples.stream import Stream
@@ -13,8 +12,6 @@ from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.net import measurements
 from influence.net.net import GenericNeuralNet
-from influence.proximal import proximal_response
-from influence.retraining import Refits, leave_group_out, leave_one_out
 from influence.scores.datainf import datainf
 from influence.scores.influence import Influence, Scores
 from influence.scores.tracin import tracin
@@ -31,6 +28,9 @@ from influence.solvers import (
     solve,
 )
 from influence.solvers.spectrum import spectrum, suggest_damping
+from influence.truth.continued import continued_training
+from influence.truth.leave_out import Refits, leave_group_out, leave_one_out
+from influence.truth.proximal import proximal_response
 
 __all__ = [
     "BEST_RULE",

@@ -3,9 +3,10 @@ import os
 import numpy as np
 import pytest
 
-from influence import Hessian, continued_training, leave_one_out, proximal_response, refits
+from influence import Hessian, continued_training, leave_one_out, proximal_response
 from influence.common import checkpoint
 from influence.common.checkpoint import kept
+from influence.truth import runs
 from tests.influence.problems import logistic
 
 ARRAYS = {

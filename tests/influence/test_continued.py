@@ -5,10 +5,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from influence import DivergenceError, Examples, continued
-from influence.continued import continued_training
+from influence import DivergenceError, Examples
 from influence.models.adam import Moments, batch_rows, minimise
 from influence.models.cnn import AllCNN
+from influence.truth import continued
+from influence.truth.continued import continued_training
 from tests.influence.problems import relative_error, ridge
 
 STEPS, RATE = 7, 0.01

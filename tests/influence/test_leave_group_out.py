@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from influence import CG, ConvergenceWarning, Direct, Examples, leave_one_out, refits
-from influence import retraining as module
-from influence.refits import Task
-from influence.retraining import leave_group_out
+from influence import CG, ConvergenceWarning, Direct, Examples, leave_one_out
+from influence.truth import leave_out as module
+from influence.truth import runs
+from influence.truth.leave_out import leave_group_out
+from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
 N = 60

@@ -13,12 +13,11 @@ from influence import (
     Influence,
     leave_one_out,
     prepare,
-    proximal,
-    refits,
 )
-from influence.proximal import proximal_response
-from influence.refits import Task
-from influence.removal import Removal
+from influence.truth import proximal, runs
+from influence.truth.proximal import proximal_response
+from influence.truth.removal import Removal
+from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, untraced
 
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}

@@ -5,15 +5,10 @@ import keras
 import numpy as np
 import pytest
 
-from influence import (
-    Examples,
-    GenericNeuralNet,
-    MulticlassLogisticRegression,
-    leave_one_out,
-    refits,
-)
-from influence.proximal import proximal_response
-from influence.retraining import leave_group_out
+from influence import Examples, GenericNeuralNet, MulticlassLogisticRegression, leave_one_out
+from influence.truth import runs
+from influence.truth.leave_out import leave_group_out
+from influence.truth.proximal import proximal_response
 from tests.influence.test_retraining import draws, dropping, interrupted_problem
 
 
@@ -70,14 +65,14 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
 
 
 def test_processes_share_the_cores_unless_told_otherwise(monkeypatch):
-    monkeypatch.setattr(refits.joblib, "cpu_count", lambda: 6)
+    monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 6)
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     for num_processes, threads in ((1, None), (2, "3"), (9, "1")):
-        with refits._cores_shared(num_processes):
+        with runs._cores_shared(num_processes):
             assert os.environ.get("TF_NUM_INTRAOP_THREADS") == threads
         assert "TF_NUM_INTRAOP_THREADS" not in os.environ
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "5")
-    with refits._cores_shared(2):
+    with runs._cores_shared(2):
         assert os.environ["TF_NUM_INTRAOP_THREADS"] == "5"
     assert os.environ["TF_NUM_INTRAOP_THREADS"] == "5"
 
@@ -111,9 +106,9 @@ def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_nothing_is_sent_where_nothing_need_be(num_processes, monkeypatch):
     """One process here, and one that a backend says is enough."""
-    monkeypatch.setattr(refits.joblib, "effective_n_jobs", lambda _: 1)
-    monkeypatch.setattr(refits.joblib, "Parallel", lambda **_: pytest.fail("sent"))
-    refits.check_processes(num_processes, *unregistered())
+    monkeypatch.setattr(runs.joblib, "effective_n_jobs", lambda _: 1)
+    monkeypatch.setattr(runs.joblib, "Parallel", lambda **_: pytest.fail("sent"))
+    runs.check_processes(num_processes, *unregistered())
 
 
 def test_the_reason_is_one_sentence():
@@ -127,8 +122,8 @@ def test_the_reason_is_one_sentence():
     ]:  # fmt: skip
         outer = RuntimeError("the pool broke")
         outer.__cause__ = ImportError(text + body)
-        assert refits._reason(outer) == expected
-    assert refits._reason(KeyError("a")) == "KeyError: 'a'"
+        assert runs._reason(outer) == expected
+    assert runs._reason(KeyError("a")) == "KeyError: 'a'"
 
 
 def test_changes_and_losses_are_of_the_same_rounding():
@@ -137,7 +132,7 @@ def test_changes_and_losses_are_of_the_same_rounding():
     net = MulticlassLogisticRegression(400, 3, dtype="float32")
     net.theta = rng.standard_normal(1200) / 20
     rows = Examples(rng.standard_normal((7, 400)).astype(np.float32), np.arange(7) % 3)
-    task = refits.Task(net, rows, rows, None, 1, None)
+    task = runs.Task(net, rows, rows, None, 1, None)
     thetas = np.repeat(net.theta[:, None], 3, axis=1)
     np.testing.assert_array_equal(task.changes(thetas), 0)
     assert task.losses().shape == (7,) and task.losses(thetas).shape == (7, 3)

@@ -6,7 +6,7 @@ import scipy.sparse
 
 from influence import CG, Direct, DivergenceError, Examples, GaussNewton, Hessian, prepare
 from influence.minimisers.block_lbfgs import _pair, _two_loops
-from influence.removal import Removal, apply
+from influence.truth.removal import Removal, apply
 from tests import oracles
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
 from influence.curvature.operators import Hessian
@@ -19,9 +18,10 @@ from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net.minimum import TOLERANCE, check_at_minimum, warn_of_drift
 from influence.net.net import GenericNeuralNet
-from influence.refits import Groups, Refits, Task
-from influence.removal import Removal
 from influence.solvers import Direct, Prepared, Solver, prepare
+from influence.truth import runs
+from influence.truth.removal import Removal
+from influence.truth.runs import Groups, Refits, Task
 
 
 def leave_one_out(
@@ -101,7 +101,7 @@ def leave_group_out(
 
     "newton" (convex models): from theta, Newton's step with the full-data Hessian, factored once,
     and the group's own curvature taken out of it; then secant updates, which learn how the
-    curvature changes on the way. One data pass serves `block` refits. "fit": the net's own `fit` on
+    curvature changes on the way. One data pass serves `block` runs. "fit": the net's own `fit` on
     the remaining rows, from theta (warm) or from `start` (cold). The net is left as it was.
 
     Args:
@@ -136,7 +136,7 @@ def leave_group_out(
       the tolerance are marked in `converged`, with a ConvergenceWarning.
     """
     task = _task(net, train, test, method, tolerance, max_passes, block, batch_size, start, fit)
-    names, rows = refits.check_groups(groups, len(train))
+    names, rows = runs.check_groups(groups, len(train))
     return _retrained(
         task, rows, tuple(rows), names, method, solver, block, num_processes, checkpoints, key
     )
@@ -155,7 +155,7 @@ def _task(
     fit: Callable | None,
 ) -> Task:
     """What the caller gave, once it is known to be right."""
-    refits.check(net, train, test, tolerance=tolerance, block=block, batch_size=batch_size)
+    runs.check(net, train, test, tolerance=tolerance, block=block, batch_size=batch_size)
     if method not in (None, "newton", "fit"):
         raise ValueError(f"method must be 'newton' or 'fit', got {method!r}.")
     if method == "newton" and not net.convex:
@@ -192,7 +192,7 @@ def _retrained(
             "its hyperparameters, so that another fit's results are not taken for this one's."
         )
     check_folder(checkpoints)
-    refits.check_processes(num_processes, net, task.fit)
+    runs.check_processes(num_processes, net, task.fit)
     label, inverse, refit = "", None, _fit_block
     if method == "newton":
         tolerance = TOLERANCE if task.tolerance is None else task.tolerance
@@ -202,7 +202,7 @@ def _retrained(
         label, refit = repr(inverse.solver), _newton_block
     else:
         warn_of_drift(net, train, groups, task.batch_size)
-    found = refits.run(
+    found = runs.run(
         task,
         refit,
         groups,

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from influence.common.convergence import DivergenceError
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.refits import Groups
 from influence.solvers import Prepared
+from influence.truth.runs import Groups
 
 _MOST_STEPS = 10  # of conjugate gradients that take a group's own curvature out
 _RTOL = 1e-3  # of those steps; what a chord leaves of the gradient is more than that

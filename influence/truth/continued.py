@@ -19,7 +19,6 @@ import joblib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence import refits
 from influence.common.checkpoint import check_folder, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import Estimand
@@ -28,7 +27,8 @@ from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.models.adam import Moments, batch_rows
 from influence.net.net import GenericNeuralNet
-from influence.refits import Groups, Task
+from influence.truth import runs
+from influence.truth.runs import Groups, Task
 
 _SAVE_EVERY = 500  # steps
 
@@ -104,7 +104,7 @@ def continued_training(
       for parameters that are not finite.
     """
     check_batch_size(batch_size)
-    refits.check(net, train, test, tolerance=None, block=block, batch_size=None)
+    runs.check(net, train, test, tolerance=None, block=block, batch_size=None)
     rows = check_rows(rows, len(train))
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
@@ -121,10 +121,10 @@ def continued_training(
             f"moments must be of {net.num_parameters} parameters, got {np.shape(moments.first)}."
         )
     folder = check_folder(checkpoints)
-    refits.check_processes(num_processes, net)
+    runs.check_processes(num_processes, net)
     plan = _Plan(moments, int(steps), float(rate), int(batch_size), seed, folder)
     started = joblib.hash((moments.steps, moments.first, moments.second))
-    found = refits.run(
+    found = runs.run(
         Task(net, train, test, None, int(steps), None),
         _continued_block,
         [np.zeros(0, np.int64), *rows[:, None]],  # the control, then the removals

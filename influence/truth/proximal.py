@@ -26,7 +26,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence import refits
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
@@ -34,9 +33,10 @@ from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net.net import GenericNeuralNet
-from influence.refits import Groups, Task
-from influence.removal import Removal, apply
 from influence.solvers import Direct, Prepared, Solver, prepare
+from influence.truth import runs
+from influence.truth.removal import Removal, apply
+from influence.truth.runs import Groups, Task
 
 _CURVATURE: dict[str, type[Curvature]] = {"bregman": GaussNewton, "leave_one_out": Hessian}
 
@@ -144,7 +144,7 @@ def proximal_response(
       if A is not positive definite. Rows that miss the tolerance are marked in `converged`, with a
       ConvergenceWarning.
     """
-    refits.check(net, train, test, tolerance=None, block=block, batch_size=batch_size)
+    runs.check(net, train, test, tolerance=None, block=block, batch_size=batch_size)
     rows = check_rows(rows, len(train))
     tolerances = _tolerances("tolerance", tolerance, len(rows))
     until = _tolerances("rough_tolerance", rough_tolerance, len(rows))
@@ -162,10 +162,10 @@ def proximal_response(
     A = _CURVATURE[objective](net, train, damping, batch_size=batch_size)
     if step_damping:
         A = type(A)(net, train, damping + step_damping, batch_size=batch_size)
-    refits.check_processes(num_processes, net)
+    runs.check_processes(num_processes, net)
     inverse = prepare(A, solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
-    found = refits.run(
+    found = runs.run(
         Task(net, train, test, None, max_iterations, batch_size),
         _proximal_block,
         list(rows[:, None]),

@@ -1,0 +1,1 @@
+"""Actual changes: retraining without rows, and what stands near it."""
