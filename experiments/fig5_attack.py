@@ -20,7 +20,7 @@ from experiments.attacking import RULES, SIGNS, group, of_group, over_all, singl
 from experiments.fig5_drawing import draw
 from experiments.heads import LEVEL, Head, alike, fitted, right
 from experiments.record import Claim, Record
-from influence.attack import Rule
+from influence.attack.poison import Rule
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
 from influence.models.inception import scaled

@@ -11,7 +11,7 @@ from data import images
 from experiments import trunks
 from experiments.choice import held_out_accuracy
 from influence import Examples, TopLayer
-from influence.attack import Poisoning, poison
+from influence.attack.poison import Poisoning, poison
 from influence.models.inception import scaled
 
 BOUNDS = (-1.0, 1.0)  # of a pixel

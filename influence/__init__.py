@@ -1,6 +1,6 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
-from influence.attack import BEST_RULE, PAPER_RULE, Rule, poison
+from influence.attack.poison import BEST_RULE, PAPER_RULE, Rule, poison
 from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.curvature.operators import GaussNewton, Hessian

@@ -14,7 +14,7 @@ from experiments import fig5_attack as fig5
 from experiments.record import Record
 from experiments.running import Misuse
 from influence import Examples
-from influence.attack import Rule
+from influence.attack.poison import Rule
 
 SMOKE = fig5.PRESETS["smoke"]
 

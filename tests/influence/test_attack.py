@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from influence.attack import Rule, poison
-from influence.reach import gradient_norms
+from influence.attack.poison import Rule, poison
+from influence.attack.targets import gradient_norms
 from tests.influence import attacked
 from tests.influence.attacked import RADIUS, by_refit, replaced
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from influence import Examples, prepare
-from influence.attack import Rule, poison
-from influence.reach import gradient_norms
+from influence.attack.poison import Rule, poison
+from influence.attack.targets import gradient_norms
 from influence.solvers import Direct
 from tests.influence import attacked
 from tests.influence.attacked import RADIUS, replaced

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from influence import Examples
-from influence.attack import PAPER_RULE, Rule, poison
+from influence.attack.poison import PAPER_RULE, Rule, poison
 from tests.influence import attacked
 from tests.influence.attacked import RADIUS, replaced
 

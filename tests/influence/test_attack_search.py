@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from influence.attack import Rule, _Attack, poison
-from influence.reach import check_targets, gradient_norms
+from influence.attack.poison import Rule, _Attack, poison
+from influence.attack.targets import check_targets, gradient_norms
 from tests.influence import attacked
 from tests.influence.attacked import by_refit, replaced
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from influence import CG, Direct, DivergenceError, Examples
-from influence.reach import (
+from influence.attack.targets import (
     PAPER_RULE,
     Rule,
     check_targets,

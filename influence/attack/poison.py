@@ -1,7 +1,7 @@
 """Poisoning: training inputs moved, each within a small box, so that test losses rise.
 
 Koh & Liang 2017, section 5.2; the iteration is told in `poison`, what it moves along in
-`influence.reach`.
+`influence.attack.targets`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from influence.attack_arguments import check_arguments
-from influence.examples.examples import Examples
-from influence.net.minimum import TOLERANCE, check_at_minimum
-from influence.net.net import GenericNeuralNet
-from influence.reach import (
+from influence.attack.attack_arguments import check_arguments
+from influence.attack.targets import (
     BEST_RULE,
     PAPER_RULE,
     Rule,
@@ -27,6 +24,9 @@ from influence.reach import (
     norms_of,
     seen_by,
 )
+from influence.examples.examples import Examples
+from influence.net.minimum import TOLERANCE, check_at_minimum
+from influence.net.net import GenericNeuralNet
 from influence.solvers import Solver
 
 __all__ = ["BEST_RULE", "PAPER_RULE", "Poisoning", "Rule", "poison"]
@@ -111,7 +111,7 @@ def poison(
       flip_at: test loss above which a test example counts as flipped; log 2 is P(label) < 1/2 for
         log losses. Infinity: no early end.
       flips: flipped test examples that are enough; all m if omitted.
-      gradient_norms: (c,) |g_i|_1 of the candidates, as `influence.reach.gradient_norms` returns
+      gradient_norms: (c,) |g_i|_1 of the candidates, as `influence.attack.targets.gradient_norms` returns
         them, by which they are ranked; computed if omitted.
       solver: how H^-1 is applied; `Direct` if omitted.
       fit: called instead of `net.fit` on (net, poisoned training set), from the present theta.

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from influence.attack.targets import Rule, Targets, check_targets
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.reach import Rule, Targets, check_targets
 
 
 def check_arguments(

@@ -1,0 +1,1 @@
+"""Training inputs moved so that test losses rise."""
