@@ -9,7 +9,7 @@ from experiments.heads import FLIPPED, LEVEL, Head
 from influence import Examples, Influence
 from influence.attack.poison import Poisoning, Rule
 from influence.attack.targets import gradient_norms, mean_s_test
-from influence.models.inception import scaled
+from influence.models.top_layer import scaled
 
 RULES = ("paper", "best")
 SIGNS = ("self_influence", "loss", "distance")  # by which poisons may be found

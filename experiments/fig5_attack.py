@@ -23,7 +23,7 @@ from experiments.record import Claim, Record
 from influence.attack.poison import Rule
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
-from influence.models.inception import scaled
+from influence.models.top_layer import scaled
 
 __all__ = ["CLAIMS", "DEVIATIONS", "PRESETS", "Config", "draw", "photographs", "run"]
 

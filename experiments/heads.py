@@ -12,7 +12,7 @@ from experiments import trunks
 from experiments.choice import held_out_accuracy
 from influence import Examples, TopLayer
 from influence.attack.poison import Poisoning, poison
-from influence.models.inception import scaled
+from influence.models.top_layer import scaled
 
 BOUNDS = (-1.0, 1.0)  # of a pixel
 LEVEL = 2 / 255  # one step of its 8-bit value

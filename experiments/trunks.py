@@ -31,7 +31,7 @@ from experiments.running import Misuse
 from influence import TopLayer
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
-from influence.models.inception import cut
+from influence.models.top_layer import cut
 
 _ROWS = 256  # images whose features are kept together: what an interruption can cost
 _VERSION = 1  # of what features are, besides everything that their file's name is made of

@@ -1,17 +1,17 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
 from influence.attack.poison import BEST_RULE, PAPER_RULE, Rule, poison
-from influence.check import check
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.curvature.operators import GaussNewton, Hessian
 from influence.examples.examples import Examples
 from influence.examples.stream import Stream
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge
-from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
+from influence.models.top_layer import TopLayer
 from influence.net import measurements
 from influence.net.net import GenericNeuralNet
+from influence.preflight.check import check
 from influence.scores.datainf import datainf
 from influence.scores.influence import Influence, Scores
 from influence.scores.tracin import tracin

@@ -2,8 +2,8 @@
 
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge, SmoothHingeLoss
-from influence.models.inception import TopLayer
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
+from influence.models.top_layer import TopLayer
 
 __all__ = [
     "AllCNN",

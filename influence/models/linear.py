@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import warn_unconverged
 from influence.examples.examples import Examples, check_differentiable
-from influence.models import leverage, newton, products
+from influence.models import design, leverage, newton
 from influence.net.net import GenericNeuralNet
 
 _BLOCK_NUMBERS = 1 << 21  # entries of one batch's (rows, c, m) block: about the size of a cache
@@ -155,7 +155,7 @@ class LinearModel(GenericNeuralNet):
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """See GenericNeuralNet.directional: sum_c (dl/dz)_c (X V)_c."""
         if dtype is not None and np.dtype(dtype) != self.dtype:
-            return products.directional(self, dtype, x, y, V)
+            return design.directional(self, dtype, x, y, V)
         Z, U = self._outputs_and(x, V)
         along = np.einsum("nc,ncm->nm", self._slope(Z, np.asarray(y))[:, :, 0], U)
         return along if np.ndim(V) == 2 else along[:, 0]
@@ -190,7 +190,7 @@ class LinearModel(GenericNeuralNet):
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
         """The risk's Hessian (d, d) in closed form, for one output: X' diag(d2l/dz2) X / n."""
-        block = products.weighted_gram(
+        block = design.weighted_gram(
             self, examples, 1, lambda Z, y: self._curved(Z, y, np.ones_like(Z))[:, :, 0]
         )[0]
         block[np.diag_indices_from(block)] += self.weight_decay

@@ -11,8 +11,8 @@ import scipy.special
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
+from influence.models.design import weighted_gram
 from influence.models.linear import LinearModel
-from influence.models.products import weighted_gram
 
 
 class MulticlassLogisticRegression(LinearModel):

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 from influence import Examples, GenericNeuralNet, Hessian, MulticlassLogisticRegression
-from influence.check import check
 from influence.examples.stream import Stream
-from influence.preflight import curvature
+from influence.preflight import hessian
+from influence.preflight.check import check
 from tests.influence.problems import (
     dense_net,
     logistic,
@@ -225,9 +225,9 @@ def test_the_way_to_the_minimum_is_that_of_a_shifted_hessian_at_a_saddle():
     A = Hessian(net, train)
     values = np.linalg.eigvalsh(A.dense())
     shift = 2 * abs(values[0]) + 1e-6 * values[-1]
-    line = curvature.stationary(net, A, None, shift)
+    line = hessian.stationary(net, A, None, shift)
     assert check(net, train)["stationary point"] == line
-    assert curvature.stationary(net, A, None, 0.0) != line
+    assert hessian.stationary(net, A, None, 0.0) != line
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

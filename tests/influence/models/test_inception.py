@@ -16,7 +16,7 @@ from influence import (
     Influence,
     TopLayer,
 )
-from influence.models.inception import cut
+from influence.models.top_layer import cut
 from tests.influence.models.pictures import MEAN, SCALE, F, by_hand, problem, trunk
 from tests.influence.problems import relative_error
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from influence import Direct, Examples, Influence, TopLayer
 from influence.models import trunk as trunk_module
-from influence.models.inception import scaled
+from influence.models.top_layer import scaled
 from tests import oracles
 from tests.influence.models.pictures import MEAN, SCALE, SIDE, F, problem
 from tests.influence.problems import relative_error

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from influence import Examples, GenericNeuralNet, Hessian
-from influence.preflight import curvature
+from influence.preflight import hessian
 from influence.solvers.spectrum import Spectrum, spectrum
 from tests.influence.problems import dense_net, logistic, ridge, tanh_net
 
@@ -31,7 +31,7 @@ def squares(y, output):
 
 
 def lines(net, examples, damping=0.0, batch_size=None):
-    return curvature.derivatives(net, Hessian(net, examples, damping, batch_size=batch_size))
+    return hessian.derivatives(net, Hessian(net, examples, damping, batch_size=batch_size))
 
 
 # --- is the Hessian that of the gradient ----------------------------------------------------------
@@ -125,7 +125,7 @@ def found(low, high, error=0.0, converged=True, complete=False):
     ],
 )
 def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, says):
-    line = curvature.smallest(found(low, 10.0, error), known, damping, 1e-6)
+    line = hessian.smallest(found(low, 10.0, error), known, damping, 1e-6)
     assert line.verdict == verdict and line.value == low and says in line.meaning
     if verdict == "fail":  # what it asks for must be enough
         enough = float(line.remedy.split("damping=")[1].split(" ")[0])
@@ -144,15 +144,15 @@ def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, sa
     ],
 )
 def test_one_eigenvalue_that_is_positive_is_not_all(error, converged, complete, known, verdict):
-    line = curvature.smallest(found(0.5, 10.0, error, converged, complete), known, 0.0, 1e-6)
+    line = hessian.smallest(found(0.5, 10.0, error, converged, complete), known, 0.0, 1e-6)
     assert line.verdict == verdict
     assert ("a negative one may have been missed" in line.meaning) == (verdict == "warn")
 
 
 def test_the_largest_eigenvalue_should_be_positive():
-    line = curvature.largest(found(-2.0, 3.0))
+    line = hessian.largest(found(-2.0, 3.0))
     assert line.verdict == "ok" and line.value == 3
-    line = curvature.largest(found(-2.0, -1.0))
+    line = hessian.largest(found(-2.0, -1.0))
     assert line.verdict == "fail" and line.value == -1
 
 
@@ -170,14 +170,14 @@ def test_the_largest_eigenvalue_should_be_positive():
     ],
 )
 def test_the_condition_number_decides_about_the_dtype(low, error, known, dtype, verdict, condition):
-    line = curvature.precision(found(low, 10.0, error), known, np.dtype(dtype))
+    line = hessian.precision(found(low, 10.0, error), known, np.dtype(dtype))
     assert line.verdict == verdict
     assert line.value == pytest.approx(condition * EPS[dtype], rel=1e-9)
     assert ("Use float64" in line.remedy) == (dtype == "float32" and verdict != "ok")
 
 
 def test_without_an_inverse_there_is_no_condition_number():
-    line = curvature.precision(found(-1.0, 10.0), np.nan, np.dtype("float64"))
+    line = hessian.precision(found(-1.0, 10.0), np.nan, np.dtype("float64"))
     assert line.verdict == "warn" and np.isnan(line.value)
 
 
@@ -195,7 +195,7 @@ def test_drift_and_removals_are_those_of_the_closed_form(linear, with_test, dist
     try:
         p.net.theta = moved
         A = Hessian(p.net, p.train)
-        line = curvature.stationary(p.net, A, p.test if with_test else None, 0.0)
+        line = hessian.stationary(p.net, A, p.test if with_test else None, 0.0)
     finally:
         p.net.theta = theta
     gradient = p.oracle.gradient(moved)
@@ -211,9 +211,9 @@ def test_drift_and_removals_are_those_of_the_closed_form(linear, with_test, dist
 def test_a_solve_that_stopped_early_is_no_proof_of_a_minimum(linear, monkeypatch):
     p = linear
     A = Hessian(p.net, p.train)
-    assert curvature.stationary(p.net, A, None, 0.0).verdict == "ok"
+    assert hessian.stationary(p.net, A, None, 0.0).verdict == "ok"
     monkeypatch.setattr(curvature, "_ITERATIONS", 1)
-    line = curvature.stationary(p.net, A, None, 0.0)
+    line = hessian.stationary(p.net, A, None, 0.0)
     assert line.verdict == "warn" and line.value < 0.1
     residual = float(line.meaning.split("relative residual of ")[1].split(" ")[0])
     assert 0.1 < residual < 1 and "in 1 iterations" in line.meaning
@@ -224,7 +224,7 @@ def test_a_saddle_is_judged_with_a_shift(tanh):
     A = Hessian(net, examples)
     low = spectrum(A).smallest[0]
     assert low < -0.1
-    line = curvature.stationary(net, A, None, -30 * low)
+    line = hessian.stationary(net, A, None, -30 * low)
     H = A.dense() - 30 * low * np.eye(net.num_parameters)
     G = net.gradients(examples.x, examples.y)
     drift = G @ np.linalg.solve(H, net.risk_gradient(examples))
@@ -239,5 +239,5 @@ def test_nothing_moves_where_there_is_no_gradient():
     net = dense_net(1, 2, "mse")
     net.theta = np.array([1.0, 2, 3])
     x = np.eye(2)
-    line = curvature.stationary(net, Hessian(net, Examples(x, x @ [1, 2] + 3), 1.0), None, 0.0)
+    line = hessian.stationary(net, Hessian(net, Examples(x, x @ [1, 2] + 3), 1.0), None, 0.0)
     assert line.verdict == "ok" and line.value == 0

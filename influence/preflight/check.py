@@ -12,7 +12,7 @@ from influence.common.progress import progress
 from influence.curvature.operators import Hessian, check_batch_size
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.preflight import curvature, labels, risk, rows
+from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Line, Report
 from influence.solvers.spectrum import spectrum
 
@@ -136,13 +136,13 @@ def _about_curvature(
     batch_size: int | None,
 ) -> Iterator[Line]:
     A = Hessian(net, train, damping, batch_size=batch_size)
-    yield from curvature.derivatives(net, A)
+    yield from hessian.derivatives(net, A)
     found = spectrum(A, rtol=_RTOL, max_products=_MOST_PRODUCTS)
     low, high = float(found.smallest[0]), float(found.largest[0])
     noise = 4 * np.sqrt(A.shape[0]) * float(np.finfo(net.dtype).eps) * max(high, 0.0)
     known = A.smallest_eigenvalue_bound
-    yield curvature.largest(found)
-    yield curvature.smallest(found, known, damping, noise)
-    yield curvature.precision(found, known, net.dtype)
+    yield hessian.largest(found)
+    yield hessian.smallest(found, known, damping, noise)
+    yield hessian.precision(found, known, net.dtype)
     shift = 0.0 if low > noise else 2 * abs(low) + 1e-6 * abs(high)
-    yield curvature.stationary(net, A, test, shift)
+    yield hessian.stationary(net, A, test, shift)
