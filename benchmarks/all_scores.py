@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.problem import Problem
 from influence import Direct, Influence
-from influence.scores import file
+from influence.scores import file as score_file
 
 _DTYPE = "float32"
 _SEED = 0
@@ -75,7 +75,7 @@ def _facts(path: Path, influence: Influence, test: Any) -> dict[str, Any]:
         np.sort(rng.choice(size, min(_SAMPLE, size), replace=False))
         for size in (len(test), len(influence.train))
     )
-    exact = influence.scores.influence(test.take(tests), rows)[:]
+    exact = influence.scores(test.take(tests), rows)[:]
     with h5py.File(path, "r") as file:
         got = np.stack([np.asarray(file["change_if_removed"][i])[rows] for i in tests])  # pyright: ignore
         return {
@@ -117,6 +117,6 @@ def _stages(seconds: dict[str, float]) -> Iterator[None]:
 
         return watched
 
-    solve, multiply = timed(file._solve, "solve"), timed(file._multiply, "multiply")
+    solve, multiply = timed(score_file._solve, "solve"), timed(score_file._multiply, "multiply")
     with mock.patch.multiple(score_file, _solve=solve, _multiply=multiply):
         yield

@@ -185,7 +185,7 @@ def _predicted(
 
     def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
         influence = Influence(net, train, solver=solver, damping=damping, curvature=curvature)
-        return influence.scores.influence(measured)
+        return influence.scores(measured)
 
     G = GaussNewton(net, train, A.damping, checkpoints=checkpoints)
     gauss_newton = prepare(G, Direct())

@@ -39,7 +39,7 @@ class Fitted:
         Positive: the test loss rises without the image, so the image helped.
         """
         influence = Influence(self.net, self.train, solver=Direct())
-        return influence.scores.influence(self.test.take(points)).change_if_removed
+        return influence.scores(self.test.take(points)).change_if_removed
 
     @property
     def outputs(self) -> NDArray:

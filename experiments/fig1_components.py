@@ -116,8 +116,8 @@ def variants(influence: Influence, measured: Examples) -> NDArray:
 
     Returns: (4, m, n). Positive: helpful.
     """
-    net, train = influence.net.net, influence.train
-    scores = influence.scores.influence(measured)
+    net, train = influence.net, influence.train
+    scores = influence.scores(measured)
     s_test, g = scores.solution.x, net.gradients(measured.x, measured.y).T  # (d, m) both
     signed = (1 - 2 * train.y)[:, None]
     no_hessian = net.directional(train.x, train.y, g) + net.penalty_gradient() @ g

@@ -260,7 +260,7 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
         }
     flipped = (arrays["probability_correct_before"] >= 0.5) & (arrays["probability_correct"] < 0.5)
     influence = Influence(net, at.train, solver=Direct())
-    scores = influence.scores.influence(at.child)[0]
+    scores = influence.scores(at.child)[0]
     derivative = influence.perturbation(at.child, at.children)[0]  # (children, features)
     explained, size = derivative[~at.readmitted][0], np.abs(derivative)
     of_children, next_largest = scores[at.children], np.abs(np.delete(scores, at.children)).max()

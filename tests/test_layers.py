@@ -1,111 +1,107 @@
-"""Imports point one way: experiments -> data, influence; inside influence, downwards only.
+"""Imports point one way, and none goes in a circle.
 
-A module of `influence` that is not named here is a leaf: it imports nothing of ours, and any other
-may import it.
+Inside `influence` a folder may import the folders of earlier groups; in a folder any file may
+import another as long as no circle results. Between packages: `experiments` may import `data` and
+`influence`, which import nothing of ours but themselves; a figure imports no other figure.
 """
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ORDER = {
+    "influence": (
+        {"common"},
+        {"minimisers"},
+        {"examples"},
+        {"net"},
+        {"curvature"},
+        {"solvers"},
+        {"scores", "truth", "models", "preflight"},
+        {"attack"},
+        {"__init__"},
+        {"__main__"},
+    ),
+}
 PACKAGES = {
     "experiments": {"experiments", "data", "influence"},
     "data": {"data"},
     "influence": {"influence"},
 }
-_BELOW_SOLVERS = {"examples", "net", "operators"}
-LAYERS = {
-    "examples": set(),
-    "stream": {"examples"},
-    "derivatives": {"examples"},
-    "net": {"examples", "derivatives"},
-    "operators": {"examples", "net"},
-    "solvers": _BELOW_SOLVERS,
-    "spectrum": _BELOW_SOLVERS | {"solvers"},
-    "models": _BELOW_SOLVERS | {"solvers"},
-    "response": _BELOW_SOLVERS | {"solvers"},
-    "groups": _BELOW_SOLVERS | {"solvers", "response"},
-    "relative": _BELOW_SOLVERS | {"solvers", "response"},
-    "score_file": _BELOW_SOLVERS | {"solvers"},
-    "scores": _BELOW_SOLVERS | {"solvers", "response", "groups", "relative", "score_file"},
-    "datainf": _BELOW_SOLVERS,
-    "tracin": _BELOW_SOLVERS,
-    "refits": _BELOW_SOLVERS,
-    "removal": _BELOW_SOLVERS | {"solvers", "refits"},
-    "minimum": {"examples", "net"},
-    "retraining": _BELOW_SOLVERS | {"solvers", "refits", "removal", "minimum"},
-    "proximal": _BELOW_SOLVERS | {"solvers", "refits", "removal"},
-    "continued": _BELOW_SOLVERS | {"models", "refits"},
-    "preflight": _BELOW_SOLVERS | {"solvers", "spectrum"},
-    "check": _BELOW_SOLVERS | {"preflight", "spectrum"},
-    "reach": _BELOW_SOLVERS | {"solvers", "response"},
-    "attack_arguments": _BELOW_SOLVERS | {"reach"},
-    "attack": _BELOW_SOLVERS | {"solvers", "reach", "attack_arguments", "minimum"},
-}
-FRONT = {"__init__", "__main__"}  # the public names, the command line: above everything
 
 
 def violations(root: Path) -> list[str]:
-    """Every import under `root` that points the wrong way, as "file:line: what"."""
-    found = []
+    """Every import under `root` that points the wrong way, and every circle, in words."""
+    found, graphs = [], {}
     for package, allowed in PACKAGES.items():
         for path in sorted((root / package).rglob("*.py")):
-            for line, parts in _imports(path, root):
-                if parts[0] in PACKAGES and parts[0] not in allowed:
-                    complaint = f"{package} may not import {parts[0]}"
-                elif package == "influence" == parts[0]:
-                    complaint = _wrong_layer(path, parts, root)
-                else:
-                    complaint = ""
+            here = path.relative_to(root).with_suffix("").parts
+            for line, target in _imports(path, root):
+                if target[0] not in PACKAGES:
+                    continue
+                complaint = _complaint(here, target, allowed)
                 if complaint:
-                    found.append(f"{path.relative_to(root).as_posix()}:{line}: {complaint}")
+                    found.append(f"{'/'.join(here)}.py:{line}: {complaint}")
+                elif target != here:
+                    graphs.setdefault(".".join(here), set()).add(".".join(target))
+    try:
+        TopologicalSorter(graphs).prepare()
+    except CycleError as error:
+        found.append("a circle: " + " <- ".join(error.args[1]))
     return found
 
 
-def _wrong_layer(path: Path, parts: list[str], root: Path) -> str:
-    inside = path.relative_to(root / "influence").with_suffix("").parts
-    layer = inside[0]
-    if layer in FRONT:
+def _complaint(here: tuple[str, ...], target: tuple[str, ...], allowed: set[str]) -> str:
+    """What is wrong with a module's import of another; empty where nothing is."""
+    if target[0] not in allowed:
+        return f"{here[0]} may not import {target[0]}"
+    order = ORDER.get(here[0], ())
+    if target[0] != here[0] or not order or target[1] == here[1]:
         return ""
-    if len(parts) == 1:
-        return "the library's own modules may not import its front, influence"
-    target = parts[1]
-    if target == layer and len(inside) > 1:  # within one package
-        return ""
-    if target in LAYERS.get(layer, set()) or (target not in LAYERS and target not in FRONT):
-        return ""
-    return f"{layer} may not import {target}"
+    level = {name: i for i, names in enumerate(order) for name in names}
+    for name in (here[1], target[1]):
+        if name not in level:
+            return f"{name} has no place in the order"
+    wrong = level[target[1]] >= level[here[1]]
+    return f"{here[1]} may not import {target[1]}" if wrong else ""
 
 
-def _imports(path: Path, root: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, module as parts) of each import, wherever in the file it stands."""
+def _imports(path: Path, root: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, module as a file's parts) of each import, wherever in the file it stands."""
     here = path.relative_to(root).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for name in node.names:
-                yield node.lineno, name.name.split(".")
+                yield node.lineno, _file(root, name.name.split("."))
         elif isinstance(node, ast.ImportFrom):
             base = list(here[: len(here) - node.level]) if node.level else []
             base += node.module.split(".") if node.module else []
             for name in node.names:  # `from package import module` names a module too
-                named = [*base, name.name]
-                yield node.lineno, named if _is_module(root.joinpath(*named)) else base
+                yield node.lineno, _file(root, [*base, name.name], base)
 
 
-def _is_module(path: Path) -> bool:
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+def _file(root: Path, *candidates: list[str]) -> tuple[str, ...]:
+    """The parts of the first candidate that is a module or a package of ours."""
+    for parts in candidates:
+        if root.joinpath(*parts).with_suffix(".py").is_file():
+            return tuple(parts)
+        if root.joinpath(*parts, "__init__.py").is_file():
+            return (*parts, "__init__")
+    return tuple(candidates[-1])
 
 
 def test_imports_point_one_way():
     assert violations(ROOT) == []
 
 
-def test_layers_are_there():
-    missing = [name for name in LAYERS if not _is_module(ROOT / "influence" / name)]
-    assert set(missing) <= {"attack"}, "LAYERS names modules that influence/ does not have"
+def test_the_order_names_what_is_there():
+    for package, order in ORDER.items():
+        there = {p.stem for p in (ROOT / package).iterdir() if not p.name.startswith("__p")}
+        assert there <= set().union(*order)
 
 
 @pytest.mark.parametrize(
@@ -113,17 +109,16 @@ def test_layers_are_there():
     [
         ("data/load.py", "import influence", "data may not import influence"),
         ("data/load.py", "from experiments import record", "data may not import experiments"),
-        ("influence/net.py", "import data.mnist", "influence may not import data"),
-        ("influence/net.py", "def f():\n    import experiments", "may not import experiments"),
-        ("influence/net.py", "from influence import operators", "net may not import operators"),
-        ("influence/net.py", "from . import operators", "net may not import operators"),
-        ("influence/net.py", "from .solvers import CG", "net may not import solvers"),
-        ("influence/net.py", "from influence import Hessian", "may not import its front"),
-        ("influence/net.py", "from influence.__main__ import f", "net may not import __main__"),
-        ("influence/leaf.py", "from influence.net.net import f", "leaf may not import net"),
-        ("influence/scores.py", "import influence.truth.leave_out", "scores may not import retraining"),
-        ("influence/solvers/cg.py", "from ..scores import f", "solvers may not import scores"),
-        ("influence/models/cnn.py", "from influence.scores.influence import I", "models may not import"),
+        ("influence/net/net.py", "import data.load", "influence may not import data"),
+        ("influence/net/net.py", "def f():\n    import experiments", "may not import experiments"),
+        ("influence/net/net.py", "from influence.solvers import cg", "net may not import solvers"),
+        ("influence/net/net.py", "from ..solvers.cg import CG", "net may not import solvers"),
+        ("influence/net/net.py", "from influence import Hessian", "net may not import __init__"),
+        ("influence/net/net.py", "from influence.__main__ import f", "net may not import __main__"),
+        ("influence/scores/a.py", "import influence.truth.b", "scores may not import truth"),
+        ("influence/models/a.py", "from influence.scores.a import I", "models may not import"),
+        ("influence/new/a.py", "import influence.net.net", "new has no place in the order"),
+        ("influence/common/a.py", "from influence.minimisers import x", "may not import minimis"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path, file, text, complaint):
@@ -134,15 +129,31 @@ def test_a_wrong_import_is_found(tmp_path, file, text, complaint):
 
 
 @pytest.mark.parametrize(
+    "changed",
+    [
+        {"net/net.py": "from . import tape", "net/tape.py": "from influence.net.net import f"},
+        {"net/net.py": "from .tape import f", "net/tape.py": "def g():\n    from . import net"},
+        {
+            "solvers/__init__.py": "from .cg import CG",
+            "solvers/cg.py": "from influence import solvers",
+        },
+    ],
+)
+def test_a_circle_in_a_folder_is_found(tmp_path, changed):
+    _tree(tmp_path, {f"influence/{file}": text for file, text in changed.items()})
+    (found,) = violations(tmp_path)
+    assert found.startswith("a circle: ")
+
+
+@pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("experiments/fig9.py", "import data, influence\nfrom experiments.record import Record"),
-        ("influence/__init__.py", "from influence.scores.influence import Influence"),
+        ("experiments/fig9.py", "import data, influence\nfrom experiments import record"),
+        ("influence/__init__.py", "from influence.scores.a import Influence"),
         ("influence/__main__.py", "import influence"),
-        ("influence/scores.py", "from influence.solvers import CG\nfrom .leaf import f"),
-        ("influence/solvers/cg.py", "from influence.solvers.base import f\nfrom .base import g"),
-        ("influence/models/cnn.py", "from ..net import GenericNeuralNet"),
-        ("influence/net.py", "import numpy as np\nfrom scipy.sparse.linalg import cg"),
+        ("influence/scores/a.py", "from influence.solvers.cg import CG\nfrom .b import f"),
+        ("influence/attack/a.py", "from influence.scores.a import f"),
+        ("influence/net/net.py", "import numpy as np\nfrom scipy.sparse.linalg import cg"),
     ],
 )
 def test_a_right_import_passes(tmp_path, file, text):
@@ -151,10 +162,10 @@ def test_a_right_import_passes(tmp_path, file, text):
 
 
 def _tree(root, changed):
-    names = ["examples", "net", "operators", "scores", "retraining", "leaf", "__main__"]
-    files = {f"influence/{name}.py": "" for name in names}
-    files |= {"influence/solvers/base.py": "", "influence/models/cnn.py": ""}
-    files |= {f"influence/{name}/__init__.py": "" for name in ("solvers", "models", ".")}
+    modules = ("net/net", "net/tape", "solvers/cg", "scores/a", "scores/b", "truth/b", "__main__")
+    files = {f"influence/{name}.py": "" for name in modules} | {"influence/__init__.py": ""}
+    folders = ("common", "minimisers", "net", "solvers", "scores", "truth", "models")
+    files |= {f"influence/{name}/__init__.py": "" for name in folders}
     for file, text in (files | changed).items():
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def poison(
       flip_at: test loss above which a test example counts as flipped; log 2 is P(label) < 1/2 for
         log losses. Infinity: no early end.
       flips: flipped test examples that are enough; all m if omitted.
-      gradient_norms: (c,) |g_i|_1 of the candidates, as `influence.attack.targets.gradient_norms` returns
+      gradient_norms: (c,) |g_i|_1 of the candidates, as `gradient_norms` returns
         them, by which they are ranked; computed if omitted.
       solver: how H^-1 is applied; `Direct` if omitted.
       fit: called instead of `net.fit` on (net, poisoned training set), from the present theta.

@@ -1,7 +1,7 @@
 """The derivative of a layer's output by all parameters before it, carried through a chain.
 
-Arrays are (n, ..., c, q): n rows, positions, c channels, q parameters. What `influence.curvature.chain` adds
-up to a Hessian is made here.
+Arrays are (n, ..., c, q): n rows, positions, c channels, q parameters. What
+`influence.curvature.chain` adds up to a Hessian is made here.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _CONVEX = (
     keras.losses.hinge,
     keras.losses.squared_hinge,
 )
-_OTHERS = {"measurement": " or a function such as influence.net.measurements.margin or logit(label)"}
+_OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 _FROM_LOGITS = (
     *_CLASS_NUMBERS,
     *_PROBABILITIES,

@@ -70,7 +70,7 @@ class GenericNeuralNet(Derivatives):
 
         Returns: a net that shares this one's model, its weights and so its theta and penalty.
         Raises: TypeError or ValueError for what is no such function, and for one of logits (those
-          of `influence.net.measurements`) where this net's own loss takes probabilities.
+          of `influence.measurements`) where this net's own loss takes probabilities.
         """
         loss = per_example(measurement, self.model, role="measurement")
         if getattr(measurement, "takes_logits", False):

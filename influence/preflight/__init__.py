@@ -1,1 +1,1 @@
-"""The questions that `influence.preflight.check` asks of a net and its training set."""
+"""The questions that `influence.check` asks of a net and its training set."""

@@ -173,7 +173,7 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
             low,
             "warn",
             f"The smallest eigenvalue found is {value} only: a negative one may have been missed.",
-            f"influence.solvers.spectrum with more max_products tells; damping={enough:.2g} is safe.",
+            f"influence.spectrum with more max_products tells; damping={enough:.2g} is safe.",
         )
     return Line(
         title,
@@ -207,7 +207,7 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
             lost,
             "warn",
             f"{says} to rounding, or more: the smallest eigenvalue is known to {error:.1g} only.",
-            "influence.solvers.spectrum with more max_products tells; more damping makes it certain.",
+            "influence.spectrum with more max_products tells; more damping makes it certain.",
         )
     if lost < _ENOUGH_DIGITS:
         return Line(title, lost, "ok", f"{says} to rounding: little enough.")

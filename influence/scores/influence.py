@@ -85,7 +85,7 @@ class Influence(Response):
           test: m examples, each a measurement of its own; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
           measurement: what to predict the change of instead of the loss: a function of (y, output)
-            -> (n,) made of TensorFlow operations, such as those of `influence.net.measurements`.
+            -> (n,) made of TensorFlow operations, such as those of `influence.measurements`.
             Positive: the measurement rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).

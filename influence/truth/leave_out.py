@@ -101,7 +101,7 @@ def leave_group_out(
 
     "newton" (convex models): from theta, Newton's step with the full-data Hessian, factored once,
     and the group's own curvature taken out of it; then secant updates, which learn how the
-    curvature changes on the way. One data pass serves `block` runs. "fit": the net's own `fit` on
+    curvature changes on the way. One data pass serves `block` refits. "fit": the net's own `fit` on
     the remaining rows, from theta (warm) or from `start` (cold). The net is left as it was.
 
     Args:

@@ -114,7 +114,7 @@ def known(monkeypatch, request):
 def test_the_closed_form_answers_for_many_rows(known, solver, prepared):
     influence = Influence(known.net, known.train, solver=solver)
     if prepared:
-        influence.scores.influence(known.test)
+        influence.scores(known.test)
     rows = np.arange(70)[::-1][:64]
     np.testing.assert_array_equal(influence.self_influence(), ANSWER)
     np.testing.assert_array_equal(influence.self_influence(rows), ANSWER[rows])

@@ -227,7 +227,7 @@ def test_scores_come_with_a_bound(problem):
     options = {"curvature": GaussNewton, "damping": 0.1} if problem == "ridge" else {}
     exact = Influence(p.net, p.train, solver=Direct(), **options).scores(p.test, [7, 3, 11])
     influence = Influence(p.net, p.train, solver=Nystrom(3), **options)
-    rough = influence.scores.influence(p.test, [7, 3, 11])
+    rough = influence.scores(p.test, [7, 3, 11])
     error, bound = np.abs(rough[:] - exact[:]), influence.error_bound(rough)
     assert bound.shape == error.shape == (7, 3)
     assert (error <= bound).all() and np.median(bound / error) < 100
@@ -242,7 +242,7 @@ def test_scores_come_with_a_bound(problem):
 def test_a_bound_is_of_the_theta_of_the_scores():
     p = logistic("sigmoid")
     influence = Influence(p.net, p.train)
-    scores = influence.scores.influence(p.test, [0, 1])
+    scores = influence.scores(p.test, [0, 1])
     p.net.theta = p.theta + 1
     with pytest.raises(RuntimeError, match="^theta has changed since this operator was made"):
         influence.error_bound(scores)
@@ -251,6 +251,6 @@ def test_a_bound_is_of_the_theta_of_the_scores():
 def test_scores_without_a_known_bound_say_so():
     p = ridge()
     influence = Influence(p.net, p.train)
-    assert np.isnan(influence.error_bound(influence.scores.influence(p.test, [0, 1]))).all()
+    assert np.isnan(influence.error_bound(influence.scores(p.test, [0, 1]))).all()
     by_direct = Influence(p.net, p.train, solver=prepare(influence.operator, Direct()))
     assert (by_direct.error_bound(by_direct.scores(p.test, [0, 1])) < 1e-13).all()

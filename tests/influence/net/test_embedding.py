@@ -4,7 +4,7 @@ import pytest
 
 from influence import Examples, GenericNeuralNet, Influence
 from influence.examples.stream import Stream
-from tests.influence.test_stream import Batches
+from tests.influence.examples.test_stream import Batches
 
 N = 9000  # more than what is looked at together
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -9,7 +9,7 @@ from influence import Examples, GenericNeuralNet, MulticlassLogisticRegression, 
 from influence.truth import runs
 from influence.truth.leave_out import leave_group_out
 from influence.truth.proximal import proximal_response
-from tests.influence.test_retraining import draws, dropping, interrupted_problem
+from tests.influence.truth.test_leave_out import draws, dropping, interrupted_problem
 
 
 class Unregistered(keras.Model):
@@ -52,7 +52,7 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
         np.testing.assert_array_equal(two.gradient_norm, one.gradient_norm)
     net, examples = unregistered()
     given = net, examples, examples
-    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
     message = (
         "^num_processes must be 1 for a net that another process cannot rebuild, got 2 "
         r"\(.*\); give a model class of your own the decorator "
@@ -81,8 +81,8 @@ def test_every_way_of_retraining_tries_its_processes_before_any_work(monkeypatch
     def tried(num_processes, net, *_):
         raise RuntimeError(f"{num_processes} for {type(net).__name__}")
 
-    monkeypatch.setattr(refits, "check_processes", tried)
-    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(runs, "check_processes", tried)
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
     net, examples = unregistered()
     given = net, examples, examples
     for work in (
@@ -97,8 +97,8 @@ def test_every_way_of_retraining_tries_its_processes_before_any_work(monkeypatch
 def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
     p, options = interrupted_problem("newton")
     shared = []
-    monkeypatch.setattr(refits, "check_processes", lambda *_: None)
-    monkeypatch.setattr(refits, "_cores_shared", lambda n: shared.append(n) or nullcontext())
+    monkeypatch.setattr(runs, "check_processes", lambda *_: None)
+    monkeypatch.setattr(runs, "_cores_shared", lambda n: shared.append(n) or nullcontext())
     leave_one_out(p.net, p.train, p.test, [0, 1], num_processes=2, **(options | {"block": 2}))
     assert shared == [1]
 

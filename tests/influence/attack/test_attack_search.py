@@ -7,8 +7,8 @@ import pytest
 
 from influence.attack.poison import Rule, _Attack, poison
 from influence.attack.targets import check_targets, gradient_norms
-from tests.influence import attacked
-from tests.influence.attacked import by_refit, replaced
+from tests.influence.attack import attacked
+from tests.influence.attack.attacked import by_refit, replaced
 
 
 @pytest.fixture(scope="module")

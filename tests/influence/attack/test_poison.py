@@ -7,8 +7,8 @@ import pytest
 
 from influence.attack.poison import Rule, poison
 from influence.attack.targets import gradient_norms
-from tests.influence import attacked
-from tests.influence.attacked import RADIUS, by_refit, replaced
+from tests.influence.attack import attacked
+from tests.influence.attack.attacked import RADIUS, by_refit, replaced
 
 SIGNS = {"decay": 1.0, "momentum": 0.0, "softness": 0.0, "tries": 0, "restarts": 0}
 ONE_STEP = Rule(step=0.5, max_steps=1, **SIGNS)

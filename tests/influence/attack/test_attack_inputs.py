@@ -5,8 +5,8 @@ import pytest
 
 from influence import Examples
 from influence.attack.poison import PAPER_RULE, Rule, poison
-from tests.influence import attacked
-from tests.influence.attacked import RADIUS, replaced
+from tests.influence.attack import attacked
+from tests.influence.attack.attacked import RADIUS, replaced
 
 
 def test_a_network():

@@ -185,11 +185,11 @@ def test_every_question_has_the_answer_of_the_arrays(problem, kind, problems):
     np.testing.assert_array_equal(p.net.risk_gradient(train), p.net.risk_gradient(p.train))
     rows = [30, 2, 17]
     questions = (
-        lambda influence, test: influence.scores.influence(test)[:],
-        lambda influence, test: influence.scores.influence(test, rows)[:],
+        lambda influence, test: influence.scores(test)[:],
+        lambda influence, test: influence.scores(test, rows)[:],
         lambda influence, test: influence.perturbation(test, rows),
         lambda influence, test: influence.group(test, rows, 2)[:],
-        lambda influence, test: influence.scores.relative(test, rows)[:],
+        lambda influence, test: influence.relative(test, rows)[:],
         lambda influence, test: influence.adding(test, test)[:],
         lambda influence, _: influence.parameters(rows),
         lambda influence, _: influence.self_influence(rows),

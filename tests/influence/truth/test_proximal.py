@@ -385,7 +385,7 @@ def test_an_indefinite_matrix_is_refused(tanh):
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_any_work(arguments, error, message, tanh, monkeypatch):
     monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
-    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
     net, examples = tanh
     given = {"net": net, "train": examples, "test": examples, "rows": [0], "damping": 0.5}
     with pytest.raises(error, match=message):

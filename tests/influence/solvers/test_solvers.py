@@ -381,4 +381,4 @@ def test_a_factor_does_not_outlive_its_theta():
     with pytest.raises(RuntimeError, match="theta has changed"):
         prepared(np.ones(3))
     with pytest.raises(RuntimeError, match="theta has changed"):
-        influence.scores.influence(train)
+        influence.scores(train)

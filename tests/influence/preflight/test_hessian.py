@@ -212,7 +212,7 @@ def test_a_solve_that_stopped_early_is_no_proof_of_a_minimum(linear, monkeypatch
     p = linear
     A = Hessian(p.net, p.train)
     assert hessian.stationary(p.net, A, None, 0.0).verdict == "ok"
-    monkeypatch.setattr(curvature, "_ITERATIONS", 1)
+    monkeypatch.setattr(hessian, "_ITERATIONS", 1)
     line = hessian.stationary(p.net, A, None, 0.0)
     assert line.verdict == "warn" and line.value < 0.1
     residual = float(line.meaning.split("relative residual of ")[1].split(" ")[0])

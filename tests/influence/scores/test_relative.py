@@ -43,9 +43,9 @@ def test_the_papers_formulas_have_no_n(problems):
     X = np.linalg.solve(p.oracle.hessian(p.theta), g.T)
     V = p.measured.gradients(p.theta)
     influence = Influence(p.net, p.train, solver=CG(rtol=1e-11))
-    by_theta = influence.scores.relative(p.test, ROWS)
+    by_theta = influence.relative(p.test, ROWS)
     assert relative_error(by_theta[:], V @ X / np.linalg.norm(X, axis=0)) < 1e-9
-    by_loss = influence.scores.relative(p.test, ROWS, "loss")
+    by_loss = influence.relative(p.test, ROWS, "loss")
     assert relative_error(by_loss[:], V @ X / np.sqrt(np.einsum("kd,dk->k", g, X))) < 1e-9
 
 
@@ -59,7 +59,7 @@ def test_no_row_is_larger_than_its_kind_allows(problems):
         "loss": np.sqrt(np.einsum("md,dm->m", V, influence.s_test(p.test).x)),
     }
     for kind, limit in limits.items():
-        got = influence.scores.relative(p.test, kind=kind)
+        got = influence.relative(p.test, kind=kind)
         assert got.shape == (7, 60)
         largest = np.abs(got[:]).max(axis=1)
         assert (largest <= limit * (1 + 1e-12)).all() and (largest > 0.2 * limit).all()
@@ -73,9 +73,9 @@ def test_outliers_no_longer_come_first():
     oracle = p.oracle.on(np.column_stack([x, np.ones(60)]), y)
     p.net.theta = oracle.minimum(p.theta)
     influence = Influence(p.net, Examples(x, y), solver=Direct())
-    assert (np.abs(influence.scores.influence(p.test)).argmax(axis=1) == 7).sum() == 6
+    assert (np.abs(influence.scores(p.test)).argmax(axis=1) == 7).sum() == 6
     for kind in ("theta", "loss"):
-        relative = np.abs(influence.scores.relative(p.test, kind=kind))
+        relative = np.abs(influence.relative(p.test, kind=kind))
         assert not (relative.argmax(axis=1) == 7).any()
         assert (relative.sum(axis=0) > relative.sum(axis=0)[7]).sum() > 20
 
@@ -83,8 +83,8 @@ def test_outliers_no_longer_come_first():
 def test_a_measurement_in_place_of_the_loss(problems):
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=Direct())
-    got = influence.scores.relative(p.test, ROWS, measurement=margin)
-    scores = influence.scores.influence(p.test, ROWS, measurement=margin)
+    got = influence.relative(p.test, ROWS, measurement=margin)
+    scores = influence.scores(p.test, ROWS, measurement=margin)
     assert got.measurement == "margin"
     assert relative_error(got[:], scores[:] / sizes(p, "theta", ROWS)) < 1e-10
 
@@ -108,7 +108,7 @@ def test_a_row_that_moves_nothing_has_no_direction():
         y[3] = p.net.outputs(x[[3]])[0, 0]
         influence = Influence(p.net, Examples(x, y), solver=Direct())
     for kind in ("theta", "loss"):
-        got = influence.scores.relative(p.test, [3, 4], kind)
+        got = influence.relative(p.test, [3, 4], kind)
         assert got.size[0] == 0 < got.size[1]
         assert np.isnan(got[:, 0]).all() and np.isfinite(got[:, 1]).all()
 
@@ -120,7 +120,7 @@ def test_a_saddle_has_no_size_of_loss():
         pytest.warns(ConvergenceWarning, match="the matrix is indefinite"),
         pytest.raises(DivergenceError, match="^kind must be 'theta' where the matrix is not pos"),
     ):
-        influence.scores.relative(train, kind="loss")
+        influence.relative(train, kind="loss")
 
 
 def test_bad_arguments_are_refused_before_any_work(problems, monkeypatch):
@@ -128,8 +128,8 @@ def test_bad_arguments_are_refused_before_any_work(problems, monkeypatch):
     influence = Influence(p.net, p.train)
     monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
     with pytest.raises(ValueError, match="^kind must be 'theta' or 'loss', got 'l2'"):
-        influence.scores.relative(p.test, kind="l2")  # pyright: ignore[reportArgumentType]
+        influence.relative(p.test, kind="l2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(IndexError, match=r"^rows must lie in \[0, 60\), got 60"):
-        influence.scores.relative(p.test, [60])
+        influence.relative(p.test, [60])
     with pytest.raises(TypeError, match=r"^test must be Examples\(x, y\), got int"):
-        influence.scores.relative(3)  # pyright: ignore[reportArgumentType]
+        influence.relative(3)  # pyright: ignore[reportArgumentType]

@@ -32,7 +32,7 @@ from tests.influence.problems import (
     through_keras,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXACT = {"Direct": Direct(), "CG": CG(rtol=1e-11)}
 
 
@@ -80,12 +80,12 @@ def test_chosen_rows_come_in_the_order_chosen(problem, problems):
     p = problems[problem]
     influence = Influence(p.net, p.train, solver=Direct())
     rows = [30, 2, 17]
-    some = influence.scores.influence(p.test, rows)
+    some = influence.scores(p.test, rows)
     assert some.shape == (len(p.test), 3) and some.rows.tolist() == rows
-    assert relative_error(some[:], influence.scores.influence(p.test)[:, rows]) < 1e-12
+    assert relative_error(some[:], influence.scores(p.test)[:, rows]) < 1e-12
     reverse = np.arange(len(p.train))[::-1]
-    backwards = influence.scores.influence(p.test, reverse)
-    assert relative_error(backwards[:], influence.scores.influence(p.test)[:, ::-1]) < 1e-12
+    backwards = influence.scores(p.test, reverse)
+    assert relative_error(backwards[:], influence.scores(p.test)[:, ::-1]) < 1e-12
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -101,7 +101,7 @@ def test_parameters_are_those_of_the_closed_form(problem, problems):
 def test_self_influence_is_the_diagonal_of_scores(problem, problems):
     p = problems[problem]
     influence = Influence(p.net, p.train, solver=Direct())
-    table = influence.scores.influence(p.train)
+    table = influence.scores(p.train)
     got = influence.self_influence()
     assert relative_error(got, np.diag(table[:])) < 1e-11
     assert relative_error(influence.self_influence([7, 3]), got[[7, 3]]) < 1e-12
@@ -115,7 +115,7 @@ def test_damping_and_gauss_newton_enter_as_said(tanh):
     own = net.gradients(train.x, train.y) + net.penalty_gradient()
     expected = net.gradients(test.x, test.y) @ np.linalg.solve(G, own.T) / len(train)
     influence = Influence(net, train, solver=CG(rtol=1e-11), damping=0.3, curvature=GaussNewton)
-    assert relative_error(influence.scores.influence(test)[:], expected) < 1e-8
+    assert relative_error(influence.scores(test)[:], expected) < 1e-8
 
 
 def test_for_linear_models_gauss_newton_is_the_hessian(problems):
@@ -192,7 +192,7 @@ def test_batch_size_changes_nothing(problem, batch_size, problems):
     p = problems[problem]
     expected = Influence(p.net, p.train, solver=Direct()).scores(p.test)
     influence = Influence(p.net, p.train, solver=Direct(), batch_size=batch_size)
-    assert relative_error(influence.scores.influence(p.test)[:], expected[:]) < 1e-10
+    assert relative_error(influence.scores(p.test)[:], expected[:]) < 1e-10
 
 
 @pytest.mark.parametrize("problem", ["softmax", "softmax by the tape"])
@@ -212,10 +212,10 @@ def test_row_order_permutes_the_scores(problem, problems):
 def test_blocks_of_right_hand_sides_change_nothing(problems, monkeypatch):
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=CG(rtol=1e-12))
-    scores, own = influence.scores.influence(p.test), influence.self_influence()
+    scores, own = influence.scores(p.test), influence.self_influence()
     parameters = influence.parameters(np.arange(9))
     monkeypatch.setattr("influence.scores.inverse._MOST_TOGETHER", 4)
-    again = influence.scores.influence(p.test)
+    again = influence.scores(p.test)
     assert relative_error(again[:], scores[:]) < 1e-10
     assert relative_error(again.solution.x, scores.solution.x) < 1e-10
     for name in ("residual", "iterations", "converged", "min_curvature"):
@@ -233,9 +233,9 @@ def test_sparse_rows_and_memmaps_change_nothing(problems, tmp_path):
         for x in (scipy.sparse.csr_matrix(p.train.x), stored):
             influence = Influence(net, Examples(x, p.train.y), solver=Direct())
             test = Examples(scipy.sparse.csr_matrix(p.test.x), p.test.y)
-            assert relative_error(influence.scores.influence(test)[:], expected[:]) < 1e-10
+            assert relative_error(influence.scores(test)[:], expected[:]) < 1e-10
             rows = [5, 1]
-            assert relative_error(influence.scores.influence(test, rows)[:], expected[:, rows]) < 1e-10
+            assert relative_error(influence.scores(test, rows)[:], expected[:, rows]) < 1e-10
             own = influence.self_influence([3])
             assert own == pytest.approx(Influence(p.net, p.train).self_influence([3]), rel=1e-5)
 
@@ -246,7 +246,7 @@ import numpy as np
 import tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[2]))
 tf.config.threading.set_inter_op_parallelism_threads(int(sys.argv[2]))
-from tests.influence.test_scores import results_that_use_threads
+from tests.influence.scores.test_influence import results_that_use_threads
 np.savez(sys.argv[1], **results_that_use_threads())
 """
 
@@ -281,7 +281,7 @@ def test_float32_in_float32_out():
     expected = exact.oracle.predicted_changes(exact.theta, exact.measured, np.arange(40))
     p = ridge(dtype="float32")
     influence = Influence(p.net, p.train, solver=CG(rtol=1e-5))
-    scores = influence.scores.influence(p.test)
+    scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
     assert relative_error(scores[:], expected) < 1e-3  # float32 rounding of losses and a 1e-5 solve
@@ -360,7 +360,7 @@ def test_too_few_iterations_warn_where_the_library_was_called(problems):
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=CG(rtol=1e-9, max_iterations=1))
     with pytest.warns(ConvergenceWarning) as caught:
-        scores = influence.scores.influence(p.test)
+        scores = influence.scores(p.test)
     assert [warning.filename for warning in caught] == [__file__]
     assert "CG left a relative residual of" in str(caught[0].message)
     assert "in 7 of 7 systems for the test gradients: CG stopped at max_iterations = 1" in str(
@@ -417,7 +417,7 @@ def test_what_is_prepared_is_used_as_it_is(problems):
     influence = Influence(p.net, p.train, solver=prepared)
     assert influence.prepared is prepared
     expected = Influence(p.net, p.train, solver=Direct()).scores(p.test)
-    np.testing.assert_array_equal(influence.scores.influence(p.test)[:], expected[:])
+    np.testing.assert_array_equal(influence.scores(p.test)[:], expected[:])
 
 
 def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
@@ -426,7 +426,7 @@ def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
     monkeypatch.setattr(Hessian, "dense", lambda A: count.append(1) or dense(A))
     influence = Influence(p.net, p.train, solver=Direct())
     assert not count  # nothing long before there is a question
-    influence.scores.influence(p.test)
+    influence.scores(p.test)
     influence.self_influence([1])
     influence.parameters([2])
     assert len(count) == 1
@@ -465,7 +465,7 @@ def test_no_question_changes_the_model():
     )
     before = state()
     influence = Influence(p.net, p.train, damping=0.1)
-    influence.scores.influence(p.test)
+    influence.scores(p.test)
     influence.self_influence([0, 1])
     influence.parameters([0])
     assert state() == before
@@ -476,7 +476,7 @@ def test_scores_belong_to_the_theta_they_were_made_at():
     influence = Influence(p.net, p.train)
     p.net.theta = p.theta + 1
     with pytest.raises(RuntimeError, match="^theta has changed since this operator was made"):
-        influence.scores.influence(p.test)
+        influence.scores(p.test)
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_bad_rows_are_refused_before_any_work(rows, error, message, problems, mo
 
     monkeypatch.setattr(Influence, "_solve", work)
     for question in (
-        lambda: influence.scores.influence(p.test, rows),
+        lambda: influence.scores(p.test, rows),
         lambda: influence.parameters(rows),
         lambda: influence.self_influence(rows),
     ):
@@ -546,4 +546,4 @@ def test_bad_test_sets_are_refused_before_any_work(test, error, message, problem
     influence = Influence(p.net, p.train)
     monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
     with pytest.raises(error, match=message):
-        influence.scores.influence(test)
+        influence.scores(test)

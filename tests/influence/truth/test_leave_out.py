@@ -28,7 +28,7 @@ from influence.truth import leave_out as module
 from influence.truth import runs
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = [11, 3, 40, 0, 29]
 
 
@@ -57,10 +57,10 @@ def taped_ridge():
 def test_newton_is_the_independent_refit(softmax, actual):
     refits = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS, tolerance=1e-12)
     # |theta - minimum| <= 1e-12 / 0.05; the changes themselves are about 1e-3.
-    assert relative_error(runs.change_if_removed, actual) < 1e-8
-    assert isinstance(refits, Refits) and runs.rows.tolist() == ROWS
-    assert runs.shape == (7, 5) and runs.converged.all()
-    assert (runs.passes >= 2).all() and (runs.passes <= 12).all()
+    assert relative_error(refits.change_if_removed, actual) < 1e-8
+    assert isinstance(refits, Refits) and refits.rows.tolist() == ROWS
+    assert refits.shape == (7, 5) and refits.converged.all()
+    assert (refits.passes >= 2).all() and (refits.passes <= 12).all()
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
@@ -74,7 +74,7 @@ def test_newton_at_weak_and_strong_penalties(kind, weight_decay):
 
 def test_the_default_tolerance_is_enough_for_changes(softmax, actual):
     refits = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS)
-    assert (runs.gradient_norm <= 1e-8).all()
+    assert (refits.gradient_norm <= 1e-8).all()
     assert np.abs(refits[:] - actual).max() < 1e-6 and np.abs(actual).max() > 1e-3
 
 
@@ -116,7 +116,7 @@ def test_a_row_of_great_leverage_is_refitted_too():
     p.net.theta = oracle.minimum(p.theta)
     refits = leave_one_out(p.net, Examples(x, p.train.y), p.test, [5, 6], tolerance=1e-11)
     expected = oracle.actual_changes(p.theta, p.measured, [5, 6])
-    assert runs.converged.all() and relative_error(refits[:], expected) < 1e-7
+    assert refits.converged.all() and relative_error(refits[:], expected) < 1e-7
 
 
 def test_refits_far_from_the_full_datas_curvature_arrive():
@@ -127,7 +127,7 @@ def test_refits_far_from_the_full_datas_curvature_arrive():
     oracle = replace(p.oracle, features=x)
     p.net.theta = oracle.minimum(p.theta)
     refits = leave_one_out(p.net, Examples(x, p.train.y), p.test, [6], max_passes=200)
-    assert runs.converged.all() and runs.passes[0] < 60
+    assert refits.converged.all() and refits.passes[0] < 60
     expected = oracle.actual_changes(p.theta, p.measured, [6])
     # 1e-8 over the smallest eigenvalue, at least 1e-3, times gradients of size 1.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
@@ -151,9 +151,9 @@ def test_the_gradient_norm_is_true(softmax, monkeypatch):
             np.linalg.norm(softmax.oracle.without([row]).gradient(theta))
             for row, theta in zip(ROWS, thetas.T, strict=True)
         ]
-        assert (runs.gradient_norm <= tolerance).all() and runs.converged.all()
+        assert (refits.gradient_norm <= tolerance).all() and refits.converged.all()
         # Gradients are differences of numbers near 1, so right to about 1e-16.
-        np.testing.assert_allclose(runs.gradient_norm, true, rtol=1e-4, atol=1e-15)
+        np.testing.assert_allclose(refits.gradient_norm, true, rtol=1e-4, atol=1e-15)
 
 
 def test_predictions_have_the_sign_and_scale_of_refits(softmax):
@@ -196,7 +196,7 @@ def test_any_solver_reaches_the_same_refits(solver, softmax, actual):
     refits = leave_one_out(
         softmax.net, softmax.train, softmax.test, ROWS, solver=solver, tolerance=1e-12
     )
-    assert runs.converged.all() and relative_error(refits[:], actual) < 1e-8
+    assert refits.converged.all() and relative_error(refits[:], actual) < 1e-8
 
 
 def test_what_is_prepared_is_not_prepared_again(softmax, actual, monkeypatch):
@@ -219,9 +219,9 @@ def test_fit_warm_and_cold_are_newton(softmax, actual):
             tolerance=1e-9,
         )  # fmt: skip
         # LinearModel.fit goes to 1e-10; over the smallest eigenvalue, 0.05, that is 2e-9 of theta.
-        assert runs.converged.all() and (runs.passes == 1).all()
+        assert refits.converged.all() and (refits.passes == 1).all()
         assert np.abs(refits[:] - actual).max() < 1e-8
-        assert (0 < runs.gradient_norm).all() and (runs.gradient_norm <= 1e-10).all()
+        assert (0 < refits.gradient_norm).all() and (refits.gradient_norm <= 1e-10).all()
 
 
 def test_fit_of_a_generic_net(taped_ridge):
@@ -232,7 +232,7 @@ def test_fit_of_a_generic_net(taped_ridge):
         net.fit(examples, gradient_tolerance=1e-7)
 
     refits = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", fit=fit, tolerance=1e-7)
-    assert runs.converged.all() and np.abs(refits[:] - expected).max() < 1e-6
+    assert refits.converged.all() and np.abs(refits[:] - expected).max() < 1e-6
 
 
 def test_the_own_fit_goes_to_the_tolerance_and_is_warned_of_once(taped_ridge):
@@ -279,8 +279,8 @@ def test_fit_is_called_on_the_remaining_rows_from_the_start(softmax):
     expected = softmax.measured.losses(at) - softmax.measured.losses(before)
     np.testing.assert_allclose(refits[:], np.stack([expected, expected], axis=1), rtol=1e-12)
     norms = [np.linalg.norm(softmax.oracle.without([row]).gradient(at)) for row in (7, 2)]
-    np.testing.assert_allclose(runs.gradient_norm, norms, rtol=1e-12)
-    assert not runs.converged.any()  # no tolerance: reported, not judged, and nobody is warned
+    np.testing.assert_allclose(refits.gradient_norm, norms, rtol=1e-12)
+    assert not refits.converged.any()  # no tolerance: reported, not judged, and nobody is warned
     np.testing.assert_array_equal(softmax.theta, before)
 
 
@@ -378,12 +378,12 @@ def test_refits_that_miss_the_tolerance_are_marked(softmax):
             softmax.net, softmax.train, softmax.test, ROWS, tolerance=1e-12, max_passes=1
         )
     assert [w.filename for w in caught] == [__file__]
-    worst = runs.gradient_norm.max()
+    worst = refits.gradient_norm.max()
     assert str(caught[0].message).startswith(
         f"5 of 5 refits ended above a gradient norm of 1.0e-12 (worst {worst:.1e}): allow more"
     )
-    assert not runs.converged.any() and (runs.gradient_norm > 1e-12).all()
-    assert (runs.passes == 1).all()
+    assert not refits.converged.any() and (refits.gradient_norm > 1e-12).all()
+    assert (refits.passes == 1).all()
 
 
 def test_a_net_that_is_not_at_its_minimum_is_refused():
@@ -432,7 +432,7 @@ Y = np.zeros(4)
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_any_work(arguments, error, message, softmax, monkeypatch):
     monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
-    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
     given = {"net": softmax.net, "train": softmax.train, "test": softmax.test, "rows": [0]}
     with pytest.raises(error, match=message):
         leave_one_out(**{**given, **arguments})
@@ -451,7 +451,7 @@ import os, signal, sys
 import numpy as np
 from influence import leave_one_out
 from influence.truth import leave_out
-from tests.influence.test_retraining import interrupted_problem
+from tests.influence.truth.test_leave_out import interrupted_problem
 
 refit, done = leave_out._newton_block, []
 

@@ -7,8 +7,8 @@ from influence import Examples, prepare
 from influence.attack.poison import Rule, poison
 from influence.attack.targets import gradient_norms
 from influence.solvers import Direct
-from tests.influence import attacked
-from tests.influence.attacked import RADIUS, replaced
+from tests.influence.attack import attacked
+from tests.influence.attack.attacked import RADIUS, replaced
 
 SIGNS = {"decay": 1.0, "momentum": 0.0, "softness": 0.0, "tries": 0, "restarts": 0}
 ROWS = np.array([3, 8, 20])

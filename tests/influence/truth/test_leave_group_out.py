@@ -193,7 +193,7 @@ def test_fit_is_newton(softmax):
 )  # fmt: skip
 def test_bad_groups_are_refused_before_any_work(groups, error, message, softmax, monkeypatch):
     monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
-    monkeypatch.setattr(refits, "run", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
     with pytest.raises(error, match=message):
         leave_group_out(softmax.net, softmax.train, softmax.test, groups)
 

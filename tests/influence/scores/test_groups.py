@@ -165,7 +165,7 @@ def test_order_one_is_the_sum_of_the_scores(solver, problems):
     rows = [7, 2, 90, 31]
     for measurement in (None, margin):
         got = influence.group(p.test, rows, measurement=measurement)
-        expected = influence.scores.influence(p.test, rows, measurement=measurement)[:].sum(axis=1)
+        expected = influence.scores(p.test, rows, measurement=measurement)[:].sum(axis=1)
         assert relative_error(got.change_if_removed_together, expected) < 1e-9
     assert got.shape == (7,) and got.rows.tolist() == rows
     assert (got.order, got.measurement) == (1, "margin")

@@ -26,12 +26,13 @@ from influence import (
     MulticlassLogisticRegression,
 )
 from influence.examples.stream import Stream
-from influence.scores import file, score_table
+from influence.scores import file as score_file
+from influence.scores import score_table
 from influence.solvers.base import Raw
+from tests.influence.examples.test_stream import Batches
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
-from tests.influence.test_stream import Batches
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def problem():
@@ -70,7 +71,7 @@ def test_the_file_holds_the_scores(kind, tmp_path, small_blocks):
         "tape": lambda: through_keras(problem()),
     }[kind]()
     influence = Influence(p.net, p.train, solver=Direct())
-    scores = influence.scores.influence(p.test)
+    scores = influence.scores(p.test)
     expected = p.oracle.predicted_changes(p.theta, p.measured, np.arange(len(p.train)))
     path = influence.write_scores(tmp_path / "a" / "exact.h5", p.test, dtype="float64")
     assert path == tmp_path / "a" / "exact.h5" and [f.name for f in path.parent.iterdir()] == [
@@ -103,7 +104,7 @@ def test_chosen_rows_and_measurements(tmp_path, small_blocks):
 
     path = influence.write_scores(tmp_path / "top.h5", p.test, rows, measurement=top)
     got = contents(path)
-    expected = influence.scores.influence(p.test, rows, measurement=top)
+    expected = influence.scores(p.test, rows, measurement=top)
     assert got["rows"].tolist() == rows
     assert relative_error(got["change_if_removed"], expected[:]) < 1e-6
     with h5py.File(path) as file:
@@ -187,7 +188,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
     with h5py.File(path) as file:
         part = file["change_if_removed"][1000:1010, -2000:]
         assert file["rounding_error"][()] < 1e-6
-    expected = influence.scores.influence(test.take(slice(1000, 1010)), np.arange(n - 2000, n))
+    expected = influence.scores(test.take(slice(1000, 1010)), np.arange(n - 2000, n))
     assert relative_error(part, expected[:]) < 1e-6
 
 
@@ -207,7 +208,7 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     net = MulticlassLogisticRegression(f, 3)
     x, y = rng.standard_normal((m, f)), np.arange(m) % 3
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
-    monkeypatch.setattr("influence.scores.inverse._BYTES_TOGETHER", most)  # 17 vectors of this length
+    monkeypatch.setattr("influence.scores.inverse._BYTES_TOGETHER", most)  # 17 vectors
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()
     influence.write_scores(tmp_path / "long.h5", Examples(x, y))
@@ -221,14 +222,14 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from influence import Direct, Influence
-from influence.scores import file
+from influence.scores import file as score_file
 from influence.scores import score_table
-from tests.influence.test_score_file import problem
+from tests.influence.scores.test_file import problem
 
-file._TESTS, file._ROWS, score_table.CHUNK = 3, 16, (2, 16)
+score_file._TESTS, file._ROWS, score_table.CHUNK = 3, 16, (2, 16)
 import influence.scores.inverse
 influence.scores.inverse._MOST_TOGETHER = 2
-mark, left = file.mark, [int(sys.argv[2])]
+mark, left = score_file.mark, [int(sys.argv[2])]
 
 def dying(*arguments):
     if not left[0]:
@@ -236,7 +237,7 @@ def dying(*arguments):
     left[0] -= 1
     mark(*arguments)
 
-file.mark = dying
+score_file.mark = dying
 p = problem()
 Influence(p.net, p.train, solver=Direct()).write_scores(sys.argv[1], p.test)
 """
@@ -250,7 +251,7 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
     killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [f.name for f in tmp_path.iterdir()] == ["scores.h5.partial"]
-    p, marks, mark = problem(), [], file.mark
+    p, marks, mark = problem(), [], score_file.mark
     monkeypatch.setattr(score_file, "mark", lambda *given: marks.append(given[1]) or mark(*given))
     influence = Influence(p.net, p.train, solver=Direct())
     influence.write_scores(path, p.test)
@@ -268,7 +269,7 @@ def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blo
     p = problem()
     influence = Influence(p.net, p.train, solver=Direct())
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
-    marks, mark = [], file.mark
+    marks, mark = [], score_file.mark
 
     def interrupted(*given):
         if len(marks) == num_marks:

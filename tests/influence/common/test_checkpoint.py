@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
 ):
     p = logistic("sigmoid")
     given = p.net, p.train, p.test, [0, 1]
-    monkeypatch.setattr(refits, "_kept", None)
+    monkeypatch.setattr(runs, "_kept", None)
     file = tmp_path / "file"
     file.write_text("")
     folder = file / below if below else file

@@ -14,8 +14,8 @@ from influence.attack.targets import (
     mean_size,
 )
 from tests import oracles
-from tests.influence import attacked
-from tests.influence.attacked import RADIUS, mean_loss, replaced
+from tests.influence.attack import attacked
+from tests.influence.attack.attacked import RADIUS, mean_loss, replaced
 
 
 def derivative(net, train, test, rows, along, inputs=None):

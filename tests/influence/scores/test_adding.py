@@ -46,7 +46,7 @@ def test_is_minus_the_removal_of_the_same_row():
     again = p.train.take(rows)
     for measurement in (None, margin):
         added = influence.adding(p.test, again, measurement=measurement)
-        removed = influence.scores.influence(p.test, rows, measurement=measurement)
+        removed = influence.scores(p.test, rows, measurement=measurement)
         assert relative_error(added.change_if_added, -removed.change_if_removed) < 1e-12
         assert added.measurement == removed.measurement
         assert relative_error(added.solution.x, removed.solution.x) < 1e-12

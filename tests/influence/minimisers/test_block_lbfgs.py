@@ -113,8 +113,8 @@ def test_pairs_that_are_given_are_known_from_the_start():
 
 def test_pairs_that_others_are_given_change_nothing(monkeypatch):
     """They count not among those that are remembered, nor does the oldest of them go first."""
-    monkeypatch.setattr(secant, "_LEAST_PAIRS", 4)
-    monkeypatch.setattr(secant, "_BYTES", 0)
+    monkeypatch.setattr(block_lbfgs, "_LEAST_PAIRS", 4)
+    monkeypatch.setattr(block_lbfgs, "_BYTES", 0)
     H, c = symmetric(np.geomspace(1, 1e2, 12)), np.ones((12, 1))
     vectors = np.linalg.eigh(H)[1][:, -6:]
     pairs = [(v[:, None], H @ v[:, None]) for v in vectors.T]
@@ -345,8 +345,8 @@ def test_only_so_many_pairs_are_remembered(monkeypatch):
     gradients, _ = quadratics([H], np.ones((30, 1)))
     passes = {}
     for least, fit in ((3, 0), (100, 0), (3, 100), (3, 3)):
-        monkeypatch.setattr(secant, "_LEAST_PAIRS", least)
-        monkeypatch.setattr(secant, "_BYTES", fit * 2 * 30 * 8)
+        monkeypatch.setattr(block_lbfgs, "_LEAST_PAIRS", least)
+        monkeypatch.setattr(block_lbfgs, "_BYTES", fit * 2 * 30 * 8)
         found = run(gradients, lambda G, _: G / 30, np.zeros((30, 1)), 1e-6, 500)
         assert found.norms[0] <= 1e-6
         passes[least, fit] = found.passes[0]

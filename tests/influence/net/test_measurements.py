@@ -141,10 +141,10 @@ def test_scores_are_the_changes_of_exact_refits(problem, name, problems):
 def test_the_loss_as_a_measurement_is_the_loss(problems):
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=Direct())
-    expected = influence.scores.influence(p.test)
+    expected = influence.scores(p.test)
     assert expected.measurement == "loss"
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    got = influence.scores.influence(p.test, measurement=loss)
+    got = influence.scores(p.test, measurement=loss)
     assert got.measurement == "sparse_categorical_crossentropy"
     assert relative_error(got[:], expected[:]) < 1e-10
     s_test = influence.s_test(p.test, measurement=loss).x
@@ -189,16 +189,16 @@ def test_labels_of_an_svm():
     influence = Influence(net, train, solver=Direct())
     moves = influence.parameters([3, 8])
     expected = (train.y[:, None] * train.x) @ moves.T  # d(y x w) along the change of w
-    got = influence.scores.influence(train, [3, 8], measurement=margin)
+    got = influence.scores(train, [3, 8], measurement=margin)
     assert relative_error(got[:], expected) < 1e-11
 
 
 def test_a_layer_frozen_later_is_still_part_of_theta():
     p = through_keras(logistic("softmax"))
     influence = Influence(p.net, p.train, solver=Direct())
-    expected = influence.scores.influence(p.test, measurement=margin)
+    expected = influence.scores(p.test, measurement=margin)
     p.net.model.layers[-1].trainable = False
-    assert relative_error(influence.scores.influence(p.test, measurement=margin)[:], expected[:]) < 1e-12
+    assert relative_error(influence.scores(p.test, measurement=margin)[:], expected[:]) < 1e-12
 
 
 def test_measuring_shares_the_model_and_its_penalty():
@@ -261,11 +261,11 @@ def test_bad_measurements_are_refused_before_any_work(
     influence = Influence(p.net, p.train)
     monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
     for question in (
-        lambda: influence.scores.influence(p.test, measurement=measurement),
+        lambda: influence.scores(p.test, measurement=measurement),
         lambda: influence.adding(p.test, p.test, measurement=measurement),
         lambda: influence.perturbation(p.test, [0], measurement=measurement),
         lambda: influence.group(p.test, [0], measurement=measurement),
-        lambda: influence.scores.relative(p.test, [0], measurement=measurement),
+        lambda: influence.relative(p.test, [0], measurement=measurement),
     ):
         with pytest.raises(error, match=message):
             question()
