@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 from influence.curvature import jacobian
 from influence.curvature.jacobian import Jacobian
 from influence.curvature.layers import Affine, AffineLayers
-from influence.net.flat import Traced
+from influence.net.flat import FlatModel
+from influence.net.net import GenericNeuralNet
 
 _BYTES = 1 << 30  # what the Jacobians of one batch may take,
 _COPIES = 8  # in as many copies
@@ -62,11 +64,11 @@ class Chain:
       steps: its layers.
     """
 
-    def __init__(self, traced: Traced, steps: tuple[_Step, ...]):
+    def __init__(self, traced: FlatModel, steps: tuple[_Step, ...]):
         self.traced, self.steps = traced, steps
 
     @classmethod
-    def of(cls, traced: Traced, x: Any) -> Chain | None:
+    def of(cls, traced: FlatModel, x: Any) -> Chain | None:
         """The model as a chain, or None if it is none.
 
         Args:
@@ -128,15 +130,17 @@ class Chain:
         # Reverse over reverse: forward and back, twice.
         return squares <= 4 * forward * sum(self.traced.sizes)
 
-    def hessian(self, x: Any, y: Any) -> NDArray:
+    def hessian(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """The Hessian (d, d) of a batch's mean loss, without the penalty.
 
         Args:
           x: (n, ...) inputs.
           y: (n, ...) labels.
+          theta: (d,) tensor; None: the model's weights as they are.
         """
         t = self.traced
-        matrix = t.run("chain", self._hessian, t.theta(), t.inputs(x), t.tensor(y))
+        theta = t.theta() if theta is None else theta
+        matrix = t.run("chain", self._hessian, theta, t.inputs(x), t.tensor(y))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
         if np.array_equal(order, np.arange(len(order))):  # as it mostly is: no second copy
             return matrix
@@ -195,6 +199,20 @@ class Chain:
             return step.layer.kernel.value
         rows = len(step.own.entries) - step.own.has_bias
         return tf.reshape(tf.gather(theta, step.own.entries[:rows]), step.layer.kernel.shape)
+
+
+_KNOWN: WeakKeyDictionary[FlatModel, Chain] = WeakKeyDictionary()
+
+
+def hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Sum of the Hessians (d, d) of a batch's losses, of a net that is a chain: a question."""
+    if net.flat not in _KNOWN:
+        chain = Chain.of(net.flat, net.flat.inputs(x))
+        assert chain is not None  # who asks has looked
+        _KNOWN[net.flat] = chain
+    matrix = _KNOWN[net.flat].hessian(x, y, net.at(theta).theta_tensor())
+    matrix *= len(y)
+    return matrix
 
 
 def _in_a_row(model: keras.Model) -> bool:

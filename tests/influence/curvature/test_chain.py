@@ -121,16 +121,16 @@ def test_the_faster_way_is_taken(monkeypatch):
     monkeypatch.undo()
     x = np.zeros((1, 28, 28, 1), np.float32)
     convolutional = AllCNN()
-    assert Chain.of(convolutional._tf, convolutional._tf.inputs(x)).beats_products(x)
+    assert Chain.of(convolutional.flat, convolutional.flat.inputs(x)).beats_products(x)
     wide = _net(L.Flatten(**F64), L.Dense(50, **F64))
-    assert not Chain.of(wide._tf, wide._tf.inputs(_X[:1])).beats_products(_X[:1])
+    assert not Chain.of(wide.flat, wide.flat.inputs(_X[:1])).beats_products(_X[:1])
     assert wide.hessian(_LABELS) is None
 
 
 def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     net = _net(*CHAINS["kinked"]())
-    x = net._tf.inputs(_X[:1])
-    chain = Chain.of(net._tf, x)
+    x = net.flat.inputs(_X[:1])
+    chain = Chain.of(net.flat, x)
     # The widest layer: 4 x 4 x 3 outputs by the 57 weights before and in it, 8 bytes, 8 copies.
     widest = 48 * 57 * 8 * 8
     monkeypatch.setattr("influence.curvature.chain._BYTES", 5 * widest)

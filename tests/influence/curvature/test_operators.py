@@ -300,12 +300,12 @@ def test_gauss_newton_of_many_batches_is_one_traced_map(softmax, monkeypatch):
     expected = [GaussNewton(softmax.net, softmax.train.take(r)) @ v
                 for r, v in zip(rows, V, strict=True)]  # fmt: skip
     runs = []
-    run = softmax.net._tf.run
+    run = softmax.net.flat.run
     monkeypatch.setattr(
-        softmax.net._tf, "run", lambda name, *a, **k: runs.append(name) or run(name, *a, **k)
+        softmax.net.flat, "run", lambda name, *a, **k: runs.append(name) or run(name, *a, **k)
     )
     assert relative_error(A.sampled(rows, V), np.stack(expected)) < ROUNDING
-    assert runs == ["gauss_newton_each", "penalty_hvp"]
+    assert runs == ["gauss_newton each", "penalty_hvp"]
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton])
