@@ -14,7 +14,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class DivergenceError(ArithmeticError):
-    """Error without a result: the system is singular or indefinite, or the iteration diverged."""
+    """Error if no number can be returned: a singular or indefinite system, or a divergence."""
 
 
 def warn_unconverged(message: str) -> None:

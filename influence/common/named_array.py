@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class NamedArray:
-    """Array with a name: the array is a subclass's first field, named after its quantity.
+    """Array named after its quantity: the array is the first field of a subclass.
 
     NumPy functions, indexing and `.mean(axis)` act on that array.
     """
