@@ -33,7 +33,7 @@ def check_one_input(x: Any, y: Any) -> None:
 def numbers(value: Any, name: str) -> NDArray:
     """Return the value as a dense array of numbers; an array is returned as it is.
 
-    Raises: TypeError naming `name` and, for a data frame, its columns without numbers.
+    Raises: TypeError naming `name` and, for a data frame, its non-numeric columns.
     """
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)

@@ -220,9 +220,9 @@ class Stream(Examples):
 
 
 def check_kind(dataset: Any) -> None:
-    """Refuse objects of another kind, and datasets that report that they are infinite.
+    """Refuse objects of other types, and datasets whose reported size is infinite.
 
-    Raises: TypeError for another kind, ValueError for an infinite one.
+    Raises: TypeError for another type, ValueError for an infinite dataset.
     """
     if isinstance(dataset, keras.utils.PyDataset):
         infinite = dataset.num_batches is None
@@ -256,7 +256,7 @@ def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
 
 
 def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
-    """Yield the same batches; check that values are finite and rows not too many.
+    """Yield the same batches; check that values are finite and that rows do not exceed `max_rows`.
 
     Raises: ValueError for a NaN or infinity, or for more rows than max_rows.
     """
