@@ -30,7 +30,7 @@ class Derivatives:
       dtype: dtype of theta and of every result.
       convex: True if the risk is known to be smooth and strictly convex in theta.
       fixed: (d,) theta of a view that `at` made; None: theta is the model's own weights.
-      memo: cache of a view for the batch that it is asked about; None: nothing is cached.
+      memo: cache of a view, for the current batch; None: nothing is cached.
     """
 
     model: keras.Model
@@ -217,7 +217,7 @@ class Derivatives:
         )
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Return the gradient by theta of v' H v, H the Hessian of the batch's mean loss: (d,).
+        """Return d/dtheta of v' H v, with H the Hessian of the batch's mean loss: (d,).
 
         This is the third derivative of the mean loss, twice along v, without the penalty.
 
@@ -292,7 +292,7 @@ class Derivatives:
         return like(t.run("penalty_hvp", products, self.theta_tensor(), t.rows(V, "V")), V)
 
     def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
-        """Return the gradient by theta of v' H v, H the penalty's Hessian: (d,); zero for L2."""
+        """Return d/dtheta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
         t = self.flat
 
         def at(theta, v):
@@ -309,7 +309,7 @@ class Derivatives:
         return t.run(name, partial(function, t.losses, each), self.theta_tensor(), *batch, *tensors)
 
     def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
-        """Run `function(theta, x, y)` at the model's theta, or at each of thetas as last axis."""
+        """Run `function(theta, x, y)` at the model's theta, or at each of thetas (last axis)."""
         t = self.flat
         if thetas is None:
             return t.run(name, function, self.theta_tensor(), t.inputs(x), t.tensor(y))

@@ -94,7 +94,7 @@ class FlatModel:
         signatures = tf.nest.map_structure(signature, tensors)
         key = f"{name} {signatures}"
         if key not in self._functions:
-            # Keras too traces without autograph, which would take a sixth more time. The function
+            # Like Keras, trace without autograph, which would take a sixth more time. The function
             # is concrete, since TensorFlow warns of retracing when nets share a function's name.
             self._functions[key] = tf.function(
                 function, input_signature=signatures, autograph=False

@@ -122,7 +122,7 @@ class PerExampleLoss:
         )
 
     def is_differentiable(self, y: Any, output: Any) -> bool:
-        """Return True if the loss has a gradient by the output; comparisons have none."""
+        """Return True if the loss has a gradient in the output; comparisons have none."""
         output = tf.identity(output)  # else Keras' losses use the logits before a softmax
         with tf.GradientTape() as tape:
             tape.watch(output)

@@ -1,8 +1,8 @@
-"""Measurements: quantities of a test example whose change is predicted instead of its loss's.
+"""Measurements: functions of a test example whose change is predicted in place of its loss's.
 
 A measurement is a function (labels y, model's output) -> one number per example, made of TensorFlow
-operations. `Influence.scores` and similar methods take it as `measurement`, also one of your own.
-Those below are for classification models with logits z, the outputs before softmax or sigmoid:
+operations. Pass one of these, or your own, to `Influence.scores` and similar methods. The functions
+below take the logits z of a classification model, its outputs before softmax or sigmoid:
 
 - labels y (n,) or (n, 1) of class numbers, or (n, c) one-hot, with outputs (n, c);
 - labels y (n,) or (n, 1), either 1 or not (0 or -1), with outputs (n, 1) or (n,): z is the log odds
@@ -29,11 +29,11 @@ def margin(y: Any, output: Any) -> Any:
     """Return the log odds that the model gives the label.
 
     z_y - log sum_{k != y} exp z_k = log p_y / (1 - p_y), the model output function of TRAK (Park et
-    al. 2023, section 3); z or -z if one logit stands for two classes. Positive if p_y > 1/2.
+    al. 2023, section 3). With one logit for two classes: z or -z. Positive if p_y > 1/2.
     Unlike a loss, the margin does not saturate.
 
-    A positive score: the margin rises without the row, so the row hurt. A loss has the opposite
-    sign.
+    A positive score: the margin rises without the row, so the row hurt. For a loss, a positive
+    score means that the row helped.
 
     Args:
       y: labels as above.
@@ -56,11 +56,11 @@ def adversarial_loss(y: Any, output: Any) -> Any:
     """Return the loss that falls when the label becomes less probable: -log(1 - p_y).
 
     It is computed as log(1 + exp(margin)), which is accurate also for p_y near 0 or 1. The 2017
-    release measures with it how close a test point is to misclassification. For two classes it is
-    the log loss of the other label.
+    release uses it to measure how close a test point is to misclassification. For two classes it
+    is the log loss of the other label.
 
     A positive score: this loss rises without the row. The label becomes more probable, so the row
-    hurt. An ordinary loss has the opposite sign.
+    hurt. For an ordinary loss, a positive score means that the row helped.
 
     Args:
       y: labels as above.
@@ -73,10 +73,10 @@ def adversarial_loss(y: Any, output: Any) -> Any:
 
 
 def logit(label: int) -> Callable[[Any, Any], Any]:
-    """Return the measurement that is the logit of one class, for any label of the example.
+    """Return a measurement: the logit of one class, whatever label the example has.
 
-    z_label; if one logit stands for two classes, z for label 1 and -z for label 0. A positive
-    score: the logit rises without the row, so the row was evidence against the class.
+    z_label; with one logit for two classes, z for label 1 and -z for label 0. A positive score:
+    the logit rises without the row, so the row was evidence against the class.
 
     Args:
       label: the class number.

@@ -11,7 +11,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# The gradient before a removal may be at most this fraction of what the removal adds to it.
+# The gradient norm may be at most this fraction of the gradient that a removal adds.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 

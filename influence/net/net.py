@@ -73,7 +73,7 @@ class GenericNeuralNet(Derivatives):
 
         Returns: a net that shares this net's model, weights, theta and penalty.
         Raises: TypeError or ValueError for another kind of measurement; ValueError for one of
-          logits (as in `influence.measurements`) if this net's own loss takes probabilities.
+          logits, as in `influence.measurements`, if this net's own loss takes probabilities.
         """
         loss = per_example(measurement, self.model, role="measurement")
         if getattr(measurement, "takes_logits", False):
@@ -150,7 +150,7 @@ class GenericNeuralNet(Derivatives):
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
-        # Forward and backward, each twice. If vectorised, the second pair exists once per vector.
+        # A loop holds two forward and two backward passes; vectorised, two of them per vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         most = len(examples)
         if loop and self.dtype == np.float32:
@@ -158,7 +158,7 @@ class GenericNeuralNet(Derivatives):
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
     def mean_over(self, examples: Examples, batch_size: int | None, question: Any) -> Any:
-        """Mean of `question(x, y)` over batches, weighted by rows."""
+        """Average `question(x, y)` over batches, weighted by rows."""
         total = 0.0
         size = batch_size or self.rows_per_batch(examples)
         for x, y in examples.batches(size):

@@ -111,8 +111,8 @@ def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
 def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
     """Return grad loss_i . v_j: (m, n).
 
-    g(u) = sum_i u_i grad loss_i is linear in u, so the gradient of g . v_j by u is the answer. No
-    per-example gradient is formed.
+    g(u) = sum_i u_i grad loss_i is linear in u, so d/du of g . v_j is the answer. No per-example
+    gradient is formed.
     """
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     with tf.GradientTape(persistent=True) as tape:
@@ -158,14 +158,14 @@ def bregman_gradient(
 def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
     """Return v' H_i v, with H_i the Hessian of each example's loss: (n,).
 
-    As in `directional`, v' (sum_i u_i H_i) v is linear in u, so its gradient by u is the answer.
+    As in `directional`, v' (sum_i u_i H_i) v is linear in u, so its derivative d/du is the answer.
     """
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)
 
 
 def curvature_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return the gradient by theta of v' H v, H the mean loss's Hessian: (d,)."""
+    """Return d/dtheta of v' H v, with H the mean loss's Hessian: (d,)."""
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     u /= tf.reduce_sum(u)
     return gradient(lambda t: _along_twice(losses, t, x, y, v, u), theta)
@@ -179,9 +179,10 @@ def _along_twice(losses: Losses, theta: Any, x: Any, y: Any, v: Any, u: Any) -> 
 def gauss_newton(
     output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, V: Any
 ) -> Any:
-    """Multiply J' H J / n, J the output's Jacobian and H the loss's Hessian there, by V: (m, d).
+    """Return J' H J v / n for each row v of V: (m, d).
 
-    Two reverse passes give J v: J'u is linear in u, so the gradient of (J'u) . v by u is J v.
+    J is the output's Jacobian, H the loss's Hessian at the output. Two reverse passes give J v:
+    J'u is linear in u, so d/du of (J'u) . v is J v.
     """
     with tf.GradientTape(persistent=True) as by_u:
         with tf.GradientTape(persistent=True) as by_theta:
