@@ -29,7 +29,7 @@ _ROOT_COPIES = 4
 
 
 class Curvature(LinearOperator):
-    """Symmetric (d, d) matrix, used only by its products: base of Hessian and GaussNewton.
+    """Symmetric (d, d) matrix, used only through its products: base of Hessian and GaussNewton.
 
     Args:
       net: the net, at the theta of the matrix.
@@ -43,7 +43,7 @@ class Curvature(LinearOperator):
       batch size or a folder that is not writable.
     """
 
-    # These name the net's method for one batch, and its question to `each_batch` for many.
+    # `_method` is the net's method for one batch; `_each` is the question for `each_batch`.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
 
@@ -118,7 +118,7 @@ class Curvature(LinearOperator):
         return symmetrised(matrix)
 
     def _identity(self) -> str:
-        """Return a hash of all that the undamped matrix depends on, such as the model's answers."""
+        """Return a hash of what determines the undamped matrix: data, weights, model's answers."""
         net, few = self.net, self.examples.take(slice(0, 8))
         parts = (
             type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
@@ -163,7 +163,7 @@ class Curvature(LinearOperator):
         Raises: RuntimeError; ValueError if the net's weights have become NaN or infinite.
         """
         if not self.is_current:
-            check_weights(self.net.model)  # a NaN differs from itself
+            check_weights(self.net.model)  # a NaN is not equal to itself
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
@@ -187,7 +187,7 @@ class Hessian(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues: damping plus the net's strong convexity, or NaN."""
+        """Lower bound on all eigenvalues: damping plus `strong_convexity`; NaN if unknown."""
         return self.net.strong_convexity + self.damping
 
     def _formed(self) -> NDArray:
