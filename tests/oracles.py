@@ -166,7 +166,7 @@ def with_ones(x: NDArray) -> NDArray:
 def central_difference(function: Any, at: NDArray, along: NDArray, step: float = 1e-3) -> NDArray:
     """Return the derivative of `function` at `at` along `along`, by fourth-order differences.
 
-    The truncation error is about step^4, the rounding error 1e-16 / step: together about 1e-11.
+    The truncation error is about step^4, the rounding error 1e-16 / step; their sum is near 1e-11.
     """
     near = function(at + step * along) - function(at - step * along)
     far = function(at + 2 * step * along) - function(at - 2 * step * along)
@@ -246,7 +246,7 @@ def _jacobian(tape: Any, of: Any, by: Any) -> Any:
 
 
 def _columns(parts: list, shape: tuple, weights: list) -> NDArray:
-    """Join the Jacobians by each weight into one array (*shape, d)."""
+    """Join the Jacobians of all weights into one array (*shape, d)."""
     flat = [
         np.zeros((*shape, int(np.prod(w.shape)))) if p is None else np.reshape(p, (*shape, -1))
         for p, w in zip(parts, weights, strict=True)

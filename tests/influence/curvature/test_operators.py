@@ -141,7 +141,7 @@ def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch)
     V = block(softmax.net.num_parameters)
     whole = curvature(softmax.net, softmax.train) @ V
     A = curvature(softmax.net, softmax.train, batch_size=batch_size)
-    assert relative_error(A @ V, whole) < 1e-10  # the order of additions changes 1e-15
+    assert relative_error(A @ V, whole) < 1e-10  # another order of additions changes 1e-15
     asked = []
     product = getattr(softmax.net, A._method)
     monkeypatch.setattr(
@@ -212,7 +212,7 @@ def test_float32_in_float32_out(curvature):
     A = curvature(problem.net, problem.train, 0.1)
     V = block(5)
     assert A.dtype == (A @ V).dtype == A.dense().dtype == np.float32
-    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # float32
+    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # float32 rounding
 
 
 # --- errors -----------------------------------------------------------------------------------

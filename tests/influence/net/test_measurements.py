@@ -118,7 +118,7 @@ def test_scores_are_the_measurements_slope_along_the_change(problem, name, probl
     )
     scores = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows, measurement=OURS[name])
     assert scores.measurement == name
-    assert relative_error(scores[:], expected) < 1e-8  # the error of the differences
+    assert relative_error(scores[:], expected) < 1e-8  # the error of finite differences
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -135,7 +135,7 @@ def test_scores_are_the_changes_of_exact_refits(problem, name, problems):
     ]
     actual = (np.stack(after, axis=1) - before[:, None]).ravel()
     line = scipy.stats.linregress(predicted[:].ravel(), actual)
-    assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998  # leverages are about 0.01 to 0.02
+    assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998  # leverages near 0.01 raise the slope
     assert abs(line.intercept) < 0.02 * actual.std()
 
 

@@ -199,7 +199,7 @@ def test_other_derivatives_where_maps_must_loop():
     assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
     one = np.random.default_rng(9).standard_normal(x.shape)
 
-    def mixed(x):  # derivative of the losses by theta along v
+    def mixed(x):  # derivative of the losses along v in theta
         here = elsewhere(net, lambda: net.losses(x, y))
         return (here(theta + h * v) - here(theta - h * v)) / (2 * h)
 
@@ -236,7 +236,7 @@ def tanh():
         return squares(examples.y, twin.model(x)).numpy()
 
     def gradients(theta, x=examples.x):
-        """Return gradients of the mean loss by theta, and of each loss by its own x."""
+        """Return d/dtheta of the mean loss, and d/dx of each loss at its own x."""
         twin.theta = theta
         x = tf.constant(x)
         with tf.GradientTape(persistent=True) as tape:
