@@ -79,7 +79,7 @@ class GenericNeuralNet(Derivatives):
         if getattr(measurement, "takes_logits", False):
             self.loss.check_logits(f"the measurement {loss.name!r}")
         view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
-        view.model, view.loss, view.dtype = self.model, loss, self.dtype
+        view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
         view.flat = FlatModel(self.model, loss, self.flat.weights)
         return view
 

@@ -366,6 +366,7 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
     asked["gradients"] = lambda n: n.gradients(x, y)
     asked["outputs"] = lambda n: n.outputs(x)
     asked["penalty"] = lambda n: n.penalty_gradient()
+    asked["measured"] = lambda n: n.measuring("mae").losses(x, y)
     at = {name: question(net.at(there)) for name, question in asked.items()}
     np.testing.assert_array_equal(net.at(there).theta, there)
     np.testing.assert_array_equal(net.theta, before)
