@@ -25,6 +25,36 @@ Groups = Sequence[NDArray[np.int64]]
 _THREADS = "TF_NUM_INTRAOP_THREADS"  # read by TensorFlow when a process begins to use it
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the way in which the work is cut into blocks, distributed and cached.
+
+    Attributes:
+      block: rows or groups whose retraining shares the data passes. The cached files depend on it.
+      batch_size: training rows in memory at a time; None: chosen by the library.
+      num_processes: joblib workers, which share the cores; -1 starts one for each core. The last
+        bits of the results may depend on it. With another joblib backend the workers may run on
+        other machines.
+      checkpoints: a folder that caches finished blocks. If a call is interrupted (even by kill -9),
+        the next call continues from the last finished block and returns the same bits.
+      key: any text that the names of the cached files are to depend on.
+    """
+
+    block: int = 50
+    batch_size: int | None = None
+    num_processes: int = 1
+    checkpoints: str | Path | None = None
+    key: str = ""
+
+    def __post_init__(self):
+        """Check the options."""
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}.")
+        check_batch_size(self.batch_size)
+        if self.num_processes == 0:
+            raise ValueError("num_processes must not be 0; 1 is this process, -1 is one a core.")
+
+
 @dataclass(frozen=True, eq=False)
 class Refits(Estimand):
     """Actual changes, (m, k), of each test loss after retraining without each row or group.
@@ -47,86 +77,74 @@ class Refits(Estimand):
 
 @dataclass(frozen=True)
 class Task:
-    """What every part of the work shares.
+    """The inputs that all blocks share.
 
     Attributes:
-      net: at the theta that everything is compared with.
+      net: at the theta that every result is compared with.
       train: the training set.
       test: examples whose losses are measured.
-      tolerance: what a refit's certificate is to be at most; None: it is not judged.
-      max_passes: data passes at most.
       batch_size: rows at a time, or None.
-      start: (d,) where a fit begins, or None for theta.
-      fit: what is called instead of the net's own fit, or None.
     """
 
     net: GenericNeuralNet
     train: Examples
     test: Examples
-    tolerance: float | None
-    max_passes: int
-    batch_size: int | None
-    start: NDArray | None = None
-    fit: Callable | None = None
+    batch_size: int | None = None
 
     def losses(self, thetas: NDArray | None = None) -> NDArray:
-        """(m,) test losses at the net as it is now, or (m, k) at each of thetas (d, k)."""
+        """Return the (m,) test losses at the net's theta, or (m, k) at each of thetas (d, k)."""
         net, num_vectors = self.net, 1 if thetas is None else thetas.shape[1]
         size = self.batch_size or net.rows_per_batch(self.test, num_vectors)
         return np.concatenate([net.losses(x, y, thetas) for x, y in self.test.batches(size)])
 
     def changes(self, thetas: NDArray) -> NDArray:
-        """(m, k): each test loss at each of thetas (d, k), minus that at the net's own theta."""
-        # In one call, so that both round alike.
+        """Return (m, k): each test loss at thetas (d, k) minus that at the net's own theta."""
+        # One call computes both losses, so that both have the same rounding.
         losses = self.losses(np.column_stack([self.net.theta, thetas]))
         return losses[:, 1:] - losses[:, :1]
 
     def identity(self, *more: Any) -> str:
-        """One short name for everything the work depends on, the model by what it answers."""
+        """Return a short name that changes with any input of the work."""
         net, few = self.net, self.train.take(slice(0, 8))
-        parts = (
-            type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
-            net.losses(few.x, few.y),
-            net.penalty(), self.tolerance, self.max_passes, self.batch_size, self.start,
-            self.train.fingerprint, self.test.fingerprint, *more,
-        )  # fmt: skip
-        return joblib.hash(parts)[:16]
+        variables = [variable.numpy() for variable in net.model.variables]
+        answers = net.theta, net.losses(few.x, few.y), net.penalty()
+        sets = self.train.fingerprint, self.test.fingerprint
+        return joblib.hash((type(net).__name__, variables, answers, sets, self.batch_size, more))[
+            :16
+        ]
 
 
 def run(
     task: Task,
-    refit: Callable,
+    refit: Callable[[Task, Groups, Any], dict[str, NDArray]],
     groups: Groups,
     argument: Any,
+    options: RunOptions,
     *,
-    block: int,
-    checkpoints: str | Path | None,
     identity: Sequence,
-    num_processes: int,
     what: str,
 ) -> dict[str, NDArray]:
-    """`refit(task, part, argument)` for parts of `block` groups: its arrays joined, last axis.
+    """Call `refit(task, part, argument)` on parts of `options.block` groups and join the arrays.
 
     Args:
-      task: what every part shares.
-      refit: a module's own function, so that other processes find it.
-      groups: rows of each of the k things to do.
-      argument: what else `refit` takes.
-      block: groups in a part.
-      checkpoints: a folder to keep finished parts in, or None.
-      identity: what the numbers depend on besides the task and the groups.
-      num_processes: joblib workers.
+      task: the inputs that all parts share.
+      refit: a module-level function, so that other processes can import it.
+      groups: the rows of each of the k groups.
+      argument: any other input of `refit`.
+      options: of the run.
+      identity: everything else that the numbers depend on.
       what: the work's name, for the progress bar.
 
+    Returns: the arrays by name, joined along their last axis.
     Raises: as `check_folder`.
     """
-    folder = check_folder(checkpoints)
+    folder, block = check_folder(options.checkpoints), options.block
     parts = [groups[first : first + block] for first in range(0, len(groups), block)]
     paths: list[Path | None] = [None] * len(parts)
     if folder is not None:
-        name = task.identity(*identity)
+        name = task.identity(options.key, *identity)
         paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
-    workers = min(joblib.effective_n_jobs(num_processes), len(parts))
+    workers = min(joblib.effective_n_jobs(options.num_processes), len(parts))
     with _cores_shared(workers):
         work = joblib.Parallel(n_jobs=workers, return_as="generator")(
             joblib.delayed(_kept)(path, refit, task, part, argument)
@@ -140,30 +158,14 @@ def _kept(path: Path | None, refit: Callable, task: Task, part: Groups, argument
     return kept(path, lambda: refit(task, part, argument))
 
 
-def check(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
-    *,
-    tolerance: float | None,
-    block: int,
-    batch_size: int | None,
-) -> None:
-    """Refuse what no way of retraining takes.
-
-    Raises: TypeError or ValueError naming the argument.
-    """
+def check(net: GenericNeuralNet, train: Examples, test: Examples) -> None:
+    """Raise TypeError or ValueError, naming the argument, for inputs that cannot be retrained."""
     if not isinstance(net, GenericNeuralNet):
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
     net.validate(train, "train")
     net.validate(test, "test")
     if len(train) < 2:
         raise ValueError("train must have at least 2 rows to leave one out, got 1.")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}.")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}.")
-    check_batch_size(batch_size)
 
 
 def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
@@ -196,8 +198,6 @@ def check_processes(num_processes: int, *sent: Any) -> None:
 
     Raises: ValueError naming `num_processes`.
     """
-    if num_processes == 0:
-        raise ValueError("num_processes must not be 0; 1 is this process, -1 is one a core.")
     if joblib.effective_n_jobs(num_processes) == 1:
         return
     try:
