@@ -278,8 +278,8 @@ def test_fit_warm_and_cold_are_newton(softmax):
     groups, zero = groups_of(softmax), np.zeros(softmax.net.num_parameters)
     expected = changes(softmax, groups)
     for start in (None, zero):
-        refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-9)
-        # LinearModel.fit goes to 1e-10; over the smallest eigenvalue, 0.05, that is 2e-9 of theta.
+        refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-10)
+        # 1e-10 over the smallest eigenvalue, 0.05, is 2e-9 of theta.
         assert refits.converged.all() and (refits.passes == 1).all()
         assert np.abs(refits[:] - expected).max() < 1e-8
         assert (0 < refits.gradient_norm).all() and (refits.gradient_norm <= 1e-10).all()
