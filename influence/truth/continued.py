@@ -1,12 +1,12 @@
-"""Continued training without a row, minus the same training with it: the truth of the CNN figure.
+"""Continued training without a row, minus the same training with it: the CNN figure's ground truth.
 
-A net that was trained by Adam and is at no minimum goes on being trained whether a row is removed
-or not, and its test losses drift. What is due to the removal is the difference from a control that
-keeps the row and takes the same minibatches:
+If a net was trained by Adam and is not at a minimum, further training changes its test losses even
+if no row is removed: they drift. The effect of the removal is the difference from a control, which
+keeps the row and uses the same minibatches:
 
     change_i = loss(theta after k more steps without row i) - loss(theta after k more steps).
 
-The release's CNN experiment (Koh & Liang 2017, figure 2, right) leaves the control out and draws
+The released code of the CNN experiment (Koh & Liang 2017, figure 2, right) has no control and draws
 other minibatches for every removal.
 """
 
@@ -34,14 +34,14 @@ _SAVE_EVERY = 500
 
 @dataclass(frozen=True, eq=False)
 class ContinuedTraining(Estimand):
-    """Changes, (m, k), of each test loss by training on without each row, less the control's.
+    """Changes, (m, k), of each test loss by training on without each row, minus the control's.
 
     Attributes:
       change_if_removed: (m, k) test loss after training on without the row, minus that after
         training on with it.
       rows: (k,) the training rows.
-      drift: (m,) what training on with all rows changed by itself.
-      steps: that training went on for.
+      drift: (m,) the control's change, by training on with all rows.
+      steps: the number of further steps.
       rate: the learning rate.
     """
 
@@ -183,7 +183,7 @@ def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArr
 def _gradients(
     net: GenericNeuralNet, train: Examples, rows: NDArray, removed: NDArray, thetas: NDArray
 ) -> NDArray:
-    """(d, k): the minibatch's risk gradients, in each column without the row it has removed."""
+    """Compute the minibatch's risk gradients (d, k), each column without its removed row."""
     batch = train.take(rows)
     G = net.gradient(batch.x, batch.y, thetas)
     for row in np.intersect1d(rows, removed):

@@ -1,19 +1,19 @@
-"""Proximal responses: what removing a row does to a net that is at no minimum and stays nearby.
+"""Proximal responses: effects of removing a row from a net that is not at a minimum.
 
-With theta_s the net as it is, n training rows and L(z_i) = loss_i + penalty, each removal moves
-theta to the minimum of
+Let theta_s be the net's parameters, n the number of training rows and L(z_i) = loss_i + penalty.
+Each removal moves theta to the minimum of
 
     F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2,
 
-or of that with a fraction of L(z_i) / n. D keeps the net where it is, so that F_i is minimised by
-theta_s itself but for L(z_i):
+or of the same with a fraction of L(z_i) / n. D is stationary at theta_s, so without the term L(z_i)
+theta_s itself minimises F_i:
 
     "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
-with f_j and s_j row j's outputs at theta and theta_s. Both are Bregman divergences, of the loss in
-the outputs and of the risk in theta. The first gets the same divergence of the penalty, which for
-L2 is the penalty of the difference.
+Here f_j and s_j are row j's outputs at theta and theta_s. Both are Bregman divergences: of the loss
+in the outputs, and of the risk in theta. The first also contains the same divergence of the
+penalty; for L2 that is the penalty of the difference.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import Total
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs
 from influence.truth.removal import Removal, apply
@@ -49,11 +50,10 @@ class ProximalResponse(Estimand):
       rows: (k,) the training rows.
       objective: "bregman" or "leave_one_out": which F_i.
       damping: of F_i.
-      fraction: of the row's weight that F_i takes out.
-      gradient_norm: (k,) Euclidean norm of the gradient of F_i where theta ended, relative to that
-        at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
-      iterations: (k,) gradients of F_i that each row took, passes over the training set, those of
-        `rough` among them.
+      fraction: the part of the row's weight that F_i removes.
+      gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to that
+        at theta_s: the certificate. A row misses it if its own gradient is at rounding level.
+      iterations: (k,) gradients of F_i for each row, one data pass each, those of `rough` included.
       converged: (k,) gradient_norm within the tolerance.
       distance: (k,) |theta - theta_s|.
     """
@@ -215,7 +215,7 @@ def proximal_response(
 
 
 def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
-    """One for each row."""
+    """Check the tolerances and return one for each row."""
     found = np.asarray(given, float)
     if found.shape not in ((), (num_rows,)) or not (found > 0).all():
         raise ValueError(
@@ -226,7 +226,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 
 
 def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
-    """Refuse a pair that is not `net` and `train` but for rounding."""
+    """Raise TypeError or ValueError if the pair differs from `net` and `train` beyond rounding."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             pass
@@ -245,7 +245,7 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
-    """The minima of F_i for some rows, a column each."""
+    """Minimise F_i for some rows, a column each."""
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -260,12 +260,17 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
         for by_row in (search.tolerance, search.rough_tolerance)
     )
     found = block_lbfgs.minimise(
-        _gradients(task, net, train, groups, search), inverse, thetas, first, tolerance,
+        _gradients(task, net, train, groups, search),
+        inverse,
+        thetas,
+        first,
+        tolerance,
         search.max_iterations,
         pairs=removed.pairs(search.inverse, first),
-        longest=np.linalg.norm(inverse(first), axis=0),  # the row's own curvature may leave none
+        # Minus the row's own curvature, A may have none left along a step.
+        longest=np.linalg.norm(inverse(first), axis=0),
         rough=search.rough and (_gradients(task, *search.rough, groups, search), until),
-    )  # fmt: skip
+    )
     return {
         "distance": np.linalg.norm(found.thetas - thetas, axis=0),
         "change_if_removed": task.changes(found.thetas),
@@ -277,7 +282,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
 def _gradients(
     task: Task, net: GenericNeuralNet, train: Examples, groups: Groups, search: _Search
 ) -> Callable[[NDArray, NDArray], NDArray]:
-    """The gradients (d, j) of some F_i as a function of thetas (d, j), by that net's arithmetic."""
+    """Return a function of thetas (d, j): the gradients (d, j) of some F_i, in that net's dtype."""
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     theta_s = task.net.theta[:, None]
     bregman = isinstance(search.inverse.A, GaussNewton)
@@ -294,13 +299,12 @@ def _gradients(
 def _of_outputs(
     net: GenericNeuralNet, train: Examples, batch_size: int | None
 ) -> Callable[[NDArray], NDArray]:
-    """The gradient (d, j) of the "bregman" divergence, as a function of thetas (d, j)."""
+    """Return a function of thetas (d, j): the gradient (d, j) of the "bregman" divergence."""
     penalty = net.penalty_gradient()[:, None]
 
     def gradient(thetas: NDArray) -> NDArray:
-        size = batch_size or net.rows_per_batch(train, thetas.shape[1])
-        mean = net.mean_over(train, size, lambda x, y: net.bregman_gradient(x, y, thetas))
-        return mean + net.penalty_gradient(thetas) - penalty
+        total = train.sum_over(Total("bregman_gradient", thetas), net, batch_size=batch_size)
+        return total / len(train) + net.penalty_gradient(thetas) - penalty
 
     return gradient
 
@@ -308,6 +312,6 @@ def _of_outputs(
 def _of_the_risk(
     net: GenericNeuralNet, train: Examples, batch_size: int | None
 ) -> Callable[[NDArray], NDArray]:
-    """The gradient (d, j) of the "leave_one_out" divergence, as a function of thetas (d, j)."""
+    """Return a function of thetas (d, j): the gradient (d, j) of the "leave_one_out" divergence."""
     before = net.risk_gradient(train, net.theta[:, None], batch_size)
     return lambda thetas: net.risk_gradient(train, thetas, batch_size) - before

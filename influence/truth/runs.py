@@ -1,4 +1,4 @@
-"""What every way of retraining shares: its result, its task, and how its parts are run and kept."""
+"""Retraining in blocks: options, results, distribution over processes and cached blocks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_folder, kept
+from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow
 
 Groups = Sequence[NDArray[np.int64]]
-_THREADS = "TF_NUM_INTRAOP_THREADS"  # read by TensorFlow when a process begins to use it
+# TensorFlow reads this variable when a process first uses it.
+_THREADS = "TF_NUM_INTRAOP_THREADS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class RunOptions:
 
 @dataclass(frozen=True, eq=False)
 class Refits(Estimand):
-    """Actual changes, (m, k), of each test loss after retraining without each row or group.
+    """Actual changes, (m, k), of each test loss by retraining without each row or group.
 
     Attributes:
       change_if_removed: (m, k) test loss after retraining without the row or group, minus before.
@@ -65,7 +67,7 @@ class Refits(Estimand):
       gradient_norm: (k,) Euclidean norm of each refit's own risk gradient: the certificate.
       passes: (k,) data passes (newton) or calls of `fit` that each refit took.
       converged: (k,) gradient_norm within the tolerance.
-      names: (k,) the groups' names, where they were given as a dict.
+      names: (k,) the groups' names if they were given as a dict, else empty.
     """
 
     rows: Any
@@ -93,9 +95,8 @@ class Task:
 
     def losses(self, thetas: NDArray | None = None) -> NDArray:
         """Return the (m,) test losses at the net's theta, or (m, k) at each of thetas (d, k)."""
-        net, num_vectors = self.net, 1 if thetas is None else thetas.shape[1]
-        size = self.batch_size or net.rows_per_batch(self.test, num_vectors)
-        return np.concatenate([net.losses(x, y, thetas) for x, y in self.test.batches(size)])
+        question = PerRow("losses", *(() if thetas is None else (thetas,)))
+        return self.test.each_row(question, self.net, batch_size=self.batch_size)
 
     def changes(self, thetas: NDArray) -> NDArray:
         """Return (m, k): each test loss at thetas (d, k) minus that at the net's own theta."""
@@ -105,13 +106,7 @@ class Task:
 
     def identity(self, *more: Any) -> str:
         """Return a short name that changes with any input of the work."""
-        net, few = self.net, self.train.take(slice(0, 8))
-        variables = [variable.numpy() for variable in net.model.variables]
-        answers = net.theta, net.losses(few.x, few.y), net.penalty()
-        sets = self.train.fingerprint, self.test.fingerprint
-        return joblib.hash((type(net).__name__, variables, answers, sets, self.batch_size, more))[
-            :16
-        ]
+        return identity(self.net, self.train, self.test.fingerprint, self.batch_size, *more)
 
 
 def run(
@@ -160,16 +155,13 @@ def _kept(path: Path | None, refit: Callable, task: Task, part: Groups, argument
 
 def check(net: GenericNeuralNet, train: Examples, test: Examples) -> None:
     """Raise TypeError or ValueError, naming the argument, for inputs that cannot be retrained."""
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    net.validate(train, "train")
-    net.validate(test, "test")
+    checked(net, train, test)
     if len(train) < 2:
         raise ValueError("train must have at least 2 rows to leave one out, got 1.")
 
 
 def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
-    """(names, groups), each group int64 rows that leave some behind.
+    """Return (names, groups), with each group as int64 rows, fewer than all.
 
     Raises: TypeError, ValueError or IndexError naming the group.
     """
@@ -191,10 +183,10 @@ def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
 
 
 def check_processes(num_processes: int, *sent: Any) -> None:
-    """Send what the workers need to one of them, before any work for them is begun.
+    """Check that a worker process can unpickle the inputs before starting any work.
 
-    Keras rebuilds a model from its class's name, which another process may not know: without this,
-    all that would be heard is that the pool of processes broke.
+    Keras rebuilds a model from the name of its class, which another process may not know. Without
+    this check the only error would be that the pool of processes broke.
 
     Raises: ValueError naming `num_processes`.
     """
@@ -214,9 +206,10 @@ def check_processes(num_processes: int, *sent: Any) -> None:
 
 @contextmanager
 def _cores_shared(num_processes: int) -> Iterator[None]:
-    """Workers that start in here have their share of the cores for TensorFlow's threads.
+    """Limit TensorFlow's threads, in workers that start in this context, to their share of cores.
 
-    As joblib sees to it for BLAS: else each would take them all, and wait for the others.
+    joblib does the same for BLAS. Otherwise each worker would use all cores and wait for the
+    others.
     """
     workers = joblib.effective_n_jobs(num_processes)
     if workers == 1 or _THREADS in os.environ:
@@ -234,10 +227,10 @@ def _arrived(*sent: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in the other process if it was there, in one sentence."""
+    """Return the first cause of the error, from another process if need be, in one sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
-    # A traceback from another process is a text that ends with the exception.
+    # The traceback of another process is a text. It ends with the exception.
     named = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception):\s+\S.*)", str(error), re.MULTILINE)
     reason = named[-1] if named else f"{type(error).__name__}: {error}"
     return " ".join(reason.split()).split(". ")[0][:200]
