@@ -16,6 +16,7 @@ from experiments.compare import largest
 from influence import (
     CG,
     AllCNN,
+    ContinuedOptions,
     Direct,
     Examples,
     GaussNewton,
@@ -23,6 +24,7 @@ from influence import (
     Influence,
     LiSSA,
     Prepared,
+    ProximalOptions,
     Scores,
     continued_training,
     prepare,
@@ -166,11 +168,15 @@ def truths(
     objectives: tuple[tuple[str, Literal["leave_one_out", "bregman"]], ...]
     objectives = ("proximal", "leave_one_out"), ("bregman", "bregman")
     for truth, objective in objectives:
+        options = ProximalOptions(
+            solver=prepared[objective],
+            tolerance=config.tolerance,
+            num_processes=config.num_processes,
+            checkpoints=checkpoints,
+        )
         response = proximal_response(
-            net, train, measured, removed, objective=objective, damping=config.damping,
-            solver=prepared[objective], tolerance=config.tolerance,
-            num_processes=config.num_processes, checkpoints=checkpoints,
-        )  # fmt: skip
+            net, train, measured, removed, options, objective=objective, damping=config.damping
+        )
         # Without the row's own curvature there may be no minimum nearby; rounding leaves less.
         lost = response.gradient_norm > _LOST
         changes[truth] = np.where(lost, np.nan, response.change_if_removed)
@@ -178,19 +184,28 @@ def truths(
         found[f"{truth}_iterations"] = response.iterations.mean()
         found[f"{truth}_lost"] = np.count_nonzero(lost)
         found[f"{truth}_unconverged"] = np.count_nonzero(~response.converged & ~lost)
+    first_order, second_order = (
+        ContinuedOptions(
+            batch_size=config.batch_size, seed=config.seed + i, checkpoints=checkpoints
+        )
+        for i in (1, 2)
+    )
     train_on = partial(
-        continued_training, net, train, measured, moments=net.moments,
-        batch_size=config.batch_size, checkpoints=checkpoints,
-    )  # fmt: skip
-    here = {"steps": config.continued_steps, "rate": config.continued_rate}
-    continued = train_on(removed, seed=config.seed + 1, **here)
+        continued_training,
+        net,
+        train,
+        measured,
+        steps=config.continued_steps,
+        moments=net.moments,
+    )
+    continued = train_on(removed, first_order, rate=config.continued_rate)
     changes["continued"] = continued.change_if_removed
     some = np.full(changes["continued"].shape, np.nan)
     at = np.searchsorted(removed, first)
-    some[:, at] = train_on(first, seed=config.seed + 2, **here).change_if_removed
+    some[:, at] = train_on(first, second_order, rate=config.continued_rate).change_if_removed
     changes["again"] = some
     few = first[: config.slow_removals]
-    slow = train_on(few, seed=config.seed + 1, steps=config.continued_steps, rate=config.slow_rate)
+    slow = train_on(few, first_order, rate=config.slow_rate)
     found["proximal_float32_error"] = _rounding(
         config, net, train, measured, removed, first, changes["proximal"], checkpoints
     )
@@ -214,12 +229,23 @@ def _rounding(
     double, train, measured = in_double(config, net, train, measured)
     some = first[:: -(-len(first) // config.double_removals)]
     A = Hessian(double, train, config.damping, checkpoints=checkpoints)
-    exact = proximal_response(
-        double, train, measured, some, objective="leave_one_out", damping=config.damping,
-        solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=40,
-        block=-(-len(some) // config.num_processes), num_processes=config.num_processes,
+    options = ProximalOptions(
+        solver=prepare(A, Direct()),
+        tolerance=config.tolerance / 100,
+        max_iterations=40,
+        block=-(-len(some) // config.num_processes),
+        num_processes=config.num_processes,
         checkpoints=checkpoints,
-    )  # fmt: skip
+    )
+    exact = proximal_response(
+        double,
+        train,
+        measured,
+        some,
+        options,
+        damping=config.damping,
+        objective="leave_one_out",
+    )
     rough = found[0, np.searchsorted(removed, some)]
     known = (exact.gradient_norm <= config.tolerance) & np.isfinite(rough)
     return float(np.abs(rough - exact[0])[known].max() / np.abs(exact[0][known]).max())

@@ -18,6 +18,7 @@ from influence import (
     Influence,
     LiSSA,
     Prepared,
+    ProximalOptions,
     Scores,
     prepare,
     proximal_response,
@@ -126,16 +127,28 @@ def _refits(
     first = fraction * np.linalg.norm(own, axis=1) / len(train)
     final = fraction * config.minimum_tolerance
     H = Hessian(net, train, damping + step_damping, checkpoints=checkpoints)
-    found = proximal_response(
-        net, train, measured, removed, objective="leave_one_out", damping=damping,
-        fraction=fraction, step_damping=step_damping, solver=prepare(H, Direct()),
+    options = ProximalOptions(
+        step_damping=step_damping,
+        solver=prepare(H, Direct()),
         # The cap is for rows that a minimum hardly feels.
         tolerance=np.minimum(final / first, 0.5),
         rough=None if config.dtype == "float64" else single[:2],
         rough_tolerance=max(_FLOAT32_REFIT, final) / first,
-        max_iterations=_MOST_REFITTING, block=_TOGETHER, num_processes=config.num_processes,
+        max_iterations=_MOST_REFITTING,
+        block=_TOGETHER,
+        num_processes=config.num_processes,
         checkpoints=checkpoints,
-    )  # fmt: skip
+    )
+    found = proximal_response(
+        net,
+        train,
+        measured,
+        removed,
+        options,
+        damping=damping,
+        objective="leave_one_out",
+        fraction=fraction,
+    )
     reached = found.converged
     return {
         "actual": np.where(reached, found.change_if_removed, np.nan),

@@ -21,7 +21,14 @@ from experiments import options
 from experiments.compare import agreement, largest, rounded_down, with_others
 from experiments.record import Claim, Record
 from experiments.running import Misuse
-from influence import BinaryLogisticRegression, Direct, Examples, Influence, leave_one_out
+from influence import (
+    BinaryLogisticRegression,
+    Direct,
+    Examples,
+    Influence,
+    RefitOptions,
+    leave_one_out,
+)
 
 DATA = "mnist"
 STAND_IN = "digits"
@@ -160,9 +167,16 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     chosen = largest(first, config.num_removals)
     rows = np.unique(chosen)
     refits = leave_one_out(
-        net, train, measured.take([0]), rows, solver=influence.prepared,
-        tolerance=config.gradient_tolerance, checkpoints=checkpoints,
-    )  # fmt: skip
+        net,
+        train,
+        measured.take([0]),
+        rows,
+        RefitOptions(
+            solver=influence.prepared,
+            tolerance=config.gradient_tolerance,
+            checkpoints=checkpoints,
+        ),
+    )
     actual = len(train) * refits[0]
 
     penalty = net.penalty_gradient() @ net.gradients(measured.x, measured.y).T  # (m,)

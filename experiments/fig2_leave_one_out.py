@@ -29,6 +29,7 @@ from influence import (
     Influence,
     LiSSA,
     MulticlassLogisticRegression,
+    RefitOptions,
     leave_one_out,
     prepare,
 )
@@ -144,13 +145,13 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     counts = [config.num_removals] + [config.further_removals] * (len(points) - 1)
     rows = [largest(by_cg[j], count) for j, count in enumerate(counts)]
+    refitting = RefitOptions(
+        solver=direct, tolerance=config.gradient_tolerance, checkpoints=checkpoints
+    )
     refits = [
-        leave_one_out(
-            net, train, test.take([point]), removed, solver=direct,
-            tolerance=config.gradient_tolerance, checkpoints=checkpoints,
-        )
+        leave_one_out(net, train, test.take([point]), removed, refitting)
         for point, removed in zip(points, rows, strict=True)
-    ]  # fmt: skip
+    ]
     actual = refits[0][0]
     runs = [
         Influence(net, train, solver=_lissa(config, seed)).scores(test.take(points[:1]), rows[0])

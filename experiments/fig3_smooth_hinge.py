@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from experiments import compare, options
 from experiments.record import Claim, Record
 from experiments.running import Misuse
-from influence import Direct, Examples, Influence, SmoothHinge, leave_one_out
+from influence import Direct, Examples, Influence, RefitOptions, SmoothHinge, leave_one_out
 
 DATA = "mnist"
 STAND_IN = "digits"
@@ -125,7 +125,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         "_at_liblinear": compare.largest(there[0], config.num_removals),  # (1, k)
     }
     rows = np.unique(np.concatenate(list(chosen.values())))
-    refits = leave_one_out(svm, train, measured, rows, tolerance=1e-8, checkpoints=checkpoints)
+    refitting = RefitOptions(tolerance=1e-8, checkpoints=checkpoints)
+    refits = leave_one_out(svm, train, measured, rows, refitting)
     after = np.full((len(points), len(train)), np.nan)
     after[:, rows] = refits.change_if_removed
     pearson = {

@@ -21,7 +21,7 @@ from experiments import options
 from experiments.compare import agreement, largest_bars
 from experiments.record import Claim, Record
 from influence import BinaryLogisticRegression as _Net
-from influence import Direct, Examples, Influence, leave_one_out
+from influence import Direct, Examples, Influence, RefitOptions, leave_one_out
 
 DATA = "diabetes"
 STAND_IN = "hospital"
@@ -150,9 +150,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     influence, derivative = arrays["influence"], arrays["derivative"][~at.readmitted][0]
     largest = np.argsort(-np.abs(influence), kind="stable")[: config.num_removals]
-    refits = leave_one_out(
-        net, at.train, at.child, largest, tolerance=tolerance, checkpoints=checkpoints
-    )
+    refitting = RefitOptions(tolerance=tolerance, checkpoints=checkpoints)
+    refits = leave_one_out(net, at.train, at.child, largest, refitting)
     as_predicted = (refits[0] * influence[largest] > 0)[np.isin(largest, at.children)]
     all_four = _loss(at, _fitted(config, at.train.without(at.children), net)) - _loss(at, net)
     moved = np.argsort(-np.abs(derivative), kind="stable")[: config.num_moved_features]

@@ -28,9 +28,10 @@ from influence.solvers import (
     solve,
 )
 from influence.solvers.spectrum import spectrum, suggest_damping
-from influence.truth.continued import continued_training
-from influence.truth.leave_out import Refits, leave_group_out, leave_one_out
-from influence.truth.proximal import proximal_response
+from influence.truth.continued import ContinuedOptions, continued_training
+from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, leave_one_out
+from influence.truth.proximal import ProximalOptions, proximal_response
+from influence.truth.runs import RunOptions
 
 __all__ = [
     "BEST_RULE",
@@ -38,6 +39,7 @@ __all__ = [
     "EKFAC",
     "AllCNN",
     "BinaryLogisticRegression",
+    "ContinuedOptions",
     "ConvergenceWarning",
     "Direct",
     "DivergenceError",
@@ -52,8 +54,11 @@ __all__ = [
     "Nystrom",
     "PAPER_RULE",
     "Prepared",
+    "ProximalOptions",
+    "RefitOptions",
     "Refits",
     "Rule",
+    "RunOptions",
     "Scores",
     "SmoothHinge",
     "Solution",

@@ -12,7 +12,15 @@ from experiments import cnn, cnn_minimum, fig2_cnn
 from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS
 from experiments.record import Record
 from experiments.running import Misuse
-from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
+from influence import (
+    AllCNN,
+    Direct,
+    GaussNewton,
+    Hessian,
+    ProximalOptions,
+    prepare,
+    proximal_response,
+)
 from tests.influence.problems import traced_once
 
 SMALL = dataclasses.replace(
@@ -143,9 +151,14 @@ def test_truths_are_the_library_s(record, trained):
     net, train, measured = trained
     rows = record.arrays["removed"][:2]
     response = proximal_response(
-        net, train, measured, rows, objective="leave_one_out", damping=SMALL.damping,
-        tolerance=1e-6,
-    )  # fmt: skip
+        net,
+        train,
+        measured,
+        rows,
+        ProximalOptions(tolerance=1e-6),
+        objective="leave_one_out",
+        damping=SMALL.damping,
+    )
     found = record.arrays["actual_proximal"][:, :2]
     np.testing.assert_allclose(found, response[:], atol=0.05 * np.abs(response[:]).max())
 
