@@ -309,17 +309,17 @@ def test_the_rows_own_curvature_is_known_but_the_first_step_is_no_longer_for_it(
         return lambda t, columns: thetas.append(t) or gradients(t, columns)
 
     monkeypatch.setattr(proximal, "_gradients", watched)
-    given, goal = ProximalOptions(tolerance=1e-9), {"objective": "leave_one_out", "damping": 0.0}
-    got = proximal_response(p.net, train, p.test, [5], given, **goal)
+    options, goal = ProximalOptions(tolerance=1e-9), {"objective": "leave_one_out", "damping": 0.0}
+    got = proximal_response(p.net, train, p.test, [5], options, **goal)
     push = p.net.gradients(x[5:6], train.y[5:6])[0] + p.net.penalty_gradient()
     by_A = np.linalg.norm(prepare(Hessian(p.net, train), Direct()).apply(push[:, None]).x) / 40
     assert np.linalg.norm(thetas[0][:, 0] - p.theta) == pytest.approx(by_A)
     assert got.converged.all() and got.distance[0] > 10 * by_A
     far = len(thetas)
-    got = proximal_response(p.net, p.train, p.test, [3], given, **goal)
+    got = proximal_response(p.net, p.train, p.test, [3], options, **goal)
     assert got.converged.all() and len(thetas) == far + 2 == far + got.iterations[0]
     monkeypatch.setattr(Removal, "pairs", lambda *_: [])
-    assert proximal_response(p.net, p.train, p.test, [3], given, **goal).iterations[0] > 2
+    assert proximal_response(p.net, p.train, p.test, [3], options, **goal).iterations[0] > 2
 
 
 def test_each_row_has_its_own_tolerance(tanh):
