@@ -29,7 +29,7 @@ from influence.common.named_array import NamedArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.scores.inverse import Response
+from influence.scores.inverse import Inverse
 from influence.solvers import Solution
 
 
@@ -54,10 +54,10 @@ class GroupScores(NamedArray):
 
 
 def group(
-    response: Response, test: Examples, rows: ArrayLike, order: int, measurement: Any
+    inverse: Inverse, test: Examples, rows: ArrayLike, order: int, measurement: Any
 ) -> GroupScores:
     """See `Influence.group`; the formula is above."""
-    n = len(response.train)
+    n = len(inverse.train)
     rows = check_rows(rows, n)
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
@@ -68,24 +68,24 @@ def group(
             f"rows must be fewer than half of the training set for order 2, got {len(rows)} of "
             f"{n}: the expansion has no meaning there; use order 1, or refit without them."
         )
-    if order == 2 and type(response.operator) is not Hessian:
+    if order == 2 and type(inverse.operator) is not Hessian:
         raise ValueError(
             "order must be 1 with GaussNewton, got 2: the second order is that of the risk itself; "
             "use Hessian, with a damping if it is indefinite."
         )
-    view, name = response._measured(test, measurement)
-    chosen = response.train.take(rows)
-    gradient = len(rows) * response.net.risk_gradient(chosen, batch_size=response.batch_size)
-    solution = response._s_test(view, test)
+    view, name = inverse.measured(test, measurement)
+    chosen = inverse.train.take(rows)
+    gradient = len(rows) * inverse.net.risk_gradient(chosen, batch_size=inverse.batch_size)
+    solution = inverse.s_test(test, view)
     if order == 1:
         change = solution.x.T @ gradient / n
     else:
-        change = _second_order(response, view, test, chosen, gradient, solution.x)
+        change = _second_order(inverse, view, test, chosen, gradient, solution.x)
     return GroupScores(change, rows, order, solution, name)
 
 
 def _second_order(
-    response: Response,
+    inverse: Inverse,
     view: GenericNeuralNet,
     test: Examples,
     chosen: Examples,
@@ -93,11 +93,11 @@ def _second_order(
     S: NDArray,
 ) -> NDArray:
     """(m,) from H^-1 grad m in the columns of S, so that D1 is all that is left to solve for."""
-    net, train, size = response.net, response.train, response.batch_size
+    net, train, size = inverse.net, inverse.train, inverse.batch_size
     n, k = len(train), len(chosen)
     first = gradient / (n - k)  # H D1
-    D1 = response._solve(first[:, None], "the group's gradient").x[:, 0]
-    own = Hessian(net, chosen, response.operator.damping, batch_size=size) @ D1
+    D1 = inverse.solve(first[:, None], "the group's gradient").x[:, 0]
+    own = Hessian(net, chosen, inverse.operator.damping, batch_size=size) @ D1
     pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # H D2
     per_batch = size or GenericNeuralNet.rows_per_batch(view, test)
     curved = [view.curvatures(x, y, D1) for x, y in test.batches(per_batch)]

@@ -12,12 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
 from influence.common.progress import progress
+from influence.curvature.operators import Curvature, Hessian
 from influence.examples.examples import Examples, check_differentiable, check_increasing
+from influence.net.net import GenericNeuralNet
 from influence.scores import file, groups, relative
 from influence.scores.groups import GroupScores
-from influence.scores.inverse import Response
+from influence.scores.inverse import Inverse
 from influence.scores.relative import RelativeScores
-from influence.solvers import Prepared, Solution
+from influence.solvers import CG, Prepared, Solution, Solver
 
 _MANY_ROWS = 64  # from here one factorisation for all rows beats a solve for each
 
@@ -53,7 +55,7 @@ class AdditionScores(NamedArray):
     measurement: str = "loss"
 
 
-class Influence(Response):
+class Influence:
     """Influence functions of a net at a minimum of its training risk (Koh & Liang 2017).
 
     Leaving row i out changes theta by + H^-1 grad L(z_i) / n and a measurement f by
@@ -73,6 +75,48 @@ class Influence(Response):
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
     """
 
+    def __init__(
+        self,
+        net: GenericNeuralNet,
+        train: Examples,
+        *,
+        solver: Solver | Prepared = CG(),
+        damping: float = 0.0,
+        curvature: type[Curvature] = Hessian,
+        batch_size: int | None = None,
+    ):
+        self.inverse = Inverse(
+            net,
+            train,
+            solver=solver,
+            damping=damping,
+            curvature=curvature,
+            batch_size=batch_size,
+        )
+        self.net, self.train, self.batch_size = net, train, batch_size
+        self.operator = self.inverse.operator
+
+    @property
+    def prepared(self) -> Prepared:
+        """The solver prepared for this operator; factored once, on first use."""
+        return self.inverse.prepared
+
+    def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
+        """H^-1 grad loss for every test example: `x` is (d, m).
+
+        The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
+        solver's tolerance.
+
+        Args:
+          test: m examples.
+          measurement: another function of (y, output) than the loss, as in `scores`.
+
+        Raises: DivergenceError if a direction of negative or no curvature was met, so that no
+          inverse stands behind the numbers.
+        """
+        view, _ = self.inverse.measured(test, measurement)
+        return self.inverse.s_test(test, view)
+
     def scores(
         self, test: Examples, rows: ArrayLike | None = None, *, measurement: Any = None
     ) -> Scores:
@@ -91,10 +135,10 @@ class Influence(Response):
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
         """
-        rows = self._rows(rows)
-        view, name = self._measured(test, measurement)
-        solution = self._s_test(view, test)
-        changes = self._changes(solution.x, rows).T
+        rows = self.inverse.rows(rows)
+        view, name = self.inverse.measured(test, measurement)
+        solution = self.inverse.s_test(test, view)
+        changes = self.inverse.along(solution.x, self.train, rows).T
         return Scores(changes, rows, solution, measurement=name)
 
     def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
@@ -113,10 +157,10 @@ class Influence(Response):
         Returns: AdditionScores (m, k), in the unit of the test loss.
         Raises: as `scores`.
         """
-        view, name = self._measured(test, measurement)
+        view, name = self.inverse.measured(test, measurement)
         self.net.validate(new, "new")
-        solution = self._s_test(view, test)
-        return AdditionScores(-self._along(solution.x, new).T, solution, name)
+        solution = self.inverse.s_test(test, view)
+        return AdditionScores(-self.inverse.along(solution.x, new).T, solution, name)
 
     def group(
         self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None
@@ -144,7 +188,7 @@ class Influence(Response):
         Returns: GroupScores (m,), in the unit of the test loss.
         Raises: as `scores`; ValueError for another order, or for too many rows.
         """
-        return groups.group(self, test, rows, order, measurement)
+        return groups.group(self.inverse, test, rows, order, measurement)
 
     def relative(
         self,
@@ -172,7 +216,7 @@ class Influence(Response):
           or for each root of the loss's unit ("loss"); NaN for a row that changes nothing.
         Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
         """
-        return relative.relative(self, test, rows, kind, measurement)
+        return relative.relative(self.inverse, test, rows, kind, measurement)
 
     def write_scores(
         self,
@@ -211,28 +255,10 @@ class Influence(Response):
         """
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
-        rows = self._rows(None) if rows is None else check_increasing(rows, len(self.train))
-        view, name = self._measured(test, measurement)
-        solver = self._solver.solver if isinstance(self._solver, Prepared) else self._solver
-        inputs = {
-            "solver": repr(solver),
-            "curvature": type(self.operator).__name__,
-            "damping": self.operator.damping,
-            "measurement": name,
-        }
-        job = file.Job(
-            net=self.net,
-            measured=view,
-            train=self.train,
-            test=test,
-            rows=rows,
-            dtype=dtype,
-            solve=lambda B: self._solve(B, "the test gradients"),
-            together=self._together,
-            batch_size=self.batch_size,
-            inputs=inputs,
-            judged=solver.rtol is not None,
-        )
+        n = len(self.train)
+        rows = np.arange(n) if rows is None else check_increasing(rows, n)
+        view, name = self.inverse.measured(test, measurement)
+        job = file.Job(self.inverse, view, name, test, rows, dtype)
         return file.write(job, Path(path))
 
     def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
@@ -253,7 +279,7 @@ class Influence(Response):
           unit of the test loss for each unit of x.
         Raises: TypeError for integer inputs, which have no derivative; else as `scores`.
         """
-        chosen = self.train.take(self._rows(rows))
+        chosen = self.train.take(self.inverse.rows(rows))
         check_differentiable(chosen.x)
         S = self.s_test(test, measurement=measurement).x
         size = self.batch_size or self.net.rows_per_batch(chosen)
@@ -280,13 +306,50 @@ class Influence(Response):
 
         Returns: (k,), in the unit of the loss.
         """
-        rows = self._rows(rows)
-        if len(rows) >= _MANY_ROWS and self._prefers_closed_form:
+        rows = self.inverse.rows(rows)
+        if len(rows) >= _MANY_ROWS and self.inverse.prefers_closed_form:
             closed_form = self.net.self_influence(self.train, rows)
             if closed_form is not None:
                 return closed_form
-        blocks = [
-            np.einsum("di,di->i", G_loss, self._solve(G, "the rows' gradients").x)
-            for G_loss, G in self._row_gradients(rows)
-        ]
-        return np.concatenate(blocks) / len(self.train)
+        changes = np.empty(len(rows), self.net.dtype)
+        for at, G_loss, G in self.inverse.row_gradients(rows):
+            X = self.inverse.solve(G, "the rows' gradients").x
+            changes[at] = np.einsum("di,di->i", G_loss, X)
+        return changes / len(self.train)
+
+    def parameters(self, rows: ArrayLike) -> NDArray:
+        """Predicted change of theta were each training row left out, + H^-1 grad L(z_i) / n.
+
+        Args:
+          rows: (k,) training rows.
+
+        Returns: (k, d).
+        """
+        rows = self.inverse.rows(rows)
+        moves = np.empty((len(rows), self.net.num_parameters), self.net.dtype)
+        for at, _, G in self.inverse.row_gradients(rows):
+            moves[at] = self.inverse.solve(G, "the rows' gradients").x.T
+        moves /= len(self.train)
+        return moves
+
+    def error_bound(self, scores: Any) -> NDArray:
+        """How far each score can be from that of an exact solve: a certificate of the solver.
+
+        |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|): the residual that the
+        solver left, see `Solution.score_error_bound`. What the first order neglects is not in it.
+        After Direct it is an estimate for the columns whose residual is one.
+        Costs a pass over the rows with each one's gradient, a vector of length d, but no solve.
+
+        Args:
+          scores: what `Influence.scores` of this net returned, (m, k).
+
+        Returns: (m, k) in the scores' unit. NaN where no bound on H's eigenvalues is known: they
+          are known for the convex models, for GaussNewton under damping or a penalty on all
+          weights, and after Direct.
+        Raises: RuntimeError if theta has changed since this was made.
+        """
+        self.operator.check_theta()
+        bounds = np.empty(scores.shape)
+        for at, _, G in self.inverse.row_gradients(scores.rows):
+            bounds[:, at] = scores.solution.score_error_bound(G.T).T
+        return bounds / len(self.train)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import NamedArray
 from influence.examples.examples import Examples
-from influence.scores.inverse import Response
+from influence.scores.inverse import Inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,24 +35,23 @@ class RelativeScores(NamedArray):
 
 
 def relative(
-    response: Response, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
+    inverse: Inverse, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
     """See `Influence.relative`.
 
     A solve for each row gives its move and its scores at once, so that s_test is not needed.
     """
-    rows = response._rows(rows)
+    rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")
-    view, name = response._measured(test, measurement)
-    size = response._together
+    view, name = inverse.measured(test, measurement)
+    size = inverse.block_size
     V = np.concatenate([view.gradients(*batch) for batch in test.batches(size)])  # (m, d)
-    tables, squares = [], []
-    for _, G in response._row_gradients(rows):
-        X = response._solve(G, "the rows' gradients").x  # n D
-        tables.append(V @ X)
-        squares.append(np.einsum("di,di->i", X, X if kind == "theta" else G))
-    squared = np.concatenate(squares)
+    table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
+    for at, _, G in inverse.row_gradients(rows):
+        X = inverse.solve(G, "the rows' gradients").x  # n D
+        table[:, at] = V @ X
+        squared[at] = np.einsum("di,di->i", X, X if kind == "theta" else G)
     if (squared < 0).any():
         worst = int(np.argmin(squared))
         raise DivergenceError(
@@ -61,6 +60,5 @@ def relative(
             "damping, or GaussNewton."
         )
     length = np.sqrt(squared)
-    table = np.concatenate(tables, axis=1)
     ratios = np.divide(table, length, out=np.full_like(table, np.nan), where=length > 0)
-    return RelativeScores(ratios, rows, length / len(response.train), kind, name)
+    return RelativeScores(ratios, rows, length / len(inverse.train), kind, name)

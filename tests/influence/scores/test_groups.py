@@ -290,7 +290,9 @@ def penalty_hessian(net):
 def test_bad_groups_are_refused_before_any_work(rows, order, error, message, monkeypatch):
     p = ridge()
     influence = Influence(p.net, p.train)
-    monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(
+        "influence.scores.inverse.Inverse.solve", lambda *_: pytest.fail("the work had begun")
+    )
     with pytest.raises(error, match=message):
         influence.group(p.test, rows, order)
 
