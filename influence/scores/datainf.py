@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.memory import VECTORS, fitting
 from influence.common.named_array import Estimand
-from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet
-
-_BYTES_TOGETHER = 1 << 28  # what one block of per-example gradients may take
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,36 +70,40 @@ def datainf(
     Returns: DataInfScores (m, k), in the unit of the test loss.
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    net.validate(train, "train")
-    net.validate(test, "test")
+    checked(net, train, test)
     n = len(train)
-    rows = np.arange(n) if rows is None else check_rows(rows, n)
+    asked = None if rows is None else check_rows(rows, n)
+    rows = np.arange(n) if asked is None else asked
     check_batch_size(batch_size)
     layers = list(_layers(net))
     dampings = _dampings(damping, len(layers))
-    size = int(np.clip(_BYTES_TOGETHER // (net.num_parameters * net.dtype.itemsize), 1, n))
-    V = np.concatenate([net.gradients(*batch) for batch in test.batches(batch_size or size)])
-    taken = np.zeros_like(V)  # sum_i g_i (g_i . v) / (damping + |g_i|^2)
-    size = batch_size or size
-    for x, y in progress(train.batches(size), "row gradients", -(-n // size)):
-        G = net.gradients(x, y)
-        for part, own in zip(layers, dampings, strict=True):
-            g = G[:, part]
-            weights = V[:, part] @ g.T / (own + np.einsum("id,id->i", g, g))
-            taken[:, part] += weights @ g
-    S = V - taken / n
+    size = batch_size or fitting(VECTORS, net.num_parameters * net.dtype.itemsize, n)
+    V = test.each_row(PerRow("gradients"), net, batch_size=size)
+    question = partial(_shrunk, V=V, layers=layers, dampings=dampings)
+    S = V - train.sum_over(question, net, batch_size=size, what="row gradients") / n
     for part, own in zip(layers, dampings, strict=True):
         S[:, part] /= own
-    order = np.argsort(rows)
-    size = batch_size or net.rows_per_batch(train, len(S))
-    along = np.empty((len(rows), len(S)), net.dtype)
-    along[order] = np.concatenate(
-        [net.directional(x, y, S.T) for x, y in train.batches(size, rows[order])]
-    )
+    along = train.each_row(PerRow("directional", S.T), net, rows=asked, batch_size=batch_size)
     changes = (along + net.penalty_gradient() @ S.T).T / n
     return DataInfScores(changes, rows, tuple(map(float, dampings)))
+
+
+def _shrunk(
+    net: GenericNeuralNet,
+    theta: NDArray | None,
+    x: Any,
+    y: NDArray,
+    V: NDArray,
+    layers: list[slice],
+    dampings: NDArray,
+) -> NDArray:
+    """Sum over a batch of g_i (g_i . v) / (damping + |g_i|^2), layer by layer: (m, d)."""
+    G, total = net.at(theta).gradients(x, y), np.empty_like(V)
+    for part, own in zip(layers, dampings, strict=True):
+        g = G[:, part]
+        weights = V[:, part] @ g.T / (own + np.einsum("id,id->i", g, g))
+        total[:, part] = weights @ g
+    return total
 
 
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:

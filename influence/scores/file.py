@@ -12,7 +12,9 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from numpy.typing import NDArray
 
 from influence.common.checkpoint import check_writable
 from influence.common.convergence import warn_unconverged
+from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
 
 # Names of data sets and attributes in the file.
@@ -41,7 +45,7 @@ _CHUNK = (128, 1024)
 # Tests and rows of a block, which is counted once it is written: multiples of a chunk's.
 _TESTS, _ROWS = 2048, 1024
 # Bytes that s_test of a block's tests may take, in the net's dtype.
-_S_BYTES = 1 << 27
+_S_BYTES = VECTORS // 2
 # Tests and rows whose scores are computed again in the net's dtype.
 _SAMPLE = 64
 
@@ -78,8 +82,7 @@ class Job:
 
     def tests_in(self, budget: int, at_most: int) -> int:
         """How many tests' s_test fit into so many bytes, in the net's dtype."""
-        fits = budget // (self.net.num_parameters * self.net.dtype.itemsize)
-        return int(np.clip(fits, 1, at_most))
+        return fitting(budget, self.net.num_parameters * self.net.dtype.itemsize, at_most)
 
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers depend on, by names that an error can give."""
@@ -131,19 +134,25 @@ def write(job: Job, path: Path) -> Path:
 
 
 def _solve(job: Job, file: h5py.File) -> None:
-    m, size = len(job.test), job.inverse.block_size
+    m = len(job.test)
     done = int(file["tests_solved"][()])
     _warn_of_earlier(job, file, done)
     if done == m:
         return
-    batches = job.test.batches(size, np.arange(done, m))
-    for x, y in progress(batches, "solving for test examples", -(-(m - done) // size)):
-        solution = job.inverse.solve(job.view.gradients(x, y).T, "the test gradients")
-        part = slice(done, done + len(y))
+    gradients = job.test.map_over(
+        PerRow("gradients"),
+        job.view,
+        rows=np.arange(done, m),
+        batch_size=job.inverse.block_size,
+        what="solving for test examples",
+    )
+    for G in gradients:
+        solution = job.inverse.solve(G.T, "the test gradients")
+        part = slice(done, done + len(G))
         file[_S_TEST][part] = solution.x.T
         for name in _PER_TEST:
             file[name][part] = getattr(solution, name)
-        done += len(y)
+        done += len(G)
         _mark(file, "tests_solved", done)
 
 
@@ -162,25 +171,34 @@ def _multiply(job: Job, file: h5py.File) -> None:
     tests, columns = map(int, file.attrs["together"])
     across = -(-k // columns)
     blocks = range(int(file["blocks_done"][()]), -(-m // tests) * across)
-    # An iterator of its own for every block of tests: one pass over the training rows serves it.
-    source, S = iter(()), _Factors.of(job, file, slice(0, 0))
+    tables = iter(())
     for block in progress(blocks, "scores"):
         i, j = divmod(block, across)
         part = slice(i * tests, min((i + 1) * tests, m))
-        if block == blocks[0] or j == 0:
-            S = _Factors.of(job, file, part)
-            rows = job.rows[j * columns :]
-            whole = len(rows) == len(job.train)
-            source = job.train.batches(columns, None if whole else rows)
-        x, y = next(source)
-        begin = j * columns
-        file[_TABLE][part, begin : begin + len(y)] = S.scores(job, Examples._trusted(x, y))
+        if block == blocks[0] or j == 0:  # one pass over the training rows for each block of tests
+            tables = _tables(job, _Scores.of(job, file, part), job.rows[j * columns :], columns)
+        table = next(tables)
+        file[_TABLE][part, j * columns : j * columns + table.shape[1]] = table
         _mark(file, "blocks_done", block + 1)
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """s_test of some tests as the multiplication takes it.
+def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterator[NDArray]:
+    """Yield the scores (b, columns) of some tests for one block of rows after another."""
+    most = job.inverse.batch_size or job.net.rows_per_batch(
+        job.train, len(question.S), dtype=job.dtype
+    )
+    size = columns  # a power of 2, so that batches end where blocks do
+    while size > most:
+        size //= 2
+    asked = None if len(rows) == len(job.train) else rows
+    parts = job.train.map_over(question, job.net, rows=asked, batch_size=size)
+    while block := list(islice(parts, columns // size)):
+        yield np.concatenate(block).T
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """The scores of some tests, as a question about training rows.
 
     Attributes:
       S: (b, d) s_test / n in the dtype of the table.
@@ -191,7 +209,7 @@ class _Factors:
     constant: NDArray
 
     @staticmethod
-    def of(job: Job, file: h5py.File, part: slice) -> _Factors:
+    def of(job: Job, file: h5py.File, part: slice) -> _Scores:
         n, penalty = len(job.train), job.net.penalty_gradient()
         S = np.empty((part.stop - part.start, len(penalty)), job.dtype)
         constant = np.empty(len(S), job.dtype)
@@ -200,21 +218,11 @@ class _Factors:
             exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop]
             exact /= n
             S[rows], constant[rows] = exact, exact @ penalty
-        return _Factors(S, constant)
+        return _Scores(S, constant)
 
-    def scores(self, job: Job, examples: Examples) -> NDArray:
-        """(b, rows) of the table."""
-        size = job.inverse.batch_size or job.net.rows_per_batch(
-            examples, len(self.S), dtype=job.dtype
-        )
-        table = np.empty((len(self.S), len(examples)), job.dtype)
-        start = 0
-        for x, y in examples.batches(size):
-            out = table[:, start : start + len(y)]
-            out[:] = job.net.directional(x, y, self.S.T, dtype=job.dtype).T
-            out += self.constant[:, None]
-            start += len(y)
-        return table
+    def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Answer for one batch: (rows, b)."""
+        return net.at(theta).directional(x, y, self.S.T, dtype=self.S.dtype) + self.constant
 
 
 def _rounding_error(job: Job, file: h5py.File) -> float:

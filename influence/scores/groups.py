@@ -29,6 +29,7 @@ from influence.common.named_array import NamedArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
 from influence.solvers import Solution
 
@@ -100,12 +101,12 @@ def _second_order(
     own = Hessian(net, chosen, inverse.operator.damping, batch_size=size) @ D1
     pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # H D2
     per_batch = size or GenericNeuralNet.rows_per_batch(view, test)
-    curved = [view.curvatures(x, y, D1) for x, y in test.batches(per_batch)]
-    return S.T @ pull + np.concatenate(curved) / 2
+    curved = test.each_row(PerRow("curvatures", D1), view, batch_size=per_batch)
+    return S.T @ pull + curved / 2
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
     """(d,): T[v, v], by the tape, in batches that suit it also where the net has closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
-    mean = net.mean_over(train, size, lambda x, y: net.curvature_gradient(x, y, v))
-    return mean + net.penalty_curvature_gradient(v)
+    total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
+    return total / len(train) + net.penalty_curvature_gradient(v)

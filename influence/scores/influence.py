@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
-from influence.common.progress import progress
 from influence.curvature.operators import Curvature, Hessian
 from influence.examples.examples import Examples, check_differentiable, check_increasing
 from influence.net.net import GenericNeuralNet
@@ -282,9 +282,10 @@ class Influence:
         chosen = self.train.take(self.inverse.rows(rows))
         check_differentiable(chosen.x)
         S = self.s_test(test, measurement=measurement).x
-        size = self.batch_size or self.net.rows_per_batch(chosen)
-        batches = progress(chosen.batches(size), "input gradients", -(-len(chosen) // size))
-        found = [[self.net.input_gradient(x, y, s) for s in S.T] for x, y in batches]
+        question = partial(_input_gradients, S=S)
+        found = list(
+            chosen.map_over(question, self.net, batch_size=self.batch_size, what="input gradients")
+        )
 
         def joined(part):
             parts = [np.stack([part(gradient) for gradient in batch]) for batch in found]
@@ -353,3 +354,9 @@ class Influence:
         for at, _, G in self.inverse.row_gradients(scores.rows):
             bounds[:, at] = scores.solution.score_error_bound(G.T).T
         return bounds / len(self.train)
+
+
+def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> list:
+    """d/dx (grad loss . s) of a batch for every column s of S: a question."""
+    net = net.at(theta)
+    return [net.input_gradient(x, y, s) for s in S.T]

@@ -9,16 +9,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError, warn_unconverged
-from influence.common.progress import progress
+from influence.common.memory import VECTORS, fitting
 from influence.curvature.operators import Curvature, Hessian, check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, enough_damping, is_exact
 
-_MOST_TOGETHER = 512  # right-hand sides solved together, fewer where theta is long:
-_BYTES_TOGETHER = 1 << 28  # what such a block may take, with
-_COPIES = 5  # gradients, right-hand sides, solutions, their product with H and the residuals
+# Right-hand sides that are solved together; fewer where theta is long.
+_MOST_TOGETHER = 512
+# Vectors that a right-hand side takes: gradient, right-hand side, solution, its product with H and
+# the residual.
+_COPIES = 5
 
 
 class Inverse:
@@ -43,9 +46,7 @@ class Inverse:
         check_batch_size(batch_size)
         if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
             raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}.")
-        if not isinstance(net, GenericNeuralNet):
-            raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-        net.validate(train, "train")
+        checked(net, train)
         self.net, self.train, self.batch_size = net, train, batch_size
         self.operator = curvature(net, train, damping, batch_size=batch_size)
         if isinstance(solver, Prepared):
@@ -70,7 +71,7 @@ class Inverse:
     def block_size(self) -> int:
         """The number of right-hand sides that are solved together."""
         per_vector = _COPIES * self.net.num_parameters * self.net.dtype.itemsize
-        return int(np.clip(_BYTES_TOGETHER // per_vector, 1, _MOST_TOGETHER))
+        return fitting(VECTORS, per_vector, _MOST_TOGETHER)
 
     def rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
         """Check training row numbers, (k,); None means all n."""
@@ -132,10 +133,8 @@ class Inverse:
         """
         if view is None:
             view, _ = self.measured(test)
-        blocks = [
-            self.solve(view.gradients(*batch).T, "the test gradients")
-            for batch in test.batches(self.block_size)
-        ]
+        gradients = test.map_over(PerRow("gradients"), view, batch_size=self.block_size)
+        blocks = [self.solve(G.T, "the test gradients") for G in gradients]
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
     def along(self, S: NDArray, examples: Examples, rows: NDArray | None = None) -> NDArray:
@@ -150,12 +149,8 @@ class Inverse:
         """
         if rows is not None and np.array_equal(rows, np.arange(len(examples))):
             rows = None  # no copy of sparse rows
-        order = None if rows is None else np.argsort(rows)
-        size = self.batch_size or self.net.rows_per_batch(examples, S.shape[1])
-        batches = examples.batches(size, rows if rows is None else rows[order])
-        changes = np.concatenate([self.net.directional(x, y, S) for x, y in batches])
-        if order is not None:
-            changes = changes[np.argsort(order)]
+        question = PerRow("directional", S)
+        changes = examples.each_row(question, self.net, rows=rows, batch_size=self.batch_size)
         return (changes + self.net.penalty_gradient() @ S) / len(self.train)
 
     def row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
@@ -167,12 +162,18 @@ class Inverse:
         Yields: (at, grad loss, grad L): the block holds rows[at], its gradients are columns (d, b).
         """
         penalty = self.net.penalty_gradient()[:, None]
-        size, order, start = self.block_size, np.argsort(rows), 0
-        batches = self.train.batches(size, rows[order])
-        for x, y in progress(batches, "solving for training rows", -(-len(rows) // size)):
-            G = self.net.gradients(x, y).T
-            yield order[start : start + len(y)], G, G + penalty
-            start += len(y)
+        order, start = np.argsort(rows), 0
+        blocks = self.train.map_over(
+            PerRow("gradients"),
+            self.net,
+            rows=rows[order],
+            batch_size=self.block_size,
+            what="solving for training rows",
+        )
+        for block in blocks:
+            G = block.T
+            yield order[start : start + len(block)], G, G + penalty
+            start += len(block)
 
     @property
     def prefers_closed_form(self) -> bool:

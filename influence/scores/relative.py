@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import NamedArray
 from influence.examples.examples import Examples
+from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
 
 
@@ -45,8 +46,7 @@ def relative(
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")
     view, name = inverse.measured(test, measurement)
-    size = inverse.block_size
-    V = np.concatenate([view.gradients(*batch) for batch in test.batches(size)])  # (m, d)
+    V = test.each_row(PerRow("gradients"), view, batch_size=inverse.block_size)  # (m, d)
     table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
     for at, _, G in inverse.row_gradients(rows):
         X = inverse.solve(G, "the rows' gradients").x  # n D

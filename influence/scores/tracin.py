@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.memory import VECTORS, fitting
 from influence.common.named_array import NamedArray
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet
-
-_BYTES_TOGETHER = 1 << 28  # what one block of test gradients may take
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ def tracin(
     that was seen s times between checkpoints in batches of b had s / b times its term. The losses
     exclude the penalty, whose share would be the same for every row.
 
-    The net's theta is put back whatever happens. Its other state, such as the statistics of batch
-    normalisation, stays as it is and counts for every checkpoint.
+    The net stays at its theta. Its other state, such as the statistics of batch normalisation, is
+    used as it is for every checkpoint.
 
     Args:
       net: the model; its own theta is not used.
@@ -64,31 +64,21 @@ def tracin(
     Returns: TracInScores (m, k).
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    net.validate(train, "train")
-    net.validate(test, "test")
-    rows = np.arange(len(train)) if rows is None else check_rows(rows, len(train))
+    checked(net, train, test)
+    asked = None if rows is None else check_rows(rows, len(train))
+    rows = np.arange(len(train)) if asked is None else asked
     check_batch_size(batch_size)
     thetas, rates = _checkpoints(net, thetas, learning_rates)
-    order = np.argsort(rows)
-    width = _BYTES_TOGETHER // (net.num_parameters * net.dtype.itemsize)
-    width = int(np.clip(width, 1, len(test)))
+    width = fitting(VECTORS, net.num_parameters * net.dtype.itemsize, len(test))
     size = batch_size or net.rows_per_batch(train, width)
     table = np.zeros((len(test), len(rows)), net.dtype)
-    before = net.theta
-    try:
-        for theta, rate in progress(zip(thetas, rates, strict=True), "checkpoints", len(rates)):
-            net.theta = theta
-            for start in range(0, len(test), width):
-                part = slice(start, start + width)
-                some = test.take(part)
-                V = rate * net.gradients(some.x, some.y).T
-                batches = train.batches(size, rows[order])
-                along = [net.directional(x, y, V) for x, y in batches]
-                table[part, order] += np.concatenate(along).T
-    finally:
-        net.theta = before
+    for theta, rate in progress(zip(thetas, rates, strict=True), "checkpoints", len(rates)):
+        for start in range(0, len(test), width):
+            part = slice(start, start + width)
+            some = test.take(part)
+            V = rate * net.at(theta).gradients(some.x, some.y).T
+            question = PerRow("directional", V)
+            table[part] += train.each_row(question, net, theta, asked, batch_size=size).T
     return TracInScores(table, rows)
 
 
