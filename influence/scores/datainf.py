@@ -21,10 +21,10 @@ from influence.net.questions import PerRow
 
 @dataclass(frozen=True, eq=False)
 class DataInfScores(Estimand):
-    """DataInf's predicted changes, (m, k), of each test loss were each training row removed.
+    """DataInf's predicted changes, (m, k), of each test loss if each training row is removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss were each training row left out. Positive:
+      change_if_removed: (m, k) change of each test loss if each training row is left out. Positive:
         the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
       damping: one for each layer.
@@ -42,28 +42,28 @@ def datainf(
     damping: ArrayLike,
     batch_size: int | None = None,
 ) -> DataInfScores:
-    """Predicted change of each test loss were each training row left out, by DataInf.
+    """Predict the change of each test loss if each training row is left out, by DataInf.
 
-    H^-1 is replaced by the mean over the training rows of the inverses of one row's matrix, layer
-    by layer, g_i = grad loss_i in the layer's parameters (Kwon, Wu, Wu & Zou 2024, eq. 5):
+    DataInf replaces H^-1 by the mean, over the training rows, of the inverses of one row's matrix,
+    layer by layer, g_i = grad loss_i in the layer's parameters (Kwon, Wu, Wu & Zou 2024, eq. 5):
 
         s = (1/n) sum_i (g_i g_i' + damping I)^-1 v
           = (v - (1/n) sum_i g_i (g_i . v) / (damping + |g_i|^2)) / damping,      v = grad test loss
 
-    and the score is s . grad L(z_i) / n, -1/n times theirs. Positive: the test loss rises without
-    the row, so the row helped. Exact for one training row. The mean of inverses is no inverse of
-    the mean: as the damping falls below the |g_i|^2 the scores grow like 1 / damping, far beyond
-    any actual change, and only their order may mean something. The penalty is in grad L, not in the
-    matrices.
+    The score is s . grad L(z_i) / n, -1/n times theirs. Positive: the test loss rises without the
+    row, so the row helped. It is exact for one training row. The mean of inverses is not the
+    inverse of the mean: if the damping falls below the |g_i|^2, the scores grow like 1 / damping,
+    far beyond any actual change. Then at most their order is meaningful. The penalty is in grad L,
+    not in the matrices.
 
-    Costs a pass with every row's gradient, block by block, and no solve.
+    It costs a pass with every row's gradient, block by block, and no solve.
 
     Args:
       net: the model, at its theta.
       train: the training set, n rows.
       test: m examples, each a measurement of its own.
       rows: (k,) training rows; all n if omitted.
-      damping: positive, absolute: one for all layers, or one for each of them. The authors take a
+      damping: positive, absolute: one for all layers, or one for each layer. The authors use a
         tenth of the mean of |g_i|^2 over rows and the layer's parameters.
       batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
 
@@ -97,7 +97,7 @@ def _shrunk(
     layers: list[slice],
     dampings: NDArray,
 ) -> NDArray:
-    """Sum over a batch of g_i (g_i . v) / (damping + |g_i|^2), layer by layer: (m, d)."""
+    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch, layer by layer: (m, d)."""
     G, total = net.at(theta).gradients(x, y), np.empty_like(V)
     for part, own in zip(layers, dampings, strict=True):
         g = G[:, part]
@@ -107,7 +107,7 @@ def _shrunk(
 
 
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:
-    """The part of theta that each layer is: weights whose paths differ in the last name alone."""
+    """Yield each layer's part of theta: weights whose paths differ only in the last name."""
     start = 0
     sizes = zip(net.flat.weights, net.flat.sizes, strict=True)
     for _, weights in groupby(sizes, key=lambda pair: pair[0].path.rpartition("/")[0]):

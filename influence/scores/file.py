@@ -1,8 +1,8 @@
 """An HDF5 file of scores that are too many for memory: solved, multiplied, written in blocks.
 
-All room in the file is allocated when it is made, so that later writes change numbers only and none
-of HDF5's bookkeeping. A counter of finished blocks is written after its block has reached the disk:
-whatever the moment of a kill -9, every block that is counted is whole.
+The file is allocated as a whole when it is made, so that later writes change only numbers and not
+HDF5's own tables. The counter of finished blocks is written after the block has reached the disk.
+So every block that is counted is complete, whenever a kill -9 comes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _COMPUTED = (_LOSSES, _TRAINING, _PENALTY)
 _PROBE_ROWS, _PROBE_RTOL = 8, 1e-3
 # Tests and rows of a chunk: 512 KiB in float32, so that a row and a column are both quick to read.
 _CHUNK = (128, 1024)
-# Tests and rows of a block, which is counted once it is written: multiples of a chunk's.
+# Tests and rows of a block, the unit that is counted once it is written: multiples of a chunk's.
 _TESTS, _ROWS = 2048, 1024
 # Bytes that s_test of a block's tests may take, in the net's dtype.
 _S_BYTES = VECTORS // 2
@@ -81,12 +81,12 @@ class Job:
         return self.inverse.train
 
     def tests_in(self, budget: int, at_most: int) -> int:
-        """How many tests' s_test fit into so many bytes, in the net's dtype."""
+        """Return how many tests' s_test fit into so many bytes, in the net's dtype."""
         return fitting(budget, self.net.num_parameters * self.net.dtype.itemsize, at_most)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that the numbers depend on, by names that an error can give."""
-        net, solver, operator = self.net, self.inverse.solver, self.inverse.operator
+        """Name everything that the numbers depend on; an error gives these names."""
+        net, operator = self.net, self.inverse.operator
         few, first = (part.take(slice(0, _PROBE_ROWS)) for part in (self.test, self.train))
         weights = hashlib.sha256()
         for array in [net.theta, *net.model.get_weights()]:
@@ -101,7 +101,7 @@ class Job:
             "test": self.test.fingerprint,
             "rows": hashlib.sha256(self.rows.tobytes()).hexdigest(),
             "dtype": self.dtype,
-            "solver": repr(solver),
+            "solver": repr(self.inverse.solver),
             "curvature": type(operator).__name__,
             "damping": operator.damping,
             "measurement": self.measurement,
@@ -109,7 +109,7 @@ class Job:
 
 
 def write(job: Job, path: Path) -> Path:
-    """Write the file of `Influence.write_scores`, or what an interrupted call left to do."""
+    """Write the file of `Influence.write_scores`, or the rest of it after an interruption."""
     identity = job.identity()
     if path.exists():
         _check_same(path, identity)
@@ -134,19 +134,13 @@ def write(job: Job, path: Path) -> Path:
 
 
 def _solve(job: Job, file: h5py.File) -> None:
-    m = len(job.test)
     done = int(file["tests_solved"][()])
     _warn_of_earlier(job, file, done)
-    if done == m:
+    left, ask = np.arange(done, len(job.test)), PerRow("gradients")
+    if not len(left):
         return
-    gradients = job.test.map_over(
-        PerRow("gradients"),
-        job.view,
-        rows=np.arange(done, m),
-        batch_size=job.inverse.block_size,
-        what="solving for test examples",
-    )
-    for G in gradients:
+    size, what = job.inverse.block_size, "solving for test examples"
+    for G in job.test.map_over(ask, job.view, None, left, batch_size=size, what=what):
         solution = job.inverse.solve(G.T, "the test gradients")
         part = slice(done, done + len(G))
         file[_S_TEST][part] = solution.x.T
@@ -184,11 +178,9 @@ def _multiply(job: Job, file: h5py.File) -> None:
 
 def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterator[NDArray]:
     """Yield the scores (b, columns) of some tests for one block of rows after another."""
-    most = job.inverse.batch_size or job.net.rows_per_batch(
-        job.train, len(question.S), dtype=job.dtype
-    )
-    size = columns  # a power of 2, so that batches end where blocks do
-    while size > most:
+    chosen = job.net.rows_per_batch(job.train, len(question.S), dtype=job.dtype)
+    size = columns  # a power of 2: its halves divide a block into whole batches
+    while size > (job.inverse.batch_size or chosen):
         size //= 2
     asked = None if len(rows) == len(job.train) else rows
     parts = job.train.map_over(question, job.net, rows=asked, batch_size=size)
@@ -198,7 +190,7 @@ def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterato
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """The scores of some tests, as a question about training rows.
+    """A question about training rows: their scores for some tests.
 
     Attributes:
       S: (b, d) s_test / n in the dtype of the table.
@@ -213,7 +205,7 @@ class _Scores:
         n, penalty = len(job.train), job.net.penalty_gradient()
         S = np.empty((part.stop - part.start, len(penalty)), job.dtype)
         constant = np.empty(len(S), job.dtype)
-        for start in range(0, len(S), _CHUNK[0]):  # never both dtypes whole
+        for start in range(0, len(S), _CHUNK[0]):  # no second copy of all of S
             rows = slice(start, min(start + _CHUNK[0], len(S)))
             exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop]
             exact /= n
@@ -232,7 +224,7 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
         return np.unique(np.linspace(0, size - 1, most).astype(int))
 
     m, k = file[_TABLE].shape
-    # Half a block's tests at most: s_test is not rounded here.
+    # Half as many tests as in a block at most, as s_test is not rounded here.
     tests, columns = spread(m, job.tests_in(_S_BYTES // 2, _SAMPLE)), spread(k, _SAMPLE)
     some = job.train.take(job.rows[columns])
     S = file[_S_TEST][tests].T
@@ -247,13 +239,13 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
 
 
 def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
-    """Make the file with room for everything; it has its name only when it is whole.
+    """Make the file, with room for everything; it gets its name when it is complete.
 
     Raises: ValueError where the disk is too small or cannot be written to.
     """
     m, k, d, s_dtype = len(job.test), len(job.rows), job.net.num_parameters, job.net.dtype
     check_writable(path.parent, "path's parent")
-    # Always the same name, so that the next call overwrites what a kill -9 in here left behind.
+    # The name is always the same, so that the next call overwrites it after a kill -9 in here.
     unfinished = path.with_name(path.name + ".new")
     unfinished.unlink(missing_ok=True)
     needed = m * (k * np.dtype(job.dtype).itemsize + d * s_dtype.itemsize)
@@ -302,7 +294,7 @@ def _describe(file: h5py.File, n: int) -> None:
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple, dtype: Any) -> None:
-    """Make a data set whose every chunk has its place in the file from the beginning."""
+    """Make a data set whose chunks all have their places in the file from the beginning."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk(tuple(map(min, _CHUNK, shape)))
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -313,13 +305,13 @@ def _allocate(file: h5py.File, name: str, shape: tuple, dtype: Any) -> None:
 
 def _mark(file: h5py.File, counter: str, value: int) -> None:
     """Count what has been written, once it is on the disk."""
-    _to_disk(file)  # what is counted, before the count
+    _to_disk(file)  # the block first, then the count
     file[counter][()] = value
     file.flush()
 
 
 def _to_disk(file: h5py.File) -> None:
-    """Hand everything written to the disk, and wait for it."""
+    """Write everything to the disk, and wait until it is there."""
     file.flush()
     os.fsync(file.id.get_vfd_handle())
 

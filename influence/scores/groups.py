@@ -1,20 +1,21 @@
 """Groups of rows removed together, to first and to second order.
 
-Without the k rows of U the risk is R_-U = (n R - sum_U L_i) / (n - k), whose minimum is that of
-R + w (k R - sum_U L_i) at the weight w = 1 / (n - k). With H, T the second and third derivatives of
-R, H_U the mean Hessian of the L_i, i in U, g = sum_U grad L_i and the penalty inside every L_i, the
-minimum moves by
+Without the k rows of U the risk is R_-U = (n R - sum_U L_i) / (n - k). Its minimum is that of
+R + w (k R - sum_U L_i) at the weight w = 1 / (n - k). Let H and T be the second and third
+derivatives of R, H_U the mean Hessian of the L_i, i in U, and g = sum_U grad L_i; the penalty is
+inside every L_i. Then the minimum moves by
 
     D1 = w H^-1 g                                                                   first order in w
     D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2                            second order
 
-and a measurement m by grad m . D2 + D1' (d2 m) D1 / 2. Nothing of second order is left out. Basu,
-You & Feizi (2020) have D2 without T, and m's gradient alone: one Newton step, expanded. For
-logistic regression what they leave out is as large as what they have, and without it order 2 can be
-further from the refit than order 1 is. For a quadratic risk and a linear measurement the two agree.
+and a measurement m by grad m . D2 + D1' (d2 m) D1 / 2. These are all terms of second order. Basu,
+You & Feizi (2020) use D2 without T, and only the gradient of m: one Newton step, expanded. For
+logistic regression the terms that they leave out are as large as those that they include; without
+them, order 2 can be further from the refit than order 1. For a quadratic risk and a linear
+measurement the two agree.
 
-An expansion bounds nothing, and this one has no meaning for half of the rows or more: where U has
-no curvature, the second term is - k / (n - k) times the first.
+An expansion is no bound. This one has no meaning for half of the rows or more: if U has no
+curvature, the second term is - k / (n - k) times the first.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from influence.solvers import Solution
 
 @dataclass(frozen=True, eq=False)
 class GroupScores(NamedArray):
-    """Predicted changes, (m,), of each test loss were all rows of a group removed together.
+    """Predicted changes, (m,), of each test loss if all rows of a group are removed together.
 
     Attributes:
       change_if_removed_together: (m,). Positive: the loss rises without the rows, so together they
         helped.
       rows: (k,) the training rows of the group.
       order: 1 or 2.
-      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
-      measurement: "loss", or the name of the measurement that takes its place.
+      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     change_if_removed_together: NDArray
@@ -57,7 +58,7 @@ class GroupScores(NamedArray):
 def group(
     inverse: Inverse, test: Examples, rows: ArrayLike, order: int, measurement: Any
 ) -> GroupScores:
-    """See `Influence.group`; the formula is above."""
+    """Answer `Influence.group` by the formula above."""
     n = len(inverse.train)
     rows = check_rows(rows, n)
     if order not in (1, 2):
@@ -93,7 +94,7 @@ def _second_order(
     gradient: NDArray,
     S: NDArray,
 ) -> NDArray:
-    """(m,) from H^-1 grad m in the columns of S, so that D1 is all that is left to solve for."""
+    """Compute the change (m,) to second order; with H^-1 grad m in S, only D1 needs a solve."""
     net, train, size = inverse.net, inverse.train, inverse.batch_size
     n, k = len(train), len(chosen)
     first = gradient / (n - k)  # H D1
@@ -106,7 +107,7 @@ def _second_order(
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
-    """(d,): T[v, v], by the tape, in batches that suit it also where the net has closed forms."""
+    """Compute T[v, v], (d,), by the tape; its batches fit the tape, not the net's closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
     total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
     return total / len(train) + net.penalty_curvature_gradient(v)

@@ -1,4 +1,4 @@
-"""Influence: what the risk's curvature predicts for the removal of training rows."""
+"""Influence: the changes that the risk's curvature predicts if training rows are removed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from influence.scores.inverse import Inverse
 from influence.scores.relative import RelativeScores
 from influence.solvers import CG, Prepared, Solution, Solver
 
-_MANY_ROWS = 64  # from here one factorisation for all rows beats a solve for each
+# From this many rows on, one factorisation for all rows is faster than a solve for each row.
+_MANY_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Estimand):
-    """Predicted changes, (m, k), of each test loss were each training row removed.
+    """Predicted changes, (m, k), of each test loss if each training row is removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss (nats for log losses) were each training
-        row left out. Positive: the loss rises without the row, so the row helped.
+      change_if_removed: (m, k) change of each test loss (nats for log losses) if each training row
+        is left out. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
-      measurement: "loss", or the name of the measurement that takes its place.
+      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     solution: Solution
@@ -41,13 +42,13 @@ class Scores(Estimand):
 
 @dataclass(frozen=True, eq=False)
 class AdditionScores(NamedArray):
-    """Predicted changes, (m, k), of each test loss were each new row added to the training set.
+    """Predicted changes, (m, k), of each test loss if each new row is added to the training set.
 
     Attributes:
       change_if_added: (m, k). Positive: the loss rises with the row, so the row would hurt; the
         opposite of `change_if_removed`.
-      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
-      measurement: "loss", or the name of the measurement that takes its place.
+      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     change_if_added: NDArray
@@ -66,11 +67,14 @@ class Influence:
     Args:
       net: the model, at its theta.
       train: the training set.
-      solver: how H^-1 is applied; the default CG() stops at a relative residual of 1e-6. What
-        `prepare` returned serves as well, and is then not prepared again.
+      solver: how H^-1 is applied; the default CG() stops at a relative residual of 1e-6. A solver
+        that `prepare` returned is used as it is.
       damping: absolute, part of the operator, the same for every solver.
       curvature: `Hessian` or `GaussNewton`.
       batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+
+    Attributes:
+      inverse: the `Inverse` that solves with H; net, train, batch_size and operator are its own.
 
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
     """
@@ -86,12 +90,7 @@ class Influence:
         batch_size: int | None = None,
     ):
         self.inverse = Inverse(
-            net,
-            train,
-            solver=solver,
-            damping=damping,
-            curvature=curvature,
-            batch_size=batch_size,
+            net, train, solver=solver, damping=damping, curvature=curvature, batch_size=batch_size
         )
         self.net, self.train, self.batch_size = net, train, batch_size
         self.operator = self.inverse.operator
@@ -102,17 +101,17 @@ class Influence:
         return self.inverse.prepared
 
     def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
-        """H^-1 grad loss for every test example: `x` is (d, m).
+        """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
         The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
         solver's tolerance.
 
         Args:
           test: m examples.
-          measurement: another function of (y, output) than the loss, as in `scores`.
+          measurement: a function of (y, output) in place of the loss, as in `scores`.
 
-        Raises: DivergenceError if a direction of negative or no curvature was met, so that no
-          inverse stands behind the numbers.
+        Raises: DivergenceError if the solver met a direction of negative or zero curvature, where
+          its answer is no inverse.
         """
         view, _ = self.inverse.measured(test, measurement)
         return self.inverse.s_test(test, view)
@@ -120,7 +119,7 @@ class Influence:
     def scores(
         self, test: Examples, rows: ArrayLike | None = None, *, measurement: Any = None
     ) -> Scores:
-        """Predicted change of each test loss were each training row left out.
+        """Predict the change of each test loss if each training row is left out.
 
         s_test . grad L(z_i) / n, first order, -1/n times I_up,loss (Koh & Liang 2017, eq. 2).
         Positive: the test loss rises without the row, so the row helped.
@@ -128,8 +127,8 @@ class Influence:
         Args:
           test: m examples, each a measurement of its own; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
-          measurement: what to predict the change of instead of the loss: a function of (y, output)
-            -> (n,) made of TensorFlow operations, such as those of `influence.measurements`.
+          measurement: a function of (y, output) -> (n,), whose change is predicted instead of the
+            loss's. It consists of TensorFlow operations, as those of `influence.measurements` do.
             Positive: the measurement rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
@@ -142,12 +141,12 @@ class Influence:
         return Scores(changes, rows, solution, measurement=name)
 
     def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
-        """Predicted change of each test loss were each new row added to the training set, alone.
+        """Predict the change of each test loss if each new row is added, one at a time.
 
         The mean over n + 1 rows plus the same penalty has its minimum, to first order, at
         theta - H^-1 grad L(z) / n, so the change is - s_test . grad L(z) / n: I_up,loss (Koh &
         Liang 2017, eq. 2) at a weight of + 1/n. Positive: the test loss rises with the row, so the
-        row would hurt; removal has the other sign.
+        row would hurt; removal has the opposite sign.
 
         Args:
           test: m examples, each a measurement of its own.
@@ -165,24 +164,24 @@ class Influence:
     def group(
         self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None
     ) -> GroupScores:
-        """Predicted change of each test loss were all the rows removed together.
+        """Predict the change of each test loss if all the rows are removed together.
 
         Order 1: the sum of their scores, grad f . H^-1 g / n with g = sum_U grad L(z_i) over the k
-        rows U (Koh et al. 2019), which mostly falls short of the actual change. Order 2: the whole
+        rows U (Koh et al. 2019). It usually underestimates the actual change. Order 2: the whole
         expansion to second order in the group's weight,
 
             D1 = H^-1 g / (n - k)
             D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
             change = grad f . D2 + D1' (d2 f) D1 / 2
 
-        H_U being the mean Hessian of L(z_i) over U, and T the risk's third derivative. Basu, You &
-        Feizi (2020) leave out T and d2 f. It takes one more solve and one more pass over the
+        H_U is the mean Hessian of L(z_i) over U, and T the risk's third derivative. Basu, You &
+        Feizi (2020) leave out T and d2 f. Order 2 takes one more solve and one more pass over the
         training set. Positive: the test loss rises without the rows, so together they helped.
 
         Args:
           test: m examples, each a measurement of its own.
-          rows: (k,) training rows; fewer than half of them for order 2.
-          order: 1 or 2; 2 with `Hessian` as curvature.
+          rows: (k,) training rows; for order 2, fewer than half of all n.
+          order: 1 or 2; 2 needs `Hessian` as curvature.
           measurement: as in `scores`.
 
         Returns: GroupScores (m,), in the unit of the test loss.
@@ -198,22 +197,22 @@ class Influence:
         *,
         measurement: Any = None,
     ) -> RelativeScores:
-        """Predicted change of each test loss for each unit by which removing the row moves theta.
+        """Predict the change of each test loss per unit by which removing the row moves theta.
 
         score / size, RelatIF (Barshan, Brunet & Dziugaite 2020), with D = H^-1 grad L(z_i) / n the
-        predicted change of theta and size = |D| for "theta", sqrt(D' H D) for "loss". Rows that
-        change everything, such as outliers, come out no larger than others; 1/n cancels. Positive:
-        the test loss rises without the row, so the row helped.
+        predicted change of theta and size = |D| for "theta", sqrt(D' H D) for "loss". A row that
+        changes all losses, such as an outlier, gets no larger value than others; 1/n cancels.
+        Positive: the test loss rises without the row, so the row helped.
 
         Args:
           test: m examples, each a measurement of its own.
           rows: (k,) training rows, a solve for each; all n if omitted.
-          kind: "theta", or "loss": where H is the Fisher information, its size is the root mean
-            square of the change of a loss over the data.
+          kind: "theta" or "loss". If H is the Fisher information, the size of "loss" is the root
+            mean square, over the data, of the change of a row's loss.
           measurement: as in `scores`.
 
-        Returns: RelativeScores (m, k): the unit of the test loss for each unit of theta ("theta")
-          or for each root of the loss's unit ("loss"); NaN for a row that changes nothing.
+        Returns: RelativeScores (m, k): the unit of the test loss per unit of theta ("theta") or
+          per square root of the loss's unit ("loss"); NaN for a row that changes nothing.
         Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
         """
         return relative.relative(self.inverse, test, rows, kind, measurement)
@@ -230,20 +229,20 @@ class Influence:
         """Write `scores` that are too many for memory to an HDF5 file, block by block.
 
         The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n with the sign of
-        `scores`: positive, the test loss rises without the row, so the row helped. Beside it:
-        `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
-        `converged` and `min_curvature` (m,), and `rounding_error`, the largest error of a sample of
-        scores relative to the largest of them: about 1e-6 at most in float32. All else is in
+        `scores`: positive, the test loss rises without the row, so the row helped. Other data sets
+        are `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
+        `converged` and `min_curvature` (m,), and `rounding_error`: the largest error in a sample of
+        scores relative to the largest of them, about 1e-6 at most in float32. Everything else is in
         attributes.
 
-        A call that was interrupted, by kill -9 too, goes on where it was, from `path` with
-        ".partial" behind it, and ends with the same file; no finished system is solved again. In
-        memory are at most 0.3 GB, or five vectors of theta's length if those are more, beside what
-        the net's batches and the solver take (`Direct`: three d x d matrices; up to five while
+        After an interruption, kill -9 included, the next call continues from `path` with
+        ".partial" appended and ends with the same file; it solves no finished system again. It
+        takes at most 0.3 GB of memory, or five vectors of theta's length if those are more, besides
+        the net's batches and the solver (`Direct`: three d x d matrices; up to five while
         TensorFlow forms the Hessian of a chain of layers).
 
         Args:
-          path: the file, whole as soon as it has this name.
+          path: the file. It is complete as soon as it has this name.
           test: m examples, each a measurement of its own.
           rows: (k,) increasing training rows; all n if omitted.
           measurement: as in `scores`.
@@ -262,13 +261,13 @@ class Influence:
         return file.write(job, Path(path))
 
     def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
-        """Predicted derivative of each test loss by the input of each training row.
+        """Predict the derivative of each test loss with respect to each training row's input.
 
         As x_i moves, the minimum of the risk moves along -H^-1 (d/dx_i grad loss_i) / n, so the
-        derivative is -(d/dx_i grad loss_i . s_test) / n: that of the test loss after retraining,
-        not an approximation to it, where theta is the minimum and nothing is damped. Positive: the
-        test loss rises as that entry of the row's input rises. This is 1/n times I_pert,loss
-        (Koh & Liang 2017, section 2.2); the 2017 release's own numbers are -n times these.
+        derivative is -(d/dx_i grad loss_i . s_test) / n. It is exactly that of the test loss after
+        retraining if theta is the minimum and the damping is zero. Positive: the test loss rises
+        as that entry of the row's input rises. This is 1/n times I_pert,loss (Koh & Liang 2017,
+        section 2.2); the 2017 release's own numbers are -n times these.
 
         Args:
           test: m examples, each a measurement of its own.
@@ -276,8 +275,8 @@ class Influence:
           measurement: as in `scores`.
 
         Returns: (m, k, *shape of one row's x), or a dict of such arrays for several inputs, in the
-          unit of the test loss for each unit of x.
-        Raises: TypeError for integer inputs, which have no derivative; else as `scores`.
+          unit of the test loss per unit of x.
+        Raises: TypeError for integer inputs, which have no derivative; otherwise as `scores`.
         """
         chosen = self.train.take(self.inverse.rows(rows))
         check_differentiable(chosen.x)
@@ -296,11 +295,11 @@ class Influence:
         return joined(lambda gradient: gradient)
 
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
-        """Predicted change of each training row's own loss were that row left out.
+        """Predict the change of each training row's own loss if that row is left out.
 
-        grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row; the largest belong to rows
-        that only their own presence explains, such as wrong labels. Where the net knows a closed
-        form that is faster than CG or Direct, many rows are answered by it.
+        grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row. The largest values belong
+        to rows that the other rows do not explain, such as wrong labels. For many rows the net's
+        closed form is used, if it has one that is faster than CG or Direct.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -319,7 +318,7 @@ class Influence:
         return changes / len(self.train)
 
     def parameters(self, rows: ArrayLike) -> NDArray:
-        """Predicted change of theta were each training row left out, + H^-1 grad L(z_i) / n.
+        """Predict the change of theta if each training row is left out, + H^-1 grad L(z_i) / n.
 
         Args:
           rows: (k,) training rows.
@@ -334,19 +333,19 @@ class Influence:
         return moves
 
     def error_bound(self, scores: Any) -> NDArray:
-        """How far each score can be from that of an exact solve: a certificate of the solver.
+        """Bound each score's distance from that of an exact solve: a certificate of the solver.
 
-        |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|): the residual that the
-        solver left, see `Solution.score_error_bound`. What the first order neglects is not in it.
-        After Direct it is an estimate for the columns whose residual is one.
-        Costs a pass over the rows with each one's gradient, a vector of length d, but no solve.
+        |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|), from the residual that
+        the solver left, see `Solution.score_error_bound`. It excludes the error of the first-order
+        approximation. After Direct it is an estimate in the columns whose residual is an estimate.
+        It costs a pass over the rows with each row's gradient, a vector of length d, but no solve.
 
         Args:
-          scores: what `Influence.scores` of this net returned, (m, k).
+          scores: Scores (m, k) that `scores` returned.
 
-        Returns: (m, k) in the scores' unit. NaN where no bound on H's eigenvalues is known: they
-          are known for the convex models, for GaussNewton under damping or a penalty on all
-          weights, and after Direct.
+        Returns: (m, k) in the scores' unit. NaN if no bound on H's eigenvalues is known. One is
+          known for the convex models, for GaussNewton with damping or a penalty on all weights,
+          and after Direct.
         Raises: RuntimeError if theta has changed since this was made.
         """
         self.operator.check_theta()
@@ -357,6 +356,5 @@ class Influence:
 
 
 def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> list:
-    """d/dx (grad loss . s) of a batch for every column s of S: a question."""
-    net = net.at(theta)
-    return [net.input_gradient(x, y, s) for s in S.T]
+    """Compute d/dx (grad loss . s) of a batch for every column s of S."""
+    return [net.at(theta).input_gradient(x, y, s) for s in S.T]

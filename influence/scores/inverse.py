@@ -17,20 +17,18 @@ from influence.net.questions import PerRow
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, enough_damping, is_exact
 
-# Right-hand sides that are solved together; fewer where theta is long.
+# The largest number of right-hand sides that are solved together; a long theta allows fewer.
 _MOST_TOGETHER = 512
-# Vectors that a right-hand side takes: gradient, right-hand side, solution, its product with H and
-# the residual.
+# Vectors in memory for each of them: gradient, right-hand side, solution, its product with H and
+# residual.
 _COPIES = 5
 
 
 class Inverse:
-    """H^-1 of one net and one training set, applied to gradients.
+    """H^-1 of one net and one training set, applied to gradients; its arguments are `Influence`'s.
 
     Removing row i moves theta by + H^-1 grad L(z_i) / n to first order (Koh & Liang 2017, section
-    2.1). Every score follows from solves with H, and all of them are made here.
-
-    The arguments are those of `Influence`.
+    2.1). Every score follows from solves with H. All of them are made here.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class Inverse:
         self.net, self.train, self.batch_size = net, train, batch_size
         self.operator = curvature(net, train, damping, batch_size=batch_size)
         if isinstance(solver, Prepared):
-            prepare(self.operator, solver)  # is it for this matrix?
+            prepare(self.operator, solver)  # raises if it is for another matrix
         elif not hasattr(solver, "prepare") or isinstance(solver, type):
             raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
         self._solver = solver
@@ -90,13 +88,13 @@ class Inverse:
         return view, view.loss.name
 
     def solve(self, B: NDArray, what: str) -> Solution:
-        """Solve for a block of right-hand sides (d, m), and warn where the answer is doubtful.
+        """Solve for a block of right-hand sides, and warn if the answer is doubtful.
 
         Args:
-          B: (d, m).
-          what: the name of the right-hand sides in messages.
+          B: (d, m) right-hand sides.
+          what: their name in messages.
 
-        Raises: DivergenceError if a direction of negative or no curvature stopped the solver.
+        Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
         solution = self.prepared(B)
         name, rtol = type(self.solver).__name__, self.solver.rtol
@@ -126,8 +124,8 @@ class Inverse:
 
         Args:
           test: m examples.
-          view: the net whose losses are measured, from `measured`, which has checked `test`. None:
-            the net itself, and `test` is checked here.
+          view: the net whose losses are measured, as `measured` returned it for `test`. None: the
+            net itself, and `test` is checked here.
 
         Raises: as `solve` and `measured`.
         """
@@ -138,7 +136,7 @@ class Inverse:
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
     def along(self, S: NDArray, examples: Examples, rows: NDArray | None = None) -> NDArray:
-        """Compute S . grad L(z_i) / n for rows of a set, the training set or another.
+        """Compute S . grad L(z_i) / n for rows of the training set or of another set.
 
         Args:
           S: (d, m) vectors.
@@ -148,7 +146,7 @@ class Inverse:
         Returns: (k, m).
         """
         if rows is not None and np.array_equal(rows, np.arange(len(examples))):
-            rows = None  # no copy of sparse rows
+            rows = None  # then sparse rows are not copied
         question = PerRow("directional", S)
         changes = examples.each_row(question, self.net, rows=rows, batch_size=self.batch_size)
         return (changes + self.net.penalty_gradient() @ S) / len(self.train)
@@ -163,23 +161,17 @@ class Inverse:
         """
         penalty = self.net.penalty_gradient()[:, None]
         order, start = np.argsort(rows), 0
-        blocks = self.train.map_over(
-            PerRow("gradients"),
-            self.net,
-            rows=rows[order],
-            batch_size=self.block_size,
-            what="solving for training rows",
-        )
-        for block in blocks:
+        how: dict[str, Any] = {"batch_size": self.block_size, "what": "solving for training rows"}
+        for block in self.train.map_over(PerRow("gradients"), self.net, None, rows[order], **how):
             G = block.T
             yield order[start : start + len(block)], G, G + penalty
             start += len(block)
 
     @property
     def prefers_closed_form(self) -> bool:
-        """True if the solver is a slower way to the exact inverse of the risk's own Hessian."""
+        """True if the solver computes the exact inverse of the risk's own Hessian, but slowly."""
         operator = self._solver.A if isinstance(self._solver, Prepared) else self.operator
-        # Up to d = n Direct does much the same work.
+        # Up to d = n, Direct takes about as long as a closed form.
         slow_direct = is_exact(self.solver) and self.net.num_parameters > len(self.train)
         return (
             (slow_direct or isinstance(self.solver, CG))

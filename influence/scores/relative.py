@@ -1,4 +1,4 @@
-"""Scores relative to how far a row moves theta: RelatIF (Barshan, Brunet & Dziugaite 2020)."""
+"""Scores relative to the distance that a row moves theta: RelatIF (Barshan et al. 2020)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from influence.scores.inverse import Inverse
 
 @dataclass(frozen=True, eq=False)
 class RelativeScores(NamedArray):
-    """Predicted changes, (m, k), of each test loss for each unit of the move of theta.
+    """Predicted changes, (m, k), of each test loss per unit of the move of theta.
 
     Attributes:
       relative_change_if_removed: (m, k) predicted change of the test loss divided by `size`; NaN
         for a row that moves nothing. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      size: (k,) how far removing the row moves theta: |D| or sqrt(D' H D), D = H^-1 grad L(z_i)/n.
+      size: (k,) size of the move of theta without the row: |D| or sqrt(D' H D), with
+        D = H^-1 grad L(z_i) / n.
       kind: "theta" or "loss".
-      measurement: "loss", or the name of the measurement that takes its place.
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     relative_change_if_removed: NDArray
@@ -38,10 +39,7 @@ class RelativeScores(NamedArray):
 def relative(
     inverse: Inverse, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
-    """See `Influence.relative`.
-
-    A solve for each row gives its move and its scores at once, so that s_test is not needed.
-    """
+    """Answer `Influence.relative`; each row's solve gives its move and its scores at once."""
     rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")

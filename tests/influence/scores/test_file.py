@@ -126,13 +126,13 @@ def test_attributes_say_what_it_is(tmp_path):
 
 def test_streams_sparse_rows_and_float32_nets(tmp_path, small_blocks):
     p = problem()
-    expected = contents(Influence(p.net, p.train, solver=Direct()).write_scores(
-        tmp_path / "arrays.h5", p.test))  # fmt: skip
+    path = Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "a.h5", p.test)
+    expected = contents(path)
     stream = Stream(Batches(p.train.x, p.train.y, 7)), Stream(Batches(p.test.x, p.test.y, 3))
     streamed = Influence(p.net, stream[0], solver=Direct())
     same(contents(streamed.write_scores(tmp_path / "stream.h5", stream[1])), expected)
     # A stream of the same rows is the same input.
-    assert streamed.write_scores(tmp_path / "arrays.h5", p.test)
+    assert streamed.write_scores(path, p.test)
     sparse = Examples(scipy.sparse.csr_matrix(p.train.x), p.train.y)
     got = contents(
         Influence(p.net, sparse, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
@@ -265,7 +265,7 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
 @pytest.mark.parametrize("num_marks", range(0, 16, 3))
 def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blocks, monkeypatch):
     p = problem()
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)  # 4 rows: 16 / 4
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
     marks, mark = [], score_file._mark
 
@@ -279,7 +279,7 @@ def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blo
         patch.setattr(score_file, "_mark", interrupted)
         influence.write_scores(tmp_path / "s.h5", p.test)
     assert not (tmp_path / "s.h5").exists()
-    again = Influence(p.net, p.train, solver=Direct(), batch_size=None)
+    again = Influence(p.net, p.train, solver=Direct(), batch_size=7)
     same(contents(again.write_scores(tmp_path / "s.h5", p.test)), whole)
 
 
