@@ -61,5 +61,5 @@ def _tasks(
 def _scores(net: GenericNeuralNet, problem: Problem, dtype: str, s_test: NDArray) -> Any:
     """A call that gives (n, m) scores: what is left of `Influence.scores` once s_test is known."""
     train = problem.train[dtype]
-    influence, s, rows = Influence(net, train), s_test.astype(dtype), np.arange(len(train))
-    return lambda: influence._changes(s, rows)
+    inverse, s = Influence(net, train).inverse, s_test.astype(dtype)
+    return lambda: inverse.along(s, train)

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.scores.inverse import Response
+from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 
 _TOGETHER = 16  # inputs that are differentiated in one call: images through a deep trunk
@@ -198,7 +198,7 @@ def mean_s_test(
         if H is not None:
             g = net.mean_over(test, None, net.gradient)
             return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
-    return Response(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
+    return Inverse(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
 
 
 def seen_by(net: GenericNeuralNet, examples: Examples) -> Examples:
