@@ -1,14 +1,4 @@
-"""What each training row could do to test losses, were its input moved a little.
-
-With s = H^-1 grad (mean test loss), the mean test loss after retraining changes with the input of
-row i as
-
-    d (mean test loss) / dx_i = -g_i / n      g_i = d/dx_i (grad loss_i . s)
-
-at the minimum of the risk, not an approximation to it (Koh & Liang 2017, section 2.2, where -g_i is
-I_pert,loss); the penalty, which does not depend on x, drops out. Within a box of half width radius,
-the step of largest first-order effect is -radius sign(g_i), of effect radius |g_i|_1 / n.
-"""
+"""Training rows that an attack may move, each within its box, and the rule of the moves."""
 
 from __future__ import annotations
 
@@ -17,14 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.scores.inverse import Response
-from influence.solvers import Direct, Solver
 
 _TOGETHER = 16  # inputs that are differentiated in one call: images through a deep trunk
 _SAME = 1e-3  # relative gap between a row's features and those of its input: a trunk's rounding
@@ -135,76 +122,10 @@ class Targets:
         )
 
 
-def gradient_norms(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
-    rows: ArrayLike,
-    *,
-    inputs: NDArray | None = None,
-    solver: Solver | None = None,
-) -> NDArray:
-    """L1 norms of g_i, by which the paper's attack ranks training rows.
-
-    g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test loss). Times radius / n: how much the
-    mean test loss can be made to rise by moving the row within a box of that radius, to first
-    order. What bounds cut off the box is not looked at.
-
-    Args:
-      net: at the minimum of its risk on `train`.
-      train: n rows; see `poison`.
-      test: m examples; the mean of their losses is what is to rise.
-      rows: (c,) training rows.
-      inputs: (c, ...) the rows' inputs, where `train` holds features of them.
-      solver: how H^-1 is applied; `Direct` if omitted.
-
-    Returns: (c,), in the unit of the loss for each unit of the input.
-    Raises: as `poison`.
-    """
-    net.validate(train, "train")
-    net.validate(test, "test")
-    targets = check_targets(net, train, rows, 1.0, inputs, None)
-    return norms_of(net, seen_by(net, train), seen_by(net, test), targets, solver)
-
-
-def norms_of(
-    net: GenericNeuralNet, train: Examples, test: Examples, targets: Targets, solver: Solver | None
-) -> NDArray:
-    """`gradient_norms` of targets and examples that are known to be right."""
-    s = mean_s_test(net, train, test, solver)
-    g = targets.gradients(net, slice(None), targets.x, s)
-    return np.abs(g).sum(axis=tuple(range(1, g.ndim)), dtype=np.float64)
-
-
-# --- shared with the attack -----------------------------------------------------------------------
-
-
 def mean_size(v: NDArray) -> NDArray:
     """Mean |v| of each input, 1 where all of it is zero."""
     mean = np.abs(v).mean(axis=tuple(range(1, v.ndim)), keepdims=True)
     return np.where(mean > 0, mean, 1).astype(v.dtype)
-
-
-def mean_s_test(
-    net: GenericNeuralNet, train: Examples, test: Examples, solver: Solver | None = None
-) -> NDArray:
-    """H^-1 grad (mean test loss) at the net's theta: (d,).
-
-    Without a solver, `Direct`; where a strongly convex net knows its Hessian in closed form, the
-    Cholesky factor alone, without what `Direct` finds out about eigenvalues, which takes longer.
-    """
-    if solver is None and net.strong_convexity > 0:
-        H = net.hessian(train)
-        if H is not None:
-            g = net.mean_over(test, None, net.gradient)
-            return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
-    return Response(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
-
-
-def seen_by(net: GenericNeuralNet, examples: Examples) -> Examples:
-    """The examples as the trained part of the net sees them."""
-    seen = net.features(examples.x)
-    return examples if seen is examples.x else Examples(seen, examples.y)
 
 
 def check_targets(

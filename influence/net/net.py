@@ -88,6 +88,10 @@ class GenericNeuralNet(Derivatives):
         """
         return x
 
+    def featured(self, examples: Examples) -> Examples:
+        """Return the examples with `features` of their inputs; here the examples themselves."""
+        return examples
+
     @property
     def theta(self) -> NDArray:
         """(d,) the trainable weights, flattened in the order of `model.trainable_weights`."""

@@ -27,6 +27,9 @@ class OnTrunk(BinaryLogisticRegression):
         super().validate(Examples(self.features(probe.x), probe.y), name)
         self.loss.check_labels(examples.y, (3, 1), name)
 
+    def featured(self, examples: Examples) -> Examples:
+        return Examples(self.features(examples.x), examples.y)
+
     def features(self, x: Any) -> Any:
         if np.shape(x)[1] == self.num_features:
             return x
@@ -100,6 +103,14 @@ def replaced(train: Examples, rows: Any, x: NDArray) -> Examples:
 
 def mean_loss(net: GenericNeuralNet, test: Examples) -> float:
     return float(net.losses(test.x, test.y).mean())
+
+
+def refitted_loss(net, train, test, rows, x):
+    theta = net.theta
+    tight(net, replaced(train, rows, x))
+    loss = mean_loss(net, test)
+    net.theta = theta
+    return loss
 
 
 def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
