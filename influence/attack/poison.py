@@ -32,7 +32,8 @@ from influence.attack.targets import (
 )
 from influence.examples.examples import Examples, check_rows
 from influence.net.minimum import TOLERANCE, check_at_minimum
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Response
 from influence.solvers import Direct, Solver
 
@@ -219,7 +220,7 @@ def mean_s_test(
     if solver is None and net.strong_convexity > 0:
         H = net.hessian(train)
         if H is not None:
-            g = net.mean_over(test, None, net.gradient)
+            g = test.sum_over(Total("gradient"), net) / len(test)
             return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
     return Response(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
 
@@ -369,8 +370,7 @@ class _Attack:
         return mean_s_test(self.net, self._poisoned(state), self.test, self.options.solver)
 
     def _test_losses(self) -> NDArray:
-        size = self.net.rows_per_batch(self.test)
-        return np.concatenate([self.net.losses(x, y) for x, y in self.test.batches(size)])
+        return self.test.each_row(PerRow("losses"), self.net)
 
     def confirmed(self, bounds: tuple[float, float] | None) -> Poisoning:
         """Refit from `start` and return the outcome."""
@@ -422,15 +422,13 @@ def _checked(
 
     Raises: TypeError, ValueError or IndexError naming the argument.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    checked(net)
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
     if not isinstance(options, PoisonOptions):
         raise TypeError(f"options must be PoisonOptions(...), got {options!r}.")
     for name, examples in (("train", train), ("test", test)):
-        if not isinstance(examples, Examples):
-            raise TypeError(f"{name} must be Examples(x, y), got {type(examples).__name__}.")
+        net.validate(examples, name)
         _ = examples.x  # a stream has none and says so
     c = len(check_rows(rows, len(train)))
     counts = _counts(counts, c)
@@ -445,8 +443,6 @@ def _checked(
         raise ValueError(f"start must have shape ({net.num_parameters},), got {np.shape(start)}.")
     if start is not None and not np.isfinite(start).all():
         raise ValueError("start must be finite, got a NaN or infinity.")
-    net.validate(train, "train")
-    net.validate(test, "test")
     return check_targets(net, train, rows, radius, options.inputs, bounds), counts
 
 
