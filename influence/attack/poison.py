@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _BYTE = 255
+_PROBE_ROWS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,8 +204,8 @@ def gradient_norms(
     Returns: (c,), in the unit of the loss for each unit of the input.
     Raises: as `poison`.
     """
-    net.validate(train, "train")
-    net.validate(test, "test")
+    _check_examples(net, train, "train")
+    _check_examples(net, test, "test")
     targets = check_targets(net, train, rows, 1.0, inputs, None)
     return _norms_of(net, net.featured(train), net.featured(test), targets, solver)
 
@@ -427,9 +428,8 @@ def _checked(
         raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
     if not isinstance(options, PoisonOptions):
         raise TypeError(f"options must be PoisonOptions(...), got {options!r}.")
-    for name, examples in (("train", train), ("test", test)):
-        net.validate(examples, name)
-        _ = examples.x  # a stream has none and says so
+    _check_examples(net, train, "train")
+    _check_examples(net, test, "test")
     c = len(check_rows(rows, len(train)))
     counts = _counts(counts, c)
     flips = options.flips
@@ -444,6 +444,17 @@ def _checked(
     if start is not None and not np.isfinite(start).all():
         raise ValueError("start must be finite, got a NaN or infinity.")
     return check_targets(net, train, rows, radius, options.inputs, bounds), counts
+
+
+def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
+    """Validate rows of images or of features; only a few images go through the trunk."""
+    if not isinstance(examples, Examples):
+        net.validate(examples, name)  # refuses it
+    _ = examples.x  # a stream has none and says so
+    probe = examples.take(slice(0, _PROBE_ROWS))
+    seen = net.featured(probe)
+    net.validate(examples if seen is probe else seen, name)
+    net.loss.check_labels(examples.y, net.outputs(seen.x).shape, name)
 
 
 def _counts(counts: Any, c: int) -> list[int]:

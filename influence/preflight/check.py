@@ -11,7 +11,7 @@ import tensorflow as tf
 from influence.common.progress import progress
 from influence.curvature.operators import Hessian, check_batch_size
 from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
 from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Line, Report
 from influence.solvers.spectrum import spectrum
@@ -36,7 +36,7 @@ def check(
     found, what that means and what to do. Where the rows themselves are at fault, nothing is asked
     about derivatives.
 
-    Costs about ten passes over the training set beside the products of `spectrum` (d up to d =
+    Costs about seven passes over the training set beside the products of `spectrum` (d up to d =
     1024, else some hundreds) and of at most 40 steps of CG on three vectors. Nothing about the net
     is changed.
 
@@ -52,8 +52,7 @@ def check(
       for a negative damping, a bad batch size or a single row. What is wrong with the model, loss
       or data is a line of the report.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    checked(net)
     for name, examples in (("train", train), ("test", test)):
         if not isinstance(examples, Examples) and (name == "train" or examples is not None):
             net.validate(cast(Examples, examples), name)  # refuses it, says how to wrap a dataset
@@ -115,17 +114,17 @@ def _about_rows(
     yield separate
     if np.isnan(separate.value):
         return
-    values = rows.losses(net, train, batch_size)
-    yield rows.same_twice(net, train, values, batch_size)
+    of_train = rows.Answers.of(net, train, batch_size)
+    yield rows.same_twice(net, of_train)
     if refused:
         return
-    yield rows.finite(net, train, values, "train", batch_size)
-    if test is not None:
-        losses = rows.losses(net, test, batch_size)
-        yield rows.finite(net, test, losses, "test", batch_size)
-    yield labels.plausible(net, train, test, values, batch_size)
+    yield rows.finite(net, of_train, "train")
+    of_test = None if test is None else rows.Answers.of(net, test, batch_size)
+    if of_test is not None:
+        yield rows.finite(net, of_test, "test")
+    yield labels.plausible(net, of_train, of_test)
     yield risk.frozen(net)
-    yield risk.penalty(net, float(values.mean()))
+    yield risk.penalty(net, float(of_train.losses.mean()))
 
 
 def _about_curvature(

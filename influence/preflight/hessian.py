@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import PerRow
 from influence.net.tape import operations
 from influence.preflight.report import Line
 from influence.preflight.rows import plain_inputs, sample
@@ -245,9 +246,9 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     solution = solve(damped, np.stack([g, *sums], 1), CG(_RTOL, max_iterations=_ITERATIONS))
     X = solution.x
     watched = some if test is None else test.take(sample(len(test), _ROWS))
-    size = A.batch_size or net.rows_per_batch(watched, X.shape[1])
-    changes = [net.directional(x, y, X) for x, y in watched.batches(size)]
-    by_column = np.sqrt(np.mean(np.square(np.concatenate(changes), dtype=np.float64), axis=0))
+    along = PerRow("directional", X)
+    changes = watched.each_row(along, net, batch_size=A.batch_size)
+    by_column = np.sqrt(np.mean(np.square(changes, dtype=np.float64), axis=0))
     drift, removal = float(by_column[0]), float(np.sqrt(np.mean(by_column[1:] ** 2))) / n
     ratio = drift / removal if removal else (np.inf if drift else 0.0)
     found = (

@@ -6,6 +6,7 @@ Everything else that the library answers is a sum over rows of what each row say
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import PerRow
 from influence.net.refused import check_weights
 from influence.preflight.report import Line
 
@@ -35,10 +37,41 @@ def sample(num_rows: int, size: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).choice(num_rows, size, replace=False))
 
 
-def losses(net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> NDArray:
-    """(n,) from one pass."""
-    size = batch_size or net.rows_per_batch(examples)
-    return np.concatenate([net.losses(x, y) for x, y in examples.batches(size)])
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Answers of a net for every row of a set, from one pass over it.
+
+    Attributes:
+      examples: the n rows.
+      batch_size: rows at a time in that pass and in any other; None: chosen.
+      losses: (n,).
+      outputs: (n, ...) the outputs; along a last axis of two or more only the position of the
+        largest, which takes less memory.
+      output_shape: shape of one row's outputs, that axis included.
+    """
+
+    examples: Examples
+    batch_size: int | None
+    losses: NDArray
+    outputs: NDArray
+    output_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> Answers:
+        """Ask the net once about all rows."""
+        answers = examples.map_over(_losses_and_outputs, net, batch_size=batch_size)
+        losses, outputs, shapes = zip(*answers, strict=True)
+        return cls(examples, batch_size, np.concatenate(losses), np.concatenate(outputs), shapes[0])
+
+
+def _losses_and_outputs(
+    net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+) -> tuple[NDArray, NDArray, tuple[int, ...]]:
+    outputs = net.at(theta).outputs(x)
+    shape = outputs.shape[1:]
+    if shape and shape[-1] > 1:
+        outputs = outputs.argmax(axis=-1)
+    return net.at(theta).losses(x, y), outputs, shape
 
 
 def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
@@ -116,22 +149,15 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
     )
 
 
-def same_twice(
-    net: GenericNeuralNet, examples: Examples, first: NDArray, batch_size: int | None
-) -> Line:
+def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     """Whether two passes agree, and whether the model answers alike when its seeds move on.
 
     Inside the library's own passes the seeds of Keras' random layers stand still, so that a dropout
     left on would give the same wrong numbers again and again.
-
-    Args:
-      net: the net.
-      examples: the rows.
-      first: (n,) their losses from an earlier pass.
-      batch_size: that pass's.
     """
     title = "same answer twice"
-    again = losses(net, examples, batch_size)
+    examples, first = answers.examples, answers.losses
+    again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = examples.take(sample(len(examples), _SAMPLE))
     x = plain_inputs(some.x)
     with keras.StatelessScope():  # seeds move inside it, and not outside
@@ -170,23 +196,19 @@ def same_twice(
     )
 
 
-def finite(
-    net: GenericNeuralNet, examples: Examples, values: NDArray, name: str, batch_size: int | None
-) -> Line:
+def finite(net: GenericNeuralNet, answers: Answers, name: str) -> Line:
     """Whether every row's loss and gradient is a number, and which are not.
 
     Args:
       net: the net.
-      examples: the rows.
-      values: (n,) their losses.
+      answers: its answers for the rows.
       name: what the rows are called.
-      batch_size: rows at a time.
     """
-    title = f"finite {name} rows"
-    v = np.random.default_rng(0).standard_normal(net.num_parameters)
-    size = batch_size or net.rows_per_batch(examples)
-    slopes = np.concatenate([net.directional(x, y, v) for x, y in examples.batches(size)])
-    bad = np.flatnonzero(~np.isfinite(values))
+    title, examples = f"finite {name} rows", answers.examples
+    v = np.random.default_rng(0).standard_normal((net.num_parameters, 1))
+    along = PerRow("directional", v)
+    slopes = examples.each_row(along, net, batch_size=answers.batch_size)
+    bad = np.flatnonzero(~np.isfinite(answers.losses))
     what, cause = "loss", "a log of 0 (use logits), a division by 0, an overflow, a wrong label"
     if not len(bad):
         bad = np.flatnonzero(~np.isfinite(slopes))

@@ -30,7 +30,8 @@ def softmax(c=3, outputs=None):
 
 
 def plausible(net, train, test=None, batch_size=None):
-    return labels.plausible(net, train, test, rows.losses(net, train, None), batch_size)
+    of_test = None if test is None else rows.Answers.of(net, test, batch_size)
+    return labels.plausible(net, rows.Answers.of(net, train, batch_size), of_test)
 
 
 def test_class_numbers_from_one_are_found_where_no_output_is_left():
