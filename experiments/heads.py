@@ -12,7 +12,8 @@ from data import images
 from experiments import trunks
 from experiments.choice import held_out_accuracy
 from influence import Examples, TopLayer
-from influence.attack.poison import BEST_RULE, Poisoning, PoisonOptions, Rule, poison
+from influence.attack.poison import Poisoning, PoisonOptions, poison
+from influence.attack.targets import BEST_RULE, Rule
 from influence.models.top_layer import scaled
 
 BOUNDS = (-1.0, 1.0)  # of a pixel

@@ -7,9 +7,7 @@ row i as
 
 This is exact at the minimum of the risk (Koh & Liang 2017, section 2.2, where -g_i is I_pert,loss).
 The penalty does not depend on x and drops out. Within a box of half width radius, the step of
-largest first-order effect is -radius sign(g_i), with the effect radius |g_i|_1 / n.
-
-`poison` describes the iteration (Koh & Liang 2017, section 5.2).
+largest first-order effect is -radius sign(g_i). Its effect is radius |g_i|_1 / n.
 """
 
 from __future__ import annotations
@@ -22,14 +20,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
-from influence.attack.targets import (
-    BEST_RULE,
-    PAPER_RULE,
-    Rule,
-    Targets,
-    check_targets,
-    mean_size,
-)
+from influence.attack.targets import BEST_RULE, Rule, Targets, check_targets, mean_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.minimum import TOLERANCE, check_at_minimum
 from influence.net.net import GenericNeuralNet, checked
@@ -37,18 +28,9 @@ from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Response
 from influence.solvers import Direct, Solver
 
-__all__ = [
-    "BEST_RULE",
-    "PAPER_RULE",
-    "PoisonOptions",
-    "Poisoning",
-    "Rule",
-    "gradient_norms",
-    "mean_s_test",
-    "poison",
-]
-
+# The largest 8-bit value.
 _BYTE = 255
+# Rows by which a set is known to fit the net.
 _PROBE_ROWS = 3
 
 
@@ -59,9 +41,9 @@ class PoisonOptions:
     Args:
       inputs: (c, ...) the candidates' inputs, floating, where `train` holds features of them;
         `train`'s own if omitted.
-      flip_at: test loss above which a test example counts as flipped; log 2 is P(label) < 1/2 for
-        log losses. Infinity: no early end.
-      flips: flipped test examples that are enough; all m if omitted.
+      flip_at: test loss above which a test example counts as flipped. log 2 is P(label) < 1/2 for
+        log losses; infinity: the search never ends early.
+      flips: number of flipped test examples that is enough; all m if omitted.
       gradient_norms: (c,) |g_i|_1 of the candidates, as the function `gradient_norms` returns them;
         they rank the candidates. Computed if omitted.
       solver: how H^-1 is applied; `Direct` if omitted.
@@ -98,19 +80,19 @@ class PoisonOptions:
 
 @dataclass(frozen=True, eq=False)
 class Poisoning:
-    """Poisoned training inputs, and what they did to each test loss.
+    """Poisoned training inputs, and the change of each test loss.
 
     Attributes:
       change_if_poisoned: (m,) each test loss after a cold refit on the poisoned training set, minus
-        before; actual, not predicted. Positive: the loss rose, as it was meant to.
-      flipped: (m,) test loss above `flip_at` after the cold refit.
+        before; actual, not predicted. Positive: the loss rose, as intended.
+      flipped: (m,) True where the test loss is above `flip_at` after the cold refit.
       rows: (k,) the poisoned rows.
       inputs: (k, ...) their inputs.
-      features: (k, ...) what the trained part of the net sees of them.
-      same_bytes: (k,) whether all 8-bit values round(255 (x - low) / (high - low)) of an input are
-        those of the original; None without `bounds`.
-      test_losses: (t + 1, m) after each refit on the way, warm; the first are the clean ones.
-      num_poisons: (t + 1,) poisons in force then.
+      features: (k, ...) their features, which the trained part of the net sees.
+      same_bytes: (k,) True where all 8-bit values round(255 (x - low) / (high - low)) of an input
+        equal those of the original; None without `bounds`.
+      test_losses: (t + 1, m) after each warm refit of the search; the first are the clean ones.
+      num_poisons: (t + 1,) the number of poisons at each of them.
       theta: (d,) of the cold refit.
       gradient_norm: Euclidean norm of the risk's gradient there: the refit's certificate.
     """
@@ -141,12 +123,12 @@ def poison(
 ) -> Poisoning:
     """Move training inputs within their boxes so that the mean test loss after retraining rises.
 
-    With s = H^-1 grad (mean test loss) at the present weights, that loss falls along g_i / n, g_i =
-    d/dx_i (grad loss_i . s) (Koh & Liang 2017, section 5.2). Each poison moves against g_i and is
-    clipped to its box; then the net is refitted, and the next move begins. `rule` sets the steps
-    and the choice of rows. Labels never change. The search ends as soon as enough test losses are
-    above `options.flip_at`, otherwise with the moves of the largest mean test loss. A refit from
-    `options.start`, where no poison has led, confirms the outcome. The net is left as it was.
+    Koh & Liang 2017, section 5.2: each poison moves against g_i = d/dx_i (grad loss_i . s) and is
+    clipped to its box; then the net is refitted, and the next move begins at its weights. `rule`
+    sets the steps and chooses the rows. Labels never change. The search ends as soon as enough test
+    losses are above `options.flip_at`, otherwise with the moves of the largest mean test loss. A
+    refit from `options.start`, far from the poisoned weights, confirms the outcome. The net is left
+    as it was.
 
     Args:
       net: at the minimum of its risk on `train`. On a frozen trunk, `net.features(x)` is what its
@@ -159,7 +141,7 @@ def poison(
       counts: numbers of candidates to poison, increasing. The attack tries the first number, and
         the next one if that was not enough. All at once if omitted.
       bounds: least and largest value of an input's entries, or None.
-      rule: how they are moved and chosen: `BEST_RULE`, the strongest found, `PAPER_RULE`, that of
+      rule: steps and choice of the poisons: `BEST_RULE`, the strongest found, `PAPER_RULE`, that of
         the 2017 release, or your own `Rule`.
       options: everything else.
 
@@ -190,13 +172,13 @@ def gradient_norms(
 ) -> NDArray:
     """Compute the L1 norms of g_i, by which the paper's attack ranks training rows.
 
-    radius / n times the norm: the largest rise of the mean test loss, to first order, when the row
-    moves within a box of that radius. It does not consider `bounds`, which may cut the box.
+    radius / n times the norm is the largest rise of the mean test loss, to first order, when the
+    row moves within a box of that radius. Bounds, which may cut the box, are ignored.
 
     Args:
       net: at the minimum of its risk on `train`.
       train: n rows; see `poison`.
-      test: m examples; the mean of their losses is what is to rise.
+      test: m examples whose mean loss is to rise.
       rows: (c,) training rows.
       inputs: (c, ...) the rows' inputs, where `train` holds features of them.
       solver: how H^-1 is applied; `Direct` if omitted.
@@ -229,7 +211,7 @@ def mean_s_test(
 def _norms_of(
     net: GenericNeuralNet, train: Examples, test: Examples, targets: Targets, solver: Solver | None
 ) -> NDArray:
-    """`gradient_norms` without its checks."""
+    """Compute `gradient_norms` without its checks."""
     s = mean_s_test(net, train, test, solver)
     return _l1_norms(targets.gradients(net, slice(None), targets.x, s))
 
@@ -243,17 +225,17 @@ def _l1_norms(g: NDArray) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Some targets moved, and the net refitted to them."""
+    """Inputs of some targets, and the net refitted to them."""
 
     at: NDArray[np.int64]  # positions in the targets
     x: NDArray
-    seen: NDArray  # what the trained part sees of x
+    seen: NDArray  # features of x
     theta: NDArray
     losses: NDArray  # (m,)
 
 
 class _Attack:
-    """The search; `state` is the best set of poisons so far, `trace` the way there."""
+    """Search for poisons; `state` is the best set so far, `trace` the test losses on the way."""
 
     def __init__(
         self,
@@ -277,12 +259,12 @@ class _Attack:
         return np.count_nonzero(losses > self.options.flip_at) >= self.flips
 
     def run(self, counts: Sequence[int]) -> None:
-        """Try rows alone; then move more and more of them together, until it is enough."""
+        """Move single rows, then more and more rows together, until enough losses are flipped."""
         order, norms = np.arange(len(self.targets.rows)), self.options.gradient_norms
         if norms is None and (self.rule.tries or counts[0] < len(order)):
             solver = self.options.solver
             norms = _norms_of(self.net, self.train, self.test, self.targets, solver)
-        if norms is not None:  # of equal ones the lower row: the candidates' order is no matter
+        if norms is not None:  # ties by row number, so that the candidates' order has no effect
             order = np.lexsort((self.targets.rows, -np.asarray(norms)))
         x = self.targets.x.copy()
         tried = []
@@ -314,11 +296,11 @@ class _Attack:
                 return
 
     def _worth(self, state: _State) -> tuple[bool, float]:
-        """What makes one set of poisons better than another."""
+        """Return the key by which sets of poisons are compared; larger is better."""
         return self.enough(state.losses), float(state.losses.mean())
 
     def _ranked_again(self, order: NDArray, moved: int) -> NDArray:
-        """The order with the targets after the first `moved` ranked at the present poisons."""
+        """Rank the targets after the first `moved` at the present poisons: the whole order."""
         state, rest = self.state, order[moved:]
         self.net.theta = state.theta
         g = self.targets.gradients(self.net, rest, self.targets.x[rest], self._s_test(state))
@@ -326,18 +308,18 @@ class _Attack:
         return np.concatenate([order[:moved], rest[by_norm]])
 
     def _moved(self, at: NDArray, x: NDArray, first: int | None = None) -> list[_State]:
-        """Move the targets `at` together from x, with a refit after each move; the best is last.
+        """Move the targets `at` together from x and refit after each move; the best is last.
 
         Args:
           at: positions in the targets.
           x: inputs of all targets.
-          first: which move of the rule's is the first. None: the one that x is due to.
+          first: number t of the first move. None: 0 from clean inputs, else half of `max_steps`.
         """
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
         if first is None:
-            # Inputs moved before are not to be thrown far from where that has led them.
+            # Earlier moves led here; a full first step would lose what they gained.
             first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]
@@ -354,7 +336,7 @@ class _Attack:
         return states[: best + 1]
 
     def _refitted(self, at: NDArray, x: NDArray) -> _State:
-        """The net fitted, from its present theta, with the targets `at` moved to x."""
+        """Fit the net, from its present theta, with the targets `at` moved to x."""
         seen = self.net.features(x)
         state = _State(at, x, seen, self.theta, self.losses)
         if not np.array_equal(x, self.targets.x[at]):
@@ -417,12 +399,7 @@ def _checked(
     rule: Any,
     options: Any,
 ) -> tuple[Targets, list[int]]:
-    """Check the arguments of `poison`: (targets, counts).
-
-    The trunk comes last: candidates go through it only if everything else is right.
-
-    Raises: TypeError, ValueError or IndexError naming the argument.
-    """
+    """Check the arguments of `poison`, the candidates' features last: (targets, counts)."""
     checked(net)
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
@@ -438,16 +415,17 @@ def _checked(
     norms = options.gradient_norms
     if norms is not None and np.shape(norms) != (c,):
         raise ValueError(f"gradient_norms must have shape ({c},), got {np.shape(norms)}.")
-    start = options.start
-    if start is not None and np.shape(start) != (net.num_parameters,):
-        raise ValueError(f"start must have shape ({net.num_parameters},), got {np.shape(start)}.")
-    if start is not None and not np.isfinite(start).all():
-        raise ValueError("start must be finite, got a NaN or infinity.")
+    if (start := options.start) is not None:
+        d = net.num_parameters
+        if np.shape(start) != (d,):
+            raise ValueError(f"start must have shape ({d},), got {np.shape(start)}.")
+        if not np.isfinite(start).all():
+            raise ValueError("start must be finite, got a NaN or infinity.")
     return check_targets(net, train, rows, radius, options.inputs, bounds), counts
 
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
-    """Validate rows of images or of features; only a few images go through the trunk."""
+    """Validate examples of images or of features; only a few images go through the trunk."""
     if not isinstance(examples, Examples):
         net.validate(examples, name)  # refuses it
     _ = examples.x  # a stream has none and says so

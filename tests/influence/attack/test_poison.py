@@ -9,15 +9,13 @@ import pytest
 
 from influence import CG, Direct, DivergenceError, Examples, prepare
 from influence.attack.poison import (
-    PAPER_RULE,
     PoisonOptions,
-    Rule,
     _Attack,
     gradient_norms,
     mean_s_test,
     poison,
 )
-from influence.attack.targets import check_targets
+from influence.attack.targets import PAPER_RULE, Rule, check_targets
 from tests.influence.attack import attacked
 from tests.influence.attack.attacked import RADIUS, by_refit, mean_loss, refitted_loss, replaced
 
