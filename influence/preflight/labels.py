@@ -1,4 +1,4 @@
-"""Questions about class labels: are they those that the model was trained on."""
+"""Questions about class labels: are they coded as when the model was trained?"""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _LOG_LOSSES = (
     keras.losses.binary_crossentropy,
 )
 _ONE_NUMBER = (keras.losses.mean_squared_error, keras.losses.mean_absolute_error)
-_SHOWN = 10  # classes that a message gives
+# Classes that a message lists.
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """Labels and predictions as class numbers from 0, each (n,); labels not yet checked."""
+    """Labels and predictions as class numbers from 0, each (n,); labels may be out of range."""
 
     y: NDArray
     predicted: NDArray
@@ -35,7 +36,7 @@ class _Classes:
 
 
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
-    """The line for class numbers that the model has no output for; None if there is none."""
+    """Find class numbers for which the model has no output; None if there is none."""
     some = examples.take([0])
     y, shape = np.asarray(examples.y), net.outputs(some.x).shape[1:]
     if not _are_numbers(y, shape):
@@ -55,18 +56,18 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
-    """Whether the labels are those that the model predicts, better than guessing would.
+    """Check that the model predicts the labels better than guessing would.
 
     Args:
       net: the net.
-      train: its answers for the training set, whose labels are in range.
-      test: None, or those for rows whose classes should be among the training set's.
+      train: its answers for the training set, with labels in range.
+      test: None, or those for rows with classes of the training set.
     """
     classes = _classes(net.loss, train)
     if classes is None:
         return Line(_TITLE, np.nan, "ok", "The labels are no classes; nothing to compare them to.")
     c = classes.num_classes
-    # agreement[s]: share of rows whose label would be the predicted class if it were s larger.
+    # agreement[s]: share of rows whose label plus s is the predicted class.
     agreement = {s: float(np.mean(classes.predicted == (classes.y + s) % c)) for s in (0, 1, -1)}
     shift = max(agreement, key=lambda s: agreement[s])
     accuracy, shifted = agreement[0], agreement[shift]
@@ -117,7 +118,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
-    """Whether labels are class numbers: integers, one for each row of several outputs."""
+    """Test for class numbers: integers, one for each row of several outputs."""
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)
@@ -143,7 +144,7 @@ def _are_one_hot(y: NDArray) -> bool:
 
 
 def _threshold(loss: PerExampleLoss, y: NDArray) -> float | None:
-    """Output above which a model of one output answers the larger label; None: not known."""
+    """Return the output above which a model of one output predicts the larger label, if known."""
     values = set(np.unique(y[: 1 << 16]).tolist())
     if len(values) != 2:
         return None

@@ -40,7 +40,7 @@ class OnTrunk(BinaryLogisticRegression):
 
 
 def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02) -> Any:
-    """(net, train, test, oracle), the net at its minimum; two classes that overlap."""
+    """Make (net, train, test, oracle), the net at its minimum; two classes that overlap."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     net = BinaryLogisticRegression(num_inputs, weight_decay=weight_decay)
     train = Examples(x, y)
@@ -50,7 +50,7 @@ def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02
 
 
 def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> Any:
-    """(net, train of features, test of features, inputs of train)."""
+    """Make (net, train of features, test of features, inputs of train)."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     A = np.random.default_rng(5).standard_normal((num_inputs, num_features)) / 2
     net = OnTrunk(A, 0.02)
@@ -60,7 +60,7 @@ def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> 
 
 
 def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
-    """(net, train, test): tanh units under an L2 penalty on every weight, at a minimum."""
+    """Make (net, train, test): tanh units with an L2 penalty on every weight, at a minimum."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     keras.utils.set_random_seed(3)
     l2 = keras.regularizers.L2(0.02)
@@ -80,8 +80,8 @@ def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
 
 
 def tight(net: GenericNeuralNet, train: Examples) -> None:
-    """L-BFGS, then Newton's steps with the dense Hessian, to the last digits."""
-    if net.gradient_norm(train) > 1e-4:  # else Newton's steps lead there
+    """Fit by L-BFGS, then by Newton steps with the dense Hessian, to the last digits."""
+    if net.gradient_norm(train) > 1e-4:  # else Newton steps are enough
         net.fit(train, gradient_tolerance=1e-6)
     for _ in range(6):
         H = net.hvp(train.x, train.y, np.eye(net.num_parameters))
@@ -91,7 +91,7 @@ def tight(net: GenericNeuralNet, train: Examples) -> None:
 
 
 def replaced(train: Examples, rows: Any, x: NDArray) -> Examples:
-    """The training set with other inputs in some rows."""
+    """Replace the inputs of some rows of the training set."""
     inputs = np.array(train.x)
     inputs[rows] = x
     return Examples(inputs, train.y)
@@ -117,7 +117,7 @@ def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, ND
 
 
 def by_refit(oracle, net, train, test, rows, x):
-    """(m,) test losses after an exact refit with other inputs in some rows, minus before."""
+    """Compute the (m,) changes of test losses after an exact refit with other inputs in some rows."""
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
     measured = oracle.on(test.x, test.y)
     return measured.losses(theta) - measured.losses(net.theta)

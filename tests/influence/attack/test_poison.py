@@ -43,7 +43,7 @@ def test_the_change_is_that_of_an_exact_refit(problem):
     assert len(set(found.rows)) == 3
     np.testing.assert_array_equal(found.features, found.inputs)
     assert found.same_bytes is None
-    # The warm refits end where the cold one does; what is returned is the best of them.
+    # The warm refits end where the cold one does, and the best of them is returned.
     last = found.test_losses[-1] - found.test_losses[0]
     np.testing.assert_allclose(last, expected, atol=1e-9)
     np.testing.assert_allclose(found.test_losses[0], net.losses(test.x, test.y), atol=1e-15)
@@ -67,7 +67,7 @@ def test_one_poison_is_as_bad_as_any_corner_of_any_row(problem):
     rule = Rule(max_steps=12)
     found = poison(net, train, test, rows, 0.8, counts=[1], rule=rule, options=TO_THE_END)
     assert found.change_if_poisoned[0] >= 0.99 * best
-    # By its gradient at the clean weights alone another row seems best.
+    # Judged only by the gradient at the clean weights, another row seems best.
     alone = Rule(max_steps=12, tries=0)
     other = poison(net, train, test, rows, 0.8, counts=[1], rule=alone, options=TO_THE_END)
     assert other.change_if_poisoned[0] <= found.change_if_poisoned[0]
@@ -121,7 +121,7 @@ def test_it_ends_with_enough_flips(problem):
     every = poison(*all_three, counts=[1, 3], rule=rule, options=TO_THE_END)
     clean = every.test_losses[0]
     first_of_three = int(np.argmax(every.num_poisons == 3))
-    # What one poison never reaches and three do not at once.
+    # A loss that one poison never reaches, and three reach only after some moves.
     with_one = every.test_losses[:first_of_three].max(axis=0)
     point = int(np.argmax(every.test_losses[-1] - with_one))
     flip_at = (with_one[point] + every.test_losses[-1][point]) / 2
@@ -175,7 +175,7 @@ def test_tries_choose_by_what_was_attained(problem):
     two = poison(net, train, test, np.arange(40), RADIUS, counts=[2], rule=rule, options=TO_THE_END)
     assert two.rows.tolist() == tried[best[:2]].tolist()
     assert best.tolist() != list(range(6))  # not the order of the norms
-    # They go on from where each alone has come to.
+    # Together they start from where each single row ended.
     x = np.concatenate([alone[i].inputs for i in best[:2]])
     together = by_refit(oracle, net, train, test, two.rows, x)[0]
     np.testing.assert_allclose(two.test_losses[1, 0] - two.test_losses[0, 0], together, atol=1e-9)
@@ -266,7 +266,7 @@ def test_more_poisons_are_ranked_at_the_weights_reached(problem):
     found = poison(net, train, test, np.arange(40), 0.8, counts=[1, 3], **options)
     assert found.rows.tolist() == [one.rows[0], *order[:2]]
     clean = np.argsort(-gradient_norms(net, train, test, np.arange(40)))
-    assert found.rows.tolist() != clean[:3].tolist()  # so that it was not for nothing
+    assert found.rows.tolist() != clean[:3].tolist()  # so the second ranking matters
 
 
 def test_restarts_begin_anywhere_in_the_box_and_the_best_is_kept(problem):
@@ -348,7 +348,7 @@ def test_images_and_features_give_the_same():
     rule, options = Rule(max_steps=3, **SIGNS), replace(TO_THE_END, inputs=inputs[ROWS])
     one = poison(net, train, test, ROWS, RADIUS, rule=rule, options=options)
     assert np.abs(one.inputs - inputs[one.rows]).max() > RADIUS / 2
-    for given in (options, TO_THE_END):  # it is the images that move, given or not
+    for given in (options, TO_THE_END):  # the images move, given or not
         other = poison(net, images, test, ROWS, RADIUS, rule=rule, options=given)
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.change_if_poisoned, other.change_if_poisoned)
@@ -385,7 +385,7 @@ def test_norms_by_hand():
     g = oracle.on(train.x[rows], train.y[rows]).input_gradients(theta, s, 4)
     found = gradient_norms(net, train, test, rows)
     np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-9)
-    # What they are good for: the rise of the test loss within a small box.
+    # They predict the rise of the test loss within a small box.
     for row, size, step in zip(rows, found, -1e-3 * np.sign(g), strict=True):
         rise = refitted_loss(net, train, test, row, train.x[row] + step) - mean_loss(net, test)
         assert 1e-3 * size / len(train) == pytest.approx(rise, rel=1e-2)

@@ -13,7 +13,7 @@ from tests.influence.attack.attacked import RADIUS, refitted_loss
 
 
 def derivative(net, train, test, rows, along, inputs=None):
-    """Of the mean test loss after a refit, by the inputs of some rows, along a direction."""
+    """Differentiate the mean test loss after a refit by inputs of some rows, along a direction."""
     targets = check_targets(net, train, rows, RADIUS, inputs, None)
     s = mean_s_test(net, train, test, CG(1e-12))
     g = targets.gradients(net, slice(None), targets.x, s)

@@ -41,7 +41,7 @@ def trained(model, loss, x, y):
 
 
 def blobs(n=60):
-    """(x, y): three classes of points in the plane."""
+    """Make (x, y): three classes of points in the plane."""
     rng = np.random.default_rng(0)
     y = np.arange(n) % 3
     angle = 2 * np.pi * y / 3
@@ -49,7 +49,7 @@ def blobs(n=60):
 
 
 def tanh_classifier():
-    """A network with dropout and a frozen layer, at a minimum."""
+    """Make a network with dropout and a frozen layer, at a minimum."""
     frozen = L.Dense(3, trainable=False, **D64)
     layers = [frozen, penalised(L.Dense, 4, activation="tanh"), L.Dropout(0.5, **D64)]
     model = keras.Sequential([keras.Input((2,), **D64), *layers, penalised(L.Dense, 3)])
@@ -59,7 +59,7 @@ def tanh_classifier():
 
 
 def convolutional():
-    """A small convolutional net at a minimum, whose labels are one-hot."""
+    """Make a small convolutional net at a minimum, with one-hot labels."""
     model = keras.Sequential(
         [
             keras.Input((5, 5, 1), **D64),
@@ -308,7 +308,7 @@ def test_about_seven_passes_beside_products(monkeypatch):
 def test_batch_size_changes_no_number():
     p = logistic("softmax")
     p.net.theta = p.theta + 0.1
-    # Rows, accuracy, penalty's share, eigenvalues, drift: what is not rounding.
+    # Rows, accuracy, penalty's share, eigenvalues, drift: all values above rounding.
     values = [
         [line.value for line in check(p.net, p.train, batch_size=size).lines if line.value > 1e-5]
         for size in (None, 7)

@@ -23,7 +23,7 @@ def squares(y, output):
 
 
 def with_layer(layer):
-    """(net, examples): a linear model with the layer before it."""
+    """Make (net, examples): a linear model with the layer before it."""
     model = keras.Sequential([keras.Input((2,), **D64), layer, L.Dense(1, **D64)])
     x = np.random.default_rng(0).standard_normal((20, 2)) + 3
     return GenericNeuralNet(model, "mse"), Examples(x, x[:, 0])
@@ -52,7 +52,7 @@ def test_a_loss_reduced_over_rows_is_found(loss, what):
         lambda y, z: squares(y, z) * tf.cast(tf.shape(y)[0], z.dtype),
         lambda y, z: tf.reduce_mean((y - z) ** 2, axis=1),  # (n,) - (n, 1) is (n, n)
         lambda y, z: squares(y, z) + tf.reduce_max(y) / 1e6,
-        # By its place in the batch: alone and at the beginning a row shows nothing of it.
+        # It depends on the place in the batch; alone or at the beginning a row does not show it.
         lambda y, z: squares(y, z) + 1e-6 * tf.cast(tf.range(tf.shape(y)[0]) > 20, z.dtype),
     ],
 )
@@ -72,7 +72,7 @@ def test_batch_normalisation_left_in_training_mode_is_found():
     net, examples = with_layer(TrainingMode(**D64))
     line = rows.separate(net, examples)
     assert line.verdict == "fail" and line.value > 0.1 and "training=True" in line.remedy
-    # The outputs have moved even where no loss shows it.
+    # The outputs differ even where no loss shows it.
     silent = GenericNeuralNet(net.model, lambda y, z: 1e-12 * squares(y, z))
     assert rows.separate(silent, examples).value == pytest.approx(line.value)
     assert twice(net, examples).verdict == "ok"
@@ -103,7 +103,7 @@ class Noise(L.Layer):
 
 
 class SeededNoise(L.Layer):
-    """Whose seed is Keras' global one, and no variable of the model."""
+    """Noise from Keras' global seed, which is no variable of the model."""
 
     def call(self, inputs):
         return inputs + keras.random.normal(tf.shape(inputs), dtype=inputs.dtype)
