@@ -117,7 +117,7 @@ def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, ND
 
 
 def by_refit(oracle, net, train, test, rows, x):
-    """Compute the (m,) changes of test losses after an exact refit with other inputs in some rows."""
+    """Compute the (m,) changes of test losses by an exact refit with other inputs in some rows."""
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
     measured = oracle.on(test.x, test.y)
     return measured.losses(theta) - measured.losses(net.theta)
