@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from experiments.heads import FLIPPED, LEVEL, Head
 from influence import Examples, Influence
-from influence.attack.poison import Poisoning, Rule
-from influence.attack.targets import gradient_norms, mean_s_test
+from influence.attack.poison import Poisoning, gradient_norms, mean_s_test
+from influence.attack.targets import Rule
 from influence.models.top_layer import scaled
 
 RULES = ("paper", "best")

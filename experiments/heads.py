@@ -1,5 +1,6 @@
 """Logistic regression on a network's features, fitted and ready to be attacked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from data import images
 from experiments import trunks
 from experiments.choice import held_out_accuracy
 from influence import Examples, TopLayer
-from influence.attack.poison import Poisoning, poison
+from influence.attack.poison import Poisoning, PoisonOptions, poison
+from influence.attack.targets import BEST_RULE, Rule
 from influence.models.top_layer import scaled
 
 BOUNDS = (-1.0, 1.0)  # of a pixel
@@ -38,12 +40,29 @@ class Head:
     images: NDArray[np.uint8]
     radius: float
 
-    def attacked(self, test: Examples, rows: NDArray, **options: Any) -> Poisoning:
-        """`poison`, each pixel of these training images within its box."""
+    def attacked(
+        self,
+        test: Examples,
+        rows: NDArray,
+        *,
+        rule: Rule = BEST_RULE,
+        counts: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Poisoning:
+        """`poison`, each pixel of these training images within its box.
+
+        Args:
+          test: the test images.
+          rows: the candidates.
+          rule: as `poison` takes it.
+          counts: likewise.
+          **options: of `PoisonOptions`, beside `inputs`.
+        """
+        net, train, box = self.net, self.train, self.radius * LEVEL
+        chosen = PoisonOptions(inputs=scaled(self.images[rows]), **options)
         return poison(
-            self.net, self.train, test, rows, self.radius * LEVEL,
-            inputs=scaled(self.images[rows]), bounds=BOUNDS, **options,
-        )  # fmt: skip
+            net, train, test, rows, box, counts=counts, bounds=BOUNDS, rule=rule, options=chosen
+        )
 
     def poisoned(self, found: Poisoning) -> Examples:
         """The training set with the poisons' features."""

@@ -1,6 +1,7 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
-from influence.attack.poison import BEST_RULE, PAPER_RULE, Rule, poison
+from influence.attack.poison import PoisonOptions, poison
+from influence.attack.targets import BEST_RULE, PAPER_RULE, Rule
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.curvature.operators import GaussNewton, Hessian
 from influence.examples.examples import Examples
@@ -53,6 +54,7 @@ __all__ = [
     "MulticlassLogisticRegression",
     "Nystrom",
     "PAPER_RULE",
+    "PoisonOptions",
     "Prepared",
     "ProximalOptions",
     "RefitOptions",
