@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,8 +75,17 @@ class Raw:
 class Solver(Protocol):
     """A frozen dataclass of hyperparameters that knows how to prepare for a matrix.
 
-    A class attribute `unfit_as_preconditioner`, where there is one, says why CG cannot use it.
+    A solver may lack the class attributes below: `is_exact` and `answers_indefinite` then read them
+    as False. A class attribute `unfit_as_preconditioner`, where there is one, says why CG cannot
+    use the solver.
+
+    Attributes:
+      exact: the answer is exact up to rounding, whatever the rtol.
+      answers_indefinite: the answer solves the system for an indefinite matrix too.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     @property
     def rtol(self) -> float | None:
@@ -90,6 +99,16 @@ class Solver(Protocol):
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Do once what serves every right-hand side; return the function (d, m) -> Raw."""
         ...
+
+
+def is_exact(solver: Any) -> bool:
+    """Return the `exact` of a solver, prepared or not; False if it has none."""
+    return bool(getattr(getattr(solver, "solver", solver), "exact", False))
+
+
+def answers_indefinite(solver: Any) -> bool:
+    """Return the `answers_indefinite` of a solver, prepared or not; False if it has none."""
+    return bool(getattr(getattr(solver, "solver", solver), "answers_indefinite", False))
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,9 @@ class CG:
       preconditioner that is not positive definite; TypeError for one that is not linear.
     """
 
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
+
     unfit_as_preconditioner: ClassVar[str] = (
         "where it stops, and so what it answers, depends on the right-hand side"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -40,6 +40,9 @@ class Direct:
     Raises: ValueError for a negative rtol; DivergenceError when preparing for a singular matrix,
       with the damping that would work.
     """
+
+    exact: ClassVar[bool] = True
+    answers_indefinite: ClassVar[bool] = True
 
     rtol: float = 1e-6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -65,6 +65,9 @@ class EKFAC:
       that mixes weights and for a cross-entropy of probabilities; DivergenceError, with a damping
       that would work, for a singular matrix.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     rtol: float | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -45,6 +46,9 @@ class Lanczos:
       singular matrix, or at rank < d for one that is seen to be indefinite: then no floor stands
       for the rest.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = True
 
     rank: int
     seed: int = 0

@@ -60,6 +60,9 @@ class LiSSA:
       an A that is not positive definite.
     """
 
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
+
     unfit_as_preconditioner: ClassVar[str] = (
         "its batches come in an order, so what it applies is not symmetric"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -39,6 +40,9 @@ class Nystrom:
     Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a matrix
       that is seen to be indefinite, for which the method has no meaning, or singular.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     rank: int
     seed: int = 0
