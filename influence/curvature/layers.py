@@ -25,6 +25,7 @@ from influence.net import tape
 from influence.net.flat import Traced
 
 _GAP = 1e-3  # far above the rounding of float32, far below a derivative that is another
+_ZERO = tf.UnconnectedGradients.ZERO
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
 
 
@@ -115,10 +116,7 @@ class AffineLayers:
         n = tf.shape(output)[0]
 
         def pulled_back(column):
-            parts: Any = by_z.gradient(
-                output, outputs, output_gradients=column,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )  # fmt: skip
+            parts: Any = by_z.gradient(output, outputs, column, unconnected_gradients=_ZERO)
             return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
 
         pulled = each(pulled_back, _root(self.traced.loss.function, each, y, output))  # (s, n, ...)
@@ -154,11 +152,9 @@ class AffineLayers:
                     f"{tuple(seen[0][1].shape)} for {n} examples in layer {name!r}; {_REMEDY}."
                 )
         column: Any = np.random.default_rng(0).standard_normal(output.shape)
+        column = tf.constant(column, output.dtype)
         sources: Any = [theta, *(z for ((_, z),) in calls)]
-        both: Any = by_z.gradient(
-            output, sources, output_gradients=tf.constant(column, output.dtype),  # pyright: ignore
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )  # fmt: skip
+        both: Any = by_z.gradient(output, sources, column, unconnected_gradients=_ZERO)
         true = both[0].numpy()
         for affine, ((inputs, z),), g in zip(self.layers, calls, both[1:], strict=True):
             a = affine.inputs(inputs, z).numpy()

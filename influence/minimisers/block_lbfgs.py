@@ -122,9 +122,14 @@ class _Searches:
     """Where k minimisations are; `columns` says which of them a method is about."""
 
     def __init__(
-        self, gradients: Gradients, thetas: NDArray, first: NDArray, tolerance: NDArray,
-        longest: NDArray | None, rough: tuple[Gradients, NDArray] | None,
-    ):  # fmt: skip
+        self,
+        gradients: Gradients,
+        thetas: NDArray,
+        first: NDArray,
+        tolerance: NDArray,
+        longest: NDArray | None,
+        rough: tuple[Gradients, NDArray] | None,
+    ):
         k = thetas.shape[1]
         self.thetas, self.G = thetas.copy(), first.copy()
         self.norms = np.linalg.norm(first, axis=0)

@@ -142,8 +142,10 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     known = getattr(A, "smallest_eigenvalue_bound", np.nan)
     bound = max(bounds + ([known] if not np.isnan(known) else []))
     # Where all curvature is negative the largest says nothing of A's size: -I + 1.0 I would be 0.
-    size = max(abs(found.smallest[0]) + found.smallest_residuals[0],
-               abs(found.largest[0]) + found.largest_residuals[0])  # fmt: skip
+    size = max(
+        abs(found.smallest[0]) + found.smallest_residuals[0],
+        abs(found.largest[0]) + found.largest_residuals[0],
+    )
     if size == 0:
         raise ValueError(
             "A must not be zero, got no eigenvalue but 0: any damping would be all of it; look for "
