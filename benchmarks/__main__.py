@@ -107,15 +107,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART",
+    add(
+        "parts",
+        nargs="*",
+        metavar="PART",
         help=f"{', '.join(PARTS)}; default all. Some take their place among the results that are "
-        "there, of the same machine and data")  # fmt: skip
+        "there, of the same machine and data",
+    )
     add("--smoke", action="store_true", help="a few seconds, on the digits")
     add("--data-dir", type=Path, metavar="DIR", help="where to look for MNIST first")
-    add("--out", type=Path, metavar="DIR",
-        help=f"default {RESULTS}, or {ELSEWHERE} for what is not MNIST")  # fmt: skip
-    add("--wait", type=float, default=3, metavar="MINUTES",
-        help="how long to wait for a quiet machine, at most; default 3")  # fmt: skip
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"default {RESULTS}, or {ELSEWHERE} for what is not MNIST",
+    )
+    add(
+        "--wait",
+        type=float,
+        default=3,
+        metavar="MINUTES",
+        help="how long to wait for a quiet machine, at most; default 3",
+    )
     options = parser.parse_args(arguments)
     if options.data_dir is not None and not options.data_dir.is_dir():
         parser.error(f"--data-dir must be a folder, there is none at {options.data_dir}.")

@@ -91,8 +91,13 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
     for method, make in ways.items():
         print(f"  {method} ...", end=" ", flush=True)
         runs.append({"method": method} | _timed(H, b, make))
-        print(runs[-1].get("error") or "{seconds:.1f} s, {iterations} iterations, residual "
-              "{residual:.1e}".format(**runs[-1]), flush=True)  # fmt: skip
+        print(
+            runs[-1].get("error")
+            or "{seconds:.1f} s, {iterations} iterations, residual {residual:.1e}".format(
+                **runs[-1]
+            ),
+            flush=True,
+        )
     return {
         "network": asdict(network),
         "d": len(b),
@@ -158,8 +163,12 @@ def _iterations(
         return prepare(GaussNewton(net, train, damping), EKFAC())
 
     more = _MORE * network.damping
-    by = {"none": None, "EK-FAC": ekfac(network.damping), "EK-FAC damped more": ekfac(more),
-          "layers": layers}  # fmt: skip
+    by = {
+        "none": None,
+        "EK-FAC": ekfac(network.damping),
+        "EK-FAC damped more": ekfac(more),
+        "layers": layers,
+    }
     found: dict[str, dict[str, int | None]] = {}
     for matrix, A in {"Gauss-Newton": G, "Hessian": H}.items():
         found[matrix] = {}

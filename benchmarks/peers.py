@@ -112,14 +112,17 @@ def settings(
         one(INFLUENCIAE, "exact"),
         one(INFLUENCIAE, "Arnoldi", rank=_RANK_OF_INFLUENCIAE),
         one(
-            INFLUENCIAE, "LiSSA", dtype="float32", solved=1,
+            INFLUENCIAE,
+            "LiSSA",
+            dtype="float32",
+            solved=1,
             **series | {"steps": _STEPS_OF_INFLUENCIAE},
         ),
         one(OURS, "cg"),
         one(OURS, "cg after Nystrom", rank=RANK),
         one(OURS, "direct"),
         one(OURS, "LiSSA", **series),
-    )  # fmt: skip
+    )
 
 
 def run(problem: Problem, *, points: int, patience: float) -> dict[str, Any]:
@@ -185,7 +188,9 @@ def _versions(by: str) -> dict[str, str] | None:
         "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
     )
     done = subprocess.run(
-        [str(python), "-c", code, *_PACKAGES[by]], capture_output=True, text=True,
+        [str(python), "-c", code, *_PACKAGES[by]],
+        capture_output=True,
+        text=True,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
     return json.loads(done.stdout) if done.returncode == 0 else None

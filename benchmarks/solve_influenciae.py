@@ -79,8 +79,11 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
                 lambda H, v, steps: conjugate_gradients_solve(
                     H, v, maxiter=steps, tol=setting["tolerance"], atol=0.0
                 ),
-                train, -1, data, _ENOUGH_ITERATIONS,
-            )  # fmt: skip
+                train,
+                -1,
+                data,
+                _ENOUGH_ITERATIONS,
+            )
         else:
             inverse = LissaIHVP(
                 train, -1, data, setting["steps"], damping=0.0, scale=setting["scale"]

@@ -118,8 +118,12 @@ def write(folder: Path, problem: Problem, num_points: int) -> None:
         theta = problem.theta.astype(dtype).reshape(problem.shape[1], -1)
         np.savez(
             folder / child.PROBLEM.format(dtype),
-            x=train.x, y=train.y, x_test=test.x, y_test=test.y, theta=theta,
-        )  # fmt: skip
+            x=train.x,
+            y=train.y,
+            x_test=test.x,
+            y_test=test.y,
+            theta=theta,
+        )
 
 
 def answer(
@@ -145,9 +149,13 @@ def answer(
     print(f"  {describe(result)} ...", end=" ", flush=True)
     try:
         subprocess.run(
-            command, check=True, cwd=ROOT, capture_output=True, timeout=patience,
+            command,
+            check=True,
+            cwd=ROOT,
+            capture_output=True,
+            timeout=patience,
             env=os.environ | environment,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         print("stopped", flush=True)
         return result | {"error": f"stopped after {patience:g} s"}

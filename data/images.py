@@ -71,8 +71,9 @@ def _shown(to: NDArray, what: Sequence | NDArray, name: str) -> Iterator[tuple[N
     # As influence.common.progress has it, which is above this package.
     every = 0.5 if sys.stderr.isatty() else 30
     pairs = zip(to, what, strict=True)
-    yield from tqdm(pairs, name, len(to), leave=False, delay=5, mininterval=every,
-                    dynamic_ncols=True)  # fmt: skip
+    yield from tqdm(
+        pairs, name, len(to), leave=False, delay=5, mininterval=every, dynamic_ncols=True
+    )
 
 
 def _decoded(path: Path) -> Image.Image:
