@@ -26,13 +26,14 @@ import tensorflow as tf
 from keras import layers
 from numpy.typing import NDArray
 
+from influence.common.memory import ACTIVATIONS, fitting
 from influence.curvature.layers import Affine, AffineLayers
 from influence.examples.examples import Examples
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-_BYTES = 1 << 30  # what the Jacobians of one batch may take,
-_COPIES = 8  # in as many copies
+# Copies of the Jacobians of one batch that exist at a time.
+_COPIES = 8
 _ELEMENTWISE = frozenset(
     "elu exponential gelu linear mish relu selu sigmoid silu softplus softsign tanh".split()
 )
@@ -92,18 +93,20 @@ class Chain:
             steps.append(_Step(layer, kind, own.pop(id(layer), None)))
         return None if own else cls(traced, tuple(steps))
 
-    def rows_per_batch(self, x: Any) -> int:
-        """Rows whose Jacobians fit into memory; bounds memory, changes no result.
+    def rows_per_batch(self, x: Any, at_most: int) -> int:
+        """Choose the rows of a batch, so that their Jacobians fit into memory.
 
         Args:
           x: a row of inputs.
+          at_most: the largest number of rows.
         """
         numbers, columns = 1, 0
         for step, z in zip(self.steps, self._forward(self.traced.theta(), x)[1:], strict=True):
             if step.own is not None:
                 columns += step.own.entries.size
             numbers = max(numbers, int(tf.size(z)) * columns)
-        return max(_BYTES // (numbers * self.traced.dtype.itemsize * _COPIES), 1)
+        bytes_each = numbers * self.traced.dtype.itemsize * _COPIES
+        return fitting(ACTIVATIONS, bytes_each, at_most)
 
     def beats_products(self, x: Any) -> bool:
         """Whether a row takes fewer multiplications here than d Hessian products do.
@@ -218,7 +221,7 @@ def chain_hessian(
     chain = Chain.of(net.flat, row)
     if chain is None or not chain.beats_products(row):
         return None
-    size = min(batch_size or len(examples), chain.rows_per_batch(row))
+    size = chain.rows_per_batch(row, batch_size or len(examples))
     matrix = np.zeros((net.num_parameters, net.num_parameters))  # float32 sums in float64
     parts = examples.map_over(_hessian_sum, net, batch_size=size, what="forming the matrix")
     for part in parts:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from influence.common.memory import VECTORS
+
 # Pairs of (step, change of gradient) that each function stores at least.
 _LEAST_PAIRS = 20
 # Bytes of pairs that each function may store: every pair corrects one more direction.
-_BYTES = 1 << 23
+_BYTES = VECTORS >> 5
 # Passes without a smaller gradient after which the search ends, unless it is still under way.
 _PATIENCE = 20
 # By precision: a search is under way if these passes brought more than this share of the function's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
-from influence.common.progress import progress
+from influence.common.memory import VECTORS, fitting
 from influence.curvature.layers import AffineLayers, affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
 from influence.solvers.base import Raw
 
-_BYTES_AT_ONCE = 1 << 28  # of one batch's inputs and pseudo-gradients
 _PROBE_ROWS = 2
 _MIXING = 1e-3  # far above rounding: a penalty whose curvature is no diagonal
 
@@ -123,16 +122,15 @@ def _blocks(A: Curvature) -> list[_Block]:
     entries = [affine.entries for affine in layers.layers]
     penalties = [_penalty(net, names)[e] for e in entries]
     batch_size = A.batch_size or _rows_at_once(A, layers)
+    sums = A.examples.sum_over(_factors, net, batch_size=batch_size, what="Kronecker factors")
+    factors = list(zip(sums[::2], sums[1::2], strict=True))
+    _check_finite(names, factors)
     bases = [
         _bases(inputs / n, outputs / n, penalty)
-        for (inputs, outputs), penalty in zip(
-            _factors(A, layers, batch_size), penalties, strict=True
-        )
+        for (inputs, outputs), penalty in zip(factors, penalties, strict=True)
     ]
-    squares = [np.zeros(e.shape) for e in entries]
-    for parts in _passes(A, layers, batch_size, "eigenvalues of Kronecker factors"):
-        for square, (U, V), (a, g) in zip(squares, bases, parts, strict=True):
-            square += _squares(_times(a, U), _times(g, V))
+    what = "eigenvalues of Kronecker factors"
+    squares = A.examples.sum_over(_Squares(bases), net, batch_size=batch_size, what=what)
     blocks = []
     for name, where, (U, V), square, penalty in zip(
         names, entries, bases, squares, penalties, strict=True
@@ -143,29 +141,44 @@ def _blocks(A: Curvature) -> list[_Block]:
     return blocks
 
 
-def _factors(A: Curvature, layers: AffineLayers, batch_size: int) -> list[tuple[NDArray, NDArray]]:
-    """For each layer, sums over rows of sum_t a_t a_t' (f, f) and sum_st g_st g_st' / T (c, c)."""
-    sums = [tuple(np.zeros((size, size)) for size in e.entries.shape) for e in layers.layers]
-    for parts in _passes(A, layers, batch_size, "Kronecker factors"):
-        for (inputs, outputs), (a, g) in zip(sums, parts, strict=True):
-            flat_a, flat_g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-            inputs += flat_a.T @ flat_a
-            outputs += flat_g.T @ flat_g / a.shape[1]
-    for affine, pair in zip(layers.layers, sums, strict=True):
+def _pseudo_gradients(
+    net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+) -> list[tuple[NDArray, NDArray]]:
+    return affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor())
+
+
+def _factors(
+    net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+) -> tuple[NDArray, ...]:
+    """Sum over a batch, layer by layer, sum_t a_t a_t' (f, f) and sum_st g_st g_st' / T (c, c)."""
+    sums = []
+    for a, g in _pseudo_gradients(net, theta, x, y):
+        flat_a, flat_g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+        sums += [flat_a.T @ flat_a, flat_g.T @ flat_g / a.shape[1]]
+    return tuple(part.astype(np.float64) for part in sums)
+
+
+@dataclass(frozen=True, eq=False)
+class _Squares:
+    """A question for the squares of each layer's parts in its bases (U, V), summed over a batch."""
+
+    bases: list[tuple[NDArray, NDArray]]
+
+    def __call__(
+        self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+    ) -> tuple[NDArray, ...]:
+        parts = zip(self.bases, _pseudo_gradients(net, theta, x, y), strict=True)
+        squares = (_squares(_times(a, U), _times(g, V)) for (U, V), (a, g) in parts)
+        return tuple(square.astype(np.float64) for square in squares)
+
+
+def _check_finite(names: list[str], factors: list[tuple[NDArray, NDArray]]) -> None:
+    for name, pair in zip(names, factors, strict=True):
         if not all(np.isfinite(factor).all() for factor in pair):
             raise DivergenceError(
-                f"A must have finite products, got NaN or infinity in layer {affine.layer.name!r} "
+                f"A must have finite products, got NaN or infinity in layer {name!r} "
                 "in EKFAC; look for infinite losses at theta, or use float64."
             )
-    return sums  # pyright: ignore[reportReturnType]
-
-
-def _passes(
-    A: Curvature, layers: AffineLayers, batch_size: int, what: str
-) -> Iterator[list[tuple[NDArray, NDArray]]]:
-    batches = A.examples.batches(batch_size)
-    for x, y in progress(batches, what, -(-len(A.examples) // batch_size)):
-        yield layers.pseudo_gradients(x, y)
 
 
 def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray, NDArray]:
@@ -199,8 +212,8 @@ def _rows_at_once(A: Curvature, layers: AffineLayers) -> int:
         products = a.shape[2] * g[0, 0].size if a.shape[1] > 1 else 0
         # Inputs and pseudo-gradients, once more in their bases, and the tape's own of the latter.
         per_row += 2 * a.size + 4 * g.size + products
-    size = _BYTES_AT_ONCE // (per_row * A.dtype.itemsize)
-    return int(np.clip(min(size, A.net.rows_per_batch(A.examples)), 1, len(A.examples)))
+    most = A.net.rows_per_batch(A.examples)
+    return fitting(VECTORS, per_row * A.dtype.itemsize, most)
 
 
 def _penalty(net: GenericNeuralNet, names: list[str]) -> NDArray:

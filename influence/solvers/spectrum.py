@@ -12,6 +12,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from tqdm import tqdm
 
 from influence.common.convergence import warn_unconverged
+from influence.common.memory import VECTORS
 from influence.common.progress import counter
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
@@ -19,10 +20,9 @@ from influence.solvers.lanczos import krylov
 
 # Up to this order all eigenvalues take fewer passes than two by iteration, and no more time.
 _FEW = 1024
-# Vectors that ARPACK stores. A larger basis takes far fewer products, but more memory.
+# Vectors that ARPACK stores: at most these, and at least 32 even if they exceed their budget.
+# A larger basis takes far fewer products.
 _LARGEST_BASIS = 256
-# Bytes of that basis; it has at least 32 vectors.
-_BYTES = 1 << 29
 # Any fixed number: the same matrix gives the same answer.
 _SEED = 0
 
@@ -160,7 +160,7 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
 
 def _top(product: Callable, d: int, k: int, rtol: float, max_products: int) -> NDArray:
     """Compute unit vectors (d, k) near the eigenvectors of the largest eigenvalues."""
-    basis = min(d, max(2 * k + 1, int(np.clip(_BYTES // (8 * d), 32, _LARGEST_BASIS))))
+    basis = min(d, max(2 * k + 1, int(np.clip(2 * VECTORS // (8 * d), 32, _LARGEST_BASIS))))
     operator = LinearOperator((d, d), matvec=product, matmat=product, dtype=np.float64)  # pyright: ignore
     start = np.random.default_rng(_SEED).standard_normal(d)
     restarts = -(-max_products // basis)

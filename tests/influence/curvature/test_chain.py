@@ -170,10 +170,9 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     chain = Chain.of(net.flat, x)
     # The widest layer: 4 x 4 x 3 outputs by the 57 weights before and in it, 8 bytes, 8 copies.
     widest = 48 * 57 * 8 * 8
-    monkeypatch.setattr("influence.curvature.chain._BYTES", 5 * widest)
-    assert chain.rows_per_batch(x) == 5
-    monkeypatch.setattr("influence.curvature.chain._BYTES", 1)
-    assert chain.rows_per_batch(x) == 1
+    for budget, at_most, rows in ((5 * widest, 7, 5), (5 * widest, 3, 3), (1, 7, 1)):
+        monkeypatch.setattr("influence.curvature.chain.ACTIVATIONS", budget)
+        assert chain.rows_per_batch(x, at_most) == rows
 
 
 class _Left(keras.layers.Dropout):

@@ -1,5 +1,6 @@
 """EK-FAC against the exact inverse where it is exact, and against its own definition elsewhere."""
 
+import pickle
 from functools import partial
 
 import keras
@@ -233,8 +234,21 @@ def test_batch_size_changes_nothing(batch_size, monkeypatch):
     whole = inverse(GaussNewton(net, examples, 0.1))
     A = GaussNewton(net, examples, 0.1, batch_size=batch_size)
     assert relative_error(inverse(A), whole) < 1e-11
-    monkeypatch.setattr("influence.solvers.ekfac._BYTES_AT_ONCE", 1)  # one row after the other
+    monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)  # one row after the other
     assert relative_error(inverse(GaussNewton(net, examples, 0.1)), whole) < 1e-11
+
+
+class Elsewhere(Examples):
+    """Rows that questions are sent to."""
+
+    def map_over(self, question, *args, **options):
+        return super().map_over(pickle.loads(pickle.dumps(question)), *args, **options)
+
+
+def test_questions_can_be_sent_to_the_rows():
+    net, here = convolutional(), images()
+    there = GaussNewton(net, Elsewhere(here.x, here.y), 0.1)
+    np.testing.assert_array_equal(inverse(there), inverse(GaussNewton(net, here, 0.1)))
 
 
 def test_row_order_changes_nothing():
