@@ -1,15 +1,15 @@
 """The exact Hessian of a chain of layers, from matrix products instead of Hessian products.
 
-Along a chain, z = a W + b in an affine layer and a' = phi(z) in an activation, so the second
+In a chain an affine layer computes z = a W + b and an activation a' = phi(z). So the second
 derivative of a row's loss by theta (with d. the change of a quantity along a change of theta) is
 
     d2 loss = sum over activations of    (d loss / d a') phi''(z) (dz)^2
             + sum over affine layers of  2 (d loss / d z) . (da dW)
             + (d output)' (d2 loss / d output2) (d output).
 
-The first and the last are J' D J, with J the Jacobian of z or of the output by the parameters
-before it, which is carried forward through the chain; the middle one pairs J with the layer's own
-parameters. The last alone is the Gauss-Newton matrix. One product of d vectors with the Hessian
+The first and the last term are J' D J, with J the Jacobian of z or of the output by the parameters
+before it. J is computed forward through the chain. The middle term pairs J with the layer's own
+parameters. The last term is the Gauss-Newton matrix. One product of d vectors with the Hessian
 would take d backward passes; this takes one backward pass and products of large matrices.
 """
 
@@ -50,7 +50,7 @@ _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A layer of the chain; `own` is where its weights are in theta, or None if it has none."""
+    """A layer of the chain; `own` has the positions of its weights in theta, None if no weights."""
 
     layer: Any
     kind: str  # "affine", "activation" or "linear"
@@ -58,7 +58,7 @@ class _Step:
 
 
 class Chain:
-    """A model whose layers follow one another, each affine, elementwise, or linear and weightless.
+    """A model of successive layers, each affine, elementwise, or linear without weights.
 
     Args:
       traced: the model.
@@ -70,11 +70,11 @@ class Chain:
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """The model as a chain, or None if it is none.
+        """Convert a model to a chain; return None if it is not one.
 
         Args:
           traced: the model.
-          x: a few rows of input tensors, on which the layers are tried.
+          x: a few rows of input tensors, on which the layers are tested.
         """
         model = traced.model
         if isinstance(x, dict) or not _in_a_row(model):
@@ -109,10 +109,10 @@ class Chain:
         return fitting(ACTIVATIONS, bytes_each, at_most)
 
     def beats_products(self, x: Any) -> bool:
-        """Whether a row takes fewer multiplications here than d Hessian products do.
+        """Return True if a row takes fewer multiplications here than with d Hessian products.
 
-        Few outputs and many parameters of convolutions, shared by many positions, speak for this;
-        a wide last layer for products.
+        The chain is faster with few outputs and many convolution parameters shared by many
+        positions; products are faster with a wide last layer.
 
         Args:
           x: a row of inputs.
@@ -124,7 +124,7 @@ class Chain:
             if step.kind == "affine":
                 forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
             elif step.kind == "activation":
-                # A channel knows its own weights only: f rows of the layer's f x c.
+                # A channel depends on its own weights only: f of the layer's f x c.
                 f = 0 if own is None else len(own.entries)
                 squares += width * (before**2 + before * f + f**2)
             before += 0 if own is None else own.entries.size
@@ -134,7 +134,7 @@ class Chain:
         return squares <= 4 * forward * sum(self.traced.sizes)
 
     def hessian(self, x: Any, y: Any, theta: Any = None) -> NDArray:
-        """The Hessian (d, d) of a batch's mean loss, without the penalty.
+        """Compute the Hessian (d, d) of a batch's mean loss, without the penalty.
 
         Args:
           x: (n, ...) inputs.
@@ -145,7 +145,7 @@ class Chain:
         theta = t.theta() if theta is None else theta
         matrix = t.run("chain", self._hessian, theta, t.inputs(x), t.tensor(y))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
-        if np.array_equal(order, np.arange(len(order))):  # as it mostly is: no second copy
+        if np.array_equal(order, np.arange(len(order))):  # mostly so: no second copy
             return matrix
         whole = np.empty_like(matrix)
         whole[np.ix_(order, order)] = matrix
@@ -154,7 +154,7 @@ class Chain:
     # --- inside -----------------------------------------------------------------------------------
 
     def _forward(self, theta: Any, x: Any) -> list[Any]:
-        """The input, and the output of every layer."""
+        """Compute the output of every layer; return them after the input."""
         t = self.traced
         parts = zip(t.weights, tf.split(theta, t.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
@@ -165,7 +165,7 @@ class Chain:
         return values
 
     def _hessian(self, theta: Any, x: Any, y: Any) -> Any:
-        """(d, d), its parameters in the order of the chain."""
+        """Compute the matrix (d, d) with the parameters in the order of the chain."""
         loss = self.traced.loss.function
         with tf.GradientTape() as tape:
             tape.watch(theta)
@@ -208,14 +208,14 @@ _KNOWN: WeakKeyDictionary[FlatModel, Chain] = WeakKeyDictionary()
 def chain_hessian(
     net: GenericNeuralNet, examples: Examples, batch_size: int | None = None
 ) -> NDArray | None:
-    """The Hessian (d, d) of the mean loss, without the penalty, if a chain is the faster way.
+    """Compute the Hessian (d, d) of the mean loss, without the penalty, if a chain is faster.
 
     Args:
       net: the net.
       examples: the training set.
-      batch_size: rows at a time at most.
+      batch_size: the largest number of rows at a time.
 
-    Returns: the matrix; None for a net that is no chain, or whose products take less time.
+    Returns: the matrix; None for a net that is not a chain, or whose products take less time.
     """
     row = net.flat.inputs(examples.take([0]).x)
     chain = Chain.of(net.flat, row)
@@ -226,16 +226,16 @@ def chain_hessian(
     parts = examples.map_over(_hessian_sum, net, batch_size=size, what="forming the matrix")
     for part in parts:
         matrix += part
-        del part  # not beside the next batch's
+        del part  # its memory is needed for the next batch's
     matrix /= len(examples)
     return matrix.astype(net.dtype, copy=False)
 
 
 def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Sum of the Hessians (d, d) of a batch's losses, of a net that is a chain: a question."""
+    """Sum the Hessians (d, d) of a batch's losses, for a net that is a chain: a question."""
     if net.flat not in _KNOWN:
         chain = Chain.of(net.flat, net.flat.inputs(x))
-        assert chain is not None  # who asks has looked
+        assert chain is not None  # chain_hessian has checked this
         _KNOWN[net.flat] = chain
     matrix = _KNOWN[net.flat].hessian(x, y, net.at(theta).theta_tensor())
     matrix *= len(y)
@@ -243,7 +243,7 @@ def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArra
 
 
 def _in_a_row(model: keras.Model) -> bool:
-    """Whether each layer takes what the one before it gives, and nothing else."""
+    """Return True if the only input of each layer is the output of the one before."""
     try:
         row = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
         inputs = [model.inputs[0], *(layer.output for layer in row[:-1])]
@@ -279,17 +279,19 @@ def _kind(layer: Any) -> str | None:
 class _Jacobian:
     """The derivative of a layer's output (n, ..., c) by the parameters before it.
 
+    Shapes: n rows, positions, c channels, q parameters.
+
     Attributes:
       dense: (n, ..., c, q) by the weights of all layers before, or None if they have none.
-      inputs: (n, t, f) of the affine layer that has just been passed, or None. Channel c's
-        derivative by that layer's weights (f, c') is `inputs` for c' = c, else zero.
+      inputs: (n, t, f) inputs of the affine layer just before, or None. Channel c's derivative by
+        that layer's weights (f, c') is `inputs` for c' = c, else zero.
     """
 
     dense: Any = None
     inputs: Any = None
 
     def scaled(self, first: Any) -> _Jacobian:
-        """Behind an activation whose derivative is `first` (n, ..., c): all of it dense."""
+        """Apply an activation whose derivative is `first` (n, ..., c); the result is dense."""
         dense = None if self.dense is None else tf.expand_dims(first, -1) * self.dense
         if self.inputs is None:
             return _Jacobian(dense)
@@ -301,7 +303,7 @@ class _Jacobian:
         return _Jacobian(own if dense is None else tf.concat([dense, own], -1))
 
     def add_square(self, matrix: Any, weights: Any) -> Any:
-        """The matrix plus J' diag(weights) J, weights (n, ..., c)."""
+        """Add J' diag(weights) J to the matrix, weights (n, ..., c)."""
         c = weights.shape[-1]
         w = tf.reshape(weights, [-1, c])
         square = border = corner = None
@@ -324,13 +326,13 @@ class _Jacobian:
 
 
 def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
-    """The matrix with an affine layer's weights added to its columns: the pairs da dW.
+    """Extend the matrix by an affine layer's weights: the pairs da dW.
 
     Args:
       matrix: (q, q).
-      own: the layer and where its weights are.
+      own: the layer and the positions of its weights.
       before: (n, ..., c, q) derivative of its input, or None.
-      slope: of the loss by its output.
+      slope: derivative of the loss by its output.
     """
     f, c = own.entries.shape
     q = matrix.shape[0]
@@ -348,13 +350,13 @@ def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
 
 
 def _paired(layer: Any, before: Any, slope: Any) -> Any:
-    """(q, f, c): sum over rows and positions of d(input of weight f) times the slope at c."""
+    """Sum d(input of weight f) times the slope at c over rows and positions: (q, f, c)."""
     i, q = before.shape[-2:]
     J = tf.reshape(before, [-1, i, q])
     c = slope.shape[-1]
     if isinstance(layer, layers.Dense):
         return tf.einsum("mc,miq->qic", tf.reshape(slope, [-1, c]), J)
-    # What each input pixel is to each kernel entry: the slope at the output pixel they make.
+    # For each input pixel and kernel entry: the slope at the output pixel that they contribute to.
     k = int(np.prod(layer.kernel_size))
     spread = tf.reshape(tf.eye(k * c, dtype=slope.dtype), [*layer.kernel_size, c, k * c])
     shape = tf.concat([tf.shape(before)[:3], [k * c]], 0)
@@ -365,7 +367,7 @@ def _paired(layer: Any, before: Any, slope: Any) -> Any:
 
 
 def _pushed(layer: Any, kernel: Any, before: Any) -> Any:
-    """The derivative of an affine layer's output, from that of its input."""
+    """Compute the derivative of an affine layer's output from that of its input."""
     if before is None:
         return None
     if isinstance(layer, layers.Dense):
@@ -378,7 +380,7 @@ def _pushed(layer: Any, kernel: Any, before: Any) -> Any:
 
 
 def _folded(linear: Callable, before: Any) -> Any:
-    """A linear map of activations, taken of each column of their derivative (n, ..., q)."""
+    """Apply a linear map of activations to each column of their derivative (n, ..., q)."""
     if before is None:
         return None
     *inner, q = before.shape[1:]
@@ -391,7 +393,7 @@ def _folded(linear: Callable, before: Any) -> Any:
 
 
 def _add_output(matrix: Any, before: Any, loss: Any, y: Any, output: Any) -> Any:
-    """The matrix plus J' (d2 loss / d output2) J, the Gauss-Newton part."""
+    """Add J' (d2 loss / d output2) J, the Gauss-Newton part, to the matrix."""
     with tf.GradientTape() as outer:
         outer.watch(output)
         with tf.GradientTape() as inner:
@@ -415,7 +417,7 @@ def _bordered(square: Any, border: Any, corner: Any) -> Any:
 
 
 def _derivatives(layer: Any, z: Any) -> tuple[Any, Any]:
-    """phi'(z) and phi''(z) of an elementwise layer."""
+    """Compute phi'(z) and phi''(z) of an elementwise layer."""
     zero = tf.UnconnectedGradients.ZERO
     with tf.GradientTape() as outer:
         outer.watch(z)

@@ -227,7 +227,7 @@ def _same_matrix(A: Any, B: Any) -> bool:
 
 
 def as_symmetric(A: Any) -> LinearOperator:
-    """Convert A to a LinearOperator that keeps its array, after the checks that are possible."""
+    """Convert A to a LinearOperator that has its array as `A`, after the possible checks."""
     if isinstance(A, LinearOperator):
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be square, got shape {A.shape}.")

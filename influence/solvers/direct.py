@@ -105,7 +105,7 @@ def _check_memory(A: LinearOperator) -> None:
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not told on this system
+    except (AttributeError, ValueError, OSError):  # unknown on this system
         return
     if needed > there:
         raise ValueError(
