@@ -27,7 +27,7 @@ _MIXING = 1e-3
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    Each Dense or Conv2D layer has inputs a_t, with a constant one for the bias. At its output it has
+    Each Dense or Conv2D layer has inputs a_t, with a constant one for the bias. Its output has the
     pseudo-gradients g_st (positions t, columns s of the root of the loss's Hessian). The matrix is
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
