@@ -67,7 +67,7 @@ def settings(
     """List the settings to run: the peers' solvers, then ours.
 
     Up to DENSE parameters these are all solvers, with LiSSA on all rows at every step. Beyond, the
-    matrix is not formed and LiSSA takes batches. `solves` then runs the solvers that reach any given
+    matrix is not formed and LiSSA takes batches. `solves` runs the solvers that reach any given
     residual, except the few of ours that the others are compared with.
 
     Args:
