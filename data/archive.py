@@ -1,4 +1,4 @@
-"""Tar archives read into memory: nothing in them is written to disk, followed or run."""
+"""Tar archives read into memory: nothing is written to disk, no link followed, nothing run."""
 
 import gzip
 import io
@@ -6,18 +6,19 @@ import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-_MOST_OVERHEAD = 1 << 26  # bytes of headers and padding beside the files
+# Bytes of headers and padding that an archive may have besides its files.
+_MOST_OVERHEAD = 1 << 26
 
 
 def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
-    """The files of a gzipped tar archive of one folder.
+    """Read the files of a gzipped tar archive of one folder.
 
     Args:
       path: the archive.
-      num_bytes: what its files amount to; one that holds more is refused before it is unpacked.
-    Returns: {path below that folder: content} of the regular files, sorted by path; names beginning
-      with a dot are left out, being the file manager's. Links, devices and folders are passed over.
-    Raises: ValueError naming the archive if it is not what a gzipped tar archive should be.
+      num_bytes: total size of its files; a larger archive is refused before it is unpacked.
+    Returns: {path below that folder: content} of the regular files, sorted by path. Names that
+      begin with a dot (file managers create them), links, devices and folders are skipped.
+    Raises: ValueError naming the archive if it is not a valid gzipped tar archive.
     """
     try:
         with gzip.open(path) as stream:
@@ -30,7 +31,7 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
                 parts = PurePosixPath(member.name).parts[1:]
                 if not member.isreg() or any(part.startswith(".") for part in parts):
                     continue
-                total += member.size  # of a sparse member, what its holes are filled up to
+                total += member.size  # for a sparse member, its size with the holes filled
                 if total > num_bytes:
                     raise ValueError(f"{path}: expected {num_bytes:,} bytes of files, found more.")
                 content = archive.extractfile(member)
@@ -42,12 +43,12 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
 
 
 def read_folder(path: Path) -> dict[str, bytes]:
-    """The files below a folder, as `read_tar` gives those of the archive it was unpacked from."""
+    """Read the files below a folder, like `read_tar` those of its archive."""
     return {name: (path / name).read_bytes() for name in names_below(path)}
 
 
 def names_below(path: Path) -> list[str]:
-    """Paths of the files below a folder, sorted; names beginning with a dot are left out."""
+    """List the paths of the files below a folder, sorted, without names that begin with a dot."""
     below = (member.relative_to(path) for member in path.rglob("*") if member.is_file())
     shown = (name for name in below if not any(part.startswith(".") for part in name.parts))
     return sorted(name.as_posix() for name in shown)

@@ -47,9 +47,10 @@ def test_nothing_of_it_is_left(digits, monkeypatch, tmp_path):
     seen = []
     written = Influence.write_scores
     monkeypatch.setattr(
-        Influence, "write_scores", lambda self, path, *a, **k: seen.append(path)
-        or written(self, path, *a, **k),
-    )  # fmt: skip
+        Influence,
+        "write_scores",
+        lambda self, path, *a, **k: seen.append(path) or written(self, path, *a, **k),
+    )
     stage = score_file._multiply
     all_scores.run(digits, num_tests=3, square=10)
     assert tmp_path in seen[0].parents and not list(tmp_path.iterdir())
