@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import tyro
 
 import experiments
-from experiments import report
-from experiments.record import replacing
-from experiments.running import SMOKE, STANDARD, Job, Misuse, redraw, run, say
+from experiments.harness import report
+from experiments.harness.record import replacing
+from experiments.harness.running import SMOKE, STANDARD, Job, Misuse, redraw, run, say
 
 PROG = "python -m experiments"
 _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.compare import predicted_against_actual, rounded_down
-from experiments.record import Record
+from experiments.harness.record import Record
 
 TRUTHS = {
     "continued": "Training on, less the control",

@@ -17,10 +17,10 @@ import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 
-from experiments import options
 from experiments.compare import agreement, largest, rounded_down, with_others
-from experiments.record import Claim, Record
-from experiments.running import Misuse
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
+from experiments.harness.running import Misuse
 from influence import BinaryLogisticRegression, Direct, Examples, Influence, leave_one_out
 
 DATA = "mnist"

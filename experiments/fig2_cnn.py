@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cnn, cnn_minimum, options
+from experiments import cnn, cnn_minimum
 from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS, both_sides, draw
 from experiments.compare import agreement
-from experiments.record import Claim, Record
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
 
 DATA = "mnist"
 STAND_IN = "digits"

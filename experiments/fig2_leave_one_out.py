@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import options
 from experiments.compare import (
     agreement,
     largest,
@@ -20,7 +19,8 @@ from experiments.compare import (
     rounded_down,
     with_others,
 )
-from experiments.record import Claim, Record
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
 from influence import (
     CG,
     Direct,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from data.dogfish import IMAGENETTES_SIDE
 from experiments import trunks
 from experiments.dog_or_fish import FISH
-from experiments.record import Record
+from experiments.harness.record import Record
 
 SVM = "svm"  # its name among the models; a deep head's is network/layer
 NUM_PHOTOGRAPHS = 5  # most helpful ones of each kind

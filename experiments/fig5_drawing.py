@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from experiments import trunks
 from experiments.attacking import RULES, SIGNS
-from experiments.record import Record
+from experiments.harness.record import Record
 
 
 def draw(record: Record) -> Any:

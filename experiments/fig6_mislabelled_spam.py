@@ -21,8 +21,9 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from experiments import load, options
-from experiments.record import Claim, Record
+from experiments import load
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.common.checkpoint import kept
 from influence.common.progress import progress

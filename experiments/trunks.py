@@ -27,7 +27,7 @@ import data
 from data import images
 from data.files import cache_folder
 from data.networks import WEIGHTS
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 from influence import TopLayer
 from influence.common.checkpoint import kept
 from influence.common.progress import progress

@@ -19,7 +19,7 @@ SOURCE = '''
     import numpy as np
     from matplotlib.figure import Figure
 
-    from experiments.record import Claim, Record
+    from experiments.harness.record import Claim, Record
 
     @dataclass(frozen=True)
     class Config:

@@ -8,8 +8,8 @@ import pytest
 
 import data
 from experiments import fig1_components as fig1
-from experiments.record import Record
-from experiments.running import Misuse
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
 from influence import Direct, Influence
 from tests.influence.problems import logistic, relative_error
 

@@ -10,8 +10,8 @@ import scipy.linalg
 import data
 from experiments import cnn, cnn_minimum, fig2_cnn
 from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS
-from experiments.record import Record
-from experiments.running import Misuse
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
 from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
 from tests.influence.problems import traced_once
 

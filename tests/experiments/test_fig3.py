@@ -9,8 +9,8 @@ from sklearn.svm import LinearSVC
 
 import data
 from experiments import fig3_smooth_hinge as fig3
-from experiments.record import Record
-from experiments.running import Misuse
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
 
 SMOKE = fig3.PRESETS["smoke"]
 

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 import data
 from experiments import attacking, choice, heads, trunks
 from experiments import fig5_attack as fig5
-from experiments.record import Record
-from experiments.running import Misuse
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
 from influence import Examples
 from influence.attack.poison import Rule
 

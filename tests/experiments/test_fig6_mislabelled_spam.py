@@ -10,7 +10,7 @@ import scipy.sparse
 import data
 from data.splits import Splits
 from experiments import fig6_mislabelled_spam as fig6
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 from influence.models.leverage import gram
 from tests import oracles
 

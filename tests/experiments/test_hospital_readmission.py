@@ -9,7 +9,7 @@ import pytest
 import data
 from experiments import hospital_readmission as hospital
 from experiments.compare import largest_bars
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 from tests import oracles
 
 SMOKE = hospital.PRESETS["smoke"]

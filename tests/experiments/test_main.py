@@ -9,8 +9,8 @@ import pytest
 
 import experiments
 from experiments.__main__ import main
-from experiments.record import Record
-from experiments.running import Misuse
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["arrays.h5", "figure.pdf", "figure.png", "record.json"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments import report
+from experiments.harness import report
 from influence import GenericNeuralNet
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import pytest
 import data
 from data import files, images
 from experiments import trunks
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 from influence import TopLayer
 
 REAL = data.find("dogfish")

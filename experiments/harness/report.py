@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 import experiments
-from experiments.record import RECORD, Record, replacing
+from experiments.harness.record import RECORD, Record, replacing
 
 FIGURE = "figure.png"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

@@ -3,9 +3,9 @@ import html
 
 import pytest
 
-from experiments import report
 from experiments.__main__ import main
-from experiments.record import Claim, Record
+from experiments.harness import report
+from experiments.harness.record import Claim, Record
 
 
 def _save(folder, *, experiment="fig2", preset="paper", stand_in=False, claims=(), metrics=None):

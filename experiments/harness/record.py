@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("influence", "experiments", "data", "requirements.txt")  # what a number depends on
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "scikit-learn")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 
 
 def at_least(config: Any, least: float, *names: str) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import record as record_module
-from experiments.record import Claim, Record, commit, provenance, replacing, to_json
+from experiments.harness import record as record_module
+from experiments.harness.record import Claim, Record, commit, provenance, replacing, to_json
 
 
 def _record(**changes):

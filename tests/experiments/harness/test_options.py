@@ -8,7 +8,7 @@ import pytest
 import data
 from experiments import fig2_leave_one_out as fig2
 from experiments.__main__ import main
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 
 SMOKE = fig2.PRESETS["smoke"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments import report
-from experiments.record import Record, provenance, replacing, to_json
+from experiments.harness import report
+from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
 PHOTOGRAPHS = "photographs.png"  # for whoever has them: git ignores it, and so does the report
@@ -18,7 +18,7 @@ _CHECKPOINTS, _LABEL = "checkpoints", "run.json"
 _DTYPE = "float64"  # what convex models are computed in
 _DPI = 200
 _NUM_SEEDS = 2**32  # that Keras and NumPy take
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Misuse(ValueError):  # tyro shows a ValueError from a Config as it shows its own
@@ -165,7 +165,7 @@ def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
     """A folder for what an interrupted run can go on from; emptied if that was another run."""
     digest = hashlib.sha256()
     sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
-    sources += [*_ROOT.glob("experiments/*.py"), job.module.__file__]
+    sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]
     for source in sorted(map(str, sources)):
         digest.update(Path(source).read_bytes())
     key = to_json([dataclasses.asdict(job.config), about, digest.hexdigest()])
