@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import trunks
+from experiments.shared import trunks
 from influence import BinaryLogisticRegression, Examples
 from influence.common.checkpoint import kept
 from influence.common.progress import progress

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.compare import predicted_against_actual, rounded_down
 from experiments.harness.record import Record
+from experiments.shared.compare import predicted_against_actual, rounded_down
 
 TRUTHS = {
     "continued": "Training on, less the control",

@@ -7,7 +7,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from experiments.cnn import CG_FLOAT64, in_double, removals
+from experiments.shared.descent import Descent, descend, num_negative
+from experiments.shared.mnist_cnn import CG_FLOAT64, in_double, removals
 from influence import (
     CG,
     AllCNN,
@@ -23,7 +24,6 @@ from influence import (
     proximal_response,
     solve,
 )
-from influence.models.descent import Descent, descend, num_negative
 
 _FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rounding
 _FLOAT32_REFIT = 1e-5  # the same for a refit, whose gradient less that at the minimum is taken

@@ -17,10 +17,10 @@ import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 
-from experiments.compare import agreement, largest, rounded_down, with_others
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
 from experiments.harness.running import Misuse
+from experiments.shared.compare import agreement, largest, rounded_down, with_others
 from influence import BinaryLogisticRegression, Direct, Examples, Influence, leave_one_out
 
 DATA = "mnist"

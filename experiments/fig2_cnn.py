@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cnn, cnn_minimum
+from experiments import cnn_minimum
 from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS, both_sides, draw
-from experiments.compare import agreement
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
+from experiments.shared import mnist_cnn
+from experiments.shared.compare import agreement
 
 DATA = "mnist"
 STAND_IN = "digits"
@@ -183,9 +184,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """
     options.at_most(config, len(data.train[1]), "training rows", "num_train")
     options.rows_of(config, data.test[1], "test rows", "test_points")
-    train, test = cnn.images(data, config)
+    train, test = mnist_cnn.images(data, config)
     measured = test.take(config.test_points)
-    net = cnn.network(config, train)
+    net = mnist_cnn.network(config, train)
     net.fit(
         train, schedule=config.schedule, batch_size=config.batch_size, seed=config.seed,
         checkpoints=checkpoints,
@@ -205,10 +206,10 @@ def _where_training_stopped(
     config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and metrics of the published protocol and of the proximal truths."""
-    predicted, metrics, prepared = cnn.predictions(config, net, train, measured, checkpoints)
-    rows = cnn.removals(config, predicted["cg"])
+    predicted, metrics, prepared = mnist_cnn.predictions(config, net, train, measured, checkpoints)
+    rows = mnist_cnn.removals(config, predicted["cg"])
     removed = np.unique(np.concatenate(rows))  # each once, for all test points
-    changes, more = cnn.truths(
+    changes, more = mnist_cnn.truths(
         config, net, train, measured, removed, rows[0], prepared, checkpoints
     )
     metrics |= more | {

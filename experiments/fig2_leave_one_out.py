@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.compare import (
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
+from experiments.shared.compare import (
     agreement,
     largest,
     predicted_against_actual,
     rounded_down,
     with_others,
 )
-from experiments.harness import options
-from experiments.harness.record import Claim, Record
 from influence import (
     CG,
     Direct,

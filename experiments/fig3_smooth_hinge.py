@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import compare
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
 from experiments.harness.running import Misuse
+from experiments.shared import compare
 from influence import Direct, Examples, Influence, SmoothHinge, leave_one_out
 
 DATA = "mnist"

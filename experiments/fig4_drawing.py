@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.dogfish import IMAGENETTES_SIDE
-from experiments import trunks
 from experiments.dog_or_fish import FISH
 from experiments.harness.record import Record
+from experiments.shared import trunks
 
 SVM = "svm"  # its name among the models; a deep head's is network/layer
 NUM_PHOTOGRAPHS = 5  # most helpful ones of each kind

@@ -18,12 +18,12 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from data.images import resized
-from experiments import compare, trunks
 from experiments.dog_or_fish import FISH, deep_head, kernel_svm, squared_distances
 from experiments.fig4_drawing import NUM_PHOTOGRAPHS, SVM, draw, photographs
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
 from experiments.harness.running import Misuse
+from experiments.shared import compare, trunks
 
 __all__ = ["Config", "draw", "photographs", "run"]
 

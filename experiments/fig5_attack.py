@@ -15,12 +15,13 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from experiments import choice, trunks
+from experiments import choice
 from experiments.attacking import RULES, SIGNS, group, of_group, over_all, single
 from experiments.fig5_drawing import draw
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
 from experiments.heads import LEVEL, Head, alike, fitted, right
+from experiments.shared import trunks
 from influence.attack.poison import Rule
 from influence.common.checkpoint import kept
 from influence.common.progress import progress

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import trunks
 from experiments.attacking import RULES, SIGNS
 from experiments.harness.record import Record
+from experiments.shared import trunks
 
 
 def draw(record: Record) -> Any:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import images
-from experiments import trunks
 from experiments.choice import held_out_accuracy
+from experiments.shared import trunks
 from influence import Examples, TopLayer
 from influence.attack.poison import Poisoning, poison
 from influence.models.top_layer import scaled

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from experiments.compare import agreement, largest_bars
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
+from experiments.shared.compare import agreement, largest_bars
 from influence import BinaryLogisticRegression as _Net
 from influence import Direct, Examples, Influence, leave_one_out
 

@@ -8,10 +8,11 @@ import pytest
 import scipy.linalg
 
 import data
-from experiments import cnn, cnn_minimum, fig2_cnn
+from experiments import cnn_minimum, fig2_cnn
 from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
+from experiments.shared import mnist_cnn
 from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
 from tests.influence.problems import traced_once
 
@@ -33,7 +34,7 @@ def digits():
 @pytest.fixture(scope="module", autouse=True)
 def networks_traced_once():
     """Each run makes networks of its own, of which TensorFlow would trace the same again."""
-    make = cnn.network
+    make = mnist_cnn.network
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
         yield
@@ -69,8 +70,8 @@ def converged(digits, folder, refitted_from):
 @pytest.fixture(scope="module")
 def trained(digits):
     """(net, training set, test points) where the run of `record` stops training."""
-    train, test = cnn.images(digits, SMALL)
-    net = cnn.network(SMALL, train)
+    train, test = mnist_cnn.images(digits, SMALL)
+    net = mnist_cnn.network(SMALL, train)
     net.fit(train, schedule=SMALL.schedule, batch_size=SMALL.batch_size)
     return net, train, test.take(SMALL.test_points)
 
@@ -133,7 +134,7 @@ def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monke
     monkeypatch.setattr(cnn, "_rounding", lambda *a: 0.0)
     removed = np.arange(6)
     rough = dataclasses.replace(SMALL, tolerance=0.5, continued_steps=1)
-    changes, found = cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
+    changes, found = mnist_cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
     lost = found["proximal_gradient_norm"] > 1e-4
     assert found["proximal_lost"] == np.count_nonzero(lost) > 0
     np.testing.assert_array_equal(np.isnan(changes["proximal"]), np.tile(lost, (2, 1)))

@@ -11,10 +11,10 @@ import scipy.stats
 import data
 from data.images import resized
 from experiments import fig4_rbf_vs_inception as fig4
-from experiments import trunks
 from experiments.dog_or_fish import deep_head, kernel_svm, squared_distances
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
+from experiments.shared import trunks
 
 SMOKE = fig4.PRESETS["smoke"]
 NAMES = ["svm", *SMOKE.heads]

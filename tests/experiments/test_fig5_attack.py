@@ -9,10 +9,11 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import data
-from experiments import attacking, choice, heads, trunks
+from experiments import attacking, choice, heads
 from experiments import fig5_attack as fig5
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
+from experiments.shared import trunks
 from influence import Examples
 from influence.attack.poison import Rule
 

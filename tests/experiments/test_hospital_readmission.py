@@ -8,8 +8,8 @@ import pytest
 
 import data
 from experiments import hospital_readmission as hospital
-from experiments.compare import largest_bars
 from experiments.harness.running import Misuse
+from experiments.shared.compare import largest_bars
 from tests import oracles
 
 SMOKE = hospital.PRESETS["smoke"]

@@ -5,8 +5,8 @@ import pytest
 
 import data
 from data import files, images
-from experiments import trunks
 from experiments.harness.running import Misuse
+from experiments.shared import trunks
 from influence import TopLayer
 
 REAL = data.find("dogfish")

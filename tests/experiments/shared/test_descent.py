@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from experiments.shared import descent
+from experiments.shared.descent import descend
 from influence import Hessian
-from influence.models import descent
-from influence.models.descent import descend
 from tests.influence.problems import relative_error, ridge, tanh_net
 
 _ROUND = descent._round

@@ -12,7 +12,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from experiments.compare import largest
+from experiments.shared.compare import largest
+from experiments.shared.descent import num_negative
 from influence import (
     CG,
     AllCNN,
@@ -30,7 +31,6 @@ from influence import (
     solve,
 )
 from influence.common.checkpoint import kept
-from influence.models.descent import num_negative
 
 ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
 CG_FLOAT64 = 1e-7  # relative residual

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import compare
+from experiments.shared import compare
 
 
 def test_largest_by_size_of_either_sign():
