@@ -33,7 +33,7 @@ MODULES = {
     "fig2-cnn": "fig2_cnn",
     "fig3": "fig3_smooth_hinge",
     "fig4": "fig4_rbf_vs_inception",
-    "fig5": "fig5_attack",
+    "fig5": "fig5_attack.figure",
     "fig6": "fig6_mislabelled_spam",
     "hospital": "hospital_readmission",
 }  # in the order they are listed, run and reported
@@ -68,7 +68,8 @@ def load(command: str) -> ModuleType:
 
 
 def _source(module: str) -> Path | None:
-    candidates = (Path(folder) / f"{module}.py" for folder in __path__)
+    file = Path(*module.split(".")).with_suffix(".py")
+    candidates = (Path(folder) / file for folder in __path__)
     return next((path for path in candidates if path.is_file()), None)
 
 

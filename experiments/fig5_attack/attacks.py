@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.heads import FLIPPED, LEVEL, Head
+from experiments.fig5_attack.heads import FLIPPED, LEVEL, Head
 from influence import Examples, Influence
 from influence.attack.poison import Poisoning, Rule
 from influence.attack.targets import gradient_norms, mean_s_test

@@ -9,8 +9,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import data
-from experiments import attacking, choice, heads
-from experiments import fig5_attack as fig5
+from experiments.fig5_attack import attacks, heads
+from experiments.fig5_attack import figure as fig5
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
 from experiments.shared import trunks
@@ -104,7 +104,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(record, splits, folder, t
 def test_a_poison_does_what_is_said_of_it(head):
     point = heads.right(SMOKE, head)[0]
     test = head.test.take([point])
-    rows, norms = attacking.ranked(head, test, 16)
+    rows, norms = attacks.ranked(head, test, 16)
     assert (np.diff(norms) <= 0).all() and len(set(rows)) == 16
     found = head.attacked(test, rows[:10], rule=Rule(max_steps=3, tries=0), flip_at=np.inf)
     # From its pixels on: bytes as before, features as the trunk makes them, scikit-learn's weights.
@@ -122,8 +122,8 @@ def test_a_poison_does_what_is_said_of_it(head):
 
 def test_ranking_is_that_of_all_rows(head):
     test = head.test.take([heads.right(SMOKE, head)[1]])
-    every, norms = attacking.ranked(head, test, len(head.train))
-    some, _ = attacking.ranked(head, test, 64)
+    every, norms = attacks.ranked(head, test, len(head.train))
+    some, _ = attacks.ranked(head, test, 64)
     assert sorted(every) == list(range(len(head.train)))
     assert some[:5].tolist() == every[:5].tolist()
     assert norms[0] > norms[-1]
@@ -135,10 +135,10 @@ def test_standing(head):
     rule = Rule(max_steps=1, tries=0)
     found = head.attacked(test, np.array([row]), rule=rule, flip_at=np.inf)
     before = head.net.theta
-    where = attacking.standing(head, found)
+    where = attacks.standing(head, found)
     np.testing.assert_array_equal(head.net.theta, before)
     assert where.shape == (1, 3, 2)
-    assert where[0, attacking.SIGNS.index("loss"), 0] == 0  # of the largest loss
+    assert where[0, attacks.SIGNS.index("loss"), 0] == 0  # of the largest loss
     means = [head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)]
     far = [np.linalg.norm(x - means[y]) for x, y in zip(head.train.x, head.train.y, strict=True)]
     assert where[0, 2, 0] == np.sum(np.array(far) > far[row]) / len(far)
@@ -150,7 +150,7 @@ def test_geometry(head, monkeypatch):
     monkeypatch.setattr(attacking, "_COMPONENTS", 20)
     test = head.test.take([heads.right(SMOKE, head)[0]])
     found = head.attacked(test, np.array([7]), rule=Rule(max_steps=1, tries=0), flip_at=np.inf)
-    facts = attacking.geometry(head, found)
+    facts = attacks.geometry(head, found)
     assert 0 < facts["levels_moved"] <= 0.49 * (1 + 1e-4)
     shift = found.features[0] - head.train.x[7]
     assert facts["features_moved"] == pytest.approx(np.linalg.norm(shift), rel=1e-9)
@@ -286,23 +286,23 @@ def test_a_refit_that_disagrees_is_not_confirmed(head, monkeypatch):
     monkeypatch.setattr(heads.Head, "attacked", other)
     rule = Rule(max_steps=1, tries=0, restarts=0)
     point = heads.right(SMOKE, head)[0]
-    found = attacking.single(head, point, counts=(1, 2), candidates=8, paper=rule, best=rule)
+    found = attacks.single(head, point, counts=(1, 2), candidates=8, paper=rule, best=rule)
     assert not found["confirmed"]
-    found = attacking.group(
+    found = attacks.group(
         head, heads.alike(SMOKE, head), counts=(1,), candidates=8, one=rule, many=rule
     )
     assert not found["all_confirmed"]
 
 
 def test_heads_are_chosen_by_held_out_training_images(splits, head, tmp_path):
-    found = choice.heads_of("small", splits, seed=0, folder=None, checkpoints=tmp_path)
-    assert found["held_out_accuracy"].shape == (2, len(choice.WEIGHT_DECAYS))
-    i, j = 1, choice.WEIGHT_DECAYS.index(SMOKE.weight_decays[0])
-    assert found["held_out_accuracy"][i, j] == choice.held_out_accuracy(head.net, head.train, 0)
+    found = heads.heads_of("small", splits, seed=0, folder=None, checkpoints=tmp_path)
+    assert found["held_out_accuracy"].shape == (2, len(heads.WEIGHT_DECAYS))
+    i, j = 1, heads.WEIGHT_DECAYS.index(SMOKE.weight_decays[0])
+    assert found["held_out_accuracy"][i, j] == heads.held_out_accuracy(head.net, head.train, 0)
     losses = head.net.losses(head.train.x, head.train.y)
     assert found["training_loss"][i, j] == pytest.approx(losses.mean(), rel=1e-6)
     assert found["training_accuracy"][i, j] == head.accuracy(head.train)
-    again = choice.heads_of("small", splits, seed=0, folder=None, checkpoints=tmp_path)
+    again = heads.heads_of("small", splits, seed=0, folder=None, checkpoints=tmp_path)
     np.testing.assert_array_equal(again["training_loss"], found["training_loss"])
 
 
@@ -316,4 +316,4 @@ def test_heads_are_chosen_by_held_out_training_images(splits, head, tmp_path):
 def test_the_rule_of_choice(accuracy, loss, best):
     found = {"layers": np.array(["a", "b"], "S"), "weight_decays": np.array([1e-2, 1e-3]),
              "held_out_accuracy": np.array(accuracy), "training_loss": np.array(loss)}  # fmt: skip
-    assert choice.chosen(found, 1800) == best
+    assert heads.chosen(found, 1800) == best
