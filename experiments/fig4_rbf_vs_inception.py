@@ -13,23 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import scipy.special
 import scipy.stats
 from numpy.typing import NDArray
 
+from data.dogfish import IMAGENETTES_SIDE
 from data.images import resized
-from experiments.dog_or_fish import FISH, deep_head, kernel_svm, squared_distances
-from experiments.fig4_drawing import NUM_PHOTOGRAPHS, SVM, draw, photographs
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
 from experiments.harness.running import Misuse
 from experiments.shared import compare, trunks
-
-__all__ = ["Config", "draw", "photographs", "run"]
+from influence import BinaryLogisticRegression, Direct, Examples, Influence, SmoothHinge
 
 DATA = "dogfish"
 STAND_IN = "fishlike"
 
+DOG, FISH = 0, 1
+SVM = "svm"  # its name among the models; a deep head's is network/layer
+NUM_PHOTOGRAPHS = 5  # most helpful ones of each kind
+_TOLERANCE = 1e-10  # of the gradient's norm at a minimum
+_COOLING = 10**0.5  # of the temperature, from one minimum to the next
+_PIXELS = 1 << 13  # of all images multiplied at a time
+_SHOWN = 2  # deep heads whose scatter is drawn beside the SVM's
+_CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}  # not the paper's network
+_GREEN, _ORANGE = "#009E73", "#E69F00"  # fish, dogs: told apart by the colour-blind, too
 _PAPERS_MARGIN = 0.990029  # of its test fish under the SVM (release, notebook of figure 4)
 
 
@@ -223,7 +231,240 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     return Record.of(metrics=metrics, arrays=arrays)
 
 
-# --- inside ---------------------------------------------------------------------------------------
+def draw(record: Record) -> Any:
+    """Influence over distance for the SVM and two deep heads; below, all test fish."""
+    import matplotlib.pyplot as plt
+
+    arrays = record.arrays
+    names = [name.decode() for name in arrays["models"]]
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 9}):
+        figure = plt.figure(figsize=(6.75, 4.9), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+        shown = range(min(1 + _SHOWN, len(names)))
+        for i, axis in zip(shown, np.atleast_1d(above.subplots(1, len(shown))), strict=True):
+            _draw_scatter(axis, arrays, i)
+            axis.set_title(_named(names[i]))
+            axis.set_ylabel("" if i else "Change in test loss if removed")
+            if i == 0:
+                axis.legend(frameon=False, loc="best", markerscale=1.6, handletextpad=0.2)
+        strips = below.subplots(1, 3)
+        top = record.config["top_deep"]
+        for axis, values, title in (
+            (strips[0], arrays["spearman"], "Spearman of |influence|\nand distance"),
+            (strips[1], arrays["dogs_in_top"][1:], f"Dogs among the {top}\nmost helpful"),
+            (strips[2], arrays["largest_influence"], "Largest |influence|"),
+        ):
+            _draw_strip(axis, values, names[len(names) - len(values) :])
+            axis.set_title(title)
+        strips[0].axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        strips[1].set_xlim(left=0)
+        strips[2].set_xscale("log")
+        strips[2].locator_params(axis="x", numticks=4)
+        if not record.data.get("stand_in", True):  # which says what it is by itself
+            figure.supxlabel(_said(record, names[1:]), fontsize=7, color="0.35")
+    return figure
+
+
+def _said(record: Record, heads: list[str]) -> str:
+    """What the figure is of, where that is not what the paper's is of."""
+    networks = dict.fromkeys(trunks.split(head)[0] for head in heads)
+    said = []
+    if record.metrics.get("photographs_side", IMAGENETTES_SIDE) == IMAGENETTES_SIDE:
+        said.append("Photographs of Imagenette, English springer against tench")
+    cut = [_CUT[network] for network in networks if network in _CUT]
+    if cut:
+        said.append(f"{' and '.join(cut)} cut at the layer named")
+    if not said:
+        return ""
+    return f"{'; '.join(said)}:\nthe paper's own are not to be had."
+
+
+def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
+    """The test fish, and the images that helped each model most.
+
+    Args:
+      record: of a run on `data`.
+      data: the same Splits.
+      checkpoints: not looked at.
+
+    Returns: a figure with photographs, never to be committed.
+    """
+    import matplotlib.pyplot as plt
+
+    arrays, (x, y) = record.arrays, data.train
+    names = [name.decode() for name in arrays["models"]]
+    rows = [
+        (i, what, arrays[key][i])
+        for i in range(len(names))
+        for what, key in (("helpful", "most_helpful"), ("helpful dogs", "most_helpful_dogs"))
+    ]
+    with plt.rc_context({"font.size": 7, "axes.titlesize": 6}):
+        figure, axes = plt.subplots(
+            len(rows), 1 + NUM_PHOTOGRAPHS, figsize=(7.5, 1.25 * len(rows)), layout="constrained"
+        )
+        for axis in axes.ravel():
+            axis.axis("off")
+        axes[0, 0].imshow(data.test[0][arrays["test_fish"][0]])
+        axes[0, 0].set_title("test fish")
+        for (i, what, chosen), line in zip(rows, axes, strict=True):
+            line[1].text(-0.08, 0.5, f"{_named(names[i])}\nmost {what}", ha="right", va="center",
+                         transform=line[1].transAxes)  # fmt: skip
+            for axis, row in zip(line[1:], chosen, strict=True):
+                axis.imshow(x[row])
+                axis.set_title(f"{('dog', 'fish')[y[row]]} {row}: {arrays['score'][i, row]:+.1e}")
+    return figure
+
+
+def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
+    fish = arrays["labels"] == FISH
+    for which, colour, marker, label in (
+        (~fish, _ORANGE, "^", "dogs"),
+        (fish, _GREEN, "o", "fish"),
+    ):
+        axis.scatter(arrays["distance"][which], arrays["score"][i, which], s=7, marker=marker,
+                     color=colour, alpha=0.6, linewidths=0, label=label)  # fmt: skip
+    axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    axis.set_xlabel("Distance in pixels, $|x - x_{test}|$")
+    axis.ticklabel_format(axis="y", scilimits=(-2, 2))
+    axis.locator_params(nbins=5)
+
+
+def _draw_strip(axis: Any, values: NDArray, names: list[str]) -> None:
+    """One test fish a dot, the median a bar; a model a row."""
+    for i, of_model in enumerate(values):
+        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # of dots that would overlap
+        axis.scatter(of_model, i + spread, s=4, color="#0072B2", alpha=0.5, linewidths=0)
+        axis.plot([np.median(of_model)] * 2, [i - 0.35, i + 0.35], color="black", linewidth=1.2)
+    axis.set_yticks(range(len(names)), [_named(name, short=True) for name in names])
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _named(model: str, *, short: bool = False) -> str:
+    if model == SVM:
+        return "RBF SVM" if short else "RBF SVM on pixels"
+    network, layer = trunks.split(model)
+    network = {"mobilenet": "MobileNet", "inception-keras": "Inception"}.get(
+        network, network.capitalize()
+    )
+    layer = layer.replace("conv_pw_", "pw").replace("_relu", "")
+    return f"{network} {layer}" if short else f"{network}, {layer}"
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A model at its minimum, what it was trained on and what it is tested on.
+
+    Attributes:
+      net: the model.
+      train: its features and labels.
+      test: likewise.
+    """
+
+    net: Any
+    train: Examples
+    test: Examples
+
+    def scores(self, points: NDArray) -> NDArray:
+        """Predicted changes of some test losses without each training image: (k, n).
+
+        Positive: the test loss rises without the image, so the image helped.
+        """
+        influence = Influence(self.net, self.train, solver=Direct())
+        return influence.scores(self.test.take(points)).change_if_removed
+
+    @property
+    def outputs(self) -> NDArray:
+        """(m,) of the test images; positive for fish."""
+        return self.net.outputs(self.test.x)[:, 0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the risk: how well it is minimised."""
+        return self.net.gradient_norm(self.train)
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """On the training and on the test images."""
+        return tuple(
+            float(np.mean((self.net.outputs(part.x)[:, 0] > 0) == (part.y.ravel() == FISH)))
+            for part in (self.train, self.test)
+        )  # pyright: ignore[reportReturnType]
+
+
+def squared_distances(x: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray:
+    """Squared Euclidean distances of images with pixels in [-1, 1].
+
+    Args:
+      x: (n, ...) bytes.
+      others: (m, ...) bytes.
+
+    Returns: (m, n), of equal images exactly 0: sums of integers, which float64 holds.
+    """
+    flat, rows = (part.reshape(len(part), -1) for part in (x, others))
+    inner = np.zeros((len(rows), len(flat)))
+    own, other = np.zeros(len(flat)), np.zeros(len(rows))
+    for start in range(0, flat.shape[1], _PIXELS):
+        b, a = (part[:, start : start + _PIXELS].astype(np.float64) for part in (flat, rows))
+        inner += a @ b.T
+        own += np.einsum("ij,ij->i", b, b)
+        other += np.einsum("ij,ij->i", a, a)
+    return (other[:, None] + own - 2 * inner) / 127.5**2
+
+
+def kernel_svm(
+    distance: NDArray, y: NDArray, y_test: NDArray, *, gamma: float, t: float, weight_decay: float
+) -> Fitted:
+    """An SVM with a Gaussian kernel and the hinge smoothed by t, at its exact minimum.
+
+    Args:
+      distance: (n + m, n) squared distances of the training and then the test images from the
+        training images, no two of which are equal.
+      y: (n,) labels 0 and 1.
+      y_test: (m,).
+      gamma: of the kernel exp(-gamma distance).
+      t: temperature.
+      weight_decay: lambda of lambda/2 |w|^2.
+
+    Returns: Fitted, d = n.
+    Raises: ValueError if two training images are equal.
+    """
+    n = len(y)
+    K = np.exp(-gamma * distance)
+    try:
+        L = scipy.linalg.cholesky(K[:n], lower=True)
+    except np.linalg.LinAlgError as error:
+        twins = np.argwhere(np.tril(distance[:n] <= 0, -1))
+        raise ValueError(
+            "distance must be of images no two of which are equal, got equal training images "
+            f"{twins[:5].tolist()}; without twins, use a larger gamma than {gamma:g}."
+        ) from error
+    phi = scipy.linalg.solve_triangular(L, K[n:].T, lower=True).T
+    train, test = Examples(L, 2 * y - 1), Examples(phi, 2 * y_test - 1)
+    theta, warmth = np.zeros(n), max(1.0, t)
+    while True:  # a colder hinge's minimum is near a warmer one's; from zero it is far for Newton
+        net = SmoothHinge(n, warmth, weight_decay=weight_decay)
+        net.theta = theta
+        net.fit(train, gradient_tolerance=_TOLERANCE)
+        if warmth <= t:
+            return Fitted(net, train, test)
+        theta, warmth = net.theta, max(warmth / _COOLING, t)
+
+
+def deep_head(features: NDArray, y: NDArray, y_test: NDArray, *, weight_decay: float) -> Fitted:
+    """Logistic regression on features, at its minimum.
+
+    Args:
+      features: (n + m, f) of the training and then the test images.
+      y: (n,) labels.
+      y_test: (m,).
+      weight_decay: lambda of lambda/2 |w|^2.
+
+    Returns: Fitted, d = f.
+    """
+    train, test = Examples(features[: len(y)], y), Examples(features[len(y) :], y_test)
+    net = BinaryLogisticRegression(features.shape[1], weight_decay=weight_decay)
+    net.fit(train, gradient_tolerance=_TOLERANCE)
+    return Fitted(net, train, test)
 
 
 def _fish(config: Config, margins: NDArray, y_test: NDArray) -> NDArray[np.int64]:

@@ -16,15 +16,7 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from experiments.fig5_attack.attacks import RULES, SIGNS, group, of_group, over_all, single
-from experiments.fig5_attack.heads import (
-    LEVEL,
-    Head,
-    alike,
-    chosen,
-    fitted,
-    heads_of,
-    right,
-)
+from experiments.fig5_attack.heads import LEVEL, Head, alike, chosen, fitted, heads_of, right
 from experiments.harness import options
 from experiments.harness.record import Claim, Record
 from experiments.shared import trunks
@@ -142,7 +134,7 @@ DEVIATIONS = (
     "paper's photographs nor its network's last layers are to be had here. The numbers are not "
     "comparable image by image.",
     "Head: features as they are, layer and weight decay by a rule that knows the training images "
-    "alone (experiments/fig5_attack/heads.py, the arrays `choice_...`): held-out accuracy within a standard "
+    "alone (fig5_attack/heads.py, the arrays `choice_...`): held-out accuracy within a standard "
     "error of the paper's .985, then the training loss nearest to its .0040. The release's own "
     "weight decay, 1e-3, gives training losses ten times as high here.",
     "Box: .49 of a level to each side and every rounded byte compared; the release's closed .5, "

@@ -36,7 +36,7 @@ def networks_traced_once():
     """Each run makes networks of its own, of which TensorFlow would trace the same again."""
     make = mnist_cnn.network
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
+        patch.setattr(mnist_cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
         yield
 
 
@@ -130,8 +130,8 @@ def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monke
         objective: prepare(curvature(net, train, SMALL.damping), Direct())
         for objective, curvature in curvatures.items()
     }
-    monkeypatch.setattr(cnn, "_LOST", 1e-4)
-    monkeypatch.setattr(cnn, "_rounding", lambda *a: 0.0)
+    monkeypatch.setattr(mnist_cnn, "_LOST", 1e-4)
+    monkeypatch.setattr(mnist_cnn, "_rounding", lambda *a: 0.0)
     removed = np.arange(6)
     rough = dataclasses.replace(SMALL, tolerance=0.5, continued_steps=1)
     changes, found = mnist_cnn.truths(rough, net, train, measured, removed, removed, prepared, None)

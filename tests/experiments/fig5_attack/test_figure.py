@@ -147,7 +147,7 @@ def test_standing(head):
 
 
 def test_geometry(head, monkeypatch):
-    monkeypatch.setattr(attacking, "_COMPONENTS", 20)
+    monkeypatch.setattr(attacks, "_COMPONENTS", 20)
     test = head.test.take([heads.right(SMOKE, head)[0]])
     found = head.attacked(test, np.array([7]), rule=Rule(max_steps=1, tries=0), flip_at=np.inf)
     facts = attacks.geometry(head, found)
