@@ -31,6 +31,7 @@ MODULES = {
     "fig1": "fig1_components",
     "fig2": "fig2_leave_one_out",
     "fig2-cnn": "fig2_cnn",
+    "fig2-cnn-minimum": "fig2_cnn_minimum",
     "fig3": "fig3_smooth_hinge",
     "fig4": "fig4_rbf_vs_inception",
     "fig5": "fig5_attack.figure",

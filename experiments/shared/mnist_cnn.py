@@ -1,40 +1,75 @@
-"""The CNN of figure 2 on some data: predictions of what removals change, and three truths.
+"""The network of Figure 2, right, and what is shown of it where training stops and at a minimum."""
 
-What `fig2_cnn` asks of one trained network; that file says what for.
-"""
-
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import joblib
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
-from experiments.shared.compare import largest
-from experiments.shared.descent import num_negative
-from influence import (
-    CG,
-    AllCNN,
-    Direct,
-    Examples,
-    GaussNewton,
-    Hessian,
-    Influence,
-    LiSSA,
-    Prepared,
-    Scores,
-    continued_training,
-    prepare,
-    proximal_response,
-    solve,
+from experiments.harness import options
+from experiments.harness.record import Record
+from experiments.shared.compare import (
+    agreement,
+    largest,
+    predicted_against_actual,
+    rounded_down,
 )
-from influence.common.checkpoint import kept
+from influence import AllCNN, Examples
 
-ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
 CG_FLOAT64 = 1e-7  # relative residual
-_LOST = 0.1  # of the first gradient norm: what is left above it is no minimum
+SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
+
+Step = tuple[str, str, str]  # one side, the other, what it is
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The release's network, its training and what is removed (scripts/train_mnist.py)."""
+
+    num_train: int = 5500
+    """rows of the training set, shuffled with seed 0 (release: a tenth of 55,000)"""
+    filters: int = 8
+    """channels of each 3 x 3 convolution (release)"""
+    strides: tuple[int, ...] = (1, 2, 1, 2, 1)
+    """of those convolutions (release)"""
+    weight_decay: float = 0.001
+    """lambda of lambda/2 |kernel|^2, biases left out (release)"""
+    schedule: tuple[tuple[int, float], ...] = ((110_000, 1e-4), (110_000, 1e-5), (280_000, 1e-6))
+    """(steps, learning rate) of Adam (release: 500,000 steps)"""
+    batch_size: int = 500
+    """rows of a minibatch (release)"""
+    damping: float = 0.01
+    """absolute, added to the Hessian's diagonal (release)"""
+    test_points: tuple[int, ...] = (6558, 9009, 1156, 9729, 9642)
+    """the release's, then four more"""
+    num_removals: int = 100
+    """rows of largest |influence| removed for the first test point (section 4.2)"""
+    further_removals: int = 40
+    """the same for each further test point"""
+    lissa_depth: int = 1000
+    """steps of LiSSA, the release has no LiSSA for this network"""
+    lissa_batch_size: int = 50
+    """rows of each of its steps"""
+    num_processes: int = 2
+    """joblib workers for proximal minima and refits; each keeps about one core busy"""
+    dtype: str = "float32"
+    """of the network (release)"""
+    seed: int = 0
+    """of the network's start and of all minibatches"""
+
+    def __post_init__(self):
+        if not self.further_removals <= self.num_removals <= self.num_train:
+            raise ValueError(
+                "num_removals must be at least further_removals and at most num_train, got "
+                f"{self.num_removals}, {self.further_removals} and {self.num_train}."
+            )
+        options.positive(self, "damping", "lissa_depth", "lissa_batch_size")
+        options.at_least(self, 2, "further_removals")  # a line is drawn through them
+        options.at_least(self, 1, "filters", "strides", "batch_size", "num_processes")
+        options.at_least(self, 0, "weight_decay", "test_points")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}.")
 
 
 def images(data: Any, config: Any) -> tuple[Examples, Examples]:
@@ -58,6 +93,36 @@ def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
     )  # fmt: skip
 
 
+def trained(
+    config: Any, data: Any, checkpoints: Path | None
+) -> tuple[AllCNN, Examples, Examples, Examples]:
+    """The network where training stopped, the training set, the test set and the test points.
+
+    Raises: Misuse for an option beyond the data.
+    """
+    options.at_most(config, len(data.train[1]), "training rows", "num_train")
+    options.rows_of(config, data.test[1], "test rows", "test_points")
+    train, test = images(data, config)
+    net = network(config, train)
+    net.fit(
+        train,
+        schedule=config.schedule,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        checkpoints=checkpoints,
+    )
+    return net, train, test, test.take(config.test_points)
+
+
+def facts(net: AllCNN, train: Examples, test: Examples) -> dict[str, Any]:
+    """Metrics of the network as it is now."""
+    return {
+        "num_parameters": net.num_parameters,
+        "train_accuracy": np.mean(net.outputs(train.x).argmax(axis=1) == train.y),
+        "test_accuracy": np.mean(net.outputs(test.x).argmax(axis=1) == test.y),
+    }
+
+
 def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
     """The network and sets of examples in float64; themselves, where that is what they are."""
     if config.dtype == "float64":
@@ -67,167 +132,106 @@ def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
     return double, *(Examples(part.x.astype(np.float64), part.y) for part in sets)
 
 
-def predictions(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
-) -> tuple[dict[str, NDArray], dict[str, Any], dict[str, Prepared]]:
-    """What removing each row is predicted to change, and the curvature behind it.
-
-    Args:
-      config: of `fig2_cnn`.
-      net: where training stopped.
-      train: the training set, n rows.
-      measured: m test examples.
-      checkpoints: where matrices are kept, or None.
-
-    Returns: (changes (m, n) by the way they were predicted, metrics, the factored matrices by the
-      name of the proximal objective that they belong to).
-    """
-    damping = config.damping
-    gauss_newton = prepare(
-        GaussNewton(net, train, damping, checkpoints=checkpoints), Direct(ROUNDED)
-    )
-    direct = prepare(Hessian(net, train, damping, checkpoints=checkpoints), Direct(ROUNDED))
-    lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
-    solvers = {
-        "cg": CG(config.cg_rtol, preconditioner=gauss_newton), "direct": direct, "lissa": lissa,
-    }  # fmt: skip
-    found = {
-        how: Influence(net, train, solver=solver, damping=damping).scores(measured)
-        for how, solver in solvers.items()
-    }
-    found["gauss_newton"] = Influence(
-        net, train, solver=gauss_newton, damping=damping, curvature=GaussNewton
-    ).scores(measured)
-    doubled = prepare(Hessian(net, train, 2 * damping, checkpoints=checkpoints), Direct(ROUNDED))
-    found["doubled"] = Influence(net, train, solver=doubled, damping=2 * damping).scores(measured)
-    predicted = {how: scores.change_if_removed for how, scores in found.items()}
-    metrics = {
-        "cg_iterations": found["cg"].solution.iterations.max(),
-        "cg_residual": found["cg"].solution.residual.max(),
-        "lissa_residual": found["lissa"].solution.residual.max(),
-    } | _in_float64(config, net, train, measured, gauss_newton, found["cg"], checkpoints)
-    return predicted, metrics, {"leave_one_out": direct, "bregman": gauss_newton}
-
-
-def _in_float64(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, gauss_newton: Prepared,
-    by_cg: Scores, checkpoints: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The exact Hessian's spectrum, and s_test by CG against that by the factored matrix.
-
-    In float32 rounding makes an error of 1e-4 in either, so that the first test point's is solved
-    for in float64 too.
-    """
-    double, train, measured = in_double(config, net, train, measured)
-    A = Hessian(double, train, config.damping, checkpoints=checkpoints)
-    values = scipy.linalg.eigvalsh(A.dense()) - config.damping
-    exact = solve(A, double.gradients(measured.x, measured.y).T, Direct())
-    b = double.gradients(measured.x[:1], measured.y[:1]).T
-    name = joblib.hash((net.theta, train.fingerprint, measured.fingerprint, config.damping))
-    s_test = kept(
-        checkpoints and checkpoints / f"cg-{name[:16]}.npz",
-        lambda: {"x": solve(A, b, CG(CG_FLOAT64, preconditioner=gauss_newton)).x},
-    )["x"]
-
-    def error(x: NDArray, true: NDArray) -> NDArray:
-        return np.linalg.norm(x - true, axis=0) / np.linalg.norm(true, axis=0)
-
-    return {
-        "smallest_eigenvalue": values[0],
-        "largest_eigenvalue": values[-1],
-        "num_negative_eigenvalues": num_negative(values, np.float64),
-        "direct_residual": exact.residual.max(),
-        "cg_against_direct": error(s_test, exact.x[:, :1]).max(),
-        "cg_in_float32_against_direct": error(by_cg.solution.x, exact.x).max(),
-    }
-
-
-def truths(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, removed: NDArray,
-    first: NDArray, prepared: dict[str, Prepared], checkpoints: Path | None,
-) -> tuple[dict[str, NDArray], dict[str, Any]]:  # fmt: skip
-    """What removing rows actually changes, in three meanings.
-
-    Args:
-      config: of `fig2_cnn`.
-      net: where training stopped.
-      train: the training set.
-      measured: m test examples.
-      removed: (r,) increasing training rows.
-      first: those of the first test point, the most influential first.
-      prepared: the factored matrices by the name of the proximal objective.
-      checkpoints: where finished removals are kept, or None.
-
-    Returns: (changes (m, r) by truth, NaN where none was found; metrics, and arrays (r,) with each
-      proximal minimum's gradient norm).
-    """
-    found: dict[str, Any] = {}
-    changes: dict[str, NDArray] = {}
-    objectives: tuple[tuple[str, Literal["leave_one_out", "bregman"]], ...]
-    objectives = ("proximal", "leave_one_out"), ("bregman", "bregman")
-    for truth, objective in objectives:
-        response = proximal_response(
-            net, train, measured, removed, objective=objective, damping=config.damping,
-            solver=prepared[objective], tolerance=config.tolerance,
-            num_processes=config.num_processes, checkpoints=checkpoints,
-        )  # fmt: skip
-        # Without the row's own curvature there may be no minimum nearby; rounding leaves less.
-        lost = response.gradient_norm > _LOST
-        changes[truth] = np.where(lost, np.nan, response.change_if_removed)
-        found[f"{truth}_gradient_norm"] = response.gradient_norm
-        found[f"{truth}_iterations"] = response.iterations.mean()
-        found[f"{truth}_lost"] = np.count_nonzero(lost)
-        found[f"{truth}_unconverged"] = np.count_nonzero(~response.converged & ~lost)
-    train_on = partial(
-        continued_training, net, train, measured, moments=net.moments,
-        batch_size=config.batch_size, checkpoints=checkpoints,
-    )  # fmt: skip
-    here = {"steps": config.continued_steps, "rate": config.continued_rate}
-    continued = train_on(removed, seed=config.seed + 1, **here)
-    changes["continued"] = continued.change_if_removed
-    some = np.full(changes["continued"].shape, np.nan)
-    at = np.searchsorted(removed, first)
-    some[:, at] = train_on(first, seed=config.seed + 2, **here).change_if_removed
-    changes["again"] = some
-    few = first[: config.slow_removals]
-    slow = train_on(few, seed=config.seed + 1, steps=config.continued_steps, rate=config.slow_rate)
-    found["proximal_float32_error"] = _rounding(
-        config, net, train, measured, removed, first, changes["proximal"], checkpoints
-    )
-    return changes, found | {
-        "drift": continued.drift,
-        "slow_spread": slow[0].std(),
-        "slow_drift": slow.drift[0],
-        "slow_pearson": np.corrcoef(slow[0], continued[0][at[: len(few)]])[0, 1],
-    }
-
-
-def _rounding(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, removed: NDArray,
-    first: NDArray, found: NDArray, checkpoints: Path | None,
-) -> float:  # fmt: skip
-    """What float32 and the tolerance make of proximal leave-one-out, relative to its largest.
-
-    Against float64 and a tolerance a hundred times smaller, for some of the first test point's
-    rows, spread over their influence.
-    """
-    double, train, measured = in_double(config, net, train, measured)
-    some = first[:: -(-len(first) // config.double_removals)]
-    A = Hessian(double, train, config.damping, checkpoints=checkpoints)
-    exact = proximal_response(
-        double, train, measured, some, objective="leave_one_out", damping=config.damping,
-        solver=prepare(A, Direct()), tolerance=config.tolerance / 100, max_iterations=40,
-        block=-(-len(some) // config.num_processes), num_processes=config.num_processes,
-        checkpoints=checkpoints,
-    )  # fmt: skip
-    rough = found[0, np.searchsorted(removed, some)]
-    known = (exact.gradient_norm <= config.tolerance) & np.isfinite(rough)
-    return float(np.abs(rough - exact[0])[known].max() / np.abs(exact[0][known]).max())
-
-
 def removals(config: Any, predicted: Any) -> list[NDArray]:
     """The rows to remove for each test point: those of largest |influence|, the largest first."""
     return [
         largest(scores, config.further_removals if j else config.num_removals)
         for j, scores in enumerate(np.asarray(predicted))
     ]
+
+
+def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
+    """Two sides of a step, (k,) each: the first test point's removals, where both are known."""
+    names = {name.partition("_")[2]: name for name in arrays if name.startswith("actual_")}
+    names |= {name.partition("_")[2]: name for name in arrays if name.startswith("predicted_")}
+    names["refit"] = "actual_minimum"
+    left, right = (arrays[names[side]][0, arrays["removals_0"]] for side in (one, other))
+    known = np.isfinite(left) & np.isfinite(right)
+    return left[known], right[known]
+
+
+def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
+    """How each approximation agrees with what it stands for, on the first test point's removals."""
+    found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
+    return {f"step_{name}": np.array([step[name] for step in found])
+            for name in ("pearson", "slope")}  # fmt: skip
+
+
+def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
+    """Of the first test point in full; over all of them Pearson's median and worst."""
+    found = [finite_agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
+    pearson = [one["pearson"] for one in found]
+    named = {f"{name}_{truth}": value for name, value in found[0].items()}
+    return named | {
+        f"median_pearson_{truth}": float(np.median(pearson)),
+        f"worst_pearson_{truth}": min(pearson),
+    }
+
+
+def finite_agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
+    """Compute `agreement` where both are finite."""
+    known = np.isfinite(predicted) & np.isfinite(actual)
+    return agreement(predicted[known], actual[known])
+
+
+def draw_truth(
+    axis: Any,
+    record: Record,
+    truth: str,
+    title: str,
+    *,
+    by: str,
+    lost: float | None = None,
+    more: str = "",
+) -> None:
+    """Draw the first test point's removals, predicted against one meaning of actual.
+
+    Args:
+      axis: matplotlib Axes.
+      record: with `removals_0`, `predicted_...` and `actual_...`.
+      truth: the name of the actual changes.
+      title: of the panel.
+      by: the name of the predicted changes.
+      lost: removals to report as left out; None: those without an actual change.
+      more: further lines of the panel's text.
+    """
+    arrays, metrics = record.arrays, record.metrics
+    first = arrays["removals_0"]
+    predicted, actual = arrays[f"predicted_{by}"][0, first], arrays[f"actual_{truth}"][0, first]
+    known = np.isfinite(actual)
+    predicted_against_actual(axis, actual[known], predicted[known])
+    axis.locator_params(nbins=4)
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("Actual change (nats)", fontsize=9)
+    axis.set_ylabel("Predicted change (nats)", fontsize=9)
+    axis.tick_params(labelsize=8)
+    slope = metrics[f"slope_{truth}"]
+    text = f"r = {rounded_down(metrics[f'pearson_{truth}'])}\nslope {slope:.2f}"
+    text += f"\n{np.count_nonzero(known)} rows"
+    lost = np.count_nonzero(~known) if lost is None else lost
+    if lost:
+        text += f"\n{lost:.0f} left out"
+    axis.text(0.05, 0.95, text + more, transform=axis.transAxes, va="top", fontsize=8)
+
+
+def draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ...]) -> None:
+    """A table: correlation and slope of each approximation on what it stands for."""
+    arrays = record.arrays
+    axis.axis("off")
+    rows = []
+    for (one, other, label), r, slope in zip(
+        steps, arrays["step_pearson"], arrays["step_slope"], strict=True
+    ):
+        if one == "lissa" and "lissa_residual" in record.metrics:
+            label += f" (residual {record.metrics['lissa_residual']:.1f})"
+        num = len(both_sides(arrays, one, other)[0])
+        rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}", f"{num}"))
+    head = ("What stands for what", "r", "lost, 1 - r", "slope", "rows")
+    table = axis.table(rows, colLabels=head, colWidths=[0.56, 0.12, 0.13, 0.11, 0.08],
+                       loc="center", cellLoc="left", colLoc="left", edges="horizontal")  # fmt: skip
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_edgecolor("0.8")
+        if row == 0:
+            cell.get_text().set_fontweight("bold")
