@@ -84,15 +84,19 @@ class Config(mnist_cnn.Protocol):
 
 PRESETS = {
     "smoke": Config(
-        num_train=400,
-        filters=4,
-        strides=(1, 2),
-        schedule=((800, 1e-2), (200, 1e-3)),
+        num_train=120,
+        filters=2,
+        strides=(2,),
+        schedule=((150, 1e-2),),
         batch_size=100,
         test_points=(11, 57),
-        num_removals=20,
-        further_removals=10,
-        lissa_depth=200,
+        num_removals=8,
+        further_removals=4,
+        damping=0.05,
+        lissa_depth=50,
+        rounds=8,
+        evaluations=150,
+        minimum_damping=1e-3,
         num_processes=1,
     ),
     "standard": Config(),  # float32 ends near 1e-3

@@ -63,6 +63,8 @@ class Config:
     """drawn with `seed`, so that one test point proves nothing alone; 0 leaves them out"""
     further_removals: int = 100
     """rows of largest |influence| removed for each further test point"""
+    one_step_removals: int = 40
+    """of the first test point, the largest first, predicted by one exact Newton step too"""
     gradient_tolerance: float = 1e-8
     """Euclidean norm of each refit's own gradient"""
     seed: int = 0
@@ -71,7 +73,8 @@ class Config:
     def __post_init__(self):
         """Refuse what has no meaning, before any work."""
         options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
-        options.at_least(self, 2, "num_removals", "further_removals")  # a line through them
+        # A line is drawn through them.
+        options.at_least(self, 2, "num_removals", "further_removals", "one_step_removals")
         options.at_least(self, 1, "lissa_depth", "lissa_repeats", "lissa_batch_size")
         options.at_least(self, 0, "lissa_seeds", "further_test_points")
 
@@ -91,6 +94,7 @@ CLAIMS = (
     Claim("largest_actual", 0.032, 0.026, 0.036),
     Claim("further_worst_pearson", None, 0.999, 1.0),
     Claim("cg_against_direct", None, 0.0, 1e-6, stand_in=True),
+    Claim("slope_one_step", None, 0.995, 1.005),
     Claim("lissa_worst_pearson", None, 0.96, 1.0),
     Claim("lissa_median_pearson", None, 0.98, 1.0),
     Claim("worst_refit_gradient_norm", None, 0.0, 1e-8, stand_in=True),
@@ -106,7 +110,9 @@ DEVIATIONS = (
     "at most 100 steps of many Hessian products each. Both reach the same s_test.",
     "LiSSA: five seeds here, one there; the ten repeats advance together, and each seed's "
     "walk is one shuffled pass without replacement, as there.",
-    "Beyond the paper: ten further test points, 100 removals each.",
+    "Beyond the paper: ten further test points, 100 removals each; and, for the first test point's "
+    "40 rows of largest |influence|, one exact Newton step on the risk without the row, in closed "
+    "form.",
 )
 
 
@@ -158,6 +164,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     ]
     by_lissa = np.array([run[0] for run in runs])
 
+    stepped = net.one_step_leave_one_out(train, rows[0][: config.one_step_removals])
+    at_step = net.losses(measured.x[:1], measured.y[:1], stepped.T)[0]
+    by_one_step = at_step - net.losses(measured.x[:1], measured.y[:1])
+    one_step = agreement(by_one_step, actual[: len(by_one_step)])
+    reach = np.abs(actual[: len(by_one_step)]).max()
+
     first = agreement(by_cg[0][rows[0]], actual)
     further = [agreement(by_cg[j][rows[j]], refits[j][0]) for j in range(1, len(points))]
     lissa = [agreement(predicted, actual) for predicted in by_lissa]
@@ -165,6 +177,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     metrics |= {
         "smallest_actual": actual.min(),
         "largest_actual": actual.max(),
+        "pearson_one_step": one_step["pearson"],
+        "slope_one_step": one_step["slope"],
+        "largest_error_one_step": one_step["largest_difference"] / reach,
         "cg_against_direct": error.max(),
         "cg_iterations": by_cg.solution.iterations.max(),
         "lissa_largest_residual": max(run.solution.residual.max() for run in runs),
@@ -181,6 +196,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             metrics[f"{kind}_median_{name}"] = np.median(values)
     arrays = {
         "rows": rows[0], "actual": actual, "predicted_cg": by_cg[0][rows[0]],
+        "predicted_one_step": by_one_step,
         "predicted_lissa": by_lissa, "lissa_seeds": np.array(config.lissa_seeds),
         "refit_gradient_norm": refits[0].gradient_norm, "test_points": points,
         "further_rows": np.array(rows[1:]),
@@ -207,6 +223,13 @@ def draw(record: Record) -> Any:
         axis.set_title(title)
         axis.text(0.05, 0.95, f"r = {rounded_down(pearson)}", transform=axis.transAxes, va="top")
     axes[1].set_ylabel("")
+    figure.supxlabel(
+        f"One exact Newton step without the row, {len(arrays['predicted_one_step'])} rows: "
+        f"slope {metrics['slope_one_step']:.4f}, "
+        f"largest error {metrics['largest_error_one_step']:.1e} of the largest change",
+        fontsize=8,
+        color="0.35",
+    )
     return figure
 
 
