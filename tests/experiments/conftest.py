@@ -103,3 +103,16 @@ def fake(tmp_path, monkeypatch):
     module.data = package
     yield module
     experiments.sys.modules.pop("experiments.fake_figure", None)
+
+
+@pytest.fixture(scope="module")
+def networks_traced_once():
+    """Each run makes networks of its own, of which TensorFlow would trace the same again."""
+    from experiments.shared import mnist_cnn
+    from influence import AllCNN
+    from tests.influence.problems import traced_once
+
+    make = mnist_cnn.network
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist_cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
+        yield

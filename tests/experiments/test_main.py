@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +278,23 @@ def test_summaries_are_first_lines_of_modules_that_exist(fake):
     assert experiments.summaries() == {"fake": "A fake figure: the mean of random numbers."}
     with pytest.raises(ValueError, match="command must be one of fake, got 'absent'"):
         experiments.load("absent")
+
+
+def test_a_figure_may_be_a_folder(fake, monkeypatch):
+    folder = Path("modules/folded")
+    folder.mkdir()
+    (folder / "__init__.py").write_text('"""Not the figure."""')
+    shutil.copy("modules/fake_figure.py", folder / "figure.py")
+    monkeypatch.setattr(experiments, "MODULES", {"folded": "folded.figure"})
+    for name in ("experiments.folded", "experiments.folded.figure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert experiments.summaries() == {"folded": "A fake figure: the mean of random numbers."}
+    assert main(["folded", "--preset", "smoke"]) == 0
+    assert sorted(os.listdir("out/folded-smoke")) == FILES
+
+
+def test_every_experiment_is_found():
+    assert list(experiments.summaries()) == list(experiments.MODULES)
 
 
 def test_photographs_are_drawn_for_who_has_them_and_kept_from_git(fake, monkeypatch):
