@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.problem import Problem
 from influence import CG, Direct, DivergenceError, Examples, GaussNewton, Hessian, prepare, solve
+from influence.curvature.layers import affine_layers
 from influence.models.cnn import AllCNN
 from influence.solvers import EKFAC, Solver
 
@@ -150,7 +151,7 @@ def _iterations(
 ) -> dict[str, dict[str, int | None]]:
     """What CG takes in float64 on the Gauss-Newton matrix G and on H, by preconditioner."""
     layers = np.zeros(G.shape)
-    for affine in net.affine_layers(train.take(slice(0, 2)).x).layers:
+    for affine in affine_layers(net, train.take(slice(0, 2)).x).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
         layers[own] = np.linalg.inv(G[own].astype(np.float64))
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -22,7 +24,8 @@ from keras.layers import Conv2D, Dense
 from numpy.typing import NDArray
 
 from influence.net import tape
-from influence.net.flat import Traced
+from influence.net.flat import FlatModel
+from influence.net.net import GenericNeuralNet
 
 _GAP = 1e-3  # far above the rounding of float32, far below a derivative that is another
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
@@ -71,12 +74,12 @@ class AffineLayers:
       for anything else than z = a W + b.
     """
 
-    def __init__(self, traced: Traced, x: Any):
+    def __init__(self, traced: FlatModel, x: Any):
         self.traced = traced
         self.layers = _find(traced)
         self._check(x)
 
-    def pseudo_gradients(self, x: Any, y: Any) -> list[tuple[NDArray, NDArray]]:
+    def pseudo_gradients(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
         """Both factors of the Gauss-Newton matrix's root, for every layer.
 
         With the loss's Hessian at the output of row i, H_i = S_i S_i', the matrix is the mean over
@@ -86,16 +89,19 @@ class AffineLayers:
         Args:
           x: (n, ...) inputs.
           y: (n, ...) labels.
+          theta: (d,) tensor; None: the model's weights as they are.
 
         Returns: for each layer a (n, t, f), inputs with a one for the bias, and g (n, t, s, c), the
           derivatives of output . S_i[:, s] by the layer's own output, s up to the output's size.
         """
         t = self.traced
-        return t.mapped("pseudo gradients", self._factors, t.inputs(x), t.tensor(y))
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        return t.run("pseudo gradients", partial(self._factors, t.each(*batch)), theta, *batch)
 
-    def roots(self, x: Any, y: Any) -> NDArray:
+    def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """The p_is themselves, (n, s, d): the Gauss-Newton matrix is mean_i sum_s p_is p_is'."""
-        parts = self.pseudo_gradients(x, y)
+        parts = self.pseudo_gradients(x, y, theta)
         n, _, s, _ = parts[0][1].shape
         roots = np.zeros((n, s, sum(self.traced.sizes)), parts[0][1].dtype)
         for affine, (a, g) in zip(self.layers, parts, strict=True):
@@ -172,7 +178,24 @@ class AffineLayers:
                 )
 
 
-def _find(traced: Traced) -> tuple[Affine, ...]:
+_KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
+
+
+def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
+    """Return the layers that hold theta, if all are plain Dense or Conv2D: what EK-FAC needs.
+
+    Args:
+      net: the net. Its layers are looked for once.
+      x: a few rows of inputs, on which the layers are tried the first time.
+
+    Raises: ValueError naming the layer that is of another kind, and what to do.
+    """
+    if net.flat not in _KNOWN:
+        _KNOWN[net.flat] = AffineLayers(net.flat, net.flat.inputs(x))
+    return _KNOWN[net.flat]
+
+
+def _find(traced: FlatModel) -> tuple[Affine, ...]:
     """The owners of theta's parts; a layer inside a layer comes later and takes its own."""
     owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
     ends = np.cumsum(traced.sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import joblib
 import numpy as np
@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.checkpoint import check_folder, kept
+from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
+from influence.curvature.chain import chain_hessian
+from influence.curvature.layers import affine_layers
 from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import Total
 from influence.net.refused import check_weights
 
-_DENSE_BLOCK = 256  # columns of the dense matrix formed in one pass
-_ROOT_BYTES = 1 << 28  # what the rows' roots of one batch may take,
-_ROOT_COPIES = 4  # with the pseudo-gradients that they are made of
+# Columns of the dense matrix that are formed in one pass over the data.
+_DENSE_BLOCK = 256
+# Arrays of the size of the rows' roots that exist while the roots are formed.
+_ROOT_COPIES = 4
 
 
 class Curvature(LinearOperator):
@@ -38,6 +43,10 @@ class Curvature(LinearOperator):
       batch size or a folder that cannot be written to.
     """
 
+    # The net's methods that multiply with one batch's matrix, and with each of many batches'.
+    _method: ClassVar[str]
+    _each: ClassVar[Literal["hvp", "gauss_newton"]]
+
     def __init__(
         self,
         net: GenericNeuralNet,
@@ -47,8 +56,7 @@ class Curvature(LinearOperator):
         batch_size: int | None = None,
         checkpoints: str | os.PathLike | None = None,
     ):
-        if not isinstance(net, GenericNeuralNet):
-            raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+        checked(net)
         if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
             raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
         check_batch_size(batch_size)
@@ -70,13 +78,8 @@ class Curvature(LinearOperator):
     @property
     @abstractmethod
     def smallest_eigenvalue_bound(self) -> float:
-        """What no eigenvalue is below, known without a product, damping included; NaN: nothing."""
+        """Lower bound on all eigenvalues, damping included, without a product; NaN if unknown."""
 
-    @abstractmethod
-    def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """One batch's mean product, without penalty and damping."""
-
-    @abstractmethod
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
         """Products with r estimates of the matrix, each from a few of the rows.
 
@@ -86,6 +89,12 @@ class Curvature(LinearOperator):
 
         Returns: (r, d, m).
         """
+        self.check_theta()
+        products = self.net.each_batch(self._each, *self.examples.stacked(rows), V)
+        num_batches, d, num_vectors = V.shape
+        flat = np.moveaxis(V, 1, 0).reshape(d, -1)
+        penalty = self.net.penalty_hvp(flat).reshape(d, num_batches, num_vectors)
+        return products + np.moveaxis(penalty, 0, 1) + self.damping * V
 
     def dense(self) -> NDArray:
         """The matrix itself, (d, d), a fresh array."""
@@ -134,9 +143,8 @@ class Curvature(LinearOperator):
         return self._undamped(V) + self.damping * V
 
     def _undamped(self, V: NDArray) -> NDArray:
-        size = self.batch_size or self.net.rows_per_batch(self.examples, V.shape[1])
-        product = self.net.mean_over(self.examples, size, lambda x, y: self._product(x, y, V))
-        return product + self.net.penalty_hvp(V)
+        total = self.examples.sum_over(Total(self._method, V), self.net, batch_size=self.batch_size)
+        return total / len(self.examples) + self.net.penalty_hvp(V)
 
     def _matvec(self, v: NDArray) -> NDArray:
         return self._matmat(np.reshape(v, (-1, 1)))[:, 0]
@@ -160,11 +168,12 @@ class Curvature(LinearOperator):
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
 
-    def _with_penalty(self, products: NDArray, V: NDArray) -> NDArray:
-        num_batches, d, num_vectors = V.shape
-        flat = np.moveaxis(V, 1, 0).reshape(d, -1)
-        penalty = self.net.penalty_hvp(flat).reshape(d, num_batches, num_vectors)
-        return products + np.moveaxis(penalty, 0, 1) + self.damping * V
+    def _add_penalty(self, matrix: NDArray) -> None:
+        """Add the penalty's Hessian to a matrix (d, d), in its own memory."""
+        d = len(matrix)
+        for start in range(0, d, _DENSE_BLOCK):
+            units = np.eye(d, min(_DENSE_BLOCK, d - start), k=-start, dtype=self.dtype)
+            matrix[:, start : start + units.shape[1]] += self.net.penalty_hvp(units)
 
 
 class Hessian(Curvature):
@@ -174,23 +183,23 @@ class Hessian(Curvature):
     `Hessian(net, examples) @ V` costs one pass over the examples for all columns of V.
     """
 
+    _method, _each = "hvp", "hvp"
+
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """What no eigenvalue is below: damping plus what a convex net knows; NaN for another."""
+        """Lower bound on all eigenvalues: damping plus what a convex net knows; NaN for others."""
         return self.net.strong_convexity + self.damping
 
-    def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        return self.net.hvp(x, y, V)
-
-    def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
-        """As `Curvature.sampled`, from the Hessians of single rows or small batches."""
-        self.check_theta()
-        return self._with_penalty(self.net.hvp_each(*self.examples.stacked(rows), V), V)
-
     def _formed(self) -> NDArray:
-        """The net's closed form if it has one, else blocks."""
+        """The matrix without damping: by the net's closed form, a chain of layers, or products."""
         closed_form = self.net.hessian(self.examples, self.batch_size)
-        return super()._formed() if closed_form is None else symmetrised(closed_form)
+        if closed_form is not None:
+            return symmetrised(closed_form)
+        matrix = chain_hessian(self.net, self.examples, self.batch_size)
+        if matrix is None:
+            return super()._formed()
+        self._add_penalty(matrix)
+        return symmetrised(matrix)
 
 
 class GaussNewton(Curvature):
@@ -202,6 +211,8 @@ class GaussNewton(Curvature):
 
     Raises: ValueError for a cross-entropy of probabilities instead of logits, besides Curvature's.
     """
+
+    _method, _each = "gauss_newton_product", "gauss_newton"
 
     def __init__(
         self,
@@ -217,11 +228,8 @@ class GaussNewton(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """What no eigenvalue is below: damping plus the penalty's; NaN for a loss not convex."""
+        """Lower bound on all eigenvalues: damping plus the penalty's; NaN if none is known."""
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
-
-    def _product(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        return self.net.gauss_newton_product(x, y, V)
 
     def _formed(self) -> NDArray:
         """The matrix without damping: of affine layers from each row's root, else from blocks.
@@ -232,32 +240,31 @@ class GaussNewton(Curvature):
         layers = None
         if self.net.loss.convex and not self.net.convex:
             try:
-                layers = self.net.affine_layers(self.examples.take(slice(0, 2)).x)
+                layers = affine_layers(self.net, self.examples.take(slice(0, 2)).x)
             except ValueError:  # layers of other kinds
                 pass
         if layers is None:
             return super()._formed()
         one = self.examples.take([0])
         per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
-        size = int(np.clip(_ROOT_BYTES // per_row, 1, self.net.rows_per_batch(self.examples)))
+        size = fitting(VECTORS, per_row, self.net.rows_per_batch(self.examples))
         size = self.batch_size or size
-        matrix, d = np.zeros(self.shape), self.shape[0]  # sums of float32 products in float64
-        batches = self.examples.batches(size)
-        for x, y in progress(batches, "forming the matrix", -(-len(self.examples) // size)):
-            roots = layers.roots(x, y).reshape(-1, d)
-            matrix += roots.T @ roots
-        matrix /= len(self.examples)
-        for start in range(0, d, _DENSE_BLOCK):
-            size = min(_DENSE_BLOCK, d - start)
-            columns = np.eye(d, size, k=-start, dtype=self.dtype)
-            matrix[:, start : start + size] += self.net.penalty_hvp(columns)
-        return symmetrised(matrix.astype(self.dtype, copy=False))
+        matrix = np.zeros(self.shape)  # sums of float32 products in float64
+        squares = self.examples.map_over(
+            _root_square, self.net, batch_size=size, what="forming the matrix"
+        )
+        for square in squares:
+            matrix += square
+        matrix = (matrix / len(self.examples)).astype(self.dtype, copy=False)
+        self._add_penalty(matrix)
+        return symmetrised(matrix)
 
-    def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
-        """As `Curvature.sampled`, from the Gauss-Newton matrices of a few rows each."""
-        self.check_theta()
-        products = self.net.gauss_newton_each(*self.examples.stacked(rows), V)
-        return self._with_penalty(products, V)
+
+def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """The sum over a batch of J_i' (d2 loss_i / d output2) J_i, (d, d), from each row's root."""
+    roots = affine_layers(net, x).roots(x, y, net.at(theta).theta_tensor())
+    roots = roots.reshape(-1, net.num_parameters)
+    return roots.T @ roots
 
 
 def symmetrised(matrix: NDArray) -> NDArray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.memory import CACHE
+from influence.common.progress import progress
 from influence.examples.arrays import (
     CHECK_ROWS,
     Fingerprint,
@@ -82,6 +86,29 @@ def check_differentiable(x: Any) -> None:
     for name, part in parts_of(x).items():
         if part.dtype.kind != "f":
             raise TypeError(f"{name} must be floating to be differentiated, got {part.dtype}.")
+
+
+Question = Callable[[Any, NDArray | None, Any, NDArray], Any]
+# Batch sizes whose caches are held at a time: blocks of vectors of a few widths take turns.
+_MOST_SIZES = 4
+
+
+class _Memos:
+    """The cache of one net at one theta: a dict for each batch of one size."""
+
+    def __init__(self, net: Any, theta: NDArray, size: int):
+        self._flat, self._theta, self.size = weakref.ref(net.flat), theta.copy(), size
+        self._of_batch: list[dict[str, NDArray]] | None = []
+
+    def belongs_to(self, net: Any, theta: NDArray) -> bool:
+        return self._flat() is net.flat and np.array_equal(self._theta, theta)
+
+    def of_batch(self, number: int) -> dict[str, NDArray] | None:
+        """The dict of a batch; None once all of them together have passed the budget."""
+        if self._of_batch is not None and number == len(self._of_batch):
+            held = sum(array.nbytes for memo in self._of_batch for array in memo.values())
+            self._of_batch = [*self._of_batch, {}] if held <= CACHE else None
+        return None if self._of_batch is None else self._of_batch[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +214,129 @@ class Examples:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise ValueError(f"size must be a positive integer, got {size!r}.")
         yield from self._read(int(size), rows)
+
+    # --- the two verbs: every pass of the library over rows is one of them ------------------------
+
+    def sum_over(
+        self,
+        question: Question,
+        net: Any,
+        theta: NDArray | None = None,
+        *,
+        batch_size: int | None = None,
+        what: str = "",
+    ) -> Any:
+        """Sum the answers to a question over the batches of all rows, in their order.
+
+        Args:
+          question: see `map_over`. It answers for a batch with the sum over the batch's rows.
+          net: as in `map_over`.
+          theta: as in `map_over`.
+          batch_size: as in `map_over`.
+          what: as in `map_over`.
+
+        Returns: the sum of the answers: an array, or a tuple of arrays summed entry by entry.
+        """
+        total: Any = None
+        for answer in self.map_over(question, net, theta, batch_size=batch_size, what=what):
+            if total is None:
+                total = answer
+            elif isinstance(answer, tuple):
+                total = tuple(map(operator.add, total, answer))
+            else:
+                total = total + answer
+        return total
+
+    def map_over(
+        self,
+        question: Question,
+        net: Any,
+        theta: NDArray | None = None,
+        rows: ArrayLike | None = None,
+        *,
+        batch_size: int | None = None,
+        what: str = "",
+    ) -> Iterator[Any]:
+        """Answer a question for one batch of rows after another.
+
+        The question is a value that can be pickled. It holds neither rows nor a net, so that a set
+        whose rows are elsewhere can send it there. It may have two attributes. `num_vectors` (1 if
+        missing) says how many vectors a batch is multiplied with, which bounds the batch's rows.
+        `keeps` (False if missing) says that `net.memo` is to be cached for each batch, because the
+        question will be asked again at this theta.
+
+        Args:
+          question: `question(net, theta, x, y)`, see `influence.net.questions`.
+          net: the net that the question is about; handed on to it.
+          theta: (d,) parameters that the question is asked at; None: the net's own.
+          rows: (k,) increasing row numbers; None: all rows.
+          batch_size: rows at a time; None: chosen by the net.
+          what: label of the progress bar; no bar if empty.
+
+        Yields: the answers, in the order of the rows.
+        Raises: as `batches`.
+        """
+        size = batch_size or net.rows_per_batch(self, getattr(question, "num_vectors", 1))
+        count = len(self) if rows is None else len(np.asarray(rows))
+        batches: Any = self.batches(size, rows)
+        if what:
+            batches = progress(batches, what, -(-count // size))
+        keeps = rows is None and getattr(question, "keeps", False)
+        memos = self._memos(net, theta, size) if keeps else None
+        for number, (x, y) in enumerate(batches):
+            asked = net if memos is None else net.remembering(memos.of_batch(number))
+            yield question(asked, theta, x, y)
+
+    def each_row(
+        self,
+        question: Question,
+        net: Any,
+        theta: NDArray | None = None,
+        rows: ArrayLike | None = None,
+        *,
+        batch_size: int | None = None,
+        what: str = "",
+    ) -> Any:
+        """Join the answers of `map_over` along their first axis.
+
+        Args:
+          question: see `map_over`. It answers for a batch with an array of one entry a row.
+          net: as in `map_over`.
+          theta: as in `map_over`.
+          rows: (k,) row numbers in any order, each once; None: all rows.
+          batch_size: as in `map_over`.
+          what: as in `map_over`.
+
+        Returns: (k, ...), in the order of `rows`.
+        """
+        order = None if rows is None else np.argsort(np.asarray(rows), kind="stable")
+        asked = rows if order is None else np.asarray(rows)[order]
+        answers = self.map_over(question, net, theta, asked, batch_size=batch_size, what=what)
+        joined = np.concatenate(list(answers))
+        if order is None or (np.diff(order) > 0).all():
+            return joined
+        found = np.empty_like(joined)
+        found[order] = joined
+        return found
+
+    def _memos(self, net: Any, theta: NDArray | None, size: int) -> _Memos:
+        """Return the cache of this net, theta and batch size; forget those of other thetas."""
+        theta = net.theta if theta is None else theta
+        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, theta)]
+        found = next((m for m in known if m.size == size), None)
+        if found is None:
+            found = _Memos(net, theta, size)
+            known = [*known[1 - _MOST_SIZES :], found]
+        object.__setattr__(self, "_cached", known)
+        return found
+
+    def __getstate__(self) -> dict:
+        """Leave the cache behind."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cached"}
+
+    def __setstate__(self, state: dict) -> None:
+        """Take the rows."""
+        self.__dict__.update(state)
 
     @property
     def fingerprint(self) -> str:

@@ -92,7 +92,7 @@ def minimise(
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size}.")
-    weights = list(net._tf.weights)
+    weights = list(net.flat.weights)
     optimizer = keras.optimizers.Adam(beta_1=_BETA_1, beta_2=_BETA_2, epsilon=_EPSILON)
     optimizer.build(weights)
     # With what training moves besides theta, such as batch statistics and dropout's generators.
@@ -117,7 +117,7 @@ def minimise(
             rate = rates[number]
             optimizer.learning_rate = rate
         batch = examples.take(next(batches))
-        risk = float(step(net._tf.inputs(batch.x), net._tf.tensor(batch.y)))
+        risk = float(step(net.flat.inputs(batch.x), net.flat.tensor(batch.y)))
         if not np.isfinite(risk):
             _assign(variables, start)
             raise DivergenceError(

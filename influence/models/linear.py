@@ -116,16 +116,6 @@ class LinearModel(GenericNeuralNet):
         E = self._slope(self._times(x, self.theta), np.asarray(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
 
-    def gradient_each(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """See GenericNeuralNet.gradient_each."""
-        num_batches, batch_size = np.shape(y)[:2]
-        flat = np.reshape(x, (num_batches * batch_size, -1))
-        rows = self._with_one(self._dense(flat)).reshape(num_batches, batch_size, -1)
-        W = self._columns(thetas).T.reshape(num_batches, rows.shape[2], -1)
-        Z = (rows @ W).reshape(num_batches * batch_size, -1, 1)
-        E = self._slope(Z, np.reshape(y, -1)).reshape(num_batches, batch_size, -1)
-        return (rows.transpose(0, 2, 1) @ E).reshape(num_batches, -1).T / batch_size
-
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
         """See GenericNeuralNet.bregman_gradient: outputs linear in theta have a constant slope."""
         Z, y = self._times(x, np.column_stack([self.theta, self._columns(thetas)])), np.asarray(y)
@@ -138,19 +128,24 @@ class LinearModel(GenericNeuralNet):
         product = self._transposed_times(x, self._curved(Z, np.asarray(y), U)) / len(U)
         return product if np.ndim(V) == 2 else product[:, 0]
 
-    def hvp_each(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.hvp_each."""
+    def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
+        """See GenericNeuralNet.each_batch."""
         num_batches, batch_size = np.shape(y)[:2]
-        flat = np.reshape(x, (num_batches * batch_size, -1))
-        Z = self._times(flat, self.theta)
+        flat, labels = np.reshape(x, (num_batches * batch_size, -1)), np.reshape(y, -1)
         rows = self._with_one(self._dense(flat)).reshape(num_batches, batch_size, -1)
         W = V.reshape(num_batches, rows.shape[2], -1)  # (r, f, c m)
         U = (rows @ W).reshape(num_batches * batch_size, self.num_outputs, -1)
-        C = self._curved(Z, np.reshape(y, -1), U).reshape(num_batches, batch_size, -1)
+        if question == "gradient":
+            C = self._slope(U, labels)
+        elif question in ("hvp", "gauss_newton"):
+            C = self._curved(self._times(flat, self.theta), labels, U)
+        else:
+            raise ValueError(f"question must be gradient, hvp or gauss_newton, got {question!r}.")
+        C = C.reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ C).reshape(V.shape) / batch_size
 
     # The output is linear in theta, so the Hessian has nothing besides its Gauss-Newton part.
-    gauss_newton_product, gauss_newton_each = hvp, hvp_each
+    gauss_newton_product = hvp
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """See GenericNeuralNet.directional: sum_c (dl/dz)_c (X V)_c."""

@@ -178,16 +178,17 @@ class TopLayer(Head):
     gradient = _of_features(Head.gradient)
     loss_and_gradient = _of_features(Head.loss_and_gradient)
     gradients = _of_features(Head.gradients)
-    gradient_each = _of_features(Head.gradient_each)
     bregman_gradient = _of_features(Head.bregman_gradient)
     hvp = _of_features(Head.hvp)
-    hvp_each = _of_features(Head.hvp_each)
     gauss_newton_product = _of_features(Head.gauss_newton_product)
-    gauss_newton_each = _of_features(Head.gauss_newton_each)
+
+    def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
+        """See GenericNeuralNet.each_batch."""
+        return super().each_batch(question, self.features(x), y, V)
+
     directional = _of_features(Head.directional)
     curvatures = _of_features(Head.curvatures)
     curvature_gradient = _of_features(Head.curvature_gradient)
-    affine_layers = _of_features(Head.affine_layers)
 
     fit = _of_all_features(Head.fit)
     hessian = _of_all_features(Head.hessian)

@@ -7,45 +7,55 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.curvature.layers import AffineLayers
 from influence.examples.examples import check_differentiable
 from influence.net import tape
-from influence.net.flat import like
+from influence.net.flat import FlatModel, like
 from influence.net.losses import PerExampleLoss
-from influence.net.penalty import Penalty
 
 
-class Derivatives(Penalty):
+class Derivatives:
     """Losses, outputs and their derivatives: the part of GenericNeuralNet that knows one batch.
 
     Attributes:
       model: the Keras model.
+      flat: the model as functions of a flat theta.
       loss: its per-example loss.
       dtype: of theta and of every result.
+      convex: True if the risk is known to be smooth and strictly convex in theta.
+      fixed: (d,) the theta of a view that `at` made; None for the model's own weights.
+      memo: what a view caches for the batch that it is asked about; None: nothing is cached.
     """
 
     model: keras.Model
+    flat: FlatModel
     loss: PerExampleLoss
     dtype: np.dtype
+    convex = False
+    fixed: NDArray | None = None
+    memo: dict[str, NDArray] | None = None
 
     @property
     def num_parameters(self) -> int:
         """The length of theta, d."""
-        return sum(self._tf.sizes)
+        return sum(self.flat.sizes)
+
+    def theta_tensor(self) -> Any:
+        """Theta as a tensor: of a view, its own; else the model's weights as they are now."""
+        return self.flat.theta() if self.fixed is None else self.flat.tensor(self.fixed)
 
     # --- questions about one batch -----------------------------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
         """What the model answers for a batch, in inference mode: (n, ...)."""
-        t = self._tf
-        return t.run("outputs", t.output, t.theta(), t.inputs(x))
+        t = self.flat
+        return t.run("outputs", t.output, self.theta_tensor(), t.inputs(x))
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """The data term of each example, without the penalty.
@@ -57,7 +67,7 @@ class Derivatives(Penalty):
 
         Returns: (n,), or (n, k) with `thetas`; nats for log losses.
         """
-        return self._at("losses", self._tf.losses, thetas, x, y)
+        return self._at("losses", self.flat.losses, thetas, x, y)
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Gradient of the batch's mean loss, without the penalty.
@@ -66,7 +76,7 @@ class Derivatives(Penalty):
         """
 
         def mean_gradient(theta, x, y):
-            return tape.gradient(tape.mean_loss(self._tf.losses, x, y), theta)
+            return tape.gradient(tape.mean_loss(self.flat.losses, x, y), theta)
 
         return self._at("gradient", mean_gradient, thetas, x, y)
 
@@ -74,10 +84,10 @@ class Derivatives(Penalty):
         """The batch's mean loss and its gradient from one pass, without the penalty: (), (d,)."""
 
         def both(theta, x, y):
-            return tape.value_and_gradient(tape.mean_loss(self._tf.losses, x, y), theta)
+            return tape.value_and_gradient(tape.mean_loss(self.flat.losses, x, y), theta)
 
-        t = self._tf
-        loss, gradient = t.run("both", both, t.theta(), t.inputs(x), t.tensor(y))
+        t = self.flat
+        loss, gradient = t.run("both", both, self.theta_tensor(), t.inputs(x), t.tensor(y))
         return float(loss), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
@@ -87,21 +97,43 @@ class Derivatives(Penalty):
         """
         return self._mapped("gradients", tape.gradients, x, y)
 
-    def gradient_each(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """Gradient of each of r small batches' mean loss, each at its own parameters.
+    def each_batch(
+        self, question: Literal["gradient", "hvp", "gauss_newton"], x: Any, y: Any, V: NDArray
+    ) -> NDArray:
+        """Ask each of r small batches the same question, each about vectors of its own.
 
         Args:
+          question: "hvp" or "gauss_newton", for products of a batch's matrix with vectors at this
+            theta; "gradient", for gradients of a batch's mean loss at other parameters.
           x: (r, b, ...) inputs of r batches of b examples.
           y: (r, b, ...) labels.
-          thetas: (d, r) the parameters of each batch.
+          V: (r, d, m) the vectors or the parameters of each batch.
 
-        Returns: (d, r), without the penalty.
+        Returns: (r, d, m), without the penalty.
+        Raises: ValueError for another question; for "gauss_newton" as `gauss_newton_product`.
         """
-        t = self._tf
+        t = self.flat
         x, y = t.inputs(x), t.tensor(y)
-        first = tf.nest.map_structure(lambda part: part[0], (x, y))
-        function = partial(tape.gradient_each, t.losses, t.each(*first))
-        return t.run("gradient_each", function, t.rows(thetas, "thetas"), x, y, leading=2).T
+        each = t.each(*tf.nest.map_structure(lambda part: part[0], (x, y)))
+        if question == "gradient":
+            at = partial(tape.gradient_each, t.losses, each)
+            columns = (np.ascontiguousarray(column.T) for column in np.moveaxis(V, 2, 0))
+            found = [
+                t.run("gradient each", at, t.rows(thetas, "V"), x, y, leading=2)
+                for thetas in columns
+            ]
+            return np.stack(found, axis=2)
+        if question == "hvp":
+            products = partial(tape.hvp, t.losses, each)
+        elif question == "gauss_newton":
+            self.loss.check_logits("a Gauss-Newton matrix")
+            products = partial(tape.gauss_newton, t.output, self.loss.function, each)
+        else:
+            raise ValueError(f"question must be gradient, hvp or gauss_newton, got {question!r}.")
+        rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
+        over = partial(tape.over_batches, products)
+        found = t.run(f"{question} each", over, self.theta_tensor(), x, y, rows, leading=2)
+        return np.moveaxis(found, 1, 2)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
         """Gradient of the batch's mean Bregman divergence from theta, at other parameters.
@@ -119,10 +151,10 @@ class Derivatives(Penalty):
         """
 
         def gradients(losses, each, theta, x, y, thetas):
-            output, loss = self._tf.output, self.loss.function
+            output, loss = self.flat.output, self.loss.function
             return tape.bregman_gradient(output, loss, each, theta, x, y, thetas)
 
-        return self._mapped("bregman", gradients, x, y, self._tf.rows(thetas, "thetas")).T
+        return self._mapped("bregman", gradients, x, y, self.flat.rows(thetas, "thetas")).T
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Products of the Hessian of the batch's mean loss with m vectors, in one pass.
@@ -136,31 +168,7 @@ class Derivatives(Penalty):
 
         Returns: the shape of V.
         """
-        return like(self._mapped("hvp", tape.hvp, x, y, self._tf.rows(V, "V")), V)
-
-    def hvp_each(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """Hessian products of r small batches, each with its own vectors.
-
-        Args:
-          x: (r, b, ...) inputs of r batches of b examples.
-          y: (r, b, ...) labels.
-          V: (r, d, m) the vectors of each batch.
-
-        Returns: (r, d, m): batch j's mean-loss Hessian times V[j].
-        """
-        return self._for_each("hvp_each", partial(tape.hvp, self._tf.losses), x, y, V)
-
-    def gauss_newton_each(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """Gauss-Newton products of r small batches, each with its own vectors.
-
-        Args: as `hvp_each`.
-        Returns: (r, d, m): batch j's Gauss-Newton matrix times V[j].
-        Raises: ValueError as `gauss_newton_product`.
-        """
-        self.loss.check_logits("a Gauss-Newton matrix")
-        t = self._tf
-        function = partial(tape.gauss_newton, t.output, self.loss.function)
-        return self._for_each("gauss_newton_each", function, x, y, V)
+        return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V")), V)
 
     def gauss_newton_product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Products with the batch's generalised Gauss-Newton matrix (Schraudolph 2002).
@@ -175,9 +183,9 @@ class Derivatives(Penalty):
         self.loss.check_logits()
 
         def products(losses, each, theta, x, y, V):
-            return tape.gauss_newton(self._tf.output, self.loss.function, each, theta, x, y, V)
+            return tape.gauss_newton(self.flat.output, self.loss.function, each, theta, x, y, V)
 
-        return like(self._mapped("gauss_newton", products, x, y, self._tf.rows(V, "V")), V)
+        return like(self._mapped("gauss_newton", products, x, y, self.flat.rows(V, "V")), V)
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """Gradient of each example's loss along m vectors, in one pass: grad loss_i . v_j.
@@ -191,7 +199,7 @@ class Derivatives(Penalty):
 
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
-        rows = self._mapped("directional", tape.directional, x, y, self._tf.rows(V, "V"))
+        rows = self._mapped("directional", tape.directional, x, y, self.flat.rows(V, "V"))
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
@@ -202,9 +210,11 @@ class Derivatives(Penalty):
           y: (n, ...) labels.
           v: (d,) direction in parameter space.
         """
-        t = self._tf
+        t = self.flat
         function = partial(tape.curvatures, t.losses)
-        return t.run("curvatures", function, t.theta(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0])
+        return t.run(
+            "curvatures", function, self.theta_tensor(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
+        )
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Gradient by theta of v' H v, with H the Hessian of the batch's mean loss: (d,).
@@ -213,9 +223,9 @@ class Derivatives(Penalty):
 
         Args: as `curvatures`.
         """
-        t = self._tf
+        t = self.flat
         function = partial(tape.curvature_gradient, t.losses)
-        tensors = t.theta(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
+        tensors = self.theta_tensor(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
         return t.run("curvature_gradient", function, *tensors)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
@@ -232,44 +242,90 @@ class Derivatives(Penalty):
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        t = self._tf
+        t = self.flat
         function = partial(tape.input_gradient, t.losses)
         batch = t.inputs(x), t.tensor(y)
-        return t.run("input_gradient", function, t.theta(), *batch, t.rows(v, "v")[0])
+        return t.run("input_gradient", function, self.theta_tensor(), *batch, t.rows(v, "v")[0])
 
-    def affine_layers(self, x: Any) -> AffineLayers:
-        """The layers that hold theta, if all are plain Dense or Conv2D: what EK-FAC needs.
+    # --- the penalty, which needs no data ---------------------------------------------------------
 
-        Args:
-          x: a few rows of inputs, on which the layers are tried.
+    def penalty(self) -> float:
+        """Sum of the model's own Keras regularisers at theta: ()."""
+        return float(self.flat.run("penalty", self.flat.penalty, self.theta_tensor()))
 
-        Raises: ValueError naming the layer that is of another kind, and what to do.
+    @property
+    def strong_convexity(self) -> float:
+        """What no eigenvalue of the risk's Hessian is below, at any theta; NaN if nothing is known.
+
+        0 for a net that is declared `convex`, more where a model knows more.
         """
-        return AffineLayers(self._tf, self._tf.inputs(x))
+        return 0.0 if self.convex else np.nan
+
+    @property
+    def penalty_convexity(self) -> float:
+        """What no eigenvalue of the penalty's Hessian is below: the least L2 of any weight.
+
+        L2(l) is l |w|^2, with second derivative 2 l, and none is 0. NaN where a weight has a
+        regulariser other than Keras' own L1, L2 and L1L2.
+        """
+        # np.min, since Python's own keeps a NaN only where it comes first.
+        return float(np.min([_convexity(weight.regularizer) for weight in self.flat.weights]))
+
+    def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
+        """Gradient of the penalty: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
+        t = self.flat
+        rows = self.theta_tensor()[None] if thetas is None else t.rows(thetas, "thetas")
+
+        def at_each(thetas):
+            return tf.vectorized_map(partial(tape.gradient, t.penalty), thetas)
+
+        gradients = t.run("penalty_gradient", at_each, rows)
+        return gradients[0] if thetas is None else like(gradients, thetas)
+
+    def penalty_hvp(self, V: NDArray) -> NDArray:
+        """Products of the penalty's Hessian with m vectors: the shape of V."""
+        t = self.flat
+
+        def products(theta, V):
+            return tf.vectorized_map(tape.hessian_map(t.penalty, theta), V)
+
+        return like(t.run("penalty_hvp", products, self.theta_tensor(), t.rows(V, "V")), V)
+
+    def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
+        """Gradient by theta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
+        t = self.flat
+
+        def at(theta, v):
+            along = lambda theta: tf.tensordot(tape.hessian_map(t.penalty, theta)(v), v, 1)  # noqa: E731
+            return tape.gradient(along, theta)
+
+        return t.run("penalty_curvature_gradient", at, self.theta_tensor(), t.rows(v, "v")[0])
 
     # --- inside ----------------------------------------------------------------------------------
 
     def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
         """`function(losses, each, theta, x, y, *tensors)`, mapping over vectors or examples."""
-        t = self._tf
-        return t.mapped(name, partial(function, t.losses), t.inputs(x), t.tensor(y), *tensors)
-
-    def _for_each(self, name: str, function: Callable, x: Any, y: Any, V: NDArray) -> NDArray:
-        """`function(each, theta, x[j], y[j], V[j])` of every batch j: (r, d, m), as V."""
-        t = self._tf
-        x, y = t.inputs(x), t.tensor(y)
-        first = tf.nest.map_structure(lambda part: part[0], (x, y))
-        rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
-        over = partial(tape.over_batches, partial(function, t.each(*first)))
-        return np.moveaxis(t.run(name, over, t.theta(), x, y, rows, leading=2), 1, 2)
+        t = self.flat
+        batch = t.inputs(x), t.tensor(y)
+        each = t.each(*batch)
+        return t.run(name, partial(function, t.losses, each), self.theta_tensor(), *batch, *tensors)
 
     def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
         """`function(theta, x, y)` at the model's theta or, as last axis, at each of thetas."""
-        t = self._tf
+        t = self.flat
         if thetas is None:
-            return t.run(name, function, t.theta(), t.inputs(x), t.tensor(y))
+            return t.run(name, function, self.theta_tensor(), t.inputs(x), t.tensor(y))
 
         def at_each(losses, each, theta, x, y, thetas):
             return each(lambda theta: function(theta, x, y), thetas)
 
         return self._mapped(f"{name} at", at_each, x, y, t.rows(thetas, "thetas")).T
+
+
+def _convexity(regularizer: Any) -> float:
+    """Of one weight's penalty: its second derivative."""
+    if regularizer is None or type(regularizer) is keras.regularizers.L1:
+        return 0.0
+    if type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2):
+        return 2 * float(regularizer.l2)
+    return np.nan

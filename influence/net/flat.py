@@ -16,8 +16,8 @@ from influence.net import tape
 from influence.net.losses import PerExampleLoss
 
 
-class Traced:
-    """The model's losses and penalty as functions of theta, and the tensors to call them with.
+class FlatModel:
+    """A model's losses and penalty as functions of theta, and the tensors to call them with.
 
     The weights are those that are trainable when this is made: freezing a layer later changes
     nothing here.
@@ -101,11 +101,6 @@ class Traced:
                 function, input_signature=signatures, autograph=False
             ).get_concrete_function()
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
-
-    def mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
-        """As `run`, for a `function(each, theta, x, y, *tensors)` that maps over vectors."""
-        each = self.each(x, y)
-        return self.run(name, partial(function, each), self.theta(), x, y, *tensors)
 
     def each(self, x: Any, y: Any) -> tape.Each:
         """How to map over vectors: vectorised where TensorFlow does that right, else looped."""

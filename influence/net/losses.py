@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -175,10 +176,10 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
             )
         function = getattr(loss, "fn", None)
         kwargs = getattr(loss, "_fn_kwargs", {})
-        call = _aligned(loss.call) if _is_keras_own(type(loss)) else loss.call
+        own, keeps_labels = _is_keras_own(type(loss)), function in _CLASS_NUMBERS
         return PerExampleLoss(
             loss.name or type(loss).__name__,
-            lambda y, output: _mean_over_rest(call(_as_keras(y, output, function), output)),
+            partial(_of_rows, loss.call, own, keeps_labels),
             function,
             function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
             getattr(loss, "labels", None),
@@ -192,11 +193,8 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
         )
     name = getattr(loss, "__name__", type(loss).__name__)
     if _is_keras_own(loss):
-        function = _aligned(loss)
-        return PerExampleLoss(
-            name, lambda y, output: _mean_over_rest(function(y, output)), loss,
-            loss not in _FROM_LOGITS, role=role,
-        )  # fmt: skip
+        function = partial(_of_rows, loss, True, True)
+        return PerExampleLoss(name, function, loss, loss not in _FROM_LOGITS, role=role)
     return PerExampleLoss(name, loss, role=role)
 
 
@@ -218,30 +216,30 @@ def _compiled(model: keras.Model) -> Any:
     return entries[0]
 
 
-def _as_keras(y: Any, output: Any, function: Any) -> Any:
-    """Labels as Keras hands them to `Loss.call`, floating, but not rounded to float32."""
-    return y if function in _CLASS_NUMBERS else tf.cast(y, output.dtype)
-
-
 def _is_keras_own(thing: Any) -> bool:
     return getattr(thing, "__module__", "").split(".")[0] == "keras"
 
 
-def _aligned(loss: Callable) -> Callable:
-    """Keras' losses average over the last axis, so one output per example needs an axis for it.
+def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
+    """(n,) what a Keras loss says of each row.
 
-    Labels (n,) against outputs (n, 1) would broadcast to (n, n) inside some of them, and outputs
-    (n,) be averaged over the examples.
+    Args:
+      call: the loss as a function of labels and outputs.
+      own: whether it is one of Keras' own, which average over the last axis: one output an example
+        needs an axis for it. Labels (n,) against outputs (n, 1) would broadcast to (n, n) inside
+        some of them, and outputs (n,) be averaged over the examples.
+      keeps_labels: whether labels stay as they are; else they become floating, as Keras hands them
+        to `Loss.call`, but without rounding to float32.
+      y: labels.
+      output: the model's.
     """
-
-    def function(y: Any, output: Any) -> Any:
-        if len(output.shape) == 1:
-            output = tf.expand_dims(output, -1)
-        if len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
-            y = tf.expand_dims(y, -1)
-        return loss(y, output)
-
-    return function
+    if not keeps_labels:
+        y = tf.cast(y, output.dtype)
+    if own and len(output.shape) == 1:
+        output = tf.expand_dims(output, -1)
+    if own and len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
+        y = tf.expand_dims(y, -1)
+    return _mean_over_rest(call(y, output))
 
 
 def _mean_over_rest(values: Any) -> Any:

@@ -9,7 +9,7 @@ change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import keras
@@ -17,21 +17,24 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.common.progress import progress
-from influence.curvature.chain import Chain
+from influence.common.memory import ACTIVATIONS, fitting
 from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
-from influence.net.embedding import watched_ids
-from influence.net.flat import Traced
+from influence.net.flat import FlatModel
 from influence.net.losses import per_example
-from influence.net.refused import check_inputs, check_model, check_output, check_weights
+from influence.net.questions import Total, loss_sum
+from influence.net.refused import (
+    check_inputs,
+    check_model,
+    check_output,
+    check_weights,
+    watched_ids,
+)
 
-_BYTES_PER_PASS = 1 << 30  # what the activations of one batch may take
 # TensorFlow's convolutions add up a batch in float32, digit by digit lost: of 5,500 MNIST images, a
 # Hessian product is wrong by 2e-4 at 2,854 rows a batch, by 8e-6 at 500, at a sixth more time.
 _FLOAT32_ROWS = 500
-_COLUMNS = 256  # of the penalty's Hessian at a time
 _PROBE_ROWS = 3
 _MIXING_RTOL = 1e-3  # far above float32 rounding, far below a loss of another row
 
@@ -59,8 +62,8 @@ class GenericNeuralNet(Derivatives):
         check_model(model)
         self.model = model
         self.loss = per_example(loss, model)
-        self._tf = Traced(model, self.loss)
-        self.dtype = self._tf.dtype
+        self.flat = FlatModel(model, self.loss)
+        self.dtype = self.flat.dtype
 
     def measuring(self, measurement: Any) -> GenericNeuralNet:
         """The same model at the same theta, with another function of its output for a loss.
@@ -77,24 +80,54 @@ class GenericNeuralNet(Derivatives):
             self.loss.check_logits(f"the measurement {loss.name!r}")
         view = object.__new__(GenericNeuralNet)  # no closed form of a subclass belongs to it
         view.model, view.loss, view.dtype = self.model, loss, self.dtype
-        view._tf = Traced(self.model, loss, self._tf.weights)
+        view.flat = FlatModel(self.model, loss, self.flat.weights)
+        return view
+
+    def at(self, theta: NDArray | None) -> GenericNeuralNet:
+        """The same net at another theta, as a view; the model's weights stay as they are.
+
+        Args:
+          theta: (d,) parameters; None returns the net itself.
+
+        Returns: a net whose questions are answered at `theta`, which cannot be set.
+        """
+        if theta is None:
+            return self
+        view = copy.copy(self)
+        view.fixed = self._checked_theta(theta)
+        return view
+
+    def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
+        """The same net as a view that may cache, in `memo`, what belongs to its theta and batch."""
+        view = copy.copy(self)
+        view.memo = memo
         return view
 
     def features(self, x: Any) -> Any:
-        """What the trained part of the model sees of inputs: x itself, if nothing is before it.
-
-        A model on a frozen trunk gives what the trunk makes of x, which all its other questions
-        take in the place of x.
-        """
+        """The inputs of the trainable part: x itself, or the trunk's output if there is a trunk."""
         return x
+
+    def featured(self, examples: Examples) -> Examples:
+        """The examples with `features` of their inputs in place of the inputs."""
+        return examples
 
     @property
     def theta(self) -> NDArray:
         """(d,) the trainable weights, flattened in the order of `model.trainable_weights`."""
-        return np.concatenate([np.ravel(w.numpy()) for w in self._tf.weights])
+        if self.fixed is not None:
+            return self.fixed
+        return np.concatenate([np.ravel(w.numpy()) for w in self.flat.weights])
 
     @theta.setter
     def theta(self, value: NDArray) -> None:
+        if self.fixed is not None:
+            raise AttributeError("theta of a view that net.at(theta) made is fixed; call at again.")
+        value = self._checked_theta(value)
+        ends = np.cumsum(self.flat.sizes)[:-1]
+        for weight, part in zip(self.flat.weights, np.split(value, ends), strict=True):
+            weight.assign(part.reshape(weight.shape))
+
+    def _checked_theta(self, value: NDArray) -> NDArray:
         value = np.asarray(value)
         if value.shape != (self.num_parameters,):
             raise ValueError(f"theta must have shape ({self.num_parameters},), got {value.shape}.")
@@ -103,9 +136,7 @@ class GenericNeuralNet(Derivatives):
                 f"theta must be finite, got {value[~np.isfinite(value)][0]} at position "
                 f"{np.flatnonzero(~np.isfinite(value))[0]}."
             )
-        ends = np.cumsum(self._tf.sizes)[:-1]
-        for weight, part in zip(self._tf.weights, np.split(value, ends), strict=True):
-            weight.assign(part.reshape(weight.shape).astype(self.dtype))
+        return value.astype(self.dtype, copy=False)
 
     # --- questions about a whole set ----------------------------------------------------------
 
@@ -118,15 +149,15 @@ class GenericNeuralNet(Derivatives):
           dtype: as in `directional`, if that is what the pass is for.
         """
         first = examples.take([0])
-        loop, per_row = self._tf.facts(self._tf.inputs(first.x), self._tf.tensor(first.y))
+        loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
         # Forward, backward and both once more; vectorised, the second pair for every vector.
         copies = 4 if loop else 2 + 2 * num_vectors
-        size = _BYTES_PER_PASS // (per_row * self.dtype.itemsize * copies)
+        most = len(examples)
         if loop and self.dtype == np.float32:
-            size = min(size, _FLOAT32_ROWS)
-        return int(np.clip(size, 1, len(examples)))
+            most = min(most, _FLOAT32_ROWS)
+        return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
-    def mean_over(self, examples: Examples, batch_size: int | None, question: Callable) -> Any:
+    def mean_over(self, examples: Examples, batch_size: int | None, question: Any) -> Any:
         """Mean of `question(x, y)` over batches, weighted by rows."""
         total = 0.0
         size = batch_size or self.rows_per_batch(examples)
@@ -136,18 +167,16 @@ class GenericNeuralNet(Derivatives):
 
     def risk(self, examples: Examples, batch_size: int | None = None) -> float:
         """R(theta) = mean_i loss_i + penalty over all examples."""
-        mean = self.mean_over(examples, batch_size, lambda x, y: self.losses(x, y).mean())
-        return float(mean) + self.penalty()
+        total = examples.sum_over(loss_sum, self, batch_size=batch_size)
+        return float(total) / len(examples) + self.penalty()
 
     def risk_gradient(
         self, examples: Examples, thetas: NDArray | None = None, batch_size: int | None = None
     ) -> NDArray:
         """Gradient of the risk: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
-        if batch_size is None:
-            num_vectors = 1 if thetas is None else thetas.shape[1]
-            batch_size = self.rows_per_batch(examples, num_vectors)
-        mean = self.mean_over(examples, batch_size, lambda x, y: self.gradient(x, y, thetas))
-        return mean + self.penalty_gradient(thetas)
+        question = Total("gradient") if thetas is None else Total("gradient", thetas)
+        total = examples.sum_over(question, self, batch_size=batch_size)
+        return total / len(examples) + self.penalty_gradient(thetas)
 
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
         """Euclidean norm of the risk's gradient: how well theta minimises it.
@@ -161,39 +190,18 @@ class GenericNeuralNet(Derivatives):
         self, examples: Examples, batch_size: int | None = None
     ) -> tuple[float, NDArray]:
         """R(theta) and its gradient in one pass: (), (d,)."""
-        loss, gradient = 0.0, self.penalty_gradient()
-        for x, y in examples.batches(batch_size or self.rows_per_batch(examples)):
-            part = self.loss_and_gradient(x, y)
-            loss += part[0] * len(y) / len(examples)
-            gradient = gradient + part[1] * (len(y) / len(examples))
-        return loss + self.penalty(), gradient
+        loss, gradient = examples.sum_over(Total("loss_and_gradient"), self, batch_size=batch_size)
+        n = len(examples)
+        return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """The risk's Hessian (d, d) where the model has a closed form that is the faster way.
-
-        Here: of a `Chain` with fewer multiplications than products with d vectors would take.
+        """The risk's Hessian (d, d), exact, where a model knows a closed form; None here.
 
         Args:
           examples: the training set.
           batch_size: rows at a time at most.
         """
-        row = self._tf.inputs(examples.take([0]).x)
-        chain = Chain.of(self._tf, row)
-        if chain is None or not chain.beats_products(row):
-            return None
-        size = min(batch_size or len(examples), chain.rows_per_batch(row))
-        batches = progress(examples.batches(size), "forming the matrix", -(-len(examples) // size))
-        matrix = np.zeros((self.num_parameters, self.num_parameters))  # float32 sums in float64
-        for x, y in batches:
-            part = chain.hessian(x, y)
-            part *= len(y) / len(examples)
-            matrix += part
-            del part  # not beside the next batch's
-        matrix = matrix.astype(self.dtype, copy=False)
-        for columns in np.array_split(np.arange(len(matrix)), -(-len(matrix) // _COLUMNS)):
-            units = np.eye(len(matrix), len(columns), k=-columns[0], dtype=self.dtype)
-            matrix[:, columns] += self.penalty_hvp(units)
-        return matrix
+        return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
         """`Influence.self_influence` of training rows, exact, where a model knows a closed form.
@@ -222,12 +230,12 @@ class GenericNeuralNet(Derivatives):
         check_weights(self.model)
         probe = examples.take(slice(0, _PROBE_ROWS))
         check_inputs(self.model, probe.x, name)
-        with watched_ids(self.model, self._tf.inputs(probe.x), examples, name) as x:
+        with watched_ids(self.model, self.flat.inputs(probe.x), examples, name) as x:
             output = check_output(self.model, x, name)
         output_shape = tuple(output.shape)
         self.loss.check_labels(examples.y, output_shape, name)
         try:
-            differentiable = self.loss.is_differentiable(self._tf.tensor(probe.y), output)
+            differentiable = self.loss.is_differentiable(self.flat.tensor(probe.y), output)
             losses = self.losses(probe.x, probe.y)
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
@@ -270,3 +278,20 @@ class GenericNeuralNet(Derivatives):
 
         self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations)
         return self
+
+
+def checked(net: Any, train: Any = None, test: Any = None) -> None:
+    """Refuse what is no net, and examples that do not fit it, before any long work.
+
+    Args:
+      net: what must be a GenericNeuralNet.
+      train: training examples, or None for none.
+      test: test examples, or None for none.
+
+    Raises: TypeError for another net; as `GenericNeuralNet.validate` for the examples.
+    """
+    if not isinstance(net, GenericNeuralNet):
+        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    for name, examples in (("train", train), ("test", test)):
+        if examples is not None:
+            net.validate(examples, name)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.layers import InputLayer
+
+from influence.examples.arrays import CHECK_ROWS
 
 _SHOWN = 5  # layers that a message names
 
@@ -138,3 +145,79 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
             f"{model.name!r}: they depend on x, so they belong in the loss."
         )
     return output
+
+
+_PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()  # what need not be read again
+
+
+@contextmanager
+def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterator[Any]:
+    """Within, the model is to be called on a few rows; then all ids that it embeds are checked.
+
+    An input counts as ids where an Embedding layer gets it as it is; what the model computes its
+    ids from cannot be judged without running it.
+
+    Args:
+      model: a built Keras model.
+      x: the few rows, a tensor or a dict of tensors.
+      examples: all rows, read once for each layer.
+      name: of the examples, for the message.
+
+    Yields: x as the model converts it.
+    Raises: ValueError naming the input, the id, its row, the layer and its input_dim.
+    """
+    x = _as_declared(model, x)
+    uses, call = [], keras.layers.Embedding.call
+
+    def recording(layer, inputs, *args, **kwargs):
+        uses.append((layer, inputs))
+        return call(layer, inputs, *args, **kwargs)
+
+    with mock.patch.object(keras.layers.Embedding, "call", recording):
+        try:
+            yield x
+        finally:  # also where such an id among the few rows made the model fail
+            for layer, inputs in uses:
+                for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
+                    if inputs is tensor:
+                        _check(layer, examples, key, name)
+
+
+def _as_declared(model: keras.Model, x: Any) -> Any:
+    """In the dtypes of the model's inputs, so that Keras hands on these tensors, not copies."""
+    declared = getattr(model, "inputs", None) or []
+    if not isinstance(x, dict):
+        return tf.cast(x, declared[0].dtype) if len(declared) == 1 else x
+    try:
+        structure = model.input
+    except (AttributeError, ValueError):
+        structure = None
+    by_key = structure if isinstance(structure, dict) else {t.name: t for t in declared}
+    return {k: tf.cast(v, by_key[k].dtype) if k in by_key else v for k, v in x.items()}
+
+
+def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) -> None:
+    passed = _PASSED.setdefault(examples, set())
+    if (key, layer.input_dim) in passed:
+        return
+    label = f"{name}.x" if key is None else f"{name}.x[{key!r}]"
+    first = 0
+    for found, count in examples.map_over(
+        partial(_outside, key, layer.input_dim), None, batch_size=CHECK_ROWS
+    ):
+        if found is not None:
+            row, value = found
+            raise ValueError(
+                f"{label} must hold ids 0 to {layer.input_dim - 1} for layer {layer.name!r} "
+                f"(input_dim={layer.input_dim}), got {value} in row {first + row}."
+            )
+        first += count
+    passed.add((key, layer.input_dim))
+
+
+def _outside(key: Any, input_dim: int, net: Any, theta: Any, x: Any, y: Any) -> tuple[Any, int]:
+    """A question: the first id of a batch without a row, (its row, itself) or None; the rows."""
+    ids = x if key is None else x[key]
+    outside = (ids <= -1) | (ids >= input_dim)  # floats are cut off, not rounded
+    where = tuple(np.argwhere(outside)[0]) if outside.any() else None
+    return None if where is None else (where[0], ids[where]), len(y)

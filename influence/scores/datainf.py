@@ -105,7 +105,7 @@ def datainf(
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:
     """The part of theta that each layer is: weights whose paths differ in the last name alone."""
     start = 0
-    sizes = zip(net._tf.weights, net._tf.sizes, strict=True)
+    sizes = zip(net.flat.weights, net.flat.sizes, strict=True)
     for _, weights in groupby(sizes, key=lambda pair: pair[0].path.rpartition("/")[0]):
         stop = start + sum(size for _, size in weights)
         yield slice(start, stop)

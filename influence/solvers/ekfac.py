@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
-from influence.curvature.layers import AffineLayers
+from influence.curvature.layers import AffineLayers, affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
 from influence.solvers.base import Raw
@@ -61,7 +61,7 @@ class EKFAC:
 
     Raises: ValueError for a negative rtol. When preparing: TypeError for a matrix that is no
       Hessian or GaussNewton operator; ValueError naming the layer for a model whose weights are not
-      all in plain Dense and Conv2D layers (see `GenericNeuralNet.affine_layers`), for a penalty
+      all in plain Dense and Conv2D layers (see `affine_layers`), for a penalty
       that mixes weights and for a cross-entropy of probabilities; DivergenceError, with a damping
       that would work, for a singular matrix.
     """
@@ -115,7 +115,7 @@ def _inverse_times(blocks: list[_Block], B: NDArray) -> NDArray:
 
 def _blocks(A: Curvature) -> list[_Block]:
     net, n = A.net, len(A.examples)
-    layers = net.affine_layers(A.examples.take(slice(0, _PROBE_ROWS)).x)
+    layers = affine_layers(net, A.examples.take(slice(0, _PROBE_ROWS)).x)
     names = [affine.layer.name for affine in layers.layers]
     entries = [affine.entries for affine in layers.layers]
     penalties = [_penalty(net, names)[e] for e in entries]

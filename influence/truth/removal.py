@@ -53,14 +53,15 @@ class Removal:
         """(d, j): sum over a group of grad (loss_i + penalty), at a column of thetas (d, j)."""
         total = self.net.penalty_gradient(thetas) * self._sizes(columns)
         for at, x, y in self._batches(columns):
-            total[:, at] += self.net.gradient_each(x, y, thetas[:, at]) * y.shape[1]
+            own = self.net.each_batch("gradient", x, y, thetas[:, at].T[:, :, None])
+            total[:, at] += own[:, :, 0].T * y.shape[1]
         return total * self.fraction
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
         """(d, j): sum over a group of the Hessian of loss_i + penalty at theta, times a column."""
         total = self.net.penalty_hvp(V) * self._sizes(columns)
         for at, x, y in self._batches(columns):
-            products = self.net.hvp_each(x, y, V[:, at].T[:, :, None])
+            products = self.net.each_batch("hvp", x, y, V[:, at].T[:, :, None])
             total[:, at] += products[:, :, 0].T * y.shape[1]
         return total * self.fraction
 

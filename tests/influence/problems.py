@@ -74,7 +74,7 @@ def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
       net: a net that has not been asked anything.
       loss: what stands for its loss. Functions are told apart by identity, Keras' losses by value.
     """
-    model, traced = net.model, net._tf
+    model, traced = net.model, net.flat
     if type(model) is not keras.Sequential or len(model.variables) != len(traced.weights):
         return net
     if getattr(loss, "__module__", "").startswith("keras.") and hasattr(loss, "_fn_kwargs"):
@@ -96,7 +96,7 @@ def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
 
 def untraced(net: GenericNeuralNet) -> GenericNeuralNet:
     """The net as if nobody had asked it, or another of its kind, anything yet."""
-    net._tf._functions, net._tf._seen = {}, None
+    net.flat._functions, net.flat._seen = {}, None
     return net
 
 

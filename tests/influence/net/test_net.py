@@ -312,7 +312,7 @@ def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
     expected = np.stack([gradients(t)[0] for t in thetas.T], axis=1)
     assert relative_error(net.gradient(x, y, thetas), expected) < ROUNDING
     rows = np.array([[0, 5, 2], [7, 2, 9]])
-    each = net.gradient_each(x[rows], y[rows], thetas)
+    each = net.each_batch("gradient", x[rows], y[rows], thetas.T[:, :, None])[:, :, 0].T
     expected = [
         net.gradient(x[r], y[r], t[:, None])[:, 0] for r, t in zip(rows, thetas.T, strict=True)
     ]
@@ -355,6 +355,33 @@ def test_bregman_gradient_against_differences_of_the_divergence(kind):
     assert relative_error(near, net.gauss_newton_product(x, y, V)) < 1e-4
 
 
+def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
+    net, examples, *_, V = tanh
+    x, y, before, there = examples.x, examples.y, net.theta, net.theta + V[:, 0]
+    asked = {
+        name: lambda n, name=name: getattr(n, name)(x, y, V)
+        for name in ("losses", "gradient", "hvp", "gauss_newton_product", "directional")
+    }
+    asked["risk"] = lambda n: n.risk(examples)
+    asked["gradients"] = lambda n: n.gradients(x, y)
+    asked["outputs"] = lambda n: n.outputs(x)
+    asked["penalty"] = lambda n: n.penalty_gradient()
+    at = {name: question(net.at(there)) for name, question in asked.items()}
+    np.testing.assert_array_equal(net.at(there).theta, there)
+    np.testing.assert_array_equal(net.theta, before)
+    assert net.at(None) is net
+    with pytest.raises(AttributeError, match="theta of a view that net.at.theta. made is fixed"):
+        net.at(there).theta = before
+    with pytest.raises(ValueError, match="theta must have shape"):
+        net.at(there[1:])
+    try:
+        net.theta = there
+        for name, question in asked.items():
+            np.testing.assert_array_equal(at[name], question(net), err_msg=name)
+    finally:
+        net.theta = before
+
+
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
     """A second trace would make the last bits of a number depend on what was asked before it."""
     net, examples = tanh_net()
@@ -366,9 +393,9 @@ def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
         net.gradient(x, y, V)
         net.bregman_gradient(x, y, V)
         net.hvp(x, y, V)
-        net.gradient_each(np.stack([x] * num), np.stack([y] * num), V)
-        net.hvp_each(np.stack([x] * num), np.stack([y] * num), np.stack([V] * num))
-    functions = net._tf._functions
+        for question in ("gradient", "hvp"):
+            net.each_batch(question, *(np.stack([part] * num) for part in (x, y, V)))
+    functions = net.flat._functions
     assert len(functions) == 6
     for function in functions.values():  # of one graph, which is never traced again
         assert isinstance(function, tf.types.experimental.ConcreteFunction)
@@ -383,21 +410,26 @@ def test_a_vector_in_a_vector_out(tanh):
         assert relative_error(question(x, y, V[:, 0]), block[:, 0]) < ROUNDING
 
 
-def test_hvp_each_is_hvp_batch_by_batch(tanh):
+@pytest.mark.parametrize(
+    ("question", "method"), [("hvp", "hvp"), ("gauss_newton", "gauss_newton_product")]
+)
+def test_each_batch_is_batch_by_batch(tanh, question, method):
     net, examples, *_ = tanh
     rows = np.array([[0, 3], [5, 5], [1, 2]])
     V = np.random.default_rng(3).standard_normal((3, net.num_parameters, 2))
-    got = net.hvp_each(examples.x[rows], examples.y[rows], V)
-    expected = [net.hvp(examples.x[r], examples.y[r], v) for r, v in zip(rows, V, strict=True)]
+    got = net.each_batch(question, examples.x[rows], examples.y[rows], V)
+    expected = [
+        getattr(net, method)(examples.x[r], examples.y[r], v) for r, v in zip(rows, V, strict=True)
+    ]
     assert relative_error(got, np.stack(expected)) < ROUNDING
 
 
-def test_hvp_each_of_dicts():
+def test_each_batch_of_dicts():
     net, _, x, y = build("two_inputs_to_probabilities")
     rows = np.array([[0, 3], [5, 1]])
     V = np.random.default_rng(3).standard_normal((2, net.num_parameters, 1))
     take = lambda r: {k: v[r] for k, v in x.items()}  # noqa: E731
-    got = net.hvp_each(take(rows), y[rows], V)
+    got = net.each_batch("hvp", take(rows), y[rows], V)
     expected = [net.hvp(take(r), y[r], v) for r, v in zip(rows, V, strict=True)]
     assert relative_error(got, np.stack(expected)) < ROUNDING
 
@@ -509,7 +541,7 @@ def test_risk_is_that_of_the_closed_form_for_every_batch_size(linear, batch_size
 def test_rows_per_batch_bounds_memory(tanh, monkeypatch):
     net, examples, *_ = tanh
     assert net.rows_per_batch(examples) == len(examples)
-    monkeypatch.setattr("influence.net.net._BYTES_PER_PASS", 10_000)
+    monkeypatch.setattr("influence.net.net.ACTIVATIONS", 10_000)
     few = net.rows_per_batch(examples)
     assert 1 <= net.rows_per_batch(examples, 50) < few < len(examples)
     assert net.risk(examples) == pytest.approx(net.risk(examples, 20), rel=1e-13)
@@ -592,7 +624,7 @@ def test_no_question_changes_the_model():
         net.gradients(x, y),
         net.loss_and_gradient(x, y)[1],
         net.hvp(x, y, V),
-        net.hvp_each(x[:4].reshape(2, 2, 2), y[:4].reshape(2, 2), np.stack([V, V])),
+        net.each_batch("hvp", x[:4].reshape(2, 2, 2), y[:4].reshape(2, 2), np.stack([V, V])),
         net.gauss_newton_product(x, y, V),
         net.directional(x, y, V),
         net.input_gradient(x, y, V[:, 0]),

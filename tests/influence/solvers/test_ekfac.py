@@ -18,6 +18,7 @@ from influence import (
     prepare,
     solve,
 )
+from influence.curvature.layers import affine_layers
 from influence.models.cnn import AllCNN
 from influence.solvers.ekfac import EKFAC
 from tests import oracles
@@ -304,7 +305,7 @@ def test_preconditioning_a_network_gives_the_same_answer(digits):
     assert taken <= 1.2 * plain
     # It is not the factors: the exact inverses of the layers' own blocks are little better.
     blocks = np.zeros_like(gauss_newton)
-    for affine in net.affine_layers(train.x[:2]).layers:
+    for affine in affine_layers(net, train.x[:2]).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
         blocks[own] = np.linalg.inv(gauss_newton[own])
     assert iterations(matrix, b, blocks)[0] > 0.5 * taken
