@@ -33,6 +33,7 @@ from influence import (
     proximal_response,
     solve,
 )
+from influence.net.questions import PerRow
 
 DATA = "mnist"
 STAND_IN = "digits"
@@ -314,8 +315,7 @@ def _predicted(
         A.dense(), net.gradients(measured.x, measured.y).T,
         CG(CG_FLOAT64, preconditioner=gauss_newton),
     )  # fmt: skip
-    batches = train.batches(net.rows_per_batch(train, cg.x.shape[1]))
-    along = np.concatenate([net.directional(x, y, cg.x) for x, y in batches])
+    along = train.each_row(PerRow("directional", cg.x), net)
     found = {
         "minimum": scores(direct, A.damping),
         "gauss_newton": scores(gauss_newton, A.damping, GaussNewton),
