@@ -94,8 +94,9 @@ def _list(rest: Sequence[str]) -> int:
 
 
 def _report(rest: Sequence[str]) -> int:
-    options = tyro.cli(ReportOptions, args=rest, prog=f"{PROG} report",
-                       default=ReportOptions(out=_default_out()))  # fmt: skip
+    options = tyro.cli(
+        ReportOptions, args=rest, prog=f"{PROG} report", default=ReportOptions(out=_default_out())
+    )
     try:
         if options.readme is None:
             print(f"report written to {report.write_page(options.out)}")
@@ -110,8 +111,9 @@ def _report(rest: Sequence[str]) -> int:
 
 
 def _all(rest: Sequence[str]) -> int:
-    options = tyro.cli(Options, args=rest, prog=f"{PROG} all", config=_TYRO,
-                       default=Options(out=_default_out()))  # fmt: skip
+    options = tyro.cli(
+        Options, args=rest, prog=f"{PROG} all", config=_TYRO, default=Options(out=_default_out())
+    )
     _check(options)
     statuses = {}
     for command in experiments.summaries():

@@ -121,12 +121,14 @@ def variants(influence: Influence, measured: Examples) -> NDArray:
     s_test, g = scores.solution.x, net.gradients(measured.x, measured.y).T  # (d, m) both
     signed = (1 - 2 * train.y)[:, None]
     no_hessian = net.directional(train.x, train.y, g) + net.penalty_gradient() @ g
-    return np.stack([
-        len(train) * scores.change_if_removed,
-        (signed * (train.x @ s_test)).T,
-        no_hessian.T,
-        (signed * (train.x @ g)).T,
-    ])  # fmt: skip
+    return np.stack(
+        [
+            len(train) * scores.change_if_removed,
+            (signed * (train.x @ s_test)).T,
+            no_hessian.T,
+            (signed * (train.x @ g)).T,
+        ]
+    )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
@@ -160,9 +162,14 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     chosen = largest(first, config.num_removals)
     rows = np.unique(chosen)
     refits = leave_one_out(
-        net, train, measured.take([0]), rows, solver=influence.prepared,
-        tolerance=config.gradient_tolerance, checkpoints=checkpoints,
-    )  # fmt: skip
+        net,
+        train,
+        measured.take([0]),
+        rows,
+        solver=influence.prepared,
+        tolerance=config.gradient_tolerance,
+        checkpoints=checkpoints,
+    )
     actual = len(train) * refits[0]
 
     penalty = net.penalty_gradient() @ net.gradients(measured.x, measured.y).T  # (m,)
@@ -212,10 +219,16 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         metrics[f"actual_pearson_{name}"] for name in VARIANTS[1:]
     )
     arrays = {
-        "values": first, "same_label": same_label[0], "rows": rows, "actual": actual,
-        "test_points": points, "pearson": pearson, "same_label_among_most_harmful": same_among,
-        "test_image": _image(measured.x[0]), "harmful_image": _image(train.x[shown]),
-    }  # fmt: skip
+        "values": first,
+        "same_label": same_label[0],
+        "rows": rows,
+        "actual": actual,
+        "test_points": points,
+        "pearson": pearson,
+        "same_label_among_most_harmful": same_among,
+        "test_image": _image(measured.x[0]),
+        "harmful_image": _image(train.x[shown]),
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
@@ -240,8 +253,13 @@ def draw(record: Record) -> Any:
             axis.plot(value[shown], full[shown], "ko", markersize=6, fillstyle="none")
             title = _LOOKS[name][2]
             axis.set(title=title[0].upper() + title[1:], xlabel="$n$ × predicted change (nats)")
-            axis.text(0.04, 0.96, f"r = {rounded_down(metrics[f'pearson_{name}'])}",
-                      transform=axis.transAxes, va="top")  # fmt: skip
+            axis.text(
+                0.04,
+                0.96,
+                f"r = {rounded_down(metrics[f'pearson_{name}'])}",
+                transform=axis.transAxes,
+                va="top",
+            )
             axis.locator_params(nbins=5)
         axes[0].set_ylabel("In full:\n$n$ × predicted change (nats)")
         others = [d for d in DIGITS if d != digit]
@@ -268,8 +286,11 @@ def draw(record: Record) -> Any:
             pearson = rounded_down(metrics[f"actual_pearson_{VARIANTS[k]}"])
             axis.scatter(actual, arrays["values"][k][arrays["rows"]], s=9, marker=marker,
                          color=colour, linewidths=0, label=f"{label},\nr = {pearson}")  # fmt: skip
-        axis.set(title="Removed and refitted", xlabel="$n$ × actual change (nats)",
-                 ylabel="$n$ × predicted change (nats)")  # fmt: skip
+        axis.set(
+            title="Removed and refitted",
+            xlabel="$n$ × actual change (nats)",
+            ylabel="$n$ × predicted change (nats)",
+        )
         axis.locator_params(nbins=5)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handletextpad=0.1)
     return figure

@@ -198,8 +198,10 @@ def _where_training_stopped(
     arrays |= {f"predicted_{how}": values for how, values in predicted.items()}
     arrays |= {f"actual_{truth}": values for truth, values in changes.items()}
     arrays |= {f"removals_{j}": some for j, some in enumerate(at)}
-    arrays |= {name: metrics.pop(name) for name in ("drift", "proximal_gradient_norm",
-                                                    "bregman_gradient_norm")}  # fmt: skip
+    arrays |= {
+        name: metrics.pop(name)
+        for name in ("drift", "proximal_gradient_norm", "bregman_gradient_norm")
+    }
     return arrays | mnist_cnn.agreement_of_steps(STEPS, arrays), metrics
 
 
@@ -225,8 +227,10 @@ def predictions(
     direct = prepare(Hessian(net, train, damping, checkpoints=checkpoints), Direct(ROUNDED))
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
     solvers = {
-        "cg": CG(config.cg_rtol, preconditioner=gauss_newton), "direct": direct, "lissa": lissa,
-    }  # fmt: skip
+        "cg": CG(config.cg_rtol, preconditioner=gauss_newton),
+        "direct": direct,
+        "lissa": lissa,
+    }
     found = {
         how: Influence(net, train, solver=solver, damping=damping).scores(measured)
         for how, solver in solvers.items()
@@ -246,9 +250,14 @@ def predictions(
 
 
 def _in_float64(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, gauss_newton: Prepared,
-    by_cg: Scores, checkpoints: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+    config: Any,
+    net: AllCNN,
+    train: Examples,
+    measured: Examples,
+    gauss_newton: Prepared,
+    by_cg: Scores,
+    checkpoints: Path | None,
+) -> dict[str, Any]:
     """The exact Hessian's spectrum, and s_test by CG against that by the factored matrix.
 
     In float32 rounding makes an error of 1e-4 in either, so that the first test point's is solved
@@ -279,9 +288,15 @@ def _in_float64(
 
 
 def truths(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, removed: NDArray,
-    first: NDArray, prepared: dict[str, Prepared], checkpoints: Path | None,
-) -> tuple[dict[str, NDArray], dict[str, Any]]:  # fmt: skip
+    config: Any,
+    net: AllCNN,
+    train: Examples,
+    measured: Examples,
+    removed: NDArray,
+    first: NDArray,
+    prepared: dict[str, Prepared],
+    checkpoints: Path | None,
+) -> tuple[dict[str, NDArray], dict[str, Any]]:
     """What removing rows actually changes, in three meanings.
 
     Args:
@@ -315,9 +330,14 @@ def truths(
         found[f"{truth}_lost"] = np.count_nonzero(lost)
         found[f"{truth}_unconverged"] = np.count_nonzero(~response.converged & ~lost)
     train_on = partial(
-        continued_training, net, train, measured, moments=net.moments,
-        batch_size=config.batch_size, checkpoints=checkpoints,
-    )  # fmt: skip
+        continued_training,
+        net,
+        train,
+        measured,
+        moments=net.moments,
+        batch_size=config.batch_size,
+        checkpoints=checkpoints,
+    )
     here = {"steps": config.continued_steps, "rate": config.continued_rate}
     continued = train_on(removed, seed=config.seed + 1, **here)
     changes["continued"] = continued.change_if_removed
@@ -339,9 +359,15 @@ def truths(
 
 
 def _rounding(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, removed: NDArray,
-    first: NDArray, found: NDArray, checkpoints: Path | None,
-) -> float:  # fmt: skip
+    config: Any,
+    net: AllCNN,
+    train: Examples,
+    measured: Examples,
+    removed: NDArray,
+    first: NDArray,
+    found: NDArray,
+    checkpoints: Path | None,
+) -> float:
     """What float32 and the tolerance make of proximal leave-one-out, relative to its largest.
 
     Against float64 and a tolerance a hundred times smaller, for some of the first test point's

@@ -219,9 +219,15 @@ _Given = tuple[AllCNN, Examples, Examples]
 
 
 def _refits(
-    config: Any, single: _Given, double: _Given, removed: NDArray, fraction: float,
-    damping: float, step_damping: float, checkpoints: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+    config: Any,
+    single: _Given,
+    double: _Given,
+    removed: NDArray,
+    fraction: float,
+    damping: float,
+    step_damping: float,
+    checkpoints: Path | None,
+) -> dict[str, Any]:
     """The net minimised without each row, from the minimum with all: arrays by row, and metrics.
 
     `actual` (m, k), `refit_distance` (k,) from the minimum with all, both NaN where none was found,
@@ -272,10 +278,16 @@ def _descended(
     descents = []
     if config.dtype != "float64":
         # Float32's gradients cost a fifth, and its noise is far below where training stopped.
-        descents.append(descend(
-            net, train, tolerance=max(config.minimum_tolerance, _FLOAT32_GRADIENT),
-            rounds=config.rounds, evaluations=config.evaluations, checkpoints=checkpoints,
-        ))  # fmt: skip
+        descents.append(
+            descend(
+                net,
+                train,
+                tolerance=max(config.minimum_tolerance, _FLOAT32_GRADIENT),
+                rounds=config.rounds,
+                evaluations=config.evaluations,
+                checkpoints=checkpoints,
+            )
+        )
     double, train64 = in_double(config, net, train)
 
     def formed(theta: NDArray) -> NDArray:
@@ -294,9 +306,14 @@ def _descended(
 
 
 def _predicted(
-    config: Any, net: AllCNN, train: Examples, measured: Examples, A: Hessian, direct: Prepared,
+    config: Any,
+    net: AllCNN,
+    train: Examples,
+    measured: Examples,
+    A: Hessian,
+    direct: Prepared,
     checkpoints: Path | None,
-) -> tuple[dict[str, NDArray], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, NDArray], dict[str, float]]:
     """(m, n) predicted changes by the way they were predicted, and how well systems were solved.
 
     `minimum` is the exact one's.
@@ -312,9 +329,10 @@ def _predicted(
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
     # The formed matrix has the products of A: CG on it takes the steps that it would on A.
     cg = solve(
-        A.dense(), net.gradients(measured.x, measured.y).T,
+        A.dense(),
+        net.gradients(measured.x, measured.y).T,
         CG(CG_FLOAT64, preconditioner=gauss_newton),
-    )  # fmt: skip
+    )
     along = train.each_row(PerRow("directional", cg.x), net)
     found = {
         "minimum": scores(direct, A.damping),

@@ -152,11 +152,16 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     rows = [largest(by_cg[j], count) for j, count in enumerate(counts)]
     refits = [
         leave_one_out(
-            net, train, test.take([point]), removed, solver=direct,
-            tolerance=config.gradient_tolerance, checkpoints=checkpoints,
+            net,
+            train,
+            test.take([point]),
+            removed,
+            solver=direct,
+            tolerance=config.gradient_tolerance,
+            checkpoints=checkpoints,
         )
         for point, removed in zip(points, rows, strict=True)
-    ]  # fmt: skip
+    ]
     actual = refits[0][0]
     runs = [
         Influence(net, train, solver=_lissa(config, seed)).scores(test.take(points[:1]), rows[0])
@@ -195,14 +200,18 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             metrics[f"{kind}_worst_{name}"] = _worst(name, values)
             metrics[f"{kind}_median_{name}"] = np.median(values)
     arrays = {
-        "rows": rows[0], "actual": actual, "predicted_cg": by_cg[0][rows[0]],
+        "rows": rows[0],
+        "actual": actual,
+        "predicted_cg": by_cg[0][rows[0]],
         "predicted_one_step": by_one_step,
-        "predicted_lissa": by_lissa, "lissa_seeds": np.array(config.lissa_seeds),
-        "refit_gradient_norm": refits[0].gradient_norm, "test_points": points,
+        "predicted_lissa": by_lissa,
+        "lissa_seeds": np.array(config.lissa_seeds),
+        "refit_gradient_norm": refits[0].gradient_norm,
+        "test_points": points,
         "further_rows": np.array(rows[1:]),
         "further_actual": np.array([r[0] for r in refits[1:]]),
         "further_predicted_cg": np.array([by_cg[j][rows[j]] for j in range(1, len(points))]),
-    }  # fmt: skip
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
@@ -211,13 +220,17 @@ def draw(record: Record) -> Any:
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
-    figure, axes = plt.subplots(1, 2, figsize=(6.75, 3.4), sharex=True, sharey=True,
-                                layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(
+        1, 2, figsize=(6.75, 3.4), sharex=True, sharey=True, layout="constrained"
+    )
     panels = (
         ("Conjugate gradients", arrays["predicted_cg"], metrics["pearson_cg"]),
-        ("LiSSA", arrays["predicted_lissa"][0], np.corrcoef(
-            arrays["predicted_lissa"][0], arrays["actual"])[0, 1]),
-    )  # fmt: skip
+        (
+            "LiSSA",
+            arrays["predicted_lissa"][0],
+            np.corrcoef(arrays["predicted_lissa"][0], arrays["actual"])[0, 1],
+        ),
+    )
     for axis, (title, predicted, pearson) in zip(axes, panels, strict=True):
         predicted_against_actual(axis, arrays["actual"], predicted)
         axis.set_title(title)
@@ -236,8 +249,14 @@ def draw(record: Record) -> Any:
 def _lissa(config: Config, seed: int) -> LiSSA:
     # The residual after one pass over the data is near 0.7, and the scores are good all the same:
     # that is the paper's point, so it is recorded as a metric and not warned of.
-    return LiSSA(config.lissa_scale, config.lissa_depth, config.lissa_repeats,
-                 config.lissa_batch_size, seed, rtol=None)  # fmt: skip
+    return LiSSA(
+        config.lissa_scale,
+        config.lissa_depth,
+        config.lissa_repeats,
+        config.lissa_batch_size,
+        seed,
+        rtol=None,
+    )
 
 
 def _worst(name: str, values: NDArray) -> float:

@@ -57,11 +57,17 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(weight_decay=0.1, multiple=10, test_point=11,
-                    num_removals=40, further_test_points=3, further_among=7),
+    "smoke": Config(
+        weight_decay=0.1,
+        multiple=10,
+        test_point=11,
+        num_removals=40,
+        further_test_points=3,
+        further_among=7,
+    ),
     "standard": Config(),
     "paper": Config(),
-}  # fmt: skip
+}
 
 CLAIMS = (
     Claim("num_train", None, 11_800, 11_800),
@@ -177,15 +183,21 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     one = np.ones((len(s), 1))  # labels; and a weight of one
     curves = [SmoothHinge(1, t).losses(s[:, None], one, one[:1]) for t in (0.0, *config.smooth)]
     arrays = {
-        "t": ts, "rows": chosen[""][0], "actual": actual,
+        "t": ts,
+        "rows": chosen[""][0],
+        "actual": actual,
         "predicted": predicted[:, 0, chosen[""][0]],
-        "pearson": pearson[""], "pearson_chosen_by_smooth": pearson["_chosen_by_smooth"],
+        "pearson": pearson[""],
+        "pearson_chosen_by_smooth": pearson["_chosen_by_smooth"],
         "pearson_at_liblinear": pearson["_at_liblinear"],
-        "test_points": points, "test_margins": margins[points],
-        "refit_gradient_norm": refits.gradient_norm, "all_rows": rows,
+        "test_points": points,
+        "test_margins": margins[points],
+        "refit_gradient_norm": refits.gradient_norm,
+        "all_rows": rows,
         "all_actual": refits.change_if_removed,
-        "curve_margin": s, "curve_loss": np.concatenate(curves, axis=1).T,
-    }  # fmt: skip
+        "curve_margin": s,
+        "curve_loss": np.concatenate(curves, axis=1).T,
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
@@ -205,14 +217,20 @@ def draw(record: Record) -> Any:
             # The hinge is no log loss: its unit is the margin's, not nats.
             axis.set(title=_named(t), xlabel="Actual change in loss", ylabel="")
             axis.locator_params(nbins=4)
-            axis.text(0.05, 0.95, f"r = {compare.rounded_down(arrays['pearson'][k, 0])}",
-                      transform=axis.transAxes, va="top")  # fmt: skip
+            axis.text(
+                0.05,
+                0.95,
+                f"r = {compare.rounded_down(arrays['pearson'][k, 0])}",
+                transform=axis.transAxes,
+                va="top",
+            )
         axes[0].set_ylabel("Predicted change in loss")
         curves, over_t = below.subplots(1, 2, width_ratios=[1, 1.6])
         looks = (("0.7", "-", 3.0), ("#0072B2", "--", 1.2), ("#D55E00", "-", 1.2))
         for t, loss, (colour, line, width) in zip(shown, arrays["curve_loss"], looks, strict=False):
-            curves.plot(arrays["curve_margin"], loss, line, color=colour, linewidth=width,
-                        label=_named(t))  # fmt: skip
+            curves.plot(
+                arrays["curve_margin"], loss, line, color=colour, linewidth=width, label=_named(t)
+            )
         curves.set(xlabel="Margin $s = y z$", ylabel="Loss", title="The losses")
         curves.legend(frameon=False)
         _draw_over_t(over_t, arrays)
@@ -266,9 +284,9 @@ def _predicted(
 ) -> NDArray:
     """(t, m, n) predicted changes with each smooth hinge at the same weights."""
     nets = [_at(theta, t, config) for t in ts]
-    return np.stack([
-        Influence(net, train, solver=Direct()).scores(measured).change_if_removed for net in nets
-    ])  # fmt: skip
+    return np.stack(
+        [Influence(net, train, solver=Direct()).scores(measured).change_if_removed for net in nets]
+    )
 
 
 def _liblinear(train: Examples, config: Config) -> SmoothHinge:
@@ -276,8 +294,9 @@ def _liblinear(train: Examples, config: Config) -> SmoothHinge:
     from sklearn.svm import LinearSVC
 
     C = 1 / (len(train) * config.weight_decay)
-    svm = LinearSVC(loss="hinge", C=C, tol=1e-6, max_iter=5000, random_state=24,
-                    fit_intercept=False)  # fmt: skip
+    svm = LinearSVC(
+        loss="hinge", C=C, tol=1e-6, max_iter=5000, random_state=24, fit_intercept=False
+    )
     return _at(svm.fit(train.x, train.y).coef_[0], 0.0, config)
 
 
@@ -290,8 +309,12 @@ def _at(theta: NDArray, t: float, config: Config) -> SmoothHinge:
 def _correlations(predicted: NDArray, actual: NDArray, rows: NDArray) -> NDArray:
     """(t, m): Pearson's r of predicted (t, m, n) with actual (m', n) over rows (m, k)."""
     truth = np.take_along_axis(actual[: len(rows)], rows, axis=1)
-    return np.array([
-        [np.corrcoef(of_point[some], true)[0, 1]
-         for of_point, some, true in zip(of_t, rows, truth, strict=True)]
-        for of_t in predicted
-    ])  # fmt: skip
+    return np.array(
+        [
+            [
+                np.corrcoef(of_point[some], true)[0, 1]
+                for of_point, some, true in zip(of_t, rows, truth, strict=True)
+            ]
+            for of_t in predicted
+        ]
+    )

@@ -157,9 +157,15 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     seen = resized(images, config.side)
     distance = squared_distances(seen[: len(x)], seen)
     models = {
-        SVM: kernel_svm(distance, y, y_test, gamma=config.gamma / len(x), t=config.temperature,
-                        weight_decay=config.weight_decay)
-    }  # fmt: skip
+        SVM: kernel_svm(
+            distance,
+            y,
+            y_test,
+            gamma=config.gamma / len(x),
+            t=config.temperature,
+            weight_decay=config.weight_decay,
+        )
+    }
     margins = models[SVM].outputs  # of fish, whose label is + 1
     points = _fish(config, margins, y_test)
     folder = trunks.kept_in(data.stand_in, checkpoints)
@@ -169,14 +175,23 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     scores = np.stack([model.scores(points) for model in models.values()])  # (models, k, n)
     apart = np.sqrt(distance[len(x) + points])  # (k, n)
-    spearman = np.array([
-        [scipy.stats.spearmanr(np.abs(s), far)[0] for s, far in zip(of_model, apart, strict=True)]
-        for of_model in scores
-    ])  # fmt: skip
+    spearman = np.array(
+        [
+            [
+                scipy.stats.spearmanr(np.abs(s), far)[0]
+                for s, far in zip(of_model, apart, strict=True)
+            ]
+            for of_model in scores
+        ]
+    )
     order = np.argsort(-scores, axis=2, kind="stable")  # the most helpful first
     is_dog = y[order] != FISH
-    dogs = np.stack([is_dog[i, :, : config.top_deep if i else config.top_svm].sum(axis=1)
-                     for i in range(len(models))])  # fmt: skip
+    dogs = np.stack(
+        [
+            is_dog[i, :, : config.top_deep if i else config.top_svm].sum(axis=1)
+            for i in range(len(models))
+        ]
+    )
     first_dog = is_dog.argmax(axis=2)
     largest = np.abs(scores).max(axis=2)
     ratio = largest[0] / largest[1:]
@@ -221,13 +236,19 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             }
     helpful_dogs = np.argsort(np.where(y == FISH, np.inf, -scores[:, 0]), axis=1, kind="stable")
     arrays = {
-        "models": np.array(list(models), "S"), "labels": y, "test_fish": points,
-        "distance": apart[0], "score": scores[:, 0], "spearman": spearman, "dogs_in_top": dogs,
-        "largest_influence": largest, "rank_of_first_dog": first_dog,
+        "models": np.array(list(models), "S"),
+        "labels": y,
+        "test_fish": points,
+        "distance": apart[0],
+        "score": scores[:, 0],
+        "spearman": spearman,
+        "dogs_in_top": dogs,
+        "largest_influence": largest,
+        "rank_of_first_dog": first_dog,
         "outputs": np.stack([model.outputs[points] for model in models.values()]),
         "most_helpful": order[:, 0, :NUM_PHOTOGRAPHS],
         "most_helpful_dogs": helpful_dogs[:, :NUM_PHOTOGRAPHS],
-    }  # fmt: skip
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
@@ -307,8 +328,14 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
         axes[0, 0].imshow(data.test[0][arrays["test_fish"][0]])
         axes[0, 0].set_title("test fish")
         for (i, what, chosen), line in zip(rows, axes, strict=True):
-            line[1].text(-0.08, 0.5, f"{_named(names[i])}\nmost {what}", ha="right", va="center",
-                         transform=line[1].transAxes)  # fmt: skip
+            line[1].text(
+                -0.08,
+                0.5,
+                f"{_named(names[i])}\nmost {what}",
+                ha="right",
+                va="center",
+                transform=line[1].transAxes,
+            )
             for axis, row in zip(line[1:], chosen, strict=True):
                 axis.imshow(x[row])
                 axis.set_title(f"{('dog', 'fish')[y[row]]} {row}: {arrays['score'][i, row]:+.1e}")

@@ -145,8 +145,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         shared = _shared_with_library(task, net)
         draws = list(product(config.flip_steps, range(config.repeats)))
         paths = [checkpoints and checkpoints / f"flip-{k}-repeat-{r}.npz" for k, r in draws]
-        workers = joblib.Parallel(n_jobs=config.num_processes, return_as="generator",
-                                  initializer=load, initargs=("fig6",))  # fmt: skip
+        workers = joblib.Parallel(
+            n_jobs=config.num_processes, return_as="generator", initializer=load, initargs=("fig6",)
+        )
         work = workers(
             joblib.delayed(kept)(path, partial(_draw, task, *draw))
             for path, draw in zip(paths, draws, strict=True)
@@ -192,14 +193,24 @@ def draw(record: Record) -> Any:
         level = metrics[f"accuracy_{name}"]
         axes[0].axhline(level, color="0.3", linestyle=style, linewidth=1)
         axes[0].annotate(
-            text, (checked[-1], level), xytext=(0, points), textcoords="offset points",
-            ha="right", fontsize=7.5, color="0.3",
-        )  # fmt: skip
+            text,
+            (checked[-1], level),
+            xytext=(0, points),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+            color="0.3",
+        )
     axes[0].margins(y=0.12)
     axes[0].set_ylabel("Test accuracy")
     axes[1].set(ylabel="Flipped labels found (%)", ylim=(0, 100))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
-                  fontsize=8, frameon=False)  # fmt: skip
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     share, draws = 100 * arrays["flipped_share"][at], arrays["accuracy_flipped"].shape[1]
     title = f"{share:.0f} % of training labels flipped: mean and standard error of {draws} draws"
     figure.suptitle(title, fontsize=9.5)

@@ -173,10 +173,15 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         "worst_refit_gradient_norm": refits.gradient_norm.max(),
     }
     arrays |= {
-        "children": at.children, "readmitted": at.readmitted, "test_children": at.test_children,
-        "removed": largest, "removed_actual": refits[0], "moved": moved, "moved_actual": actual,
+        "children": at.children,
+        "readmitted": at.readmitted,
+        "test_children": at.test_children,
+        "removed": largest,
+        "removed_actual": refits[0],
+        "moved": moved,
+        "moved_actual": actual,
         "feature_names": np.array(at.names, dtype="S"),
-    }  # fmt: skip
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
@@ -199,8 +204,13 @@ def draw(record: Record) -> Any:
         ):
             axis.plot(rows, influence[rows], marker, color=colour, markersize=6, label=label)
         axis.plot([], [], ".", color=_GREY, markersize=4, label="anyone else")
-        axis.plot(arrays["removed"], arrays["removed_actual"], "k_", markersize=6,
-                  label=f"removed and refitted ({len(arrays['removed'])} rows)")  # fmt: skip
+        axis.plot(
+            arrays["removed"],
+            arrays["removed_actual"],
+            "k_",
+            markersize=6,
+            label=f"removed and refitted ({len(arrays['removed'])} rows)",
+        )
         axis.set(xlabel="Training row", ylabel="Change of the child's\nloss if removed (nats)")
         axis.margins(x=0.01, y=0.1)
         axis.legend(loc="upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
@@ -209,13 +219,17 @@ def draw(record: Record) -> Any:
         order = largest_bars(axis, names, arrays["derivative"][~readmitted][0], marked=CHILD)
         k, places = np.nonzero(arrays["moved"][:, None] == order)
         axis.plot(arrays["moved_actual"][k], places, "k|", markersize=7, label="refitted")
-        axis.set(title=f"Features of row {stays} (20 largest)",
-                 xlabel="Change of the child's loss\nfor each unit added (nats)")  # fmt: skip
+        axis.set(
+            title=f"Features of row {stays} (20 largest)",
+            xlabel="Change of the child's loss\nfor each unit added (nats)",
+        )
         axis.legend(loc="lower right", handletextpad=0.2)
         axis = figure.add_subplot(grid[1, 1])
         largest_bars(axis, names, arrays["coefficients"], marked=CHILD)
-        axis.set(title="Coefficients (20 largest)",
-                 xlabel="Change of the log-odds of\nbeing readmitted for each unit")  # fmt: skip
+        axis.set(
+            title="Coefficients (20 largest)",
+            xlabel="Change of the log-odds of\nbeing readmitted for each unit",
+        )
     return figure
 
 
@@ -230,8 +244,12 @@ def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _N
 
 def _as_released(config: Config, examples: Examples) -> _Net:
     """The model as the release has it: scikit-learn's L-BFGS, stopped early."""
-    fit = LogisticRegression(C=1 / (len(examples) * config.weight_decay), fit_intercept=False,
-                             tol=1e-8, max_iter=config.release_iterations)  # fmt: skip
+    fit = LogisticRegression(
+        C=1 / (len(examples) * config.weight_decay),
+        fit_intercept=False,
+        tol=1e-8,
+        max_iter=config.release_iterations,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # that it stops early is the point
         # Sparse, for products that do not depend on the number of cores.
@@ -279,8 +297,12 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
     for what, which in (("readmitted", at.readmitted), ("not_readmitted", ~at.readmitted)):
         numbered = enumerate(of_children[which], start=1)
         metrics |= {f"influence_{what}_{number}": score for number, score in numbered}
-    arrays |= {"flipped": at.test_children[flipped], "influence": scores,
-               "derivative": derivative, "coefficients": net.theta}  # fmt: skip
+    arrays |= {
+        "flipped": at.test_children[flipped],
+        "influence": scores,
+        "derivative": derivative,
+        "coefficients": net.theta,
+    }
     return metrics, arrays
 
 

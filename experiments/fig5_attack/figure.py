@@ -196,9 +196,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             *singles, together = done
             del together["one_input"]
             heads = heads_of(
-                network, data, seed=config.seed, checkpoints=checkpoints,
+                network,
+                data,
+                seed=config.seed,
+                checkpoints=checkpoints,
                 folder=trunks.kept_in(data.stand_in, checkpoints),
-            )  # fmt: skip
+            )
             arrays |= {f"choice_{key}_{network}": value for key, value in heads.items()}
             layer, weight_decay = chosen(heads, len(data.train[1]))
             as_chosen.append(
@@ -218,8 +221,11 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             metrics |= of_group(together, network)
             metrics[f"num_attacked_{network}"] = len(points)
             arrays |= {f"points_{network}": points}
-            arrays |= {f"{key}_{network}": value for key, value in (joined | together).items()
-                       if np.ndim(value)}  # fmt: skip
+            arrays |= {
+                f"{key}_{network}": value
+                for key, value in (joined | together).items()
+                if np.ndim(value)
+            }
     metrics |= over_all(config.counts, networks, every, groups) | {
         "heads_as_chosen": min(as_chosen)
     }
@@ -243,8 +249,9 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
     config = Config(**record.config)
     size = (6.75, 1.9 * len(config.heads))
     with plt.rc_context({"font.size": 7}), threadpoolctl.threadpool_limits(1, "blas"):
-        figure, axes = plt.subplots(len(config.heads), 4, figsize=size, squeeze=False,
-                                    layout="constrained")  # fmt: skip
+        figure, axes = plt.subplots(
+            len(config.heads), 4, figsize=size, squeeze=False, layout="constrained"
+        )
         for i, line in enumerate(axes):
             head, _ = fitted(config, i, data, checkpoints)
             path = checkpoints and checkpoints / f"{trunks.split(config.heads[i])[0]}-group.npz"
@@ -264,25 +271,32 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
 def _single(config: Config, head: Head, point: int) -> dict[str, Any]:
     radii = 1 / config.radius
     return single(
-        head, point, counts=config.counts, candidates=config.candidates,
-        paper=_signs(config.step * radii, config.moves), best=_best(config),
-    )  # fmt: skip
+        head,
+        point,
+        counts=config.counts,
+        candidates=config.candidates,
+        paper=_signs(config.step * radii, config.moves),
+        best=_best(config),
+    )
 
 
 def _group(config: Config, head: Head) -> dict[str, Any]:
     return group(
-        head, alike(config, head), counts=config.group_counts,
+        head,
+        alike(config, head),
+        counts=config.group_counts,
         candidates=max(config.candidates, config.group_counts[-1]),
         one=Rule(max_steps=config.group_moves, decay=0.9, tries=0, restarts=0),
         # A restart of so many costs what twice as many cost, which do more.
         many=replace(_best(config), restarts=0),
-    )  # fmt: skip
+    )
 
 
 def _signs(step: float, moves: int) -> Rule:
     """The paper's: the sign of the derivative, the same step always, ranked once."""
-    return Rule(step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0,
-                restarts=0)  # fmt: skip
+    return Rule(
+        step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0, restarts=0
+    )
 
 
 def _best(config: Config) -> Rule:
@@ -319,9 +333,13 @@ def draw(record: Record) -> Any:
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
             last = np.append(np.diff(poisons) > 0, True)  # of the refits with as many poisons
             together.plot(poisons[last], flipped[last], "o-", color=colour, label=network)
-            together.axhline(metrics[f"group_one_flipped_{network}"], color=colour, linewidth=0.8,
-                             linestyle=(3 * i, (3, 3)),  # both seen where they lie on each other
-                             label=f"{network}, the least sure one")  # fmt: skip
+            together.axhline(
+                metrics[f"group_one_flipped_{network}"],
+                color=colour,
+                linewidth=0.8,
+                linestyle=(3 * i, (3, 3)),  # both seen where they lie on each other
+                label=f"{network}, the least sure one",
+            )
         group = record.config["group_size"]
         together.axhline(group / 2, color="0.7", linewidth=0.8, zorder=0)
         together.set_xscale("symlog", linthresh=1)
@@ -329,9 +347,11 @@ def draw(record: Record) -> Any:
         most = max(arrays[f"many_poisons_{network}"].max() for network in networks)
         together.set_xlim(0, 1.4 * most)
         together.set(
-            xlabel="Training images poisoned", ylabel=f"Test images flipped (of {group})",
-            ylim=(-0.5, group), title="Many test images at once",
-        )  # fmt: skip
+            xlabel="Training images poisoned",
+            ylabel=f"Test images flipped (of {group})",
+            ylim=(-0.5, group),
+            title="Many test images at once",
+        )
         together.legend(frameon=False, fontsize=7)
         if not record.data.get("stand_in", True):  # which says what it is by itself
             figure.supxlabel(_OF, fontsize=7, color="0.35")
@@ -358,9 +378,18 @@ def _draw_defence(axis: Any, standings: list[NDArray]) -> None:
         for j, line in enumerate((":", "-")):
             checked = np.append(np.sort(ranks[:, i, j]), 1)
             found = np.append(np.arange(1, len(ranks) + 1), len(ranks)) / len(ranks)
-            axis.step(100 * checked, 100 * found, line, where="post", color=colour,
-                      label=label if j else None)  # fmt: skip
+            axis.step(
+                100 * checked,
+                100 * found,
+                line,
+                where="post",
+                color=colour,
+                label=label if j else None,
+            )
     axis.plot([0, 100], [0, 100], color="0.8", linewidth=0.8, zorder=0)
-    axis.set(xlabel="Training images checked (%)", ylabel="Poisons found (%)",
-             title="By what poisons are found (dotted: before)")  # fmt: skip
+    axis.set(
+        xlabel="Training images checked (%)",
+        ylabel="Poisons found (%)",
+        title="By what poisons are found (dotted: before)",
+    )
     axis.legend(frameon=False, fontsize=7, loc="lower right")

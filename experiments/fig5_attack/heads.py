@@ -51,9 +51,15 @@ class Head:
     def attacked(self, test: Examples, rows: NDArray, **options: Any) -> Poisoning:
         """`poison`, each pixel of these training images within its box."""
         return poison(
-            self.net, self.train, test, rows, self.radius * LEVEL,
-            inputs=scaled(self.images[rows]), bounds=BOUNDS, **options,
-        )  # fmt: skip
+            self.net,
+            self.train,
+            test,
+            rows,
+            self.radius * LEVEL,
+            inputs=scaled(self.images[rows]),
+            bounds=BOUNDS,
+            **options,
+        )
 
     def poisoned(self, found: Poisoning) -> Examples:
         """The training set with the poisons' features."""
@@ -79,8 +85,10 @@ def fitted(config: Any, i: int, data: Any, checkpoints: Path | None) -> tuple[He
         mean, scale = _standards(phi[: len(y)])
     net = TopLayer(
         trunks.trunk(name, data.folder),
-        weight_decay=config.weight_decays[i], mean=mean, scale=scale,
-    )  # fmt: skip
+        weight_decay=config.weight_decays[i],
+        mean=mean,
+        scale=scale,
+    )
     if mean is not None:
         phi = (phi - mean) / scale
     train, test = Examples(phi[: len(y)], y), Examples(phi[len(y) :], y_test)
@@ -160,8 +168,9 @@ def heads_of(
     heads = [f"{network}/{layer}" for layer in layers]
 
     def compute() -> dict[str, NDArray]:
-        phi = trunks.features(heads, np.concatenate([x, data.test[0]]), root=data.folder,
-                              folder=folder)  # fmt: skip
+        phi = trunks.features(
+            heads, np.concatenate([x, data.test[0]]), root=data.folder, folder=folder
+        )
         found = np.empty((3, len(heads), len(WEIGHT_DECAYS)))
         for i, head in enumerate(progress(heads, f"heads on {network}", len(heads))):
             train = Examples(phi[head][: len(y)], y)

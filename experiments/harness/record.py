@@ -134,8 +134,9 @@ class Record:
         Raises: TypeError if a value cannot be written as JSON; OSError if the folder cannot be
           written to.
         """
-        text = to_json({f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                        if f.name != "arrays"})  # fmt: skip
+        text = to_json(
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
+        )
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / ARRAYS) as partial, h5py.File(partial, "w") as file:
             for name, array in sorted(self.arrays.items()):

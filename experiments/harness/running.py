@@ -199,8 +199,9 @@ def _write(figure: Any, *paths: Path) -> None:
     for path in paths:
         kind = path.suffix
         with replacing(path) as partial:
-            figure.savefig(partial, format=kind[1:], dpi=_DPI, bbox_inches="tight",
-                           metadata=metadata[kind])  # fmt: skip
+            figure.savefig(
+                partial, format=kind[1:], dpi=_DPI, bbox_inches="tight", metadata=metadata[kind]
+            )
     plt.close(figure)
 
 

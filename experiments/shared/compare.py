@@ -71,9 +71,12 @@ def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> 
     axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=1)
     axis.scatter(actual, predicted, s=10, alpha=0.6, color="#0072B2", linewidths=0, zorder=2)
     axis.set(
-        xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal",
-        xlabel="Actual change in loss (nats)", ylabel="Predicted change in loss (nats)",
-    )  # fmt: skip
+        xlim=(-reach, reach),
+        ylim=(-reach, reach),
+        aspect="equal",
+        xlabel="Actual change in loss (nats)",
+        ylabel="Predicted change in loss (nats)",
+    )
     axis.locator_params(nbins=5)
 
 

@@ -155,9 +155,13 @@ def _leave_saddle(net: GenericNeuralNet, examples: Examples, direction: NDArray)
 
 
 def _round(
-    net: GenericNeuralNet, examples: Examples, values: NDArray, vectors: NDArray,
-    tolerance: float, evaluations: int,
-) -> None:  # fmt: skip
+    net: GenericNeuralNet,
+    examples: Examples,
+    values: NDArray,
+    vectors: NDArray,
+    tolerance: float,
+    evaluations: int,
+) -> None:
     """L-BFGS from the net's theta in the coordinates of one Hessian."""
     start = net.theta
     scale = np.sqrt(np.maximum(np.abs(values), _FLOOR * values[-1]))
@@ -171,13 +175,19 @@ def _round(
         return risk, (vectors.T @ gradient) / scale
 
     scipy.optimize.minimize(
-        at, np.zeros(len(start)), jac=True, method="L-BFGS-B",
+        at,
+        np.zeros(len(start)),
+        jac=True,
+        method="L-BFGS-B",
         options={
-            "maxfun": evaluations, "maxiter": evaluations, "maxcor": _MEMORY, "ftol": 0.0,
+            "maxfun": evaluations,
+            "maxiter": evaluations,
+            "maxcor": _MEMORY,
+            "ftol": 0.0,
             # The largest entry in u below this: the norm in theta is at most |L|^(1/2) times it.
             "gtol": tolerance / np.sqrt(scale[-1] ** 2 * len(start)),
         },
-    )  # fmt: skip
+    )
     net.theta = best[1]
     _polish(net, examples, vectors, scale, tolerance)
 

@@ -87,10 +87,14 @@ def images(data: Any, config: Any) -> tuple[Examples, Examples]:
 def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
     """The network before training."""
     return AllCNN(
-        train.x.shape[1:], int(train.y.max()) + 1, filters=config.filters, strides=config.strides,
-        weight_decay=config.weight_decay, dtype=dtype or config.dtype,
+        train.x.shape[1:],
+        int(train.y.max()) + 1,
+        filters=config.filters,
+        strides=config.strides,
+        weight_decay=config.weight_decay,
+        dtype=dtype or config.dtype,
         seed=config.seed,
-    )  # fmt: skip
+    )
 
 
 def trained(
@@ -153,8 +157,9 @@ def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
 def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
     """How each approximation agrees with what it stands for, on the first test point's removals."""
     found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
-    return {f"step_{name}": np.array([step[name] for step in found])
-            for name in ("pearson", "slope")}  # fmt: skip
+    return {
+        f"step_{name}": np.array([step[name] for step in found]) for name in ("pearson", "slope")
+    }
 
 
 def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:

@@ -79,8 +79,11 @@ def test_metrics_are_of_the_arrays(record):
         slope = np.polyfit(actual, predicted, 1)[0]
         assert metrics[f"slope_{truth}"] == pytest.approx(slope, rel=1e-9)
         assert metrics[f"worst_pearson_{truth}"] <= metrics[f"median_pearson_{truth}"]
-    sides = {name.partition("_")[2]: array for name, array in arrays.items()
-             if name.startswith(("predicted_", "actual_"))}  # fmt: skip
+    sides = {
+        name.partition("_")[2]: array
+        for name, array in arrays.items()
+        if name.startswith(("predicted_", "actual_"))
+    }
     for i, (one, other, _) in enumerate(STEPS):
         line = np.polyfit(sides[other][0, first], sides[one][0, first], 1)
         r = np.corrcoef(sides[one][0, first], sides[other][0, first])[0, 1]
@@ -145,8 +148,10 @@ def test_draw(record):
     first = record.arrays["removals_0"]
     for axis, truth in zip(panels, TRUTHS, strict=True):
         drawn = np.asarray(axis.collections[0].get_offsets())
-        expected = [record.arrays[f"actual_{truth}"][0, first],
-                    record.arrays["predicted_cg"][0, first]]  # fmt: skip
+        expected = [
+            record.arrays[f"actual_{truth}"][0, first],
+            record.arrays["predicted_cg"][0, first],
+        ]
         np.testing.assert_allclose(drawn, np.transpose(expected))
     cells = figure.axes[-1].tables[0].get_celld()
     for i, r in enumerate(record.arrays["step_pearson"], start=1):

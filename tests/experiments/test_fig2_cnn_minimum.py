@@ -51,9 +51,10 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
     for how in ("cg", "gauss_newton", "damped", "lissa"):
         assert arrays[f"predicted_{how}"].shape == arrays["predicted_minimum"].shape
     np.testing.assert_allclose(
-        arrays["predicted_cg"], arrays["predicted_minimum"],
+        arrays["predicted_cg"],
+        arrays["predicted_minimum"],
         atol=1e-4 * np.abs(arrays["predicted_minimum"]).max(),
-    )  # fmt: skip
+    )
     assert arrays["step_pearson"][-2] == pytest.approx(metrics["pearson_minimum"], rel=1e-12)
     first = arrays["removals_0"]
     r = np.corrcoef(arrays["predicted_minimum"][0, first], arrays["actual_minimum"][0, first])
@@ -62,8 +63,10 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
     part, first = arrays["actual_part"], first[: SMOKE.further_removals]
     assert np.isfinite(part[:, first]).all() and metrics["parts_unconverged"] == 0
     assert np.isnan(np.delete(part, first, axis=1)).all()
-    lost = [np.abs(arrays["predicted_minimum"] - actual)[0, first].max()
-            for actual in (part, arrays["actual_minimum"])]  # fmt: skip
+    lost = [
+        np.abs(arrays["predicted_minimum"] - actual)[0, first].max()
+        for actual in (part, arrays["actual_minimum"])
+    ]
     assert lost[0] < 0.2 * lost[1]  # the tenth of a row loses a tenth by what is not first order
     assert metrics["slope_part"] == pytest.approx(1, abs=0.05)
     num = len(arrays["removed"])

@@ -34,8 +34,11 @@ def rows():
 
 def svm(x, y, weight_decay):
     C = 1 / (len(y) * weight_decay)
-    return LinearSVC(loss="hinge", C=C, tol=1e-9, max_iter=10**6, fit_intercept=False,
-                     random_state=0).fit(x, y).coef_[0]  # fmt: skip
+    return (
+        LinearSVC(loss="hinge", C=C, tol=1e-9, max_iter=10**6, fit_intercept=False, random_state=0)
+        .fit(x, y)
+        .coef_[0]
+    )
 
 
 def test_smoke(record):

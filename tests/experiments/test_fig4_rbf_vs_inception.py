@@ -318,8 +318,9 @@ def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
     start = np.linalg.solve(model.train.x.T, model.net.theta)  # w = L' c
     value, gradient = risk(start)
     assert np.abs(gradient).max() < 1e-9
-    found = scipy.optimize.minimize(risk, np.zeros(N), jac=True, method="BFGS",
-                                    options={"gtol": 1e-9, "maxiter": 5000})  # fmt: skip
+    found = scipy.optimize.minimize(
+        risk, np.zeros(N), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000}
+    )
     assert value <= found.fun + 1e-9
     np.testing.assert_allclose(model.outputs, np.exp(-0.02 * distance[N:]) @ start, atol=1e-9)
 

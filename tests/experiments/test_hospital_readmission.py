@@ -109,13 +109,17 @@ def test_figure(record, splits):
     marks = {line.get_label(): line.get_xydata() for line in rows.lines}
     arrays = record.arrays
     children, readmitted = arrays["children"], arrays["readmitted"]
-    for label, which in (("a child, readmitted", readmitted),
-                         ("a child, not readmitted", ~readmitted)):  # fmt: skip
+    for label, which in (
+        ("a child, readmitted", readmitted),
+        ("a child, not readmitted", ~readmitted),
+    ):
         shown = np.column_stack([children[which], arrays["influence"][children[which]]])
         np.testing.assert_array_equal(marks[label], shown)
     assert len(marks["removed and refitted (50 rows)"]) == 50
-    for axis, values in ((features, arrays["derivative"][~readmitted][0]),
-                         (coefficients, arrays["coefficients"])):  # fmt: skip
+    for axis, values in (
+        (features, arrays["derivative"][~readmitted][0]),
+        (coefficients, arrays["coefficients"]),
+    ):
         names = [label.get_text() for label in axis.get_yticklabels()]
         widths = [bar.get_width() for bar in axis.patches]
         order = np.argsort(-np.abs(values))[:20]

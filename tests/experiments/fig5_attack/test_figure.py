@@ -149,8 +149,10 @@ def test_draw(record):
     seen = Record.of(metrics=record.metrics, arrays=record.arrays)
     figure = fig5.draw(dataclasses.replace(seen, config=record.config))
     assert [axis.get_title() for axis in figure.axes] == [
-        "small/relu2", "By what poisons are found (dotted: before)", "Many test images at once",
-    ]  # fmt: skip
+        "small/relu2",
+        "By what poisons are found (dotted: before)",
+        "Many test images at once",
+    ]
     paper, best, published = figure.axes[0].lines
     np.testing.assert_allclose(
         best.get_ydata(), 100 * record.arrays["best_flipped_small"].mean(axis=0)

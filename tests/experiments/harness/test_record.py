@@ -201,9 +201,12 @@ def test_provenance_says_who_what_and_at_what_cost():
 def _git(root, *arguments):
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     done = subprocess.run(
-        ["git", "-C", str(root), *identity, *arguments], check=True, capture_output=True, text=True,
+        ["git", "-C", str(root), *identity, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
         env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
-    )  # fmt: skip
+    )
     return done.stdout.strip()
 
 
