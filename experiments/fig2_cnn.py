@@ -1,10 +1,10 @@
 """Figure 2, right: predicted against actual leave-one-out changes, a convolutional network.
 
-Koh & Liang 2017, section 4.2 and figure 2: a network of convolutions on a tenth of MNIST, trained
-by Adam and stopped at no minimum; damped influence functions against training on without the row.
-Beyond the paper: a control that keeps the row, two truths that are well defined where training
-stopped (the proximal leave-one-out and the response of Bae et al. 2022), five test points, and
-what each approximation on the way costs.
+Koh & Liang 2017, section 4.2 and figure 2: a convolutional network on a tenth of MNIST. Adam trains
+it and stops before a minimum. Damped influence functions are compared with training on without the
+row. Beyond the paper: a control that keeps the row; two truths that are well defined where training
+stopped (the proximal leave-one-out and the response of Bae et al. 2022); five test points; and the
+error of each approximation.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ TRUTHS = {
     "proximal": "Proximal leave-one-out",
     "bregman": "Proximal Bregman response",
 }
-# How each approximation agrees with what it stands for: (one side, the other, what it is).
+# Each approximation beside what it approximates: (one side, the other side, label).
 STEPS = (
     ("cg", "direct", "CG for the exact inverse"),
     ("lissa", "direct", "LiSSA for the exact inverse"),
@@ -60,8 +60,10 @@ STEPS = (
     ("again", "continued", "Other minibatches for training on"),
     ("direct", "continued", "Prediction for training on, in all"),
 )
-ROUNDED = 1e-3  # relative residual that a factorisation in float32 leaves at most
-_LOST = 0.1  # of the first gradient norm: what is left above it is no minimum
+# Largest relative residual that a float32 factorisation leaves.
+ROUNDED = 1e-3
+# A row has no proximal minimum if this fraction of the first gradient norm is left.
+_LOST = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,19 @@ class Config(mnist_cnn.Protocol):
     """The release's protocol (scripts/train_mnist.py, run_mnist_cnn)."""
 
     cg_rtol: float = 1e-5
-    """relative residual that CG stops at; the release's own criterion is one of step length"""
+    """relative residual at which CG stops; the release stops by the length of a step"""
     continued_steps: int = 30_000
-    """of Adam, from where training stopped (release)"""
+    """steps of Adam after training stopped (release)"""
     continued_rate: float = 1e-6
-    """the schedule's last (release)"""
+    """learning rate of those steps: the schedule's last (release)"""
     slow_rate: float = 1e-6
-    """a learning rate to train on at for comparison: the release's"""
+    """learning rate of a second training on, for comparison: the release's"""
     slow_removals: int = 20
-    """of the first test point, trained on at that rate too"""
+    """removals of the first test point that are trained on at `slow_rate` too"""
     tolerance: float = 1e-2
-    """gradient norm of a proximal minimum, relative to where it starts"""
+    """gradient norm of a proximal minimum, relative to where the search starts"""
     double_removals: int = 10
-    """of the first test point, whose proximal minimum is found in float64 too"""
+    """removals of the first test point whose proximal minimum is found in float64 too"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,32 +136,33 @@ CLAIMS = (
 
 DEVIATIONS = (
     "Training: 20,000 steps of Adam at 1e-3, 1e-4, 1e-5 in `standard`, 500,000 at 1e-4, 1e-5, 1e-6 "
-    "in the release and `paper`. Neither ends at a minimum; `gradient_norm` says how far from one.",
+    "in the release and `paper`. Neither ends at a minimum; `gradient_norm` measures how far from "
+    "one.",
     "Training on: 220 steps at 1e-4 in `standard`, ten times the rate that training ended with; "
-    "30,000 at 1e-6 in the release and `paper`. A step of Adam moves a parameter by about the rate "
-    "at most: 220 steps at 1e-6 by 2e-4, and `slow_spread` is how little that changes. The values "
-    "here were chosen after trials on 25 of the rows: 110 steps gave r = .57 at 1e-5 and .84 at "
-    "1e-4 for the first test point.",
-    "Control: every removal and one training that keeps all rows take the same minibatches here, "
-    "and the control's drift is subtracted; in the release the minibatches differ and the control "
-    "is only printed. The row is taken out of its minibatch, which is then one smaller; there 500 "
-    "of the other 5,499 are drawn. Adam's epsilon is 1e-7 here, 1e-8 there, both far below the "
-    "root of its second moment, 3e-4 at least.",
+    "30,000 at 1e-6 in the release and `paper`. A step of Adam moves a parameter by at most about "
+    "the rate, so 220 steps at 1e-6 move it by at most 2e-4; `slow_spread` shows how little the "
+    "losses then change. The values here were chosen after trials on 25 of the rows: for the first "
+    "test point, 110 steps gave r = .57 at 1e-5 and .84 at 1e-4.",
+    "Control: here all removals and one training with all rows (the control) use the same "
+    "minibatches, and the control's drift is subtracted. In the release the minibatches differ and "
+    "the control is only printed. Here the row leaves its minibatch, which is then one smaller; "
+    "there 500 of the other 5,499 rows are drawn. Adam's epsilon is 1e-7 here, 1e-8 there; both "
+    "are far below the root of its second moment, which is at least 3e-4.",
     "H^-1: linear conjugate gradients to a relative residual of 1e-5, preconditioned by the "
     "factored Gauss-Newton matrix; there SciPy's fmin_ncg, at most 100 steps.",
     "Beyond the paper: both proximal truths, four further test points of 40 removals each, the "
-    "exact Hessian and its spectrum, Gauss-Newton, LiSSA, and how each approximation agrees with "
-    "what it stands for. Rows without a proximal minimum nearby are left out and counted.",
+    "exact Hessian and its spectrum, Gauss-Newton, LiSSA, and the error of each approximation. "
+    "Rows without a proximal minimum nearby are left out and counted.",
 )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Train, predict, remove each row in three ways; see the file's head.
+    """Train, predict and remove each row in three ways.
 
     Args:
       config: the protocol.
       data: Splits of MNIST, or of a stand-in.
-      checkpoints: where training, the Hessian and finished removals are kept, so that an
+      checkpoints: folder that stores training, the Hessian and finished removals, so that an
         interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
@@ -175,10 +178,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def _where_training_stopped(
     config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays and metrics of the published protocol and of the proximal truths."""
+    """Compute arrays and metrics of the published protocol and of the proximal truths."""
     predicted, metrics, prepared = predictions(config, net, train, measured, checkpoints)
     rows = removals(config, predicted["cg"])
-    removed = np.unique(np.concatenate(rows))  # each once, for all test points
+    removed = np.unique(np.concatenate(rows))  # each row is removed once, for all test points
     changes, more = truths(config, net, train, measured, removed, rows[0], prepared, checkpoints)
     metrics |= more | {
         "risk": net.risk(train),
@@ -208,17 +211,16 @@ def _where_training_stopped(
 def predictions(
     config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
 ) -> tuple[dict[str, NDArray], dict[str, Any], dict[str, Prepared]]:
-    """What removing each row is predicted to change, and the curvature behind it.
+    """Predict the effect of removing each row, by every solver and curvature.
 
     Args:
-      config: of `fig2_cnn`.
-      net: where training stopped.
+      config: the protocol.
+      net: the network where training stopped.
       train: the training set, n rows.
       measured: m test examples.
-      checkpoints: where matrices are kept, or None.
+      checkpoints: folder that stores matrices, or None.
 
-    Returns: (changes (m, n) by the way they were predicted, metrics, the factored matrices by the
-      name of the proximal objective that they belong to).
+    Returns: (changes (m, n) by solver, metrics, the factored matrix for each proximal objective).
     """
     damping = config.damping
     gauss_newton = prepare(
@@ -258,10 +260,10 @@ def _in_float64(
     by_cg: Scores,
     checkpoints: Path | None,
 ) -> dict[str, Any]:
-    """The exact Hessian's spectrum, and s_test by CG against that by the factored matrix.
+    """Compute the exact Hessian's spectrum, and compare s_test by CG with the exact one.
 
-    In float32 rounding makes an error of 1e-4 in either, so that the first test point's is solved
-    for in float64 too.
+    In float32, rounding changes either by 1e-4. The first test point's system is therefore solved
+    in float64 too.
     """
     double, train, measured = in_double(config, net, train, measured)
     A = Hessian(double, train, config.damping, checkpoints=checkpoints)
@@ -297,20 +299,20 @@ def truths(
     prepared: dict[str, Prepared],
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """What removing rows actually changes, in three meanings.
+    """Compute the actual changes by removing rows, for three definitions of removal.
 
     Args:
-      config: of `fig2_cnn`.
-      net: where training stopped.
+      config: the protocol.
+      net: the network where training stopped.
       train: the training set.
       measured: m test examples.
       removed: (r,) increasing training rows.
-      first: those of the first test point, the most influential first.
-      prepared: the factored matrices by the name of the proximal objective.
-      checkpoints: where finished removals are kept, or None.
+      first: the rows of the first test point, the most influential first.
+      prepared: the factored matrix for each proximal objective.
+      checkpoints: folder that stores finished removals, or None.
 
-    Returns: (changes (m, r) by truth, NaN where none was found; metrics, and arrays (r,) with each
-      proximal minimum's gradient norm).
+    Returns: (changes (m, r) by truth, NaN where no minimum was found; metrics, and arrays (r,) with
+      each proximal minimum's gradient norm).
     """
     found: dict[str, Any] = {}
     changes: dict[str, NDArray] = {}
@@ -322,7 +324,7 @@ def truths(
             solver=prepared[objective], tolerance=config.tolerance,
             num_processes=config.num_processes, checkpoints=checkpoints,
         )  # fmt: skip
-        # Without the row's own curvature there may be no minimum nearby; rounding leaves less.
+        # Without the row's curvature there may be no minimum nearby. Rounding leaves less.
         lost = response.gradient_norm > _LOST
         changes[truth] = np.where(lost, np.nan, response.change_if_removed)
         found[f"{truth}_gradient_norm"] = response.gradient_norm
@@ -368,10 +370,10 @@ def _rounding(
     found: NDArray,
     checkpoints: Path | None,
 ) -> float:
-    """What float32 and the tolerance make of proximal leave-one-out, relative to its largest.
+    """Measure the error of proximal leave-one-out by float32 and the tolerance.
 
-    Against float64 and a tolerance a hundred times smaller, for some of the first test point's
-    rows, spread over their influence.
+    The reference is float64 with a tolerance a hundred times smaller, for some rows of the first
+    test point, spread over their influence. The error is relative to the largest change.
     """
     double, train, measured = in_double(config, net, train, measured)
     some = first[:: -(-len(first) // config.double_removals)]
@@ -388,7 +390,7 @@ def _rounding(
 
 
 def draw(record: Record) -> Any:
-    """Predicted against actual for each truth, equal axes and y = x, and what explains them."""
+    """Draw predicted against actual changes for each truth, and the table of approximations."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
@@ -403,7 +405,7 @@ def draw(record: Record) -> Any:
     reach = max(axis.get_xlim()[1] for axis in axes)
     for axis in axes:
         axis.lines[0].set_data([-reach, reach], [-reach, reach])
-        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # one scale: slopes are the message
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # one scale: slopes can be compared
     for axis in axes[1:]:
         axis.set_ylabel("")
     mnist_cnn.draw_steps(below.subplots(), record, STEPS)

@@ -1,8 +1,8 @@
-"""Figure 2, right, at a true minimum: the same network, its exact refits and first order's part.
+"""Figure 2, right, at a true minimum: predicted against actual leave-one-out changes of refits.
 
-Beyond the paper: from where training stopped (Figure 2, right) the network is taken to a local
-minimum of its risk, where leave-one-out refits are well defined; influence functions against them,
-and what a tenth of a row's weight says of first order.
+Beyond the paper: the network of Figure 2, right, is trained on to a local minimum of its risk,
+where leave-one-out refits are well defined. Influence functions are compared with refits without a
+row, and with refits without a tenth of a row's weight, for which first order is nearly exact.
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ DATA = "mnist"
 STAND_IN = "digits"
 DTYPE = "float32"
 
+# Each approximation beside what it approximates: (one side, the other side, label).
 STEPS = (
     ("cg", "minimum", "CG for the exact inverse"),
     ("lissa", "minimum", "LiSSA for the exact inverse"),
@@ -49,33 +50,39 @@ STEPS = (
     ("minimum", "refit", "First order for the refit without the row"),
     ("damped", "refit", "Damping and first order for that refit"),
 )
-_FLOAT32_GRADIENT = 1e-4  # a gradient's norm that float32 can tell from its rounding
-_FLOAT32_REFIT = 1e-5  # the same for a refit, whose gradient less that at the minimum is taken
-_STEP_DAMPING = 1e-6  # of the largest eigenvalue: how flat directions may be for a refit's steps
-_PART = 0.1  # of a row's weight, taken out to see what first order is good for
-_MOST_REFITTING = 400  # passes for a refit; what goes on at 400 is still at 100 times the norm
-_TOGETHER = 4  # refits side by side: more of them are no faster, and are lost together
+# Smallest gradient norm that float32 distinguishes from rounding.
+_FLOAT32_GRADIENT = 1e-4
+# The same for a refit, which subtracts the gradient at the minimum.
+_FLOAT32_REFIT = 1e-5
+# Damping of a refit's steps, relative to the largest eigenvalue.
+_STEP_DAMPING = 1e-6
+# Fraction of a row's weight that is removed to test first order.
+_PART = 0.1
+# Most passes of a refit. Refits that need more are still at 100 times the tolerance there.
+_MOST_REFITTING = 400
+# Refits computed together. More are no faster, and an interruption would lose them all.
+_TOGETHER = 4
 
 
 @dataclass(frozen=True)
 class Config(mnist_cnn.Protocol):
-    """The network and its shorter training of Figure 2, then the way to a minimum."""
+    """The network of Figure 2 after the shorter training, and its descent to a minimum."""
 
     schedule: tuple[tuple[int, float], ...] = mnist_cnn.SHORT
-    """(steps, learning rate) of Adam, before the way to the minimum (release: 500,000 steps)"""
+    """(steps, learning rate) of Adam, before the descent to the minimum (release: 500,000 steps)"""
     further_removals: int = 40
-    """the same for each further test point; as many of the first's are refitted without a part of
-    the row too"""
+    """removals for each further test point; as many of the first test point's are also refitted
+    without a part of the row"""
     rounds: int = 12
-    """Hessians formed at most on the way to a local minimum in float32"""
+    """most Hessians formed during the descent in float32"""
     final_rounds: int = 8
-    """the same from there on in float64"""
+    """most Hessians formed during the descent in float64, which follows"""
     evaluations: int = 200
-    """of the risk and its gradient in each of those rounds, before the last steps, Newton's"""
+    """most evaluations of the risk and its gradient in each round, before its Newton steps"""
     minimum_tolerance: float = 1e-6
-    """gradient norm to reach there, and by each refit of its own objective"""
+    """gradient norm at the minimum, and of each refit's own objective"""
     minimum_damping: float = 1e-6
-    """added to the Hessian there, which softmax leaves singular in one direction"""
+    """added to the Hessian at the minimum, which softmax makes singular in one direction"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,26 +122,28 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "`converged`: from the same training on to a local minimum by quasi-Newton steps in the "
-    "Hessian's coordinates, first in float32, then in float64; so are the refits there. They are "
-    "damped by 1e-6 or, if a negative eigenvalue is left, by twice its size, as are the "
-    "predictions. Rows whose refits miss the gradient norm are left out and counted. Beside them, "
-    "for the 40 of largest predicted change, refits without a tenth of a row's weight, to a tenth "
-    "of that norm, their changes times ten: what first order is exact for, as the part goes to 0. "
-    "With the last of its weight a row takes out the curvature that it gave: what that costs is "
-    "the difference between `pearson_part` and `pearson_minimum`, which therefore falls short; and "
-    "some rows leave no minimum nearby.",
+    "Training: 20,000 steps of Adam at 1e-3, 1e-4, 1e-5 here, 500,000 at 1e-4, 1e-5, 1e-6 in the "
+    "release. Then, beyond the paper, quasi-Newton steps in the Hessian's coordinates to a local "
+    "minimum, first in float32, then in float64.",
+    "Refits: from that minimum, by the same kind of steps; the release trains on from where "
+    "training stopped. Refits and predictions are damped by 1e-6 or, if a negative eigenvalue is "
+    "left, by twice its size. Rows whose refits miss the gradient norm are left out and counted.",
+    "Parts: for the 40 rows of largest predicted change, also refits without a tenth of the row's "
+    "weight, to a tenth of that norm, their changes times ten. First order is exact for such a "
+    "part as it goes to 0. Removing a whole row also removes its curvature, which first order "
+    "ignores. The difference between `pearson_part` and `pearson_minimum` is the cost of that; "
+    "`pearson_minimum` therefore falls short, and some rows leave no minimum nearby.",
 )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Train, go on to a minimum, predict, and refit without each row.
+    """Train, descend to a minimum, predict, and refit without each row.
 
     Args:
       config: the protocol.
       data: Splits of MNIST, or of a stand-in.
-      checkpoints: where training, finished rounds and refits are kept, so that an interrupted run
-        continues.
+      checkpoints: folder that stores training, finished rounds and refits, so that an interrupted
+        run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse for an option beyond the data.
@@ -155,23 +164,23 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def at_minimum(
     config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Predictions and exact refits at a local minimum, as near to one as the rounds allow.
+    """Predict and refit at a local minimum, or as near to one as the rounds allow.
 
-    Without damping a proximal leave-one-out at a minimum is a refit. The damping that is left is
-    there for the one direction in which a softmax has no curvature, and for negative curvature if
-    some is left. All of it is at the float64 theta where the descent ended.
+    Without damping, a proximal leave-one-out at a minimum is a refit. The remaining damping is for
+    the one direction in which a softmax has no curvature, and for any negative curvature. All of it
+    is computed at the float64 theta where the descent ended.
 
     Args:
-      config: of `fig2_cnn`.
-      net: where training stopped; left at the minimum.
+      config: the protocol.
+      net: the network where training stopped; it is left at the minimum.
       train: the training set.
       measured: m test examples.
-      checkpoints: where finished rounds and refits are kept, or None.
+      checkpoints: folder that stores finished rounds and refits, or None.
 
-    Returns: (arrays: risk and gradient_norm by round, predicted (m, r) in every way and actual,
-      removed (r,), removals_j, refit_distance and refit_passes (r,), actual_part (m, r) by removing
-      `_PART` of a row, divided by it, for the first of the first test point's removals, else NaN;
-      metrics).
+    Returns: (arrays: risk and gradient_norm by round, predicted (m, r) by solver and actual,
+      removed (r,), removals_j, refit_distance and refit_passes (r,), actual_part (m, r): the change
+      by removing `_PART` of a row, divided by `_PART`, NaN beyond the first removals of the first
+      test point; metrics).
     """
     descents, double, train64 = _descended(config, net, train, checkpoints)
     *_, measured64 = in_double(config, net, train, measured)
@@ -228,33 +237,34 @@ def _refits(
     step_damping: float,
     checkpoints: Path | None,
 ) -> dict[str, Any]:
-    """The net minimised without each row, from the minimum with all: arrays by row, and metrics.
+    """Refit the net without each row, from the minimum with all rows.
 
-    `actual` (m, k), `refit_distance` (k,) from the minimum with all, both NaN where none was found,
-    and `refit_passes` (k,) over the training set, whatever the precision. By float32's gradients as
-    far as they can be told from rounding, if that is what the net is in; the last steps and the
-    certificate in float64.
+    A float32 net uses float32 gradients as long as they exceed their rounding. The last steps and
+    the certificate are in float64.
 
     Args:
-      config: of `fig2_cnn`.
+      config: the protocol.
       single: net, train, measured; in the experiment's dtype.
       double: the same in float64.
       removed: (k,) the rows.
-      fraction: of each that is removed; the gradient to reach is this fraction of the whole row's.
-      damping: of the refits.
-      step_damping: of their steps.
-      checkpoints: where finished refits are kept, or None.
+      fraction: the fraction of each row that is removed; it also scales the tolerance.
+      damping: the damping of the refits.
+      step_damping: the additional damping of their steps.
+      checkpoints: folder that stores finished refits, or None.
+
+    Returns: metrics, and `actual` (m, k) and `refit_distance` (k,) from the minimum with all rows,
+      both NaN where no minimum was found, and `refit_passes` (k,), in any precision.
     """
     net, train, measured = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()
-    # The gradient that a refit starts with.
+    # The gradient norm at the start of each refit.
     first = fraction * np.linalg.norm(own, axis=1) / len(train)
     final = fraction * config.minimum_tolerance
     H = Hessian(net, train, damping + step_damping, checkpoints=checkpoints)
     found = proximal_response(
         net, train, measured, removed, objective="leave_one_out", damping=damping,
         fraction=fraction, step_damping=step_damping, solver=prepare(H, Direct()),
-        # The cap is for rows that a minimum hardly feels.
+        # Rows of nearly no influence start below the tolerance: the cap makes them take a step.
         tolerance=np.minimum(final / first, 0.5),
         rough=None if config.dtype == "float64" else single[:2],
         rough_tolerance=max(_FLOAT32_REFIT, final) / first,
@@ -274,10 +284,10 @@ def _refits(
 def _descended(
     config: Any, net: AllCNN, train: Examples, checkpoints: Path | None
 ) -> tuple[list[Descent], AllCNN, Examples]:
-    """The ways down, first in float32 if that is what the net is in; the net there in float64."""
+    """Descend to a minimum, a float32 net first in float32; return the net there in float64."""
     descents = []
     if config.dtype != "float64":
-        # Float32's gradients cost a fifth, and its noise is far below where training stopped.
+        # Float32 gradients cost a fifth. Their rounding is far below the gradient at the start.
         descents.append(
             descend(
                 net,
@@ -291,7 +301,7 @@ def _descended(
     double, train64 = in_double(config, net, train)
 
     def formed(theta: NDArray) -> NDArray:
-        """In float32 on the way; where it may be the last, in float64, which tells zeros' signs."""
+        """Form it in float32 on the way, and in float64 near the end, for the signs of zeros."""
         if double.gradient_norm(train64) <= config.minimum_tolerance:
             return Hessian(double, train64, checkpoints=checkpoints).dense()
         net.theta = theta
@@ -314,9 +324,9 @@ def _predicted(
     direct: Prepared,
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, float]]:
-    """(m, n) predicted changes by the way they were predicted, and how well systems were solved.
+    """Return predicted changes (m, n) by solver, and the residuals.
 
-    `minimum` is the exact one's.
+    `minimum` is the exact solver's.
     """
 
     def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
@@ -327,7 +337,7 @@ def _predicted(
     gauss_newton = prepare(G, Direct())
     more = Hessian(net, train, config.damping, checkpoints=checkpoints)
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
-    # The formed matrix has the products of A: CG on it takes the steps that it would on A.
+    # The formed matrix has the same products as A, so CG takes the same steps.
     cg = solve(
         A.dense(),
         net.gradients(measured.x, measured.y).T,
@@ -354,7 +364,7 @@ def _predicted(
 
 
 def draw(record: Record) -> Any:
-    """The way to the minimum, predicted against actual there, and what explains them."""
+    """Draw the descent, predicted against actual changes, and the table of approximations."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
@@ -372,7 +382,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_descent(axis: Any, arrays: Any) -> None:
-    """Gradient norm and risk by round, on axes of their own colours."""
+    """Draw gradient norm and risk by round, each axis in its line's colour."""
     rounds = np.arange(len(arrays["risk"]))
     axis.semilogy(rounds, arrays["gradient_norm"], "o-", color="#0072B2", markersize=3)
     axis.set_xlabel("Hessians formed on the way", fontsize=9)

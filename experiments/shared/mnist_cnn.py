@@ -1,4 +1,4 @@
-"""The network of Figure 2, right, and what is shown of it where training stops and at a minimum."""
+"""The network of Figure 2, right: its protocol, its training, and the panels of both figures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from experiments.shared.compare import (
 )
 from influence import AllCNN, Examples
 
-CG_FLOAT64 = 1e-7  # relative residual
+# Relative residual of CG in float64.
+CG_FLOAT64 = 1e-7
+# The shorter training: (steps, learning rate) of Adam.
 SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
-
-Step = tuple[str, str, str]  # one side, the other, what it is
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Protocol:
 
 
 def images(data: Any, config: Any) -> tuple[Examples, Examples]:
-    """A shuffled part of the training set, and the test set, as images with one channel."""
+    """Return a shuffled part of the training set, and the test set, as images with one channel."""
     (x, y), (x_test, y_test) = data.train, data.test
     rows = np.random.RandomState(0).permutation(len(y))[: config.num_train]
     side = int(np.sqrt(x.shape[1]))
@@ -85,7 +85,7 @@ def images(data: Any, config: Any) -> tuple[Examples, Examples]:
 
 
 def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
-    """The network before training."""
+    """Build the network before training."""
     return AllCNN(
         train.x.shape[1:],
         int(train.y.max()) + 1,
@@ -100,7 +100,7 @@ def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
 def trained(
     config: Any, data: Any, checkpoints: Path | None
 ) -> tuple[AllCNN, Examples, Examples, Examples]:
-    """The network where training stopped, the training set, the test set and the test points.
+    """Train; return the network, the training set, the test set and the test points.
 
     Raises: Misuse for an option beyond the data.
     """
@@ -119,7 +119,7 @@ def trained(
 
 
 def facts(net: AllCNN, train: Examples, test: Examples) -> dict[str, Any]:
-    """Metrics of the network as it is now."""
+    """Return metrics of the network at its theta."""
     return {
         "num_parameters": net.num_parameters,
         "train_accuracy": np.mean(net.outputs(train.x).argmax(axis=1) == train.y),
@@ -128,7 +128,7 @@ def facts(net: AllCNN, train: Examples, test: Examples) -> dict[str, Any]:
 
 
 def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
-    """The network and sets of examples in float64; themselves, where that is what they are."""
+    """Return the network and the sets in float64; themselves if they are in float64."""
     if config.dtype == "float64":
         return net, *sets
     double = network(config, sets[0], "float64")
@@ -137,7 +137,7 @@ def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
 
 
 def removals(config: Any, predicted: Any) -> list[NDArray]:
-    """The rows to remove for each test point: those of largest |influence|, the largest first."""
+    """Return the rows of largest |influence| for each test point, the largest first."""
     return [
         largest(scores, config.further_removals if j else config.num_removals)
         for j, scores in enumerate(np.asarray(predicted))
@@ -145,7 +145,7 @@ def removals(config: Any, predicted: Any) -> list[NDArray]:
 
 
 def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
-    """Two sides of a step, (k,) each: the first test point's removals, where both are known."""
+    """Return two arrays (k,) of the first test point's changes, where both are known."""
     names = {name.partition("_")[2]: name for name in arrays if name.startswith("actual_")}
     names |= {name.partition("_")[2]: name for name in arrays if name.startswith("predicted_")}
     names["refit"] = "actual_minimum"
@@ -155,7 +155,7 @@ def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
 
 
 def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
-    """How each approximation agrees with what it stands for, on the first test point's removals."""
+    """Compare each approximation with what it approximates, on the first test point's removals."""
     found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
     return {
         f"step_{name}": np.array([step[name] for step in found]) for name in ("pearson", "slope")
@@ -163,7 +163,7 @@ def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
 
 
 def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
-    """Of the first test point in full; over all of them Pearson's median and worst."""
+    """Return the first test point's agreement, and Pearson's median and worst over all points."""
     found = [finite_agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
     pearson = [one["pearson"] for one in found]
     named = {f"{name}_{truth}": value for name, value in found[0].items()}
@@ -174,7 +174,7 @@ def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, fl
 
 
 def finite_agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
-    """Compute `agreement` where both are finite."""
+    """Compute `agreement` of the pairs that are finite."""
     known = np.isfinite(predicted) & np.isfinite(actual)
     return agreement(predicted[known], actual[known])
 
@@ -220,7 +220,7 @@ def draw_truth(
 
 
 def draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ...]) -> None:
-    """A table: correlation and slope of each approximation on what it stands for."""
+    """Draw a table of each approximation's correlation and slope."""
     arrays = record.arrays
     axis.axis("off")
     rows = []
@@ -231,7 +231,7 @@ def draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ...
             label += f" (residual {record.metrics['lissa_residual']:.1f})"
         num = len(both_sides(arrays, one, other)[0])
         rows.append((label, rounded_down(r), f"{1 - r:.1e}", f"{slope:.2f}", f"{num}"))
-    head = ("What stands for what", "r", "lost, 1 - r", "slope", "rows")
+    head = ("Approximation", "r", "lost, 1 - r", "slope", "rows")
     table = axis.table(rows, colLabels=head, colWidths=[0.56, 0.12, 0.13, 0.11, 0.08],
                        loc="center", cellLoc="left", colLoc="left", edges="horizontal")  # fmt: skip
     table.auto_set_font_size(False)

@@ -1,6 +1,6 @@
-"""Networks trained on ImageNet, cut at a layer, and the features that photographs have there.
+"""Networks trained on ImageNet, cut at a layer, and the features of photographs there.
 
-A head is named by its network and the layer under it: "inception/mixed8". What can be had:
+A head is named by its network and the layer under it: "inception/mixed8". The networks are:
 
     small            random weights, for the stand-in's 32 x 32 pictures: up to relu2
     mobilenet        MobileNet, width .75, 224 pixels, whole
@@ -33,21 +33,26 @@ from influence.common.checkpoint import kept
 from influence.common.progress import progress
 from influence.models.top_layer import cut
 
-_ROWS = 256  # images whose features are kept together: what an interruption can cost
-_VERSION = 1  # of what features are, besides everything that their file's name is made of
-_SECONDS = "seconds"  # among a block's layers: what they took
-_SMALL = (32, 64)  # filters of 5 x 5
-_GAIN = 20  # of random weights: features large enough for the weight decay of the others
+# Images whose features are stored together. An interruption can lose this many.
+_ROWS = 256
+# Version of the features. It is part of the file's name; increase it when the code changes them.
+_VERSION = 1
+# Key of the seconds, stored among a block's layers.
+_SECONDS = "seconds"
+# Numbers of 5 x 5 filters.
+_SMALL = (32, 64)
+# Scale of the random weights. Features are then large enough for the others' weight decay.
+_GAIN = 20
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a network is.
+    """A network and the layers at which it may be cut.
 
     Attributes:
-      side: of its images, pixels.
-      layers: those that are asked about, in order, the last one there is at the end: one pass
-        over the images gives the features of all.
+      side: pixels on a side of its images.
+      layers: the layers, from input to output; the network ends at the last one. One pass over the
+        images gives the features of all of them.
     """
 
     side: int
@@ -63,7 +68,7 @@ NETWORKS = {
 
 
 def split(head: str) -> tuple[str, str]:
-    """The network and the layer of "network/layer".
+    """Split "network/layer" into the network and the layer.
 
     Raises: ValueError if there is no such network.
     """
@@ -77,16 +82,16 @@ def split(head: str) -> tuple[str, str]:
 
 
 def side(head: str) -> int:
-    """Pixels on a side of the images that a head's network takes."""
+    """Return the pixels on a side of the images that a head's network takes."""
     return NETWORKS[split(head)[0]].side
 
 
 def check(heads: Sequence[str], root: Path | None) -> None:
-    """See that the weights of all networks are there, and the layers, before any work.
+    """Check, before any work, that the weights of all networks are present, and the layers.
 
     Args:
       heads: names.
-      root: the data folder, to be looked in first.
+      root: data folder to search first.
     Raises: Misuse saying what to put where, or which layers there are.
     """
     by_network: dict[str, list[str]] = {}
@@ -105,11 +110,11 @@ def check(heads: Sequence[str], root: Path | None) -> None:
 
 
 def trunk(head: str, root: Path | None) -> keras.Model:
-    """The network with its trained weights, up to the layer.
+    """Load the network with its trained weights, up to the layer.
 
     Args:
       head: its name.
-      root: the data folder, to be looked in first for the weights.
+      root: data folder to search first for the weights.
     Returns: a model from images in [-1, 1] to that layer's output.
     Raises: ValueError if there is no such layer; as `data.weights`.
     """
@@ -124,13 +129,13 @@ def features(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """The pooled features of images at each of several heads, one pass for each network.
+    """Compute the pooled features of images at each head, in one pass for each network.
 
     Args:
       heads: names.
-      x: (n, h, w, 3) uint8, resized to the network's side if they are of another.
-      root: the data folder, to be looked in first for the weights.
-      folder: where they are kept, as float32, which they are computed in; None keeps nothing.
+      x: (n, h, w, 3) uint8, resized to the network's side if necessary.
+      root: data folder to search first for the weights.
+      folder: stores the features as float32, in which they are computed; None stores nothing.
     Returns: {head: (n, f) float64}, not standardised.
     Raises: as `trunk`.
     """
@@ -144,15 +149,14 @@ def timed_features(
     root: Path | None,
     folder: Path | None,
 ) -> tuple[dict[str, NDArray], float]:
-    """`features`, and the seconds that the networks took for them, whenever that was.
+    """Compute `features`, or read them, and the seconds that their computation took.
 
     Args:
       heads: names.
       x: as for `features`.
       root: likewise.
       folder: likewise.
-    Returns: (features, seconds); NaN seconds where those kept do not say it. Resizing is not part
-      of them.
+    Returns: (features, seconds); the seconds exclude resizing, and are NaN if they were not stored.
     Raises: as `trunk`.
     """
     found: dict[str, dict[str, NDArray]] = {}
@@ -167,11 +171,11 @@ def timed_features(
 
 
 def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
-    """Where features are to be kept: in the user cache, for every experiment and run after this.
+    """Return the folder for features: the user cache, which all experiments and runs share.
 
     Args:
-      stand_in: of a stand-in they are kept in the run's own folder: they take no time.
-      checkpoints: that folder, which serves, too, where the cache cannot be written to.
+      stand_in: whether the data is a stand-in. Its features take no time: they go to `checkpoints`.
+      checkpoints: the run's own folder, also used if the cache cannot be written to.
     """
     cache = cache_folder() / "features"
     if stand_in:
@@ -190,7 +194,7 @@ def _features_of(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """{layer: (n, f)}, and the seconds they took."""
+    """Compute {layer: (n, f)}, and the seconds that took."""
     x = images.resized(x, NETWORKS[network].side)
     net: TopLayer | None = None
     widths: list[int] = []
@@ -198,12 +202,12 @@ def _features_of(
     def compute(rows: slice) -> dict[str, Any]:
         nonlocal net
         begun = perf_counter()
-        if net is None:  # not before it is known to be needed
+        if net is None:  # built only when needed
             model = _built(network, root)
             outputs = [cut(model, layer).output for layer in layers]
             widths.extend(output.shape[-1] for output in outputs)
             net = TopLayer(_side_by_side(outputs))
-        pooled = net.features(x[rows]).astype(np.float32)  # what they were computed in
+        pooled = net.features(x[rows]).astype(np.float32)  # the precision of their computation
         parts = np.split(pooled, np.cumsum(widths)[:-1], axis=1)
         found = dict(zip(layers, parts, strict=True))
         return found | {_SECONDS: perf_counter() - begun}
@@ -223,7 +227,7 @@ def _features_of(
 
 
 def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Path | None) -> str:
-    """Of everything that features depend on."""
+    """Return a file name that depends on everything that changes features."""
     path = _weights(network, root)
     weights = (
         WEIGHTS[network].digests[0] if path else joblib.hash(_built(network, root).get_weights())
@@ -235,7 +239,7 @@ def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Pat
 
 
 def _side_by_side(outputs: list[Any]) -> keras.Model:
-    """The pooled outputs of several layers of one model as one vector."""
+    """Build a model that joins the pooled outputs of several layers."""
     pooled = [keras.layers.GlobalAveragePooling2D()(output) for output in outputs]
     joined = pooled[0] if len(pooled) == 1 else keras.layers.Concatenate()(pooled)
     (first,) = keras.utils.get_source_inputs(joined)
@@ -247,7 +251,7 @@ def _weights(network: str, root: Path | None) -> Path | None:
 
 
 def _built(network: str, root: Path | None) -> Any:
-    """The network up to its last layer, with its trained weights."""
+    """Build the network up to its last layer, with its trained weights."""
     path, side = _weights(network, root), NETWORKS[network].side
     options: dict[str, Any] = {"include_top": False, "input_shape": (side, side, 3)}
     if network == "small":
