@@ -1,8 +1,8 @@
 """Figure 2, left and middle: predicted against actual leave-one-out changes, logistic regression.
 
-Koh & Liang 2017, section 4.1 and figure 2: ten-class logistic regression on MNIST; for one test
-point the change of its loss when a training row is left out, predicted by influence functions (with
-H^-1 from conjugate gradients, left, and from LiSSA, middle), against retraining without the row.
+Koh & Liang 2017, section 4.1 and figure 2: ten-class logistic regression on MNIST. For one test
+point, the change of its loss when a training row is left out is predicted by influence functions
+(with H^-1 from conjugate gradients, left, and from LiSSA, middle) and compared with retraining.
 """
 
 from dataclasses import dataclass
@@ -46,9 +46,9 @@ class Config:
     test_point: int = 8
     """a 5 that the model takes for a 6 (release)"""
     num_removals: int = 500
-    """rows of largest |influence| by CG, each removed alone (section 4.1)"""
+    """rows of largest |influence| by CG, removed one at a time (section 4.1)"""
     cg_rtol: float = 1e-8
-    """relative residual that CG stops at; the release's own criterion is one of step length"""
+    """relative residual at which CG stops; the release stops by the length of a step"""
     lissa_scale: float = 25.0
     """release: scale=25"""
     lissa_depth: int = 5000
@@ -58,20 +58,19 @@ class Config:
     lissa_batch_size: int = 1
     """release: batch_size=1"""
     lissa_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """one walk through the training set each; the release has one, unnamed in the paper"""
+    """each is one pass through the training set; the release has one, the paper names none"""
     further_test_points: int = 10
-    """drawn with `seed`, so that one test point proves nothing alone; 0 leaves them out"""
+    """test points drawn with `seed`, because one test point proves little; 0 for none"""
     further_removals: int = 100
     """rows of largest |influence| removed for each further test point"""
     one_step_removals: int = 40
-    """of the first test point, the largest first, predicted by one exact Newton step too"""
+    """the first test point's most influential rows, also predicted by one exact Newton step"""
     gradient_tolerance: float = 1e-8
     """Euclidean norm of each refit's own gradient"""
     seed: int = 0
-    """of the draw of the further test points"""
+    """seed of the draw of the further test points"""
 
     def __post_init__(self):
-        """Refuse what has no meaning, before any work."""
         options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
         # A line is drawn through them.
         options.at_least(self, 2, "num_removals", "further_removals", "one_step_removals")
@@ -108,21 +107,21 @@ DEVIATIONS = (
     "<= 1e-8; the release's warm-started L-BFGS gives no certificate.",
     "CG: linear conjugate gradients to a relative residual of 1e-8; there SciPy's fmin_ncg, "
     "at most 100 steps of many Hessian products each. Both reach the same s_test.",
-    "LiSSA: five seeds here, one there; the ten repeats advance together, and each seed's "
-    "walk is one shuffled pass without replacement, as there.",
-    "Beyond the paper: ten further test points, 100 removals each; and, for the first test point's "
-    "40 rows of largest |influence|, one exact Newton step on the risk without the row, in closed "
-    "form.",
+    "LiSSA: five seeds here, one there. The ten repeats advance together; each seed is one "
+    "shuffled pass without replacement, as there.",
+    "Beyond the paper: ten further test points, 100 removals each. For the first test point's 40 "
+    "rows of largest |influence|, also one exact Newton step on the risk without the row, in "
+    "closed form.",
 )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit, predict, remove and refit; see the file's head.
+    """Fit, predict, remove and refit.
 
     Args:
       config: the protocol.
       data: Splits of MNIST, or of a stand-in.
-      checkpoints: where finished refits are kept, so that an interrupted run continues.
+      checkpoints: folder that stores finished refits, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse for an option beyond the data.
@@ -216,7 +215,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """The paper's two panels: CG and LiSSA, predicted against actual, equal axes and y = x."""
+    """Draw the paper's two panels, CG and LiSSA: predicted against actual, equal axes and y = x."""
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
@@ -247,8 +246,8 @@ def draw(record: Record) -> Any:
 
 
 def _lissa(config: Config, seed: int) -> LiSSA:
-    # The residual after one pass over the data is near 0.7, and the scores are good all the same:
-    # that is the paper's point, so it is recorded as a metric and not warned of.
+    # The residual after one pass over the data is near 0.7, yet the scores are good. This is the
+    # paper's point: the residual is recorded as a metric, without a warning.
     return LiSSA(
         config.lissa_scale,
         config.lissa_depth,
@@ -260,7 +259,7 @@ def _lissa(config: Config, seed: int) -> LiSSA:
 
 
 def _worst(name: str, values: NDArray) -> float:
-    """The value furthest from agreement."""
+    """Return the value furthest from agreement."""
     if name == "slope":
         return float(values[np.abs(values - 1).argmax()])
     if name in ("intercept", "largest_difference"):

@@ -1,4 +1,4 @@
-"""The attacks that Figure 5 is made of: on one test image, and on a group of them together."""
+"""The attacks of Figure 5: on one test image, and on a group of test images together."""
 
 from typing import Any
 
@@ -12,20 +12,22 @@ from influence.attack.targets import gradient_norms, mean_s_test
 from influence.models.top_layer import scaled
 
 RULES = ("paper", "best")
-SIGNS = ("self_influence", "loss", "distance")  # by which poisons may be found
-_COMPONENTS = 700  # principal ones, that the release's notebook projects on
+# Scores by which a defender may find poisons.
+SIGNS = ("self_influence", "loss", "distance")
+# Principal components on which the release's notebook projects.
+_COMPONENTS = 700
 
 
 def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], NDArray]:
-    """Training rows by the paper's ranking, the L1 norm of their derivatives by the pixels.
+    """Rank training rows as the paper does, by the L1 norm of their derivatives by the pixels.
 
-    That norm is computed for the `count` rows of the largest Euclidean norm of the derivative by
-    the features, of which the pixels' is the product with the trunk's Jacobian.
+    That norm is computed only for the `count` rows whose derivative by the features has the largest
+    Euclidean norm. The derivative by the pixels is its product with the trunk's Jacobian.
 
     Args:
       head: the head.
       test: the test images.
-      count: rows.
+      count: number of rows.
 
     Returns: (rows, norms), (count,) each, the largest norm first.
     """
@@ -42,8 +44,8 @@ def single(
 ) -> dict[str, Any]:
     """Attack one test image by both rules, with more and more poisons until it is flipped.
 
-    By the paper's rule: with the first training image, with the second, then with as many together
-    as `counts` says, each time beginning with clean images.
+    The paper's rule poisons the first training image, then the second, then as many together as
+    `counts` says. It begins with clean images each time.
 
     Args:
       head: the head.
@@ -51,11 +53,11 @@ def single(
       counts: numbers of poisons, increasing from one.
       candidates: rows whose derivative by the pixels is computed.
       paper: the release's rule.
-      best: the strongest.
+      best: the strongest rule.
 
     Returns: arrays by name. `paper_flipped` and `best_flipped` (len(counts),): whether that many
-      poisons or fewer flipped the image, by the word of cold refits. `standing` (counts[-1],
-      len(SIGNS), 2): see `standing`; NaN beyond the best rule's poisons.
+      poisons or fewer flipped the image, according to cold refits. `standing` (counts[-1],
+      len(SIGNS), 2): of `standing`; NaN beyond the best rule's poisons.
     """
     test = head.test.take([point])
     rows, norms = ranked(head, test, candidates)
@@ -76,7 +78,7 @@ def single(
         "clean_loss": strong.test_losses[0, 0],
         "gradient_norm": max(one.gradient_norm for one in every),
         "same_bytes": all(_same(one) for one in every),
-        # What the warm refits say of the image, the cold one must say too.
+        # Warm and cold refits must agree on whether the image is flipped.
         "confirmed": all(
             bool((one.test_losses[-1] > FLIPPED).all() == one.flipped.all()) for one in every
         ),
@@ -95,10 +97,10 @@ def _same(found: Poisoning) -> bool:
 
 
 def standing(head: Head, found: Poisoning) -> NDArray:
-    """Where poisons stand among the training images, before and after: (k, len(SIGNS), 2).
+    """Rank poisons among the training images, before and after the attack: (k, len(SIGNS), 2).
 
-    The share of all training images that are checked before a poison, if those of the largest
-    self-influence, or loss, or distance from the mean features of their class are checked first.
+    Each entry is the share of training images that are checked before the poison if images are
+    checked by decreasing self-influence, loss, or distance from the mean features of their class.
     """
     net, clean = head.net, head.net.theta
     means = np.stack([head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)])
@@ -131,16 +133,16 @@ def group(
 ) -> dict[str, Any]:
     """Attack test images of one class together.
 
-    First with one poison, the training image of the other class that the model is least sure of;
-    then with as many, by the best rule, as flip half of the test images.
+    The first attack has one poison, the training image of the other class of which the model is
+    least sure. The second adds poisons, by the best rule, until half of the images are flipped.
 
     Args:
       head: the head.
       points: rows of the test images.
-      counts: of the many, increasing.
-      candidates: rows that they are chosen from.
-      one: the rule for the one, which no flip ends.
-      many: the rule for the many.
+      counts: numbers of poisons of the second attack, increasing.
+      candidates: rows from which they are chosen.
+      one: the rule of the first attack, which no flip ends.
+      many: the rule of the second attack.
 
     Returns: arrays by name: `one_...` with the geometry of the release's notebook, `many_...`;
       `one_input` is the poisoned image itself.
@@ -176,7 +178,7 @@ def group(
 
 
 def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
-    """Attack test images of one class by the one training image of the other that is least sure."""
+    """Attack test images of one class by the least sure training image of the other class."""
     train, test = head.train, head.test.take(points)
     others = np.flatnonzero(train.y != test.y[0])
     row = others[np.argmax(head.net.losses(train.x, train.y)[others])]
@@ -184,7 +186,7 @@ def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
 
 
 def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
-    """How far the first poison has gone, in pixels and features, as the release's notebook asks."""
+    """Measure how far the first poison moved in pixels and features, as the release does."""
     row, train = found.rows[0], head.train
     moved = (found.inputs[0] - scaled(head.images[row])).astype(np.float64)
     before, after = train.x[row], found.features[0]
@@ -192,7 +194,7 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
     to_own, to_other = own.mean(axis=0), train.x[train.y != train.y[row]].mean(axis=0)
     basis = np.linalg.svd(train.x - train.x.mean(axis=0), full_matrices=False)[2][:_COMPONENTS]
     shift = after - before
-    # With no more features than components there is nothing outside but rounding.
+    # With no more features than components, only rounding is outside.
     inside = basis @ shift if train.x.shape[1] > _COMPONENTS else np.full(1, np.nan)
     return {
         "levels_moved": np.abs(moved).max() / LEVEL,
@@ -209,7 +211,7 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
 
 
 def of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
-    """The metrics of what `group` returned."""
+    """Return the metrics of one head's group attack."""
     half = np.flatnonzero(found["many_flipped"] == found["many_flipped"].max())[0]
     scalars = {key: float(value) for key, value in found.items() if not np.ndim(value)}
     return {f"group_{key}_{network}": value for key, value in scalars.items()} | {
@@ -226,13 +228,13 @@ def over_all(
     every: list[dict[str, NDArray]],
     groups: list[dict[str, NDArray]],
 ) -> dict[str, float]:
-    """What is claimed of all heads together.
+    """Compute the metrics of all heads together.
 
     Args:
       counts: numbers of poisons.
-      networks: of the heads.
-      every: for each head what `single` returned, stacked over the test images.
-      groups: for each head what `group` returned.
+      networks: the heads' networks.
+      every: the results of `single` for each head, stacked over the test images.
+      groups: the results of `group` for each head.
     """
     flipped = {rule: np.concatenate([one[f"{rule}_flipped"] for one in every]) for rule in RULES}
     ranks = np.concatenate([one["standing"].reshape(-1, len(SIGNS), 2) for one in every])
@@ -253,7 +255,7 @@ def over_all(
             [one[f"{rule}_flipped"][:, counts.index(2)].sum() for rule in RULES] for one in every
         ]
         for name, (paper, best) in zip(("", *networks), (np.sum(two, axis=0), *two), strict=True):
-            end = f"_{name}" if name else ""  # of all of them, and of each
+            end = f"_{name}" if name else ""  # all heads together, then each
             metrics[f"times_as_many_by_best_rule_with_2{end}"] = best / max(paper, 1)
     if 10 in counts:
         shares = flipped["paper"].mean(axis=0)

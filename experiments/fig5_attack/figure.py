@@ -1,9 +1,9 @@
 """Figure 5: training images changed by less than an eye or a byte can see, to flip a test image.
 
 Koh & Liang 2017, section 5.2 and figure 5: dogs against fish by logistic regression on a deep
-network's features. One, two or ten training images are changed within their own 8-bit cells, their
-labels untouched, so that the model fitted to them gets a test image wrong that it had right. Then
-thirty test images at once, and the defender's side: would anybody have found the poisons?
+network's features. One, two or ten training images are changed within their 8-bit cells, without
+changing labels, so that the refitted model misclassifies a test image that was right. Then thirty
+test images are attacked at once. Last the defender's side: would the poisons be found?
 """
 
 from dataclasses import dataclass, replace
@@ -34,41 +34,40 @@ class Config:
     """The release's protocol (run_data_poisoning_indiv.py), and what it is compared with."""
 
     heads: tuple[str, ...] = ("inception-keras/mixed10",)
-    """network/layer under each head, one of a network (section 5.2: Inception v3's)"""
+    """network/layer under each head; each network once (section 5.2: Inception v3's)"""
     weight_decays: tuple[float, ...] = (0.001,)
-    """of each head: lambda of lambda/2 |w|^2 (release)"""
+    """for each head, lambda of lambda/2 |w|^2 (release)"""
     standardised: tuple[bool, ...] = (False,)
-    """of each head: whether its features have mean 0 and deviation 1 (release: no)"""
+    """for each head, whether its features have mean 0 and deviation 1 (release: no)"""
     num_test: int = 0
-    """attacked, drawn with `seed` among the test images that the head has right; 0: all (paper)"""
+    """test images attacked, drawn with `seed` among those the head has right; 0: all (paper)"""
     counts: tuple[int, ...] = (1, 2, 3, 5, 10)
     """training images poisoned together (release; the paper gives 1, 2 and 10)"""
     radius: float = 0.49
-    """of each pixel's box, in 8-bit levels (release .5: a closed box, which rounding leaves)"""
+    """half width of each pixel's box, in 8-bit levels (release: .5, closed; rounding leaves it)"""
     step: float = 0.02
-    """of the paper's rule, in levels (release)"""
+    """step of the paper's rule, in levels (release)"""
     moves: int = 100
-    """of the paper's rule, at most (release)"""
+    """most steps of the paper's rule (release)"""
     best_moves: int = 12
-    """of the best rule, at most, for each set of poisons"""
+    """most steps of the best rule, for each set of poisons"""
     best_tries: int = 6
-    """training images that the best rule tries alone first"""
+    """training images that the best rule first tries one at a time"""
     best_restarts: int = 1
-    """of the best rule, of every set of several poisons that was not enough"""
+    """restarts of the best rule, for each set of several poisons that does not flip the image"""
     candidates: int = 64
-    """training images whose derivative by the pixels is computed; for a group `group_counts`' most,
-    if that is more"""
+    """training images whose derivative by the pixels is computed; for a group at least the most of
+    `group_counts`"""
     group_size: int = 30
     """test images attacked together (release: 30 photographs of one dog)"""
     group_moves: int = 100
-    """of the one poison against all of them, at most (release: 2,000 of .005 levels)"""
+    """most steps of the one poison against the group (release: 2,000 of .005 levels)"""
     group_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """poisons against all of them, until half are flipped"""
+    """numbers of poisons against the group, until half of it is flipped"""
     seed: int = 0
-    """of the draw of the test images"""
+    """seed of the draw of the test images"""
 
     def __post_init__(self):
-        """Refuse what would be found out only after an hour."""
         networks = [trunks.split(head)[0] for head in self.heads]
         if not networks or len(set(networks)) < len(networks):
             raise ValueError(f"heads must be of different networks, got {self.heads}.")
@@ -129,47 +128,46 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Photographs and networks: English springer against tench for all dogs against all fish, "
-    "MobileNet (width .75) and Inception up to mixed8 for Inception's pool features: neither the "
-    "paper's photographs nor its network's last layers are to be had here. The numbers are not "
-    "comparable image by image.",
-    "Head: features as they are, layer and weight decay by a rule that knows the training images "
-    "alone (fig5_attack/heads.py, the arrays `choice_...`): held-out accuracy within a standard "
-    "error of the paper's .985, then the training loss nearest to its .0040. The release's own "
-    "weight decay, 1e-3, gives training losses ten times as high here.",
-    "Box: .49 of a level to each side and every rounded byte compared; the release's closed .5, "
-    "which float32 overshoots, so that its poisons do not round to their originals.",
-    "Paper's rule: 20 moves of .1 of a level here (standard), 100 of .02 in the release. On eight "
-    "images at MobileNet and five at Inception both needed as many poisons.",
+    "Photographs and networks: English springer against tench instead of all dogs against all "
+    "fish; MobileNet (width .75) and Inception up to mixed8 instead of Inception's pool features. "
+    "Neither the paper's photographs nor its network's last layers are available here. The numbers "
+    "are not comparable image by image.",
+    "Head: features without standardisation. A rule chooses layer and weight decay from the "
+    "training images only (fig5_attack/heads.py, the arrays `choice_...`): held-out accuracy "
+    "within a standard error of the paper's .985, then the training loss nearest to its .0040. The "
+    "release's own weight decay, 1e-3, gives training losses ten times as high here.",
+    "Box: .49 of a level to each side, and every rounded byte is compared; the release's box is a "
+    "closed .5, which float32 overshoots, so that its poisons do not round to their originals.",
+    "Paper's rule: 20 steps of .1 of a level here (standard), 100 of .02 in the release. On eight "
+    "images at MobileNet and five at Inception both needed the same number of poisons.",
     "Ranking: the L1 norm by the pixels of the 64 training images with the largest derivative by "
     "the features, not of all 1,800; the ten largest were at places up to 34 among the 64.",
     "Test images: 60 (standard), drawn with the seed among those that the head has right; 591 in "
-    "the paper. Success with k poisons is success with k or fewer, as the release stops at the "
-    "first; with one poison it has two tries.",
-    "Best rule, not the paper's: steps that decay, momentum, entries below half of the mean "
-    "derivative moved in proportion; six training images moved alone, and the poisons those that "
-    "then did most, the rest ranked again at the weights reached; a restart elsewhere in the boxes "
-    "where that was not enough. Its numbers were set after trials on eight of the test images at "
-    "MobileNet and six at Inception. With two poisons it flips 45 images where the paper's rule "
-    "flips 28 (MobileNet), and all 60 where that flips 49 (Inception), which leaves no room for "
-    "half as many again; 1.36 times as many in all (standard).",
+    "the paper. Success with k poisons means success with k or fewer, because the release stops at "
+    "the first success; with one poison it has two tries.",
+    "Best rule, not the paper's: decaying steps and momentum; entries below half of the mean "
+    "derivative move in proportion to it. Six training images are first moved one at a time; the "
+    "most effective become poisons, and the rest are ranked again at the new weights. If that is "
+    "not enough, it restarts elsewhere in the boxes. Its parameters were set after trials on eight "
+    "of the test images at MobileNet and six at Inception. With two poisons it flips 45 images "
+    "where the paper's rule flips 28 (MobileNet), and all 60 where that flips 49 (Inception), so "
+    "that half as many again are impossible; 1.36 times as many in all (standard).",
     "Group: a test image and the 29 of its class nearest in features, all right before; 30 "
     "photographs of one dog in the release. The one poison is the training image of the other "
-    "class that the head is least sure of; the release's was that among all, and of that class. "
-    "The many are by the best rule without restarts.",
+    "class of which the head is least sure; the release's was the least sure of all, and of that "
+    "class. The many poisons use the best rule without restarts.",
 )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Attack test images one by one and together, at every head; see the file's head.
+    """Attack test images one by one and together, at every head.
 
     Args:
       config: the protocol.
       data: Splits of dogfish, or of its stand-in.
-      checkpoints: where finished test images are kept, so that an interrupted run continues.
+      checkpoints: folder that stores finished attacks, so that an interrupted run continues.
 
-    Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, no pixel among
-      them.
+    Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are not there, or an option goes beyond the data.
     """
     trunks.check(config.heads, data.folder)
@@ -181,7 +179,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     groups: list[dict[str, NDArray]] = []
     as_chosen: list[bool] = []
     networks = [trunks.split(name)[0] for name in config.heads]
-    # Threads that wait for each other on a busy machine cost tenfold; the trunk has its own.
+    # On a busy machine, BLAS threads that wait for each other cost tenfold. The trunk has its own.
     with threadpoolctl.threadpool_limits(1, "blas"):
         for i, (name, network) in enumerate(zip(config.heads, networks, strict=True)):
             head, about = fitted(config, i, data, checkpoints)
@@ -234,15 +232,15 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
-    """The poison against many test images beside its original, head by head: not to be committed.
+    """Show each head's poison against many test images beside its original: never to be committed.
 
     Args:
-      record: of a run on `data`.
+      record: the record of a run on `data`.
       data: the same Splits.
-      checkpoints: where `run` kept the poison, which records never hold; without, it is made again.
+      checkpoints: folder where `run` stored the poison; None computes it again.
 
     Returns: a figure with photographs: the first test image, the training image, the poison, and
-      their difference, half a level being black or white.
+      their difference, in which half a level is black or white.
     """
     import matplotlib.pyplot as plt
 
@@ -287,13 +285,13 @@ def _group(config: Config, head: Head) -> dict[str, Any]:
         counts=config.group_counts,
         candidates=max(config.candidates, config.group_counts[-1]),
         one=Rule(max_steps=config.group_moves, decay=0.9, tries=0, restarts=0),
-        # A restart of so many costs what twice as many cost, which do more.
+        # A restart costs as much as twice as many poisons, which flip more.
         many=replace(_best(config), restarts=0),
     )
 
 
 def _signs(step: float, moves: int) -> Rule:
-    """The paper's: the sign of the derivative, the same step always, ranked once."""
+    """Build the paper's rule: the sign of the derivative, a constant step, one ranking."""
     return Rule(
         step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0, restarts=0
     )
@@ -304,7 +302,7 @@ def _best(config: Config) -> Rule:
 
 
 def draw(record: Record) -> Any:
-    """Success over the number of poisons, head by head; the group; where poisons are found."""
+    """Draw success over the number of poisons for each head; the group; how poisons are found."""
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
@@ -331,13 +329,13 @@ def draw(record: Record) -> Any:
         colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
         for i, (network, colour) in enumerate(zip(networks, colours, strict=False)):
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
-            last = np.append(np.diff(poisons) > 0, True)  # of the refits with as many poisons
+            last = np.append(np.diff(poisons) > 0, True)  # last refit with each number of poisons
             together.plot(poisons[last], flipped[last], "o-", color=colour, label=network)
             together.axhline(
                 metrics[f"group_one_flipped_{network}"],
                 color=colour,
                 linewidth=0.8,
-                linestyle=(3 * i, (3, 3)),  # both seen where they lie on each other
+                linestyle=(3 * i, (3, 3)),  # both stay visible where they coincide
                 label=f"{network}, the least sure one",
             )
         group = record.config["group_size"]
@@ -353,24 +351,26 @@ def draw(record: Record) -> Any:
             title="Many test images at once",
         )
         together.legend(frameon=False, fontsize=7)
-        if not record.data.get("stand_in", True):  # which says what it is by itself
+        if not record.data.get("stand_in", True):  # a stand-in is marked already
             figure.supxlabel(_OF, fontsize=7, color="0.35")
     return figure
 
 
 _OF = (
     "Photographs of Imagenette, English springer against tench, under heads of MobileNet .75 and "
-    "Inception v3 up to mixed8:\nthe paper's photographs and its network's last layers are not to "
-    "be had."
+    "Inception v3 up to mixed8:\nthe paper's photographs and its network's last layers are not "
+    "available."
 )
 
 
-_PAPER = {1: 57.0, 2: 77.0, 10: 99.8}  # section 5.2: of 591 test images, per cent
-_LOOKS = (("the paper's rule", "#56B4E9", "s"), ("best rule", "#D55E00", "o"))  # of RULES
+# Share of 591 test images that were flipped, in per cent, by number of poisons (section 5.2).
+_PAPER = {1: 57.0, 2: 77.0, 10: 99.8}
+# Label, colour and marker of each of RULES.
+_LOOKS = (("the paper's rule", "#56B4E9", "s"), ("best rule", "#D55E00", "o"))
 
 
 def _draw_defence(axis: Any, standings: list[NDArray]) -> None:
-    """The share of poisons found over the share of training images checked."""
+    """Draw the share of poisons found over the share of training images checked."""
     ranks = np.concatenate([one.reshape(-1, len(SIGNS), 2) for one in standings])
     ranks = ranks[~np.isnan(ranks[:, 0, 0])]
     looks = (("self-influence", "#0072B2"), ("loss", "#D55E00"), ("distance", "#009E73"))

@@ -1,9 +1,9 @@
-"""Logistic regression on a network's features, fitted and ready to be attacked; and its choice.
+"""Heads to be attacked: logistic regression on a network's features, and the rule that chooses it.
 
 The paper's head has a test accuracy of .985, a training accuracy of 1 and a training loss of .0040
-(Koh & Liang 2017, section 5.2, and its release). The accuracy on held-out training images says how
-like it a head is on new images; where several are as like it as such a sample can tell, the
-training loss decides. No test image has a part in it, and no attack.
+(Koh & Liang 2017, section 5.2, and its release). The rule compares the accuracy on held-out
+training images with the paper's. Where that does not distinguish heads, the training loss decides.
+The rule uses no test image and no attack.
 """
 
 from dataclasses import dataclass
@@ -21,25 +21,31 @@ from influence.common.checkpoint import kept
 from influence.common.progress import progress
 from influence.models.top_layer import scaled
 
-BOUNDS = (-1.0, 1.0)  # of a pixel
-LEVEL = 2 / 255  # one step of its 8-bit value
-FLIPPED = float(np.log(2))  # test loss above which P(label) < 1/2
-_TOLERANCE = 1e-9  # gradient norm of the clean fits; refits have a smaller one
+# Range of a pixel.
+BOUNDS = (-1.0, 1.0)
+# One step of a pixel's 8-bit value.
+LEVEL = 2 / 255
+# Test loss above which P(label) < 1/2.
+FLIPPED = float(np.log(2))
+# Gradient norm of the clean fits. Refits reach a smaller one.
+_TOLERANCE = 1e-9
 WEIGHT_DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)
-_ACCURACY, _LOSS = 0.985, 0.0040  # of the paper's head
-_FOLDS = 4  # of the training images, each held out once
+# Test accuracy and training loss of the paper's head.
+_ACCURACY, _LOSS = 0.985, 0.0040
+# Number of parts of the training images; each is held out once.
+_FOLDS = 4
 
 
 @dataclass(frozen=True)
 class Head:
-    """A net at its minimum, and what it was trained on.
+    """A net at its minimum, with its training and test sets.
 
     Attributes:
       net: the head on its trunk.
       train: features and labels.
       test: likewise.
       images: (n, h, w, 3) uint8 training images, of the trunk's size.
-      radius: of each pixel's box, in 8-bit levels.
+      radius: half width of each pixel's box, in 8-bit levels.
     """
 
     net: TopLayer
@@ -49,7 +55,7 @@ class Head:
     radius: float
 
     def attacked(self, test: Examples, rows: NDArray, **options: Any) -> Poisoning:
-        """`poison`, each pixel of these training images within its box."""
+        """Poison these training images, each pixel within its box."""
         return poison(
             self.net,
             self.train,
@@ -62,19 +68,19 @@ class Head:
         )
 
     def poisoned(self, found: Poisoning) -> Examples:
-        """The training set with the poisons' features."""
+        """Return the training set with the poisons' features."""
         x = np.array(self.train.x)
         x[found.rows] = found.features
         return Examples(x, self.train.y)
 
     def accuracy(self, examples: Examples, theta: NDArray | None = None) -> float:
-        """Share of examples on the right side, at the net's theta or another."""
+        """Compute the share of correctly classified examples, at the net's theta or another."""
         theta = self.net.theta if theta is None else theta
         return float(np.mean((examples.x @ theta > 0) == examples.y))
 
 
 def fitted(config: Any, i: int, data: Any, checkpoints: Path | None) -> tuple[Head, dict]:
-    """Head i of an experiment's Config at its minimum, and its accuracies by name."""
+    """Fit head i of an experiment's Config to its minimum; return it and its accuracies by name."""
     name, (x, y), (x_test, y_test) = config.heads[i], data.train, data.test
     folder = trunks.kept_in(data.stand_in, checkpoints)
     phi = trunks.features([name], np.concatenate([x, x_test]), root=data.folder, folder=folder)[
@@ -108,18 +114,18 @@ def _standards(phi: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def right(config: Any, head: Head) -> NDArray[np.int64]:
-    """The test images to be attacked."""
+    """Return the rows of the test images to be attacked."""
     order = np.random.default_rng(config.seed).permutation(len(head.test))
     losses = head.net.losses(head.test.x, head.test.y)
-    order = order[losses[order] < FLIPPED]  # much the same images at every head
+    order = order[losses[order] < FLIPPED]  # nearly the same images at every head
     return order[: config.num_test or None]
 
 
 def alike(config: Any, head: Head) -> NDArray[np.int64]:
-    """A test image and those nearest to it of its class, in place of photographs of one dog.
+    """Return a test image and those of its class nearest to it, instead of photographs of one dog.
 
-    All of them are right before the attack, as the release's are: fewer than `group_size` if the
-    class has no more.
+    All of them are right before the attack, as in the release. There are fewer than `group_size` if
+    the class has no more.
     """
     x, y, first = head.test.x, head.test.y, right(config, head)[0]
     own = np.flatnonzero((y == y[first]) & (head.net.losses(x, y) < FLIPPED))
@@ -128,12 +134,12 @@ def alike(config: Any, head: Head) -> NDArray[np.int64]:
 
 
 def held_out_accuracy(net: Any, train: Examples, seed: int) -> float:
-    """The share of training images on the right side when a quarter at a time is held out.
+    """Compute the share of training images classified correctly when a quarter is held out.
 
     Args:
-      net: a head on features, at its minimum, as it is left.
+      net: a head on features, at its minimum; its theta is restored.
       train: features and labels 0 and 1.
-      seed: of the division into quarters.
+      seed: seed of the division into quarters.
     """
     folds = np.random.default_rng(seed).permutation(len(train)) % _FOLDS
     theta, right = net.theta, 0
@@ -151,14 +157,14 @@ def held_out_accuracy(net: Any, train: Examples, seed: int) -> float:
 def heads_of(
     network: str, data: Any, *, seed: int, folder: Path | None, checkpoints: Path | None
 ) -> dict[str, NDArray]:
-    """What every layer of a network gives with every weight decay, features as they are.
+    """Fit a head on every layer of a network with every weight decay, without standardisation.
 
     Args:
       network: its name.
       data: Splits of photographs.
-      seed: of the division of the training images.
-      folder: where features are kept, or None.
-      checkpoints: where the result is, or None.
+      seed: seed of the division of the training images.
+      folder: folder that stores features, or None.
+      checkpoints: folder that stores the result, or None.
 
     Returns: `layers` (l,) and `weight_decays` (w,); (l, w) each: `held_out_accuracy`,
       `training_accuracy` and `training_loss`, in nats, without the penalty.
@@ -192,15 +198,15 @@ def heads_of(
 
 
 def chosen(found: dict[str, NDArray], n: int) -> tuple[str, float]:
-    """The layer and the weight decay that are to be taken.
+    """Choose the layer and the weight decay.
 
-    Of the heads whose held-out accuracy is within one standard error of the paper's .985, the one
-    of the training loss nearest to the paper's by its logarithm; where no accuracy is, of those
-    nearest to it.
+    Candidates have a held-out accuracy within one standard error of the paper's .985, or, if there
+    are none, the accuracy nearest to it. Of these, the training loss nearest to the paper's by its
+    logarithm is chosen.
 
     Args:
-      found: what `heads_of` returned.
-      n: training images.
+      found: the result of `heads_of`.
+      n: number of training images.
     """
     gap = np.abs(found["held_out_accuracy"] - _ACCURACY)
     enough = max(np.sqrt(_ACCURACY * (1 - _ACCURACY) / n), gap.min())

@@ -25,38 +25,38 @@ SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
 
 @dataclass(frozen=True)
 class Protocol:
-    """The release's network, its training and what is removed (scripts/train_mnist.py)."""
+    """The release's network, its training and its removals (scripts/train_mnist.py)."""
 
     num_train: int = 5500
     """rows of the training set, shuffled with seed 0 (release: a tenth of 55,000)"""
     filters: int = 8
     """channels of each 3 x 3 convolution (release)"""
     strides: tuple[int, ...] = (1, 2, 1, 2, 1)
-    """of those convolutions (release)"""
+    """strides of those convolutions (release)"""
     weight_decay: float = 0.001
-    """lambda of lambda/2 |kernel|^2, biases left out (release)"""
+    """lambda of lambda/2 |kernel|^2, without biases (release)"""
     schedule: tuple[tuple[int, float], ...] = ((110_000, 1e-4), (110_000, 1e-5), (280_000, 1e-6))
     """(steps, learning rate) of Adam (release: 500,000 steps)"""
     batch_size: int = 500
     """rows of a minibatch (release)"""
     damping: float = 0.01
-    """absolute, added to the Hessian's diagonal (release)"""
+    """absolute damping, added to the Hessian's diagonal (release)"""
     test_points: tuple[int, ...] = (6558, 9009, 1156, 9729, 9642)
-    """the release's, then four more"""
+    """the release's test row, then four more"""
     num_removals: int = 100
     """rows of largest |influence| removed for the first test point (section 4.2)"""
     further_removals: int = 40
     """the same for each further test point"""
     lissa_depth: int = 1000
-    """steps of LiSSA, the release has no LiSSA for this network"""
+    """steps of LiSSA; the release has no LiSSA for this network"""
     lissa_batch_size: int = 50
-    """rows of each of its steps"""
+    """rows of each step of LiSSA"""
     num_processes: int = 2
-    """joblib workers for proximal minima and refits; each keeps about one core busy"""
+    """joblib workers for proximal minima and refits; each uses about one core"""
     dtype: str = "float32"
-    """of the network (release)"""
+    """precision of the network (release)"""
     seed: int = 0
-    """of the network's start and of all minibatches"""
+    """seed of the network's initial weights and of all minibatches"""
 
     def __post_init__(self):
         if not self.further_removals <= self.num_removals <= self.num_train:

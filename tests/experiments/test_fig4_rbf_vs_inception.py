@@ -178,12 +178,12 @@ def test_draw(record):
     [
         (("inception/mixed8", "mobilenet/conv_pw_13_relu", "inception/mixed5"), 224,
          "Photographs of Imagenette, English springer against tench; Inception v3 and MobileNet "
-         ".75 cut at the layer named:\nthe paper's own are not to be had."),
+         ".75 cut at the layer named:\nthe paper's own are not available."),
         (("inception-keras/mixed10",), 224,
-         "Photographs of Imagenette, English springer against tench:\nthe paper's own are not to "
-         "be had."),
+         "Photographs of Imagenette, English springer against tench:\nthe paper's own are not "
+         "available."),
         (("mobilenet/conv_pw_9_relu",), 299,
-         "MobileNet .75 cut at the layer named:\nthe paper's own are not to be had."),
+         "MobileNet .75 cut at the layer named:\nthe paper's own are not available."),
         (("inception-keras/mixed10",), 299, ""),
     ],
 )  # fmt: skip
