@@ -1,4 +1,4 @@
-"""What an option may be, asked before any long work: of a Config alone, then beside the data.
+"""Checks of options before any long work: of a Config, then of a Config against the data.
 
 Every refusal is a Misuse that begins with the option's name.
 """
@@ -13,12 +13,12 @@ from experiments.harness.running import Misuse
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
-    """Refuse an option, or an entry of one that is a tuple, below `least`.
+    """Refuse an option, or an entry of a tuple, below `least`.
 
     Args:
       config: an experiment's Config.
-      least: what is still allowed.
-      names: of its fields.
+      least: the smallest allowed value.
+      names: names of its fields.
 
     Raises: Misuse; for an empty tuple too.
     """
@@ -28,11 +28,11 @@ def at_least(config: Any, least: float, *names: str) -> None:
 
 
 def positive(config: Any, *names: str) -> None:
-    """Refuse an option, or an entry of one that is a tuple, that is not above zero, or infinite.
+    """Refuse an option, or an entry of a tuple, that is infinite or not above zero.
 
     Args:
       config: an experiment's Config.
-      names: of its fields.
+      names: names of its fields.
 
     Raises: Misuse; for an empty tuple too.
     """
@@ -46,7 +46,7 @@ def increasing(config: Any, *names: str) -> None:
 
     Args:
       config: an experiment's Config.
-      names: of its fields.
+      names: names of its fields.
 
     Raises: Misuse.
     """
@@ -57,13 +57,13 @@ def increasing(config: Any, *names: str) -> None:
 
 
 def at_most(config: Any, most: int, what: str, *names: str) -> None:
-    """Refuse an option, or an entry of one that is a tuple, above what there is.
+    """Refuse an option, or an entry of a tuple, that exceeds a number of things.
 
     Args:
       config: an experiment's Config.
-      most: how many there are.
-      what: they are, for the message.
-      names: of its fields.
+      most: the number of things.
+      what: their name in the message.
+      names: names of its fields.
 
     Raises: Misuse.
     """
@@ -74,13 +74,13 @@ def at_most(config: Any, most: int, what: str, *names: str) -> None:
 
 
 def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
-    """Refuse an option, or an entry of one that is a tuple, that is no row number.
+    """Refuse an option, or an entry of a tuple, that is not a row number.
 
     Args:
       config: an experiment's Config.
-      rows: what is numbered.
-      what: they are, for the message.
-      names: of its fields.
+      rows: the numbered rows.
+      what: their name in the message.
+      names: names of its fields.
 
     Raises: Misuse.
     """
@@ -91,13 +91,13 @@ def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
 
 
 def one_of(config: Any, rows: NDArray[np.int64], what: str, name: str) -> None:
-    """Refuse an option that is none of some rows.
+    """Refuse an option that is not among some rows.
 
     Args:
       config: an experiment's Config.
-      rows: those there are.
-      what: one of them is, for the message.
-      name: of its field.
+      rows: the allowed rows.
+      what: the name of such a row in the message.
+      name: name of its field.
 
     Raises: Misuse.
     """

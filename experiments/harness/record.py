@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers, arrays, verdicts, provenance; record.json and arrays.h5."""
+"""The record of a run: numbers, arrays, verdicts and provenance, in record.json and arrays.h5."""
 
 import dataclasses
 import importlib.metadata
@@ -21,20 +21,21 @@ import numpy as np
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
 _ROOT = Path(__file__).resolve().parents[2]
-_CODE = ("influence", "experiments", "data", "requirements.txt")  # what a number depends on
+# Files on which a number depends.
+_CODE = ("influence", "experiments", "data", "requirements.txt")
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "scikit-learn")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one metric must be for the paper to count as reproduced: low <= metric <= high.
+    """A band for one metric. The paper's result is reproduced if low <= metric <= high.
 
     Args:
       metric: its name in `Record.metrics`.
-      paper: the paper's own value, None where it gives none.
-      low, high: the band, None for an open side.
-      stand_in: whether the band holds on the stand-in data too; else only real data is judged.
-      presets: those that compute the metric; None for all.
+      paper: the paper's value; None if it gives none.
+      low, high: the band; None for an open side.
+      stand_in: whether stand-in data is judged too; otherwise only real data is.
+      presets: the presets that compute the metric; None for all.
     Raises: ValueError if the band is empty.
     """
 
@@ -52,13 +53,13 @@ class Claim:
             )
 
     def judge(self, metrics: Mapping[str, float], *, stand_in: bool) -> dict[str, Any]:
-        """Hold a run's metric against the band.
+        """Compare a run's metric with the band.
 
         Args:
           metrics: the run's metrics.
           stand_in: whether the run used stand-in data.
         Returns: {metric, paper, low, high, value, holds}. A metric that is missing, NaN or infinite
-          falls short (value None, holds False); holds is None where the claim is not judged.
+          falls short (value None, holds False); holds is None if the claim is not judged.
         """
         value = metrics.get(self.metric, math.nan)
         within = _or(self.low, -math.inf) <= value <= _or(self.high, math.inf)
@@ -79,11 +80,11 @@ class Record:
     """One run of one experiment.
 
     Args:
-      experiment, preset: what ran.
+      experiment, preset: names of what ran.
       config: the Config's fields.
       data: {name, stand_in, sha256}.
-      metrics: what the claims speak of.
-      arrays: what the figure is drawn from: numbers, and names as bytes.
+      metrics: numbers by name, which the claims judge.
+      arrays: arrays by name, from which the figure is drawn: numbers, and names as bytes.
       claims: one verdict per claim, from `Claim.judge`.
       provenance: seed, commit, versions, cpu_count, seconds, peak_rss_mb.
     """
@@ -99,10 +100,10 @@ class Record:
 
     @classmethod
     def of(cls, *, metrics: Mapping[str, float], arrays: Mapping[str, Any]) -> "Record":
-        """What an experiment's `run` returns; the rest is filled in around it.
+        """Make the Record that an experiment's `run` returns; the harness fills in the rest.
 
         Args:
-          metrics: real numbers by name; NaN says that there is none.
+          metrics: real numbers by name; NaN if there is none.
           arrays: numeric, boolean or byte-string (dtype "S") arrays by name.
         Returns: a Record with only these two.
         Raises: TypeError if a metric is not a real number or an array not numeric; ValueError if an
@@ -123,14 +124,14 @@ class Record:
 
     @property
     def holds(self) -> bool:
-        """Whether no claim fell short (claims that were not judged do not count)."""
+        """True if no judged claim fell short."""
         return all(claim["holds"] is not False for claim in self.claims)
 
     def save(self, folder: Path) -> None:
-        """Write record.json and arrays.h5; the same record gives the same bytes.
+        """Write record.json and arrays.h5. The same record gives the same bytes.
 
         Args:
-          folder: made if missing; a record already there is replaced, never left half written.
+          folder: created if missing. An older record is replaced, never left half written.
         Raises: TypeError if a value cannot be written as JSON; OSError if the folder cannot be
           written to.
         """
@@ -147,7 +148,7 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
-        """Read what `save` wrote; a null metric comes back as NaN.
+        """Read what `save` wrote; a null metric becomes NaN.
 
         Args:
           folder: one with record.json and arrays.h5.
@@ -175,10 +176,10 @@ class Record:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON, keys sorted, floats as Python prints them, NaN and infinities as null.
+    """Format as strict JSON: sorted keys, floats as Python prints them, NaN and infinities as null.
 
     Args:
-      value: dicts, sequences, numbers, strings, paths and None, nested at will.
+      value: dicts, sequences, numbers, strings, paths and None, nested to any depth.
     Returns: the text, ending in a newline.
     Raises: TypeError naming the first entry of another kind.
     """
@@ -187,7 +188,7 @@ def to_json(value: Any) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which takes `path`'s place once the block has succeeded."""
+    """Yield a path to write to. It replaces `path` when the block has succeeded."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -198,21 +199,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def provenance(seed: int) -> Iterator[dict[str, Any]]:
-    """Say where a block's numbers come from and what they cost.
+    """Record where a block's numbers come from and what they cost.
 
     Args:
-      seed: the one the run was seeded with.
-    Yields: a dict with seed, commit, versions and cpu_count, to which the end of the block adds
-      seconds and peak_rss_mb (this process only).
+      seed: the run's seed.
+    Yields: a dict with seed, commit, versions and cpu_count. The end of the block adds seconds and
+      peak_rss_mb (this process only).
     """
     facts: dict[str, Any] = {
         "seed": seed,
-        "commit": commit(),  # now, not at the end: the code may be edited while it runs
+        "commit": commit(),  # at the start: the code may be edited during the run
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
     }
-    with suppress(OSError):  # Linux: else `all` would give each run the peak of those before it
+    with suppress(OSError):  # Linux: reset the peak, which earlier runs of `all` have raised
         Path("/proc/self/clear_refs").write_text("5")
     begun = time.perf_counter()
     yield facts
@@ -221,12 +222,12 @@ def provenance(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def commit(root: Path = _ROOT) -> str:
-    """The commit that the code in `root` is at.
+    """Return the commit of the code in `root`.
 
-    Returns: its hash, with "-dirty" where the code has changed since; without git (a container),
+    Returns: its hash, with "-dirty" if the code has changed since; without git (a container),
       $INFLUENCE_COMMIT; else "unknown".
     """
-    if (root / ".git").exists():  # never a repository that merely contains this one's files
+    if (root / ".git").exists():  # not a repository in which this one is only a subfolder
         with suppress(OSError, subprocess.CalledProcessError):
             head = _git(root, "rev-parse", "HEAD").strip()
             changed = _git(root, "status", "--porcelain", "--", *_CODE)
@@ -236,7 +237,7 @@ def commit(root: Path = _ROOT) -> str:
 
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), "--no-optional-locks", *arguments]
-    # A git hook's own GIT_DIR would otherwise decide which repository this is about.
+    # A git hook sets GIT_DIR, which would select another repository.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
 
@@ -247,7 +248,7 @@ def _peak_rss_mb() -> int:
             if line.startswith("VmHWM:"):
                 return round(int(line.split()[1]) / 1024)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # bytes there, else KiB
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # macOS: bytes; else KiB
 
 
 def _plain(value: Any, name: str) -> Any:

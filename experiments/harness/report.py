@@ -1,4 +1,4 @@
-"""Ours beside the paper's: every record as one HTML page, and as the README's table."""
+"""Reports of our results beside the paper's: one HTML page, and the README's table."""
 
 import base64
 from pathlib import Path
@@ -15,10 +15,10 @@ _VERDICTS = {True: "holds", False: "FALLS SHORT", None: "not judged"}
 
 
 def rows(record: Record) -> list[dict[str, str]]:
-    """A record's claims as text, for any table.
+    """Format a record's claims as text, for any table.
 
     Args:
-      record: a judged one.
+      record: a judged record.
     Returns: per claim {metric, paper, ours, band, verdict}.
     """
     return [
@@ -34,15 +34,15 @@ def rows(record: Record) -> list[dict[str, str]]:
 
 
 def number(value: float | None) -> str:
-    """Six significant digits: 0.99999 must not print as 1; a dash where there is no number."""
+    """Format with six significant digits, so that 0.99999 does not print as 1; None as a dash."""
     return "–" if value is None else f"{value:.6g}"
 
 
 def read_all(folder: Path) -> list[tuple[Path, Record]]:
-    """The records in the folders of a folder.
+    """Read the records in the subfolders of a folder.
 
     Args:
-      folder: what --out was.
+      folder: the value of --out.
     Returns: (folder, record) pairs in the order of `experiments.MODULES`, then by folder name.
     Raises: FileNotFoundError if there is no such folder; ValueError if a record cannot be read.
     """
@@ -60,12 +60,12 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
 
 
 def write_page(out: Path) -> Path:
-    """Write index.html: figures, ours against the paper's, deviations and provenance.
+    """Write index.html: figures, our results and the paper's, deviations and provenance.
 
     Args:
       out: the folder of the records' folders.
-    Returns: the page's path; it needs no other file.
-    Raises: what `read_all` raises.
+    Returns: the page's path; the page needs no other file.
+    Raises: as `read_all`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -84,12 +84,12 @@ def write_page(out: Path) -> Path:
 
 
 def table(results: Path) -> str:
-    """Ours against the paper's as a markdown table.
+    """Format our results and the paper's as a markdown table.
 
     Args:
       results: the folder of the records' folders.
     Returns: the table, one row per claim.
-    Raises: what `read_all` raises.
+    Raises: as `read_all`.
     """
     lines = ["| experiment | metric | paper | ours | band | |", "|---|---|---|---|---|---|"]
     for _, record in read_all(results):
@@ -103,14 +103,13 @@ def table(results: Path) -> str:
 
 
 def with_table(readme: str, results: Path) -> str:
-    """A README's text with its table brought up to date.
+    """Replace the table in a README's text.
 
     Args:
       readme: the text, with one BEGIN and one END marker.
       results: the folder of the records' folders.
     Returns: the text with `table(results)` between the markers.
-    Raises: ValueError if the markers are not there, once each and in this order; what `read_all`
-      raises.
+    Raises: ValueError unless there is one marker of each kind, in this order; as `read_all`.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)

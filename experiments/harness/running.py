@@ -1,4 +1,4 @@
-"""What is done to every experiment: data, seed, run, verdicts, record, figure."""
+"""The steps of every experiment: data, seed, run, verdicts, record, figure."""
 
 import dataclasses
 import hashlib
@@ -13,16 +13,19 @@ from experiments.harness import report
 from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
-PHOTOGRAPHS = "photographs.png"  # for whoever has them: git ignores it, and so does the report
+# Figure with photographs, which git and the report ignore.
+PHOTOGRAPHS = "photographs.png"
 _CHECKPOINTS, _LABEL = "checkpoints", "run.json"
-_DTYPE = "float64"  # what convex models are computed in
+# Precision of convex models.
+_DTYPE = "float64"
 _DPI = 200
-_NUM_SEEDS = 2**32  # that Keras and NumPy take
+# Number of seeds that Keras and NumPy accept.
+_NUM_SEEDS = 2**32
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-class Misuse(ValueError):  # tyro shows a ValueError from a Config as it shows its own
-    """What was asked for cannot be done as asked; the message says what can. Exit status 2."""
+class Misuse(ValueError):  # tyro prints a ValueError of a Config like its own errors
+    """A request that cannot be fulfilled; the message says what to do instead. Exit status 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Job:
       module: its module, as `experiments` describes it.
       preset: a key of module.PRESETS.
       config: that preset's Config, or one that differs in some options.
-      data_dir: where to look for the data first, or None.
-      out: where its folder goes.
+      data_dir: folder to search first for the data, or None.
+      out: folder in which its own folder is created.
     """
 
     command: str
@@ -47,9 +50,9 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """`<out>/<command>-<preset>`, and a hash where options differ from the preset's."""
+        """`<out>/<command>-<preset>`, with a hash if options differ from the preset's."""
         name = f"{self.command}-{self.preset}"
-        if self.config != self.module.PRESETS[self.preset]:  # never over the preset's own results
+        if self.config != self.module.PRESETS[self.preset]:  # keep the preset's own results
             text = to_json(dataclasses.asdict(self.config))
             name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return self.out / name
@@ -59,10 +62,10 @@ def run(job: Job) -> bool:
     """Run an experiment, judge it, write its record and figure, and print the verdicts.
 
     Args:
-      job: what to run.
+      job: the experiment.
     Returns: whether every judged claim holds.
-    Raises: Misuse if the folder cannot be written to, the data is not there, or an option goes
-      beyond it.
+    Raises: Misuse if the folder cannot be written to, the data is missing, or an option goes beyond
+      the data.
     """
     if not 0 <= job.config.seed < _NUM_SEEDS:
         raise Misuse(f"seed must lie in [0, {_NUM_SEEDS}), got {job.config.seed}.")
@@ -73,7 +76,7 @@ def run(job: Job) -> bool:
         checkpoints = job.folder / _CHECKPOINTS
         if [path.name for path in checkpoints.glob("*")] == [_LABEL]:
             shutil.rmtree(checkpoints)
-        with suppress(OSError):  # not empty: an earlier run's
+        with suppress(OSError):  # the folder holds an earlier run
             job.folder.rmdir()
         raise
     record.save(job.folder)
@@ -82,14 +85,14 @@ def run(job: Job) -> bool:
         figure = job.module.photographs(record, splits, checkpoints=checkpoints)
         _write(figure, job.folder / PHOTOGRAPHS)
     shutil.rmtree(job.folder / _CHECKPOINTS)
-    return redraw(job)  # from the files, so that --redraw cannot differ
+    return redraw(job)  # drawn from the files, so that --redraw draws the same
 
 
 def redraw(job: Job) -> bool:
     """Draw an experiment's figure from its record, and print the verdicts again.
 
     Args:
-      job: what was run.
+      job: the experiment.
     Returns: whether every judged claim holds.
     Raises: Misuse if there is no record or the folder cannot be written to.
     """
@@ -105,14 +108,14 @@ def redraw(job: Job) -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line of progress, now: a run may be silent for minutes after it."""
+    """Print a line of progress at once: the run may then be silent for minutes."""
     print(line, flush=True)
 
 
 def _check_writable(folder: Path) -> None:
     from influence.common.checkpoint import check_writable
 
-    # Before an hour's work, not after it.
+    # This is checked before the work, which may take an hour.
     try:
         check_writable(folder, "--out")
     except ValueError as error:
@@ -123,7 +126,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _compute(job: Job) -> tuple[Record, Any]:
-    """The record, and the data it is of."""
+    """Compute the record; return it and the data."""
     import keras
 
     import data
@@ -140,9 +143,9 @@ def _compute(job: Job) -> tuple[Record, Any]:
             raise Misuse(f"DATA must be real for preset {job.preset}, {name} is a stand-in.")
         about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
         checkpoints = _checkpoints(job, about)
-        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is not the whole
+        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is only a part
         say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
-        keras.backend.clear_session()  # of what an experiment before this one left
+        keras.backend.clear_session()  # discard what an earlier experiment left
         keras.utils.set_random_seed(job.config.seed)
         result = module.run(job.config, splits, checkpoints=checkpoints)
     record = dataclasses.replace(
@@ -162,7 +165,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
 
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
-    """A folder for what an interrupted run can go on from; emptied if that was another run."""
+    """Return the folder of checkpoints, emptied if they belong to other options, data or code."""
     digest = hashlib.sha256()
     sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
     sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]
@@ -185,7 +188,7 @@ def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
 
 def _draw(module: ModuleType, record: Record, folder: Path) -> None:
     figure = module.draw(record)
-    if record.data["stand_in"]:  # above whatever title there is: the saved box grows to hold it
+    if record.data["stand_in"]:  # above any title: the saved box grows to contain it
         text = f"stand-in data: {record.data['name']}, not {module.DATA}"
         figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
     _write(figure, folder / "figure.png", folder / "figure.pdf")
@@ -194,7 +197,7 @@ def _draw(module: ModuleType, record: Record, folder: Path) -> None:
 def _write(figure: Any, *paths: Path) -> None:
     import matplotlib.pyplot as plt
 
-    # Neither date nor version: the same record gives the same bytes.
+    # Without date and version the same record gives the same bytes.
     metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
     for path in paths:
         kind = path.suffix

@@ -1,1 +1,1 @@
-"""Parts that two figures use."""
+"""Parts that two or more figures use."""

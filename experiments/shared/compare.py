@@ -1,4 +1,4 @@
-"""Predictions held against the truth: numbers and the panel that every such figure shares."""
+"""Comparison of predictions with the truth: numbers, and the panels that figures share."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
-    """How well predictions agree with the truth, in scale and sign as well as in order.
+    """Measure how well predictions agree with the truth, in scale and sign as well as in order.
 
     Args:
       predicted: (k,) predicted changes.
@@ -30,25 +30,25 @@ def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
 
 
 def largest(scores: NDArray, count: int) -> NDArray[np.int64]:
-    """Positions of the largest absolute scores along the last axis, the largest first.
+    """Return the positions of the largest absolute scores along the last axis, the largest first.
 
     Args:
       scores: (..., n).
-      count: how many.
+      count: number of positions.
 
-    Returns: (..., count), of equal scores the earlier position.
+    Returns: (..., count); of equal scores, the earlier position comes first.
     """
     return np.argsort(-np.abs(scores), axis=-1, kind="stable")[..., :count]
 
 
 def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np.int64]:
-    """The paper's test point, then others, so that one test point proves nothing alone.
+    """Return the paper's test point, then others, because one test point proves little.
 
     Args:
-      first: the paper's.
-      among: what the others are drawn from, without repetition; `first` is not.
-      count: of the others.
-      seed: of the draw.
+      first: the paper's test point.
+      among: points from which the others are drawn without repetition; `first` is excluded.
+      count: number of the others.
+      seed: seed of the draw.
 
     Returns: (1 + count,).
     Raises: ValueError if there are not as many others.
@@ -83,14 +83,14 @@ def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> 
 def largest_bars(
     axis: Any, names: NDArray, values: NDArray, *, marked: str = "", count: int = 20
 ) -> NDArray:
-    """Horizontal bars of the values of largest magnitude, the largest on top.
+    """Draw horizontal bars of the values of largest magnitude, the largest on top.
 
     Args:
       axis: matplotlib Axes.
-      names: (k,) what each value is of.
-      values: (k,) of either sign.
-      marked: the name whose bar stands out, if it is among them.
-      count: bars at most.
+      names: (k,) name of each value.
+      values: (k,) values of either sign.
+      marked: name whose bar is highlighted, if it is drawn.
+      count: most bars.
 
     Returns: the positions in `values` of the bars, from the top; bar i is drawn at height i.
     """
@@ -107,7 +107,7 @@ def largest_bars(
 
 
 def rounded_down(correlation: float) -> str:
-    """A correlation with as many nines as it has, never rounded up to one: 0.99999, 0.86."""
+    """Format a correlation with all its nines, never rounded up to one: 0.99999, 0.86."""
     digits = 2
     while digits < 6 and correlation > 1 - 10.0**-digits:
         digits += 1

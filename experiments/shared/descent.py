@@ -1,13 +1,13 @@
-"""Towards a local minimum of a network's risk, by quasi-Newton steps in the Hessian's coordinates.
+"""Descent to a local minimum of a network, by quasi-Newton steps in the Hessian's coordinates.
 
-First-order training stops long before a minimum, and plain L-BFGS does hardly better: a network's
+First-order training stops long before a minimum, and plain L-BFGS is hardly better: a network's
 curvatures span many orders of magnitude. In the coordinates u of
 
     theta = theta_0 + Q |L|^(-1/2) u,        H(theta_0) = Q L Q',
 
-with small eigenvalues lifted to a floor, the Hessian at theta_0 is the identity (and minus it along
-negative curvature, which is then gone down). L-BFGS in u takes about as many steps as the curvature
-changes on its way; when they are spent the coordinates are made anew.
+with small eigenvalues raised to a floor, the Hessian at theta_0 is the identity (and its negative
+along negative curvature, which L-BFGS then descends). L-BFGS in u needs more steps the more the
+curvature changes on the way. After a given number of evaluations the coordinates are computed anew.
 """
 
 from __future__ import annotations
@@ -29,24 +29,30 @@ from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
-_FLOOR = 1e-6  # of the largest eigenvalue: what smaller ones are lifted to
-_MEMORY = 50  # pairs that L-BFGS remembers
-_POLISH = 30  # Newton's steps at the end of a round
-_ROUNDING = 4  # times eps and the largest eigenvalue: what a zero eigenvalue may come out as
-_STALLED = 16  # times eps and the risk: what rounding may take off it
-_LENGTHS = 10.0 ** np.arange(-3, 1)  # that are tried along negative curvature
+# Floor of the eigenvalues, relative to the largest.
+_FLOOR = 1e-6
+# Pairs that L-BFGS stores.
+_MEMORY = 50
+# Most Newton steps at the end of a round.
+_POLISH = 30
+# A zero eigenvalue may be computed as this times eps and the largest eigenvalue.
+_ROUNDING = 4
+# Rounding may lower the risk by this times eps and the risk.
+_STALLED = 16
+# Step lengths tried along negative curvature.
+_LENGTHS = 10.0 ** np.arange(-3, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """How a descent went, a number for the start of every round and one for the end.
+    """The history of a descent: one number for the start of every round and one for the end.
 
     Attributes:
       risk: R(theta).
       gradient_norm: Euclidean norm of the risk's gradient.
-      smallest_eigenvalue: of the risk's Hessian.
-      num_negative: eigenvalues below zero by more than rounding. One that is zero is no fault: the
-        same number added to the biases of all of a softmax' logits changes nothing.
+      smallest_eigenvalue: smallest eigenvalue of the risk's Hessian.
+      num_negative: number of eigenvalues below zero by more than rounding. A zero eigenvalue is
+        expected: a softmax does not change if a constant is added to all its biases.
     """
 
     risk: NDArray
@@ -65,19 +71,19 @@ def descend(
     hessian: Callable[[NDArray], NDArray] | None = None,
     checkpoints: Path | None = None,
 ) -> Descent:
-    """Lower the net's risk towards a local minimum, where theta is left, or on the way there.
+    """Lower the net's risk towards a local minimum; theta is left at the end of the descent.
 
     Args:
-      net: where to start; float64, unless the tolerance is far above rounding.
+      net: the net, at the start; float64, unless the tolerance is far above rounding.
       examples: the training set.
-      tolerance: Euclidean norm of the gradient to stop at, if no curvature is negative there.
-      rounds: Hessians formed at most.
-      evaluations: risks with gradients in each round at most.
+      tolerance: Euclidean norm of the gradient at which to stop if no curvature is negative.
+      rounds: most Hessians formed.
+      evaluations: most risks with gradients in each round.
       hessian: theta -> (d, d) the risk's Hessian, or an approximation; None: `Hessian.dense`.
-      checkpoints: a folder where theta is kept after every round, so that a descent that was
-        killed goes on from there and ends with the same numbers; one that had ended is read.
+      checkpoints: folder that stores theta after every round, so that an interrupted descent
+        continues and ends with the same numbers. A finished descent is read.
 
-    Returns: Descent. Whether the tolerance was met is for the caller to look at.
+    Returns: Descent. The caller checks whether the tolerance was met.
     """
     path, history, ended = None, [], False
     folder = check_folder(checkpoints)
@@ -127,16 +133,16 @@ def _state(
 
 
 def num_negative(values: NDArray, dtype: Any) -> int:
-    """How many eigenvalues of a matrix formed in `dtype` are below zero by more than rounding.
+    """Count the eigenvalues below zero by more than rounding, of a matrix formed in `dtype`.
 
-    That of the matrix, and of its float64 factorisation, which grows with its size.
+    This is the rounding of the matrix and of its float64 factorisation, which grows with its size.
     """
     rounding = _ROUNDING * np.finfo(dtype).eps + len(values) * np.finfo(np.float64).eps
     return np.count_nonzero(values < -rounding * np.abs(values).max())
 
 
 def _stalled(history: list[tuple[float, ...]], dtype: Any) -> bool:
-    """Whether the last round has neither lowered the risk nor halved the gradient."""
+    """Return True if the last round neither lowered the risk nor halved the gradient."""
     if len(history) < 2:
         return False
     (before, norm_before, *_), (risk, norm, *_) = history[-2:]
@@ -145,7 +151,7 @@ def _stalled(history: list[tuple[float, ...]], dtype: Any) -> bool:
 
 
 def _leave_saddle(net: GenericNeuralNet, examples: Examples, direction: NDArray) -> None:
-    """Go to the lowest risk of some points along negative curvature: the gradient shows no way."""
+    """Move to the point of lowest risk along negative curvature, where the gradient vanishes."""
     start = net.theta
     risks = [(net.risk(examples), 0.0)]
     for length in (*_LENGTHS, *-_LENGTHS):
@@ -162,7 +168,7 @@ def _round(
     tolerance: float,
     evaluations: int,
 ) -> None:
-    """L-BFGS from the net's theta in the coordinates of one Hessian."""
+    """Run L-BFGS from the net's theta in the coordinates of one Hessian."""
     start = net.theta
     scale = np.sqrt(np.maximum(np.abs(values), _FLOOR * values[-1]))
     best: list[Any] = [np.inf, start]
@@ -184,7 +190,7 @@ def _round(
             "maxiter": evaluations,
             "maxcor": _MEMORY,
             "ftol": 0.0,
-            # The largest entry in u below this: the norm in theta is at most |L|^(1/2) times it.
+            # If the largest entry in u is below this, the norm in theta is below the tolerance.
             "gtol": tolerance / np.sqrt(scale[-1] ** 2 * len(start)),
         },
     )
@@ -195,10 +201,10 @@ def _round(
 def _polish(
     net: GenericNeuralNet, examples: Examples, vectors: NDArray, scale: NDArray, tolerance: float
 ) -> None:
-    """Newton's steps for as long as each halves the gradient and raises no risk.
+    """Take Newton steps as long as each halves the gradient and does not raise the risk.
 
-    L-BFGS looks at values of the risk, which near a minimum differ by rounding alone while the
-    gradient is still far above its own.
+    L-BFGS compares values of the risk. Near a minimum they differ only by rounding, while the
+    gradient is still far above its rounding.
     """
     risk, gradient = net.risk_and_gradient(examples)
     for _ in range(_POLISH):
