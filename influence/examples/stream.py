@@ -1,4 +1,4 @@
-"""Stream: training rows that a dataset reads anew in every pass, asked like any other examples."""
+"""Stream: rows that a dataset reads again in every pass, used like any other examples."""
 
 from __future__ import annotations
 
@@ -16,57 +16,59 @@ from influence.common.progress import progress
 from influence.examples.arrays import Fingerprint, check_finite, parts_of
 from influence.examples.examples import Examples, Remaining
 
-_FIRST_ROWS = 8  # kept in memory: what probes of a model look at
-_LABEL_BYTES = 1 << 26  # labels up to this size are kept in memory, larger ones on disk
-_LABELS = None  # the key of y among a batch's parts; inputs have names or, if there is one, ""
+# This many first rows stay in memory, for tests of a model on a few rows.
+_FIRST_ROWS = 8
+# Labels stay in memory up to this size; larger labels are stored on disk.
+_LABEL_BYTES = 1 << 26
+# This is the key of y among a batch's parts. An input's key is its name; a single input's is "".
+_LABELS = None
 _REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to make it so"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows: x an array or a dict of arrays, y an array."""
+    """Rows of one batch: x is an array or a dict of arrays, y is an array."""
 
     x: Any
     y: NDArray
 
     @property
     def parts(self) -> list[tuple[Any, NDArray]]:
-        """Its arrays, each with a key that `structured` understands."""
+        """The batch's arrays, each with the key that `structured` expects."""
         inputs = list(self.x.items()) if isinstance(self.x, dict) else [("", self.x)]
         return [(_LABELS, self.y), *inputs]
 
     def structured(self, arrays: dict[Any, NDArray]) -> tuple[Any, NDArray]:
-        """(x, y) of other rows, from arrays by key."""
+        """Return (x, y) of other rows, given their arrays by key."""
         x = {k: arrays[k] for k in self.x} if isinstance(self.x, dict) else arrays[""]
         return x, arrays[_LABELS]
 
     def rows(self, numbers: NDArray) -> Batch:
-        """Some of its rows."""
+        """Return some of the rows."""
         return Batch(*self.structured({key: part[numbers] for key, part in self.parts}))
 
 
 class Stream(Examples):
-    """The rows of a dataset that is read anew in every pass; x is never held as a whole.
+    """Rows of a dataset that is read again in every pass; x is never in memory as a whole.
 
-    It takes the place of Examples everywhere, and what is computed from it is what the same rows
-    give as arrays: they are cut into the batches that are asked for, whatever the dataset's own.
-    When it is made, the dataset is read twice and the passes compared row by row; beside one batch,
-    what is kept is the labels and 8 bytes for each row. A `take` of rows is a pass over a
-    tf.data.Dataset up to the last of them, so LiSSA, which takes rows at random, is slow on one; a
-    PyDataset is asked for the batches that hold them.
+    A Stream can replace Examples everywhere. It gives the same results as the same rows in arrays,
+    because it rearranges the dataset's batches into the requested batch size. The constructor reads
+    the dataset twice and compares the two passes row by row. Memory holds one batch, the labels and
+    8 bytes per row. `take` reads a tf.data.Dataset from its start to the last row taken, so LiSSA,
+    which takes random rows, is slow. From a PyDataset, only the batches with these rows are read.
 
     Args:
-      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as `fit` takes it:
-        x an array or a dict of arrays (one per model input), y an array of labels.
-      max_rows: a dataset that goes on beyond this counts as infinite.
+      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as for `fit`. x is
+        an array or a dict of arrays (one per model input), y an array of labels.
+      max_rows: a dataset with more rows than this counts as infinite.
 
     Attributes:
-      y: (n, ...) labels; on disk, in a temporary file, where they take more than 64 MiB.
+      y: (n, ...) labels; above 64 MiB they are on disk, in a temporary file.
 
     Raises: TypeError for another kind of dataset, sample weights, or batches that are not (x, y) of
-      arrays of numbers; ValueError for an infinite or empty dataset, a NaN or infinity, rows that
-      change their shape, and for rows or an order that differ from pass to pass (shuffling,
-      augmentation), naming the row and the remedy.
+      arrays of numbers; ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
+      different shapes. ValueError, with the row and the remedy, if rows or their order differ
+      between passes (shuffling, augmentation).
     """
 
     def __init__(self, dataset: tf.data.Dataset | keras.utils.PyDataset, *, max_rows: int = 10**7):
@@ -76,7 +78,7 @@ class Stream(Examples):
         self._dataset = dataset
         hashes = self._first_pass(max_rows)
         if isinstance(dataset, keras.utils.PyDataset):
-            dataset.on_epoch_end()  # where Keras' own datasets are shuffled
+            dataset.on_epoch_end()  # Keras' own datasets shuffle here
             dataset.on_epoch_begin()
         self._second_pass(hashes)
 
@@ -84,7 +86,7 @@ class Stream(Examples):
 
     @property
     def x(self) -> Any:
-        """Not to be had.
+        """The inputs as a whole, which a Stream does not have.
 
         Raises: TypeError.
         """
@@ -95,15 +97,15 @@ class Stream(Examples):
 
     @property
     def fingerprint(self) -> str:
-        """See Examples.fingerprint; known from the first pass."""
+        """SHA-256 of all rows, as in Examples; computed in the first pass."""
         return self._fingerprint
 
     @property
     def num_entries(self) -> int:
-        """How many numbers x holds."""
+        """Number of entries in x."""
         return self._first.num_entries // len(self._first) * len(self)
 
-    # --- see Examples ---------------------------------------------------------------------------
+    # --- overridden methods of Examples ---------------------------------------------------------
 
     def _taken(self, rows: NDArray | slice) -> Examples:
         numbers = np.arange(len(self))[rows]
@@ -135,10 +137,8 @@ class Stream(Examples):
                     yield piece.structured(arrays)
                     arrays, filled, missing = {}, 0, missing - room
 
-    # --- inside ----------------------------------------------------------------------------------
-
     def _first_pass(self, max_rows: int) -> NDArray[np.int64]:
-        """What is to be known of the rows; a hash of each, (n,)."""
+        """Store labels, fingerprint and first rows; return a hash of each row, (n,)."""
         seen, hashes, starts, first = Fingerprint(), [], [0], []
         with tempfile.TemporaryFile() as file:
             batches = checked(batches_of(self._dataset), max_rows)
@@ -165,10 +165,7 @@ class Stream(Examples):
         return np.concatenate(hashes)
 
     def _second_pass(self, expected: NDArray[np.int64]) -> None:
-        """Refuse rows that are not those of the first pass.
-
-        Raises: ValueError.
-        """
+        """Read the dataset again; raise ValueError if rows differ from the first pass."""
         count = 0
         batches = batches_of(self._dataset)
         for batch in progress(batches, "reading the stream again", len(self._starts) - 1):
@@ -199,7 +196,7 @@ class Stream(Examples):
             )
 
     def _pieces(self, rows: NDArray[np.int64] | None) -> Iterator[Batch]:
-        """The wanted rows of each of the dataset's own batches, compared with the known labels."""
+        """Yield the wanted rows of each of the dataset's batches; check that labels still agree."""
         if rows is None:
             rows = np.arange(len(self))
         of_batch = np.searchsorted(self._starts, rows, "right") - 1
@@ -223,9 +220,9 @@ class Stream(Examples):
 
 
 def check_kind(dataset: Any) -> None:
-    """Refuse what is no finite dataset, as far as it says itself.
+    """Refuse objects of other types, and datasets whose reported size is infinite.
 
-    Raises: TypeError for another kind, ValueError for an infinite one.
+    Raises: TypeError for another type, ValueError for an infinite dataset.
     """
     if isinstance(dataset, keras.utils.PyDataset):
         infinite = dataset.num_batches is None
@@ -241,13 +238,13 @@ def check_kind(dataset: Any) -> None:
 
 
 def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
-    """The dataset's batches in order, alike in all but their values and number of rows.
+    """Yield the dataset's batches in order; check that their inputs, row shapes and dtypes agree.
 
     Args:
-      dataset: of a kind that `check_kind` lets pass.
+      dataset: an object that `check_kind` accepts.
       numbers: (b,) increasing batch numbers to read; all if omitted.
 
-    Raises: TypeError or ValueError for what is no batch (x, y) of arrays of numbers.
+    Raises: TypeError or ValueError if an element is not a batch (x, y) of arrays of numbers.
     """
     count, first = 0, None
     for element in _elements(dataset, numbers):
@@ -259,7 +256,7 @@ def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
 
 
 def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
-    """The same batches, as long as they are finite in value and number.
+    """Yield the same batches; check that values are finite and that rows do not exceed `max_rows`.
 
     Raises: ValueError for a NaN or infinity, or for more rows than max_rows.
     """
@@ -277,7 +274,7 @@ def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
 
 
 def row_hashes(batch: Batch) -> NDArray[np.int64]:
-    """64 bits for each row, equal for equal rows within one process: (b,)."""
+    """Return a 64-bit hash of each row, (b,); equal rows have equal hashes within one process."""
     parts = [part for _, part in batch.parts]
     rows = (b"".join(part[row].tobytes() for part in parts) for row in range(len(batch.y)))
     return np.fromiter(map(hash, rows), np.int64, len(batch.y))
@@ -297,9 +294,9 @@ def _elements(dataset: Any, numbers: NDArray | None) -> Iterable[Any]:
 
 
 def _batch(element: Any, first_row: int) -> Batch:
-    """An element of the dataset as (x, y).
+    """Convert an element of the dataset to a Batch.
 
-    Raises: TypeError or ValueError naming what is wrong.
+    Raises: TypeError or ValueError naming the problem.
     """
     if not isinstance(element, tuple | list) or len(element) not in (2, 3):
         raise TypeError(f"dataset must give batches (x, y), got {_kind(element)}; {_REMEDY}.")
@@ -337,7 +334,7 @@ def _batch(element: Any, first_row: int) -> Batch:
 def _array(value: Any, name: str) -> NDArray:
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # what has no rows of equal length
+    except (TypeError, ValueError):  # rows of different lengths
         array = np.empty(0, object)
     if array.dtype.kind not in "biuf":
         raise TypeError(

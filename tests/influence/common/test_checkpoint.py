@@ -62,12 +62,12 @@ def test_an_interruption_while_writing_leaves_nothing(step, tmp_path, monkeypatc
 
 
 def test_the_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    """A kill -9 between writing and renaming leaves the partial file: it is not taken for whole."""
+    """Check that a partial file, left by kill -9 before the rename, is not read."""
     path, replace = tmp_path / "block.npz", os.replace
 
     def look(partial, target):
         assert not path.exists() and str(partial).endswith(".partial")
-        with np.load(partial) as stored:  # whole before it gets its name
+        with np.load(partial) as stored:  # complete before the rename
             same(dict(stored), ARRAYS)
         replace(partial, target)
 

@@ -1,4 +1,4 @@
-"""Questions as values: their answers, and that they travel."""
+"""Tests of questions as values: their answers and their pickling."""
 
 import pickle
 

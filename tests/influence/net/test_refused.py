@@ -6,7 +6,8 @@ from influence import Examples, GenericNeuralNet, Influence
 from influence.examples.stream import Stream
 from tests.influence.examples.test_stream import Batches
 
-N = 9000  # more than what is looked at together
+# This is more rows than are checked together.
+N = 9000
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 L = keras.layers
 MESSAGE = r"^train\.x must hold ids 0 to 6 for layer 'words' \(input_dim=7\), got {} in row {}\.$"
