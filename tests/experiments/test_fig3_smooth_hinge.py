@@ -23,7 +23,7 @@ def record():
 
 @pytest.fixture(scope="module")
 def rows():
-    """(x, y, x of test, y of test) as the smoke preset cuts them: multiples of ten, signs."""
+    """Return the smoke preset's (x, y, x of test, y of test): multiples of ten rows, signs."""
     x, y = data.load("digits").train
     chosen = np.isin(y, (1, 7))
     u, v = data.load("digits").test

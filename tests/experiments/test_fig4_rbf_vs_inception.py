@@ -22,7 +22,7 @@ from tests import oracles
 
 SMOKE = fig4.PRESETS["smoke"]
 NAMES = ["svm", *SMOKE.heads]
-N, M = 30, 6  # images that the models are tested on
+N, M = 30, 6  # training and test images of the models
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_metrics_are_those_of_the_arrays(record):
     ratios = arrays["largest_influence"][0] / arrays["largest_influence"][1:]
     assert metrics["least_median_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
     of_point = [metrics[f"ratio_of_largest_influence_of_test_point_{name}"] for name in NAMES[1:]]
-    scores = np.abs(arrays["score"]).max(axis=1)  # those of the test point
+    scores = np.abs(arrays["score"]).max(axis=1)  # scores for the test point
     np.testing.assert_allclose(of_point, scores[0] / scores[1:], rtol=1e-12)
     assert metrics["least_ratio_of_largest_influence_of_test_point"] == min(of_point)
     assert min(of_point) != np.median(ratios, axis=1).min()
@@ -136,7 +136,7 @@ def test_fish_have_a_slope_and_the_first_is_like_the_papers(record, splits):
 
 
 def test_no_pixel_is_recorded(record, splits, tmp_path):
-    """Nothing in the record is as long as an image, or as many as there are images of pixels."""
+    """Every array is smaller than an image."""
     record.save(tmp_path)
     pixels = splits.train[0][0].size
     with h5py.File(tmp_path / "arrays.h5") as file:
@@ -240,7 +240,7 @@ def test_a_dog_is_no_test_fish(splits):
 
 
 def test_options_beyond_the_data_are_misuse(splits, monkeypatch):
-    monkeypatch.setattr(trunks, "timed_features", None)  # refused before any are computed
+    monkeypatch.setattr(trunks, "timed_features", None)  # refused before any work
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
             fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)
@@ -304,7 +304,7 @@ def test_the_linear_svms_inner_products_are_the_kernel(images, labels):
 
 @pytest.mark.parametrize("t", [1e-3, 3.0])
 def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
-    """In the coefficients c of z = K c: mean softplus(t) + lambda/2 c' K c."""
+    """The risk in the coefficients c of z = K c: mean softplus(t) + lambda/2 c' K c."""
     model, distance = svm(images, labels, t)
     assert model.gradient_norm < 1e-10
     K, s = np.exp(-0.02 * distance[:N]), 2 * labels[0] - 1
@@ -352,7 +352,7 @@ def test_a_head_at_its_minimum_and_its_scores():
 
 
 def test_scores_are_what_happens(images, labels):
-    """Positive and of the right size: the SVM refitted without an image, at a mild temperature."""
+    """Compare sign and size with a refit without an image, at a mild temperature."""
     model, distance = svm(images, labels, 1.0, weight_decay=0.1)
     scores = model.scores(np.arange(M))
     keep = np.delete(np.arange(N), 4)

@@ -28,7 +28,7 @@ def record(splits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def closed_form(splits):
-    """(oracle on the training set left, its minimum, the child), found again without the module."""
+    """Return (oracle on the remaining training set, its minimum, the child), by other code."""
     x, y = splits.train
     age = splits.feature_names.index("age_[0-10)")
     stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
@@ -45,7 +45,7 @@ def test_every_claim_holds_that_is_judged_on_the_stand_in(record):
 
 
 def test_every_claim_has_its_metric_on_the_stand_in(record):
-    # DIED is a feature there too, so that smoke exercises every number of the real run.
+    # The stand-in has the feature DIED, so that smoke computes every number of the real run.
     assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
 
 
@@ -126,7 +126,7 @@ def test_figure(record, splits):
         np.testing.assert_allclose(widths, values[order])
         long = np.array(splits.feature_names)[order]
         assert names == [name.replace("_disposition_id", "") for name in long]
-        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's stands out
+        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's is highlighted
     (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
     np.testing.assert_allclose(refitted.get_xdata(), arrays["moved_actual"])
     for axis in figure.axes:

@@ -23,7 +23,7 @@ def _record(folder):
 
 def test_a_run_leaves_a_whole_record_and_its_figures(fake, capsys):
     assert main(["fake", "--preset", "paper"]) == 0
-    assert sorted(os.listdir("out/fake-paper")) == FILES  # and no checkpoints
+    assert sorted(os.listdir("out/fake-paper")) == FILES  # no checkpoints remain
     record = _record("out/fake-paper")
     assert record["experiment"] == "fake"
     assert record["preset"] == "paper"
@@ -49,7 +49,7 @@ def test_the_run_is_seeded_from_its_config_alone(fake):
     first, second = Path("first/fake-paper"), Path("second/fake-paper")
     for name in ("arrays.h5", "figure.png", "figure.pdf"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    expected = np.random.RandomState(3).rand(9)  # what keras.utils.set_random_seed seeds NumPy as
+    expected = np.random.RandomState(3).rand(9)  # NumPy's seed by keras.utils.set_random_seed
     np.testing.assert_array_equal(Record.load(first).arrays["values"], expected)
 
 
@@ -248,7 +248,7 @@ def test_out_that_cannot_be_written_to_is_misuse(fake, capsys):
     error = capsys.readouterr().err
     assert "--out must be a folder that can be written to" in error
     assert "--user $(id -u)" in error
-    assert fake.SEEN == []  # found out before the work
+    assert fake.SEEN == []  # refused before the work
 
 
 def test_help_shows_every_option_and_the_presets_defaults(fake, capsys):

@@ -1,4 +1,4 @@
-"""The stand-in for photographs of dogs and fish, and the smoke preset's head on it."""
+"""The stand-in for photographs of dogs and fish, and the smoke preset's head."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Poisons refitted by another route; how they rank, where they stand, how far they move."""
+"""Poisons against scikit-learn's refits; their ranking, their standing, their distances."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ SMOKE = fig5.PRESETS["smoke"]
 
 
 def refitted(x, y, weight_decay):
-    """scikit-learn's theta."""
+    """Fit by scikit-learn; return theta."""
     C = 1 / (len(y) * weight_decay)
     model = LogisticRegression(C=C, fit_intercept=False, tol=1e-10, max_iter=10_000)
     return model.fit(x, y).coef_[0]
@@ -26,7 +26,7 @@ def test_a_poison_does_what_is_said_of_it(head):
     rows, norms = attacks.ranked(head, test, 16)
     assert (np.diff(norms) <= 0).all() and len(set(rows)) == 16
     found = head.attacked(test, rows[:10], rule=Rule(max_steps=3, tries=0), flip_at=np.inf)
-    # From its pixels on: bytes as before, features as the trunk makes them, scikit-learn's weights.
+    # From the pixels: equal bytes, the trunk's features, scikit-learn's weights.
     levels = np.rint(127.5 * (found.inputs.astype(float) + 1))
     np.testing.assert_array_equal(levels, head.images[found.rows])
     x = np.array(head.train.x)
@@ -57,7 +57,7 @@ def test_standing(head):
     where = attacks.standing(head, found)
     np.testing.assert_array_equal(head.net.theta, before)
     assert where.shape == (1, 3, 2)
-    assert where[0, attacks.SIGNS.index("loss"), 0] == 0  # of the largest loss
+    assert where[0, attacks.SIGNS.index("loss"), 0] == 0  # its loss is the largest
     means = [head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)]
     far = [np.linalg.norm(x - means[y]) for x, y in zip(head.train.x, head.train.y, strict=True)]
     assert where[0, 2, 0] == np.sum(np.array(far) > far[row]) / len(far)

@@ -1,4 +1,4 @@
-"""Heads on features: the group of test images, standardised features, the choice of a head."""
+"""Heads on features: the group of test images, standardised features, the rule of choice."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_standardised_features_are_those_the_head_sees(splits):
 def test_who_is_wrong_before_is_not_in_the_group(head):
     points = heads.alike(SMOKE, head)
     x = np.array(head.test.x)
-    # Across the boundary by little: as near as it was, but wrong.
+    # Move it just across the boundary: as near as before, but wrong.
     theta = head.net.theta
     x[points[1]] -= (1 + 1e-3) * (x[points[1]] @ theta) / (theta @ theta) * theta
     wrong = dataclasses.replace(head, test=Examples(x, head.test.y))

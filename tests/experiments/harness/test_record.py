@@ -40,7 +40,7 @@ def test_round_trip(tmp_path):
     saved = _record()
     saved.save(tmp_path / "new" / "fig2-paper")
     loaded = Record.load(tmp_path / "new" / "fig2-paper")
-    assert loaded.metrics.pop("pearson") == 0.1 + 0.2  # to the last bit
+    assert loaded.metrics.pop("pearson") == 0.1 + 0.2  # equal to the last bit
     assert math.isnan(loaded.metrics.pop("absent"))
     assert loaded.metrics == {"count": 3.0}
     assert loaded.config == {"seed": 0, "damping": 0.01, "seeds": [0, 1], "rows": None}
@@ -68,7 +68,7 @@ def test_json_is_strict_and_says_null_for_nan(tmp_path):
 
 def test_same_record_same_bytes(tmp_path):
     _record().save(tmp_path / "first")
-    time.sleep(1.1)  # HDF5 would store whole seconds
+    time.sleep(1.1)  # HDF5 stores times in whole seconds
     _record().save(tmp_path / "second")
     for name in ("record.json", "arrays.h5"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
@@ -77,7 +77,7 @@ def test_same_record_same_bytes(tmp_path):
 def test_arrays_are_compressed(tmp_path):
     record = Record.of(metrics={}, arrays={"zeros": np.zeros(100_000)})
     record.save(tmp_path)
-    assert (tmp_path / "arrays.h5").stat().st_size < 20_000  # 800,000 bytes as they are
+    assert (tmp_path / "arrays.h5").stat().st_size < 20_000  # 800,000 bytes uncompressed
 
 
 def test_nothing_is_left_half_written(tmp_path):
@@ -143,7 +143,7 @@ def test_load_names_what_is_missing_or_broken(tmp_path):
         (0.9, None, 1e9, True),
         (0.9, 1.0, math.nan, False),
         (None, None, math.nan, False),
-        (0.9, None, math.inf, False),  # no number is no reproduction
+        (0.9, None, math.inf, False),  # an infinite value never holds
     ],
 )
 def test_claim_holds_within_its_band(low, high, value, holds):
@@ -216,7 +216,7 @@ def test_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("INFLUENCE_COMMIT", "built-from")
     assert commit(tmp_path) == "built-from"
     _git(tmp_path, "init", "-q")
-    assert commit(tmp_path) == "built-from"  # nothing committed yet
+    assert commit(tmp_path) == "built-from"  # no commit yet
     code = tmp_path / "influence"
     code.mkdir()
     (code / "net.py").write_text("a = 1\n")
@@ -226,7 +226,7 @@ def test_commit(tmp_path, monkeypatch):
     assert commit(tmp_path) == head
     (tmp_path / "notes.txt").write_text("no number depends on this")
     assert commit(tmp_path) == head
-    assert commit(code) == "built-from"  # a folder inside some other repository
+    assert commit(code) == "built-from"  # a folder inside another repository
     (code / "net.py").write_text("a = 2\n")
     assert commit(tmp_path) == f"{head}-dirty"
 

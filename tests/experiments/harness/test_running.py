@@ -1,4 +1,4 @@
-"""Checkpoints belong to the code of every folder, so that changed code never continues them."""
+"""Checkpoints belong to the code of every folder: changed code starts afresh."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Comparisons by hand: numbers, panels, and which rows and test points are looked at."""
+"""Comparisons against values by hand: numbers, panels, chosen rows and test points."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +21,7 @@ def test_agreement_with_values_by_hand():
     assert found["intercept"] == pytest.approx(0, abs=1e-15)
     assert found["pearson"] == pytest.approx(6 / np.sqrt(8 * 6))
     assert found["spearman"] == pytest.approx(np.sqrt(3) / 2)  # ranks 1.5, 1.5, 3 and 1, 2, 3
-    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 is of neither sign
+    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 has no sign
     assert found["largest_difference"] == 1
 
 
@@ -100,6 +100,8 @@ def test_with_others_draws_without_repetition():
     again = compare.with_others(7, np.arange(10), 4, seed=3)
     np.testing.assert_array_equal(again, compare.with_others(7, np.arange(10), 4, seed=3))
     assert (again != compare.with_others(7, np.arange(10), 4, seed=4)).any()
-    assert 50 in compare.with_others(50, np.arange(3), 2, seed=0)  # it need not be among them
+    assert 50 in compare.with_others(
+        50, np.arange(3), 2, seed=0
+    )  # the first need not be among the others
     with pytest.raises(ValueError, match="count must be at most 9, the other points, got 10"):
         compare.with_others(7, np.arange(10), 10, seed=0)

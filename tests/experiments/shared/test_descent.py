@@ -1,4 +1,4 @@
-"""Descents to local minima: of a network, from a saddle, and interrupted."""
+"""Descents to local minima: of a network, from a saddle, and after an interruption."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_ends_at_a_minimum_that_it_reports():
     assert found.gradient_norm[-1] == pytest.approx(net.gradient_norm(examples))
     values = np.linalg.eigvalsh(Hessian(net, examples).dense())
     assert found.smallest_eigenvalue[-1] == pytest.approx(values[0], abs=1e-9)
-    assert found.num_negative[0] > 0  # where it started there was negative curvature
+    assert found.num_negative[0] > 0  # negative curvature at the start
 
 
 def test_a_quadratic_takes_one_round():
@@ -79,11 +79,11 @@ def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(descent, "_round", lambda *a: (formed.append(0), _ROUND(*a)))
         found = descend(net, examples, checkpoints=tmp_path, **settings)
-    assert len(formed) == len(found.risk) - 1 - rounds  # what was kept is not done again
+    assert len(formed) == len(found.risk) - 1 - rounds  # stored rounds are not repeated
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(found.risk, expected.risk)
     net.theta = start
-    monkeypatch.setattr(descent, "Hessian", None)  # not even the last one
+    monkeypatch.setattr(descent, "Hessian", None)  # no Hessian is formed at all
     again = descend(net, examples, checkpoints=tmp_path, **settings)
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(again.risk, expected.risk)
@@ -126,7 +126,7 @@ def test_it_stops_where_a_round_does_nothing(monkeypatch):
 
 
 def test_the_last_steps_do_not_climb():
-    """From (0, 1.2) too small a curvature leads near the saddle: gradient .02, uphill."""
+    """From (0, 1.2), too small a curvature leads uphill to near the saddle: gradient .02."""
     net = Saddle()
     net.theta = np.array([0.0, 1.2])
     descent._polish(net, None, np.eye(2), np.sqrt([1.0, 0.528 / 1.18]), 1e-12)

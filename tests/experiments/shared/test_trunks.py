@@ -1,4 +1,4 @@
-"""Trunks: heads by name, all layers in one pass, features kept by content, what is missing."""
+"""Trunks: heads by name, layers in one pass, features stored by content, missing weights."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def x():
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """No weights on this machine, and no network."""
+    """Hide weights and network."""
     monkeypatch.setenv("INFLUENCE_OFFLINE", "1")
     monkeypatch.delenv("INFLUENCE_DATA", raising=False)
     monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
@@ -49,7 +49,7 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     first = ask(x)["small/relu1"]
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert [name[-9:] for name in kept] == ["00000.npz", "00002.npz", "00004.npz"]
-    # Interrupted after two of three blocks, the third alone is computed, and nothing changes.
+    # After an interruption, only the third of three blocks is computed; results are equal.
     (tmp_path / kept[2]).unlink()
     asked = []
     features = TopLayer.features
@@ -58,7 +58,7 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(ask(x)["small/relu1"], first)
     assert asked == [1]
-    # Other layers of the network are in the same files; other images are not.
+    # Other layers of the network share the files; other images do not.
     trunks.features(["small/relu2"], x, root=None, folder=tmp_path)
     assert asked == [1] and len(list(tmp_path.iterdir())) == 3
     other = x.copy()
@@ -81,7 +81,7 @@ def test_seconds_are_those_of_whenever_it_was(x, tmp_path, monkeypatch):
     features, seconds = ask()
     assert seconds == 3 * 5
     again, seconds = ask()
-    assert seconds == 3 * 5  # kept with them
+    assert seconds == 3 * 5  # stored with the features
     np.testing.assert_array_equal(again["small/relu1"], features["small/relu1"])
     path = min(tmp_path.iterdir())
     np.savez(path, **{key: value for key, value in np.load(path).items() if key != "seconds"})
@@ -126,7 +126,7 @@ def test_layers_that_are_none_are_misuse(monkeypatch):
     asked = []
     monkeypatch.setattr(trunks, "_built", lambda *a: asked.append(a) or built(*a))
     trunks.check(["small/relu1", "small/relu2"], None)
-    assert not asked  # of those that are asked about as a rule nothing need be built
+    assert not asked  # known layers need no network
     trunks.check(["small/conv1"], None)
     with pytest.raises(Misuse, match="layer_name must be a layer of 'small', .* got 'relu9'"):
         trunks.check(["small/relu1", "small/relu9"], None)
@@ -140,7 +140,7 @@ def test_layers_that_are_none_are_misuse(monkeypatch):
     ("head", "width"), [("mobilenet/conv_pw_13_relu", 768), ("inception/mixed8", 1280)]
 )
 def test_trained_networks_tell_dogs_from_fish(head, width):
-    """The nearer class mean is right, which with wrong weights or scaling it would not be."""
+    """Classify by the nearer class mean, which fails with wrong weights or scaling."""
     (x, y), _ = data.load("dogfish", REAL).train, None
     rows = np.concatenate([np.flatnonzero(y == c)[:12] for c in (0, 1)])
     phi = trunks.features([head], x[rows], root=REAL, folder=None)[head]
