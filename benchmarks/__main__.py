@@ -29,7 +29,7 @@ from benchmarks.problem import Problem
 from benchmarks.solves import OURS, PYDVL, Setting
 from benchmarks.table import PARTS
 from benchmarks.targets import judged
-from experiments.record import replacing, to_json
+from experiments.harness.record import replacing, to_json
 
 DATA, STAND_IN = "mnist", "digits"
 RESULTS, ELSEWHERE = Path("results/benchmarks"), Path("out/benchmarks")

@@ -31,8 +31,8 @@ def run(problem: Problem, *, point: int, depth: int, repeats: int) -> dict[str, 
     solution = Influence(net, train, solver=solver).s_test(test)
     seconds = time.perf_counter() - begun
     exact = Influence(net, train, solver=CG(_EXACT))
-    rows = np.arange(len(train))
-    scores = exact._changes(np.column_stack([solution.x, exact.s_test(test).x]), rows)
+    both = np.column_stack([solution.x, exact.s_test(test).x])
+    scores = exact.inverse.along(both, train)
     return {
         "point": point,
         "scale": SCALE,

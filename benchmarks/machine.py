@@ -12,7 +12,7 @@ from typing import Any
 import threadpoolctl
 
 from benchmarks.clock import watched
-from experiments.record import commit
+from experiments.harness.record import commit
 
 QUIET = 0.3  # cores that others may use
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks import cnn
-from experiments.record import Claim
+from experiments.harness.record import Claim
 
 TARGETS = (
     Claim("block_fraction_closed_form", None, 0.35, None),

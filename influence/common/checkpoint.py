@@ -6,11 +6,25 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray]
+
+
+def identity(net: Any, examples: Any, *more: Any) -> str:
+    """Return a short name that changes with the net, with the examples or with `more`.
+
+    The net is identified by its class, its variables and its answers for a few examples: the names
+    and numbers that Keras gives to layers do not count.
+    """
+    few = examples.take(slice(0, 8))
+    variables = [variable.numpy() for variable in net.model.variables]
+    answers = net.theta, net.losses(few.x, few.y), net.penalty(), net.penalty_gradient()
+    return joblib.hash((type(net).__name__, variables, answers, examples.fingerprint, more))[:16]
 
 
 def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:

@@ -7,12 +7,11 @@ import zlib
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.common.checkpoint import check_folder, kept
+from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian
@@ -101,7 +100,8 @@ class Curvature(LinearOperator):
         self.check_theta()
         path = None
         if self.checkpoints is not None:
-            path = self.checkpoints / f"{type(self).__name__.lower()}-{self._identity()}.npz"
+            name = f"{type(self).__name__.lower()}-{identity(self.net, self.examples)}.npz"
+            path = self.checkpoints / name
         matrix = kept(path, lambda: {"matrix": self._formed()})["matrix"]
         matrix[np.diag_indices_from(matrix)] += self.damping
         return matrix
@@ -116,16 +116,6 @@ class Curvature(LinearOperator):
             units = np.eye(d, size, k=-start, dtype=self.dtype)
             matrix[:, start : start + size] = self._undamped(units)
         return symmetrised(matrix)
-
-    def _identity(self) -> str:
-        """Return a hash of what determines the undamped matrix: data, weights, model's answers."""
-        net, few = self.net, self.examples.take(slice(0, 8))
-        parts = (
-            type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
-            net.losses(few.x, few.y), net.penalty(), net.penalty_gradient(),
-            self.examples.fingerprint,
-        )  # fmt: skip
-        return joblib.hash(parts)[:16]
 
     def same_as(self, other: Any) -> bool:
         """Return True if `other` has the same kind, net, examples, damping and theta."""

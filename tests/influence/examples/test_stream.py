@@ -7,7 +7,17 @@ import pytest
 import scipy.sparse
 import tensorflow as tf
 
-from influence import CG, Direct, Examples, GaussNewton, Hessian, Influence, LiSSA, leave_one_out
+from influence import (
+    CG,
+    Direct,
+    Examples,
+    GaussNewton,
+    Hessian,
+    Influence,
+    LiSSA,
+    RefitOptions,
+    leave_one_out,
+)
 from influence.examples.stream import Stream
 from influence.models.hinge import SmoothHinge
 from influence.scores.datainf import datainf
@@ -224,9 +234,9 @@ def test_fits_and_refits_have_the_answer_of_the_arrays():
         def fit(net, examples):
             net.fit(examples, gradient_tolerance=1e-9)
 
-        options = {"method": method, "fit": None if p.net.convex else fit}
-        got = leave_one_out(p.net, train, as_stream(p.test), [3, 30], **options)
-        expected = leave_one_out(p.net, p.train, p.test, [3, 30], **options)
+        options = RefitOptions(method=method, fit=None if p.net.convex else fit)
+        got = leave_one_out(p.net, train, as_stream(p.test), [3, 30], options)
+        expected = leave_one_out(p.net, p.train, p.test, [3, 30], options)
         np.testing.assert_array_equal(got[:], expected[:])
 
 

@@ -260,7 +260,9 @@ def test_bad_measurements_are_refused_before_any_work(
 ):
     p = problems["softmax"]
     influence = Influence(p.net, p.train)
-    monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(
+        "influence.scores.inverse.Inverse.solve", lambda *_: pytest.fail("the work had begun")
+    )
     for question in (
         lambda: influence.scores(p.test, measurement=measurement),
         lambda: influence.adding(p.test, p.test, measurement=measurement),
