@@ -25,7 +25,7 @@ from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.models.adam import Moments, batch_rows
+from influence.minimisers.adam import Moments, batch_rows
 from influence.net.net import GenericNeuralNet
 from influence.truth import runs
 from influence.truth.runs import Groups, Task
@@ -89,8 +89,8 @@ def continued_training(
       steps: of Adam (Kingma & Ba 2015) from here.
       rate: its learning rate.
       moments: Adam's state here: `AllCNN.moments` after its fit, or
-        `influence.models.adam.Moments(steps, first, second)`, the steps taken and the (d,) running
-        means of the gradients and of their squares; None starts it from zero.
+        `influence.minimisers.adam.Moments(steps, first, second)`, the steps taken and the (d,)
+        running means of the gradients and of their squares; None starts it from zero.
       batch_size: rows a step, at least 3.
       seed: of the order of the rows.
       block: trainings side by side. Part of the checkpoints' identity.
@@ -115,7 +115,7 @@ def continued_training(
             f"batch_size must be at least 3: two of its rows may be the removed one, got "
             f"{batch_size}."
         )
-    moments = Moments.none(net) if moments is None else moments
+    moments = Moments.none(net.num_parameters, net.dtype) if moments is None else moments
     if np.shape(moments.first) != (net.num_parameters,):
         raise ValueError(
             f"moments must be of {net.num_parameters} parameters, got {np.shape(moments.first)}."
