@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from influence.curvature import jacobian
 from influence.curvature.jacobian import Jacobian
 from influence.curvature.layers import Affine, AffineLayers
+from influence.examples.examples import Examples
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
@@ -204,7 +205,33 @@ class Chain:
 _KNOWN: WeakKeyDictionary[FlatModel, Chain] = WeakKeyDictionary()
 
 
-def hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+def chain_hessian(
+    net: GenericNeuralNet, examples: Examples, batch_size: int | None = None
+) -> NDArray | None:
+    """The Hessian (d, d) of the mean loss, without the penalty, if a chain is the faster way.
+
+    Args:
+      net: the net.
+      examples: the training set.
+      batch_size: rows at a time at most.
+
+    Returns: the matrix; None for a net that is no chain, or whose products take less time.
+    """
+    row = net.flat.inputs(examples.take([0]).x)
+    chain = Chain.of(net.flat, row)
+    if chain is None or not chain.beats_products(row):
+        return None
+    size = min(batch_size or len(examples), chain.rows_per_batch(row))
+    matrix = np.zeros((net.num_parameters, net.num_parameters))  # float32 sums in float64
+    parts = examples.map_over(_hessian_sum, net, batch_size=size, what="forming the matrix")
+    for part in parts:
+        matrix += part
+        del part  # not beside the next batch's
+    matrix /= len(examples)
+    return matrix.astype(net.dtype, copy=False)
+
+
+def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
     """Sum of the Hessians (d, d) of a batch's losses, of a net that is a chain: a question."""
     if net.flat not in _KNOWN:
         chain = Chain.of(net.flat, net.flat.inputs(x))

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.checkpoint import check_folder, kept
 from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
-from influence.curvature.chain import Chain, hessian_sum
+from influence.curvature.chain import chain_hessian
 from influence.curvature.layers import affine_layers
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet, checked
@@ -195,19 +195,9 @@ class Hessian(Curvature):
         closed_form = self.net.hessian(self.examples, self.batch_size)
         if closed_form is not None:
             return symmetrised(closed_form)
-        row = self.net.flat.inputs(self.examples.take([0]).x)
-        chain = Chain.of(self.net.flat, row)
-        if chain is None or not chain.beats_products(row):
+        matrix = chain_hessian(self.net, self.examples, self.batch_size)
+        if matrix is None:
             return super()._formed()
-        size = min(self.batch_size or len(self.examples), chain.rows_per_batch(row))
-        matrix = np.zeros(self.shape)  # sums of float32 products in float64
-        blocks = self.examples.map_over(
-            hessian_sum, self.net, batch_size=size, what="forming the matrix"
-        )
-        for part in blocks:
-            matrix += part
-            del part  # not beside the next batch's
-        matrix = (matrix / len(self.examples)).astype(self.dtype, copy=False)
         self._add_penalty(matrix)
         return symmetrised(matrix)
 

@@ -204,7 +204,7 @@ def test_the_dense_gauss_newton_matrix_comes_from_the_roots(batch_size, monkeypa
     A = GaussNewton(net, Examples(x, y), 0.3, batch_size=batch_size)
     products = A @ np.eye(d)
     with monkeypatch.context() as patch:
-        patch.setattr(GaussNewton, "_product", None)  # it would be an error to get there
+        patch.setattr(GaussNewton, "_undamped", None)  # it would be an error to get there
         ours = A.dense()
     assert relative_error(ours, products) < 1e-12
     np.testing.assert_array_equal(ours, ours.T)

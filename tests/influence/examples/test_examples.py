@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import pickle
 import tracemalloc
@@ -153,6 +154,101 @@ def test_one_batch_by_default_and_a_row_may_be_taken_twice():
     assert x.shape == (6, 2) and y.shape == (6,)
     assert Examples(X, Y).take([2, 2]).y.tolist() == [2, 2]
     assert Examples(X, Y).take(slice(1, 3)).y.tolist() == [1, 2]
+
+
+# --- the verbs ----------------------------------------------------------------------------------
+
+
+class _Flat:
+    """What the cache knows a net by."""
+
+
+class _Net:
+    """What the verbs ask of a net; theta scales its answers, and its memo counts for itself."""
+
+    theta, memo = np.array([2.0]), None
+
+    def __init__(self):
+        self.flat, self.widths = _Flat(), []
+
+    def rows_per_batch(self, examples, num_vectors):
+        self.widths.append(num_vectors)
+        return 4
+
+    def remembering(self, memo):
+        view = copy.copy(self)
+        view.memo = memo
+        return view
+
+
+def _scaled(net, theta, x, y):
+    return (net.theta if theta is None else theta)[0] * x[:, 0]
+
+
+def _sums(net, theta, x, y):
+    return x.sum(axis=0), len(y)
+
+
+class _Counting:
+    """Asks for the rows' squares once for each theta and batch."""
+
+    num_vectors, keeps = 3, True
+
+    def __init__(self):
+        self.computed = 0
+
+    def __call__(self, net, theta, x, y):
+        if net.memo is None or "squares" not in net.memo:
+            self.computed += 1
+            squares = _scaled(net, theta, x, y) ** 2
+            if net.memo is None:
+                return squares
+            net.memo["squares"] = squares
+        return net.memo["squares"]
+
+
+@pytest.mark.parametrize("held", [X, scipy.sparse.csr_matrix(X)])
+def test_sum_over_adds_up_batches_in_order(held):
+    net = _Net()
+    total, count = Examples(held, Y).sum_over(_sums, net)
+    np.testing.assert_allclose(np.ravel(total), X.sum(axis=0), rtol=1e-15)
+    assert count == len(Y) and net.widths == [1]
+    assert Examples(X, Y).sum_over(lambda net, theta, x, y: len(y), net, batch_size=1) == len(Y)
+
+
+def test_each_row_answers_in_the_order_of_the_rows():
+    examples, net = Examples(X, Y), _Net()
+    np.testing.assert_array_equal(examples.each_row(_scaled, net), 2 * X[:, 0])
+    np.testing.assert_array_equal(examples.each_row(_scaled, net, np.array([3.0])), 3 * X[:, 0])
+    for rows in ([5, 0, 3], [1, 2], [4]):
+        got = examples.each_row(_scaled, net, rows=rows, batch_size=2)
+        np.testing.assert_array_equal(got, 2 * X[rows, 0])
+    blocks = list(examples.map_over(_scaled, net, rows=[0, 2, 5], batch_size=2, what="rows"))
+    assert [len(block) for block in blocks] == [2, 1]
+
+
+def test_what_a_question_keeps_is_computed_once_for_each_theta_and_batch():
+    examples, net, question = Examples(X, Y), _Net(), _Counting()
+    expected = (2 * X[:, 0]) ** 2
+    for _ in range(3):
+        np.testing.assert_array_equal(examples.each_row(question, net), expected)
+    assert question.computed == 2  # two batches of four rows at most
+    np.testing.assert_array_equal(examples.each_row(question, net, np.array([1.0])), expected / 4)
+    assert question.computed == 4
+    examples.each_row(question, net)  # of one theta at a time
+    assert question.computed == 6
+    examples.each_row(question, net, rows=[1, 2])  # of all rows only
+    examples.each_row(question, _Net())  # of another net
+    assert question.computed == 9
+    assert "_cached" not in vars(pickle.loads(pickle.dumps(examples)))
+
+
+def test_a_cache_above_its_budget_is_given_up(monkeypatch):
+    monkeypatch.setattr("influence.examples.examples.CACHE", 8 * 3)
+    examples, net, question = Examples(X, Y), _Net(), _Counting()
+    for _ in range(2):
+        np.testing.assert_array_equal(examples.each_row(question, net), (2 * X[:, 0]) ** 2)
+    assert question.computed == 4
 
 
 # --- what is refused --------------------------------------------------------------------------

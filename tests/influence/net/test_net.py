@@ -355,6 +355,33 @@ def test_bregman_gradient_against_differences_of_the_divergence(kind):
     assert relative_error(near, net.gauss_newton_product(x, y, V)) < 1e-4
 
 
+def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
+    net, examples, *_, V = tanh
+    x, y, before, there = examples.x, examples.y, net.theta, net.theta + V[:, 0]
+    asked = {
+        name: lambda n, name=name: getattr(n, name)(x, y, V)
+        for name in ("losses", "gradient", "hvp", "gauss_newton_product", "directional")
+    }
+    asked["risk"] = lambda n: n.risk(examples)
+    asked["gradients"] = lambda n: n.gradients(x, y)
+    asked["outputs"] = lambda n: n.outputs(x)
+    asked["penalty"] = lambda n: n.penalty_gradient()
+    at = {name: question(net.at(there)) for name, question in asked.items()}
+    np.testing.assert_array_equal(net.at(there).theta, there)
+    np.testing.assert_array_equal(net.theta, before)
+    assert net.at(None) is net
+    with pytest.raises(AttributeError, match="theta of a view that net.at.theta. made is fixed"):
+        net.at(there).theta = before
+    with pytest.raises(ValueError, match="theta must have shape"):
+        net.at(there[1:])
+    try:
+        net.theta = there
+        for name, question in asked.items():
+            np.testing.assert_array_equal(at[name], question(net), err_msg=name)
+    finally:
+        net.theta = before
+
+
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
     """A second trace would make the last bits of a number depend on what was asked before it."""
     net, examples = tanh_net()
