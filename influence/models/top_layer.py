@@ -155,6 +155,14 @@ class TopLayer(BinaryLogisticRegression):
         self._check_shape(x)
         return self._trunk.pullback(x, y, v, self.theta)
 
+    def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """See GenericNeuralNet.curvatures."""
+        return super().curvatures(self.design.as_dtype(x), y, v)
+
+    def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """See GenericNeuralNet.curvature_gradient."""
+        return super().curvature_gradient(self.design.as_dtype(x), y, v)
+
     def validate(self, examples: Examples, name: str) -> None:
         """See GenericNeuralNet.validate; images are refused, as only their features are rows."""
         if isinstance(examples, Examples):
