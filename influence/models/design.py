@@ -78,7 +78,8 @@ class Design:
 
     def times(self, x: Any, thetas: NDArray) -> NDArray:
         """Return the outputs (n, c, k) of inputs x (n, f) at parameters (d,) or (d, k)."""
-        W = np.reshape(thetas, (-1, self.num_outputs * (thetas.size // self.num_parameters)))
+        # A strided W, of one column of a block, would go without BLAS.
+        W = np.ascontiguousarray(thetas).reshape(-1, self.num_outputs * thetas[0].size)
         Z = self.as_dtype(x) @ W[: self.num_features]
         if self.intercept:
             Z += W[self.num_features]

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import warn_unconverged
+from influence.common.memory import ACTIVATIONS, VECTORS, fitting
 from influence.examples.examples import Examples, check_differentiable
 from influence.models import leverage, newton
 from influence.models.design import Design, Link
 from influence.net.net import GenericNeuralNet
 
-_BLOCK_NUMBERS = 1 << 21  # entries of one batch's (rows, c, m) block: about the size of a cache
-_BATCH_BYTES = 1 << 30  # what a batch of inputs may take
-_GRADIENT_BYTES = 1 << 26  # what its gradients may, where `directional` forms them
+# Entries of one batch's (rows, c, m) block: about the size of a processor's cache.
+_BLOCK_NUMBERS = 1 << 21
 
 
 class LinearModel(GenericNeuralNet):
@@ -188,14 +188,11 @@ class LinearModel(GenericNeuralNet):
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
         """See GenericNeuralNet.rows_per_batch: blocks that stay in the cache are fastest."""
+        n = len(examples)
         if dtype is not None and np.dtype(dtype) != self.dtype:
-            of_row = self.num_parameters * np.dtype(dtype).itemsize
-            return int(np.clip(_GRADIENT_BYTES // of_row, 1, len(examples)))
-        width = max(self.num_outputs * num_vectors, 1)
-        of_row = examples.num_entries * self.dtype.itemsize / len(examples)
-        fits = max(_BATCH_BYTES // max(of_row, 1), 1)
-        size = np.clip(_BLOCK_NUMBERS // width, min(256, len(examples)), len(examples))
-        return int(min(size, fits))
+            return fitting(VECTORS, self.num_parameters * np.dtype(dtype).itemsize, n)
+        size = np.clip(_BLOCK_NUMBERS // max(self.num_outputs * num_vectors, 1), min(256, n), n)
+        return fitting(ACTIVATIONS, examples.num_entries * self.dtype.itemsize / n, int(size))
 
     # --- fitting and oracles --------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from influence import (
     Hessian,
     MulticlassLogisticRegression,
 )
+from influence.models.design import Design
+from influence.net.questions import PerRow, Total
 from tests import oracles
 from tests.influence.problems import logistic, relative_error
 
@@ -129,6 +131,29 @@ def test_closed_forms_are_the_tapes_answers(case):
         closed = getattr(net, question)(x, y, thetas)
         taped = getattr(GenericNeuralNet, question)(net, x, y, thetas)
         assert relative_error(closed, taped) < tolerance
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_cached_for_a_theta_and_change_no_bit(kind, form, monkeypatch):
+    p = logistic(kind, 70)
+    net, examples = p.net, Examples(FORMATS[form](p.train.x), p.train.y)
+    rng = np.random.default_rng(2)
+    V, other = rng.standard_normal((net.num_parameters, 2)), p.theta + 1
+    asked, times = [], Design.times
+    monkeypatch.setattr(
+        Design, "times", lambda *arguments: asked.append(arguments) or times(*arguments)
+    )
+    for theta in (None, other, None):
+        view = net.at(theta)
+        for method in ("hvp", "directional", "gauss_newton_product", "bregman_gradient"):
+            ask = examples.each_row if method == "directional" else examples.sum_over
+            question = (PerRow if method == "directional" else Total)(method, V)
+            expected = question(view, None, examples.x, examples.y)  # without a cache
+            asked.clear()
+            np.testing.assert_array_equal(ask(question, net, theta), expected)
+            assert len(asked) == (2 if method == "hvp" else 1)  # X theta only the first time
+            np.testing.assert_array_equal(ask(question, net, theta), expected)
 
 
 def test_the_dense_hessian_is_the_operators(case):
