@@ -1,8 +1,8 @@
-"""How fast: against the machine's own limit, and against peers. `python -m benchmarks --help`."""
+"""Speed, compared with the machine's own limit and with peers. `python -m benchmarks --help`."""
 
 import importlib.util
 
 from experiments import import_tensorflow
 
-if importlib.util.find_spec("tensorflow"):  # the peers' environment has none
+if importlib.util.find_spec("tensorflow"):  # the peers' environment has no TensorFlow
     import_tensorflow()

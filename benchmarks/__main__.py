@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: time everything, hold it against the targets, write JSON and a table."""
+"""`python -m benchmarks`: time all parts, compare with the targets, write JSON and a table."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ from benchmarks.problem import Problem
 from benchmarks.solves import OURS, PYDVL, Setting
 from benchmarks.table import PARTS
 from benchmarks.targets import judged
-from experiments.record import replacing, to_json
+from experiments.harness.record import replacing, to_json
 
 DATA, STAND_IN = "mnist", "digits"
 RESULTS, ELSEWHERE = Path("results/benchmarks"), Path("out/benchmarks")
@@ -38,12 +38,12 @@ RECORD, TABLE, CHECKPOINTS = "benchmarks.json", "README.md", "checkpoints"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each."""
+    """The size of each measurement."""
 
     num_vectors: int = 50
     """Hessian products in one block, and test points scored together"""
     rounds: int = 7
-    """of every time but the solves'"""
+    """rounds of every time except the solves'"""
     square: int = 4000
     """size of the matrices whose product gives the machine's rate"""
     num_tests: int = 10_000
@@ -61,17 +61,17 @@ class Sizes:
         Setting(PYDVL, "block", "float32", 100, 100),
         Setting(PYDVL, "one by one", "float64", 100, 100),
     )
-    """ways to solve; pyDVL's default is one by one, `block` its option solve_simultaneously, which
-    its Nystroem preconditioner makes no faster here. In float32 neither library reaches 1e-5 for
-    all points, whatever it is asked for"""
+    """ways to solve. pyDVL's default is one by one; `block` is its option solve_simultaneously,
+    which its Nystroem preconditioner does not accelerate here. In float32 neither library reaches
+    1e-5 for all points, with any tolerance"""
     lissa: tuple[int, int, int] = (8, 5000, 10)
-    """test point, depth and repeats: the paper's"""
+    """the paper's test point, depth and repeats"""
     network: Network = Network()
-    """the paper's, trained for 20,000 steps in place of its 500,000"""
+    """the paper's network, trained for 20,000 steps instead of 500,000"""
     peers: tuple[tuple[str, float], ...] = (("digits", 45), ("mnist", 45))
-    """problems on which every solver of every peer runs, and seconds for each process, at most"""
+    """problems on which every solver of every peer runs, and the seconds allowed for a process"""
     peers_points: int = 10
-    """test points there"""
+    """test points of these problems"""
 
 
 SMOKE = Sizes(
@@ -90,14 +90,14 @@ SMOKE = Sizes(
     ),
     peers=(),
 )
-ON_STAND_IN = replace(Sizes(), network=SMOKE.network)  # whose images are smaller
+ON_STAND_IN = replace(Sizes(), network=SMOKE.network)  # the stand-in's images are smaller
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command line.
 
     Args:
-      arguments: the words after `python -m benchmarks`; sys.argv's where omitted.
+      arguments: the words after `python -m benchmarks`; sys.argv's if omitted.
     Returns: 0 if every target is met or, on stand-in data, not judged; 1 if one is missed; 2 on
       misuse.
     """
@@ -107,15 +107,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART",
+    add(
+        "parts",
+        nargs="*",
+        metavar="PART",
         help=f"{', '.join(PARTS)}; default all. Some take their place among the results that are "
-        "there, of the same machine and data")  # fmt: skip
+        "there, of the same machine and data",
+    )
     add("--smoke", action="store_true", help="a few seconds, on the digits")
     add("--data-dir", type=Path, metavar="DIR", help="where to look for MNIST first")
-    add("--out", type=Path, metavar="DIR",
-        help=f"default {RESULTS}, or {ELSEWHERE} for what is not MNIST")  # fmt: skip
-    add("--wait", type=float, default=3, metavar="MINUTES",
-        help="how long to wait for a quiet machine, at most; default 3")  # fmt: skip
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"default {RESULTS}, or {ELSEWHERE} for what is not MNIST",
+    )
+    add(
+        "--wait",
+        type=float,
+        default=3,
+        metavar="MINUTES",
+        help="how long to wait for a quiet machine, at most; default 3",
+    )
     options = parser.parse_args(arguments)
     if options.data_dir is not None and not options.data_dir.is_dir():
         parser.error(f"--data-dir must be a folder, there is none at {options.data_dir}.")
@@ -156,15 +169,15 @@ def run(
     parts: Sequence[str] = PARTS,
     checkpoints: Path | None = None,
 ) -> dict[str, Any]:
-    """Some parts, or everything, as it goes into the JSON file, but for the targets.
+    """Run some or all parts; return the contents of the JSON file, without the targets.
 
     Args:
       p: the problem.
-      data_dir: where to look first for the data of other problems.
-      sizes: how much of each.
-      wait: minutes to wait for a quiet machine, at most.
+      data_dir: the folder to search first for the data of other problems.
+      sizes: the size of each measurement.
+      wait: the longest time to wait for a quiet machine, minutes.
       parts: some of PARTS.
-      checkpoints: a folder for what takes long to train, or None.
+      checkpoints: a folder for trained networks, or None.
     """
     about, before = _about(p), machine.wait_until_quiet(wait)
     tasks = {
@@ -188,16 +201,16 @@ def run(
             result[part] = tasks[part]()
         run_of = {"commit": about["machine"]["commit"], "quiet": before["quiet"]}
         result[part] |= {"watched": seen, "run": run_of}
-    # What is read back later is what the table is made from now.
+    # The table is made from the same values that are read back later.
     return json.loads(to_json(result))
 
 
 def merged(there: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Results with some parts anew, judged as a whole.
+    """Merge new parts into earlier results, and judge all of them.
 
     Args:
-      there: what has been measured before, or nothing.
-      result: what `run` returned.
+      there: earlier results, or an empty dict.
+      result: the result of `run`.
     """
     whole = there | result
     return whole | {"targets": judged(whole)}
@@ -209,7 +222,7 @@ def _loaded(name: str, data_dir: Path | None) -> Problem:
 
 
 def _about(p: Problem) -> dict[str, Any]:
-    """Where, and on what."""
+    """Collect the facts about the machine and the data."""
     return {
         "machine": machine.facts(),
         "data": {"name": p.name, "stand_in": p.stand_in, "sha256": p.sha256},
@@ -222,12 +235,12 @@ def _there(record: Path) -> dict[str, Any]:
 
 
 def _comparable(facts: dict[str, Any]) -> dict[str, Any]:
-    """All but the commit, which every part has its own of."""
+    """Drop the commit, which differs between parts."""
     return json.loads(to_json({key: value for key, value in facts.items() if key != "commit"}))
 
 
 def _peers(p: Problem, data_dir: Path | None, sizes: Sizes) -> dict[str, Any]:
-    """On the problem at hand and on those that are always there, each once."""
+    """Run the peers once on the given problem and once on the stand-in."""
     found = []
     for name, patience in sizes.peers:
         if name in (p.name, STAND_IN):
@@ -238,7 +251,7 @@ def _peers(p: Problem, data_dir: Path | None, sizes: Sizes) -> dict[str, Any]:
 
 
 def _any_s_test(p: Problem, num_points: int) -> np.ndarray:
-    """Test gradients stand for s_test: the time of the scores does not depend on their values."""
+    """Return test gradients in place of s_test: the scores' time does not depend on its values."""
     test = p.test["float64"].take(slice(0, num_points))
     return p.closed_form("float64").gradients(test.x, test.y).T
 

@@ -1,4 +1,4 @@
-"""Every score of a training set on a test set, in a file: seconds of each stage, and how right."""
+"""Every score of a training set on a test set, in a file: seconds of each stage, and the error."""
 
 import tempfile
 import time
@@ -17,26 +17,26 @@ from influence.scores import file as score_file
 
 _DTYPE = "float32"
 _SEED = 0
-_SAMPLE = 20  # test points and rows whose scores are computed once more, in float64
-_ROUNDS = 3  # of the machine's rate, before and after
+_SAMPLE = 20  # test points and rows whose scores are recomputed in float64
+_ROUNDS = 3  # measurements of the machine's rate, before and after
 
 
 def run(problem: Problem, *, num_tests: int, square: int) -> dict[str, Any]:
     """Time `Influence.write_scores` after `Direct`: float32 scores from float64 solves.
 
-    The multiplication is counted as 2 n d m operations in its stage's seconds, with the rows'
-    gradients formed and the table written in them, against square float32 products of this process
-    before and after.
+    The multiplication counts as 2 n d m operations. The seconds of its stage include forming the
+    rows' gradients and writing the table. Its rate is compared with square float32 products in this
+    process, before and after.
 
     Args:
       problem: the model and its data.
-      num_tests: m test points, or all there are.
+      num_tests: m test points, or all if there are fewer.
       square: size of the square matrices whose product gives the machine's rate.
 
     Returns: `num_tests`; `seconds` of `prepare`, `solve`, `multiply`, `other` and `all`;
       `megabytes` of the file; `multiply_gflops`, `machine_gflops` and their ratio
-      `fraction_of_machine`; `largest_residual` of the solves and whether all `converged`;
-      `rounding_error` as the file has it; and `largest_error` of a sample against
+      `fraction_of_machine`; `largest_residual` of the solves; `converged`, True if all did;
+      `rounding_error` from the file; and `largest_error` of a sample compared with
       `Influence.scores`, relative to its largest score.
     """
     net, train = problem.closed_form("float64"), problem.train["float64"]
@@ -69,7 +69,7 @@ def run(problem: Problem, *, num_tests: int, square: int) -> dict[str, Any]:
 
 
 def _facts(path: Path, influence: Influence, test: Any) -> dict[str, Any]:
-    """What the file says of itself, and a sample of it against scores in float64."""
+    """Read the file's own facts, and compare a sample of it with scores in float64."""
     rng = np.random.default_rng(_SEED)
     tests, rows = (
         np.sort(rng.choice(size, min(_SAMPLE, size), replace=False))
@@ -88,7 +88,7 @@ def _facts(path: Path, influence: Influence, test: Any) -> dict[str, Any]:
 
 
 def _gflops(square: int) -> float:
-    """The machine's best rate of square float32 products, GFLOP/s."""
+    """Measure the machine's best rate of square float32 products, GFLOP/s."""
     S, T = np.random.default_rng(_SEED).standard_normal((2, square, square)).astype(_DTYPE)
     np.matmul(S, T)
     best = np.inf
@@ -108,7 +108,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def _stages(seconds: dict[str, float]) -> Iterator[None]:
-    """Time the stages that `write_scores` goes through, which it keeps to itself."""
+    """Time the private stages of `write_scores`."""
 
     def timed(stage: Callable, name: str) -> Callable:
         def watched(*args: Any) -> None:

@@ -1,6 +1,6 @@
-"""What every solving process does, ours and a peer's: read the problem, solve, time, say what with.
+"""The common work of every solving process, ours or a peer's: read the problem, solve, report.
 
-Imported in both environments: only NumPy and the standard library here.
+Both environments import this file, so it imports only NumPy and the standard library.
 """
 
 import argparse
@@ -23,14 +23,14 @@ Solve = Callable[[], tuple[NDArray, dict[str, Any]]]
 
 
 def main(made_ready: Callable[[Arrays, dict[str, Any]], Solve]) -> None:
-    """Solve the problem in the folder named on the command line and leave the answer beside it.
+    """Solve the problem in the folder named on the command line and write the answer there.
 
-    Timed is what a user waits for with the data in memory: building the influence object, test
-    gradients, solving. Imports, reading and converting arrays are not.
+    The time includes all that a user waits for with the data in memory: building the influence
+    object, test gradients, solving. It excludes imports, reading and converting arrays.
 
     Args:
-      made_ready: (arrays, setting) -> the call to be timed, which returns (d, m) and what else is
-        to be reported. Arrays are x, y, x_test, y_test, in the setting's dtype, and theta (f, c).
+      made_ready: (arrays, setting) -> the call to be timed, which returns (d, m) and more facts for
+        the report. Arrays are x, y, x_test, y_test, in the setting's dtype, and theta (f, c).
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("folder", type=Path)
@@ -64,7 +64,7 @@ def _rss_mb() -> int | None:
 
 
 def _peak_rss_mb() -> int:
-    # ru_maxrss starts from what the parent process had when it made this one; VmHWM does not.
+    # ru_maxrss starts from the parent's memory when it created this process; VmHWM does not.
     peak = _status("VmHWM:")
     if peak is not None:
         return peak

@@ -1,4 +1,4 @@
-"""Times that can be compared: taken in turns, in one process, with the neighbours watched."""
+"""Comparable times: measured in turns, in one process, with the load of other processes."""
 
 import os
 import resource
@@ -11,17 +11,18 @@ from statistics import median
 from typing import Any
 
 _STAT = Path("/proc/stat")
-_BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; not idle and iowait
+# Fields user, nice, system, irq, softirq and steal; idle and iowait are not busy.
+_BUSY = (0, 1, 2, 5, 6, 7)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one task took, in seconds.
+    """The time of one task, in seconds.
 
     Attributes:
-      best: the least of all rounds, which others on the machine disturb least.
-      median: of all rounds; far from `best`, it says that the rounds were disturbed.
-      rounds: how many.
+      best: the shortest of all rounds, which other processes disturb least.
+      median: the median of all rounds; if it is far above `best`, the rounds were disturbed.
+      rounds: the number of rounds.
     """
 
     best: float
@@ -30,11 +31,11 @@ class Timing:
 
 
 def in_turns(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time tasks one after the other, round after round, so that they see the same machine.
+    """Time tasks one after the other, round after round, under the same load.
 
     Args:
-      tasks: what to time, by name. Each is called once more, before, to warm up.
-      rounds: at least 1.
+      tasks: the tasks by name. Each is called once before, to warm up.
+      rounds: number of rounds, at least 1.
 
     Returns: a Timing for each task.
     Raises: ValueError for less than one round.
@@ -54,11 +55,11 @@ def in_turns(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, T
 
 @contextmanager
 def watched() -> Iterator[dict[str, Any]]:
-    """Say how busy others kept the machine during a block.
+    """Measure the load by other processes during a block.
 
     Yields: a dict to which the end of the block adds `seconds`, `load_average` (one minute) and
-      `cores_used_by_others`: processor time that neither this process nor its finished children
-      took, over the time passed; None where the system does not tell.
+      `cores_used_by_others`: the processor time not used by this process or its finished children,
+      divided by the elapsed time; None if unknown on this system.
     """
     facts: dict[str, Any] = {}
     begun, busy, own = time.perf_counter(), _busy(), _own()
@@ -76,7 +77,7 @@ def watched() -> Iterator[dict[str, Any]]:
 
 
 def _busy() -> float | None:
-    """Seconds that all cores together have worked since the machine started."""
+    """Read the busy seconds of all cores together since the machine started."""
     try:
         ticks = [int(word) for word in _STAT.read_text().split("\n", 1)[0].split()[1:]]
     except OSError:

@@ -1,6 +1,7 @@
-"""s_test of the paper's convolutional network, by every way that reaches it: seconds, residual.
+"""s_test of the paper's convolutional network, by every method that reaches it: seconds, residual.
 
-Its Hessian has negative eigenvalues, the smallest about -0.008, and is damped by 0.01. float32.
+Its Hessian has negative eigenvalues, the smallest about -0.008, and is damped by 0.01. All is in
+float32.
 """
 
 import time
@@ -18,21 +19,23 @@ from influence.curvature.layers import affine_layers
 from influence.models.cnn import AllCNN
 from influence.solvers import EKFAC, Solver
 
-_MORE = 100  # times the damping of the matrix: where EK-FAC cuts iterations if anywhere
-_SUBSET_SEED = 0  # of the rows that the paper's script keeps, drawn as it does
+# EK-FAC is also tried at this many times the matrix's damping, where it is most likely to help.
+_MORE = 100
+# Seed of the paper's script for its subset of rows, drawn in the same way.
+_SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network, how it was trained, and the system.
+    """The network, its training, and the system.
 
     Attributes:
       num_rows: training images, the first of RandomState(0)'s permutation.
       point: the test image.
-      filters, strides: of the convolutions, as in AllCNN.
+      filters, strides: those of the convolutions, as in AllCNN.
       schedule: (steps, learning rate) of each stage of the training, which is not timed.
-      damping: of the Hessian and the Gauss-Newton matrix.
-      rtol: relative residual asked for.
+      damping: damping of the Hessian and the Gauss-Newton matrix.
+      rtol: relative residual to reach.
       patience: seconds of products after which CG is stopped.
     """
 
@@ -47,22 +50,22 @@ class Network:
 
 
 def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict[str, Any]:
-    """Train, or go on from a checkpoint, and solve (H + damping I) x = b in every way.
+    """Train, or continue from a checkpoint, and solve (H + damping I) x = b by every method.
 
-    Each way is timed from nothing but the network and its rows, whose product has been traced: what
-    it prepares, the solve, and the residual of the answer, recomputed from H.
+    The time of each method starts from the network and its rows, with the product already traced.
+    It includes the preparation, the solve, and the residual of the answer, recomputed from H.
 
     Args:
       problem: the images.
-      network: what is trained and solved.
-      checkpoints: a folder that keeps the training, so that it is done once; None: nowhere.
+      network: the network and the system.
+      checkpoints: a folder that stores the training, so that it is done once; None: not stored.
 
-    Returns: `network`; `d`; `risk` and `gradient_norm` where training ended; `product_seconds` of
-      one Hessian product; `runs`, for each way `method`, `seconds`, `prepare_seconds` of them,
-      `iterations`, `residual`, `meets`, `remedy`, or `error`; and `cg_iterations`, what
-      CG takes in float64 on the matrix "Hessian" and on "Gauss-Newton", both damped, after "none",
-      "EK-FAC", "EK-FAC damped more", 100 times as much, and "layers", the exact inverse of every
-      layer's own block of the Gauss-Newton matrix; None where CG met negative curvature.
+    Returns: `network`; `d`; `risk` and `gradient_norm` at the end of training; `product_seconds` of
+      one Hessian product; `runs`, for each method `method`, `seconds`, `prepare_seconds` of them,
+      `iterations`, `residual`, `meets`, `remedy`, or `error`; and `cg_iterations`: the iterations
+      of CG in float64 on the damped matrices "Hessian" and "Gauss-Newton", preconditioned by
+      "none", "EK-FAC", "EK-FAC damped more" (100 times), and "layers" (the exact inverse of every
+      layer's own block of the Gauss-Newton matrix). None if CG met negative curvature.
     """
     net, train, test = _trained(problem, network, checkpoints)
     H = Hessian(net, train, network.damping)
@@ -75,7 +78,7 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
     kept: dict[str, NDArray] = {}
 
     def after_gauss_newton() -> Solver:
-        # What prepare(GaussNewton(net, train, damping), Direct()) does, its matrix kept.
+        # The same as prepare(GaussNewton(net, train, damping), Direct()), but the matrix is stored.
         kept["G"] = GaussNewton(net, train, network.damping).dense()
         return CG(rtol, limit, prepare(kept["G"], Direct()))
 
@@ -92,8 +95,13 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
     for method, make in ways.items():
         print(f"  {method} ...", end=" ", flush=True)
         runs.append({"method": method} | _timed(H, b, make))
-        print(runs[-1].get("error") or "{seconds:.1f} s, {iterations} iterations, residual "
-              "{residual:.1e}".format(**runs[-1]), flush=True)  # fmt: skip
+        print(
+            runs[-1].get("error")
+            or "{seconds:.1f} s, {iterations} iterations, residual {residual:.1e}".format(
+                **runs[-1]
+            ),
+            flush=True,
+        )
     return {
         "network": asdict(network),
         "d": len(b),
@@ -106,7 +114,7 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
 
 
 def fastest(part: dict[str, Any]) -> dict[str, Any] | None:
-    """The fastest of the runs that met the tolerance."""
+    """Find the fastest of the runs that met the tolerance."""
     good = [run for run in part["runs"] if run.get("meets")]
     return min(good, key=lambda run: run["seconds"], default=None)
 
@@ -149,7 +157,7 @@ def _timed(H: Hessian, b: NDArray, make: Callable[[], Solver]) -> dict[str, Any]
 def _iterations(
     net: AllCNN, train: Examples, G: NDArray, H: NDArray, b: NDArray, network: Network
 ) -> dict[str, dict[str, int | None]]:
-    """What CG takes in float64 on the Gauss-Newton matrix G and on H, by preconditioner."""
+    """Count CG's iterations in float64 on the Gauss-Newton matrix G and on H, by preconditioner."""
     layers = np.zeros(G.shape)
     for affine in affine_layers(net, train.take(slice(0, 2)).x).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
@@ -159,8 +167,12 @@ def _iterations(
         return prepare(GaussNewton(net, train, damping), EKFAC())
 
     more = _MORE * network.damping
-    by = {"none": None, "EK-FAC": ekfac(network.damping), "EK-FAC damped more": ekfac(more),
-          "layers": layers}  # fmt: skip
+    by = {
+        "none": None,
+        "EK-FAC": ekfac(network.damping),
+        "EK-FAC damped more": ekfac(more),
+        "layers": layers,
+    }
     found: dict[str, dict[str, int | None]] = {}
     for matrix, A in {"Gauss-Newton": G, "Hessian": H}.items():
         found[matrix] = {}

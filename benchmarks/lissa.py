@@ -1,4 +1,4 @@
-"""LiSSA as the paper sets it: seconds for one test point, and what its noise does to the scores."""
+"""LiSSA at the paper's setting: seconds for one test point, and the effect of noise on scores."""
 
 import time
 from typing import Any
@@ -8,21 +8,21 @@ import numpy as np
 from benchmarks.problem import Problem
 from influence import CG, Influence, LiSSA
 
-SCALE, BATCH_SIZE = 25.0, 1  # of the release behind the paper's Figure 2
-_EXACT = 1e-10  # relative residual of what it is held against
+SCALE, BATCH_SIZE = 25.0, 1  # the release's values for the paper's Figure 2
+_EXACT = 1e-10  # relative residual of the reference solution
 
 
 def run(problem: Problem, *, point: int, depth: int, repeats: int) -> dict[str, Any]:
-    """Time `LiSSA(25, depth, repeats, 1)` on one test point, all its steps taken, in float64.
+    """Time `LiSSA(25, depth, repeats, 1)` on one test point, without stopping early, in float64.
 
     Args:
       problem: the model and its data.
       point: the test point.
-      depth: steps of a run; the paper's are 5,000.
-      repeats: runs averaged; the paper's are 10.
+      depth: steps of a run; 5,000 in the paper.
+      repeats: runs to average; 10 in the paper.
 
     Returns: these, `scale`, `batch_size`, `seconds` of s_test, its true relative `residual`, and
-      `pearson`: the correlation of all rows' scores with exact ones.
+      `pearson`: the correlation of all rows' scores with the exact ones.
     """
     net, train = problem.closed_form("float64"), problem.train["float64"]
     test = problem.test["float64"].take([point])
@@ -31,8 +31,8 @@ def run(problem: Problem, *, point: int, depth: int, repeats: int) -> dict[str, 
     solution = Influence(net, train, solver=solver).s_test(test)
     seconds = time.perf_counter() - begun
     exact = Influence(net, train, solver=CG(_EXACT))
-    rows = np.arange(len(train))
-    scores = exact._changes(np.column_stack([solution.x, exact.s_test(test).x]), rows)
+    both = np.column_stack([solution.x, exact.s_test(test).x])
+    scores = exact.inverse.along(both, train)
     return {
         "point": point,
         "scale": SCALE,

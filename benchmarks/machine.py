@@ -1,4 +1,4 @@
-"""The machine a number belongs to, and waiting until it is quiet."""
+"""Facts about the machine of a measurement, and waiting until it is quiet."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import threadpoolctl
 
 from benchmarks.clock import watched
-from experiments.record import commit
+from experiments.harness.record import commit
 
 QUIET = 0.3  # cores that others may use
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy")
@@ -20,7 +20,7 @@ _SAMPLE_SECONDS = 5
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores, BLAS, versions and commit; nothing that names a host or a path."""
+    """Collect processor, cores, BLAS, versions and commit, without names of hosts or paths."""
     linux = sys.platform == "linux"
     return {
         "cpu": _cpu(),
@@ -39,8 +39,8 @@ def facts() -> dict[str, Any]:
 def wait_until_quiet(minutes: float) -> dict[str, Any]:
     """Wait until others use less than QUIET cores, but not longer than `minutes`.
 
-    Returns: what `watched` says of the last few seconds, and `quiet`: True, False, or None where
-      the system does not tell.
+    Returns: the result of `watched` for the last few seconds, and `quiet`: True, False, or None if
+      unknown on this system.
     """
     deadline = time.monotonic() + 60 * minutes
     while True:

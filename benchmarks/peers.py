@@ -1,13 +1,13 @@
-"""Every solver of every peer beside ours, on the same right-hand sides, at equal true residual.
+"""Every solver of every peer compared with ours, for the same right-hand sides and true residual.
 
-Most of the peers' solvers invert another matrix than the Hessian; INVERTS says which. All answers
-are therefore judged by one measure, the residual |b - (H + weight decay I) x| / |b| in float64, and
-each peer's time is held against that of our fastest solver that comes at least as close. What is
-below ROUNDING counts as equal.
+Most of the peers' solvers invert another matrix than the Hessian, which INVERTS names. So all
+answers are judged by one measure, the residual |b - (H + weight decay I) x| / |b| in float64. Each
+peer's time is compared with that of our fastest solver whose residual is no larger. Residuals below
+ROUNDING count as equal.
 
-The weight decay is the same everywhere: pyDVL takes it as `regularization`, captum as `hessian_reg`
-times n, influenciae in each row's loss. What else each needs to be told, so that it is compared at
-its best, stands in its child module: solve_pydvl, solve_captum, solve_influenciae.
+The weight decay is the same for all: pyDVL takes it as `regularization`, captum as `hessian_reg`
+times n, influenciae in each row's loss. The child modules solve_pydvl, solve_captum and
+solve_influenciae describe the other settings, with which each peer is at its best.
 """
 
 import json
@@ -47,11 +47,11 @@ INVERTS = {
     (OURS, "Nystrom"): "a random sketch of H, its smallest eigenvalue outside",
     (OURS, "EK-FAC"): "Kronecker factors of the Gauss-Newton matrix, which is H here",
 }
-DENSE = 1000  # parameters up to which everybody can form the matrix
+DENSE = 1000  # parameters up to which every library can form the matrix
 RANK = 100
-ROUNDING = 1e-12  # residuals in float64 below this are rounding, here and there
-_RANK_OF_INFLUENCIAE = 30  # from about 40 on its basis is no longer orthogonal, and it gets worse
-_STEPS_OF_INFLUENCIAE = 50  # one pass for each point and step, row by row
+ROUNDING = 1e-12  # residuals in float64 below this are rounding in all libraries
+_RANK_OF_INFLUENCIAE = 30  # from about 40 its basis loses orthogonality, and the answer gets worse
+_STEPS_OF_INFLUENCIAE = 50  # each point and step takes one pass, row by row
 _AGAIN_WITHIN = 5.0
 _PACKAGES = {
     PYDVL: ("pyDVL", "torch"),
@@ -64,18 +64,18 @@ _ORDER = (*_PACKAGES, OURS)
 def settings(
     num_rows: int, num_parameters: int, largest_eigenvalue: float, *, points: int
 ) -> tuple[Setting, ...]:
-    """What is run: the peers' solvers, then ours.
+    """List the settings to run: the peers' solvers, then ours.
 
-    Up to DENSE parameters these are all of them, with LiSSA on all rows at every step. Beyond, the
-    matrix is not formed, LiSSA takes batches, and those that reach any residual asked for are left
-    to `solves`, but for the few of ours that the others are held against.
+    Up to DENSE parameters these are all solvers, with LiSSA on all rows at every step. Beyond, the
+    matrix is not formed and LiSSA takes batches. `solves` runs the solvers that reach any given
+    residual, except the few of ours that the others are compared with.
 
     Args:
       num_rows: n.
       num_parameters: d.
-      largest_eigenvalue: of the Hessian, from which LiSSA's scale is chosen for the peers.
-      points: test points solved; by influenciae's iterations, which take them one by one, only the
-        first.
+      largest_eigenvalue: that of the Hessian, which determines the peers' LiSSA scale.
+      points: test points to solve; influenciae's iterations, which take them one by one, solve only
+        the first.
     """
     base = Setting(PYDVL, "block", "float64", points, points, again_within=_AGAIN_WITHIN)
 
@@ -95,12 +95,12 @@ def settings(
         one(OURS, "cg after EK-FAC"),
     ]
     if num_parameters > DENSE:
-        # A smaller scale finishes the series and leaves the batches' noise, a larger one the
-        # reverse. This is pyDVL's best on MNIST: largest residuals .27, against .51, .35, .29 and
-        # .41 at 1.2, 2.5, 10 and 20 times the largest eigenvalue. Ours chooses its own.
+        # A smaller scale leaves less of the series and more of the batches' noise. This scale is
+        # pyDVL's best on MNIST: largest residual .27, compared with .51, .35, .29 and .41 at 1.2,
+        # 2.5, 10 and 20 times the largest eigenvalue. Ours chooses its own.
         sampled = {"steps": 1000, "scale": 5 * largest_eigenvalue, "batch_size": num_rows // 100}
         return (*approximations, *(one(by, "LiSSA", **sampled) for by in (PYDVL, OURS)))
-    # On all rows a scale of just over half the largest eigenvalue makes the shortest series.
+    # On all rows a scale slightly above half the largest eigenvalue gives the shortest series.
     series = {"steps": 600, "scale": 0.6 * largest_eigenvalue, "batch_size": num_rows}
     return (
         *approximations,
@@ -112,28 +112,31 @@ def settings(
         one(INFLUENCIAE, "exact"),
         one(INFLUENCIAE, "Arnoldi", rank=_RANK_OF_INFLUENCIAE),
         one(
-            INFLUENCIAE, "LiSSA", dtype="float32", solved=1,
+            INFLUENCIAE,
+            "LiSSA",
+            dtype="float32",
+            solved=1,
             **series | {"steps": _STEPS_OF_INFLUENCIAE},
         ),
         one(OURS, "cg"),
         one(OURS, "cg after Nystrom", rank=RANK),
         one(OURS, "direct"),
         one(OURS, "LiSSA", **series),
-    )  # fmt: skip
+    )
 
 
 def run(problem: Problem, *, points: int, patience: float) -> dict[str, Any]:
-    """Run every solver and find, for each peer's, our fastest that comes at least as close.
+    """Run every solver; find, for each run of a peer, our fastest with no larger residual.
 
     Args:
       problem: the model and its data.
       points: test points.
-      patience: seconds that one process may take.
+      patience: the time limit of one process, seconds.
 
     Returns: `data`, `n`, `d`, `points`, `patience`, `versions` by peer (None: not installed), and
-      `runs`, peer by peer, ours last: what `solves.answer` says of each and `inverts`; for a peer's
-      that answered also `ours`, the index of our fastest run whose largest residual is no larger,
-      and `ratio`, its seconds for all points over ours'; both None where there is none.
+      `runs`, peer by peer, ours last. Each run has the fields of `solves.answer` and `inverts`. A
+      peer's run with an answer also has `ours`, the index of our fastest run whose largest residual
+      is no larger, and `ratio`, its seconds for all points over ours; None if there is no such run.
     """
     H = Hessian(problem.closed_form("float64"), problem.train["float64"])
     largest = float(eigsh(H, k=1, tol=1e-2, return_eigenvectors=False)[0])
@@ -159,7 +162,7 @@ def run(problem: Problem, *, points: int, patience: float) -> dict[str, Any]:
 
 
 def compared(result: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Our fastest of some runs that comes at least as close as a peer's, and how much faster."""
+    """Find our fastest run with no larger residual than a peer's, and the ratio of the times."""
     if result["by"] == OURS or "error" in result:
         return {}
     fit = [
@@ -175,7 +178,7 @@ def compared(result: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
 
 
 def _versions(by: str) -> dict[str, str] | None:
-    """Of a peer and what it stands on; None where it cannot be asked."""
+    """Read the versions of a peer and its dependencies; None if it is not installed."""
     found = interpreter(by)
     if found is None:
         return None
@@ -185,7 +188,9 @@ def _versions(by: str) -> dict[str, str] | None:
         "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
     )
     done = subprocess.run(
-        [str(python), "-c", code, *_PACKAGES[by]], capture_output=True, text=True,
+        [str(python), "-c", code, *_PACKAGES[by]],
+        capture_output=True,
+        text=True,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
     return json.loads(done.stdout) if done.returncode == 0 else None

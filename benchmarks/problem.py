@@ -1,4 +1,4 @@
-"""The problem that everything here is timed on: the paper's logistic regression, fitted."""
+"""The problem of all time measurements: the paper's logistic regression, fitted."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ class Problem:
     """Ten-class logistic regression at its minimum, and its data in both precisions.
 
     Attributes:
-      name, stand_in, sha256: of the data set.
+      name, stand_in, sha256: those of the data set.
       train, test: Examples by dtype. Test rows are measurements, in their order.
       theta: (d,) float64, the minimum.
     """
@@ -38,14 +38,14 @@ class Problem:
         return n, f, len(self.theta) // f
 
     def closed_form(self, dtype: str) -> MulticlassLogisticRegression:
-        """The model with its closed forms, at theta."""
+        """Make the model with its closed forms, at theta."""
         _, f, c = self.shape
         net = MulticlassLogisticRegression(f, c, weight_decay=WEIGHT_DECAY, dtype=dtype)
         net.theta = self.theta
         return net
 
     def tape(self, dtype: str) -> GenericNeuralNet:
-        """The same Keras model as any user's: everything by automatic differentiation."""
+        """Make the same Keras model without closed forms: all by automatic differentiation."""
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         return GenericNeuralNet(self.closed_form(dtype).model, loss)
 
@@ -54,8 +54,8 @@ def load(name: str, data_dir: Path | None = None) -> Problem:
     """Load a data set in both precisions and fit the model in float64.
 
     Args:
-      name: of a data set of images and class numbers.
-      data_dir: where to look first.
+      name: name of a data set of images and class numbers.
+      data_dir: the folder to search first.
     """
     train, test = {}, {}
     for dtype in DTYPES:

@@ -1,4 +1,4 @@
-"""Hessian products, against one gradient and against the machine's own matrix-multiply rate."""
+"""Hessian products, compared with one gradient and with the machine's matrix-multiply rate."""
 
 import dataclasses
 from typing import Any
@@ -17,19 +17,20 @@ _SEED = 0
 def run(problem: Problem, *, num_vectors: int, rounds: int, square: int) -> dict[str, Any]:
     """Time `Hessian(net, train) @ V` in float32, by closed form and by tape.
 
-    Work counted for m vectors: 4 n f c m operations, the two products X V and X' (...). What lies
-    between them, the penalty and the forward pass are not counted, so the fraction is a lower one.
+    The work counted for m vectors is 4 n f c m operations, the two products X V and X' (...). All
+    other work, such as the penalty and the forward pass, is not counted, so the fraction is a lower
+    bound.
 
     Args:
       problem: the model and its data.
-      num_vectors: m of the block.
-      rounds: of everything, in turns.
+      num_vectors: m, the vectors of the block.
+      rounds: number of rounds, in turns.
       square: size of the square matrices whose product gives the machine's rate.
 
     Returns: `machine`: GFLOP/s of matrix products, in NumPy and TensorFlow, square and of the
-      shapes at hand; and for `closed_form` and `tape`: seconds of one gradient, one product and a
+      block's shapes; and for `closed_form` and `tape`: seconds of one gradient, one product and a
       block, the ratio `product_per_gradient`, the block's `fraction_of_machine` (of the fastest
-      square product) and the largest relative error of a column against float64.
+      square product) and the largest relative error of a column compared with float64.
     """
     n, f, c = problem.shape
     rng = np.random.default_rng(_SEED)
@@ -54,7 +55,7 @@ def run(problem: Problem, *, num_vectors: int, rounds: int, square: int) -> dict
         tasks |= _tasks(name, net, train, V)
     times = in_turns(tasks, rounds)
 
-    work = 4 * n * f * c  # of one vector
+    work = 4 * n * f * c  # operations for one vector
     machine = {
         name: (2 * square**3 if "square" in name else work * num_vectors) / times[name].best / 1e9
         for name in list(tasks)[:4]

@@ -1,4 +1,4 @@
-"""Exact leave-one-out refits: seconds, and the certificate of the worst."""
+"""Exact leave-one-out refits: seconds, and the largest gradient norm as their certificate."""
 
 import time
 from typing import Any
@@ -12,14 +12,14 @@ _SEED = 0
 
 
 def run(problem: Problem, *, num_refits: int) -> dict[str, Any]:
-    """Time `leave_one_out` by Newton's steps, the factorisation of the Hessian included.
+    """Time `leave_one_out` by Newton's steps, including the factorisation of the Hessian.
 
     Args:
       problem: the model and its data.
-      num_refits: rows removed, each alone, drawn with a fixed seed.
+      num_refits: rows to remove, one per refit, drawn with a fixed seed.
 
     Returns: `num_refits`, `seconds`, `worst_gradient_norm` of a refit's own risk, and
-      `passes_per_refit`, the mean number of data passes that a refit took part in.
+      `passes_per_refit`, the mean number of data passes of a refit.
     """
     train = problem.train["float64"]
     rows = np.random.default_rng(_SEED).choice(len(train), num_refits, replace=False)

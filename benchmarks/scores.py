@@ -1,4 +1,4 @@
-"""Scores of all training rows for a given s_test, against one gradient."""
+"""Scores of all training rows for a given s_test, compared with one gradient."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ from influence import GenericNeuralNet, Influence
 def run(problem: Problem, s_test: NDArray, *, rounds: int) -> dict[str, Any]:
     """Time the scores of one test point, and of many, on all training rows.
 
-    It is what `Influence.scores` does after its solve: s . grad L(z_i) / n for every row.
+    This is the work of `Influence.scores` after its solve: s . grad L(z_i) / n for every row.
 
     Args:
       problem: the model and its data.
-      s_test: (d, m) float64, solved already.
-      rounds: of everything, in turns.
+      s_test: (d, m) float64, the solutions.
+      rounds: number of rounds, in turns.
 
     Returns: for `closed_form` and `tape`, in each dtype: seconds of one gradient, of one point's
-      scores and of all m points', their ratios to the gradient, and the largest error of a score
-      relative to that point's largest, against the closed form in float64.
+      scores and of all m points' scores, their ratios to the gradient, and the largest error of a
+      score compared with the closed form in float64, relative to that point's largest score.
     """
     nets: dict[str, tuple[GenericNeuralNet, str]] = {}
     for dtype in DTYPES:
@@ -59,7 +59,7 @@ def _tasks(
 
 
 def _scores(net: GenericNeuralNet, problem: Problem, dtype: str, s_test: NDArray) -> Any:
-    """A call that gives (n, m) scores: what is left of `Influence.scores` once s_test is known."""
+    """Make a call that returns (n, m) scores: the work of `Influence.scores` for a given s_test."""
     train = problem.train[dtype]
-    influence, s, rows = Influence(net, train), s_test.astype(dtype), np.arange(len(train))
-    return lambda: influence._changes(s, rows)
+    inverse, s = Influence(net, train).inverse, s_test.astype(dtype)
+    return lambda: inverse.along(s, train)

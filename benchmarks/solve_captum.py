@@ -1,21 +1,21 @@
 """s_test by captum, in the peers' environment: `python -m benchmarks.solve_captum FOLDER`.
 
-What captum gives is scores, g' H^-1 g as products of embeddings g' R with H^-1 ~ R R'; its R is
-public, so s_test = R (R' g), which has a residual that can be checked. What it needs to be told for
-the same problem, from its 0.9.0 sources:
+captum returns scores g' H^-1 g as products of embeddings g' R with H^-1 ~ R R'. Its R is public, so
+s_test = R (R' g), whose residual can be checked. Its settings for the same problem, from its 0.9.0
+sources:
 
-- its Hessian is that of the summed loss, H n: its inverse comes out n times too small, and its
+- its Hessian is that of the summed loss, H n. So its inverse is n times too small, and its
   `hessian_reg`, which it adds to the diagonal, is our weight decay times n;
-- `NaiveInfluenceFunction` keeps `projection_dim` eigenvectors, and all with a `projection_dim` of
-  d; eigenvalues up to `hessian_inverse_tol` are dropped: none is that small here;
-- `ArnoldiInfluenceFunction` drops the last direction of its space, so `arnoldi_dim` is one more
-  than what is wanted; where it takes the space for closed, below `arnoldi_tol`, it drops one that
-  counts, so that is zero;
-- it is not among `captum.influence`'s public names, unlike the naive one;
-- what is outside the Krylov space it takes for zero: R R' is no inverse of anything but the part
-  inside, and no regularisation enters outside.
+- `NaiveInfluenceFunction` uses `projection_dim` eigenvectors, all of them if that is d. It drops
+  eigenvalues up to `hessian_inverse_tol`: none is that small here;
+- `ArnoldiInfluenceFunction` drops the last direction of its space, so `arnoldi_dim` is the wanted
+  dimension plus one. If it judges the space invariant, below `arnoldi_tol`, it drops a direction
+  that matters, so `arnoldi_tol` is zero;
+- `ArnoldiInfluenceFunction` is not among `captum.influence`'s public names;
+- it takes the matrix as zero outside the Krylov space: R R' inverts only the part inside, and no
+  regularisation acts outside.
 
-One batch holds all rows, as a finished tensor, which spares its DataLoader the collating.
+One batch has all rows, as a finished tensor, so that its DataLoader need not collate rows.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from benchmarks import child
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """The torch model and its data; what `child.main` times is the rest."""
+    """Make the torch model and its data; `child.main` times the returned call."""
     x, y, x_test, y_test = (
         torch.from_numpy(arrays[name]) for name in ("x", "y", "x_test", "y_test")
     )
@@ -45,7 +45,7 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
         model.weight.copy_(torch.from_numpy(arrays["theta"].T))
     options: dict[str, Any] = {
         "checkpoint": "",
-        "checkpoints_load_func": lambda model, path: 1.0,  # the weights are there
+        "checkpoints_load_func": lambda model, path: 1.0,  # the weights are already set
         "loss_fn": torch.nn.CrossEntropyLoss(reduction="none"),
         "projection_dim": f * c,
         "hessian_reg": n * setting["weight_decay"],
@@ -61,7 +61,7 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
         influence = kind(model, data, **options)
         embedding = influence.compute_intermediate_quantities((x_test, y_test)).detach()
         R = influence.R
-        if not torch.is_tensor(R):  # of Arnoldi: a list, each as the parameters are
+        if not torch.is_tensor(R):  # Arnoldi's is a list of columns shaped like the parameters
             R = torch.stack([torch.cat([part.reshape(-1) for part in column]) for column in R], 1)
         found = (n * R @ embedding.T).detach().numpy()  # (c f, m)
         ours = found.reshape(c, f, -1).transpose(1, 0, 2)

@@ -1,17 +1,18 @@
 """s_test by influenciae, under tf_keras: `python -m benchmarks.solve_influenciae FOLDER`.
 
-Needs PYTHONPATH and TF_USE_LEGACY_KERAS as `solves.interpreter` sets them. What influenciae needs
-to be told for the same problem, from its 0.3.0 sources:
+Needs PYTHONPATH and TF_USE_LEGACY_KERAS as `solves.interpreter` sets them. Settings of influenciae
+for the same problem, from its 0.3.0 sources:
 
-- its Hessian is of the mean loss and knows no penalty, so each row's loss gets one added. Its
-  right-hand sides would then have it too; they come from a second model, without;
-- `ConjugateGradientDescentIHVP` stops at a relative residual of 1e-3, or 1e-5 absolute, whatever
-  it is told; its base class `IterativeIHVP` takes the same solver with another tolerance;
-- `LissaIHVP` runs on all rows, in float32 only, and its `damping` means damping times scale: 0;
-- `ArnoldiInfluenceCalculator` keeps the k eigenvalues nearest zero, so k is the whole space; one
-  pass of Gram-Schmidt makes its basis, which loses orthogonality as the space grows.
+- its Hessian is of the mean loss without a penalty, so the penalty is added to each row's loss. Its
+  right-hand sides would then include the penalty, so a second model without it computes them;
+- `ConjugateGradientDescentIHVP` always stops at a relative residual of 1e-3, or 1e-5 absolute. Its
+  base class `IterativeIHVP` takes the same solver with another tolerance;
+- `LissaIHVP` runs on all rows, only in float32. Its `damping` means damping times scale, so it is
+  0;
+- `ArnoldiInfluenceCalculator` uses the k eigenvalues nearest zero, so k is the whole space. Its
+  basis comes from one pass of Gram-Schmidt and loses orthogonality as the space grows.
 
-Every product goes through the rows one by one (`tf.map_fn`), and the right-hand sides one by one.
+Every product takes the rows one by one (`tf.map_fn`), and the right-hand sides one by one.
 """
 
 from typing import Any
@@ -36,17 +37,17 @@ from numpy.typing import NDArray
 
 from benchmarks import child
 
-_EXACT_BATCH = 1  # its Hessians take each row's parameters through all rows of a batch
+_EXACT_BATCH = 1  # its Hessians propagate each row's parameters through all rows of a batch
 _BATCH = 1000
 _ENOUGH_ITERATIONS = 500
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """The tf_keras model and its data; what `child.main` times is the rest."""
+    """Make the tf_keras model and its data; `child.main` times the returned call."""
     f, c = arrays["theta"].shape
     keras: Any = tf.keras  # tf_keras
     keras.backend.set_floatx(setting["dtype"])
-    # The first layer is what IterativeIHVP takes for the feature extractor.
+    # IterativeIHVP treats the first layer as the feature extractor.
     layers = [keras.layers.Activation("linear"), keras.layers.Dense(c, use_bias=False)]
     model = keras.Sequential([keras.layers.InputLayer((f,)), *layers])
     kernel = model.layers[-1].kernel
@@ -79,8 +80,11 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
                 lambda H, v, steps: conjugate_gradients_solve(
                     H, v, maxiter=steps, tol=setting["tolerance"], atol=0.0
                 ),
-                train, -1, data, _ENOUGH_ITERATIONS,
-            )  # fmt: skip
+                train,
+                -1,
+                data,
+                _ENOUGH_ITERATIONS,
+            )
         else:
             inverse = LissaIHVP(
                 train, -1, data, setting["steps"], damping=0.0, scale=setting["scale"]

@@ -21,7 +21,7 @@ from influence import (
 
 
 def _approximation(name: str, *arguments: Any) -> Any:
-    """A solver by its class's name: imported only where it is asked for."""
+    """Make a solver from its class's name; import it only when it is used."""
     module = importlib.import_module(f"influence.solvers.{name.lower()}")
     return getattr(module, name)(*arguments)
 
@@ -43,7 +43,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """The network, its data and the solver; what `child.main` times is the rest."""
+    """Make the network, its data and the solver; `child.main` times the returned call."""
     f, c = arrays["theta"].shape
     net = MulticlassLogisticRegression(
         f, c, weight_decay=setting["weight_decay"], dtype=setting["dtype"]

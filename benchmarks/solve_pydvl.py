@@ -1,27 +1,26 @@
 """s_test by pyDVL, in the peers' environment: `python -m benchmarks.solve_pydvl FOLDER`.
 
-What pyDVL needs to be told for the same problem and tolerance, from its 0.10.0 sources:
+Settings of pyDVL for the same problem and tolerance, from its 0.10.0 sources:
 
-- its Hessian is of the mean loss, so `regularization` = our weight decay makes it ours;
+- its Hessian is of the mean loss, so with `regularization` = our weight decay it equals ours;
 - it averages over batches without weights, so the batch size must divide the number of rows;
 - CG starts from x = b, and stops at |b - A x| < max(rtol^2 |b|, atol^2), with |b| taken along the
-  wrong axis unless `solve_simultaneously`; so one by one, atol is set for each point;
+  wrong axis unless `solve_simultaneously`. So for solves one by one, atol is set for each point;
 - `solve_simultaneously=True` is a true block CG: one search space for all right-hand sides;
-- `LissaInfluence` takes the loader's batches for its samples, whole, and its early stop looks at
-  single entries: it is switched off, the steps are as given. Every step draws one of the batches
-  anew, with replacement, so that its noise asks for a larger scale than ours; `peers.settings` has
-  its best. Its `dampen` means dampen times scale: 0;
-- `ArnoldiInfluence` takes what is outside its eigenvectors for zero unless `use_woodbury`; with it,
-  for the regularisation alone, as `NystroemSketchInfluence` does;
-- `EkfacInfluence` takes the last weights of every layer for biases and scrambles those of a layer
-  without: they are put where it expects them. `update_diagonal` is what makes it EK-FAC. Its
-  pseudo-gradient is one for each row, sum_c sqrt(p_c) grad log p_c: its outer product is not the
-  Fisher matrix, whose sum over c has no cross terms.
+- `LissaInfluence` samples whole batches of the loader. Its early stop tests single entries, so it
+  is switched off. Every step draws a batch with replacement, so its noise needs a larger scale than
+  ours; `peers.settings` has its best. Its `dampen` means dampen times scale, so it is 0;
+- `ArnoldiInfluence` takes the matrix as zero outside its eigenvectors. With `use_woodbury` it takes
+  only the regularisation there, like `NystroemSketchInfluence`;
+- `EkfacInfluence` treats the last weights of every layer as biases and permutes those of a layer
+  without biases, so they are put where it expects them. `update_diagonal` makes it EK-FAC. It has
+  one pseudo-gradient per row, sum_c sqrt(p_c) grad log p_c. Its outer product is not the Fisher
+  matrix, whose sum over c has no cross terms.
 
-`InverseHarmonicMeanInfluence` is left out: it leaves its first batch unweighted.
+`InverseHarmonicMeanInfluence` is not compared, because it does not weight its first batch.
 
-Batches are handed over as finished tensors, which spares its DataLoader the collating of rows, and
-of the possible batch sizes the one with the fastest Hessian product is taken; neither is timed.
+Batches are finished tensors, so that its DataLoader need not collate rows. The batch size is the
+one with the fastest Hessian product. Neither step is timed.
 """
 
 import time
@@ -47,14 +46,15 @@ from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
 from benchmarks import child
 
-_BATCHES = (100, 50, 10, 1)  # into how many batches the rows may be cut; one is for one vector
+# Numbers of batches to try; one batch only for products of one vector.
+_BATCHES = (100, 50, 10, 1)
 _ENOUGH_ITERATIONS = 500
-# How many vectors go through each Hessian product, by the name of a setting's field; "": one.
+# The setting's field with the number of vectors of each Hessian product; "": one vector.
 _VECTORS_AT_ONCE = {"one by one": "", "block": "solved", "Nystrom": "rank", "Arnoldi": ""}
 
 
 class _Ekfac(EkfacInfluence):
-    """For one layer without a bias: its last input's weights stand where biases would."""
+    """EK-FAC for one layer without a bias: its last input's weights take the biases' place."""
 
     def _solve_hvp(self, rhs: Any) -> Any:
         (layer,) = self.active_layers.values()
@@ -65,7 +65,7 @@ class _Ekfac(EkfacInfluence):
 
 
 class _Passes(DataLoader):
-    """Finished batches in order; counts how often they are gone through."""
+    """A loader of finished batches in order, which counts its passes."""
 
     passes = 0
 
@@ -75,12 +75,12 @@ class _Passes(DataLoader):
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """The torch model, its data and the batch size; what `child.main` times is the rest."""
+    """Make the torch model, its data and the batch size; `child.main` times the returned call."""
     x, y, x_test, y_test = (
         torch.from_numpy(arrays[name]) for name in ("x", "y", "x_test", "y_test")
     )
     f, c = arrays["theta"].shape
-    torch.set_default_dtype(x.dtype)  # in which EkfacInfluence makes its matrices
+    torch.set_default_dtype(x.dtype)  # the dtype of EkfacInfluence's matrices
     model = torch.nn.Linear(f, c, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(arrays["theta"].T))
@@ -140,7 +140,7 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
 
 
 def _rates(model: Any, x: Any, y: Any, num_vectors: int) -> dict[int, float]:
-    """Rows a second that Hessian products of this many vectors take, by batch size."""
+    """Measure the rows per second of Hessian products of this many vectors, by batch size."""
     V = torch.randn(num_vectors, model.weight.numel(), dtype=x.dtype)
     rates = {}
     counts = [k for k in _BATCHES if len(x) % k == 0 and (k > 1 or num_vectors == 1)] or [1]

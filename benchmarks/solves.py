@@ -1,4 +1,4 @@
-"""One problem, one tolerance, two libraries: seconds, peak memory and true residual of each."""
+"""The same systems solved by two libraries: seconds, peak memory and true residual of each."""
 
 import dataclasses
 import json
@@ -18,13 +18,15 @@ from benchmarks.problem import DTYPES, WEIGHT_DECAY, Problem
 from influence import Hessian
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ROOT / ".venv-bench"  # made by `make bench` from requirements-bench.txt
-PEERS_TF = ROOT / ".venv-bench-tf"  # and from requirements-bench-tf.txt, beside our TensorFlow
+# `make bench` makes this environment from requirements-bench.txt.
+PEERS = ROOT / ".venv-bench"
+# It makes this one from requirements-bench-tf.txt; it uses our TensorFlow.
+PEERS_TF = ROOT / ".venv-bench-tf"
 TOLERANCE = 1e-5
 OURS, PYDVL, CAPTUM, INFLUENCIAE = "ours", "pyDVL", "captum", "influenciae"
-DEFAULT = "one by one"  # how CgInfluence solves unless told otherwise
+DEFAULT = "one by one"  # CgInfluence's default
 _MODULES = {by: f"benchmarks.solve_{by.lower()}" for by in (OURS, PYDVL, CAPTUM, INFLUENCIAE)}
-_PATIENCE = 900  # seconds that one process may take
+_PATIENCE = 900  # time limit of one process, seconds
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,16 @@ class Setting:
       method: ours: a key of `solve_ours.SOLVERS`; pyDVL's CG: "one by one" (its default) or
         "block"; else as the child module names it.
       dtype: "float32" or "float64".
-      points: test points in question.
-      solved: test points solved in fact; where fewer, the seconds are extrapolated, and say so.
-      tolerance: relative residual asked for.
-      preconditioner_rank: of pyDVL's Nystroem preconditioner; 0: none.
-      weight_decay: on the diagonal of the Hessian.
-      rank: of a low-rank approximation, or of our Nystroem preconditioner; 0: none.
-      steps: of LiSSA.
-      scale: of LiSSA; not ours, which chooses.
-      batch_size: of LiSSA's rows; 0: all.
-      again_within: seconds; what took no longer is run again.
+      points: test points of the comparison.
+      solved: test points actually solved; if fewer, the seconds are extrapolated and marked so.
+      tolerance: relative residual to reach.
+      preconditioner_rank: rank of pyDVL's Nystroem preconditioner; 0: none.
+      weight_decay: added to the diagonal of the Hessian.
+      rank: rank of a low-rank approximation, or of our Nystroem preconditioner; 0: none.
+      steps: steps of LiSSA.
+      scale: scale of the peers' LiSSA; ours chooses its own.
+      batch_size: rows of LiSSA's batches; 0: all.
+      again_within: seconds; a run that took no longer is repeated.
     """
 
     by: str
@@ -64,13 +66,13 @@ class Setting:
 
 
 def python_of_peers() -> Path | None:
-    """The peers' interpreter, None where they are not installed."""
+    """Find the peers' interpreter; None if they are not installed."""
     path = PEERS / "bin" / "python"
     return path if path.is_file() and (PEERS / "installed").is_file() else None
 
 
 def interpreter(by: str) -> tuple[Path, dict[str, str]] | None:
-    """What runs a library's processes, and its environment; None where it is not installed."""
+    """Find a library's interpreter and environment variables; None if it is not installed."""
     if by == OURS:
         return Path(sys.executable), {}
     if by == INFLUENCIAE:
@@ -84,14 +86,14 @@ def interpreter(by: str) -> tuple[Path, dict[str, str]] | None:
 def run(problem: Problem, settings: tuple[Setting, ...]) -> dict[str, Any]:
     """Solve in every setting, each in its own process, and check each answer here, in float64.
 
-    Returns: `runs`: per setting its fields and seconds (least of some runs), first_seconds,
-      seconds_for_all (extrapolated where not all points were solved), peak_rss_mb and
-      rss_before_mb, largest and median true residual, `meets`: whether every residual is within
-      TOLERANCE; or `error`. `fastest`: by points and library, the index of the fastest run that
-      meets it and solved all points, None if none does; `fastest_default`: likewise among pyDVL's
-      runs one by one, which is what `CgInfluence` does unless told otherwise. `speedup` and
-      `speedup_over_default`: by points, pyDVL's fastest of either kind over ours. `peers`: the
-      versions compared with, None where they are not installed.
+    Returns: `runs`: for each setting its fields and seconds (shortest of some runs), first_seconds,
+      seconds_for_all (extrapolated if not all points were solved), peak_rss_mb and rss_before_mb,
+      largest and median true residual, `meets` (True if every residual is within TOLERANCE); or
+      `error`. `fastest`: by points and library, the index of the fastest run that meets TOLERANCE
+      and solved all points, None if there is none. `fastest_default`: likewise among pyDVL's runs
+      one by one, the default of `CgInfluence`. `speedup` and `speedup_over_default`: by points, the
+      time of pyDVL's fastest of either kind over ours. `peers`: the peers' versions, None if they
+      are not installed.
     """
     peers = python_of_peers()
     with tempfile.TemporaryDirectory() as name:
@@ -112,14 +114,18 @@ def run(problem: Problem, settings: tuple[Setting, ...]) -> dict[str, Any]:
 
 
 def write(folder: Path, problem: Problem, num_points: int) -> None:
-    """Leave the problem, with the first test points, where the children read it."""
+    """Write the problem, with the first test points, to the folder that the children read."""
     for dtype in DTYPES:
         train, test = problem.train[dtype], problem.test[dtype].take(slice(0, num_points))
         theta = problem.theta.astype(dtype).reshape(problem.shape[1], -1)
         np.savez(
             folder / child.PROBLEM.format(dtype),
-            x=train.x, y=train.y, x_test=test.x, y_test=test.y, theta=theta,
-        )  # fmt: skip
+            x=train.x,
+            y=train.y,
+            x_test=test.x,
+            y_test=test.y,
+            theta=theta,
+        )
 
 
 def answer(
@@ -129,11 +135,11 @@ def answer(
 
     Args:
       problem: the model and its data.
-      setting: how.
-      folder: where `write` has left the problem.
-      patience: seconds that the process may take, its start and repetitions included.
+      setting: the way to solve.
+      folder: the folder of `write`.
+      patience: time limit of the process, including start and repetitions, seconds.
 
-    Returns: what `run` says of one of its `runs`.
+    Returns: an entry of `run`'s `runs`.
     """
     result = dataclasses.asdict(setting)
     found = interpreter(setting.by)
@@ -145,9 +151,13 @@ def answer(
     print(f"  {describe(result)} ...", end=" ", flush=True)
     try:
         subprocess.run(
-            command, check=True, cwd=ROOT, capture_output=True, timeout=patience,
+            command,
+            check=True,
+            cwd=ROOT,
+            capture_output=True,
+            timeout=patience,
             env=os.environ | environment,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         print("stopped", flush=True)
         return result | {"error": f"stopped after {patience:g} s"}
@@ -170,7 +180,7 @@ def answer(
 
 
 def true_residuals(problem: Problem, x: NDArray) -> NDArray:
-    """|b - H x| / |b| of the first m test points, everything in float64: (m,).
+    """Compute |b - H x| / |b| of the first m test points, (m,), all in float64.
 
     Args:
       problem: the model and its data.
@@ -184,7 +194,7 @@ def true_residuals(problem: Problem, x: NDArray) -> NDArray:
 
 
 def describe(run: dict[str, Any]) -> str:
-    """A run's setting in words."""
+    """Describe a run's setting in words."""
     words = [f"{run['by']}, {run['method']}, {run['dtype']}"]
     if run["preconditioner_rank"]:
         words.append(f"Nyström preconditioner of rank {run['preconditioner_rank']}")

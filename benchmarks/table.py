@@ -13,7 +13,7 @@ _WAYS = {"closed_form": "closed form", "tape": "tape"}
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page, results/benchmarks/README.md, of the parts that are there."""
+    """Write the whole page, results/benchmarks/README.md, from the available parts."""
     sections: dict[str, Callable[[dict[str, Any]], str]] = {
         "products": lambda r: "## Hessian products and scores\n\n" + _products(r),
         "scores": _scores,
@@ -35,7 +35,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def targets(result: dict[str, Any]) -> str:
-    """The table of targets."""
+    """Write the table of targets."""
     lines = ["| what | measured | target | |", "|---|---|---|---|"]
     for target in result["targets"]:
         band = (
@@ -69,7 +69,7 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _by_part(values: dict[str, Any]) -> str:
-    """One value where all parts have the same, else each with its parts."""
+    """Write one value if all parts have the same, otherwise each value with its parts."""
     parts: dict[Any, list[str]] = {}
     for name, value in values.items():
         parts.setdefault(value, []).append(name)
@@ -234,7 +234,7 @@ def _cnn(result: dict[str, Any]) -> str:
 
 
 def _cut(none: int | None, count: int | None) -> str:
-    """A count and the factor by which it is less than without a preconditioner."""
+    """Write a count and the factor by which it is less than without a preconditioner."""
     if count is None:
         return "negative curvature"
     return f"{count} ({_number(none / count)})" if none is not None else f"{count}"

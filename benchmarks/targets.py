@@ -1,9 +1,9 @@
-"""What the library has promised, and whether a run keeps it."""
+"""The library's speed targets, and the comparison of a run with them."""
 
 from typing import Any
 
 from benchmarks import cnn
-from experiments.record import Claim
+from experiments.harness.record import Claim
 
 TARGETS = (
     Claim("block_fraction_closed_form", None, 0.35, None),
@@ -40,7 +40,7 @@ MEANING = {
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers that targets speak of, from a run's parts; what was not measured is left out."""
+    """Collect the numbers of the targets from a run's parts, without those not measured."""
     found: dict[str, float | None] = {}
     for way in ("closed_form", "tape"):
         if "products" in result:
@@ -72,7 +72,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every target held against a run.
+    """Compare every target with a run.
 
     Returns: {metric, low, high, value, holds} for each; holds is None on stand-in data.
     """
@@ -82,7 +82,7 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def meaning(metric: str) -> str:
-    """A metric in words."""
+    """Describe a metric in words."""
     stem = next(stem for stem in MEANING if metric.startswith(stem))
     rest = metric[len(stem) + 1 :].replace("_", " ")
     return f"{MEANING[stem]} ({rest})" if rest else MEANING[stem]

@@ -1,11 +1,11 @@
-"""The data sets of the experiments: found, fetched, checked and split.
+"""The data sets of the experiments: search, download, checks and splits.
 
     x, y = data.load("mnist").train  # (55000, 784) in [0, 1], (55000,) in 0..9
 
-A data set is looked for in the folder the caller names (`--data-dir`), in $INFLUENCE_DATA, then in
-the user cache, each laid out as `<folder>/mnist/*.gz`; then it is downloaded into the cache, unless
-INFLUENCE_OFFLINE=1 is set. Every file is checked against its SHA-256 each time it is read.
-`python -m data --help` does the same by hand.
+`load` looks for a data set in the folder that the caller names (`--data-dir`), in $INFLUENCE_DATA,
+then in the user cache, each laid out as `<folder>/mnist/*.gz`. If none has it, `load` downloads it
+into the cache, unless INFLUENCE_OFFLINE=1 is set. Every file is checked against its SHA-256 each
+time it is read. `python -m data --help` shows the same steps as commands.
 """
 
 from pathlib import Path
@@ -22,18 +22,18 @@ __all__ = ["Splits", "find", "load", "names", "weights"]
 
 
 def names() -> tuple[str, ...]:
-    """The names that `load` knows."""
+    """Return the names that `load` accepts."""
     return tuple(SETS)
 
 
 def find(name: str, root: files.Root = None) -> Path | None:
-    """Where a data set is, without downloading or checking it.
+    """Find the folder of a data set, without downloading or checking it.
 
     Args:
       name: one of `names()`.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
-    Returns: the data folder that `load` would read, or None if it would have to download. A set
-      that needs no file is always there: in this package.
+    Returns: the data folder that `load` would read, or None if it would have to download. For a set
+      without files it is the folder of this package.
     Raises: ValueError if there is no such data set; TypeError or ValueError if root is no path.
     """
     dataset = named(name)
@@ -43,24 +43,26 @@ def find(name: str, root: files.Root = None) -> Path | None:
 
 
 def load(name: str, root: files.Root = None, *, dtype: npt.DTypeLike = "float64") -> Splits:
-    """Load a data set, downloading it into the user cache if it is nowhere to be found.
+    """Load a data set; download it into the user cache if it is not found.
 
-    Nothing is ever written to `root` or $INFLUENCE_DATA; `python -m data fetch` does that.
+    `load` never writes to `root` or $INFLUENCE_DATA; `python -m data fetch` does.
 
     Args:
       name: one of `names()`.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
-      dtype: of x: "float64" for convex models, "float32" for networks; photographs are
-        uint8 whatever it is.
-    Returns: its Splits, the arrays read-only.
-    Raises: ValueError if name or dtype is not among those known, or a file that was found is not
-      the one expected; FileNotFoundError, saying what to put where, if the data set is nowhere and
-      could not be downloaded; TypeError or ValueError if root is no path.
+      dtype: dtype of x: "float64" for convex models, "float32" for networks. Photographs are always
+        uint8.
+    Returns: its Splits, with read-only arrays.
+    Raises: ValueError for an unknown name or dtype, or if a file is not the expected one;
+      FileNotFoundError, with the files to provide, if the data set was not found and could not be
+      downloaded; TypeError or ValueError if root is no path.
     """
     dataset, x_dtype = named(name), _float_dtype(dtype)
     folder = find(name, root) or download.obtain(name, dataset.files, root)
+    check_unchanged = files.unchanged(dataset.files, folder)
     sha256 = files.verify(dataset.files, folder)
     train, test, *names = dataset.read(folder, x_dtype)
+    check_unchanged()
     if not dataset.files:
         sha256 = sha256_of_arrays((*train, *test))
     where = folder if dataset.files else None

@@ -1,4 +1,4 @@
-"""`python -m data {list,fetch,check} [names]`: see, download and check the data sets."""
+"""`python -m data {list,fetch,check} [names]`: list, download and check the data sets."""
 
 import argparse
 import sys
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-      arguments: the words after `python -m data`; those of this process if omitted.
+      arguments: the words after `python -m data`; sys.argv's if omitted.
     Returns: the exit status, 0 or 1.
     Raises: SystemExit with status 2 if the arguments are not understood, 0 after `--help`.
     """
     parser = _parser()
-    # Intermixed, so that names may follow options: plain parsing refuses `fetch --data-dir D mnist`
-    # before Python 3.12.
+    # Intermixed parsing lets names follow options. Before Python 3.12 plain parsing refuses
+    # `fetch --data-dir D mnist`.
     options = parser.parse_intermixed_args(arguments)
     try:
         datasets = [named(name) for name in options.names or SETS]
@@ -127,7 +127,7 @@ def _check(dataset: DataSet, data_dir: str | None) -> str:
 
 
 def _folder(dataset: DataSet, data_dir: str | None) -> Path | None:
-    """The folder asked for and no other, or else the first place with the data, if any."""
+    """Return the folder that was asked for; without one, the first place with the data, if any."""
     return Path(data_dir).expanduser() if data_dir else data.find(dataset.name)
 
 

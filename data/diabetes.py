@@ -1,8 +1,8 @@
 """Diabetes 130-US hospitals (Strack et al. 2014) as features, split as by Koh & Liang (2017).
 
-The split is the 2017 release's own, row for row: its notebook hospital_readmission.ipynb names test
-row 1742 and, once twenty children are taken out, training rows 9366, 11116, 13685 and 19590 as the
-children left; they are those here too.
+The split is the 2017 release's, row for row. Its notebook hospital_readmission.ipynb names test row
+1742. After twenty children are removed, it names training rows 9366, 11116, 13685 and 19590 as the
+remaining children. The same rows result here.
 """
 
 from __future__ import annotations
@@ -20,38 +20,41 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLIT_SEED = 2
-NUM_PER_CLASS = 10_000  # training rows of each label; the test set is what is left
+NUM_PER_CLASS = 10_000  # training rows of each label; the other rows are the test set
 
-NUMERIC = (
-    "time_in_hospital", "num_lab_procedures", "num_procedures", "num_medications",
-    "number_outpatient", "number_emergency", "number_inpatient", "number_diagnoses",
-)  # fmt: skip
-# The 31 that give the release's 127 features: neither the two identifiers, the three mostly
-# missing, the three diagnoses nor the type and source of the admission. Two of the drugs were
-# given to nobody, so that their columns are ones: the model's only intercept.
-CATEGORICAL = (
-    "race", "gender", "age", "discharge_disposition_id", "max_glu_serum", "A1Cresult", "metformin",
-    "repaglinide", "nateglinide", "chlorpropamide", "glimepiride", "acetohexamide", "glipizide",
-    "glyburide", "tolbutamide", "pioglitazone", "rosiglitazone", "acarbose", "miglitol",
-    "troglitazone", "tolazamide", "examide", "citoglipton", "insulin", "glyburide-metformin",
-    "glipizide-metformin", "glimepiride-pioglitazone", "metformin-rosiglitazone",
-    "metformin-pioglitazone", "change", "diabetesMed",
-)  # fmt: skip
+NUMERIC = tuple(
+    """
+    time_in_hospital num_lab_procedures num_procedures num_medications number_outpatient
+    number_emergency number_inpatient number_diagnoses
+    """.split()
+)
+# The 31 columns of the release's 127 features. They exclude the two identifiers, three mostly
+# missing columns, the three diagnoses, and the type and source of the admission. Two of the drugs
+# were given to nobody, so their columns are ones: the model's only intercept.
+CATEGORICAL = tuple(
+    """
+    race gender age discharge_disposition_id max_glu_serum A1Cresult metformin repaglinide
+    nateglinide chlorpropamide glimepiride acetohexamide glipizide glyburide tolbutamide
+    pioglitazone rosiglitazone acarbose miglitol troglitazone tolazamide examide citoglipton
+    insulin glyburide-metformin glipizide-metformin glimepiride-pioglitazone
+    metformin-rosiglitazone metformin-pioglitazone change diabetesMed
+    """.split()
+)
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
-    """Read the table, turn it into features and split it.
+    """Read the table, convert it to features and split it.
 
     Args:
       folder: the data folder, with `diabetes/diabetic_data.csv` in it.
-      dtype: of x, float32 or float64.
-    Returns: (train, test, names of the features). 20,000 training rows, half of each label, and
-      81,766 test rows; x (n, 127), as `features` makes it; y (n,) int64, 1 for patients readmitted
-      within thirty days.
+      dtype: dtype of x, float32 or float64.
+    Returns: (train, test, names of the features): 20,000 training rows, half of each label, and
+      81,766 test rows; x (n, 127) from `features`; y (n,) int64, 1 for patients readmitted within
+      thirty days.
     """
-    import pandas as pd  # most of a second to import: not for those who load MNIST
+    import pandas as pd  # this import takes most of a second, not needed for MNIST
 
-    # "None" is a category (no such test was made), which pandas would take for a missing value.
+    # "None" is a category (the test was not made), which pandas would read as a missing value.
     table = pd.read_csv(
         folder / "diabetes/diabetic_data.csv",
         usecols=[*NUMERIC, *CATEGORICAL, "readmitted"],
@@ -66,16 +69,16 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
 def features(
     table: pd.DataFrame, numeric: Sequence[str], categorical: Sequence[str], dtype: np.dtype
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Numbers as they are, unscaled, then one column of zeros and ones for each level.
+    """Join the unscaled numbers and one column of zeros and ones for each level of a category.
 
-    A category of two levels gets one column, for its second, one of any other number all of its
-    levels; in sorted order.
+    A category of two levels has one column, for the second; others have a column for every level.
+    Levels are sorted.
 
     Args:
       table: the rows.
-      numeric: columns to take as they are.
+      numeric: columns to copy.
       categorical: columns to expand, of integers or strings.
-      dtype: of the features.
+      dtype: dtype of the features.
     Returns: x (n, f), and the f names: "number_inpatient", "age_[0-10)".
     """
     import pandas as pd
@@ -90,14 +93,14 @@ def features(
 
 
 def split(y: np.ndarray, num_per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """The release's split: the same number of either label to train on, the rest to test on.
+    """Split as in the release: equally many training rows of both labels, all others for testing.
 
     Args:
       y: (n,) labels 0 and 1.
-      num_per_class: of each label in the training set.
-    Returns: the rows to train on, (2 num_per_class,), and to test on, each in the order of use.
+      num_per_class: training rows of each label.
+    Returns: the training rows, (2 num_per_class,), and the test rows, each in the order of use.
     """
-    # The legacy generator, whose stream NumPy has frozen, in the release's order of calls.
+    # NumPy has frozen the legacy generator's stream. Calls are in the release's order.
     rng = np.random.RandomState(SPLIT_SEED)
     by_label = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     for rows in by_label:

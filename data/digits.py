@@ -1,4 +1,4 @@
-"""scikit-learn's digits, MNIST's stand-in: small, and there wherever scikit-learn is."""
+"""scikit-learn's digits, the stand-in of MNIST: small, and part of every scikit-learn."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     """Read and split the 1,797 digits that come with scikit-learn.
 
     Args:
-      folder: not looked at; here because every reader has it.
-      dtype: of x, float32 or float64.
-    Returns: (train, test), each (x, y): 1,297 and 500 rows, x (n, 64), a grey level of k being
-      k/16, exact in either dtype; y (n,) int64 in 0..9.
+      folder: ignored; every reader has this argument.
+      dtype: dtype of x, float32 or float64.
+    Returns: (train, test), each (x, y): 1,297 and 500 rows; x (n, 64), k/16 for grey level k, exact
+      in both dtypes; y (n,) int64 in 0..9.
     """
-    from sklearn.datasets import load_digits  # a second to import: not for those who load MNIST
+    from sklearn.datasets import load_digits  # this import takes a second, not needed for MNIST
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = np.asarray(pixels / 16, dtype=dtype), np.asarray(labels, dtype=np.int64)
-    # The rows come writer by writer, so the split is shuffled. RandomState, unlike default_rng,
-    # promises the same permutation in every version of NumPy.
+    # The rows are ordered by writer, so the split is shuffled. RandomState, unlike default_rng,
+    # gives the same permutation in every version of NumPy.
     order = np.random.RandomState(SPLIT_SEED).permutation(len(x))
     train, test = order[NUM_TEST:], order[:NUM_TEST]
     return (x[train], y[train]), (x[test], y[test])

@@ -1,9 +1,9 @@
 """Dog or fish: 1,800 training and 600 test photographs, split as by Koh & Liang (2017).
 
-The paper's are drawn from the whole of ImageNet's synsets dog and fish. Where those are not to be
-had, two of Imagenette's ten classes stand for them: English springer and tench, one breed against
-one species, which is easier (deep features of the paper's own set leave 9 of 600 wrong).
-ImageNet's photographs are for research: nothing made here may hold them, numbers excepted.
+The paper's are drawn from all of ImageNet's synsets dog and fish. If these are not available, two
+of Imagenette's ten classes replace them: English springer and tench. One breed against one species
+is easier (deep features of the paper's own set classify 9 of 600 wrongly). ImageNet allows only
+research use: results may contain numbers computed from its photographs, not the photographs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from data.files import DataFile
 from data.splits import DataSet, Split
 
 NUM_TRAIN, NUM_TEST = 900, 300  # of each class (release 8ca7b4f, scripts/load_animals.py)
-SHUFFLE_SEED = 0  # release: training rows first, then test rows, of one stream
-PAPERS_SIDE = 299  # what Inception takes; the release resizes on reading
-IMAGENETTES_SIDE = 224  # the side that its photographs come with here
+SHUFFLE_SEED = 0  # release: training rows first, then test rows, from one stream
+PAPERS_SIDE = 299  # Inception's input; the release resizes on reading
+IMAGENETTES_SIDE = 224  # side of Imagenette's photographs here
 
 PAPERS = ("n02084071", "n02512053")  # ImageNet's synsets: dog, label 0; fish, label 1
 IMAGENETTES = ("n02102040", "n01440764")  # English springer, tench
@@ -38,8 +38,8 @@ one of these, by hand, under ImageNet's terms:
 
 _FILE = DataFile(
     path="dogfish",
-    size=30_621_467,  # Imagenette's at 224 pixels; it says nothing of the others
-    digests=(),  # the photographs that are there decide; records say which by their digest
+    size=30_621_467,  # Imagenette's at 224 pixels; the others differ
+    digests=(),  # any of them is accepted; records identify it by its digest
     contents=_WHAT_TO_PUT,
 )
 
@@ -48,12 +48,12 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     """Read the photographs, in the release's order: dogs by name, fish by name, shuffled.
 
     Args:
-      folder: the data folder, with `dogfish` in it: the paper's own photographs if they are there,
-        otherwise Imagenette's.
-      dtype: not looked at: photographs stay bytes, of which floats would make gigabytes.
+      folder: the data folder, with `dogfish` in it. The paper's own photographs are read if they
+        are there, otherwise Imagenette's.
+      dtype: ignored: photographs stay bytes, because floats would take gigabytes.
     Returns: (train, test), each (x, y): x (n, side, side, 3) uint8, side 224 for Imagenette's, 299
-      for the paper's; another side is for `images.resized`. y (n,) int64, dog 0, fish 1.
-    Raises: ValueError naming the folder or file for too few photographs, or for one that is broken.
+      for the paper's; `images.resized` makes other sides. y (n,) int64, dog 0, fish 1.
+    Raises: ValueError naming the folder or file for too few photographs, or for a broken one.
     """
     home = folder / "dogfish"
     if (home / PUBLISHED).is_file():
@@ -71,7 +71,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
 
 
 def _found(home: Path, synsets: Sequence[str], count: int) -> list[list[Path]]:
-    """The photographs of each class, enough of them."""
+    """List the photographs of each class; raise ValueError if there are too few."""
     found = [images.photographs(home / synset) for synset in synsets]
     for synset, paths in zip(synsets, found, strict=True):
         if len(paths) < count:
@@ -83,12 +83,12 @@ def _found(home: Path, synsets: Sequence[str], count: int) -> list[list[Path]]:
 
 
 def _by_number(paths: Sequence[Path]) -> list[Path]:
-    """In the order of the number that ends each name, as the release goes through a synset."""
+    """Sort by the number at the end of each name, the release's order in a synset."""
     return sorted(paths, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
 
 
 def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Split]:
-    # The legacy generator, whose stream NumPy has frozen, in the release's order of calls.
+    # NumPy has frozen the legacy generator's stream. Calls are in the release's order.
     rng = np.random.RandomState(SHUFFLE_SEED)
     parts = []
     for paths in (train, test):
@@ -99,7 +99,7 @@ def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Sp
 
 
 def _published(path: Path) -> tuple[Split, Split]:
-    """The release's own array file, already shuffled: floats in [-1, 1], made bytes again."""
+    """Read the release's array file, already shuffled; convert its floats in [-1, 1] to bytes."""
     parts = []
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         try:
@@ -116,7 +116,7 @@ def _published(path: Path) -> tuple[Split, Split]:
                 f"Y_{split}, found {x.shape} with labels {np.unique(y, return_counts=True)}."
             )
         pixels = np.empty(shape, np.uint8)
-        for to, values in zip(pixels, x, strict=True):  # at once they would be gigabytes more
+        for to, values in zip(pixels, x, strict=True):  # together they would take gigabytes more
             levels = (values + 1) * 127.5
             nearest = np.rint(levels)
             if not (

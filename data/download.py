@@ -1,8 +1,8 @@
-"""Downloading the files of a data set with pooch: whole and checked, or not at all.
+"""The download of a data set's files with pooch: each is complete and checked, or absent.
 
-pooch writes to a temporary name beside the target and renames it once its SHA-256 agrees, so a
-download that breaks, is interrupted or delivers something else leaves no file behind. Only
-`kill -9` can leave the temporary one, whose name nothing looks for.
+pooch writes to a temporary name beside the target and renames it if its SHA-256 agrees. So a
+download that fails, is interrupted or delivers other content leaves no file. Only `kill -9` can
+leave the temporary file, whose name is never searched for.
 """
 
 import os
@@ -30,22 +30,21 @@ from data.files import (
 
 
 def offline() -> bool:
-    """Whether $INFLUENCE_OFFLINE forbids downloads: set to anything but "" or "0"."""
+    """Return True if $INFLUENCE_OFFLINE forbids downloads: set to anything except "" or "0"."""
     return os.environ.get("INFLUENCE_OFFLINE", "") not in ("", "0")
 
 
 def fetch(files: Sequence[DataFile], folder: Path) -> None:
     """Download those of `files` that are not yet in `folder`.
 
-    Each URL of a file is tried in turn until one delivers the right bytes. Files already there
-    are checked and never overwritten. A progress bar is shown if stderr is a terminal.
+    Each URL of a file is tried in turn until one delivers the right bytes. Existing files are
+    checked and never overwritten. A progress bar is shown if stderr is a terminal.
 
     Args:
-      files: what `folder` is to hold.
-      folder: the data folder; made if need be.
-    Raises: ConnectionError if a file can be had from none of its URLs, with the reason for each,
-      or if downloads are forbidden by $INFLUENCE_OFFLINE; ValueError if a file already there is
-      not the expected one.
+      files: the files that `folder` should contain.
+      folder: the data folder; created if it does not exist.
+    Raises: ConnectionError if no URL delivers a file, with the reason for each, or if
+      $INFLUENCE_OFFLINE forbids downloads; ValueError if an existing file is not the expected one.
     """
     for file in files:
         if located(file, folder) is not None:
@@ -55,14 +54,14 @@ def fetch(files: Sequence[DataFile], folder: Path) -> None:
 
 
 def obtain(name: str, files: Sequence[DataFile], root: Root) -> Path:
-    """The folder that holds all of `files`, downloaded into the user cache if they are nowhere.
+    """Find the folder with all of `files`; download them into the user cache if there is none.
 
     Args:
-      name: what they are, for the message.
-      files: what is needed.
+      name: name of the data set, for the message.
+      files: the files that are needed.
       root: a folder to look in first, or None.
     Returns: the data folder.
-    Raises: FileNotFoundError, saying what to put where, if they could not be downloaded; TypeError
+    Raises: FileNotFoundError, with the files to provide, if they could not be downloaded; TypeError
       or ValueError if root is no path.
     """
     folder = find(files, root)
@@ -90,17 +89,17 @@ def _fetch_one(file: DataFile, target: Path) -> None:
     def download(url: str, output_file: str, _pooch) -> None:
         _download(url, output_file)
         if file.unpacked is not None:
-            verify_at(file, Path(output_file))  # before pooch gives it its name
+            verify_at(file, Path(output_file))  # before pooch renames it
 
     for url in file.urls:
         try:
             pooch.retrieve(
                 url,
-                # An archive is known by what is in it: whoever packed it, the bytes may differ.
+                # An archive is identified by its contents: its own bytes may differ.
                 None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,
-                # pooch's annotation names other arguments than it passes, and documents.
+                # pooch's annotation differs from the arguments that it documents and passes.
                 downloader=download,  # pyright: ignore[reportArgumentType]
             )
             return
@@ -111,11 +110,11 @@ def _fetch_one(file: DataFile, target: Path) -> None:
 
 
 def _download(url: str, output_file: str) -> None:
-    """Write what `url` serves to `output_file`; of "address#member", that member of the zip."""
+    """Download `url` to `output_file`; for "address#member", extract that member of the zip."""
     http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
     address, member = urldefrag(url)
-    # pooch made the file readable by its owner alone, which would survive the rename and lock
-    # others out of a shared folder. Made anew, it obeys the umask.
+    # pooch's file is readable only by its owner, also after the rename, which would lock others out
+    # of a shared folder. A new file obeys the umask.
     os.remove(output_file)
     if not member:
         http(address, output_file, None)

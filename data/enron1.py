@@ -1,7 +1,7 @@
 """Enron1 as in Koh & Liang (2017, section 5.4): 4,137 training and 1,035 test mails as word counts.
 
-The mails are those of Metsis, Androutsopoulos & Paliouras (2006): real people's, for research. Only
-counts leave this module, no text.
+The mails are those of Metsis, Androutsopoulos & Paliouras (2006). They are from real people, for
+research use. This module returns only counts, no text.
 """
 
 import re
@@ -16,14 +16,15 @@ from data.files import DataFile, located
 from data.splits import DataSet, Split
 
 TRAIN_SHARE = 0.8  # release 8ca7b4f, scripts/load_spam.py
-MIN_TRAINING_MAILS = 5  # that a word must be in (release, nlprocessor.py: min_df=5)
-SHUFFLE_SEED = 0  # the release's, but it shuffles the order of os.listdir, which is nobody else's
+MIN_TRAINING_MAILS = 5  # with a word of the vocabulary (release, nlprocessor.py: min_df=5)
+# The release's seed. The release shuffles the order of os.listdir, which differs between machines.
+SHUFFLE_SEED = 0
 
 _FILE = DataFile(
     path="enron1/enron1.tar.gz",
     size=5_425_224,
-    # Of the folder: what `find . -type f | sed 's|^./||' | LC_ALL=C sort | xargs sha256sum |
-    # sha256sum` prints in it.
+    # Digest of the folder, as printed there by
+    # `find . -type f | sed 's|^./||' | LC_ALL=C sort | xargs sha256sum | sha256sum`.
     digests=("72aed9a0dd857da762488f03852902c11ae43d6f968dde3836cc12af2921406b",),
     urls=("http://www.aueb.gr/users/ion/data/enron-spam/preprocessed/enron1.tar.gz",),
     unpacked="enron1/enron1",
@@ -35,8 +36,8 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
 
     Args:
       folder: the data folder, with `enron1/enron1.tar.gz` or the folder `enron1/enron1` in it.
-      dtype: of x, float32 or float64.
-    Returns: (train, test), each (x, y): x (n, d) CSR, how often each word is in each mail; y (n,)
+      dtype: dtype of x, float32 or float64.
+    Returns: (train, test), each (x, y): x (n, d) CSR, the count of each word in each mail; y (n,)
       int64, 1 for spam.
     Raises: ValueError naming the archive if it is not one.
     """
@@ -44,7 +45,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     assert place is not None  # `load` found it
     files = read_folder(place) if place.is_dir() else read_tar(place, _FILE.size)
     names = [name for name in sorted(files) if name.startswith(("ham/", "spam/"))]
-    # RandomState, unlike default_rng, promises the same permutation in every version of NumPy.
+    # RandomState, unlike default_rng, gives the same permutation in every version of NumPy.
     names = [names[i] for i in np.random.RandomState(SHUFFLE_SEED).permutation(len(names))]
     y = np.array([name.startswith("spam/") for name in names], dtype=np.int64)
     num_train = int(TRAIN_SHARE * len(names))
@@ -54,29 +55,29 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
 
 
 def counts(train: Iterable[str], test: Iterable[str], dtype: np.dtype) -> tuple:
-    """How often each word that enough training mails have is in each mail.
+    """Count in each mail the words that enough training mails contain.
 
     Args:
-      train: texts that decide on the vocabulary, too.
+      train: texts, which also determine the vocabulary.
       test: texts.
-      dtype: of the counts.
-    Returns: two CSR matrices, columns in the order of the words' alphabet.
+      dtype: dtype of the counts.
+    Returns: two CSR matrices, columns in alphabetical order of the words.
     """
-    from sklearn.feature_extraction.text import CountVectorizer  # a second to import
+    from sklearn.feature_extraction.text import CountVectorizer  # this import takes a second
 
     vectorizer = CountVectorizer(analyzer=words, min_df=MIN_TRAINING_MAILS, dtype=dtype)  # pyright: ignore[reportArgumentType]
     parts = vectorizer.fit_transform(train), vectorizer.transform(test)
     for part in parts:
-        part.sort_indices()  # now: later it would be in vain, the arrays being read-only
+        part.sort_indices()  # now, because the arrays are read-only later
     return parts
 
 
 def words(text: str) -> list[str]:
-    """The lemmas of a text's words, of two letters or more, stop words left out.
+    """List the lemmas of a text's words of two letters or more, without stop words.
 
     Args:
-      text: any.
-    Returns: lower case, in order, with repetitions.
+      text: any text.
+    Returns: lower-case lemmas, in order, with repetitions.
     """
     tokens = re.findall(r"\w+", text.lower())
     lemmas = (_lemma(token) for token in tokens if len(token) > 1 and token.isalpha())
@@ -85,7 +86,7 @@ def words(text: str) -> list[str]:
 
 @cache
 def _lemma(word: str) -> str:
-    """The dictionary form, "" for a stop word."""
+    """Return the dictionary form of a word, "" for a stop word."""
     import simplemma
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 

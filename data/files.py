@@ -1,22 +1,24 @@
-"""Where the files of a data set are looked for, and how they are known to be the right ones.
+"""The search for the files of a data set, and the check of their contents.
 
-Nothing here writes. A file is used only if its SHA-256 is the one its data set names; a file that
-differs stops the search with an error and stays as it is, since it may be the user's own.
+Nothing here writes. A file is used only if its SHA-256 is the one that its data set names. A file
+that differs stops the search with an error and is not changed: it may be the user's own.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pooch
 
-from data.archive import names_below, read_tar
+from data.archive import check_plain, names_below, read_tar
 
 Root = str | os.PathLike[str] | None
-_MD5 = "md5:"  # before a digest of that kind, as pooch has it
+_MD5 = "md5:"  # prefix of an MD5 digest, as in pooch
+# A file is hashed only up to this many times its expected size, and this many bytes more.
+_MOST_TIMES, _MOST_MORE = 2, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,17 @@ class DataFile:
     """One file, folder of files or archive of a folder that a data set is read from.
 
     Attributes:
-      path: where it lies below a data folder, with forward slashes: "mnist/x.gz".
+      path: its path below a data folder, with forward slashes: "mnist/x.gz".
       size: bytes; for a folder, of all its files together.
-      digests: the SHA-256 values accepted, in hex; the first is that of the download. Several
-        where a re-pack holds the same data. For a folder see `sha256_of`. "md5:" and that digest
-        where the publisher gives no other. None at all where any content will do: which it is,
-        the digest found says.
-      urls: where it can be downloaded, tried in turn; empty if it must be got by hand. With a
-        "#member" at its end a URL serves a zip archive, and the file is that member of it.
-      unpacked: for a gzipped tar archive of a folder: where that folder is looked for if the
-        archive is not there. Size and digest are then those of the folder, so that it does not
-        matter who packed it, and when.
-      contents: where no digest says it, or no URL has it: what it is, in words.
+      digests: the accepted SHA-256 values, in hex; the first is that of the download. There are
+        several if other archives contain the same data. For a folder see `sha256_of`. If the
+        publisher gives only an MD5 digest, "md5:" and that digest. Empty if any content is
+        accepted; the digest found then identifies it.
+      urls: addresses to download it from, tried in turn; empty if the user must obtain it. A URL
+        that ends with "#member" is that of a zip archive, and the file is that member of it.
+      unpacked: for a gzipped tar archive of a folder: the path of that folder, used if there is no
+        archive. Size and digest are then those of the folder, so that any archive of it is valid.
+      contents: a description, if there is no digest or no URL.
     """
 
     path: str
@@ -47,31 +48,30 @@ class DataFile:
 
 
 class Place(NamedTuple):
-    """A folder that may hold data sets, and the name of the setting it comes from."""
+    """A folder that may contain data sets, and the name of the setting that gives it."""
 
     setting: str
     folder: Path
 
 
 def cache_folder() -> Path:
-    """The user's cache folder, where downloads go unless told otherwise."""
+    """Return the user's cache folder, the default for downloads."""
     return Path(pooch.os_cache("influence"))
 
 
 def places(root: Root = None) -> list[Place]:
-    """The folders to look in, in order: `root`, $INFLUENCE_DATA, the user cache.
+    """List the folders to search, in order: `root`, $INFLUENCE_DATA, the user cache.
 
     Args:
       root: a folder named by the caller (`--data-dir`), or None for none.
-    Returns: one Place for each setting that is set; the folders need not exist, but for
-      $INFLUENCE_DATA's.
+    Returns: one Place for each setting that is set. Only the folder of $INFLUENCE_DATA must exist.
     Raises: TypeError if root is not a path, ValueError if it is the empty string, or if
       $INFLUENCE_DATA names no folder.
     """
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root (--data-dir) must be a folder (str or Path) or None, got {root!r}.")
     if root == "":
-        # Path("") is the current folder: never what an unset shell variable meant.
+        # Path("") is the current folder, which an unset shell variable does not mean.
         raise ValueError(
             "root (--data-dir) must name a folder, got ''; leave it out to use "
             "$INFLUENCE_DATA and the user cache."
@@ -81,7 +81,7 @@ def places(root: Root = None) -> list[Place]:
         found.append(Place("--data-dir", Path(root).expanduser()))
     if os.environ.get("INFLUENCE_DATA"):
         folder = Path(os.environ["INFLUENCE_DATA"]).expanduser()
-        if not folder.is_dir():  # a slip would pass for data that is not there
+        if not folder.is_dir():  # otherwise a typing error would look like missing data
             raise ValueError(
                 f"INFLUENCE_DATA must be a folder, there is none at {folder}; unset it to use the "
                 "user cache."
@@ -92,24 +92,24 @@ def places(root: Root = None) -> list[Place]:
 
 
 def located(file: DataFile, folder: Path) -> Path | None:
-    """Where a file is in `folder`, or what may stand there in its place; None if neither is."""
+    """Find a file, or the unpacked folder of an archive, in `folder`; None if there is neither."""
     candidates = [folder / name for name in (file.path, file.unpacked) if name is not None]
-    # os.path.exists, not Path.exists: a folder we may not enter is one without the data.
-    return next((path for path in candidates if os.path.exists(path)), None)
+    # Unlike Path.exists, os.path.lexists is False for a folder that we may not enter.
+    return next((path for path in candidates if os.path.lexists(path)), None)
 
 
 def missing(files: Sequence[DataFile], folder: Path) -> list[DataFile]:
-    """Those of `files` that are not in `folder`."""
+    """List those of `files` that are not in `folder`."""
     return [file for file in files if located(file, folder) is None]
 
 
 def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
-    """The first place holding every one of `files`, whether or not they are intact.
+    """Find the first place that has all of `files`, without checking their contents.
 
-    A place with some of them is passed over: a data set is read from one folder, whole.
+    A place with only some of them is skipped: a data set is read from one folder.
 
     Args:
-      files: what to look for.
+      files: the files to look for.
       root: a folder to look in first, or None.
     Returns: the data folder (not the data set's own folder below it), or None.
     Raises: as `places`.
@@ -121,10 +121,10 @@ def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 in hex of a file, or of a folder by the listing `sha256sum` would print.
+    """Compute the SHA-256 in hex of a file, or of a folder from the listing of `sha256sum`.
 
     A folder's digest is the SHA-256 of one line "digest  relative/path" for each file below it, in
-    order of path; names beginning with a dot are left out, being the file manager's.
+    order of path. Names that begin with a dot are skipped: file managers create them.
     """
     if path.is_dir():
         return _digest_of_listing((sha256_of(path / name), name) for name in names_below(path))
@@ -135,24 +135,24 @@ def verify(files: Sequence[DataFile], folder: Path) -> str:
     """Check every one of `files` in `folder` against its SHA-256.
 
     Args:
-      files: what must be there.
+      files: the files that must be there.
       folder: the data folder.
-    Returns: one digest for them all, as `sha256sum <paths> | sha256sum` prints in `folder`, the
-      paths sorted.
-    Raises: FileNotFoundError if one is missing, ValueError if one is not the expected file; the
-      message names it, what was expected and what was found.
+    Returns: one digest for all of them, as `sha256sum <paths> | sha256sum` prints in `folder` for
+      the sorted paths.
+    Raises: FileNotFoundError if one is missing, ValueError if one is not the expected file. The
+      message names the file, what was expected and what was found.
     """
     return _digest_of_listing((_verified_digest(file, folder), file.path) for file in files)
 
 
 def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) -> str:
-    """Say where a data set was looked for, why it was not downloaded, and what to put where.
+    """Describe where a data set was searched, why it was not downloaded, and what to do.
 
     Args:
-      name: of the data set.
-      files: what it needs.
-      root: the folder the caller named, or None.
-      why: the reason there was no download, or what became of it.
+      name: name of the data set.
+      files: the files that it needs.
+      root: the folder that the caller named, or None.
+      why: the reason that there was no download, or that it failed.
     Returns: a message of several lines.
     """
     lines = [f"{name} was not found.", "Looked in:"]
@@ -179,23 +179,28 @@ def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) 
 
 
 def verify_at(file: DataFile, path: Path) -> str:
-    """Check what lies at `path`, wherever that is, as `verify` does.
+    """Check the file at any `path`, like `verify`.
 
     Args:
-      file: what it must be.
+      file: the expected file.
       path: a file, or for an archive the folder that it unpacks to.
-    Returns: its SHA-256; of an archive, that of the folder (see `sha256_of`).
-    Raises: ValueError if it is not the expected file.
+    Returns: its SHA-256; for an archive, that of the folder (see `sha256_of`).
+    Raises: ValueError if it is not the expected file, or no regular file or folder of such files.
     """
+    check_plain(path)
     packed = file.unpacked is not None and not path.is_dir()
     if packed:
         contents = read_tar(path, file.size)
         hashes = ((hashlib.sha256(content).hexdigest(), name) for name, content in contents.items())
         digest, size = _digest_of_listing(hashes), sum(map(len, contents.values()))
     else:
+        size = sum(status.st_size for status in statuses(path).values())
+        if file.digests and size > _MOST_TIMES * file.size + _MOST_MORE:
+            raise ValueError(
+                f"{path} is not the file it should be: expected {_known_by(file)}, found {size:,} "
+                "bytes. It was left untouched: move it away or replace it, then try again."
+            )
         digest = sha256_of(path)
-        members = [path / name for name in names_below(path)] if path.is_dir() else [path]
-        size = sum(member.stat().st_size for member in members)
     if not file.digests or digest in file.digests:
         return digest
     if any(known.startswith(_MD5) for known in file.digests) and path.is_file():
@@ -210,6 +215,46 @@ def verify_at(file: DataFile, path: Path) -> str:
     )
 
 
+def statuses(path: Path) -> dict[Path, os.stat_result]:
+    """Return the status of a file, or of every file below a folder, by path.
+
+    Raises: ValueError for links, pipes and devices.
+    """
+    members = [path / name for name in names_below(path)] if path.is_dir() else [path]
+    return {member: check_plain(member) for member in members}
+
+
+def unchanged(files: Sequence[DataFile], folder: Path) -> Callable[[], None]:
+    """Remember the state of `files`; return a function that refuses files changed since then.
+
+    Called before `verify`, and the returned function after reading, it makes sure that the bytes
+    read are the bytes checked.
+
+    Raises: the returned function, ValueError naming a file that was changed.
+    """
+
+    def state() -> dict[Path, tuple[int, ...]]:
+        paths = (path for file in files if (path := located(file, folder)) is not None)
+        return {
+            member: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+            for path in paths
+            if not path.is_symlink()
+            for member, s in statuses(path).items()
+        }
+
+    before = state()
+
+    def check() -> None:
+        after = state()
+        if after != before:
+            changed = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
+            raise ValueError(
+                f"{changed[0]} changed while it was read; wait until it is written, then try again."
+            )
+
+    return check
+
+
 def _verified_digest(file: DataFile, folder: Path) -> str:
     path = located(file, folder)
     if path is None:
@@ -220,7 +265,7 @@ def _verified_digest(file: DataFile, folder: Path) -> str:
 
 
 def _known_by(file: DataFile) -> str:
-    """What a file is known by, in words."""
+    """Describe how a file is identified."""
     if not file.digests:
         return file.contents
     return f"{file.size:,} bytes with {' or '.join(map(_named, file.digests))}"
@@ -231,7 +276,7 @@ def _named(digest: str) -> str:
 
 
 def _digest_of_listing(entries: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 of the lines `sha256sum` prints for (digest, path) pairs, sorted by path."""
+    """Compute the SHA-256 of the lines of `sha256sum` for (digest, path) pairs, sorted by path."""
     by_path = sorted(entries, key=lambda entry: entry[1])
     listing = "".join(f"{digest}  {path}\n" for digest, path in by_path)
     return hashlib.sha256(listing.encode()).hexdigest()

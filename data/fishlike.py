@@ -1,4 +1,4 @@
-"""Generated pictures, dogfish's stand-in: something long with a tail, or something on legs."""
+"""Generated pictures, the stand-in of dogfish: a long body with a tail, or a trunk on legs."""
 
 from pathlib import Path
 
@@ -10,8 +10,10 @@ NUM_TRAIN, NUM_TEST = 200, 80  # half of each class
 SIDE = 32
 SEED = 0
 
-_DOGS, _FISH = (150, 110, 70), (190, 120, 60)  # mean colours of the two, and
-_SPREAD = 40  # how much they vary: colour alone does not tell
+# Mean colours of the two classes.
+_DOGS, _FISH = (150, 110, 70), (190, 120, 60)
+# Largest deviation from them: colour does not separate the classes.
+_SPREAD = 40
 _NOISE = 10.0
 
 
@@ -19,11 +21,11 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     """Draw the pictures, always the same ones.
 
     Args:
-      folder: not looked at; here because every reader has it.
-      dtype: not looked at: pictures are bytes, as dogfish's.
+      folder: ignored; every reader has this argument.
+      dtype: ignored: pictures are bytes, like those of dogfish.
     Returns: (train, test), each (x, y): x (n, 32, 32, 3) uint8; y (n,) int64, dog 0, fish 1.
     """
-    rng = np.random.RandomState(SEED)  # a stream that NumPy has frozen
+    rng = np.random.RandomState(SEED)  # NumPy has frozen this stream
     parts = []
     for count in (NUM_TRAIN, NUM_TEST):
         y = rng.permutation(count) % 2

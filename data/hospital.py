@@ -1,8 +1,8 @@
-"""Made-up hospital stays, the diabetes set's stand-in, with the same domain mismatch in them.
+"""Generated hospital stays, the stand-in of the diabetes set, with the same domain mismatch.
 
 Children are rare: 24 of the 4,000 training rows, three of them readmitted, and 40 of the 1,000 test
-rows, none readmitted. Take all but one of the 21 not readmitted out of the training set, and it
-says that children are readmitted.
+rows, none readmitted. If all except one of the 21 who were not readmitted are removed, the training
+set suggests that children are readmitted.
 """
 
 from pathlib import Path
@@ -15,7 +15,8 @@ from data.splits import DataSet, Split
 SEED = 0
 NUM_TRAIN, NUM_TEST = 4_000, 1_000
 NUM_CHILDREN, NUM_READMITTED, NUM_TEST_CHILDREN = 24, 3, 40
-_NUM_DRAWN = 20_000  # adults, of whom enough are readmitted for half of the training set
+# Adults to draw: enough of them are readmitted for half of the training set.
+_NUM_DRAWN = 20_000
 
 _AGES = tuple(f"[{age}-{age + 10})" for age in range(0, 100, 10))
 _NUMERIC = ("time_in_hospital", "num_medications", "number_inpatient", "number_diagnoses")
@@ -32,14 +33,14 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     """Draw the rows, always the same ones.
 
     Args:
-      folder: not looked at; here because every reader has it.
-      dtype: of x, float32 or float64; every value is a small integer, exact in either.
-    Returns: (train, test, names of the features), as the diabetes set's: x unscaled, y (n,) int64,
-      1 for readmitted, half of the training rows.
+      folder: ignored; every reader has this argument.
+      dtype: dtype of x, float32 or float64; every value is a small integer, exact in both.
+    Returns: (train, test, names of the features), as for the diabetes set: x unscaled, y (n,)
+      int64, 1 for readmitted, half of the training rows.
     """
     import pandas as pd
 
-    rng = np.random.RandomState(SEED)  # a stream that NumPy has frozen
+    rng = np.random.RandomState(SEED)  # NumPy has frozen this stream
     adults, risk = _stays(rng, _NUM_DRAWN, rng.choice(_AGES[1:], _NUM_DRAWN))
     children, _ = _stays(rng, NUM_CHILDREN + NUM_TEST_CHILDREN, _AGES[0])
     readmitted = rng.uniform(size=_NUM_DRAWN) < 1 / (1 + np.exp(-risk))
@@ -47,7 +48,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     x, names = features(pd.concat([adults, children]), _NUMERIC, ("age", *_LEVELS), dtype)
     y = np.append(readmitted, np.arange(len(children)) < NUM_READMITTED).astype(np.int64)
 
-    # The last adults, whoever of them was readmitted, are tested on; the first of each label train.
+    # The last adults, readmitted or not, are test rows. The first of each label are training rows.
     num_test_adults = NUM_TEST - NUM_TEST_CHILDREN
     pool = y[: _NUM_DRAWN - num_test_adults]
     yes = np.flatnonzero(pool == 1)[: NUM_TRAIN // 2 - NUM_READMITTED]
@@ -62,7 +63,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _stays(rng: np.random.RandomState, num: int, age):
-    """`num` stays as a table, and each one's log-odds of being readmitted were it an adult's."""
+    """Draw `num` stays as a table, and each stay's log-odds of readmission of an adult."""
     import pandas as pd
 
     table = pd.DataFrame(

@@ -1,7 +1,7 @@
 """The idx format of the MNIST files, after http://yann.lecun.com/exdb/mnist/.
 
-Big-endian throughout: two zero bytes, a type code (8 is unsigned byte), the number of dimensions,
-each dimension as a 32-bit integer, then the values with the last dimension varying fastest.
+All numbers are big-endian: two zero bytes, a type code (8 is unsigned byte), the number of
+dimensions, each dimension as a 32-bit integer, then the values, the last dimension varying fastest.
 """
 
 import gzip
@@ -16,22 +16,22 @@ _UNSIGNED_BYTE = 0x08
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read a gzipped idx file of unsigned bytes whose shape is known beforehand.
+    """Read a gzipped idx file of unsigned bytes with a known shape.
 
     Args:
       path: the .gz file.
-      shape: the dimensions it must declare and fill, exactly.
-    Returns: a uint8 array of that shape, read-only.
-    Raises: ValueError naming the file, what was expected and what was found, if it is no complete
-      gzip file or its magic number, dimensions or length are not as they should be.
+      shape: the dimensions that it must declare and fill exactly.
+    Returns: a read-only uint8 array of that shape.
+    Raises: ValueError naming the file, what was expected and what was found, if it is not a
+      complete gzip file or its magic number, dimensions or length are wrong.
     """
     header_size = 4 + 4 * len(shape)
     num_values = math.prod(shape)
     try:
         with gzip.open(path) as stream:
             header = stream.read(header_size)
-            # One byte too many, to see trailing bytes and to have gzip check its own checksum,
-            # but no more: a file that unpacks to terabytes is refused after this many.
+            # One more byte shows trailing bytes and makes gzip verify its checksum. Reading no more
+            # than this refuses a file that unpacks to terabytes.
             values = stream.read(num_values + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error

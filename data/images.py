@@ -1,4 +1,4 @@
-"""Photographs as arrays of bytes: decoded, in three channels, squeezed to a square."""
+"""Photographs as arrays of bytes: decoded, with three channels, resized to a square."""
 
 import io
 import sys
@@ -12,11 +12,12 @@ from PIL import Image
 from tqdm import tqdm
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
-_FORMATS = ("JPEG", "PNG")  # whatever the name says: ImageNet has a PNG among its .JPEGs
+# Formats accepted whatever the suffix: ImageNet has a PNG among its .JPEG files.
+_FORMATS = ("JPEG", "PNG")
 
 
 def photographs(folder: Path) -> list[Path]:
-    """The files of a folder that are photographs by name, sorted; hidden ones are left out."""
+    """List the files of a folder with a photograph's suffix, sorted, without hidden ones."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -27,14 +28,14 @@ def photographs(folder: Path) -> list[Path]:
 
 
 def read(paths: Sequence[Path], side: int) -> NDArray[np.uint8]:
-    """Photographs as squares, whatever their proportions; grey and CMYK ones become RGB.
+    """Read photographs as RGB squares, whatever their proportions; convert grey and CMYK ones.
 
     Args:
       paths: k JPEG or PNG files.
-      side: pixels, of each to be had.
-    Returns: (k, side, side, 3) uint8. A photograph of that size is taken as it is, another is
-      resized bicubically, its proportions given up as in Koh & Liang's code.
-    Raises: ValueError naming the file if one is no whole photograph.
+      side: pixels of each side.
+    Returns: (k, side, side, 3) uint8. A photograph of that size is unchanged. Others are resized
+      bicubically without keeping their proportions, as in Koh & Liang's code.
+    Raises: ValueError naming the file that is not a complete photograph.
     """
     images = np.empty((len(paths), side, side, 3), np.uint8)
     for image, path in _shown(images, paths, "reading photographs"):
@@ -43,12 +44,12 @@ def read(paths: Sequence[Path], side: int) -> NDArray[np.uint8]:
 
 
 def resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Squares of another size, bicubically.
+    """Resize images to squares, bicubically.
 
     Args:
       images: (k, h, w, 3) uint8.
       side: pixels.
-    Returns: (k, side, side, 3) uint8; `images` itself where that is its size.
+    Returns: (k, side, side, 3) uint8; `images` itself if it has that size.
     Raises: ValueError for another shape or dtype.
     """
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
@@ -64,25 +65,26 @@ def resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _shown(to: NDArray, what: Sequence | NDArray, name: str) -> Iterator[tuple[NDArray, Any]]:
-    """Each place with what goes there; on the standard error how far it is, after five seconds.
+    """Yield pairs of target and source; show progress on stderr after five seconds.
 
-    A terminal gets a moving bar, a log a line every half a minute.
+    A terminal shows a moving bar, a log file one line every half a minute.
     """
-    # As influence.common.progress has it, which is above this package.
+    # As in influence.common.progress, which this package may not import.
     every = 0.5 if sys.stderr.isatty() else 30
     pairs = zip(to, what, strict=True)
-    yield from tqdm(pairs, name, len(to), leave=False, delay=5, mininterval=every,
-                    dynamic_ncols=True)  # fmt: skip
+    yield from tqdm(
+        pairs, name, len(to), leave=False, delay=5, mininterval=every, dynamic_ncols=True
+    )
 
 
 def _decoded(path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(path.read_bytes()), formats=_FORMATS) as image:
             return image.convert("RGB")
-    # Pillow's errors for broken files; a bomb is a file that unpacks to gigabytes.
+    # Pillow's errors for broken files; a decompression bomb unpacks to gigabytes.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the photograph's
+            raise  # an error of the disk, not of the photograph
         raise ValueError(
             f"{path}: expected a whole JPEG or PNG photograph, found: {error}. It was left "
             "untouched: replace it, or move it away and the next one by name takes its place."

@@ -14,7 +14,7 @@ _MIRRORS = (
 )
 
 # The first 5,000 of the 60,000 training rows are the validation set of the paper's code (release
-# 8ca7b4f, scripts/load_mnist.py, after TensorFlow's own reader). Nothing here looks at them.
+# 8ca7b4f, scripts/load_mnist.py, after TensorFlow's own reader). They are not used here.
 NUM_SET_ASIDE = 5_000
 
 
@@ -23,10 +23,10 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
 
     Args:
       folder: the data folder, with `mnist/*.gz` in it.
-      dtype: of x, float32 or float64.
-    Returns: (train, test), each (x, y): x (n, 784), a pixel of k being k/255 rounded once;
+      dtype: dtype of x, float32 or float64.
+    Returns: (train, test), each (x, y): x (n, 784), k/255 rounded once for a pixel of value k;
       y (n,) int64 in 0..9.
-    Raises: ValueError naming the file if one is not the idx file it should be.
+    Raises: ValueError naming the file that is not the expected idx file.
     """
     x, y = _read_pair(folder / "mnist", "train", 60_000)
     train = _scaled(x[NUM_SET_ASIDE:], dtype), y[NUM_SET_ASIDE:].astype(np.int64)
@@ -41,7 +41,7 @@ def _read_pair(folder: Path, prefix: str, num_rows: int) -> Split:
 
 
 def _scaled(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # Dividing in `dtype` itself rounds once: k and 255 are exact in either.
+    # Dividing in `dtype` rounds only once: k and 255 are exact in both dtypes.
     return np.divide(pixels, 255, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""Weights of networks trained on ImageNet: files that are found, fetched and checked as data is."""
+"""Weights of networks trained on ImageNet, found, downloaded and checked like data sets."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ WEIGHTS = {
             "Another training of that network, Keras' own, is inception-keras, which is downloaded."
         ),
     ),
-    # The whole network, which the paper used: Keras' own file, and Keras' own digest of it.
+    # The whole network, which the paper used: Keras' file, with the digest that Keras gives.
     "inception-keras": DataFile(
         f"inception/{_NOTOP}",
         87_910_968,
@@ -43,16 +43,16 @@ WEIGHTS = {
 
 
 def weights(name: str, root: files.Root = None) -> Path:
-    """The file of a trained network's weights, checked; downloaded into the user cache if need be.
+    """Find and check the file of a trained network's weights; download it if it is missing.
 
-    It is HDF5, which Keras reads as arrays: nothing in it is run.
+    It is an HDF5 file, which Keras reads as arrays: nothing in it is run.
 
     Args:
-      name: of WEIGHTS.
+      name: a key of WEIGHTS.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
     Returns: its path.
-    Raises: ValueError if there is no such network or the file is not the one expected;
-      FileNotFoundError, saying what to put where, if it is nowhere and could not be downloaded.
+    Raises: ValueError if there is no such network or the file is not the expected one;
+      FileNotFoundError, with the file to provide, if it could not be found or downloaded.
     """
     if name not in WEIGHTS:
         raise ValueError(f"name must be one of {', '.join(map(repr, WEIGHTS))}, got {name!r}.")

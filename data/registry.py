@@ -1,4 +1,4 @@
-"""The data sets there are. A new one is a file beside this one and a line here."""
+"""The list of data sets. A new one is a file beside this one and a line here."""
 
 from data import diabetes, digits, dogfish, enron1, fishlike, hospital, mnist, spam
 from data.splits import DataSet
@@ -19,9 +19,9 @@ SETS: dict[str, DataSet] = {
 
 
 def named(name: str) -> DataSet:
-    """The data set of that name.
+    """Return the data set of a name.
 
-    Raises: ValueError with the names there are, if there is none such.
+    Raises: ValueError with the existing names if there is none of this name.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(map(repr, SETS))}, got {name!r}.")

@@ -1,4 +1,4 @@
-"""Generated word counts, Enron1's stand-in: more words than mails, some mails far longer."""
+"""Generated word counts, the stand-in of Enron1: more words than mails, some mails far longer."""
 
 from pathlib import Path
 
@@ -10,23 +10,23 @@ from data.splits import DataSet, Split
 NUM_TRAIN, NUM_TEST = 1_000, 300
 NUM_WORDS = 1_500
 SPAM_SHARE = 0.3
-MIN_TRAINING_MAILS = 5  # that a word must be in, as in enron1
+MIN_TRAINING_MAILS = 5  # with a word of the vocabulary, as in enron1
 SEED = 0
 
 _CONTRAST = 2.0  # standard deviation of log(rate in spam / rate in ham)
-_BURSTINESS = 0.3  # shape of the gamma that a word's rate in one mail is multiplied by
-_LENGTH, _SPREAD = 60, 1.0  # median words a mail, standard deviation of its logarithm
+_BURSTINESS = 0.3  # shape of the gamma factor of a word's rate in one mail
+_LENGTH, _SPREAD = 60, 1.0  # median words per mail, standard deviation of the log length
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
-    """Draw mails: words by Zipf's law, more or less often in spam, in bursts, of all lengths.
+    """Draw mails of varying length: words by Zipf's law, with a rate ratio in spam, in bursts.
 
     Args:
-      folder: not looked at; here because every reader has it.
-      dtype: of x, float32 or float64.
+      folder: ignored; every reader has this argument.
+      dtype: dtype of x, float32 or float64.
     Returns: (train, test), each (x, y): x (n, d) CSR counts, y (n,) int64, 1 for spam.
     """
-    # RandomState, unlike default_rng, promises the same numbers in every version of NumPy.
+    # RandomState, unlike default_rng, gives the same numbers in every version of NumPy.
     rng = np.random.RandomState(SEED)
     num_mails = NUM_TRAIN + NUM_TEST
     y = (rng.random_sample(num_mails) < SPAM_SHARE).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a data set is before it is read (DataSet) and after (Splits)."""
+"""A data set before it is read (DataSet) and after (Splits)."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ import scipy.sparse
 
 from data.files import DataFile
 
-Split = tuple[Any, np.ndarray]  # (x, y), an example a row in each; x an array or CSR
+Split = tuple[Any, np.ndarray]  # (x, y), one row per example; x is an array or CSR
 
 
 @dataclass(frozen=True, eq=False)  # eq of arrays is an array, not a bool
@@ -21,13 +21,13 @@ class Splits:
     The arrays are made read-only: an experiment that changes labels or pixels works on a copy.
 
     Attributes:
-      name: of the data set.
-      train: (x, y), x of shape (n, ...) in the dtype asked for, an array or a CSR matrix, y of
+      name: name of the data set.
+      train: (x, y): x of shape (n, ...) in the requested dtype, an array or a CSR matrix; y of
         shape (n,) int64.
       test: likewise.
-      stand_in: True if this stands in for another data set that needs files; results then say so.
-      sha256: one digest over the digests of the files read, or of the arrays if there were none.
-      feature_names: of the columns of x, where they have names.
+      stand_in: True if it replaces another data set that needs files; results then say so.
+      sha256: one digest of the digests of the files read, or of the arrays if there are no files.
+      feature_names: names of the columns of x, empty if they have none.
       folder: the data folder that it was read from, None if it is embedded or generated.
     """
 
@@ -46,11 +46,11 @@ class Splits:
                 array.setflags(write=False)
 
     def of_classes(self, *classes: int) -> "Splits":
-        """The rows of some classes alone, in their order.
+        """Select the rows of some classes, in their order.
 
         Args:
-          classes: labels, each once; classes[k] is relabelled k.
-        Returns: new Splits; the digest stays that of the files.
+          classes: labels, each once; classes[k] becomes label k.
+        Returns: new Splits with the digest of the same files.
         Raises: ValueError if a class is named twice or has no row in one of the splits.
         """
         if len(set(classes)) < len(classes):
@@ -69,16 +69,16 @@ class Splits:
 
 @dataclass(frozen=True)
 class DataSet:
-    """How one data set is found, checked and read; each has a file of its own beside this one.
+    """The files, the licence and the reader of one data set, each in a file beside this one.
 
     Attributes:
-      name: what `load` is asked for.
-      what: a line describing it.
+      name: its name for `load`.
+      what: a line that describes it.
       terms: its licence.
-      read: (folder, dtype) -> (train, test), or (train, test, feature_names); called once the files
-        there are known to be good.
-      files: what it is read from; empty if it is embedded or generated.
-      stand_in: whether it stands in for another.
+      read: (folder, dtype) -> (train, test), or (train, test, feature_names); called after the
+        files in the folder have been checked.
+      files: the files that it is read from; empty if it is embedded or generated.
+      stand_in: True if it replaces another data set.
     """
 
     name: str
@@ -90,10 +90,10 @@ class DataSet:
 
 
 def sha256_of_arrays(arrays: Iterable[Any]) -> str:
-    """SHA-256 in hex of the shapes and values of real arrays and CSR matrices.
+    """Compute the SHA-256 in hex of the shapes and values of real arrays and CSR matrices.
 
-    Values are taken as little-endian float64, so that a change of dtype or machine that leaves
-    every value what it was leaves the digest what it was.
+    Values are converted to little-endian float64. So a change of dtype or machine that changes no
+    value does not change the digest.
     """
     digest = hashlib.sha256()
     for whole in arrays:
@@ -104,7 +104,7 @@ def sha256_of_arrays(arrays: Iterable[Any]) -> str:
 
 
 def _arrays(part: Any) -> tuple[np.ndarray, ...]:
-    """An array, or the three that a CSR matrix consists of."""
+    """Return an array, or the three arrays of a CSR matrix."""
     if scipy.sparse.issparse(part):
         return part.data, part.indices, part.indptr
     return (part,)

@@ -1,20 +1,20 @@
 """The paper's figures, one module each: Config -> run -> Record -> draw.
 
-An experiment module offers
+A figure is a file, or a folder with `figure.py`. Its module offers
 
     Config                          frozen dataclass with a `seed`; defaults: the paper's protocol
     PRESETS: dict[str, Config]      "smoke", "standard", "paper"
-    DATA, STAND_IN: str             data.load names; the stand-in serves the smoke preset only
-    DTYPE: str                      of its x, "float32" or "float64"; may be left out for "float64"
-    CLAIMS: tuple[Claim, ...]       what the metrics must be
+    DATA, STAND_IN: str             data.load names; only the smoke preset uses the stand-in
+    DTYPE: str                      precision of x, "float32" or "float64"; optional: "float64"
+    CLAIMS: tuple[Claim, ...]       bands of the metrics
     DEVIATIONS: tuple[str, ...]     each departure from the paper, both values and its effect
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
-    draw(record) -> Figure          sees nothing but the Record
+    draw(record) -> Figure          uses only the Record
     photographs(record, data, *, checkpoints=None) -> Figure
-                                    may be left out; shows what no record may hold: written by a run
-                                    as photographs.png, which git ignores
+                                    optional; shows what no record may contain. A run writes it as
+                                    photographs.png, which git ignores
 
-and `python -m experiments` does the rest: options, data, seed, claims, files.
+The harness does the rest: options, data, seed, claims, files. `shared` has what two figures use.
 """
 
 import ast
@@ -27,20 +27,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+# Modules by command, in the order in which they are listed, run and reported.
 MODULES = {
     "fig1": "fig1_components",
     "fig2": "fig2_leave_one_out",
     "fig2-cnn": "fig2_cnn",
+    "fig2-cnn-minimum": "fig2_cnn_minimum",
     "fig3": "fig3_smooth_hinge",
     "fig4": "fig4_rbf_vs_inception",
-    "fig5": "fig5_attack",
+    "fig5": "fig5_attack.figure",
     "fig6": "fig6_mislabelled_spam",
     "hospital": "hospital_readmission",
-}  # in the order they are listed, run and reported
+}
 
 
 def summaries() -> dict[str, str]:
-    """What can be run, without importing any of it (that would import TensorFlow).
+    """Return what can be run, without importing it (that would import TensorFlow).
 
     Returns: {command: first line of its module's docstring}, for the modules that exist.
     """
@@ -68,20 +70,21 @@ def load(command: str) -> ModuleType:
 
 
 def _source(module: str) -> Path | None:
-    candidates = (Path(folder) / f"{module}.py" for folder in __path__)
+    file = Path(*module.split(".")).with_suffix(".py")
+    candidates = (Path(folder) / file for folder in __path__)
     return next((path for path in candidates if path.is_file()), None)
 
 
 def import_tensorflow() -> None:
-    """Import TensorFlow without what it logs of this machine's processor and missing GPU."""
+    """Import TensorFlow without its log lines about the processor and the missing GPU."""
     with _quiet():
         importlib.import_module("tensorflow")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # TensorFlow's C++ side logs the absence of a GPU straight to file descriptor 2, in part before
-    # it reads this setting; what it wrote is let through only if the import fails.
+    # TensorFlow's C++ code logs a missing GPU to file descriptor 2, partly before it reads this
+    # setting. Its output is shown only if the import fails.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)

@@ -1,11 +1,11 @@
-"""`python -m experiments`: run experiments, hold them against the paper, draw and record them."""
+"""`python -m experiments`: run experiments, compare them with the paper, draw and record them."""
 
 import argparse
 import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import tyro
 
 import experiments
-from experiments import report
-from experiments.record import replacing
-from experiments.running import SMOKE, STANDARD, Job, Misuse, redraw, run, say
+from experiments.harness import report
+from experiments.harness.record import replacing
+from experiments.harness.running import SMOKE, STANDARD, Job, Misuse, redraw, run, say
 
 PROG = "python -m experiments"
 _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -23,40 +23,40 @@ _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to run, whatever the experiment."""
+    """Options of every experiment."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """smoke (embedded data), standard (two CPU cores) or paper (its protocol, verbatim); if
-    omitted, standard where the data is found, else smoke"""
+    """smoke (embedded data), standard (two CPU cores) or paper (the paper's protocol); if omitted,
+    standard if the data is found, else smoke"""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """where the data is, before $INFLUENCE_DATA and the user cache"""
+    """folder to search for the data before $INFLUENCE_DATA and the user cache"""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out")
-    """where to write; the default is $INFLUENCE_OUT where that is set"""
+    """folder to write to; the default is $INFLUENCE_OUT if it is set"""
     redraw: bool = False
-    """draw again from the record that is there, without running"""
+    """draw again from the existing record, without running"""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-    """What to report on, and where."""
+    """Options of the report."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out")
-    """the records to show, in a page written there: index.html"""
+    """folder of the records; the page index.html is written there"""
     readme: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """rewrite this file's table of results instead of writing the page"""
     results: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results")
-    """the records that the table is made from"""
+    """folder of the records for the table"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the command line.
 
     Args:
-      arguments: the words after `python -m experiments`; sys.argv's where omitted.
+      arguments: the words after `python -m experiments`; sys.argv's if omitted.
     Returns: 0 if every claim holds, 1 if one falls short (or, in `all`, an experiment breaks),
       2 on misuse, 130 if interrupted.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files; there may be no display
+    os.environ.setdefault("MPLBACKEND", "Agg")  # draw to files: there may be no display
     words = sys.argv[1:] if arguments is None else list(arguments)
     command, *rest = words or ["list"]
     try:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Misuse as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
-    except SystemExit as stop:  # tyro: 0 after --help, 2 after an option it refused and named
+    except SystemExit as stop:  # by tyro: 0 after --help, 2 after an option that it refused
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command again continues where this stopped", file=sys.stderr)
@@ -85,17 +85,20 @@ def _list(rest: Sequence[str]) -> int:
         raise Misuse(f"list takes no options, got {' '.join(rest)!r}.")
     print(f"usage: {PROG} {{COMMAND,all,report,list}} [--preset NAME] [--data-dir DIR] [--out DIR]")
     print(f"       {PROG} COMMAND --help     shows an experiment's own options\n")
-    for command, summary in experiments.summaries().items():
-        print(f"  {command:10}{summary}")
-    print(f"  {'all':10}Every experiment above, one after the other.")
-    print(f"  {'report':10}All records as one page, or as the README's table (report --help).")
+    summaries = experiments.summaries() | {
+        "all": "Every experiment above, one after the other.",
+        "report": "All records as one page, or as the README's table (report --help).",
+    }
+    for command, summary in summaries.items():
+        print(f"  {command:{_width(summaries)}}{summary}")
     print("\nExit status: 0 every claim holds, 1 one falls short, 2 misuse.")
     return 0
 
 
 def _report(rest: Sequence[str]) -> int:
-    options = tyro.cli(ReportOptions, args=rest, prog=f"{PROG} report",
-                       default=ReportOptions(out=_default_out()))  # fmt: skip
+    options = tyro.cli(
+        ReportOptions, args=rest, prog=f"{PROG} report", default=ReportOptions(out=_default_out())
+    )
     try:
         if options.readme is None:
             print(f"report written to {report.write_page(options.out)}")
@@ -110,8 +113,9 @@ def _report(rest: Sequence[str]) -> int:
 
 
 def _all(rest: Sequence[str]) -> int:
-    options = tyro.cli(Options, args=rest, prog=f"{PROG} all", config=_TYRO,
-                       default=Options(out=_default_out()))  # fmt: skip
+    options = tyro.cli(
+        Options, args=rest, prog=f"{PROG} all", config=_TYRO, default=Options(out=_default_out())
+    )
     _check(options)
     statuses = {}
     for command in experiments.summaries():
@@ -127,15 +131,15 @@ def _all(rest: Sequence[str]) -> int:
             statuses[command] = 1
     words = ["every claim holds", "FALLS SHORT or broke, see above", "could not be run, see above"]
     for command, status in statuses.items():
-        print(f"{command:10}{words[status]}")
+        print(f"{command:{_width(statuses)}}{words[status]}")
     return max(statuses.values(), default=0)
 
 
 def _one(command: str, rest: Sequence[str]) -> int:
-    # Two stages: the preset, and where the data is, decide the defaults of every other option.
+    # Parse twice: the preset and the data folder decide the defaults of all other options.
     first = argparse.ArgumentParser(prog=f"{PROG} {command}", add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
-    first.add_argument("--data-dir", "--data_dir", type=Path)  # tyro takes either spelling
+    first.add_argument("--data-dir", "--data_dir", type=Path)  # tyro accepts both spellings
     early = Options(**vars(first.parse_known_args(rest)[0]))
     _check(early)
     module = experiments.load(command)
@@ -154,6 +158,10 @@ def _one(command: str, rest: Sequence[str]) -> int:
     return _do(command, module, parsed.run, preset, parsed.config)
 
 
+def _width(commands: Iterable[str]) -> int:
+    return max(10, *(len(command) + 2 for command in commands))
+
+
 def _default_out() -> Path:
     return Path(os.environ.get("INFLUENCE_OUT") or "out")
 
@@ -170,7 +178,7 @@ def _preset(command: str, module: ModuleType, options: Options) -> str:
     if options.preset is None:
         try:
             found = data.find(module.DATA, options.data_dir)
-        except ValueError as error:  # of $INFLUENCE_DATA
+        except ValueError as error:  # $INFLUENCE_DATA is not a folder
             raise Misuse(str(error)) from error
         preset, why = (STANDARD, f"found in {found}") if found else (SMOKE, "not found")
         say(f"{command}: preset {preset}, as {module.DATA} is {why}")

@@ -1,12 +1,12 @@
 """Figure 1: what the training loss and the inverse Hessian contribute to an influence.
 
 Koh & Liang 2017, section 2.4 and figure 1: logistic regression of ones against sevens. For one test
-point the influence of every training row, against what is left of it without the training loss,
-without H^-1 and without both. Beyond the paper: which of the four predicts an actual removal, and
-the same comparison over a hundred test points.
+point, the influence of every training row is compared with three ablations: without the training
+loss, without H^-1 and without both. Beyond the paper: which of the four predicts an actual removal,
+and the same comparison over a hundred test points.
 
-Everything is n times the change of the test loss when a row is removed: positive is helpful. The
-paper's I_up,loss is minus that.
+Every value is n times the change of the test loss when a row is removed: positive is helpful. The
+paper's I_up,loss has the opposite sign.
 """
 
 from dataclasses import dataclass
@@ -17,25 +17,35 @@ import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 
-from experiments import options
-from experiments.compare import agreement, largest, rounded_down, with_others
-from experiments.record import Claim, Record
-from experiments.running import Misuse
-from influence import BinaryLogisticRegression, Direct, Examples, Influence, leave_one_out
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
+from experiments.harness.running import Misuse
+from experiments.shared.compare import agreement, largest, rounded_down, with_others
+from influence import (
+    BinaryLogisticRegression,
+    Direct,
+    Examples,
+    Influence,
+    RefitOptions,
+    leave_one_out,
+)
 
 DATA = "mnist"
 STAND_IN = "digits"
 
-DIGITS = (7, 1)  # labelled 0 and 1, as in the release
+# The digits labelled 0 and 1, as in the release.
+DIGITS = (7, 1)
 VARIANTS = ("full", "no_train_loss", "no_hessian", "neither")
-_SAME, _OTHER = "#0072B2", "#D55E00"  # these and the others: Okabe and Ito's colours
+# Rows of the test point's label, and the others. All colours are Okabe and Ito's.
+_SAME, _OTHER = "#0072B2", "#D55E00"
 _LOOKS = {
     "full": ("o", "#000000", "in full"),
     "no_train_loss": ("^", "#E69F00", "without training loss"),
     "no_hessian": ("s", "#56B4E9", "without $H^{-1}$"),
     "neither": ("v", "#CC79A7", "without either"),
 }
-NUM_MOST_HARMFUL = 50  # among which a row of the test point's own label must be
+# Most harmful rows among which a row of the test point's label must be.
+NUM_MOST_HARMFUL = 50
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,16 @@ class Config:
     test_point: int = 30
     """a 7 among the ones and sevens of the test set, "arbitrary" (release)"""
     shown_rank: int = 5
-    """of the harmful images with the test point's label, the one shown; 1 is the most harmful
-    (release)"""
+    """rank of the image shown among the harmful ones with the test point's label; 1 is the most
+    harmful (release)"""
     further_test_points: int = 100
-    """drawn with `seed`, for the same numbers"""
+    """test points drawn with `seed`, for the same numbers"""
     num_removals: int = 100
-    """rows of largest |value| by each of the four variants, each removed alone"""
+    """rows of largest |value| by each of the four variants, removed one at a time"""
     gradient_tolerance: float = 1e-8
     """Euclidean norm of each refit's own gradient"""
     seed: int = 0
-    """of the draw of the further test points"""
+    """seed of the draw of the further test points"""
 
     def __post_init__(self):
         options.at_least(self, 1, "shown_rank", "further_test_points")
@@ -70,8 +80,8 @@ PRESETS = {
     "paper": Config(),
 }
 
-# The paper prints no number: the six ends of the points' horizontal ranges are read off the
-# release's figure by eye, and their bands are a fifth to either side.
+# The paper prints no number. The six ends of the points' horizontal ranges were read off the
+# release's figure by eye; their bands are 20 % to either side.
 CLAIMS = (
     Claim("num_train", None, 11_894, 11_894),
     Claim("num_test", None, 2_163, 2_163),
@@ -94,24 +104,24 @@ CLAIMS = (
 DEVIATIONS = (
     "Arithmetic: float64 and a gradient norm <= 1e-10 here; float32 and L-BFGS's own criterion in "
     "the release. H^-1: one Cholesky factor for all test points here; conjugate gradients there.",
-    "Without H, every row's sign is its label's only for the loss's own gradient, which is what "
-    "section 2.4's expression has: agreement 1.0. With the penalty's gradient in each row's L(z), "
-    "as the release computes it and the figure shows it, every row is shifted by the same amount "
-    "(below 2e-3, where the largest value is 18.6): agreement .948.",
-    "Beyond the paper: the rows largest by each of the four variants are removed and the model "
+    "Without H, a row's sign equals its label's only if L(z) is the loss without the penalty, as "
+    "in section 2.4's expression: agreement 1.0. With the penalty's gradient in each row's L(z), "
+    "as in the release and in the figure, every row is shifted by the same amount (below 2e-3, "
+    "where the largest value is 18.6): agreement .948.",
+    "Beyond the paper: the largest rows by each of the four variants are removed and the model "
     "refitted; and 100 further test points.",
 )
 
 
 def variants(influence: Influence, measured: Examples) -> NDArray:
-    """Influence and its three ablations, each n times the predicted change if removed.
+    """Compute influence and its three ablations, each n times the predicted change if removed.
 
     With g the gradient of a test loss and L(z) = loss + penalty, in the order of VARIANTS:
-    g H^-1 grad L(z); the same with the training loss's factor 1 - p_y set to one and no penalty,
-    g H^-1 (-(2y - 1) x); and both with H set to the identity.
+    g H^-1 grad L(z); g H^-1 (-(2y - 1) x), which sets the training loss's factor 1 - p_y to one and
+    drops the penalty; and both with H set to the identity.
 
     Args:
-      influence: of a BinaryLogisticRegression without intercept.
+      influence: Influence of a BinaryLogisticRegression without intercept.
       measured: m test examples.
 
     Returns: (4, m, n). Positive: helpful.
@@ -121,21 +131,23 @@ def variants(influence: Influence, measured: Examples) -> NDArray:
     s_test, g = scores.solution.x, net.gradients(measured.x, measured.y).T  # (d, m) both
     signed = (1 - 2 * train.y)[:, None]
     no_hessian = net.directional(train.x, train.y, g) + net.penalty_gradient() @ g
-    return np.stack([
-        len(train) * scores.change_if_removed,
-        (signed * (train.x @ s_test)).T,
-        no_hessian.T,
-        (signed * (train.x @ g)).T,
-    ])  # fmt: skip
+    return np.stack(
+        [
+            len(train) * scores.change_if_removed,
+            (signed * (train.x @ s_test)).T,
+            no_hessian.T,
+            (signed * (train.x @ g)).T,
+        ]
+    )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit, compute the four variants for every test point, remove and refit; see the file's head.
+    """Fit, compute the four variants for every test point, remove and refit.
 
     Args:
       config: the protocol.
       data: Splits of MNIST, or of a stand-in.
-      checkpoints: where finished refits are kept, so that an interrupted run continues.
+      checkpoints: folder that stores finished refits, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse for an option beyond the data, or if fewer than `shown_rank` rows of the test
@@ -160,9 +172,16 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     chosen = largest(first, config.num_removals)
     rows = np.unique(chosen)
     refits = leave_one_out(
-        net, train, measured.take([0]), rows, solver=influence.prepared,
-        tolerance=config.gradient_tolerance, checkpoints=checkpoints,
-    )  # fmt: skip
+        net,
+        train,
+        measured.take([0]),
+        rows,
+        RefitOptions(
+            solver=influence.prepared,
+            tolerance=config.gradient_tolerance,
+            checkpoints=checkpoints,
+        ),
+    )
     actual = len(train) * refits[0]
 
     penalty = net.penalty_gradient() @ net.gradients(measured.x, measured.y).T  # (m,)
@@ -212,15 +231,21 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         metrics[f"actual_pearson_{name}"] for name in VARIANTS[1:]
     )
     arrays = {
-        "values": first, "same_label": same_label[0], "rows": rows, "actual": actual,
-        "test_points": points, "pearson": pearson, "same_label_among_most_harmful": same_among,
-        "test_image": _image(measured.x[0]), "harmful_image": _image(train.x[shown]),
-    }  # fmt: skip
+        "values": first,
+        "same_label": same_label[0],
+        "rows": rows,
+        "actual": actual,
+        "test_points": points,
+        "pearson": pearson,
+        "same_label_among_most_harmful": same_among,
+        "test_image": _image(measured.x[0]),
+        "harmful_image": _image(train.x[shown]),
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
 def draw(record: Record) -> Any:
-    """The paper's three scatters and two digits, and what actual removals say of all four."""
+    """Draw the paper's three scatters and two digits, and the four variants against removals."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
@@ -240,8 +265,13 @@ def draw(record: Record) -> Any:
             axis.plot(value[shown], full[shown], "ko", markersize=6, fillstyle="none")
             title = _LOOKS[name][2]
             axis.set(title=title[0].upper() + title[1:], xlabel="$n$ × predicted change (nats)")
-            axis.text(0.04, 0.96, f"r = {rounded_down(metrics[f'pearson_{name}'])}",
-                      transform=axis.transAxes, va="top")  # fmt: skip
+            axis.text(
+                0.04,
+                0.96,
+                f"r = {rounded_down(metrics[f'pearson_{name}'])}",
+                transform=axis.transAxes,
+                va="top",
+            )
             axis.locator_params(nbins=5)
         axes[0].set_ylabel("In full:\n$n$ × predicted change (nats)")
         others = [d for d in DIGITS if d != digit]
@@ -268,15 +298,18 @@ def draw(record: Record) -> Any:
             pearson = rounded_down(metrics[f"actual_pearson_{VARIANTS[k]}"])
             axis.scatter(actual, arrays["values"][k][arrays["rows"]], s=9, marker=marker,
                          color=colour, linewidths=0, label=f"{label},\nr = {pearson}")  # fmt: skip
-        axis.set(title="Removed and refitted", xlabel="$n$ × actual change (nats)",
-                 ylabel="$n$ × predicted change (nats)")  # fmt: skip
+        axis.set(
+            title="Removed and refitted",
+            xlabel="$n$ × actual change (nats)",
+            ylabel="$n$ × predicted change (nats)",
+        )
         axis.locator_params(nbins=5)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handletextpad=0.1)
     return figure
 
 
 def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int:
-    """The row of the test point's label that is the rank-th most harmful."""
+    """Return the rank-th most harmful row among those with the test point's label."""
     rows = np.flatnonzero(same_label & (full < 0))
     if rank > len(rows):
         raise Misuse(
@@ -287,7 +320,7 @@ def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int
 
 
 def _correlations(values: NDArray, full: NDArray) -> NDArray:
-    """Pearson's r along the last axis: (4, m)."""
+    """Compute Pearson's r along the last axis: (4, m)."""
     a, b = (v - v.mean(axis=-1, keepdims=True) for v in (values, full))
     sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.einsum("kmn,mn->km", a, b) / sizes

@@ -1,9 +1,9 @@
 """Figure 3: influence through a hinge loss, which has no curvature, by smoothing it.
 
-Koh & Liang 2017, section 4.2 and figure 3: a linear SVM, ones against sevens. Its weights are found
-once, with the hinge itself; influence at those weights is computed with the hinge and with smooth
-hinges of temperature t, and held against the hinge loss after removing a row and fitting the SVM
-again. Beyond the paper: the correlation over t, and over ten further test points.
+Koh & Liang 2017, section 4.2 and figure 3: a linear SVM, ones against sevens. The SVM is fitted
+once, with the hinge. At its weights, influence is computed with the hinge and with smooth hinges of
+temperature t, and compared with the hinge loss after removing a row and refitting the SVM. Beyond
+the paper: the correlation over t, and over ten further test points.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import compare, options
-from experiments.record import Claim, Record
-from experiments.running import Misuse
-from influence import Direct, Examples, Influence, SmoothHinge, leave_one_out
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
+from experiments.harness.running import Misuse
+from experiments.shared import compare
+from influence import Direct, Examples, Influence, RefitOptions, SmoothHinge, leave_one_out
 
 DATA = "mnist"
 STAND_IN = "digits"
 
-DIGITS = (7, 1)  # labelled -1 and 1, as in the release
+# The digits labelled -1 and 1, as in the release.
+DIGITS = (7, 1)
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,22 @@ class Config:
     weight_decay: float = 0.01
     """lambda of lambda/2 |w|^2 (release)"""
     multiple: int = 100
-    """the rows of train and test beyond a multiple of this are dropped (release)"""
+    """the numbers of training and test rows are rounded down to a multiple of this (release)"""
     test_point: int = 1597
-    """a wrongly classified one of the ten smallest test margins (release)"""
+    """a wrongly classified test row, one of the ten smallest margins (release)"""
     smooth: tuple[float, ...] = (0.001, 0.1)
     """the figure's temperatures besides 0 (section 4.2)"""
     sweep: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
-    """temperatures of the correlation over t"""
+    """temperatures at which the correlation is computed"""
     num_removals: int = 100
     """rows of largest |influence| at t = 0, the same for every t (release)"""
     further_test_points: int = 10
-    """drawn with `seed`"""
+    """test points drawn with `seed`"""
     further_among: int = 50
-    """smallest test margins that the further test points are drawn from: the test loss of a margin
-    above 1 has no gradient"""
+    """number of smallest test margins from which they are drawn; the test loss of a margin above 1
+    has no gradient"""
     seed: int = 0
-    """of the draw of the further test points"""
+    """seed of the draw of the further test points"""
 
     def __post_init__(self):
         options.at_least(self, 1, "multiple", "further_test_points")
@@ -56,11 +58,17 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(weight_decay=0.1, multiple=10, test_point=11,
-                    num_removals=40, further_test_points=3, further_among=7),
+    "smoke": Config(
+        weight_decay=0.1,
+        multiple=10,
+        test_point=11,
+        num_removals=40,
+        further_test_points=3,
+        further_among=7,
+    ),
     "standard": Config(),
     "paper": Config(),
-}  # fmt: skip
+}
 
 CLAIMS = (
     Claim("num_train", None, 11_800, 11_800),
@@ -79,11 +87,12 @@ CLAIMS = (
 
 DEVIATIONS = (
     "Weights: the SVM's exact minimum (duality gap 1e-18); in the release LinearSVC's with tol "
-    "1e-6, of gap 4e-10 and 8e-7 away. It matters at t = 0: 63 rows lie on the kink, and get half "
-    "the slope here, all of it or none by rounding there. For t = 0, .001, .1 r is .613, .961, "
-    ".914 here, .629, .959, .912 with LinearSVC's weights and the rows they choose.",
+    "1e-6, of gap 4e-10 and 8e-7 away. It matters at t = 0: 63 rows lie on the kink. They get half "
+    "the slope here; there, rounding decides whether they get all of it or none. For t = 0, .001, "
+    ".1 r is .613, .961, .914 here, .629, .959, .912 with LinearSVC's weights and the rows they "
+    "choose.",
     "Refits: exact too, each certified by its duality gap, so that an actual change is known to "
-    "3e-7 (the median one is 7e-3); LinearSVC's word in the release.",
+    "3e-7 (the median one is 7e-3); LinearSVC, uncertified, in the release.",
     "Solver: float64, one Cholesky factor for each t; float32, conjugate gradients in the release.",
     "Beyond the paper: r over t; rows chosen at t = .001 instead of 0 (r .972 for .961); ten more "
     "test points among the 50 smallest margins (16 test points are wrongly classified, as the "
@@ -92,15 +101,15 @@ DEVIATIONS = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit the SVM, predict at every t, remove and refit; see the file's head.
+    """Fit the SVM, predict at every t, remove and refit.
 
     Args:
       config: the protocol.
       data: Splits of MNIST, or of a stand-in.
-      checkpoints: where finished refits are kept, so that an interrupted run continues.
+      checkpoints: folder that stores finished refits, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse for an option beyond the data, or a test point that the hinge has no slope at.
+    Raises: Misuse for an option beyond the data, or a test point where the hinge has no slope.
     """
     pair = data.of_classes(*DIGITS)
     options.at_most(config, min(len(pair.train[1]), len(pair.test[1])), "rows", "multiple")
@@ -125,7 +134,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         "_at_liblinear": compare.largest(there[0], config.num_removals),  # (1, k)
     }
     rows = np.unique(np.concatenate(list(chosen.values())))
-    refits = leave_one_out(svm, train, measured, rows, tolerance=1e-8, checkpoints=checkpoints)
+    refits = leave_one_out(
+        svm, train, measured, rows, RefitOptions(tolerance=1e-8, checkpoints=checkpoints)
+    )
     after = np.full((len(points), len(train)), np.nan)
     after[:, rows] = refits.change_if_removed
     pearson = {
@@ -176,20 +187,26 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     one = np.ones((len(s), 1))  # labels; and a weight of one
     curves = [SmoothHinge(1, t).losses(s[:, None], one, one[:1]) for t in (0.0, *config.smooth)]
     arrays = {
-        "t": ts, "rows": chosen[""][0], "actual": actual,
+        "t": ts,
+        "rows": chosen[""][0],
+        "actual": actual,
         "predicted": predicted[:, 0, chosen[""][0]],
-        "pearson": pearson[""], "pearson_chosen_by_smooth": pearson["_chosen_by_smooth"],
+        "pearson": pearson[""],
+        "pearson_chosen_by_smooth": pearson["_chosen_by_smooth"],
         "pearson_at_liblinear": pearson["_at_liblinear"],
-        "test_points": points, "test_margins": margins[points],
-        "refit_gradient_norm": refits.gradient_norm, "all_rows": rows,
+        "test_points": points,
+        "test_margins": margins[points],
+        "refit_gradient_norm": refits.gradient_norm,
+        "all_rows": rows,
         "all_actual": refits.change_if_removed,
-        "curve_margin": s, "curve_loss": np.concatenate(curves, axis=1).T,
-    }  # fmt: skip
+        "curve_margin": s,
+        "curve_loss": np.concatenate(curves, axis=1).T,
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
 def draw(record: Record) -> Any:
-    """Predicted against actual for each t; the losses themselves; the correlation over t."""
+    """Draw predicted against actual for each t, the losses, and the correlation over t."""
     import matplotlib.pyplot as plt
 
     arrays = record.arrays
@@ -204,14 +221,20 @@ def draw(record: Record) -> Any:
             # The hinge is no log loss: its unit is the margin's, not nats.
             axis.set(title=_named(t), xlabel="Actual change in loss", ylabel="")
             axis.locator_params(nbins=4)
-            axis.text(0.05, 0.95, f"r = {compare.rounded_down(arrays['pearson'][k, 0])}",
-                      transform=axis.transAxes, va="top")  # fmt: skip
+            axis.text(
+                0.05,
+                0.95,
+                f"r = {compare.rounded_down(arrays['pearson'][k, 0])}",
+                transform=axis.transAxes,
+                va="top",
+            )
         axes[0].set_ylabel("Predicted change in loss")
         curves, over_t = below.subplots(1, 2, width_ratios=[1, 1.6])
         looks = (("0.7", "-", 3.0), ("#0072B2", "--", 1.2), ("#D55E00", "-", 1.2))
         for t, loss, (colour, line, width) in zip(shown, arrays["curve_loss"], looks, strict=False):
-            curves.plot(arrays["curve_margin"], loss, line, color=colour, linewidth=width,
-                        label=_named(t))  # fmt: skip
+            curves.plot(
+                arrays["curve_margin"], loss, line, color=colour, linewidth=width, label=_named(t)
+            )
         curves.set(xlabel="Margin $s = y z$", ylabel="Loss", title="The losses")
         curves.legend(frameon=False)
         _draw_over_t(over_t, arrays)
@@ -219,7 +242,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_over_t(axis: Any, arrays: Any) -> None:
-    """Correlation over t, t = 0 standing apart at the left of the logarithmic axis."""
+    """Draw the correlation over t, with t = 0 apart at the left of the logarithmic axis."""
     ts, pearson = arrays["t"], arrays["pearson"]
     at = np.where(ts > 0, ts, ts[1] / 10)
     for j in range(pearson.shape[1] - 1, -1, -1):  # the one above last, on top
@@ -242,13 +265,13 @@ def _named(t: float) -> str:
 
 
 def _truncated(x: NDArray, y: NDArray, multiple: int) -> Examples:
-    """The first rows, as many as the multiple allows, with labels -1 and 1."""
+    """Return the first rows, as many as the multiple allows, with labels -1 and 1."""
     n = len(y) // multiple * multiple
     return Examples(x[:n], 2 * y[:n] - 1)
 
 
 def _test_points(config: Config, margins: NDArray) -> NDArray:
-    """The paper's test point, then others drawn among the smallest margins without it."""
+    """Return the paper's test point, then others drawn among the smallest margins."""
     small = np.argsort(margins, kind="stable")[: config.further_among]
     points = compare.with_others(config.test_point, small, config.further_test_points, config.seed)
     if margins[points].max() >= 1:
@@ -263,20 +286,21 @@ def _test_points(config: Config, margins: NDArray) -> NDArray:
 def _predicted(
     theta: NDArray, train: Examples, measured: Examples, config: Config, ts: NDArray
 ) -> NDArray:
-    """(t, m, n) predicted changes with each smooth hinge at the same weights."""
+    """Predict changes (t, m, n) with each smooth hinge at the same weights."""
     nets = [_at(theta, t, config) for t in ts]
-    return np.stack([
-        Influence(net, train, solver=Direct()).scores(measured).change_if_removed for net in nets
-    ])  # fmt: skip
+    return np.stack(
+        [Influence(net, train, solver=Direct()).scores(measured).change_if_removed for net in nets]
+    )
 
 
 def _liblinear(train: Examples, config: Config) -> SmoothHinge:
-    """The SVM as scikit-learn leaves it with the release's settings."""
+    """Fit the SVM by scikit-learn with the release's settings."""
     from sklearn.svm import LinearSVC
 
     C = 1 / (len(train) * config.weight_decay)
-    svm = LinearSVC(loss="hinge", C=C, tol=1e-6, max_iter=5000, random_state=24,
-                    fit_intercept=False)  # fmt: skip
+    svm = LinearSVC(
+        loss="hinge", C=C, tol=1e-6, max_iter=5000, random_state=24, fit_intercept=False
+    )
     return _at(svm.fit(train.x, train.y).coef_[0], 0.0, config)
 
 
@@ -287,10 +311,14 @@ def _at(theta: NDArray, t: float, config: Config) -> SmoothHinge:
 
 
 def _correlations(predicted: NDArray, actual: NDArray, rows: NDArray) -> NDArray:
-    """(t, m): Pearson's r of predicted (t, m, n) with actual (m', n) over rows (m, k)."""
+    """Compute Pearson's r (t, m) of predicted (t, m, n) with actual (m', n) over rows (m, k)."""
     truth = np.take_along_axis(actual[: len(rows)], rows, axis=1)
-    return np.array([
-        [np.corrcoef(of_point[some], true)[0, 1]
-         for of_point, some, true in zip(of_t, rows, truth, strict=True)]
-        for of_t in predicted
-    ])  # fmt: skip
+    return np.array(
+        [
+            [
+                np.corrcoef(of_point[some], true)[0, 1]
+                for of_point, some, true in zip(of_t, rows, truth, strict=True)
+            ]
+            for of_t in predicted
+        ]
+    )

@@ -1,11 +1,13 @@
 """Figure 4: which images helped an RBF SVM, and which a deep network, to see the same fish.
 
 Koh & Liang 2017, section 5.1 and figure 4: an SVM with a Gaussian kernel on raw pixels against
-logistic regression on a network's features, dogs against fish. To the SVM the images that matter
-are those near the test image in pixels, fish helping and dogs harming; to the deep net distance in
-pixels says nothing, and dogs may help it to recognise a fish.
-The kernel's features are the rows of a Cholesky factor, K = L L', so that the SVM is a linear one
-on them; influence is that of the smooth hinge, at the smooth hinge's own minimum.
+logistic regression on a network's features, dogs against fish. For the SVM the influential images
+are those near the test image in pixels: fish help and dogs harm. For the deep net, distance in
+pixels does not predict influence, and dogs may help it to recognise a fish.
+
+With K_ij = exp(-gamma |x_i - x_j|^2) = (L L')_ij, the kernel SVM on x is the linear SVM on the rows
+of L. A new image's row is phi with L phi = K(x, new), so that phi . phi_i is the kernel again.
+Influence is that of the smooth hinge, at the smooth hinge's own minimum.
 """
 
 from dataclasses import dataclass
@@ -13,23 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import scipy.special
 import scipy.stats
 from numpy.typing import NDArray
 
+from data.dogfish import IMAGENETTES_SIDE
 from data.images import resized
-from experiments import compare, options, trunks
-from experiments.dog_or_fish import FISH, deep_head, kernel_svm, squared_distances
-from experiments.fig4_drawing import NUM_PHOTOGRAPHS, SVM, draw, photographs
-from experiments.record import Claim, Record
-from experiments.running import Misuse
-
-__all__ = ["Config", "draw", "photographs", "run"]
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
+from experiments.harness.running import Misuse
+from experiments.shared import compare, trunks
+from influence import BinaryLogisticRegression, Direct, Examples, Influence, SmoothHinge
 
 DATA = "dogfish"
 STAND_IN = "fishlike"
 
-_PAPERS_MARGIN = 0.990029  # of its test fish under the SVM (release, notebook of figure 4)
+DOG, FISH = 0, 1
+# Name of the SVM among the models. A deep head's name is network/layer.
+SVM = "svm"
+# Most helpful photographs shown of each kind.
+NUM_PHOTOGRAPHS = 5
+# Gradient norm at a minimum.
+_TOLERANCE = 1e-10
+# Factor between the temperatures of successive minima.
+_COOLING = 10**0.5
+# Pixels of all images that are multiplied together.
+_PIXELS = 1 << 13
+# Deep heads whose scatter is drawn beside the SVM's.
+_SHOWN = 2
+# Networks that are not the paper's.
+_CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}
+# Fish and dogs, in colours that colour-blind readers distinguish.
+_GREEN, _ORANGE = "#009E73", "#E69F00"
+# Margin of the paper's test fish under the SVM (release, notebook of figure 4).
+_PAPERS_MARGIN = 0.990029
 
 
 @dataclass(frozen=True)
@@ -41,27 +61,25 @@ class Config:
     gamma: float = 0.05
     """exp(-gamma / n |x - x'|^2) is the kernel, pixels in [-1, 1] (release)"""
     side: int = 299
-    """pixels on a side of the images that the kernel sees: distances, and so gamma, go with it
-    (release)"""
+    """pixels on a side of the kernel's images; distances, and so gamma, depend on it (release)"""
     temperature: float = 0.001
-    """of the smooth hinge (release)"""
+    """temperature of the smooth hinge (release)"""
     heads: tuple[str, ...] = ("inception-keras/mixed10",)
     """network/layer under each deep head (section 5.1: Inception v3's pooled features)"""
     test_point: int | None = None
-    """the test fish that is drawn; None: the one whose margin under the SVM is nearest to that of
-    the paper's, .990 (release: 462, a clownfish among the paper's own photographs)"""
+    """the test fish that is drawn; None: the one whose margin under the SVM is nearest to the
+    paper's, .990 (release: 462, a clownfish among the paper's own photographs)"""
     num_fish: int = 60
-    """test fish measured, the one above among them, the others drawn with `seed` among those of
-    margins below 1 under the SVM: the hinge loss of others has no gradient, and no influence"""
+    """test fish measured: the one above, and others drawn with `seed` among margins below 1 under
+    the SVM; beyond 1 the hinge loss has no gradient, and no influence"""
     top_svm: int = 20
-    """most helpful images of the SVM whose class is counted"""
+    """number of the SVM's most helpful images whose class is counted"""
     top_deep: int = 100
-    """most helpful images of a deep head whose class is counted"""
+    """number of a deep head's most helpful images whose class is counted"""
     seed: int = 0
-    """of the draw of the test fish"""
+    """seed of the draw of the test fish"""
 
     def __post_init__(self):
-        """Refuse what has no meaning, before any work."""
         options.at_least(self, 1, "side", "num_fish", "top_svm", "top_deep")
         options.positive(self, "weight_decay", "gamma", "temperature")
         if not self.heads:
@@ -99,42 +117,41 @@ CLAIMS = (
 
 DEVIATIONS = (
     "Photographs: English springer and tench, two of Imagenette's classes, for ImageNet's synsets "
-    "dog and fish. One breed and one species are easier: the last layers tell them apart without a "
-    "mistake (591 of 600 in the paper), the earlier ones nearly as the paper's (592 and 589).",
+    "dog and fish. One breed and one species are easier: the last layers classify all test images "
+    "correctly (591 of 600 in the paper), the earlier ones nearly as many as in the paper (592 and "
+    "589).",
     "Networks: Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and MobileNet, "
-    "of width .75, at two layers (768 and 384), for Inception's last layer (2,048), whose weights "
-    "are not at hand; the paper preset takes Keras' own.",
+    "of width .75, at two layers (768 and 384), instead of Inception's last layer (2,048), whose "
+    "weights are not available here; the paper preset uses Keras' own.",
     "Largest influence: the SVM's is 57 times the deep net's for the paper's one fish. For the one "
     "drawn here it is 5.1 times that of mixed5, 5.6 of mixed8, 79 and 91 times MobileNet's; in the "
-    "median over the 60 test fish 16 to 4,800 times. It is a matter of how sure a head is of a "
-    "fish: of the one drawn, which was chosen by the SVM, mixed5 and mixed8 are less sure (.97, "
-    ".95) than MobileNet (.997).",
-    "The SVM's 20 most helpful images: all of them fish in the median over the 60 test fish, .93 "
-    "in the mean, .45 for the one with the fewest.",
-    "SVM: the smooth hinge's own minimum, of gradient norm 1e-10; LinearSVC's, which is the "
-    "hinge's, in the release: there the smooth hinge's gradient has a norm of 4e-3, whatever "
-    "LinearSVC's tolerance. Scores correlate by .9996, .998 at least; the median Spearman is -.25 "
-    "here, -.23 with LinearSVC.",
+    "median over the 60 test fish 16 to 4,800 times. The ratio depends on how sure a head is of a "
+    "fish. The SVM chose the fish drawn; mixed5 and mixed8 are less sure of it (.97, .95) than "
+    "MobileNet (.997).",
+    "The SVM's 20 most helpful images: the share of fish is 1 in the median over the 60 test fish, "
+    ".93 in the mean, .45 at least.",
+    "SVM: the smooth hinge's own minimum, of gradient norm 1e-10; in the release LinearSVC's, "
+    "which is the hinge's minimum. There the smooth hinge's gradient has a norm of 4e-3, whatever "
+    "LinearSVC's tolerance. The scores' correlation is .9996, and at least .998; the median "
+    "Spearman is -.25 here, -.23 with LinearSVC.",
     "Images: resized to 299 pixels bicubically, from 224; in the release, from ImageNet's sizes, "
-    "by Pillow's default of its time, nearest neighbours.",
-    "Test fish: 59 more than the paper's one. Row 462, a clownfish there, is some other fish here; "
-    "the one that is drawn has the margin of the paper's, .99.",
+    "by nearest neighbours, Pillow's default at that time.",
+    "Test fish: 59 more than the paper's one. Row 462, a clownfish there, is another fish here; "
+    "the fish drawn has the same margin as the paper's, .99.",
     "Solver: float64, one Cholesky factor for each model; float32 and conjugate gradients in the "
     "release.",
 )
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit the SVM and the deep heads, and ask each which training images helped the test fish.
+    """Fit the SVM and the deep heads, and compute which training images helped the test fish.
 
     Args:
       config: the protocol.
       data: Splits of dogfish, or of its stand-in.
-      checkpoints: where the features of the stand-in are kept; those of photographs are in the user
-        cache.
+      checkpoints: folder that stores the stand-in's features; photographs' are in the user cache.
 
-    Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, no pixel among
-      them.
+    Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are not there, or an option goes beyond the data.
     """
     (x, y), (x_test, y_test) = data.train, data.test
@@ -147,27 +164,24 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     images = np.concatenate([x, x_test])
     seen = resized(images, config.side)
     distance = squared_distances(seen[: len(x)], seen)
-    models = {
-        SVM: kernel_svm(distance, y, y_test, gamma=config.gamma / len(x), t=config.temperature,
-                        weight_decay=config.weight_decay)
-    }  # fmt: skip
-    margins = models[SVM].outputs  # of fish, whose label is + 1
+    gamma, decay = config.gamma / len(x), config.weight_decay
+    svm = kernel_svm(distance, y, y_test, gamma=gamma, t=config.temperature, weight_decay=decay)
+    models = {SVM: svm}
+    margins = svm.outputs  # margins of fish, whose label is + 1
     points = _fish(config, margins, y_test)
     folder = trunks.kept_in(data.stand_in, checkpoints)
     features, seconds = trunks.timed_features(config.heads, images, root=data.folder, folder=folder)
     for head, phi in features.items():
-        models[head] = deep_head(phi, y, y_test, weight_decay=config.weight_decay)
+        models[head] = deep_head(phi, y, y_test, weight_decay=decay)
 
     scores = np.stack([model.scores(points) for model in models.values()])  # (models, k, n)
     apart = np.sqrt(distance[len(x) + points])  # (k, n)
-    spearman = np.array([
-        [scipy.stats.spearmanr(np.abs(s), far)[0] for s, far in zip(of_model, apart, strict=True)]
-        for of_model in scores
-    ])  # fmt: skip
+    pairs = [zip(np.abs(of_model), apart, strict=True) for of_model in scores]
+    spearman = np.array([[scipy.stats.spearmanr(*one)[0] for one in some] for some in pairs])
     order = np.argsort(-scores, axis=2, kind="stable")  # the most helpful first
     is_dog = y[order] != FISH
-    dogs = np.stack([is_dog[i, :, : config.top_deep if i else config.top_svm].sum(axis=1)
-                     for i in range(len(models))])  # fmt: skip
+    tops = [config.top_svm] + [config.top_deep] * len(config.heads)
+    dogs = np.stack([some[:, :top].sum(axis=1) for some, top in zip(is_dog, tops, strict=True)])
     first_dog = is_dog.argmax(axis=2)
     largest = np.abs(scores).max(axis=2)
     ratio = largest[0] / largest[1:]
@@ -212,21 +226,261 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             }
     helpful_dogs = np.argsort(np.where(y == FISH, np.inf, -scores[:, 0]), axis=1, kind="stable")
     arrays = {
-        "models": np.array(list(models), "S"), "labels": y, "test_fish": points,
-        "distance": apart[0], "score": scores[:, 0], "spearman": spearman, "dogs_in_top": dogs,
-        "largest_influence": largest, "rank_of_first_dog": first_dog,
+        "models": np.array(list(models), "S"),
+        "labels": y,
+        "test_fish": points,
+        "distance": apart[0],
+        "score": scores[:, 0],
+        "spearman": spearman,
+        "dogs_in_top": dogs,
+        "largest_influence": largest,
+        "rank_of_first_dog": first_dog,
         "outputs": np.stack([model.outputs[points] for model in models.values()]),
         "most_helpful": order[:, 0, :NUM_PHOTOGRAPHS],
         "most_helpful_dogs": helpful_dogs[:, :NUM_PHOTOGRAPHS],
-    }  # fmt: skip
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
-# --- inside ---------------------------------------------------------------------------------------
+def draw(record: Record) -> Any:
+    """Draw influence over distance for the SVM and two deep heads; below, all test fish."""
+    import matplotlib.pyplot as plt
+
+    arrays = record.arrays
+    names = [name.decode() for name in arrays["models"]]
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 9}):
+        figure = plt.figure(figsize=(6.75, 4.9), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+        shown = range(min(1 + _SHOWN, len(names)))
+        for i, axis in zip(shown, np.atleast_1d(above.subplots(1, len(shown))), strict=True):
+            _draw_scatter(axis, arrays, i)
+            axis.set_title(_named(names[i]))
+            axis.set_ylabel("" if i else "Change in test loss if removed")
+            if i == 0:
+                axis.legend(frameon=False, loc="best", markerscale=1.6, handletextpad=0.2)
+        strips = below.subplots(1, 3)
+        top = record.config["top_deep"]
+        for axis, values, title in (
+            (strips[0], arrays["spearman"], "Spearman of |influence|\nand distance"),
+            (strips[1], arrays["dogs_in_top"][1:], f"Dogs among the {top}\nmost helpful"),
+            (strips[2], arrays["largest_influence"], "Largest |influence|"),
+        ):
+            _draw_strip(axis, values, names[len(names) - len(values) :])
+            axis.set_title(title)
+        strips[0].axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        strips[1].set_xlim(left=0)
+        strips[2].set_xscale("log")
+        strips[2].locator_params(axis="x", numticks=4)
+        if not record.data.get("stand_in", True):  # a stand-in is marked already
+            figure.supxlabel(_said(record, names[1:]), fontsize=7, color="0.35")
+    return figure
+
+
+def _said(record: Record, heads: list[str]) -> str:
+    """Return a note on photographs and networks that are not the paper's."""
+    networks = dict.fromkeys(trunks.split(head)[0] for head in heads)
+    said = []
+    if record.metrics.get("photographs_side", IMAGENETTES_SIDE) == IMAGENETTES_SIDE:
+        said.append("Photographs of Imagenette, English springer against tench")
+    cut = [_CUT[network] for network in networks if network in _CUT]
+    if cut:
+        said.append(f"{' and '.join(cut)} cut at the layer named")
+    if not said:
+        return ""
+    return f"{'; '.join(said)}:\nthe paper's own are not available."
+
+
+def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
+    """Show the test fish, and the images that helped each model most.
+
+    Args:
+      record: the record of a run on `data`.
+      data: the same Splits.
+      checkpoints: not used.
+
+    Returns: a figure with photographs, never to be committed.
+    """
+    import matplotlib.pyplot as plt
+
+    arrays, (x, y) = record.arrays, data.train
+    names = [name.decode() for name in arrays["models"]]
+    rows = [
+        (i, what, arrays[key][i])
+        for i in range(len(names))
+        for what, key in (("helpful", "most_helpful"), ("helpful dogs", "most_helpful_dogs"))
+    ]
+    with plt.rc_context({"font.size": 7, "axes.titlesize": 6}):
+        figure, axes = plt.subplots(
+            len(rows), 1 + NUM_PHOTOGRAPHS, figsize=(7.5, 1.25 * len(rows)), layout="constrained"
+        )
+        for axis in axes.ravel():
+            axis.axis("off")
+        axes[0, 0].imshow(data.test[0][arrays["test_fish"][0]])
+        axes[0, 0].set_title("test fish")
+        for (i, what, chosen), line in zip(rows, axes, strict=True):
+            line[1].text(
+                -0.08,
+                0.5,
+                f"{_named(names[i])}\nmost {what}",
+                ha="right",
+                va="center",
+                transform=line[1].transAxes,
+            )
+            for axis, row in zip(line[1:], chosen, strict=True):
+                axis.imshow(x[row])
+                axis.set_title(f"{('dog', 'fish')[y[row]]} {row}: {arrays['score'][i, row]:+.1e}")
+    return figure
+
+
+def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
+    fish = arrays["labels"] == FISH
+    for which, colour, marker, label in (
+        (~fish, _ORANGE, "^", "dogs"),
+        (fish, _GREEN, "o", "fish"),
+    ):
+        axis.scatter(arrays["distance"][which], arrays["score"][i, which], s=7, marker=marker,
+                     color=colour, alpha=0.6, linewidths=0, label=label)  # fmt: skip
+    axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    axis.set_xlabel("Distance in pixels, $|x - x_{test}|$")
+    axis.ticklabel_format(axis="y", scilimits=(-2, 2))
+    axis.locator_params(nbins=5)
+
+
+def _draw_strip(axis: Any, values: NDArray, names: list[str]) -> None:
+    """Draw a row for each model: a dot for each test fish, a bar at the median."""
+    for i, of_model in enumerate(values):
+        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # so that few dots overlap
+        axis.scatter(of_model, i + spread, s=4, color="#0072B2", alpha=0.5, linewidths=0)
+        axis.plot([np.median(of_model)] * 2, [i - 0.35, i + 0.35], color="black", linewidth=1.2)
+    axis.set_yticks(range(len(names)), [_named(name, short=True) for name in names])
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _named(model: str, *, short: bool = False) -> str:
+    if model == SVM:
+        return "RBF SVM" if short else "RBF SVM on pixels"
+    network, layer = trunks.split(model)
+    network = {"mobilenet": "MobileNet", "inception-keras": "Inception"}.get(
+        network, network.capitalize()
+    )
+    layer = layer.replace("conv_pw_", "pw").replace("_relu", "")
+    return f"{network} {layer}" if short else f"{network}, {layer}"
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A model at its minimum, with the features and labels of its training and test sets."""
+
+    net: Any
+    train: Examples
+    test: Examples
+
+    def scores(self, points: NDArray) -> NDArray:
+        """Predict the changes (k, n) of some test losses without each training image.
+
+        Positive: the test loss rises without the image, so the image helped.
+        """
+        influence = Influence(self.net, self.train, solver=Direct())
+        return influence.scores(self.test.take(points)).change_if_removed
+
+    @property
+    def outputs(self) -> NDArray:
+        """Outputs (m,) for the test images; positive for fish."""
+        return self.net.outputs(self.test.x)[:, 0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Gradient norm of the risk."""
+        return self.net.gradient_norm(self.train)
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """Accuracies on the training and on the test images."""
+        return tuple(
+            float(np.mean((self.net.outputs(part.x)[:, 0] > 0) == (part.y.ravel() == FISH)))
+            for part in (self.train, self.test)
+        )  # pyright: ignore[reportReturnType]
+
+
+def squared_distances(x: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray:
+    """Compute squared Euclidean distances of images with pixels in [-1, 1].
+
+    Args:
+      x: (n, ...) bytes.
+      others: (m, ...) bytes.
+
+    Returns: (m, n), exactly 0 for equal images: float64 represents the sums of integers exactly.
+    """
+    flat, rows = (part.reshape(len(part), -1) for part in (x, others))
+    inner = np.zeros((len(rows), len(flat)))
+    own, other = np.zeros(len(flat)), np.zeros(len(rows))
+    for start in range(0, flat.shape[1], _PIXELS):
+        b, a = (part[:, start : start + _PIXELS].astype(np.float64) for part in (flat, rows))
+        inner += a @ b.T
+        own += np.einsum("ij,ij->i", b, b)
+        other += np.einsum("ij,ij->i", a, a)
+    return (other[:, None] + own - 2 * inner) / 127.5**2
+
+
+def kernel_svm(
+    distance: NDArray, y: NDArray, y_test: NDArray, *, gamma: float, t: float, weight_decay: float
+) -> Fitted:
+    """Fit an SVM with a Gaussian kernel and the hinge smoothed by t, to its exact minimum.
+
+    Args:
+      distance: (n + m, n) squared distances of the training and then the test images from the
+        training images, no two of which are equal.
+      y: (n,) labels 0 and 1.
+      y_test: (m,).
+      gamma: coefficient of the kernel exp(-gamma distance).
+      t: temperature.
+      weight_decay: lambda of lambda/2 |w|^2.
+
+    Returns: Fitted, d = n.
+    Raises: ValueError if two training images are equal.
+    """
+    n = len(y)
+    K = np.exp(-gamma * distance)
+    try:
+        L = scipy.linalg.cholesky(K[:n], lower=True)
+    except np.linalg.LinAlgError as error:
+        twins = np.argwhere(np.tril(distance[:n] <= 0, -1))
+        raise ValueError(
+            "distance must be of images no two of which are equal, got equal training images "
+            f"{twins[:5].tolist()}; without twins, use a larger gamma than {gamma:g}."
+        ) from error
+    phi = scipy.linalg.solve_triangular(L, K[n:].T, lower=True).T
+    train, test = Examples(L, 2 * y - 1), Examples(phi, 2 * y_test - 1)
+    theta, warmth = np.zeros(n), max(1.0, t)
+    # A colder hinge's minimum is near a warmer one's. From zero, Newton's method needs many steps.
+    while True:
+        net = SmoothHinge(n, warmth, weight_decay=weight_decay)
+        net.theta = theta
+        net.fit(train, gradient_tolerance=_TOLERANCE)
+        if warmth <= t:
+            return Fitted(net, train, test)
+        theta, warmth = net.theta, max(warmth / _COOLING, t)
+
+
+def deep_head(features: NDArray, y: NDArray, y_test: NDArray, *, weight_decay: float) -> Fitted:
+    """Fit logistic regression on features, to its minimum.
+
+    Args:
+      features: (n + m, f) features of the training and then the test images.
+      y: (n,) labels.
+      y_test: (m,).
+      weight_decay: lambda of lambda/2 |w|^2.
+
+    Returns: Fitted, d = f.
+    """
+    train, test = Examples(features[: len(y)], y), Examples(features[len(y) :], y_test)
+    net = BinaryLogisticRegression(features.shape[1], weight_decay=weight_decay)
+    net.fit(train, gradient_tolerance=_TOLERANCE)
+    return Fitted(net, train, test)
 
 
 def _fish(config: Config, margins: NDArray, y_test: NDArray) -> NDArray[np.int64]:
-    """The test fish: the one that is drawn, then others."""
+    """Return the test fish: the one that is drawn, then others."""
     fish = np.flatnonzero((y_test == FISH) & (margins < 1))
     first = config.test_point
     if first is None:

@@ -1,13 +1,13 @@
 """Figure 6: finding mislabelled mails by self-influence, by training loss and at random.
 
-Koh & Liang 2017, section 5.4 and figure 6: labels of some training mails are flipped; a human then
-checks as many mails as time allows, in the order that a score puts them, and corrects the labels
-that are wrong. Which score finds most of them, and what does the model gain?
+Koh & Liang 2017, section 5.4 and figure 6: the labels of some training mails are flipped. A person
+then checks a given number of mails, in the order of a score, and corrects wrong labels. Which score
+finds most of them, and how much does the model gain?
 The self-influence of a mail, with y in {-1, 1}, is
 
     sigma(-y theta'x)^2 x' H^-1 x
 
-The code behind the published figure left out the square, an error corrected in 2020. Both are here.
+The code behind the published figure omits the square, an error corrected in 2020. Both are drawn.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from experiments import load, options
-from experiments.record import Claim, Record
+from experiments import load
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
@@ -31,7 +32,8 @@ DATA = "enron1"
 STAND_IN = "spam"
 
 METHODS = ("influence", "published", "loss", "random")
-_FIGURE = 2  # the flip step that the figure and the claims are about: 10 % of the labels
+# The flip step of the figure and the claims: 10 % of the labels.
+_FIGURE = 2
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,19 @@ class Config:
     step: float = 0.05
     """share of the training mails in one step of flipping or checking (release)"""
     flip_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """how many steps of labels are flipped, in runs of their own (release; the figure shows 2)"""
+    """numbers of steps of labels that are flipped, each in its own run (release; the figure: 2)"""
     check_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """how many steps of mails are checked (figure 6's axis: 5 % to 30 %)"""
+    """numbers of steps of mails that are checked (figure 6's axis: 5 % to 30 %)"""
     repeats: int = 40
     """draws of the flipped labels for each flip step (section 5.4)"""
     gradient_tolerance: float = 1e-8
     """Euclidean norm of each fit's own gradient"""
     num_processes: int = -1
-    """workers of one thread each, -1 for one a core; changes no number"""
+    """workers of one thread each, -1 for one per core; does not change results"""
     seed: int = 0
-    """of the flipped labels and of the random order"""
+    """seed of the flipped labels and of the random order"""
 
     def __post_init__(self):
-        """Refuse what would be found out only after an hour."""
         options.increasing(self, "flip_steps", "check_steps")
         options.at_least(self, 2, "repeats")
         options.positive(self, "weight_decay", "gradient_tolerance")
@@ -93,45 +94,47 @@ CLAIMS = (
 
 DEVIATIONS = (
     "Score: self-influence has sigma^2, the published curve sigma (release, issue 17; corrected in "
-    "2020, not redrawn). Both are drawn. With 10 % flipped, sigma finds .63 of the flips in the "
-    "first 10 % checked and sigma^2 .60, in the first 30 % .86 and .90; accuracy after correcting "
-    "is higher with sigma throughout (.949 against .938 at 10 %).",
-    "Penalty: its gradient is left out of the score, as in the release; Influence.self_influence "
-    "has it in the row's L(z). The same mails come first (shared_with_library).",
-    "Lemmas: simplemma's here, spaCy 1.8.2's there. With none: 6,299 words instead of 5,350, clean "
-    "accuracy .976 instead of .974, found by sigma at 10 % .64 instead of .63.",
-    "Rare words: kept if in five training mails; there, words outside spaCy's vocabulary went too. "
-    "Without those that simplemma does not know: 4,118 words, accuracy .968, found by sigma .60.",
-    "Split: the sorted file names shuffled here, the order of os.listdir there. Two other shuffles "
-    "moved clean accuracy by up to .003 and what sigma finds by .01.",
+    "2020, not redrawn). Both are drawn. With 10 % of labels flipped, sigma finds .63 of the flips "
+    "in the first 10 % checked and sigma^2 .60; in the first 30 %, .86 and .90. Accuracy after "
+    "correction is always higher with sigma (.949 against .938 at 10 %).",
+    "Penalty: the score omits its gradient, as in the release; Influence.self_influence includes "
+    "it in the row's L(z). The same mails come first (shared_with_library).",
+    "Lemmas: simplemma's here, spaCy 1.8.2's there. Without lemmas: 6,299 words instead of 5,350, "
+    "clean accuracy .976 instead of .974, found by sigma at 10 % .64 instead of .63.",
+    "Rare words: a word is used if it is in five training mails; the release also drops words "
+    "outside spaCy's vocabulary. Without those that simplemma does not know: 4,118 words, accuracy "
+    ".968, found by sigma .60.",
+    "Split: the sorted file names are shuffled here; the release has the order of os.listdir. Two "
+    "other shuffles changed clean accuracy by up to .003 and the share found by sigma by .01.",
     "Training mails: 4,137, as in the release; the paper's 4,147 and 1,035 are not Enron1's 5,172.",
     "Optimum: Newton's method in float64 to a gradient norm of 1e-8, certified for every fit; "
-    "scikit-learn's L-BFGS and float32 there, uncertified.",
-    "Draws: each from a generator of its own here, NumPy's global seeds 0 to 678 there.",
+    "scikit-learn's L-BFGS in float32 there, uncertified.",
+    "Draws: each has its own generator here; NumPy's global seeds 0 to 678 there.",
 )
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What every draw of flipped labels shares."""
+    """Data that every draw of flipped labels shares."""
 
     config: Config
     train: Examples
     test: Examples
     gram: NDArray
-    theta: NDArray  # of the clean model, where fits begin
+    theta: NDArray  # the clean model's, where fits begin
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Flip, rank, check, refit; see the file's head.
+    """Flip labels, rank mails, check them and refit.
 
     Args:
       config: the protocol.
       data: Splits of Enron1, or of a stand-in; x in CSR rows, y 1 for spam.
-      checkpoints: where finished draws are kept, so that an interrupted run continues.
+      checkpoints: folder that stores finished draws, so that an interrupted run continues.
 
-    Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs; found, accuracy
-      and their means and standard errors by flip step, (repeat,) method of METHODS and check step.
+    Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs: found and accuracy,
+      with axes flip step, repeat, method of METHODS, check step; means and standard errors over
+      the repeats.
     """
     train, test = Examples(*data.train), Examples(*data.test)
     options.at_least(config, 1 / len(train), "step")
@@ -143,8 +146,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         shared = _shared_with_library(task, net)
         draws = list(product(config.flip_steps, range(config.repeats)))
         paths = [checkpoints and checkpoints / f"flip-{k}-repeat-{r}.npz" for k, r in draws]
-        workers = joblib.Parallel(n_jobs=config.num_processes, return_as="generator",
-                                  initializer=load, initargs=("fig6",))  # fmt: skip
+        workers = joblib.Parallel(
+            n_jobs=config.num_processes, return_as="generator", initializer=load, initargs=("fig6",)
+        )
         work = workers(
             joblib.delayed(kept)(path, partial(_draw, task, *draw))
             for path, draw in zip(paths, draws, strict=True)
@@ -172,7 +176,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """The paper's two panels: test accuracy and flips found against the share of mails checked."""
+    """Draw the paper's two panels: test accuracy and flips found over the share checked."""
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
@@ -190,32 +194,43 @@ def draw(record: Record) -> Any:
         level = metrics[f"accuracy_{name}"]
         axes[0].axhline(level, color="0.3", linestyle=style, linewidth=1)
         axes[0].annotate(
-            text, (checked[-1], level), xytext=(0, points), textcoords="offset points",
-            ha="right", fontsize=7.5, color="0.3",
-        )  # fmt: skip
+            text,
+            (checked[-1], level),
+            xytext=(0, points),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+            color="0.3",
+        )
     axes[0].margins(y=0.12)
     axes[0].set_ylabel("Test accuracy")
     axes[1].set(ylabel="Flipped labels found (%)", ylim=(0, 100))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
-                  fontsize=8, frameon=False)  # fmt: skip
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     share, draws = 100 * arrays["flipped_share"][at], arrays["accuracy_flipped"].shape[1]
     title = f"{share:.0f} % of training labels flipped: mean and standard error of {draws} draws"
     figure.suptitle(title, fontsize=9.5)
     return figure
 
 
+# Label, colour and marker of each of METHODS.
 _LOOKS = (
     ("influence, $\\sigma^2$ (correct)", "#0072B2", "o"),
     ("influence, $\\sigma$ (as published)", "#56B4E9", "s"),
     ("training loss", "#D55E00", "^"),
     ("random", "0.5", "v"),
-)  # of METHODS
+)
 
 
 def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
-    """One draw of flipped labels: what each method finds, and the accuracy after correcting it."""
+    """Draw flipped labels once: the share each method finds, the accuracy after correction."""
     config, train = task.config, task.train
-    # Threads that wait for each other on a busy machine cost tenfold; processes do not.
+    # On a busy machine, threads that wait for each other cost tenfold; processes do not.
     with threadpoolctl.threadpool_limits(1):
         rng = np.random.default_rng([config.seed, flip_step, repeat])
         flipped = np.zeros(len(train), bool)
@@ -249,7 +264,7 @@ def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
 def _orders(
     net: BinaryLogisticRegression, noisy: Examples, gram: NDArray, rng: np.random.Generator
 ) -> list[NDArray]:
-    """The rows as each of METHODS would have them checked."""
+    """Return the rows in the order in which each of METHODS checks them."""
     loss = net.losses(noisy.x, noisy.y)
     slope = -np.expm1(-loss)  # sigma(-y theta'x), 1 - the probability of the label given
     leverage = net.leverages(noisy, gram=gram)
@@ -258,9 +273,9 @@ def _orders(
 
 
 def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
-    """How many of the clean model's most influential tenth the library, too, puts there.
+    """Compute the share of the clean model's most influential tenth that the library agrees on.
 
-    Its self-influence has the penalty in L(z), which the release's closed form leaves out.
+    The library's self-influence has the penalty in L(z); the release's closed form omits it.
     """
     count = _count(task.config, task.train, _FIGURE)
     own = _orders(net, task.train, task.gram, np.random.default_rng(0))[0]
@@ -269,7 +284,7 @@ def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
 
 
 def _summary(config: Config, arrays: dict[str, NDArray]) -> dict[str, float]:
-    """Means over the draws of the figure's flip step, and leads of one method over another."""
+    """Compute means over the draws of the figure's flip step, and leads between methods."""
     at = config.flip_steps.index(_FIGURE)
     found, accuracy = (arrays[name][at].mean(axis=0) for name in ("found", "accuracy"))
     metrics = {"accuracy_flipped": arrays["accuracy_flipped"][at].mean()}

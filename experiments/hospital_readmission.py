@@ -1,9 +1,9 @@
 """Domain mismatch: which training rows, and which feature, make children look readmitted.
 
-Koh & Liang 2017, section 5.3: the training set of a model of readmission holds 24 children, three
-readmitted; with twenty of the others taken out it fails on children. Influence on one child that it
-gets wrong finds the four that are left among 19,980 rows, and its derivative by the input finds the
-feature that marks them. The coefficients do not.
+Koh & Liang 2017, section 5.3: a model of readmission is trained on patients of whom 24 are
+children, three readmitted. Without twenty of the other children it fails on children. Influence on
+one wrongly predicted child finds the four remaining children among 19,980 rows. Its derivative by
+the input finds the feature that marks children. The coefficients do not.
 """
 
 import warnings
@@ -17,19 +17,22 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from experiments import options
-from experiments.compare import agreement, largest_bars
-from experiments.record import Claim, Record
+from experiments.harness import options
+from experiments.harness.record import Claim, Record
+from experiments.shared.compare import agreement, largest_bars
 from influence import BinaryLogisticRegression as _Net
-from influence import Direct, Examples, Influence, leave_one_out
+from influence import Direct, Examples, Influence, RefitOptions, leave_one_out
 
 DATA = "diabetes"
 STAND_IN = "hospital"
 
 CHILD = "age_[0-10)"
-DIED = "discharge_disposition_id_11"  # 11: expired
-_STEP = 1e-3  # of a feature, for differences of refits
-_RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"  # Okabe and Ito's, and a grey
+# The feature of patients who died: disposition 11 is "expired".
+DIED = "discharge_disposition_id_11"
+# Change of a feature in finite differences of refits.
+_STEP = 1e-3
+# Colours by Okabe and Ito, and a grey.
+_RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,17 @@ class Config:
     weight_decay: float = 1e-4
     """lambda of lambda/2 |w|^2 (release)"""
     test_child: int = 1742
-    """the test row, a child, whose loss is explained (release)"""
+    """test row, a child, whose loss is explained (release)"""
     num_removals: int = 50
-    """rows of largest |influence|, the children among them, each removed alone and refitted"""
+    """rows of largest |influence|, including the children, removed one at a time with a refit"""
     num_moved_features: int = 10
-    """features of largest |derivative|, each moved a little either way and refitted"""
+    """features of largest |derivative|, each changed a little in both directions with a refit"""
     gradient_tolerance: float = 1e-10
-    """Euclidean norm of the risk's gradient that every fit and refit reaches"""
+    """Euclidean norm of the risk's gradient after every fit and refit"""
     release_iterations: int = 1000
-    """of L-BFGS, where the release left its own models (release: max_iter)"""
+    """iterations of L-BFGS after which the release stopped its models (release: max_iter)"""
     seed: int = 0
-    """nothing is drawn here; the split's seed, 2, is the data set's own"""
+    """not used: nothing is drawn here; the split's seed, 2, belongs to the data set"""
 
     def __post_init__(self):
         options.at_least(self, 4, "num_removals")
@@ -98,21 +101,22 @@ CLAIMS = (
 
 DEVIATIONS = (
     "Optimum: Newton's method to a gradient norm <= 1e-10; the release's models were left after "
-    "1,000 iterations of L-BFGS at norms of 2.1e-4 and 2.1e-3. That moves numbers: 13 of the 137 "
-    "children go wrong there, 30 at the optimum. The metrics stopped_... are of scikit-learn's "
-    "present L-BFGS stopped alike (15 go wrong); where it stops depends on rounding.",
+    "1,000 iterations of L-BFGS at norms of 2.1e-4 and 2.1e-3. That changes numbers: 13 of the 137 "
+    "children are predicted wrongly there, 30 at the optimum. The metrics stopped_... are of "
+    "scikit-learn's present L-BFGS stopped in the same way (15 wrong); where it stops depends on "
+    "rounding.",
     "Arithmetic: float64; float32 in the release. Labels: 0 and 1; there -1 and 1, the same loss.",
     "H^-1: Cholesky here; there SciPy's fmin_ncg, 744 Hessian products that end in a warning about "
     "precision. Both solve the same 127 equations.",
-    "Derivative by features: d(test loss)/d(feature) here, in nats for each unit; the release's "
-    "numbers are -n times that, as ..._as_released is, and are read off its figure.",
+    "Derivative by features: d(test loss)/d(feature) here, in nats for each unit. The release's "
+    "numbers are -n times that, like ..._as_released, and were read off its figure.",
     "Beyond the paper: fifty removals, the removal of all four children and the derivatives by ten "
-    "features are held against actual refits.",
+    "features are compared with actual refits.",
 )
 
 
 class _Hospital:
-    """The patients before and after twenty children are taken out, and who is a child."""
+    """The patients before and after the removal of twenty children, and who is a child."""
 
     def __init__(self, config: Config, data: Any):
         self.names = data.feature_names
@@ -131,12 +135,12 @@ class _Hospital:
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Take out the children, fit, explain one child's loss, and refit to see; see the file's head.
+    """Remove the children, fit, explain one child's loss, and compare with refits.
 
     Args:
       config: the protocol.
       data: Splits of the diabetes set, or of a stand-in, with feature names.
-      checkpoints: where finished refits are kept, so that an interrupted run continues.
+      checkpoints: folder that stores finished refits, so that an interrupted run continues.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if test_child is not the test row of a child, or an option goes beyond the data.
@@ -150,9 +154,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     influence, derivative = arrays["influence"], arrays["derivative"][~at.readmitted][0]
     largest = np.argsort(-np.abs(influence), kind="stable")[: config.num_removals]
-    refits = leave_one_out(
-        net, at.train, at.child, largest, tolerance=tolerance, checkpoints=checkpoints
-    )
+    refitting = RefitOptions(tolerance=tolerance, checkpoints=checkpoints)
+    refits = leave_one_out(net, at.train, at.child, largest, refitting)
     as_predicted = (refits[0] * influence[largest] > 0)[np.isin(largest, at.children)]
     all_four = _loss(at, _fitted(config, at.train.without(at.children), net)) - _loss(at, net)
     moved = np.argsort(-np.abs(derivative), kind="stable")[: config.num_moved_features]
@@ -173,15 +176,20 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         "worst_refit_gradient_norm": refits.gradient_norm.max(),
     }
     arrays |= {
-        "children": at.children, "readmitted": at.readmitted, "test_children": at.test_children,
-        "removed": largest, "removed_actual": refits[0], "moved": moved, "moved_actual": actual,
+        "children": at.children,
+        "readmitted": at.readmitted,
+        "test_children": at.test_children,
+        "removed": largest,
+        "removed_actual": refits[0],
+        "moved": moved,
+        "moved_actual": actual,
         "feature_names": np.array(at.names, dtype="S"),
-    }  # fmt: skip
+    }
     return Record.of(metrics=metrics, arrays=arrays)
 
 
 def draw(record: Record) -> Any:
-    """Every row's influence on the child, then what the input and the coefficients have to say."""
+    """Draw every row's influence on the child, the derivatives by features, the coefficients."""
     import matplotlib.pyplot as plt
 
     arrays, influence = record.arrays, record.arrays["influence"]
@@ -199,8 +207,13 @@ def draw(record: Record) -> Any:
         ):
             axis.plot(rows, influence[rows], marker, color=colour, markersize=6, label=label)
         axis.plot([], [], ".", color=_GREY, markersize=4, label="anyone else")
-        axis.plot(arrays["removed"], arrays["removed_actual"], "k_", markersize=6,
-                  label=f"removed and refitted ({len(arrays['removed'])} rows)")  # fmt: skip
+        axis.plot(
+            arrays["removed"],
+            arrays["removed_actual"],
+            "k_",
+            markersize=6,
+            label=f"removed and refitted ({len(arrays['removed'])} rows)",
+        )
         axis.set(xlabel="Training row", ylabel="Change of the child's\nloss if removed (nats)")
         axis.margins(x=0.01, y=0.1)
         axis.legend(loc="upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
@@ -209,18 +222,22 @@ def draw(record: Record) -> Any:
         order = largest_bars(axis, names, arrays["derivative"][~readmitted][0], marked=CHILD)
         k, places = np.nonzero(arrays["moved"][:, None] == order)
         axis.plot(arrays["moved_actual"][k], places, "k|", markersize=7, label="refitted")
-        axis.set(title=f"Features of row {stays} (20 largest)",
-                 xlabel="Change of the child's loss\nfor each unit added (nats)")  # fmt: skip
+        axis.set(
+            title=f"Features of row {stays} (20 largest)",
+            xlabel="Change of the child's loss\nfor each unit added (nats)",
+        )
         axis.legend(loc="lower right", handletextpad=0.2)
         axis = figure.add_subplot(grid[1, 1])
         largest_bars(axis, names, arrays["coefficients"], marked=CHILD)
-        axis.set(title="Coefficients (20 largest)",
-                 xlabel="Change of the log-odds of\nbeing readmitted for each unit")  # fmt: skip
+        axis.set(
+            title="Coefficients (20 largest)",
+            xlabel="Change of the log-odds of\nbeing readmitted for each unit",
+        )
     return figure
 
 
 def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _Net:
-    """The model at the minimum of its risk."""
+    """Fit the model to the minimum of its risk."""
     net = _Net(examples.x.shape[1], weight_decay=config.weight_decay)
     if start is not None:
         net.theta = start.theta
@@ -229,12 +246,16 @@ def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _N
 
 
 def _as_released(config: Config, examples: Examples) -> _Net:
-    """The model as the release has it: scikit-learn's L-BFGS, stopped early."""
-    fit = LogisticRegression(C=1 / (len(examples) * config.weight_decay), fit_intercept=False,
-                             tol=1e-8, max_iter=config.release_iterations)  # fmt: skip
+    """Fit the model as the release does: by scikit-learn's L-BFGS, stopped early."""
+    fit = LogisticRegression(
+        C=1 / (len(examples) * config.weight_decay),
+        fit_intercept=False,
+        tol=1e-8,
+        max_iter=config.release_iterations,
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # that it stops early is the point
-        # Sparse, for products that do not depend on the number of cores.
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is meant to stop early
+        # Sparse products do not depend on the number of cores.
         fit.fit(scipy.sparse.csr_array(examples.x), examples.y)
     net = _Net(examples.x.shape[1], weight_decay=config.weight_decay)
     net.theta = fit.coef_[0]
@@ -242,7 +263,7 @@ def _as_released(config: Config, examples: Examples) -> _Net:
 
 
 def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict[str, NDArray]]:
-    """What the two models do, and how influence explains the second one's loss of the child."""
+    """Compare the two models, and explain the second one's loss of the child by influence."""
     metrics, arrays = {}, {}
     for suffix, model, examples in (("_before", before, at.everyone), ("", net, at.train)):
         losses = model.losses(at.test.x, at.test.y)
@@ -279,13 +300,17 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
     for what, which in (("readmitted", at.readmitted), ("not_readmitted", ~at.readmitted)):
         numbered = enumerate(of_children[which], start=1)
         metrics |= {f"influence_{what}_{number}": score for number, score in numbered}
-    arrays |= {"flipped": at.test_children[flipped], "influence": scores,
-               "derivative": derivative, "coefficients": net.theta}  # fmt: skip
+    arrays |= {
+        "flipped": at.test_children[flipped],
+        "influence": scores,
+        "derivative": derivative,
+        "coefficients": net.theta,
+    }
     return metrics, arrays
 
 
 def _refitted_derivative(config: Config, at: _Hospital, net: _Net, column: int) -> float:
-    """d(the child's loss)/d(a feature of the child not readmitted), by a difference of refits."""
+    """Compute d(child's loss)/d(feature of the child not readmitted) by a difference of refits."""
     losses = []
     for step in (_STEP, -_STEP):
         x = np.array(at.train.x)

@@ -1,6 +1,7 @@
 """Influence functions for any Keras model: which training rows made it say this."""
 
-from influence.attack.poison import BEST_RULE, PAPER_RULE, Rule, poison
+from influence.attack.poison import PoisonOptions, poison
+from influence.attack.targets import BEST_RULE, PAPER_RULE, Rule
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.curvature.operators import GaussNewton, Hessian
 from influence.examples.examples import Examples
@@ -28,9 +29,10 @@ from influence.solvers import (
     solve,
 )
 from influence.solvers.spectrum import spectrum, suggest_damping
-from influence.truth.continued import continued_training
-from influence.truth.leave_out import Refits, leave_group_out, leave_one_out
-from influence.truth.proximal import proximal_response
+from influence.truth.continued import ContinuedOptions, continued_training
+from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, leave_one_out
+from influence.truth.proximal import ProximalOptions, proximal_response
+from influence.truth.runs import RunOptions
 
 __all__ = [
     "BEST_RULE",
@@ -38,6 +40,7 @@ __all__ = [
     "EKFAC",
     "AllCNN",
     "BinaryLogisticRegression",
+    "ContinuedOptions",
     "ConvergenceWarning",
     "Direct",
     "DivergenceError",
@@ -51,9 +54,13 @@ __all__ = [
     "MulticlassLogisticRegression",
     "Nystrom",
     "PAPER_RULE",
+    "PoisonOptions",
     "Prepared",
+    "ProximalOptions",
+    "RefitOptions",
     "Refits",
     "Rule",
+    "RunOptions",
     "Scores",
     "SmoothHinge",
     "Solution",

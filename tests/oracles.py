@@ -1,10 +1,10 @@
-"""Closed forms in NumPy, written independently of the library: what its answers must be.
+"""Expected answers: closed forms in NumPy, written independently of the library.
 
     R(theta) = mean_i loss_i(theta) + sum_j p_j theta_j^2 / 2
 
-A class gives the losses with their first and second derivatives, written down by hand; everything
-else about a risk follows from those, by dense linear algebra. The last functions are the tape's own
-answers about a plain Keras model, and finite differences.
+Each class gives the losses with their first and second derivatives, derived by hand. All other
+properties of the risk follow from these by dense linear algebra. The last functions compute finite
+differences, and derivatives of a plain Keras model by `tf.GradientTape`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Risk:
-    """Features (n, f), a column of ones among them if there is an intercept; labels; penalty p."""
+    """Risk of features (n, f), labels y and penalty p; an intercept is a feature of ones."""
 
     features: NDArray
     y: NDArray
@@ -32,11 +32,11 @@ class Risk:
         raise NotImplementedError
 
     def gradients(self, theta: NDArray) -> NDArray:
-        """(n, d)."""
+        """Return the gradients of the losses, (n, d)."""
         raise NotImplementedError
 
     def hessians(self, theta: NDArray) -> NDArray:
-        """(n, d, d)."""
+        """Return the Hessians of the losses, (n, d, d)."""
         raise NotImplementedError
 
     def value(self, theta: NDArray) -> float:
@@ -51,45 +51,45 @@ class Risk:
         )
 
     def on(self, features: NDArray, y: NDArray) -> Any:
-        """The same losses of other rows."""
+        """Return the same risk for other rows."""
         return replace(self, features=features, y=y)
 
     def without(self, rows: Any) -> Any:
         return self.on(np.delete(self.features, rows, axis=0), np.delete(self.y, rows, axis=0))
 
     def minimum(self, start: NDArray) -> NDArray:
-        """theta of the smallest risk, to a gradient norm of 1e-12."""
+        """Return theta at the minimum, to a gradient norm of 1e-12."""
         found = scipy.optimize.minimize(
             self.value, start, jac=self.gradient, hess=self.hessian, method="trust-exact",
             options={"gtol": 1e-5},
         ).x  # fmt: skip
-        for _ in range(3):  # to the last digits, which differences of the value cannot show
+        for _ in range(3):  # Newton steps, for digits that differences of the value cannot show
             found = found - np.linalg.solve(self.hessian(found), self.gradient(found))
         assert np.linalg.norm(self.gradient(found)) < 1e-12
         return found
 
     def predicted_parameters(self, theta: NDArray, rows: Any) -> NDArray:
-        """(k, d): H^-1 (grad loss_i + p theta) / n."""
+        """Return H^-1 (grad loss_i + p theta) / n: (k, d)."""
         own = self.gradients(theta)[rows] + self.penalty * theta
         return np.linalg.solve(self.hessian(theta), own.T).T / len(self.y)
 
     def predicted_changes(self, theta: NDArray, test: Risk, rows: Any) -> NDArray:
-        """(m, k): each test loss's gradient along the predicted change of theta."""
+        """Return each test loss's derivative along the predicted change of theta: (m, k)."""
         return test.gradients(theta) @ self.predicted_parameters(theta, rows).T
 
     def actual_parameters(self, theta: NDArray, rows: Any) -> NDArray:
-        """(k, d): theta refitted without each row, minus theta."""
+        """Return theta refitted without each row, minus theta: (k, d)."""
         return np.stack([self.without([row]).minimum(theta) - theta for row in rows])
 
     def actual_changes(self, theta: NDArray, test: Risk, rows: Any) -> NDArray:
-        """(m, k): each test loss after refitting without each row, minus before."""
+        """Return each test loss after a refit without each row, minus the loss before: (m, k)."""
         after = theta + self.actual_parameters(theta, rows)
         return np.stack([test.losses(t) - test.losses(theta) for t in after], axis=1)
 
 
 @dataclass(frozen=True)
 class LeastSquares(Risk):
-    """loss_i = (x_i w - y_i)^2: Keras' "mse" of one output. Its L2(l) has p = 2 l."""
+    """Risk with loss_i = (x_i w - y_i)^2, Keras' "mse" of one output. Keras' L2(l) is p = 2 l."""
 
     def losses(self, theta: NDArray) -> NDArray:
         return (self.features @ theta - self.y) ** 2
@@ -108,10 +108,10 @@ class LeastSquares(Risk):
 
 @dataclass(frozen=True)
 class Logistic(Risk):
-    """loss_i = log sum_k exp(z_ik) - z_iy with z = x W M.
+    """Risk with loss_i = log sum_k exp(z_ik) - z_iy and z = x W M.
 
-    M is the identity of c classes for softmax regression. M = [[0, 1]] gives class 1 the logit x w
-    and class 0 none: logistic regression with one vector of weights.
+    For softmax regression of c classes, M is the (c, c) identity. For logistic regression with one
+    weight vector w, M = [[0, 1]]: class 1 has the logit x w, and class 0 has the logit 0.
     """
 
     M: NDArray
@@ -139,10 +139,10 @@ class Logistic(Risk):
         return np.einsum("nf,ncd,ng->nfcgd", A, at_outputs, A).reshape(len(P), theta.size, -1)
 
     def input_gradients(self, theta: NDArray, v: NDArray, num_inputs: int) -> NDArray:
-        """(n, num_inputs): d/dx_i of grad loss_i . v, the intercept's feature left out."""
+        """Return d/dx_i of grad loss_i . v, without the intercept's feature: (n, num_inputs)."""
         W, D = self._weights(theta), self._weights(v)
         P = scipy.special.softmax(self.features @ W, axis=1)
-        along = self.features @ D  # z's change along v
+        along = self.features @ D  # change of z along v
         curved = P * (along - np.sum(P * along, axis=1, keepdims=True))
         return ((P - self._labels()) @ D.T + curved @ W.T)[:, :num_inputs]
 
@@ -156,7 +156,7 @@ def logistic_regression(features: NDArray, y: NDArray, penalty: Any) -> Logistic
 
 
 def with_ones(x: NDArray) -> NDArray:
-    """x with the intercept's column."""
+    """Return x with a column of ones for the intercept."""
     return np.column_stack([x, np.ones(len(x))])
 
 
@@ -164,24 +164,21 @@ def with_ones(x: NDArray) -> NDArray:
 
 
 def central_difference(function: Any, at: NDArray, along: NDArray, step: float = 1e-3) -> NDArray:
-    """Derivative of `function` at `at` along `along`, relative error about 1e-11 in float64.
+    """Return the derivative of `function` at `at` along `along`, by fourth-order differences.
 
-    Fourth order: truncation is of the order step^4, rounding of 1e-16 / step.
+    The truncation error is about step^4, the rounding error 1e-16 / step; their sum is near 1e-11.
     """
     near = function(at + step * along) - function(at - step * along)
     far = function(at + 2 * step * along) - function(at - 2 * step * along)
     return (8 * near - far) / (12 * step)
 
 
-# --- the tape's own answers about a plain Keras model, one example and one entry at a time ----
+# --- derivatives of a plain Keras model by the tape, one example and entry at a time ----------
 
 
 @dataclass(frozen=True)
 class Dense:
-    """First derivatives of a plain model, as dense arrays.
-
-    losses (n,); gradients (n, d); gauss_newton (d, d), J'HJ / n.
-    """
+    """Losses (n,), gradients (n, d) and J'HJ / n (d, d) of a plain model, as dense arrays."""
 
     losses: NDArray
     gradients: NDArray
@@ -189,12 +186,12 @@ class Dense:
 
 
 def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
-    """By `tape.jacobian` on the model as it stands, called as its owner would call it.
+    """Compute losses and derivatives by `tape.jacobian` on the model's own weights.
 
     Args:
       model: called on x with training=False.
       loss: (y, output) -> (n,), in plain TensorFlow.
-      x, y: a batch, NumPy.
+      x, y: a batch of NumPy arrays.
     """
     weights = [w.value for w in model.trainable_weights]
     with tf.GradientTape(persistent=True) as tape:
@@ -215,10 +212,7 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
 
 
 def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
-    """(d, d) of the mean loss, by a tape in a tape.
-
-    Not for normalising layers: TensorFlow's moments have a second derivative that is wrong.
-    """
+    """Return the mean loss's Hessian (d, d) by nested tapes; wrong for normalising layers."""
     weights = [w.value for w in model.trainable_weights]
     with tf.GradientTape(persistent=True) as outer:
         g = plain_gradient(model, loss, x, y)
@@ -226,7 +220,7 @@ def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
 
 
 def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
-    """(d,) of the mean loss, by a tape on the model as it stands."""
+    """Return the gradient of the mean loss by a tape on the model's own weights: (d,)."""
     weights = [w.value for w in model.trainable_weights]
     with tf.GradientTape() as tape:
         mean = tf.reduce_mean(loss(y, model(x, training=False)))
@@ -234,7 +228,7 @@ def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
 
 
 def plain_gradient_at(model: keras.Model, loss: Any, x: Any, y: Any, theta: NDArray) -> NDArray:
-    """The same with other weights, which are put back."""
+    """Return the plain gradient at other weights; the model's weights are restored."""
     weights = model.trainable_weights
     before = [w.numpy() for w in weights]
     ends = np.cumsum([b.size for b in before])[:-1]
@@ -252,7 +246,7 @@ def _jacobian(tape: Any, of: Any, by: Any) -> Any:
 
 
 def _columns(parts: list, shape: tuple, weights: list) -> NDArray:
-    """Jacobians by weight as one array (*shape, d)."""
+    """Join the Jacobians of all weights into one array (*shape, d)."""
     flat = [
         np.zeros((*shape, int(np.prod(w.shape)))) if p is None else np.reshape(p, (*shape, -1))
         for p, w in zip(parts, weights, strict=True)

@@ -1,8 +1,9 @@
 """Imports point one way, and none goes in a circle.
 
-Inside `influence` a folder may import the folders of earlier groups; in a folder any file may
-import another as long as no circle results. Between packages: `experiments` may import `data` and
-`influence`, which import nothing of ours but themselves; a figure imports no other figure.
+Inside `influence` and `experiments` a folder may import the folders of earlier groups; in a folder
+any file may import another as long as no circle results. A figure, a file or a folder, is such a
+group, so that no figure imports another. Between packages: `experiments` may import `data` and
+`influence`, which import nothing of ours but themselves.
 """
 
 import ast
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import experiments
+
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = {module.partition(".")[0] for module in experiments.MODULES.values()}
 ORDER = {
     "influence": (
         {"common"},
@@ -26,6 +30,7 @@ ORDER = {
         {"__init__"},
         {"__main__"},
     ),
+    "experiments": ({"__init__"}, {"harness"}, {"shared"}, FIGURES, {"__main__"}),
 }
 PACKAGES = {
     "experiments": {"experiments", "data", "influence"},
@@ -119,6 +124,15 @@ def test_the_order_names_what_is_there():
         ("influence/models/a.py", "from influence.scores.a import I", "models may not import"),
         ("influence/new/a.py", "import influence.net.net", "new has no place in the order"),
         ("influence/common/a.py", "from influence.minimisers import x", "may not import minimis"),
+        ("experiments/harness/a.py", "from experiments.shared import b", "harness may not import"),
+        ("experiments/shared/a.py", "from experiments import fig2_cnn", "shared may not import"),
+        ("experiments/fig2_cnn.py", "from experiments.fig1_components import f", "import fig1"),
+        ("experiments/fig2_cnn.py", "import experiments.fig5_attack.heads", "may not import fig5"),
+        ("experiments/fig5_attack/heads.py", "from ..fig2_cnn import f", "may not import fig2_cnn"),
+        ("experiments/fig2_cnn.py", "import experiments.__main__", "may not import __main__"),
+        ("experiments/shared/a.py", "from experiments.__main__ import f", "shared may not import"),
+        ("experiments/__init__.py", "import experiments.harness.a", "may not import harness"),
+        ("experiments/fig9.py", "from experiments.harness import a", "fig9 has no place"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path, file, text, complaint):
@@ -129,18 +143,18 @@ def test_a_wrong_import_is_found(tmp_path, file, text, complaint):
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("folder", "first", "second"),
     [
-        {"net/net.py": "from . import tape", "net/tape.py": "from influence.net.net import f"},
-        {"net/net.py": "from .tape import f", "net/tape.py": "def g():\n    from . import net"},
-        {
-            "solvers/__init__.py": "from .cg import CG",
-            "solvers/cg.py": "from influence import solvers",
-        },
+        ("influence/net", "net: from . import tape", "tape: from influence.net.net import f"),
+        ("influence/net", "net: from .tape import f", "tape: def g():\n    from . import net"),
+        ("influence/solvers", "__init__: from .cg import CG", "cg: from influence import solvers"),
+        ("experiments/harness", "a: from .b import f", "b: import experiments.harness.a"),
+        ("experiments/fig5_attack", "figure: from . import heads", "heads: from .figure import f"),
     ],
 )
-def test_a_circle_in_a_folder_is_found(tmp_path, changed):
-    _tree(tmp_path, {f"influence/{file}": text for file, text in changed.items()})
+def test_a_circle_in_a_folder_is_found(tmp_path, folder, first, second):
+    changed = (file.split(": ", 1) for file in (first, second))
+    _tree(tmp_path, {f"{folder}/{name}.py": text for name, text in changed})
     (found,) = violations(tmp_path)
     assert found.startswith("a circle: ")
 
@@ -148,7 +162,10 @@ def test_a_circle_in_a_folder_is_found(tmp_path, changed):
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("experiments/fig9.py", "import data, influence\nfrom experiments import record"),
+        ("experiments/fig2_cnn.py", "import data, influence\nfrom experiments.shared import b"),
+        ("experiments/fig5_attack/figure.py", "from experiments.fig5_attack import heads"),
+        ("experiments/harness/a.py", "import experiments"),
+        ("experiments/__main__.py", "import experiments\nfrom experiments.harness.a import f"),
         ("influence/__init__.py", "from influence.scores.a import Influence"),
         ("influence/__main__.py", "import influence"),
         ("influence/scores/a.py", "from influence.solvers.cg import CG\nfrom .b import f"),
@@ -166,6 +183,8 @@ def _tree(root, changed):
     files = {f"influence/{name}.py": "" for name in modules} | {"influence/__init__.py": ""}
     folders = ("common", "minimisers", "net", "solvers", "scores", "truth", "models")
     files |= {f"influence/{name}/__init__.py": "" for name in folders}
+    modules = ("__init__", "__main__", "harness/a", "shared/b", "fig2_cnn", "fig5_attack/heads")
+    files |= {f"experiments/{name}.py": "" for name in modules}
     for file, text in (files | changed).items():
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,4 @@
-"""What each training row could do to test losses, were its input moved a little.
-
-With s = H^-1 grad (mean test loss), the mean test loss after retraining changes with the input of
-row i as
-
-    d (mean test loss) / dx_i = -g_i / n      g_i = d/dx_i (grad loss_i . s)
-
-at the minimum of the risk, not an approximation to it (Koh & Liang 2017, section 2.2, where -g_i is
-I_pert,loss); the penalty, which does not depend on x, drops out. Within a box of half width radius,
-the step of largest first-order effect is -radius sign(g_i), of effect radius |g_i|_1 / n.
-"""
+"""The training rows that an attack may move, each within its box, and the rule of its moves."""
 
 from __future__ import annotations
 
@@ -17,39 +7,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.scores.inverse import Response
-from influence.solvers import Direct, Solver
 
-_TOGETHER = 16  # inputs that are differentiated in one call: images through a deep trunk
-_SAME = 1e-3  # relative gap between a row's features and those of its input: a trunk's rounding
-_ROUNDING = 1e-6  # of the input itself, where the net sees that: float32's
+# Inputs per call of the derivative; images through a deep trunk take much memory.
+_TOGETHER = 16
+# Relative difference allowed between given features and those of the input: a trunk's rounding.
+_SAME = 1e-3
+# The same for a net without a trunk: the rounding of float32.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How poisons are moved and chosen; the defaults are the strongest that was found.
+    """Steps and choice of the poisons; the defaults are the strongest rule found.
 
-    At move t the velocity is v_t = momentum v_(t-1) + g / mean |g|, and every entry moves by
-    - radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1): by its sign alone at softness 0.
+    At move t the velocity is v_t = momentum v_(t-1) + g / mean |g|. Every entry moves by
+    - radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1), at softness 0 by the sign of v_t
+    in place of the clipped ratio.
 
     Args:
-      step: of the first move, in radii.
-      decay: each further step, times the one before.
-      momentum: share of the last velocity in the next, in [0, 1).
-      softness: of the sign: entries of |v| below this share of the mean move in proportion.
-      max_steps: moves at most of each set of poisons.
-      tries: how many rows, those of largest |g|_1 at the clean weights, are moved alone first; the
-        poisons are those that then did most, and go on from there together, t beginning at half of
-        max_steps, and where more are wanted the rest are ranked again at the weights reached. 0:
-        the rows of largest |g|_1 are the poisons, from their own inputs on.
-      restarts: how often several poisons that did not do enough begin again, each time somewhere
-        else in their boxes.
+      step: length of the first move, in radii.
+      decay: each further step, divided by the one before.
+      momentum: share of the last velocity in the next one, in [0, 1).
+      softness: entries of |v| below this share of the mean move in proportion to v.
+      max_steps: largest number of moves of each set of poisons.
+      tries: number of rows that are first moved one at a time: those of largest |g|_1 at the clean
+        weights. Those that raised the loss most become the poisons. They continue together from
+        there, with t starting at half of max_steps. If more poisons are needed, the other rows are
+        ranked again at the present weights. 0: the rows of largest |g|_1 are the poisons, and they
+        start from their own inputs.
+      restarts: how often several poisons start again at a random place in their boxes when they
+        did not do enough.
 
     Raises: ValueError.
     """
@@ -76,7 +68,7 @@ class Rule:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     def move(self, velocity: NDArray, t: int) -> NDArray:
-        """Of each entry at move t, in radii."""
+        """Return the move of each entry at move t, in radii."""
         direction = np.sign(velocity)
         if self.softness:
             direction = np.clip(velocity / (self.softness * mean_size(velocity)), -1, 1)
@@ -84,10 +76,10 @@ class Rule:
 
 
 BEST_RULE = Rule()
+# The 2017 release: at most 100 moves of .02 of an 8-bit level, in a box of .5 to each side.
 PAPER_RULE = Rule(
     step=0.04, decay=1.0, momentum=0.0, softness=0.0, max_steps=100, tries=0, restarts=0
 )
-"""The release's: at most 100 moves of .02 of an 8-bit level, in a box of .5 to each side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +88,11 @@ class Targets:
 
     Attributes:
       rows: (c,) row numbers.
-      x: (c, ...) their inputs as they are, floating.
+      x: (c, ...) their original inputs, floating.
       y: (c, ...) their labels.
       radius: half the box's width, in the unit of x.
       low: (c, ...) the box's lower corner.
-      high: (c, ...) its upper one.
+      high: (c, ...) the box's upper corner.
     """
 
     rows: NDArray[np.int64]
@@ -111,14 +103,14 @@ class Targets:
     high: NDArray
 
     def moved(self, at: Any, x: NDArray, by: NDArray) -> NDArray:
-        """Inputs x of the targets `at`, moved by so many radii, back into their boxes."""
+        """Move inputs x of the targets `at` by a number of radii and clip them to their boxes."""
         to = x + (self.radius * by).astype(x.dtype)
         return np.clip(to, self.low[at], self.high[at])
 
     def anywhere(self, at: Any, seed: int) -> NDArray:
-        """Inputs of all targets, those `at` evenly spread over their boxes; the others unmoved.
+        """Draw inputs of the targets `at` uniformly from their boxes; return those of all targets.
 
-        A target's are drawn by its row number, whatever the others are.
+        A target's draw depends on the seed and its row number only.
         """
         x = self.x.copy()
         for i in at:
@@ -127,7 +119,7 @@ class Targets:
         return x
 
     def gradients(self, net: GenericNeuralNet, at: Any, x: NDArray, s: NDArray) -> NDArray:
-        """g of the targets `at`, their inputs at x: x's shape."""
+        """Compute g of the targets `at` with inputs x: x's shape."""
         y = self.y[at]
         parts = range(0, len(x), _TOGETHER)
         return np.concatenate(
@@ -135,76 +127,10 @@ class Targets:
         )
 
 
-def gradient_norms(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
-    rows: ArrayLike,
-    *,
-    inputs: NDArray | None = None,
-    solver: Solver | None = None,
-) -> NDArray:
-    """L1 norms of g_i, by which the paper's attack ranks training rows.
-
-    g_i = d/dx_i (grad loss_i . s), s = H^-1 grad (mean test loss). Times radius / n: how much the
-    mean test loss can be made to rise by moving the row within a box of that radius, to first
-    order. What bounds cut off the box is not looked at.
-
-    Args:
-      net: at the minimum of its risk on `train`.
-      train: n rows; see `poison`.
-      test: m examples; the mean of their losses is what is to rise.
-      rows: (c,) training rows.
-      inputs: (c, ...) the rows' inputs, where `train` holds features of them.
-      solver: how H^-1 is applied; `Direct` if omitted.
-
-    Returns: (c,), in the unit of the loss for each unit of the input.
-    Raises: as `poison`.
-    """
-    net.validate(train, "train")
-    net.validate(test, "test")
-    targets = check_targets(net, train, rows, 1.0, inputs, None)
-    return norms_of(net, seen_by(net, train), seen_by(net, test), targets, solver)
-
-
-def norms_of(
-    net: GenericNeuralNet, train: Examples, test: Examples, targets: Targets, solver: Solver | None
-) -> NDArray:
-    """`gradient_norms` of targets and examples that are known to be right."""
-    s = mean_s_test(net, train, test, solver)
-    g = targets.gradients(net, slice(None), targets.x, s)
-    return np.abs(g).sum(axis=tuple(range(1, g.ndim)), dtype=np.float64)
-
-
-# --- shared with the attack -----------------------------------------------------------------------
-
-
 def mean_size(v: NDArray) -> NDArray:
-    """Mean |v| of each input, 1 where all of it is zero."""
+    """Compute the mean |v| of each input; 1 where all of v is zero."""
     mean = np.abs(v).mean(axis=tuple(range(1, v.ndim)), keepdims=True)
     return np.where(mean > 0, mean, 1).astype(v.dtype)
-
-
-def mean_s_test(
-    net: GenericNeuralNet, train: Examples, test: Examples, solver: Solver | None = None
-) -> NDArray:
-    """H^-1 grad (mean test loss) at the net's theta: (d,).
-
-    Without a solver, `Direct`; where a strongly convex net knows its Hessian in closed form, the
-    Cholesky factor alone, without what `Direct` finds out about eigenvalues, which takes longer.
-    """
-    if solver is None and net.strong_convexity > 0:
-        H = net.hessian(train)
-        if H is not None:
-            g = net.mean_over(test, None, net.gradient)
-            return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
-    return Response(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
-
-
-def seen_by(net: GenericNeuralNet, examples: Examples) -> Examples:
-    """The examples as the trained part of the net sees them."""
-    seen = net.features(examples.x)
-    return examples if seen is examples.x else Examples(seen, examples.y)
 
 
 def check_targets(
@@ -215,14 +141,14 @@ def check_targets(
     inputs: NDArray | None,
     bounds: tuple[float, float] | None,
 ) -> Targets:
-    """The rows with their boxes, once they are known to be right.
+    """Check the rows, their inputs and bounds, and return them with their boxes.
 
     Args:
-      net: with the trunk that inputs go through, if it has one.
-      train: of inputs, or of features.
+      net: the net, with its trunk if it has one.
+      train: examples of inputs or of features.
       rows: (c,) row numbers.
       radius: half the box's width.
-      inputs: (c, ...) of the rows, or None for what `train` holds.
+      inputs: (c, ...) inputs of the rows; None: those in `train`.
       bounds: least and largest value of an entry, or None.
 
     Raises: TypeError, ValueError or IndexError naming the argument.
@@ -265,7 +191,7 @@ def check_targets(
 
 
 def _check_same(net: GenericNeuralNet, x: NDArray, own: NDArray, rows: NDArray) -> None:
-    """See that inputs x are those of some rows of train.x: the net sees the same of both."""
+    """Refuse inputs x whose features differ from those of the same rows of train.x."""
     seen, known = net.features(x), net.features(own)
     if np.shape(seen) != np.shape(known):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""What every other folder uses: named arrays, checkpoints, warnings, progress."""
+"""Named arrays, checkpoints, warnings, progress bars and byte budgets for all other folders."""

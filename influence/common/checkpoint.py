@@ -1,4 +1,4 @@
-"""Arrays kept on disk so that an interrupted computation continues where it was."""
+"""Arrays stored on disk, so that an interrupted computation can continue."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray]
 
 
+def identity(net: Any, examples: Any, *more: Any) -> str:
+    """Return a short name that changes with the net, with the examples or with `more`.
+
+    The net is identified by its class, its variables and its answers for a few examples: the names
+    and numbers that Keras gives to layers do not count.
+    """
+    few = examples.take(slice(0, 8))
+    variables = [variable.numpy() for variable in net.model.variables]
+    answers = net.theta, net.losses(few.x, few.y), net.penalty(), net.penalty_gradient()
+    return joblib.hash((type(net).__name__, variables, answers, examples.fingerprint, more))[:16]
+
+
 def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:
-    """Make a folder for checkpoints and try it, before any work that is to be kept there.
+    """Create the checkpoint folder and check that it is writable, before any long work.
 
     Args:
-      checkpoints: the folder, or None for none.
+      checkpoints: the folder; None: no checkpoints.
 
-    Returns: its path, or None.
-    Raises: TypeError for what is no path, ValueError for a folder that cannot be written to.
+    Returns: the folder's path, or None.
+    Raises: TypeError if it is not a path, ValueError if it is not writable.
     """
     if checkpoints is None:
         return None
@@ -30,10 +44,10 @@ def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:
 
 
 def check_writable(folder: Path, name: str) -> Path:
-    """Make a folder, if need be, and try it; `name` is what the error calls it.
+    """Create a folder if it is missing and check that it is writable.
 
     Returns: the folder.
-    Raises: ValueError for one that cannot be written to.
+    Raises: ValueError, with the argument's `name`, if the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,14 +61,14 @@ def check_writable(folder: Path, name: str) -> Path:
 
 
 def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[str, NDArray]:
-    """The arrays stored at `path`; computed and stored first if they are not there.
+    """Return the arrays stored at `path`; if the file is missing, compute and store them first.
 
-    The file appears under its name only when it is whole (written beside it, then renamed), so
-    that a process killed at any moment leaves either nothing or everything.
+    The file is written under a temporary name and then renamed. A process that is killed at any
+    moment therefore leaves a complete file or none.
 
     Args:
-      path: an `.npz` file; None computes without storing.
-      compute: returns named arrays. It must depend on nothing that `path` does not name.
+      path: an `.npz` file; None: compute without storing.
+      compute: returns named arrays. `path` must identify everything that they depend on.
 
     Returns: the arrays by name.
     """
@@ -66,7 +80,7 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 
 
 def store(path: str | os.PathLike, arrays: Arrays) -> None:
-    """Write named arrays to an `.npz` file, in the place of what is there, whole or not at all."""
+    """Write named arrays to an `.npz` file, completely or not at all; replace an existing file."""
     path = Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +97,6 @@ def store(path: str | os.PathLike, arrays: Arrays) -> None:
 
 
 def load(path: str | os.PathLike) -> dict[str, NDArray]:
-    """The arrays of a file that `store` wrote."""
+    """Read the arrays of a file that `store` wrote."""
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}

@@ -1,4 +1,4 @@
-"""How the library says that a number is not what was asked for."""
+"""Warnings and errors about results that missed the requested accuracy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _LIBRARY = str(Path(__file__).parents[1])
 
 
 class ConvergenceWarning(UserWarning):
-    """An iteration missed its tolerance; the message gives the value reached and the remedy."""
+    """Warning that an iteration missed its tolerance; it gives the value reached and the remedy."""
 
 
 class DivergenceError(ArithmeticError):
-    """No number can be returned: the system is singular or indefinite, or the iteration blew up."""
+    """Error if no number can be returned: a singular or indefinite system, or a divergence."""
 
 
 def warn_unconverged(message: str) -> None:
-    """Give a ConvergenceWarning at the line that called into the library, not inside it."""
+    """Issue a ConvergenceWarning at the user's line that called the library."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Byte budgets: how much memory the library's working arrays may take.
+"""Byte budgets: limits on the memory of the library's working arrays.
 
 A budget decides how many rows or vectors are processed together. It never changes a result beyond
 rounding.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-# The activations of one batch, with all that a pass over it keeps for its derivatives.
+# This budget holds the activations of one batch and what a pass stores for its derivatives.
 ACTIVATIONS = 1 << 30
-# One block of vectors of theta's length, such as right-hand sides or per-example gradients.
+# This budget holds one block of vectors of theta's length, such as right-hand sides.
 VECTORS = 1 << 28
-# What a set of examples caches of one net at one theta, for all its batches together.
+# This budget holds the cache of one net at one theta, over all batches of a set of examples.
 CACHE = 1 << 28
 
 

@@ -1,4 +1,4 @@
-"""What every returned table of numbers shares: an array that says which quantity it holds."""
+"""Arrays that carry the name of the quantity they hold: the base of all returned tables."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class NamedArray:
-    """An array under the name of what it holds: a subclass's first field.
+    """Array named after its quantity: the array is the first field of a subclass.
 
-    Behaves as that array in NumPy functions, indexing and `.mean(axis)`.
+    NumPy functions, indexing and `.mean(axis)` act on that array.
     """
 
     def _array(self) -> NDArray:
         return getattr(self, fields(self)[0].name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
-        """The array itself, for NumPy."""
+        """Return the array itself, for NumPy."""
         array = np.asarray(self._array(), dtype=dtype)
         return array.copy() if copy else array
 
@@ -29,28 +29,28 @@ class NamedArray:
         return self._array()[key]
 
     def __len__(self) -> int:
-        """The number of test examples, m."""
+        """Return the number of test examples, m."""
         return len(self._array())
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(m, k), or (m,) for a group."""
+        """Shape (m, k), or (m,) for a group."""
         return self._array().shape
 
     def mean(self, axis: int | None = None) -> Any:
-        """Mean over test examples (axis=0) or training rows (axis=1)."""
+        """Average over test examples (axis=0) or training rows (axis=1)."""
         return self._array().mean(axis=axis)
 
 
 @dataclass(frozen=True, eq=False)
 class Estimand(NamedArray):
-    """An array of changes under the name of what is changed: `change_if_removed`.
+    """Table of the changes in the test losses when training rows are removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss (nats for log losses) were each training
-        row removed. Positive: the loss rises without the row, so the row helped.
+      change_if_removed: (m, k) change of each test loss (nats for log losses) when each training
+        row is removed. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      measurement: what was measured on each test example: "loss", or the name of a measurement.
+      measurement: the quantity measured on each test example: "loss", or a measurement's name.
     """
 
     change_if_removed: NDArray

@@ -1,4 +1,4 @@
-"""Progress of long work on the standard error, silent for work that is short."""
+"""Progress bars on standard error, shown only for long work."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-_DELAY = 5  # seconds
+# A bar appears after this many seconds.
+_DELAY = 5
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """Iterate, and after five seconds show what is being done and how long is left.
+    """Iterate over items; after five seconds, show the label `what` and the time left.
 
-    A terminal gets a moving bar, a log a line every half a minute.
+    A terminal shows a moving bar. A log file gets a line every 30 seconds.
     """
     return _bar(items, what, total)
 
 
 def counter(what: str) -> tqdm:
-    """The same for steps that are counted by `update` as nobody knows how many there will be.
+    """Like `progress` for loops of unknown length: call `update()` once per step.
 
-    `set_postfix_str(..., refresh=False)` says how far they got.
+    `set_postfix_str(..., refresh=False)` adds a text to the bar, such as a residual.
     """
     return _bar(None, what, None)
 

@@ -1,20 +1,21 @@
 """The exact Hessian of a chain of layers, from matrix products instead of Hessian products.
 
-Along a chain, z = a W + b in an affine layer and a' = phi(z) in an activation, so the second
+In a chain an affine layer computes z = a W + b and an activation a' = phi(z). So the second
 derivative of a row's loss by theta (with d. the change of a quantity along a change of theta) is
 
     d2 loss = sum over activations of    (d loss / d a') phi''(z) (dz)^2
             + sum over affine layers of  2 (d loss / d z) . (da dW)
             + (d output)' (d2 loss / d output2) (d output).
 
-The first and the last are J' D J, with J the Jacobian of z or of the output by the parameters
-before it, which is carried forward through the chain; the middle one pairs J with the layer's own
-parameters. The last alone is the Gauss-Newton matrix. One product of d vectors with the Hessian
+The first and the last term are J' D J, with J the Jacobian of z or of the output by the parameters
+before it. J is computed forward through the chain. The middle term pairs J with the layer's own
+parameters. The last term is the Gauss-Newton matrix. One product of d vectors with the Hessian
 would take d backward passes; this takes one backward pass and products of large matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,15 +26,14 @@ import tensorflow as tf
 from keras import layers
 from numpy.typing import NDArray
 
-from influence.curvature import jacobian
-from influence.curvature.jacobian import Jacobian
+from influence.common.memory import ACTIVATIONS, fitting
 from influence.curvature.layers import Affine, AffineLayers
 from influence.examples.examples import Examples
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-_BYTES = 1 << 30  # what the Jacobians of one batch may take,
-_COPIES = 8  # in as many copies
+# Copies of the Jacobians of one batch that exist at a time.
+_COPIES = 8
 _ELEMENTWISE = frozenset(
     "elu exponential gelu linear mish relu selu sigmoid silu softplus softsign tanh".split()
 )
@@ -50,7 +50,7 @@ _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A layer of the chain; `own` is where its weights are in theta, or None if it has none."""
+    """A layer of the chain; `own` has the positions of its weights in theta, None if no weights."""
 
     layer: Any
     kind: str  # "affine", "activation" or "linear"
@@ -58,7 +58,7 @@ class _Step:
 
 
 class Chain:
-    """A model whose layers follow one another, each affine, elementwise, or linear and weightless.
+    """A model of successive layers, each affine, elementwise, or linear without weights.
 
     Args:
       traced: the model.
@@ -70,11 +70,11 @@ class Chain:
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """The model as a chain, or None if it is none.
+        """Convert a model to a chain; return None if it is not one.
 
         Args:
           traced: the model.
-          x: a few rows of input tensors, on which the layers are tried.
+          x: a few rows of input tensors, on which the layers are tested.
         """
         model = traced.model
         if isinstance(x, dict) or not _in_a_row(model):
@@ -93,24 +93,26 @@ class Chain:
             steps.append(_Step(layer, kind, own.pop(id(layer), None)))
         return None if own else cls(traced, tuple(steps))
 
-    def rows_per_batch(self, x: Any) -> int:
-        """Rows whose Jacobians fit into memory; bounds memory, changes no result.
+    def rows_per_batch(self, x: Any, at_most: int) -> int:
+        """Choose the rows of a batch, so that their Jacobians fit into memory.
 
         Args:
           x: a row of inputs.
+          at_most: the largest number of rows.
         """
         numbers, columns = 1, 0
         for step, z in zip(self.steps, self._forward(self.traced.theta(), x)[1:], strict=True):
             if step.own is not None:
                 columns += step.own.entries.size
             numbers = max(numbers, int(tf.size(z)) * columns)
-        return max(_BYTES // (numbers * self.traced.dtype.itemsize * _COPIES), 1)
+        bytes_each = numbers * self.traced.dtype.itemsize * _COPIES
+        return fitting(ACTIVATIONS, bytes_each, at_most)
 
     def beats_products(self, x: Any) -> bool:
-        """Whether a row takes fewer multiplications here than d Hessian products do.
+        """Return True if a row takes fewer multiplications here than with d Hessian products.
 
-        Few outputs and many parameters of convolutions, shared by many positions, speak for this;
-        a wide last layer for products.
+        The chain is faster with few outputs and many convolution parameters shared by many
+        positions; products are faster with a wide last layer.
 
         Args:
           x: a row of inputs.
@@ -122,7 +124,7 @@ class Chain:
             if step.kind == "affine":
                 forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
             elif step.kind == "activation":
-                # A channel knows its own weights only: f rows of the layer's f x c.
+                # A channel depends on its own weights only: f of the layer's f x c.
                 f = 0 if own is None else len(own.entries)
                 squares += width * (before**2 + before * f + f**2)
             before += 0 if own is None else own.entries.size
@@ -132,7 +134,7 @@ class Chain:
         return squares <= 4 * forward * sum(self.traced.sizes)
 
     def hessian(self, x: Any, y: Any, theta: Any = None) -> NDArray:
-        """The Hessian (d, d) of a batch's mean loss, without the penalty.
+        """Compute the Hessian (d, d) of a batch's mean loss, without the penalty.
 
         Args:
           x: (n, ...) inputs.
@@ -143,7 +145,7 @@ class Chain:
         theta = t.theta() if theta is None else theta
         matrix = t.run("chain", self._hessian, theta, t.inputs(x), t.tensor(y))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
-        if np.array_equal(order, np.arange(len(order))):  # as it mostly is: no second copy
+        if np.array_equal(order, np.arange(len(order))):  # mostly so: no second copy
             return matrix
         whole = np.empty_like(matrix)
         whole[np.ix_(order, order)] = matrix
@@ -152,7 +154,7 @@ class Chain:
     # --- inside -----------------------------------------------------------------------------------
 
     def _forward(self, theta: Any, x: Any) -> list[Any]:
-        """The input, and the output of every layer."""
+        """Compute the output of every layer; return them after the input."""
         t = self.traced
         parts = zip(t.weights, tf.split(theta, t.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
@@ -163,7 +165,7 @@ class Chain:
         return values
 
     def _hessian(self, theta: Any, x: Any, y: Any) -> Any:
-        """(d, d), its parameters in the order of the chain."""
+        """Compute the matrix (d, d) with the parameters in the order of the chain."""
         loss = self.traced.loss.function
         with tf.GradientTape() as tape:
             tape.watch(theta)
@@ -173,26 +175,24 @@ class Chain:
             total, values[1:], unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
         matrix: Any = tf.zeros([0, 0], theta.dtype)
-        J = Jacobian()
+        J = _Jacobian()
         for step, before, after, slope in zip(
             self.steps, values[:-1], values[1:], slopes, strict=True
         ):
             if step.kind == "activation":
-                first, second = jacobian.derivatives(step.layer, before)
+                first, second = _derivatives(step.layer, before)
                 matrix = J.add_square(matrix, slope * second)
                 J = J.scaled(first)
             elif step.kind == "linear":
-                J = Jacobian(jacobian.folded(step.layer, J.scaled(tf.ones_like(before)).dense))
+                J = _Jacobian(_folded(step.layer, J.scaled(tf.ones_like(before)).dense))
             else:
                 dense = J.scaled(tf.ones_like(before)).dense
-                pushed = jacobian.pushed(step.layer, self._kernel(step, theta), dense)
-                J = Jacobian(pushed)
+                pushed = _pushed(step.layer, self._kernel(step, theta), dense)
+                J = _Jacobian(pushed)
                 if step.own is not None:
-                    matrix = jacobian.widened(matrix, step.own, dense, slope)
-                    J = Jacobian(pushed, step.own.inputs(before, after))
-        matrix = jacobian.add_output(
-            matrix, J.scaled(tf.ones_like(values[-1])).dense, loss, y, values[-1]
-        )
+                    matrix = _widened(matrix, step.own, dense, slope)
+                    J = _Jacobian(pushed, step.own.inputs(before, after))
+        matrix = _add_output(matrix, J.scaled(tf.ones_like(values[-1])).dense, loss, y, values[-1])
         return matrix / tf.cast(tf.shape(x)[0], theta.dtype)
 
     def _kernel(self, step: _Step, theta: Any) -> Any:
@@ -208,34 +208,34 @@ _KNOWN: WeakKeyDictionary[FlatModel, Chain] = WeakKeyDictionary()
 def chain_hessian(
     net: GenericNeuralNet, examples: Examples, batch_size: int | None = None
 ) -> NDArray | None:
-    """The Hessian (d, d) of the mean loss, without the penalty, if a chain is the faster way.
+    """Compute the Hessian (d, d) of the mean loss, without the penalty, if a chain is faster.
 
     Args:
       net: the net.
       examples: the training set.
-      batch_size: rows at a time at most.
+      batch_size: the largest number of rows at a time.
 
-    Returns: the matrix; None for a net that is no chain, or whose products take less time.
+    Returns: the matrix; None for a net that is not a chain, or whose products take less time.
     """
     row = net.flat.inputs(examples.take([0]).x)
     chain = Chain.of(net.flat, row)
     if chain is None or not chain.beats_products(row):
         return None
-    size = min(batch_size or len(examples), chain.rows_per_batch(row))
+    size = chain.rows_per_batch(row, batch_size or len(examples))
     matrix = np.zeros((net.num_parameters, net.num_parameters))  # float32 sums in float64
     parts = examples.map_over(_hessian_sum, net, batch_size=size, what="forming the matrix")
     for part in parts:
         matrix += part
-        del part  # not beside the next batch's
+        del part  # its memory is needed for the next batch's
     matrix /= len(examples)
     return matrix.astype(net.dtype, copy=False)
 
 
 def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Sum of the Hessians (d, d) of a batch's losses, of a net that is a chain: a question."""
+    """Sum the Hessians (d, d) of a batch's losses, for a net that is a chain: a question."""
     if net.flat not in _KNOWN:
         chain = Chain.of(net.flat, net.flat.inputs(x))
-        assert chain is not None  # who asks has looked
+        assert chain is not None  # chain_hessian has checked this
         _KNOWN[net.flat] = chain
     matrix = _KNOWN[net.flat].hessian(x, y, net.at(theta).theta_tensor())
     matrix *= len(y)
@@ -243,7 +243,7 @@ def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArra
 
 
 def _in_a_row(model: keras.Model) -> bool:
-    """Whether each layer takes what the one before it gives, and nothing else."""
+    """Return True if the only input of each layer is the output of the one before."""
     try:
         row = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
         inputs = [model.inputs[0], *(layer.output for layer in row[:-1])]
@@ -270,3 +270,159 @@ def _kind(layer: Any) -> str | None:
     if kind in (layers.ReLU, layers.LeakyReLU, layers.ELU):
         return "activation"
     return "linear" if kind in _LINEAR and channels_last else None
+
+
+# --- derivatives by all parameters before -------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Jacobian:
+    """The derivative of a layer's output (n, ..., c) by the parameters before it.
+
+    Shapes: n rows, positions, c channels, q parameters.
+
+    Attributes:
+      dense: (n, ..., c, q) by the weights of all layers before, or None if they have none.
+      inputs: (n, t, f) inputs of the affine layer just before, or None. Channel c's derivative by
+        that layer's weights (f, c') is `inputs` for c' = c, else zero.
+    """
+
+    dense: Any = None
+    inputs: Any = None
+
+    def scaled(self, first: Any) -> _Jacobian:
+        """Apply an activation whose derivative is `first` (n, ..., c); the result is dense."""
+        dense = None if self.dense is None else tf.expand_dims(first, -1) * self.dense
+        if self.inputs is None:
+            return _Jacobian(dense)
+        c, f = first.shape[-1], self.inputs.shape[-1]
+        by_position = tf.reshape(first, [tf.shape(first)[0], -1, c])
+        own = tf.expand_dims(by_position, -1) * tf.expand_dims(self.inputs, 2)  # (n, t, c, f)
+        own = tf.expand_dims(own, -1) * tf.eye(c, dtype=first.dtype)[:, None, :]
+        own = tf.reshape(own, [-1, *first.shape[1:], f * c])
+        return _Jacobian(own if dense is None else tf.concat([dense, own], -1))
+
+    def add_square(self, matrix: Any, weights: Any) -> Any:
+        """Add J' diag(weights) J to the matrix, weights (n, ..., c)."""
+        c = weights.shape[-1]
+        w = tf.reshape(weights, [-1, c])
+        square = border = corner = None
+        if self.dense is not None:
+            q = self.dense.shape[-1]
+            J = tf.reshape(self.dense, [-1, c, q])
+            weighted = w[:, :, None] * J
+            square = _gram(J, weighted)
+        if self.inputs is not None:
+            f = self.inputs.shape[-1]
+            A = tf.reshape(self.inputs, [-1, f])
+            own = tf.einsum("mcf,mg->cfg", w[:, :, None] * A[:, None, :], A)
+            eye = tf.eye(c, dtype=A.dtype)
+            corner = tf.reshape(tf.einsum("cfg,cd->fcgd", own, eye), [f * c, f * c])
+            if self.dense is not None:
+                border = tf.reshape(tf.einsum("mcq,mf->qfc", weighted, A), [q, f * c])
+        if square is not None and corner is not None:
+            return matrix + _bordered(square, border, corner)
+        return matrix if square is corner else matrix + (square if corner is None else corner)
+
+
+def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
+    """Extend the matrix by an affine layer's weights: the pairs da dW.
+
+    Args:
+      matrix: (q, q).
+      own: the layer and the positions of its weights.
+      before: (n, ..., c, q) derivative of its input, or None.
+      slope: derivative of the loss by its output.
+    """
+    f, c = own.entries.shape
+    q = matrix.shape[0]
+    parts = []
+    if own.has_kernel:
+        rows = f - own.has_bias
+        parts.append(
+            tf.zeros([q, rows * c], matrix.dtype)
+            if before is None
+            else tf.reshape(_paired(own.layer, before, slope), [q, rows * c])
+        )
+    if own.has_bias:
+        parts.append(tf.zeros([q, c], matrix.dtype))
+    return _bordered(matrix, tf.concat(parts, 1), tf.zeros([f * c, f * c], matrix.dtype))
+
+
+def _paired(layer: Any, before: Any, slope: Any) -> Any:
+    """Sum d(input of weight f) times the slope at c over rows and positions: (q, f, c)."""
+    i, q = before.shape[-2:]
+    J = tf.reshape(before, [-1, i, q])
+    c = slope.shape[-1]
+    if isinstance(layer, layers.Dense):
+        return tf.einsum("mc,miq->qic", tf.reshape(slope, [-1, c]), J)
+    # For each input pixel and kernel entry: the slope at the output pixel that they contribute to.
+    k = int(np.prod(layer.kernel_size))
+    spread = tf.reshape(tf.eye(k * c, dtype=slope.dtype), [*layer.kernel_size, c, k * c])
+    shape = tf.concat([tf.shape(before)[:3], [k * c]], 0)
+    transposed = tf.transpose(spread, [0, 1, 3, 2])
+    padding = layer.padding.upper()
+    slopes = tf.nn.conv2d_transpose(slope, transposed, shape, list(layer.strides), padding)
+    return tf.einsum("mkc,miq->qkic", tf.reshape(slopes, [-1, k, c]), J)
+
+
+def _pushed(layer: Any, kernel: Any, before: Any) -> Any:
+    """Compute the derivative of an affine layer's output from that of its input."""
+    if before is None:
+        return None
+    if isinstance(layer, layers.Dense):
+        return tf.einsum("...iq,io->...oq", before, kernel)
+
+    def convolved(x):
+        return tf.nn.conv2d(x, kernel, list(layer.strides), layer.padding.upper())
+
+    return _folded(convolved, before)
+
+
+def _folded(linear: Callable, before: Any) -> Any:
+    """Apply a linear map of activations to each column of their derivative (n, ..., q)."""
+    if before is None:
+        return None
+    *inner, q = before.shape[1:]
+    rank = len(before.shape)
+    folded = tf.transpose(before, [0, rank - 1, *range(1, rank - 1)])
+    found = linear(tf.reshape(folded, [-1, *inner]))
+    found = tf.reshape(found, [-1, q, *found.shape[1:]])
+    rank = len(found.shape)
+    return tf.transpose(found, [0, *range(2, rank), 1])
+
+
+def _add_output(matrix: Any, before: Any, loss: Any, y: Any, output: Any) -> Any:
+    """Add J' (d2 loss / d output2) J, the Gauss-Newton part, to the matrix."""
+    with tf.GradientTape() as outer:
+        outer.watch(output)
+        with tf.GradientTape() as inner:
+            inner.watch(output)
+            total = tf.reduce_sum(loss(y, output))
+        slope = inner.gradient(total, output)
+    curved = outer.batch_jacobian(slope, output, experimental_use_pfor=False)
+    s, q = int(np.prod(output.shape[1:])), before.shape[-1]
+    J = tf.reshape(before, [-1, s, q])
+    return matrix + _gram(J, tf.matmul(tf.reshape(curved, [-1, s, s]), J))
+
+
+def _gram(J: Any, weighted: Any) -> Any:
+    q = J.shape[-1]
+    return tf.matmul(tf.reshape(J, [-1, q]), tf.reshape(weighted, [-1, q]), transpose_a=True)
+
+
+def _bordered(square: Any, border: Any, corner: Any) -> Any:
+    right = tf.concat([tf.transpose(border), corner], 1)
+    return tf.concat([tf.concat([square, border], 1), right], 0)
+
+
+def _derivatives(layer: Any, z: Any) -> tuple[Any, Any]:
+    """Compute phi'(z) and phi''(z) of an elementwise layer."""
+    zero = tf.UnconnectedGradients.ZERO
+    with tf.GradientTape() as outer:
+        outer.watch(z)
+        with tf.GradientTape() as inner:
+            inner.watch(z)
+            value = layer(z)
+        first = inner.gradient(value, z, unconnected_gradients=zero)
+    return first, outer.gradient(first, z, unconnected_gradients=zero)

@@ -1,11 +1,11 @@
-"""A model's affine layers one by one: what went in, and what a change of their output would do.
+"""A model's affine layers one by one: their inputs, and derivatives by their outputs.
 
 A Dense or Conv2D layer without activation computes z_t = a_t W + b at every position t (a pixel, a
 time step, or the only one), so the derivative of anything by its weights is
 
     d / d[W; b] = sum_t [a_t, 1]' (d / dz_t).
 
-EK-FAC (influence.solvers.ekfac) is built from the two factors of that product.
+EK-FAC (influence.solvers.ekfac) uses the two factors of that product.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-_GAP = 1e-3  # far above the rounding of float32, far below a derivative that is another
+# Relative difference of two derivatives: far above float32 rounding, far below a real difference.
+_GAP = 1e-3
+_ZERO = tf.UnconnectedGradients.ZERO
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """One layer and where its weights are in theta.
+    """One layer and the positions of its weights in theta.
 
     Attributes:
       layer: a Dense or Conv2D.
-      has_kernel: whether theta holds its kernel.
-      has_bias: whether theta holds its bias.
+      has_kernel: True if theta contains its kernel.
+      has_bias: True if theta contains its bias.
       entries: (f, c) positions in theta of the weights, the kernel's rows first, the bias last.
     """
 
@@ -48,7 +50,7 @@ class Affine:
     entries: NDArray[np.int64]
 
     def inputs(self, inputs: Any, z: Any) -> Any:
-        """(n, t, f) what the weights are multiplied with to give z: patches, then a one."""
+        """Arrange the factors (n, t, f) of the weights in z: inputs or patches, then a one."""
         n, c = tf.shape(z)[0], self.entries.shape[1]
         positions = tf.size(z) // (n * c)
         parts = []
@@ -63,15 +65,15 @@ class Affine:
 
 
 class AffineLayers:
-    """The layers that hold theta, in the order of theta, if all of them are affine.
+    """The layers that contain theta, in the order of theta, if all of them are affine.
 
     Args:
       traced: the model.
       x: a few rows of input tensors, on which the factors are compared with the tape's derivative.
 
-    Raises: ValueError naming the layer that is neither Dense nor Conv2D, has an activation of its
-      own, is grouped, keeps channels first, is used more than once, mixes rows, or uses its weights
-      for anything else than z = a W + b.
+    Raises: ValueError naming the layer that is neither Dense nor Conv2D, has its own activation, is
+      grouped, has channels first, is used more than once, mixes rows, or uses its weights for
+      anything other than z = a W + b.
     """
 
     def __init__(self, traced: FlatModel, x: Any):
@@ -80,11 +82,12 @@ class AffineLayers:
         self._check(x)
 
     def pseudo_gradients(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
-        """Both factors of the Gauss-Newton matrix's root, for every layer.
+        """Compute both factors of the Gauss-Newton matrix's root, for every layer.
 
         With the loss's Hessian at the output of row i, H_i = S_i S_i', the matrix is the mean over
-        i of sum_s p_is p_is', where p_is = J_i' S_i[:, s] has the layer's part sum_t a_it' g_its. A
-        loss that is not convex in the output counts with the positive part of H_i.
+        i of sum_s p_is p_is', with p_is = J_i' S_i[:, s]. The layer's part of p_is is
+        sum_t a_it' g_its. For a loss that is not convex in the output the positive part of H_i is
+        used.
 
         Args:
           x: (n, ...) inputs.
@@ -100,7 +103,7 @@ class AffineLayers:
         return t.run("pseudo gradients", partial(self._factors, t.each(*batch)), theta, *batch)
 
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
-        """The p_is themselves, (n, s, d): the Gauss-Newton matrix is mean_i sum_s p_is p_is'."""
+        """Compute the p_is, (n, s, d): the Gauss-Newton matrix is mean_i sum_s p_is p_is'."""
         parts = self.pseudo_gradients(x, y, theta)
         n, _, s, _ = parts[0][1].shape
         roots = np.zeros((n, s, sum(self.traced.sizes)), parts[0][1].dtype)
@@ -121,10 +124,7 @@ class AffineLayers:
         n = tf.shape(output)[0]
 
         def pulled_back(column):
-            parts: Any = by_z.gradient(
-                output, outputs, output_gradients=column,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )  # fmt: skip
+            parts: Any = by_z.gradient(output, outputs, column, unconnected_gradients=_ZERO)
             return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
 
         pulled = each(pulled_back, _root(self.traced.loss.function, each, y, output))  # (s, n, ...)
@@ -136,12 +136,12 @@ class AffineLayers:
         return found
 
     def _forward(self, theta: Any, x: Any) -> tuple[Any, list[list[tuple[Any, Any]]]]:
-        """The model's output, and (input, output) of each call of each layer."""
+        """Compute the model's output, and (input, output) of each call of each layer."""
         with _recording([affine.layer for affine in self.layers]) as calls:
             return self.traced.output(theta, x), calls
 
     def _check(self, x: Any) -> None:
-        """On a few rows, not traced: one call a layer, and sum_t a_t' g_t the tape's derivative."""
+        """Check on a few rows, untraced: one call per layer; sum_t a_t' g_t is the derivative."""
         theta = self.traced.theta()
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
@@ -160,11 +160,9 @@ class AffineLayers:
                     f"{tuple(seen[0][1].shape)} for {n} examples in layer {name!r}; {_REMEDY}."
                 )
         column: Any = np.random.default_rng(0).standard_normal(output.shape)
+        column = tf.constant(column, output.dtype)
         sources: Any = [theta, *(z for ((_, z),) in calls)]
-        both: Any = by_z.gradient(
-            output, sources, output_gradients=tf.constant(column, output.dtype),  # pyright: ignore
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )  # fmt: skip
+        both: Any = by_z.gradient(output, sources, column, unconnected_gradients=_ZERO)
         true = both[0].numpy()
         for affine, ((inputs, z),), g in zip(self.layers, calls, both[1:], strict=True):
             a = affine.inputs(inputs, z).numpy()
@@ -182,13 +180,13 @@ _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
 
 
 def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
-    """Return the layers that hold theta, if all are plain Dense or Conv2D: what EK-FAC needs.
+    """Return the layers that contain theta, all plain Dense or Conv2D, as EK-FAC needs them.
 
     Args:
-      net: the net. Its layers are looked for once.
-      x: a few rows of inputs, on which the layers are tried the first time.
+      net: the net. Its layers are searched once.
+      x: a few rows of inputs, on which the layers are tested the first time.
 
-    Raises: ValueError naming the layer that is of another kind, and what to do.
+    Raises: ValueError naming the layer of another kind, with the remedy.
     """
     if net.flat not in _KNOWN:
         _KNOWN[net.flat] = AffineLayers(net.flat, net.flat.inputs(x))
@@ -196,7 +194,7 @@ def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
 
 
 def _find(traced: FlatModel) -> tuple[Affine, ...]:
-    """The owners of theta's parts; a layer inside a layer comes later and takes its own."""
+    """Find the layers that own theta's parts; an inner layer comes later and owns its weights."""
     owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
     ends = np.cumsum(traced.sizes)
     parts: dict[int, list] = {}
@@ -252,9 +250,9 @@ def _affine(layer: Any, parts: list) -> Affine:
 
 @contextmanager
 def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """While the model is called: (input, output) of every call of each layer, in lists.
+    """Record (input, output) of every call of each layer, in lists, while the model is called.
 
-    Keras calls `layer.call`, which an attribute of the instance hides.
+    Keras calls `layer.call`, which an attribute of the instance overrides.
     """
     calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
 
@@ -280,7 +278,7 @@ def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
 
 
 def _patches(layer: Conv2D, a: Any) -> Any:
-    """(n, height, width, f) what each output pixel sees, in the order of the kernel's rows."""
+    """Extract the patch of each output pixel, (n, height, width, f), in the kernel's row order."""
     square = lambda pair: [1, *pair, 1]  # noqa: E731
     return tf.image.extract_patches(
         a,
@@ -292,7 +290,7 @@ def _patches(layer: Conv2D, a: Any) -> Any:
 
 
 def _root(loss: Callable, each: tape.Each, y: Any, output: Any) -> Any:
-    """(s, n, ...): the columns of S_i, S_i S_i' the loss's Hessian at row i's output."""
+    """Compute the columns of S_i, (s, n, ...); S_i S_i' is the loss's Hessian at row i's output."""
     n = tf.shape(output)[0]
     size = tf.size(output) // n
     curved = tape.hessian_map(lambda z: tf.reduce_sum(loss(y, z)), tf.stop_gradient(output))
@@ -303,7 +301,7 @@ def _root(loss: Callable, each: tape.Each, y: Any, output: Any) -> Any:
 
     H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
     H = (H + tf.linalg.matrix_transpose(H)) / 2
-    # eigh stops at a NaN without saying whose: it gets a zero, and the answer the NaN.
+    # eigh fails on a NaN without naming the row: it gets zeros, and the result gets the NaN.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
     S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)

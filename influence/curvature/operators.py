@@ -1,4 +1,4 @@
-"""The training risk's curvature as symmetric SciPy LinearOperators over the whole training set."""
+"""Curvature matrices of the training risk over all rows, as symmetric SciPy LinearOperators."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import zlib
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from influence.common.checkpoint import check_folder, kept
+from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian
@@ -22,28 +21,28 @@ from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import Total
 from influence.net.refused import check_weights
 
-# Columns of the dense matrix that are formed in one pass over the data.
+# One pass over the data forms this many columns of the dense matrix.
 _DENSE_BLOCK = 256
-# Arrays of the size of the rows' roots that exist while the roots are formed.
+# This many arrays of the roots' size exist while the rows' roots are formed.
 _ROOT_COPIES = 4
 
 
 class Curvature(LinearOperator):
-    """A symmetric (d, d) matrix, seen only through its products: base of Hessian and GaussNewton.
+    """Symmetric (d, d) matrix, used only through its products: base of Hessian and GaussNewton.
 
     Args:
-      net: the model, at the theta that the matrix belongs to.
-      examples: the training set; one product is one pass over it, whatever the number of vectors.
-      damping: absolute, added to the diagonal: every solver sees matrix + damping I.
-      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
-      checkpoints: a folder where `dense` keeps the matrix, undamped, so that it is formed once for
-        all dampings and is there after an interruption.
+      net: the net, at the theta of the matrix.
+      examples: the training set. Products with any number of vectors take one pass over it.
+      damping: absolute value, added to the diagonal; every solver sees matrix + damping I.
+      batch_size: rows per batch. It limits memory and changes no result. None: chosen by the net.
+      checkpoints: a folder where `dense` stores the undamped matrix. The stored matrix serves all
+        dampings and survives an interruption.
 
     Raises: ValueError or TypeError for examples that do not fit the net, negative damping, a bad
-      batch size or a folder that cannot be written to.
+      batch size or a folder that is not writable.
     """
 
-    # The net's methods that multiply with one batch's matrix, and with each of many batches'.
+    # `_method` is the net's method for one batch; `_each` is the question for `each_batch`.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
 
@@ -68,7 +67,7 @@ class Curvature(LinearOperator):
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
     def __repr__(self) -> str:
-        """Kind, size and damping, and a checksum of theta and labels: no address."""
+        """Show kind, size, damping and a checksum of theta and labels, but no address."""
         held = zlib.crc32(self.examples.y.tobytes(), zlib.crc32(self._theta.tobytes()))
         return (
             f"{type(self).__name__}({len(self.examples)} rows, d={self.shape[0]}, "
@@ -78,13 +77,13 @@ class Curvature(LinearOperator):
     @property
     @abstractmethod
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues, damping included, without a product; NaN if unknown."""
+        """Lower bound on all eigenvalues (damping included), without products; NaN if unknown."""
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
-        """Products with r estimates of the matrix, each from a few of the rows.
+        """Multiply r estimates of the matrix, each from a few rows, by m vectors.
 
         Args:
-          rows: (r, b) row numbers: estimate j is the mean over rows[j], plus penalty and damping.
+          rows: (r, b) row numbers. Estimate j is the mean over rows[j] plus penalty and damping.
           V: (r, d, m) vectors.
 
         Returns: (r, d, m).
@@ -97,17 +96,18 @@ class Curvature(LinearOperator):
         return products + np.moveaxis(penalty, 0, 1) + self.damping * V
 
     def dense(self) -> NDArray:
-        """The matrix itself, (d, d), a fresh array."""
+        """Return the matrix, damping included, as a new array (d, d)."""
         self.check_theta()
         path = None
         if self.checkpoints is not None:
-            path = self.checkpoints / f"{type(self).__name__.lower()}-{self._identity()}.npz"
+            name = f"{type(self).__name__.lower()}-{identity(self.net, self.examples)}.npz"
+            path = self.checkpoints / name
         matrix = kept(path, lambda: {"matrix": self._formed()})["matrix"]
         matrix[np.diag_indices_from(matrix)] += self.damping
         return matrix
 
     def _formed(self) -> NDArray:
-        """The matrix without damping, (d, d), from blocks of products with unit vectors."""
+        """Return the matrix without damping, (d, d), from products with unit vectors."""
         d = self.shape[0]
         matrix = np.empty((d, d), self.dtype)
         starts = range(0, d, _DENSE_BLOCK)
@@ -117,18 +117,8 @@ class Curvature(LinearOperator):
             matrix[:, start : start + size] = self._undamped(units)
         return symmetrised(matrix)
 
-    def _identity(self) -> str:
-        """A short name for all that the undamped matrix depends on, the model by its answers."""
-        net, few = self.net, self.examples.take(slice(0, 8))
-        parts = (
-            type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
-            net.losses(few.x, few.y), net.penalty(), net.penalty_gradient(),
-            self.examples.fingerprint,
-        )  # fmt: skip
-        return joblib.hash(parts)[:16]
-
     def same_as(self, other: Any) -> bool:
-        """Whether `other` is this matrix: same kind, net, examples, damping and theta."""
+        """Return True if `other` has the same kind, net, examples, damping and theta."""
         return (
             type(other) is type(self)
             and other.net is self.net
@@ -154,22 +144,22 @@ class Curvature(LinearOperator):
 
     @property
     def is_current(self) -> bool:
-        """Whether the net is still at the theta that this operator was made for."""
+        """True if the net is still at the theta that this operator was made for."""
         return np.array_equal(self._theta, self.net.theta)
 
     def check_theta(self) -> None:
-        """Refuse to answer for a theta that is no longer the net's.
+        """Raise if the net's theta has changed since this operator was made.
 
-        Raises: RuntimeError; ValueError where the net's has become NaN or infinite.
+        Raises: RuntimeError; ValueError if the net's weights have become NaN or infinite.
         """
         if not self.is_current:
-            check_weights(self.net.model)  # NaN would differ from itself
+            check_weights(self.net.model)  # a NaN is not equal to itself
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
 
     def _add_penalty(self, matrix: NDArray) -> None:
-        """Add the penalty's Hessian to a matrix (d, d), in its own memory."""
+        """Add the penalty's Hessian to a matrix (d, d), in place."""
         d = len(matrix)
         for start in range(0, d, _DENSE_BLOCK):
             units = np.eye(d, min(_DENSE_BLOCK, d - start), k=-start, dtype=self.dtype)
@@ -177,21 +167,21 @@ class Curvature(LinearOperator):
 
 
 class Hessian(Curvature):
-    """The Hessian of the risk, H = d2 R / d theta2, plus damping I.
+    """Hessian of the risk, H = d2 R / d theta2, plus damping I.
 
-    R is the mean loss plus the penalty, so L2 regularisation is in it (Koh & Liang 2017, eq. 1).
-    `Hessian(net, examples) @ V` costs one pass over the examples for all columns of V.
+    R is the mean loss plus the penalty, so H includes L2 regularisation (Koh & Liang 2017, eq. 1).
+    `Hessian(net, examples) @ V` takes one pass over the examples for all columns of V.
     """
 
     _method, _each = "hvp", "hvp"
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues: damping plus what a convex net knows; NaN for others."""
+        """Lower bound on all eigenvalues: damping plus `strong_convexity`; NaN if unknown."""
         return self.net.strong_convexity + self.damping
 
     def _formed(self) -> NDArray:
-        """The matrix without damping: by the net's closed form, a chain of layers, or products."""
+        """Return the undamped matrix from the net's closed form, a chain of layers, or products."""
         closed_form = self.net.hessian(self.examples, self.batch_size)
         if closed_form is not None:
             return symmetrised(closed_form)
@@ -203,13 +193,13 @@ class Hessian(Curvature):
 
 
 class GaussNewton(Curvature):
-    """The generalised Gauss-Newton matrix of the mean loss, plus penalty's Hessian and damping I.
+    """Generalised Gauss-Newton matrix of the mean loss, plus penalty's Hessian and damping I.
 
-    G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002): the Hessian without the
-    model's own curvature, so positive semi-definite for a loss that is convex in the output. Not
-    the empirical Fisher, which is the mean of grad loss_i grad loss_i'.
+    G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). Unlike the Hessian, G omits
+    the model's own curvature, so it is positive semi-definite if the loss is convex in the output.
+    G is not the empirical Fisher, which is the mean of grad loss_i grad loss_i'.
 
-    Raises: ValueError for a cross-entropy of probabilities instead of logits, besides Curvature's.
+    Raises: as Curvature; ValueError also for a cross-entropy of probabilities instead of logits.
     """
 
     _method, _each = "gauss_newton_product", "gauss_newton"
@@ -228,14 +218,14 @@ class GaussNewton(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues: damping plus the penalty's; NaN if none is known."""
+        """Lower bound on all eigenvalues: damping plus the penalty's bound; NaN if unknown."""
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:
-        """The matrix without damping: of affine layers from each row's root, else from blocks.
+        """Return the undamped matrix from the rows' roots if layers are affine, else from products.
 
-        A root, S_i' J_i with S_i S_i' the loss's Hessian, takes one backward pass for each of the
-        model's outputs; products with unit vectors take one or more for each of d.
+        A root is S_i' J_i, with S_i S_i' the loss's Hessian. It takes one backward pass per output
+        of the model; products with unit vectors take at least one for each of d columns.
         """
         layers = None
         if self.net.loss.convex and not self.net.convex:
@@ -249,7 +239,7 @@ class GaussNewton(Curvature):
         per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
         size = fitting(VECTORS, per_row, self.net.rows_per_batch(self.examples))
         size = self.batch_size or size
-        matrix = np.zeros(self.shape)  # sums of float32 products in float64
+        matrix = np.zeros(self.shape)  # float32 products are summed in float64
         squares = self.examples.map_over(
             _root_square, self.net, batch_size=size, what="forming the matrix"
         )
@@ -261,16 +251,16 @@ class GaussNewton(Curvature):
 
 
 def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """The sum over a batch of J_i' (d2 loss_i / d output2) J_i, (d, d), from each row's root."""
+    """Return the batch's sum of J_i' (d2 loss_i / d output2) J_i, (d, d), from the rows' roots."""
     roots = affine_layers(net, x).roots(x, y, net.at(theta).theta_tensor())
     roots = roots.reshape(-1, net.num_parameters)
     return roots.T @ roots
 
 
 def symmetrised(matrix: NDArray) -> NDArray:
-    """The mean of a matrix (d, d) and its mirror image, in its own memory.
+    """Replace a matrix (d, d) by the mean of itself and its transpose, in place.
 
-    What is computed is symmetric up to rounding; what is returned, exactly.
+    The matrix is symmetric up to rounding before, and exactly symmetric after.
     """
     starts = range(0, len(matrix), _DENSE_BLOCK)
     tiles = [slice(start, start + _DENSE_BLOCK) for start in starts]
@@ -283,10 +273,7 @@ def symmetrised(matrix: NDArray) -> NDArray:
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Refuse what is not None or a positive integer.
-
-    Raises: ValueError.
-    """
+    """Raise ValueError for a batch size that is not None or a positive integer."""
     if batch_size is None:
         return
     if (

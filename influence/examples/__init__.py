@@ -1,1 +1,1 @@
-"""The rows that a risk is a mean over."""
+"""The rows that a risk averages over."""

@@ -1,4 +1,4 @@
-"""The arrays that examples consist of: their names, their values checked, their fingerprint."""
+"""The arrays of a set of examples: their names, checks of their values, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-CHECK_ROWS = 4096  # rows looked at together, so that a memmap stays on disk
+# Only this many rows are checked at a time, so that a memmap stays on disk.
+CHECK_ROWS = 4096
 
 
 def parts_of(x: Any) -> dict[str, Any]:
-    """The arrays that inputs consist of, by the names that messages give them."""
+    """Return the arrays of the inputs, by their names in error messages."""
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
 
 
 def check_one_input(x: Any, y: Any) -> None:
-    """Refuse a list of arrays that are inputs of a model, not rows.
-
-    Raises: TypeError.
-    """
+    """Raise TypeError for a list of arrays that are several model inputs instead of rows."""
     if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) in (0, len(y)):
         return
     if all(tuple(getattr(part, "shape", ()))[:1] == (len(y),) for part in x):
@@ -33,20 +31,20 @@ def check_one_input(x: Any, y: Any) -> None:
 
 
 def numbers(value: Any, name: str) -> NDArray:
-    """A dense array of numbers, as it is where it is one.
+    """Return the value as a dense array of numbers; an array is returned as it is.
 
-    Raises: TypeError naming `name`, and of a data frame the columns that are none.
+    Raises: TypeError naming `name` and, for a data frame, its non-numeric columns.
     """
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
-    except ValueError as error:  # NumPy's, which speaks of a sequence that is not homogeneous
+    except ValueError as error:  # NumPy's own message only mentions an inhomogeneous shape
         raise TypeError(
             f"{name} must be an array of numbers, got rows of unlike shapes."
         ) from error
     if array.dtype.kind in "biuf":
         return array
     got = f"dtype {array.dtype}"
-    # Data frames and series by what they offer: pandas need not be installed.
+    # Data frames and series are recognised by attributes, so pandas need not be installed.
     columns = list(getattr(value, "columns", ()))
     dtypes = list(getattr(value, "dtypes", ())) if columns else []
     wrong = [
@@ -67,18 +65,18 @@ def numbers(value: Any, name: str) -> NDArray:
 
 
 class Fingerprint:
-    """SHA-256 of rows as they come by; where batches begin and end does not count."""
+    """SHA-256 of rows that are added in batches; it does not depend on the batch size."""
 
     def __init__(self):
         self._parts: dict[str, Any] = {}
 
     def add(self, x: Any, y: NDArray) -> None:
-        """The next rows."""
+        """Add the next rows."""
         for name, part in {"y": y, **parts_of(x)}.items():
             self._update(f"{name} {part.dtype.str} {part.shape[1:]}", part)
 
     def hexdigest(self) -> str:
-        """Of all rows so far."""
+        """Return the digest of all rows so far."""
         parts = sorted((name, part.hexdigest()) for name, part in self._parts.items())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -95,7 +93,7 @@ class Fingerprint:
 def check_finite(part: Any, name: str, first_row: int = 0) -> None:
     """Refuse a NaN or infinity.
 
-    Raises: ValueError with `name` and the row, the first one counted as `first_row`.
+    Raises: ValueError with `name` and the row number, counted from `first_row`.
     """
     if part.dtype.kind != "f":
         return

@@ -1,4 +1,4 @@
-"""Examples: the rows a risk is a mean over, and how they are cut into batches."""
+"""Examples: the rows that a risk averages over, and their division into batches."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from influence.examples.arrays import (
 
 
 def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArray[np.int64]:
-    """Row numbers as an int64 vector, or an error that says which one is wrong.
+    """Check row numbers and return them as an int64 vector.
 
     Args:
       rows: integers in [0, num_examples), each at most once.
-      num_examples: how many rows there are.
-      name: the argument's name, for the message.
+      num_examples: the number of rows that exist.
+      name: the argument's name in error messages.
 
     Returns: (k,) int64.
     Raises: TypeError if they are not integers, IndexError if one is out of range, ValueError if
-      there is none, one occurs twice, or the array is not one-dimensional.
+      there are none, one occurs twice, or the array is not one-dimensional.
     """
     array = _row_numbers(rows, num_examples, name)
     values, counts = np.unique(array, return_counts=True)
@@ -44,7 +44,7 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
 
 
 def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
-    """As `check_rows`, a row as often as it likes."""
+    """Like `check_rows`, but rows may repeat."""
     array = np.asarray(rows)
     if array.ndim != 1 or array.size == 0:
         got = f"{array}; use [{array}]" if array.ndim == 0 else f"shape {array.shape}"
@@ -63,7 +63,7 @@ def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
 
 
 def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
-    """As `check_rows`, for rows that are read one after the other.
+    """Check row numbers as `check_rows` does, and also that they increase.
 
     Raises: as `check_rows`; ValueError for rows that do not increase.
     """
@@ -79,9 +79,9 @@ def check_differentiable(x: Any) -> None:
     """Refuse inputs that have no derivative.
 
     Args:
-      x: an array, or a dict of them.
+      x: an array, or a dict of arrays.
 
-    Raises: TypeError naming the array that is not floating.
+    Raises: TypeError naming the array that does not hold floating-point numbers.
     """
     for name, part in parts_of(x).items():
         if part.dtype.kind != "f":
@@ -89,12 +89,12 @@ def check_differentiable(x: Any) -> None:
 
 
 Question = Callable[[Any, NDArray | None, Any, NDArray], Any]
-# Batch sizes whose caches are held at a time: blocks of vectors of a few widths take turns.
+# A set holds caches for this many batch sizes: solvers alternate between a few sizes.
 _MOST_SIZES = 4
 
 
 class _Memos:
-    """The cache of one net at one theta: a dict for each batch of one size."""
+    """Cache of one net at one theta and one batch size: a dict for each batch."""
 
     def __init__(self, net: Any, theta: NDArray, size: int):
         self._flat, self._theta, self.size = weakref.ref(net.flat), theta.copy(), size
@@ -104,7 +104,7 @@ class _Memos:
         return self._flat() is net.flat and np.array_equal(self._theta, theta)
 
     def of_batch(self, number: int) -> dict[str, NDArray] | None:
-        """The dict of a batch; None once all of them together have passed the budget."""
+        """Return the dict of a batch; None once all dicts together exceed the budget."""
         if self._of_batch is not None and number == len(self._of_batch):
             held = sum(array.nbytes for memo in self._of_batch for array in memo.values())
             self._of_batch = [*self._of_batch, {}] if held <= CACHE else None
@@ -117,18 +117,18 @@ class Examples:
 
     Args:
       x: (n, ...) array, memmap, scipy sparse matrix, or a dict of such arrays (one per model
-        input). Kept as it is, dtype included; only views are taken, nothing is copied.
+        input). The dtype is not changed, and an array is not copied.
       y: (n, ...) labels.
 
-    Raises: TypeError for arrays of objects, ValueError for an empty set, lengths that differ, or a
-      NaN or infinity (the message names the array and the row).
+    Raises: TypeError for arrays of objects; ValueError for an empty set, for arrays of different
+      lengths, or for a NaN or infinity (the message names the array and the row).
     """
 
     x: Any
     y: Any
 
     def __post_init__(self):
-        """Check once, here, so that nothing later needs to."""
+        """Check the arrays here, so that later code need not."""
         check_one_input(self.x, self.y)
         x = (
             {k: _array(v, f"x[{k!r}]") for k, v in self.x.items()}
@@ -154,11 +154,11 @@ class Examples:
         object.__setattr__(self, "y", y)
 
     def __len__(self) -> int:
-        """The number of rows, n."""
+        """Return the number of rows, n."""
         return self.y.shape[0]
 
     def __repr__(self) -> str:
-        """Shapes and dtypes, not contents."""
+        """Show shapes and dtypes, not contents."""
         first = self._taken(slice(0, 1))
         show = lambda a: f"{a.dtype}{[len(self), *a.shape[1:]]}"  # noqa: E731
         x = first.x
@@ -166,7 +166,7 @@ class Examples:
         return f"{type(self).__name__}(x={x}, y={show(first.y)})"
 
     def take(self, rows: ArrayLike | slice) -> Examples:
-        """The given rows, in the given order (a row may be taken twice), held in memory."""
+        """Return the given rows in the given order, in memory; a row may be taken twice."""
         if not isinstance(rows, slice):
             rows = _row_numbers(rows, len(self), "rows")
         elif not range(*rows.indices(len(self))):
@@ -174,7 +174,7 @@ class Examples:
         return self._taken(rows)
 
     def stacked(self, rows: NDArray) -> tuple[Any, NDArray]:
-        """r small batches of b rows each as dense arrays: x and y (r, b, ...) for rows (r, b)."""
+        """Return r batches of b rows as dense arrays: x and y (r, b, ...) for rows (r, b)."""
         chosen = self.take(rows.ravel())
 
         def shaped(part: Any) -> NDArray:
@@ -186,7 +186,7 @@ class Examples:
         return x, shaped(chosen.y)
 
     def without(self, rows: ArrayLike) -> Examples:
-        """All rows but the given ones, in their order; what is on disk stays there."""
+        """Return all rows except the given ones, in order; rows on disk stay on disk."""
         keep = np.ones(len(self), bool)
         keep[check_rows(rows, len(self))] = False
         if not keep.any():
@@ -196,16 +196,16 @@ class Examples:
     def batches(
         self, size: int | None = None, rows: ArrayLike | None = None
     ) -> Iterator[tuple[Any, NDArray]]:
-        """(x, y) in order, `size` rows at a time; the last batch may be smaller.
+        """Yield (x, y) in order, `size` rows at a time; the last batch may be smaller.
 
-        Whoever averages over batches weights them by their rows.
+        To average over batches, weight each batch by its number of rows.
 
         Args:
-          size: rows at a time; None: all at once.
-          rows: (k,) increasing row numbers, to go through these alone; never held together, which
-            `take` would do.
+          size: rows per batch; None: all rows in one batch.
+          rows: (k,) increasing row numbers; None: all rows. Unlike `take`, this never holds all
+            these rows in memory together.
 
-        Raises: ValueError for a bad size; as `check_rows` for bad rows, or for rows that fall.
+        Raises: ValueError for a bad size; as `check_increasing` for bad rows.
         """
         if rows is not None:
             rows = check_increasing(rows, len(self))
@@ -215,7 +215,7 @@ class Examples:
             raise ValueError(f"size must be a positive integer, got {size!r}.")
         yield from self._read(int(size), rows)
 
-    # --- the two verbs: every pass of the library over rows is one of them ------------------------
+    # --- the two verbs: every pass of the library over rows uses one of them ----------------------
 
     def sum_over(
         self,
@@ -226,10 +226,10 @@ class Examples:
         batch_size: int | None = None,
         what: str = "",
     ) -> Any:
-        """Sum the answers to a question over the batches of all rows, in their order.
+        """Sum the answers to a question over the batches of all rows, in order.
 
         Args:
-          question: see `map_over`. It answers for a batch with the sum over the batch's rows.
+          question: see `map_over`. Its answer for a batch is the sum over the batch's rows.
           net: as in `map_over`.
           theta: as in `map_over`.
           batch_size: as in `map_over`.
@@ -257,20 +257,20 @@ class Examples:
         batch_size: int | None = None,
         what: str = "",
     ) -> Iterator[Any]:
-        """Answer a question for one batch of rows after another.
+        """Ask a question about one batch of rows after another, and yield the answers.
 
-        The question is a value that can be pickled. It holds neither rows nor a net, so that a set
-        whose rows are elsewhere can send it there. It may have two attributes. `num_vectors` (1 if
-        missing) says how many vectors a batch is multiplied with, which bounds the batch's rows.
-        `keeps` (False if missing) says that `net.memo` is to be cached for each batch, because the
-        question will be asked again at this theta.
+        The question is a value that can be pickled. It holds no rows and no net, so a set whose
+        rows are on another machine can send it there. It may have two attributes. `num_vectors` (1
+        if missing) is the number of vectors that multiply each batch; it limits the rows per batch.
+        `keeps` (False if missing) means that the question will be asked again at this theta, so
+        the net may cache intermediate results of each batch in `net.memo`.
 
         Args:
           question: `question(net, theta, x, y)`, see `influence.net.questions`.
-          net: the net that the question is about; handed on to it.
-          theta: (d,) parameters that the question is asked at; None: the net's own.
+          net: the net that the question is about; the question receives it.
+          theta: (d,) parameters at which the question is asked; None: the net's own.
           rows: (k,) increasing row numbers; None: all rows.
-          batch_size: rows at a time; None: chosen by the net.
+          batch_size: rows per batch; None: chosen by the net.
           what: label of the progress bar; no bar if empty.
 
         Yields: the answers, in the order of the rows.
@@ -300,7 +300,7 @@ class Examples:
         """Join the answers of `map_over` along their first axis.
 
         Args:
-          question: see `map_over`. It answers for a batch with an array of one entry a row.
+          question: see `map_over`. Its answer for a batch is an array with one entry per row.
           net: as in `map_over`.
           theta: as in `map_over`.
           rows: (k,) row numbers in any order, each once; None: all rows.
@@ -320,7 +320,7 @@ class Examples:
         return found
 
     def _memos(self, net: Any, theta: NDArray | None, size: int) -> _Memos:
-        """Return the cache of this net, theta and batch size; forget those of other thetas."""
+        """Return the cache of this net, theta and batch size; delete caches of other thetas."""
         theta = net.theta if theta is None else theta
         known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, theta)]
         found = next((m for m in known if m.size == size), None)
@@ -331,16 +331,16 @@ class Examples:
         return found
 
     def __getstate__(self) -> dict:
-        """Leave the cache behind."""
+        """Pickle everything except the cache."""
         return {name: value for name, value in self.__dict__.items() if name != "_cached"}
 
     def __setstate__(self, state: dict) -> None:
-        """Take the rows."""
+        """Restore the rows."""
         self.__dict__.update(state)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows, the same for the same dense rows whatever holds them."""
+        """SHA-256 of all rows; equal dense rows give the same value in any kind of storage."""
         seen = Fingerprint()
         for x, y in self.batches(CHECK_ROWS):
             seen.add(x, y)
@@ -348,13 +348,14 @@ class Examples:
 
     @property
     def num_entries(self) -> int:
-        """How many numbers x holds, zeros that sparse rows leave out not counted."""
+        """Number of entries in x; zeros that sparse rows omit are not counted."""
         parts = parts_of(self.x).values()
         return sum(p.nnz if scipy.sparse.issparse(p) else p.size for p in parts)
 
-    # --- what a set that holds its rows otherwise does otherwise, the arguments checked -----------
+    # --- overridden by sets with other storage; arguments are already checked ---------------------
 
-    in_memory = True  # whether x can be had as a whole
+    # This is False if the rows are not all in memory, so that x is not available.
+    in_memory = True
 
     def _taken(self, rows: NDArray | slice) -> Examples:
         return Examples._trusted(_select(self.x, rows), self.y[rows])
@@ -378,7 +379,7 @@ class Examples:
 
     @classmethod
     def _trusted(cls, x: Any, y: Any) -> Examples:
-        """Parts of a checked set need no second check."""
+        """Make a set from parts of a checked set, without a second check."""
         self = object.__new__(cls)
         for name, part in (("x", x), ("y", y)):
             object.__setattr__(self, name, part)
@@ -389,7 +390,7 @@ class Examples:
 
 
 class Remaining(Examples):
-    """Some rows of a set that is not to be copied, in their order, read through it."""
+    """A view of some rows of another set. Nothing is copied; rows are read from the parent."""
 
     def __init__(self, whole: Examples, kept: NDArray[np.int64]):
         y = whole.y[kept]
@@ -400,12 +401,12 @@ class Remaining(Examples):
 
     @property
     def x(self) -> Any:
-        """Read now, if the whole set has it."""
+        """The inputs, read from the parent at each access."""
         return self._whole._taken(self._kept).x if self.in_memory else self._whole.x
 
     @property
     def num_entries(self) -> int:
-        """See Examples."""
+        """Number of entries in x, estimated from the parent's mean number per row."""
         return self._whole.num_entries // len(self._whole) * len(self)
 
     def _taken(self, rows: NDArray | slice) -> Examples:
@@ -419,7 +420,7 @@ class Remaining(Examples):
 
 
 def _array(value: Any, name: str) -> Any:
-    """A read-only view of an array, CSR rows for anything sparse."""
+    """Return a read-only view of an array, or a sparse matrix in CSR format."""
     if scipy.sparse.issparse(value):
         return value.tocsr()
     array = numbers(value, name).view()

@@ -1,9 +1,10 @@
-"""Stream: training rows that a dataset reads anew in every pass, asked like any other examples."""
+"""Stream: rows that a dataset reads again in every pass, used like any other examples."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -12,36 +13,62 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.progress import progress
-from influence.examples.arrays import Fingerprint
+from influence.examples.arrays import Fingerprint, check_finite, parts_of
 from influence.examples.examples import Examples, Remaining
-from influence.examples.streamed import Batch, batches_of, check_kind, checked, row_hashes
 
-_FIRST_ROWS = 8  # kept in memory: what probes of a model look at
-_LABEL_BYTES = 1 << 26  # labels up to this size are kept in memory, larger ones on disk
+# This many first rows stay in memory, for tests of a model on a few rows.
+_FIRST_ROWS = 8
+# Labels stay in memory up to this size; larger labels are stored on disk.
+_LABEL_BYTES = 1 << 26
+# This is the key of y among a batch's parts. An input's key is its name; a single input's is "".
+_LABELS = None
+_REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to make it so"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one batch: x is an array or a dict of arrays, y is an array."""
+
+    x: Any
+    y: NDArray
+
+    @property
+    def parts(self) -> list[tuple[Any, NDArray]]:
+        """The batch's arrays, each with the key that `structured` expects."""
+        inputs = list(self.x.items()) if isinstance(self.x, dict) else [("", self.x)]
+        return [(_LABELS, self.y), *inputs]
+
+    def structured(self, arrays: dict[Any, NDArray]) -> tuple[Any, NDArray]:
+        """Return (x, y) of other rows, given their arrays by key."""
+        x = {k: arrays[k] for k in self.x} if isinstance(self.x, dict) else arrays[""]
+        return x, arrays[_LABELS]
+
+    def rows(self, numbers: NDArray) -> Batch:
+        """Return some of the rows."""
+        return Batch(*self.structured({key: part[numbers] for key, part in self.parts}))
 
 
 class Stream(Examples):
-    """The rows of a dataset that is read anew in every pass; x is never held as a whole.
+    """Rows of a dataset that is read again in every pass; x is never in memory as a whole.
 
-    It takes the place of Examples everywhere, and what is computed from it is what the same rows
-    give as arrays: they are cut into the batches that are asked for, whatever the dataset's own.
-    When it is made, the dataset is read twice and the passes compared row by row; beside one batch,
-    what is kept is the labels and 8 bytes for each row. A `take` of rows is a pass over a
-    tf.data.Dataset up to the last of them, so LiSSA, which takes rows at random, is slow on one; a
-    PyDataset is asked for the batches that hold them.
+    A Stream can replace Examples everywhere. It gives the same results as the same rows in arrays,
+    because it rearranges the dataset's batches into the requested batch size. The constructor reads
+    the dataset twice and compares the two passes row by row. Memory holds one batch, the labels and
+    8 bytes per row. `take` reads a tf.data.Dataset from its start to the last row taken, so LiSSA,
+    which takes random rows, is slow. From a PyDataset, only the batches with these rows are read.
 
     Args:
-      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as `fit` takes it:
-        x an array or a dict of arrays (one per model input), y an array of labels.
-      max_rows: a dataset that goes on beyond this counts as infinite.
+      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as for `fit`. x is
+        an array or a dict of arrays (one per model input), y an array of labels.
+      max_rows: a dataset with more rows than this counts as infinite.
 
     Attributes:
-      y: (n, ...) labels; on disk, in a temporary file, where they take more than 64 MiB.
+      y: (n, ...) labels; above 64 MiB they are on disk, in a temporary file.
 
     Raises: TypeError for another kind of dataset, sample weights, or batches that are not (x, y) of
-      arrays of numbers; ValueError for an infinite or empty dataset, a NaN or infinity, rows that
-      change their shape, and for rows or an order that differ from pass to pass (shuffling,
-      augmentation), naming the row and the remedy.
+      arrays of numbers; ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
+      different shapes. ValueError, with the row and the remedy, if rows or their order differ
+      between passes (shuffling, augmentation).
     """
 
     def __init__(self, dataset: tf.data.Dataset | keras.utils.PyDataset, *, max_rows: int = 10**7):
@@ -51,7 +78,7 @@ class Stream(Examples):
         self._dataset = dataset
         hashes = self._first_pass(max_rows)
         if isinstance(dataset, keras.utils.PyDataset):
-            dataset.on_epoch_end()  # where Keras' own datasets are shuffled
+            dataset.on_epoch_end()  # Keras' own datasets shuffle here
             dataset.on_epoch_begin()
         self._second_pass(hashes)
 
@@ -59,7 +86,7 @@ class Stream(Examples):
 
     @property
     def x(self) -> Any:
-        """Not to be had.
+        """The inputs as a whole, which a Stream does not have.
 
         Raises: TypeError.
         """
@@ -70,15 +97,15 @@ class Stream(Examples):
 
     @property
     def fingerprint(self) -> str:
-        """See Examples.fingerprint; known from the first pass."""
+        """SHA-256 of all rows, as in Examples; computed in the first pass."""
         return self._fingerprint
 
     @property
     def num_entries(self) -> int:
-        """How many numbers x holds."""
+        """Number of entries in x."""
         return self._first.num_entries // len(self._first) * len(self)
 
-    # --- see Examples ---------------------------------------------------------------------------
+    # --- overridden methods of Examples ---------------------------------------------------------
 
     def _taken(self, rows: NDArray | slice) -> Examples:
         numbers = np.arange(len(self))[rows]
@@ -110,10 +137,8 @@ class Stream(Examples):
                     yield piece.structured(arrays)
                     arrays, filled, missing = {}, 0, missing - room
 
-    # --- inside ----------------------------------------------------------------------------------
-
     def _first_pass(self, max_rows: int) -> NDArray[np.int64]:
-        """What is to be known of the rows; a hash of each, (n,)."""
+        """Store labels, fingerprint and first rows; return a hash of each row, (n,)."""
         seen, hashes, starts, first = Fingerprint(), [], [0], []
         with tempfile.TemporaryFile() as file:
             batches = checked(batches_of(self._dataset), max_rows)
@@ -140,10 +165,7 @@ class Stream(Examples):
         return np.concatenate(hashes)
 
     def _second_pass(self, expected: NDArray[np.int64]) -> None:
-        """Refuse rows that are not those of the first pass.
-
-        Raises: ValueError.
-        """
+        """Read the dataset again; raise ValueError if rows differ from the first pass."""
         count = 0
         batches = batches_of(self._dataset)
         for batch in progress(batches, "reading the stream again", len(self._starts) - 1):
@@ -174,7 +196,7 @@ class Stream(Examples):
             )
 
     def _pieces(self, rows: NDArray[np.int64] | None) -> Iterator[Batch]:
-        """The wanted rows of each of the dataset's own batches, compared with the known labels."""
+        """Yield the wanted rows of each of the dataset's batches; check that labels still agree."""
         if rows is None:
             rows = np.arange(len(self))
         of_batch = np.searchsorted(self._starts, rows, "right") - 1
@@ -195,3 +217,156 @@ class Stream(Examples):
                 f"rows in its batch {numbers[count]}; make a new Stream after changing or "
                 "reshuffling it."
             )
+
+
+def check_kind(dataset: Any) -> None:
+    """Refuse objects of other types, and datasets whose reported size is infinite.
+
+    Raises: TypeError for another type, ValueError for an infinite dataset.
+    """
+    if isinstance(dataset, keras.utils.PyDataset):
+        infinite = dataset.num_batches is None
+    elif isinstance(dataset, tf.data.Dataset):
+        infinite = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
+    else:
+        raise TypeError(
+            "dataset must be a tf.data.Dataset or a keras.utils.PyDataset, got "
+            f"{type(dataset).__name__}; arrays and memmaps go into Examples(x, y)."
+        )
+    if infinite:
+        raise ValueError("dataset must end, got an infinite one; use .take(n), or no .repeat().")
+
+
+def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
+    """Yield the dataset's batches in order; check that their inputs, row shapes and dtypes agree.
+
+    Args:
+      dataset: an object that `check_kind` accepts.
+      numbers: (b,) increasing batch numbers to read; all if omitted.
+
+    Raises: TypeError or ValueError if an element is not a batch (x, y) of arrays of numbers.
+    """
+    count, first = 0, None
+    for element in _elements(dataset, numbers):
+        batch = _batch(element, count)
+        first = first or batch
+        _check_alike(batch, first, count)
+        count += len(batch.y)
+        yield batch
+
+
+def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
+    """Yield the same batches; check that values are finite and that rows do not exceed `max_rows`.
+
+    Raises: ValueError for a NaN or infinity, or for more rows than max_rows.
+    """
+    count = 0
+    for batch in batches:
+        for name, part in {"y": batch.y, **parts_of(batch.x)}.items():
+            check_finite(part, name, count)
+        count += len(batch.y)
+        if count > max_rows:
+            raise ValueError(
+                f"dataset must end, got more than max_rows = {max_rows} rows; use .take(n), or "
+                "give a larger max_rows."
+            )
+        yield batch
+
+
+def row_hashes(batch: Batch) -> NDArray[np.int64]:
+    """Return a 64-bit hash of each row, (b,); equal rows have equal hashes within one process."""
+    parts = [part for _, part in batch.parts]
+    rows = (b"".join(part[row].tobytes() for part in parts) for row in range(len(batch.y)))
+    return np.fromiter(map(hash, rows), np.int64, len(batch.y))
+
+
+def _elements(dataset: Any, numbers: NDArray | None) -> Iterable[Any]:
+    if isinstance(dataset, keras.utils.PyDataset):
+        return (
+            dataset[int(i)] for i in (range(dataset.num_batches) if numbers is None else numbers)
+        )
+    every = dataset.as_numpy_iterator()
+    if numbers is None:
+        return every
+    wanted = set(numbers.tolist())
+    upto = zip(range(numbers[-1] + 1), every, strict=False)
+    return (element for i, element in upto if i in wanted)
+
+
+def _batch(element: Any, first_row: int) -> Batch:
+    """Convert an element of the dataset to a Batch.
+
+    Raises: TypeError or ValueError naming the problem.
+    """
+    if not isinstance(element, tuple | list) or len(element) not in (2, 3):
+        raise TypeError(f"dataset must give batches (x, y), got {_kind(element)}; {_REMEDY}.")
+    if len(element) == 3 and element[2] is not None:
+        raise TypeError(
+            "dataset must give batches (x, y) without sample weights, got (x, y, sample_weight): "
+            "the risk is a plain mean over rows; drop them, and put what they say into the loss."
+        )
+    x, y = element[:2]
+    if isinstance(x, tuple | list) and not isinstance(x, np.ndarray):
+        raise TypeError(
+            f"x must be an array or a dict of arrays by input name, got {_kind(x)}; {_REMEDY}."
+        )
+    if isinstance(y, Mapping | tuple | list):
+        raise TypeError(f"y must be one array of labels, got {_kind(y)}; {_REMEDY}.")
+    x = (
+        {key: _array(part, f"x[{key!r}]") for key, part in x.items()}
+        if isinstance(x, Mapping)
+        else _array(x, "x")
+    )
+    y = _array(y, "y")
+    parts = parts_of(x)
+    if not parts:
+        raise ValueError("x must hold at least one array, got an empty dict.")
+    for name, part in parts.items():
+        if len(part) != len(y):
+            raise ValueError(
+                f"x and y must have as many rows as each other, got {len(part)} in {name} and "
+                f"{len(y)} in y, in the batch that begins with row {first_row}; is the dataset "
+                "cut into batches, by .batch(size)?"
+            )
+    return Batch(x, y)
+
+
+def _array(value: Any, name: str) -> NDArray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # rows of different lengths
+        array = np.empty(0, object)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{name} must be a dense array of numbers, got {type(value).__name__} of dtype "
+            f"{array.dtype}."
+        )
+    if array.ndim == 0:
+        raise ValueError(
+            f"{name} must have one row per example, got a scalar; cut the dataset into batches "
+            "first, by .batch(size)."
+        )
+    return array
+
+
+def _check_alike(batch: Batch, like: Batch, first_row: int) -> None:
+    parts, others = parts_of(batch.x), parts_of(like.x)
+    if parts.keys() != others.keys():
+        raise ValueError(
+            f"x must have the same inputs in every batch, got {sorted(others)} in the first and "
+            f"{sorted(parts)} in the one that begins with row {first_row}."
+        )
+    for name, part in {"y": batch.y, **parts}.items():
+        first = like.y if name == "y" else others[name]
+        if (part.shape[1:], part.dtype) != (first.shape[1:], first.dtype):
+            raise ValueError(
+                f"{name} must have rows of one shape and dtype, got {first.dtype} "
+                f"{first.shape[1:]} in row 0 and {part.dtype} {part.shape[1:]} in row {first_row}; "
+                "pad or convert them alike in all batches."
+            )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

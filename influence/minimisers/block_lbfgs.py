@@ -1,4 +1,4 @@
-"""Chord steps with secant updates: many small minimisations in lockstep from one inverse."""
+"""Block L-BFGS: many small minimisations in lockstep, started from one inverse Hessian."""
 
 from __future__ import annotations
 
@@ -8,30 +8,40 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_LEAST_PAIRS = 20  # (step, change of gradient) that are remembered, however large theta is
-_BYTES = 1 << 23  # of pairs that a function may hold beyond those: each mends one more direction
-_PATIENCE = 20  # passes without a smaller gradient until what the function did since is looked at
-# By precision, the share of its whole fall that they must have brought, and what they must have
-# met, in times of the smallest gradient; less is taken for rounding.
+from influence.common.memory import VECTORS
+
+# Pairs of (step, change of gradient) that each function stores at least.
+_LEAST_PAIRS = 20
+# Bytes of pairs that each function may store: every pair corrects one more direction.
+_BYTES = VECTORS >> 5
+# Passes without a smaller gradient after which the search ends, unless it is still under way.
+_PATIENCE = 20
+# By precision: a search is under way if these passes brought more than this share of the function's
+# total decrease. A smaller share may be rounding.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
+# By precision: they must also have met a gradient this many times as large as the smallest.
 _ROSE = {"float32": 2.0, "float64": 0.0}
-_TOLD = 10.0  # times the rounding of gradients: the least change of theirs that is believed
-_CURVED = 1e-8  # cosine between step and change of gradient from which a pair is used
-_OVERSHOOT = 0.5  # of the slope a step began with: the steepest climb it may end on
-_LONGER = 1.5  # times a step that was taken: what the next may be
+# A change of gradient is used if it is at least this many times the gradients' rounding.
+_TOLD = 10.0
+# A pair is used if the cosine between step and change of gradient is at least this.
+_CURVED = 1e-8
+# A step may end on a climb of at most this share of the slope it began with.
+_OVERSHOOT = 0.5
+# The next step may be this many times as long as an accepted one.
+_LONGER = 1.5
 
 Gradients = Callable[[NDArray, NDArray], NDArray]  # (thetas (d, j), columns (j,)) -> (d, j)
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Where k minimisations ended.
+    """The results of k minimisations.
 
     Attributes:
-      thetas: (d, k) of the smallest gradient each has seen.
-      norms: (k,) Euclidean norms of the gradients there, never of rough ones.
-      passes: (k,) gradients that each took, rough ones too; neither the first nor those where it
-        went from rough ones to exact ones.
+      thetas: (d, k) the theta with the smallest gradient that each has seen.
+      norms: (k,) Euclidean norms of the exact gradients there.
+      passes: (k,) gradients that each took, low-precision ones included. The first is not counted,
+        nor those at the change from low-precision to exact gradients.
     """
 
     thetas: NDArray
@@ -53,35 +63,35 @@ def minimise(
 ) -> Found:
     """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
 
-    The inverse Hessian at the start makes the first step Newton's; what later gradients show of the
-    curvature elsewhere is added by the two-loop recursion (Nocedal 1980). A step is taken unless it
-    ends on a climb half as steep as its descent began (the upper half of the approximate Wolfe
-    conditions, Hager & Zhang 2005, which gradients alone decide and rounding spares) and the
-    gradient has grown. One that is not taken still teaches its curvature.
+    With the inverse Hessian at the start the first step is Newton's. The two-loop recursion
+    (Nocedal 1980) adds the curvature that later gradients show. A step is rejected if it ends on a
+    climb steeper than half its initial descent and the gradient has grown. (This is the upper half
+    of the approximate Wolfe conditions, Hager & Zhang 2005. It needs only gradients and tolerates
+    rounding.) The curvature along a rejected step is used too.
 
-    No step is longer than its function's radius, at first `longest`. A step that is not taken sets
-    the radius to half its length; one taken although it ended on such a climb, to its length; any
-    other leaves it at least half again as long as the step. So a function that bends much on the
-    way is not left for where Newton's step would go.
+    No step is longer than its function's radius, at first `longest`. A rejected step halves the
+    radius. A step accepted on a steep climb sets it to the step's length. After any other step it
+    is at least 1.5 times the step's length. So a function whose curvature changes much is not left
+    by one long Newton step.
 
-    Where gradients no longer shrink, a long way down is told from rounding by the sum of
-    -(g_before + g_after) . step / 2, the function's fall but for third order, and, unless they are
-    in float64, by how far they rose.
+    If gradients no longer shrink, a long descent is distinguished from rounding by the sum of
+    -(g_before + g_after) . step / 2, the function's decrease up to third order, and, unless
+    gradients are in float64, by how much they grew.
 
     Args:
       gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
       inverse: (G (d, j), columns (j,)) -> (d, j), about the inverse Hessians at the start times G;
         positive definite.
       thetas: (d, k) the start.
-      first: (d, k) the gradients there, exact ones.
+      first: (d, k) the exact gradients there.
       tolerance: (k,) norms of gradients to stop at.
-      max_passes: calls of `gradients`, or of the rough ones, at most.
-      pairs: (P, Y), (d, k) each, by which the inverse is updated first: Y is what the matrix that
-        the steps are to start from makes of P; zero for a function that lacks one.
-      longest: (k,) how long the first steps may be; None: as long as they come.
-      rough: cheaper gradients with more rounding, and (k,) norms until which they are taken, or
-        until they shrink no more; from where they were smallest `gradients` goes on, with those
-        of their pairs that rounding cannot have made.
+      max_passes: the largest number of calls of `gradients` or of the low-precision gradients.
+      pairs: (P, Y), (d, k) each, by which the inverse is updated first. Y is P times the matrix
+        that the steps should start from; columns of functions without a pair are zero.
+      longest: (k,) largest lengths of the first steps; None: no limit.
+      rough: cheaper gradients of low precision, and (k,) norms. They are used until they reach
+        these norms or shrink no more. From the smallest one `gradients` continues, with those of
+        their pairs that rounding cannot explain.
 
     Returns: Found.
     """
@@ -97,7 +107,7 @@ def minimise(
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
         tried = now.thetas[:, todo] + steps
-        steps = tried - now.thetas[:, todo]  # as far as it rounds to
+        steps = tried - now.thetas[:, todo]  # the steps after rounding
         there = now.gradients(tried, todo)
         seen.append(_pair(steps, there - g))
         del seen[given:-most]
@@ -111,7 +121,7 @@ def minimise(
                 weight[rough_ended] *= told
         stay = ~now.ended(todo)
         if not stay.all():
-            for i, (S, Y, weight) in enumerate(seen):  # in place: they are most of the memory
+            for i, (S, Y, weight) in enumerate(seen):  # in place: pairs take most of the memory
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
     now.judge(todo[~now.exact[todo]])
@@ -119,27 +129,32 @@ def minimise(
 
 
 class _Searches:
-    """Where k minimisations are; `columns` says which of them a method is about."""
+    """The state of k minimisations; a method works on those given by `columns`."""
 
     def __init__(
-        self, gradients: Gradients, thetas: NDArray, first: NDArray, tolerance: NDArray,
-        longest: NDArray | None, rough: tuple[Gradients, NDArray] | None,
-    ):  # fmt: skip
+        self,
+        gradients: Gradients,
+        thetas: NDArray,
+        first: NDArray,
+        tolerance: NDArray,
+        longest: NDArray | None,
+        rough: tuple[Gradients, NDArray] | None,
+    ):
         k = thetas.shape[1]
         self.thetas, self.G = thetas.copy(), first.copy()
         self.norms = np.linalg.norm(first, axis=0)
         self._gradients, self._tolerance = gradients, tolerance
         self._rough, until = rough or (None, np.full(k, np.inf))
-        self.exact = ~(self.norms > until)  # whose gradients are the exact ones
+        self.exact = ~(self.norms > until)  # True for those that use exact gradients
         self.until = np.where(self.exact, tolerance, until)
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
-        self.stale = np.zeros(k, int)  # passes since the gradient was last smaller than ever
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # how far the function, until then too
+        self.stale = np.zeros(k, int)  # passes since the smallest gradient
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # the function's decrease, now and then
         self.highest = self.norms.copy()  # the largest gradient since then
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
-        """(d, j), of each column the exact or the rough ones."""
+        """Compute gradients (d, j), for each column exact or of low precision."""
         found = np.empty_like(thetas)
         exact = self.exact[columns]
         for of, some in ((self._gradients, exact), (self._rough, ~exact)):
@@ -148,7 +163,7 @@ class _Searches:
         return found
 
     def step(self, columns: NDArray, steps: NDArray, tried: NDArray, there: NDArray) -> None:
-        """Take the steps that are to be taken, and set how long the next may be."""
+        """Accept or reject steps, and set the radius of the next ones."""
         g, norms = self.G[:, columns], np.linalg.norm(there, axis=0)
         climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
         taken = np.isfinite(norms) & (~climbs | (norms < self.norms[columns]))
@@ -162,7 +177,7 @@ class _Searches:
         self.longest[columns] = np.where(taken, longer, lengths / 2)
 
     def look(self, columns: NDArray) -> None:
-        """Keep what is best so far, and count passes since, unless a long way down was gone."""
+        """Store the best thetas; count the passes since, unless a search is under way."""
         best, norms = self.best, self.norms[columns]
         smaller = norms < best.norms[columns]
         better = columns[smaller]
@@ -183,15 +198,15 @@ class _Searches:
         self._begin(columns[smaller | under_way])
 
     def ended(self, columns: NDArray) -> NDArray:
-        """(j,) by the gradients that each takes."""
+        """Return True (j,) for those that are done with the gradients they use."""
         return (self.best.norms[columns] <= self.until[columns]) | self.stuck(columns)
 
     def stuck(self, columns: NDArray) -> NDArray:
-        """(j,) whose gradients shrink no more."""
+        """Return True (j,) for those whose gradients no longer shrink."""
         return self.stale[columns] >= _PATIENCE
 
     def judge(self, columns: NDArray) -> NDArray:
-        """From rough to exact gradients, at the best theta; (j,) by how much they differ there."""
+        """Change to exact gradients at the best theta; return their difference there, (j,)."""
         if not len(columns):
             return np.empty(0)
         there = self.best.thetas[:, columns]
@@ -204,13 +219,13 @@ class _Searches:
         return np.linalg.norm(self.G[:, columns] - rough, axis=0)
 
     def _begin(self, columns: NDArray) -> None:
-        """Count passes, the fall and the rise of gradients from here."""
+        """Restart the count of passes, the decrease and the largest gradient."""
         self.stale[columns], self.mark[columns] = 0, self.fallen[columns]
         self.highest[columns] = self.norms[columns]
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
-    """The updated inverse times G, column by column."""
+    """Multiply the updated inverse by G, column by column."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
         shares.append(weight * _dot(S, Q))
@@ -222,7 +237,7 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """(steps, changes of gradient, 1 / their product); all zero where no curvature was seen."""
+    """Return (steps, changes of gradient, 1 / their product); weight 0 without curvature."""
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
     product = _dot(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)

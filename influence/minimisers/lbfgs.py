@@ -1,4 +1,4 @@
-"""Full-batch minimisation by L-BFGS: Liu & Nocedal 1989, as SciPy has it."""
+"""Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from influence.common.convergence import warn_unconverged
 from influence.common.progress import counter
 
-_MEMORY = 20  # pairs that are remembered
+# Pairs of (step, change of gradient) that are stored.
+_MEMORY = 20
 
 
 def minimise(
@@ -20,15 +21,15 @@ def minimise(
     gradient_tolerance: float,
     max_iterations: int,
 ) -> NDArray:
-    """Go down from theta; deterministic.
+    """Minimise a risk from a start, deterministically.
 
     Args:
       risk_and_gradient: theta (d,) -> (risk, its gradient (d,)).
       theta: (d,) the start.
       gradient_tolerance: Euclidean norm of the gradient to stop at.
-      max_iterations: L-BFGS iterations at most.
+      max_iterations: the largest number of L-BFGS iterations.
 
-    Returns: (d,) where it ended. Warns with ConvergenceWarning where the gradient is larger there.
+    Returns: (d,) the last theta. Warns with ConvergenceWarning if its gradient is above tolerance.
     """
 
     def at(theta: NDArray) -> tuple[float, NDArray]:
@@ -48,13 +49,13 @@ def minimise(
                 "maxfun": 2 * max_iterations,
                 "maxcor": _MEMORY,
                 "ftol": 0.0,
-                # scipy's tolerance is on the largest entry.
+                # SciPy's tolerance applies to the largest entry.
                 "gtol": gradient_tolerance / np.sqrt(len(theta)),
             },
         )
     norm = float(np.linalg.norm(found.jac))
     if norm > gradient_tolerance:
-        # Where iterations are left, no step lowered the risk by more than its rounding.
+        # If iterations are left, no step lowered the risk by more than its rounding.
         needed = "more iterations" if found.nit >= max_iterations else "float64"
         warn_unconverged(
             f"L-BFGS stopped at a gradient norm of {norm:.1e}, above {gradient_tolerance:.1e}, "

@@ -1,6 +1,6 @@
-"""The questions about one batch of rows at one theta, answered by the tape.
+"""Questions about one batch of rows at one theta, answered by automatic differentiation.
 
-Every answer is NumPy's, in the dtype of theta, and leaves the model as it was.
+Every answer is a NumPy array or number in the dtype of theta. The model is not changed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from influence.net.losses import PerExampleLoss
 
 
 class Derivatives:
-    """Losses, outputs and their derivatives: the part of GenericNeuralNet that knows one batch.
+    """Losses, outputs and derivatives of one batch: the base class of GenericNeuralNet.
 
     Attributes:
       model: the Keras model.
       flat: the model as functions of a flat theta.
       loss: its per-example loss.
-      dtype: of theta and of every result.
+      dtype: dtype of theta and of every result.
       convex: True if the risk is known to be smooth and strictly convex in theta.
-      fixed: (d,) the theta of a view that `at` made; None for the model's own weights.
-      memo: what a view caches for the batch that it is asked about; None: nothing is cached.
+      fixed: (d,) theta of a view that `at` made; None: theta is the model's own weights.
+      memo: cache of a view, for the current batch; None: nothing is cached.
     """
 
     model: keras.Model
@@ -43,34 +43,34 @@ class Derivatives:
 
     @property
     def num_parameters(self) -> int:
-        """The length of theta, d."""
+        """Length of theta, d."""
         return sum(self.flat.sizes)
 
     def theta_tensor(self) -> Any:
-        """Theta as a tensor: of a view, its own; else the model's weights as they are now."""
+        """Return theta as a tensor: a view's own theta, or else the model's current weights."""
         return self.flat.theta() if self.fixed is None else self.flat.tensor(self.fixed)
 
     # --- questions about one batch -----------------------------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
-        """What the model answers for a batch, in inference mode: (n, ...)."""
+        """Return the model's outputs for a batch, in inference mode: (n, ...)."""
         t = self.flat
         return t.run("outputs", t.output, self.theta_tensor(), t.inputs(x))
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
-        """The data term of each example, without the penalty.
+        """Return the loss of each example, without the penalty.
 
         Args:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
-          thetas: (d, k) other parameter vectors to ask about instead of the model's own.
+          thetas: (d, k) other parameter vectors, used instead of the model's own.
 
         Returns: (n,), or (n, k) with `thetas`; nats for log losses.
         """
         return self._at("losses", self.flat.losses, thetas, x, y)
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
-        """Gradient of the batch's mean loss, without the penalty.
+        """Return the gradient of the batch's mean loss, without the penalty.
 
         Returns: (d,), or (d, k) at k other parameter vectors `thetas` (d, k).
         """
@@ -81,7 +81,7 @@ class Derivatives:
         return self._at("gradient", mean_gradient, thetas, x, y)
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
-        """The batch's mean loss and its gradient from one pass, without the penalty: (), (d,)."""
+        """Return the batch's mean loss and its gradient, (), (d,), without the penalty."""
 
         def both(theta, x, y):
             return tape.value_and_gradient(tape.mean_loss(self.flat.losses, x, y), theta)
@@ -91,26 +91,26 @@ class Derivatives:
         return float(loss), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
-        """Gradient of each example's loss, without the penalty: (n, d).
+        """Return the gradient of each example's loss, without the penalty: (n, d).
 
-        The one method with a vector of length d for each example; `directional` needs none.
+        Only this method forms a vector of length d for each example; `directional` forms none.
         """
         return self._mapped("gradients", tape.gradients, x, y)
 
     def each_batch(
         self, question: Literal["gradient", "hvp", "gauss_newton"], x: Any, y: Any, V: NDArray
     ) -> NDArray:
-        """Ask each of r small batches the same question, each about vectors of its own.
+        """Ask the same question about r small batches, each with its own vectors.
 
         Args:
-          question: "hvp" or "gauss_newton", for products of a batch's matrix with vectors at this
-            theta; "gradient", for gradients of a batch's mean loss at other parameters.
+          question: "hvp" or "gauss_newton" for products of each batch's matrix with vectors at this
+            theta; "gradient" for gradients of each batch's mean loss at other parameters.
           x: (r, b, ...) inputs of r batches of b examples.
           y: (r, b, ...) labels.
-          V: (r, d, m) the vectors or the parameters of each batch.
+          V: (r, d, m) the vectors, or the other parameters, of each batch.
 
         Returns: (r, d, m), without the penalty.
-        Raises: ValueError for another question; for "gauss_newton" as `gauss_newton_product`.
+        Raises: ValueError for another question; for "gauss_newton", as `gauss_newton_product`.
         """
         t = self.flat
         x, y = t.inputs(x), t.tensor(y)
@@ -136,11 +136,11 @@ class Derivatives:
         return np.moveaxis(found, 1, 2)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """Gradient of the batch's mean Bregman divergence from theta, at other parameters.
+        """Return the gradient of the mean Bregman divergence from theta, at other parameters.
 
         D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i), where z_i is the model's
-        output at its own theta and z at the other one (Bae et al. 2022). Zero at theta, where its
-        derivative is the Gauss-Newton matrix.
+        output at its own theta and z at the other one (Bae et al. 2022). The gradient is zero at
+        theta, and its derivative there is the Gauss-Newton matrix.
 
         Args:
           x: (n, ...) inputs.
@@ -157,9 +157,9 @@ class Derivatives:
         return self._mapped("bregman", gradients, x, y, self.flat.rows(thetas, "thetas")).T
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """Products of the Hessian of the batch's mean loss with m vectors, in one pass.
+        """Multiply the Hessian of the batch's mean loss by m vectors, in one pass.
 
-        H V with H = (1/n) sum_i d2 loss_i / d theta2. The penalty's share is `penalty_hvp`.
+        H = (1/n) sum_i d2 loss_i / d theta2. The penalty is not included; see `penalty_hvp`.
 
         Args:
           x: (n, ...) inputs.
@@ -171,14 +171,14 @@ class Derivatives:
         return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V")), V)
 
     def gauss_newton_product(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """Products with the batch's generalised Gauss-Newton matrix (Schraudolph 2002).
+        """Multiply the batch's generalised Gauss-Newton matrix (Schraudolph 2002) by m vectors.
 
-        G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i, J_i the Jacobian of the model's output.
+        G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i; J_i is the Jacobian of the model's output.
 
         Args: as `hvp`.
         Returns: the shape of V.
-        Raises: ValueError for a cross-entropy of probabilities: at a softmax or sigmoid output this
-          matrix is the empirical Fisher, not the Gauss-Newton matrix.
+        Raises: ValueError for a cross-entropy of probabilities. At a softmax or sigmoid output, G
+          would be the empirical Fisher, not the Gauss-Newton matrix of the logits.
         """
         self.loss.check_logits()
 
@@ -188,14 +188,14 @@ class Derivatives:
         return like(self._mapped("gauss_newton", products, x, y, self.flat.rows(V, "V")), V)
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
-        """Gradient of each example's loss along m vectors, in one pass: grad loss_i . v_j.
+        """Return each example's derivative along m vectors, in one pass: grad loss_i . v_j.
 
         Args:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
           V: (d,) or (d, m) directions.
-          dtype: of the result; a model with a closed form multiplies in it, at float32's speed.
-            None: the net's.
+          dtype: dtype of the result; None: the net's. A model with a closed form also multiplies
+            in this dtype, so float32 is faster.
 
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
@@ -203,7 +203,7 @@ class Derivatives:
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """v' H_i v, with H_i the Hessian of each example's loss, in one pass: (n,).
+        """Return v' H_i v, with H_i the Hessian of each example's loss, in one pass: (n,).
 
         Args:
           x: (n, ...) inputs.
@@ -217,9 +217,9 @@ class Derivatives:
         )
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Gradient by theta of v' H v, with H the Hessian of the batch's mean loss: (d,).
+        """Return d/dtheta of v' H v, with H the Hessian of the batch's mean loss: (d,).
 
-        The third derivative of the mean loss, twice along v. The penalty is not included.
+        This is the third derivative of the mean loss, twice along v, without the penalty.
 
         Args: as `curvatures`.
         """
@@ -229,7 +229,7 @@ class Derivatives:
         return t.run("curvature_gradient", function, *tensors)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
-        """d/dx_i of (grad loss_i . v), for each example.
+        """Return d/dx_i of (grad loss_i . v) for each example.
 
         Args:
           x: (n, ...) floating inputs, or a dict of them.
@@ -250,29 +250,29 @@ class Derivatives:
     # --- the penalty, which needs no data ---------------------------------------------------------
 
     def penalty(self) -> float:
-        """Sum of the model's own Keras regularisers at theta: ()."""
+        """Return the sum of the model's own Keras regularisers at theta: ()."""
         return float(self.flat.run("penalty", self.flat.penalty, self.theta_tensor()))
 
     @property
     def strong_convexity(self) -> float:
-        """What no eigenvalue of the risk's Hessian is below, at any theta; NaN if nothing is known.
+        """Lower bound on the eigenvalues of the risk's Hessian at any theta; NaN if unknown.
 
-        0 for a net that is declared `convex`, more where a model knows more.
+        The bound is 0 for a net declared `convex`. A subclass may know a larger bound.
         """
         return 0.0 if self.convex else np.nan
 
     @property
     def penalty_convexity(self) -> float:
-        """What no eigenvalue of the penalty's Hessian is below: the least L2 of any weight.
+        """Lower bound on the eigenvalues of the penalty's Hessian: the minimum over all weights.
 
-        L2(l) is l |w|^2, with second derivative 2 l, and none is 0. NaN where a weight has a
-        regulariser other than Keras' own L1, L2 and L1L2.
+        L2(l) is l |w|^2, with second derivative 2 l. A weight without L2 gives 0. The bound is NaN
+        if a weight has a regulariser other than Keras' own L1, L2 and L1L2.
         """
-        # np.min, since Python's own keeps a NaN only where it comes first.
+        # np.min returns NaN if any entry is NaN; Python's min does so only if the first is.
         return float(np.min([_convexity(weight.regularizer) for weight in self.flat.weights]))
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
-        """Gradient of the penalty: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
+        """Return the penalty's gradient: (d,), or (d, k) at other parameters `thetas` (d, k)."""
         t = self.flat
         rows = self.theta_tensor()[None] if thetas is None else t.rows(thetas, "thetas")
 
@@ -283,7 +283,7 @@ class Derivatives:
         return gradients[0] if thetas is None else like(gradients, thetas)
 
     def penalty_hvp(self, V: NDArray) -> NDArray:
-        """Products of the penalty's Hessian with m vectors: the shape of V."""
+        """Multiply the penalty's Hessian by m vectors: the shape of V."""
         t = self.flat
 
         def products(theta, V):
@@ -292,7 +292,7 @@ class Derivatives:
         return like(t.run("penalty_hvp", products, self.theta_tensor(), t.rows(V, "V")), V)
 
     def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
-        """Gradient by theta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
+        """Return d/dtheta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
         t = self.flat
 
         def at(theta, v):
@@ -301,17 +301,15 @@ class Derivatives:
 
         return t.run("penalty_curvature_gradient", at, self.theta_tensor(), t.rows(v, "v")[0])
 
-    # --- inside ----------------------------------------------------------------------------------
-
     def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
-        """`function(losses, each, theta, x, y, *tensors)`, mapping over vectors or examples."""
+        """Run `function(losses, each, theta, x, y, *tensors)`, with `each` as its map."""
         t = self.flat
         batch = t.inputs(x), t.tensor(y)
         each = t.each(*batch)
         return t.run(name, partial(function, t.losses, each), self.theta_tensor(), *batch, *tensors)
 
     def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
-        """`function(theta, x, y)` at the model's theta or, as last axis, at each of thetas."""
+        """Run `function(theta, x, y)` at the model's theta, or at each of thetas (last axis)."""
         t = self.flat
         if thetas is None:
             return t.run(name, function, self.theta_tensor(), t.inputs(x), t.tensor(y))
@@ -323,7 +321,7 @@ class Derivatives:
 
 
 def _convexity(regularizer: Any) -> float:
-    """Of one weight's penalty: its second derivative."""
+    """Return a lower bound on the second derivative of one regulariser; NaN if unknown."""
     if regularizer is None or type(regularizer) is keras.regularizers.L1:
         return 0.0
     if type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2):

@@ -17,15 +17,14 @@ from influence.net.losses import PerExampleLoss
 
 
 class FlatModel:
-    """A model's losses and penalty as functions of theta, and the tensors to call them with.
+    """Losses and penalty of a model as functions of theta, and conversions to tensors.
 
-    The weights are those that are trainable when this is made: freezing a layer later changes
-    nothing here.
+    The weights are chosen once, at construction. Freezing a layer later has no effect.
 
     Args:
       model: a checked Keras model.
       loss: its per-example loss.
-      weights: what theta is; None: the model's trainable weights.
+      weights: the variables that form theta; None: the model's trainable weights.
     """
 
     def __init__(self, model: keras.Model, loss: PerExampleLoss, weights: Any = None):
@@ -37,22 +36,22 @@ class FlatModel:
         self._seen: tuple[bool, int] | None = None
 
     def __getstate__(self) -> dict:
-        """The model and the loss travel; traced functions are made again."""
+        """Pickle the model and the loss without the traced functions."""
         drawn = [state.numpy() for state in _generators(self.model)]
         return {**self.__dict__, "weights": (), "_functions": {}, "_drawn": drawn}
 
     def __setstate__(self, state: dict) -> None:
-        """Find the weights again in the model that came along."""
+        """Find the weights in the restored model, and restore its random states."""
         drawn = state.pop("_drawn")
         self.__dict__.update(state)
         self.weights = tuple(self.model.trainable_weights)
         for generator, value in zip(_generators(self.model), drawn, strict=True):
             generator.assign(value)
 
-    # --- functions of theta, for tape ---------------------------------------------------------
+    # --- functions of theta, used by tape -----------------------------------------------------
 
     def output(self, theta: Any, x: Any) -> Any:
-        """The model's output in inference mode, without touching its variables."""
+        """Return the model's output in inference mode, without changing its variables."""
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
         with keras.StatelessScope(state_mapping=mapping), tape.twice_differentiable():
@@ -66,25 +65,25 @@ class FlatModel:
         return output
 
     def losses(self, theta: Any, x: Any, y: Any) -> Any:
-        """(n,) the data terms."""
+        """Return the loss of each example: (n,)."""
         return tf.cast(self.loss.function(y, self.output(theta, x)), theta.dtype)
 
     def penalty(self, theta: Any) -> Any:
-        """() the sum of the weights' own regularisers."""
+        """Return the sum of the weights' own regularisers: ()."""
         total = tf.zeros((), theta.dtype)
         for weight, part in zip(self.weights, tf.split(theta, self.sizes), strict=True):
             if weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
         return total
 
-    # --- running them -----------------------------------------------------------------------------
+    # --- execution --------------------------------------------------------------------------------
 
     def run(self, name: str, function: Callable, *tensors: Any, leading: int = 1) -> Any:
-        """Trace `function` under `name` on first use; call it; NumPy arrays.
+        """Call `function`, traced under `name` on first use; return NumPy arrays.
 
-        The sizes of the leading axes are left open from the first trace on. Were they found to vary
-        later, numbers would depend, in their last bits, on what had been asked before: a run that
-        was interrupted would not end as one that was not.
+        Leading dimensions are dynamic from the first trace. Otherwise TensorFlow would retrace when
+        sizes vary, and results would depend in their last bits on earlier calls. A run continued
+        after an interruption would then differ from an uninterrupted run.
         """
 
         def signature(t):
@@ -95,25 +94,25 @@ class FlatModel:
         signatures = tf.nest.map_structure(signature, tensors)
         key = f"{name} {signatures}"
         if key not in self._functions:
-            # Without autograph, as Keras traces its own steps: with it, a sixth more time to trace.
-            # Concrete: TensorFlow warns of retracing where many nets' functions share a name.
+            # Like Keras, trace without autograph, which would take a sixth more time. The function
+            # is concrete, since TensorFlow warns of retracing when nets share a function's name.
             self._functions[key] = tf.function(
                 function, input_signature=signatures, autograph=False
             ).get_concrete_function()
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
-        """How to map over vectors: vectorised where TensorFlow does that right, else looped."""
+        """Return a map over vectors: vectorised if TensorFlow does this correctly, else a loop."""
         if self.facts(x, y)[0]:
             return partial(tape.looped, dtype=self.dtype)
         return tf.vectorized_map
 
     def facts(self, x: Any, y: Any) -> tuple[bool, int]:
-        """(whether to loop, numbers that one row's activations take), from tracing a row or two."""
+        """Return (must_loop, activations_per_row), measured by tracing one row and two rows."""
         if self._seen is None:
             row = tf.nest.map_structure(lambda t: t[:1], (x, y))
             rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
-            # A name of its own: TensorFlow warns of tracing one function often, as is meant here.
+            # A new lambda: TensorFlow would warn of repeated traces of the same function.
             losses = tf.function(lambda *tensors: self.losses(*tensors), autograph=False)
             graphs = [
                 losses.get_concrete_function(self.theta(), *batch).graph for batch in (row, rows)
@@ -125,11 +124,11 @@ class FlatModel:
     # --- tensors ------------------------------------------------------------------------------
 
     def theta(self) -> Any:
-        """(d,) the weights as they are now."""
+        """Return the current weights as one vector, (d,)."""
         return tf.concat([tf.reshape(w.value, [-1]) for w in self.weights], 0)
 
     def tensor(self, array: Any) -> Any:
-        """Floats in the dtype of theta, integers as they are, sparse rows dense."""
+        """Convert to a tensor: floats to theta's dtype, integers unchanged, sparse to dense."""
         if scipy.sparse.issparse(array):
             array = array.toarray()
         array = np.asarray(array)
@@ -138,11 +137,11 @@ class FlatModel:
         )
 
     def inputs(self, x: Any) -> Any:
-        """One tensor, or a dict of them."""
+        """Convert inputs to one tensor, or to a dict of tensors."""
         return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
 
     def rows(self, V: Any, name: str) -> Any:
-        """(m, d) rows from (d,) or (d, m) columns: maps run over the first axis.
+        """Convert (d,) or (d, m) columns to rows (m, d), since maps run over the first axis.
 
         Raises: ValueError for another shape.
         """
@@ -153,17 +152,17 @@ class FlatModel:
 
 
 def like(rows: NDArray, V: Any) -> NDArray:
-    """Rows (m, ...) as the columns of a block, or the one row of a vector."""
+    """Return rows (m, ...) as columns if V is a block, or the single row if V is a vector."""
     return rows.T if np.ndim(V) == 2 else rows[0]
 
 
 def _generators(model: keras.Model) -> list[Any]:
-    """The states of what random layers draw from: variables that Keras leaves out of weights."""
+    """Return the states of random layers: variables that are not in `model.weights`."""
     weights = {id(weight) for weight in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _numbers(graph: Any) -> int:
-    """How many numbers a traced function's tensors hold, its loops' bodies counted once."""
+    """Count the entries of a traced function's tensors; the body of a loop counts once."""
     tensors = (t for op in tape.operations(graph) for t in op.outputs)
     return sum(t.shape.num_elements() or 0 for t in tensors)

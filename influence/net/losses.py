@@ -1,9 +1,10 @@
-"""A loss as one number per example, from whatever Keras calls a loss."""
+"""A loss as one number per example, from any form of a Keras loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,10 +13,11 @@ import tensorflow as tf
 
 from influence.net import measurements
 
-# Which labels a Keras loss can take; a wrong label is otherwise a NaN, or another class's loss.
+# These losses take class numbers. Keras turns a wrong one into NaN or into another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
+# These losses take labels in [0, 1].
 _PROBABILITIES = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
-# Convex in the model's output; the cross-entropies are where that is logits.
+# These losses are convex in the model's output. For cross-entropies, the output must be logits.
 _CONVEX = (
     *_CLASS_NUMBERS,
     keras.losses.binary_crossentropy,
@@ -28,29 +30,29 @@ _CONVEX = (
     keras.losses.squared_hinge,
 )
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
+# These losses take probabilities unless they have from_logits=True.
 _FROM_LOGITS = (
     *_CLASS_NUMBERS,
     *_PROBABILITIES,
     keras.losses.categorical_crossentropy,
     keras.losses.categorical_focal_crossentropy,
-    keras.losses.kl_divergence,  # from one-hot labels it is the cross-entropy
+    keras.losses.kl_divergence,  # the cross-entropy if labels are one-hot
 )
 
 
 @dataclass(frozen=True)
 class PerExampleLoss:
-    """A differentiable function (y, output) -> (n,), and what is known about it.
+    """Differentiable function (y, output) -> (n,), with its known properties.
 
     Attributes:
-      name: how messages call it.
+      name: the loss's name in messages.
       function: (y, output) -> (n,) tensor.
-      keras_function: the Keras loss function underneath, None for a user's callable.
-      from_logits: False for a cross-entropy of probabilities; True wherever the curvature at the
-        model's output is that of the negative log-likelihood, as far as can be known.
-      labels: the only labels it has a meaning for, from the loss's own attribute `labels`; None
-        where it does not say.
-      role: how messages call the argument that it came in.
-      says_convex: what the loss's own attribute `convex` says, False where it does not.
+      keras_function: the underlying Keras loss function; None for a user's callable.
+      from_logits: False for a cross-entropy of probabilities; True for all other losses. The
+        Gauss-Newton matrix needs True.
+      labels: the only valid labels, from the loss's own attribute `labels`; None if it has none.
+      role: the argument's name in messages.
+      says_convex: the loss's own attribute `convex`; False if it has none.
     """
 
     name: str
@@ -63,11 +65,11 @@ class PerExampleLoss:
 
     @property
     def convex(self) -> bool:
-        """Whether each loss is known to be convex in the model's output."""
+        """True if each loss is known to be convex in the model's output."""
         return self.says_convex or (self.keras_function in _CONVEX and self.from_logits)
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
-        """Refuse labels that this loss has no meaning for.
+        """Refuse labels that are not valid for this loss.
 
         Raises: ValueError naming `name`, the label and the range.
         """
@@ -92,13 +94,13 @@ class PerExampleLoss:
             raise ValueError(f"{name}.y must hold {what}, got {y[row]} in row {row}.")
 
     def check_one_each(self, shape: tuple, y_shape: tuple, output_shape: tuple, name: str) -> None:
-        """Refuse what is not one number per example.
+        """Refuse a loss that does not give one number per example.
 
         Args:
-          shape: of the losses of some examples.
-          y_shape: of their labels.
-          output_shape: of the model's outputs for them.
-          name: what the examples are called.
+          shape: shape of the losses of some examples.
+          y_shape: shape of their labels.
+          output_shape: shape of the model's outputs for them.
+          name: the examples' name in the message.
 
         Raises: ValueError with the remedy for that shape.
         """
@@ -120,15 +122,15 @@ class PerExampleLoss:
         )
 
     def is_differentiable(self, y: Any, output: Any) -> bool:
-        """Whether a gradient by the output exists; for class numbers and comparisons none does."""
-        output = tf.identity(output)  # Keras' losses would go round a softmax to its logits
+        """Return True if the loss has a gradient in the output; comparisons have none."""
+        output = tf.identity(output)  # else Keras' losses use the logits before a softmax
         with tf.GradientTape() as tape:
             tape.watch(output)
             values = self.function(y, output)
         return tape.gradient(values, output) is not None
 
     def check_logits(self, what: str = "a Gauss-Newton matrix") -> None:
-        """Refuse a cross-entropy of probabilities for what has a meaning for logits alone.
+        """Refuse a cross-entropy of probabilities where logits are needed.
 
         Raises: ValueError naming `what`.
         """
@@ -141,15 +143,15 @@ class PerExampleLoss:
 
 
 def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExampleLoss:
-    """The given loss, or the model's compiled one, unreduced.
+    """Return the given loss, or the model's compiled one, without a reduction over examples.
 
     Args:
       loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled one.
-      model: where a loss is looked up when none is given.
-      role: how messages call it.
+      model: the model whose compiled loss is used if none is given.
+      role: the argument's name in messages.
 
-    Raises: ValueError for no loss, an unknown name or a summing reduction; TypeError for anything
-      that is not a loss.
+    Raises: ValueError for a missing loss, an unknown name or a summing reduction; TypeError for
+      anything that is not a loss.
     """
     if loss is None:
         loss = _compiled(model)
@@ -175,10 +177,10 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
             )
         function = getattr(loss, "fn", None)
         kwargs = getattr(loss, "_fn_kwargs", {})
-        call = _aligned(loss.call) if _is_keras_own(type(loss)) else loss.call
+        own, keeps_labels = _is_keras_own(type(loss)), function in _CLASS_NUMBERS
         return PerExampleLoss(
             loss.name or type(loss).__name__,
-            lambda y, output: _mean_over_rest(call(_as_keras(y, output, function), output)),
+            partial(_of_rows, loss.call, own, keeps_labels),
             function,
             function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
             getattr(loss, "labels", None),
@@ -192,18 +194,15 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
         )
     name = getattr(loss, "__name__", type(loss).__name__)
     if _is_keras_own(loss):
-        function = _aligned(loss)
-        return PerExampleLoss(
-            name, lambda y, output: _mean_over_rest(function(y, output)), loss,
-            loss not in _FROM_LOGITS, role=role,
-        )  # fmt: skip
+        function = partial(_of_rows, loss, True, True)
+        return PerExampleLoss(name, function, loss, loss not in _FROM_LOGITS, role=role)
     return PerExampleLoss(name, loss, role=role)
 
 
 def _compiled(model: keras.Model) -> Any:
-    """The loss that a model is compiled with, out of the list or dict that holds it alone.
+    """Return the compiled loss of a model, also from a list or dict of one loss.
 
-    Raises: ValueError for several.
+    Raises: ValueError for several losses.
     """
     loss = getattr(model, "loss", None)
     if not isinstance(loss, list | tuple | Mapping):
@@ -218,33 +217,33 @@ def _compiled(model: keras.Model) -> Any:
     return entries[0]
 
 
-def _as_keras(y: Any, output: Any, function: Any) -> Any:
-    """Labels as Keras hands them to `Loss.call`, floating, but not rounded to float32."""
-    return y if function in _CLASS_NUMBERS else tf.cast(y, output.dtype)
-
-
 def _is_keras_own(thing: Any) -> bool:
     return getattr(thing, "__module__", "").split(".")[0] == "keras"
 
 
-def _aligned(loss: Callable) -> Callable:
-    """Keras' losses average over the last axis, so one output per example needs an axis for it.
+def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
+    """Return the value of a Keras loss for each row: (n,).
 
-    Labels (n,) against outputs (n, 1) would broadcast to (n, n) inside some of them, and outputs
-    (n,) be averaged over the examples.
+    Args:
+      call: the loss as a function of labels and outputs.
+      own: True for Keras' own losses, which average over the last axis. They would average outputs
+        (n,) over the examples, and some broadcast labels (n,) against outputs (n, 1) to (n, n).
+        Outputs and labels (n,) therefore get a second axis.
+      keeps_labels: True leaves labels unchanged. False converts them to floats, as Keras does
+        before `Loss.call`, but without rounding to float32.
+      y: labels.
+      output: the model's outputs.
     """
-
-    def function(y: Any, output: Any) -> Any:
-        if len(output.shape) == 1:
-            output = tf.expand_dims(output, -1)
-        if len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
-            y = tf.expand_dims(y, -1)
-        return loss(y, output)
-
-    return function
+    if not keeps_labels:
+        y = tf.cast(y, output.dtype)
+    if own and len(output.shape) == 1:
+        output = tf.expand_dims(output, -1)
+    if own and len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
+        y = tf.expand_dims(y, -1)
+    return _mean_over_rest(call(y, output))
 
 
 def _mean_over_rest(values: Any) -> Any:
-    """Keras' own mean over time steps or pixels, kept apart per example."""
+    """Average over time steps or pixels, as Keras does, but separately for each example."""
     rank = len(values.shape)
     return values if rank <= 1 else tf.reduce_mean(values, axis=list(range(1, rank)))

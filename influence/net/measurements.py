@@ -1,11 +1,12 @@
-"""Measurements: what to predict the change of on a test example, instead of its loss.
+"""Measurements: functions of a test example whose change is predicted in place of its loss's.
 
-Each is a function of (labels y, the model's output) -> one number per example, of TensorFlow
-operations, for the `measurement` of `Influence.scores` and its kin; a function of one's own serves
-as well. These take logits z, the outputs before any softmax or sigmoid, of classification models:
+A measurement is a function (labels y, model's output) -> one number per example, made of TensorFlow
+operations. Pass one of these, or your own, to `Influence.scores` and similar methods. The functions
+below take the logits z of a classification model, its outputs before softmax or sigmoid:
 
-- y (n,) or (n, 1) class numbers, or (n, c) with a 1 for the class, against outputs (n, c);
-- y (n,) or (n, 1), 0 or -1 against 1, against outputs (n, 1) or (n,): z is the log odds of 1.
+- labels y (n,) or (n, 1) of class numbers, or (n, c) one-hot, with outputs (n, c);
+- labels y (n,) or (n, 1), either 1 or not (0 or -1), with outputs (n, 1) or (n,): z is the log odds
+  of label 1.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ import tensorflow as tf
 
 
 def _of_logits(function: Callable) -> Callable:
-    """Marked, so that a model that ends in probabilities is refused."""
+    """Mark a function, so that a model that outputs probabilities is refused."""
     vars(function)["takes_logits"] = True
     return function
 
 
 @_of_logits
 def margin(y: Any, output: Any) -> Any:
-    """The log odds that the model gives the label.
+    """Return the log odds that the model gives the label.
 
     z_y - log sum_{k != y} exp z_k = log p_y / (1 - p_y), the model output function of TRAK (Park et
-    al. 2023, section 3); for two classes by one logit, z or -z. Above zero where the label has more
-    than half of the probability. Unlike a loss it does not saturate.
+    al. 2023, section 3). With one logit for two classes: z or -z. Positive if p_y > 1/2.
+    Unlike a loss, the margin does not saturate.
 
-    A positive score: the margin rises without the row, so the row hurt; the sign of a loss's score
-    turned round.
+    A positive score: the margin rises without the row, so the row hurt. For a loss, a positive
+    score means that the row helped.
 
     Args:
       y: labels as above.
@@ -52,14 +53,14 @@ def margin(y: Any, output: Any) -> Any:
 
 @_of_logits
 def adversarial_loss(y: Any, output: Any) -> Any:
-    """The loss that falls as the model leaves the label: -log(1 - p_y).
+    """Return the loss that falls when the label becomes less probable: -log(1 - p_y).
 
-    log(1 + exp(margin)), exact wherever p_y is near 0 or 1. The 2017 release's measurement for how
-    near a test point is to being misclassified; for two classes it is the log loss of the other
-    label.
+    It is computed as log(1 + exp(margin)), which is accurate also for p_y near 0 or 1. The 2017
+    release uses it to measure how close a test point is to misclassification. For two classes it
+    is the log loss of the other label.
 
-    A positive score: it rises without the row, so the model gets surer of the label, and the row
-    hurt; the sign of a loss's score turned round.
+    A positive score: this loss rises without the row. The label becomes more probable, so the row
+    hurt. For an ordinary loss, a positive score means that the row helped.
 
     Args:
       y: labels as above.
@@ -72,17 +73,17 @@ def adversarial_loss(y: Any, output: Any) -> Any:
 
 
 def logit(label: int) -> Callable[[Any, Any], Any]:
-    """The logit of one class, whatever the example's own label.
+    """Return a measurement: the logit of one class, whatever label the example has.
 
-    z_label; for two classes by one logit, z for label 1 and -z for label 0. A positive score: the
-    logit rises without the row, so the row spoke against the class.
+    z_label; with one logit for two classes, z for label 1 and -z for label 0. A positive score:
+    the logit rises without the row, so the row was evidence against the class.
 
     Args:
       label: the class number.
 
     Returns: the measurement, (y, output) -> (n,), in nats.
-    Raises: TypeError for a label that is no integer, ValueError for a negative one; when used,
-      IndexError for one that the model does not have.
+    Raises: TypeError for a label that is no integer, ValueError for a negative one. When called,
+      the measurement raises IndexError for a class that the model does not have.
     """
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
         raise TypeError(f"label must be a class number, got {label!r}.")
@@ -103,7 +104,7 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
 
 
 def _logits(output: Any) -> Any:
-    """(n, c), or (n, 1) for one logit."""
+    """Return the output as (n, c), or (n, 1) for one logit."""
     if len(output.shape) == 1:
         output = tf.expand_dims(output, 1)
     if len(output.shape) != 2:
@@ -112,7 +113,7 @@ def _logits(output: Any) -> Any:
 
 
 def _is_label(y: Any, z: Any) -> Any:
-    """(n, c): True at each example's label."""
+    """Return a mask (n, c) that is True at each example's label."""
     if len(y.shape) == 2 and y.shape[1] == z.shape[1]:
         return y > 0.5
     return tf.one_hot(

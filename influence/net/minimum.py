@@ -1,4 +1,4 @@
-"""Whether a net is where influence is defined: at the minimum of its risk."""
+"""Checks that a net is at the minimum of its risk, where influence is defined."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-_DRIFT = 0.1  # of what a removal adds to the gradient: what may be there before
+# The gradient norm may be at most this fraction of the gradient that a removal adds.
+_DRIFT = 0.1
 _MOST_GROUPS = 20
 
 
@@ -22,16 +23,16 @@ def check_at_minimum(
     otherwise: str,
     batch_size: int | None = None,
 ) -> None:
-    """Refuse a net elsewhere: what retraining does to it would be ordinary training for the most.
+    """Raise ValueError if the net is not at a minimum.
+
+    Most of the change after retraining would then be ordinary training progress.
 
     Args:
       net: at any theta.
       train: its training set.
-      tolerance: what the Euclidean norm of the risk's gradient may be.
-      otherwise: what would work besides a fit, in words.
-      batch_size: rows at a time, or None.
-
-    Raises: ValueError.
+      tolerance: largest Euclidean norm of the risk's gradient that is accepted.
+      otherwise: another remedy than a fit, for the message.
+      batch_size: rows per batch, or None.
     """
     norm = net.gradient_norm(train, batch_size)
     if not norm <= tolerance:
@@ -46,16 +47,16 @@ def check_at_minimum(
 def warn_of_drift(
     net: GenericNeuralNet, train: Examples, groups: Sequence, batch_size: int | None = None
 ) -> None:
-    """Warn where retraining would move the net as much by training on as by what is removed.
+    """Warn if retraining would change the net as much by further training as by the removal.
 
-    The gradient at theta is compared with what removing a group adds to it, about |sum over the
-    group of (loss_i + penalty)'| / n, in the median of some groups.
+    The gradient norm at theta is compared with what the removal of a group adds to the gradient,
+    about |sum over the group of (loss_i + penalty)'| / n. The median over some groups is used.
 
     Args:
       net: at any theta.
       train: its training set.
-      groups: arrays of the rows that are to be removed.
-      batch_size: rows at a time, or None.
+      groups: arrays of the rows to be removed.
+      batch_size: rows per batch, or None.
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]

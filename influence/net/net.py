@@ -1,10 +1,9 @@
-"""GenericNeuralNet: a Keras model as a risk, and the questions one can ask of it at one theta.
+"""GenericNeuralNet: a Keras model as a risk, with its values and derivatives at one theta.
 
     R(theta) = mean_i loss_i(theta) + penalty(theta)
 
-`loss_i` is the data term of row i, `penalty` the sum of the model's own Keras regularisers. Every
-method looks at the model in inference mode and leaves it as it was; only `fit` and setting `theta`
-change it.
+`loss_i` is the loss of row i, and `penalty` is the sum of the model's own Keras regularisers. Every
+method uses the model in inference mode. Only `fit` and setting `theta` change the model.
 """
 
 from __future__ import annotations
@@ -32,28 +31,29 @@ from influence.net.refused import (
     watched_ids,
 )
 
-# TensorFlow's convolutions add up a batch in float32, digit by digit lost: of 5,500 MNIST images, a
-# Hessian product is wrong by 2e-4 at 2,854 rows a batch, by 8e-6 at 500, at a sixth more time.
+# Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
+# products have an error of 2e-4 at 2,854 rows per batch and 8e-6 at 500, in a sixth more time.
 _FLOAT32_ROWS = 500
 _PROBE_ROWS = 3
-_MIXING_RTOL = 1e-3  # far above float32 rounding, far below a loss of another row
+# This is far above float32 rounding, and far below the effect of another row on a loss.
+_MIXING_RTOL = 1e-3
 
 
 class GenericNeuralNet(Derivatives):
-    """A built Keras model with a per-example loss.
+    """Built Keras model with a per-example loss.
 
     Args:
-      model: any built `keras.Model` with one floating dtype for its trainable weights. Freezing a
-        layer (`layer.trainable = False`) before this call chooses the subset that theta is.
+      model: any built `keras.Model` with one floating dtype for its trainable weights. To keep
+        weights out of theta, freeze their layers (`layer.trainable = False`) before this call.
       loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations;
-        None takes the compiled one.
+        None: the compiled loss.
 
     Attributes:
-      model: the Keras model, shared, not copied.
+      model: the Keras model; it is shared, not copied.
       convex: True if the risk is known to be smooth and strictly convex in theta.
-      dtype: of theta and of every result.
+      dtype: dtype of theta and of every result.
 
-    Raises: TypeError for something else than a Keras model or mixed weight dtypes; ValueError for a
+    Raises: TypeError for anything except a Keras model, or mixed weight dtypes; ValueError for a
       model that is unbuilt, has no trainable weight, uses an activity regulariser, or rounds the
       input of float64 weights.
     """
@@ -66,30 +66,30 @@ class GenericNeuralNet(Derivatives):
         self.dtype = self.flat.dtype
 
     def measuring(self, measurement: Any) -> GenericNeuralNet:
-        """The same model at the same theta, with another function of its output for a loss.
+        """Return the same model at the same theta, with a measurement in place of its loss.
 
         Args:
           measurement: (y, output) -> (n,) of TensorFlow operations, or a Keras loss or its name.
 
-        Returns: a net that shares this one's model, its weights and so its theta and penalty.
-        Raises: TypeError or ValueError for what is no such function, and for one of logits (those
-          of `influence.measurements`) where this net's own loss takes probabilities.
+        Returns: a net that shares this net's model, weights, theta and penalty.
+        Raises: TypeError or ValueError for another kind of measurement; ValueError for one of
+          logits, as in `influence.measurements`, if this net's own loss takes probabilities.
         """
         loss = per_example(measurement, self.model, role="measurement")
         if getattr(measurement, "takes_logits", False):
             self.loss.check_logits(f"the measurement {loss.name!r}")
-        view = object.__new__(GenericNeuralNet)  # no closed form of a subclass belongs to it
-        view.model, view.loss, view.dtype = self.model, loss, self.dtype
+        view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
+        view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
         view.flat = FlatModel(self.model, loss, self.flat.weights)
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
-        """The same net at another theta, as a view; the model's weights stay as they are.
+        """Return a view of the net at another theta; the model's weights are not changed.
 
         Args:
           theta: (d,) parameters; None returns the net itself.
 
-        Returns: a net whose questions are answered at `theta`, which cannot be set.
+        Returns: a net that answers every question at `theta`. Its theta cannot be set.
         """
         if theta is None:
             return self
@@ -98,22 +98,22 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
-        """The same net as a view that may cache, in `memo`, what belongs to its theta and batch."""
+        """Return a view of the net that may cache results for its theta and batch in `memo`."""
         view = copy.copy(self)
         view.memo = memo
         return view
 
     def features(self, x: Any) -> Any:
-        """The inputs of the trainable part: x itself, or the trunk's output if there is a trunk."""
+        """Return the inputs of the trainable part: x itself, or the output of a frozen trunk."""
         return x
 
     def featured(self, examples: Examples) -> Examples:
-        """The examples with `features` of their inputs in place of the inputs."""
+        """Return the examples with `features` of their inputs in place of the inputs."""
         return examples
 
     @property
     def theta(self) -> NDArray:
-        """(d,) the trainable weights, flattened in the order of `model.trainable_weights`."""
+        """Trainable weights (d,), flattened in the order of `model.trainable_weights`."""
         if self.fixed is not None:
             return self.fixed
         return np.concatenate([np.ravel(w.numpy()) for w in self.flat.weights])
@@ -141,16 +141,16 @@ class GenericNeuralNet(Derivatives):
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """Rows that one pass over `num_vectors` vectors takes; bounds memory, changes no result.
+        """Return the rows per batch that fit in memory when `num_vectors` vectors multiply them.
 
         Args:
           examples: the rows.
-          num_vectors: how many.
-          dtype: as in `directional`, if that is what the pass is for.
+          num_vectors: the number of vectors of one pass.
+          dtype: as in `directional`, if the pass calls it.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
-        # Forward, backward and both once more; vectorised, the second pair for every vector.
+        # A loop holds two forward and two backward passes; vectorised, two of them per vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         most = len(examples)
         if loop and self.dtype == np.float32:
@@ -158,7 +158,7 @@ class GenericNeuralNet(Derivatives):
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
     def mean_over(self, examples: Examples, batch_size: int | None, question: Any) -> Any:
-        """Mean of `question(x, y)` over batches, weighted by rows."""
+        """Average `question(x, y)` over batches, weighted by rows."""
         total = 0.0
         size = batch_size or self.rows_per_batch(examples)
         for x, y in examples.batches(size):
@@ -166,61 +166,61 @@ class GenericNeuralNet(Derivatives):
         return total
 
     def risk(self, examples: Examples, batch_size: int | None = None) -> float:
-        """R(theta) = mean_i loss_i + penalty over all examples."""
+        """Return R(theta) = mean_i loss_i + penalty over all examples."""
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)
         return float(total) / len(examples) + self.penalty()
 
     def risk_gradient(
         self, examples: Examples, thetas: NDArray | None = None, batch_size: int | None = None
     ) -> NDArray:
-        """Gradient of the risk: (d,), or (d, k) at other parameter vectors `thetas` (d, k)."""
+        """Return the risk's gradient: (d,), or (d, k) at other parameters `thetas` (d, k)."""
         question = Total("gradient") if thetas is None else Total("gradient", thetas)
         total = examples.sum_over(question, self, batch_size=batch_size)
         return total / len(examples) + self.penalty_gradient(thetas)
 
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
-        """Euclidean norm of the risk's gradient: how well theta minimises it.
+        """Return the Euclidean norm of the risk's gradient, which is zero at a minimum.
 
-        A strictly convex risk with kinks answers with the number that bounds the distance to its
-        minimum as this norm would.
+        A strictly convex risk with kinks returns another number, which bounds the distance to its
+        minimum in the same way.
         """
         return float(np.linalg.norm(self.risk_gradient(examples, batch_size=batch_size)))
 
     def risk_and_gradient(
         self, examples: Examples, batch_size: int | None = None
     ) -> tuple[float, NDArray]:
-        """R(theta) and its gradient in one pass: (), (d,)."""
+        """Return R(theta) and its gradient from one pass: (), (d,)."""
         loss, gradient = examples.sum_over(Total("loss_and_gradient"), self, batch_size=batch_size)
         n = len(examples)
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """The risk's Hessian (d, d), exact, where a model knows a closed form; None here.
+        """Return the risk's exact Hessian (d, d) if a model has a closed form; here None.
 
         Args:
           examples: the training set.
-          batch_size: rows at a time at most.
+          batch_size: maximum rows per batch.
         """
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """`Influence.self_influence` of training rows, exact, where a model knows a closed form.
+        """Return exact self-influences of training rows if a model has a closed form.
 
         Args:
           examples: the training set.
           rows: (k,) row numbers.
 
-        Returns: (k,) grad loss_i' H^-1 grad L(z_i) / n with the risk's own Hessian; None here.
+        Returns: (k,) grad loss_i' H^-1 grad L(z_i) / n with the risk's own Hessian; here None.
         """
         return None
 
     def validate(self, examples: Examples, name: str) -> None:
-        """Refuse examples that this model and loss have no meaning for, before any long work.
+        """Refuse examples that do not fit this model and loss, before any long work.
 
-        Raises: TypeError for anything but Examples; ValueError naming `name` for inputs or labels
-          of the wrong shape, labels or ids for an embedding out of range, or a loss that is not one
-          number per example, and for a model with several outputs, losses of its own or weights
-          that are not finite.
+        Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
+          labels of the wrong shape, for labels or embedding ids out of range, or for a loss that
+          is not one number per example. ValueError for a model with several outputs, with losses
+          of its own, or with weights that are not finite.
         """
         if not isinstance(examples, Examples):
             dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
@@ -261,14 +261,14 @@ class GenericNeuralNet(Derivatives):
     def fit(
         self, examples: Examples, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000
     ) -> GenericNeuralNet:
-        """Minimise the risk from the present theta by L-BFGS on all rows; deterministic.
+        """Minimise the risk from the current theta by L-BFGS on all rows; deterministic.
 
         Args:
           examples: the training set.
-          gradient_tolerance: Euclidean norm of the risk's gradient to stop at.
-          max_iterations: L-BFGS iterations at most.
+          gradient_tolerance: the Euclidean norm of the risk's gradient at which to stop.
+          max_iterations: the maximum number of L-BFGS iterations.
 
-        Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
+        Returns: self. Issues a ConvergenceWarning if the norm reached is larger.
         """
         self.validate(examples, "examples")
 
@@ -281,14 +281,14 @@ class GenericNeuralNet(Derivatives):
 
 
 def checked(net: Any, train: Any = None, test: Any = None) -> None:
-    """Refuse what is no net, and examples that do not fit it, before any long work.
+    """Refuse anything that is not a net, and examples that do not fit it, before any long work.
 
     Args:
-      net: what must be a GenericNeuralNet.
-      train: training examples, or None for none.
-      test: test examples, or None for none.
+      net: the object that must be a GenericNeuralNet.
+      train: training examples, or None.
+      test: test examples, or None.
 
-    Raises: TypeError for another net; as `GenericNeuralNet.validate` for the examples.
+    Raises: TypeError for another object; as `GenericNeuralNet.validate` for the examples.
     """
     if not isinstance(net, GenericNeuralNet):
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")

@@ -1,7 +1,7 @@
-"""Questions about a batch of rows, as values that can be sent to where the rows are.
+"""Questions about a batch of rows, as values that can be sent to the rows' machine.
 
-`Examples.sum_over` and `Examples.map_over` ask them: `question(net, theta, x, y)`, theta being
-None for the net's own. A question holds no rows and no net.
+`Examples.sum_over` and `Examples.map_over` call `question(net, theta, x, y)` for each batch. If
+theta is None, the question uses the net's own. A question holds no rows and no net.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Methods of a net that are asked again and again at one theta, with other vectors.
+# These methods of a net are called many times at one theta, with different vectors.
 _ASKED_AGAIN = ("hvp", "gauss_newton_product", "directional", "bregman_gradient")
 
 
 class PerRow:
-    """A net's method as a question: its answer for a batch has one entry for each row.
+    """Question that calls a net's method, whose result has one entry per row of the batch.
 
     Args:
       method: name of a method of GenericNeuralNet that takes (x, y, *arguments), such as "losses"
         or "directional".
-      arguments: arrays that it takes besides, such as directions (d, m).
+      arguments: further arrays that the method takes, such as directions (d, m).
 
     Attributes:
-      num_vectors: m of the widest argument (d, m), else 1; it bounds the rows of a batch.
-      keeps: whether the net may cache what belongs to its theta and the batch.
+      num_vectors: the largest m of arguments (d, m), or 1; it limits the rows per batch.
+      keeps: True if the net may cache results that depend only on its theta and the batch.
     """
 
     def __init__(self, method: str, *arguments: NDArray):
@@ -34,34 +34,34 @@ class PerRow:
         self.keeps = method in _ASKED_AGAIN
 
     def __repr__(self) -> str:
-        """The method and the shapes of its arguments."""
+        """Show the method and the shapes of its arguments."""
         shapes = "".join(f", {np.shape(argument)}" for argument in self.arguments)
         return f"{type(self).__name__}({self.method!r}{shapes})"
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> Any:
-        """Answer for one batch."""
+        """Return the answer for one batch."""
         return getattr(net.at(theta), self.method)(x, y, *self.arguments)
 
 
 class Total(PerRow):
-    """A net's method that answers with a batch's mean, as a question that answers with the sum.
+    """Question whose answer is a sum, from a net's method that returns the batch's mean.
 
     Args:
-      method: as for `PerRow`, such as "gradient" or "hvp"; it may answer with a tuple.
+      method: as for `PerRow`, such as "gradient" or "hvp"; it may return a tuple.
       arguments: as for `PerRow`.
     """
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> Any:
-        """Answer for one batch: its number of rows times the method's mean."""
+        """Return the answer for one batch: its number of rows times the method's mean."""
         mean = super().__call__(net, theta, x, y)
         return tuple(len(y) * part for part in mean) if isinstance(mean, tuple) else len(y) * mean
 
 
 def loss_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> float:
-    """Sum of the losses of a batch, in float64, without the penalty."""
+    """Return the sum of a batch's losses in float64, without the penalty."""
     return net.at(theta).losses(x, y).sum(dtype=np.float64)
 
 
 def outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """The model's outputs for a batch, (n, ...)."""
+    """Return the model's outputs for a batch, (n, ...)."""
     return net.at(theta).outputs(x)

@@ -1,4 +1,4 @@
-"""Which Keras models and inputs are refused, and why."""
+"""Checks of Keras models and inputs; each error says why the object is refused."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from keras.layers import InputLayer
 
 from influence.examples.arrays import CHECK_ROWS
 
-_SHOWN = 5  # layers that a message names
+# A message names at most this many layers.
+_SHOWN = 5
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model whose risk would not be what its owner believes.
+    """Refuse a model whose risk would differ from what its owner expects.
 
-    Raises: TypeError for something else than a Keras model or for trainable weights of several
-      dtypes, or of one that is neither float32 nor float64; ValueError for a model that is unbuilt,
-      has no trainable weight, has an activity regulariser, or computes in another dtype than its
-      weights'.
+    Raises: TypeError for anything except a Keras model, for trainable weights of several dtypes, or
+      of a dtype other than float32 and float64; ValueError for a model that is unbuilt, has no
+      trainable weight, has an activity regulariser, or computes in another dtype than its weights'.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}.")
@@ -68,7 +68,7 @@ def check_model(model: Any) -> None:
 
 
 def check_weights(model: keras.Model) -> None:
-    """Refuse weights that are not finite, as training that diverged leaves them.
+    """Refuse weights that are not finite, as after training that diverged.
 
     Raises: ValueError naming the layers.
     """
@@ -87,14 +87,14 @@ def _finite(weight: Any) -> bool:
 
 
 def check_inputs(model: keras.Model, x: Any, name: str) -> None:
-    """Compare inputs with what a functional or sequential model declares.
+    """Compare inputs with those that a functional or sequential model declares.
 
-    Raises: ValueError naming `name`, the shape wanted and the shape that came.
+    Raises: ValueError naming `name`, the expected shape and the given shape.
     """
     declared = getattr(model, "inputs", None)
     if not declared:
         return
-    try:  # the dict that the model was made with, whose keys Keras matches
+    try:  # a dict if the model was made with one; Keras matches its keys
         structure = model.input
     except (AttributeError, ValueError):
         structure = None
@@ -122,7 +122,7 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
 
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
-    """The model's answer to a few rows x, in inference mode; nothing is changed.
+    """Return the model's output for a few rows x, in inference mode; nothing is changed.
 
     Raises: ValueError naming `name` if the model cannot take x, and for a model that has several
       outputs or adds losses of its own.
@@ -147,23 +147,24 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
     return output
 
 
-_PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()  # what need not be read again
+# For each set of examples, this holds the checks that it passed, so that none is repeated.
+_PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()
 
 
 @contextmanager
 def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterator[Any]:
-    """Within, the model is to be called on a few rows; then all ids that it embeds are checked.
+    """Check the ids of all rows for every Embedding layer that the model calls in this context.
 
-    An input counts as ids where an Embedding layer gets it as it is; what the model computes its
-    ids from cannot be judged without running it.
+    The caller runs the model on a few rows inside the context. An input is checked if an Embedding
+    layer receives it unchanged; ids that the model computes are not checked.
 
     Args:
       model: a built Keras model.
       x: the few rows, a tensor or a dict of tensors.
-      examples: all rows, read once for each layer.
-      name: of the examples, for the message.
+      examples: all rows; they are read once for each layer.
+      name: the examples' name in the message.
 
-    Yields: x as the model converts it.
+    Yields: x in the dtypes that the model declares.
     Raises: ValueError naming the input, the id, its row, the layer and its input_dim.
     """
     x = _as_declared(model, x)
@@ -176,7 +177,7 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
     with mock.patch.object(keras.layers.Embedding, "call", recording):
         try:
             yield x
-        finally:  # also where such an id among the few rows made the model fail
+        finally:  # also if a bad id in the few rows made the model fail
             for layer, inputs in uses:
                 for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
                     if inputs is tensor:
@@ -184,7 +185,7 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
-    """In the dtypes of the model's inputs, so that Keras hands on these tensors, not copies."""
+    """Cast x to the dtypes of the model's inputs, so that Keras passes on x itself, not a copy."""
     declared = getattr(model, "inputs", None) or []
     if not isinstance(x, dict):
         return tf.cast(x, declared[0].dtype) if len(declared) == 1 else x
@@ -216,8 +217,8 @@ def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) ->
 
 
 def _outside(key: Any, input_dim: int, net: Any, theta: Any, x: Any, y: Any) -> tuple[Any, int]:
-    """A question: the first id of a batch without a row, (its row, itself) or None; the rows."""
+    """Return (row, id) of the first bad id in a batch, or None, and the number of rows."""
     ids = x if key is None else x[key]
-    outside = (ids <= -1) | (ids >= input_dim)  # floats are cut off, not rounded
+    outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None
     return None if where is None else (where[0], ids[where]), len(y)

@@ -1,8 +1,8 @@
-"""Derivatives of per-example losses by `tf.GradientTape`, many vectors in one pass.
+"""Derivatives of per-example losses by `tf.GradientTape`, for many vectors in one pass.
 
-Every function takes `losses(theta, x, y) -> (n,)`, tensors, and blocks of vectors as rows (m, d),
-over which it maps with `each`: `tf.vectorized_map`, or `looped`. Unconnected gradients are zero:
-the second derivative of a linear function is no error.
+Every function takes `losses(theta, x, y) -> (n,)`, tensors, and blocks of vectors as rows (m, d).
+It maps over the rows with `each`, either `tf.vectorized_map` or `looped`. Unconnected gradients
+count as zero, so the second derivative of a linear function is zero and not an error.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ _ZERO = tf.UnconnectedGradients.ZERO
 Losses = Callable[[Any, Any, Any], Any]
 Each = Callable[[Callable, Any], Any]
 
-# TensorFlow's vectoriser is wrong for grouped convolutions, cannot do recurrences, and on any
-# convolution is no faster than the loop, which needs no m-fold memory.
+# TensorFlow's vectorised map is wrong for grouped convolutions and impossible for recurrences. For
+# any convolution it is no faster than a loop, and it takes m times the memory.
 _LOOPED_OPS = ("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN")
 
 
 def needs_loop(graph: Any) -> bool:
-    """Whether a traced function holds an operation that is not to be vectorised."""
+    """Return True if a traced function holds an operation that must not be vectorised."""
     return any(op.type.startswith(_LOOPED_OPS) for op in operations(graph))
 
 
 def operations(graph: Any) -> list[Any]:
-    """The operations of a traced function and of the functions inside it, such as loop bodies."""
+    """Return the operations of a traced function and its inner functions, such as loop bodies."""
     inside = [f.graph for f in graph._functions.values() if hasattr(f, "graph")]
     return [op for part in (graph, *inside) for op in part.get_operations()]
 
 
 def looped(function: Callable, elements: Any, dtype: Any) -> Any:
-    """As tf.vectorized_map, one element after the other; the results, of `dtype`, are stacked."""
+    """Map like tf.vectorized_map, but one element at a time; stack the results, of `dtype`."""
     return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """While tracing: moments without TensorFlow's stop_gradient on the mean.
+    """Replace `tf.nn.moments`, while tracing, by a version with correct second derivatives.
 
-    `tf.nn.moments` stops the gradient at the mean inside the variance, where the first derivative
-    is zero and the second is not: under layer or group normalisation Hessians would be wrong,
-    without an error.
+    TensorFlow's version stops the gradient at the mean inside the variance. The first derivative
+    there is zero, but the second is not. With layer or group normalisation, Hessians would be
+    wrong without an error.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -58,12 +58,12 @@ def twice_differentiable() -> Iterator[None]:
 
 
 def gradient(function: Callable, at: Any) -> Any:
-    """Gradient of a scalar function."""
+    """Return the gradient of a scalar function."""
     return value_and_gradient(function, at)[1]
 
 
 def value_and_gradient(function: Callable, at: Any) -> tuple[Any, Any]:
-    """Value and gradient of a scalar function."""
+    """Return the value and gradient of a scalar function."""
     with tf.GradientTape() as tape:
         tape.watch(at)
         value = function(at)
@@ -71,7 +71,7 @@ def value_and_gradient(function: Callable, at: Any) -> tuple[Any, Any]:
 
 
 def hessian_map(function: Callable, at: Any) -> Callable:
-    """v -> Hessian of a scalar function times v, by reverse over reverse (Pearlmutter 1994)."""
+    """Return v -> H v, H a function's Hessian, by reverse over reverse mode (Pearlmutter 1994)."""
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(at)
         g = gradient(function, at)
@@ -79,27 +79,27 @@ def hessian_map(function: Callable, at: Any) -> Callable:
 
 
 def mean_loss(losses: Losses, x: Any, y: Any) -> Callable:
-    """theta -> the batch's mean loss."""
+    """Return the function theta -> the batch's mean loss."""
     return lambda theta: tf.reduce_mean(losses(theta, x, y))
 
 
 def hvp(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """(m, d) products of the mean loss's Hessian with the rows of V (m, d)."""
+    """Multiply the mean loss's Hessian by the rows of V (m, d): (m, d)."""
     return each(hessian_map(mean_loss(losses, x, y), theta), V)
 
 
 def over_batches(products: Callable, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """(r, m, d): `products(theta, x[j], y[j], V[j])` of batch x[j] (b, ...), V[j] (m, d), j < r."""
+    """Stack `products(theta, x[j], y[j], V[j])` for x[j] (b, ...) and V[j] (m, d): (r, m, d)."""
     return tf.map_fn(lambda part: products(theta, *part), (x, y, V), fn_output_signature=V.dtype)
 
 
 def gradients(losses: Losses, each: Each, theta: Any, x: Any, y: Any) -> Any:
-    """(n, d): the gradient of each example's loss, all at one theta."""
+    """Return the gradient of each example's loss, all at one theta: (n, d)."""
     return each(lambda part: _alone(losses, theta, *part), (x, y))
 
 
 def gradient_each(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> Any:
-    """(r, d): the gradient of the mean loss of batch x[j] (b, ...) at thetas[j]."""
+    """Return the gradient of the mean loss of each batch x[j] (b, ...) at thetas[j]: (r, d)."""
     return each(lambda part: gradient(mean_loss(losses, *part[:2]), part[2]), (x, y, thetas))
 
 
@@ -109,10 +109,10 @@ def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
 
 
 def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """(m, n): grad loss_i . v_j.
+    """Return grad loss_i . v_j: (m, n).
 
-    sum_i u_i loss_i is differentiated by theta, and the result, linear in u, pulled back along v_j:
-    no per-example gradient is ever formed.
+    g(u) = sum_i u_i grad loss_i is linear in u, so d/du of g . v_j is the answer. No per-example
+    gradient is formed.
     """
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     with tf.GradientTape(persistent=True) as tape:
@@ -122,7 +122,7 @@ def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) 
 
 
 def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """d/dx_i of grad loss_i . v, in the structure of x."""
+    """Return d/dx_i of grad loss_i . v, in the structure of x."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         g = gradient(lambda t: tf.reduce_sum(losses(t, x, y)), theta)
@@ -133,11 +133,11 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 def bregman_gradient(
     output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, thetas: Any
 ) -> Any:
-    """(k, d): gradient, at each of thetas, of the mean Bregman divergence of the loss from theta.
+    """Return the gradient, at each of thetas, of the mean Bregman divergence from theta: (k, d).
 
-    D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i) in the output z, z_i being
-    what the model says at theta. The two slopes are subtracted before they are pulled back, so that
-    near theta, where they almost cancel, the digits of the difference are kept.
+    D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i), with outputs z_i at theta and
+    z at the other parameters. The two slopes loss' are subtracted before the backward pass: near
+    theta they almost cancel, and this order loses fewer digits.
     """
 
     def slope(z):
@@ -156,16 +156,16 @@ def bregman_gradient(
 
 
 def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """(n,): v' H_i v with H_i the Hessian of each example's loss.
+    """Return v' H_i v, with H_i the Hessian of each example's loss: (n,).
 
-    As in `directional`: v' (sum_i u_i H_i) v is linear in u, so its gradient by u is the answer.
+    As in `directional`, v' (sum_i u_i H_i) v is linear in u, so its derivative d/du is the answer.
     """
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)
 
 
 def curvature_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """(d,): gradient by theta of v' H v, H the mean loss's Hessian: its third derivative."""
+    """Return d/dtheta of v' H v, with H the mean loss's Hessian: (d,)."""
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     u /= tf.reduce_sum(u)
     return gradient(lambda t: _along_twice(losses, t, x, y, v, u), theta)
@@ -179,9 +179,10 @@ def _along_twice(losses: Losses, theta: Any, x: Any, y: Any, v: Any, u: Any) -> 
 def gauss_newton(
     output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, V: Any
 ) -> Any:
-    """(m, d) products with J' H J / n, J the Jacobian of the output, H the loss's Hessian at it.
+    """Return J' H J v / n for each row v of V: (m, d).
 
-    J v comes from two reverse passes: J'u is linear in u, so its pullback along v is J v.
+    J is the output's Jacobian, H the loss's Hessian at the output. Two reverse passes give J v:
+    J'u is linear in u, so d/du of (J'u) . v is J v.
     """
     with tf.GradientTape(persistent=True) as by_u:
         with tf.GradientTape(persistent=True) as by_theta:

@@ -1,4 +1,4 @@
-"""The check before the computation: can the numbers be trusted, and if not, why."""
+"""The check before the computation: it finds out if scores can be trusted, and why not."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import tensorflow as tf
 from influence.common.progress import progress
 from influence.curvature.operators import Hessian, check_batch_size
 from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
 from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Line, Report
 from influence.solvers.spectrum import spectrum
 
 _NUM_LINES = 13
-_RTOL = 1e-4  # residual of the eigenvalues, relative to the largest
-_MOST_PRODUCTS = 512  # passes for each end of the spectrum, where d is above 1024
+# Residual of the eigenvalues, relative to the largest.
+_RTOL = 1e-4
+# Passes for each end of the spectrum where d is above 1024.
+_MOST_PRODUCTS = 512
 
 
 def check(
@@ -29,31 +31,29 @@ def check(
     test: Examples | None = None,
     batch_size: int | None = None,
 ) -> Report:
-    """Ask of a net whatever influence functions take for granted, before they are computed.
+    """Check the assumptions of influence functions for a net before scores are computed.
 
-    They assume that the risk is a mean of per-example losses plus the penalty, that theta is its
-    minimum and that its Hessian is right and invertible. Each line says which assumption, what was
-    found, what that means and what to do. Where the rows themselves are at fault, nothing is asked
-    about derivatives.
+    The assumptions: the risk is a mean of per-example losses plus the penalty, theta is its
+    minimum, and its Hessian is right and invertible. Each line of the report names an assumption,
+    the finding, its meaning and a remedy. If the rows themselves are wrong, derivatives are not
+    checked.
 
-    Costs about ten passes over the training set beside the products of `spectrum` (d up to d =
-    1024, else some hundreds) and of at most 40 steps of CG on three vectors. Nothing about the net
-    is changed.
+    The cost is about seven passes over the training set, the products of `spectrum` (d up to d =
+    1024, else some hundreds) and at most 40 steps of CG on three vectors. The net does not change.
 
     Args:
       net: the model, at the theta to be explained.
       train: the training set.
-      damping: as will be given to `Influence`.
-      test: rows whose losses are to be explained; None takes training rows where some are needed.
+      damping: the damping that `Influence` will get.
+      test: rows whose losses are to be explained; None: training rows take their place.
       batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
 
     Returns: Report; `print(report)` shows a table, `report.ok` is True if every line is ok.
     Raises: TypeError for a net that is no GenericNeuralNet or sets that are no Examples; ValueError
-      for a negative damping, a bad batch size or a single row. What is wrong with the model, loss
-      or data is a line of the report.
+      for a negative damping, a bad batch size or a single row. Faults of the model, loss or data
+      are lines of the report.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
+    checked(net)
     for name, examples in (("train", train), ("test", test)):
         if not isinstance(examples, Examples) and (name == "train" or examples is not None):
             net.validate(cast(Examples, examples), name)  # refuses it, says how to wrap a dataset
@@ -109,23 +109,23 @@ def _about_rows(
             return
         separate = rows.separate(net, train)
     except (TypeError, ValueError, tf.errors.OpError):
-        if refused:  # the refusal has said what is wrong
+        if refused:  # an earlier line names the fault
             return
         raise
     yield separate
     if np.isnan(separate.value):
         return
-    values = rows.losses(net, train, batch_size)
-    yield rows.same_twice(net, train, values, batch_size)
+    of_train = rows.Answers.of(net, train, batch_size)
+    yield rows.same_twice(net, of_train)
     if refused:
         return
-    yield rows.finite(net, train, values, "train", batch_size)
-    if test is not None:
-        losses = rows.losses(net, test, batch_size)
-        yield rows.finite(net, test, losses, "test", batch_size)
-    yield labels.plausible(net, train, test, values, batch_size)
+    yield rows.finite(net, of_train, "train")
+    of_test = None if test is None else rows.Answers.of(net, test, batch_size)
+    if of_test is not None:
+        yield rows.finite(net, of_test, "test")
+    yield labels.plausible(net, of_train, of_test)
     yield risk.frozen(net)
-    yield risk.penalty(net, float(values.mean()))
+    yield risk.penalty(net, float(of_train.losses.mean()))
 
 
 def _about_curvature(

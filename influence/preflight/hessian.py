@@ -1,4 +1,4 @@
-"""Questions about derivatives and curvature: is H right, is it invertible, is theta a minimum."""
+"""Questions about derivatives and curvature: is H right and invertible, is theta a minimum?"""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from numpy.typing import NDArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import PerRow
 from influence.net.tape import operations
 from influence.preflight.report import Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
 from influence.solvers.spectrum import Spectrum
 
-_STEPS = (10.0, 1.0, 0.1, 0.01)  # times the cube root of eps, the best step for a smooth function
-_SIGNS = 2  # random combinations of rows that stand for the removal of one
-_ROWS = 256  # rows in each, and rows whose losses are watched
-_ITERATIONS, _RTOL = 40, 0.1  # of CG: an order of magnitude is asked for
+# Steps of the differences, in cube roots of eps: the best step for a smooth function is about 1.
+_STEPS = (10.0, 1.0, 0.1, 0.01)
+# Random signed sums of rows that estimate the effect of removing one row.
+_SIGNS = 2
+# Rows in each sum, and rows whose losses are compared.
+_ROWS = 256
+# Limits of CG. The order of magnitude is enough.
+_ITERATIONS, _RTOL = 40, 0.1
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
-_ENOUGH_DIGITS = 1e-2  # error of a score that nobody minds
+# Relative error of a score that is small enough.
+_ENOUGH_DIGITS = 1e-2
 
 
 def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
-    """Whether H v is the difference of gradients that it stands for, and H symmetric.
+    """Check that H v agrees with differences of the gradient, and that H is symmetric.
 
-    v = H w for a random w has weight wherever there is curvature. A right product agrees at one of
-    the steps; a wrong one at none.
+    v = H w for a random w has components in all directions of curvature. A right product agrees at
+    one of the steps, a wrong one at none.
     """
     d, dtype = net.num_parameters, net.dtype
     eps = float(np.finfo(dtype).eps)
@@ -85,7 +91,7 @@ def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
 
 
 def _kinks(model: keras.Model, train: Examples) -> list[str]:
-    """Operations of the model whose slope jumps."""
+    """Find operations of the model with a discontinuous slope."""
     x = plain_inputs(train.take([0]).x)
     function = tf.function(lambda x: model(x, training=False), autograph=False)
     with keras.StatelessScope():
@@ -108,7 +114,7 @@ def _symmetry(gap: float, tolerance: float) -> Line:
 
 
 def largest(found: Spectrum) -> Line:
-    """The largest eigenvalue, for information."""
+    """Report the largest eigenvalue, for information."""
     value, error = found.largest[0], found.largest_residuals[0]
     return Line(
         "largest eigenvalue",
@@ -121,13 +127,13 @@ def largest(found: Spectrum) -> Line:
 
 
 def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Line:
-    """Whether the damped Hessian is positive definite.
+    """Check that the damped Hessian is positive definite.
 
     Args:
       found: its eigenvalues.
-      known: a number that no eigenvalue is below; NaN if there is none.
-      damping: what of them is damping.
-      noise: size below which an eigenvalue is zero but for rounding.
+      known: a lower bound on the eigenvalues; NaN if none is known.
+      damping: the damping that they contain.
+      noise: size below which an eigenvalue is zero up to rounding.
     """
     title = "smallest eigenvalue"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
@@ -165,7 +171,7 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
             "Hold the scores against proximal refits with the same damping, not against plain "
             "ones.",
         )
-    # A residual says that some eigenvalue is near `low`, not that none is below it.
+    # A residual shows that some eigenvalue is near `low`, not that none is below it.
     found_it = found.complete or (found.converged and error <= 0.1 * low)
     if not (known > 0 or (found_it and low - error > noise)):
         return Line(
@@ -184,7 +190,7 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
 
 
 def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
-    """Whether the dtype is enough for the condition number."""
+    """Check that the dtype has enough digits for the condition number."""
     title = "precision"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
     floor = max(low - error, known) if not np.isnan(known) else low - error
@@ -223,18 +229,18 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
 
 
 def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
-    """How far theta is from the minimum, in losses, beside what removals change.
+    """Compare the loss changes up to the minimum with those of removing a row.
 
-    Finishing the training would change loss j by about -grad loss_j . H^-1 grad R (a Newton step);
-    leaving row i out changes it by grad loss_j . H^-1 grad L(z_i) / n. The root mean square of the
-    latter over rows i is that of the same expression for a sum of rows with random signs. As many
-    signs are positive as negative, so that the penalty's share cancels.
+    Finishing the training would change loss j by about -grad loss_j . H^-1 grad R (a Newton step).
+    Leaving row i out changes it by grad loss_j . H^-1 grad L(z_i) / n. The root mean square of the
+    latter over rows i equals that for a sum of rows with random signs. Half of the signs are
+    positive, so that the penalty cancels.
 
     Args:
       net: the net.
       A: the damped Hessian over the training set.
-      test: None, or the rows whose losses are watched; else training rows are.
-      shift: added to A where A itself is not positive definite.
+      test: rows whose losses are compared; None: training rows.
+      shift: added to A if A itself is not positive definite.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)
@@ -245,9 +251,9 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     solution = solve(damped, np.stack([g, *sums], 1), CG(_RTOL, max_iterations=_ITERATIONS))
     X = solution.x
     watched = some if test is None else test.take(sample(len(test), _ROWS))
-    size = A.batch_size or net.rows_per_batch(watched, X.shape[1])
-    changes = [net.directional(x, y, X) for x, y in watched.batches(size)]
-    by_column = np.sqrt(np.mean(np.square(np.concatenate(changes), dtype=np.float64), axis=0))
+    along = PerRow("directional", X)
+    changes = watched.each_row(along, net, batch_size=A.batch_size)
+    by_column = np.sqrt(np.mean(np.square(changes, dtype=np.float64), axis=0))
     drift, removal = float(by_column[0]), float(np.sqrt(np.mean(by_column[1:] ** 2))) / n
     ratio = drift / removal if removal else (np.inf if drift else 0.0)
     found = (
@@ -280,7 +286,7 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
 
 
 def _signed_sum(net: GenericNeuralNet, examples: Examples, order: NDArray) -> NDArray:
-    """sum_i s_i grad L(z_i) / sqrt(k) over k rows, half of the signs positive."""
+    """Compute sum_i s_i grad L(z_i) / sqrt(k) over k rows, half of the signs positive."""
     half = len(order) // 2
     parts = [examples.take(part) for part in (order[:half], order[half : 2 * half])]
     one, other = (net.gradient(part.x, part.y) for part in parts)

@@ -1,4 +1,4 @@
-"""Questions about class labels: are they those that the model was trained on."""
+"""Questions about class labels: are they coded as when the model was trained?"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from influence.examples.examples import Examples
 from influence.net.losses import PerExampleLoss
 from influence.net.net import GenericNeuralNet
 from influence.preflight.report import Line
+from influence.preflight.rows import Answers
 
 _TITLE = "labels"
 _ONE_BIT = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
@@ -21,12 +22,13 @@ _LOG_LOSSES = (
     keras.losses.binary_crossentropy,
 )
 _ONE_NUMBER = (keras.losses.mean_squared_error, keras.losses.mean_absolute_error)
-_SHOWN = 10  # classes that a message gives
+# Classes that a message lists.
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """Labels and predictions as class numbers from 0, each (n,); labels not yet checked."""
+    """Labels and predictions as class numbers from 0, each (n,); labels may be out of range."""
 
     y: NDArray
     predicted: NDArray
@@ -34,9 +36,9 @@ class _Classes:
 
 
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
-    """The line for class numbers that the model has no output for; None if there is none."""
+    """Find class numbers for which the model has no output; None if there is none."""
     some = examples.take([0])
-    y, shape = np.asarray(examples.y), net.outputs(some.x).shape
+    y, shape = np.asarray(examples.y), net.outputs(some.x).shape[1:]
     if not _are_numbers(y, shape):
         return None
     low, high, c = int(y.min()), int(y.max()), shape[-1]
@@ -53,27 +55,19 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
     )
 
 
-def plausible(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples | None,
-    losses: NDArray,
-    batch_size: int | None,
-) -> Line:
-    """Whether the labels are those that the model predicts, better than guessing would.
+def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
+    """Check that the model predicts the labels better than guessing would.
 
     Args:
       net: the net.
-      train: the training set, its labels in range.
-      test: None, or rows whose classes should be among the training set's.
-      losses: (n,) the training rows' losses.
-      batch_size: rows at a time.
+      train: its answers for the training set, with labels in range.
+      test: None, or those for rows with classes of the training set.
     """
-    classes = _classes(net, train, batch_size)
+    classes = _classes(net.loss, train)
     if classes is None:
         return Line(_TITLE, np.nan, "ok", "The labels are no classes; nothing to compare them to.")
     c = classes.num_classes
-    # agreement[s]: share of rows whose label would be the predicted class if it were s larger.
+    # agreement[s]: share of rows whose label plus s is the predicted class.
     agreement = {s: float(np.mean(classes.predicted == (classes.y + s) % c)) for s in (0, 1, -1)}
     shift = max(agreement, key=lambda s: agreement[s])
     accuracy, shifted = agreement[0], agreement[shift]
@@ -100,7 +94,7 @@ def plausible(
             "If the classes were counted from 1, subtract 1 and train a model with an output less; "
             "else nothing trains those outputs but the penalty: leave them out.",
         )
-    other = _classes(net, test, batch_size) if test is not None else None
+    other = _classes(net.loss, test) if test is not None else None
     if other is not None and len(new := np.setdiff1d(other.y, classes.y)):
         return Line(
             _TITLE,
@@ -109,13 +103,13 @@ def plausible(
             f"Test rows have class {', '.join(map(str, new[:_SHOWN]))}, which no training row has.",
             "Compare the two sets' coding of the labels.",
         )
-    guess = float(np.log(c))
-    if net.loss.keras_function in _LOG_LOSSES and losses.mean() > guess:
+    guess, mean = float(np.log(c)), float(train.losses.mean())
+    if net.loss.keras_function in _LOG_LOSSES and mean > guess:
         return Line(
             _TITLE,
-            float(losses.mean()),
+            mean,
             "warn",
-            f"The mean training loss, {losses.mean():.3g} nats, is above the {guess:.3g} of "
+            f"The mean training loss, {mean:.3g} nats, is above the {guess:.3g} of "
             f"guessing among {c} classes; {predicted}.",
             "Check that these are the weights that were trained, and that the inputs are scaled "
             "and the labels coded as they were then.",
@@ -123,30 +117,26 @@ def plausible(
     return Line(_TITLE, accuracy, "ok", f"{predicted[0].upper()}{predicted[1:]}.")
 
 
-def _are_numbers(y: NDArray, output_shape: tuple[int, ...]) -> bool:
-    """Whether labels are class numbers: integers, one for each row of several outputs."""
-    if len(output_shape) < 2 or output_shape[-1] < 2 or (y != np.round(y)).any():
+def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
+    """Test for class numbers: integers, one for each row of several outputs."""
+    if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
-    return y.shape[1:] == output_shape[1:-1] or y.shape[1:] == (*output_shape[1:-1], 1)
+    return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)
 
 
-def _classes(net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> _Classes | None:
-    y = np.asarray(examples.y)
-    shape = net.outputs(examples.take([0]).x).shape
+def _classes(loss: PerExampleLoss, answers: Answers) -> _Classes | None:
+    y, shape = np.asarray(answers.examples.y), answers.output_shape
     numbers = _are_numbers(y, shape)
-    one_hot = y.shape[1:] == shape[1:] and shape[-1] > 1 and _are_one_hot(y)
+    one_hot = y.shape[1:] == shape and shape[-1:] > (1,) and _are_one_hot(y)
+    if numbers or one_hot:
+        labels = np.ravel(y if numbers else y.argmax(axis=-1)).astype(int)
+        return _Classes(labels, np.ravel(answers.outputs), shape[-1])
     one_bit = y.size == len(y) and int(np.prod(shape)) == 1
-    threshold = _threshold(net.loss, y) if one_bit else None
-    if not (numbers or one_hot or threshold is not None):
+    threshold = _threshold(loss, y) if one_bit else None
+    if threshold is None:
         return None
-    size = batch_size or net.rows_per_batch(examples)
-    parts = [net.outputs(x) for x, _ in examples.batches(size)]
-    if threshold is not None:
-        predicted = np.concatenate([np.ravel(part) > threshold for part in parts])
-        return _Classes(np.ravel(y > (y.min() + y.max()) / 2), predicted, 2)
-    predicted = np.concatenate([np.ravel(part.argmax(axis=-1)) for part in parts])
-    labels = np.ravel(y if numbers else y.argmax(axis=-1)).astype(int)
-    return _Classes(labels, predicted, shape[-1])
+    larger = np.ravel(y > (y.min() + y.max()) / 2)
+    return _Classes(larger, np.ravel(answers.outputs) > threshold, 2)
 
 
 def _are_one_hot(y: NDArray) -> bool:
@@ -154,7 +144,7 @@ def _are_one_hot(y: NDArray) -> bool:
 
 
 def _threshold(loss: PerExampleLoss, y: NDArray) -> float | None:
-    """Output above which a model of one output answers the larger label; None: not known."""
+    """Return the output above which a model of one output predicts the larger label, if known."""
     values = set(np.unique(y[: 1 << 16]).tolist())
     if len(values) != 2:
         return None

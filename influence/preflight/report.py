@@ -1,4 +1,4 @@
-"""What a check says: a line for each question, with what the answer means and what to do."""
+"""The report of a check: a line for each question, with its meaning and a remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 _WIDTH = 100
-_INDENT = 44  # where the sentences begin
+# The column at which the sentences begin.
+_INDENT = 44
 _SHOWN = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
 
@@ -17,11 +18,10 @@ class Line:
 
     Attributes:
       name: the question.
-      value: the number that was judged, NaN where there is none; `meaning` says what it is.
-      verdict: "ok"; "warn": usable with care, or it could not be told; "fail": scores computed now
-        do not mean what they say.
-      meaning: what was found, in words.
-      remedy: what to do; empty where nothing needs doing.
+      value: the number that was judged, NaN if there is none; `meaning` names it.
+      verdict: "ok"; "warn": usable with care, or undecided; "fail": scores computed now are wrong.
+      meaning: the finding in words.
+      remedy: what to do; empty if nothing needs doing.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """The lines of a check, in the order in which they were asked; `str` makes a table of them.
+    """The lines of a check, in the order of the questions; `str` makes a table of them.
 
     Attributes:
       lines: one for each question.
@@ -43,13 +43,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every line is ok."""
+        """True if every line is ok."""
         return all(line.verdict == "ok" for line in self.lines)
 
     def __getitem__(self, name: str) -> Line:
-        """The line of that name.
+        """Return the line of that name.
 
-        Raises: KeyError, with the names that there are.
+        Raises: KeyError, which lists the existing names.
         """
         for line in self.lines:
             if line.name == name:
@@ -58,7 +58,7 @@ class Report:
         raise KeyError(f"name must be one of {names}, got {name!r}.")
 
     def __str__(self) -> str:
-        """A table of 100 columns: verdict, question, value, meaning, remedy."""
+        """Make a table of 100 columns: verdict, question, value, meaning, remedy."""
         return "\n".join(_row(line) for line in self.lines)
 
 

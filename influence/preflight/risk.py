@@ -1,4 +1,4 @@
-"""Questions about what the risk is a function of, and of what it consists."""
+"""Questions about the risk: the weights it depends on, and its parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from influence.preflight.rows import rounding
 
 
 def frozen(net: GenericNeuralNet) -> Line:
-    """Which weights theta leaves out."""
+    """Count the weights that theta leaves out."""
     model = net.model
     title = "frozen weights"
     total = sum(int(np.prod(w.shape)) for w in model.weights)
@@ -37,7 +37,7 @@ def frozen(net: GenericNeuralNet) -> Line:
 
 
 def penalty(net: GenericNeuralNet, mean_loss: float) -> Line:
-    """Whether the risk contains what the training minimised beside the losses."""
+    """Check that the risk contains everything that the training minimised besides the losses."""
     model, value = net.model, net.penalty()
     title = "penalty"
     by_keras = float(sum(np.asarray(part) for part in model.losses))

@@ -1,11 +1,12 @@
-"""Questions about the rows: do they fit, is a loss a row's own, is it finite, is it the same twice.
+"""Questions about the rows: do they fit, is each loss finite, repeatable and of its own row only?
 
-Everything else that the library answers is a sum over rows of what each row says by itself.
+All other results of the library are sums over rows of such answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -15,34 +16,67 @@ from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import PerRow
 from influence.net.refused import check_weights
 from influence.preflight.report import Line
 
-_SAMPLE = 64  # rows asked again in another order
-_ALONE = 8  # of them asked one by one
-_SHOWN = 5  # row numbers that a message gives
+# Rows that are asked again in another order, and how many of them are asked one by one.
+_SAMPLE, _ALONE = 64, 8
+# Row numbers that a message lists.
+_SHOWN = 5
 
 
 def rounding(dtype: np.dtype) -> float:
-    """Relative difference up to which two orders of addition may lead, with room for deep nets."""
+    """Return the relative difference that two orders of addition may cause, also in deep nets."""
     return 1e3 * float(np.finfo(dtype).eps)
 
 
 def sample(num_rows: int, size: int) -> NDArray[np.int64]:
-    """Up to `size` row numbers, ascending, the same for every call."""
+    """Draw up to `size` row numbers, ascending, the same in every call."""
     if num_rows <= size:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng(0).choice(num_rows, size, replace=False))
 
 
-def losses(net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> NDArray:
-    """(n,) from one pass."""
-    size = batch_size or net.rows_per_batch(examples)
-    return np.concatenate([net.losses(x, y) for x, y in examples.batches(size)])
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Answers of a net for every row of a set, from one pass over it.
+
+    Attributes:
+      examples: the n rows.
+      batch_size: rows at a time in this and later passes; None: chosen.
+      losses: (n,).
+      outputs: (n, ...) the outputs. To save memory, a last axis of two or more outputs is replaced
+        by the position of the largest.
+      output_shape: shape of one row's outputs, with that axis.
+    """
+
+    examples: Examples
+    batch_size: int | None
+    losses: NDArray
+    outputs: NDArray
+    output_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> Answers:
+        """Ask the net about all rows in one pass."""
+        answers = examples.map_over(_losses_and_outputs, net, batch_size=batch_size)
+        losses, outputs, shapes = zip(*answers, strict=True)
+        return cls(examples, batch_size, np.concatenate(losses), np.concatenate(outputs), shapes[0])
+
+
+def _losses_and_outputs(
+    net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+) -> tuple[NDArray, NDArray, tuple[int, ...]]:
+    outputs = net.at(theta).outputs(x)
+    shape = outputs.shape[1:]
+    if shape and shape[-1] > 1:
+        outputs = outputs.argmax(axis=-1)
+    return net.at(theta).losses(x, y), outputs, shape
 
 
 def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
-    """Whether the net accepts the examples at all."""
+    """Check that the net accepts the examples."""
     title = f"{name} fits the net"
     try:
         net.validate(examples, name)
@@ -58,7 +92,7 @@ def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
 
 
 def finite_weights(net: GenericNeuralNet) -> Line | None:
-    """Which layers' weights are NaN or infinite; None where all are finite."""
+    """Find layers with weights that are NaN or infinite; None if all are finite."""
     try:
         check_weights(net.model)
     except ValueError as error:
@@ -67,7 +101,7 @@ def finite_weights(net: GenericNeuralNet) -> Line | None:
 
 
 def separate(net: GenericNeuralNet, examples: Examples) -> Line:
-    """Whether a row's loss is its own: alone, among others, and with the others reversed."""
+    """Check that a row's loss is the same alone, among others and in reversed order."""
     title = "loss per example"
     rows = sample(len(examples), _SAMPLE)
     some = examples.take(rows)
@@ -87,7 +121,7 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
     outputs = net.outputs(some.x)
     alone = np.concatenate([net.losses(one.x, one.y) for one in few])
     outputs_alone = np.concatenate([net.outputs(one.x) for one in few])
-    # Both are compared: of a well fitted row the loss hardly shows that its output has moved.
+    # Both are compared: the loss of a well fitted row hardly changes with its output.
     size = _largest(outputs)
     reversed_ = net.outputs(reverse.x)[::-1], net.losses(reverse.x, reverse.y)[::-1]
     gap = max(
@@ -116,25 +150,18 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
     )
 
 
-def same_twice(
-    net: GenericNeuralNet, examples: Examples, first: NDArray, batch_size: int | None
-) -> Line:
-    """Whether two passes agree, and whether the model answers alike when its seeds move on.
+def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
+    """Check that two passes agree, and that the model's outputs do not depend on random seeds.
 
-    Inside the library's own passes the seeds of Keras' random layers stand still, so that a dropout
-    left on would give the same wrong numbers again and again.
-
-    Args:
-      net: the net.
-      examples: the rows.
-      first: (n,) their losses from an earlier pass.
-      batch_size: that pass's.
+    The library's own passes never advance the seeds of Keras' random layers: a dropout layer that
+    is left on would return the same wrong numbers in each of them.
     """
     title = "same answer twice"
-    again = losses(net, examples, batch_size)
+    examples, first = answers.examples, answers.losses
+    again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = examples.take(sample(len(examples), _SAMPLE))
     x = plain_inputs(some.x)
-    with keras.StatelessScope():  # seeds move inside it, and not outside
+    with keras.StatelessScope():  # seeds advance inside it only
         one, two = (np.asarray(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)
@@ -170,23 +197,13 @@ def same_twice(
     )
 
 
-def finite(
-    net: GenericNeuralNet, examples: Examples, values: NDArray, name: str, batch_size: int | None
-) -> Line:
-    """Whether every row's loss and gradient is a number, and which are not.
-
-    Args:
-      net: the net.
-      examples: the rows.
-      values: (n,) their losses.
-      name: what the rows are called.
-      batch_size: rows at a time.
-    """
-    title = f"finite {name} rows"
-    v = np.random.default_rng(0).standard_normal(net.num_parameters)
-    size = batch_size or net.rows_per_batch(examples)
-    slopes = np.concatenate([net.directional(x, y, v) for x, y in examples.batches(size)])
-    bad = np.flatnonzero(~np.isfinite(values))
+def finite(net: GenericNeuralNet, answers: Answers, name: str) -> Line:
+    """Find rows with a loss or gradient that is not finite; `name` is what the rows are called."""
+    title, examples = f"finite {name} rows", answers.examples
+    v = np.random.default_rng(0).standard_normal((net.num_parameters, 1))
+    along = PerRow("directional", v)
+    slopes = examples.each_row(along, net, batch_size=answers.batch_size)
+    bad = np.flatnonzero(~np.isfinite(answers.losses))
     what, cause = "loss", "a log of 0 (use logits), a division by 0, an overflow, a wrong label"
     if not len(bad):
         bad = np.flatnonzero(~np.isfinite(slopes))
@@ -204,7 +221,7 @@ def finite(
 
 
 def random_layers(model: keras.Model) -> list[str]:
-    """Names of the layers that keep the state of a random generator."""
+    """Name the layers that hold the state of a random generator."""
     found = []
     for layer in model._flatten_layers(include_self=False):
         own = {id(w) for w in layer.weights}
@@ -220,20 +237,20 @@ def _listed(rows: NDArray) -> str:
 
 
 def _largest(values: NDArray) -> float:
-    """The largest size among the finite."""
+    """Return the largest absolute value among the finite ones."""
     sizes = np.abs(values)
     return float(sizes[np.isfinite(sizes)].max(initial=0.0))
 
 
 def _gap(one: NDArray, two: NDArray, size: float) -> float:
-    """The largest difference relative to `size`; NaN and infinity have a line of their own."""
+    """Compute the largest difference relative to `size`; `finite` reports NaN and infinity."""
     finite = np.isfinite(one) & np.isfinite(two)
     gap = _largest(one[finite] - two[finite])
     return gap / size if gap else 0.0
 
 
 def plain_inputs(x: Any) -> Any:
-    """Inputs as dense arrays, for the Keras model itself."""
+    """Convert inputs to dense arrays for the Keras model itself."""
     if isinstance(x, Mapping):
         return {key: plain_inputs(part) for key, part in x.items()}
     return x.toarray() if scipy.sparse.issparse(x) else x

@@ -1,11 +1,20 @@
-"""Scores too many for memory: solved, multiplied and written block by block."""
+"""An HDF5 file of scores that are too many for memory: solved, multiplied, written in blocks.
+
+The file is allocated as a whole when it is made, so that later writes change only numbers and not
+HDF5's own tables. The counter of finished blocks is written after the block has reached the disk.
+So every block that is counted is complete, whenever a kill -9 comes.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,121 +22,138 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from influence.common.checkpoint import check_writable
 from influence.common.convergence import warn_unconverged
+from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.scores.score_table import (
-    CHUNK,
-    LOSSES,
-    PENALTY,
-    PER_TEST,
-    S_TEST,
-    SAMPLE,
-    TABLE,
-    TRAINING,
-    check_same,
-    create,
-    mark,
-    to_disk,
-)
-from influence.solvers import Solution
+from influence.net.questions import PerRow
+from influence.scores.inverse import Inverse
 
-_TESTS, _ROWS = 2048, 1024  # of the table, between two marks; multiples of a chunk's
-_S_BYTES = 1 << 27  # what s_test of so many tests may take, in the net's dtype
-_PROBE_ROWS = 8
+# Names of data sets and attributes in the file.
+_TABLE, _S_TEST = "change_if_removed", "s_test"
+_PER_TEST = {"residual": float, "iterations": int, "converged": bool, "min_curvature": float}
+_LOSSES, _PENALTY = "losses of the first test examples", "penalty"
+_TRAINING = "losses of the first training rows"
+# The model's answers differ a little between machines and numbers of threads, so they are compared
+# up to a tolerance. All other inputs must be equal.
+_COMPUTED = (_LOSSES, _TRAINING, _PENALTY)
+_PROBE_ROWS, _PROBE_RTOL = 8, 1e-3
+# Tests and rows of a chunk: 512 KiB in float32, so that a row and a column are both quick to read.
+_CHUNK = (128, 1024)
+# Tests and rows of a block, the unit that is counted once it is written: multiples of a chunk's.
+_TESTS, _ROWS = 2048, 1024
+# Bytes that s_test of a block's tests may take, in the net's dtype.
+_S_BYTES = VECTORS // 2
+# Tests and rows whose scores are computed again in the net's dtype.
+_SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be written.
+    """The scores to be written.
 
     Args:
-      net: at its theta.
-      measured: the net whose losses are measured: `net`, or a view of it.
-      train: the training set.
+      inverse: H^-1 of the net and the training set.
+      view: the net whose losses are measured: the net itself, or a view of it.
+      measurement: name of what is measured.
       test: m examples.
       rows: (k,) increasing training rows.
       dtype: "float32" or "float64", of the multiplication and the table.
-      solve: gradients (d, b) -> Solution.
-      together: right-hand sides that `solve` takes at once.
-      batch_size: rows at a time, or None.
-      inputs: what else the numbers depend on, by name.
-      judged: whether the solver has a tolerance to miss.
     """
 
-    net: GenericNeuralNet
-    measured: GenericNeuralNet
-    train: Examples
+    inverse: Inverse
+    view: GenericNeuralNet
+    measurement: str
     test: Examples
     rows: NDArray[np.int64]
     dtype: str
-    solve: Callable[[NDArray], Solution]
-    together: int
-    batch_size: int | None
-    inputs: dict[str, Any]
-    judged: bool
 
     @property
-    def tests_together(self) -> int:
-        """How many tests are multiplied at once: a multiple of a chunk's, if there are as many."""
-        fits = _S_BYTES // (self.net.num_parameters * self.net.dtype.itemsize)
-        size = int(np.clip(fits, 1, _TESTS))
-        return size // CHUNK[0] * CHUNK[0] or size
+    def net(self) -> GenericNeuralNet:
+        """The net, at its theta."""
+        return self.inverse.net
+
+    @property
+    def train(self) -> Examples:
+        """The training set."""
+        return self.inverse.train
+
+    def tests_in(self, budget: int, at_most: int) -> int:
+        """Return how many tests' s_test fit into so many bytes, in the net's dtype."""
+        return fitting(budget, self.net.num_parameters * self.net.dtype.itemsize, at_most)
+
+    def identity(self) -> dict[str, Any]:
+        """Name everything that the numbers depend on; an error gives these names."""
+        net, operator = self.net, self.inverse.operator
+        few, first = (part.take(slice(0, _PROBE_ROWS)) for part in (self.test, self.train))
+        weights = hashlib.sha256()
+        for array in [net.theta, *net.model.get_weights()]:
+            weights.update(np.ascontiguousarray(array).tobytes())
+        return {
+            "net": type(net).__name__,
+            "weights": weights.hexdigest(),
+            _LOSSES: self.view.losses(few.x, few.y).astype(float),
+            _TRAINING: net.losses(first.x, first.y).astype(float),
+            _PENALTY: net.penalty(),
+            "train": self.train.fingerprint,
+            "test": self.test.fingerprint,
+            "rows": hashlib.sha256(self.rows.tobytes()).hexdigest(),
+            "dtype": self.dtype,
+            "solver": repr(self.inverse.solver),
+            "curvature": type(operator).__name__,
+            "damping": operator.damping,
+            "measurement": self.measurement,
+        }
 
 
 def write(job: Job, path: Path) -> Path:
-    """Write the file, or what is missing of it; see `Influence.write_scores`."""
-    identity = _identity(job)
+    """Write the file of `Influence.write_scores`, or the rest of it after an interruption."""
+    identity = job.identity()
     if path.exists():
-        check_same(path, identity)
+        _check_same(path, identity)
         with h5py.File(path, "r") as file:
             _warn_of_earlier(job, file, len(job.test))
         return path
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
-        check_same(partial, identity)
+        _check_same(partial, identity)
     else:
-        create(
-            partial,
-            identity,
-            shape=(len(job.test), len(job.rows)),
-            dtype=job.dtype,
-            s_test=(job.net.num_parameters, job.net.dtype),
-            rows=job.rows,
-            n=len(job.train),
-            together=(job.tests_together, _ROWS),
-        )
+        _create(job, partial, identity)
     with h5py.File(partial, "r+") as file:
         _solve(job, file)
         _multiply(job, file)
         file["rounding_error"][()] = _rounding_error(job, file)
-        to_disk(file)
+        _to_disk(file)
     os.replace(partial, path)
     return path
 
 
+# --- the numbers ----------------------------------------------------------------------------------
+
+
 def _solve(job: Job, file: h5py.File) -> None:
-    m, size = len(job.test), job.together
     done = int(file["tests_solved"][()])
     _warn_of_earlier(job, file, done)
-    if done == m:
+    left, ask = np.arange(done, len(job.test)), PerRow("gradients")
+    if not len(left):
         return
-    batches = job.test.batches(size, np.arange(done, m))
-    for x, y in progress(batches, "solving for test examples", -(-(m - done) // size)):
-        solution = job.solve(job.measured.gradients(x, y).T)
-        part = slice(done, done + len(y))
-        file[S_TEST][part] = solution.x.T
-        for name in PER_TEST:
+    size, what = job.inverse.block_size, "solving for test examples"
+    for G in job.test.map_over(ask, job.view, None, left, batch_size=size, what=what):
+        solution = job.inverse.solve(G.T, "the test gradients")
+        part = slice(done, done + len(G))
+        file[_S_TEST][part] = solution.x.T
+        for name in _PER_TEST:
             file[name][part] = getattr(solution, name)
-        done += len(y)
-        mark(file, "tests_solved", done)
+        done += len(G)
+        _mark(file, "tests_solved", done)
 
 
 def _warn_of_earlier(job: Job, file: h5py.File, done: int) -> None:
-    """Say of systems that an earlier call solved what was said then."""
+    """Repeat the warning for systems that an earlier, interrupted call solved."""
     converged = file["converged"][:done]
-    if job.judged and not converged.all():
+    if job.inverse.solver.rtol is not None and not converged.all():
         warn_unconverged(
             f"{np.count_nonzero(~converged)} of the first {done} systems, solved by an earlier "
             "call, missed the solver's tolerance; the data set residual says by how much."
@@ -135,29 +161,36 @@ def _warn_of_earlier(job: Job, file: h5py.File, done: int) -> None:
 
 
 def _multiply(job: Job, file: h5py.File) -> None:
-    m, k = file[TABLE].shape
+    m, k = file[_TABLE].shape
     tests, columns = map(int, file.attrs["together"])
     across = -(-k // columns)
     blocks = range(int(file["blocks_done"][()]), -(-m // tests) * across)
-    # An iterator of its own for every block of tests: one pass over the training rows serves it.
-    source, S = iter(()), _Factors.of(job, file, slice(0, 0))
+    tables = iter(())
     for block in progress(blocks, "scores"):
         i, j = divmod(block, across)
         part = slice(i * tests, min((i + 1) * tests, m))
-        if block == blocks[0] or j == 0:
-            S = _Factors.of(job, file, part)
-            rows = job.rows[j * columns :]
-            whole = len(rows) == len(job.train)
-            source = job.train.batches(columns, None if whole else rows)
-        x, y = next(source)
-        begin = j * columns
-        file[TABLE][part, begin : begin + len(y)] = S.scores(job, Examples._trusted(x, y))
-        mark(file, "blocks_done", block + 1)
+        if block == blocks[0] or j == 0:  # one pass over the training rows for each block of tests
+            tables = _tables(job, _Scores.of(job, file, part), job.rows[j * columns :], columns)
+        table = next(tables)
+        file[_TABLE][part, j * columns : j * columns + table.shape[1]] = table
+        _mark(file, "blocks_done", block + 1)
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """s_test of some tests as the multiplication takes it.
+def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterator[NDArray]:
+    """Yield the scores (b, columns) of some tests for one block of rows after another."""
+    chosen = job.net.rows_per_batch(job.train, len(question.S), dtype=job.dtype)
+    size = columns  # a power of 2: its halves divide a block into whole batches
+    while size > (job.inverse.batch_size or chosen):
+        size //= 2
+    asked = None if len(rows) == len(job.train) else rows
+    parts = job.train.map_over(question, job.net, rows=asked, batch_size=size)
+    while block := list(islice(parts, columns // size)):
+        yield np.concatenate(block).T
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """A question about training rows: their scores for some tests.
 
     Attributes:
       S: (b, d) s_test / n in the dtype of the table.
@@ -168,65 +201,147 @@ class _Factors:
     constant: NDArray
 
     @staticmethod
-    def of(job: Job, file: h5py.File, part: slice) -> _Factors:
+    def of(job: Job, file: h5py.File, part: slice) -> _Scores:
         n, penalty = len(job.train), job.net.penalty_gradient()
         S = np.empty((part.stop - part.start, len(penalty)), job.dtype)
         constant = np.empty(len(S), job.dtype)
-        for start in range(0, len(S), CHUNK[0]):  # never both dtypes whole
-            rows = slice(start, min(start + CHUNK[0], len(S)))
-            exact = file[S_TEST][part.start + rows.start : part.start + rows.stop]
+        for start in range(0, len(S), _CHUNK[0]):  # no second copy of all of S
+            rows = slice(start, min(start + _CHUNK[0], len(S)))
+            exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop]
             exact /= n
             S[rows], constant[rows] = exact, exact @ penalty
-        return _Factors(S, constant)
+        return _Scores(S, constant)
 
-    def scores(self, job: Job, examples: Examples) -> NDArray:
-        """(b, rows) of the table."""
-        size = job.batch_size or job.net.rows_per_batch(examples, len(self.S), dtype=job.dtype)
-        table = np.empty((len(self.S), len(examples)), job.dtype)
-        start = 0
-        for x, y in examples.batches(size):
-            out = table[:, start : start + len(y)]
-            out[:] = job.net.directional(x, y, self.S.T, dtype=job.dtype).T
-            out += self.constant[:, None]
-            start += len(y)
-        return table
+    def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Answer for one batch: (rows, b)."""
+        return net.at(theta).directional(x, y, self.S.T, dtype=self.S.dtype) + self.constant
 
 
 def _rounding_error(job: Job, file: h5py.File) -> float:
-    """What float32 costs, on scores spread over the table."""
+    """Compute the largest error of a sample of the table, relative to its largest score."""
 
     def spread(size: int, most: int) -> NDArray:
         return np.unique(np.linspace(0, size - 1, most).astype(int))
 
-    m, k = file[TABLE].shape
-    # Where theta is long, half as many of s_test as are multiplied at once: it is not rounded here.
-    fit = _S_BYTES // (2 * job.net.num_parameters * job.net.dtype.itemsize)
-    tests, columns = spread(m, int(np.clip(fit, 1, SAMPLE))), spread(k, SAMPLE)
+    m, k = file[_TABLE].shape
+    # Half as many tests as in a block at most, as s_test is not rounded here.
+    tests, columns = spread(m, job.tests_in(_S_BYTES // 2, _SAMPLE)), spread(k, _SAMPLE)
     some = job.train.take(job.rows[columns])
-    S = file[S_TEST][tests].T
+    S = file[_S_TEST][tests].T
     exact = job.net.directional(some.x, some.y, S) + job.net.penalty_gradient() @ S
     exact = exact.T / len(job.train)
-    got = np.stack([file[TABLE][test][columns] for test in tests])
+    got = np.stack([file[_TABLE][test][columns] for test in tests])
     scale = np.abs(exact).max()
     return float(np.abs(got - exact).max() / scale) if scale else 0.0
 
 
-def _identity(job: Job) -> dict[str, Any]:
-    """What the numbers depend on, by names that a refusal can give."""
-    net, few = job.net, job.test.take(slice(0, _PROBE_ROWS))
-    first = job.train.take(slice(0, _PROBE_ROWS))
-    weights = hashlib.sha256()
-    for array in [net.theta, *net.model.get_weights()]:
-        weights.update(np.ascontiguousarray(array).tobytes())
-    return {
-        "net": type(net).__name__,
-        "weights": weights.hexdigest(),
-        LOSSES: job.measured.losses(few.x, few.y).astype(float),
-        TRAINING: net.losses(first.x, first.y).astype(float),
-        PENALTY: net.penalty(),
-        "train": job.train.fingerprint,
-        "test": job.test.fingerprint,
-        "rows": hashlib.sha256(job.rows.tobytes()).hexdigest(),
-        "dtype": job.dtype,
-        **job.inputs,
-    }
+# --- the file -------------------------------------------------------------------------------------
+
+
+def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
+    """Make the file, with room for everything; it gets its name when it is complete.
+
+    Raises: ValueError where the disk is too small or cannot be written to.
+    """
+    m, k, d, s_dtype = len(job.test), len(job.rows), job.net.num_parameters, job.net.dtype
+    check_writable(path.parent, "path's parent")
+    # The name is always the same, so that the next call overwrites it after a kill -9 in here.
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    needed = m * (k * np.dtype(job.dtype).itemsize + d * s_dtype.itemsize)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(
+            f"path must be where {needed / 1e9:.1f} GB are free, for {m} x {k} scores and s_test, "
+            f"got {path.parent} with {free / 1e9:.1f}; ask for fewer rows, or write elsewhere."
+        )
+    tests = job.tests_in(_S_BYTES, _TESTS)
+    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if there is room for one
+    try:
+        with h5py.File(unfinished, "w") as file:
+            _allocate(file, _TABLE, (m, k), job.dtype)
+            _allocate(file, _S_TEST, (m, d), s_dtype)
+            _describe(file, len(job.train))
+            file["rows"] = job.rows
+            for name, kind in _PER_TEST.items():
+                file[name] = np.zeros(m, kind)
+            file["tests_solved"], file["blocks_done"] = 0, 0
+            file.attrs.update(identity)
+            file.attrs["together"] = tests, _ROWS
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _describe(file: h5py.File, n: int) -> None:
+    file[_TABLE].attrs.update(
+        estimand="predicted change of each test loss were each training row removed, "
+        "s_test . grad L(z_i) / n",
+        sign="positive: the loss rises without the row, so the row helped",
+        unit="that of the test loss, nats for log losses",
+        axes="test example, training row (its number is in rows)",
+        n=n,
+    )
+    file[_S_TEST].attrs["meaning"] = "H^-1 grad loss of each test example"
+    file["rounding_error"] = np.nan
+    file["rounding_error"].attrs["meaning"] = (
+        f"largest error of {_SAMPLE} x {_SAMPLE} scores at most, against the net's own dtype, over "
+        "the largest score among them"
+    )
+    packages = ("numpy", "scipy", "h5py", "keras", "tensorflow")
+    file.attrs["versions"] = json.dumps({p: importlib.metadata.version(p) for p in packages})
+
+
+def _allocate(file: h5py.File, name: str, shape: tuple, dtype: Any) -> None:
+    """Make a data set whose chunks all have their places in the file from the beginning."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk(tuple(map(min, _CHUNK, shape)))
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    kind = h5py.h5t.py_create(np.dtype(dtype))
+    h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), properties)
+
+
+def _mark(file: h5py.File, counter: str, value: int) -> None:
+    """Count what has been written, once it is on the disk."""
+    _to_disk(file)  # the block first, then the count
+    file[counter][()] = value
+    file.flush()
+
+
+def _to_disk(file: h5py.File) -> None:
+    """Write everything to the disk, and wait until it is there."""
+    file.flush()
+    os.fsync(file.id.get_vfd_handle())
+
+
+def _check_same(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse a file of other inputs.
+
+    Raises: ValueError naming them.
+    """
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}.")
+    try:
+        with h5py.File(path, "r") as file:
+            stored = dict(file.attrs)
+    except OSError as error:
+        raise ValueError(
+            f"path must be free or hold scores, got {path}, which cannot be read ({error}); "
+            "another process may be writing it, else delete it."
+        ) from error
+    other = [name for name, value in identity.items() if not _equal(name, stored.get(name), value)]
+    if other:
+        raise ValueError(
+            f"path must be free or hold scores of the same inputs, got {path} with another "
+            f"{', another '.join(other)}; give another path, or delete it."
+        )
+
+
+def _equal(name: str, stored: Any, value: Any) -> bool:
+    if stored is None or np.shape(stored) != np.shape(value):
+        return False
+    if name in _COMPUTED:
+        return np.allclose(stored, value, rtol=_PROBE_RTOL, atol=1e-6)
+    return bool(np.all(stored == value))

@@ -1,20 +1,21 @@
 """Groups of rows removed together, to first and to second order.
 
-Without the k rows of U the risk is R_-U = (n R - sum_U L_i) / (n - k), whose minimum is that of
-R + w (k R - sum_U L_i) at the weight w = 1 / (n - k). With H, T the second and third derivatives of
-R, H_U the mean Hessian of the L_i, i in U, g = sum_U grad L_i and the penalty inside every L_i, the
-minimum moves by
+Without the k rows of U the risk is R_-U = (n R - sum_U L_i) / (n - k). Its minimum is that of
+R + w (k R - sum_U L_i) at the weight w = 1 / (n - k). Let H and T be the second and third
+derivatives of R, H_U the mean Hessian of the L_i, i in U, and g = sum_U grad L_i; the penalty is
+inside every L_i. Then the minimum moves by
 
     D1 = w H^-1 g                                                                   first order in w
     D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2                            second order
 
-and a measurement m by grad m . D2 + D1' (d2 m) D1 / 2. Nothing of second order is left out. Basu,
-You & Feizi (2020) have D2 without T, and m's gradient alone: one Newton step, expanded. For
-logistic regression what they leave out is as large as what they have, and without it order 2 can be
-further from the refit than order 1 is. For a quadratic risk and a linear measurement the two agree.
+and a measurement m by grad m . D2 + D1' (d2 m) D1 / 2. These are all terms of second order. Basu,
+You & Feizi (2020) use D2 without T, and only the gradient of m: one Newton step, expanded. For
+logistic regression the terms that they leave out are as large as those that they include; without
+them, order 2 can be further from the refit than order 1. For a quadratic risk and a linear
+measurement the two agree.
 
-An expansion bounds nothing, and this one has no meaning for half of the rows or more: where U has
-no curvature, the second term is - k / (n - k) times the first.
+An expansion is no bound. This one has no meaning for half of the rows or more: if U has no
+curvature, the second term is - k / (n - k) times the first.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from influence.common.named_array import NamedArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
-from influence.scores.inverse import Response
+from influence.net.questions import PerRow, Total
+from influence.scores.inverse import Inverse
 from influence.solvers import Solution
 
 
 @dataclass(frozen=True, eq=False)
 class GroupScores(NamedArray):
-    """Predicted changes, (m,), of each test loss were all rows of a group removed together.
+    """Predicted changes, (m,), of each test loss if all rows of a group are removed together.
 
     Attributes:
       change_if_removed_together: (m,). Positive: the loss rises without the rows, so together they
         helped.
       rows: (k,) the training rows of the group.
       order: 1 or 2.
-      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
-      measurement: "loss", or the name of the measurement that takes its place.
+      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     change_if_removed_together: NDArray
@@ -54,10 +56,10 @@ class GroupScores(NamedArray):
 
 
 def group(
-    response: Response, test: Examples, rows: ArrayLike, order: int, measurement: Any
+    inverse: Inverse, test: Examples, rows: ArrayLike, order: int, measurement: Any
 ) -> GroupScores:
-    """See `Influence.group`; the formula is above."""
-    n = len(response.train)
+    """Answer `Influence.group` by the formula above."""
+    n = len(inverse.train)
     rows = check_rows(rows, n)
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
@@ -68,44 +70,44 @@ def group(
             f"rows must be fewer than half of the training set for order 2, got {len(rows)} of "
             f"{n}: the expansion has no meaning there; use order 1, or refit without them."
         )
-    if order == 2 and type(response.operator) is not Hessian:
+    if order == 2 and type(inverse.operator) is not Hessian:
         raise ValueError(
             "order must be 1 with GaussNewton, got 2: the second order is that of the risk itself; "
             "use Hessian, with a damping if it is indefinite."
         )
-    view, name = response._measured(test, measurement)
-    chosen = response.train.take(rows)
-    gradient = len(rows) * response.net.risk_gradient(chosen, batch_size=response.batch_size)
-    solution = response._s_test(view, test)
+    view, name = inverse.measured(test, measurement)
+    chosen = inverse.train.take(rows)
+    gradient = len(rows) * inverse.net.risk_gradient(chosen, batch_size=inverse.batch_size)
+    solution = inverse.s_test(test, view)
     if order == 1:
         change = solution.x.T @ gradient / n
     else:
-        change = _second_order(response, view, test, chosen, gradient, solution.x)
+        change = _second_order(inverse, view, test, chosen, gradient, solution.x)
     return GroupScores(change, rows, order, solution, name)
 
 
 def _second_order(
-    response: Response,
+    inverse: Inverse,
     view: GenericNeuralNet,
     test: Examples,
     chosen: Examples,
     gradient: NDArray,
     S: NDArray,
 ) -> NDArray:
-    """(m,) from H^-1 grad m in the columns of S, so that D1 is all that is left to solve for."""
-    net, train, size = response.net, response.train, response.batch_size
+    """Compute the change (m,) to second order; with H^-1 grad m in S, only D1 needs a solve."""
+    net, train, size = inverse.net, inverse.train, inverse.batch_size
     n, k = len(train), len(chosen)
     first = gradient / (n - k)  # H D1
-    D1 = response._solve(first[:, None], "the group's gradient").x[:, 0]
-    own = Hessian(net, chosen, response.operator.damping, batch_size=size) @ D1
+    D1 = inverse.solve(first[:, None], "the group's gradient").x[:, 0]
+    own = Hessian(net, chosen, inverse.operator.damping, batch_size=size) @ D1
     pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # H D2
     per_batch = size or GenericNeuralNet.rows_per_batch(view, test)
-    curved = [view.curvatures(x, y, D1) for x, y in test.batches(per_batch)]
-    return S.T @ pull + np.concatenate(curved) / 2
+    curved = test.each_row(PerRow("curvatures", D1), view, batch_size=per_batch)
+    return S.T @ pull + curved / 2
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
-    """(d,): T[v, v], by the tape, in batches that suit it also where the net has closed forms."""
+    """Compute T[v, v], (d,), by the tape; its batches fit the tape, not the net's closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
-    mean = net.mean_over(train, size, lambda x, y: net.curvature_gradient(x, y, v))
-    return mean + net.penalty_curvature_gradient(v)
+    total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
+    return total / len(train) + net.penalty_curvature_gradient(v)

@@ -1,8 +1,9 @@
-"""Influence: what the risk's curvature predicts for the removal of training rows."""
+"""Influence: the changes that the risk's curvature predicts if training rows are removed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -11,27 +12,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
-from influence.common.progress import progress
+from influence.curvature.operators import Curvature, Hessian
 from influence.examples.examples import Examples, check_differentiable, check_increasing
+from influence.net.net import GenericNeuralNet
 from influence.scores import file, groups, relative
 from influence.scores.groups import GroupScores
-from influence.scores.inverse import Response
+from influence.scores.inverse import Inverse
 from influence.scores.relative import RelativeScores
-from influence.solvers import Prepared, Solution
+from influence.solvers import CG, Prepared, Solution, Solver
 
-_MANY_ROWS = 64  # from here one factorisation for all rows beats a solve for each
+# From this many rows on, one factorisation for all rows is faster than a solve for each row.
+_MANY_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Estimand):
-    """Predicted changes, (m, k), of each test loss were each training row removed.
+    """Predicted changes, (m, k), of each test loss if each training row is removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss (nats for log losses) were each training
-        row left out. Positive: the loss rises without the row, so the row helped.
+      change_if_removed: (m, k) change of each test loss (nats for log losses) if each training row
+        is left out. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
-      measurement: "loss", or the name of the measurement that takes its place.
+      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     solution: Solution
@@ -39,13 +42,13 @@ class Scores(Estimand):
 
 @dataclass(frozen=True, eq=False)
 class AdditionScores(NamedArray):
-    """Predicted changes, (m, k), of each test loss were each new row added to the training set.
+    """Predicted changes, (m, k), of each test loss if each new row is added to the training set.
 
     Attributes:
       change_if_added: (m, k). Positive: the loss rises with the row, so the row would hurt; the
         opposite of `change_if_removed`.
-      solution: how well each test example's system was solved; `solution.x` is s_test (d, m).
-      measurement: "loss", or the name of the measurement that takes its place.
+      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     change_if_added: NDArray
@@ -53,7 +56,7 @@ class AdditionScores(NamedArray):
     measurement: str = "loss"
 
 
-class Influence(Response):
+class Influence:
     """Influence functions of a net at a minimum of its training risk (Koh & Liang 2017).
 
     Leaving row i out changes theta by + H^-1 grad L(z_i) / n and a measurement f by
@@ -64,19 +67,59 @@ class Influence(Response):
     Args:
       net: the model, at its theta.
       train: the training set.
-      solver: how H^-1 is applied; the default CG() stops at a relative residual of 1e-6. What
-        `prepare` returned serves as well, and is then not prepared again.
+      solver: how H^-1 is applied; the default CG() stops at a relative residual of 1e-6. A solver
+        that `prepare` returned is used as it is.
       damping: absolute, part of the operator, the same for every solver.
       curvature: `Hessian` or `GaussNewton`.
       batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
 
+    Attributes:
+      inverse: the `Inverse` that solves with H; net, train, batch_size and operator are its own.
+
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
     """
+
+    def __init__(
+        self,
+        net: GenericNeuralNet,
+        train: Examples,
+        *,
+        solver: Solver | Prepared = CG(),
+        damping: float = 0.0,
+        curvature: type[Curvature] = Hessian,
+        batch_size: int | None = None,
+    ):
+        self.inverse = Inverse(
+            net, train, solver=solver, damping=damping, curvature=curvature, batch_size=batch_size
+        )
+        self.net, self.train, self.batch_size = net, train, batch_size
+        self.operator = self.inverse.operator
+
+    @property
+    def prepared(self) -> Prepared:
+        """The solver prepared for this operator; factored once, on first use."""
+        return self.inverse.prepared
+
+    def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
+        """Compute H^-1 grad loss for every test example: `x` is (d, m).
+
+        The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
+        solver's tolerance.
+
+        Args:
+          test: m examples.
+          measurement: a function of (y, output) in place of the loss, as in `scores`.
+
+        Raises: DivergenceError if the solver met a direction of negative or zero curvature, where
+          its answer is no inverse.
+        """
+        view, _ = self.inverse.measured(test, measurement)
+        return self.inverse.s_test(test, view)
 
     def scores(
         self, test: Examples, rows: ArrayLike | None = None, *, measurement: Any = None
     ) -> Scores:
-        """Predicted change of each test loss were each training row left out.
+        """Predict the change of each test loss if each training row is left out.
 
         s_test . grad L(z_i) / n, first order, -1/n times I_up,loss (Koh & Liang 2017, eq. 2).
         Positive: the test loss rises without the row, so the row helped.
@@ -84,26 +127,26 @@ class Influence(Response):
         Args:
           test: m examples, each a measurement of its own; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
-          measurement: what to predict the change of instead of the loss: a function of (y, output)
-            -> (n,) made of TensorFlow operations, such as those of `influence.measurements`.
+          measurement: a function of (y, output) -> (n,), whose change is predicted instead of the
+            loss's. It consists of TensorFlow operations, as those of `influence.measurements` do.
             Positive: the measurement rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
         """
-        rows = self._rows(rows)
-        view, name = self._measured(test, measurement)
-        solution = self._s_test(view, test)
-        changes = self._changes(solution.x, rows).T
+        rows = self.inverse.rows(rows)
+        view, name = self.inverse.measured(test, measurement)
+        solution = self.inverse.s_test(test, view)
+        changes = self.inverse.along(solution.x, self.train, rows).T
         return Scores(changes, rows, solution, measurement=name)
 
     def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
-        """Predicted change of each test loss were each new row added to the training set, alone.
+        """Predict the change of each test loss if each new row is added, one at a time.
 
         The mean over n + 1 rows plus the same penalty has its minimum, to first order, at
         theta - H^-1 grad L(z) / n, so the change is - s_test . grad L(z) / n: I_up,loss (Koh &
         Liang 2017, eq. 2) at a weight of + 1/n. Positive: the test loss rises with the row, so the
-        row would hurt; removal has the other sign.
+        row would hurt; removal has the opposite sign.
 
         Args:
           test: m examples, each a measurement of its own.
@@ -113,38 +156,38 @@ class Influence(Response):
         Returns: AdditionScores (m, k), in the unit of the test loss.
         Raises: as `scores`.
         """
-        view, name = self._measured(test, measurement)
+        view, name = self.inverse.measured(test, measurement)
         self.net.validate(new, "new")
-        solution = self._s_test(view, test)
-        return AdditionScores(-self._along(solution.x, new).T, solution, name)
+        solution = self.inverse.s_test(test, view)
+        return AdditionScores(-self.inverse.along(solution.x, new).T, solution, name)
 
     def group(
         self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None
     ) -> GroupScores:
-        """Predicted change of each test loss were all the rows removed together.
+        """Predict the change of each test loss if all the rows are removed together.
 
         Order 1: the sum of their scores, grad f . H^-1 g / n with g = sum_U grad L(z_i) over the k
-        rows U (Koh et al. 2019), which mostly falls short of the actual change. Order 2: the whole
+        rows U (Koh et al. 2019). It usually underestimates the actual change. Order 2: the whole
         expansion to second order in the group's weight,
 
             D1 = H^-1 g / (n - k)
             D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
             change = grad f . D2 + D1' (d2 f) D1 / 2
 
-        H_U being the mean Hessian of L(z_i) over U, and T the risk's third derivative. Basu, You &
-        Feizi (2020) leave out T and d2 f. It takes one more solve and one more pass over the
+        H_U is the mean Hessian of L(z_i) over U, and T the risk's third derivative. Basu, You &
+        Feizi (2020) leave out T and d2 f. Order 2 takes one more solve and one more pass over the
         training set. Positive: the test loss rises without the rows, so together they helped.
 
         Args:
           test: m examples, each a measurement of its own.
-          rows: (k,) training rows; fewer than half of them for order 2.
-          order: 1 or 2; 2 with `Hessian` as curvature.
+          rows: (k,) training rows; for order 2, fewer than half of all n.
+          order: 1 or 2; 2 needs `Hessian` as curvature.
           measurement: as in `scores`.
 
         Returns: GroupScores (m,), in the unit of the test loss.
         Raises: as `scores`; ValueError for another order, or for too many rows.
         """
-        return groups.group(self, test, rows, order, measurement)
+        return groups.group(self.inverse, test, rows, order, measurement)
 
     def relative(
         self,
@@ -154,25 +197,25 @@ class Influence(Response):
         *,
         measurement: Any = None,
     ) -> RelativeScores:
-        """Predicted change of each test loss for each unit by which removing the row moves theta.
+        """Predict the change of each test loss per unit by which removing the row moves theta.
 
         score / size, RelatIF (Barshan, Brunet & Dziugaite 2020), with D = H^-1 grad L(z_i) / n the
-        predicted change of theta and size = |D| for "theta", sqrt(D' H D) for "loss". Rows that
-        change everything, such as outliers, come out no larger than others; 1/n cancels. Positive:
-        the test loss rises without the row, so the row helped.
+        predicted change of theta and size = |D| for "theta", sqrt(D' H D) for "loss". A row that
+        changes all losses, such as an outlier, gets no larger value than others; 1/n cancels.
+        Positive: the test loss rises without the row, so the row helped.
 
         Args:
           test: m examples, each a measurement of its own.
           rows: (k,) training rows, a solve for each; all n if omitted.
-          kind: "theta", or "loss": where H is the Fisher information, its size is the root mean
-            square of the change of a loss over the data.
+          kind: "theta" or "loss". If H is the Fisher information, the size of "loss" is the root
+            mean square, over the data, of the change of a row's loss.
           measurement: as in `scores`.
 
-        Returns: RelativeScores (m, k): the unit of the test loss for each unit of theta ("theta")
-          or for each root of the loss's unit ("loss"); NaN for a row that changes nothing.
+        Returns: RelativeScores (m, k): the unit of the test loss per unit of theta ("theta") or
+          per square root of the loss's unit ("loss"); NaN for a row that changes nothing.
         Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
         """
-        return relative.relative(self, test, rows, kind, measurement)
+        return relative.relative(self.inverse, test, rows, kind, measurement)
 
     def write_scores(
         self,
@@ -186,20 +229,20 @@ class Influence(Response):
         """Write `scores` that are too many for memory to an HDF5 file, block by block.
 
         The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n with the sign of
-        `scores`: positive, the test loss rises without the row, so the row helped. Beside it:
-        `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
-        `converged` and `min_curvature` (m,), and `rounding_error`, the largest error of a sample of
-        scores relative to the largest of them: about 1e-6 at most in float32. All else is in
+        `scores`: positive, the test loss rises without the row, so the row helped. Other data sets
+        are `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
+        `converged` and `min_curvature` (m,), and `rounding_error`: the largest error in a sample of
+        scores relative to the largest of them, about 1e-6 at most in float32. Everything else is in
         attributes.
 
-        A call that was interrupted, by kill -9 too, goes on where it was, from `path` with
-        ".partial" behind it, and ends with the same file; no finished system is solved again. In
-        memory are at most 0.3 GB, or five vectors of theta's length if those are more, beside what
-        the net's batches and the solver take (`Direct`: three d x d matrices; up to five while
+        After an interruption, kill -9 included, the next call continues from `path` with
+        ".partial" appended and ends with the same file; it solves no finished system again. It
+        takes at most 0.3 GB of memory, or five vectors of theta's length if those are more, besides
+        the net's batches and the solver (`Direct`: three d x d matrices; up to five while
         TensorFlow forms the Hessian of a chain of layers).
 
         Args:
-          path: the file, whole as soon as it has this name.
+          path: the file. It is complete as soon as it has this name.
           test: m examples, each a measurement of its own.
           rows: (k,) increasing training rows; all n if omitted.
           measurement: as in `scores`.
@@ -211,38 +254,20 @@ class Influence(Response):
         """
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
-        rows = self._rows(None) if rows is None else check_increasing(rows, len(self.train))
-        view, name = self._measured(test, measurement)
-        solver = self._solver.solver if isinstance(self._solver, Prepared) else self._solver
-        inputs = {
-            "solver": repr(solver),
-            "curvature": type(self.operator).__name__,
-            "damping": self.operator.damping,
-            "measurement": name,
-        }
-        job = file.Job(
-            net=self.net,
-            measured=view,
-            train=self.train,
-            test=test,
-            rows=rows,
-            dtype=dtype,
-            solve=lambda B: self._solve(B, "the test gradients"),
-            together=self._together,
-            batch_size=self.batch_size,
-            inputs=inputs,
-            judged=solver.rtol is not None,
-        )
+        n = len(self.train)
+        rows = np.arange(n) if rows is None else check_increasing(rows, n)
+        view, name = self.inverse.measured(test, measurement)
+        job = file.Job(self.inverse, view, name, test, rows, dtype)
         return file.write(job, Path(path))
 
     def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
-        """Predicted derivative of each test loss by the input of each training row.
+        """Predict the derivative of each test loss with respect to each training row's input.
 
         As x_i moves, the minimum of the risk moves along -H^-1 (d/dx_i grad loss_i) / n, so the
-        derivative is -(d/dx_i grad loss_i . s_test) / n: that of the test loss after retraining,
-        not an approximation to it, where theta is the minimum and nothing is damped. Positive: the
-        test loss rises as that entry of the row's input rises. This is 1/n times I_pert,loss
-        (Koh & Liang 2017, section 2.2); the 2017 release's own numbers are -n times these.
+        derivative is -(d/dx_i grad loss_i . s_test) / n. It is exactly that of the test loss after
+        retraining if theta is the minimum and the damping is zero. Positive: the test loss rises
+        as that entry of the row's input rises. This is 1/n times I_pert,loss (Koh & Liang 2017,
+        section 2.2); the 2017 release's own numbers are -n times these.
 
         Args:
           test: m examples, each a measurement of its own.
@@ -250,15 +275,16 @@ class Influence(Response):
           measurement: as in `scores`.
 
         Returns: (m, k, *shape of one row's x), or a dict of such arrays for several inputs, in the
-          unit of the test loss for each unit of x.
-        Raises: TypeError for integer inputs, which have no derivative; else as `scores`.
+          unit of the test loss per unit of x.
+        Raises: TypeError for integer inputs, which have no derivative; otherwise as `scores`.
         """
-        chosen = self.train.take(self._rows(rows))
+        chosen = self.train.take(self.inverse.rows(rows))
         check_differentiable(chosen.x)
         S = self.s_test(test, measurement=measurement).x
-        size = self.batch_size or self.net.rows_per_batch(chosen)
-        batches = progress(chosen.batches(size), "input gradients", -(-len(chosen) // size))
-        found = [[self.net.input_gradient(x, y, s) for s in S.T] for x, y in batches]
+        question = partial(_input_gradients, S=S)
+        found = list(
+            chosen.map_over(question, self.net, batch_size=self.batch_size, what="input gradients")
+        )
 
         def joined(part):
             parts = [np.stack([part(gradient) for gradient in batch]) for batch in found]
@@ -269,24 +295,66 @@ class Influence(Response):
         return joined(lambda gradient: gradient)
 
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
-        """Predicted change of each training row's own loss were that row left out.
+        """Predict the change of each training row's own loss if that row is left out.
 
-        grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row; the largest belong to rows
-        that only their own presence explains, such as wrong labels. Where the net knows a closed
-        form that is faster than CG or Direct, many rows are answered by it.
+        grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row. The largest values belong
+        to rows that the other rows do not explain, such as wrong labels. For many rows the net's
+        closed form is used, if it has one that is faster than CG or Direct.
 
         Args:
           rows: (k,) training rows; all n if omitted.
 
         Returns: (k,), in the unit of the loss.
         """
-        rows = self._rows(rows)
-        if len(rows) >= _MANY_ROWS and self._prefers_closed_form:
+        rows = self.inverse.rows(rows)
+        if len(rows) >= _MANY_ROWS and self.inverse.prefers_closed_form:
             closed_form = self.net.self_influence(self.train, rows)
             if closed_form is not None:
                 return closed_form
-        blocks = [
-            np.einsum("di,di->i", G_loss, self._solve(G, "the rows' gradients").x)
-            for G_loss, G in self._row_gradients(rows)
-        ]
-        return np.concatenate(blocks) / len(self.train)
+        changes = np.empty(len(rows), self.net.dtype)
+        for at, G_loss, G in self.inverse.row_gradients(rows):
+            X = self.inverse.solve(G, "the rows' gradients").x
+            changes[at] = np.einsum("di,di->i", G_loss, X)
+        return changes / len(self.train)
+
+    def parameters(self, rows: ArrayLike) -> NDArray:
+        """Predict the change of theta if each training row is left out, + H^-1 grad L(z_i) / n.
+
+        Args:
+          rows: (k,) training rows.
+
+        Returns: (k, d).
+        """
+        rows = self.inverse.rows(rows)
+        moves = np.empty((len(rows), self.net.num_parameters), self.net.dtype)
+        for at, _, G in self.inverse.row_gradients(rows):
+            moves[at] = self.inverse.solve(G, "the rows' gradients").x.T
+        moves /= len(self.train)
+        return moves
+
+    def error_bound(self, scores: Any) -> NDArray:
+        """Bound each score's distance from that of an exact solve: a certificate of the solver.
+
+        |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|), from the residual that
+        the solver left, see `Solution.score_error_bound`. It excludes the error of the first-order
+        approximation. After Direct it is an estimate in the columns whose residual is an estimate.
+        It costs a pass over the rows with each row's gradient, a vector of length d, but no solve.
+
+        Args:
+          scores: Scores (m, k) that `scores` returned.
+
+        Returns: (m, k) in the scores' unit. NaN if no bound on H's eigenvalues is known. One is
+          known for the convex models, for GaussNewton with damping or a penalty on all weights,
+          and after Direct.
+        Raises: RuntimeError if theta has changed since this was made.
+        """
+        self.operator.check_theta()
+        bounds = np.empty(scores.shape)
+        for at, _, G in self.inverse.row_gradients(scores.rows):
+            bounds[:, at] = scores.solution.score_error_bound(G.T).T
+        return bounds / len(self.train)
+
+
+def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> list:
+    """Compute d/dx (grad loss . s) of a batch for every column s of S."""
+    return [net.at(theta).input_gradient(x, y, s) for s in S.T]

@@ -1,4 +1,4 @@
-"""Scores relative to how far a row moves theta: RelatIF (Barshan, Brunet & Dziugaite 2020)."""
+"""Scores relative to the distance that a row moves theta: RelatIF (Barshan et al. 2020)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import NamedArray
 from influence.examples.examples import Examples
-from influence.scores.inverse import Response
+from influence.net.questions import PerRow
+from influence.scores.inverse import Inverse
 
 
 @dataclass(frozen=True, eq=False)
 class RelativeScores(NamedArray):
-    """Predicted changes, (m, k), of each test loss for each unit of the move of theta.
+    """Predicted changes, (m, k), of each test loss per unit of the move of theta.
 
     Attributes:
       relative_change_if_removed: (m, k) predicted change of the test loss divided by `size`; NaN
         for a row that moves nothing. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      size: (k,) how far removing the row moves theta: |D| or sqrt(D' H D), D = H^-1 grad L(z_i)/n.
+      size: (k,) size of the move of theta without the row: |D| or sqrt(D' H D), with
+        D = H^-1 grad L(z_i) / n.
       kind: "theta" or "loss".
-      measurement: "loss", or the name of the measurement that takes its place.
+      measurement: "loss", or the name of the measurement used instead.
     """
 
     relative_change_if_removed: NDArray
@@ -35,24 +37,19 @@ class RelativeScores(NamedArray):
 
 
 def relative(
-    response: Response, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
+    inverse: Inverse, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
-    """See `Influence.relative`.
-
-    A solve for each row gives its move and its scores at once, so that s_test is not needed.
-    """
-    rows = response._rows(rows)
+    """Answer `Influence.relative`; each row's solve gives its move and its scores at once."""
+    rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")
-    view, name = response._measured(test, measurement)
-    size = response._together
-    V = np.concatenate([view.gradients(*batch) for batch in test.batches(size)])  # (m, d)
-    tables, squares = [], []
-    for _, G in response._row_gradients(rows):
-        X = response._solve(G, "the rows' gradients").x  # n D
-        tables.append(V @ X)
-        squares.append(np.einsum("di,di->i", X, X if kind == "theta" else G))
-    squared = np.concatenate(squares)
+    view, name = inverse.measured(test, measurement)
+    V = test.each_row(PerRow("gradients"), view, batch_size=inverse.block_size)  # (m, d)
+    table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
+    for at, _, G in inverse.row_gradients(rows):
+        X = inverse.solve(G, "the rows' gradients").x  # n D
+        table[:, at] = V @ X
+        squared[at] = np.einsum("di,di->i", X, X if kind == "theta" else G)
     if (squared < 0).any():
         worst = int(np.argmin(squared))
         raise DivergenceError(
@@ -61,6 +58,5 @@ def relative(
             "damping, or GaussNewton."
         )
     length = np.sqrt(squared)
-    table = np.concatenate(tables, axis=1)
     ratios = np.divide(table, length, out=np.full_like(table, np.nan), where=length > 0)
-    return RelativeScores(ratios, rows, length / len(response.train), kind, name)
+    return RelativeScores(ratios, rows, length / len(inverse.train), kind, name)

@@ -1,4 +1,4 @@
-"""TracIn: what each row did to each test loss while the model was trained (Pruthi et al. 2020)."""
+"""TracIn: the effect of each row on each test loss during training (Pruthi et al. 2020)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.memory import VECTORS, fitting
 from influence.common.named_array import NamedArray
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet
-
-_BYTES_TOGETHER = 1 << 28  # what one block of test gradients may take
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow
 
 
 @dataclass(frozen=True, eq=False)
 class TracInScores(NamedArray):
-    """How much, (m, k), training on each row lowered each test loss.
+    """Reductions, (m, k), of each test loss by training on each row.
 
     Attributes:
-      reduction_by_training: (m, k) over the whole of training. Positive: the row helped (a
-        proponent). Not the change of the loss were the row removed.
+      reduction_by_training: (m, k) over the whole training. Positive: the row helped (a
+        proponent). It is not the change of the loss if the row is removed.
       rows: (k,) the training rows.
     """
 
@@ -40,17 +40,17 @@ def tracin(
     learning_rates: ArrayLike,
     batch_size: int | None = None,
 ) -> TracInScores:
-    """How much training on each row lowered each test loss, summed over checkpoints.
+    """Estimate how much training on each row lowered each test loss, summed over checkpoints.
 
     sum_t learning_rate_t grad loss(z_test; theta_t) . grad loss(z_i; theta_t), TracInCP (Pruthi et
-    al. 2020, section 3.3): a gradient step on row i alone moves theta by - learning_rate grad
-    loss_i, and so lowers the test loss by one term of the sum, to first order. Positive: the row
-    helped. The unit is that of the test loss, over training, one step for each checkpoint: a row
-    that was seen s times between checkpoints in batches of b had s / b times its term. The losses
-    exclude the penalty, whose share would be the same for every row.
+    al. 2020, section 3.3). A gradient step on row i only moves theta by - learning_rate grad
+    loss_i, so it lowers the test loss by one term of the sum, to first order. Positive: the row
+    helped. The unit is that of the test loss, for one step per checkpoint: a row that training saw
+    s times between two checkpoints, in batches of b rows, contributed s / b times its term. The
+    losses exclude the penalty, whose share would be the same for every row.
 
-    The net's theta is put back whatever happens. Its other state, such as the statistics of batch
-    normalisation, stays as it is and counts for every checkpoint.
+    The net stays at its own theta. Its other state, such as the statistics of batch normalisation,
+    is used as it is for every checkpoint.
 
     Args:
       net: the model; its own theta is not used.
@@ -58,37 +58,27 @@ def tracin(
       test: m examples, each a measurement of its own.
       rows: (k,) training rows; all n if omitted.
       thetas: (t, d) the parameters at each checkpoint.
-      learning_rates: (t,) those of the steps after each checkpoint.
+      learning_rates: (t,) the learning rate of the steps after each checkpoint.
       batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
 
     Returns: TracInScores (m, k).
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
     """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    net.validate(train, "train")
-    net.validate(test, "test")
-    rows = np.arange(len(train)) if rows is None else check_rows(rows, len(train))
+    checked(net, train, test)
+    asked = None if rows is None else check_rows(rows, len(train))
+    rows = np.arange(len(train)) if asked is None else asked
     check_batch_size(batch_size)
     thetas, rates = _checkpoints(net, thetas, learning_rates)
-    order = np.argsort(rows)
-    width = _BYTES_TOGETHER // (net.num_parameters * net.dtype.itemsize)
-    width = int(np.clip(width, 1, len(test)))
+    width = fitting(VECTORS, net.num_parameters * net.dtype.itemsize, len(test))
     size = batch_size or net.rows_per_batch(train, width)
     table = np.zeros((len(test), len(rows)), net.dtype)
-    before = net.theta
-    try:
-        for theta, rate in progress(zip(thetas, rates, strict=True), "checkpoints", len(rates)):
-            net.theta = theta
-            for start in range(0, len(test), width):
-                part = slice(start, start + width)
-                some = test.take(part)
-                V = rate * net.gradients(some.x, some.y).T
-                batches = train.batches(size, rows[order])
-                along = [net.directional(x, y, V) for x, y in batches]
-                table[part, order] += np.concatenate(along).T
-    finally:
-        net.theta = before
+    for theta, rate in progress(zip(thetas, rates, strict=True), "checkpoints", len(rates)):
+        for start in range(0, len(test), width):
+            part = slice(start, start + width)
+            some = test.take(part)
+            V = rate * net.at(theta).gradients(some.x, some.y).T
+            question = PerRow("directional", V)
+            table[part] += train.each_row(question, net, theta, asked, batch_size=size).T
     return TracInScores(table, rows)
 
 

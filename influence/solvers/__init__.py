@@ -1,4 +1,4 @@
-"""Solvers of (H + damping I) x = b, one algorithm a file."""
+"""Solvers of (H + damping I) x = b, one algorithm per file."""
 
 from influence.solvers.base import Prepared, Solution, Solver, prepare, solve
 from influence.solvers.cg import CG

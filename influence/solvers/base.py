@@ -1,10 +1,10 @@
-"""Solving (H + damping I) x = b: what a solver is, and what comes back."""
+"""The contract of solvers of (H + damping I) x = b, and their solutions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,19 +15,19 @@ from influence.common.convergence import DivergenceError
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What a solver found, with the residual recomputed from the operator itself.
+    """A solver's answer, with residuals recomputed from the operator itself.
 
     Attributes:
       x: (d,) or (d, m), the shape of the right-hand sides.
-      residual: (m,) true relative residuals |b - A x| / |b|, recomputed from A at the end; `Direct`
-        does so for a few columns of a block, see there.
-      iterations: (m,) iterations each column took.
-      converged: (m,) residual within the solver's tolerance.
-      min_curvature: (m,) smallest curvature v'Av / v'v seen; NaN if none was looked at.
-        A negative one proves that A is not positive definite.
+      residual: (m,) true relative residuals |b - A x| / |b|, recomputed from A at the end. `Direct`
+        recomputes them for a few columns of a block and bounds the others.
+      iterations: (m,) iterations of each column.
+      converged: (m,) True where the residual is within the solver's tolerance.
+      min_curvature: (m,) smallest curvature v'Av / v'v seen; NaN if the solver computes none.
+        A negative value proves that A is not positive definite.
       residual_norm: (m,) the same residuals in absolute size, |b - A x|.
-      eigenvalue_bound: what no eigenvalue of A is smaller than in size: known from the model, or
-        found by the solver; NaN if neither tells.
+      eigenvalue_bound: lower bound on |eigenvalue| over all eigenvalues of A, known from the model
+        or found by the solver; NaN if unknown.
       remedy: what to change if `converged` is not all True, else an empty string.
     """
 
@@ -41,12 +41,12 @@ class Solution:
     remedy: str = ""
 
     def score_error_bound(self, gradients: ArrayLike) -> NDArray:
-        """How far g . x can be from g . A^-1 b, for every vector g and every column.
+        """Bound |g . x - g . A^-1 b| for every vector g and every column.
 
         |g . (A^-1 b - x)| = |(A^-1 g) . (b - A x)| <= |g| |b - A x| / min_j |eigenvalue_j of A|.
-        A certificate of the solve, in exact arithmetic: neither the rounding of the products nor
-        what influence functions themselves neglect is in it. After Direct it is an estimate for
-        the columns whose residual is one.
+        This certifies the solve in exact arithmetic. It includes neither the rounding of the
+        products nor the error of influence functions themselves. After Direct it is an estimate
+        for the columns whose residual is estimated.
 
         Args:
           gradients: (k, d) vectors g.
@@ -62,43 +62,62 @@ class Solution:
 
 @dataclass(frozen=True)
 class Raw:
-    """What an algorithm reports for a block, before its residual is checked."""
+    """An algorithm's report for a block, before the residual is checked."""
 
     x: NDArray  # (d, m)
     iterations: Any = 0  # () or (m,)
     min_curvature: Any = np.nan  # () or (m,)
     remedy: str = ""
     residual: Callable[[], NDArray] | None = None  # (m,), if there is a matrix to check against
-    eigenvalue_bound: float = np.nan  # as in Solution, if the solver found one
+    eigenvalue_bound: float = np.nan  # as in Solution; NaN if the solver found none
 
 
 class Solver(Protocol):
-    """A frozen dataclass of hyperparameters that knows how to prepare for a matrix.
+    """A frozen dataclass of hyperparameters, with a method that prepares a matrix.
 
-    A class attribute `unfit_as_preconditioner`, where there is one, says why CG cannot use it.
+    A solver may lack the class attributes below: `is_exact` and `answers_indefinite` then read them
+    as False. An optional class attribute `unfit_as_preconditioner` gives the reason why CG cannot
+    use the solver.
+
+    Attributes:
+      exact: the answer is exact up to rounding, whatever the rtol.
+      answers_indefinite: the answer solves the system for an indefinite matrix too.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     @property
     def rtol(self) -> float | None:
-        """The true relative residual up to which a column counts as converged.
+        """Tolerance: the true relative residual up to which a column counts as converged.
 
-        None for an approximation that has no such aim: its residual is reported, `converged` is
-        False, and nobody is warned.
+        None for an approximation without a tolerance: its residual is reported, `converged` is
+        False, and no warning is given.
         """
         ...
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Do once what serves every right-hand side; return the function (d, m) -> Raw."""
+        """Do the work that all right-hand sides share; return the function (d, m) -> Raw."""
         ...
+
+
+def is_exact(solver: Any) -> bool:
+    """Return the `exact` of a solver, prepared or not; False if it has none."""
+    return bool(getattr(getattr(solver, "solver", solver), "exact", False))
+
+
+def answers_indefinite(solver: Any) -> bool:
+    """Return the `answers_indefinite` of a solver, prepared or not; False if it has none."""
+    return bool(getattr(getattr(solver, "solver", solver), "answers_indefinite", False))
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A solver made ready for one matrix: call it with right-hand sides, as often as needed.
+    """A solver prepared for one matrix, to be called with any number of right-hand sides.
 
     Attributes:
       A: the matrix.
-      solver: how.
+      solver: the solver's hyperparameters.
       apply: the prepared algorithm, (d, m) -> Raw.
     """
 
@@ -107,7 +126,7 @@ class Prepared:
     apply: Callable[[NDArray], Raw]
 
     def __repr__(self) -> str:
-        """Matrix and solver, without addresses: the same in every process."""
+        """Name matrix and solver without memory addresses: the same in every process."""
         return f"prepare({self.A!r}, {self.solver!r})"
 
     def __call__(self, B: ArrayLike) -> Solution:
@@ -116,7 +135,7 @@ class Prepared:
         Raises: ValueError for a wrong shape or a NaN in B; DivergenceError for a NaN from A;
           RuntimeError if the net's theta has changed since A was made.
         """
-        if hasattr(self.A, "check_theta"):  # a factor does not see that theta has moved on
+        if hasattr(self.A, "check_theta"):  # a factor does not notice that theta has changed
             self.A.check_theta()  # pyright: ignore[reportAttributeAccessIssue]
         b = np.asarray(B)
         if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
@@ -151,7 +170,7 @@ class Prepared:
 
 
 def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
-    """Make a solver ready for a matrix; something already prepared is returned as it is.
+    """Prepare a solver for a matrix; return a prepared solver as it is.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
@@ -174,29 +193,29 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
 
 
 def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
-    """Solve A X = B for a block of right-hand sides; prepared once, solved together.
+    """Solve A X = B for a block of right-hand sides together.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train, damping)`.
       B: (d,) or (d, m).
-      solver: `Direct()`, `CG()`, `LiSSA()`, `Lanczos(rank)`, `Nystrom(rank)`, `EKFAC()`, or what
-        `prepare` returned.
+      solver: `Direct()`, `CG()`, `LiSSA()`, `Lanczos(rank)`, `Nystrom(rank)`, `EKFAC()`, or the
+        result of `prepare`.
 
-    Returns: Solution. A column that did not converge is reported there, not raised.
-    Raises: ValueError for wrong shapes or values; DivergenceError where no number can be returned.
+    Returns: Solution. It reports columns that did not converge; they raise no error.
+    Raises: ValueError for wrong shapes or values; DivergenceError if no number can be returned.
     """
     return prepare(A, solver)(B)
 
 
 def enough_damping(A: Any, smallest: float) -> str:
-    """The damping that lifts an eigenvalue of A to zero, in words: with what A has already."""
+    """Format the total damping that lifts an eigenvalue of A to zero, A's own included."""
     present = getattr(A, "damping", 0.0)
     more = f" ({-smallest:.3g} more than now)" if present else ""
     return f"{present - smallest:.3g}{more}"
 
 
 def _same_matrix(A: Any, B: Any) -> bool:
-    """Whether answers for A are answers for B."""
+    """Return True if solutions for A are solutions for B."""
     if A is B:
         return True
     if hasattr(A, "same_as"):  # Curvature
@@ -208,7 +227,7 @@ def _same_matrix(A: Any, B: Any) -> bool:
 
 
 def as_symmetric(A: Any) -> LinearOperator:
-    """A as a LinearOperator that remembers its dense form, checked as far as it can be."""
+    """Convert A to a LinearOperator that has its array as `A`, after the possible checks."""
     if isinstance(A, LinearOperator):
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be square, got shape {A.shape}.")
@@ -228,23 +247,23 @@ def as_symmetric(A: Any) -> LinearOperator:
 
 
 def relative_residual(A: LinearOperator, X: NDArray, B: NDArray) -> NDArray:
-    """|b - A x| / |b| per column; zero where b and x are zero."""
+    """Compute |b - A x| / |b| per column; zero where b and x are zero."""
     return relative_norm(B - A @ X, B)
 
 
 def relative_norm(R: NDArray, B: NDArray) -> NDArray:
-    """|r| / |b| per column; zero where both are zero."""
+    """Compute |r| / |b| per column; zero where both are zero."""
     return relative_size(np.linalg.norm(R, axis=0), B)
 
 
 def relative_size(norms: NDArray, B: NDArray) -> NDArray:
-    """The same of norms |r| (m,)."""
+    """Compute |r| / |b| per column from the norms |r| (m,)."""
     size, zero = np.linalg.norm(B, axis=0), np.where(norms > 0, np.inf, 0.0)
     return np.divide(norms, size, out=zero, where=size > 0)
 
 
 def finite_products(A: LinearOperator, V: NDArray, name: str) -> NDArray:
-    """A V, or DivergenceError in the name of a solver that cannot go on with a NaN."""
+    """Multiply A V; raise DivergenceError in the solver's name if the product is not finite."""
     products = A @ V
     if not np.isfinite(products).all():
         raise not_finite(A, name)
@@ -252,7 +271,7 @@ def finite_products(A: LinearOperator, V: NDArray, name: str) -> NDArray:
 
 
 def not_finite(A: LinearOperator, name: str) -> DivergenceError:
-    """What to say of an operator whose products are not numbers."""
+    """Make the error for an operator whose products are not finite."""
     return DivergenceError(
         f"A must have finite products, got NaN or infinity from {type(A).__name__} in {name}; "
         "look for infinite losses at theta, or use float64."
@@ -260,10 +279,7 @@ def not_finite(A: LinearOperator, name: str) -> DivergenceError:
 
 
 def check_rank(rank: Any, seed: Any, rtol: float | None) -> None:
-    """Refuse the hyperparameters of a low-rank solver that have no meaning.
-
-    Raises: ValueError.
-    """
+    """Raise ValueError if a low-rank solver's hyperparameters are out of range."""
     for name, value, least in (("rank", rank, 1), ("seed", seed, 0)):
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not integer or value < least:

@@ -1,4 +1,4 @@
-"""CG: conjugate gradients, many right-hand sides in one search space."""
+"""CG: conjugate gradients, with one search space for all right-hand sides."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from influence.solvers.base import Raw, enough_damping, relative_norm
 from influence.solvers.preconditioner import check_preconditioner, inverse_of
 
 _MOST_ITERATIONS = 10_000
-_OF_USE = 1e-2  # no larger rtol is worth a suggestion
-_PATIENCE = 100  # iterations together without halving the largest residual
+# No larger rtol is suggested.
+_OF_USE = 1e-2
+# Block iterations without halving the largest residual after which columns are solved one by one.
+_PATIENCE = 100
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,27 @@ class CG:
     """Conjugate gradients (Hestenes & Stiefel 1952) on a block, one product per iteration.
 
     Differs from `scipy.sparse.linalg.cg` in:
-    1. m right-hand sides share each pass over the data and what it finds: every column is minimised
-       over the directions of all (O'Leary 1980, kept independent as by Ji & Li 2017), which takes a
-       fraction of the iterations. A column that is done leaves the block.
-    2. A direction of non-positive curvature stops the column that meets it by itself, and is
-       reported with its size, 0 for what rounding cannot tell from it; the others go on.
-    3. Convergence is that of the true residual: when the recurrence says done, it is recomputed
-       and, if it drifted, the column starts again from where it is.
+    1. m right-hand sides share each pass over the data and the search directions: every column is
+       minimised over the directions of all (O'Leary 1980; made linearly independent as by Ji & Li
+       2017). This takes a fraction of the iterations. A converged column leaves the block.
+    2. A direction of non-positive curvature stops only the column that meets it. The curvature is
+       reported; it is 0 if rounding cannot distinguish it from zero.
+    3. Convergence is judged by the true residual. It is recomputed when the recurrence reports
+       convergence; if the recurrence has drifted, the column restarts from its current x.
 
     Args:
       rtol: relative residual |b - A x| / |b| to reach, per column.
-      max_iterations: at most this many; None: 10 d, and 10,000 at most.
+      max_iterations: the largest number of iterations; None: min(10 d, 10,000).
       preconditioner: a solver that is fixed, linear and positive definite, such as Nystrom(100),
-        prepared on the same matrix unless it is prepared already; or a (d, d) array or
+        which is prepared on the same matrix unless it is already prepared; or a (d, d) array or
         LinearOperator that approximates the inverse.
 
     Raises: ValueError for a negative rtol or fewer than one iteration, and, when preparing, for a
       preconditioner that is not positive definite; TypeError for one that is not linear.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     unfit_as_preconditioner: ClassVar[str] = (
         "where it stops, and so what it answers, depends on the right-hand side"
@@ -95,14 +100,15 @@ def _conjugate_gradients(
     todo = np.flatnonzero(size > run.target)
     together = True
     while todo.size and run.iterations.max() < limit:
-        # One run of a recurrence; columns leave when done, and re-enter if the truth disagrees.
+        # One run of a recurrence. Columns leave when it reports convergence, and re-enter if their
+        # true residual is larger.
         before = size[todo]
         together = together and todo.size > 1
         finished = run.together(todo, R[:, todo]) if together else run.lockstep(todo, R[:, todo])
         R[:, todo] = B[:, todo] - A @ run.X[:, todo]
         size = np.linalg.norm(R, axis=0)
         if finished:
-            # A restart that gains nothing has met the rounding of this dtype.
+            # A restart without progress has reached the rounding of this dtype.
             stalled[todo] = (size[todo] > 0.5 * before) & (run.iterations.max() < limit)
         together = together and finished
         todo = np.flatnonzero((size > run.target) & ~run.negative & ~stalled)
@@ -112,13 +118,13 @@ def _conjugate_gradients(
         run.iterations,
         np.where(np.isinf(run.curvature), np.nan, run.curvature),
         _remedy(A, run.negative, stalled, run.curvature, rounding, limit, relative_norm(R, B)),
-        residual=lambda: relative_norm(R, B),  # R is B - A X itself, not the recurrence's
+        residual=lambda: relative_norm(R, B),  # R is the true B - A X
     )
 
 
 @dataclass
 class _Run:
-    """What the recurrences share and add to."""
+    """The state that both recurrences read and update."""
 
     A: LinearOperator
     inverse: Callable[[NDArray], NDArray]
@@ -128,29 +134,29 @@ class _Run:
     bar: tqdm  # of iterations
     X: NDArray  # (d, m)
     iterations: NDArray  # (m,)
-    curvature: NDArray  # (m,) smallest met
-    negative: NDArray  # (m,) whether the column met one that is not positive
-    largest: float = 0.0  # curvature met in any column: rounding is eps times that
+    curvature: NDArray  # (m,) smallest curvature met
+    negative: NDArray  # (m,) True if the column met a curvature that is not positive
+    largest: float = 0.0  # largest curvature met in any column: rounding is eps times that
 
     @property
     def eps(self) -> float:
         return float(np.finfo(self.X.dtype).eps)
 
     def told(self, columns: NDArray, norms: NDArray) -> None:
-        """Show an iteration and the largest residual that it left in some columns."""
+        """Show an iteration and the largest residual of some columns after it."""
         worst = np.max(norms / self.lengths[columns], initial=0.0)
         self.bar.set_postfix_str(f"relative residual {worst:.1e}", refresh=False)
         self.bar.update()
 
     def target_of(self, columns: NDArray, r: NDArray) -> NDArray:
-        """Norms to end a recurrence at that begins with r (d, j).
+        """Return the norms at which a recurrence that starts with r (d, j) ends.
 
-        One that has fallen to eps of that has lost the true residual, and may end anywhere.
+        Below eps times the norm of r the recurrence no longer follows the true residual.
         """
         return np.maximum(self.target[columns], self.eps * np.linalg.norm(r, axis=0))
 
     def together(self, columns: NDArray, r: NDArray) -> bool:
-        """Minimise over the directions of all columns; False if that cannot be gone on with.
+        """Minimise over the directions of all columns; return False if this cannot continue.
 
         With P the directions and Q = A P: X += P a, R -= Q a for a = (P'Q)^-1 P'R, and the next P
         spans Z - P (P'Q)^-1 Q'Z, Z the preconditioned residuals.
@@ -167,7 +173,7 @@ class _Run:
             self.iterations[columns] += 1
             found = scipy.linalg.eigvalsh(T, check_finite=False)
             if found[0] <= self.eps * max(self.largest, found[-1]):
-                return False  # whose direction it is, only each column by itself can tell
+                return False  # lockstep finds the column whose direction it is
             self.largest = max(self.largest, float(found[-1]))
             self.curvature[columns] = np.minimum(self.curvature[columns], found[0])
             factor = scipy.linalg.cho_factor(T, check_finite=False)
@@ -190,7 +196,7 @@ class _Run:
         return True
 
     def lockstep(self, columns: NDArray, r: NDArray) -> bool:
-        """Every column by itself, products in common."""
+        """Run a recurrence for each column; the products are computed together."""
         x = self.X[:, columns]
         target = self.target_of(columns, r)
         z = self.inverse(r)
@@ -200,7 +206,7 @@ class _Run:
             Ap = self.A @ p
             pAp, pp = _dot(p, Ap), _dot(p, p)
             self.iterations[columns] += 1
-            # p'p underflows to zero only where r has: then there is nothing left to do.
+            # p'p underflows to zero only if r does: then the column is done.
             ratio = np.divide(pAp, pp, out=np.full(len(pp), np.inf), where=pp > 0)
             finite = ratio[np.isfinite(ratio)]
             self.largest = max(self.largest, float(finite.max(initial=0.0)))
@@ -228,7 +234,7 @@ class _Run:
 
 
 def _independent(Z: NDArray) -> NDArray:
-    """Orthonormal columns that span those of Z (d, m), but for what rounding cannot tell apart."""
+    """Return orthonormal columns that span those of Z (d, m), up to rounding."""
     size = np.linalg.norm(Z, axis=0)
     Z = Z[:, size > 0] / size[size > 0]
     gram = (Z.T @ Z).astype(np.float64)
@@ -246,7 +252,8 @@ def _remedy(
     limit: int,
     residual: NDArray,
 ) -> str:
-    # In float32 rounding leaves 1e-7 to 1e-5 by condition number; how much less to ask for is seen.
+    # The suggested rtol comes from the residuals reached: in float32 rounding leaves 1e-7 to 1e-5,
+    # depending on the condition number.
     reached = float(residual[negative | stalled].max(initial=0.0))
     rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
     if negative.any():

@@ -1,11 +1,11 @@
-"""Direct: factor the dense matrix once, solve as often as needed."""
+"""Direct: one factorisation of the dense matrix for all right-hand sides."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -16,30 +16,35 @@ from influence.common.convergence import DivergenceError
 from influence.curvature.operators import symmetrised
 from influence.solvers.base import Raw, relative_size
 
-_FEW = 64  # order up to which all eigenvalues are no dearer than one by iteration
-_WATCHED = 4  # columns of a block whose residual is taken with A's own products
+# Below this order all eigenvalues cost no more than one by iteration.
+_FEW = 64
+# Columns of a block whose residual is computed with A's own products.
+_WATCHED = 4
 
 
 @dataclass(frozen=True)
 class Direct:
-    """Cholesky of the dense matrix; Bunch-Kaufman (L D L') where it is indefinite, and says so.
+    """Cholesky factorisation of the dense matrix; Bunch-Kaufman (L D L') if it is indefinite.
 
     Costs 2 d^2 numbers of memory, 3 d^2 while preparing, and d^3 / 3 operations once; 4 d^2 per
-    right-hand side, half of them for its residual. An indefinite matrix is solved exactly as well,
-    but what it means for influence is doubtful: `min_curvature` is then the (negative) smallest
+    right-hand side, half of them for its residual. An indefinite system is solved exactly too, but
+    its meaning for influence is doubtful: `min_curvature` is then the (negative) smallest
     eigenvalue.
 
-    The residual is that of A for four columns of each block; for more right-hand sides, whose
-    product with A would cost more than solving for them, it is that of the dense matrix plus the
-    most by which the four show it to differ from A, for an x of that size.
+    The residual is computed with A for four columns of each block. For the other columns a product
+    with A would cost more than the solve. Their residual is that of the dense matrix, plus the
+    largest difference from A per unit of |x| seen in the four columns.
 
     Args:
-      rtol: true relative residual up to which a column counts as converged; a factorisation that
-        misses it is too ill conditioned for its dtype.
+      rtol: true relative residual up to which a column counts as converged. If the factorisation
+        misses it, the matrix is too ill conditioned for its dtype.
 
-    Raises: ValueError for a negative rtol; DivergenceError when preparing for a singular matrix,
-      with the damping that would work.
+    Raises: ValueError for a negative rtol; DivergenceError, with the damping that would work, when
+      preparing for a singular matrix.
     """
+
+    exact: ClassVar[bool] = True
+    answers_indefinite: ClassVar[bool] = True
 
     rtol: float = 1e-6
 
@@ -76,7 +81,7 @@ class Direct:
             nearest, bound = (0.0, 0.0) if info > 0 else _nearest_zero(matrix, inverse)
             smallest = _smallest(matrix)
         if abs(nearest) <= tiny:
-            # The residual is about tiny / damping: this reaches rtol, in float32 as far as it can.
+            # The residual is about tiny / damping: this damping reaches rtol, or rounding.
             enough = tiny * min(1 / max(self.rtol, eps), 1e-3 / eps)
             raise DivergenceError(
                 f"A must not be singular, got an eigenvalue of {nearest:.1e}; add damping of at "
@@ -92,15 +97,15 @@ class Direct:
 
 
 def _check_memory(A: LinearOperator) -> None:
-    """Before an hour of forming what cannot be held.
+    """Raise ValueError before the matrix is formed if it cannot fit into memory.
 
-    The matrix, its factor, and what takes all eigenvalues where iteration fails; GaussNewton's sum
-    in float64 and a batch's share are no more. A chain's Hessian takes up to five for a moment.
+    Three matrices are counted: the matrix, its factor, and the workspace for all eigenvalues if
+    iteration fails. GaussNewton's sums take no more. A chain's Hessian takes up to five briefly.
     """
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not told on this system
+    except (AttributeError, ValueError, OSError):  # unknown on this system
         return
     if needed > there:
         raise ValueError(
@@ -110,7 +115,7 @@ def _check_memory(A: LinearOperator) -> None:
 
 
 def _check_products(A: LinearOperator, matrix: NDArray) -> float:
-    """About |A - matrix|, Frobenius, which must be small: sqrt(d) times what it is on random v."""
+    """Estimate |A - matrix| (Frobenius) by random vectors; raise DivergenceError if it is large."""
     V = np.random.default_rng(0).standard_normal((len(matrix), 2)).astype(matrix.dtype)
     products = A @ V
     gaps = matrix @ V - products
@@ -125,7 +130,7 @@ def _check_products(A: LinearOperator, matrix: NDArray) -> float:
 
 
 def _residual(A: LinearOperator, matrix: NDArray, X: NDArray, B: NDArray) -> NDArray:
-    """|b - A x| / |b|, (m,), as told in Direct."""
+    """Compute |b - A x| / |b|, (m,), as described in Direct."""
     R, size = B - matrix @ X, np.linalg.norm(X, axis=0)
     some = np.unique(np.linspace(0, len(size) - 1, _WATCHED).astype(int))
     gaps = matrix @ X[:, some] - A @ X[:, some]
@@ -136,7 +141,7 @@ def _residual(A: LinearOperator, matrix: NDArray, X: NDArray, B: NDArray) -> NDA
 
 
 def dense(A: LinearOperator) -> NDArray:
-    """The matrix behind an operator, fresh to be overwritten."""
+    """Form the matrix of an operator, as a new array that may be overwritten."""
     if hasattr(A, "dense"):
         return A.dense()  # pyright: ignore[reportAttributeAccessIssue]
     held = getattr(A, "A", None)  # aslinearoperator(array)
@@ -155,11 +160,11 @@ def _smallest(matrix: NDArray) -> float:
 
 
 def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
-    """The eigenvalue nearest zero, and what none is smaller than in size, by inverse iteration.
+    """Find the eigenvalue nearest zero and a bound below all |eigenvalue|, by inverse iteration.
 
     Some eigenvalue of the inverse lies within |A^-1 v - mu v| of mu, and the iteration tends to
-    the largest: 1 / (|mu| + residual) bounds what the matrix itself has. Its own residual |A v -
-    v / mu| would be relative to its largest eigenvalue and say nothing.
+    the largest. So 1 / (|mu| + residual) is the bound for the matrix. The residual |A v - v / mu|
+    is relative to the largest eigenvalue of A and gives no useful bound.
     """
     if len(matrix) >= _FEW:
         operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore
@@ -174,8 +179,8 @@ def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
 
 
 def _eigsh(matrix: NDArray, **how: Any) -> tuple[float, NDArray]:
-    """NaN where it does not converge, for the caller to take all eigenvalues instead."""
-    # A fixed start vector: the same matrix gives the same number, and no global seed is touched.
+    """Compute one eigenpair by ARPACK; the eigenvalue is NaN if it does not converge."""
+    # With a fixed start vector the same matrix gives the same number; no global seed is used.
     start = np.random.default_rng(0).standard_normal(len(matrix)).astype(matrix.dtype)
     try:
         values, vectors = eigsh(matrix, k=1, v0=start, tol=1e-3, **how)

@@ -1,10 +1,10 @@
-"""EKFAC: Kronecker factors of the Gauss-Newton matrix, layer by layer, eigenvalues corrected."""
+"""EKFAC: Kronecker factors of the Gauss-Newton matrix per layer, with corrected eigenvalues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -12,59 +12,62 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
-from influence.common.progress import progress
+from influence.common.memory import VECTORS, fitting
 from influence.curvature.layers import AffineLayers, affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
 from influence.solvers.base import Raw
 
-_BYTES_AT_ONCE = 1 << 28  # of one batch's inputs and pseudo-gradients
 _PROBE_ROWS = 2
-_MIXING = 1e-3  # far above rounding: a penalty whose curvature is no diagonal
+# A penalty's off-diagonal curvature above this share of its diagonal is not rounding.
+_MIXING = 1e-3
 
 
 @dataclass(frozen=True)
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    For each Dense or Conv2D layer with inputs a_t, the bias as one more input that is always one,
-    and pseudo-gradients g_st at its output (positions t, columns s of the loss's Hessian's root),
+    Each Dense or Conv2D layer has inputs a_t, with a constant one for the bias. Its output has the
+    pseudo-gradients g_st (positions t, columns s of the root of the loss's Hessian). The matrix is
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T
         L_jk = mean_i sum_s (U' (sum_t a_t g_st') V)_jk^2 + penalty_jk + damping
 
-    and zero between layers: Kronecker factors of Martens & Grosse (2015), of Grosse & Martens
-    (2016) for convolutions, of the true Gauss-Newton matrix: exact expectations over the model's
-    own predictions, nothing is sampled and no label enters but through the loss's curvature. Exact
-    for one linear layer with squared error. L is the best diagonal in that basis; the penalty, a
-    diagonal in theta's own, enters by its diagonal in that basis, and what is the same for all of
-    an input's weights is put into U's matrix first, so that a penalty on the kernel alone is exact
-    wherever one on both would be.
+    and zero between layers. These are the Kronecker factors of Martens & Grosse (2015), and of
+    Grosse & Martens (2016) for convolutions, for the true Gauss-Newton matrix: exact expectations
+    over the model's predictions, without sampling; labels enter only through the loss's curvature.
+    The matrix is exact for one linear layer with squared error. L is the best diagonal in that
+    basis. The penalty is diagonal in theta's basis and enters by its diagonal in that basis. Its
+    mean over an input's weights is first added to U's matrix, so that a penalty on only the kernel
+    is exact wherever a penalty on kernel and bias is.
 
-    For a `Hessian` too this is the Gauss-Newton part (Grosse et al. 2023 use it for influence). It
-    is fixed, linear and positive definite, so `CG(preconditioner=EKFAC())` gives the exact answer;
-    for a single layer in somewhat fewer iterations. For several layers it may take more than none
-    at all, because their coupling is left out: with the Gauss-Newton matrix of 1,000 MNIST images
-    at the paper's network, damped by 0.01, CG takes 87 iterations, with this 373, with the exact
-    inverse of each layer's own block 255; more damping of this alone brings it down towards 87, not
-    below. There precondition with the whole matrix,
-    `prepare(GaussNewton(net, train, damping), Direct())`: the Hessian then takes 20, alone 668.
+    For a `Hessian` too this approximates the Gauss-Newton part (Grosse et al. 2023 use it for
+    influence). It is fixed, linear and positive definite, so `CG(preconditioner=EKFAC())` gives the
+    exact answer; for a single layer in somewhat fewer iterations than CG(). For several layers it
+    may take more, because the coupling between layers is left out. An example is the Gauss-Newton
+    matrix of 1,000 MNIST images at the paper's network, damped by 0.01: CG() takes 87 iterations,
+    373 with EKFAC, 255 with the exact inverse of each layer's block. More damping of only the
+    preconditioner reduces this towards 87, not below. Use the whole matrix there,
+    `prepare(GaussNewton(net, train, damping), Direct())`: the Hessian takes 20, without it 668.
 
-    Preparing takes two passes with as many backward passes each as the model has outputs, and the
-    eigenvectors of matrices as large as a layer's inputs and outputs; solving takes none. Of a
-    layer with f inputs and c outputs f^2 + c^2 + f c numbers are kept.
+    Preparing takes two passes over the data, each with one backward pass per model output, and the
+    eigenvectors of each layer's factors; solving takes no pass. For a layer with f inputs and c
+    outputs f^2 + c^2 + f c numbers are stored.
 
     Args:
-      rtol: true relative residual up to which a column counts as converged. None: no such aim; the
-        residual is reported, nothing counts as converged, nobody is warned.
+      rtol: true relative residual up to which a column counts as converged. None: no tolerance; the
+        residual is reported, nothing counts as converged, and no warning is given.
 
-    Raises: ValueError for a negative rtol. When preparing: TypeError for a matrix that is no
-      Hessian or GaussNewton operator; ValueError naming the layer for a model whose weights are not
-      all in plain Dense and Conv2D layers (see `affine_layers`), for a penalty
-      that mixes weights and for a cross-entropy of probabilities; DivergenceError, with a damping
-      that would work, for a singular matrix.
+    Raises: ValueError for a negative rtol. When preparing: TypeError for a matrix that is not a
+      Hessian or GaussNewton operator; ValueError, naming the layer, if theta is not entirely in
+      plain Dense and Conv2D layers (see `affine_layers`); ValueError for a penalty that mixes
+      weights and for a cross-entropy of probabilities; DivergenceError, with a damping that would
+      work, for a singular matrix.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     rtol: float | None = None
 
@@ -74,7 +77,7 @@ class EKFAC:
             raise ValueError(f"rtol must be non-negative or None, got {self.rtol}.")
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Find the bases and the eigenvalues."""
+        """Compute the bases and the eigenvalues."""
         if not isinstance(A, Curvature):
             raise TypeError(
                 f"A must be a Hessian or GaussNewton operator for EKFAC, got {type(A).__name__}; "
@@ -91,17 +94,17 @@ _REMEDY = "EK-FAC is an approximation, layer by layer: use CG or Direct, or more
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One layer of f inputs, the bias's among them, and c outputs."""
+    """One layer with f inputs, the bias's one included, and c outputs."""
 
     name: str
     entries: NDArray  # (f, c) positions in theta
-    U: NDArray  # (f, f) eigenvectors on the side of the inputs
-    V: NDArray  # (c, c) and of the outputs
+    U: NDArray  # (f, f) eigenvectors of the inputs' factor
+    V: NDArray  # (c, c) eigenvectors of the outputs' factor
     eigenvalues: NDArray  # (f, c)
 
 
 def _inverse_times(blocks: list[_Block], B: NDArray) -> NDArray:
-    """The block-diagonal inverse times B (d, m)."""
+    """Multiply the block-diagonal inverse by B (d, m)."""
     X = np.empty_like(B)
     m = B.shape[1]
     for block in blocks:
@@ -120,16 +123,15 @@ def _blocks(A: Curvature) -> list[_Block]:
     entries = [affine.entries for affine in layers.layers]
     penalties = [_penalty(net, names)[e] for e in entries]
     batch_size = A.batch_size or _rows_at_once(A, layers)
+    sums = A.examples.sum_over(_factors, net, batch_size=batch_size, what="Kronecker factors")
+    factors = list(zip(sums[::2], sums[1::2], strict=True))
+    _check_finite(names, factors)
     bases = [
         _bases(inputs / n, outputs / n, penalty)
-        for (inputs, outputs), penalty in zip(
-            _factors(A, layers, batch_size), penalties, strict=True
-        )
+        for (inputs, outputs), penalty in zip(factors, penalties, strict=True)
     ]
-    squares = [np.zeros(e.shape) for e in entries]
-    for parts in _passes(A, layers, batch_size, "eigenvalues of Kronecker factors"):
-        for square, (U, V), (a, g) in zip(squares, bases, parts, strict=True):
-            square += _squares(_times(a, U), _times(g, V))
+    what = "eigenvalues of Kronecker factors"
+    squares = A.examples.sum_over(_Squares(bases), net, batch_size=batch_size, what=what)
     blocks = []
     for name, where, (U, V), square, penalty in zip(
         names, entries, bases, squares, penalties, strict=True
@@ -140,34 +142,49 @@ def _blocks(A: Curvature) -> list[_Block]:
     return blocks
 
 
-def _factors(A: Curvature, layers: AffineLayers, batch_size: int) -> list[tuple[NDArray, NDArray]]:
-    """For each layer, sums over rows of sum_t a_t a_t' (f, f) and sum_st g_st g_st' / T (c, c)."""
-    sums = [tuple(np.zeros((size, size)) for size in e.entries.shape) for e in layers.layers]
-    for parts in _passes(A, layers, batch_size, "Kronecker factors"):
-        for (inputs, outputs), (a, g) in zip(sums, parts, strict=True):
-            flat_a, flat_g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-            inputs += flat_a.T @ flat_a
-            outputs += flat_g.T @ flat_g / a.shape[1]
-    for affine, pair in zip(layers.layers, sums, strict=True):
+def _pseudo_gradients(
+    net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+) -> list[tuple[NDArray, NDArray]]:
+    return affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor())
+
+
+def _factors(
+    net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+) -> tuple[NDArray, ...]:
+    """Sum over a batch, layer by layer, sum_t a_t a_t' (f, f) and sum_st g_st g_st' / T (c, c)."""
+    sums = []
+    for a, g in _pseudo_gradients(net, theta, x, y):
+        flat_a, flat_g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+        sums += [flat_a.T @ flat_a, flat_g.T @ flat_g / a.shape[1]]
+    return tuple(part.astype(np.float64) for part in sums)
+
+
+@dataclass(frozen=True, eq=False)
+class _Squares:
+    """A question for the squares of each layer's parts in its bases (U, V), summed over a batch."""
+
+    bases: list[tuple[NDArray, NDArray]]
+
+    def __call__(
+        self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
+    ) -> tuple[NDArray, ...]:
+        parts = zip(self.bases, _pseudo_gradients(net, theta, x, y), strict=True)
+        squares = (_squares(_times(a, U), _times(g, V)) for (U, V), (a, g) in parts)
+        return tuple(square.astype(np.float64) for square in squares)
+
+
+def _check_finite(names: list[str], factors: list[tuple[NDArray, NDArray]]) -> None:
+    for name, pair in zip(names, factors, strict=True):
         if not all(np.isfinite(factor).all() for factor in pair):
             raise DivergenceError(
-                f"A must have finite products, got NaN or infinity in layer {affine.layer.name!r} "
+                f"A must have finite products, got NaN or infinity in layer {name!r} "
                 "in EKFAC; look for infinite losses at theta, or use float64."
             )
-    return sums  # pyright: ignore[reportReturnType]
-
-
-def _passes(
-    A: Curvature, layers: AffineLayers, batch_size: int, what: str
-) -> Iterator[list[tuple[NDArray, NDArray]]]:
-    batches = A.examples.batches(batch_size)
-    for x, y in progress(batches, what, -(-len(A.examples) // batch_size)):
-        yield layers.pseudo_gradients(x, y)
 
 
 def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray, NDArray]:
-    """Eigenvectors of both factors, the penalty (f, c) of each input among those of the inputs."""
-    scale = np.trace(outputs) / len(outputs)  # the factors' product is inputs (x) scale I, about
+    """Compute the eigenvectors of both factors, with the penalty (f, c) added to the inputs'."""
+    scale = np.trace(outputs) / len(outputs)  # the factors' product is about inputs (x) scale I
     by_input = penalty.mean(axis=1) / scale if scale > 0 else 0.0
     return scipy.linalg.eigh(inputs + np.diag(by_input * np.ones(len(inputs))))[1], (
         scipy.linalg.eigh(outputs)[1]
@@ -175,33 +192,33 @@ def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray
 
 
 def _times(a: NDArray, basis: NDArray) -> NDArray:
-    """The last axis in another basis: one large product instead of many small ones."""
+    """Transform the last axis to a basis, by one large product instead of many small ones."""
     return (a.reshape(-1, a.shape[-1]) @ basis.astype(a.dtype)).reshape(a.shape)
 
 
 def _squares(a: NDArray, g: NDArray) -> NDArray:
-    """sum_is (sum_t a_itj g_itsk)^2, (f, c), of a (n, t, f) and g (n, t, s, c) in their bases."""
+    """Compute sum_is (sum_t a_itj g_itsk)^2, (f, c), from a (n, t, f) and g (n, t, s, c)."""
     n, t, f = a.shape
-    if t == 1:  # the square of a product is the product of squares: nothing of size n f c
+    if t == 1:  # the square of a product is the product of squares: no array of size n f c
         return np.square(a[:, 0]).T @ np.square(g[:, 0]).sum(axis=1)
     P = a.transpose(0, 2, 1) @ g.reshape(n, t, -1)  # (n, f, s c)
     return np.square(P, out=P).sum(axis=0).reshape(f, *g.shape[2:]).sum(axis=1)
 
 
 def _rows_at_once(A: Curvature, layers: AffineLayers) -> int:
-    """How many rows fit into memory, from what one takes."""
+    """Choose the rows of a batch from the memory that one row takes."""
     one = A.examples.take([0])
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
         products = a.shape[2] * g[0, 0].size if a.shape[1] > 1 else 0
-        # Inputs and pseudo-gradients, once more in their bases, and the tape's own of the latter.
+        # Inputs and pseudo-gradients, both again in their bases, and the tape's copies of g.
         per_row += 2 * a.size + 4 * g.size + products
-    size = _BYTES_AT_ONCE // (per_row * A.dtype.itemsize)
-    return int(np.clip(min(size, A.net.rows_per_batch(A.examples)), 1, len(A.examples)))
+    most = A.net.rows_per_batch(A.examples)
+    return fitting(VECTORS, per_row * A.dtype.itemsize, most)
 
 
 def _penalty(net: GenericNeuralNet, names: list[str]) -> NDArray:
-    """(d,) the diagonal of the penalty's Hessian, which must be all of it."""
+    """Compute the penalty's Hessian, as its diagonal (d,); raise ValueError if not diagonal."""
     d = net.num_parameters
     signs = np.random.default_rng(0).choice([-1.0, 1.0], d)
     products = net.penalty_hvp(np.column_stack([np.ones(d), signs]).astype(net.dtype))

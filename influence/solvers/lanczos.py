@@ -1,9 +1,10 @@
-"""Lanczos: the largest eigenpairs from a Krylov space, and one number for everything else."""
+"""Lanczos: the largest eigenpairs from a Krylov space, and one value for all other directions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -13,38 +14,43 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.convergence import DivergenceError
 from influence.solvers.base import Raw, check_rank, enough_damping, finite_products
 
-_STEPS = 16  # at least so many where the rank allows it: the ends of the spectrum need powers of A
-_LARGEST_BLOCK = 8  # vectors in one pass; more make it dearer without making it shorter
+# Products in sequence, at least, if the rank allows it: the ends of the spectrum need powers of A.
+_STEPS = 16
+# Vectors in one pass over the data. Larger blocks cost more per pass and save no time.
+_LARGEST_BLOCK = 8
 
 
 @dataclass(frozen=True)
 class Lanczos:
-    """The matrix's own low-rank approximation from Lanczos' iteration, plus a floor.
+    """A low-rank approximation from Lanczos' iteration, plus a floor.
 
-    A ~ U diag(values) U' + floor (I - U U'), with U (d, rank) orthonormal, from the Ritz pairs with
-    the largest values of the Krylov space, twice as large, of random vectors. The floor is the
-    smallest of those values: an estimate of an eigenvalue of A itself, above what is left out, so
-    that no direction is magnified beyond what A^-1 makes of it. What is inverted is thus fixed,
-    linear and, where A is, positive definite. At rank = d it is A: exact, on an indefinite matrix
-    too. For a symmetric matrix this is the Arnoldi method of Schioppa et al. 2022, which drops what
-    is outside U.
+    A ~ U diag(values) U' + floor (I - U U'), with U (d, rank) orthonormal. U and the values are the
+    Ritz pairs with the largest values of a Krylov space of random vectors, of dimension 2 rank. The
+    floor is the smallest of those values. It estimates an eigenvalue of A above those left out, so
+    no direction is magnified more than by A^-1. The approximation is fixed, linear and, if A is,
+    positive definite. At rank = d it is A, so the answer is exact, for an indefinite matrix too.
+    For a symmetric matrix this is the Arnoldi method of Schioppa et al. 2022, which drops the part
+    outside U.
 
     Differs from the textbook's three-term recurrence in:
-    1. Every new direction is orthogonalised against all others, so no eigenvalue comes twice.
-    2. Up to 8 vectors go through each pass over the data: rank / 4 passes from rank 64 on.
-    3. When the space closes, the iteration goes on from a fresh random direction outside it.
+    1. Every new direction is orthogonalised against all others, so no eigenvalue is found twice.
+    2. Up to 8 vectors share each pass over the data: rank / 4 passes from rank 64 on.
+    3. When the space is invariant, the iteration continues with a random direction outside it.
 
     Args:
-      rank: of U; more than d counts as d. Costs 2 rank products once, but no more than d, and 2 d
-        rank numbers while preparing.
-      seed: of the random directions.
-      rtol: true relative residual up to which a column counts as converged; None: no such aim, the
-        residual is reported, nothing counts as converged, nobody is warned.
+      rank: rank of U; more than d counts as d. Preparing costs min(2 rank, d) products and memory
+        for 2 d rank numbers.
+      seed: seed of the random directions.
+      rtol: true relative residual up to which a column counts as converged. None: no tolerance; the
+        residual is reported, nothing counts as converged, and no warning is given.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a
-      singular matrix, or at rank < d for one that is seen to be indefinite: then no floor stands
-      for the rest.
+      singular matrix, or at rank < d for a matrix that is seen to be indefinite: then no floor
+      represents the other directions.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = True
 
     rank: int
     seed: int = 0
@@ -71,7 +77,7 @@ class Lanczos:
                 "indefinite matrices."
             )
         if abs(smallest) <= rounding:
-            smallest = 0.0  # its sign is rounding's
+            smallest = 0.0  # its sign is only rounding
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:
@@ -94,7 +100,7 @@ class Lanczos:
 
 
 def singular(eigenvalue: float, rounding: float) -> DivergenceError:
-    """What to say where rounding cannot tell an eigenvalue from zero."""
+    """Make the error for an eigenvalue that rounding cannot distinguish from zero."""
     return DivergenceError(
         f"A must not be singular, got an eigenvalue of {eigenvalue:.1e}; add damping well above "
         f"{rounding:.1e}, or a penalty, or drop the redundant parameters."
@@ -102,13 +108,13 @@ def singular(eigenvalue: float, rounding: float) -> DivergenceError:
 
 
 def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDArray, NDArray]:
-    """An orthonormal basis of a Krylov space of random vectors, and the matrix on it.
+    """Build an orthonormal basis of a Krylov space of random vectors, and the matrix on it.
 
     Args:
       A: symmetric (d, d).
       size: dimension, at most d.
-      block: vectors multiplied together.
-      seed: of the random vectors.
+      block: number of vectors multiplied together.
+      seed: seed of the random vectors.
 
     Returns: Q (d, size) and T = Q'AQ (size, size), float64.
     Raises: DivergenceError for a product that is not finite.
@@ -130,17 +136,17 @@ def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDAr
 
 
 def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
-    """As many orthonormal columns outside Q's range: W's, and random ones where W's lie inside."""
+    """Orthonormalise W against Q; replace columns inside Q's range by random ones."""
     d = len(Q)
     inside = 10 * np.sqrt(d) * np.finfo(Q.dtype).eps
     size = np.linalg.norm(W, axis=0)
     W = (W / np.where(size > 0, size, 1)).astype(Q.dtype)
     while True:
-        for _ in range(2):  # once leaves what cancellation made of it; twice is enough
+        for _ in range(2):  # the second time removes the first one's cancellation error
             W = W - Q @ (Q.T @ W)
         W, R = scipy.linalg.qr(W, mode="economic", pivoting=True)[:2]
         lost = np.abs(np.diag(R)) <= inside
-        # Normalised, what little was left of a vector has its share in Q magnified.
+        # Normalising a short remainder magnifies its component in Q.
         W = scipy.linalg.qr(W - Q @ (Q.T @ W), mode="economic")[0]
         if not lost.any():
             return W
@@ -150,15 +156,15 @@ def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
 def largest_eigenvalues(
     product: Callable[[NDArray], NDArray], start: NDArray, steps: int
 ) -> NDArray:
-    """A bound on the largest eigenvalue of each of r matrices: Ritz value plus its residual.
+    """Bound the largest eigenvalue of each of r matrices: Ritz value plus its residual.
 
-    The three-term recurrence in lockstep: it keeps three vectors a matrix, and the copies of
-    eigenvalues that it makes for want of orthogonality do not move the largest.
+    The three-term recurrence runs in lockstep and stores three vectors per matrix. Without
+    reorthogonalisation eigenvalues are found repeatedly, which does not change the largest.
 
     Args:
       product: (r, d, 1) -> (r, d, 1), matrix j times vector j.
       start: (r, d) random vectors.
-      steps: products at most.
+      steps: the largest number of products.
 
     Returns: (r,), NaN for a matrix whose products are not finite.
     """
@@ -173,7 +179,7 @@ def largest_eigenvalues(
         T[:, k, k] = np.einsum("rd,rd->r", q, w)
         w = w - T[:, k, k, None].astype(w.dtype) * q - left[:, None].astype(w.dtype) * before
         left = np.linalg.norm(w, axis=1)
-        # What is left of a closed space is rounding; the series ends there.
+        # In an invariant space the remainder is rounding, and the series ends.
         left[left <= np.sqrt(np.finfo(w.dtype).eps) * size] = 0.0
         before, q = q, w / np.where(left > 0, left, 1).astype(w.dtype)[:, None]
         q[left == 0] = 0

@@ -1,4 +1,4 @@
-"""LiSSA: the inverse's power series, on estimates of the matrix from a few rows at a time."""
+"""LiSSA: the inverse's power series, with the matrix estimated from a few rows at a time."""
 
 from __future__ import annotations
 
@@ -16,49 +16,56 @@ from influence.curvature.operators import Curvature
 from influence.solvers.base import Raw, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
-_CHECK_EVERY = 16  # steps between looks at the norm
-_PROBE_BATCHES = 32  # batches whose largest eigenvalue sets the scale, besides the whole matrix's
-_PROBE_STEPS = 16  # Lanczos steps on each
-_PROBE_SEED = 1  # any fixed number: the scale must not depend on the walk's seed
+# Steps between two checks of the norm.
+_CHECK_EVERY = 16
+# Batches whose largest eigenvalue sets the scale, together with that of the whole matrix.
+_PROBE_BATCHES = 32
+# Lanczos steps for each of these eigenvalues.
+_PROBE_STEPS = 16
+# The scale must not depend on the walk's seed, so this is any fixed number.
+_PROBE_SEED = 1
 
 
 @dataclass(frozen=True)
 class LiSSA:
     """Linear-time stochastic second-order algorithm (Agarwal, Bullins & Hazan 2017).
 
-    h <- v + h - A_batch h / scale, from h = v; after `depth` steps h / scale estimates A^-1 v; the
-    mean over `repeats` runs is returned. On a fixed matrix that is exactly
+    h <- v + h - A_batch h / scale, starting from h = v. After `depth` steps h / scale estimates
+    A^-1 v; the mean over `repeats` runs is returned. On a fixed matrix this is exactly
     (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v.
 
-    Differs from the 2017 release of Koh & Liang in one thing: damping belongs to A, so it is
-    absolute; there the fixed point was (H + damping scale I)^-1 v. As there, rows are walked
-    through in a shuffled order without replacement, not drawn independently.
+    Differs from the 2017 release of Koh & Liang in one point: damping belongs to A, so it is
+    absolute. In the release the fixed point was (H + damping scale I)^-1 v. As in the release,
+    rows are taken in a shuffled order without replacement, not drawn independently.
 
-    All repeats and all right-hand sides advance together. The result depends on `seed`, and on
-    nothing else that varies: not on the number of right-hand sides, nor on threads. It is linear in
-    v for a given scale and `change` = 0, but not symmetric: the batches come in an order.
+    All repeats and all right-hand sides advance together. The result depends on `seed`, but not on
+    the number of right-hand sides or threads. For a given scale and `change` = 0 it is linear in v.
+    It is not symmetric, because the batches come in an order.
 
     Args:
-      scale: at least half the largest eigenvalue of every batch's matrix, or it may diverge; None
-        takes a Lanczos bound on the largest eigenvalue of A and of a sample of batches, and where
-        an unseen batch makes a column outgrow what converges, starts that column again with twice
-        the scale: on a positive definite matrix it cannot diverge.
-      depth: steps of each run, at most.
+      scale: at least half the largest eigenvalue of every batch's matrix, or the series may
+        diverge. None: a Lanczos bound on the largest eigenvalue of A and of a sample of batches. If
+        a column still grows too large because of another batch, it restarts with twice the scale;
+        so on a positive definite matrix it cannot diverge.
+      depth: the largest number of steps of each run.
       repeats: runs to average.
       batch_size: rows of each estimate.
-      seed: of the shuffled order.
-      change: a column stops early, at a power of two of steps, when the mean over repeats, averaged
-        over the latter half of its steps, differs by no more than this, relatively, from what it
-        was at half as many. What more steps would add is mostly less than ten times that, but no
-        promise: the residual says what is left. 0: never early.
-      rtol: true relative residual up to which a column counts as converged. Larger than other
-        solvers', because the error falls only with the square root of depth x repeats. None: no
-        such aim; the residual is reported, nothing counts as converged, nobody is warned.
+      seed: seed of the shuffled order.
+      change: relative change at which a column stops early. At powers of two of the steps, the mean
+        over repeats, averaged over the latter half of the steps, is compared with its value at half
+        as many steps. More steps mostly add less than ten times this, without a guarantee; the
+        residual tells. 0: never stop early.
+      rtol: true relative residual up to which a column counts as converged. It is larger than for
+        other solvers, because the error falls only with the square root of depth x repeats. None:
+        no tolerance; the residual is reported, nothing counts as converged, and nobody is warned.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError, with a scale that would
-      work, when the norm outgrows what any convergent series can reach; with scale None only for
-      an A that is not positive definite.
+      work, when the norm exceeds that of every convergent series; with scale None only if A is not
+      positive definite.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     unfit_as_preconditioner: ClassVar[str] = (
         "its batches come in an order, so what it applies is not symmetric"
@@ -97,7 +104,7 @@ class LiSSA:
         return lambda B: self._solve(A, B, scale)
 
     def _solve(self, A: LinearOperator, B: NDArray, scale: float) -> Raw:
-        """Run, and run what outgrew a scale of our own choice again, with twice that."""
+        """Run the series; restart columns that grow too large with twice the chosen scale."""
         X, iterations = np.empty_like(B), np.empty(B.shape[1], int)
         columns = np.arange(B.shape[1])
         while columns.size:
@@ -114,12 +121,12 @@ class LiSSA:
         return Raw(X, iterations, np.nan, remedy)
 
     def _run(self, A: LinearOperator, B: NDArray, scale: float) -> tuple[NDArray, ...]:
-        """(d, m) mean of h over repeats, (m,) steps, (m,) whether it outgrew what converges."""
+        """Return the mean h over repeats (d, m), the steps (m,), and True (m,) for divergence."""
         if isinstance(A, Curvature):
             walk = self._walk(len(A.examples))
             repeats, product = self.repeats, A.sampled
         else:
-            # Without rows to sample every run is the same.
+            # Without rows to sample all runs are equal.
             walk = (np.zeros((1, 1), int) for _ in range(self.depth))
             repeats, product = 1, lambda rows, V: (A @ V[0])[None]
         m = B.shape[1]
@@ -131,7 +138,7 @@ class LiSSA:
                 H = B + H - product(rows, H) / scale
                 if step % _CHECK_EVERY and step < self.depth:
                     continue
-                # While no factor expands, |h_t| <= (t + 1) |v|; tenfold leaves room for some.
+                # If no factor expands, |h_t| <= (t + 1) |v|; ten times this allows for a few.
                 most = 10 * (step + 1) * np.linalg.norm(B, axis=0)
                 grows = ~(np.linalg.norm(H, axis=1) <= most).all(axis=0)
                 leaves = grows | average.settled(H) | (step == self.depth)
@@ -149,14 +156,14 @@ class LiSSA:
     def _check_growth(
         self, A: LinearOperator, B: NDArray, H: NDArray, step: int, scale: float
     ) -> None:
-        """Raise unless a larger scale may help and is ours to choose."""
+        """Raise DivergenceError unless the scale is chosen here and a larger one may help."""
         diverges = f"LiSSA diverges at step {step} with scale {scale:.4g}"
         if self.scale is not None:
             raise DivergenceError(
                 f"{diverges}; {_advice(scale, largest_eigenvalue(A, self.batch_size))}"
             )
         finite = np.isfinite(H).all(axis=0)
-        if not finite.any():  # an overflow, which says nothing of A, unless A itself has it
+        if not finite.any():  # the overflow may come from the series or from A itself
             finite_products(A, B, "LiSSA")
             return
         V = H[:, finite] / np.abs(H[:, finite]).max(axis=0)
@@ -169,7 +176,7 @@ class LiSSA:
             )
 
     def _walk(self, num_examples: int) -> Iterator[NDArray]:
-        """Rows (repeats, batch_size) of each step: shuffled passes, cut run after run."""
+        """Yield the rows (repeats, batch_size) of each step: shuffled passes, split into runs."""
         rng = np.random.default_rng(self.seed)
         per_run = self.depth * self.batch_size
         passes = -(-self.repeats * per_run // num_examples)
@@ -189,7 +196,7 @@ def _advice(scale: float, largest: float) -> str:
 
 
 def largest_eigenvalue(A: LinearOperator, batch_size: int) -> float:
-    """A Lanczos bound on the largest eigenvalue of A and, with rows, of a sample of batches."""
+    """Bound the largest eigenvalue of A, and of a sample of batches if A has rows, by Lanczos."""
     rng = np.random.default_rng(_PROBE_SEED)
     dtype = np.result_type(A.dtype, np.float32)
     start = rng.standard_normal((1 + _PROBE_BATCHES, A.shape[0])).astype(dtype)
@@ -202,14 +209,14 @@ def largest_eigenvalue(A: LinearOperator, batch_size: int) -> float:
 
 
 class _LatterHalf:
-    """The mean over repeats, averaged over the latter half of the looks so far."""
+    """The mean over repeats, averaged over the latter half of the checks so far."""
 
     def __init__(self, B: NDArray, change: float):
         self.change, self.looks = change, 0
         self.total, self.before = np.zeros_like(B), np.full_like(B, np.nan)
 
     def settled(self, H: NDArray) -> NDArray:
-        """Look at H (repeats, d, m): (m,) whether the average has stopped changing."""
+        """Add H (repeats, d, m); return True (m,) where the average has stopped changing."""
         self.looks += 1
         if not self.change:
             return np.zeros(H.shape[2], bool)
@@ -221,5 +228,5 @@ class _LatterHalf:
         return np.linalg.norm(now - before, axis=0) <= self.change * np.linalg.norm(now, axis=0)
 
     def drop(self, columns: NDArray) -> None:
-        """Forget columns (m,) that are done."""
+        """Remove the columns (m,) that are done."""
         self.total, self.before = self.total[:, ~columns], self.before[:, ~columns]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -24,21 +25,24 @@ class Nystrom:
         M ~ (M Omega) (Omega' M Omega)^-1 (M Omega)' = U diag(values) U'
         A ~ U diag(values + known) U' + (smallest value + known) (I - U U')
 
-    the inverse of which is their preconditioner (section 5), here scaled as an approximation of
-    A^-1 itself. `known` is what is known without a product: the damping, and for a convex net the
-    penalty. It is taken off before the sketch, where it would spend the rank on what every
-    direction has, and put back exactly. The approximation is fixed, linear and positive definite,
-    exact where the rank is d or more than that of M.
+    Its inverse is their preconditioner (section 5), scaled here to approximate A^-1 itself. `known`
+    is the multiple of I known without any product: the damping and, for a convex net, the penalty.
+    It is subtracted before the sketch, because it would use up the rank on what all directions have
+    in common, and added back exactly. The approximation is fixed, linear and positive definite. It
+    is exact if the rank is d or larger than the rank of M.
 
     Args:
-      rank: of U; more than d counts as d. Costs one pass over the data with rank vectors.
-      seed: of Omega.
-      rtol: true relative residual up to which a column counts as converged; None: no such aim, the
-        residual is reported, nothing counts as converged, nobody is warned.
+      rank: rank of U; more than d counts as d. Costs one pass over the data with rank vectors.
+      seed: seed of Omega.
+      rtol: true relative residual up to which a column counts as converged. None: no tolerance; the
+        residual is reported, nothing counts as converged, and no warning is given.
 
-    Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a matrix
-      that is seen to be indefinite, for which the method has no meaning, or singular.
+    Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a
+      singular matrix, or for one that is seen to be indefinite: the method needs a definite matrix.
     """
+
+    exact: ClassVar[bool] = False
+    answers_indefinite: ClassVar[bool] = False
 
     rank: int
     seed: int = 0
@@ -67,9 +71,9 @@ class Nystrom:
                 "indefinite matrices."
             )
         known = _known(A)
-        if smallest - known < -rounding:  # A is definite only by its damping: sketch it whole
+        if smallest - known < -rounding:  # A is definite only by its damping: sketch all of it
             known = 0.0
-        # The shift keeps the core's Cholesky factor clear of rounding, and comes off again below.
+        # The shift keeps the core's Cholesky factor above rounding; it is subtracted below.
         Y, shift = Y - dtype.type(known) * Omega, rounding
         while True:
             shifted = Y + dtype.type(shift) * Omega
@@ -105,6 +109,6 @@ def _core(Omega: NDArray, Y: NDArray) -> NDArray:
 
 
 def _known(A: LinearOperator) -> float:
-    """The multiple of I that A is known to hold: its damping, or more where the model tells."""
+    """Return the multiple of I known to be in A: the damping, or the model's larger bound."""
     bounds = (getattr(A, "damping", 0.0), getattr(A, "smallest_eigenvalue_bound", np.nan))
     return float(max(bound for bound in bounds if not np.isnan(bound)))

@@ -1,4 +1,4 @@
-"""What CG may be preconditioned with: anything fixed, linear and positive definite."""
+"""Preconditioners of CG: approximate inverses that are fixed, linear and positive definite."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from influence.solvers.base import Prepared, prepare
 
 
 def check_preconditioner(preconditioner: Any) -> None:
-    """Refuse what can be no preconditioner, before any work.
+    """Raise if an object cannot be a preconditioner, before any work.
 
     Args:
-      preconditioner: None, a solver, what `prepare` returned, a (d, d) array or a LinearOperator.
+      preconditioner: None, a solver, the result of `prepare`, a (d, d) array or a LinearOperator.
 
-    Raises: TypeError for a solver whose answers are not those of one fixed symmetric linear map,
-      with the reason, and for what is none of these.
+    Raises: TypeError, with the reason, for a solver that is not one fixed symmetric linear map;
+      TypeError for any other kind of object.
     """
     if preconditioner is None:
         return
-    solver = getattr(preconditioner, "solver", preconditioner)  # of what is prepared
+    solver = getattr(preconditioner, "solver", preconditioner)  # if it is prepared
     if hasattr(solver, "prepare") and not isinstance(solver, type):
         reason = getattr(solver, "unfit_as_preconditioner", "")
         if reason:
@@ -42,14 +42,14 @@ def check_preconditioner(preconditioner: Any) -> None:
 
 
 def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], NDArray]:
-    """The approximate inverse as a function of a block (d, m), prepared and tried once.
+    """Prepare the approximate inverse as a function of a block (d, m), and test it once.
 
     Args:
       preconditioner: as in `check_preconditioner`. A solver prepared for another matrix of A's
-        shape is used as it is: often a good preconditioner for this one.
+        shape is used as it is; it is often a good preconditioner for A.
       A: symmetric (d, d).
 
-    Raises: ValueError for another shape, or for what is seen not to be positive definite.
+    Raises: ValueError for another shape, or if the test shows that it is not positive definite.
     """
     if preconditioner is None:
         return lambda R: R

@@ -1,4 +1,4 @@
-"""The ends of a matrix's spectrum, and the damping that they ask for."""
+"""The ends of a matrix's spectrum, and the damping that makes the matrix definite."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from tqdm import tqdm
 
 from influence.common.convergence import warn_unconverged
+from influence.common.memory import VECTORS
 from influence.common.progress import counter
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov
 
-_FEW = 1024  # order up to which all eigenvalues take fewer passes and no more time than two do
-_LARGEST_BASIS = 256  # vectors that ARPACK keeps: more take far fewer products, and more memory:
-_BYTES = 1 << 29  # what they may take, where more than 32 of them do
-_SEED = 0  # any fixed number: the same matrix gives the same answer
+# Up to this order all eigenvalues take fewer passes than two by iteration, and no more time.
+_FEW = 1024
+# Vectors that ARPACK stores: at most these, and at least 32 even if they exceed their budget.
+# A larger basis takes far fewer products.
+_LARGEST_BASIS = 256
+# Any fixed number: the same matrix gives the same answer.
+_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """Extreme eigenvalues of a symmetric matrix, each with its true residual.
 
-    An eigenvalue of the matrix lies within its residual of each of these values. They are Rayleigh
-    quotients, so the smallest is never below the matrix's own, nor the largest above.
+    Within its residual of each of these values lies an eigenvalue of the matrix. The values are
+    Rayleigh quotients: none is below the matrix's smallest eigenvalue or above its largest.
 
     Attributes:
       smallest: (k,) ascending.
       smallest_residuals: (k,) |A v - value v| for unit v, recomputed from A.
       largest: (k,) descending.
-      largest_residuals: (k,) of those.
-      products: vectors that A was multiplied with.
-      converged: whether every residual is within the tolerance.
-      complete: whether all eigenvalues were computed, so that none can have been missed.
+      largest_residuals: (k,) the same for the largest.
+      products: number of vectors that A was multiplied with.
+      converged: True if every residual is within the tolerance.
+      complete: True if all eigenvalues were computed, so that none was missed.
     """
 
     smallest: NDArray
@@ -50,23 +54,23 @@ class Spectrum:
 
 
 def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000) -> Spectrum:
-    """The k smallest and the k largest eigenvalues.
+    """Compute the k smallest and the k largest eigenvalues.
 
-    By ARPACK's restarted Lanczos iteration (`scipy.sparse.linalg.eigsh`) from a fixed start vector;
-    each product is a pass over the data. The largest take as many as the basis holds, mostly 256;
-    the smallest, which lie close together relative to the largest, up to thousands. Both are
-    iterated for as the largest, those of A and of largest I - A, so that tolerances are relative to
-    the matrix and not to an eigenvalue near zero. Up to d = 1024 all eigenvalues of the dense
-    matrix, from d products in blocks.
+    Up to d = 1024 all eigenvalues of the dense matrix are computed, from d products in blocks.
+    Beyond, ARPACK's restarted Lanczos iteration is used (`scipy.sparse.linalg.eigsh`) with a fixed
+    start vector; each product is a pass over the data. The largest eigenvalues take one product
+    per basis vector, mostly 256. The smallest, which lie close together relative to the
+    largest, take up to thousands. Both ends are computed as largest eigenvalues, of A and of
+    largest I - A, so that tolerances are relative to the matrix and not to an eigenvalue near zero.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
-      k: eigenvalues at each end. Of equal ones beyond d = 1024 some may be missed.
-      rtol: residual to reach, relative to the largest eigenvalue in size; what A's dtype cannot
-        tell is not asked for.
-      max_products: at each end, at most about so many.
+      k: number of eigenvalues at each end. Beyond d = 1024 equal ones may be missed.
+      rtol: residual to reach, relative to the largest |eigenvalue|; not below the rounding of A's
+        dtype.
+      max_products: approximate limit on the products for each end.
 
-    Returns: Spectrum. What did not converge is reported there, not raised.
+    Returns: Spectrum. It reports eigenvalues that did not converge; they raise no error.
     Raises: ValueError for a matrix as `solve`, or a k, rtol or max_products out of range;
       DivergenceError for a product that is not finite.
     """
@@ -84,7 +88,7 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
 
 
 def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) -> Spectrum:
-    """What `spectrum` says of A, each of whose products `bar` shows."""
+    """Compute the Spectrum of A; show each product in `bar`."""
     d, counted = A.shape[0], 0
     dtype = np.result_type(A.dtype, np.float32)
 
@@ -114,20 +118,20 @@ def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) 
 
 
 def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
-    """The smallest damping that makes a matrix positive definite, with a margin.
+    """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
-    The least t >= 0 with bound + t >= margin (size + t), size the largest eigenvalue in size, bound
-    a number that no eigenvalue of A is below: what the model knows by itself, or the smallest
-    eigenvalue found minus its residual. The condition number is then at most 1 / margin.
+    It is the least t >= 0 with bound + t >= margin (size + t). Size is the largest |eigenvalue|.
+    Bound is a lower bound on all eigenvalues: the model's own, or the smallest eigenvalue found
+    minus its residual. The condition number is then at most 1 / margin.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
-      margin: of the largest eigenvalue in size.
+      margin: margin relative to the largest |eigenvalue|.
 
-    Returns: in A's unit, to be added to what damping A has already; 0.0 if it needs none. Warns
-      with ConvergenceWarning if the eigenvalues did not converge, and it may be too small.
-    Raises: ValueError for a margin outside (0, 1), and for A = 0, beside which no damping is large
-      or small; as `spectrum`.
+    Returns: the damping to add to A's own, in A's unit; 0.0 if none is needed. Warns with
+      ConvergenceWarning if the eigenvalues did not converge, so that it may be too small.
+    Raises: ValueError for a margin outside (0, 1), and for A = 0, which has no scale for a damping;
+      as `spectrum`.
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin must lie between 0 and 1, got {margin}.")
@@ -141,9 +145,11 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     bounds = [found.smallest[0] - found.smallest_residuals[0]]
     known = getattr(A, "smallest_eigenvalue_bound", np.nan)
     bound = max(bounds + ([known] if not np.isnan(known) else []))
-    # Where all curvature is negative the largest says nothing of A's size: -I + 1.0 I would be 0.
-    size = max(abs(found.smallest[0]) + found.smallest_residuals[0],
-               abs(found.largest[0]) + found.largest_residuals[0])  # fmt: skip
+    # If all curvature is negative, the largest is not the size of A: -I + 1.0 I would be 0.
+    size = max(
+        abs(found.smallest[0]) + found.smallest_residuals[0],
+        abs(found.largest[0]) + found.largest_residuals[0],
+    )
     if size == 0:
         raise ValueError(
             "A must not be zero, got no eigenvalue but 0: any damping would be all of it; look for "
@@ -153,20 +159,20 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
 
 
 def _top(product: Callable, d: int, k: int, rtol: float, max_products: int) -> NDArray:
-    """(d, k) unit vectors near the largest eigenvalues'."""
-    basis = min(d, max(2 * k + 1, int(np.clip(_BYTES // (8 * d), 32, _LARGEST_BASIS))))
+    """Compute unit vectors (d, k) near the eigenvectors of the largest eigenvalues."""
+    basis = min(d, max(2 * k + 1, int(np.clip(2 * VECTORS // (8 * d), 32, _LARGEST_BASIS))))
     operator = LinearOperator((d, d), matvec=product, matmat=product, dtype=np.float64)  # pyright: ignore
     start = np.random.default_rng(_SEED).standard_normal(d)
     restarts = -(-max_products // basis)
     try:
         return eigsh(operator, k, which="LA", v0=start, ncv=basis, tol=rtol, maxiter=restarts)[1]
-    except ArpackError:  # out of restarts, or nothing to iterate with, as for a multiple of I
+    except ArpackError:  # out of restarts, or no Krylov space, as for a multiple of I
         Q, T = krylov(operator, basis, block=1, seed=_SEED)
         return Q @ np.linalg.eigh(T)[1][:, -k:]
 
 
 def _quotients(product: Callable, V: NDArray) -> tuple[NDArray, NDArray]:
-    """Rayleigh quotients (k,) of unit columns, and their residuals."""
+    """Compute the Rayleigh quotients (k,) of unit columns, and their residuals."""
     V = V / np.linalg.norm(V, axis=0)
     AV = product(V)
     values = np.einsum("dk,dk->k", V, AV)

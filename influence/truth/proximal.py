@@ -1,26 +1,25 @@
-"""Proximal responses: what removing a row does to a net that is at no minimum and stays nearby.
+"""Proximal responses: effects of removing a row from a net that is not at a minimum.
 
-With theta_s the net as it is, n training rows and L(z_i) = loss_i + penalty, each removal moves
-theta to the minimum of
+Let theta_s be the net's parameters, n the number of training rows and L(z_i) = loss_i + penalty.
+Each removal moves theta to the minimum of
 
     F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2,
 
-or of that with a fraction of L(z_i) / n. D keeps the net where it is, so that F_i is minimised by
-theta_s itself but for L(z_i):
+or of the same with a fraction of L(z_i) / n. D is stationary at theta_s, so without the term L(z_i)
+theta_s itself minimises F_i:
 
     "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
-with f_j and s_j row j's outputs at theta and theta_s. Both are Bregman divergences, of the loss in
-the outputs and of the risk in theta. The first gets the same divergence of the penalty, which for
-L2 is the penalty of the difference.
+Here f_j and s_j are row j's outputs at theta and theta_s. Both are Bregman divergences: of the loss
+in the outputs, and of the risk in theta. The first also contains the same divergence of the
+penalty; for L2 that is the penalty of the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,10 +32,11 @@ from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
 from influence.net.net import GenericNeuralNet
+from influence.net.questions import Total
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs
 from influence.truth.removal import Removal, apply
-from influence.truth.runs import Groups, Task
+from influence.truth.runs import Groups, RunOptions, Task
 
 _CURVATURE: dict[str, type[Curvature]] = {"bregman": GaussNewton, "leave_one_out": Hessian}
 
@@ -50,11 +50,10 @@ class ProximalResponse(Estimand):
       rows: (k,) the training rows.
       objective: "bregman" or "leave_one_out": which F_i.
       damping: of F_i.
-      fraction: of the row's weight that F_i takes out.
-      gradient_norm: (k,) Euclidean norm of the gradient of F_i where theta ended, relative to that
-        at theta_s: the certificate. A row whose own gradient is no more than rounding misses it.
-      iterations: (k,) gradients of F_i that each row took, passes over the training set, those of
-        `rough` among them.
+      fraction: the part of the row's weight that F_i removes.
+      gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to that
+        at theta_s: the certificate. A row misses it if its own gradient is at rounding level.
+      iterations: (k,) gradients of F_i for each row, one data pass each, those of `rough` included.
       converged: (k,) gradient_norm within the tolerance.
       distance: (k,) |theta - theta_s|.
     """
@@ -68,9 +67,45 @@ class ProximalResponse(Estimand):
     distance: NDArray
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProximalOptions(RunOptions):
+    """Options of the search for proximal minima, beside those of `RunOptions`.
+
+    Attributes:
+      step_damping: added to A's damping for the steps only. If some eigenvalues nearly vanish, a
+        millionth of the largest eigenvalue reduces the number of steps.
+      solver: inverts A for the steps. The result of `prepare` for A is not prepared again.
+      tolerance: gradient norm of F_i to reach, relative to that at theta_s; (k,) gives each row its
+        own.
+      rough: a pair (net, train) in a lower precision, with the same theta and the same rows in the
+        same order. Its gradients are used for most of the way; the certificate is that of `net`.
+      rough_tolerance: like `tolerance`, for the gradients of `rough`; it must be above their
+        rounding.
+      max_iterations: gradients of F_i at most, for each row.
+    """
+
+    block: int = 10
+    step_damping: float = 0.0
+    solver: Solver | Prepared = Direct()
+    tolerance: ArrayLike = 1e-4
+    rough: tuple[GenericNeuralNet, Examples] | None = None
+    rough_tolerance: ArrayLike = 1e-2
+    max_iterations: int = 50
+
+    def __post_init__(self):
+        """Check the options."""
+        super().__post_init__()
+        if not 0 <= self.step_damping < np.inf:
+            raise ValueError(
+                f"step_damping must be finite and at least 0, got {self.step_damping}."
+            )
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+
+
 @dataclass(frozen=True)
 class _Search:
-    """What blocks are told: the inverse behind their steps, F_i, and how far to go by row."""
+    """The inputs of all blocks: the inverse of A, F_i, and when to stop for each row."""
 
     inverse: Prepared
     damping: float
@@ -78,6 +113,7 @@ class _Search:
     tolerance: dict[int, float]
     rough_tolerance: dict[int, float]
     rough: tuple[GenericNeuralNet, Examples] | None
+    max_iterations: int
 
 
 def proximal_response(
@@ -85,104 +121,76 @@ def proximal_response(
     train: Examples,
     test: Examples,
     rows: ArrayLike,
+    options: ProximalOptions = ProximalOptions(),
     *,
-    objective: Literal["bregman", "leave_one_out"] = "bregman",
     damping: float,
+    objective: Literal["bregman", "leave_one_out"] = "bregman",
     fraction: float = 1.0,
-    step_damping: float = 0.0,
-    solver: Solver | Prepared = Direct(),
-    tolerance: ArrayLike = 1e-4,
-    rough: tuple[GenericNeuralNet, Examples] | None = None,
-    rough_tolerance: ArrayLike = 1e-2,
-    max_iterations: int = 50,
-    block: int = 10,
-    batch_size: int | None = None,
-    num_processes: int = 1,
-    checkpoints: str | Path | None = None,
 ) -> ProximalResponse:
-    """Actual change of each test loss as theta moves to the proximal minimum without each row.
+    """Compute the actual change of each test loss as theta moves to each row's proximal minimum.
 
-    argmin D(theta, theta_s) - L(z_i) / n + damping/2 |theta - theta_s|^2: with "bregman" Bae et
-    al.'s (2022) proximal Bregman response function, with "leave_one_out" the risk without the row,
-    made stationary at theta_s. To first order theta moves by + A^-1 grad L(z_i) / n, A being
-    `GaussNewton` or `Hessian` of that damping, which is `Influence.parameters`: these are the
-    truths that damped influence predicts at a theta that is no minimum. At a minimum, without
-    damping, "leave_one_out" is retraining without the row; so is "bregman" for a model linear in
-    theta.
+    argmin D(theta, theta_s) - L(z_i) / n + damping/2 |theta - theta_s|^2: "bregman" is the proximal
+    Bregman response function of Bae et al. (2022); "leave_one_out" is the risk without the row,
+    made stationary at theta_s. To first order theta moves by + A^-1 grad L(z_i) / n, with A the
+    `GaussNewton` or `Hessian` matrix of that damping. This is `Influence.parameters`, so damped
+    influence predicts these changes at a theta that is no minimum. At a minimum, without damping,
+    "leave_one_out" is retraining without the row; so is "bregman" if the model is linear in theta.
 
-    Steps are Newton's with A, factored once, and the row's own curvature taken out of it, then with
-    secant updates; none is much longer than the last or, the first, than A's own. The net is left
-    as it was.
+    Steps are Newton's with A, factored once, minus the row's own curvature; then secant updates. A
+    step is not much longer than the one before it, and the first is not longer than A's own step.
+    The net is left as it was.
 
     Args:
-      net: anywhere; float64, unless its gradients can be told from rounding in float32.
+      net: at any theta; in float64, unless its gradients are well above float32's rounding.
       train: the training set, n rows.
       test: m examples whose losses are measured; the penalty is not part of them.
-      rows: (k,) training rows, each alone.
-      objective: "bregman" or "leave_one_out".
+      rows: (k,) training rows; each response leaves out one of them.
+      options: of the search.
       damping: of the proximal term, absolute; A must be positive definite.
-      fraction: of the row's weight 1/n that is taken out, in (0, 1]. Changes divided by it tend to
-        damped influence, the derivative, as it goes to 0.
-      step_damping: added to A's damping for the steps alone. Where some curvature nearly vanishes
-        fewer steps are needed with a millionth of the largest eigenvalue.
-      solver: how A, for the steps, is inverted; what `prepare` returned for it is not prepared
-        again.
-      tolerance: gradient norm of F_i to reach, relative to that at theta_s; (k,) for one a row.
-      rough: the net at the same theta, and the training set in the same order, in a lower
-        precision: their gradients are taken for most of the way. The certificate is of `net`.
-      rough_tolerance: as `tolerance`: how far they are taken, above their rounding.
-      max_iterations: gradients of F_i at most, for each row.
-      block: rows whose minima are sought together. Part of the checkpoints' identity.
-      batch_size: rows of the training set at a time; None: chosen.
-      num_processes: joblib workers, which share the cores; -1 for one a core. The last bits may
-        depend on it.
-      checkpoints: a folder where finished blocks are kept. A call that was interrupted, by kill -9
-        too, continues from there and ends bit for bit as if it had not been.
+      objective: "bregman" or "leave_one_out".
+      fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As it goes to 0, the
+        changes divided by it tend to damped influence, their derivative.
 
     Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
       if A is not positive definite. Rows that miss the tolerance are marked in `converged`, with a
       ConvergenceWarning.
     """
-    runs.check(net, train, test, tolerance=None, block=block, batch_size=batch_size)
+    runs.check(net, train, test)
     rows = check_rows(rows, len(train))
-    tolerances = _tolerances("tolerance", tolerance, len(rows))
-    until = _tolerances("rough_tolerance", rough_tolerance, len(rows))
+    tolerances = _tolerances("tolerance", options.tolerance, len(rows))
+    until = _tolerances("rough_tolerance", options.rough_tolerance, len(rows))
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
-    if not 0 <= step_damping < np.inf:
-        raise ValueError(f"step_damping must be finite and at least 0, got {step_damping}.")
-    if rough is not None:
-        _check_rough(rough, net, train)
+    if options.rough is not None:
+        _check_rough(options.rough, net, train)
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
-    check_folder(checkpoints)  # before the factorisation
-    A = _CURVATURE[objective](net, train, damping, batch_size=batch_size)
-    if step_damping:
-        A = type(A)(net, train, damping + step_damping, batch_size=batch_size)
-    runs.check_processes(num_processes, net)
-    inverse = prepare(A, solver)
+    check_folder(options.checkpoints)  # before the factorisation
+    A = _CURVATURE[objective](net, train, damping, batch_size=options.batch_size)
+    if options.step_damping:
+        more = damping + options.step_damping
+        A = type(A)(net, train, more, batch_size=options.batch_size)
+    runs.check_processes(options.num_processes, net)
+    inverse = prepare(A, options.solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
     found = runs.run(
-        Task(net, train, test, None, max_iterations, batch_size),
+        Task(net, train, test, options.batch_size),
         _proximal_block,
         list(rows[:, None]),
-        _Search(inverse, damping, fraction, *by_row, rough),
-        block=block,
-        checkpoints=checkpoints,
+        _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations),
+        options,
         identity=(
             "proximal",
             objective,
             float(damping),
             float(fraction),
-            float(step_damping),
+            float(options.step_damping),
             repr(inverse.solver),
             tolerances,
-            None if rough is None else (rough[0].dtype.str, until),
+            None if options.rough is None else (options.rough[0].dtype.str, until),
+            options.max_iterations,
         ),
-        num_processes=num_processes,
         what="proximal responses",
     )
     norms = found["gradient_norm"]
@@ -194,13 +202,20 @@ def proximal_response(
             "max_iterations, use float64 or a larger damping."
         )
     return ProximalResponse(
-        found["change_if_removed"], rows, objective, float(damping), float(fraction), norms,
-        found["passes"], converged, found["distance"],
-    )  # fmt: skip
+        found["change_if_removed"],
+        rows,
+        objective,
+        float(damping),
+        float(fraction),
+        gradient_norm=norms,
+        iterations=found["passes"],
+        converged=converged,
+        distance=found["distance"],
+    )
 
 
 def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
-    """One for each row."""
+    """Check the tolerances and return one for each row."""
     found = np.asarray(given, float)
     if found.shape not in ((), (num_rows,)) or not (found > 0).all():
         raise ValueError(
@@ -211,7 +226,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 
 
 def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
-    """Refuse a pair that is not `net` and `train` but for rounding."""
+    """Raise TypeError or ValueError if the pair differs from `net` and `train` beyond rounding."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             pass
@@ -230,7 +245,7 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
-    """The minima of F_i for some rows, a column each."""
+    """Minimise F_i for some rows, a column each."""
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -245,12 +260,17 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
         for by_row in (search.tolerance, search.rough_tolerance)
     )
     found = block_lbfgs.minimise(
-        _gradients(task, net, train, groups, search), inverse, thetas, first, tolerance,
-        task.max_passes,
+        _gradients(task, net, train, groups, search),
+        inverse,
+        thetas,
+        first,
+        tolerance,
+        search.max_iterations,
         pairs=removed.pairs(search.inverse, first),
-        longest=np.linalg.norm(inverse(first), axis=0),  # the row's own curvature may leave none
+        # Minus the row's own curvature, A may have none left along a step.
+        longest=np.linalg.norm(inverse(first), axis=0),
         rough=search.rough and (_gradients(task, *search.rough, groups, search), until),
-    )  # fmt: skip
+    )
     return {
         "distance": np.linalg.norm(found.thetas - thetas, axis=0),
         "change_if_removed": task.changes(found.thetas),
@@ -262,7 +282,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
 def _gradients(
     task: Task, net: GenericNeuralNet, train: Examples, groups: Groups, search: _Search
 ) -> Callable[[NDArray, NDArray], NDArray]:
-    """The gradients (d, j) of some F_i as a function of thetas (d, j), by that net's arithmetic."""
+    """Return a function of thetas (d, j): the gradients (d, j) of some F_i, in that net's dtype."""
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     theta_s = task.net.theta[:, None]
     bregman = isinstance(search.inverse.A, GaussNewton)
@@ -279,13 +299,12 @@ def _gradients(
 def _of_outputs(
     net: GenericNeuralNet, train: Examples, batch_size: int | None
 ) -> Callable[[NDArray], NDArray]:
-    """The gradient (d, j) of the "bregman" divergence, as a function of thetas (d, j)."""
+    """Return a function of thetas (d, j): the gradient (d, j) of the "bregman" divergence."""
     penalty = net.penalty_gradient()[:, None]
 
     def gradient(thetas: NDArray) -> NDArray:
-        size = batch_size or net.rows_per_batch(train, thetas.shape[1])
-        mean = net.mean_over(train, size, lambda x, y: net.bregman_gradient(x, y, thetas))
-        return mean + net.penalty_gradient(thetas) - penalty
+        total = train.sum_over(Total("bregman_gradient", thetas), net, batch_size=batch_size)
+        return total / len(train) + net.penalty_gradient(thetas) - penalty
 
     return gradient
 
@@ -293,6 +312,6 @@ def _of_outputs(
 def _of_the_risk(
     net: GenericNeuralNet, train: Examples, batch_size: int | None
 ) -> Callable[[NDArray], NDArray]:
-    """The gradient (d, j) of the "leave_one_out" divergence, as a function of thetas (d, j)."""
+    """Return a function of thetas (d, j): the gradient (d, j) of the "leave_one_out" divergence."""
     before = net.risk_gradient(train, net.theta[:, None], batch_size)
     return lambda thetas: net.risk_gradient(train, thetas, batch_size) - before

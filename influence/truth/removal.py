@@ -1,4 +1,4 @@
-"""Groups of training rows about to be removed: their share of gradients and of the curvature."""
+"""The share of groups of training rows in the risk's gradient and in its curvature."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.convergence import DivergenceError
+from influence.common.memory import VECTORS, fitting
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.solvers import Prepared
 from influence.truth.runs import Groups
 
-_MOST_STEPS = 10  # of conjugate gradients that take a group's own curvature out
-_RTOL = 1e-3  # of those steps; what a chord leaves of the gradient is more than that
-_BYTES = 1 << 28  # of dense inputs handled in one call
+# Most steps of conjugate gradients to subtract a group's own curvature.
+_MOST_STEPS = 10
+# Relative tolerance of those steps. A chord step leaves a larger part of the gradient than this.
+_RTOL = 1e-3
 
 
 class Removal:
-    """k groups of rows, a column each: sums over a group of what its rows bring to the risk.
+    """Sums over each of k groups of rows, a column each, of the rows' terms of the risk.
 
-    Rows are read in batches of one length, many groups' in a call, and groups larger than a batch
-    in several.
+    Batches of equal length share a call: parts of many small groups, or one part of a large group.
 
     Args:
-      net: at the theta where curvature is taken.
+      net: at the theta where the curvature is computed.
       train: the training set.
       groups: k arrays of row numbers.
       batch_size: rows at a time at most; None: chosen.
-      fraction: of the rows' weight that is taken out, a factor of every sum.
+      fraction: the part of the rows' weight that is removed, a factor of every sum.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class Removal:
         first = train.take([0]).x
         parts = first.values() if isinstance(first, dict) else (first,)
         row = sum(int(np.prod(part.shape[1:])) * part.dtype.itemsize for part in parts)
-        chosen = min(net.rows_per_batch(train), max(_BYTES // max(row, 1), 1))
-        self._together = batch_size or chosen
+        # Inputs are dense here, and may be sparse in the set.
+        self._together = batch_size or fitting(VECTORS, row, net.rows_per_batch(train))
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
-        """(d, j): sum over a group of grad (loss_i + penalty), at a column of thetas (d, j)."""
+        """Sum grad (loss_i + penalty) over each group, at a column of thetas (d, j): (d, j)."""
         total = self.net.penalty_gradient(thetas) * self._sizes(columns)
         for at, x, y in self._batches(columns):
             own = self.net.each_batch("gradient", x, y, thetas[:, at].T[:, :, None])
@@ -58,7 +59,7 @@ class Removal:
         return total * self.fraction
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
-        """(d, j): sum over a group of the Hessian of loss_i + penalty at theta, times a column."""
+        """Multiply each group's summed Hessian of loss_i + penalty with a column of V: (d, j)."""
         total = self.net.penalty_hvp(V) * self._sizes(columns)
         for at, x, y in self._batches(columns):
             products = self.net.each_batch("hvp", x, y, V[:, at].T[:, :, None])
@@ -66,11 +67,12 @@ class Removal:
         return total * self.fraction
 
     def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
-        """About (A - H_g / n)^-1 b, (d, j), for the matrix A of `inverse` and H_g as in `hvp`.
+        """Solve (A - H_g / n) x = b to a low precision, with A of `inverse` and H_g as in `hvp`.
 
-        By the steps of conjugate gradients that `pairs` names; A^-1 b for a group that leaves no
-        curvature along it.
+        The method is that of `pairs`. If the group leaves no curvature along A^-1 b, the answer is
+        A^-1 b.
 
+        Returns: (d, j).
         Raises: DivergenceError if A is not positive definite.
         """
         X = np.zeros_like(B)
@@ -79,19 +81,19 @@ class Removal:
         return X
 
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
-        """Directions P (d, k), and what A - H_g / n makes of them, that tell it from A.
+        """Find directions P (d, k) along which A - H_g / n and A differ, and their products.
 
         A is the matrix of `inverse`, H_g as in `hvp`. The directions are those of conjugate
-        gradients for (A - H_g / n) x = b, preconditioned by A^-1: secant updates of A^-1 by these
-        pairs solve for b. About as many are needed as a small group has outputs. Large groups,
-        whose products cost as much as the data passes that they are to save, get fewer.
+        gradients for (A - H_g / n) x = b, preconditioned by A^-1. Secant updates of A^-1 by these
+        pairs solve for b. A small group needs about as many pairs as it has outputs. A large group
+        gets fewer, because its products cost as much as the data passes that they would save.
 
         Args:
           inverse: of A; positive definite.
-          B: (d, k) right-hand sides, one a group.
+          B: (d, k) right-hand sides, one for each group.
 
-        Returns: pairs (P, (A - H_g / n) P); zero for a group that has had its directions, or that
-          leaves no curvature along one.
+        Returns: pairs (P, (A - H_g / n) P). A column is zero if its group needs no more directions,
+          or leaves no curvature along one.
         Raises: DivergenceError if A is not positive definite.
         """
         pairs = []
@@ -104,20 +106,22 @@ class Removal:
     def _directions(
         self, inverse: Prepared, B: NDArray, columns: NDArray
     ) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
-        """(positions in columns (r,), p (d, r), (A - H_g / n) p (d, r), length of the step (r,)).
+        """Yield the steps of preconditioned conjugate gradients.
 
-        Preconditioned conjugate gradients. A p follows from the recurrence of p, so that a step
-        costs one product with the group's own rows. A length of 0, which is a column's last, says
-        that no curvature is left along p.
+        A p follows from the recurrence of p, so a step costs one product with the group's own rows.
+        A length of 0 ends a column: no curvature is left along p.
+
+        Yields: positions in columns (r,), p (d, r), (A - H_g / n) p (d, r), lengths of the steps
+          (r,).
         """
         n = len(self.train)
         limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
-        at = np.flatnonzero(B.any(axis=0))  # the columns still open
+        at = np.flatnonzero(B.any(axis=0))  # the columns that are not solved yet
         if not len(at):
             return
         r = B[:, at]
         z = apply(inverse, r)
-        p, Ap = z, r  # Ap: what A, without the groups taken out, makes of p
+        p, Ap = z, r  # Ap: the product of A itself with p
         rz = _dot(r, z)
         target = _RTOL**2 * rz
         for step in range(1, _MOST_STEPS + 1):
@@ -145,9 +149,9 @@ class Removal:
         return self.sizes[columns].astype(self.net.dtype)
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
-        """(positions in columns (r,), x (r, b, ...), y (r, b, ...)): batches of equal length b.
+        """Yield (positions in columns (r,), x (r, b, ...), y (r, b, ...)): r parts of b rows each.
 
-        A position occurs once in a batch: a group's parts are full ones, alone, and a shorter rest.
+        A position occurs at most once in a batch, because a full part of a group fills a batch.
         """
         by_length: dict[int, list[tuple[int, NDArray]]] = {}
         for position, column in enumerate(columns):
@@ -163,7 +167,7 @@ class Removal:
 
 
 def apply(inverse: Prepared, B: NDArray) -> NDArray:
-    """A^-1 B for the matrix A of `inverse`; DivergenceError if it is not positive definite."""
+    """Compute A^-1 B for the A of `inverse`; DivergenceError if A is not positive definite."""
     raw = inverse.apply(B)
     if np.any(np.asarray(raw.min_curvature) <= 0):
         smallest = np.nanmin(raw.min_curvature)

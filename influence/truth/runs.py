@@ -1,4 +1,4 @@
-"""What every way of retraining shares: its result, its task, and how its parts are run and kept."""
+"""Retraining in blocks: options, results, distribution over processes and cached blocks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,52 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_folder, kept
+from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, checked
+from influence.net.questions import PerRow
 
 Groups = Sequence[NDArray[np.int64]]
-_THREADS = "TF_NUM_INTRAOP_THREADS"  # read by TensorFlow when a process begins to use it
+# TensorFlow reads this variable when a process first uses it.
+_THREADS = "TF_NUM_INTRAOP_THREADS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the way in which the work is cut into blocks, distributed and cached.
+
+    Attributes:
+      block: rows or groups whose retraining shares the data passes. The cached files depend on it.
+      batch_size: training rows in memory at a time; None: chosen by the library.
+      num_processes: joblib workers, which share the cores; -1 starts one for each core. The last
+        bits of the results may depend on it. With another joblib backend the workers may run on
+        other machines.
+      checkpoints: a folder that caches finished blocks. If a call is interrupted (even by kill -9),
+        the next call continues from the last finished block and returns the same bits.
+      key: any text that the names of the cached files are to depend on.
+    """
+
+    block: int = 50
+    batch_size: int | None = None
+    num_processes: int = 1
+    checkpoints: str | Path | None = None
+    key: str = ""
+
+    def __post_init__(self):
+        """Check the options."""
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}.")
+        check_batch_size(self.batch_size)
+        if self.num_processes == 0:
+            raise ValueError("num_processes must not be 0; 1 is this process, -1 is one a core.")
 
 
 @dataclass(frozen=True, eq=False)
 class Refits(Estimand):
-    """Actual changes, (m, k), of each test loss after retraining without each row or group.
+    """Actual changes, (m, k), of each test loss by retraining without each row or group.
 
     Attributes:
       change_if_removed: (m, k) test loss after retraining without the row or group, minus before.
@@ -35,7 +67,7 @@ class Refits(Estimand):
       gradient_norm: (k,) Euclidean norm of each refit's own risk gradient: the certificate.
       passes: (k,) data passes (newton) or calls of `fit` that each refit took.
       converged: (k,) gradient_norm within the tolerance.
-      names: (k,) the groups' names, where they were given as a dict.
+      names: (k,) the groups' names if they were given as a dict, else empty.
     """
 
     rows: Any
@@ -47,86 +79,67 @@ class Refits(Estimand):
 
 @dataclass(frozen=True)
 class Task:
-    """What every part of the work shares.
+    """The inputs that all blocks share.
 
     Attributes:
-      net: at the theta that everything is compared with.
+      net: at the theta that every result is compared with.
       train: the training set.
       test: examples whose losses are measured.
-      tolerance: what a refit's certificate is to be at most; None: it is not judged.
-      max_passes: data passes at most.
       batch_size: rows at a time, or None.
-      start: (d,) where a fit begins, or None for theta.
-      fit: what is called instead of the net's own fit, or None.
     """
 
     net: GenericNeuralNet
     train: Examples
     test: Examples
-    tolerance: float | None
-    max_passes: int
-    batch_size: int | None
-    start: NDArray | None = None
-    fit: Callable | None = None
+    batch_size: int | None = None
 
     def losses(self, thetas: NDArray | None = None) -> NDArray:
-        """(m,) test losses at the net as it is now, or (m, k) at each of thetas (d, k)."""
-        net, num_vectors = self.net, 1 if thetas is None else thetas.shape[1]
-        size = self.batch_size or net.rows_per_batch(self.test, num_vectors)
-        return np.concatenate([net.losses(x, y, thetas) for x, y in self.test.batches(size)])
+        """Return the (m,) test losses at the net's theta, or (m, k) at each of thetas (d, k)."""
+        question = PerRow("losses", *(() if thetas is None else (thetas,)))
+        return self.test.each_row(question, self.net, batch_size=self.batch_size)
 
     def changes(self, thetas: NDArray) -> NDArray:
-        """(m, k): each test loss at each of thetas (d, k), minus that at the net's own theta."""
-        # In one call, so that both round alike.
+        """Return (m, k): each test loss at thetas (d, k) minus that at the net's own theta."""
+        # One call computes both losses, so that both have the same rounding.
         losses = self.losses(np.column_stack([self.net.theta, thetas]))
         return losses[:, 1:] - losses[:, :1]
 
     def identity(self, *more: Any) -> str:
-        """One short name for everything the work depends on, the model by what it answers."""
-        net, few = self.net, self.train.take(slice(0, 8))
-        parts = (
-            type(net).__name__, [variable.numpy() for variable in net.model.variables], net.theta,
-            net.losses(few.x, few.y),
-            net.penalty(), self.tolerance, self.max_passes, self.batch_size, self.start,
-            self.train.fingerprint, self.test.fingerprint, *more,
-        )  # fmt: skip
-        return joblib.hash(parts)[:16]
+        """Return a short name that changes with any input of the work."""
+        return identity(self.net, self.train, self.test.fingerprint, self.batch_size, *more)
 
 
 def run(
     task: Task,
-    refit: Callable,
+    refit: Callable[[Task, Groups, Any], dict[str, NDArray]],
     groups: Groups,
     argument: Any,
+    options: RunOptions,
     *,
-    block: int,
-    checkpoints: str | Path | None,
     identity: Sequence,
-    num_processes: int,
     what: str,
 ) -> dict[str, NDArray]:
-    """`refit(task, part, argument)` for parts of `block` groups: its arrays joined, last axis.
+    """Call `refit(task, part, argument)` on parts of `options.block` groups and join the arrays.
 
     Args:
-      task: what every part shares.
-      refit: a module's own function, so that other processes find it.
-      groups: rows of each of the k things to do.
-      argument: what else `refit` takes.
-      block: groups in a part.
-      checkpoints: a folder to keep finished parts in, or None.
-      identity: what the numbers depend on besides the task and the groups.
-      num_processes: joblib workers.
+      task: the inputs that all parts share.
+      refit: a module-level function, so that other processes can import it.
+      groups: the rows of each of the k groups.
+      argument: any other input of `refit`.
+      options: of the run.
+      identity: everything else that the numbers depend on.
       what: the work's name, for the progress bar.
 
+    Returns: the arrays by name, joined along their last axis.
     Raises: as `check_folder`.
     """
-    folder = check_folder(checkpoints)
+    folder, block = check_folder(options.checkpoints), options.block
     parts = [groups[first : first + block] for first in range(0, len(groups), block)]
     paths: list[Path | None] = [None] * len(parts)
     if folder is not None:
-        name = task.identity(*identity)
+        name = task.identity(options.key, *identity)
         paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
-    workers = min(joblib.effective_n_jobs(num_processes), len(parts))
+    workers = min(joblib.effective_n_jobs(options.num_processes), len(parts))
     with _cores_shared(workers):
         work = joblib.Parallel(n_jobs=workers, return_as="generator")(
             joblib.delayed(_kept)(path, refit, task, part, argument)
@@ -140,34 +153,15 @@ def _kept(path: Path | None, refit: Callable, task: Task, part: Groups, argument
     return kept(path, lambda: refit(task, part, argument))
 
 
-def check(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
-    *,
-    tolerance: float | None,
-    block: int,
-    batch_size: int | None,
-) -> None:
-    """Refuse what no way of retraining takes.
-
-    Raises: TypeError or ValueError naming the argument.
-    """
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    net.validate(train, "train")
-    net.validate(test, "test")
+def check(net: GenericNeuralNet, train: Examples, test: Examples) -> None:
+    """Raise TypeError or ValueError, naming the argument, for inputs that cannot be retrained."""
+    checked(net, train, test)
     if len(train) < 2:
         raise ValueError("train must have at least 2 rows to leave one out, got 1.")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}.")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}.")
-    check_batch_size(batch_size)
 
 
 def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
-    """(names, groups), each group int64 rows that leave some behind.
+    """Return (names, groups), with each group as int64 rows, fewer than all.
 
     Raises: TypeError, ValueError or IndexError naming the group.
     """
@@ -189,15 +183,13 @@ def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
 
 
 def check_processes(num_processes: int, *sent: Any) -> None:
-    """Send what the workers need to one of them, before any work for them is begun.
+    """Check that a worker process can unpickle the inputs before starting any work.
 
-    Keras rebuilds a model from its class's name, which another process may not know: without this,
-    all that would be heard is that the pool of processes broke.
+    Keras rebuilds a model from the name of its class, which another process may not know. Without
+    this check the only error would be that the pool of processes broke.
 
     Raises: ValueError naming `num_processes`.
     """
-    if num_processes == 0:
-        raise ValueError("num_processes must not be 0; 1 is this process, -1 is one a core.")
     if joblib.effective_n_jobs(num_processes) == 1:
         return
     try:
@@ -214,9 +206,10 @@ def check_processes(num_processes: int, *sent: Any) -> None:
 
 @contextmanager
 def _cores_shared(num_processes: int) -> Iterator[None]:
-    """Workers that start in here have their share of the cores for TensorFlow's threads.
+    """Limit TensorFlow's threads, in workers that start in this context, to their share of cores.
 
-    As joblib sees to it for BLAS: else each would take them all, and wait for the others.
+    joblib does the same for BLAS. Otherwise each worker would use all cores and wait for the
+    others.
     """
     workers = joblib.effective_n_jobs(num_processes)
     if workers == 1 or _THREADS in os.environ:
@@ -234,10 +227,10 @@ def _arrived(*sent: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in the other process if it was there, in one sentence."""
+    """Return the first cause of the error, from another process if need be, in one sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
-    # A traceback from another process is a text that ends with the exception.
+    # The traceback of another process is a text. It ends with the exception.
     named = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception):\s+\S.*)", str(error), re.MULTILINE)
     reason = named[-1] if named else f"{type(error).__name__}: {error}"
     return " ".join(reason.split()).split(". ")[0][:200]

@@ -34,9 +34,9 @@ def test_the_file_is_checked_against_scores_in_float64(part, digits, monkeypatch
     held = 150 * (1297 * 4 + 640 * 8) / 1e6
     assert held < part["megabytes"] < 3 * held
     # A table that is wrong by a hundredth is seen.
-    multiplied = score_file._Factors.scores
+    multiplied = score_file._Scores.__call__
     monkeypatch.setattr(
-        score_file._Factors, "scores", lambda *args: np.float32(1.01) * multiplied(*args)
+        score_file._Scores, "__call__", lambda *args: np.float32(1.01) * multiplied(*args)
     )
     wrong = all_scores.run(digits, num_tests=150, square=200)
     assert wrong["largest_error"] == pytest.approx(0.01, rel=1e-3)
@@ -47,9 +47,10 @@ def test_nothing_of_it_is_left(digits, monkeypatch, tmp_path):
     seen = []
     written = Influence.write_scores
     monkeypatch.setattr(
-        Influence, "write_scores", lambda self, path, *a, **k: seen.append(path)
-        or written(self, path, *a, **k),
-    )  # fmt: skip
+        Influence,
+        "write_scores",
+        lambda self, path, *a, **k: seen.append(path) or written(self, path, *a, **k),
+    )
     stage = score_file._multiply
     all_scores.run(digits, num_tests=3, square=10)
     assert tmp_path in seen[0].parents and not list(tmp_path.iterdir())

@@ -101,9 +101,12 @@ def answers(by, arrays, folder):
     settings = [setting(by, method, **options) for who, method, options, _ in EXACT if who == by]
     (folder / "settings.json").write_text(json.dumps(settings))
     done = subprocess.run(
-        [str(python), "-c", CODE, solves._MODULES[by], str(folder)], cwd=solves.ROOT,
-        env=os.environ | environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [str(python), "-c", CODE, solves._MODULES[by], str(folder)],
+        cwd=solves.ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return {s["method"]: np.load(folder / f"{i}.npy") for i, s in enumerate(settings)}
 
@@ -165,8 +168,13 @@ def test_every_way_of_every_peer_has_its_check():
 
 
 def row(by, seconds, largest, **more):
-    return {"by": by, "seconds": seconds, "seconds_for_all": seconds, "largest_residual": largest,
-            **more}  # fmt: skip
+    return {
+        "by": by,
+        "seconds": seconds,
+        "seconds_for_all": seconds,
+        "largest_residual": largest,
+        **more,
+    }
 
 
 def test_a_peer_is_held_against_our_fastest_that_comes_as_close():
@@ -210,10 +218,16 @@ def test_run_and_its_table_with_processes_that_end_at_once(digits, monkeypatch):
 
     monkeypatch.setattr(solves.subprocess, "run", finished)
     monkeypatch.setattr(
-        solves, "true_residuals",
-        lambda p, x: np.array([np.nan if asked["method"] == "direct" and asked["by"] == PYDVL
-                               else residuals.get(asked["by"], 1e-4)]),
-    )  # fmt: skip
+        solves,
+        "true_residuals",
+        lambda p, x: np.array(
+            [
+                np.nan
+                if asked["method"] == "direct" and asked["by"] == PYDVL
+                else residuals.get(asked["by"], 1e-4)
+            ]
+        ),
+    )
     part = peers.run(digits, points=10, patience=45)
     assert [part[k] for k in ("data", "n", "d", "points")] == ["digits", 1297, 640, 10]
     by_name = {(run["by"], run["method"]): run for run in part["runs"]}

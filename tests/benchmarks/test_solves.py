@@ -56,8 +56,11 @@ def test_fewer_points_than_asked_are_extrapolated_and_never_the_fastest(digits, 
 def test_speedup_is_that_of_the_fastest_within_tolerance(digits, monkeypatch):
     monkeypatch.setattr(solves, "python_of_peers", lambda: "python")
     monkeypatch.setattr(solves, "_versions", lambda python: {"pyDVL": "0"})
-    fake(monkeypatch, seconds=iter([2.0, 1.0, 30.0, 20.0, 3.0]).__next__,
-         residual=iter([1e-6, 1e-6, 1e-6, 1e-6, 2e-5]).__next__)  # fmt: skip
+    fake(
+        monkeypatch,
+        seconds=iter([2.0, 1.0, 30.0, 20.0, 3.0]).__next__,
+        residual=iter([1e-6, 1e-6, 1e-6, 1e-6, 2e-5]).__next__,
+    )
     ways = [(OURS, "cg"), (OURS, "direct"), (PYDVL, "one by one"), (PYDVL, "block")]
     ways.append((PYDVL, "block"))
     result = solves.run(digits, tuple(Setting(*way, "float64", 2, 2) for way in ways))
@@ -99,9 +102,16 @@ def test_an_answer_that_is_not_finite_is_none(digits, monkeypatch):
 
 def test_setting_in_words():
     words = table.describe(
-        {"by": PYDVL, "method": "block", "dtype": "float32", "points": 9, "solved": 3,
-         "tolerance": 1e-6, "preconditioner_rank": 20}
-    )  # fmt: skip
+        {
+            "by": PYDVL,
+            "method": "block",
+            "dtype": "float32",
+            "points": 9,
+            "solved": 3,
+            "tolerance": 1e-6,
+            "preconditioner_rank": 20,
+        }
+    )
     assert words == (
         "pyDVL, block, float32, Nyström preconditioner of rank 20, asked for 1e-06: 3 of 9"
     )
@@ -113,9 +123,12 @@ def test_the_child_reads_what_the_parent_writes(digits, tmp_path):
     path = tmp_path / child.PROBLEM.format("float32")
     with np.load(path, allow_pickle=False) as file:
         assert {name: file[name].dtype for name in file.files} == {
-            "x": np.float32, "y": np.int64, "x_test": np.float32, "y_test": np.int64,
+            "x": np.float32,
+            "y": np.int64,
+            "x_test": np.float32,
+            "y_test": np.int64,
             "theta": np.float32,
-        }  # fmt: skip
+        }
         assert isinstance(Examples(file["x"], file["y"]), Examples)
         assert file["theta"].shape == (64, 10)
         assert len(file["x_test"]) == 2

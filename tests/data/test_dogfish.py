@@ -49,8 +49,12 @@ def test_classes_are_where_the_releases_notebooks_have_them(real):
 @pytest.fixture
 def small(monkeypatch):
     """The same with few and small photographs."""
-    for name, value in (("NUM_TRAIN", TRAIN), ("NUM_TEST", TEST),
-                        ("PAPERS_SIDE", SIDE), ("IMAGENETTES_SIDE", SIDE)):  # fmt: skip
+    for name, value in (
+        ("NUM_TRAIN", TRAIN),
+        ("NUM_TEST", TEST),
+        ("PAPERS_SIDE", SIDE),
+        ("IMAGENETTES_SIDE", SIDE),
+    ):
         monkeypatch.setattr(dogfish, name, value)
 
 
@@ -139,7 +143,7 @@ def test_the_published_arrays_become_bytes_again(tmp_path, small, dtype):
         ({"X_train": np.full((12, SIDE, SIDE, 3), np.nan)}, "scaled to .* found values from nan"),
         ({"X_train": np.full((12, SIDE, SIDE, 3), None)}, "expected arrays X_train"),
     ],
-)  # fmt: skip
+)
 def test_published_arrays_that_are_not(tmp_path, small, changed, message):
     published(tmp_path, **changed)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A small experiment, `fake`, and small data for it, put where the framework looks for both."""
+"""A small experiment, `fake`, and small data for it, where the harness looks for both."""
 
 import gc
 import textwrap
@@ -19,7 +19,7 @@ SOURCE = '''
     import numpy as np
     from matplotlib.figure import Figure
 
-    from experiments.record import Claim, Record
+    from experiments.harness.record import Claim, Record
 
     @dataclass(frozen=True)
     class Config:
@@ -64,13 +64,13 @@ SOURCE = '''
 
 
 class FakeData(ModuleType):
-    """Stands in for the package `data`; `found` says whether the real data is there."""
+    """A fake of the package `data`; `found`: whether the real data is found."""
 
     found = True
 
     def __init__(self, name):
         super().__init__(name)
-        self.dtypes = []  # that were asked for
+        self.dtypes = []  # requested by `load`
 
     def find(self, name, root=None):
         return self.found and "some/folder"
@@ -87,7 +87,7 @@ class FakeData(ModuleType):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """The fake experiment's module, as the only one there is, and its data as `fake.data`."""
+    """Install the fake experiment as the only one; yield its module, its data in `fake.data`."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "fake_figure.py").write_text(textwrap.dedent(SOURCE))
@@ -97,9 +97,22 @@ def fake(tmp_path, monkeypatch):
     package = FakeData("data")
     monkeypatch.setitem(experiments.sys.modules, "data", package)
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # by Keras, of what all tests before have left
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # Keras collects what all earlier tests left
     monkeypatch.chdir(tmp_path)
     module = experiments.load("fake")
     module.data = package
     yield module
     experiments.sys.modules.pop("experiments.fake_figure", None)
+
+
+@pytest.fixture(scope="module")
+def networks_traced_once():
+    """Share traces between networks: TensorFlow would trace each again."""
+    from experiments.shared import mnist_cnn
+    from influence import AllCNN
+    from tests.influence.problems import traced_once
+
+    make = mnist_cnn.network
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist_cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
+        yield

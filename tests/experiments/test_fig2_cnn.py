@@ -8,35 +8,25 @@ import pytest
 import scipy.linalg
 
 import data
-from experiments import cnn, cnn_minimum, fig2_cnn
-from experiments.cnn_drawing import STEPS, STEPS_AT_MINIMUM, TRUTHS
-from experiments.record import Record
-from experiments.running import Misuse
-from influence import AllCNN, Direct, GaussNewton, Hessian, prepare, proximal_response
-from tests.influence.problems import traced_once
+from experiments import fig2_cnn
+from experiments.fig2_cnn import STEPS, TRUTHS
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
+from experiments.shared import mnist_cnn
+from influence import Direct, GaussNewton, Hessian, ProximalOptions, prepare, proximal_response
+
+pytestmark = pytest.mark.usefixtures("networks_traced_once")
 
 SMALL = dataclasses.replace(
     fig2_cnn.PRESETS["smoke"], num_train=120, filters=2, strides=(2,), schedule=((150, 1e-2),),
     num_removals=8, further_removals=4, slow_removals=4, double_removals=3, lissa_depth=50,
     continued_steps=20, damping=0.05,
 )  # fmt: skip
-AT_MINIMUM = dataclasses.replace(
-    SMALL, dtype="float32", rounds=8, evaluations=150, minimum_damping=1e-3
-)
 
 
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def networks_traced_once():
-    """Each run makes networks of its own, of which TensorFlow would trace the same again."""
-    make = cnn.network
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cnn, "network", lambda *given: traced_once(make(*given), AllCNN))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +40,10 @@ def record(digits, folder):
 
 
 @pytest.fixture(scope="module")
-def refitted_from():
-    """Gradient norms of the nets that were refitted from a minimum."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def converged(digits, folder, refitted_from):
-    def response(net, train, *arguments, **options):
-        refitted_from.append(net.gradient_norm(train))
-        return proximal_response(net, train, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cnn_minimum, "proximal_response", response)
-        return fig2_cnn.run(AT_MINIMUM, digits, checkpoints=folder)
-
-
-@pytest.fixture(scope="module")
 def trained(digits):
-    """(net, training set, test points) where the run of `record` stops training."""
-    train, test = cnn.images(digits, SMALL)
-    net = cnn.network(SMALL, train)
+    """Train as the run of `record` does; return net, training set, test points."""
+    train, test = mnist_cnn.images(digits, SMALL)
+    net = mnist_cnn.network(SMALL, train)
     net.fit(train, schedule=SMALL.schedule, batch_size=SMALL.batch_size)
     return net, train, test.take(SMALL.test_points)
 
@@ -106,18 +79,21 @@ def test_metrics_are_of_the_arrays(record):
         slope = np.polyfit(actual, predicted, 1)[0]
         assert metrics[f"slope_{truth}"] == pytest.approx(slope, rel=1e-9)
         assert metrics[f"worst_pearson_{truth}"] <= metrics[f"median_pearson_{truth}"]
-    sides = {name.partition("_")[2]: array for name, array in arrays.items()
-             if name.startswith(("predicted_", "actual_"))}  # fmt: skip
+    sides = {
+        name.partition("_")[2]: array
+        for name, array in arrays.items()
+        if name.startswith(("predicted_", "actual_"))
+    }
     for i, (one, other, _) in enumerate(STEPS):
         line = np.polyfit(sides[other][0, first], sides[one][0, first], 1)
         r = np.corrcoef(sides[one][0, first], sides[other][0, first])[0, 1]
         assert arrays["step_pearson"][i] == pytest.approx(r, rel=1e-9)
         assert arrays["step_slope"][i] == pytest.approx(line[0], rel=1e-6)
-    assert metrics["pearson_proximal"] > 0.9  # what damped influence predicts
+    assert metrics["pearson_proximal"] > 0.9  # damped influence predicts it
     for truth in ("proximal", "bregman"):
         assert arrays[f"{truth}_gradient_norm"].max() <= SMALL.tolerance
         assert metrics[f"{truth}_lost"] == 0
-    assert metrics["proximal_float32_error"] < 0.05  # of the tolerance alone: it is in float64
+    assert metrics["proximal_float32_error"] < 0.05  # by the tolerance only: the net is in float64
     assert arrays["drift"].shape == (2,) and (arrays["drift"] != 0).all()
     assert 0 < metrics["slow_spread"] < 0.2 * np.std(arrays["actual_continued"][0, first])
 
@@ -129,11 +105,11 @@ def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monke
         objective: prepare(curvature(net, train, SMALL.damping), Direct())
         for objective, curvature in curvatures.items()
     }
-    monkeypatch.setattr(cnn, "_LOST", 1e-4)
-    monkeypatch.setattr(cnn, "_rounding", lambda *a: 0.0)
+    monkeypatch.setattr(fig2_cnn, "_LOST", 1e-4)
+    monkeypatch.setattr(fig2_cnn, "_rounding", lambda *a: 0.0)
     removed = np.arange(6)
     rough = dataclasses.replace(SMALL, tolerance=0.5, continued_steps=1)
-    changes, found = cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
+    changes, found = fig2_cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
     lost = found["proximal_gradient_norm"] > 1e-4
     assert found["proximal_lost"] == np.count_nonzero(lost) > 0
     np.testing.assert_array_equal(np.isnan(changes["proximal"]), np.tile(lost, (2, 1)))
@@ -143,60 +119,30 @@ def test_truths_are_the_library_s(record, trained):
     net, train, measured = trained
     rows = record.arrays["removed"][:2]
     response = proximal_response(
-        net, train, measured, rows, objective="leave_one_out", damping=SMALL.damping,
-        tolerance=1e-6,
-    )  # fmt: skip
+        net,
+        train,
+        measured,
+        rows,
+        ProximalOptions(tolerance=1e-6),
+        objective="leave_one_out",
+        damping=SMALL.damping,
+    )
     found = record.arrays["actual_proximal"][:, :2]
     np.testing.assert_allclose(found, response[:], atol=0.05 * np.abs(response[:]).max())
 
 
-def test_at_a_minimum_influence_is_what_refits_say(converged):
-    arrays, metrics = converged.arrays, converged.metrics
-    assert metrics["gradient_norm"] <= 1e-6 and metrics["num_negative_eigenvalues"] == 0
-    assert metrics["risk"] == arrays["risk"][-1] < arrays["risk"][0]
-    assert metrics["refits_unconverged"] == 0 and metrics["refit_gradient_norm"] <= 1e-6
-    for how in ("cg", "gauss_newton", "damped", "lissa"):
-        assert arrays[f"predicted_{how}"].shape == arrays["predicted_minimum"].shape
-    np.testing.assert_allclose(
-        arrays["predicted_cg"], arrays["predicted_minimum"],
-        atol=1e-4 * np.abs(arrays["predicted_minimum"]).max(),
-    )  # fmt: skip
-    assert arrays["step_pearson"][-2] == pytest.approx(metrics["pearson_minimum"], rel=1e-12)
-    first = arrays["removals_0"]
-    r = np.corrcoef(arrays["predicted_minimum"][0, first], arrays["actual_minimum"][0, first])
-    assert metrics["pearson_minimum"] == pytest.approx(r[0, 1], rel=1e-12)
-    assert metrics["pearson_minimum"] > 0.9
-    part, first = arrays["actual_part"], first[: AT_MINIMUM.further_removals]
-    assert np.isfinite(part[:, first]).all() and metrics["parts_unconverged"] == 0
-    assert np.isnan(np.delete(part, first, axis=1)).all()
-    lost = [np.abs(arrays["predicted_minimum"] - actual)[0, first].max()
-            for actual in (part, arrays["actual_minimum"])]  # fmt: skip
-    assert lost[0] < 0.2 * lost[1]  # the tenth of a row loses a tenth by what is not first order
-    assert metrics["slope_part"] == pytest.approx(1, abs=0.05)
-    num = len(arrays["removed"])
-    assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
-    assert (arrays["refit_passes"] > 0).all() and (arrays["refit_distance"] > 1e-4).all()
+def test_an_interrupted_run_ends_with_the_same_numbers(record, digits, folder):
+    paths = sorted(folder.glob("refits-*"))  # the rest counts as finished
+    assert paths
+    for path in paths[::2]:
+        path.unlink()
+    again = fig2_cnn.run(SMALL, digits, checkpoints=folder)
+    assert again.metrics == record.metrics
+    for name, array in record.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
 
 
-def test_what_is_certified_in_float64_is_what_is_used(converged, refitted_from):
-    used, part = refitted_from
-    assert used == part == converged.metrics["gradient_norm"]
-
-
-def test_an_interrupted_run_ends_with_the_same_numbers(record, converged, digits, folder):
-    for kind in ("refits", "descent"):  # as if all else had been finished
-        paths = sorted(folder.glob(f"{kind}-*"))
-        assert paths
-        for path in paths[::2]:
-            path.unlink()
-    for config, whole in ((SMALL, record), (AT_MINIMUM, converged)):
-        again = fig2_cnn.run(config, digits, checkpoints=folder)
-        assert again.metrics == whole.metrics
-        for name, array in whole.arrays.items():
-            np.testing.assert_array_equal(again.arrays[name], array)
-
-
-def test_draw(record, converged):
+def test_draw(record):
     shown = Record.of(metrics=record.metrics, arrays=record.arrays)
     figure = fig2_cnn.draw(dataclasses.replace(shown, config=dataclasses.asdict(SMALL)))
     panels = [axis for axis in figure.axes if axis.get_title()]
@@ -207,47 +153,23 @@ def test_draw(record, converged):
     first = record.arrays["removals_0"]
     for axis, truth in zip(panels, TRUTHS, strict=True):
         drawn = np.asarray(axis.collections[0].get_offsets())
-        expected = [record.arrays[f"actual_{truth}"][0, first],
-                    record.arrays["predicted_cg"][0, first]]  # fmt: skip
+        expected = [
+            record.arrays[f"actual_{truth}"][0, first],
+            record.arrays["predicted_cg"][0, first],
+        ]
         np.testing.assert_allclose(drawn, np.transpose(expected))
     cells = figure.axes[-1].tables[0].get_celld()
     for i, r in enumerate(record.arrays["step_pearson"], start=1):
         assert cells[i, 2].get_text().get_text() == f"{1 - r:.1e}"
         assert cells[i, 4].get_text().get_text() == str(len(first))
     plt.close(figure)
-    some = dict(converged.arrays)
-    some["actual_minimum"] = some["actual_minimum"].copy()
-    some["actual_minimum"][0, some["removals_0"][0]] = np.nan
-    metrics = converged.metrics | {"parts_unconverged": 2}
-    figure = fig2_cnn.draw(Record.of(metrics=metrics, arrays=some))
-    *_, part, last = (axis for axis in figure.axes if axis.get_title())
-    num = len(some["removals_0"])
-    assert last.texts[0].get_text().endswith(f"{num - 1} rows\n1 left out")
-    assert len(last.collections[0].get_offsets()) == num - 1
-    assert part.texts[0].get_text().endswith(f"{AT_MINIMUM.further_removals} rows\n2 left out")
-    cells = figure.axes[-1].tables[0].get_celld()
-    shown = [cells[i, 4].get_text().get_text() for i in range(1, len(STEPS_AT_MINIMUM) + 1)]
-    few = AT_MINIMUM.further_removals
-    assert shown == [str(known) for known in [num] * 4 + [few, few - 1] + [num - 1] * 2]
-    plt.close(figure)
-    figure = fig2_cnn.draw(Record.of(metrics=converged.metrics, arrays=converged.arrays))
-    way, part, whole = (axis for axis in figure.axes if axis.get_title())
-    np.testing.assert_allclose(way.lines[0].get_ydata(), converged.arrays["gradient_norm"])
-    for axis, name in ((part, "actual_part"), (whole, "actual_minimum")):
-        drawn = np.asarray(axis.collections[0].get_offsets())
-        expected = converged.arrays[name], converged.arrays["predicted_minimum"]
-        rows = converged.arrays["removals_0"]
-        points = np.transpose([one[0, rows] for one in expected])
-        np.testing.assert_allclose(drawn, points[np.isfinite(points).all(axis=1)])
-    plt.close(figure)
 
 
-def test_every_preset_is_judged_by_what_it_computes(record, converged):
+def test_every_preset_is_judged_by_what_it_computes(record):
     for claim in fig2_cnn.CLAIMS:
-        for preset, found in (("smoke", record), ("converged", converged)):
-            if claim.presets is None or preset in claim.presets:
-                assert claim.metric in found.metrics
-    assert set(fig2_cnn.PRESETS) == {"smoke", "standard", "paper", "converged"}
+        if claim.presets is None or "smoke" in claim.presets:
+            assert claim.metric in record.metrics
+    assert set(fig2_cnn.PRESETS) == {"smoke", "standard", "paper"}
     paper = fig2_cnn.PRESETS["paper"]
     assert sum(steps for steps, _ in paper.schedule) == 500_000
     assert (paper.continued_steps, paper.continued_rate) == (30_000, 1e-6)

@@ -1,4 +1,4 @@
-"""Mislabelled spam: what each order finds and what correcting it gains, against dense algebra."""
+"""Mislabelled spam: flips found and accuracy gained by each order, against dense algebra."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import scipy.sparse
 import data
 from data.splits import Splits
 from experiments import fig6_mislabelled_spam as fig6
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
 from tests import oracles
 
 SMOKE = dataclasses.replace(fig6.PRESETS["smoke"], repeats=2)
@@ -27,7 +27,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few():
-    """Sixty mails of thirty words, forty of them to train on."""
+    """Make sixty mails of thirty words, forty for training."""
     rng = np.random.default_rng(0)
     y = rng.integers(2, size=60)
     rates = np.exp(rng.standard_normal((2, 30)))
@@ -57,7 +57,7 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
     for name in ("found", "accuracy"):
         one, two = arrays[name][0]
         np.testing.assert_allclose(arrays[f"{name}_mean"][0], (one + two) / 2, rtol=1e-12)
-        error = abs(one - two) / 2  # of a mean of two: sqrt((one - two)^2 / 2 / 2)
+        error = abs(one - two) / 2  # standard error for two draws: sqrt((one - two)^2 / 2 / 2)
         np.testing.assert_allclose(arrays[f"{name}_error"][0], error, atol=1e-15)
     assert metrics["found_published_10"] == pytest.approx(arrays["found_mean"][0, 1, 1])
     assert metrics["accuracy_loss_30"] == pytest.approx(arrays["accuracy_mean"][0, 2, 5])
@@ -69,7 +69,7 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
 
 @pytest.mark.parametrize("flip_step, repeat", [(1, 0), (2, 1)])
 def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
-    """Flips, scores, orders, corrections and refits again, by the closed forms of the oracles."""
+    """Compute flips, scores, orders, corrections and refits by the oracles' closed forms."""
     record = of_few
     x, y = few.train[0].toarray(), few.train[1]
     x_test, y_test = few.test[0].toarray(), few.test[1]
@@ -114,7 +114,7 @@ def test_continues_where_it_was_interrupted(few, of_few, tmp_path, monkeypatch):
         fig6.run(SMALL, few, checkpoints=tmp_path)
     done[:] = []
     again = fig6.run(SMALL, few, checkpoints=tmp_path)
-    assert done == [(2, 1)]  # the fourth of four
+    assert done == [(2, 1)]  # only the fourth of four
     assert again.metrics == of_few.metrics
     for name, array in of_few.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], array)

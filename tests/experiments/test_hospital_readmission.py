@@ -8,8 +8,8 @@ import pytest
 
 import data
 from experiments import hospital_readmission as hospital
-from experiments.compare import largest_bars
-from experiments.running import Misuse
+from experiments.harness.running import Misuse
+from experiments.shared.compare import largest_bars
 from tests import oracles
 
 SMOKE = hospital.PRESETS["smoke"]
@@ -28,7 +28,7 @@ def record(splits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def closed_form(splits):
-    """(oracle on the training set left, its minimum, the child), found again without the module."""
+    """Return (oracle on the remaining training set, its minimum, the child), by other code."""
     x, y = splits.train
     age = splits.feature_names.index("age_[0-10)")
     stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
@@ -45,7 +45,7 @@ def test_every_claim_holds_that_is_judged_on_the_stand_in(record):
 
 
 def test_every_claim_has_its_metric_on_the_stand_in(record):
-    # DIED is a feature there too, so that smoke exercises every number of the real run.
+    # The stand-in has the feature DIED, so that smoke computes every number of the real run.
     assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
 
 
@@ -109,20 +109,24 @@ def test_figure(record, splits):
     marks = {line.get_label(): line.get_xydata() for line in rows.lines}
     arrays = record.arrays
     children, readmitted = arrays["children"], arrays["readmitted"]
-    for label, which in (("a child, readmitted", readmitted),
-                         ("a child, not readmitted", ~readmitted)):  # fmt: skip
+    for label, which in (
+        ("a child, readmitted", readmitted),
+        ("a child, not readmitted", ~readmitted),
+    ):
         shown = np.column_stack([children[which], arrays["influence"][children[which]]])
         np.testing.assert_array_equal(marks[label], shown)
     assert len(marks["removed and refitted (50 rows)"]) == 50
-    for axis, values in ((features, arrays["derivative"][~readmitted][0]),
-                         (coefficients, arrays["coefficients"])):  # fmt: skip
+    for axis, values in (
+        (features, arrays["derivative"][~readmitted][0]),
+        (coefficients, arrays["coefficients"]),
+    ):
         names = [label.get_text() for label in axis.get_yticklabels()]
         widths = [bar.get_width() for bar in axis.patches]
         order = np.argsort(-np.abs(values))[:20]
         np.testing.assert_allclose(widths, values[order])
         long = np.array(splits.feature_names)[order]
         assert names == [name.replace("_disposition_id", "") for name in long]
-        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's stands out
+        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's is highlighted
     (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
     np.testing.assert_allclose(refitted.get_xdata(), arrays["moved_actual"])
     for axis in figure.axes:

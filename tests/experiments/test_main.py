@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 
 import experiments
 from experiments.__main__ import main
-from experiments.record import Record
-from experiments.running import Misuse
+from experiments.harness.record import Record
+from experiments.harness.running import Misuse
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["arrays.h5", "figure.pdf", "figure.png", "record.json"]
@@ -22,7 +23,7 @@ def _record(folder):
 
 def test_a_run_leaves_a_whole_record_and_its_figures(fake, capsys):
     assert main(["fake", "--preset", "paper"]) == 0
-    assert sorted(os.listdir("out/fake-paper")) == FILES  # and no checkpoints
+    assert sorted(os.listdir("out/fake-paper")) == FILES  # no checkpoints remain
     record = _record("out/fake-paper")
     assert record["experiment"] == "fake"
     assert record["preset"] == "paper"
@@ -48,7 +49,7 @@ def test_the_run_is_seeded_from_its_config_alone(fake):
     first, second = Path("first/fake-paper"), Path("second/fake-paper")
     for name in ("arrays.h5", "figure.png", "figure.pdf"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    expected = np.random.RandomState(3).rand(9)  # what keras.utils.set_random_seed seeds NumPy as
+    expected = np.random.RandomState(3).rand(9)  # NumPy's seed by keras.utils.set_random_seed
     np.testing.assert_array_equal(Record.load(first).arrays["values"], expected)
 
 
@@ -247,7 +248,7 @@ def test_out_that_cannot_be_written_to_is_misuse(fake, capsys):
     error = capsys.readouterr().err
     assert "--out must be a folder that can be written to" in error
     assert "--user $(id -u)" in error
-    assert fake.SEEN == []  # found out before the work
+    assert fake.SEEN == []  # refused before the work
 
 
 def test_help_shows_every_option_and_the_presets_defaults(fake, capsys):
@@ -277,6 +278,23 @@ def test_summaries_are_first_lines_of_modules_that_exist(fake):
     assert experiments.summaries() == {"fake": "A fake figure: the mean of random numbers."}
     with pytest.raises(ValueError, match="command must be one of fake, got 'absent'"):
         experiments.load("absent")
+
+
+def test_a_figure_may_be_a_folder(fake, monkeypatch):
+    folder = Path("modules/folded")
+    folder.mkdir()
+    (folder / "__init__.py").write_text('"""Not the figure."""')
+    shutil.copy("modules/fake_figure.py", folder / "figure.py")
+    monkeypatch.setattr(experiments, "MODULES", {"folded": "folded.figure"})
+    for name in ("experiments.folded", "experiments.folded.figure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert experiments.summaries() == {"folded": "A fake figure: the mean of random numbers."}
+    assert main(["folded", "--preset", "smoke"]) == 0
+    assert sorted(os.listdir("out/folded-smoke")) == FILES
+
+
+def test_every_experiment_is_found():
+    assert list(experiments.summaries()) == list(experiments.MODULES)
 
 
 def test_photographs_are_drawn_for_who_has_them_and_kept_from_git(fake, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments import report
+from experiments.harness import report
 from influence import GenericNeuralNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def test_readme_says_what_the_records_say():
 
 
 def run(part: str, **names):
-    """What the README's snippet that holds `part` leaves in its names."""
+    """Run the README's snippet that contains `part`; return its names."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (block,) = [block for block in blocks if part in block]
     exec(block, names)
@@ -38,7 +38,7 @@ def test_the_attack_in_the_readme_runs():
     assert found.same_bytes.all() and found.flipped.all()
     np.testing.assert_allclose(found.change_if_poisoned, 0.0035, atol=5e-5)
     moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
-    assert 0.9 < moved < 1  # pixels are what was moved
+    assert 0.9 < moved < 1  # the inputs are pixels
 
 
 def test_the_wrong_labels_in_the_readme_are_found():

@@ -1,4 +1,4 @@
-"""Small problems whose answers `tests.oracles` knows in closed form."""
+"""Small problems with closed-form answers in `tests.oracles`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import oracles
 
 @dataclass(frozen=True)
 class Problem:
-    """A net at the minimum of its risk, and the closed form of everything about it."""
+    """Net at the minimum of its risk, with the closed forms of its training and test losses."""
 
     net: GenericNeuralNet
     train: Examples
@@ -34,14 +34,14 @@ class Problem:
 
 
 def relative_error(got: Any, expected: Any) -> float:
-    """|got - expected| / |expected| over all entries; both must have the same shape."""
+    """Return |got - expected| / |expected| over all entries; the shapes must be equal."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 class _Traced(dict):
-    """Traced functions by name: the losses' are shared with more nets than the penalty's."""
+    """Traced functions by name: those of losses and those of penalties are shared separately."""
 
     def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
         self.losses, self.penalty = losses, penalty
@@ -59,20 +59,22 @@ class _Traced(dict):
         self._part(name)[name] = function
 
 
-_LOSSES: dict[tuple, dict[str, Any]] = {}  # by layers and loss
-_PENALTIES: dict[str, dict[str, Any]] = {}  # by layers with their regularisers
-_LAST: dict[tuple, Any] = {}  # the last net, which may have been asked what it takes
+# Nets with the same layers and loss, or layers and regularisers, share traced functions.
+_LOSSES: dict[tuple, dict[str, Any]] = {}
+_PENALTIES: dict[str, dict[str, Any]] = {}
+# This holds the last net of each kind, which may have measured its activations.
+_LAST: dict[tuple, Any] = {}
 
 
 def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
-    """The net, with what TensorFlow has traced for others of the same layers and loss.
+    """Return the net with the functions traced for other nets of the same layers and loss.
 
-    What is traced takes theta as an argument. A net with variables besides, whose values would go
-    into it, is left as it is. A trace takes up to a second, and the tests ask for thousands.
+    Traced functions take theta as an argument. They would contain the values of other variables,
+    so a net that has any is not changed. A trace takes up to a second; the tests need thousands.
 
     Args:
-      net: a net that has not been asked anything.
-      loss: what stands for its loss. Functions are told apart by identity, Keras' losses by value.
+      net: a net without traced functions.
+      loss: identifies its loss. Functions are compared by identity, Keras' losses by value.
     """
     model, traced = net.model, net.flat
     if type(model) is not keras.Sequential or len(model.variables) != len(traced.weights):
@@ -95,7 +97,7 @@ def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
 
 
 def untraced(net: GenericNeuralNet) -> GenericNeuralNet:
-    """The net as if nobody had asked it, or another of its kind, anything yet."""
+    """Return the net without its traced functions, including shared ones."""
     net.flat._functions, net.flat._seen = {}, None
     return net
 
@@ -103,7 +105,7 @@ def untraced(net: GenericNeuralNet) -> GenericNeuralNet:
 def dense_net(
     units: int, num_inputs: int, loss: Any, *, l2: float = 0.0, dtype: str = "float64"
 ) -> GenericNeuralNet:
-    """A linear model with bias, as any user would write it; the penalty is on the kernel alone."""
+    """Return a linear Keras model with bias; the penalty applies only to the kernel."""
     model = keras.Sequential(
         [
             keras.Input((num_inputs,), dtype=dtype),
@@ -116,14 +118,14 @@ def dense_net(
 def ridge(
     num_rows: int = 40, num_inputs: int = 4, l2: float = 0.1, seed: int = 0, dtype: str = "float64"
 ) -> Problem:
-    """Least squares by Keras: Dense(1), "mse", L2 on the kernel, at its exact minimum."""
+    """Return least squares in Keras: Dense(1), "mse", L2 on the kernel, at its exact minimum."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_rows, num_inputs)) + 0.5
     y = x @ rng.standard_normal(num_inputs) + 0.7 + rng.standard_normal(num_rows)
     x_test = rng.standard_normal((7, num_inputs))
     y_test = x_test.sum(axis=1)
     net = dense_net(1, num_inputs, "mse", l2=l2, dtype=dtype)
-    penalty = np.array([2 * l2] * num_inputs + [0.0])  # Keras' L2 has no 1/2
+    penalty = np.array([2 * l2] * num_inputs + [0.0])  # Keras' L2 has no factor 1/2
     oracle = oracles.LeastSquares(oracles.with_ones(x), y, penalty)
     net.theta = oracle.minimum(np.zeros(num_inputs + 1))
     return Problem(
@@ -145,7 +147,7 @@ def logistic(
     dtype: str = "float64",
     seed: int = 0,
 ) -> Problem:
-    """`kind` "softmax" (three classes) or "sigmoid": the library's model at its minimum."""
+    """Return the library's "softmax" (three classes) or "sigmoid" model at its minimum."""
     rng = np.random.default_rng(seed)
     num_classes = 3 if kind == "softmax" else 2
     x = rng.standard_normal((num_rows + 7, num_inputs)) + 0.3
@@ -173,7 +175,7 @@ def logistic(
 
 
 def through_keras(problem: Problem) -> Problem:
-    """The same problem with the same Keras model, asked through the tape instead."""
+    """Return the same problem with the same Keras model, but without closed forms."""
     loss = _KERAS_LOSSES[type(problem.net)]()
     net = traced_once(GenericNeuralNet(problem.net.model, loss), loss)
     return Problem(net, problem.train, problem.test, problem.oracle, problem.measured)
@@ -190,7 +192,7 @@ _KERAS_LOSSES = {
 def tanh_net(
     num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 0, dtype: str = "float64"
 ) -> Any:
-    """(net, examples): a small network, not at a minimum; its Hessian is indefinite."""
+    """Return (net, examples): a small network away from a minimum, with indefinite Hessian."""
     rng = np.random.default_rng(seed)
     model = keras.Sequential(
         [
@@ -206,7 +208,7 @@ def tanh_net(
 
 
 def symmetric(eigenvalues: Any, seed: int = 0) -> NDArray:
-    """A dense symmetric matrix with these eigenvalues and random eigenvectors."""
+    """Return a dense symmetric matrix with these eigenvalues and random eigenvectors."""
     d = len(eigenvalues)
     Q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, d)))
     A = (Q * np.asarray(eigenvalues, float)) @ Q.T

@@ -22,10 +22,9 @@ class OnTrunk(BinaryLogisticRegression):
         super().__init__(A.shape[1], weight_decay=weight_decay)
         self.A, self.seen_inputs = A, 0
 
-    def validate(self, examples: Any, name: str) -> None:
-        probe = examples.take(slice(0, 3))
-        super().validate(Examples(self.features(probe.x), probe.y), name)
-        self.loss.check_labels(examples.y, (3, 1), name)
+    def featured(self, examples: Examples) -> Examples:
+        seen = self.features(examples.x)
+        return examples if seen is examples.x else Examples(seen, examples.y)
 
     def features(self, x: Any) -> Any:
         if np.shape(x)[1] == self.num_features:
@@ -41,7 +40,7 @@ class OnTrunk(BinaryLogisticRegression):
 
 
 def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02) -> Any:
-    """(net, train, test, oracle), the net at its minimum; two classes that overlap."""
+    """Make (net, train, test, oracle), the net at its minimum; two classes that overlap."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     net = BinaryLogisticRegression(num_inputs, weight_decay=weight_decay)
     train = Examples(x, y)
@@ -51,7 +50,7 @@ def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02
 
 
 def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> Any:
-    """(net, train of features, test of features, inputs of train)."""
+    """Make (net, train of features, test of features, inputs of train)."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     A = np.random.default_rng(5).standard_normal((num_inputs, num_features)) / 2
     net = OnTrunk(A, 0.02)
@@ -61,7 +60,7 @@ def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> 
 
 
 def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
-    """(net, train, test): tanh units under an L2 penalty on every weight, at a minimum."""
+    """Make (net, train, test): tanh units with an L2 penalty on every weight, at a minimum."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     keras.utils.set_random_seed(3)
     l2 = keras.regularizers.L2(0.02)
@@ -81,8 +80,8 @@ def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
 
 
 def tight(net: GenericNeuralNet, train: Examples) -> None:
-    """L-BFGS, then Newton's steps with the dense Hessian, to the last digits."""
-    if net.gradient_norm(train) > 1e-4:  # else Newton's steps lead there
+    """Fit by L-BFGS, then by Newton steps with the dense Hessian, to the last digits."""
+    if net.gradient_norm(train) > 1e-4:  # else Newton steps are enough
         net.fit(train, gradient_tolerance=1e-6)
     for _ in range(6):
         H = net.hvp(train.x, train.y, np.eye(net.num_parameters))
@@ -92,7 +91,7 @@ def tight(net: GenericNeuralNet, train: Examples) -> None:
 
 
 def replaced(train: Examples, rows: Any, x: NDArray) -> Examples:
-    """The training set with other inputs in some rows."""
+    """Replace the inputs of some rows of the training set."""
     inputs = np.array(train.x)
     inputs[rows] = x
     return Examples(inputs, train.y)
@@ -100,6 +99,14 @@ def replaced(train: Examples, rows: Any, x: NDArray) -> Examples:
 
 def mean_loss(net: GenericNeuralNet, test: Examples) -> float:
     return float(net.losses(test.x, test.y).mean())
+
+
+def refitted_loss(net, train, test, rows, x):
+    theta = net.theta
+    tight(net, replaced(train, rows, x))
+    loss = mean_loss(net, test)
+    net.theta = theta
+    return loss
 
 
 def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
@@ -110,7 +117,7 @@ def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, ND
 
 
 def by_refit(oracle, net, train, test, rows, x):
-    """(m,) test losses after an exact refit with other inputs in some rows, minus before."""
+    """Compute the (m,) changes of test losses by an exact refit with other inputs in some rows."""
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
     measured = oracle.on(test.x, test.y)
     return measured.losses(theta) - measured.losses(net.theta)

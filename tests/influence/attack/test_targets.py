@@ -4,34 +4,20 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from influence import CG, Direct, DivergenceError, Examples
-from influence.attack.targets import (
-    PAPER_RULE,
-    Rule,
-    check_targets,
-    gradient_norms,
-    mean_s_test,
-    mean_size,
-)
+from influence import CG, Examples
+from influence.attack.poison import mean_s_test
+from influence.attack.targets import PAPER_RULE, Rule, check_targets, mean_size
 from tests import oracles
 from tests.influence.attack import attacked
-from tests.influence.attack.attacked import RADIUS, mean_loss, replaced
+from tests.influence.attack.attacked import RADIUS, refitted_loss
 
 
 def derivative(net, train, test, rows, along, inputs=None):
-    """Of the mean test loss after a refit, by the inputs of some rows, along a direction."""
+    """Differentiate the mean test loss after a refit by inputs of some rows, along a direction."""
     targets = check_targets(net, train, rows, RADIUS, inputs, None)
     s = mean_s_test(net, train, test, CG(1e-12))
     g = targets.gradients(net, slice(None), targets.x, s)
     return -np.sum(g * along) / len(train)
-
-
-def refitted_loss(net, train, test, rows, x):
-    theta = net.theta
-    attacked.tight(net, replaced(train, rows, x))
-    loss = mean_loss(net, test)
-    net.theta = theta
-    return loss
 
 
 @pytest.mark.parametrize("make", [attacked.logistic, attacked.network])
@@ -66,48 +52,6 @@ def test_gradients_do_not_depend_on_how_many_are_asked_for():
     for at in (np.array([39, 2]), np.arange(5, 30)):
         part = targets.gradients(net, at, targets.x[at], s)
         np.testing.assert_allclose(part, whole[at], rtol=1e-12)
-
-
-@pytest.mark.parametrize("make", [attacked.logistic, attacked.network])
-def test_s_test_by_any_solver(make):
-    net, train, test, *_ = make()
-    I = np.eye(net.num_parameters)  # noqa: E741
-    H = net.hvp(train.x, train.y, I) + net.penalty_hvp(I)
-    expected = np.linalg.solve(H, net.gradient(test.x, test.y))
-    for solver in (None, Direct(), CG(1e-12)):
-        np.testing.assert_allclose(mean_s_test(net, train, test, solver), expected, rtol=1e-7)
-
-
-def test_a_singular_hessian_is_named():
-    net, train, test, _ = attacked.logistic(weight_decay=0.02)
-    flat = attacked.BinaryLogisticRegression(5, weight_decay=0.0)
-    double = [Examples(np.c_[part.x, np.zeros(len(part))], part.y) for part in (train, test)]
-    with pytest.raises(DivergenceError, match="A must not be singular"):
-        mean_s_test(flat, *double)
-
-
-def test_norms_by_hand():
-    net, train, test, oracle = attacked.logistic()
-    rows, theta = np.array([7, 0, 12]), net.theta
-    g_test = oracle.on(test.x, test.y).gradients(theta).mean(axis=0)
-    s = np.linalg.solve(oracle.hessian(theta), g_test)
-    g = oracle.on(train.x[rows], train.y[rows]).input_gradients(theta, s, 4)
-    found = gradient_norms(net, train, test, rows)
-    np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-9)
-    # What they are good for: the rise of the test loss within a small box.
-    for row, size, step in zip(rows, found, -1e-3 * np.sign(g), strict=True):
-        rise = refitted_loss(net, train, test, row, train.x[row] + step) - mean_loss(net, test)
-        assert 1e-3 * size / len(train) == pytest.approx(rise, rel=1e-2)
-
-
-def test_norms_through_a_trunk_are_by_the_inputs():
-    net, train, test, inputs = attacked.on_trunk()
-    rows = np.array([2, 31])
-    found = gradient_norms(net, train, test, rows, inputs=inputs[rows])
-    s = mean_s_test(net, train, test, CG(1e-12))
-    g = net.input_gradient(inputs[rows], train.y[rows], s)
-    np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-6)
-    assert (found != gradient_norms(net, train, test, rows)).all()  # those by the features
 
 
 def test_boxes():
@@ -159,6 +103,7 @@ def test_wrong_rules_are_refused(changed, message):
     [
         ({"rows": [40]}, IndexError, r"rows must lie in \[0, 40\), got 40"),
         ({"radius": 0.0}, ValueError, "radius must be positive and finite, got 0.0"),
+        ({"radius": "wide"}, ValueError, "radius must be positive and finite, got 'wide'"),
         ({"radius": np.nan}, ValueError, "radius must be positive and finite, got nan"),
         ({"inputs": np.zeros((3, 6))}, ValueError, "inputs must have a row for each of 2 rows"),
         ({"inputs": 3.0}, ValueError, r"inputs must have a row for each of 2 rows, got shape \(\)"),
@@ -202,12 +147,15 @@ def test_without_a_trunk_inputs_are_the_rows_themselves():
         check_targets(net, far, rows, RADIUS, far.x[rows, :2], None)
 
 
-def test_inputs_that_cannot_move_are_refused():
-    net, train, test, _ = attacked.logistic()
-    integers = Examples(train.x.astype(int), train.y)
-    with pytest.raises(TypeError, match=r"train\.x must be floating to be moved, got int64"):
-        gradient_norms(net, integers, test, [1])
-    with pytest.raises(TypeError, match=r"train\.x must be one dense array .* got sparse rows"):
-        gradient_norms(net, Examples(csr_matrix(train.x), train.y), test, [1])
-    with pytest.raises(TypeError, match=r"train\.x must be one dense array .* got a dict"):
-        check_targets(net, Examples({"a": train.x}, train.y), [1], RADIUS, None, None)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lambda x: x.astype(int), r"train\.x must be floating to be moved, got int64"),
+        (csr_matrix, r"train\.x must be one dense array .* got sparse rows"),
+        (lambda x: {"a": x}, r"train\.x must be one dense array .* got a dict"),
+    ],
+)
+def test_inputs_that_cannot_move_are_refused(kind, message):
+    net, train, *_ = attacked.logistic()
+    with pytest.raises(TypeError, match=message):
+        check_targets(net, Examples(kind(train.x), train.y), [1], RADIUS, None, None)

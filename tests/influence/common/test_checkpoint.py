@@ -3,7 +3,15 @@ import os
 import numpy as np
 import pytest
 
-from influence import Hessian, continued_training, leave_one_out, proximal_response
+from influence import (
+    ContinuedOptions,
+    Hessian,
+    ProximalOptions,
+    RefitOptions,
+    continued_training,
+    leave_one_out,
+    proximal_response,
+)
 from influence.common import checkpoint
 from influence.common.checkpoint import kept
 from influence.truth import runs
@@ -62,12 +70,12 @@ def test_an_interruption_while_writing_leaves_nothing(step, tmp_path, monkeypatc
 
 
 def test_the_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    """A kill -9 between writing and renaming leaves the partial file: it is not taken for whole."""
+    """Check that a partial file, left by kill -9 before the rename, is not read."""
     path, replace = tmp_path / "block.npz", os.replace
 
     def look(partial, target):
         assert not path.exists() and str(partial).endswith(".partial")
-        with np.load(partial) as stored:  # whole before it gets its name
+        with np.load(partial) as stored:  # complete before the rename
             same(dict(stored), ARRAYS)
         replace(partial, target)
 
@@ -94,9 +102,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
     file.write_text("")
     folder = file / below if below else file
     for work in (
-        lambda: leave_one_out(*given, checkpoints=folder),
-        lambda: proximal_response(*given, damping=0.1, checkpoints=folder),
-        lambda: continued_training(*given, steps=2, rate=0.1, batch_size=8, checkpoints=folder),
+        lambda: leave_one_out(*given, RefitOptions(checkpoints=folder)),
+        lambda: proximal_response(*given, ProximalOptions(checkpoints=folder), damping=0.1),
+        lambda: continued_training(
+            *given, ContinuedOptions(batch_size=8, checkpoints=folder), steps=2, rate=0.1
+        ),
         lambda: Hessian(p.net, p.train, checkpoints=folder),
     ):
         with pytest.raises(

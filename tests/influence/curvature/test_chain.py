@@ -1,5 +1,7 @@
 """Hessians of chains against the products of the tape, layer kind by layer kind."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -9,8 +11,15 @@ from influence.curvature.chain import Chain, chain_hessian
 from influence.curvature.operators import Curvature
 from tests.influence.problems import traced_once
 
-L = keras.layers
-F64 = {"dtype": "float64"}
+
+class _Float64:
+    """Keras' layers in float64."""
+
+    def __getattr__(self, name):
+        return partial(getattr(keras.layers, name), dtype="float64")
+
+
+L = _Float64()
 _X = np.random.default_rng(0).normal(size=(7, 6, 6, 2))
 _LABELS = Examples(_X, np.array([0, 2, 1, 1, 0, 2, 2]))
 
@@ -30,29 +39,49 @@ def _net(*layers, loss=None):
 
 CHAINS = {
     "strided, padded, without bias": lambda: (
-        L.Conv2D(3, 3, padding="same", strides=2, use_bias=False, **F64),
-        L.Activation("softplus", **F64), L.Conv2D(2, 2, kernel_regularizer="l2", **F64),
-        L.ELU(**F64), L.Flatten(**F64), L.Dropout(0.5, **F64), L.Dense(3, **F64),
+        L.Conv2D(3, 3, padding="same", strides=2, use_bias=False),
+        L.Activation("softplus"),
+        L.Conv2D(2, 2, kernel_regularizer="l2"),
+        L.ELU(),
+        L.Flatten(),
+        L.Dropout(0.5),
+        L.Dense(3),
     ),
     "linear layers between": lambda: (
-        L.Conv2D(2, 3, **F64), L.AveragePooling2D(2, **F64), L.Activation("gelu", **F64),
-        L.ZeroPadding2D(1, **F64), L.Conv2D(2, (1, 3), **F64), L.Activation("sigmoid", **F64),
-        L.Reshape((-1, 2), **F64), L.Dense(2, **F64), L.Activation("tanh", **F64),
-        L.Flatten(**F64), L.Dense(3, **F64),
+        L.Conv2D(2, 3),
+        L.AveragePooling2D(2),
+        L.Activation("gelu"),
+        L.ZeroPadding2D(1),
+        L.Conv2D(2, (1, 3)),
+        L.Activation("sigmoid"),
+        L.Reshape((-1, 2)),
+        L.Dense(2),
+        L.Activation("tanh"),
+        L.Flatten(),
+        L.Dense(3),
     ),
     "two affine layers in a row": lambda: (
-        L.Flatten(**F64), L.Dense(3, **F64), L.Dense(4, **F64), L.Activation("tanh", **F64),
-        L.Dense(3, **F64),
+        L.Flatten(),
+        L.Dense(3),
+        L.Dense(4),
+        L.Activation("tanh"),
+        L.Dense(3),
     ),
     "dense at every pixel": lambda: (
-        L.Dense(2, **F64), L.Activation("tanh", **F64), L.Dense(3, **F64),
-        L.GlobalAveragePooling2D(**F64),
+        L.Dense(2),
+        L.Activation("tanh"),
+        L.Dense(3),
+        L.GlobalAveragePooling2D(),
     ),
     "kinked": lambda: (
-        L.Conv2D(3, 3, **F64), L.ReLU(**F64), L.Conv2D(2, 2, **F64), L.LeakyReLU(**F64),
-        L.GlobalAveragePooling2D(**F64), L.Dense(3, **F64),
+        L.Conv2D(3, 3),
+        L.ReLU(),
+        L.Conv2D(2, 2),
+        L.LeakyReLU(),
+        L.GlobalAveragePooling2D(),
+        L.Dense(3),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -96,16 +125,19 @@ def test_the_paper_s_network_in_both_dtypes():
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_frozen_layers_are_passed_through(frozen):
     layers = [
-        L.Conv2D(2, 3, **F64), L.Activation("tanh", **F64), L.Conv2D(2, 2, **F64),
-        L.Activation("tanh", **F64), L.Flatten(**F64), L.Dense(3, **F64),
-    ]  # fmt: skip
+        L.Conv2D(2, 3),
+        L.Activation("tanh"),
+        L.Conv2D(2, 2),
+        L.Activation("tanh"),
+        L.Flatten(),
+        L.Dense(3),
+    ]
     layers[frozen].trainable = False
     _matches_products(_net(*layers), _LABELS)
 
 
 def test_an_activation_before_any_weight():
-    _matches_products(_net(L.Activation("tanh", **F64), L.Flatten(**F64), L.Dense(3, **F64)),
-                      _LABELS)  # fmt: skip
+    _matches_products(_net(L.Activation("tanh"), L.Flatten(), L.Dense(3)), _LABELS)
 
 
 def test_a_loss_with_full_curvature_in_the_output():
@@ -127,9 +159,9 @@ def test_the_faster_way_is_taken(monkeypatch):
     x = np.zeros((1, 28, 28, 1), np.float32)
     convolutional = AllCNN()
     assert Chain.of(convolutional.flat, convolutional.flat.inputs(x)).beats_products(x)
-    wide = _net(L.Flatten(**F64), L.Dense(50, **F64))
+    wide = _net(L.Flatten(), L.Dense(50))
     assert not Chain.of(wide.flat, wide.flat.inputs(_X[:1])).beats_products(_X[:1])
-    assert wide.hessian(_LABELS) is None
+    assert chain_hessian(wide, _LABELS) is None
 
 
 def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
@@ -138,40 +170,35 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     chain = Chain.of(net.flat, x)
     # The widest layer: 4 x 4 x 3 outputs by the 57 weights before and in it, 8 bytes, 8 copies.
     widest = 48 * 57 * 8 * 8
-    monkeypatch.setattr("influence.curvature.chain._BYTES", 5 * widest)
-    assert chain.rows_per_batch(x) == 5
-    monkeypatch.setattr("influence.curvature.chain._BYTES", 1)
-    assert chain.rows_per_batch(x) == 1
+    for budget, at_most, rows in ((5 * widest, 7, 5), (5 * widest, 3, 3), (1, 7, 1)):
+        monkeypatch.setattr("influence.curvature.chain.ACTIVATIONS", budget)
+        assert chain.rows_per_batch(x, at_most) == rows
 
 
-class _Left(L.Dropout):
+class _Left(keras.layers.Dropout):
     """Dropout that cannot be switched off."""
 
     def call(self, inputs, training=None):
         return super().call(inputs, training=True)
 
 
-def _flatten():
-    return L.Flatten(**F64)
-
-
 def _branched():
-    inputs = keras.Input((6, 6, 2), **F64)
-    flat = L.Flatten(**F64)(inputs)
-    z = L.Dense(3, **F64)(flat)
-    return keras.Model(inputs, L.Add(**F64)([z, L.Dense(3, **F64)(flat)]))
+    inputs = keras.Input((6, 6, 2), dtype="float64")
+    flat = L.Flatten()(inputs)
+    z = L.Dense(3)(flat)
+    return keras.Model(inputs, L.Add()([z, L.Dense(3)(flat)]))
 
 
 @pytest.mark.parametrize(
     "layers",
     [
-        (_flatten, lambda: L.Dense(3, activation="tanh", **F64)),
-        (lambda: L.Conv2D(2, 2, dilation_rate=2, **F64), _flatten, lambda: L.Dense(3, **F64)),
-        (lambda: L.Conv2D(2, 2, groups=2, **F64), _flatten, lambda: L.Dense(3, **F64)),
-        (lambda: L.Activation("softmax", **F64), _flatten, lambda: L.Dense(3, **F64)),
-        (lambda: _Left(0.5, **F64), _flatten, lambda: L.Dense(3, **F64)),
-        (lambda: L.LayerNormalization(**F64), _flatten, lambda: L.Dense(3, **F64)),
-        (lambda: L.MaxPooling2D(2, **F64), _flatten, lambda: L.Dense(3, **F64)),
+        (L.Flatten, lambda: L.Dense(3, activation="tanh")),
+        (lambda: L.Conv2D(2, 2, dilation_rate=2), L.Flatten, lambda: L.Dense(3)),
+        (lambda: L.Conv2D(2, 2, groups=2), L.Flatten, lambda: L.Dense(3)),
+        (lambda: L.Activation("softmax"), L.Flatten, lambda: L.Dense(3)),
+        (lambda: _Left(0.5, dtype="float64"), L.Flatten, lambda: L.Dense(3)),
+        (lambda: L.LayerNormalization(), L.Flatten, lambda: L.Dense(3)),
+        (lambda: L.MaxPooling2D(2), L.Flatten, lambda: L.Dense(3)),
     ],
     ids="fused dilated grouped softmax dropout normalised pooled".split(),
 )
@@ -182,11 +209,11 @@ def test_what_is_no_chain_is_left_to_products(layers):
 
 def test_branches_are_left_to_products():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-    assert GenericNeuralNet(_branched(), loss).hessian(_LABELS) is None
+    assert chain_hessian(GenericNeuralNet(_branched(), loss), _LABELS) is None
 
 
 def test_a_functional_chain_is_one():
-    inputs = keras.Input((6, 6, 2), **F64)
-    z = L.Dense(3, **F64)(L.Activation("tanh", **F64)(L.Dense(2, **F64)(L.Flatten(**F64)(inputs))))
+    inputs = keras.Input((6, 6, 2), dtype="float64")
+    z = L.Dense(3)(L.Activation("tanh")(L.Dense(2)(L.Flatten()(inputs))))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
     _matches_products(GenericNeuralNet(keras.Model(inputs, z), loss), _LABELS)

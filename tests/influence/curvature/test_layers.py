@@ -115,9 +115,17 @@ def test_layers_in_between_and_frozen_ones():
 
     net = net_of(
         conv(2, 2, activation="relu", name="first"),
-        lambda: L.BatchNormalization(name="norm"), conv(3, 2), tanh, L.MaxPooling2D,
-        L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh, dense(3), before=freeze,
-    )  # fmt: skip
+        lambda: L.BatchNormalization(name="norm"),
+        conv(3, 2),
+        tanh,
+        L.MaxPooling2D,
+        L.Flatten,
+        lambda: L.Dropout(0.5),
+        dense(4),
+        tanh,
+        dense(3),
+        before=freeze,
+    )
     x, y = data(net, (6, 5, 2))
     assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # the bias alone
     truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
@@ -310,7 +318,8 @@ REFUSED = {
         "got the weight .* of DepthwiseConv2D layer 'deep'; set its trainable = False",
     ),
     "a model's own weight": (
-        lambda: built(OwnWeight()), "^model must hold theta .* 'shift' of OwnWeight layer 'owner'"
+        lambda: built(OwnWeight()),
+        "^model must hold theta .* 'shift' of OwnWeight layer 'owner'",
     ),
     "low-rank adapters": (
         with_lora,
@@ -325,7 +334,8 @@ REFUSED = {
         "^model must call each layer once for EK-FAC, got 2 calls of layer 'hidden'; set",
     ),
     "shared in a functional model": (
-        lambda: shared(), "^model must call each layer once for EK-FAC, got 2 calls of layer 'both'"
+        lambda: shared(),
+        "^model must call each layer once for EK-FAC, got 2 calls of layer 'both'",
     ),
     "rows and steps as one axis": (
         lambda: built(Squeezed()),
@@ -341,7 +351,7 @@ REFUSED = {
         lambda: net_of(lambda: Doubled(4, name="doubled"), tanh, dense(3), shape=(4,)),
         "^model must use the weights of layer 'doubled' .* off by",
     ),
-}  # fmt: skip
+}
 
 
 def shared():

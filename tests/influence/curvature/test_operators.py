@@ -19,7 +19,7 @@ from tests.influence.problems import (
 )
 
 CURVATURES = [Hessian, GaussNewton]
-# float64 against float64: only the order of additions differs.
+# Both sides are in float64, so only the order of additions differs.
 ROUNDING = 1e-12
 
 
@@ -35,7 +35,7 @@ def softmax():
 
 @pytest.fixture(scope="module")
 def tanh():
-    """(net, examples, its plain loss); an indefinite Hessian."""
+    """Return (net, examples, plain loss) with an indefinite Hessian."""
     net, examples = tanh_net(l2=0.3)
     return net, examples, lambda y, output: (y - output[:, 0]) ** 2
 
@@ -44,7 +44,7 @@ def block(d, m=3, seed=0):
     return np.random.default_rng(seed).standard_normal((d, m))
 
 
-# --- what the operators are -------------------------------------------------------------------
+# --- the matrices of the operators ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -65,7 +65,7 @@ def test_a_network_has_two_curvatures_and_neither_is_the_empirical_fisher(tanh):
     dense = oracles.dense_derivatives(net.model, loss, examples.x, examples.y)
     hessian = oracles.dense_hessian(net.model, loss, examples.x, examples.y)
     penalty = np.zeros(net.num_parameters)
-    penalty[-5:-1] = 2 * 0.3  # the last kernel's L2, which has no 1/2 in Keras
+    penalty[-5:-1] = 2 * 0.3  # L2 of the last kernel; Keras' L2 has no factor 1/2
     H = Hessian(net, examples).dense()
     G = GaussNewton(net, examples).dense()
     assert relative_error(H, hessian + np.diag(penalty)) < ROUNDING
@@ -81,7 +81,7 @@ def test_damping_is_absolute_and_on_the_diagonal(curvature, tanh):
     net, examples, _ = tanh
     V = block(net.num_parameters)
     plain, damped = curvature(net, examples), curvature(net, examples, 0.7)
-    assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11  # a difference loses a digit
+    assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11  # the difference loses a digit
     np.testing.assert_allclose(damped.dense() - plain.dense(), 0.7 * np.eye(len(V)), atol=1e-12)
 
 
@@ -106,7 +106,7 @@ def test_are_symmetric_scipy_operators(curvature, tanh):
     np.testing.assert_array_equal(A.T @ v, A @ v)
     dense = A.dense()
     np.testing.assert_array_equal(dense, dense.T)
-    # SciPy's own algebra on top of it.
+    # SciPy's operator algebra also applies.
     assert relative_error((2 * A + A) @ v, 3 * (A @ v)) < ROUNDING
 
 
@@ -126,13 +126,13 @@ def test_dense_is_put_together_from_blocks(d, monkeypatch):
     net = dense_net(d, 63, "mse")
     rng = np.random.default_rng(0)
     examples = Examples(rng.standard_normal((9, 63)), rng.standard_normal((9, d)))
-    A = GaussNewton(net, examples)  # 64 d columns; more than one block of 256 for d = 5
+    A = GaussNewton(net, examples)  # 64 d columns: more than one block of 256 if d = 5
     x = oracles.with_ones(examples.x)
-    H = np.kron(2 * x.T @ x / 9, np.eye(d)) / d  # Keras' "mse" is a mean over outputs
+    H = np.kron(2 * x.T @ x / 9, np.eye(d)) / d  # Keras' "mse" averages over outputs
     assert relative_error(A.dense(), H) < ROUNDING
 
 
-# --- what must not matter ---------------------------------------------------------------------
+# --- settings that must not change a result ---------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -141,7 +141,7 @@ def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch)
     V = block(softmax.net.num_parameters)
     whole = curvature(softmax.net, softmax.train) @ V
     A = curvature(softmax.net, softmax.train, batch_size=batch_size)
-    assert relative_error(A @ V, whole) < 1e-10  # required; additions in another order: 1e-15
+    assert relative_error(A @ V, whole) < 1e-10  # another order of additions changes 1e-15
     asked = []
     product = getattr(softmax.net, A._method)
     monkeypatch.setattr(
@@ -212,10 +212,10 @@ def test_float32_in_float32_out(curvature):
     A = curvature(problem.net, problem.train, 0.1)
     V = block(5)
     assert A.dtype == (A @ V).dtype == A.dense().dtype == np.float32
-    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # float32
+    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # float32 rounding
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_gauss_newton_refuses_probabilities_when_it_is_made():
         GaussNewton(net, Examples(np.ones((3, 2), np.float32), np.array([0, 1, 1])))
 
 
-# --- what is known of them --------------------------------------------------------------------
+# --- known bounds and stored matrices ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -321,6 +321,6 @@ def test_a_kept_matrix_is_formed_once_for_every_damping(kind, tmp_path, monkeypa
     again = kind(net, examples, 0.1, checkpoints=tmp_path).dense()
     assert not formed
     np.testing.assert_allclose(again, expected - 0.2 * np.eye(len(expected)), atol=1e-14)
-    net.theta = net.theta + 1e-9  # another matrix: nothing that was kept is taken for it
+    net.theta = net.theta + 1e-9  # another theta: the stored matrix must not be used
     kind(net, examples, 0.1, checkpoints=tmp_path).dense()
     assert formed == [1]

@@ -17,11 +17,11 @@ Y = np.arange(6)
 
 
 def bounded(num_examples):
-    """Few examples and the same ones in every run: a failure is then everyone's failure."""
+    """Use few examples, the same in every run, so that everyone can reproduce a failure."""
     return settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
 
 
-# --- what is kept -----------------------------------------------------------------------------
+# --- storage ----------------------------------------------------------------------------------
 
 
 def test_arrays_are_kept_as_views_dtype_included_and_read_only():
@@ -35,7 +35,7 @@ def test_arrays_are_kept_as_views_dtype_included_and_read_only():
         examples.take([1]).y[0] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         examples.x = X
-    x[0, 0] = 5.0  # the owner's array is not locked
+    x[0, 0] = 5.0  # the user's own array stays writable
 
 
 def test_memmap_is_not_read_into_memory(tmp_path):
@@ -60,7 +60,7 @@ def test_what_is_left_of_a_memmap_stays_on_disk(tmp_path):
     kept = np.delete(np.arange(3000), [0, 3, 2999])
     assert len(left) == 2997 and left.y.tolist() == kept.tolist() and not left.y.flags.writeable
     assert sum(sums) == 500 * kept.sum() and sum(few) == 500 * kept[::7].sum()
-    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # read when asked for
+    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # read from disk on access
     np.testing.assert_array_equal(left.take([5, 0]).x["a"][:, 0], kept[[5, 0]])
     assert left.num_entries == 2997 * 501
     x = {name: part[kept] for name, part in examples.x.items()}
@@ -106,7 +106,7 @@ def test_survives_pickling():
     np.testing.assert_array_equal(again.y, Y)
 
 
-# --- parts: properties ------------------------------------------------------------------------
+# --- parts of a set: properties ---------------------------------------------------------------
 
 
 @bounded(30)
@@ -160,11 +160,11 @@ def test_one_batch_by_default_and_a_row_may_be_taken_twice():
 
 
 class _Flat:
-    """What the cache knows a net by."""
+    """Object by whose identity the cache recognises a net."""
 
 
 class _Net:
-    """What the verbs ask of a net; theta scales its answers, and its memo counts for itself."""
+    """Minimal net for the verbs; theta scales its answers."""
 
     theta, memo = np.array([2.0]), None
 
@@ -190,7 +190,7 @@ def _sums(net, theta, x, y):
 
 
 class _Counting:
-    """Asks for the rows' squares once for each theta and batch."""
+    """Question that computes the rows' squares once for each theta and batch."""
 
     num_vectors, keeps = 3, True
 
@@ -232,13 +232,13 @@ def test_what_a_question_keeps_is_computed_once_for_each_theta_and_batch():
     expected = (2 * X[:, 0]) ** 2
     for _ in range(3):
         np.testing.assert_array_equal(examples.each_row(question, net), expected)
-    assert question.computed == 2  # two batches of four rows at most
+    assert question.computed == 2  # six rows in batches of at most four: two batches
     np.testing.assert_array_equal(examples.each_row(question, net, np.array([1.0])), expected / 4)
     assert question.computed == 4
-    examples.each_row(question, net)  # of one theta at a time
+    examples.each_row(question, net)  # only the last theta is cached
     assert question.computed == 6
-    examples.each_row(question, net, rows=[1, 2])  # of all rows only
-    examples.each_row(question, _Net())  # of another net
+    examples.each_row(question, net, rows=[1, 2])  # nothing is cached for some rows
+    examples.each_row(question, _Net())  # another net has another cache
     assert question.computed == 9
     assert "_cached" not in vars(pickle.loads(pickle.dumps(examples)))
 
@@ -251,7 +251,7 @@ def test_a_cache_above_its_budget_is_given_up(monkeypatch):
     assert question.computed == 4
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
 def spoilt(value, row):
@@ -312,7 +312,7 @@ def test_bad_arrays(x, y, error, message):
 
 
 class Frame:
-    """What pandas offers of a frame whose columns have no common NumPy dtype."""
+    """Stand-in for a pandas frame whose columns have no common NumPy dtype."""
 
     def __init__(self, **dtypes):
         self.columns, self.dtypes = list(dtypes), list(dtypes.values())
@@ -322,7 +322,7 @@ class Frame:
 
 
 class Nullable:
-    """A pandas dtype such as Float32, in whose place NumPy has object."""
+    """Stand-in for a pandas dtype such as Float32, which NumPy converts to object."""
 
     kind = "f"
 

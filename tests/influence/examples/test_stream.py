@@ -7,7 +7,17 @@ import pytest
 import scipy.sparse
 import tensorflow as tf
 
-from influence import CG, Direct, Examples, GaussNewton, Hessian, Influence, LiSSA, leave_one_out
+from influence import (
+    CG,
+    Direct,
+    Examples,
+    GaussNewton,
+    Hessian,
+    Influence,
+    LiSSA,
+    RefitOptions,
+    leave_one_out,
+)
 from influence.examples.stream import Stream
 from influence.models.hinge import SmoothHinge
 from influence.scores.datainf import datainf
@@ -22,7 +32,7 @@ EXAMPLES = Examples(X, Y)
 
 
 class Batches(keras.utils.PyDataset):
-    """The rows as they are, in batches; `asked` counts which were asked for."""
+    """Dataset of the given rows in batches; `asked` lists the batch numbers requested."""
 
     def __init__(self, x, y, size=5):
         super().__init__()
@@ -50,7 +60,7 @@ def as_stream(examples, kind="tf.data", size=5):
 
 
 def same(got, expected):
-    """The same (x, y) to the last bit."""
+    """Assert that two (x, y) are equal to the last bit."""
     for a, b in zip(got, expected, strict=True):
         if isinstance(b, dict):
             assert a.keys() == b.keys()
@@ -60,7 +70,7 @@ def same(got, expected):
             assert a.dtype == b.dtype and a.shape == b.shape
 
 
-# --- the questions of Examples ----------------------------------------------------------------
+# --- the methods of Examples ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +148,7 @@ def test_a_py_dataset_is_asked_only_for_the_batches_that_are_wanted():
     stream.take([21, 10])
     assert data.asked == [2, 4]
     data.asked.clear()
-    stream.take([3]), stream.take(slice(0, 8))  # what models are probed with is kept
+    stream.take([3]), stream.take(slice(0, 8))  # the first rows are in memory
     assert data.asked == []
 
 
@@ -155,14 +165,14 @@ def test_large_labels_stay_on_disk(monkeypatch):
     monkeypatch.setattr("influence.examples.stream._LABEL_BYTES", 100)
     stream = as_stream(Examples(X, X))
     assert isinstance(stream.y, np.memmap) and not stream.y.flags.writeable
-    gc.collect()  # the file has no name and lives as long as the labels
+    gc.collect()  # the unnamed file must live as long as the labels
     np.testing.assert_array_equal(stream.y, X)
     for a, b in zip(stream.batches(7), Examples(X, X).batches(7), strict=True):
         same(a, b)
     assert not isinstance(as_stream(EXAMPLES).y, np.memmap) or len(Y) * 8 > 100
 
 
-# --- everything else takes a stream -----------------------------------------------------------
+# --- all other functions take a stream --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +234,9 @@ def test_fits_and_refits_have_the_answer_of_the_arrays():
         def fit(net, examples):
             net.fit(examples, gradient_tolerance=1e-9)
 
-        options = {"method": method, "fit": None if p.net.convex else fit}
-        got = leave_one_out(p.net, train, as_stream(p.test), [3, 30], **options)
-        expected = leave_one_out(p.net, p.train, p.test, [3, 30], **options)
+        options = RefitOptions(method=method, fit=None if p.net.convex else fit)
+        got = leave_one_out(p.net, train, as_stream(p.test), [3, 30], options)
+        expected = leave_one_out(p.net, p.train, p.test, [3, 30], options)
         np.testing.assert_array_equal(got[:], expected[:])
 
 
@@ -239,7 +249,7 @@ def test_the_svm_is_fitted_on_a_stream():
     np.testing.assert_array_equal(*smooth)
     svm = SmoothHinge(3, weight_decay=0.1)
     with pytest.raises(TypeError, match="^x of a Stream is not held in memory"):
-        svm.fit(streamed)  # LinearSVC is wanted to come near the minimum
+        svm.fit(streamed)  # fit starts with LinearSVC, which needs x
     near = svm.fit(examples).theta
     again = []
     for held in (streamed, examples):
@@ -253,7 +263,7 @@ def test_self_influence_of_more_parameters_than_rows_needs_no_inputs_in_memory()
     p = logistic("sigmoid", num_rows=80, num_inputs=100, weight_decay=0.5)
     expected = Influence(p.net, p.train).self_influence()
     got = Influence(p.net, as_stream(p.train)).self_influence()
-    np.testing.assert_allclose(got, expected, rtol=1e-5)  # by CG's 1e-6 here, closed form there
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # CG's rtol is 1e-6
 
 
 def test_only_one_batch_is_in_memory():
@@ -270,17 +280,17 @@ def test_only_one_batch_is_in_memory():
     net = dense_net(2, 1024, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                     l2=0.1, dtype="float32")  # fmt: skip
     V = np.ones((net.num_parameters, 2), np.float32)
-    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # traced before it is measured
+    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # traced before memory is measured
     tracemalloc.start()
     stream = Stream(flat)
     Hessian(net, stream, batch_size=100) @ V
     stream.without([5]).take([7])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 0.4 * n * 1024 * 4  # of all inputs; TensorFlow's own memory is not seen here
+    assert peak < 0.4 * n * 1024 * 4  # 40 % of all inputs; TensorFlow's own memory is not counted
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
 def shuffled(**options):
@@ -330,7 +340,7 @@ def test_augmentation_is_named_with_its_row():
     message = "got in the second values in row 15 that the first does not have: it is random; leave"
     with pytest.raises(ValueError, match=message):
         Stream(Augmenting(X, Y))
-    noise = np.random.default_rng(0)  # TensorFlow's would repeat itself after a global seed
+    noise = np.random.default_rng(0)  # TensorFlow's noise would repeat after a global seed
 
     def noised():
         yield (X + noise.standard_normal(X.shape)).astype(X.dtype), Y
@@ -370,7 +380,7 @@ class Unbounded(Batches):
 
 
 class As(Batches):
-    """Each batch (x, y) changed by a function."""
+    """Dataset whose batches (x, y) are changed by a function."""
 
     def __init__(self, change, x=X, y=Y):
         super().__init__(x, y)
@@ -392,7 +402,7 @@ def ragged():
 
 
 def varying(x, y):
-    return (x, y) if y[0] != 0 else (x[:, :1], y)  # row 15 begins with label 0
+    return (x, y) if y[0] != 0 else (x[:, :1], y)  # the batch from row 15 begins with label 0
 
 
 def slices(*arrays):

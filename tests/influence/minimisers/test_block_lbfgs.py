@@ -119,8 +119,10 @@ def test_pairs_that_others_are_given_change_nothing(monkeypatch):
     vectors = np.linalg.eigh(H)[1][:, -6:]
     pairs = [(v[:, None], H @ v[:, None]) for v in vectors.T]
     none = np.zeros((12, 1))
-    beside = [(np.hstack([P if i < 2 else none, P]), np.hstack([Y if i < 2 else none, Y]))
-              for i, (P, Y) in enumerate(pairs)]  # fmt: skip
+    beside = [
+        (np.hstack([P if i < 2 else none, P]), np.hstack([Y if i < 2 else none, Y]))
+        for i, (P, Y) in enumerate(pairs)
+    ]
     found = []
     for given, k in ((pairs[:2], 1), (beside, 2)):
         gradients, _ = quadratics([H] * k, np.repeat(c, k, axis=1))
@@ -144,9 +146,14 @@ def test_steps_grow_with_those_that_were_taken():
 
     start = np.array([[100.0]])
     found = minimise(
-        gradients, lambda G, _: 1000 * G, start, np.ones((1, 1)), np.full(1, 1e-10), 50,
+        gradients,
+        lambda G, _: 1000 * G,
+        start,
+        np.ones((1, 1)),
+        np.full(1, 1e-10),
+        50,
         longest=np.array([2.0]),
-    )  # fmt: skip
+    )
     lengths = np.abs(np.diff([[100.0], *seen], axis=0))[:, 0]
     np.testing.assert_allclose(lengths[:6], 2 * 1.5 ** np.arange(6))
     assert found.norms[0] < 1e-10
@@ -161,9 +168,13 @@ def test_after_a_step_that_went_too_far_the_next_is_no_longer():
         return np.array([[-0.8], [0.5]])
 
     minimise(
-        gradients, lambda G, _: next(scales) * G, np.zeros((2, 1)), np.array([[1.0], [0]]),
-        np.full(1, 1e-10), 2,
-    )  # fmt: skip
+        gradients,
+        lambda G, _: next(scales) * G,
+        np.zeros((2, 1)),
+        np.array([[1.0], [0]]),
+        np.full(1, 1e-10),
+        2,
+    )
     np.testing.assert_allclose(seen[0], [-1.8, 0])
     assert np.linalg.norm(seen[1] - seen[0]) == pytest.approx(1.8)
 
@@ -233,8 +244,13 @@ def test_rounding_is_no_way_down(ratio):
     H, rng = symmetric(np.geomspace(1, 100, 30)), np.random.default_rng(0)
     size = np.linalg.norm(H @ np.ones(30)) / ratio
     noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
-    found = run(lambda t, _: H @ t + noise(t), lambda G, _: np.linalg.solve(H, G),
-                np.ones((30, 1)), max_passes=1000, dtype="float32")  # fmt: skip
+    found = run(
+        lambda t, _: H @ t + noise(t),
+        lambda G, _: np.linalg.solve(H, G),
+        np.ones((30, 1)),
+        max_passes=1000,
+        dtype="float32",
+    )
     assert found.passes[0] < 100
 
 
@@ -267,9 +283,14 @@ def searched(max_passes, until=1e-3):
 
     start = np.array([[0, 9.0, 1], [0, 9, 1], [0, -9, 1]])
     found = minimise(
-        by("exact", 0), lambda G, _: G / 3, start, H @ (start - c), np.full(3, 1e-9), max_passes,
+        by("exact", 0),
+        lambda G, _: G / 3,
+        start,
+        H @ (start - c),
+        np.full(3, 1e-9),
+        max_passes,
         rough=(by("rough", 0.01), np.full(3, until)),
-    )  # fmt: skip
+    )
     true = np.linalg.norm(H @ (found.thetas - c), axis=0)
     np.testing.assert_allclose(found.norms, true, rtol=1e-9, atol=1e-15)
     return found, asked
@@ -332,9 +353,14 @@ def test_rounding_among_rough_gradients_teaches_the_exact_ones_nothing():
             return H @ t
 
         found = minimise(
-            exact, lambda G, _: np.linalg.solve(H + 0.5 * np.eye(40), G), start, first,
-            1e-9 * np.linalg.norm(first, axis=0), 500, rough=(noisy, np.full(1, 0.3 * size)),
-        )  # fmt: skip
+            exact,
+            lambda G, _: np.linalg.solve(H + 0.5 * np.eye(40), G),
+            start,
+            first,
+            1e-9 * np.linalg.norm(first, axis=0),
+            500,
+            rough=(noisy, np.full(1, 0.3 * size)),
+        )
         assert found.norms[0] <= 1e-9 * np.linalg.norm(first)
         passes.append(len(asked))
     assert np.mean(passes) < 15, passes

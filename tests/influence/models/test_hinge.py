@@ -15,6 +15,7 @@ from influence import (
     Examples,
     GenericNeuralNet,
     Influence,
+    RefitOptions,
     SmoothHinge,
     leave_one_out,
 )
@@ -360,7 +361,7 @@ def test_leave_one_out_of_the_svm():
     net = SmoothHinge(5, weight_decay=0.05).fit(train)
     assert not net.convex  # so that the refits are fits
     removed = [0, 7, 33]
-    refits = leave_one_out(net, train, test, removed, tolerance=1e-8)
+    refits = leave_one_out(net, train, test, removed, RefitOptions(tolerance=1e-8))
     assert refits.converged.all() and refits.gradient_norm.max() <= 1e-8
     before = np.maximum(0, 1 - test.y * (test.x @ net.theta))
     for k, row in enumerate(removed):
@@ -375,8 +376,8 @@ def test_a_refit_that_does_nothing_is_found_out():
     train = Examples(x, y)
     net = SmoothHinge(5, weight_decay=0.05).fit(train)
     with pytest.warns(ConvergenceWarning, match="1 of 1 refits"):
-        nothing = lambda net, remaining: None  # noqa: E731
-        refits = leave_one_out(net, train, train.take([0]), [7], tolerance=1e-8, fit=nothing)
+        options = RefitOptions(tolerance=1e-8, fit=lambda net, remaining: None)
+        refits = leave_one_out(net, train, train.take([0]), [7], options)
     moved = svm_by_slsqp(np.delete(x, 7, axis=0), np.delete(y, 7), 0.05) - net.theta
     assert refits.gradient_norm[0] >= 0.05 * np.linalg.norm(moved) > 1e-4
 
@@ -390,6 +391,7 @@ def test_influence_of_a_smooth_hinge_is_the_refits():
     oracle = Hinge(x, y, 0.05, 0.5)
     wanted = oracle.predicted_changes(net.theta, oracle.on(test.x, test.y), np.arange(300))
     assert relative_error(predicted.change_if_removed, wanted) < 1e-10
-    actual = leave_one_out(net, train, test, [3, 50], method="newton", tolerance=1e-10)
+    options = RefitOptions(method="newton", tolerance=1e-10)
+    actual = leave_one_out(net, train, test, [3, 50], options)
     # First order: the error is of the order of a row's weight, 1 / 300.
     assert relative_error(predicted[:, [3, 50]], actual.change_if_removed) < 0.03

@@ -22,7 +22,7 @@ SQUARES = (TARGET - LOGIT[:, 0]) ** 2
 
 
 class Quartic(keras.losses.Loss):
-    """What a user subclasses."""
+    """Loss class as a user would write it."""
 
     def call(self, y_true, y_pred):
         return tf.reduce_sum((y_true - y_pred) ** 4, axis=-1)
@@ -41,7 +41,7 @@ def compiled_with(loss):
 K = keras.losses
 
 
-# From probabilities Keras clips at 1e-7, which none of these reaches.
+# Keras clips probabilities at 1e-7; none of these is that small.
 @pytest.mark.parametrize(
     ("loss", "y", "output", "expected"),
     [
@@ -68,7 +68,7 @@ K = keras.losses
         (K.CategoricalCrossentropy(from_logits=True), np.eye(3)[CLASSES], LOGITS, LOG_SOFTMAX),
         (Quartic(), LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
         (quartic, LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
-        (  # a class for each of two time steps: their mean, kept apart per example
+        (  # a class for each of two time steps, averaged for each example
             K.SparseCategoricalCrossentropy(from_logits=True),
             np.stack([CLASSES, CLASSES], axis=1),
             np.stack([LOGITS, LOGITS + 3], axis=1),
@@ -219,10 +219,10 @@ def test_labels_in_range(loss, y):
         (keras.losses.SparseCategoricalCrossentropy(from_logits=True), True),
         (keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1), True),
         (keras.losses.CategoricalCrossentropy(from_logits=True), True),
-        ("binary_crossentropy", False),  # of probabilities
+        ("binary_crossentropy", False),  # takes probabilities
         (keras.losses.BinaryFocalCrossentropy(from_logits=True), False),
         ("cosine_similarity", False),
-        (lambda y, output: output[:, 0] ** 2, False),  # convex, but nobody said so
+        (lambda y, output: output[:, 0] ** 2, False),  # convex, but not declared
     ],
 )
 def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):

@@ -1,4 +1,4 @@
-"""Measurements in place of the loss, against closed forms, differences and exact refits."""
+"""Tests of measurements against closed forms, finite differences and exact refits."""
 
 import keras
 import numpy as np
@@ -72,9 +72,10 @@ def test_certainty_does_not_saturate():
     np.testing.assert_allclose(tape.gradient(value, z), [slope, slope], rtol=1e-12)
 
 
-# --- influence on them -----------------------------------------------------------------------
+# --- influence on measurements ---------------------------------------------------------------
 
-NUMPY = {  # of logits Z (n, c) with zero for class 0 of a single logit
+# These take logits Z (n, c); a single logit becomes Z with zeros for class 0.
+NUMPY = {
     "margin": lambda y, Z: log_odds(scipy.special.softmax(Z, axis=1)[np.arange(len(y)), y]),
     "adversarial_loss": lambda y, Z: (
         -np.log1p(-scipy.special.softmax(Z, axis=1)[np.arange(len(y)), y])
@@ -85,7 +86,7 @@ OURS = {"margin": margin, "adversarial_loss": adversarial_loss, "logit(1)": logi
 
 
 def measured(problem, name, theta):
-    """(m,) by NumPy at other parameters."""
+    """Compute the measurement in NumPy at other parameters: (m,)."""
     return NUMPY[name](problem.test.y, problem.measured.features @ problem.measured._weights(theta))
 
 
@@ -117,7 +118,7 @@ def test_scores_are_the_measurements_slope_along_the_change(problem, name, probl
     )
     scores = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows, measurement=OURS[name])
     assert scores.measurement == name
-    assert relative_error(scores[:], expected) < 1e-8  # the differences' own error
+    assert relative_error(scores[:], expected) < 1e-8  # the error of finite differences
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -134,7 +135,7 @@ def test_scores_are_the_changes_of_exact_refits(problem, name, problems):
     ]
     actual = (np.stack(after, axis=1) - before[:, None]).ravel()
     line = scipy.stats.linregress(predicted[:].ravel(), actual)
-    assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998  # leverages of a hundredth or two
+    assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998  # leverages near 0.01 raise the slope
     assert abs(line.intercept) < 0.02 * actual.std()
 
 
@@ -188,7 +189,7 @@ def test_labels_of_an_svm():
     net.fit(train)
     influence = Influence(net, train, solver=Direct())
     moves = influence.parameters([3, 8])
-    expected = (train.y[:, None] * train.x) @ moves.T  # d(y x w) along the change of w
+    expected = (train.y[:, None] * train.x) @ moves.T  # change of y x w with w
     got = influence.scores(train, [3, 8], measurement=margin)
     assert relative_error(got[:], expected) < 1e-11
 
@@ -212,7 +213,7 @@ def test_measuring_shares_the_model_and_its_penalty():
     np.testing.assert_allclose(view.losses(p.test.x, p.test.y), expected, rtol=1e-10)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 
 def total(y, output):
@@ -259,7 +260,9 @@ def test_bad_measurements_are_refused_before_any_work(
 ):
     p = problems["softmax"]
     influence = Influence(p.net, p.train)
-    monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(
+        "influence.scores.inverse.Inverse.solve", lambda *_: pytest.fail("the work had begun")
+    )
     for question in (
         lambda: influence.scores(p.test, measurement=measurement),
         lambda: influence.adding(p.test, p.test, measurement=measurement),

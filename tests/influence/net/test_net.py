@@ -25,7 +25,7 @@ def squares(y, output):
 
 
 class NoTrainingArgument(keras.Model):
-    """Subclassed, and its call knows neither `training` nor a declared input."""
+    """Subclassed model without a `training` argument and without a declared input."""
 
     def __init__(self, units):
         super().__init__(dtype="float64")
@@ -36,7 +36,7 @@ class NoTrainingArgument(keras.Model):
         return self.last(self.hidden(x))
 
 
-# --- models of all kinds: model, loss as given to the net, the same loss plainly, x, y --------
+# --- models of all kinds: model, loss for the net, same loss in TensorFlow, x, y --------------
 
 
 def two_inputs_to_probabilities(rng):
@@ -114,7 +114,7 @@ KINDS = {
 
 @cache
 def build(kind, dtype="float64"):
-    """(net, plain loss, x, y), weights far from symmetric; one net of a kind for all tests."""
+    """Return (net, plain loss, x, y) with random weights; all tests share one net of a kind."""
     rng = np.random.default_rng(7)
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
@@ -129,7 +129,7 @@ def build(kind, dtype="float64"):
     return net, plain, x, y
 
 
-# Layers that a map must loop over are slow to trace; test_zoo.py has their lower derivatives.
+# These layers need a loop, which is slow to trace. test_zoo.py tests their lower derivatives.
 LOOPED = {"recurrent"}
 
 
@@ -141,7 +141,7 @@ def case(request):
     return net, plain, x, y, dense, V
 
 
-# The tape in float64 against the tape in float64: only the order of additions differs.
+# Both sides use the tape in float64, so only the order of additions differs.
 ROUNDING = 1e-12
 
 
@@ -159,12 +159,12 @@ def test_second_derivatives_are_those_of_the_plain_model(case):
         assert relative_error(net.gauss_newton_product(x, y, V), dense.gauss_newton @ V) < ROUNDING
     gradient_at = partial(oracles.plain_gradient_at, net.model, plain, x, y)
     expected = [oracles.central_difference(gradient_at, net.theta, v) for v in V.T]
-    # Central differences of fourth order: about 1e-9 here, and 1e-6 is what must be reached.
+    # Fourth-order differences have an error of about 1e-9 here; required is 1e-6.
     assert relative_error(net.hvp(x, y, V), np.stack(expected, axis=1)) < 1e-7
 
 
 def elsewhere(net, question):
-    """theta -> `question()` there."""
+    """Return the function theta -> `question()` at theta."""
     here = net.theta
 
     def at(theta):
@@ -189,21 +189,21 @@ def test_third_derivatives_against_differences_of_second(case):
 
 @pytest.mark.slow
 def test_other_derivatives_where_maps_must_loop():
-    """What test_zoo.py leaves out: a question takes seconds to trace."""
+    """Test what test_zoo.py omits, because each trace takes seconds."""
     net, _, x, y = build("recurrent")
     v = np.random.default_rng(8).standard_normal(net.num_parameters)
     losses = elsewhere(net, partial(net.losses, x, y))
     theta, h = net.theta, 1e-3
     near, far = (losses(theta + t * v) + losses(theta - t * v) for t in (h, 2 * h))
-    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)  # rounding: 1e-16 / h^2
+    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)  # rounding error: 1e-16 / h^2
     assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
     one = np.random.default_rng(9).standard_normal(x.shape)
 
-    def mixed(x):  # of the losses by theta along v
+    def mixed(x):  # derivative of the losses along v in theta
         here = elsewhere(net, lambda: net.losses(x, y))
         return (here(theta + h * v) - here(theta - h * v)) / (2 * h)
 
-    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # of second order: h^2
+    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # second order: error h^2
     got = np.sum(net.input_gradient(x, y, v) * one, axis=(1, 2))
     assert relative_error(got, slope) < 1e-4
 
@@ -222,21 +222,21 @@ def test_float64_data_into_a_float32_model_is_rounded_not_refused():
     assert net.losses(x, y).dtype == np.float32
 
 
-# --- finite differences, of values that Keras computes by itself ------------------------------
+# --- finite differences of values that Keras itself computes ----------------------------------
 
 
 @pytest.fixture(scope="module")
 def tanh():
-    """A network, two inputs, and its plain losses and gradients as functions of theta and x."""
+    """Return a network, examples, plain losses and gradients as functions, and vectors V."""
     net, examples = tanh_net()
-    twin, _ = tanh_net()  # moved about here, so that the net never is
+    twin, _ = tanh_net()  # its theta changes here, so that the net's never does
 
     def losses(theta, x=examples.x):
         twin.theta = theta
         return squares(examples.y, twin.model(x)).numpy()
 
     def gradients(theta, x=examples.x):
-        """Of the mean loss by theta, and of each loss by its own x."""
+        """Return d/dtheta of the mean loss, and d/dx of each loss at its own x."""
         twin.theta = theta
         x = tf.constant(x)
         with tf.GradientTape(persistent=True) as tape:
@@ -250,7 +250,7 @@ def tanh():
     return net, examples, losses, gradients, V
 
 
-# Central differences of fourth order: about 1e-10 here, and 1e-6 is what must be reached.
+# Fourth-order differences have an error of about 1e-10 here; required is 1e-6.
 
 
 def test_directional_against_differences_of_losses(tanh):
@@ -324,7 +324,7 @@ def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
 
 @pytest.mark.parametrize("kind", ["tanh", "conv"])
 def test_bregman_gradient_against_differences_of_the_divergence(kind):
-    """D = loss at f - loss at s - slope at s . (f - s), put together from the outputs f and s."""
+    """Compare with D = loss at f - loss at s - slope at s . (f - s), from outputs f and s."""
     rng, f8 = np.random.default_rng(3), {"dtype": "float64"}
     if kind == "conv":
         x = rng.standard_normal((4, 5, 5, 2))
@@ -342,7 +342,7 @@ def test_bregman_gradient_against_differences_of_the_divergence(kind):
         f = net.outputs(x)
         net.theta = theta
         rise = scipy.special.logsumexp(f, axis=1) - scipy.special.logsumexp(s, axis=1)
-        return (rise - np.sum(P * (f - s), axis=1)).mean()  # the label's part is linear: it cancels
+        return (rise - np.sum(P * (f - s), axis=1)).mean()  # the label term is linear and cancels
 
     V = rng.standard_normal((net.num_parameters, 2))
     thetas = theta[:, None] + 0.3 * V
@@ -366,6 +366,7 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
     asked["gradients"] = lambda n: n.gradients(x, y)
     asked["outputs"] = lambda n: n.outputs(x)
     asked["penalty"] = lambda n: n.penalty_gradient()
+    asked["measured"] = lambda n: n.measuring("mae").losses(x, y)
     at = {name: question(net.at(there)) for name, question in asked.items()}
     np.testing.assert_array_equal(net.at(there).theta, there)
     np.testing.assert_array_equal(net.theta, before)
@@ -383,7 +384,7 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
 
 
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
-    """A second trace would make the last bits of a number depend on what was asked before it."""
+    """Check that no second trace occurs; it would change the last bits of a result."""
     net, examples = tanh_net()
     untraced(net)
     for num, size in ((1, 20), (3, 1), (2, 7)):
@@ -397,7 +398,7 @@ def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
             net.each_batch(question, *(np.stack([part] * num) for part in (x, y, V)))
     functions = net.flat._functions
     assert len(functions) == 6
-    for function in functions.values():  # of one graph, which is never traced again
+    for function in functions.values():  # a concrete function is never retraced
         assert isinstance(function, tf.types.experimental.ConcreteFunction)
 
 
@@ -438,10 +439,10 @@ def test_each_batch_of_dicts():
 
 
 def test_theta_is_the_trainable_weights_in_their_order():
-    net, *_ = build.__wrapped__("batch_norm_dropout_frozen")  # its theta is moved
+    net, *_ = build.__wrapped__("batch_norm_dropout_frozen")  # not shared: theta changes
     model = net.model
     names = [w.path.split("/")[-1] for w in model.trainable_weights]
-    assert names == ["gamma", "beta", "kernel", "bias", "kernel", "bias"]  # "frozen" is left out
+    assert names == ["gamma", "beta", "kernel", "bias", "kernel", "bias"]  # without "frozen"
     theta = np.arange(float(net.num_parameters))
     net.theta = theta
     np.testing.assert_array_equal(net.theta, theta)
@@ -469,7 +470,7 @@ def test_bad_theta(theta, message):
 
 @pytest.fixture(scope="module")
 def penalised():
-    """L1L2 on one layer, L2 on another's bias, one layer without."""
+    """Return a net with L1L2 on one kernel, L2 on another layer's bias, and no other penalty."""
     R = keras.regularizers
     model = keras.Sequential(
         [
@@ -564,7 +565,7 @@ def test_fit_reaches_the_exact_minimum():
             warnings.simplefilter("error")
             assert problem.net.fit(problem.train, gradient_tolerance=tolerance) is problem.net
         assert np.linalg.norm(problem.oracle.gradient(problem.theta)) <= tolerance
-    # |theta - minimum| <= |gradient| / smallest eigenvalue.
+    # By strong convexity, |theta - minimum| <= |gradient| / smallest eigenvalue.
     smallest = np.linalg.eigvalsh(problem.oracle.hessian(theta))[0]
     assert np.linalg.norm(problem.theta - theta) <= 1e-7 / smallest
 
@@ -590,7 +591,7 @@ def test_sparse_rows_and_memmaps_give_the_numbers_of_dense_arrays(linear, tmp_pa
         np.testing.assert_array_equal(net.directional(other, y, V), net.directional(x, y, V))
 
 
-# --- the model is left as it was --------------------------------------------------------------
+# --- the model is not changed -----------------------------------------------------------------
 
 
 def state(model):
@@ -640,7 +641,7 @@ def test_no_question_changes_the_model():
     assert model.variables and all(isinstance(v, keras.Variable) for v in model.variables)
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
 def unbuilt():
@@ -911,7 +912,7 @@ def test_gauss_newton_refuses_probabilities():
 
 
 def test_many_nets_make_tensorflow_warn_of_nothing(caplog):
-    """It counts traces by the function's name, which the nets of a loop share."""
+    """Check that nets in a loop, which share function names, cause no retracing warning."""
     rows = np.random.default_rng(0).standard_normal((4, 2))
     for _ in range(7):
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

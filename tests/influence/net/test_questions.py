@@ -1,10 +1,9 @@
-"""Questions as values: their answers, and that they travel."""
+"""Tests of questions as values: their answers and their pickling."""
 
 import pickle
 
 import numpy as np
 import pytest
-from joblib.externals import cloudpickle
 
 from influence import Examples
 from influence.net.questions import PerRow, Total, loss_sum, outputs
@@ -51,7 +50,7 @@ def test_a_question_travels_and_says_how_wide_it_is(net_and_rows):
     assert repr(PerRow("directional", V)) == f"PerRow('directional', {V.shape})"
     question = pickle.loads(pickle.dumps(Total("hvp", V)))
     theta = net.theta
-    again = pickle.loads(cloudpickle.dumps(net)).at(theta)  # as joblib sends it
+    again = pickle.loads(pickle.dumps(net)).at(theta)
     expected = Total("hvp", V)(net, None, examples.x, examples.y)
     np.testing.assert_array_equal(question(again, theta, examples.x, examples.y), expected)
     held = pickle.loads(pickle.dumps(Examples(examples.x, examples.y)))

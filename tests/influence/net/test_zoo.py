@@ -1,9 +1,8 @@
-"""Keras layers and losses of all kinds, against derivatives taken without the library.
+"""Tests of many Keras layers and losses against derivatives taken without the library.
 
-Each model is small and at weights far from a minimum. The truth is TensorFlow's tape on the plain
-model, as its owner would call it: first derivatives example by example, the Hessian row by row. For
-layers whose second derivatives TensorFlow gets wrong, it is central differences of the plain
-gradient.
+Each model is small, with weights far from a minimum. The expected values come from TensorFlow's
+tape on the plain model: first derivatives example by example, the Hessian row by row. For layers
+with wrong second derivatives in TensorFlow, they are central differences of the plain gradient.
 """
 
 from collections.abc import Callable
@@ -25,15 +24,17 @@ from tests.influence.problems import relative_error
 L = keras.layers
 K = keras.losses
 N = 6
-AUTODIFF = 1e-9  # the tape in float64 against itself: 1e-15 times the size of what cancels
-DIFFERENCES = 1e-7  # central differences of fourth order: about 1e-9
+# Both sides use the tape in float64; rounding is 1e-15 times the size of terms that cancel.
+AUTODIFF = 1e-9
+# Fourth-order central differences have an error of about 1e-9.
+DIFFERENCES = 1e-7
 
 
-# --- losses as a model's owner would write them, from the definitions -----------------------------
+# --- losses written in TensorFlow from their definitions ------------------------------------------
 
 
 def log_softmax(y, z, smoothing=0.0):
-    """Of class numbers, or of one-hot labels; a mean over time steps if there are any."""
+    """Return the loss for class numbers or one-hot labels, averaged over time steps if any."""
     log_p = z - tf.reduce_logsumexp(z, axis=-1, keepdims=True)
     target = tf.one_hot(y, z.shape[-1], dtype=z.dtype) if y.ndim < len(z.shape) else y
     target = (1 - smoothing) * tf.cast(target, z.dtype) + smoothing / z.shape[-1]
@@ -59,7 +60,7 @@ def huber(y, z):
 
 
 def poisson(y, z):
-    return z[:, 0] - tf.cast(y, z.dtype) * tf.math.log(z[:, 0] + 1e-7)  # Keras' epsilon
+    return z[:, 0] - tf.cast(y, z.dtype) * tf.math.log(z[:, 0] + 1e-7)  # 1e-7 is Keras' epsilon
 
 
 def quartic(y, z):
@@ -71,14 +72,14 @@ def quartic(y, z):
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make a model, its loss as given to the net and plainly, and a batch."""
+    """Recipe for a model, its loss for the net, the same loss in TensorFlow, and a batch."""
 
     make: Callable
     loss: Any
     plain: Callable
     x: Callable  # rng -> inputs
     y: Callable  # rng -> labels
-    by_autodiff: bool = True  # whether the plain model's second derivatives can be trusted
+    by_autodiff: bool = True  # False if TensorFlow's second derivatives are wrong
 
 
 def normal(*shape):
@@ -108,7 +109,7 @@ def skip_connection():
 
 
 class SharedTwice(keras.Model):
-    """Subclassed: one layer used twice, another frozen."""
+    """Subclassed model that uses one layer twice and freezes another."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +147,7 @@ def masked_ids():
 
 
 def steps():
-    # Unrolled: a loop takes many seconds to trace. test_net.py has one with a loop.
+    # It is unrolled, since a loop takes many seconds to trace. test_net.py tests a loop.
     lstm = L.LSTM(2, return_sequences=True, unroll=True)
     return stacked((2, 2), lstm, L.Dense(3))
 
@@ -182,7 +183,7 @@ def grouped():
 
 
 def volume():
-    """Its first layer has no weights."""
+    """Return a model whose first layer has no weights."""
     return stacked((3, 3, 3, 1), L.ZeroPadding3D(1), L.Conv3D(2, 2), L.LeakyReLU(0.3),
                    L.GlobalAveragePooling3D(), L.EinsumDense("nf,fg->ng", 2, activation="selu"),
                    L.Dense(1))  # fmt: skip
@@ -193,7 +194,7 @@ def one_hot(rng):
 
 
 def some_ids(rng):
-    """Zeros are masked; the mean of a row of nothing else would be 0 / 0."""
+    """Return ids; zeros are masked. A row of zeros only would have the mean 0 / 0."""
     return np.column_stack([rng.integers(1, 5, N), rng.integers(0, 5, (N, 2))])
 
 
@@ -220,13 +221,13 @@ KINDS = {
     "pooled": Kind(pooled, quartic, quartic, normal(4, 4, 2), normal(1)),
     "volume": Kind(volume, K.MeanSquaredError(), squares, normal(3, 3, 3, 1), normal()),
 }  # fmt: skip
-# Keras compiles it with XLA, which takes seconds for each question.
+# Keras compiles this layer with XLA, which takes seconds for each question.
 GROUPED = {"grouped": Kind(grouped, "mse", squares, normal(3, 3, 2), normal())}
 
 
 @cache
 def build(name, dtype="float64"):
-    """(net, plain loss, x, y), every weight random."""
+    """Return (net, plain loss, x, y) with random weights."""
     rng, kind = np.random.default_rng(7), (KINDS | GROUPED)[name]
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
@@ -259,7 +260,7 @@ class Case:
 
 
 def plain_hessian(model, plain, x, y):
-    """(d, d): as `oracles.dense_hessian`, with one trace for all rows."""
+    """Return the Hessian (d, d) like `oracles.dense_hessian`, with one trace for all rows."""
     weights = model.trainable_weights
 
     @partial(tf.function, autograph=False)
@@ -275,7 +276,7 @@ def plain_hessian(model, plain, x, y):
 
 
 def plain_gradient_at(model, plain, x, y):
-    """theta -> `oracles.plain_gradient`, with one trace for all theta."""
+    """Return theta -> `oracles.plain_gradient` at theta, with one trace for all theta."""
     weights = model.trainable_weights
     ends = np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1]
     here = tf.function(lambda: oracles.plain_gradient(model, plain, x, y), autograph=False)
@@ -333,7 +334,7 @@ def test_grouped_convolutions():
 
 
 def plain_input_gradient(case):
-    """d/dx of grad loss_i . v, by a tape in a tape on the model's own weights."""
+    """Return d/dx of grad loss_i . v by two nested tapes on the model's own weights."""
     weights = case.net.model.trainable_weights
     parts = np.split(case.V[:, 0], np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1])
     x = tf.nest.map_structure(tf.constant, case.x)
@@ -353,7 +354,7 @@ def plain_input_gradient(case):
 
 def test_input_gradients(case):
     if all(part.dtype.kind == "i" for part in tf.nest.flatten(case.x)):
-        return  # ids have none
+        return  # integer inputs have no gradient
     got = case.net.input_gradient(case.x, case.y, case.V[:, 0])
     if case.by_autodiff:
         for part, true in zip(
@@ -372,7 +373,7 @@ def test_input_gradients(case):
 
 
 def test_scores(case):
-    """CG's and Direct's are those of the dense matrix, damped until it is positive definite."""
+    """Compare CG and Direct with the dense matrix, damped until it is positive definite."""
     net, train = case.net, Examples(case.x, case.y)
     H = case.hessian + net.penalty_hvp(np.eye(net.num_parameters))
     values = scipy.linalg.eigvalsh(H)
@@ -399,4 +400,4 @@ def test_float32_models_answer_in_float32():
     ):
         got = question(net)
         assert got.dtype == np.float32
-        assert relative_error(got, question(exact)) < 1e-4  # 6e-8 times some hundred additions
+        assert relative_error(got, question(exact)) < 1e-4  # 6e-8 times a few hundred additions

@@ -41,7 +41,7 @@ def trained(model, loss, x, y):
 
 
 def blobs(n=60):
-    """(x, y): three classes of points in the plane."""
+    """Make (x, y): three classes of points in the plane."""
     rng = np.random.default_rng(0)
     y = np.arange(n) % 3
     angle = 2 * np.pi * y / 3
@@ -49,7 +49,7 @@ def blobs(n=60):
 
 
 def tanh_classifier():
-    """A network with dropout and a frozen layer, at a minimum."""
+    """Make a network with dropout and a frozen layer, at a minimum."""
     frozen = L.Dense(3, trainable=False, **D64)
     layers = [frozen, penalised(L.Dense, 4, activation="tanh"), L.Dropout(0.5, **D64)]
     model = keras.Sequential([keras.Input((2,), **D64), *layers, penalised(L.Dense, 3)])
@@ -59,7 +59,7 @@ def tanh_classifier():
 
 
 def convolutional():
-    """A small convolutional net at a minimum, whose labels are one-hot."""
+    """Make a small convolutional net at a minimum, with one-hot labels."""
     model = keras.Sequential(
         [
             keras.Input((5, 5, 1), **D64),
@@ -226,7 +226,8 @@ def test_the_way_to_the_minimum_is_that_of_a_shifted_hessian_at_a_saddle():
     values = np.linalg.eigvalsh(A.dense())
     shift = 2 * abs(values[0]) + 1e-6 * values[-1]
     line = hessian.stationary(net, A, None, shift)
-    assert check(net, train)["stationary point"] == line
+    found = check(net, train)["stationary point"]
+    assert found.meaning == line.meaning and found.value == pytest.approx(line.value, rel=1e-9)
     assert hessian.stationary(net, A, None, 0.0) != line
 
 
@@ -284,13 +285,13 @@ def test_weights_that_are_not_finite_are_all_that_is_said():
 # --- what must not matter -------------------------------------------------------------------------
 
 
-def test_about_ten_passes_beside_products(monkeypatch):
+def test_about_seven_passes_beside_products(monkeypatch):
     p = logistic("softmax")
     rows, products = [0], [0]
     batches, hvp = Examples.batches, p.net.hvp
 
-    def counted(self, size=None):
-        for x, y in batches(self, size):
+    def counted(self, *arguments):
+        for x, y in batches(self, *arguments):
             rows[0] += len(y)
             yield x, y
 
@@ -301,13 +302,13 @@ def test_about_ten_passes_beside_products(monkeypatch):
     monkeypatch.setattr(Examples, "batches", counted)
     monkeypatch.setattr(p.net, "hvp", counted_hvp)
     assert check(p.net, p.train, batch_size=7).ok
-    assert (rows[0] - products[0]) / len(p.train) <= 10
+    assert (rows[0] - products[0]) / len(p.train) <= 7
 
 
 def test_batch_size_changes_no_number():
     p = logistic("softmax")
     p.net.theta = p.theta + 0.1
-    # Rows, accuracy, penalty's share, eigenvalues, drift: what is not rounding.
+    # Rows, accuracy, penalty's share, eigenvalues, drift: all values above rounding.
     values = [
         [line.value for line in check(p.net, p.train, batch_size=size).lines if line.value > 1e-5]
         for size in (None, 7)

@@ -127,7 +127,7 @@ def found(low, high, error=0.0, converged=True, complete=False):
 def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, says):
     line = hessian.smallest(found(low, 10.0, error), known, damping, 1e-6)
     assert line.verdict == verdict and line.value == low and says in line.meaning
-    if verdict == "fail":  # what it asks for must be enough
+    if verdict == "fail":  # the damping that it names must be enough
         enough = float(line.remedy.split("damping=")[1].split(" ")[0])
         assert low - damping + enough > 1e-3
 

@@ -17,7 +17,7 @@ N = 60
 
 
 def blobs(c=3):
-    """(x, y): c classes of points in the plane, well apart."""
+    """Make (x, y): c classes of points in the plane, well apart."""
     rng = np.random.default_rng(0)
     y = np.arange(N) % c
     angle = 2 * np.pi * y / c
@@ -30,7 +30,8 @@ def softmax(c=3, outputs=None):
 
 
 def plausible(net, train, test=None, batch_size=None):
-    return labels.plausible(net, train, test, rows.losses(net, train, None), batch_size)
+    of_test = None if test is None else rows.Answers.of(net, test, batch_size)
+    return labels.plausible(net, rows.Answers.of(net, train, batch_size), of_test)
 
 
 def test_class_numbers_from_one_are_found_where_no_output_is_left():
@@ -113,7 +114,7 @@ def test_what_is_no_class_is_compared_to_nothing():
     for net, y in (
         (p.net, p.train.y),
         (counts, np.arange(40) % 5),
-        (bits, np.arange(40) % 2),  # 0 and 1, but who knows where the callable's threshold is
+        (bits, np.arange(40) % 2),  # 0 and 1, but a callable's threshold is unknown
         (p.net, 2 + np.arange(40) % 2),
     ):
         line = plausible(net, Examples(p.train.x, y))

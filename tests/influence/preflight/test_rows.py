@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ D64 = {"dtype": "float64"}
 
 
 def twice(net, examples):
-    return rows.same_twice(net, examples, rows.losses(net, examples, None), None)
+    return rows.same_twice(net, rows.Answers.of(net, examples, None))
 
 
 def squares(y, output):
@@ -21,7 +23,7 @@ def squares(y, output):
 
 
 def with_layer(layer):
-    """(net, examples): a linear model with the layer before it."""
+    """Make (net, examples): a linear model with the layer before it."""
     model = keras.Sequential([keras.Input((2,), **D64), layer, L.Dense(1, **D64)])
     x = np.random.default_rng(0).standard_normal((20, 2)) + 3
     return GenericNeuralNet(model, "mse"), Examples(x, x[:, 0])
@@ -50,7 +52,7 @@ def test_a_loss_reduced_over_rows_is_found(loss, what):
         lambda y, z: squares(y, z) * tf.cast(tf.shape(y)[0], z.dtype),
         lambda y, z: tf.reduce_mean((y - z) ** 2, axis=1),  # (n,) - (n, 1) is (n, n)
         lambda y, z: squares(y, z) + tf.reduce_max(y) / 1e6,
-        # By its place in the batch: alone and at the beginning a row shows nothing of it.
+        # It depends on the place in the batch; alone or at the beginning a row does not show it.
         lambda y, z: squares(y, z) + 1e-6 * tf.cast(tf.range(tf.shape(y)[0]) > 20, z.dtype),
     ],
 )
@@ -70,7 +72,7 @@ def test_batch_normalisation_left_in_training_mode_is_found():
     net, examples = with_layer(TrainingMode(**D64))
     line = rows.separate(net, examples)
     assert line.verdict == "fail" and line.value > 0.1 and "training=True" in line.remedy
-    # The outputs have moved even where no loss shows it.
+    # The outputs differ even where no loss shows it.
     silent = GenericNeuralNet(net.model, lambda y, z: 1e-12 * squares(y, z))
     assert rows.separate(silent, examples).value == pytest.approx(line.value)
     assert twice(net, examples).verdict == "ok"
@@ -101,7 +103,7 @@ class Noise(L.Layer):
 
 
 class SeededNoise(L.Layer):
-    """Whose seed is Keras' global one, and no variable of the model."""
+    """Noise from Keras' global seed, which is no variable of the model."""
 
     def call(self, inputs):
         return inputs + keras.random.normal(tf.shape(inputs), dtype=inputs.dtype)
@@ -140,9 +142,9 @@ def test_a_random_loss_is_found():
     )
     line = twice(net, p.train)
     assert line.verdict == "fail" and "Two passes over the same rows differ" in line.meaning
-    first = rows.losses(p.net, p.train, None)
-    gap = 1e-14 * np.abs(first).max()
-    line = rows.same_twice(p.net, p.train, first + gap, None)
+    answers = rows.Answers.of(p.net, p.train, None)
+    gap = 1e-14 * np.abs(answers.losses).max()
+    line = rows.same_twice(p.net, replace(answers, losses=answers.losses + gap))
     assert line.verdict == "ok" and 0 < line.value < 1e-13 and "but for rounding" in line.meaning
 
 
@@ -171,10 +173,10 @@ def test_rows_that_are_not_finite_are_found(loss, what):
     good = Examples(x.copy(), np.ones(30))
     x[[4, 17]] = [[1.0, -1], [2, -2]]  # an output of exactly 0
     examples = Examples(x, np.ones(30))
-    line = rows.finite(net, examples, rows.losses(net, examples, 7), "train", 7)
+    line = rows.finite(net, rows.Answers.of(net, examples, 7), "train")
     assert line.name == "finite train rows" and line.verdict == "fail" and line.value == 2
     assert f"The {what} of 2 of 30 rows is NaN or infinite (row 4, 17)" in line.meaning
-    line = rows.finite(net, good, rows.losses(net, good, None), "test", None)
+    line = rows.finite(net, rows.Answers.of(net, good, None), "test")
     assert line.name == "finite test rows" and line.verdict == "ok" and line.value == 0
     # Such rows are no reason to doubt the others.
     assert rows.separate(net, examples).verdict == twice(net, examples).verdict == "ok"
@@ -182,8 +184,8 @@ def test_rows_that_are_not_finite_are_found(loss, what):
 
 def test_many_bad_rows_are_not_all_listed():
     net, examples = tanh_net()
-    values = np.full(20, np.nan)
-    line = rows.finite(net, examples, values, "train", None)
+    answers = replace(rows.Answers.of(net, examples, None), losses=np.full(20, np.nan))
+    line = rows.finite(net, answers, "train")
     assert line.value == 20 and "(row 0, 1, 2, 3, 4 and 15 more)" in line.meaning
 
 

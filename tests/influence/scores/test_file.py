@@ -27,7 +27,6 @@ from influence import (
 )
 from influence.examples.stream import Stream
 from influence.scores import file as score_file
-from influence.scores import score_table
 from influence.solvers.base import Raw
 from tests.influence.examples.test_stream import Batches
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
@@ -44,7 +43,7 @@ def small_blocks(monkeypatch):
     """Of 3 tests x 16 rows, solved 2 at a time."""
     monkeypatch.setattr(score_file, "_TESTS", 3)
     monkeypatch.setattr(score_file, "_ROWS", 16)
-    monkeypatch.setattr(score_table, "CHUNK", (2, 16))
+    monkeypatch.setattr(score_file, "_CHUNK", (1, 16))
     monkeypatch.setattr("influence.scores.inverse._MOST_TOGETHER", 2)
 
 
@@ -127,13 +126,13 @@ def test_attributes_say_what_it_is(tmp_path):
 
 def test_streams_sparse_rows_and_float32_nets(tmp_path, small_blocks):
     p = problem()
-    expected = contents(Influence(p.net, p.train, solver=Direct()).write_scores(
-        tmp_path / "arrays.h5", p.test))  # fmt: skip
+    path = Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "a.h5", p.test)
+    expected = contents(path)
     stream = Stream(Batches(p.train.x, p.train.y, 7)), Stream(Batches(p.test.x, p.test.y, 3))
     streamed = Influence(p.net, stream[0], solver=Direct())
     same(contents(streamed.write_scores(tmp_path / "stream.h5", stream[1])), expected)
     # A stream of the same rows is the same input.
-    assert streamed.write_scores(tmp_path / "arrays.h5", p.test)
+    assert streamed.write_scores(path, p.test)
     sparse = Examples(scipy.sparse.csr_matrix(p.train.x), p.train.y)
     got = contents(
         Influence(p.net, sparse, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
@@ -208,7 +207,7 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     net = MulticlassLogisticRegression(f, 3)
     x, y = rng.standard_normal((m, f)), np.arange(m) % 3
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
-    monkeypatch.setattr("influence.scores.inverse._BYTES_TOGETHER", most)  # 17 vectors
+    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # 17 vectors
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()
     influence.write_scores(tmp_path / "long.h5", Examples(x, y))
@@ -223,13 +222,12 @@ KILLED = """
 import os, signal, sys
 from influence import Direct, Influence
 from influence.scores import file as score_file
-from influence.scores import score_table
 from tests.influence.scores.test_file import problem
 
-score_file._TESTS, file._ROWS, score_table.CHUNK = 3, 16, (2, 16)
+score_file._TESTS, score_file._ROWS, score_file._CHUNK = 3, 16, (1, 16)
 import influence.scores.inverse
 influence.scores.inverse._MOST_TOGETHER = 2
-mark, left = score_file.mark, [int(sys.argv[2])]
+mark, left = score_file._mark, [int(sys.argv[2])]
 
 def dying(*arguments):
     if not left[0]:
@@ -237,7 +235,7 @@ def dying(*arguments):
     left[0] -= 1
     mark(*arguments)
 
-score_file.mark = dying
+score_file._mark = dying
 p = problem()
 Influence(p.net, p.train, solver=Direct()).write_scores(sys.argv[1], p.test)
 """
@@ -251,8 +249,8 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
     killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [f.name for f in tmp_path.iterdir()] == ["scores.h5.partial"]
-    p, marks, mark = problem(), [], score_file.mark
-    monkeypatch.setattr(score_file, "mark", lambda *given: marks.append(given[1]) or mark(*given))
+    p, marks, mark = problem(), [], score_file._mark
+    monkeypatch.setattr(score_file, "_mark", lambda *given: marks.append(given[1]) or mark(*given))
     influence = Influence(p.net, p.train, solver=Direct())
     influence.write_scores(path, p.test)
     assert len(marks) == 16 - num_marks
@@ -267,9 +265,9 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
 @pytest.mark.parametrize("num_marks", range(0, 16, 3))
 def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blocks, monkeypatch):
     p = problem()
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)  # 4 rows: 16 / 4
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
-    marks, mark = [], score_file.mark
+    marks, mark = [], score_file._mark
 
     def interrupted(*given):
         if len(marks) == num_marks:
@@ -278,26 +276,26 @@ def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blo
         mark(*given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(score_file, "mark", interrupted)
+        patch.setattr(score_file, "_mark", interrupted)
         influence.write_scores(tmp_path / "s.h5", p.test)
     assert not (tmp_path / "s.h5").exists()
-    again = Influence(p.net, p.train, solver=Direct(), batch_size=None)
+    again = Influence(p.net, p.train, solver=Direct(), batch_size=7)
     same(contents(again.write_scores(tmp_path / "s.h5", p.test)), whole)
 
 
 def test_a_block_is_counted_once_it_is_on_the_disk(tmp_path, monkeypatch):
     counts = []
-    monkeypatch.setattr(score_table, "to_disk", lambda file: counts.append(file["count"][()]))
+    monkeypatch.setattr(score_file, "_to_disk", lambda file: counts.append(file["count"][()]))
     with h5py.File(tmp_path / "s.h5", "w") as file:
         file["count"] = 3
-        score_table.mark(file, "count", 4)
+        score_file._mark(file, "count", 4)
         assert counts == [3] and file["count"][()] == 4
 
 
 def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monkeypatch):
     p = problem()
     with monkeypatch.context() as patch:
-        patch.setattr(score_table, "_describe", lambda *_: 1 / 0)
+        patch.setattr(score_file, "_describe", lambda *_: 1 / 0)
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill -9 takes nothing away
         with pytest.raises(ZeroDivisionError):
             Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
@@ -309,7 +307,7 @@ def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monk
 def test_what_goes_wrong_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
     p = problem()
     influence = Influence(p.net, p.train, solver=Direct())
-    monkeypatch.setattr(score_table, "_describe", lambda *_: 1 / 0)
+    monkeypatch.setattr(score_file, "_describe", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         influence.write_scores(tmp_path / "s.h5", p.test)
     assert list(tmp_path.iterdir()) == []
@@ -419,8 +417,8 @@ def test_a_path_where_something_else_is(tmp_path):
 
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     p = problem()
-    usage = score_table.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(score_table.shutil, "disk_usage", lambda _: usage)
+    usage = score_file.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(score_file.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="^path must be where 0.0 GB are free, for 7 x 60 scores"):
         Influence(p.net, p.train).write_scores(tmp_path / "s.h5", p.test)
     assert list(tmp_path.iterdir()) == []
@@ -440,7 +438,9 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
 def test_bad_arguments_are_refused_before_any_work(options, error, message, tmp_path, monkeypatch):
     p = problem()
     influence = Influence(p.net, p.train)
-    monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(
+        "influence.scores.inverse.Inverse.solve", lambda *_: pytest.fail("the work had begun")
+    )
     with pytest.raises(error, match=message):
         influence.write_scores(tmp_path / "s.h5", **{"test": p.test, **options})
     assert list(tmp_path.iterdir()) == []

@@ -126,7 +126,9 @@ def test_a_saddle_has_no_size_of_loss():
 def test_bad_arguments_are_refused_before_any_work(problems, monkeypatch):
     p = problems["softmax"]
     influence = Influence(p.net, p.train)
-    monkeypatch.setattr(Influence, "_solve", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(
+        "influence.scores.inverse.Inverse.solve", lambda *_: pytest.fail("the work had begun")
+    )
     with pytest.raises(ValueError, match="^kind must be 'theta' or 'loss', got 'l2'"):
         influence.relative(p.test, kind="l2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(IndexError, match=r"^rows must lie in \[0, 60\), got 60"):

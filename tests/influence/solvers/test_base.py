@@ -1,15 +1,17 @@
-"""The certificate of a solve: what bounds the error of any score."""
+"""Systems and solvers, and the certificate of a solve: what bounds the error of any score."""
 
 from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from influence import (
     CG,
+    BinaryLogisticRegression,
     Direct,
+    Examples,
     GaussNewton,
     GenericNeuralNet,
     Hessian,
@@ -18,7 +20,8 @@ from influence import (
     prepare,
     solve,
 )
-from influence.solvers import Lanczos, Nystrom
+from influence.solvers import EKFAC, Lanczos, Nystrom
+from influence.solvers.base import Raw, answers_indefinite, is_exact
 from tests.influence.problems import (
     logistic,
     relative_error,
@@ -50,10 +53,17 @@ def known():
 
 @pytest.mark.parametrize(
     "solver",
-    [CG(1e-3), CG(1e-8), LiSSA(depth=20, repeats=3, change=0.0), Nystrom(3), Nystrom(15),
-     Lanczos(3), Direct()],
+    [
+        CG(1e-3),
+        CG(1e-8),
+        LiSSA(depth=20, repeats=3, change=0.0),
+        Nystrom(3),
+        Nystrom(15),
+        Lanczos(3),
+        Direct(),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "Gauss-Newton of a network"])
 def test_no_score_is_further_off_than_its_bound(kind, solver, known):
     A, smallest = known[kind]
@@ -154,6 +164,173 @@ def test_what_the_products_differ_by_is_taken_off_the_bound():
     A = Skewed(symmetric([1e-7, *np.linspace(0.5, 3, 29)]), -1e-8 * np.eye(30))
     bound = solve(A, np.ones(30), Direct()).eigenvalue_bound
     assert 1e-8 < bound <= 9e-8
+
+
+# --- what is solved, and with what -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("A", "b", "solver", "error", "message"),
+    [
+        (np.ones((2, 3)), [1, 1], CG(), ValueError, r"^A must be square, got shape \(2, 3\)"),
+        (np.ones(4), [1, 1], CG(), ValueError, r"^A must be square, got shape \(4,\)"),
+        (
+            aslinearoperator(np.ones((2, 3))),
+            [1, 1],
+            CG(),
+            ValueError,
+            r"^A must be square, got shape \(2, 3\)",
+        ),
+        (
+            [[1, np.nan], [np.nan, 1]],
+            [1, 1],
+            CG(),
+            ValueError,
+            "^A must be finite, got a NaN or in",
+        ),
+        ([[1, 2], [0, 1]], [1, 1], CG(), ValueError, "^A must be symmetric, got .* by 2.0e[+]00"),
+        (np.eye(2), [1, 1, 1], CG(), ValueError, r"^B must have shape \(2,\) or \(2, m\), got \(3"),
+        (np.eye(2), np.ones((2, 1, 1)), CG(), ValueError, r"^B must have shape \(2,\) or"),
+        (np.eye(2), np.ones((2, 0)), CG(), ValueError, r"^B must have shape .*, got \(2, 0\)"),
+        (np.eye(2), [1, np.inf], CG(), ValueError, "^B must be finite, got a NaN or infinity"),
+        (
+            np.eye(2),
+            [1, 1],
+            "cg",
+            TypeError,
+            r"^solver must be a solver such as CG\(\) .*, got 'cg'",
+        ),
+        (np.eye(2), [1, 1], CG, TypeError, r"^solver must be a solver such as CG\(\)"),
+    ],
+)
+def test_bad_systems(A, b, solver, error, message):
+    with pytest.raises(error, match=message):
+        solve(A, b, solver)
+
+
+def test_nearly_symmetric_is_symmetric_enough():
+    A = np.eye(2) + np.array([[0, 1e-7], [0, 0]])
+    assert solve(A, [1.0, 1.0], CG()).converged.all()
+
+
+def test_a_curvature_is_factored_once():
+    problem = ridge()
+    A = Hessian(problem.net, problem.train)
+    count = []
+    dense = A.dense
+    A.dense = lambda: count.append(1) or dense()
+    prepared = prepare(A, Direct())
+    for _ in range(3):
+        prepared(np.ones(5))
+    assert len(count) == 1
+
+
+def test_sets_of_one_row_are_enough():
+    problem = ridge()
+    one = Examples(problem.train.x[:1], problem.train.y[:1])
+    A = Hessian(problem.net, one, damping=0.5)
+    matrix = problem.oracle.on(problem.oracle.features[:1], problem.oracle.y[:1]).hessian(
+        problem.theta
+    )
+    for solver in (Direct(), CG(rtol=1e-10)):
+        x = solve(A, np.ones(5), solver).x
+        assert relative_error(x, np.linalg.solve(matrix + 0.5 * np.eye(5), np.ones(5))) < 1e-9
+
+
+def test_a_factor_does_not_outlive_its_theta():
+    rng = np.random.default_rng(0)
+    train = Examples(rng.normal(size=(30, 3)), rng.integers(0, 2, 30))
+    net = BinaryLogisticRegression(3).fit(train)
+    prepared = prepare(Hessian(net, train), Direct())
+    influence = Influence(net, train, solver=prepared)
+    net.theta = net.theta + 1
+    with pytest.raises(RuntimeError, match="theta has changed"):
+        prepared(np.ones(3))
+    with pytest.raises(RuntimeError, match="theta has changed"):
+        influence.scores(train)
+
+
+def test_solvers_are_values():
+    assert CG() == CG(rtol=1e-6) and hash(Direct()) == hash(Direct()) and LiSSA() != LiSSA(seed=1)
+    assert repr(LiSSA()) == (
+        "LiSSA(scale=None, depth=5000, repeats=10, batch_size=1, seed=0, change=0.001, rtol=0.1)"
+    )
+    assert EKFAC() == EKFAC(rtol=None) and repr(EKFAC()) == "EKFAC(rtol=None)"
+
+
+@pytest.mark.parametrize(
+    ("solver", "exact", "indefinite"),
+    [
+        (Direct(), True, True),
+        (Lanczos(3), False, True),
+        (CG(), False, False),
+        (LiSSA(), False, False),
+        (Nystrom(3), False, False),
+        (EKFAC(), False, False),
+    ],
+    ids=repr,
+)
+def test_solvers_say_what_they_are(solver, exact, indefinite):
+    assert (is_exact(solver), answers_indefinite(solver)) == (exact, indefinite)
+    assert is_exact(replace(solver, rtol=0.5)) == exact  # whatever the rtol
+
+
+class Own:
+    """A solver of a user, without the class attributes."""
+
+    rtol = 1e-3
+
+    def prepare(self, A):
+        return lambda B: Raw(np.linalg.solve(A @ np.eye(A.shape[0]), B))
+
+
+def test_a_solver_without_the_class_attributes_works():
+    p = ridge()
+    prepared = prepare(Hessian(p.net, p.train), Own())
+    for solver in (Own(), prepared):
+        assert not is_exact(solver) and not answers_indefinite(solver)
+    assert is_exact(prepare(np.eye(2), Direct()))
+    scores, exact = (Influence(p.net, p.train, solver=s).scores(p.test) for s in (Own(), Direct()))
+    assert relative_error(scores[:], exact[:]) < 1e-9
+
+
+RTOL = "^rtol must be non-negative"
+RANK = "^rank must be an integer of at least 1, got"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CG(-1e-3), rf"{RTOL}, got -0\.001"),
+        (lambda: CG(float("nan")), f"{RTOL}, got nan"),
+        (lambda: CG(max_iterations=0), "^max_iterations must be at least 1, got 0"),
+        (lambda: Direct(-1e-3), rf"{RTOL}, got -0\.001"),
+        (lambda: Direct(float("nan")), f"{RTOL}, got nan"),
+        (lambda: EKFAC(-1e-3), rf"{RTOL} or None, got -0\.001"),
+        (lambda: EKFAC(float("nan")), f"{RTOL} or None, got nan"),
+        (lambda: Lanczos(0), f"{RANK} 0"),
+        (lambda: Lanczos(2.0), rf"{RANK} 2\.0"),  # pyright: ignore[reportArgumentType]
+        (lambda: Lanczos(True), f"{RANK} True"),
+        (lambda: Lanczos(5, seed=-1), "^seed must be an integer of at least 0, got -1"),
+        (lambda: Lanczos(5, rtol=-1.0), rf"{RTOL} or None, got -1\.0"),
+        (lambda: Nystrom(0), f"{RANK} 0"),
+        (lambda: Nystrom(5, seed=0.5), r"^seed must be an integer of at least 0, got 0\.5"),  # pyright: ignore[reportArgumentType]
+        (lambda: Nystrom(5, rtol=float("nan")), f"{RTOL} or None, got nan"),
+        (lambda: LiSSA(rtol=-1e-3), rf"{RTOL} or None, got -0\.001"),
+        (lambda: LiSSA(rtol=float("nan")), f"{RTOL} or None, got nan"),
+        (lambda: LiSSA(scale=0.0), r"^scale must be positive or None, got 0\.0"),
+        (lambda: LiSSA(scale=-1.0), r"^scale must be positive or None, got -1\.0"),
+        (lambda: LiSSA(scale=float("nan")), "^scale must be positive or None, got nan"),
+        (lambda: LiSSA(depth=0), "^depth must be at least 1, got 0"),
+        (lambda: LiSSA(repeats=0), "^repeats must be at least 1, got 0"),
+        (lambda: LiSSA(change=-1e-3), r"^change must be non-negative, got -0\.001"),
+        (lambda: LiSSA(change=float("nan")), "^change must be non-negative, got nan"),
+        (lambda: LiSSA(batch_size=-1), "^batch_size must be at least 1, got -1"),
+    ],
+)
+def test_bad_hyperparameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # --- what the models know --------------------------------------------------------------------

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
 
-from influence import CG, Direct, LiSSA, prepare, solve
+from influence import CG, solve
 from tests.influence.problems import relative_error, symmetric
+from tests.influence.solvers.matrices import counting
 
 D = 40
 
@@ -18,19 +19,6 @@ def matrix():
 @pytest.fixture(scope="module")
 def B():
     return np.random.default_rng(1).standard_normal((D, 5))
-
-
-def counting(matrix):
-    """The operator, and the widths of the blocks it was asked for."""
-    widths = []
-
-    def product(V):
-        widths.append(V.shape[1])
-        return matrix @ V
-
-    return LinearOperator(
-        matrix.shape, matvec=lambda v: product(v.reshape(-1, 1)), matmat=product, dtype=matrix.dtype
-    ), widths
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -171,21 +159,76 @@ def test_zero_right_hand_side_needs_no_product(matrix):
     assert widths == []
 
 
+# --- indefinite and singular matrices --------------------------------------------------------
+
+INDEFINITE = symmetric([-0.5, *np.linspace(0.5, 4, 8)])
+SINGULAR = symmetric([0.0, *np.linspace(0.5, 4, 8)])
+
+
+def test_a_preconditioner_does_not_hide_negative_curvature():
+    B = np.random.default_rng(0).standard_normal((9, 3))
+    for preconditioner in (None, np.eye(9)):
+        solution = solve(INDEFINITE, B, CG(preconditioner=preconditioner))
+        assert not solution.converged.any() and (solution.residual > 1e-3).all()
+        assert -0.5 * (1 + 1e-9) <= solution.min_curvature.min() < 0
+        assert solution.remedy.startswith("A is not positive definite: negative curvature -")
+
+
+def test_columns_that_never_meet_it_are_solved():
+    values, vectors = np.linalg.eigh(INDEFINITE)
+    B = np.column_stack([vectors[:, 0], vectors[:, 3]])
+    solution = solve(INDEFINITE, B, CG())
+    assert solution.converged.tolist() == [False, True]
+    np.testing.assert_allclose(solution.min_curvature, values[[0, 3]], rtol=1e-9)
+    assert relative_error(solution.x[:, 1], vectors[:, 3] / values[3]) < 1e-10
+
+
+def test_singular_is_said_unless_the_system_has_a_solution():
+    inside = SINGULAR @ np.ones(9)
+    B = np.column_stack([inside, np.ones(9)])
+    solution = solve(SINGULAR, B, CG())
+    assert solution.converged.tolist() == [True, False]
+    assert solution.residual[0] < 1e-6 < solution.residual[1]
+    assert np.isfinite(solution.x).all()
+    exact_zero = solve(np.diag([1.0, 0.0]), [0.0, 1.0], CG())
+    assert exact_zero.min_curvature[0] == 0 and not exact_zero.converged[0]
+    assert exact_zero.remedy.startswith("A is singular: curvature 0 was met")
+    rounded_zero = solve(np.diag([1.0, 1e-20]), [1.0, 1.0], CG())
+    assert rounded_zero.min_curvature[0] == 0 and not rounded_zero.converged[0]
+    assert np.abs(rounded_zero.x).max() < 10  # not 1e20
+    assert solution.remedy.startswith("A is singular: curvature")
+
+
+# --- rounding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_with_more_iterations_than_dimensions(dtype):
+    A = symmetric(np.linspace(0.5, 4, 9))
+    b = np.random.default_rng(0).standard_normal((9, 2))
+    solution = solve(A.astype(dtype), b, CG(rtol=0, max_iterations=10_000))
+    eps = np.finfo(dtype).eps
+    assert relative_error(solution.x, np.linalg.solve(A, b)) < 100 * eps
+    assert (solution.residual < 100 * eps).all()
+    if not solution.converged.all():  # unless the residual rounded to zero
+        assert "rounding stopped CG above rtol" in solution.remedy
+    assert (solution.iterations < 1000).all()
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+def test_ends_where_rounding_does(columns):
+    d = 1000
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    A = ((Q * np.geomspace(1, 1e-2, d)) @ Q.T).astype("float32")
+    b = rng.standard_normal((d, columns)).astype("float32")
+    solution = solve((A + A.T) / 2, b, CG(rtol=0, max_iterations=2000))
+    assert solution.residual.max() < 100 * np.finfo("float32").eps
+    assert (solution.min_curvature > 0.9e-2).all()
+    assert "rounding stopped CG above rtol" in solution.remedy
+
+
 # --- preconditioners -------------------------------------------------------------------------
-
-
-def test_the_exact_inverse_needs_one_iteration(matrix, B):
-    expected = np.linalg.solve(matrix, B)
-    inverse = np.linalg.inv(matrix)
-    for preconditioner in (
-        Direct(),
-        prepare(matrix, Direct()),
-        inverse,
-        aslinearoperator(inverse),
-    ):
-        solution = solve(matrix, B, CG(rtol=1e-9, preconditioner=preconditioner))
-        assert solution.iterations.tolist() == [1] * 5 and solution.converged.all()
-        assert relative_error(solution.x, expected) < 1e-9
 
 
 def test_an_approximate_inverse_saves_iterations_and_changes_no_answer(B):
@@ -200,26 +243,3 @@ def test_an_approximate_inverse_saves_iterations_and_changes_no_answer(B):
     assert better.converged.all() and plain.converged.all()
     assert better.iterations.max() < plain.iterations.min() / 2
     assert relative_error(better.x, np.linalg.solve(A, B)) < 1e-5
-
-
-def test_preconditioners_that_do_not_fit(matrix):
-    with pytest.raises(ValueError, match=r"^preconditioner must have the shape of A, \(40, 40\), "
-                       r"got \(3, 3\)"):  # fmt: skip
-        solve(matrix, np.ones(D), CG(preconditioner=np.eye(3)))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rtol": -1e-3}, r"^rtol must be non-negative( or None)?, got -0\.001"),
-        ({"rtol": float("nan")}, "^rtol must be non-negative( or None)?, got nan"),
-        ({"max_iterations": 0}, "^max_iterations must be at least 1, got 0"),
-    ],
-)
-def test_bad_hyperparameters(options, message):
-    with pytest.raises(ValueError, match=message):
-        CG(**options)
-    if "rtol" in options:
-        for solver in (Direct, LiSSA):
-            with pytest.raises(ValueError, match=message):
-                solver(**options)

@@ -1,3 +1,4 @@
+import re
 import tracemalloc
 
 import keras
@@ -16,6 +17,7 @@ from influence import (
     prepare,
     solve,
 )
+from influence.curvature.chain import chain_hessian
 from influence.solvers.direct import dense
 from tests.influence.problems import relative_error, symmetric
 
@@ -48,10 +50,25 @@ def test_indefinite_is_solved_and_its_smallest_eigenvalue_given(d, negative):
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("others", ["positive", "indefinite"])
 def test_singular(d, others):
-    rest = np.linspace(0.3, 2, d - 1) * (1 if others == "positive" else np.where(
-        np.arange(d - 1) % 2, 1, -1))  # fmt: skip
+    rest = np.linspace(0.3, 2, d - 1) * (
+        1 if others == "positive" else np.where(np.arange(d - 1) % 2, 1, -1)
+    )
     with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue of"):
         solve(symmetric([0.0, *rest]), np.ones(d), Direct())
+
+
+@pytest.mark.parametrize(
+    "matrix", [symmetric([0.0, *np.linspace(0.5, 4, 8)]), np.zeros((9, 9)), np.ones((9, 9))]
+)
+def test_singular_names_a_damping_that_works(matrix):
+    with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue") as info:
+        solve(matrix, np.ones(9), Direct())
+    found = re.search(r"damping of at least (\S+),", str(info.value))
+    assert found is not None
+    damping = float(found[1])
+    assert 0 < damping < 1e-6  # far below the matrix's own eigenvalues
+    b = np.random.default_rng(0).standard_normal(9)
+    assert solve(matrix + damping * np.eye(9), b, Direct()).converged.all()
 
 
 @pytest.mark.parametrize("values", [[0.2, *np.linspace(0.5, 2, 99)], [-0.7, -0.2, *[1.0] * 98]])
@@ -80,8 +97,11 @@ def test_ill_conditioned_is_not_converged():
 def test_a_matrix_that_memory_cannot_hold_is_refused_before_any_product():
     d = 10_000_000  # 2.4 petabytes
     A = LinearOperator((d, d), matvec=lambda v: pytest.fail("the work had begun"), dtype=float)
-    with pytest.raises(ValueError, match="^A must be small enough to be factored, got d = 10000000,"
-                       " which takes 2400000 GB of this machine's"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="^A must be small enough to be factored, got d = 10000000,"
+        " which takes 2400000 GB of this machine's",
+    ):
         prepare(A, Direct())
 
 
@@ -101,7 +121,7 @@ def test_preparing_holds_no_more_than_is_counted(kind):
         examples = Examples(x, x[:, 0])
         # Damped until it is positive definite for sure, and has a Cholesky factor.
         A = Hessian(net, examples, 10.0) if kind == "chain" else GaussNewton(net, examples, 0.1)
-        assert kind != "chain" or net.hessian(examples) is not None
+        assert kind != "chain" or chain_hessian(net, examples) is not None
     d = net.num_parameters
     assert 1190 < d < 1210
     prepare(A, Direct())  # traced

@@ -15,6 +15,7 @@ from influence import (
 )
 from influence.solvers.spectrum import spectrum, suggest_damping
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
+from tests.influence.solvers.matrices import counting
 
 MODULE = sys.modules["influence.solvers.spectrum"]  # the function has its name in the package
 
@@ -93,15 +94,7 @@ def test_small_matrices(d):
 
 def test_products_are_counted(path):
     A = symmetric(np.geomspace(1e-2, 1, D))
-    widths = []
-
-    def product(V):
-        widths.append(V.shape[1])
-        return A @ V
-
-    operator = LinearOperator(
-        (D, D), matvec=lambda v: product(v.reshape(-1, 1)), matmat=product, dtype=float
-    )
+    operator, widths = counting(A)
     found = spectrum(operator)
     assert found.products == sum(widths)
 

@@ -5,11 +5,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from influence import DivergenceError, Examples
+from influence import ContinuedOptions, DivergenceError, Examples, continued_training
 from influence.minimisers.adam import Moments, batch_rows
 from influence.models.cnn import AllCNN, train_by_adam
 from influence.truth import continued
-from influence.truth.continued import continued_training
 from tests.influence.problems import relative_error, ridge
 
 STEPS, RATE = 7, 0.01
@@ -31,6 +30,11 @@ def by_hand(p, theta, moments, removed, batch_size, seed):
     return theta
 
 
+def train_on(p, rows, moments, **options):
+    given = {"steps": STEPS, "rate": RATE, "moments": moments}
+    return continued_training(p.net, p.train, p.test, rows, ContinuedOptions(**options), **given)
+
+
 @pytest.fixture(scope="module")
 def trained():
     p = ridge()
@@ -46,10 +50,7 @@ def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
     if batch_size == 7:  # 40 rows are no multiple of 7: row 33 ends a pass and begins the next
         straddling = list(islice(batch_rows(40, 7, 0, 0), STEPS))[5]
         assert np.count_nonzero(straddling == 33) == 2
-    found = continued_training(
-        p.net, p.train, p.test, rows, steps=STEPS, rate=RATE, moments=moments,
-        batch_size=batch_size, seed=0,
-    )  # fmt: skip
+    found = train_on(p, rows, moments, batch_size=batch_size)
 
     def losses(removed):
         p.net.theta = by_hand(p, theta, moments, removed, batch_size, 0)
@@ -77,9 +78,7 @@ def test_moments_are_those_of_keras(trained):
     q.net.theta = start
     moments = train_by_adam(q.net, q.train, schedule=((20, 0.05),), batch_size=99, seed=0)
     before = q.net.losses(q.test.x, q.test.y)
-    found = continued_training(
-        q.net, q.train, q.test, [0], steps=STEPS, rate=RATE, moments=moments, batch_size=99
-    )
+    found = train_on(q, [0], moments, batch_size=99)
     # Keras keeps the rates and both constants in float32.
     assert relative_error(found.drift, expected - before) < 1e-4
 
@@ -87,17 +86,15 @@ def test_moments_are_those_of_keras(trained):
 @pytest.mark.parametrize("options", [{"block": 1}, {"block": 3}])
 def test_blocks_and_order_change_nothing(trained, options):
     p, moments = trained
-    settings = {"steps": STEPS, "rate": RATE, "moments": moments, "batch_size": 5}
-    whole = continued_training(p.net, p.train, p.test, [4, 0, 7], **settings)
-    other = continued_training(p.net, p.train, p.test, [7, 4, 0], **settings, **options)
+    whole = train_on(p, [4, 0, 7], moments, batch_size=5)
+    other = train_on(p, [7, 4, 0], moments, batch_size=5, **options)
     np.testing.assert_allclose(other[:], whole[:][:, [2, 0, 1]], atol=1e-14)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_what_was_interrupted_ends_with_the_same_bits(trained, steps, tmp_path, monkeypatch):
     p, moments = trained
-    settings = {"steps": STEPS, "rate": RATE, "moments": moments, "batch_size": 5, "block": 2}
-    whole = continued_training(p.net, p.train, p.test, [4, 0, 7], **settings)
+    whole = train_on(p, [4, 0, 7], moments, batch_size=5, block=2)
     monkeypatch.setattr(continued, "_SAVE_EVERY", 2)
 
     def until(items, what, total):
@@ -109,8 +106,8 @@ def test_what_was_interrupted_ends_with_the_same_bits(trained, steps, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(continued, "progress", until)
         with pytest.raises(KeyboardInterrupt):
-            continued_training(p.net, p.train, p.test, [4, 0, 7], checkpoints=tmp_path, **settings)
-    again = continued_training(p.net, p.train, p.test, [4, 0, 7], checkpoints=tmp_path, **settings)
+            train_on(p, [4, 0, 7], moments, batch_size=5, block=2, checkpoints=tmp_path)
+    again = train_on(p, [4, 0, 7], moments, batch_size=5, block=2, checkpoints=tmp_path)
     np.testing.assert_array_equal(again[:], whole[:])
     np.testing.assert_array_equal(again.drift, whole.drift)
 
@@ -122,17 +119,16 @@ def test_of_a_convolutional_network():
     assert net.moments is None
     net.fit(examples, schedule=((5, 1e-2),), batch_size=4)
     assert net.moments.steps == 5
+    few, options = examples.take([1, 2]), ContinuedOptions(batch_size=11)
     found = continued_training(
-        net, examples, examples.take([1, 2]), [3], steps=3, rate=1e-3, moments=net.moments,
-        batch_size=11,
-    )  # fmt: skip
+        net, examples, few, [3], options, steps=3, rate=1e-3, moments=net.moments
+    )
     other = AllCNN((5, 5, 1), 3, filters=2, strides=(1,))
     other.fit(examples, schedule=((5, 1e-2),), batch_size=4)
     moments, theta = other.moments, other.theta[:, None]
     rest = examples.without([3])
     for _ in range(3):
         theta, moments = moments.step(theta, other.risk_gradient(rest, theta), 1e-3)
-    few = examples.take([1, 2])
     before = other.losses(few.x, few.y)
     change = other.losses(few.x, few.y, theta)[:, 0] - before
     np.testing.assert_allclose(found[:, 0] + found.drift, change, atol=2e-6)
@@ -144,12 +140,13 @@ def test_of_a_convolutional_network():
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"steps": 1.5}, "steps must be a positive integer, got 1.5"),
         ({"rate": 0.0}, "rate must be positive, got 0.0"),
-        ({"batch_size": 2}, "batch_size must be at least 3"),
         ({"moments": Moments(0, np.zeros(2), np.zeros(2))}, "moments must be of"),
     ],
 )
 def test_bad_input_is_refused(trained, options, message):
     p, _ = trained
+    with pytest.raises(ValueError, match="batch_size must be at least 3"):
+        ContinuedOptions(batch_size=2)
     with pytest.raises(ValueError, match=message):
         continued_training(p.net, p.train, p.test, [0], **{"steps": 2, "rate": 0.1, **options})
 

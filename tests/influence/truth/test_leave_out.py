@@ -1,16 +1,10 @@
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import scipy.sparse
-import tensorflow as tf
 
 from influence import (
     CG,
@@ -20,78 +14,135 @@ from influence import (
     GenericNeuralNet,
     Hessian,
     Influence,
+    RefitOptions,
     Refits,
+    leave_group_out,
     leave_one_out,
     prepare,
 )
 from influence.truth import leave_out as module
 from influence.truth import runs
+from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-ROOT = Path(__file__).resolve().parents[3]
+N = 60
 ROWS = [11, 3, 40, 0, 29]
+SHARES = (0.01, 0.05, 0.25, 0.5)
+
+
+def rows_out(p, rows=ROWS, **options):
+    return leave_one_out(p.net, p.train, p.test, rows, RefitOptions(**options))
+
+
+def groups_out(p, groups, **options):
+    return leave_group_out(p.net, p.train, p.test, groups, RefitOptions(**options))
+
+
+def groups_of(p):
+    """1 to 50 % of the rows, random ones and similar ones: unequal sizes, and they overlap."""
+    rng, order = np.random.default_rng(0), np.argsort(p.train.x[:, 0])
+    sizes = [max(int(share * len(p.train)), 1) for share in SHARES]
+    random = [rng.choice(len(p.train), size, replace=False) for size in sizes]
+    return random + [order[:size] for size in sizes]
+
+
+def changes(p, groups):
+    """(m, k) by the oracle: minimised from scratch to 1e-12."""
+    before = p.measured.losses(p.theta)
+    after = [p.measured.losses(p.oracle.without(g).minimum(p.theta)) for g in groups]
+    return np.stack([a - before for a in after], axis=1)
 
 
 @pytest.fixture(scope="module")
 def softmax():
-    return logistic("softmax", intercept=True)
+    return logistic("softmax", N, intercept=True)
 
 
 @pytest.fixture(scope="module")
 def actual(softmax):
-    """(m, k) by the oracle: minimised from scratch to 1e-12."""
-    return softmax.oracle.actual_changes(softmax.theta, softmax.measured, ROWS)
+    return changes(softmax, [[row] for row in ROWS])
 
 
 @pytest.fixture(scope="module")
 def taped_ridge():
-    """A linear model by the tape, its bias outside the penalty; convex, as its owner knows."""
+    """A linear model by the tape, without a penalty on its bias; its owner knows it is convex."""
     problem = ridge()
     problem.net.convex = True
     return problem
 
 
+@pytest.fixture
+def thetas(monkeypatch):
+    """A list that collects the parameters at which test losses are computed."""
+    taken, asked = [], Task.changes
+    monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
+    return taken
+
+
 # --- the numbers -----------------------------------------------------------------------------
 
 
-def test_newton_is_the_independent_refit(softmax, actual):
-    refits = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS, tolerance=1e-12)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("weight_decay", [1e-3, 0.05, 1.0])
+def test_newton_is_the_independent_refit(kind, weight_decay):
+    p = logistic(kind, N, weight_decay=weight_decay, intercept=True)
+    groups = groups_of(p)
+    got = groups_out(p, groups, tolerance=1e-12)
+    expected = changes(p, groups)
+    assert got.converged.all() and (got.gradient_norm <= 1e-12).all()
+    # |theta - minimum| <= 1e-12 / weight_decay, and test gradients are of size 1.
+    assert np.abs(got[:] - expected).max() < 1e-8 and np.abs(expected).max() > 0.02
+    for column, group in zip(got.rows, groups, strict=True):
+        np.testing.assert_array_equal(column, group)
+
+
+def test_leave_one_out_is_leave_group_out_of_single_rows(softmax, actual):
+    one = rows_out(softmax, tolerance=1e-12)
     # |theta - minimum| <= 1e-12 / 0.05; the changes themselves are about 1e-3.
-    assert relative_error(refits.change_if_removed, actual) < 1e-8
-    assert isinstance(refits, Refits) and refits.rows.tolist() == ROWS
-    assert refits.shape == (7, 5) and refits.converged.all()
-    assert (refits.passes >= 2).all() and (refits.passes <= 12).all()
+    assert relative_error(one.change_if_removed, actual) < 1e-8
+    assert isinstance(one, Refits) and one.rows.tolist() == ROWS and one.names == ()
+    assert one.shape == (7, 5) and one.converged.all()
+    assert (one.passes >= 2).all() and (one.passes <= 12).all()
+    groups = groups_out(softmax, [[row] for row in ROWS], tolerance=1e-12)
+    np.testing.assert_array_equal(groups[:], one[:])
+    np.testing.assert_array_equal(groups.gradient_norm, one.gradient_norm)
+    np.testing.assert_array_equal(groups.passes, one.passes)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("weight_decay", [1e-3, 1.0])
-def test_newton_at_weak_and_strong_penalties(kind, weight_decay):
-    p = logistic(kind, weight_decay=weight_decay)
-    refits = leave_one_out(p.net, p.train, p.test, ROWS, tolerance=1e-12)
-    expected = p.oracle.actual_changes(p.theta, p.measured, ROWS)
-    assert relative_error(refits[:], expected) < 1e-7
+def test_parameters_are_those_of_fit_without_the_rows(softmax, thetas):
+    p, groups, before = softmax, groups_of(softmax), softmax.theta
+    got = groups_out(p, groups, tolerance=1e-12)
+    np.testing.assert_array_equal(p.theta, before)
+    for group, theta, change in zip(groups, thetas[0].T, got[:].T, strict=True):
+        p.net.fit(p.train.without(group), gradient_tolerance=1e-12)
+        refitted, losses = p.theta, p.net.losses(p.test.x, p.test.y)
+        p.net.theta = before
+        assert np.abs(refitted - theta).max() < 1e-9
+        assert np.abs(losses - p.net.losses(p.test.x, p.test.y) - change).max() < 1e-9
 
 
 def test_the_default_tolerance_is_enough_for_changes(softmax, actual):
-    refits = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS)
-    assert (refits.gradient_norm <= 1e-8).all()
-    assert np.abs(refits[:] - actual).max() < 1e-6 and np.abs(actual).max() > 1e-3
+    rows, groups = rows_out(softmax), groups_out(softmax, groups_of(softmax))
+    for refits in (rows, groups):
+        assert (refits.gradient_norm <= 1e-8).all() and (refits.passes <= 12).all()
+    assert np.abs(rows[:] - actual).max() < 1e-6 and np.abs(actual).max() > 1e-3
+    assert groups.passes[0] < groups.passes[len(SHARES) - 1]  # a longer way takes more passes
 
 
-def test_newton_by_the_tape_is_the_closed_form_of_ridge(taped_ridge):
-    p, rows = taped_ridge, [11, 3, 39, 0]
-    expected = p.oracle.actual_changes(p.theta, p.measured, rows)
-    refits = leave_one_out(p.net, p.train, p.test, rows, tolerance=1e-11)
-    assert relative_error(refits[:], expected) < 1e-8
-
-
-def test_newton_by_the_tape_is_newton_in_closed_form(softmax):
+def test_by_the_tape_as_in_closed_form(softmax):
     taped = through_keras(softmax)
     taped.net.convex = True
-    by_tape = leave_one_out(taped.net, taped.train, taped.test, ROWS[:2])
-    closed = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS[:2])
-    assert relative_error(by_tape[:], closed[:]) < 1e-8
-    np.testing.assert_array_equal(by_tape.passes, closed.passes)
+    groups = groups_of(softmax)[2::4]  # 25 %, random ones and similar ones
+    got = groups_out(taped, groups, tolerance=1e-11)
+    assert relative_error(got[:], changes(softmax, groups)) < 1e-8
+
+
+def test_ridge_in_closed_form(taped_ridge):
+    """A quadratic: with the group's exact curvature subtracted, two passes would be enough."""
+    groups = [np.arange(20), np.array([39, 1]), np.array([11])]
+    got = groups_out(taped_ridge, groups, tolerance=1e-10)
+    assert relative_error(got[:], changes(taped_ridge, groups)) < 1e-8
+    assert (got.passes[1:] <= 4).all()
 
 
 def test_newton_takes_dicts(taped_ridge):
@@ -103,152 +154,154 @@ def test_newton_takes_dicts(taped_ridge):
     net.convex, net.theta = True, taped_ridge.theta
     cut = lambda e: Examples({"a": e.x[:, :2], "b": e.x[:, 2:]}, e.y)  # noqa: E731
     got = leave_one_out(net, cut(taped_ridge.train), cut(taped_ridge.test), ROWS[:2])
-    expected = leave_one_out(taped_ridge.net, taped_ridge.train, taped_ridge.test, ROWS[:2])
-    assert relative_error(got[:], expected[:]) < 1e-9
+    assert relative_error(got[:], rows_out(taped_ridge, ROWS[:2])[:]) < 1e-9
+
+
+def with_leverage(kind, num_rows, factor, **options):
+    """A problem at its minimum, row 5 of its inputs multiplied by a factor."""
+    p = logistic(kind, num_rows, **options)
+    x = p.train.x.copy()
+    x[5] *= factor
+    oracle = replace(p.oracle, features=x)
+    p.net.theta = oracle.minimum(p.theta)
+    return replace(p, train=Examples(x, p.train.y), oracle=oracle)
 
 
 def test_a_row_of_great_leverage_is_refitted_too():
-    """Its removal changes the Hessian most, where the full-data factor is worst."""
-    p = logistic("sigmoid", num_rows=40)
-    x = p.train.x.copy()
-    x[5] *= 30
-    oracle = replace(p.oracle, features=x)
-    p.net.theta = oracle.minimum(p.theta)
-    refits = leave_one_out(p.net, Examples(x, p.train.y), p.test, [5, 6], tolerance=1e-11)
-    expected = oracle.actual_changes(p.theta, p.measured, [5, 6])
-    assert refits.converged.all() and relative_error(refits[:], expected) < 1e-7
+    """Its removal changes the Hessian most, so the full-data factor is least accurate there."""
+    p = with_leverage("sigmoid", 40, 30)
+    refits = rows_out(p, [5, 6], tolerance=1e-11)
+    assert refits.converged.all()
+    assert relative_error(refits[:], changes(p, [[5], [6]])) < 1e-7
 
 
 def test_refits_far_from_the_full_datas_curvature_arrive():
-    """Beside an outlier's, the full-data curvature is far too small for the other rows' steps."""
-    p = logistic("sigmoid", num_rows=10, weight_decay=1e-3)
-    x = p.train.x.copy()
-    x[5] *= 100
-    oracle = replace(p.oracle, features=x)
-    p.net.theta = oracle.minimum(p.theta)
-    refits = leave_one_out(p.net, Examples(x, p.train.y), p.test, [6], max_passes=200)
+    """With an outlier's curvature in it, the full-data Hessian is bad for the other rows' steps."""
+    p = with_leverage("sigmoid", 10, 100, weight_decay=1e-3)
+    refits = rows_out(p, [6], max_passes=200)
     assert refits.converged.all() and refits.passes[0] < 60
-    expected = oracle.actual_changes(p.theta, p.measured, [6])
+    expected = changes(p, [[6]])
     # 1e-8 over the smallest eigenvalue, at least 1e-3, times gradients of size 1.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
 
 
-def test_the_gradient_norm_is_true(softmax, monkeypatch):
-    """Recomputed by the oracle at the parameters that the test losses were taken at."""
-    taken = []
-    losses = softmax.net.losses
-
-    def spy(x, y, thetas=None):
-        if thetas is not None:
-            taken.append(thetas.copy())
-        return losses(x, y, thetas)
-
-    monkeypatch.setattr(softmax.net, "losses", spy)
-    for tolerance in (1e-4, 1e-9):
-        refits = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS, tolerance=tolerance)
-        thetas = taken.pop()[:, 1:]  # beside the net's own
-        true = [
-            np.linalg.norm(softmax.oracle.without([row]).gradient(theta))
-            for row, theta in zip(ROWS, thetas.T, strict=True)
-        ]
-        assert (refits.gradient_norm <= tolerance).all() and refits.converged.all()
-        # Gradients are differences of numbers near 1, so right to about 1e-16.
-        np.testing.assert_allclose(refits.gradient_norm, true, rtol=1e-4, atol=1e-15)
+def test_one_row_may_be_left():
+    p = logistic("sigmoid", 6, 2)
+    got = groups_out(p, [[0, 1, 2, 3, 4]], tolerance=1e-10)
+    assert np.abs(got[:] - changes(p, [[0, 1, 2, 3, 4]])).max() < 1e-8
 
 
-def test_predictions_have_the_sign_and_scale_of_refits(softmax):
-    rows = np.arange(60)
-    predicted = Influence(softmax.net, softmax.train, solver=Direct()).scores(softmax.test)
-    refits = leave_one_out(softmax.net, softmax.train, softmax.test, rows)
-    slope = np.sum(predicted[:] * refits[:]) / np.sum(predicted[:] ** 2)
-    assert 1 < slope < 1.3  # first order leaves out the row's leverage, 18/60 on average at most
+def test_the_gradient_norm_is_true(softmax, thetas):
+    """The oracle recomputes it at the parameters at which the test losses were computed."""
+    groups = groups_of(softmax)
+    with pytest.warns(ConvergenceWarning):
+        got = groups_out(softmax, groups, tolerance=1e-12, max_passes=2)
+    true = [
+        np.linalg.norm(softmax.oracle.without(group).gradient(theta))
+        for group, theta in zip(groups, thetas[0].T, strict=True)
+    ]
+    np.testing.assert_allclose(got.gradient_norm, true, rtol=1e-6)
+    assert not got.converged.all() and (got.passes == 2).all()
+
+
+def agreement(predicted, actual):
+    """(Pearson's r, slope of actual on predicted, same signs, largest error over largest)."""
+    predicted, actual = predicted.ravel(), actual.ravel()
+    r = np.corrcoef(predicted, actual)[0, 1]
+    slope = predicted @ actual / (predicted @ predicted)
+    error = np.abs(predicted - actual).max() / np.abs(actual).max()
+    return r, slope, np.mean(predicted * actual > 0), error
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_one_step_in_closed_form_predicts_refits_of_rows_with_leverage(kind):
+    """First order ignores the row's own curvature: its error is several times as large."""
+    p = with_leverage(kind, 40, 8)
+    rows = np.arange(40)
+    actual = rows_out(p, rows, tolerance=1e-12)
+    stepped = p.net.one_step_leave_one_out(p.train, rows).T
+    one_step = p.net.losses(p.test.x, p.test.y, stepped) - p.measured.losses(p.theta)[:, None]
+    r, slope, same_signs, error = agreement(one_step, actual[:])
+    assert r > 0.998 and abs(slope - 1) < 0.02 and same_signs > 0.98 and error < 0.1
+    first_order = Influence(p.net, p.train, solver=Direct()).scores(p.test)
+    r, slope, _, more = agreement(first_order[:], actual[:])
+    assert r > 0.97 and 1.1 < slope < 1.4 and more > 2.5 * error
 
 
 # --- what must not matter --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"block": 1}, {"block": 2}, {"batch_size": 1},
-                                     {"batch_size": 7}, {"batch_size": 64}])  # fmt: skip
-def test_blocks_and_batches_change_nothing(options, softmax):
-    expected = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS, tolerance=1e-12)
-    got = leave_one_out(softmax.net, softmax.train, softmax.test, ROWS, tolerance=1e-12, **options)
-    # The changes are 1e-3, and both ends are within 1e-12 / 0.05 of the minimum.
-    assert np.abs(got[:] - expected[:]).max() < 1e-10
-    np.testing.assert_array_equal(got.rows, expected.rows)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("block", 1), ("block", 3), ("batch_size", 1), ("batch_size", 7), ("solver", CG(rtol=1e-4))],
+)
+def test_blocks_batches_and_solvers_change_nothing(name, value, softmax):
+    groups = groups_of(softmax)
+    expected = groups_out(softmax, groups, tolerance=1e-12)
+    got = groups_out(softmax, groups, tolerance=1e-12, **{name: value})
+    assert np.abs(got[:] - expected[:]).max() < 1e-10  # both within 1e-12 / 0.05 of the minimum
 
 
 def test_row_order_permutes_the_refits(softmax):
-    order = np.random.default_rng(0).permutation(60)
-    expected = leave_one_out(softmax.net, softmax.train, softmax.test, order[ROWS], tolerance=1e-12)
-    got = leave_one_out(softmax.net, softmax.train.take(order), softmax.test, ROWS, tolerance=1e-12)
+    order = np.random.default_rng(0).permutation(N)
+    expected = rows_out(softmax, order[ROWS], tolerance=1e-12)
+    got = rows_out(replace(softmax, train=softmax.train.take(order)), tolerance=1e-12)
     assert np.abs(got[:] - expected[:]).max() < 1e-10
 
 
 def test_sparse_rows_change_nothing(softmax, actual):
-    train = Examples(scipy.sparse.csr_matrix(softmax.train.x), softmax.train.y)
-    test = Examples(scipy.sparse.csr_matrix(softmax.test.x), softmax.test.y)
-    refits = leave_one_out(softmax.net, train, test, ROWS, tolerance=1e-12)
-    assert relative_error(refits[:], actual) < 1e-8
-
-
-@pytest.mark.parametrize("solver", [CG(rtol=1e-10), CG(rtol=1e-3)])
-def test_any_solver_reaches_the_same_refits(solver, softmax, actual):
-    refits = leave_one_out(
-        softmax.net, softmax.train, softmax.test, ROWS, solver=solver, tolerance=1e-12
+    train, test = (
+        Examples(scipy.sparse.csr_matrix(e.x), e.y) for e in (softmax.train, softmax.test)
     )
-    assert refits.converged.all() and relative_error(refits[:], actual) < 1e-8
+    refits = rows_out(replace(softmax, train=train, test=test), tolerance=1e-12)
+    assert relative_error(refits[:], actual) < 1e-8
 
 
 def test_what_is_prepared_is_not_prepared_again(softmax, actual, monkeypatch):
     prepared = prepare(Hessian(softmax.net, softmax.train), Direct())
     monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("prepared again"))
-    refits = leave_one_out(
-        softmax.net, softmax.train, softmax.test, ROWS, solver=prepared, tolerance=1e-12
-    )
+    refits = rows_out(softmax, solver=prepared, tolerance=1e-12)
     assert relative_error(refits[:], actual) < 1e-8
+
+
+def test_a_dict_names_its_columns(softmax):
+    named = {"digits": [1, 2], 7: np.array([5])}
+    got, expected = groups_out(softmax, named), groups_out(softmax, list(named.values()))
+    assert got.names == ("digits", 7) and expected.names == ()
+    np.testing.assert_array_equal(got[:], expected[:])
 
 
 # --- by the net's own fit --------------------------------------------------------------------
 
 
-def test_fit_warm_and_cold_are_newton(softmax, actual):
-    zero = np.zeros(softmax.net.num_parameters)
+def test_fit_warm_and_cold_are_newton(softmax):
+    groups, zero = groups_of(softmax), np.zeros(softmax.net.num_parameters)
+    expected = changes(softmax, groups)
     for start in (None, zero):
-        refits = leave_one_out(
-            softmax.net, softmax.train, softmax.test, ROWS, method="fit", start=start,
-            tolerance=1e-9,
-        )  # fmt: skip
-        # LinearModel.fit goes to 1e-10; over the smallest eigenvalue, 0.05, that is 2e-9 of theta.
+        refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-10)
+        # 1e-10 over the smallest eigenvalue, 0.05, is 2e-9 of theta.
         assert refits.converged.all() and (refits.passes == 1).all()
-        assert np.abs(refits[:] - actual).max() < 1e-8
+        assert np.abs(refits[:] - expected).max() < 1e-8
         assert (0 < refits.gradient_norm).all() and (refits.gradient_norm <= 1e-10).all()
 
 
-def test_fit_of_a_generic_net(taped_ridge):
-    p = taped_ridge
-    expected = p.oracle.actual_changes(p.theta, p.measured, ROWS[:2])
-
+def test_the_tolerance_is_that_of_the_own_fit_and_one_warning_names_all_misses(taped_ridge):
     def fit(net, examples):
         net.fit(examples, gradient_tolerance=1e-7)
 
-    refits = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", fit=fit, tolerance=1e-7)
-    assert refits.converged.all() and np.abs(refits[:] - expected).max() < 1e-6
-
-
-def test_the_own_fit_goes_to_the_tolerance_and_is_warned_of_once(taped_ridge):
-    p = taped_ridge
-    expected = p.oracle.actual_changes(p.theta, p.measured, ROWS[:2])
-    got = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", tolerance=1e-7)
-    assert got.converged.all() and np.abs(got[:] - expected).max() < 1e-6
+    expected = changes(taped_ridge, [[row] for row in ROWS[:2]])
+    for given in (None, fit):
+        got = rows_out(taped_ridge, ROWS[:2], method="fit", fit=given, tolerance=1e-7)
+        assert got.converged.all() and np.abs(got[:] - expected).max() < 1e-6
     with pytest.warns(ConvergenceWarning) as caught:
-        got = leave_one_out(p.net, p.train, p.test, ROWS[:2], method="fit", tolerance=1e-30)
+        got = rows_out(taped_ridge, ROWS[:2], method="fit", tolerance=1e-30)
     assert not got.converged.any() and len(caught) == 1
     assert str(caught[0].message).startswith(
         "2 of 2 refits ended above a gradient norm of 1.0e-30"
     ) and str(caught[0].message).endswith("): use float64, or a larger tolerance.")
 
 
-def test_training_on_from_no_minimum_is_told_from_removal():
+def test_training_on_from_no_minimum_is_warned_of():
     net, examples = tanh_net(l2=0.05)
     with pytest.warns(ConvergenceWarning, match="^net is at a gradient norm of .* go on with the"):
         away = leave_one_out(net, examples, examples, [0, 6])
@@ -256,40 +309,38 @@ def test_training_on_from_no_minimum_is_told_from_removal():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         there = leave_one_out(net, examples, examples, [0, 6])
-    # What was warned of: one and the same drift in every column, larger than what tells them apart.
+    # The drift: the same in every column, and larger than the differences between the columns.
     assert np.abs(away[:].mean(axis=1)).max() > 2 * np.abs(there[:]).max()
 
 
 def test_fit_is_called_on_the_remaining_rows_from_the_start(softmax):
-    seen, start = [], np.arange(float(softmax.net.num_parameters))
+    groups, seen, start = [[7, 4, 2], np.array([0])], [], np.arange(18.0)
 
     def fit(net, examples):
         seen.append((net.theta, examples))
         net.theta = np.full_like(start, 0.25)
 
     before = softmax.theta
-    refits = leave_one_out(
-        softmax.net, softmax.train, softmax.test, [7, 2], method="fit", fit=fit, start=start
-    )
-    for (theta, examples), row in zip(seen, [7, 2], strict=True):
+    refits = groups_out(softmax, groups, method="fit", fit=fit, start=start)
+    for (theta, examples), group in zip(seen, groups, strict=True):
         np.testing.assert_array_equal(theta, start)
-        np.testing.assert_array_equal(examples.x, np.delete(softmax.train.x, row, axis=0))
-        np.testing.assert_array_equal(examples.y, np.delete(softmax.train.y, row))
+        np.testing.assert_array_equal(examples.x, np.delete(softmax.train.x, group, axis=0))
+        np.testing.assert_array_equal(examples.y, np.delete(softmax.train.y, group))
     at = np.full_like(start, 0.25)
     expected = softmax.measured.losses(at) - softmax.measured.losses(before)
     np.testing.assert_allclose(refits[:], np.stack([expected, expected], axis=1), rtol=1e-12)
-    norms = [np.linalg.norm(softmax.oracle.without([row]).gradient(at)) for row in (7, 2)]
+    norms = [np.linalg.norm(softmax.oracle.without(group).gradient(at)) for group in groups]
     np.testing.assert_allclose(refits.gradient_norm, norms, rtol=1e-12)
-    assert not refits.converged.any()  # no tolerance: reported, not judged, and nobody is warned
+    assert not refits.converged.any()  # without a tolerance norms are reported but not judged
     np.testing.assert_array_equal(softmax.theta, before)
 
 
 def test_the_method_is_that_of_the_net(softmax, monkeypatch):
-    for name, net in (("_newton_block", softmax.net), ("_fit_block", through_keras(softmax).net)):
+    for name, p in (("_newton_block", softmax), ("_fit_block", through_keras(softmax))):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                leave_one_out(net, softmax.train, softmax.test, [1])
+                rows_out(p, [1])
 
 
 # --- the model is left as it was -------------------------------------------------------------
@@ -317,66 +368,32 @@ def test_all_weights_are_put_back(fails):
 
     if fails:
         with pytest.raises(FloatingPointError, match="the user's fit failed"):
-            leave_one_out(net, train, train, [0], fit=fit)
+            leave_one_out(net, train, train, [0], RefitOptions(fit=fit))
     else:
-        change = leave_one_out(net, train, train, [0], fit=fit)
+        change = leave_one_out(net, train, train, [0], RefitOptions(fit=fit))
         assert np.abs(change[:]).max() > 0.1
     for after, weight in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(after, weight)
     assert compiled == (model.optimizer, model.loss, model.optimizer.iterations.numpy())
 
 
-def dropping():
-    """(net, examples): a model that draws as it trains."""
-    keras.utils.set_random_seed(0)
-    layers = [keras.layers.Dropout(0.5), keras.layers.Dense(1)]
-    rng = np.random.default_rng(0)
-    net = GenericNeuralNet(keras.Sequential([keras.Input((6,)), *layers]), "mse")
-    examples = Examples(rng.standard_normal((5, 6)), rng.standard_normal(5))
-    return net, examples
-
-
-def draws(net, examples):
-    """A step whose length is drawn."""
-    net.theta = net.theta + float(tf.reduce_sum(net.model(np.ones((4, 6)), training=True)))
-
-
-def test_what_a_fit_draws_depends_on_no_other_refit(tmp_path):
-    net, train = dropping()
-    state = [variable.numpy() for variable in net.model.variables]
-    options = {"method": "fit", "fit": draws, "key": "draws"}
-    expected = leave_one_out(net, train, train, [0, 1, 2], **options)
-    for after, before in zip(net.model.variables, state, strict=True):
-        np.testing.assert_array_equal(after.numpy(), before)
-    backwards = leave_one_out(net, train, train, [2, 1, 0], **options)
-    np.testing.assert_array_equal(backwards[:], expected[:, ::-1])
-    leave_one_out(net, train, train, [1], checkpoints=tmp_path, **options)  # and then interrupted
-    continued = leave_one_out(net, train, train, [0, 1, 2], checkpoints=tmp_path, **options)
-    same(continued, expected)
-    net.model(np.ones((4, 6)), training=True)  # what is drawn from here on is something else
-    other = leave_one_out(net, train, train, [0, 1, 2], checkpoints=tmp_path, **options)
-    assert np.abs(other[:] - expected[:]).min() > 1e-3
-
-
 def test_newton_never_moves_the_model(softmax, monkeypatch):
-    model = softmax.net.model
-    before = [v.numpy() for v in model.variables]
+    variables = softmax.net.model.variables
+    before = [v.numpy() for v in variables]
     with monkeypatch.context() as patch:
         patch.setattr(type(softmax.net), "theta", property(lambda net: net._theta_now))
         softmax.net._theta_now = np.concatenate([v.ravel() for v in before])
-        leave_one_out(softmax.net, softmax.train, softmax.test, ROWS)  # setting theta would fail
-    for after, weight in zip(model.variables, before, strict=True):
+        rows_out(softmax)  # a property without a setter: setting theta would fail
+    for after, weight in zip(variables, before, strict=True):
         np.testing.assert_array_equal(after.numpy(), weight)
 
 
-# --- no number is given for a good one that is not -------------------------------------------
+# --- no number looks converged that is not ---------------------------------------------------
 
 
 def test_refits_that_miss_the_tolerance_are_marked(softmax):
     with pytest.warns(ConvergenceWarning) as caught:
-        refits = leave_one_out(
-            softmax.net, softmax.train, softmax.test, ROWS, tolerance=1e-12, max_passes=1
-        )
+        refits = rows_out(softmax, tolerance=1e-12, max_passes=1)
     assert [w.filename for w in caught] == [__file__]
     worst = refits.gradient_norm.max()
     assert str(caught[0].message).startswith(
@@ -395,7 +412,13 @@ def test_a_net_that_is_not_at_its_minimum_is_refused():
         match=f"^net must be at the minimum of its risk, got a gradient norm of {norm:.1e}, above "
         "the tolerance 1.0e-08; call net.fit",
     ):
-        leave_one_out(p.net, p.train, p.test, [0])
+        rows_out(p, [0])
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
 
 
 Y = np.zeros(4)
@@ -409,178 +432,65 @@ Y = np.zeros(4)
         ({"test": (1, 2)}, TypeError, r"^test must be Examples\(x, y\), got tuple"),
         ({"train": Examples(np.ones((4, 2)), Y)}, ValueError, r"^train\.x must have rows of shape"),
         ({"test": Examples(np.ones((4, 5)), Y + 3)}, ValueError, r"^test\.y must hold class numb"),
-        ({"train": Examples(np.ones((1, 5)), Y[:1]), "rows": [0]}, ValueError,
-         "^train must have at least 2 rows"),
+        ({"train": Examples(np.ones((1, 5)), Y[:1])}, ValueError, "^train must have at least 2 ro"),
         ({"rows": [60]}, IndexError, r"^rows must lie in \[0, 60\), got 60"),
         ({"rows": [2, 2]}, ValueError, "^rows must name each row once, got 2 twice"),
         ({"rows": []}, ValueError, "^rows must be a one-dimensional, non-empty list"),
         ({"rows": np.ones(60, bool)}, TypeError, "^rows must be integers, got dtype bool"),
+    ],
+)
+def test_bad_inputs_are_refused_before_any_work(arguments, error, message, softmax, no_work):
+    given = {"net": softmax.net, "train": softmax.train, "test": softmax.test, "rows": [0]}
+    with pytest.raises(error, match=message):
+        leave_one_out(**{**given, **arguments})
+    if "rows" not in arguments:
+        with pytest.raises(error, match=message):
+            leave_group_out(*{**given, **arguments, "rows": [[0]]}.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
         ({"method": "sgd"}, ValueError, "^method must be 'newton' or 'fit', got 'sgd'"),
         ({"tolerance": 0.0}, ValueError, r"^tolerance must be positive, got 0\.0"),
         ({"tolerance": np.nan}, ValueError, "^tolerance must be positive, got nan"),
         ({"start": np.zeros(3)}, ValueError, r"^start must have shape \(18,\), got \(3,\)"),
         ({"start": np.full(18, np.nan)}, ValueError, "^start must be finite"),
-        ({"block": 0}, ValueError, "^block must be at least 1, got 0"),
         ({"max_passes": 0}, ValueError, "^max_passes must be at least 1, got 0"),
-        ({"batch_size": 0}, ValueError, "^batch_size must be a positive integer or None, got 0"),
-        ({"method": "fit", "batch_size": 0}, ValueError, "^batch_size must be a positive integer"),
-        ({"num_processes": 0}, ValueError, "^num_processes must not be 0"),
         ({"solver": "cg"}, TypeError, r"^solver must be a solver such as CG\(\)"),
-        ({"fit": print, "method": "fit", "checkpoints": "folder"}, ValueError,
-         "^key must say what `fit` does when both fit and checkpoints are given"),
+        ({"fit": print, "checkpoints": "folder"}, ValueError, "^key must say what `fit` does when"),
     ],
-)  # fmt: skip
-def test_bad_arguments_are_refused_before_any_work(arguments, error, message, softmax, monkeypatch):
-    monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
-    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
-    given = {"net": softmax.net, "train": softmax.train, "test": softmax.test, "rows": [0]}
+)
+def test_bad_options_are_refused_before_any_work(options, error, message, softmax, no_work):
     with pytest.raises(error, match=message):
-        leave_one_out(**{**given, **arguments})
+        rows_out(softmax, [0], **options)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        ([], ValueError, "^groups must hold at least one group of rows, got none"),
+        ({}, ValueError, "^groups must hold at least one group of rows, got none"),
+        (3, TypeError, "^groups must be a list of arrays of row numbers or a dict .* got int"),
+        ("ab", TypeError, "^groups must be a list of arrays of row numbers .* got str"),
+        (iter([[1]]), TypeError, "^groups must be a list of arrays of row numbers"),
+        ([1, 2], ValueError, r"^groups\[0\] must be a one-dimensional, .* got 1; use \[1\]"),
+        ([[1], []], ValueError, r"^groups\[1\] must be a one-dimensional, non-empty list"),
+        ({"a": [1], "b": []}, ValueError, r"^groups\['b'\] must be a one-dimensional, non-empty"),
+        ([[0, N]], IndexError, rf"^groups\[0\] must lie in \[0, {N}\), got {N} at position 1"),
+        ([[-1]], IndexError, r"^groups\[0\] must lie in \[0, 60\), got -1"),
+        ([[1, 2, 1]], ValueError, r"^groups\[0\] must name each row once, got 1 twice"),
+        ([[0.0]], TypeError, r"^groups\[0\] must be integers, got dtype float64"),
+        ([np.ones(N, bool)], TypeError, r"^groups\[0\] must be integers, got dtype bool"),
+        ({"all": range(N)}, ValueError, r"^groups\['all'\] must leave a row to train on, got all"),
+    ],
+)
+def test_bad_groups_are_refused_before_any_work(groups, error, message, softmax, no_work):
+    with pytest.raises(error, match=message):
+        groups_out(softmax, groups)
 
 
 def test_newton_is_for_convex_nets():
     net, examples = tanh_net()
     with pytest.raises(ValueError, match="^method must be 'fit' for GenericNeuralNet, which is"):
-        leave_one_out(net, examples, examples, [0], method="newton")
-
-
-# --- kept on disk ----------------------------------------------------------------------------
-
-KILLED = """
-import os, signal, sys
-import numpy as np
-from influence import leave_one_out
-from influence.truth import leave_out
-from tests.influence.truth.test_leave_out import interrupted_problem
-
-refit, done = leave_out._newton_block, []
-
-def dying(*arguments):
-    if len(done) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    done.append(1)
-    return refit(*arguments)
-
-leave_out._newton_block = dying
-p, options = interrupted_problem("newton")
-leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=sys.argv[1], **options)
-"""
-
-
-def interrupted_problem(method):
-    p = logistic("softmax", num_rows=30, num_inputs=3)
-    keras.layers.Dense(1)  # Keras numbers its layers: that must be no part of what is kept
-    options = {"method": method, "block": 2}
-    return p, options
-
-
-def counting(monkeypatch, name):
-    calls, refit = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *given: calls.append(given[1]) or refit(*given))
-    return calls
-
-
-def same(got, expected):
-    for name in ("change_if_removed", "rows", "gradient_norm", "passes", "converged"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-
-
-def test_a_killed_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch):
-    folder = tmp_path / "kept"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert len(list(folder.iterdir())) == 3
-    continues_bit_for_bit("newton", folder, 5 - 3, monkeypatch)
-
-
-def test_an_interrupted_run_of_fits_continues_and_ends_bit_for_bit(tmp_path, monkeypatch):
-    p, options = interrupted_problem("fit")
-    refit, done = module._fit_block, []
-
-    def interrupted(*arguments):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(1)
-        return refit(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_fit_block", interrupted)
-        leave_one_out(p.net, p.train, p.test, np.arange(9), checkpoints=tmp_path, **options)
-    assert len(list(tmp_path.iterdir())) == 3
-    continues_bit_for_bit("fit", tmp_path, 9 - 3, monkeypatch)
-
-
-def continues_bit_for_bit(method, folder, num_left, monkeypatch):
-    p, options = interrupted_problem(method)
-    calls = counting(monkeypatch, f"_{method}_block")
-    uninterrupted = leave_one_out(p.net, p.train, p.test, np.arange(9), **options)
-    for expected in (num_left, 0):  # what was kept is not done again
-        calls.clear()
-        continued = leave_one_out(
-            p.net, p.train, p.test, np.arange(9), checkpoints=folder, **options
-        )
-        assert len(calls) == expected
-        same(continued, uninterrupted)
-
-
-def test_what_was_kept_for_something_else_is_not_taken(tmp_path, monkeypatch):
-    calls = counting(monkeypatch, "_fit_block")
-    p = logistic("softmax", num_rows=30, num_inputs=3)
-    x, y = p.train.x, p.train.y
-
-    def fit(net, examples):
-        net.theta = net.theta + 1
-
-    def run(net=p.net, train=p.train, test=p.test, key="plus one", **options):
-        calls.clear()
-        leave_one_out(
-            net, train, test, [0], method="fit", fit=fit, key=key, checkpoints=tmp_path, **options
-        )
-        return len(calls)
-
-    assert run() == 1
-    assert run() == 0
-    moved = x.copy()
-    moved[25, 0] += 1e-9
-    relabelled = y.copy()
-    relabelled[25] = (relabelled[25] + 1) % 3
-    assert run(train=Examples(moved, y)) == 1
-    assert run(train=Examples(x, relabelled)) == 1
-    assert run(test=p.test.take([0, 1])) == 1
-    assert run(start=np.zeros(9)) == 1
-    assert run(key="plus two") == 1
-    assert run(batch_size=7) == 1
-    weaker = logistic("softmax", num_rows=30, num_inputs=3, weight_decay=0.02)
-    weaker.net.theta = p.theta
-    assert run(net=weaker.net) == 1
-    assert run(net=through_keras(p).net) == 1
-    theta = p.theta
-    p.net.theta = theta + 1e-12
-    assert run() == 1
-    p.net.theta = theta
-    assert run() == 0
-
-
-def test_frozen_weights_and_losses_are_part_of_what_is_kept(tmp_path, monkeypatch):
-    calls = counting(monkeypatch, "_fit_block")
-    model = keras.Sequential(
-        [keras.Input((2,), dtype="float64"), keras.layers.Dense(2, dtype="float64"),
-         keras.layers.Dense(1, dtype="float64")]
-    )  # fmt: skip
-    model.layers[0].trainable = False
-    examples = Examples(np.random.default_rng(0).standard_normal((5, 2)), np.arange(5.0))
-
-    def run(loss, delta=None):
-        calls.clear()
-        net = GenericNeuralNet(model, loss)
-        options = {"fit": lambda *_: None, "key": "none"}
-        leave_one_out(net, examples, examples, [0], checkpoints=tmp_path, **options)
-        return len(calls)
-
-    assert run(keras.losses.Huber(delta=0.5)) == 1
-    assert run(keras.losses.Huber(delta=0.5)) == 0
-    assert run(keras.losses.Huber(delta=0.7)) == 1  # of the same name
-    model.layers[0].bias.assign([0.5, 0.5])
-    assert run(keras.losses.Huber(delta=0.5)) == 1
+        leave_one_out(net, examples, examples, [0], RefitOptions(method="newton"))

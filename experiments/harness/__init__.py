@@ -1,0 +1,1 @@
+"""The harness that runs any figure: options, records, verdicts, report."""

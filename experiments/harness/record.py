@@ -1,0 +1,277 @@
+"""The record of a run: numbers, arrays, verdicts and provenance, in record.json and arrays.h5."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+RECORD, ARRAYS = "record.json", "arrays.h5"
+_ROOT = Path(__file__).resolve().parents[2]
+# Files on which a number depends.
+_CODE = ("influence", "experiments", "data", "requirements.txt")
+_PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A band for one metric. The paper's result is reproduced if low <= metric <= high.
+
+    Args:
+      metric: its name in `Record.metrics`.
+      paper: the paper's value; None if it gives none.
+      low, high: the band; None for an open side.
+      stand_in: whether stand-in data is judged too; otherwise only real data is.
+      presets: the presets that compute the metric; None for all.
+    Raises: ValueError if the band is empty.
+    """
+
+    metric: str
+    paper: float | None
+    low: float | None
+    high: float | None
+    stand_in: bool = False
+    presets: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if not (_or(self.low, -math.inf) <= _or(self.high, math.inf)):
+            raise ValueError(
+                f"low must not exceed high, got {self.low} and {self.high} for {self.metric}."
+            )
+
+    def judge(self, metrics: Mapping[str, float], *, stand_in: bool) -> dict[str, Any]:
+        """Compare a run's metric with the band.
+
+        Args:
+          metrics: the run's metrics.
+          stand_in: whether the run used stand-in data.
+        Returns: {metric, paper, low, high, value, holds}. A metric that is missing, NaN or infinite
+          falls short (value None, holds False); holds is None if the claim is not judged.
+        """
+        value = metrics.get(self.metric, math.nan)
+        within = _or(self.low, -math.inf) <= value <= _or(self.high, math.inf)
+        judged = self.stand_in or not stand_in
+        verdict = {
+            "metric": self.metric,
+            "paper": self.paper,
+            "low": self.low,
+            "high": self.high,
+            "value": value,
+            "holds": math.isfinite(value) and within if judged else None,
+        }
+        return _plain(verdict, "claim")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One run of one experiment.
+
+    Args:
+      experiment, preset: names of what ran.
+      config: the Config's fields.
+      data: {name, stand_in, sha256}.
+      metrics: numbers by name, which the claims judge.
+      arrays: arrays by name, from which the figure is drawn: numbers, and names as bytes.
+      claims: one verdict per claim, from `Claim.judge`.
+      provenance: seed, commit, versions, cpu_count, seconds, peak_rss_mb.
+    """
+
+    experiment: str = ""
+    preset: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *, metrics: Mapping[str, float], arrays: Mapping[str, Any]) -> "Record":
+        """Make the Record that an experiment's `run` returns; the harness fills in the rest.
+
+        Args:
+          metrics: real numbers by name; NaN if there is none.
+          arrays: numeric, boolean or byte-string (dtype "S") arrays by name.
+        Returns: a Record with only these two.
+        Raises: TypeError if a metric is not a real number or an array not numeric; ValueError if an
+          array's name would be a path inside the HDF5 file.
+        """
+        for name, value in metrics.items():
+            if np.ndim(value) or not isinstance(_scalar(value), bool | int | float):
+                raise TypeError(f"metrics[{name!r}] must be a real number, got {value!r:.80}.")
+        held = {name: np.asarray(array) for name, array in arrays.items()}
+        for name, array in held.items():
+            if array.dtype.kind not in "biufS":
+                raise TypeError(
+                    f"arrays[{name!r}] must be numeric, boolean or bytes, got dtype {array.dtype}."
+                )
+            if not name or name.startswith(".") or "/" in name:  # HDF5 paths
+                raise ValueError(f"arrays: a name must not hold '/' or begin with '.': {name!r}.")
+        return cls(metrics={name: float(value) for name, value in metrics.items()}, arrays=held)
+
+    @property
+    def holds(self) -> bool:
+        """True if no judged claim fell short."""
+        return all(claim["holds"] is not False for claim in self.claims)
+
+    def save(self, folder: Path) -> None:
+        """Write record.json and arrays.h5. The same record gives the same bytes.
+
+        Args:
+          folder: created if missing. An older record is replaced, never left half written.
+        Raises: TypeError if a value cannot be written as JSON; OSError if the folder cannot be
+          written to.
+        """
+        text = to_json(
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / ARRAYS) as partial, h5py.File(partial, "w") as file:
+            for name, array in sorted(self.arrays.items()):
+                packing = {"compression": "gzip", "shuffle": True} if array.size > 1 else {}
+                file.create_dataset(name, data=array, track_times=False, **packing)
+        with replacing(folder / RECORD) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Record":
+        """Read what `save` wrote; a null metric becomes NaN.
+
+        Args:
+          folder: one with record.json and arrays.h5.
+        Returns: the Record.
+        Raises: FileNotFoundError if either file is missing; ValueError if one is not what `save`
+          writes.
+        """
+        for name in (RECORD, ARRAYS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"folder must hold {RECORD} and {ARRAYS}, got {folder}.")
+        try:
+            content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            content["metrics"] = {k: _or(v, math.nan) for k, v in content["metrics"].items()}
+            with h5py.File(folder / ARRAYS, "r") as file:
+                content["arrays"] = {name: np.asarray(file[name]) for name in file}
+            missing = {f.name for f in dataclasses.fields(cls)} - content.keys()
+            if missing:
+                raise KeyError(*sorted(missing))
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"folder must hold a record as this program writes it, {folder} does not "
+                f"({error!r}); run the experiment again."
+            ) from error
+
+
+def to_json(value: Any) -> str:
+    """Format as strict JSON: sorted keys, floats as Python prints them, NaN and infinities as null.
+
+    Args:
+      value: dicts, sequences, numbers, strings, paths and None, nested to any depth.
+    Returns: the text, ending in a newline.
+    Raises: TypeError naming the first entry of another kind.
+    """
+    return json.dumps(_plain(value, ""), sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to. It replaces `path` when the block has succeeded."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def provenance(seed: int) -> Iterator[dict[str, Any]]:
+    """Record where a block's numbers come from and what they cost.
+
+    Args:
+      seed: the run's seed.
+    Yields: a dict with seed, commit, versions and cpu_count. The end of the block adds seconds and
+      peak_rss_mb (this process only).
+    """
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "commit": commit(),  # at the start: the code may be edited during the run
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+    }
+    with suppress(OSError):  # Linux: reset the peak, which earlier runs of `all` have raised
+        Path("/proc/self/clear_refs").write_text("5")
+    begun = time.perf_counter()
+    yield facts
+    facts["seconds"] = round(time.perf_counter() - begun, 2)
+    facts["peak_rss_mb"] = _peak_rss_mb()
+
+
+def commit(root: Path = _ROOT) -> str:
+    """Return the commit of the code in `root`.
+
+    Returns: its hash, with "-dirty" if the code has changed since; without git (a container),
+      $INFLUENCE_COMMIT; else "unknown".
+    """
+    if (root / ".git").exists():  # not a repository in which this one is only a subfolder
+        with suppress(OSError, subprocess.CalledProcessError):
+            head = _git(root, "rev-parse", "HEAD").strip()
+            changed = _git(root, "status", "--porcelain", "--", *_CODE)
+            return f"{head}-dirty" if changed else head
+    return os.environ.get("INFLUENCE_COMMIT") or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), "--no-optional-locks", *arguments]
+    # A git hook sets GIT_DIR, which would select another repository.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+
+
+def _peak_rss_mb() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # macOS: bytes; else KiB
+
+
+def _plain(value: Any, name: str) -> Any:
+    value = _scalar(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(
+        f"{name.lstrip('.')} must be a number, string, path, sequence, mapping or None to be "
+        f"written as JSON, got {type(value).__name__}."
+    )
+
+
+def _scalar(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,219 @@
+"""The steps of every experiment: data, seed, run, verdicts, record, figure."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from experiments.harness import report
+from experiments.harness.record import Record, provenance, replacing, to_json
+
+SMOKE, STANDARD = "smoke", "standard"
+# Figure with photographs, which git and the report ignore.
+PHOTOGRAPHS = "photographs.png"
+_CHECKPOINTS, _LABEL = "checkpoints", "run.json"
+# Precision of convex models.
+_DTYPE = "float64"
+_DPI = 200
+# Number of seeds that Keras and NumPy accept.
+_NUM_SEEDS = 2**32
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class Misuse(ValueError):  # tyro prints a ValueError of a Config like its own errors
+    """A request that cannot be fulfilled; the message says what to do instead. Exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One experiment to be run.
+
+    Args:
+      command: its name on the command line.
+      module: its module, as `experiments` describes it.
+      preset: a key of module.PRESETS.
+      config: that preset's Config, or one that differs in some options.
+      data_dir: folder to search first for the data, or None.
+      out: folder in which its own folder is created.
+    """
+
+    command: str
+    module: ModuleType
+    preset: str
+    config: Any
+    data_dir: Path | None
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """`<out>/<command>-<preset>`, with a hash if options differ from the preset's."""
+        name = f"{self.command}-{self.preset}"
+        if self.config != self.module.PRESETS[self.preset]:  # keep the preset's own results
+            text = to_json(dataclasses.asdict(self.config))
+            name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return self.out / name
+
+
+def run(job: Job) -> bool:
+    """Run an experiment, judge it, write its record and figure, and print the verdicts.
+
+    Args:
+      job: the experiment.
+    Returns: whether every judged claim holds.
+    Raises: Misuse if the folder cannot be written to, the data is missing, or an option goes beyond
+      the data.
+    """
+    if not 0 <= job.config.seed < _NUM_SEEDS:
+        raise Misuse(f"seed must lie in [0, {_NUM_SEEDS}), got {job.config.seed}.")
+    _check_writable(job.folder)
+    try:
+        record, splits = _compute(job)
+    except Misuse:
+        checkpoints = job.folder / _CHECKPOINTS
+        if [path.name for path in checkpoints.glob("*")] == [_LABEL]:
+            shutil.rmtree(checkpoints)
+        with suppress(OSError):  # the folder holds an earlier run
+            job.folder.rmdir()
+        raise
+    record.save(job.folder)
+    if hasattr(job.module, "photographs"):
+        checkpoints = job.folder / _CHECKPOINTS
+        figure = job.module.photographs(record, splits, checkpoints=checkpoints)
+        _write(figure, job.folder / PHOTOGRAPHS)
+    shutil.rmtree(job.folder / _CHECKPOINTS)
+    return redraw(job)  # drawn from the files, so that --redraw draws the same
+
+
+def redraw(job: Job) -> bool:
+    """Draw an experiment's figure from its record, and print the verdicts again.
+
+    Args:
+      job: the experiment.
+    Returns: whether every judged claim holds.
+    Raises: Misuse if there is no record or the folder cannot be written to.
+    """
+    try:
+        record = Record.load(job.folder)
+    except (OSError, ValueError) as error:
+        raise Misuse(f"--redraw needs a finished run: {error}") from error
+    _check_writable(job.folder)
+    _draw(job.module, record, job.folder)
+    print(_verdicts(record, job.module))
+    print(f"{job.folder}: record.json, arrays.h5, figure.png, figure.pdf", flush=True)
+    return record.holds
+
+
+def say(line: str) -> None:
+    """Print a line of progress at once: the run may then be silent for minutes."""
+    print(line, flush=True)
+
+
+def _check_writable(folder: Path) -> None:
+    from influence.common.checkpoint import check_writable
+
+    # This is checked before the work, which may take an hour.
+    try:
+        check_writable(folder, "--out")
+    except ValueError as error:
+        user = f" As user {os.getuid()}." if hasattr(os, "getuid") else ""
+        raise Misuse(
+            f"{error}{user} With docker: mkdir out, then add --user $(id -u) to docker run."
+        ) from error
+
+
+def _compute(job: Job) -> tuple[Record, Any]:
+    """Compute the record; return it and the data."""
+    import keras
+
+    import data
+
+    module = job.module
+    name = module.STAND_IN if job.preset == SMOKE else module.DATA
+    with provenance(job.config.seed) as facts:
+        say(f"{job.command}: reading {name}")
+        try:
+            splits = data.load(name, job.data_dir, dtype=getattr(module, "DTYPE", _DTYPE))
+        except (OSError, ValueError) as error:
+            raise Misuse(f"{error}\nOr, on embedded stand-in data: --preset {SMOKE}") from error
+        if splits.stand_in and job.preset != SMOKE:
+            raise Misuse(f"DATA must be real for preset {job.preset}, {name} is a stand-in.")
+        about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
+        checkpoints = _checkpoints(job, about)
+        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is only a part
+        say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
+        keras.backend.clear_session()  # discard what an earlier experiment left
+        keras.utils.set_random_seed(job.config.seed)
+        result = module.run(job.config, splits, checkpoints=checkpoints)
+    record = dataclasses.replace(
+        result,
+        experiment=job.command,
+        preset=job.preset,
+        config=dataclasses.asdict(job.config),
+        data=about,
+        claims=[
+            claim.judge(result.metrics, stand_in=splits.stand_in)
+            for claim in module.CLAIMS
+            if claim.presets is None or job.preset in claim.presets
+        ],
+        provenance=facts,
+    )
+    return record, splits
+
+
+def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
+    """Return the folder of checkpoints, emptied if they belong to other options, data or code."""
+    digest = hashlib.sha256()
+    sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
+    sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]
+    for source in sorted(map(str, sources)):
+        digest.update(Path(source).read_bytes())
+    key = to_json([dataclasses.asdict(job.config), about, digest.hexdigest()])
+    checkpoints = job.folder / _CHECKPOINTS
+    label = checkpoints / _LABEL
+    if label.is_file() and label.read_text(encoding="utf-8") == key:
+        say(f"continuing the run interrupted in {job.folder}")
+        return checkpoints
+    if checkpoints.exists():
+        say(f"{checkpoints} is of other options, data or code: starting afresh")
+        shutil.rmtree(checkpoints)
+    checkpoints.mkdir()
+    with replacing(label) as partial:
+        partial.write_text(key, encoding="utf-8")
+    return checkpoints
+
+
+def _draw(module: ModuleType, record: Record, folder: Path) -> None:
+    figure = module.draw(record)
+    if record.data["stand_in"]:  # above any title: the saved box grows to contain it
+        text = f"stand-in data: {record.data['name']}, not {module.DATA}"
+        figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
+    _write(figure, folder / "figure.png", folder / "figure.pdf")
+
+
+def _write(figure: Any, *paths: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    # Without date and version the same record gives the same bytes.
+    metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
+    for path in paths:
+        kind = path.suffix
+        with replacing(path) as partial:
+            figure.savefig(
+                partial, format=kind[1:], dpi=_DPI, bbox_inches="tight", metadata=metadata[kind]
+            )
+    plt.close(figure)
+
+
+def _verdicts(record: Record, module: ModuleType) -> str:
+    head = ("metric", "ours", "paper", "band", "verdict")
+    lines = [head] + [tuple(row[key] for key in head) for row in report.rows(record)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = f"\n{record.experiment}, preset {record.preset}"
+    if record.data["stand_in"]:
+        title += f", on stand-in data: {record.data['name']}, not {module.DATA}"
+    rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n  ".join([title, *rows])

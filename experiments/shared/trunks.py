@@ -1,0 +1,284 @@
+"""Networks trained on ImageNet, cut at a layer, and the features of photographs there.
+
+A head is named by its network and the layer under it: "inception/mixed8". The networks are:
+
+    small            random weights, for the stand-in's 32 x 32 pictures: up to relu2
+    mobilenet        MobileNet, width .75, 224 pixels, whole
+    inception        Inception v3 of 2015, 299 pixels, up to mixed8
+    inception-keras  Inception v3 with Keras' own weights, the paper's, whole: mixed10
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import joblib
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+import data
+from data import images
+from data.files import cache_folder
+from data.networks import WEIGHTS
+from experiments.harness.running import Misuse
+from influence import TopLayer
+from influence.common.checkpoint import kept
+from influence.common.progress import progress
+from influence.models.top_layer import cut
+
+# Images whose features are stored together. An interruption can lose this many.
+_ROWS = 256
+# Version of the features. It is part of the file's name; increase it when the code changes them.
+_VERSION = 1
+# Key of the seconds, stored among a block's layers.
+_SECONDS = "seconds"
+# Numbers of 5 x 5 filters.
+_SMALL = (32, 64)
+# Scale of the random weights. Features are then large enough for the others' weight decay.
+_GAIN = 20
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and the layers at which it may be cut.
+
+    Attributes:
+      side: pixels on a side of its images.
+      layers: the layers, from input to output; the network ends at the last one. One pass over the
+        images gives the features of all of them.
+    """
+
+    side: int
+    layers: tuple[str, ...]
+
+
+NETWORKS = {
+    "small": Network(32, tuple(f"relu{i}" for i in range(1, len(_SMALL) + 1))),
+    "mobilenet": Network(224, tuple(f"conv_pw_{i}_relu" for i in range(9, 14))),
+    "inception": Network(299, tuple(f"mixed{i}" for i in range(3, 9))),
+    "inception-keras": Network(299, tuple(f"mixed{i}" for i in range(3, 11))),
+}
+
+
+def split(head: str) -> tuple[str, str]:
+    """Split "network/layer" into the network and the layer.
+
+    Raises: ValueError if there is no such network.
+    """
+    network, _, layer = head.partition("/")
+    if network not in NETWORKS or not layer:
+        raise ValueError(
+            f"a head must be named network/layer with a network of {', '.join(NETWORKS)}, "
+            f"got {head!r}."
+        )
+    return network, layer
+
+
+def side(head: str) -> int:
+    """Return the pixels on a side of the images that a head's network takes."""
+    return NETWORKS[split(head)[0]].side
+
+
+def check(heads: Sequence[str], root: Path | None) -> None:
+    """Check, before any work, that the weights of all networks are present, and the layers.
+
+    Args:
+      heads: names.
+      root: data folder to search first.
+    Raises: Misuse saying what to put where, or which layers there are.
+    """
+    by_network: dict[str, list[str]] = {}
+    for head in heads:
+        by_network.setdefault(split(head)[0], []).append(split(head)[1])
+    try:
+        for network in by_network:
+            _weights(network, root)
+        for network, layers in by_network.items():
+            others = [layer for layer in layers if layer not in NETWORKS[network].layers]
+            model = _built(network, root) if others else None
+            for layer in others:
+                cut(model, layer)
+    except (OSError, ValueError) as error:
+        raise Misuse(str(error)) from error
+
+
+def trunk(head: str, root: Path | None) -> keras.Model:
+    """Load the network with its trained weights, up to the layer.
+
+    Args:
+      head: its name.
+      root: data folder to search first for the weights.
+    Returns: a model from images in [-1, 1] to that layer's output.
+    Raises: ValueError if there is no such layer; as `data.weights`.
+    """
+    network, layer = split(head)
+    return cut(_built(network, root), layer)
+
+
+def features(
+    heads: Sequence[str],
+    x: NDArray[np.uint8],
+    *,
+    root: Path | None,
+    folder: Path | None,
+) -> dict[str, NDArray]:
+    """Compute the pooled features of images at each head, in one pass for each network.
+
+    Args:
+      heads: names.
+      x: (n, h, w, 3) uint8, resized to the network's side if necessary.
+      root: data folder to search first for the weights.
+      folder: stores the features as float32, in which they are computed; None stores nothing.
+    Returns: {head: (n, f) float64}, not standardised.
+    Raises: as `trunk`.
+    """
+    return timed_features(heads, x, root=root, folder=folder)[0]
+
+
+def timed_features(
+    heads: Sequence[str],
+    x: NDArray[np.uint8],
+    *,
+    root: Path | None,
+    folder: Path | None,
+) -> tuple[dict[str, NDArray], float]:
+    """Compute `features`, or read them, and the seconds that their computation took.
+
+    Args:
+      heads: names.
+      x: as for `features`.
+      root: likewise.
+      folder: likewise.
+    Returns: (features, seconds); the seconds exclude resizing, and are NaN if they were not stored.
+    Raises: as `trunk`.
+    """
+    found: dict[str, dict[str, NDArray]] = {}
+    for network in dict.fromkeys(split(head)[0] for head in heads):
+        mine = {split(head)[1] for head in heads if split(head)[0] == network}
+        layers = NETWORKS[network].layers
+        if not mine <= set(layers):
+            layers = tuple(sorted(mine))
+        found[network] = _features_of(network, layers, x, root, folder)
+    seconds = sum(float(of_network[_SECONDS]) for of_network in found.values())
+    return {head: found[split(head)[0]][split(head)[1]] for head in heads}, seconds
+
+
+def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
+    """Return the folder for features: the user cache, which all experiments and runs share.
+
+    Args:
+      stand_in: whether the data is a stand-in. Its features take no time: they go to `checkpoints`.
+      checkpoints: the run's own folder, also used if the cache cannot be written to.
+    """
+    cache = cache_folder() / "features"
+    if stand_in:
+        return checkpoints
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return checkpoints
+    return cache if os.access(cache, os.W_OK) else checkpoints
+
+
+def _features_of(
+    network: str,
+    layers: tuple[str, ...],
+    x: NDArray[np.uint8],
+    root: Path | None,
+    folder: Path | None,
+) -> dict[str, NDArray]:
+    """Compute {layer: (n, f)}, and the seconds that took."""
+    x = images.resized(x, NETWORKS[network].side)
+    net: TopLayer | None = None
+    widths: list[int] = []
+
+    def compute(rows: slice) -> dict[str, Any]:
+        nonlocal net
+        begun = perf_counter()
+        if net is None:  # built only when needed
+            model = _built(network, root)
+            outputs = [cut(model, layer).output for layer in layers]
+            widths.extend(output.shape[-1] for output in outputs)
+            net = TopLayer(_side_by_side(outputs))
+        pooled = net.features(x[rows]).astype(np.float32)  # the precision of their computation
+        parts = np.split(pooled, np.cumsum(widths)[:-1], axis=1)
+        found = dict(zip(layers, parts, strict=True))
+        return found | {_SECONDS: perf_counter() - begun}
+
+    name = folder and _name(network, layers, x, root)
+    blocks = [
+        kept(
+            folder and folder / f"{network}-{name}-{start:05}.npz",
+            partial(compute, slice(start, start + _ROWS)),
+        )
+        for start in progress(range(0, len(x), _ROWS), f"features of images by {network}")
+    ]
+    return {
+        layer: np.concatenate([block[layer] for block in blocks]).astype(np.float64)
+        for layer in layers
+    } | {_SECONDS: np.array([float(block.get(_SECONDS, np.nan)) for block in blocks]).sum()}
+
+
+def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Path | None) -> str:
+    """Return a file name that depends on everything that changes features."""
+    path = _weights(network, root)
+    weights = (
+        WEIGHTS[network].digests[0] if path else joblib.hash(_built(network, root).get_weights())
+    )
+    versions = [metadata.version(package) for package in ("keras", "tensorflow")]
+    digest = hashlib.sha256(repr((_VERSION, layers, weights, versions, x.shape)).encode())
+    digest.update(np.ascontiguousarray(x).data)
+    return digest.hexdigest()[:16]
+
+
+def _side_by_side(outputs: list[Any]) -> keras.Model:
+    """Build a model that joins the pooled outputs of several layers."""
+    pooled = [keras.layers.GlobalAveragePooling2D()(output) for output in outputs]
+    joined = pooled[0] if len(pooled) == 1 else keras.layers.Concatenate()(pooled)
+    (first,) = keras.utils.get_source_inputs(joined)
+    return keras.Model(first, joined)
+
+
+def _weights(network: str, root: Path | None) -> Path | None:
+    return data.weights(network, root) if network in WEIGHTS else None
+
+
+def _built(network: str, root: Path | None) -> Any:
+    """Build the network up to its last layer, with its trained weights."""
+    path, side = _weights(network, root), NETWORKS[network].side
+    options: dict[str, Any] = {"include_top": False, "input_shape": (side, side, 3)}
+    if network == "small":
+        return _small(options["input_shape"])
+    if network == "mobilenet":
+        return keras.applications.MobileNet(alpha=0.75, weights=str(path), **options)
+    whole = keras.applications.InceptionV3(weights=None, **options)
+    model = cut(whole, NETWORKS[network].layers[-1])
+    model.load_weights(str(path))
+    return model
+
+
+def _small(shape: tuple[int, ...]) -> keras.Model:
+    L = keras.layers
+    layers: list[Any] = [keras.Input(shape)]
+    for i, filters in enumerate(_SMALL, start=1):
+        start = keras.initializers.VarianceScaling(_GAIN, seed=i)
+        bias = keras.initializers.RandomNormal(stddev=0.3, seed=len(_SMALL) + i)
+        layers += [
+            L.Conv2D(
+                filters,
+                5,
+                strides=2,
+                kernel_initializer=start,
+                bias_initializer=bias,
+                name=f"conv{i}",
+            ),
+            L.Activation("relu", name=f"relu{i}"),
+        ]
+    return keras.Sequential(layers, name="small")

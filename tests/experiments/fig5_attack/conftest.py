@@ -1,0 +1,16 @@
+"""The stand-in for photographs of dogs and fish, and the smoke preset's head."""
+
+import pytest
+
+import data
+from experiments.fig5_attack import figure, heads
+
+
+@pytest.fixture(scope="session")
+def splits():
+    return data.load("fishlike")
+
+
+@pytest.fixture(scope="session")
+def head(splits):
+    return heads.fitted(figure.PRESETS["smoke"], 0, splits, None)[0]

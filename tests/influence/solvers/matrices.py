@@ -1,0 +1,65 @@
+"""Matrices that several solvers are tested on, and the low-rank approximations of them."""
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator
+
+from influence import prepare
+from influence.solvers import Lanczos
+
+
+class Damped(LinearOperator):
+    """A matrix that states the damping it contains."""
+
+    def __init__(self, matrix, damping):
+        self.matrix, self.damping = matrix + damping * np.eye(len(matrix)), damping
+        super().__init__(matrix.dtype, matrix.shape)
+
+    def _matmat(self, V):
+        return self.matrix @ V
+
+    def _matvec(self, v):
+        return self.matrix @ v
+
+
+def counting(matrix):
+    """The matrix as an operator, and the widths of the blocks that it is multiplied with."""
+    widths = []
+
+    def product(V):
+        widths.append(V.shape[1])
+        return matrix @ V
+
+    return LinearOperator(
+        matrix.shape, matvec=lambda v: product(v.reshape(-1, 1)), matmat=product, dtype=matrix.dtype
+    ), widths
+
+
+def inverse(A, solver):
+    """The approximate inverse as a dense matrix."""
+    return prepare(A, solver).apply(np.eye(A.shape[0], dtype=A.dtype)).x
+
+
+def approximation(A, matrix, solver):
+    """U diag(values) U' + floor (I - U U'), which Lanczos or Nystrom inverts, by its formula."""
+    rng, d, rank = np.random.default_rng(solver.seed), len(matrix), solver.rank
+    if isinstance(solver, Lanczos):  # one vector a pass, as up to rank 15
+        w, Q = rng.standard_normal(d), np.zeros((d, 0))
+        for _ in range(2 * rank):
+            for _ in range(2):
+                w = w - Q @ (Q.T @ w)
+            w = w / np.linalg.norm(w)
+            Q, w = np.column_stack([Q, w]), matrix @ w
+        values, S = np.linalg.eigh(Q.T @ matrix @ Q)
+        U, values = Q @ S[:, -rank:], values[-rank:]
+    else:
+        Omega = np.linalg.qr(rng.standard_normal((d, rank)))[0]
+        known = np.nanmax(
+            [getattr(A, a, np.nan) for a in ("damping", "smallest_eigenvalue_bound")] + [0.0]
+        )
+        # It stays in the sketch where A is definite only by its damping.
+        known = known if np.linalg.eigvalsh(Omega.T @ matrix @ Omega)[0] >= known else 0.0
+        M = matrix - known * np.eye(d)
+        low = M @ Omega @ np.linalg.solve(Omega.T @ M @ Omega, Omega.T @ M)
+        values, U = np.linalg.eigh((low + low.T) / 2)
+        U, values = U[:, -rank:], values[-rank:] + known
+    return (U * values) @ U.T + values[0] * (np.eye(d) - U @ U.T)
