@@ -303,7 +303,10 @@ RANK = "^rank must be an integer of at least 1, got"
     [
         (lambda: CG(-1e-3), rf"{RTOL}, got -0\.001"),
         (lambda: CG(float("nan")), f"{RTOL}, got nan"),
-        (lambda: CG(max_iterations=0), "^max_iterations must be at least 1, got 0"),
+        (lambda: CG(max_iterations=0), "^max_iterations must be an integer of at least 1, got 0"),
+        (lambda: CG(float("inf")), "^rtol must be finite, got inf"),
+        (lambda: CG(rtol="1"), f"{RTOL}, got '1'"),  # pyright: ignore[reportArgumentType]
+        (lambda: LiSSA(depth=1.5), r"^depth must be an integer of at least 1, got 1\.5"),  # pyright: ignore[reportArgumentType]
         (lambda: Direct(-1e-3), rf"{RTOL}, got -0\.001"),
         (lambda: Direct(float("nan")), f"{RTOL}, got nan"),
         (lambda: EKFAC(-1e-3), rf"{RTOL} or None, got -0\.001"),
@@ -321,11 +324,11 @@ RANK = "^rank must be an integer of at least 1, got"
         (lambda: LiSSA(scale=0.0), r"^scale must be positive or None, got 0\.0"),
         (lambda: LiSSA(scale=-1.0), r"^scale must be positive or None, got -1\.0"),
         (lambda: LiSSA(scale=float("nan")), "^scale must be positive or None, got nan"),
-        (lambda: LiSSA(depth=0), "^depth must be at least 1, got 0"),
-        (lambda: LiSSA(repeats=0), "^repeats must be at least 1, got 0"),
+        (lambda: LiSSA(depth=0), "^depth must be an integer of at least 1, got 0"),
+        (lambda: LiSSA(repeats=0), "^repeats must be an integer of at least 1, got 0"),
         (lambda: LiSSA(change=-1e-3), r"^change must be non-negative, got -0\.001"),
         (lambda: LiSSA(change=float("nan")), "^change must be non-negative, got nan"),
-        (lambda: LiSSA(batch_size=-1), "^batch_size must be at least 1, got -1"),
+        (lambda: LiSSA(batch_size=-1), "^batch_size must be an integer of at least 1, got -1"),
     ],
 )
 def test_bad_hyperparameters(make, message):
