@@ -309,12 +309,12 @@ RANK = "^rank must be an integer of at least 1, got"
         (lambda: EKFAC(-1e-3), rf"{RTOL} or None, got -0\.001"),
         (lambda: EKFAC(float("nan")), f"{RTOL} or None, got nan"),
         (lambda: Lanczos(0), f"{RANK} 0"),
-        (lambda: Lanczos(2.0), rf"{RANK} 2\.0"),  # pyright: ignore[reportArgumentType]
+        (lambda: Lanczos(2.0), rf"{RANK} 2\.0"),
         (lambda: Lanczos(True), f"{RANK} True"),
         (lambda: Lanczos(5, seed=-1), "^seed must be an integer of at least 0, got -1"),
         (lambda: Lanczos(5, rtol=-1.0), rf"{RTOL} or None, got -1\.0"),
         (lambda: Nystrom(0), f"{RANK} 0"),
-        (lambda: Nystrom(5, seed=0.5), r"^seed must be an integer of at least 0, got 0\.5"),  # pyright: ignore[reportArgumentType]
+        (lambda: Nystrom(5, seed=0.5), r"^seed must be an integer of at least 0, got 0\.5"),
         (lambda: Nystrom(5, rtol=float("nan")), f"{RTOL} or None, got nan"),
         (lambda: LiSSA(rtol=-1e-3), rf"{RTOL} or None, got -0\.001"),
         (lambda: LiSSA(rtol=float("nan")), f"{RTOL} or None, got nan"),
