@@ -59,8 +59,10 @@ def load(name: str, root: files.Root = None, *, dtype: npt.DTypeLike = "float64"
     """
     dataset, x_dtype = named(name), _float_dtype(dtype)
     folder = find(name, root) or download.obtain(name, dataset.files, root)
+    check_unchanged = files.unchanged(dataset.files, folder)
     sha256 = files.verify(dataset.files, folder)
     train, test, *names = dataset.read(folder, x_dtype)
+    check_unchanged()
     if not dataset.files:
         sha256 = sha256_of_arrays((*train, *test))
     where = folder if dataset.files else None

@@ -6,17 +6,19 @@ that differs stops the search with an error and is not changed: it may be the us
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pooch
 
-from data.archive import names_below, read_tar
+from data.archive import check_plain, names_below, read_tar
 
 Root = str | os.PathLike[str] | None
 _MD5 = "md5:"  # prefix of an MD5 digest, as in pooch
+# A file is hashed only up to this many times its expected size, and this many bytes more.
+_MOST_TIMES, _MOST_MORE = 2, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def places(root: Root = None) -> list[Place]:
 def located(file: DataFile, folder: Path) -> Path | None:
     """Find a file, or the unpacked folder of an archive, in `folder`; None if there is neither."""
     candidates = [folder / name for name in (file.path, file.unpacked) if name is not None]
-    # Unlike Path.exists, os.path.exists is False for a folder that we may not enter.
-    return next((path for path in candidates if os.path.exists(path)), None)
+    # Unlike Path.exists, os.path.lexists is False for a folder that we may not enter.
+    return next((path for path in candidates if os.path.lexists(path)), None)
 
 
 def missing(files: Sequence[DataFile], folder: Path) -> list[DataFile]:
@@ -183,17 +185,22 @@ def verify_at(file: DataFile, path: Path) -> str:
       file: the expected file.
       path: a file, or for an archive the folder that it unpacks to.
     Returns: its SHA-256; for an archive, that of the folder (see `sha256_of`).
-    Raises: ValueError if it is not the expected file.
+    Raises: ValueError if it is not the expected file, or no regular file or folder of such files.
     """
+    check_plain(path)
     packed = file.unpacked is not None and not path.is_dir()
     if packed:
         contents = read_tar(path, file.size)
         hashes = ((hashlib.sha256(content).hexdigest(), name) for name, content in contents.items())
         digest, size = _digest_of_listing(hashes), sum(map(len, contents.values()))
     else:
+        size = sum(status.st_size for status in statuses(path).values())
+        if file.digests and size > _MOST_TIMES * file.size + _MOST_MORE:
+            raise ValueError(
+                f"{path} is not the file it should be: expected {_known_by(file)}, found {size:,} "
+                "bytes. It was left untouched: move it away or replace it, then try again."
+            )
         digest = sha256_of(path)
-        members = [path / name for name in names_below(path)] if path.is_dir() else [path]
-        size = sum(member.stat().st_size for member in members)
     if not file.digests or digest in file.digests:
         return digest
     if any(known.startswith(_MD5) for known in file.digests) and path.is_file():
@@ -206,6 +213,46 @@ def verify_at(file: DataFile, path: Path) -> str:
         f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
         "replace it, then try again."
     )
+
+
+def statuses(path: Path) -> dict[Path, os.stat_result]:
+    """Return the status of a file, or of every file below a folder, by path.
+
+    Raises: ValueError for links, pipes and devices.
+    """
+    members = [path / name for name in names_below(path)] if path.is_dir() else [path]
+    return {member: check_plain(member) for member in members}
+
+
+def unchanged(files: Sequence[DataFile], folder: Path) -> Callable[[], None]:
+    """Remember the state of `files`; return a function that refuses files changed since then.
+
+    Called before `verify`, and the returned function after reading, it makes sure that the bytes
+    read are the bytes checked.
+
+    Raises: the returned function, ValueError naming a file that was changed.
+    """
+
+    def state() -> dict[Path, tuple[int, ...]]:
+        paths = (path for file in files if (path := located(file, folder)) is not None)
+        return {
+            member: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+            for path in paths
+            if not path.is_symlink()
+            for member, s in statuses(path).items()
+        }
+
+    before = state()
+
+    def check() -> None:
+        after = state()
+        if after != before:
+            changed = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
+            raise ValueError(
+                f"{changed[0]} changed while it was read; wait until it is written, then try again."
+            )
+
+    return check
 
 
 def _verified_digest(file: DataFile, folder: Path) -> str:

@@ -27,7 +27,6 @@ from experiments.harness.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
-from influence.models.leverage import gram, leverages
 
 DATA = "enron1"
 STAND_IN = "spam"
@@ -143,7 +142,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         net = _net(config, train)
         net.fit(train, gradient_tolerance=config.gradient_tolerance)
         clean = _accuracy(net, test)
-        task = _Task(config, train, test, gram(net, train), net.theta)
+        task = _Task(config, train, test, net.design.gram(train.x), net.theta)
         shared = _shared_with_library(task, net)
         draws = list(product(config.flip_steps, range(config.repeats)))
         paths = [checkpoints and checkpoints / f"flip-{k}-repeat-{r}.npz" for k, r in draws]
@@ -268,7 +267,7 @@ def _orders(
     """Return the rows in the order in which each of METHODS checks them."""
     loss = net.losses(noisy.x, noisy.y)
     slope = -np.expm1(-loss)  # sigma(-y theta'x), 1 - the probability of the label given
-    leverage = leverages(net, noisy, gram=gram)
+    leverage = net.leverages(noisy, gram=gram)
     scores = (slope**2 * leverage, slope * leverage, loss)
     return [*(np.argsort(-s, kind="stable") for s in scores), rng.permutation(len(noisy))]
 

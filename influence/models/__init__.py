@@ -3,7 +3,7 @@
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge, SmoothHingeLoss
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
-from influence.models.top_layer import TopLayer
+from influence.models.top_layer import TopLayer, scaled
 
 __all__ = [
     "AllCNN",
@@ -12,4 +12,5 @@ __all__ = [
     "SmoothHinge",
     "SmoothHingeLoss",
     "TopLayer",
+    "scaled",
 ]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import joblib
 import keras
 import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
 
+from influence.common.checkpoint import check_folder, load, store
+from influence.common.convergence import DivergenceError
+from influence.common.progress import progress
 from influence.examples.examples import Examples
-from influence.models import adam
+from influence.minimisers.adam import BETA_1, BETA_2, EPSILON, Moments, batch_rows
 from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 
 # 20,000 steps in place of the release's 500,000, and rates from ten times its first to its last.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
+# Steps between two checkpoints.
+_SAVE_EVERY = 500
 
 
 class AllCNN(GenericNeuralNet):
@@ -58,7 +67,7 @@ class AllCNN(GenericNeuralNet):
         seed: int = 0,
     ):
         _check(image_shape, num_classes, filters, strides, weight_decay)
-        self.moments: adam.Moments | None = None
+        self.moments: Moments | None = None
         self.settings = (tuple(image_shape), num_classes, filters, tuple(strides), weight_decay)
         seeds = iter(np.random.default_rng(seed).integers(2**31, size=len(strides) + 2).tolist())
 
@@ -120,11 +129,131 @@ class AllCNN(GenericNeuralNet):
           finite, theta being put back.
         """
         self.validate(examples, "examples")
-        self.moments = adam.minimise(
-            self, examples, schedule=schedule, batch_size=batch_size, seed=seed,
-            checkpoints=checkpoints, key=self.settings,
-        )  # fmt: skip
+        self.moments = train_by_adam(
+            self,
+            examples,
+            schedule=schedule,
+            batch_size=batch_size,
+            seed=seed,
+            checkpoints=checkpoints,
+            key=self.settings,
+        )
         return self
+
+
+def train_by_adam(
+    net: GenericNeuralNet,
+    examples: Examples,
+    *,
+    schedule: Sequence[tuple[int, float]],
+    batch_size: int,
+    seed: int,
+    checkpoints: str | os.PathLike | None = None,
+    key: Any = (),
+) -> Moments:
+    """Lower the risk from the net's theta by Adam (Kingma & Ba 2015), as Keras has it.
+
+    Each step takes the next rows of shuffled passes over the examples laid end to end, so that
+    step k's rows follow from the seed and k alone.
+
+    Args:
+      net: left at the last step's theta.
+      examples: the training set.
+      schedule: (steps, learning rate) of each stage; Adam's averages go on from one to the next.
+      batch_size: rows a step, all of them if there are fewer.
+      seed: of the order of the rows.
+      checkpoints: a folder for the state of this training, kept every few hundred steps under a
+        name made of all that it depends on.
+      key: what else it depends on: the net's architecture, as values.
+
+    Returns: Adam's state at the end.
+    Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
+      finite, all variables being put back.
+    """
+    rates = _rates(schedule)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size}.")
+    weights = list(net.flat.weights)
+    optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
+    optimizer.build(weights)
+    # With what training moves besides theta, such as batch statistics and dropout's generators.
+    variables = [*net.model.variables, *optimizer.variables]
+    start = [variable.numpy() for variable in variables]
+    path, folder = None, check_folder(checkpoints)
+    if folder is not None:
+        identity = joblib.hash(
+            (type(net).__name__, key, start, rates, batch_size, seed, examples.fingerprint)
+        )
+        path = folder / f"adam-{identity[:16]}.npz"
+    done = 0
+    if path is not None and path.exists():
+        kept = load(path)
+        done = int(kept.pop("step"))
+        _assign(variables, [kept[f"variable {i}"] for i in range(len(variables))])
+    step = tf.function(_step(net, optimizer, weights), autograph=False)
+    batches = batch_rows(len(examples), batch_size, seed, done)
+    rate = None
+    for number in progress(range(done, len(rates)), "training", len(rates) - done):
+        if rates[number] != rate:
+            rate = rates[number]
+            optimizer.learning_rate = rate
+        batch = examples.take(next(batches))
+        risk = float(step(net.flat.inputs(batch.x), net.flat.tensor(batch.y)))
+        if not np.isfinite(risk):
+            _assign(variables, start)
+            raise DivergenceError(
+                f"the risk must stay finite, got {risk} at step {number + 1} with learning rate "
+                f"{rate:g}; use a smaller one in schedule, or scale the inputs."
+            )
+        last = number + 1 == len(rates)
+        if path is not None and (last or (number + 1) % _SAVE_EVERY == 0):
+            arrays = {f"variable {i}": v.numpy() for i, v in enumerate(variables)}
+            store(path, {"step": np.array(number + 1), **arrays})
+    return Moments(len(rates), _flat(optimizer, "momentum"), _flat(optimizer, "velocity"))
+
+
+def _flat(optimizer: Any, kind: str) -> NDArray:
+    """(d,) one of Adam's two averages, in the order of theta."""
+    parts = [variable for variable in optimizer.variables if variable.path.endswith(kind)]
+    return np.concatenate([np.ravel(part.numpy()) for part in parts])
+
+
+def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
+    """(x, y) -> the minibatch's risk before the step, which it takes."""
+
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            losses = net.loss.function(y, net.model(x, training=True))
+            risk = tf.reduce_mean(losses) + sum(net.model.losses)
+        optimizer.apply(tape.gradient(risk, [w.value for w in weights]), weights)
+        return risk
+
+    return step
+
+
+def _rates(schedule: Sequence[tuple[int, float]]) -> list[float]:
+    """The learning rate of each step."""
+    rates: list[float] = []
+    for stage in schedule:
+        steps, rate = stage
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+            raise ValueError(
+                f"schedule must be (steps, learning rate) pairs with positive integer steps, got "
+                f"{stage!r}."
+            )
+        if not (np.isfinite(rate) and rate > 0):
+            raise ValueError(f"schedule must have positive learning rates, got {stage!r}.")
+        rates += [float(rate)] * int(steps)
+    if not rates:
+        raise ValueError("schedule must have at least one (steps, learning rate) pair, got none.")
+    return rates
+
+
+def _assign(variables: list, values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _check(

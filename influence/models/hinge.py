@@ -17,6 +17,7 @@ whatever a is. R is lambda-strongly convex, so this gap bounds the distance |w -
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from influence.common.convergence import warn_unconverged
 from influence.examples.examples import Examples
 from influence.minimisers.box_qp import boxed_minimum
+from influence.models.design import Link
 from influence.models.linear import LinearModel
 
 _SMALLEST_T = 1e-30  # float32 rounds much smaller ones to zero
@@ -63,13 +65,49 @@ class SmoothHingeLoss(keras.losses.Loss):
         u = 1 - tf.cast(tf.reshape(y_true, [-1]), z.dtype) * z
         if self.t > 0:
             return self.t * tf.math.softplus(u / self.t)
-        # On the kink the gradient is half of either side's, as in `_on_kink`.
+        # On the kink the gradient is half of either side's, as in `HingeLink`.
         half = u / 2 + tf.stop_gradient(tf.nn.relu(u) - u / 2)
         return tf.where(tf.abs(u) <= _kink_width(z.dtype.as_numpy_dtype), half, tf.nn.relu(u))
 
     def get_config(self) -> dict[str, Any]:
         """What Keras needs to make it again."""
         return {**super().get_config(), "t": self.t}
+
+
+@dataclass(frozen=True)
+class HingeLink(Link):
+    """The loss of `SmoothHingeLoss` of one output, in NumPy.
+
+    Args:
+      t: temperature, 0 for the hinge.
+    """
+
+    t: float
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        u = self.shortfall(Z, y)[:, 0]
+        return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope; at t = 0 rows on the kink get half of it."""
+        u = self.shortfall(Z, y)
+        if self.t > 0:
+            inside = scipy.special.expit(u / self.t)
+        else:
+            inside = np.where(np.abs(u) <= _kink_width(u.dtype), 0.5, u > 0).astype(Z.dtype)
+        return -_signs(Z, y) * inside
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved; zero at t = 0."""
+        if self.t == 0:
+            return np.zeros_like(U)
+        v = self.shortfall(Z, y) / self.t
+        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
+
+    def shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return u = 1 - y z, the distance of each margin below one: Z's shape."""
+        return 1 - _signs(Z, y) * Z
 
 
 class SmoothHinge(LinearModel):
@@ -106,6 +144,7 @@ class SmoothHinge(LinearModel):
         super().__init__(
             num_features,
             1,
+            HingeLink(float(t)),
             SmoothHingeLoss(t),
             weight_decay=weight_decay,
             intercept=intercept,
@@ -113,28 +152,6 @@ class SmoothHinge(LinearModel):
         )
         self.t = float(t)
         self.convex = self.t > 0
-
-    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        u = self._shortfall(Z, y)[:, 0]
-        return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
-
-    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        u = self._shortfall(Z, y)
-        if self.t > 0:
-            inside = scipy.special.expit(u / self.t)
-        else:
-            inside = np.where(_on_kink(u), 0.5, u > 0).astype(Z.dtype)
-        return -_signs(Z, y) * inside
-
-    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        if self.t == 0:
-            return np.zeros_like(U)
-        v = self._shortfall(Z, y) / self.t
-        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
-
-    def _shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
-        """u = 1 - y z, what a margin lacks of one."""
-        return 1 - _signs(Z, y) * Z
 
     # --- the minimum at t = 0, and its proof ----------------------------------------------------
 
@@ -234,28 +251,28 @@ class SmoothHinge(LinearModel):
         if not len(rows):
             return a
         chosen = examples.take(rows)
-        A = self._with_one(self._dense(chosen.x)) * chosen.y.reshape(-1, 1)
+        A = self.design.with_one(self.design.dense(chosen.x)) * chosen.y.reshape(-1, 1)
         others = np.where(near, 0, a)
         b = len(a) * self.weight_decay * (1 - A @ self._weights(examples, others))
         others[rows] = boxed_minimum(A @ A.T, b, a[rows])
         return others
 
     def _weights(self, examples: Examples, a: NDArray) -> NDArray:
-        """w(a), (d,)."""
-        rows = np.flatnonzero(a)
-        if not len(rows):
-            return np.zeros(self.num_parameters, self.dtype)
-        E = (a[rows] * examples.y[rows].reshape(-1)).astype(self.dtype)[:, None, None]
-        total, start = np.zeros(self.num_parameters, self.dtype), 0
-        for x, y in examples.batches(self.rows_per_batch(examples), rows):
-            total = total + self._transposed_times(x, E[start : start + len(y)])[:, 0]
-            start += len(y)
-        return total / (len(a) * self.weight_decay)
+        """w(a), (d,): rows with a = 1 are only summed up, the few inside the box are weighted."""
+        total = np.zeros((self.num_parameters, 1), self.dtype)
+        ones = np.flatnonzero(a == 1)
+        if len(ones):
+            total = sum(examples.map_over(_signed_sum, self, rows=ones), total)
+        inside = np.flatnonzero((a > 0) & (a < 1))
+        if len(inside):
+            chosen = examples.take(inside)
+            E = (a[inside] * chosen.y.reshape(-1)).astype(self.dtype)[:, None, None]
+            total = total + self.design.transposed_times(chosen.x, E)
+        return total[:, 0] / (len(a) * self.weight_decay)
 
     def _shortfalls(self, examples: Examples) -> NDArray:
-        batches = examples.batches(self.rows_per_batch(examples))
-        Z = np.concatenate([self.outputs(x) for x, _ in batches])[:, :, None]
-        return self._shortfall(Z, examples.y)[:, 0, 0]
+        """u, (n,)."""
+        return examples.each_row(_shortfall, self)
 
     def _liblinear(self, examples: Examples) -> None:
         """theta from scikit-learn, whose word on convergence is not needed: the gap is."""
@@ -279,12 +296,19 @@ class SmoothHinge(LinearModel):
         self.theta = np.append(svm.coef_[0], svm.intercept_ if self.intercept else [])
 
 
+def _signed_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Return the sum of y_i x_i over a batch, (d, 1)."""
+    return net.design.transposed_times(x, y.reshape(-1, 1, 1).astype(net.dtype))
+
+
+def _shortfall(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Return u of a batch, (b,)."""
+    net = net.at(theta)
+    return net.link.shortfall(net.design.times(x, net.theta), y)[:, 0, 0]
+
+
 def _signs(Z: NDArray, y: NDArray) -> NDArray:
     return y.reshape(-1, *[1] * (Z.ndim - 1)).astype(Z.dtype)
-
-
-def _on_kink(u: NDArray) -> NDArray:
-    return np.abs(u) <= _kink_width(u.dtype)
 
 
 def _kink_width(dtype: Any) -> float:

@@ -5,14 +5,63 @@ With p = softmax(z) or sigmoid(z): loss = -log p_y, dl/dz = p - onehot(y), d2l/d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import keras
 import numpy as np
 import scipy.special
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
-from influence.models.design import weighted_gram
+from influence.models.design import Link
 from influence.models.linear import LinearModel
+
+
+@dataclass(frozen=True)
+class Softmax(Link):
+    """-log softmax(z)_y of class numbers y and c outputs."""
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        return scipy.special.logsumexp(Z, axis=1) - Z[np.arange(len(Z)), y.astype(int).ravel()]
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope."""
+        E = _softmax(Z)
+        E[np.arange(len(E)), y.astype(int).ravel()] -= 1
+        return E
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved."""
+        P = _softmax(Z)
+        U = U - np.einsum("nc,ncm->nm", P[:, :, 0], U)[:, None, :]
+        U *= P
+        return U
+
+    def weights(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return p_a p_b of each pair of classes, (n, c (c - 1) / 2)."""
+        P = _softmax(Z)[:, :, 0]
+        a, b = np.tril_indices(P.shape[1], -1)
+        return P[:, a] * P[:, b]
+
+
+@dataclass(frozen=True)
+class Sigmoid(Link):
+    """-log sigmoid(z) of label 1 and -log sigmoid(-z) of label 0, for one output."""
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        z = Z[:, 0]
+        return np.logaddexp(0, z) - y.reshape(-1, 1).astype(z.dtype) * z
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope."""
+        return scipy.special.expit(Z) - y.reshape(-1, 1, 1).astype(Z.dtype)
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved."""
+        P = scipy.special.expit(Z)
+        return P * (1 - P) * U
 
 
 class MulticlassLogisticRegression(LinearModel):
@@ -42,6 +91,7 @@ class MulticlassLogisticRegression(LinearModel):
         super().__init__(
             num_features,
             num_classes,
+            Softmax(),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none"),
             weight_decay=weight_decay,
             intercept=intercept,
@@ -53,14 +103,9 @@ class MulticlassLogisticRegression(LinearModel):
 
         Probabilities add up to one, so a class's own block is minus the sum of its others.
         """
-        c, f = self.num_outputs, self.num_features + self.intercept
+        blocks = self._weighted_grams(examples)
+        c, f = self.num_outputs, blocks.shape[1]
         a, b = np.tril_indices(c, -1)
-
-        def pair_weights(Z, y):
-            P = _softmax(Z)[:, :, 0]
-            return P[:, a] * P[:, b]
-
-        blocks = weighted_gram(self, examples, len(a), pair_weights)
         pair = np.zeros((c, c), int)
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
@@ -74,20 +119,6 @@ class MulticlassLogisticRegression(LinearModel):
         H = H.reshape(f * c, f * c)
         H[np.diag_indices_from(H)] += self.weight_decay
         return H
-
-    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        return scipy.special.logsumexp(Z, axis=1) - Z[np.arange(len(Z)), y.astype(int).ravel()]
-
-    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        E = _softmax(Z)
-        E[np.arange(len(E)), y.astype(int).ravel()] -= 1
-        return E
-
-    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        P = _softmax(Z)
-        U = U - np.einsum("nc,ncm->nm", P[:, :, 0], U)[:, None, :]
-        U *= P
-        return U
 
 
 class BinaryLogisticRegression(LinearModel):
@@ -113,22 +144,12 @@ class BinaryLogisticRegression(LinearModel):
         super().__init__(
             num_features,
             1,
+            Sigmoid(),
             keras.losses.BinaryCrossentropy(from_logits=True, reduction="none"),
             weight_decay=weight_decay,
             intercept=intercept,
             dtype=dtype,
         )
-
-    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        z = Z[:, 0]
-        return np.logaddexp(0, z) - y.reshape(-1, 1).astype(z.dtype) * z
-
-    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        return scipy.special.expit(Z) - y.reshape(-1, 1, 1).astype(Z.dtype)
-
-    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        P = scipy.special.expit(Z)
-        return P * (1 - P) * U
 
 
 def _softmax(Z: NDArray) -> NDArray:

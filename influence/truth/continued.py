@@ -23,7 +23,7 @@ from influence.common.convergence import DivergenceError
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
-from influence.models.adam import Moments, batch_rows
+from influence.minimisers.adam import Moments, batch_rows
 from influence.net.net import GenericNeuralNet
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
@@ -119,8 +119,8 @@ def continued_training(
       steps: further steps of Adam (Kingma & Ba 2015).
       rate: its learning rate.
       moments: Adam's present state: `AllCNN.moments` after its fit, or
-        `influence.models.adam.Moments(steps, first, second)`, with the number of steps so far and
-        the (d,) running means of the gradients and of their squares. None: Adam starts anew.
+        `influence.minimisers.adam.Moments(steps, first, second)`, with the number of steps so far
+        and the (d,) running means of the gradients and of their squares. None: Adam starts anew.
 
     Returns: ContinuedTraining; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
@@ -132,7 +132,7 @@ def continued_training(
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     if not (np.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be positive, got {rate}.")
-    moments = Moments.none(net) if moments is None else moments
+    moments = Moments.none(net.num_parameters, net.dtype) if moments is None else moments
     if np.shape(moments.first) != (net.num_parameters,):
         raise ValueError(
             f"moments must be of {net.num_parameters} parameters, got {np.shape(moments.first)}."

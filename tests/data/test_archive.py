@@ -86,10 +86,11 @@ def test_a_folder_reads_as_its_archive(unpacked, tmp_path):
         (b"<html>not found</html>", "expected a gzipped tar archive, found: Not a gzipped file"),
         (pack(CONTENTS)[:-200], "expected a gzipped tar archive, found: "),
         (gzip.compress(b"no tar" * 500), "expected a gzipped tar archive, found: "),
+        (pack({"a\nb": b"x"}), "expected file names without control characters, found 'a\\nb'"),
         (pack(CONTENTS | {"c": b"x"}), f"expected {SIZE} bytes of files, found more"),
         (pack(CONTENTS, suffix=bytes(70 << 20)), f"expected {SIZE} bytes of files, found more"),
     ],
-    ids=["html", "truncated", "no tar", "one byte too many", "bomb"],
+    ids=["html", "truncated", "no tar", "line break", "one byte too many", "bomb"],
 )
 def test_what_is_refused(tmp_path, content, message):
     path = tmp_path / "any.tar.gz"

@@ -1,6 +1,7 @@
 """The search and check of files: the order of folders, and the message if none has the files."""
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -125,3 +126,59 @@ def test_explanation_says_where_it_looked_and_what_to_put_where(tmp_path, monkey
     ]
     assert f"  set/hello.txt  6 bytes  SHA-256 {HELLO}" in message
     assert "    from https://example.org/hello.txt" in message
+
+
+# --- what is no plain file ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["a link", "a named pipe"])
+@pytest.mark.parametrize("inside", [False, True], ids=["the file", "in a folder"])
+def test_links_and_pipes_are_refused_before_they_are_read(tmp_path, kind, inside):
+    path = tmp_path / ("images/a.JPEG" if inside else FILE.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "a link":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    file = DataFile("images", 6, ()) if inside else FILE
+    with pytest.raises(ValueError, match=f"{path.name}: expected a regular file, found {kind}"):
+        files.verify([file], tmp_path)
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="more: expected a regular file, found a link"):
+        files.verify([DataFile("images", 6, ())], tmp_path)
+
+
+def test_a_file_of_another_size_is_not_hashed(tmp_path, monkeypatch):
+    path = tmp_path / FILE.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(1 << 43)  # sparse: 8 TB of zeros take no room
+    monkeypatch.setattr(files, "sha256_of", lambda path: pytest.fail("it was hashed"))
+    with pytest.raises(ValueError, match="expected 6 bytes .* found 8,796,093,022,208 bytes"):
+        files.verify([FILE], tmp_path)
+
+
+def test_names_cannot_forge_a_folder_s_digest(tmp_path):
+    """The listing of one file whose name holds a line break is that of two files."""
+    put(tmp_path, path="true/a")
+    put(tmp_path, path="true/b")
+    put(tmp_path, path=f"forged/a\n{HELLO}  b")
+    listing = f"{HELLO}  a\n{HELLO}  b\n"
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    assert files.sha256_of(tmp_path / "true") == digest
+    with pytest.raises(ValueError, match="expected file names without control characters"):
+        files.verify([DataFile("forged", 6, (digest,))], tmp_path)
+
+
+def test_what_changes_while_it_is_read_is_refused(tmp_path):
+    put(tmp_path)
+    check = files.unchanged([FILE], tmp_path)
+    check()
+    os.utime(tmp_path / FILE.path, ns=(1, 1))
+    with pytest.raises(ValueError, match="changed while it was read"):
+        check()

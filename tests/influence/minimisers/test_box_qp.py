@@ -50,3 +50,23 @@ def test_ridge_pulls_towards_the_start():
     G, b = np.ones((2, 2)), np.array([1.0, 1.0])
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.9, 0.1])), [0.9, 0.1], rtol=1e-6)
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.6, 0.4])), [0.6, 0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("G", "start", "message"),
+    [
+        (np.eye(3), np.zeros(2), r"shapes \(2, 2\) and \(2,\) .*, got \(3, 3\) and \(2,\)"),
+        (np.eye(2), np.zeros(3), r"shapes \(2, 2\) and \(2,\) .*, got \(2, 2\) and \(3,\)"),
+        (np.eye(2), np.array([0, 1.5]), r"^start must lie in \[0, 1\], got 0 to 1.5"),
+        (np.eye(2), np.array([np.nan, 0]), r"^start must lie in \[0, 1\], got nan"),
+        (np.zeros((2, 2)), np.zeros(2), "^G must have a positive diagonal entry, got 0 at most"),
+    ],
+)
+def test_bad_arguments(G, start, message):
+    with pytest.raises(ValueError, match=message):
+        boxed_minimum(G, np.ones(2), start)
+
+
+def test_a_negative_eigenvalue_is_refused():
+    with pytest.raises(np.linalg.LinAlgError):
+        boxed_minimum(np.array([[1, 2], [2.0, 1]]), np.ones(2), np.zeros(2))

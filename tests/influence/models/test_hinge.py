@@ -61,12 +61,11 @@ def rows(num_rows=60, num_inputs=5, seed=0, noise=1.0):
     return x, np.where(z > 0, 1, -1)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(0.5, False, "float64"), (0.05, True, "float64"), (0.0, True, "float64"),
-            (0.5, True, "float32"), (0.0, False, "float32")],
-    ids=str,
-)  # fmt: skip
+CASES = [(0.5, False, "float64"), (0.05, True, "float64"), (0.0, True, "float64")]
+CASES += [(0.5, True, "float32"), (0.0, False, "float32")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request):
     """(net, x, y, V) away from the minimum; no margin is near the kink."""
     t, intercept, dtype = request.param
@@ -103,10 +102,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
         assert got.dtype == net.dtype, name
 
 
-@pytest.mark.parametrize(
-    "case", [(0.5, True, "float32"), (0.05, True, "float64"), (0.0, True, "float64")],
-    indirect=True, ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("case", CASES[1:4], indirect=True, ids=str)
 def test_closed_forms_are_the_tapes_answers(case):
     net, x, y, V = case
     batches = np.array([[0, 3], [4, 4]])
@@ -115,12 +111,13 @@ def test_closed_forms_are_the_tapes_answers(case):
         "gradient": (x, y),
         "gradients": (x, y),
         "hvp": (x, y, V),
-        "hvp_each": (x[batches], y[batches], np.stack([V[:, :2], V[:, 1:]])),
+        "hvp of each": ("hvp", x[batches], y[batches], np.stack([V[:, :2], V[:, 1:]])),
         "directional": (x, y, V),
         "input_gradient": (x, y, V[:, 0]),
     }.items():
-        closed = getattr(net, name)(*arguments)
-        taped = getattr(GenericNeuralNet, name)(net, *arguments)
+        method = "each_batch" if name.endswith("each") else name
+        closed = getattr(net, method)(*arguments)
+        taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         if not name.startswith("hvp"):
             assert relative_error(closed, taped) < ROUNDING[net.dtype.name], name
@@ -143,7 +140,7 @@ def test_stable_at_any_margin_and_down_to_t_zero(asked, t):
     with np.errstate(all="raise", under="ignore"):
         got = asked.losses(net, x, y)
         slopes = asked.gradients(net, x, y)[:, 0] / margins
-        each = asked.hvp_each(net, x[:, None], y[:, None], np.ones((5, 1, 1)))
+        each = asked.each_batch(net, "hvp", x[:, None], y[:, None], np.ones((5, 1, 1)))
     np.testing.assert_allclose(got, losses, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(slopes, -sigma, rtol=1e-12, atol=1e-300)
     curvature = e / (1 + e) ** 2 / t if t else 0 * e
@@ -169,8 +166,8 @@ def test_rows_on_the_kink_get_half_the_slope(asked):
 
 def test_loss_travels_through_keras(tmp_path):
     x, y = rows()
-    model = keras.Sequential([keras.Input((5,), dtype="float64"),
-                              keras.layers.Dense(1, dtype="float64")])  # fmt: skip
+    f8 = {"dtype": "float64"}
+    model = keras.Sequential([keras.Input((5,), **f8), keras.layers.Dense(1, **f8)])
     model.compile(loss=SmoothHingeLoss(0.25, reduction="sum_over_batch_size"))
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
@@ -238,8 +235,9 @@ def svm_by_slsqp(A, y, weight_decay):
         jac=lambda v: np.append(weight_decay * v[:d], np.full(n, 1 / n)),
         bounds=[(None, None)] * d + [(0, None)] * n,
         constraints={"type": "ineq", "fun": lambda v: B @ v - 1, "jac": lambda v: B},
-        method="SLSQP", options={"ftol": 1e-15, "maxiter": 1000},
-    )  # fmt: skip
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
     return lowest.x[:d]
 
 

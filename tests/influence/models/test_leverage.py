@@ -42,9 +42,9 @@ def test_leverages_are_those_of_the_inverse(shape, intercept, form):
     net, examples, oracle = problem(*shape, intercept=intercept, form=form)
     inverse = np.linalg.inv(oracle.hessian(net.theta))
     expected = np.einsum("ij,jk,ik->i", oracle.features, inverse, oracle.features)
-    assert relative_error(leverage.leverages(net, examples), expected) < ROUNDING
+    assert relative_error(net.leverages(examples), expected) < ROUNDING
     rows = [5, 3, 69]
-    assert relative_error(leverage.leverages(net, examples, rows), expected[rows]) < ROUNDING
+    assert relative_error(net.leverages(examples, rows), expected[rows]) < ROUNDING
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -67,9 +67,9 @@ def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
     """Rows that the model is sure of have next to no curvature, others next to no leverage left."""
     net, examples, _ = problem(40, 60, weight_decay=1e-4)
     net.theta = 2 * net.theta
-    rows, K = np.arange(40), leverage.gram(net, examples)
-    by_rows = leverage._by_rows(net, examples, rows, K)
-    by_parameters = leverage._by_parameters(net, examples, rows)
+    rows, K = np.arange(40), net.design.gram(examples.x)
+    by_rows = leverage._by_rows(net, net.design, net.link, examples, rows, K)
+    by_parameters = leverage._by_parameters(net, net.design, examples, rows)
     curvature = np.exp(-np.abs(net.outputs(examples.x)))
     assert curvature.min() < 1e-12 and curvature.max() > 0.05
     for one, other in zip(by_rows, by_parameters, strict=True):
@@ -79,21 +79,21 @@ def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
 @pytest.mark.parametrize("shape", [(50, 4), (50, 80)], ids=["tall", "wide"])
 def test_blocks_of_rows_change_nothing(monkeypatch, shape):
     net, examples, _ = problem(*shape)
-    whole = leverage.leverages(net, examples)
+    whole = net.leverages(examples)
     monkeypatch.setattr(leverage, "_COLUMNS", 7)
-    assert relative_error(leverage.leverages(net, examples), whole) < 1e-14
+    assert relative_error(net.leverages(examples), whole) < 1e-14
 
 
 def test_a_gram_matrix_serves_whatever_the_labels():
     net, examples, _ = problem(30, 50, intercept=True)
-    K = leverage.gram(net, examples)
+    K = net.design.gram(examples.x)
     x = oracles.with_ones(examples.x)
     assert relative_error(K, x @ x.T) < 1e-14
     flipped = Examples(examples.x, 1 - examples.y)
-    got = leverage.leverages(net, flipped, gram=K)
-    np.testing.assert_array_equal(got, leverage.leverages(net, flipped))
+    got = net.leverages(flipped, gram=K)
+    np.testing.assert_array_equal(got, net.leverages(flipped))
     # ... and is what is used.
-    assert not np.allclose(leverage.leverages(net, examples, gram=2 * K), got, rtol=0.1)
+    assert not np.allclose(net.leverages(examples, gram=2 * K), got, rtol=0.1)
 
 
 # --- when Influence asks for it ----------------------------------------------------------------
@@ -178,15 +178,15 @@ def test_a_singular_hessian_is_named(shape):
     net, examples, _ = problem(*shape, weight_decay=0.0)
     same = Examples(np.ones(shape), examples.y)
     with pytest.raises(DivergenceError, match="singular one; use a weight_decay above 0.0"):
-        leverage.leverages(net, same)
+        net.leverages(same)
 
 
 def test_bad_arguments():
     p = logistic("softmax", 10)
     with pytest.raises(ValueError, match="model must have one output, got 3"):
-        leverage.leverages(p.net, p.train)
+        p.net.leverages(p.train)
     net, examples, _ = problem(30, 50)
     with pytest.raises(ValueError, match=r"gram must have shape \(30, 30\), got \(50, 50\)"):
-        leverage.leverages(net, examples, gram=np.eye(50))
+        net.leverages(examples, gram=np.eye(50))
     with pytest.raises(IndexError, match="rows must lie in"):
-        leverage.leverages(net, examples, [30])
+        net.leverages(examples, [30])
