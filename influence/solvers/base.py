@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse
@@ -81,17 +81,13 @@ class Raw:
 class Solver(Protocol):
     """A frozen dataclass of hyperparameters, with a method that prepares a matrix.
 
-    A solver may lack the class attributes below: `is_exact` and `answers_indefinite` then read them
-    as False. An optional class attribute `unfit_as_preconditioner` gives the reason why CG cannot
-    use the solver.
+    It describes itself by class attributes, all of them optional. The functions `is_exact` and
+    `answers_indefinite` read the first two, and return False if they are missing.
 
-    Attributes:
-      exact: the answer is exact up to rounding, whatever the rtol.
-      answers_indefinite: the answer solves the system for an indefinite matrix too.
+      exact: ClassVar[bool]: the answer is exact up to rounding, whatever the rtol.
+      answers_indefinite: ClassVar[bool]: the answer solves an indefinite system too.
+      unfit_as_preconditioner: ClassVar[str]: the reason why CG cannot use the solver.
     """
-
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
 
     @property
     def rtol(self) -> float | None:
