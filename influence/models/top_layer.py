@@ -269,10 +269,10 @@ class _Trunk:
         """
         _check_range(images)
         _, backward = self._functions()
-        y, v, theta = (
+        labels, *head = (
             tf.convert_to_tensor(np.asarray(a, np.float64).reshape(-1)) for a in (y, v, theta)
         )
-        parts = [backward(x, y[rows], v, theta).numpy() for rows, x in self._batches(images)]
+        parts = [backward(x, labels[rows], *head).numpy() for rows, x in self._batches(images)]
         return np.concatenate(parts)
 
     def _batches(self, images: NDArray) -> Iterator[tuple[slice, Any]]:
