@@ -157,14 +157,6 @@ class GenericNeuralNet(Derivatives):
             most = min(most, _FLOAT32_ROWS)
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
-    def mean_over(self, examples: Examples, batch_size: int | None, question: Any) -> Any:
-        """Average `question(x, y)` over batches, weighted by rows."""
-        total = 0.0
-        size = batch_size or self.rows_per_batch(examples)
-        for x, y in examples.batches(size):
-            total = total + question(x, y) * (len(y) / len(examples))
-        return total
-
     def risk(self, examples: Examples, batch_size: int | None = None) -> float:
         """Return R(theta) = mean_i loss_i + penalty over all examples."""
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""`python -m data`: what it prints and how it exits."""
+"""`python -m data`: its output and exit status."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_fetch(capsys, made_up_mnist, accept, serve, tmp_path, cache):
     done = f"mnist: downloaded to {cache}\ndigits: needs no file\n"
     assert run(capsys, "fetch", "mnist", "digits") == (0, done, "")
     assert run(capsys, "fetch", "mnist") == (0, f"mnist: already in {cache}\n", "")
-    # A folder asked for is filled, wherever else the data may be.
+    # The named folder is filled, even if another folder has the data.
     folder = tmp_path / "folder"
     asked_for = run(capsys, "fetch", "--data-dir", str(folder), "mnist")
     assert asked_for == (0, f"mnist: downloaded to {folder}\n", "")

@@ -1,4 +1,4 @@
-"""Systems and solvers, and the certificate of a solve: what bounds the error of any score."""
+"""Systems, solvers, and the certificate of a solve: the bound on the error of any score."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ from tests.influence.problems import (
 
 
 def errors_and_bounds(matrix, solution, B):
-    """|g . (x - A^-1 b)| and its bound, for twenty vectors g and every b."""
+    """Compute |g . (x - A^-1 b)| and its bound, for twenty vectors g and every b."""
     G = np.random.default_rng(7).standard_normal((20, len(matrix)))
     truth = np.linalg.solve(matrix, B)
     return np.abs(G @ (solution.x - truth)), solution.score_error_bound(G)
@@ -73,10 +73,10 @@ def test_no_score_is_further_off_than_its_bound(kind, solver, known):
     solution = solve(A, B, solver)
     error, bound = errors_and_bounds(matrix, solution, B)
     assert bound.shape == (20, 4)
-    assert (error <= bound + 1e-13).all()  # rounding, where the answer is exact
+    assert (error <= bound + 1e-13).all()  # rounding, if the answer is exact
     if error.max() > 1e-10:
-        # Not vacuous: a random g lies along the error by one part in sqrt(d), about 4, and the
-        # bound on the smallest eigenvalue is not far below it.
+        # The bound is not vacuous: a random g lies along the error by 1 / sqrt(d), about 1/4, and
+        # the bound on the smallest eigenvalue is close to it.
         assert np.median(bound / error) < 100
     else:
         assert bound.max() < 1e-6 and not isinstance(solver, LiSSA)
@@ -96,7 +96,7 @@ def test_the_bound_is_reached_where_everything_lies_along_one_direction(size):
 @pytest.mark.parametrize("d", [30, 100])
 @pytest.mark.parametrize("smallest", [0.2, -0.3, 1e-6])
 def test_direct_finds_the_bound_itself(d, smallest):
-    """In size, so for an indefinite matrix too."""
+    """Bound |eigenvalue|, so that indefinite matrices have a bound too."""
     A = symmetric([smallest, *np.linspace(0.5, 3, d - 1)])
     found = solve(A, np.ones(d), Direct()).eigenvalue_bound
     assert abs(smallest) * (1 - 3e-3) < found <= abs(smallest) * (1 + 1e-9)
@@ -109,7 +109,7 @@ def test_where_nothing_is_known_nothing_is_claimed():
     assert np.isnan(solution.score_error_bound(np.ones((2, 30)))).all()
     net, train = tanh_net()
     assert np.isnan(Hessian(net, train, 5.0).smallest_eigenvalue_bound)
-    # A bound of zero bounds nothing.
+    # A bound of zero gives no bound.
     singular = GaussNewton(net, train)
     assert singular.smallest_eigenvalue_bound == 0
     assert np.isnan(solve(singular, singular @ np.ones(21), CG()).eigenvalue_bound)
@@ -131,7 +131,7 @@ def test_gradients_of_another_shape(gradients):
 
 
 class Skewed(LinearOperator):
-    """A matrix whose dense form differs from its products, by less than what is refused."""
+    """A matrix whose dense form differs from its products, by less than the check allows."""
 
     def __init__(self, matrix, away):
         super().__init__(np.float64, matrix.shape)
@@ -153,14 +153,14 @@ def test_the_residual_of_direct_is_that_of_the_products(m):
     assert (true > 1e-12).all() and not solution.converged.any()
     watched = solution.residual if m <= 4 else solution.residual[[0, 9, 19, 29]]
     np.testing.assert_allclose(watched, true if m <= 4 else true[[0, 9, 19, 29]], rtol=1e-3)
-    # Of the others what four columns let expect: the same rate, and no more than three times it.
+    # The others' residuals are estimated from the four columns, within a factor of a few.
     assert (solution.residual > 0.5 * true).all() and (solution.residual < 5 * true).all()
     error, bound = errors_and_bounds(A.products, solution, B)
     assert (error <= bound).all()
 
 
 def test_what_the_products_differ_by_is_taken_off_the_bound():
-    """The dense form's smallest eigenvalue is 1e-7, that of the products 9e-8."""
+    """Take 1e-7 as smallest eigenvalue of the dense form, and 9e-8 as that of the products."""
     A = Skewed(symmetric([1e-7, *np.linspace(0.5, 3, 29)]), -1e-8 * np.eye(30))
     bound = solve(A, np.ones(30), Direct()).eigenvalue_bound
     assert 1e-8 < bound <= 9e-8
@@ -276,7 +276,7 @@ def test_solvers_say_what_they_are(solver, exact, indefinite):
 
 
 class Own:
-    """A solver of a user, without the class attributes."""
+    """A user's solver, without the class attributes."""
 
     rtol = 1e-3
 
@@ -382,7 +382,7 @@ def test_penalties_that_are_not_known_bound_nothing():
         )
         net = GenericNeuralNet(model, "mse")
         np.testing.assert_allclose(net.penalty_convexity, expected, rtol=1e-6)
-    for order in (1, -1):  # a known one before or after
+    for order in (1, -1):  # the known one first or last
         l2, cubic = (keras.regularizers.L2(0.1), Cubic())[::order]
         model = keras.Sequential(
             [
