@@ -269,7 +269,11 @@ class GenericNeuralNet(Derivatives):
             self.theta = theta
             return self.risk_and_gradient(examples)
 
-        self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations)
+        def product(theta: NDArray, v: NDArray) -> NDArray:
+            total = examples.sum_over(Total("hvp", v[:, None]), self, theta)[:, 0]
+            return total / len(examples) + self.at(theta).penalty_hvp(v)
+
+        self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations, product)
         return self
 
 
