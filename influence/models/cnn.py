@@ -6,13 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import joblib
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_folder, load, store
+from influence.common.checkpoint import check_folder, identity, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
 from influence.examples.examples import Examples
@@ -184,10 +183,8 @@ def train_by_adam(
     start = [variable.numpy() for variable in variables]
     path, folder = None, check_folder(checkpoints)
     if folder is not None:
-        identity = joblib.hash(
-            (type(net).__name__, key, start, rates, batch_size, seed, examples.fingerprint)
-        )
-        path = folder / f"adam-{identity[:16]}.npz"
+        name = identity(net, examples, key, rates, batch_size, seed)
+        path = folder / f"adam-{name}.npz"
     done = 0
     if path is not None and path.exists():
         kept = load(path)

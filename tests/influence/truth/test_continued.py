@@ -15,7 +15,7 @@ STEPS, RATE = 7, 0.01
 
 
 def by_hand(p, theta, moments, removed, batch_size, seed):
-    """Kingma & Ba (2015) on the same minibatches, the row taken out of each that it is in."""
+    """Kingma & Ba (2015) on the same minibatches, without the row."""
     m, v = moments.first.copy(), moments.second.copy()
     rows = batch_rows(len(p.train), batch_size, seed, 0)
     for t in range(moments.steps + 1, moments.steps + STEPS + 1):
@@ -69,7 +69,7 @@ def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
 
 
 def test_moments_are_those_of_keras(trained):
-    """Training on with every row is Keras' own training with one more stage."""
+    """Training on with every row equals one more stage of Keras' own training."""
     p, _ = trained
     q = ridge()
     q.net.theta = start = q.theta + 1
