@@ -109,14 +109,19 @@ def unwritten(error: BaseException | None, folder: os.PathLike | None = None) ->
     Returns: the line, with the file and how to go on; None if the error is another.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, OSError) and error.errno:
             path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-            if error.errno in _FULL or (folder and path.startswith(os.fspath(folder) + os.sep)):
-                what = path or (os.fspath(folder) if folder else "a file")
-                why = os.strerror(error.errno) if error.errno else error.strerror
+            why, nowhere = os.strerror(error.errno), "No usable temporary directory"
+            if (error.strerror or "").startswith(nowhere):
+                path, why = "a temporary file", error.strerror
+            elif error.errno not in _FULL and not (
+                folder and path.startswith(os.fspath(folder) + os.sep)
+            ):
+                path = why = ""
+            if why:
                 return one_line(
-                    f"{what} could not be written ({why}); make room or allow it, and the same "
-                    "command again continues where this stopped."
+                    f"{path or folder or 'a file'} could not be written ({why}); make room or "
+                    "allow it, and the same command again continues where this stopped."
                 )
         error = error.__cause__ or error.__context__
     return None
@@ -198,6 +203,10 @@ def _on_interrupt(handler: Callable) -> None:
 def _leave(*_: object) -> None:
     with suppress(OSError):
         os.write(_stderr, f"{_LINE}\n".encode())
+    if "multiprocessing" in sys.modules:  # end joblib's workers, which Ctrl-C does not reach
+        with suppress(Exception):
+            for child in sys.modules["multiprocessing"].active_children():
+                child.kill()
     os._exit(INTERRUPTED)
 
 
