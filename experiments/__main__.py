@@ -250,8 +250,10 @@ def _refuse_unknown(words: Sequence[str], names: Sequence[str]) -> None:
 def _unboxed(text: str) -> str:
     """Return the sentence of tyro's boxed error, and the option's form, in one line."""
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    end = lines.index("", 1)  # a rule
-    said = console.one_line(" ".join(lines[1:end]))
+    lines = ["" if set(line) <= {"-"} else line for line in lines]  # rules, also in plain ASCII
+    begin = 2 if lines[1] == "" else 1  # below the title
+    end = lines.index("", begin)
+    said = console.one_line(" ".join(lines[begin:end]))
     form = next((line for line in lines[end:] if line.startswith("--")), "")
     said = said.removeprefix("Error parsing config: ").replace("Unrecognized options", "unexpected")
     return f"{said}{f'; it takes {form}' if form else ''} (--help lists the options)"
