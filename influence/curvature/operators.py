@@ -245,7 +245,9 @@ class GaussNewton(Curvature):
         )
         for square in squares:
             matrix += square
-        matrix = (matrix / len(self.examples)).astype(self.dtype, copy=False)
+            del square  # before the next batch's is formed
+        matrix /= len(self.examples)
+        matrix = matrix.astype(self.dtype, copy=False)
         self._add_penalty(matrix)
         return symmetrised(matrix)
 

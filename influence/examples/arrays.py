@@ -30,40 +30,6 @@ def check_one_input(x: Any, y: Any) -> None:
         )
 
 
-def numbers(value: Any, name: str) -> NDArray:
-    """Return the value as a dense array of numbers; an array is returned as it is.
-
-    Raises: TypeError naming `name` and, for a data frame, its non-numeric columns.
-    """
-    try:
-        array = value if isinstance(value, np.ndarray) else np.asarray(value)
-    except ValueError as error:  # NumPy's own message only mentions an inhomogeneous shape
-        raise TypeError(
-            f"{name} must be an array of numbers, got rows of unlike shapes."
-        ) from error
-    if array.dtype.kind in "biuf":
-        return array
-    got = f"dtype {array.dtype}"
-    # Data frames and series are recognised by attributes, so pandas need not be installed.
-    columns = list(getattr(value, "columns", ()))
-    dtypes = list(getattr(value, "dtypes", ())) if columns else []
-    wrong = [
-        c for c, t in zip(columns, dtypes, strict=False) if getattr(t, "kind", "O") not in "biuf"
-    ]
-    if wrong:
-        got = f"{', '.join(map(repr, wrong))} among its columns; leave them out or encode them"
-    elif getattr(getattr(value, "dtype", None), "kind", "O") in "biuf" or columns:
-        got += "; use .to_numpy('float32') for x, .to_numpy('int64') for class numbers"
-    elif array.dtype.kind in "SUT" or (array.size and isinstance(array.flat[0], str | bytes)):
-        got += (
-            " of strings; use np.unique(y, return_inverse=True)[1]"
-            if name == "y"
-            else " of strings; apply the layer that looks them up first (TextVectorization, "
-            "StringLookup) and give its ids to a model without it"
-        )
-    raise TypeError(f"{name} must be an array of numbers, got {got}.")
-
-
 class Fingerprint:
     """SHA-256 of rows that are added in batches; it does not depend on the batch size."""
 

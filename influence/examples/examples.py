@@ -13,13 +13,13 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.memory import CACHE
+from influence.common.numbers import numbers, refuse_mask
 from influence.common.progress import progress
 from influence.examples.arrays import (
     CHECK_ROWS,
     Fingerprint,
     check_finite,
     check_one_input,
-    numbers,
     parts_of,
 )
 
@@ -45,6 +45,7 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
 
 def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
     """Like `check_rows`, but rows may repeat."""
+    refuse_mask(rows, name)
     array = np.asarray(rows)
     if array.ndim != 1 or array.size == 0:
         got = f"{array}; use [{array}]" if array.ndim == 0 else f"shape {array.shape}"
@@ -321,11 +322,11 @@ class Examples:
 
     def _memos(self, net: Any, theta: NDArray | None, size: int) -> _Memos:
         """Return the cache of this net, theta and batch size; delete caches of other thetas."""
-        theta = net.theta if theta is None else theta
-        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, theta)]
+        at: NDArray = net.theta if theta is None else theta
+        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, at)]
         found = next((m for m in known if m.size == size), None)
         if found is None:
-            found = _Memos(net, theta, size)
+            found = _Memos(net, at, size)
             known = [*known[1 - _MOST_SIZES :], found]
         object.__setattr__(self, "_cached", known)
         return found

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.numbers import refuse_mask
 from influence.common.progress import progress
 from influence.examples.arrays import Fingerprint, check_finite, parts_of
 from influence.examples.examples import Examples, Remaining
@@ -332,6 +333,7 @@ def _batch(element: Any, first_row: int) -> Batch:
 
 
 def _array(value: Any, name: str) -> NDArray:
+    refuse_mask(value, name)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):  # rows of different lengths

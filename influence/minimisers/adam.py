@@ -1,4 +1,4 @@
-"""Adam's step (Kingma & Ba 2015), and the order in which its minibatches take the rows."""
+"""Adam's step (Kingma & Ba 2015), and the rows of its minibatches."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The decay rates of the two running means, and what keeps the division finite; those of Keras.
+# Decay rates of the two running means, and the denominator's constant. These are Keras' defaults.
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Adam's state after a training: what continuing it needs besides theta.
+    """Adam's state. With theta it is all that is needed to continue a training.
 
     Attributes:
-      steps: taken.
-      first: (d,) running mean of the gradients, not yet corrected for its start at zero.
-      second: (d,) that of their squares.
+      steps: number of steps taken.
+      first: (d,) running mean of the gradients, without the correction for its start at zero.
+      second: (d,) running mean of their squares.
     """
 
     steps: int
@@ -29,15 +29,15 @@ class Moments:
 
     @classmethod
     def none(cls, num_parameters: int, dtype: Any) -> Moments:
-        """Return the state before the first step, of theta (num_parameters,)."""
+        """Return the state before the first step."""
         zero = np.zeros(num_parameters, dtype)
         return cls(0, zero, zero)
 
     def step(self, thetas: NDArray, gradients: NDArray, rate: float) -> tuple[NDArray, Moments]:
-        """The next parameters and moments of k trainings at once, (d, k) each, as Keras has them.
+        """Take one step of k trainings: return their parameters (d, k) and moments.
 
         theta - rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), Kingma & Ba (2015, end of
-        section 2), where epsilon is not the one of their algorithm 1.
+        section 2), as in Keras. This epsilon differs from that of their algorithm 1.
         """
         t = self.steps + 1
         m, v = (a[:, None] if a.ndim == 1 else a for a in (self.first, self.second))
@@ -49,7 +49,7 @@ class Moments:
 
 
 def batch_rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
-    """The rows of step `first` and of all that follow: pass p is shuffled by (seed, p)."""
+    """Yield the rows of step `first` and of each later step; (seed, p) shuffles pass p."""
     batch_size = min(batch_size, num_examples)
     number, offset = divmod(first * batch_size, num_examples)
 

@@ -1,9 +1,9 @@
-"""A convex quadratic's minimum over the unit box, to the last digits.
+"""The minimum of a convex quadratic over the unit box, to rounding error.
 
     min a'Ga / 2 - b'a        over 0 <= a_i <= 1
 
-At the minimum the slope Ga - b is zero where a_i is inside, not negative where a_i = 0, and not
-positive where a_i = 1.
+At the minimum the slope (Ga - b)_i is zero if 0 < a_i < 1, not negative if a_i = 0, and not
+positive if a_i = 1.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-# Added to the diagonal, relative to its largest entry: a singular G then has a Cholesky factor.
+# Ridge relative to the largest diagonal entry. With it a singular G has a Cholesky factor.
 _RIDGE = 1e-8
-# Steps of iterative refinement, each of which takes the ridge's effect down by several digits.
+# Number of refinement steps. Each reduces the effect of the ridge by several digits.
 _REFINEMENTS = 4
 
 
 def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
-    """Return the a in [0, 1]^k that minimises a'Ga / 2 - b'a.
+    """Minimise a'Ga / 2 - b'a over a in [0, 1]^k.
 
-    With G + ridge I = L L', the problem is bounded least squares, min |L'a - L^-1 (b + ridge
-    start)|^2, in which the ridge pulls towards `start` and not towards zero. It is solved by
-    bounded-variable least squares (Stark & Parker 1995, as SciPy has it). Iterative refinement with
-    G itself on the entries inside the box then removes the ridge's effect wherever G determines
-    them. Where it does not, G being singular, calls that begin with the last answer as `start`
-    converge to a minimum.
+    With G + ridge I = L L' the problem becomes min |L'a - L^-1 (b + ridge start)|^2 over the box.
+    The ridge pulls a towards `start`, not towards zero. SciPy solves it by bounded-variable least
+    squares (Stark & Parker 1995). Iterative refinement with G on the entries inside the box then
+    removes the effect of the ridge on all entries that G determines. If G is singular it does not
+    determine all of them. Repeated calls, each with the last answer as `start`, then converge to a
+    minimum.
 
     Args:
       G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.
@@ -57,7 +57,7 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     found = scipy.optimize.lsq_linear(
         L.T, target, (0, 1), method="bvls", tol=1e-15, max_iter=10 * k
     )
-    # An entry at a bound, as the mask says, may differ from it in its last digit.
+    # An entry that the mask puts at a bound may differ from the bound in its last digit.
     a = np.select([found.active_mask < 0, found.active_mask > 0], [0.0, 1.0], found.x)
     inside = np.flatnonzero(found.active_mask == 0)
     if len(inside):

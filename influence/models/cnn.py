@@ -1,4 +1,4 @@
-"""The paper's convolutional network (Figure 2, right): what it is and how it is trained."""
+"""The paper's convolutional network (Figure 2, right), and its training by Adam."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 
-# 20,000 steps in place of the release's 500,000, and rates from ten times its first to its last.
+# 20,000 steps; the release takes 500,000. The first rate is ten times the release's first rate, the
+# last is the release's last.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
-# Steps between two checkpoints.
+# Number of steps between two checkpoints.
 _SAVE_EVERY = 500
 
 
 class AllCNN(GenericNeuralNet):
-    """A network of convolutions only, with tanh, for images (Koh & Liang 2017, section 4.2).
+    """An all-convolutional network with tanh, for images (Koh & Liang 2017, section 4.2).
 
-    3 x 3 convolutions as the strides say, one of 1 x 1 to as many channels as classes, their mean
-    over the image, and a linear layer to the logits. R = mean cross-entropy + weight_decay/2 times
-    the sum of |kernel|^2; biases are not penalised. With the defaults d = 2,616.
+    Its layers are a 3 x 3 convolution for each stride, a 1 x 1 convolution with one channel for
+    each class, the mean over the image, and a linear layer to the logits. R = mean cross-entropy +
+    weight_decay/2 times the sum of |kernel|^2; biases are not penalised. By default d = 2,616.
 
-    Activations are layers of their own, so that EK-FAC finds what went into them. Weights start
-    from a normal distribution truncated at two of its standard deviations, 2/sqrt(fan-in) for
-    convolutions and 1/sqrt(fan-in) for the last layer; biases from zero.
+    Activations are separate layers, as EK-FAC requires. Initial weights are from a normal
+    distribution truncated at two standard deviations. The standard deviation is 2/sqrt(fan-in) for
+    convolutions and 1/sqrt(fan-in) for the last layer. Initial biases are zero.
 
     Args:
       image_shape: (height, width, channels), channels last.
       num_classes: labels are class numbers 0 to num_classes - 1.
-      filters: channels of each 3 x 3 convolution.
-      strides: of the 3 x 3 convolutions, one after the other; without padding each takes 2 pixels
-        off both sides' sum before it strides.
+      filters: number of channels of each 3 x 3 convolution.
+      strides: strides of the 3 x 3 convolutions, in order. There is no padding, so each convolution
+        reduces height and width by 2 before its stride.
       weight_decay: lambda of lambda/2 |kernel|^2.
-      dtype: "float32", or "float64".
-      seed: of the start.
+      dtype: "float32" or "float64".
+      seed: seed of the initial weights.
 
     Attributes:
       moments: Adam's state after `fit`, for `continued_training`; None before.
 
-    Raises: ValueError for an image that the convolutions leave nothing of, a size below 1 or a
-      negative weight decay.
+    Raises: ValueError for an image too small for the convolutions, a size below 1 or a negative
+      weight decay.
     """
 
     def __init__(
@@ -113,20 +114,20 @@ class AllCNN(GenericNeuralNet):
     ) -> AllCNN:
         """Train from the present theta by Adam (Kingma & Ba 2015) on minibatches.
 
-        Where it ends is no minimum: `gradient_norm(examples)` tells how far from one it is. The
-        same examples, schedule and seed give the same theta, on the same machine bit for bit.
+        The final theta is not a minimum; `gradient_norm(examples)` measures how far it is from one.
+        The same examples, schedule and seed give the same theta, on the same machine bit for bit.
 
         Args:
           examples: the training set.
           schedule: (steps, learning rate) of each stage; Adam's averages carry over to the next.
-          batch_size: rows a step, all of them if there are fewer.
-          seed: of the order of the rows, shuffled anew each time all have been seen.
-          checkpoints: a folder where theta and Adam's state are kept every few hundred steps, so
-            that a training that was killed goes on where it was and ends with the same numbers.
+          batch_size: rows in each step; all rows if there are fewer.
+          seed: seed of the order of the rows, which are shuffled again after each pass.
+          checkpoints: a folder that stores theta and Adam's state every few hundred steps. A killed
+            training continues from there and ends with the same numbers.
 
         Returns: self, with Adam's state in `moments`.
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-          finite, theta being put back.
+          finite, with theta restored.
         """
         self.validate(examples, "examples")
         self.moments = train_by_adam(
@@ -151,24 +152,24 @@ def train_by_adam(
     checkpoints: str | os.PathLike | None = None,
     key: Any = (),
 ) -> Moments:
-    """Lower the risk from the net's theta by Adam (Kingma & Ba 2015), as Keras has it.
+    """Train a net by Keras' Adam (Kingma & Ba 2015), from its theta, on minibatches.
 
-    Each step takes the next rows of shuffled passes over the examples laid end to end, so that
-    step k's rows follow from the seed and k alone.
+    The minibatches are consecutive rows of shuffled passes over the examples. So the rows of step k
+    depend only on the seed and k.
 
     Args:
-      net: left at the last step's theta.
+      net: any net. It is left at the theta of the last step.
       examples: the training set.
-      schedule: (steps, learning rate) of each stage; Adam's averages go on from one to the next.
-      batch_size: rows a step, all of them if there are fewer.
-      seed: of the order of the rows.
-      checkpoints: a folder for the state of this training, kept every few hundred steps under a
-        name made of all that it depends on.
-      key: what else it depends on: the net's architecture, as values.
+      schedule: (steps, learning rate) of each stage; Adam's averages carry over to the next.
+      batch_size: rows in each step; all rows if there are fewer.
+      seed: seed of the order of the rows.
+      checkpoints: a folder that stores the state of the training every few hundred steps. The name
+        of the file depends on everything that the training depends on.
+      key: values that distinguish this net from others of its class, such as its architecture.
 
-    Returns: Adam's state at the end.
+    Returns: Adam's final state.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-      finite, all variables being put back.
+      finite, with all variables restored.
     """
     rates = _rates(schedule)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
@@ -178,7 +179,7 @@ def train_by_adam(
     weights = list(net.flat.weights)
     optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
     optimizer.build(weights)
-    # With what training moves besides theta, such as batch statistics and dropout's generators.
+    # Training also changes variables outside theta, such as batch statistics and dropout's states.
     variables = [*net.model.variables, *optimizer.variables]
     start = [variable.numpy() for variable in variables]
     path, folder = None, check_folder(checkpoints)
@@ -215,13 +216,13 @@ def train_by_adam(
 
 
 def _flat(optimizer: Any, kind: str) -> NDArray:
-    """(d,) one of Adam's two averages, in the order of theta."""
+    """Return one of Adam's two averages, (d,), in the order of theta."""
     parts = [variable for variable in optimizer.variables if variable.path.endswith(kind)]
     return np.concatenate([np.ravel(part.numpy()) for part in parts])
 
 
 def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
-    """(x, y) -> the minibatch's risk before the step, which it takes."""
+    """Return a function of a minibatch (x, y) that takes a step and returns the risk before it."""
 
     def step(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:
@@ -234,7 +235,7 @@ def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
 
 
 def _rates(schedule: Sequence[tuple[int, float]]) -> list[float]:
-    """The learning rate of each step."""
+    """Check a schedule and return the learning rate of each step."""
     rates: list[float] = []
     for stage in schedule:
         steps, rate = stage

@@ -1,7 +1,7 @@
-"""The two values that make a linear model: products with its inputs, and a loss of its outputs.
+"""The two values that define a linear model: products with inputs, and a loss of outputs.
 
-With W (f, c) the weights, outputs are Z = X W, and theta is W flattened row by row, the intercept
-last: an intercept is a feature that is always one. Neither value knows theta or the rows.
+The weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The intercept is a
+last feature that is always one. Neither value holds theta or rows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import scipy.sparse
 import threadpoolctl
 from numpy.typing import NDArray
 
-# Rows that are weighted at a time: they stay in the processor's cache.
+# Number of rows that are weighted together. They fit into the processor's cache.
 _HESSIAN_ROWS = 1024
-# Threads of our own pay for their start from this many operations a task ...
+# Our own threads are used only for tasks of at least this many operations: a start costs time.
 _WORTH_THREADS = 1e9
-# ... and share the work evenly from this many tasks.
+# Our own threads are used only for at least this many tasks: fewer cannot be shared evenly.
 _MANY_TASKS = 10
 
 
 class Link(ABC):
-    """A loss l(z, y), convex in z, and its derivatives by z: functions of outputs and labels.
+    """A loss l(z, y) that is convex in z, and its derivatives by z.
 
     Outputs Z are (n, c, k): c outputs of n rows at k parameter vectors. Labels y are (n,) or
     (n, 1).
@@ -48,21 +48,21 @@ class Link(ABC):
         """Return d2l/dz2 at Z (n, c, 1) times U (n, c, m)."""
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return the weights (n, w) >= 0 of `Design.weighted_gram` that make the loss's Hessian.
+        """Return weights (n, w) >= 0 whose `Design.weighted_gram` gives the Hessian of the loss.
 
-        Here, for one output: d2l/dz2.
+        For one output these are d2l/dz2.
         """
         return self.curved(Z, y, np.ones_like(Z))[:, :, 0]
 
 
 @dataclass(frozen=True)
 class Design:
-    """Products of inputs X (n, f) with parameters: dense or sparse, at the machine's full speed.
+    """Products of dense or sparse inputs X (n, f) with parameters.
 
     Args:
       num_features: f, without the intercept.
       num_outputs: c.
-      intercept: whether there is one.
+      intercept: whether the model has one.
       dtype: of theta and of every product.
     """
 
@@ -78,7 +78,7 @@ class Design:
 
     def times(self, x: Any, thetas: NDArray) -> NDArray:
         """Return the outputs (n, c, k) of inputs x (n, f) at parameters (d,) or (d, k)."""
-        # A strided W, of one column of a block, would go without BLAS.
+        # NumPy does not use BLAS for a strided W, such as one column of a block.
         W = np.ascontiguousarray(thetas).reshape(-1, self.num_outputs * thetas[0].size)
         Z = self.as_dtype(x) @ W[: self.num_features]
         if self.intercept:
@@ -94,15 +94,15 @@ class Design:
         return G.reshape(self.num_parameters, -1)
 
     def along(self, x: Any, E: NDArray, V: NDArray) -> NDArray:
-        """Return the gradients x_i (x) E_i times V (d, m), (n, m): one product in V's dtype.
+        """Multiply the gradients x_i (x) E_i by V (d, m), in one product in V's dtype: (n, m).
 
-        The gradients are formed, (n, d). For many vectors that costs nothing beside the product.
+        Of dense inputs the gradients (n, d) are formed. With many vectors their cost is negligible.
         """
         E, x = E.astype(V.dtype), x.astype(V.dtype)
         if scipy.sparse.issparse(x):
             W = V.reshape(-1, self.num_outputs * V.shape[1])
             U = x @ W[: self.num_features]
-            U += W[self.num_features :].sum(axis=0)  # the intercept's, if there is one
+            U += W[self.num_features :].sum(axis=0)  # the intercept's row, or no row
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
         G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a broadcast product
         return (V.T @ G.reshape(len(E), -1).T).T
@@ -110,9 +110,9 @@ class Design:
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
         """Return X' diag(w_k) X, (k, f, f), for weights w (n, k) >= 0.
 
-        A symmetric rank-n update of sqrt(w) X does half the work of a product. Each matrix is
-        summed by one thread, so that the sum does not depend on their number: updates of this size
-        leave BLAS' own threads idle a third of the time.
+        A symmetric rank-n update of sqrt(w) X needs half the operations of a product. One thread
+        sums each matrix, so the sum does not depend on the number of threads. In updates of this
+        size BLAS' own threads would be idle a third of the time.
         """
         f, (n, k) = self.num_features + self.intercept, weights.shape
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
@@ -122,11 +122,11 @@ class Design:
         def update(rows: NDArray, w: NDArray, some: slice, buffer: NDArray) -> None:
             for gram, column in zip(grams[some], w.T[some], strict=True):
                 weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
-                # In place: gram.T is in Fortran's order, and its lower half is gram's upper one.
+                # In place: gram.T is in Fortran order; its lower half is the upper half of gram.
                 syrk(1, weighted, beta=1.0, c=gram.T, overwrite_c=True, lower=True)
 
         with _threads(n * f**2, k) as (apply, count):
-            # Fresh pages cost more than the product.
+            # Buffers are reused: new memory costs more time than the product.
             buffers = [np.empty((_HESSIAN_ROWS, f), self.dtype) for _ in range(count)]
             shares = [slice(start, None, count) for start in range(count)]
             for start in range(0, n, _HESSIAN_ROWS):
@@ -138,19 +138,19 @@ class Design:
         return grams
 
     def gram(self, x: Any) -> NDArray:
-        """Return X X', (n, n), with the intercept's feature if there is one."""
+        """Return X X', (n, n), with the intercept's feature if the model has one."""
         x = self.as_dtype(x)
         K = x @ x.T
         K = K.toarray() if scipy.sparse.issparse(K) else K
         return K + 1 if self.intercept else K
 
     def as_dtype(self, x: Any) -> Any:
-        """Return inputs in the dtype of theta; see `check_features`."""
+        """Convert inputs to the dtype of theta; raises as `check_features`."""
         self.check_features(x, "x")
         return x if x.dtype == self.dtype else x.astype(self.dtype)
 
     def check_features(self, x: Any, name: str) -> None:
-        """Refuse inputs that are not one vector a row, such as images.
+        """Refuse inputs that are not one vector for each row, such as images.
 
         Raises: ValueError naming `name`.
         """
@@ -161,11 +161,11 @@ class Design:
             )
 
     def dense(self, x: Any) -> NDArray:
-        """Return inputs as a dense array in the dtype of theta."""
+        """Convert inputs to a dense array in the dtype of theta."""
         return self.as_dtype(x.toarray() if scipy.sparse.issparse(x) else x)
 
     def with_one(self, x: NDArray) -> NDArray:
-        """Return dense inputs with the intercept's feature if there is one."""
+        """Append the intercept's feature to dense inputs, if the model has an intercept."""
         if not self.intercept:
             return x
         return np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)
@@ -173,9 +173,9 @@ class Design:
 
 @contextmanager
 def _threads(work: float, tasks: int) -> Iterator[tuple[Callable, int]]:
-    """Yield a `map` over as many threads as BLAS had, which meanwhile has one, and their number.
+    """Yield a parallel `map` and its number of threads; meanwhile BLAS uses one thread.
 
-    For few tasks, or too little work in each, BLAS keeps its threads.
+    For few or small tasks `map` is Python's own, and BLAS keeps its threads.
     """
     if tasks < _MANY_TASKS or work < _WORTH_THREADS:
         yield map, 1

@@ -1,12 +1,12 @@
-"""What H^-1 says about single rows of a linear model, in closed form.
+"""Closed forms with H^-1 for single rows of a linear model: leverages and self-influence.
 
-With w = d2l/dz2 and S = diag(sqrt(w)), one output has H = X' S S X / n + lambda I, (d, d). Where d
-exceeds n, Woodbury's identity moves the inverse to K = X X', (n, n), so that d is never squared:
+With w = d2l/dz2 and S = diag(sqrt(w)), one output has H = X' S S X / n + lambda I, (d, d). If
+d > n, Woodbury's identity needs only matrices of the size of K = X X', (n, n):
 
     H^-1 = (I - X' S B^-1 S X) / lambda        B = S K S + n lambda I
 
-Every function takes a net whose outputs are `design`'s products, whose loss of them is `link`, and
-whose penalty is lambda/2 |theta|^2 with lambda its `strong_convexity`.
+Every function takes a net with outputs by `design`, a loss of them by `link`, and the penalty
+lambda/2 |theta|^2, where lambda is `net.strong_convexity`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from influence.examples.examples import Examples, check_rows
 from influence.models.design import Design, Link
 from influence.net.net import GenericNeuralNet
 
-_COLUMNS = 1024  # solved together: bounds memory at little cost in speed
-_LARGEST_FACTOR = 1 << 14  # order of the matrix that `self_influence` will factor: 2 GiB
+# Number of right-hand sides that are solved together. It bounds memory.
+_COLUMNS = 1024
+# Largest order of a matrix that `self_influence` factors: 2 GiB.
+_LARGEST_FACTOR = 1 << 14
 
 
 def leverages(
@@ -49,11 +51,11 @@ def leverages(
 def self_influence(
     net: GenericNeuralNet, design: Design, link: Link, examples: Examples, rows: NDArray
 ) -> NDArray | None:
-    """Return e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n with e = dl/dz: (k,).
+    """Compute e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n with e = dl/dz: (k,).
 
-    None for several outputs, in float32, without a penalty, where the matrix is too large or not
-    positive definite, or (n, n) and the inputs are not in memory: then there is no faster or no
-    safe closed form.
+    None if this is not safe or not faster: for several outputs, in float32, without a penalty, for
+    a matrix that is too large or not positive definite, and for one of order n if the inputs are
+    not in memory.
     """
     smaller = min(len(examples), design.num_parameters)
     if design.num_outputs != 1 or design.dtype != np.float64 or net.strong_convexity == 0:
@@ -85,7 +87,7 @@ def one_step_leave_one_out(
     Z = design.times(chosen.x, theta)
     stepped = np.empty((len(rows), design.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
-        # A = x (x) I_c, so that the row's Hessian is A S A' with S (c, c).
+        # With A = x (x) I_c the row's Hessian is A S A', S (c, c).
         A = np.kron(x[:, None], np.eye(c))
         S = link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()
@@ -103,7 +105,7 @@ def _quadratics(
     rows: NDArray,
     K: NDArray | None,
 ) -> tuple[NDArray, NDArray]:
-    """Return x_i' H^-1 x_i and x_i' H^-1 lambda theta, (k,) each."""
+    """Compute x_i' H^-1 x_i and x_i' H^-1 lambda theta, (k,) each."""
     try:
         if design.num_parameters <= len(examples):
             return _by_parameters(net, design, examples, rows)
@@ -118,7 +120,7 @@ def _quadratics(
 def _by_parameters(
     net: GenericNeuralNet, design: Design, examples: Examples, rows: NDArray
 ) -> tuple[NDArray, NDArray]:
-    """d^3/3 operations for the factor, then d^2 for each row."""
+    """Compute `_quadratics` in d^3/3 operations for the factor and d^2 for each row."""
     H: Any = net.hessian(examples)
     L = scipy.linalg.cholesky(H.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, net.penalty_gradient())
@@ -141,7 +143,7 @@ def _slopes(
 
 
 def _dense_rows(net: Any, theta: NDArray | None, x: Any, y: NDArray, *, design: Design) -> NDArray:
-    """Return a batch's features as a dense array, (b, f), the intercept's among them."""
+    """Return a batch's features as a dense array (b, f), which includes the intercept's."""
     return design.with_one(design.dense(x))
 
 
@@ -153,7 +155,7 @@ def _by_rows(
     rows: NDArray,
     K: NDArray | None,
 ) -> tuple[NDArray, NDArray]:
-    """n^3/3 operations for the factor, then n^2 for each row."""
+    """Compute `_quadratics` in n^3/3 operations for the factor and n^2 for each row."""
     K = design.gram(examples.x) if K is None else K
     Z = design.times(examples.x, net.theta)
     z, weight_decay = Z[:, 0, 0], net.strong_convexity
@@ -163,7 +165,7 @@ def _by_rows(
     B = K * s
     B *= s[:, None]
     B[np.diag_indices_from(B)] += len(s) * weight_decay
-    # B is its own transpose, which lies in memory as LAPACK wants it to overwrite it.
+    # B is symmetric; its transpose is in Fortran order, which LAPACK can overwrite.
     L = scipy.linalg.cholesky(B.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, s * z)
     h, q = np.empty((2, len(rows)), K.dtype)

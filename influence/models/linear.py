@@ -1,12 +1,12 @@
-"""A linear model with L2 penalty, every question of GenericNeuralNet answered in closed form.
+"""Linear models with an L2 penalty, whose losses and derivatives have closed forms.
 
-With W (f, c) the weights and z = x W, a loss l(z, y) that is convex in z gives for one example
+With weights W (f, c) and outputs z = x W, a loss l(z, y) that is convex in z gives for one example
 
     grad = x' (x) dl/dz        Hessian = x' x (x) d2l/dz2
 
-and R = mean loss + weight_decay/2 |W|^2. theta is W flattened row by row, the intercept last: an
-intercept is a feature that is always one. The closed forms override the tape's answers, are tested
-against them, and read x in NumPy, where float64 products are three times as fast as in TensorFlow.
+and R = mean loss + weight_decay/2 |W|^2. theta is W flattened row by row. The intercept is a last
+feature that is always one. The closed forms override the tape's answers and are tested against
+them. They use NumPy, whose float64 products are three times as fast as TensorFlow's.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from influence.models import leverage, newton
 from influence.models.design import Design, Link
 from influence.net.net import GenericNeuralNet
 
-# Entries of one batch's (rows, c, m) block: about the size of a processor's cache.
+# Largest number of entries in a batch's block (rows, c, m). It fits into a processor's cache.
 _BLOCK_NUMBERS = 1 << 21
 
 
 class LinearModel(GenericNeuralNet):
-    """Base of the convex models.
+    """Base class of the convex models.
 
     Args:
       num_features: f.
       num_outputs: c.
       link: the loss of outputs and its derivatives, in NumPy.
       loss: the same loss for Keras.
-      weight_decay: lambda of lambda/2 |W|^2, the intercept included.
-      intercept: whether there is one.
+      weight_decay: lambda of lambda/2 |W|^2, which includes the intercept.
+      intercept: whether the model has one.
       dtype: "float64" or "float32".
 
     Attributes:
-      design: the products with inputs.
-      link, weight_decay, intercept, num_features, num_outputs: as given.
+      design: products with inputs.
+      link, weight_decay, intercept, num_features, num_outputs: the arguments.
 
     Raises: ValueError for fewer than one feature or a negative weight decay.
     """
@@ -66,8 +66,8 @@ class LinearModel(GenericNeuralNet):
             raise ValueError(f"weight_decay must be non-negative, got {weight_decay}.")
         self.num_features, self.num_outputs, self.link = num_features, num_outputs, link
         self.weight_decay, self.intercept = float(weight_decay), bool(intercept)
-        # Keras' L2 has no 1/2. The intercept is penalised too: otherwise a constant added to all
-        # classes' intercepts would change nothing and leave softmax' Hessian singular.
+        # Keras' L2 has no 1/2. The intercept is penalised too. Otherwise the softmax Hessian would
+        # be singular: a constant added to all classes' intercepts changes no loss.
         l2 = keras.regularizers.L2(weight_decay / 2)
         dense = keras.layers.Dense(
             num_outputs,
@@ -83,7 +83,7 @@ class LinearModel(GenericNeuralNet):
     # --- the questions of GenericNeuralNet in closed form ---------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
-        """The linear outputs z, (n, c)."""
+        """See GenericNeuralNet.outputs: z, (n, c)."""
         return self._outputs(x)[:, :, 0]
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
@@ -110,7 +110,7 @@ class LinearModel(GenericNeuralNet):
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """See GenericNeuralNet.bregman_gradient: outputs linear in theta have a constant slope."""
+        """See GenericNeuralNet.bregman_gradient: X' (dl/dz - dl/dz at the net's theta) / n."""
         y = np.asarray(y)
         E = self.link.slope(self._outputs(x, thetas), y) - self.link.slope(self._outputs(x), y)
         return self.design.transposed_times(x, E) / len(E)
@@ -122,7 +122,7 @@ class LinearModel(GenericNeuralNet):
         product = self.design.transposed_times(x, C) / len(U)
         return product if np.ndim(V) == 2 else product[:, 0]
 
-    # The output is linear in theta, so the Hessian has nothing besides its Gauss-Newton part.
+    # Outputs are linear in theta, so the Gauss-Newton matrix is the Hessian.
     gauss_newton_product = hvp
 
     def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
@@ -137,7 +137,7 @@ class LinearModel(GenericNeuralNet):
         elif question in ("hvp", "gauss_newton"):
             E = self.link.curved(self.design.times(flat, self.theta), y, U)
         else:
-            return super().each_batch(question, x, y, V)  # which refuses it
+            return super().each_batch(question, x, y, V)  # raises
         E = E.reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ E).reshape(V.shape) / batch_size
 
@@ -158,6 +158,7 @@ class LinearModel(GenericNeuralNet):
         return self._input_gradient(self.theta, x, np.asarray(y), v)
 
     def _input_gradient(self, theta: NDArray, x: Any, y: NDArray, v: NDArray) -> NDArray:
+        """Return `input_gradient` at any theta, without its checks."""
         W, D = (np.reshape(t, (-1, self.num_outputs))[: self.num_features] for t in (theta, v))
         Z, U = (self.design.times(x, self._columns(t)) for t in (theta, v))
         slope, curved = self.link.slope(Z, y), self.link.curved(Z, y, U)
@@ -181,13 +182,13 @@ class LinearModel(GenericNeuralNet):
         return self.weight_decay * V
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
-        """The risk's Hessian (d, d) in closed form, for one output: X' diag(d2l/dz2) X / n."""
+        """Form the risk's Hessian (d, d), for one output: X' diag(d2l/dz2) X / n + lambda I."""
         (block,) = self._weighted_grams(examples)
         block[np.diag_indices_from(block)] += self.weight_decay
         return block
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """See GenericNeuralNet.rows_per_batch: blocks that stay in the cache are fastest."""
+        """See GenericNeuralNet.rows_per_batch: blocks that fit into the cache are fastest."""
         n = len(examples)
         if dtype is not None and np.dtype(dtype) != self.dtype:
             return fitting(VECTORS, self.num_parameters * np.dtype(dtype).itemsize, n)
@@ -199,14 +200,14 @@ class LinearModel(GenericNeuralNet):
     def fit(
         self, examples: Examples, *, gradient_tolerance: float = 1e-10, max_iterations: int = 1000
     ) -> LinearModel:
-        """Minimise the risk from the present theta by Newton's method; deterministic.
+        """Minimise the risk by Newton's method, from the present theta; deterministic.
 
         Args:
           examples: the training set.
-          gradient_tolerance: Euclidean norm of the risk's gradient to stop at.
-          max_iterations: Newton steps at most.
+          gradient_tolerance: Euclidean norm of the risk's gradient at which to stop.
+          max_iterations: largest number of Newton steps.
 
-        Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
+        Returns: self. Warns with ConvergenceWarning if the norm reached is larger.
         Raises: DivergenceError for a risk that is not finite.
         """
         self.validate(examples, "examples")
@@ -221,21 +222,21 @@ class LinearModel(GenericNeuralNet):
         return self
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """See GenericNeuralNet.self_influence: by one factorisation, of order n or d."""
+        """See GenericNeuralNet.self_influence: one factorisation, of order n or d."""
         return leverage.self_influence(self, self.design, self.link, examples, rows)
 
     def leverages(
         self, examples: Examples, rows: ArrayLike | None = None, *, gram: NDArray | None = None
     ) -> NDArray:
-        """x_i' H^-1 x_i, with the Hessian of the risk at theta, for a model of one output.
+        """Compute x_i' H^-1 x_i with the risk's Hessian at theta, for a model of one output.
 
-        Times (dl/dz)^2 / n it is the part of the self-influence that the row's loss explains.
+        Times (dl/dz)^2 / n it is the data term's part of the self-influence.
 
         Args:
           examples: the training set.
           rows: (k,) row numbers; all n if omitted.
-          gram: (n, n) `design.gram(examples.x)`, whatever the labels and theta. Used, and computed
-            if omitted, where there are more parameters than examples.
+          gram: (n, n) `design.gram(examples.x)`, which depends neither on labels nor on theta. It
+            is used, and computed if omitted, for more parameters than examples.
 
         Returns: (k,).
         Raises: ValueError for several outputs or a wrong shape; DivergenceError for a singular
@@ -244,14 +245,14 @@ class LinearModel(GenericNeuralNet):
         return leverage.leverages(self, self.design, self.link, examples, rows, gram=gram)
 
     def one_step_leave_one_out(self, examples: Examples, rows: Any) -> NDArray:
-        """theta after one exact Newton step on the risk without each row; closed form.
+        """Compute theta after one exact Newton step on the risk without each row.
 
-        H_-i = (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I, inverted
-        by Woodbury's identity from one factorisation: an oracle for `leave_one_out`.
+        H_-i = (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. One
+        factorisation and Woodbury's identity invert it for all rows: an oracle for `leave_one_out`.
 
         Args:
-          examples: the training set that theta minimises the risk of.
-          rows: (k,) rows, each removed alone.
+          examples: the training set, at whose minimum theta is.
+          rows: (k,) rows; each is removed by itself.
 
         Returns: (k, d).
         """
@@ -269,7 +270,7 @@ class LinearModel(GenericNeuralNet):
         return V.reshape(self.num_parameters, -1)
 
     def _outputs(self, x: Any, thetas: NDArray | None = None) -> NDArray:
-        """Return X theta, (n, c, k), at other parameters (d, k) or, cached, at the net's own."""
+        """Return X theta, (n, c, k), at other parameters (d, k) or at the net's own, cached."""
         if thetas is not None:
             return self.design.times(x, self._columns(thetas))
         if self.memo is None:

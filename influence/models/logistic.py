@@ -1,4 +1,4 @@
-"""Logistic regression, of many classes and of two: the paper's convex models.
+"""Logistic regression with many classes and with two: the paper's convex models.
 
 With p = softmax(z) or sigmoid(z): loss = -log p_y, dl/dz = p - onehot(y), d2l/dz2 = diag(p) - p p'.
 """
@@ -70,8 +70,8 @@ class MulticlassLogisticRegression(LinearModel):
     Args:
       num_features: f.
       num_classes: c.
-      weight_decay: lambda of lambda/2 |W|^2, the intercept included.
-      intercept: whether there is one; the paper has none.
+      weight_decay: lambda of lambda/2 |W|^2, which includes the intercept.
+      intercept: whether the model has one; the paper's has none.
       dtype: "float64", because leave-one-out changes are 1e-3 to 1e-5 of a loss; or "float32".
 
     Raises: ValueError for fewer than two classes, one feature or a negative weight decay.
@@ -99,9 +99,10 @@ class MulticlassLogisticRegression(LinearModel):
         )
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
-        """The risk's Hessian (d, d), from the blocks of pairs of classes, -X' diag(p_a p_b) X / n.
+        """Form the risk's Hessian (d, d) from a block -X' diag(p_a p_b) X / n for each class pair.
 
-        Probabilities add up to one, so a class's own block is minus the sum of its others.
+        Probabilities add up to one. So the diagonal block of a class is minus the sum of its other
+        blocks.
         """
         blocks = self._weighted_grams(examples)
         c, f = self.num_outputs, blocks.shape[1]
@@ -110,7 +111,7 @@ class MulticlassLogisticRegression(LinearModel):
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
         H = np.empty((f, c, f, c), self.dtype)
-        # One feature's rows at a time: what they are gathered from and put into stays in the cache.
+        # One feature's rows at a time: source and target of this copy then fit into the cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
             parts = -of_row[pair]  # (c, c, f)
             parts[own, own] = 0
@@ -126,8 +127,8 @@ class BinaryLogisticRegression(LinearModel):
 
     Args:
       num_features: f.
-      weight_decay: lambda of lambda/2 |w|^2, the intercept included.
-      intercept: whether there is one; the paper has none.
+      weight_decay: lambda of lambda/2 |w|^2, which includes the intercept.
+      intercept: whether the model has one; the paper's has none.
       dtype: "float64" or "float32".
 
     Raises: ValueError for fewer than one feature or a negative weight decay.
@@ -153,7 +154,7 @@ class BinaryLogisticRegression(LinearModel):
 
 
 def _softmax(Z: NDArray) -> NDArray:
-    """Over axis 1, a fresh array; written out because scipy.special's makes four copies."""
+    """Return the softmax over axis 1, a new array; scipy.special's would make four copies."""
     P = Z - Z.max(axis=1, keepdims=True)
     np.exp(P, out=P)
     P /= P.sum(axis=1, keepdims=True)

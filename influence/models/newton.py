@@ -1,7 +1,7 @@
-"""Newton's method for the smooth convex risk of a LinearModel: what its `fit` does.
+"""Newton's method for the smooth convex risk of a LinearModel.
 
-The outputs Z = X theta give the gradient X' dl/dz / n + lambda theta, and a product with the
-Hessian costs two more products with X.
+The outputs Z = X theta give the gradient X' dl/dz / n + lambda theta. A product with the Hessian
+then costs two more products with X.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# Forming and factoring the Hessian may cost as much as this many products with X.
+# The Hessian is formed and factored if that costs at most this many products with X.
 _FACTOR_COST = 2000
-# Relative residual of the first steps, far from the minimum.
+# Largest relative residual of a step. The first steps, far from the minimum, have it.
 _LOOSEST = 0.5
-# Share of the decrease that the slope promises which a step must bring (Armijo).
+# A step must bring this fraction of the decrease that the slope predicts (Armijo's condition).
 _SUFFICIENT = 1e-4
-# Lengths of a step that are tried: 1, then seven at a time 1/2, 1/4 ...
+# Step lengths in the order in which they are tried: 1, then 1/2, 1/4 ..., seven in one pass.
 _LENGTHS = np.split(0.5 ** np.arange(50), range(1, 50, 7))
 
 
@@ -37,29 +37,29 @@ def minimise(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[float, str]:
-    """Minimise the risk from the net's theta, which is left at the best point found.
+    """Minimise the risk from the net's theta, and leave the net at the best point found.
 
-    Every step is shortened until the risk falls, so that no start is too far away. H p = g is
-    solved by Cholesky where that is cheap (up to about 2,000 parameters for dense inputs); else by
-    conjugate gradients, to a residual that tightens with the gradient (Dembo, Eisenstat & Steihaug
+    Each step is shortened until the risk decreases, so any start converges. H p = g is solved by
+    Cholesky if that is cheap (up to about 2,000 parameters for dense inputs). Otherwise conjugate
+    gradients solve it, to a residual that decreases with the gradient (Dembo, Eisenstat & Steihaug
     1982).
 
     Args:
-      net: with the closed forms of LinearModel.
-      design: its products with inputs.
+      net: a LinearModel.
+      design: the net's products with inputs.
       examples: the training set.
-      tolerance: Euclidean norm of the risk's gradient to stop at.
-      max_iterations: steps at most.
+      tolerance: Euclidean norm of the risk's gradient at which to stop.
+      max_iterations: largest number of steps.
 
-    Returns: the gradient norm reached, and why it is above the tolerance or "".
+    Returns: the gradient norm reached, and the reason if it is above the tolerance, else "".
     Raises: DivergenceError for a risk or gradient that is not finite.
     """
     first, before = 0.0, np.inf
     question = Total("loss_and_gradient")
-    question.keeps = True  # products at the same theta follow
+    question.keeps = True  # products at the same theta use the outputs again
     theta = net.theta
     for iteration in range(max_iterations + 1):
-        view = net.at(theta)  # whose theta is read faster than a Keras variable
+        view = net.at(theta)  # reading its theta is faster than reading Keras variables
         loss, gradient = examples.sum_over(question, view)
         value = loss / len(examples) + view.penalty()
         gradient = gradient / len(examples) + view.penalty_gradient()
@@ -92,7 +92,7 @@ def minimise(
 def _step(
     net: GenericNeuralNet, design: Design, examples: Examples, gradient: NDArray, rtol: float
 ) -> NDArray:
-    """Return H^-1 gradient, (d,)."""
+    """Solve for H^-1 gradient, (d,)."""
     n, d = len(examples), net.num_parameters
     if d**2 * (n + d / 3) <= _FACTOR_COST * examples.num_entries * design.num_outputs:
         try:
@@ -101,7 +101,7 @@ def _step(
             if gradient @ step > 0:
                 return step
         except np.linalg.LinAlgError:
-            pass  # singular without a penalty: CG finds the shortest step that solves it
+            pass  # H is singular without a penalty; CG finds the shortest solution
 
     def product(V: NDArray) -> NDArray:
         return examples.sum_over(Total("hvp", V), net) / n + net.penalty_hvp(V)
@@ -118,7 +118,7 @@ def _length(
     slope: float,
     rounding: float,
 ) -> float:
-    """Return the first of 1, 1/2, 1/4 ... that lowers the risk as its slope promises, or 0."""
+    """Find the first length of 1, 1/2, 1/4 ... with a sufficient decrease of the risk, else 0."""
     theta = net.theta
     for lengths in _LENGTHS:
         thetas = theta[:, None] - lengths.astype(theta.dtype) * step[:, None]

@@ -1,12 +1,12 @@
 """Logistic regression on a frozen network's features: the paper's "Inception" (figures 4 and 5).
 
-The network's trunk turns an image x into a feature map, whose mean over its places is phi(x), (f,).
-theta = w is the head alone, and with a mean m and a scale s given beforehand
+The network's trunk turns an image x into a feature map, whose mean over all positions is phi(x),
+(f,). theta = w holds only the head. With a given mean m and scale s
 
     z = w . (phi(x) - m) / s
 
-m and s are folded into the head: of phi itself its weights are w / s and its intercept is
-- w . m / s. It is w that lambda/2 |w|^2 penalises. Without m and s it is the paper's model.
+As a function of phi the head has the weights w / s and the intercept - w . m / s. The penalty is
+lambda/2 |w|^2. Without m and s this is the paper's model.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression
 
-# Images at a time. On a processor photographs together are no faster than one by one, and only one
-# by one are their last bits sure not to depend on which others they come with.
+# Number of images in one call of the trunk. On a CPU larger batches of photographs are not faster.
+# In batches, the last bits of an image's features may depend on the other images.
 _ON_GPU, _ELSEWHERE = 16, 1
-_SLACK = 1e-6  # rounding of [-1, 1] in float32
-# Images are (n, h, w, c), features (n, f).
+# Allowed excess over [-1, 1], for rounding in float32.
+_SLACK = 1e-6
+# Number of axes of images (n, h, w, c); features are (n, f).
 _IMAGE_RANK = 4
-# Images read at a time.
+# Number of images that are read together.
 _ROWS = 256
 
 
 def scaled(images: Any, dtype: Any = "float32") -> NDArray:
-    """Images as a trunk takes them: bytes k as k / 127.5 - 1, floats as they are.
+    """Scale images for a trunk: bytes k become k / 127.5 - 1; floats stay as they are.
 
     Args:
       images: (..., h, w, c), integers 0 to 255 or floats in [-1, 1].
-      dtype: of the result.
+      dtype: dtype of the result.
 
     Returns: floats in [-1, 1], of the same shape.
     Raises: TypeError for other numbers, ValueError for those out of range.
@@ -49,13 +50,13 @@ def scaled(images: Any, dtype: Any = "float32") -> NDArray:
 
 
 def cut(model: keras.Model, layer_name: str) -> keras.Model:
-    """The part of a model from its input to the output of one layer, the weights shared.
+    """Make a model from the input of another to the output of one of its layers, weights shared.
 
     Args:
-      model: functional or sequential.
-      layer_name: where to end: `mixed10` of InceptionV3, `conv_pw_13_relu` of MobileNet.
+      model: a functional or sequential model.
+      layer_name: the layer: `mixed10` of InceptionV3, `conv_pw_13_relu` of MobileNet.
 
-    Returns: a model with that output.
+    Returns: a model with that layer's output.
     Raises: ValueError if there is no such layer.
     """
     names = [layer.name for layer in model.layers]
@@ -72,22 +73,22 @@ def cut(model: keras.Model, layer_name: str) -> keras.Model:
 class TopLayer(BinaryLogisticRegression):
     """Binary logistic regression on the pooled features of a frozen trunk.
 
-    The logit is z = theta . (phi(x) - mean) / scale, phi(x) the mean of the trunk's feature map
-    over its places.
+    The logit is z = theta . (phi(x) - mean) / scale. phi(x) is the mean of the trunk's feature map
+    over all positions.
 
-    `features` and `featured` make features (n, f) of images. Every question takes features; only
-    `input_gradient` takes images too.
+    `features` and `featured` compute features (n, f) of images. All questions take features. Only
+    `input_gradient` also takes images.
 
     Args:
       trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,);
-        `cut` makes one. It runs in inference mode and in its own precision, float32 as a rule; the
-        head is float64. Networks that take other inputs need a layer for that in front.
+        `cut` makes one. It runs in inference mode and in its own precision, usually float32; the
+        head is float64. A network for inputs of another range needs a rescaling layer in front.
       weight_decay: lambda of lambda/2 |w|^2.
-      mean: (f,) m, such as the mean of the training set's pooled features; None for none.
-      scale: (f,) s, such as their deviation, positive; None for none.
+      mean: (f,) m, such as the mean of the training set's pooled features; zero if None.
+      scale: (f,) s, such as their standard deviation, positive; one if None.
 
     Attributes:
-      trunk: as given.
+      trunk: the argument.
 
     Raises: TypeError or ValueError naming the argument that is wrong.
     """
@@ -112,14 +113,14 @@ class TopLayer(BinaryLogisticRegression):
             )
 
     def features(self, x: Any) -> Any:
-        """Make features of images: (phi(x) - m) / s.
+        """Compute features of images: (phi(x) - m) / s.
 
         Args:
-          x: (n, h, w, c) images, integers 0 to 255 or floats in [-1, 1]; or features already,
-            (n, f), which come back as they are.
+          x: (n, h, w, c) images, integers 0 to 255 or floats in [-1, 1]; or features (n, f), which
+            are returned unchanged.
 
-        Returns: (n, f) float64. On a processor images go through the trunk one by one, so that an
-          image has the same features, to the last bit, whichever others come with it.
+        Returns: (n, f) float64. On a CPU the trunk takes one image at a time, so the features of an
+          image do not depend on the other images, not even in their last bits.
         Raises: ValueError for images of another size or range.
         """
         if not _are_images(x):
@@ -128,24 +129,24 @@ class TopLayer(BinaryLogisticRegression):
         return self._standardised(self._trunk.pooled(x))
 
     def featured(self, examples: Examples) -> Examples:
-        """Replace images by their features; examples of features come back as they are."""
+        """Replace images by their features; examples of features are returned unchanged."""
         if not _are_images(examples.take([0]).x):
             return examples
         return Examples(examples.each_row(_features, self, batch_size=_ROWS), examples.y)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.input_gradient; by images it reaches the pixels.
+        """Differentiate grad loss_i . v by features or, through the trunk, by pixels.
 
-        J(x)' d/dphi (grad loss . v) / s, J the derivative of the trunk's pooled output: its
-        vector-Jacobian product with the cotangent of LinearModel's closed form.
+        By pixels it is J(x)' c, where J is the derivative of the trunk's pooled output phi and c =
+        d/dphi (grad loss . v) is LinearModel's closed form divided by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
           y: (n,) labels.
           v: (d,) direction in parameter space.
 
-        Returns: x's shape; of images, in the trunk's precision.
-        Raises: TypeError for images as integers: `scaled` makes floats of them.
+        Returns: an array of x's shape; for images in the trunk's precision.
+        Raises: TypeError for images as integers; `scaled` converts them to floats.
         """
         if not _are_images(x):
             return super().input_gradient(x, y, v)
@@ -164,7 +165,7 @@ class TopLayer(BinaryLogisticRegression):
         return super().curvature_gradient(self.design.as_dtype(x), y, v)
 
     def validate(self, examples: Examples, name: str) -> None:
-        """See GenericNeuralNet.validate; images are refused, as only their features are rows."""
+        """See GenericNeuralNet.validate; refuses images, which `featured` must convert first."""
         if isinstance(examples, Examples):
             self.design.check_features(examples.take([0]).x, f"{name}.x")
         super().validate(examples, name)
@@ -175,7 +176,7 @@ class TopLayer(BinaryLogisticRegression):
         return (pooled - self._mean) / self._scale
 
     def _cotangent(self, theta: NDArray, pooled: NDArray, y: NDArray, v: NDArray) -> NDArray:
-        """d/dphi (grad loss . v) at theta, (k, f)."""
+        """Return d/dphi (grad loss . v) at theta, (k, f)."""
         features = self._standardised(pooled.astype(np.float64))
         return self._input_gradient(theta, features, y, v) / self._scale
 
@@ -205,7 +206,7 @@ def _are_images(x: Any) -> bool:
 
 
 def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the features of a batch, (n, f)."""
+    """Compute the features of a batch, (n, f)."""
     return net.features(x)
 
 
@@ -213,14 +214,14 @@ class _Trunk:
     """Pooled features of images, and the derivative of a function of them by the images.
 
     Args:
-      model: Keras model from one image input (h, w, c) to a feature map (h', w', f), of which the
-        mean over its places is taken, or to a vector (f,). Run in inference mode, never changed;
-        its weights must stay as they are.
+      model: Keras model from one image input (h, w, c) to a feature map (h', w', f), which is
+        averaged over all positions, or to a vector (f,). It runs in inference mode, and its weights
+        must never change.
       cotangent: (theta, pooled (k, f), y, v) -> (k, f) float64, the derivative by the pooled
-        features of what `pullback` is asked to differentiate by the images.
+        features of the function that `pullback` differentiates by the images.
 
     Attributes:
-      image_shape: (h, w, c), None where the model takes any.
+      image_shape: (h, w, c), with None for any size.
       num_features: f.
 
     Raises: TypeError or ValueError for another model.
@@ -247,11 +248,11 @@ class _Trunk:
         self._traced: Any = None
 
     def __getstate__(self) -> dict:
-        """All but the traced functions, which are made again."""
+        """Return all but the traced functions, which are traced again after unpickling."""
         return {**self.__dict__, "_traced": None}
 
     def pooled(self, images: NDArray) -> NDArray:
-        """(k, f) float64 features of k images; see `scaled`."""
+        """Compute pooled features (k, f), in float64, of k images as `scaled` takes them."""
         if not len(images):
             return np.empty((0, self.num_features))
         _check_range(images)
@@ -262,16 +263,16 @@ class _Trunk:
         return np.concatenate([forward(x).numpy().astype(np.float64) for _, x in batches])
 
     def pullback(self, images: NDArray, y: Any, v: NDArray, theta: NDArray) -> NDArray:
-        """(k, h, w, c): J_i' cotangent_i for each image, J_i the derivative of its features.
+        """Compute J_i' cotangent_i, J_i the derivative of image i's features: (k, h, w, c).
 
-        One pass of the trunk forward and one backward.
+        This takes one forward and one backward pass of the trunk.
         """
         _check_range(images)
         _, backward = self._functions()
-        y, v, theta = (
+        labels, *head = (
             tf.convert_to_tensor(np.asarray(a, np.float64).reshape(-1)) for a in (y, v, theta)
         )
-        parts = [backward(x, y[rows], v, theta).numpy() for rows, x in self._batches(images)]
+        parts = [backward(x, labels[rows], *head).numpy() for rows, x in self._batches(images)]
         return np.concatenate(parts)
 
     def _batches(self, images: NDArray) -> Iterator[tuple[slice, Any]]:
@@ -281,7 +282,7 @@ class _Trunk:
             yield rows, tf.convert_to_tensor(_floats(images[rows], self.dtype))
 
     def _functions(self) -> tuple[Any, Any]:
-        """Forward and backward, traced once for batches of any size."""
+        """Return the forward and the backward pass, traced once for batches of any size."""
         if self._traced is None:
             x = tf.TensorSpec((None, *self.image_shape), tf.as_dtype(self.dtype))
             vector = tf.TensorSpec((None,), tf.float64)
@@ -299,7 +300,7 @@ class _Trunk:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
             pooled = self._forward(x)
-        # In NumPy, between the two passes: the head's closed form is written down once, there.
+        # The head's closed form exists only in NumPy, so it is called between the two passes.
         cotangent = tf.numpy_function(self._cotangent, [theta, pooled, y, v], tf.float64)
         cotangent = tf.cast(tf.ensure_shape(cotangent, pooled.shape), pooled.dtype)
         gradient = tape.gradient(pooled, x, output_gradients=cotangent)

@@ -17,6 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
+from influence.common.numbers import numbers
 from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
@@ -128,7 +129,7 @@ class GenericNeuralNet(Derivatives):
             weight.assign(part.reshape(weight.shape))
 
     def _checked_theta(self, value: NDArray) -> NDArray:
-        value = np.asarray(value)
+        value = numbers(value, "theta")
         if value.shape != (self.num_parameters,):
             raise ValueError(f"theta must have shape ({self.num_parameters},), got {value.shape}.")
         if not np.isfinite(value).all():
@@ -272,18 +273,21 @@ class GenericNeuralNet(Derivatives):
         return self
 
 
-def checked(net: Any, train: Any = None, test: Any = None) -> None:
-    """Refuse anything that is not a net, and examples that do not fit it, before any long work.
+_NOT_GIVEN: Any = object()
+
+
+def checked(net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN) -> None:
+    """Refuse a net of another type, and examples that do not fit it, before any long work.
 
     Args:
-      net: the object that must be a GenericNeuralNet.
-      train: training examples, or None.
-      test: test examples, or None.
+      net: must be a GenericNeuralNet.
+      train: training examples; not checked if left out.
+      test: test examples; not checked if left out.
 
-    Raises: TypeError for another object; as `GenericNeuralNet.validate` for the examples.
+    Raises: TypeError for another net; as `GenericNeuralNet.validate` for the examples.
     """
     if not isinstance(net, GenericNeuralNet):
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
     for name, examples in (("train", train), ("test", test)):
-        if examples is not None:
+        if examples is not _NOT_GIVEN:
             net.validate(examples, name)

@@ -13,7 +13,13 @@ from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
 from influence.common.progress import counter
-from influence.solvers.base import Raw, enough_damping, relative_norm
+from influence.solvers.base import (
+    Raw,
+    check_integer,
+    check_rtol,
+    enough_damping,
+    relative_norm,
+)
 from influence.solvers.preconditioner import check_preconditioner, inverse_of
 
 _MOST_ITERATIONS = 10_000
@@ -60,10 +66,9 @@ class CG:
 
     def __post_init__(self):
         """Check the hyperparameters."""
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        check_rtol(self.rtol)
+        if self.max_iterations is not None:
+            check_integer("max_iterations", self.max_iterations, 1)
         check_preconditioner(self.preconditioner)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
@@ -237,9 +242,12 @@ def _independent(Z: NDArray) -> NDArray:
     """Return orthonormal columns that span those of Z (d, m), up to rounding."""
     size = np.linalg.norm(Z, axis=0)
     Z = Z[:, size > 0] / size[size > 0]
-    gram = (Z.T @ Z).astype(np.float64)
+    few = len(Z) < Z.shape[1]  # then the rows' products are the smaller matrix
+    gram = (Z @ Z.T if few else Z.T @ Z).astype(np.float64)
     values, vectors = scipy.linalg.eigh(gram, check_finite=False) if Z.size else (size[:0], gram)
     kept = values > np.sqrt(np.finfo(Z.dtype).eps) * values.max(initial=0.0)
+    if few and Z.size:
+        return vectors[:, kept].astype(Z.dtype)
     return Z @ (vectors[:, kept] / np.sqrt(values[kept])).astype(Z.dtype)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
+from influence.common.numbers import numbers
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
@@ -60,7 +61,7 @@ class RefitOptions(RunOptions):
             raise ValueError(f"method must be 'newton' or 'fit', got {self.method!r}.")
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {self.tolerance}.")
-        if self.start is not None and not np.isfinite(self.start).all():
+        if self.start is not None and not np.isfinite(numbers(self.start, "start")).all():
             raise ValueError("start must be finite, got a NaN or infinity.")
         if self.max_passes is not None and self.max_passes < 1:
             raise ValueError(f"max_passes must be at least 1, got {self.max_passes}.")

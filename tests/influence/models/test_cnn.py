@@ -50,7 +50,7 @@ def test_it_starts_from_truncated_normals(paper):
         values = kernel.ravel() / deviation
         assert np.abs(values).max() <= 2 and not bias.any()
         p = scipy.stats.kstest(values, scipy.stats.truncnorm(-2, 2).cdf).pvalue
-        assert p > 1e-3, layer.name  # 5 % too wide or narrow a start has p < 1e-3 only with n > 4e3
+        assert p > 1e-3, layer.name  # a 5 % error of the deviation has p < 1e-3 only with n > 4e3
         assert np.std(values) == pytest.approx(0.88, abs=4 * 0.88 / np.sqrt(2 * values.size))
 
 
@@ -130,7 +130,7 @@ def images():
 
 
 def by_hand(oracle, theta, rates):
-    """Kingma & Ba (2015), algorithm 1 in the form that ends section 2, on all rows."""
+    """Take the steps of Kingma & Ba (2015), algorithm 1 as at the end of section 2, on all rows."""
     m = v = np.zeros_like(theta)
     for t, rate in enumerate(rates, start=1):
         g = oracle.gradient(theta)
@@ -150,8 +150,8 @@ def test_every_step_is_kingma_and_ba_s_on_the_risk_with_its_penalty():
     assert relative_error(p.theta - start, expected - start) < 1e-5
 
 
-def test_minibatches_are_the_rows_that_are_said():
-    """One step on rows 3 and 1 is one step on those rows alone."""
+def test_minibatches_are_those_of_batch_rows():
+    """A step on a minibatch equals a step on a training set of only these rows."""
     p, q = ridge(), ridge()
     rows = next(batch_rows(len(p.train), 2, 5, 0))
     train_by_adam(p.net, p.train, schedule=((1, 0.1),), batch_size=2, seed=5)
@@ -178,7 +178,7 @@ def every_two_steps(monkeypatch):
 
 
 def stopped_after(monkeypatch, steps):
-    """A `progress` that ends the world before step `steps` + 1."""
+    """Replace `progress` by one that interrupts the training before step `steps` + 1."""
 
     def until(items, what, total):
         for i, item in enumerate(items):
@@ -205,14 +205,14 @@ def test_what_was_interrupted_ends_with_the_same_bits(
         again = small().fit(images, **options)
         assert taken == [9 - steps // 2 * 2]
         np.testing.assert_array_equal(again.theta, whole)
-        # What is done is read, not done again.
+        # A finished training is read, not repeated.
         np.testing.assert_array_equal(small().fit(images, **options).theta, whole)
         assert taken[1] == 0
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_all_that_training_moves_is_kept(tmp_path, monkeypatch, every_two_steps):
-    """Batch statistics and dropout's generator too."""
+    """These include batch statistics and the state of dropout's generator."""
 
     def net():
         keras.utils.set_random_seed(0)

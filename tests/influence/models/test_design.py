@@ -1,4 +1,4 @@
-"""Design's products against a dense X, and each Link's derivatives against differences."""
+"""Design's products against a dense X; each Link's derivatives against finite differences."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_a_links_derivatives_are_differences_of_its_loss(name):
 
 @pytest.mark.parametrize("name", LINKS)
 def test_weights_make_the_curvature(name):
-    """One output's are d2l/dz2; of softmax, minus the entries below the diagonal."""
+    """They are d2l/dz2 for one output; for softmax, minus its entries below the diagonal."""
     link, c, y = LINKS[name]
     Z = np.random.default_rng(1).standard_normal((9, c, 1))
     curvature = link.curved(Z, y, np.repeat(np.eye(c)[None], 9, axis=0))  # (n, c, c)

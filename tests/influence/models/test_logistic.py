@@ -29,7 +29,7 @@ ROUNDING = {"float64": 1e-12, "float32": 2e-5}
     ids=lambda p: f"{p[0]}-{'intercept' if p[1] else 'plain'}-{p[2]}",
 )
 def case(request):
-    """A model away from its minimum, with 20 rows: problem, tolerance, V (d, 3), thetas (d, 3)."""
+    """Make a model away from its minimum: (problem, tolerance, V (d, 3), thetas (d, 3))."""
     kind, intercept, dtype = request.param
     p = logistic(kind, 20, intercept=intercept, dtype=dtype)
     rng = np.random.default_rng(1)
@@ -95,7 +95,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
     ids=lambda p: f"{p[0]}-{'intercept' if p[1] else 'plain'}-{p[2]}",
 )
 def test_closed_forms_are_the_tapes_answers(case):
-    """The same questions put to the base class, which differentiates the Keras model.
+    """The base class answers the same questions by differentiating the Keras model.
 
     The other two kinds, and float32, are held against NumPy above.
     """
@@ -124,7 +124,7 @@ def test_closed_forms_are_the_tapes_answers(case):
         taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         assert relative_error(closed, taped) < tolerance, name
-        if name != "gauss_newton_product":  # for a linear model the Hessian's
+        if name != "gauss_newton_product":  # which is hvp
             assert method in vars(type(net).__mro__[1]) or method in vars(type(net)), name
     assert net.penalty() == pytest.approx(GenericNeuralNet.penalty(net), rel=1e-6)
     for question in ("losses", "gradient"):
@@ -152,7 +152,7 @@ def test_outputs_are_cached_for_a_theta_and_change_no_bit(kind, form, monkeypatc
             expected = question(view, None, examples.x, examples.y)  # without a cache
             asked.clear()
             np.testing.assert_array_equal(ask(question, net, theta), expected)
-            assert len(asked) == (2 if method == "hvp" else 1)  # X theta only the first time
+            assert len(asked) == (2 if method == "hvp" else 1)  # X theta is computed once
             np.testing.assert_array_equal(ask(question, net, theta), expected)
 
 
@@ -255,7 +255,7 @@ def test_fit_is_deterministic_and_starts_where_the_net_is():
 
 
 def test_fit_without_a_penalty():
-    """Softmax then has a flat direction; the gradient still goes to zero."""
+    """The softmax risk then has a flat direction, but its gradient still converges to zero."""
     p = logistic("softmax", num_rows=200, num_inputs=2)
     free = MulticlassLogisticRegression(2, 3, weight_decay=0.0).fit(p.train)
     oracle = oracles.softmax_regression(p.oracle.features, p.oracle.y, 3, 0.0)

@@ -125,7 +125,7 @@ def test_input_gradient_is_the_tapes_of_the_whole_model(dtype):
 
 
 def test_moving_pixels_moves_the_refitted_test_loss_as_predicted():
-    """d(test loss after retraining) / d(pixels), against refits with moved pixels."""
+    """Compare d(test loss after retraining) / d(pixels) with refits on moved pixels."""
     net, images, y = problem(14)
     train = net.featured(Examples(images, y))
     test = net.featured(Examples(images[:2] * 0.5, 1 - y[:2]))

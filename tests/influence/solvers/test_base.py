@@ -170,42 +170,28 @@ def test_what_the_products_differ_by_is_taken_off_the_bound():
 
 
 @pytest.mark.parametrize(
-    ("A", "b", "solver", "error", "message"),
+    ("A", "b", "message"),
     [
-        (np.ones((2, 3)), [1, 1], CG(), ValueError, r"^A must be square, got shape \(2, 3\)"),
-        (np.ones(4), [1, 1], CG(), ValueError, r"^A must be square, got shape \(4,\)"),
-        (
-            aslinearoperator(np.ones((2, 3))),
-            [1, 1],
-            CG(),
-            ValueError,
-            r"^A must be square, got shape \(2, 3\)",
-        ),
-        (
-            [[1, np.nan], [np.nan, 1]],
-            [1, 1],
-            CG(),
-            ValueError,
-            "^A must be finite, got a NaN or in",
-        ),
-        ([[1, 2], [0, 1]], [1, 1], CG(), ValueError, "^A must be symmetric, got .* by 2.0e[+]00"),
-        (np.eye(2), [1, 1, 1], CG(), ValueError, r"^B must have shape \(2,\) or \(2, m\), got \(3"),
-        (np.eye(2), np.ones((2, 1, 1)), CG(), ValueError, r"^B must have shape \(2,\) or"),
-        (np.eye(2), np.ones((2, 0)), CG(), ValueError, r"^B must have shape .*, got \(2, 0\)"),
-        (np.eye(2), [1, np.inf], CG(), ValueError, "^B must be finite, got a NaN or infinity"),
-        (
-            np.eye(2),
-            [1, 1],
-            "cg",
-            TypeError,
-            r"^solver must be a solver such as CG\(\) .*, got 'cg'",
-        ),
-        (np.eye(2), [1, 1], CG, TypeError, r"^solver must be a solver such as CG\(\)"),
+        (np.ones((2, 3)), [1, 1], r"^A must be square, got shape \(2, 3\)"),
+        (np.ones(4), [1, 1], r"^A must be square, got shape \(4,\)"),
+        (aslinearoperator(np.ones((2, 3))), [1, 1], r"^A must be square, got shape \(2, 3\)"),
+        ([[1, np.nan], [np.nan, 1]], [1, 1], "^A must be finite, got a NaN or in"),
+        ([[1, 2], [0, 1]], [1, 1], "^A must be symmetric, got .* by 2.0e[+]00"),
+        (np.eye(2), [1, 1, 1], r"^B must have shape \(2,\) or \(2, m\), got \(3"),
+        (np.eye(2), np.ones((2, 1, 1)), r"^B must have shape \(2,\) or"),
+        (np.eye(2), np.ones((2, 0)), r"^B must have shape .*, got \(2, 0\)"),
+        (np.eye(2), [1, np.inf], "^B must be finite, got a NaN or infinity"),
     ],
 )
-def test_bad_systems(A, b, solver, error, message):
-    with pytest.raises(error, match=message):
-        solve(A, b, solver)
+def test_bad_systems(A, b, message):
+    with pytest.raises(ValueError, match=message):
+        solve(A, b, CG())
+
+
+@pytest.mark.parametrize(("solver", "named"), [("cg", " .*, got 'cg'"), (CG, "")])
+def test_bad_solvers(solver, named):
+    with pytest.raises(TypeError, match=rf"^solver must be a solver such as CG\(\){named}"):
+        solve(np.eye(2), [1, 1], solver)
 
 
 def test_nearly_symmetric_is_symmetric_enough():
@@ -303,29 +289,32 @@ RANK = "^rank must be an integer of at least 1, got"
     [
         (lambda: CG(-1e-3), rf"{RTOL}, got -0\.001"),
         (lambda: CG(float("nan")), f"{RTOL}, got nan"),
-        (lambda: CG(max_iterations=0), "^max_iterations must be at least 1, got 0"),
+        (lambda: CG(max_iterations=0), "^max_iterations must be an integer of at least 1, got 0"),
+        (lambda: CG(float("inf")), "^rtol must be finite, got inf"),
+        (lambda: CG(rtol="1"), f"{RTOL}, got '1'"),  # pyright: ignore[reportArgumentType]
+        (lambda: LiSSA(depth=1.5), r"^depth must be an integer of at least 1, got 1\.5"),  # pyright: ignore[reportArgumentType]
         (lambda: Direct(-1e-3), rf"{RTOL}, got -0\.001"),
         (lambda: Direct(float("nan")), f"{RTOL}, got nan"),
         (lambda: EKFAC(-1e-3), rf"{RTOL} or None, got -0\.001"),
         (lambda: EKFAC(float("nan")), f"{RTOL} or None, got nan"),
         (lambda: Lanczos(0), f"{RANK} 0"),
-        (lambda: Lanczos(2.0), rf"{RANK} 2\.0"),  # pyright: ignore[reportArgumentType]
+        (lambda: Lanczos(2.0), rf"{RANK} 2\.0"),
         (lambda: Lanczos(True), f"{RANK} True"),
         (lambda: Lanczos(5, seed=-1), "^seed must be an integer of at least 0, got -1"),
         (lambda: Lanczos(5, rtol=-1.0), rf"{RTOL} or None, got -1\.0"),
         (lambda: Nystrom(0), f"{RANK} 0"),
-        (lambda: Nystrom(5, seed=0.5), r"^seed must be an integer of at least 0, got 0\.5"),  # pyright: ignore[reportArgumentType]
+        (lambda: Nystrom(5, seed=0.5), r"^seed must be an integer of at least 0, got 0\.5"),
         (lambda: Nystrom(5, rtol=float("nan")), f"{RTOL} or None, got nan"),
         (lambda: LiSSA(rtol=-1e-3), rf"{RTOL} or None, got -0\.001"),
         (lambda: LiSSA(rtol=float("nan")), f"{RTOL} or None, got nan"),
         (lambda: LiSSA(scale=0.0), r"^scale must be positive or None, got 0\.0"),
         (lambda: LiSSA(scale=-1.0), r"^scale must be positive or None, got -1\.0"),
         (lambda: LiSSA(scale=float("nan")), "^scale must be positive or None, got nan"),
-        (lambda: LiSSA(depth=0), "^depth must be at least 1, got 0"),
-        (lambda: LiSSA(repeats=0), "^repeats must be at least 1, got 0"),
+        (lambda: LiSSA(depth=0), "^depth must be an integer of at least 1, got 0"),
+        (lambda: LiSSA(repeats=0), "^repeats must be an integer of at least 1, got 0"),
         (lambda: LiSSA(change=-1e-3), r"^change must be non-negative, got -0\.001"),
         (lambda: LiSSA(change=float("nan")), "^change must be non-negative, got nan"),
-        (lambda: LiSSA(batch_size=-1), "^batch_size must be at least 1, got -1"),
+        (lambda: LiSSA(batch_size=-1), "^batch_size must be an integer of at least 1, got -1"),
     ],
 )
 def test_bad_hyperparameters(make, message):
@@ -366,33 +355,22 @@ def test_penalties_that_are_not_known_bound_nothing():
         def __call__(self, w):
             return keras.ops.sum(w**3)
 
+    def convexity(**options):
+        layer = keras.layers.Dense(1, dtype="float64", **options)
+        model = keras.Sequential([keras.Input((2,), dtype="float64"), layer])
+        return GenericNeuralNet(model, "mse").penalty_convexity
+
     for regularizer, expected in (
         (keras.regularizers.L1L2(0.1, 0.2), 0.4),
         (keras.regularizers.L1(0.1), 0.0),
         (Cubic(), np.nan),
         (None, 0.0),
     ):
-        model = keras.Sequential(
-            [
-                keras.Input((2,), dtype="float64"),
-                keras.layers.Dense(
-                    1, use_bias=False, kernel_regularizer=regularizer, dtype="float64"
-                ),
-            ]
-        )
-        net = GenericNeuralNet(model, "mse")
-        np.testing.assert_allclose(net.penalty_convexity, expected, rtol=1e-6)
-    for order in (1, -1):  # the known one first or last
-        l2, cubic = (keras.regularizers.L2(0.1), Cubic())[::order]
-        model = keras.Sequential(
-            [
-                keras.Input((2,), dtype="float64"),
-                keras.layers.Dense(
-                    1, kernel_regularizer=l2, bias_regularizer=cubic, dtype="float64"
-                ),
-            ]
-        )
-        assert np.isnan(GenericNeuralNet(model, "mse").penalty_convexity)
+        found = convexity(use_bias=False, kernel_regularizer=regularizer)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    l2 = keras.regularizers.L2(0.1)
+    assert np.isnan(convexity(kernel_regularizer=l2, bias_regularizer=Cubic()))
+    assert np.isnan(convexity(kernel_regularizer=Cubic(), bias_regularizer=l2))
 
 
 # --- through Influence -----------------------------------------------------------------------
