@@ -27,6 +27,7 @@ from experiments.harness.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
+from influence.common.workers import started_deaf
 
 DATA = "enron1"
 STAND_IN = "spam"
@@ -149,10 +150,11 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         workers = joblib.Parallel(
             n_jobs=config.num_processes, return_as="generator", initializer=load, initargs=("fig6",)
         )
-        work = workers(
-            joblib.delayed(kept)(path, partial(_draw, task, *draw))
-            for path, draw in zip(paths, draws, strict=True)
-        )
+        with started_deaf():
+            work = workers(
+                joblib.delayed(kept)(path, partial(_draw, task, *draw))
+                for path, draw in zip(paths, draws, strict=True)
+            )
         done = list(progress(work, "draws of flipped labels", len(draws)))
     shape = (len(config.flip_steps), config.repeats)
     arrays = {

@@ -139,12 +139,17 @@ class Record:
             {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
         )
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / ARRAYS) as partial, h5py.File(partial, "w") as file:
+        # Made in memory: HDF5 ends the process if it cannot write a file, as on a full disk.
+        with h5py.File(ARRAYS, "w", driver="core", backing_store=False) as file:
             for name, array in sorted(self.arrays.items()):
                 packing = {"compression": "gzip", "shuffle": True} if array.size > 1 else {}
                 file.create_dataset(name, data=array, track_times=False, **packing)
-        with replacing(folder / RECORD) as partial:
-            partial.write_text(text, encoding="utf-8")
+            file.flush()
+            image = file.id.get_file_image()
+        # Both are written before either replaces an older one.
+        with replacing(folder / ARRAYS) as arrays, replacing(folder / RECORD) as record:
+            arrays.write_bytes(image)
+            record.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
@@ -188,11 +193,17 @@ def to_json(value: Any) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to. It replaces `path` when the block has succeeded."""
+    """Yield a path to write to. It replaces `path` when the block has succeeded.
+
+    An OSError of the block that names no file, such as that of a full disk, then names `path`.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
