@@ -24,7 +24,7 @@ ENV HOME=/home/influence \
     INFLUENCE_DATA=/data \
     INFLUENCE_OUT=/out
 
-COPY console.py .
+COPY influence_console.py .
 COPY influence influence
 COPY data data
 COPY experiments experiments

@@ -1,6 +1,6 @@
 """Speed, compared with the machine's own limit and with peers. `python -m benchmarks --help`."""
 
-import console
+import influence_console as console
 
 console.begin(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-import console
+import influence_console as console
 from benchmarks import (
     all_scores,
     cnn,

@@ -8,7 +8,7 @@ into the cache, unless INFLUENCE_OFFLINE=1 is set. Every file is checked against
 time it is read. `python -m data --help` shows the same steps as commands.
 """
 
-import console
+import influence_console as console
 
 console.begin(__name__)
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import console
 import data
+import influence_console as console
 from data import download, files
 from data.registry import SETS, named
 from data.splits import DataSet

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urldefrag
 
 import pooch
 
-import console
+import influence_console as console
 from data.files import (
     DataFile,
     Root,

@@ -17,7 +17,7 @@ A figure is a file, or a folder with `figure.py`. Its module offers
 The harness does the rest: options, data, seed, claims, files. `shared` has what two figures use.
 """
 
-import console
+import influence_console as console
 
 console.begin(__name__)
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import tyro
 
-import console
 import experiments
+import influence_console as console
 from experiments.harness import report
 from experiments.harness.record import replacing
 from experiments.harness.running import (

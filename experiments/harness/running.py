@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import console
+import influence_console as console
 from experiments.harness import report
 from experiments.harness.record import Record, provenance, replacing, to_json
 

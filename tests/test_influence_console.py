@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import console
+import influence_console as console
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "interrupted: the same command again continues where this stopped\n"
@@ -41,7 +41,7 @@ def start(tmp_path):
         begin = "import console\nconsole.begin(__name__)\nimport os, sys, time\n"
         (tmp_path / "command/__init__.py").write_text(begin + package)
         (tmp_path / "command/__main__.py").write_text(
-            "import console, os, sys, time\ndef main():\n"
+            "import influence_console as console, os, sys, time\ndef main():\n"
             + "".join(f"    {line}\n" for line in body.splitlines())
             + "console.run(main)\n"
         )
