@@ -13,13 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
 from influence.curvature.operators import Curvature
-from influence.solvers.base import (
-    Raw,
-    check_integer,
-    check_rtol,
-    finite_products,
-    not_finite,
-)
+from influence.solvers.base import Raw, check_integer, check_rtol, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
 # Steps between two checks of the norm.
@@ -72,9 +66,6 @@ class LiSSA:
       positive definite.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
     unfit_as_preconditioner: ClassVar[str] = (
         "its batches come in an order, so what it applies is not symmetric"
     )
@@ -88,7 +79,6 @@ class LiSSA:
     rtol: float | None = 0.1
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive or None, got {self.scale}.")
         check_rtol(self.rtol, optional=True)
