@@ -127,7 +127,7 @@ class AffineLayers:
             parts: Any = by_z.gradient(output, outputs, column, unconnected_gradients=_ZERO)
             return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
 
-        pulled = each(pulled_back, _root(self.traced.loss.function, each, y, output))  # (s, n, ...)
+        pulled = each(pulled_back, _root(self.traced.loss.curved, each, y, output))  # (s, n, ...)
         pulled = tf.split(pulled, [tf.size(z) // n for z in outputs], axis=2)
         found = []
         for affine, ((inputs, z),), g in zip(self.layers, calls, pulled, strict=True):
@@ -289,11 +289,11 @@ def _patches(layer: Conv2D, a: Any) -> Any:
     )
 
 
-def _root(loss: Callable, each: tape.Each, y: Any, output: Any) -> Any:
+def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
     """Compute the columns of S_i, (s, n, ...); S_i S_i' is the loss's Hessian at row i's output."""
     n = tf.shape(output)[0]
     size = tf.size(output) // n
-    curved = tape.hessian_map(lambda z: tf.reduce_sum(loss(y, z)), tf.stop_gradient(output))
+    curved = curved_at(y, tf.stop_gradient(output))
 
     def column(unit):
         along = tf.reshape(tf.broadcast_to(unit, [n, size]), tf.shape(output))

@@ -322,11 +322,11 @@ class Examples:
 
     def _memos(self, net: Any, theta: NDArray | None, size: int) -> _Memos:
         """Return the cache of this net, theta and batch size; delete caches of other thetas."""
-        theta = net.theta if theta is None else theta
-        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, theta)]
+        at: NDArray = net.theta if theta is None else theta
+        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, at)]
         found = next((m for m in known if m.size == size), None)
         if found is None:
-            found = _Memos(net, theta, size)
+            found = _Memos(net, at, size)
             known = [*known[1 - _MOST_SIZES :], found]
         object.__setattr__(self, "_cached", known)
         return found

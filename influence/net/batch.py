@@ -127,7 +127,7 @@ class Derivatives:
             products = partial(tape.hvp, t.losses, each)
         elif question == "gauss_newton":
             self.loss.check_logits("a Gauss-Newton matrix")
-            products = partial(tape.gauss_newton, t.output, self.loss.function, each)
+            products = partial(tape.gauss_newton, t.output, self.loss.curved, each)
         else:
             raise ValueError(f"question must be gradient, hvp or gauss_newton, got {question!r}.")
         rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
@@ -183,7 +183,7 @@ class Derivatives:
         self.loss.check_logits()
 
         def products(losses, each, theta, x, y, V):
-            return tape.gauss_newton(self.flat.output, self.loss.function, each, theta, x, y, V)
+            return tape.gauss_newton(self.flat.output, self.loss.curved, each, theta, x, y, V)
 
         return like(self._mapped("gauss_newton", products, x, y, self.flat.rows(V, "V")), V)
 
