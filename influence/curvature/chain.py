@@ -58,12 +58,7 @@ class _Step:
 
 
 class Chain:
-    """A model of successive layers, each affine, elementwise, or linear without weights.
-
-    Args:
-      traced: the model.
-      steps: its layers.
-    """
+    """A model of successive layers, each affine, elementwise, or linear without weights."""
 
     def __init__(self, traced: FlatModel, steps: tuple[_Step, ...]):
         self.traced, self.steps = traced, steps
@@ -194,11 +189,6 @@ def chain_hessian(
 ) -> NDArray | None:
     """Compute the Hessian (d, d) of the mean loss, without the penalty, if a chain is faster.
 
-    Args:
-      net: the net.
-      examples: the training set.
-      batch_size: the largest number of rows at a time.
-
     Returns: the matrix; None for a net that is not a chain, or whose products take less time.
     """
     row = net.flat.inputs(examples.take([0]).x)
@@ -317,13 +307,9 @@ class _Jacobian:
 
 
 def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
-    """Extend the matrix by an affine layer's weights: the pairs da dW.
+    """Extend the matrix (q, q) by an affine layer's weights: the pairs da dW.
 
-    Args:
-      matrix: (q, q).
-      own: the layer and the positions of its weights.
-      before: (n, ..., c, q) derivative of its input, or None.
-      slope: derivative of the loss by its output.
+    `before` is the derivative of its input (n, ..., c, q), `slope` that of the loss by its output.
     """
     f, c = own.entries.shape
     q = matrix.shape[0]
