@@ -93,7 +93,6 @@ class ProximalOptions(RunOptions):
     max_iterations: int = 50
 
     def __post_init__(self):
-        """Check the options."""
         super().__post_init__()
         if not 0 <= self.step_damping < np.inf:
             raise ValueError(
@@ -174,23 +173,17 @@ def proximal_response(
     runs.check_processes(options.num_processes, net)
     inverse = prepare(A, options.solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
+    search = _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations)
+    function = objective, float(damping), float(fraction)  # which F_i
+    steps = float(options.step_damping), repr(inverse.solver)
+    rough = None if options.rough is None else (options.rough[0].dtype.str, until)
     found = runs.run(
         Task(net, train, test, options.batch_size),
         _proximal_block,
         list(rows[:, None]),
-        _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations),
+        search,
         options,
-        identity=(
-            "proximal",
-            objective,
-            float(damping),
-            float(fraction),
-            float(options.step_damping),
-            repr(inverse.solver),
-            tolerances,
-            None if options.rough is None else (options.rough[0].dtype.str, until),
-            options.max_iterations,
-        ),
+        identity=("proximal", *function, *steps, tolerances, rough, options.max_iterations),
         what="proximal responses",
     )
     norms = found["gradient_norm"]
@@ -204,9 +197,7 @@ def proximal_response(
     return ProximalResponse(
         found["change_if_removed"],
         rows,
-        objective,
-        float(damping),
-        float(fraction),
+        *function,
         gradient_norm=norms,
         iterations=found["passes"],
         converged=converged,

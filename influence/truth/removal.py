@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import DivergenceError
 from influence.common.memory import VECTORS, fitting
+from influence.common.numbers import dots
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.solvers import Prepared
@@ -122,11 +123,11 @@ class Removal:
         r = B[:, at]
         z = apply(inverse, r)
         p, Ap = z, r  # Ap: the product of A itself with p
-        rz = _dot(r, z)
+        rz = dots(r, z)
         target = _RTOL**2 * rz
         for step in range(1, _MOST_STEPS + 1):
             Hp = Ap - self.hvp(p, columns[at]) / n
-            curvature = _dot(p, Hp)
+            curvature = dots(p, Hp)
             length = np.divide(rz, curvature, out=np.zeros_like(rz), where=curvature > 0)
             yield at, p, Hp, length
             stay = (length > 0) & (step < limit[at])
@@ -135,7 +136,7 @@ class Removal:
             r = r - length * Hp
             at, (r, p, Ap, rz, target) = at[stay], _columns(stay, r, p, Ap, rz, target)
             z = apply(inverse, r)
-            before, rz = rz, _dot(r, z)
+            before, rz = rz, dots(r, z)
             stay = rz > target
             if not stay.any():
                 return
@@ -181,7 +182,3 @@ def apply(inverse: Prepared, B: NDArray) -> NDArray:
 
 def _columns(which: NDArray, *parts: NDArray) -> list[NDArray]:
     return [part[..., which] for part in parts]
-
-
-def _dot(U: NDArray, V: NDArray) -> NDArray:
-    return np.einsum("ij,ij->j", U, V)
