@@ -117,11 +117,8 @@ def largest(found: Spectrum) -> Line:
 def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Line:
     """Check that the damped Hessian is positive definite.
 
-    Args:
-      found: its eigenvalues.
-      known: a lower bound on the eigenvalues; NaN if none is known.
-      damping: the damping that they contain.
-      noise: size below which an eigenvalue is zero up to rounding.
+    `known` is a lower bound on its eigenvalues, NaN if none is known. Those of a size below `noise`
+    are zero up to rounding.
     """
     title = "smallest eigenvalue"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
@@ -203,11 +200,8 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     latter over rows i equals that for a sum of rows with random signs. Half of the signs are
     positive, so that the penalty cancels.
 
-    Args:
-      net: the net.
-      A: the damped Hessian over the training set.
-      test: rows whose losses are compared; None: training rows.
-      shift: added to A if A itself is not positive definite.
+    A is the damped Hessian over the training set; `shift` is added if it is not positive definite.
+    Losses of training rows are compared if `test` is None.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)

@@ -53,13 +53,7 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
-    """Check that the model predicts the labels better than guessing would.
-
-    Args:
-      net: the net.
-      train: its answers for the training set, with labels in range.
-      test: None, or those for rows with classes of the training set.
-    """
+    """Check that the model predicts the labels, which are in range, better than guessing would."""
     classes = _classes(net.loss, train)
     if classes is None:
         return Finding(_TITLE).ok("The labels are no classes; nothing to compare them to.")
