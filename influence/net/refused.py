@@ -162,13 +162,9 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
     The caller runs the model on a few rows inside the context. An input is checked if an Embedding
     layer receives it unchanged; ids that the model computes are not checked.
 
-    Args:
-      model: a built Keras model.
-      x: the few rows, a tensor or a dict of tensors.
-      examples: all rows; they are read once for each layer.
-      name: the examples' name in the message.
+    `examples` are all rows; they are read once for each layer. `name` is theirs in the message.
 
-    Yields: x in the dtypes that the model declares.
+    Yields: the few rows x, a tensor or a dict of tensors, in the dtypes that the model declares.
     Raises: ValueError naming the input, the id, its row, the layer and its input_dim.
     """
     x = _as_declared(model, x)
