@@ -53,19 +53,11 @@ class Removal:
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
         """Sum grad (loss_i + penalty) over each group, at a column of thetas (d, j): (d, j)."""
-        total = self.net.penalty_gradient(thetas) * self._sizes(columns)
-        for at, x, y in self._batches(columns):
-            own = self.net.each_batch("gradient", x, y, thetas[:, at].T[:, :, None])
-            total[:, at] += own[:, :, 0].T * y.shape[1]
-        return total * self.fraction
+        return self._summed("gradient", self.net.penalty_gradient(thetas), thetas, columns)
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
         """Multiply each group's summed Hessian of loss_i + penalty with a column of V: (d, j)."""
-        total = self.net.penalty_hvp(V) * self._sizes(columns)
-        for at, x, y in self._batches(columns):
-            products = self.net.each_batch("hvp", x, y, V[:, at].T[:, :, None])
-            total[:, at] += products[:, :, 0].T * y.shape[1]
-        return total * self.fraction
+        return self._summed("hvp", self.net.penalty_hvp(V), V, columns)
 
     def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
         """Solve (A - H_g / n) x = b to a low precision, with A of `inverse` and H_g as in `hvp`.
@@ -146,8 +138,13 @@ class Removal:
             )
             p, Ap = z + rz / before * p, r + rz / before * Ap
 
-    def _sizes(self, columns: NDArray) -> NDArray:
-        return self.sizes[columns].astype(self.net.dtype)
+    def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
+        """Sum the answers of `each_batch` and the penalty's part over each group: (d, j)."""
+        total = penalty * self.sizes[columns].astype(self.net.dtype)
+        for at, x, y in self._batches(columns):
+            own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])
+            total[:, at] += own[:, :, 0].T * y.shape[1]
+        return total * self.fraction
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
         """Yield (positions in columns (r,), x (r, b, ...), y (r, b, ...)): r parts of b rows each.
