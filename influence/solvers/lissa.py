@@ -90,7 +90,8 @@ class LiSSA:
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Choose the scale if none was given."""
-        scale = self._scale(A) or largest_eigenvalue(A, self.batch_size)
+        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # in A's units
+        scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):
             raise not_finite(A, "LiSSA")
         if not scale > 0:
@@ -99,11 +100,6 @@ class LiSSA:
                 "damping, or GaussNewton, or Direct, which answers for indefinite matrices."
             )
         return lambda B: self._solve(A, B, scale)
-
-    def _scale(self, A: LinearOperator) -> float | None:
-        """Return the given scale, in A's units, or None."""
-        exponent = getattr(A, "exponent", 0)
-        return None if self.scale is None else float(np.ldexp(self.scale, -exponent))
 
     def _solve(self, A: LinearOperator, B: NDArray, scale: float) -> Raw:
         """Run the series; restart columns that grow too large with twice the chosen scale."""
