@@ -56,7 +56,6 @@ class Rule:
     restarts: int = 1
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         for name, low, high in (("step", 0, 2), ("decay", 0, 1)):
             if not low < getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in ({low}, {high}], got {getattr(self, name)}.")

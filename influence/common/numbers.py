@@ -1,4 +1,4 @@
-"""The check of every array argument: real numbers, without a mask."""
+"""Checks of arguments that are numbers or arrays of them, and arithmetic of columns."""
 
 from __future__ import annotations
 
@@ -55,6 +55,17 @@ def refuse_mask(value: Any, name: str) -> None:
             f"{name} must be an array without a mask, got a masked one; fill the masked entries by "
             ".filled(value), or drop their rows."
         )
+
+
+def is_integer(value: Any, least: int) -> bool:
+    """Return True for an integer of at least `least`; True and False are no integers."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return integer and bool(value >= least)
+
+
+def dots(U: NDArray, V: NDArray) -> NDArray:
+    """Compute the scalar product of each column of U (d, m) with the same column of V: (m,)."""
+    return np.einsum("ij,ij->j", U, V)
 
 
 def scaled(V: NDArray) -> tuple[NDArray, NDArray]:

@@ -89,11 +89,7 @@ class AffineLayers:
         sum_t a_it' g_its. For a loss that is not convex in the output the positive part of H_i is
         used.
 
-        Args:
-          x: (n, ...) inputs.
-          y: (n, ...) labels.
-          theta: (d,) tensor; None: the model's weights as they are.
-
+        Args: a batch, and theta as a tensor (d,); None: the model's weights as they are.
         Returns: for each layer a (n, t, f), inputs with a one for the bias, and g (n, t, s, c), the
           derivatives of output . S_i[:, s] by the layer's own output, s up to the output's size.
         """
@@ -182,9 +178,7 @@ _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
 def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
     """Return the layers that contain theta, all plain Dense or Conv2D, as EK-FAC needs them.
 
-    Args:
-      net: the net. Its layers are searched once.
-      x: a few rows of inputs, on which the layers are tested the first time.
+    They are searched once, and tested on a few rows x of inputs.
 
     Raises: ValueError naming the layer of another kind, with the remedy.
     """

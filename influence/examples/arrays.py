@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,18 @@ CHECK_ROWS = 4096
 def parts_of(x: Any) -> dict[str, Any]:
     """Return the arrays of the inputs, by their names in error messages."""
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
+
+
+def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
+    """Return the inputs with each array replaced by `array(part, name)`.
+
+    Raises: ValueError for an empty dict.
+    """
+    if not isinstance(x, Mapping):
+        return array(x, "x")
+    if not x:
+        raise ValueError("x must hold at least one array, got an empty dict.")
+    return {key: array(part, f"x[{key!r}]") for key, part in x.items()}
 
 
 def check_one_input(x: Any, y: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.memory import CACHE
-from influence.common.numbers import numbers, refuse_mask
+from influence.common.numbers import is_integer, numbers, refuse_mask
 from influence.common.progress import progress
 from influence.examples.arrays import (
     CHECK_ROWS,
     Fingerprint,
     check_finite,
     check_one_input,
+    converted,
     parts_of,
 )
 
@@ -129,18 +130,9 @@ class Examples:
     y: Any
 
     def __post_init__(self):
-        """Check the arrays here, so that later code need not."""
         check_one_input(self.x, self.y)
-        x = (
-            {k: _array(v, f"x[{k!r}]") for k, v in self.x.items()}
-            if isinstance(self.x, Mapping)
-            else _array(self.x, "x")
-        )
-        y = _array(self.y, "y")
-        parts = parts_of(x)
-        if not parts:
-            raise ValueError("x must hold at least one array, got an empty dict.")
-        for name, part in {"y": y, **parts}.items():
+        x, y = converted(self.x, _array), _array(self.y, "y")
+        for name, part in {"y": y, **parts_of(x)}.items():
             if part.ndim == 0:
                 raise ValueError(f"{name} must have one row per example, got a scalar.")
             if part.shape[0] == 0:
@@ -212,7 +204,7 @@ class Examples:
             rows = check_increasing(rows, len(self))
         count = len(self) if rows is None else len(rows)
         size = count if size is None else size
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        if not is_integer(size, 1):
             raise ValueError(f"size must be a positive integer, got {size!r}.")
         yield from self._read(int(size), rows)
 
@@ -229,13 +221,7 @@ class Examples:
     ) -> Any:
         """Sum the answers to a question over the batches of all rows, in order.
 
-        Args:
-          question: see `map_over`. Its answer for a batch is the sum over the batch's rows.
-          net: as in `map_over`.
-          theta: as in `map_over`.
-          batch_size: as in `map_over`.
-          what: as in `map_over`.
-
+        Args: as `map_over`; the question's answer for a batch is the sum over the batch's rows.
         Returns: the sum of the answers: an array, or a tuple of arrays summed entry by entry.
         """
         total: Any = None
@@ -300,14 +286,8 @@ class Examples:
     ) -> Any:
         """Join the answers of `map_over` along their first axis.
 
-        Args:
-          question: see `map_over`. Its answer for a batch is an array with one entry per row.
-          net: as in `map_over`.
-          theta: as in `map_over`.
-          rows: (k,) row numbers in any order, each once; None: all rows.
-          batch_size: as in `map_over`.
-          what: as in `map_over`.
-
+        Args: as `map_over`, but (k,) rows may be in any order, each once; the question's answer for
+          a batch is an array with one entry per row.
         Returns: (k, ...), in the order of `rows`.
         """
         order = None if rows is None else np.argsort(np.asarray(rows), kind="stable")
@@ -334,10 +314,6 @@ class Examples:
     def __getstate__(self) -> dict:
         """Pickle everything except the cache."""
         return {name: value for name, value in self.__dict__.items() if name != "_cached"}
-
-    def __setstate__(self, state: dict) -> None:
-        """Restore the rows."""
-        self.__dict__.update(state)
 
     @property
     def fingerprint(self) -> str:

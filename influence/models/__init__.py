@@ -5,12 +5,5 @@ from influence.models.hinge import SmoothHinge, SmoothHingeLoss
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.models.top_layer import TopLayer, scaled
 
-__all__ = [
-    "AllCNN",
-    "BinaryLogisticRegression",
-    "MulticlassLogisticRegression",
-    "SmoothHinge",
-    "SmoothHingeLoss",
-    "TopLayer",
-    "scaled",
-]
+__all__ = ["AllCNN", "BinaryLogisticRegression", "MulticlassLogisticRegression", "SmoothHinge"]
+__all__ += ["SmoothHingeLoss", "TopLayer", "scaled"]

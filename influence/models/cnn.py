@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from influence.common.checkpoint import check_folder, identity, load, store
 from influence.common.convergence import DivergenceError
+from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.examples import Examples
 from influence.minimisers.adam import BETA_1, BETA_2, EPSILON, Moments, batch_rows
@@ -156,25 +157,16 @@ def train_by_adam(
     The minibatches are consecutive rows of shuffled passes over the examples. So the rows of step k
     depend only on the seed and k.
 
-    Args:
-      net: any net. It is left at the theta of the last step.
-      examples: the training set.
-      schedule: (steps, learning rate) of each stage; Adam's averages carry over to the next.
-      batch_size: rows in each step; all rows if there are fewer.
-      seed: seed of the order of the rows.
-      checkpoints: a folder that stores the state of the training every few hundred steps. The name
-        of the file depends on everything that the training depends on.
-      key: values that distinguish this net from others of its class, such as its architecture.
-
+    Args: as `AllCNN.fit`, for any net, which is left at the theta of the last step; key: values
+      that distinguish it from others of its class, such as its architecture. The name of the file
+      in `checkpoints` depends on everything that the training depends on.
     Returns: Adam's final state.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
       finite, with all variables restored.
     """
     rates = _rates(schedule)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+    if not is_integer(batch_size, 1):
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {batch_size}.")
     weights = list(net.flat.weights)
     optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
     optimizer.build(weights)
@@ -236,7 +228,7 @@ def _rates(schedule: Sequence[tuple[int, float]]) -> list[float]:
     rates: list[float] = []
     for stage in schedule:
         steps, rate = stage
-        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        if not is_integer(steps, 1):
             raise ValueError(
                 f"schedule must be (steps, learning rate) pairs with positive integer steps, got "
                 f"{stage!r}."

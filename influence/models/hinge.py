@@ -147,14 +147,9 @@ class SmoothHinge(LinearModel):
     ):
         if t == 0 and weight_decay == 0:
             raise ValueError("weight_decay must be positive at t = 0, got 0: no unique minimum.")
+        link, loss = HingeLink(float(t)), SmoothHingeLoss(t)
         super().__init__(
-            num_features,
-            1,
-            HingeLink(float(t)),
-            SmoothHingeLoss(t),
-            weight_decay=weight_decay,
-            intercept=intercept,
-            dtype=dtype,
+            num_features, 1, link, loss, weight_decay=weight_decay, intercept=intercept, dtype=dtype
         )
         self.t = float(t)
         self.convex = self.t > 0

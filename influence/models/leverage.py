@@ -5,13 +5,12 @@ d > n, Woodbury's identity needs only matrices of the size of K = X X', (n, n):
 
     H^-1 = (I - X' S B^-1 S X) / lambda        B = S K S + n lambda I
 
-Every function takes a net with outputs by `design`, a loss of them by `link`, and the penalty
-lambda/2 |theta|^2, where lambda is `net.strong_convexity`.
+Every function takes a LinearModel: a net with outputs by `net.design`, a loss of them by
+`net.link`, and the penalty lambda/2 |theta|^2, where lambda is `net.strong_convexity`.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError
 from influence.examples.examples import Examples, check_rows
-from influence.models.design import Design, Link
-from influence.net.net import GenericNeuralNet
 
 # Number of right-hand sides that are solved together. It bounds memory.
 _COLUMNS = 1024
@@ -30,66 +27,55 @@ _LARGEST_FACTOR = 1 << 14
 
 
 def leverages(
-    net: GenericNeuralNet,
-    design: Design,
-    link: Link,
-    examples: Examples,
-    rows: ArrayLike | None = None,
-    *,
-    gram: NDArray | None = None,
+    net: Any, examples: Examples, rows: ArrayLike | None, gram: NDArray | None
 ) -> NDArray:
     """See LinearModel.leverages."""
-    if design.num_outputs != 1:
-        raise ValueError(f"model must have one output, got {design.num_outputs}.")
+    if net.num_outputs != 1:
+        raise ValueError(f"model must have one output, got {net.num_outputs}.")
     n = len(examples)
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram must have shape ({n}, {n}), got {gram.shape}.")
     rows = np.arange(n) if rows is None else check_rows(rows, n)
-    return _quadratics(net, design, link, examples, rows, gram)[0]
+    return _quadratics(net, examples, rows, gram)[0]
 
 
-def self_influence(
-    net: GenericNeuralNet, design: Design, link: Link, examples: Examples, rows: NDArray
-) -> NDArray | None:
+def self_influence(net: Any, examples: Examples, rows: NDArray) -> NDArray | None:
     """Compute e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n with e = dl/dz: (k,).
 
     None if this is not safe or not faster: for several outputs, in float32, without a penalty, for
     a matrix that is too large or not positive definite, and for one of order n if the inputs are
     not in memory.
     """
-    smaller = min(len(examples), design.num_parameters)
-    if design.num_outputs != 1 or design.dtype != np.float64 or net.strong_convexity == 0:
+    smaller = min(len(examples), net.num_parameters)
+    if net.num_outputs != 1 or net.dtype != np.float64 or net.strong_convexity == 0:
         return None
-    by_rows = design.num_parameters > len(examples)
+    by_rows = net.num_parameters > len(examples)
     if smaller > _LARGEST_FACTOR or (by_rows and not examples.in_memory):
         return None
-    e = examples.each_row(partial(_slopes, design=design, link=link), net, rows=rows)
+    e = examples.each_row(_slopes, net, rows=rows)
     try:
-        h, q = _quadratics(net, design, link, examples, rows, None)
+        h, q = _quadratics(net, examples, rows, None)
     except DivergenceError:
         return None
     return e * (e * h + q) / len(examples)
 
 
-def one_step_leave_one_out(
-    net: GenericNeuralNet, design: Design, link: Link, examples: Examples, rows: ArrayLike
-) -> NDArray:
+def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDArray:
     """See LinearModel.one_step_leave_one_out."""
-    rows = check_rows(rows, len(examples))
-    n, c, theta, weight_decay = len(examples), design.num_outputs, net.theta, net.strong_convexity
-    H: Any = net.hessian(examples)
-    H = H * (n / (n - 1))
+    rows, design = check_rows(rows, len(examples)), net.design
+    n, c, theta, weight_decay = len(examples), net.num_outputs, net.theta, net.strong_convexity
+    H = net.hessian(examples) * (n / (n - 1))
     H[np.diag_indices_from(H)] -= weight_decay / (n - 1)
     factor = scipy.linalg.cho_factor(H)
     gradient = net.risk_gradient(examples) - net.penalty_gradient()
     chosen = examples.take(rows)
     own = net.gradients(chosen.x, chosen.y)
     Z = design.times(chosen.x, theta)
-    stepped = np.empty((len(rows), design.num_parameters))
+    stepped = np.empty((len(rows), net.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
         # With A = x (x) I_c the row's Hessian is A S A', S (c, c).
         A = np.kron(x[:, None], np.eye(c))
-        S = link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
+        S = net.link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()
         B = scipy.linalg.cho_solve(factor, np.column_stack([g, A]))
         inner = np.linalg.solve(np.eye(c) - S @ (A.T @ B[:, 1:]), S @ (A.T @ B[:, 0]))
@@ -98,18 +84,13 @@ def one_step_leave_one_out(
 
 
 def _quadratics(
-    net: GenericNeuralNet,
-    design: Design,
-    link: Link,
-    examples: Examples,
-    rows: NDArray,
-    K: NDArray | None,
+    net: Any, examples: Examples, rows: NDArray, gram: NDArray | None
 ) -> tuple[NDArray, NDArray]:
     """Compute x_i' H^-1 x_i and x_i' H^-1 lambda theta, (k,) each."""
     try:
-        if design.num_parameters <= len(examples):
-            return _by_parameters(net, design, examples, rows)
-        return _by_rows(net, design, link, examples, rows, K)
+        if net.num_parameters <= len(examples):
+            return _by_parameters(net, examples, rows)
+        return _by_rows(net, examples, rows, gram)
     except np.linalg.LinAlgError as error:
         raise DivergenceError(
             "the Hessian must be positive definite, got a singular one; use a weight_decay above "
@@ -117,17 +98,14 @@ def _quadratics(
         ) from error
 
 
-def _by_parameters(
-    net: GenericNeuralNet, design: Design, examples: Examples, rows: NDArray
-) -> tuple[NDArray, NDArray]:
+def _by_parameters(net: Any, examples: Examples, rows: NDArray) -> tuple[NDArray, NDArray]:
     """Compute `_quadratics` in d^3/3 operations for the factor and d^2 for each row."""
-    H: Any = net.hessian(examples)
+    H = net.hessian(examples)
     L = scipy.linalg.cholesky(H.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, net.penalty_gradient())
     h, q = np.empty((2, len(rows)), H.dtype)
     order, start = np.argsort(rows), 0
-    question = partial(_dense_rows, design=design)
-    for x in examples.map_over(question, net, rows=rows[order], batch_size=_COLUMNS):
+    for x in examples.map_over(_dense_rows, net, rows=rows[order], batch_size=_COLUMNS):
         part = order[start : start + len(x)]
         start += len(x)
         columns = _solved(L, x.T)
@@ -135,31 +113,24 @@ def _by_parameters(
     return h, q
 
 
-def _slopes(
-    net: Any, theta: NDArray | None, x: Any, y: NDArray, *, design: Design, link: Link
-) -> NDArray:
+def _slopes(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
     """Return dl/dz of a batch, (b,), for one output."""
-    return link.slope(design.times(x, net.at(theta).theta), y)[:, 0, 0]
+    return net.link.slope(net.design.times(x, net.at(theta).theta), y)[:, 0, 0]
 
 
-def _dense_rows(net: Any, theta: NDArray | None, x: Any, y: NDArray, *, design: Design) -> NDArray:
+def _dense_rows(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
     """Return a batch's features as a dense array (b, f), which includes the intercept's."""
-    return design.with_one(design.dense(x))
+    return net.design.with_one(net.design.dense(x))
 
 
 def _by_rows(
-    net: GenericNeuralNet,
-    design: Design,
-    link: Link,
-    examples: Examples,
-    rows: NDArray,
-    K: NDArray | None,
+    net: Any, examples: Examples, rows: NDArray, gram: NDArray | None
 ) -> tuple[NDArray, NDArray]:
     """Compute `_quadratics` in n^3/3 operations for the factor and n^2 for each row."""
-    K = design.gram(examples.x) if K is None else K
-    Z = design.times(examples.x, net.theta)
+    K: NDArray = net.design.gram(examples.x) if gram is None else gram
+    Z = net.design.times(examples.x, net.theta)
     z, weight_decay = Z[:, 0, 0], net.strong_convexity
-    s = np.sqrt(link.weights(Z, examples.y)[:, 0])
+    s = np.sqrt(net.link.weights(Z, examples.y)[:, 0])
     if weight_decay == 0:
         raise np.linalg.LinAlgError
     B = K * s

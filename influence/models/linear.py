@@ -223,7 +223,7 @@ class LinearModel(GenericNeuralNet):
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
         """See GenericNeuralNet.self_influence: one factorisation, of order n or d."""
-        return leverage.self_influence(self, self.design, self.link, examples, rows)
+        return leverage.self_influence(self, examples, rows)
 
     def leverages(
         self, examples: Examples, rows: ArrayLike | None = None, *, gram: NDArray | None = None
@@ -242,7 +242,7 @@ class LinearModel(GenericNeuralNet):
         Raises: ValueError for several outputs or a wrong shape; DivergenceError for a singular
           Hessian.
         """
-        return leverage.leverages(self, self.design, self.link, examples, rows, gram=gram)
+        return leverage.leverages(self, examples, rows, gram)
 
     def one_step_leave_one_out(self, examples: Examples, rows: Any) -> NDArray:
         """Compute theta after one exact Newton step on the risk without each row.
@@ -256,7 +256,7 @@ class LinearModel(GenericNeuralNet):
 
         Returns: (k, d).
         """
-        return leverage.one_step_leave_one_out(self, self.design, self.link, examples, rows)
+        return leverage.one_step_leave_one_out(self, examples, rows)
 
     # --- inside -----------------------------------------------------------------------------------
 

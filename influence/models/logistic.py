@@ -142,14 +142,9 @@ class BinaryLogisticRegression(LinearModel):
         intercept: bool = False,
         dtype: str = "float64",
     ):
+        link, loss = Sigmoid(), keras.losses.BinaryCrossentropy(from_logits=True, reduction="none")
         super().__init__(
-            num_features,
-            1,
-            Sigmoid(),
-            keras.losses.BinaryCrossentropy(from_logits=True, reduction="none"),
-            weight_decay=weight_decay,
-            intercept=intercept,
-            dtype=dtype,
+            num_features, 1, link, loss, weight_decay=weight_decay, intercept=intercept, dtype=dtype
         )
 
 

@@ -214,15 +214,11 @@ class _Trunk:
     """Pooled features of images, and the derivative of a function of them by the images.
 
     Args:
-      model: Keras model from one image input (h, w, c) to a feature map (h', w', f), which is
-        averaged over all positions, or to a vector (f,). It runs in inference mode, and its weights
-        must never change.
+      model: `TopLayer.trunk`; its weights must never change.
       cotangent: (theta, pooled (k, f), y, v) -> (k, f) float64, the derivative by the pooled
         features of the function that `pullback` differentiates by the images.
 
-    Attributes:
-      image_shape: (h, w, c), with None for any size.
-      num_features: f.
+    Attributes: image_shape: (h, w, c), with None for any size; num_features: f.
 
     Raises: TypeError or ValueError for another model.
     """

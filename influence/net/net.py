@@ -144,10 +144,7 @@ class GenericNeuralNet(Derivatives):
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
         """Return the rows per batch that fit in memory when `num_vectors` vectors multiply them.
 
-        Args:
-          examples: the rows.
-          num_vectors: the number of vectors of one pass.
-          dtype: as in `directional`, if the pass calls it.
+        `dtype` is as in `directional`, if the pass calls it.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
@@ -188,20 +185,11 @@ class GenericNeuralNet(Derivatives):
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """Return the risk's exact Hessian (d, d) if a model has a closed form; here None.
-
-        Args:
-          examples: the training set.
-          batch_size: maximum rows per batch.
-        """
+        """Return the risk's exact Hessian (d, d) if a model has a closed form; here None."""
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """Return exact self-influences of training rows if a model has a closed form.
-
-        Args:
-          examples: the training set.
-          rows: (k,) row numbers.
+        """Return exact self-influences of (k,) training rows if a model has a closed form.
 
         Returns: (k,) grad loss_i' H^-1 grad L(z_i) / n with the risk's own Hessian; here None.
         """
@@ -283,10 +271,7 @@ _NOT_GIVEN: Any = object()
 def checked(net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN) -> None:
     """Refuse a net of another type, and examples that do not fit it, before any long work.
 
-    Args:
-      net: must be a GenericNeuralNet.
-      train: training examples; not checked if left out.
-      test: test examples; not checked if left out.
+    Examples that are left out are not checked.
 
     Raises: TypeError for another net; as `GenericNeuralNet.validate` for the examples.
     """

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from influence.common.convergence import DivergenceError
-from influence.common.numbers import norms, numbers, scaled
+from influence.common.numbers import is_integer, norms, numbers, scaled
 
 # Powers of two within which A's entries are solved with as they are, by the dtype's number of bits.
 _USUAL = {32: 30, 64: 250}
@@ -101,6 +101,39 @@ class Solver(Protocol):
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Do the work that all right-hand sides share; return the function (d, m) -> Raw."""
         ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Base of the solvers by A ~ U diag(values) U' + floor (I - U U'), U (d, rank) orthonormal."""
+
+    rank: int
+    seed: int = 0
+    rtol: float | None = None
+
+    def __post_init__(self):
+        check_integer("rank", self.rank, 1)
+        check_integer("seed", self.seed, 0)
+        check_rtol(self.rtol, optional=True)
+
+    def _inverse(
+        self, U: NDArray, values: NDArray, floor: NDArray, curvature: float, bound: float = np.nan
+    ) -> Callable[[NDArray], Raw]:
+        """Return the function that divides by the approximation; values are (rank, 1)."""
+        (d, rank), name = U.shape, type(self).__name__
+        remedy = (
+            f"{name} of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
+            f"let CG do the rest, CG(preconditioner={name}({rank}))."
+        )
+
+        def apply(B: NDArray) -> Raw:
+            C = U.T @ B
+            X = U @ (C / values)
+            if rank < d:
+                X += (B - U @ C) / floor
+            return Raw(X, 1, curvature, remedy, eigenvalue_bound=bound)
+
+        return apply
 
 
 def is_exact(solver: Any) -> bool:
@@ -208,8 +241,7 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
                 f"{A!r}: the net, training set, theta and damping must be the same."
             )
         return solver
-    if not hasattr(solver, "prepare") or isinstance(solver, type):
-        raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+    check_solver(solver)
     operator = as_symmetric(A)
     exponent = _exponent(operator)
     with _said_in_units(exponent):
@@ -265,9 +297,6 @@ class _Scaled(LinearOperator):
         products = self._whole @ np.ldexp(np.asarray(V, self.dtype), -half)
         return np.ldexp(products, half - self.exponent)
 
-    def _matvec(self, v: NDArray) -> NDArray:
-        return self._matmat(np.reshape(v, (-1, 1)))[:, 0]
-
     def _adjoint(self) -> LinearOperator:
         return self
 
@@ -292,6 +321,14 @@ def enough_damping(A: Any, smallest: float) -> str:
     return f"{present - smallest:.3g}{more}"
 
 
+def if_indefinite(A: Any, smallest: float) -> str:
+    """Format what to do about a matrix in which a solver met a negative curvature."""
+    return (
+        f"and there may be worse; use a damping well above {enough_damping(A, smallest)}, or "
+        "GaussNewton, or Direct, which answers for indefinite matrices."
+    )
+
+
 def _same_matrix(A: Any, B: Any) -> bool:
     """Return True if solutions for A are solutions for B."""
     if A is B:
@@ -310,32 +347,17 @@ def as_symmetric(A: Any) -> LinearOperator:
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be square, got shape {A.shape}.")
         return A
-    if scipy.sparse.issparse(A):
-        return _symmetric_sparse(A)
-    matrix = numbers(A, "A")
-    if matrix.dtype.kind == "b":
-        matrix = matrix.astype(float)
+    sparse = scipy.sparse.issparse(A)
+    values = numbers(A.data if sparse else A, "A")
+    matrix: Any = A if sparse else values
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"A must be square, got shape {matrix.shape}.")
-    if not np.isfinite(matrix).all():
-        raise ValueError("A must be finite, got a NaN or infinity.")
-    scale = np.abs(matrix).max()
-    if np.abs(matrix - matrix.T).max() > 1e-5 * scale:
-        raise ValueError(
-            "A must be symmetric, got entries that differ from their mirror image by "
-            f"{np.abs(matrix - matrix.T).max():.1e}."
-        )
-    return aslinearoperator(matrix)
-
-
-def _symmetric_sparse(A: Any) -> LinearOperator:
-    """Do for a scipy sparse matrix what `as_symmetric` does for an array."""
-    values = numbers(A.data, "A")
-    if A.shape[0] != A.shape[1]:
-        raise ValueError(f"A must be square, got shape {A.shape}.")
     if not np.isfinite(values).all():
         raise ValueError("A must be finite, got a NaN or infinity.")
-    matrix = A.tocsr().astype(np.result_type(A.dtype, np.float32))
+    if sparse:
+        matrix = A.tocsr().astype(np.result_type(A.dtype, np.float32))
+    elif matrix.dtype.kind == "b":
+        matrix = matrix.astype(float)
     gap = abs(matrix - matrix.T).max()
     if gap > 1e-5 * abs(matrix).max():
         raise ValueError(
@@ -376,17 +398,15 @@ def not_finite(A: LinearOperator, name: str) -> DivergenceError:
     )
 
 
-def check_rank(rank: Any, seed: Any, rtol: float | None) -> None:
-    """Raise ValueError if a low-rank solver's hyperparameters are out of range."""
-    check_integer("rank", rank, 1)
-    check_integer("seed", seed, 0)
-    check_rtol(rtol, optional=True)
+def check_solver(solver: Any) -> None:
+    """Raise TypeError if an object is no solver."""
+    if not hasattr(solver, "prepare") or isinstance(solver, type):
+        raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raise ValueError if a hyperparameter is no integer of at least `least`."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < least:
+    if not is_integer(value, least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 

@@ -49,7 +49,6 @@ class Direct:
     rtol: float = 1e-6
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         check_rtol(self.rtol)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:

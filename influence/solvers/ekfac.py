@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -66,13 +66,9 @@ class EKFAC:
       work, for a singular matrix.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
     rtol: float | None = None
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         check_rtol(self.rtol, optional=True)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:

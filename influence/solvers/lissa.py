@@ -13,13 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
 from influence.curvature.operators import Curvature
-from influence.solvers.base import (
-    Raw,
-    check_integer,
-    check_rtol,
-    finite_products,
-    not_finite,
-)
+from influence.solvers.base import Raw, check_integer, check_rtol, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
 # Steps between two checks of the norm.
@@ -72,9 +66,6 @@ class LiSSA:
       positive definite.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
     unfit_as_preconditioner: ClassVar[str] = (
         "its batches come in an order, so what it applies is not symmetric"
     )
@@ -88,7 +79,6 @@ class LiSSA:
     rtol: float | None = 0.1
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive or None, got {self.scale}.")
         check_rtol(self.rtol, optional=True)
@@ -100,7 +90,8 @@ class LiSSA:
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Choose the scale if none was given."""
-        scale = self._scale(A) or largest_eigenvalue(A, self.batch_size)
+        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # in A's units
+        scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):
             raise not_finite(A, "LiSSA")
         if not scale > 0:
@@ -109,11 +100,6 @@ class LiSSA:
                 "damping, or GaussNewton, or Direct, which answers for indefinite matrices."
             )
         return lambda B: self._solve(A, B, scale)
-
-    def _scale(self, A: LinearOperator) -> float | None:
-        """Return the given scale, in A's units, or None."""
-        exponent = getattr(A, "exponent", 0)
-        return None if self.scale is None else float(np.ldexp(self.scale, -exponent))
 
     def _solve(self, A: LinearOperator, B: NDArray, scale: float) -> Raw:
         """Run the series; restart columns that grow too large with twice the chosen scale."""

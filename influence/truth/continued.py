@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.checkpoint import check_folder, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import Estimand
+from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers.adam import Moments, batch_rows
@@ -67,7 +68,6 @@ class ContinuedOptions(RunOptions):
     seed: int = 0
 
     def __post_init__(self):
-        """Check the options."""
         super().__post_init__()
         if self.batch_size is None or self.batch_size < 3:
             raise ValueError(
@@ -128,7 +128,7 @@ def continued_training(
     """
     runs.check(net, train, test)
     rows = check_rows(rows, len(train))
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+    if not is_integer(steps, 1):
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     if not (np.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be positive, got {rate}.")

@@ -68,8 +68,8 @@ def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
     net, examples, _ = problem(40, 60, weight_decay=1e-4)
     net.theta = 2 * net.theta
     rows, K = np.arange(40), net.design.gram(examples.x)
-    by_rows = leverage._by_rows(net, net.design, net.link, examples, rows, K)
-    by_parameters = leverage._by_parameters(net, net.design, examples, rows)
+    by_rows = leverage._by_rows(net, examples, rows, K)
+    by_parameters = leverage._by_parameters(net, examples, rows)
     curvature = np.exp(-np.abs(net.outputs(examples.x)))
     assert curvature.min() < 1e-12 and curvature.max() > 0.05
     for one, other in zip(by_rows, by_parameters, strict=True):
