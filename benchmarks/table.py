@@ -26,7 +26,8 @@ def page(result: dict[str, Any]) -> str:
     }
     parts = [
         "# Benchmarks\n\n`make bench` writes this page. [benchmarks.json](benchmarks.json) has the "
-        "same numbers and more. Both times of a ratio were measured in the same run of the same part.",
+        "same numbers and more. Both times of a ratio were measured in the same run of the same "
+        "part.",
         _where(result),
         "## Targets\n\n" + targets(result),
         *(sections[part](result) for part in PARTS if part in result),
@@ -126,9 +127,10 @@ def _refits(result: dict[str, Any]) -> str:
     part = result["refits"]
     return (
         f"{part['num_refits']} rows are removed one at a time. All refits take "
-        f"{part['seconds']:.1f} s, including the factorisation of the Hessian. The refits of a block share their passes "
-        f"over the data; this makes {part['passes_per_refit']:.1f} passes per refit. The largest "
-        f"gradient norm after a refit is {part['worst_gradient_norm']:.1e}."
+        f"{part['seconds']:.1f} s, including the factorisation of the Hessian. The refits of a "
+        "block share their passes over the data; this makes "
+        f"{part['passes_per_refit']:.1f} passes per refit. The largest gradient norm after a refit "
+        f"is {part['worst_gradient_norm']:.1e}."
     )
 
 
@@ -227,8 +229,8 @@ def _cnn(result: dict[str, Any]) -> str:
     lines += [
         "\nThe next table counts CG's iterations in float64. In brackets: the number without a "
         "preconditioner, divided by the number with it; above 1, the preconditioner helps. "
-        "`EK-FAC` has the damping of the matrix, `EK-FAC damped more` 100 times that. `layers` is the exact "
-        "inverse of every layer's own block of the Gauss-Newton matrix:\n",
+        "`EK-FAC` has the damping of the matrix, `EK-FAC damped more` 100 times that. `layers` is "
+        "the exact inverse of every layer's own block of the Gauss-Newton matrix:\n",
         "| matrix | " + " | ".join(iterations["Hessian"]) + " |",
         "|---" * (1 + len(iterations["Hessian"])) + "|",
     ]
