@@ -241,7 +241,7 @@ def _refuse_unknown(words: Sequence[str], names: Sequence[str]) -> None:
         option = word.partition("=")[0].replace("_", "-")  # tyro accepts both spellings
         if option in ("-h", "--help", *names) or not re.match(r"--?(?!inf|nan)[a-zA-Z]", word):
             continue
-        near = difflib.get_close_matches(option, names, 1, 0.5)
+        near = difflib.get_close_matches(option, names, 1, 0.6)
         meant = f"; did you mean {near[0]}?" if near else ""
         shown = console.one_line(word.partition("=")[0])
         raise Misuse(f"unrecognised option {shown}{meant} (--help lists them)")

@@ -32,6 +32,11 @@ A()
 """
 
 
+def hear():
+    """Handle SIGINT as Python does, also where these tests run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Start `python -m command`, given the bodies of its main and of its package."""
@@ -45,7 +50,8 @@ def start(tmp_path):
             + "".join(f"    {line}\n" for line in body.splitlines())
             + "console.run(main)\n"
         )
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes |= {"preexec_fn": hear} | options
         environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
         command = [sys.executable, "-m", "command"]
         return subprocess.Popen(command, env=environment, text=True, **pipes)
@@ -79,9 +85,10 @@ def test_ctrl_c_is_ignored_where_the_parent_chose_so(start):
 
 
 def test_a_process_that_imports_a_package_keeps_its_handler():
-    code = "import signal, data; sys_ = signal.getsignal(signal.SIGINT); print(sys_.__name__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "default_int_handler\n"
+    code = "import signal, data; print(signal.getsignal(signal.SIGINT).__name__)"
+    command = [sys.executable, "-c", code]
+    said = subprocess.check_output(command, cwd=ROOT, text=True, preexec_fn=hear)
+    assert said == "default_int_handler\n"
 
 
 WRITES = """

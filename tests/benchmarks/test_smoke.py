@@ -120,4 +120,4 @@ def test_a_part_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["lisa", "cnn"])
     assert "PART must be one of products, scores, all-scores" in (said := capsys.readouterr().err)
-    assert said.rstrip().endswith("got lisa.")
+    assert said.rstrip().endswith("got lisa. (--help says more)") and said.count("\n") == 1
