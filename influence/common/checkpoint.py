@@ -65,16 +65,6 @@ def check_writable(folder: Path, name: str) -> Path:
     return folder
 
 
-def check_regular(path: Path, name: str) -> None:
-    """Check that an existing `path` is a regular file: a pipe or a device may never end.
-
-    Raises: ValueError, with the argument's `name`, if it is something else.
-    """
-    if not path.is_file():
-        kind = "the folder" if path.is_dir() else "no regular file"
-        raise ValueError(f"{name} must be a file, got {kind} {path}.")
-
-
 def sha256(arrays: Arrays, *more: str) -> str:
     """Compute the SHA-256 of named arrays, of their shapes and types, and of some strings.
 
@@ -88,7 +78,7 @@ def sha256(arrays: Arrays, *more: str) -> str:
         digest.update(repr((array.dtype.str, array.shape, turned)).encode())
         # The bytes in their order in memory, so that a large matrix is not copied.
         flat = np.ascontiguousarray(array.T if turned else array).reshape(-1)
-        digest.update(flat.view(np.uint8))
+        digest.update(flat.view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -139,7 +129,8 @@ def load(path: str | os.PathLike) -> dict[str, NDArray]:
     Raises: ValueError naming the file if it is not as `store` wrote it under this name.
     """
     path = Path(path)
-    check_regular(path, "a checkpoint")
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise _refused(path, "that is no regular file")
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_regular, check_writable, sha256
+from influence.common.checkpoint import check_writable, sha256
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
@@ -374,7 +374,9 @@ def _opened(
 
     Raises: ValueError naming the file and what to do, where it is not one of these scores.
     """
-    check_regular(path, "path")
+    if not path.is_file():  # a pipe or a device may never end
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise ValueError(f"path must be a file, got the {kind} {path}.")
     cause: Exception | None = None
     with ExitStack() as stack:
         try:
