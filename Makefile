@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test lint bench readme clean
+.PHONY: help figures test systems lint bench readme clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -23,6 +23,10 @@ figures: $(VENV)/installed ## every experiment on embedded data, in seconds each
 
 test: $(VENV)/installed-dev ## the tests; those that need real data look in INFLUENCE_DATA
 	@OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+systems: $(VENV)/installed-dev ## 200 random linear systems of each kind, for every solver; minutes
+	@SYSTEMS=200 OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
+	  --timeout 3600 tests/influence/solvers/test_systems.py
 
 lint: $(VENV)/installed-dev ## ruff and pyright
 	@$(BIN)/ruff check .

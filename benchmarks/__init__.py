@@ -1,5 +1,9 @@
 """Speed, compared with the machine's own limit and with peers. `python -m benchmarks --help`."""
 
+import influence_console as console
+
+console.begin(__name__)
+
 import importlib.util
 
 from experiments import import_tensorflow

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+import influence_console as console
 from benchmarks import (
     all_scores,
     cnn,
@@ -99,13 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
       arguments: the words after `python -m benchmarks`; sys.argv's if omitted.
     Returns: 0 if every target is met or, on stand-in data, not judged; 1 if one is missed; 2 on
-      misuse.
+      misuse, 74 if the results could not be written.
     """
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
         description="Times within one part's run, as ratios, with the residual beside each.",
         allow_abbrev=False,
     )
+    console.in_one_line(parser)
     add = parser.add_argument
     add(
         "parts",
@@ -268,4 +269,4 @@ def _data_name(smoke: bool, data_dir: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

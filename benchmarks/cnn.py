@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.problem import Problem
 from influence import CG, Direct, DivergenceError, Examples, GaussNewton, Hessian, prepare, solve
+from influence.curvature.chain import chain_hessian
 from influence.curvature.layers import affine_layers
 from influence.models.cnn import AllCNN
 from influence.solvers import EKFAC, Solver
@@ -89,7 +90,7 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
         "CG": lambda: CG(rtol, limit),
         "CG after EK-FAC": lambda: CG(rtol, limit, EKFAC()),
     }
-    if net.hessian(train.take([0])) is None:  # it would take d products
+    if chain_hessian(net, train.take([0])) is None:  # it would take d products
         del ways["Direct"]
     runs = []
     for method, make in ways.items():

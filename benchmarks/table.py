@@ -25,8 +25,9 @@ def page(result: dict[str, Any]) -> str:
         "peers": _all_peers,
     }
     parts = [
-        "# Benchmarks\n\nWritten by `make bench`; the same numbers and more are in "
-        "[benchmarks.json](benchmarks.json). All ratios are within one part's run.",
+        "# Benchmarks\n\n`make bench` writes this page. [benchmarks.json](benchmarks.json) has the "
+        "same numbers and more. Both times of a ratio were measured in the same run of the same "
+        "part.",
         _where(result),
         "## Targets\n\n" + targets(result),
         *(sections[part](result) for part in PARTS if part in result),
@@ -63,8 +64,8 @@ def _where(result: dict[str, Any]) -> str:
         f"d = {shape['f'] * shape['c']:,} parameters.\n"
         f"{machine['cores']} cores, {machine['cpu']}; BLAS {'; '.join(machine['blas'])}; "
         f"{versions}; commit {_by_part(commits)}.\n"
-        f"Quiet before the run: {_by_part(quiet)}; cores used by others meanwhile: "
-        f"{', '.join(f'{name} {value}' for name, value in busy.items())}."
+        f"The machine was quiet before the run: {_by_part(quiet)}. Cores that other processes used "
+        f"during the run: {', '.join(f'{name} {value}' for name, value in busy.items())}."
     )
 
 
@@ -82,11 +83,12 @@ def _products(result: dict[str, Any]) -> str:
     part = result["products"]
     rates = "; ".join(f"{name} {rate:.0f}" for name, rate in part["machine_gflops"].items())
     lines = [
-        f"{part['dtype']}; a block is {part['num_vectors']} vectors and "
-        f"{part['flop_of_block']:.2e} operations (4 n f c m). Matrix products of the machine, "
-        f"GFLOP/s: {rates}; `shapes` are those of the block.\n",
-        "| by | gradient, s | one product, s | / gradient | block, s | GFLOP/s | of the machine "
-        "| largest error |",
+        f"All numbers are in {part['dtype']}. A block has {part['num_vectors']} vectors and takes "
+        f"{part['flop_of_block']:.2e} operations (4 n f c m). The machine's own rates for matrix "
+        f"products, in GFLOP/s: {rates}. `shapes` are matrices of the block's shapes, `square` are "
+        "square matrices.\n",
+        "| method | gradient, s | one product, s | / gradient | block, s | GFLOP/s "
+        "| of the machine's rate | largest error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for way, words in _WAYS.items():
@@ -104,8 +106,9 @@ def _products(result: dict[str, Any]) -> str:
 def _scores(result: dict[str, Any]) -> str:
     part = result["scores"]
     lines = [
-        f"Scores of all {result['shape']['n']:,} rows, s_test given:\n",
-        f"| by | gradient, s | one point, s | / gradient | {part['num_points']} points, s "
+        f"Scores of all {result['shape']['n']:,} rows; the time to compute s_test is not "
+        "included:\n",
+        f"| method | gradient, s | one point, s | / gradient | {part['num_points']} points, s "
         "| / gradient | largest error |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -123,10 +126,11 @@ def _scores(result: dict[str, Any]) -> str:
 def _refits(result: dict[str, Any]) -> str:
     part = result["refits"]
     return (
-        f"{part['num_refits']} rows, each removed alone: {part['seconds']:.1f} s, the "
-        f"factorisation of the Hessian included; {part['passes_per_refit']:.1f} data passes a "
-        f"refit, shared by the refits of a block; worst gradient norm "
-        f"{part['worst_gradient_norm']:.1e}."
+        f"{part['num_refits']} rows are removed one at a time. All refits take "
+        f"{part['seconds']:.1f} s, including the factorisation of the Hessian. The refits of a "
+        "block share their passes over the data; this makes "
+        f"{part['passes_per_refit']:.1f} passes per refit. The largest gradient norm after a refit "
+        f"is {part['worst_gradient_norm']:.1e}."
     )
 
 
@@ -139,10 +143,11 @@ def _solves(result: dict[str, Any]) -> str:
         else ", ".join(f"{name} {version}" for name, version in peers.items()) + "."
     )
     lines = [
-        f"Relative residual {part['tolerance']:.0e}, recomputed for both in float64 by our "
-        "operator. Each in its own process; seconds are the least of up to three runs and exclude "
-        "imports and reading; memory is the process's peak, and what it held before solving. "
-        f"{against}\n",
+        f"The required relative residual is {part['tolerance']:.0e}. For both libraries it is "
+        "recomputed in float64 by our operator. Each solver runs in its own process. The seconds "
+        "are the shortest of up to three runs, without imports and reading. `peak MB` is the peak "
+        "memory of the process, `before MB` its memory before solving. `within` says whether the "
+        f"residual is within the required one. {against}\n",
         "| solver, dtype: test points solved | seconds | / our fastest | residual, largest "
         "| within | peak MB | before MB |",
         "|---|---|---|---|---|---|---|",
@@ -161,13 +166,13 @@ def _solves(result: dict[str, Any]) -> str:
     for points, best in part["fastest"].items():
         plural = "s" * (points != "1")
         for which, speedup, theirs in (
-            ("as it comes", part["speedup_over_default"], part["fastest_default"][points]),
-            ("at its fastest", part["speedup"], best[PYDVL]),
+            ("by default", part["speedup_over_default"], part["fastest_default"][points]),
+            ("with its fastest solver", part["speedup"], best[PYDVL]),
         ):
             if speedup[points] is not None:
                 lines.append(
                     f"\n{points} test point{plural}: ours is {_number(speedup[points])} times as "
-                    f"fast as pyDVL {which}: {describe(part['runs'][theirs])}."
+                    f"fast as pyDVL {which} ({describe(part['runs'][theirs])})."
                 )
     return "\n".join(lines)
 
@@ -177,14 +182,15 @@ def _all_scores(result: dict[str, Any]) -> str:
     seconds = {name: _number(value) for name, value in part["seconds"].items()}
     return (
         f"{part['num_tests']:,} test points x {result['shape']['n']:,} rows, {part['dtype']} from "
-        f"float64 solves, {part['megabytes']:,.0f} MB: {seconds['all']} s, of which preparing "
-        f"`Direct` {seconds['prepare']}, solving {seconds['solve']}, multiplying and writing "
-        f"{seconds['multiply']}, all else {seconds['other']}.\n"
-        f"The multiplication, {part['flop_of_multiply']:.2e} operations (2 n d m), ran at "
-        f"{part['multiply_gflops']:.0f} GFLOP/s, {part['fraction_of_machine']:.0%} of the "
-        f"machine's {part['machine_gflops']:.0f} in the same process.\n"
-        f"Largest residual {part['largest_residual']:.1e}; largest error of a sample, relative to "
-        f"its largest score, {part['largest_error']:.1e}."
+        f"float64 solves, {part['megabytes']:,.0f} MB: {seconds['all']} s. Of these, preparing "
+        f"`Direct` takes {seconds['prepare']}, solving {seconds['solve']}, multiplying and writing "
+        f"{seconds['multiply']}, everything else {seconds['other']}.\n"
+        f"The multiplication takes {part['flop_of_multiply']:.2e} operations (2 n d m) and runs at "
+        f"{part['multiply_gflops']:.0f} GFLOP/s. This is {part['fraction_of_machine']:.0%} of the "
+        f"machine's {part['machine_gflops']:.0f} GFLOP/s, measured in the same process.\n"
+        f"The largest residual is {part['largest_residual']:.1e}. A sample of the scores is "
+        "compared with scores in float64. The largest error, relative to the largest score of the "
+        f"sample, is {part['largest_error']:.1e}."
     )
 
 
@@ -193,8 +199,8 @@ def _lissa(result: dict[str, Any]) -> str:
     return (
         f"Scale {part['scale']:g}, depth {part['depth']:,}, {part['repeats']} repeats, batches of "
         f"{part['batch_size']} row, test point {part['point']}: {_number(part['seconds'])} s. "
-        f"Residual {_number(part['residual'])}; correlation of all rows' scores with exact ones "
-        f"{part['pearson']:.4f}."
+        f"The residual is {_number(part['residual'])}. The correlation between the scores of all "
+        f"rows and the exact scores is {part['pearson']:.4f}."
     )
 
 
@@ -204,12 +210,12 @@ def _cnn(result: dict[str, Any]) -> str:
     steps = sum(steps for steps, _ in network["schedule"])
     lines = [
         f"s_test of test point {network['point']}, {network['num_rows']:,} images, d = "
-        f"{part['d']:,}, float32, after {steps:,} steps of training (not timed): risk "
-        f"{_number(part['risk'])}, gradient norm {part['gradient_norm']:.1e}. Hessian damped by "
-        f"{network['damping']:g}, to a relative residual of {network['rtol']:g}. One Hessian "
-        f"product takes {_number(part['product_seconds'])} s; CG is stopped after products of "
-        f"{network['patience']:g} s.\n",
-        "| way | seconds | of which preparing | iterations | residual | within |",
+        f"{part['d']:,}, float32, after {steps:,} steps of training (not timed). The risk is "
+        f"{_number(part['risk'])} and its gradient norm {part['gradient_norm']:.1e}. The Hessian "
+        f"is damped by {network['damping']:g}. The required relative residual is "
+        f"{network['rtol']:g}. One Hessian product takes {_number(part['product_seconds'])} s. CG "
+        f"stops when its products have taken {network['patience']:g} s.\n",
+        "| method | seconds | of which preparing | iterations | residual | within |",
         "|---|---|---|---|---|---|",
     ]
     for run in part["runs"]:
@@ -221,9 +227,10 @@ def _cnn(result: dict[str, Any]) -> str:
             f"| {run['iterations']} | {run['residual']:.1e} | {'yes' if run['meets'] else 'no'} |"
         )
     lines += [
-        "\nIterations of CG in float64, and the factor by which each preconditioner cuts them; "
-        "EK-FAC is damped as the matrix, or 100 times as much; `layers` is the exact inverse of "
-        "every layer's own block of the Gauss-Newton matrix:\n",
+        "\nThe next table counts CG's iterations in float64. In brackets: the number without a "
+        "preconditioner, divided by the number with it; above 1, the preconditioner helps. "
+        "`EK-FAC` has the damping of the matrix, `EK-FAC damped more` 100 times that. `layers` is "
+        "the exact inverse of every layer's own block of the Gauss-Newton matrix:\n",
         "| matrix | " + " | ".join(iterations["Hessian"]) + " |",
         "|---" * (1 + len(iterations["Hessian"])) + "|",
     ]
@@ -242,7 +249,7 @@ def _cut(none: int | None, count: int | None) -> str:
 
 def _all_peers(result: dict[str, Any]) -> str:
     found = result["peers"]["problems"]
-    return "\n\n".join("## Every solver of every peer: " + _peers(part) for part in found)
+    return "\n\n".join("## Every solver of every library: " + _peers(part) for part in found)
 
 
 def _peers(part: dict[str, Any]) -> str:
@@ -253,14 +260,14 @@ def _peers(part: dict[str, Any]) -> str:
     runs = part["runs"]
     lines = [
         f"{part['data']}\n\nLogistic regression, n = {part['n']:,}, d = {part['d']:,}, "
-        f"{part['points']} test points, weight decay in every H. The residual, recomputed in "
-        "float64, is that of the Hessian, whatever matrix a solver inverts; 1 is what x = 0 "
-        f"leaves, and below {ROUNDING:.0e} all is rounding. Each peer's row names our fastest "
-        "solver that comes at least as close, and its own seconds over that one's. "
-        f"Stopped after {part['patience']:g} s a process, start and repetitions included. "
-        f"{versions}.\n",
+        f"{part['points']} test points. Every H includes the weight decay. The residual is "
+        "recomputed in float64 with the Hessian, even if the solver inverts another matrix. It is "
+        f"1 for x = 0, and only rounding below {ROUNDING:.0e}. Each row of another library names "
+        "our fastest solver with a residual at most as large. `/ ours` divides the library's "
+        f"seconds by that solver's. A process is stopped after {part['patience']:g} s, including "
+        f"its start and repetitions. {versions}.\n",
         "| solver, dtype: test points solved | inverts | seconds | residual, largest "
-        "| ours at this residual | / ours |",
+        "| our fastest at this residual | / ours |",
         "|---|---|---|---|---|---|",
     ]
     for run in runs:

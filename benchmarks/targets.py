@@ -23,19 +23,21 @@ TARGETS = (
 )
 MEANING = {
     "block_fraction": "Hessian products in one block, float32: fraction of the machine's rate",
-    "product_per_gradient": "one Hessian product, float32: time over that of one gradient",
-    "scores_per_gradient": "scores of all rows, s_test given, float32: time over one gradient's",
-    "all_scores_seconds": "all scores of all test points to a file, float64 solves included: "
-    "seconds",
-    "all_scores_fraction": "their multiplication, float32: fraction of the machine's rate",
-    "speedup_over_default": "s_test: pyDVL's CgInfluence as it comes over our fastest, same true "
-    "residual",
-    "refits_seconds": "exact refits, the factorisation included: seconds",
-    "refits_gradient_norm": "exact refits: worst gradient norm",
+    "product_per_gradient": "one Hessian product, float32: time divided by that of one gradient",
+    "scores_per_gradient": "scores of all rows without s_test, float32: time divided by that of "
+    "one gradient",
+    "all_scores_seconds": "scores of all rows for all test points, written to a file, with float64 "
+    "solves: seconds",
+    "all_scores_fraction": "the multiplication for that file, float32: fraction of the machine's "
+    "rate",
+    "speedup_over_default": "s_test to the same true residual: time of pyDVL's default CgInfluence "
+    "divided by that of our fastest solver",
+    "refits_seconds": "exact refits, with the factorisation: seconds",
+    "refits_gradient_norm": "exact refits: largest gradient norm",
     "lissa_seconds": "LiSSA at the paper's setting, one test point: seconds",
     "cnn_hessian_seconds": "the exact Hessian of that network, formed and factored: seconds",
-    "cnn_seconds": "s_test of the convolutional network, one test point, to a relative residual of "
-    "1e-4 by the fastest way: seconds",
+    "cnn_seconds": "s_test of the convolutional network, one test point, by the fastest method "
+    "that reaches a relative residual of 1e-4: seconds",
 }
 
 

@@ -8,6 +8,10 @@ into the cache, unless INFLUENCE_OFFLINE=1 is set. Every file is checked against
 time it is read. `python -m data --help` shows the same steps as commands.
 """
 
+import influence_console as console
+
+console.begin(__name__)
+
 from pathlib import Path
 
 import numpy as np

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import data
+import influence_console as console
 from data import download, files
 from data.registry import SETS, named
 from data.splits import DataSet
@@ -24,7 +25,7 @@ Without --data-dir, data sets are looked for in $INFLUENCE_DATA, then in the use
 Set INFLUENCE_OFFLINE=1 to forbid all downloads.
 
 Exit status: 0 if all is well, 1 if fetch or check found something missing or wrong,
-2 if the command line was not understood.
+2 if the command line was not understood, 74 if a file could not be written, 130 if interrupted.
 """
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
       arguments: the words after `python -m data`; sys.argv's if omitted.
-    Returns: the exit status, 0 or 1.
+    Returns: the exit status, 0, 1 or 74.
     Raises: SystemExit with status 2 if the arguments are not understood, 0 after `--help`.
     """
     parser = _parser()
@@ -54,18 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print(f"{dataset.name}: {act(dataset, options.data_dir)}")
         except (OSError, ValueError) as error:
-            print(f"{dataset.name}: {error}", file=sys.stderr)
-            status = 1
+            unwritten = console.unwritten(error)
+            print(f"{dataset.name}: {unwritten or error}", file=sys.stderr)
+            status = max(status, console.OUTPUT if unwritten else 1)
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data",
-        description=_DESCRIPTION,
-        epilog=_EPILOG.format(cache=files.cache_folder()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = console.in_one_line(
+        argparse.ArgumentParser(
+            prog="python -m data",
+            description=_DESCRIPTION,
+            epilog=_EPILOG.format(cache=files.cache_folder()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
     )
     parser.add_argument("command", choices=("list", "fetch", "check"), help="what to do, see above")
     parser.add_argument(
@@ -132,4 +136,4 @@ def _folder(dataset: DataSet, data_dir: str | None) -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

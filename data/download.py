@@ -17,6 +17,7 @@ from urllib.parse import unquote, urldefrag
 
 import pooch
 
+import influence_console as console
 from data.files import (
     DataFile,
     Root,
@@ -105,6 +106,8 @@ def _fetch_one(file: DataFile, target: Path) -> None:
             return
         # requests' exceptions are OSErrors; pooch reports a wrong digest by ValueError.
         except (OSError, ValueError) as error:
+            if console.unwritten(error):  # other addresses would meet the same full disk
+                raise
             failures.append(f"{url}: {type(error).__name__}: {error}")
     raise ConnectionError("\n".join([f"{file.path} could not be had from", *failures]))
 

@@ -17,6 +17,10 @@ A figure is a file, or a folder with `figure.py`. Its module offers
 The harness does the rest: options, data, seed, claims, files. `shared` has what two figures use.
 """
 
+import influence_console as console
+
+console.begin(__name__)
+
 import ast
 import importlib
 import os
@@ -26,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 # Modules by command, in the order in which they are listed, run and reported.
 MODULES = {
@@ -66,7 +71,8 @@ def load(command: str) -> ModuleType:
     if command not in MODULES or _source(MODULES[command]) is None:
         raise ValueError(f"command must be one of {', '.join(summaries())}, got {command!r}.")
     import_tensorflow()
-    return importlib.import_module(f"{__name__}.{MODULES[command]}")
+    with console.importing():
+        return importlib.import_module(f"{__name__}.{MODULES[command]}")
 
 
 def _source(module: str) -> Path | None:
@@ -77,7 +83,7 @@ def _source(module: str) -> Path | None:
 
 def import_tensorflow() -> None:
     """Import TensorFlow without its log lines about the processor and the missing GPU."""
-    with _quiet():
+    with console.importing(), _quiet():
         importlib.import_module("tensorflow")
 
 
@@ -88,7 +94,7 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
+    with _held() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
@@ -99,3 +105,10 @@ def _quiet() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def _held() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:  # no folder takes a file: the disk is full
+        return open(os.devnull, "w+b")

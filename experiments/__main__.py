@@ -2,10 +2,15 @@
 
 import argparse
 import dataclasses
+import difflib
+import io
 import os
+import re
+import shutil
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -13,11 +18,23 @@ from typing import Annotated, Any
 import tyro
 
 import experiments
+import influence_console as console
 from experiments.harness import report
 from experiments.harness.record import replacing
-from experiments.harness.running import SMOKE, STANDARD, Job, Misuse, redraw, run, say
+from experiments.harness.running import (
+    SMOKE,
+    STANDARD,
+    Job,
+    Misuse,
+    Unwritten,
+    redraw,
+    run,
+    say,
+)
 
 PROG = "python -m experiments"
+# Narrower help is unreadable, and below 6 columns tyro does not end; wider errors are not wrapped.
+_NARROWEST, _WIDEST, _NO_WRAP = 40, 200, 10_000
 _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
@@ -54,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
       arguments: the words after `python -m experiments`; sys.argv's if omitted.
     Returns: 0 if every claim holds, 1 if one falls short (or, in `all`, an experiment breaks),
-      2 on misuse, 130 if interrupted.
+      2 on misuse, 74 if output could not be written, 130 if interrupted.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # draw to files: there may be no display
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -68,16 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _all(rest)
         if command not in experiments.summaries():
             known = ", ".join(["list", "all", "report", *experiments.summaries()])
-            raise Misuse(f"the command comes first and must be one of {known}, got {command!r}.")
+            command, wrong = "", command
+            raise Misuse(f"the command comes first and must be one of {known}, got {wrong!r}.")
         return _one(command, rest)
-    except Misuse as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:  # by tyro: 0 after --help, 2 after an option that it refused
+    except (Misuse, Unwritten) as error:
+        print(f"{f'{PROG} {command}'.rstrip()}: {error}", file=sys.stderr)
+        return console.USAGE if isinstance(error, Misuse) else console.OUTPUT
+    except SystemExit as stop:  # by tyro, after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command again continues where this stopped", file=sys.stderr)
-        return 130
+        return console.interrupted()
 
 
 def _list(rest: Sequence[str]) -> int:
@@ -91,14 +108,18 @@ def _list(rest: Sequence[str]) -> int:
     }
     for command, summary in summaries.items():
         print(f"  {command:{_width(summaries)}}{summary}")
-    print("\nExit status: 0 every claim holds, 1 one falls short, 2 misuse.")
+    print(
+        "\nExit status: 0 every claim holds, 1 one falls short, 2 usage, 74 output could not be "
+        "written, 130 interrupted."
+    )
     return 0
 
 
 def _report(rest: Sequence[str]) -> int:
-    options = tyro.cli(
-        ReportOptions, args=rest, prog=f"{PROG} report", default=ReportOptions(out=_default_out())
-    )
+    options = _parsed(ReportOptions(out=_default_out()), rest, "report")
+    for name, folder in (("--out", options.out), ("--results", options.results)):
+        if folder.exists() and not folder.is_dir():
+            raise Misuse(f"{name} must be a folder of records, {folder} is a file.")
     try:
         if options.readme is None:
             print(f"report written to {report.write_page(options.out)}")
@@ -107,15 +128,14 @@ def _report(rest: Sequence[str]) -> int:
         with replacing(options.readme) as partial:
             partial.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Misuse(str(error)) from error
+        line = console.unwritten(error)
+        raise Misuse(str(error)) if line is None else Unwritten(line) from error
     print(f"{options.readme}: table written from {options.results}")
     return 0
 
 
 def _all(rest: Sequence[str]) -> int:
-    options = tyro.cli(
-        Options, args=rest, prog=f"{PROG} all", config=_TYRO, default=Options(out=_default_out())
-    )
+    options = _parsed(Options(out=_default_out()), rest, "all")
     _check(options)
     statuses = {}
     for command in experiments.summaries():
@@ -126,6 +146,8 @@ def _all(rest: Sequence[str]) -> int:
         except Misuse as error:
             print(f"{command}: {error}", file=sys.stderr)
             statuses[command] = 2
+        except Unwritten:  # the next would not be written either
+            raise
         except Exception:  # one broken experiment must not hide the others
             traceback.print_exc()
             statuses[command] = 1
@@ -137,25 +159,104 @@ def _all(rest: Sequence[str]) -> int:
 
 def _one(command: str, rest: Sequence[str]) -> int:
     # Parse twice: the preset and the data folder decide the defaults of all other options.
-    first = argparse.ArgumentParser(prog=f"{PROG} {command}", add_help=False, allow_abbrev=False)
+    _refuse_empty(rest)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
     first.add_argument("--data-dir", "--data_dir", type=Path)  # tyro accepts both spellings
-    early = Options(**vars(first.parse_known_args(rest)[0]))
+    try:
+        early = Options(**vars(first.parse_known_args(rest)[0]))
+    except argparse.ArgumentError as error:
+        raise Misuse(
+            f"{error.argument_name}: {error.message} (--help lists the options)."
+        ) from error
     _check(early)
     module = experiments.load(command)
     preset = _preset(command, module, early)
     config = module.PRESETS[preset]
     both: Any = dataclasses.make_dataclass("both", [("run", Options), ("config", type(config))])
-    parsed = tyro.cli(
-        both,
-        args=rest,
-        prog=f"{PROG} {command}",
-        description=f"{experiments.summaries()[command]}\n\nDefaults shown: preset {preset}, "
-        f"of {', '.join(module.PRESETS)}.",
-        default=both(Options(preset=preset, out=_default_out()), config),
-        config=_TYRO,
+    about = f"{experiments.summaries()[command]}\n\nDefaults shown: preset {preset}, "
+    parsed = _parsed(
+        both(Options(preset=preset, out=_default_out()), config),
+        rest,
+        command,
+        f"{about}of {', '.join(module.PRESETS)}.",
     )
     return _do(command, module, parsed.run, preset, parsed.config)
+
+
+def _parsed(default: Any, words: Sequence[str], command: str, about: str | None = None) -> Any:
+    """Return `default`, a dataclass of options or of such dataclasses, with the words' values."""
+    _refuse_empty(words)
+    _refuse_unknown(words, [f"--{name.replace('_', '-')}" for name in _names(default)])
+    asked = any(word in ("-h", "--help") for word in words)
+    columns = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), _columns(columns if asked else _NO_WRAP):
+            return tyro.cli(
+                type(default),
+                args=words,
+                prog=f"{PROG} {command}",
+                description=about,
+                default=default,
+                config=_TYRO,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise Misuse(_unboxed(said.getvalue())) from None
+
+
+@contextmanager
+def _columns(number: int) -> Iterator[None]:
+    """Set the terminal's width, as tyro sees it."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(number)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _names(options: Any) -> list[str]:
+    fields = ((f.name, getattr(options, f.name)) for f in dataclasses.fields(options))
+    return [
+        name
+        for field, value in fields
+        for name in (_names(value) if dataclasses.is_dataclass(value) else [field])
+    ]
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    # A path would take "" for the folder in which the command runs.
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        if word.startswith("--") and (following == "" or word.endswith("=")):
+            raise Misuse(f"{word.rstrip('=')} must be followed by a value, got ''.")
+
+
+def _refuse_unknown(words: Sequence[str], names: Sequence[str]) -> None:
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")  # tyro accepts both spellings
+        if option in ("-h", "--help", *names) or not re.match(r"--?(?!inf|nan)[a-zA-Z]", word):
+            continue
+        near = difflib.get_close_matches(option, names, 1, 0.5)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        shown = console.one_line(word.partition("=")[0])
+        raise Misuse(f"unrecognised option {shown}{meant} (--help lists them)")
+
+
+def _unboxed(text: str) -> str:
+    """Return the sentence of tyro's boxed error, and the option's form, in one line."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    lines = ["" if set(line) <= {"-"} else line for line in lines]  # rules, also in plain ASCII
+    begin = 2 if lines[1] == "" else 1  # below the title
+    end = lines.index("", begin)
+    said = console.one_line(" ".join(lines[begin:end]))
+    form = next((line for line in lines[end:] if line.startswith("--")), "")
+    said = said.removeprefix("Error parsing config: ").replace("Unrecognized options", "unexpected")
+    return f"{said}{f'; it takes {form}' if form else ''} (--help lists the options)"
 
 
 def _width(commands: Iterable[str]) -> int:
@@ -169,7 +270,10 @@ def _default_out() -> Path:
 def _check(options: Options) -> None:
     folder = options.data_dir
     if folder is not None and not folder.expanduser().is_dir():
-        raise Misuse(f"--data-dir must be a folder, there is none at {folder}.")
+        there = (
+            f"{folder} is a file" if folder.expanduser().exists() else f"there is none at {folder}"
+        )
+        raise Misuse(f"--data-dir must be a folder, {there}.")
 
 
 def _preset(command: str, module: ModuleType, options: Options) -> str:
@@ -195,4 +299,4 @@ def _do(command: str, module: ModuleType, options: Options, preset: str, config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -137,21 +137,22 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Training: 20,000 steps of Adam at 1e-3, 1e-4, 1e-5 in `standard`, 500,000 at 1e-4, 1e-5, 1e-6 "
-    "in the release and `paper`. Neither ends at a minimum; `gradient_norm` measures how far from "
-    "one.",
-    "Training on: 220 steps at 1e-4 in `standard`, ten times the rate that training ended with; "
-    "30,000 at 1e-6 in the release and `paper`. A step of Adam moves a parameter by at most about "
-    "the rate, so 220 steps at 1e-6 move it by at most 2e-4; `slow_spread` shows how little the "
-    "losses then change. The values here were chosen after trials on 25 of the rows: for the first "
-    "test point, 110 steps gave r = .57 at 1e-5 and .84 at 1e-4.",
-    "Control: here all removals and one training with all rows (the control) use the same "
-    "minibatches, and the control's drift is subtracted. In the release the minibatches differ and "
-    "the control is only printed. Here the row leaves its minibatch, which is then one smaller; "
-    "there 500 of the other 5,499 rows are drawn. Adam's epsilon is 1e-7 here, 1e-8 there; both "
-    "are far below the root of its second moment, which is at least 3e-4.",
-    "H^-1: linear conjugate gradients to a relative residual of 1e-5, preconditioned by the "
-    "factored Gauss-Newton matrix; there SciPy's fmin_ncg, at most 100 steps.",
+    "Training: `standard` takes 20,000 steps of Adam at 1e-3, 1e-4, 1e-5. The release and `paper` "
+    "take 500,000 at 1e-4, 1e-5, 1e-6. Neither ends at a minimum; the metric `gradient_norm` shows "
+    "how far from one it ends.",
+    "Training on: `standard` takes 220 steps at 1e-4, ten times the final rate of its training. "
+    "The release and `paper` take 30,000 at 1e-6. A step of Adam moves a parameter by about the "
+    "rate at most, so 220 steps at 1e-6 would move it by at most 2e-4. `slow_spread` shows how "
+    "little the losses then change. The values here were chosen after trials on 25 of the rows: "
+    "for the first test point, 110 steps gave r = .57 at 1e-5 and .84 at 1e-4.",
+    "Control: the control is a training with all rows. Here the control and all removals use the "
+    "same minibatches, and the control's drift is subtracted. In the release the minibatches "
+    "differ and the control is only printed.",
+    "Minibatches: here the removed row leaves its minibatch, which then has one row less. The "
+    "release draws 500 of the other 5,499 rows. Adam's epsilon is 1e-7 here and 1e-8 in the "
+    "release. Both are far below the root of Adam's second moment, which is at least 3e-4.",
+    "H^-1: here linear conjugate gradients to a relative residual of 1e-5, preconditioned by the "
+    "factored Gauss-Newton matrix. The release uses SciPy's fmin_ncg with at most 100 steps.",
     "Beyond the paper: both proximal truths, four further test points of 40 removals each, the "
     "exact Hessian and its spectrum, Gauss-Newton, LiSSA, and the error of each approximation. "
     "Rows without a proximal minimum nearby are left out and counted.",

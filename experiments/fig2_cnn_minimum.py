@@ -123,17 +123,19 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Training: 20,000 steps of Adam at 1e-3, 1e-4, 1e-5 here, 500,000 at 1e-4, 1e-5, 1e-6 in the "
-    "release. Then, beyond the paper, quasi-Newton steps in the Hessian's coordinates to a local "
-    "minimum, first in float32, then in float64.",
-    "Refits: from that minimum, by the same kind of steps; the release trains on from where "
-    "training stopped. Refits and predictions are damped by 1e-6 or, if a negative eigenvalue is "
-    "left, by twice its size. Rows whose refits miss the gradient norm are left out and counted.",
-    "Parts: for the 40 rows of largest predicted change, also refits without a tenth of the row's "
-    "weight, to a tenth of that norm, their changes times ten. First order is exact for such a "
-    "part as it goes to 0. Removing a whole row also removes its curvature, which first order "
-    "ignores. The difference between `pearson_part` and `pearson_minimum` is the cost of that; "
-    "`pearson_minimum` therefore falls short, and some rows leave no minimum nearby.",
+    "Training: here 20,000 steps of Adam at 1e-3, 1e-4, 1e-5; in the release 500,000 at 1e-4, "
+    "1e-5, 1e-6. Beyond the paper, quasi-Newton steps in the Hessian's coordinates then lead to a "
+    "local minimum, first in float32, then in float64.",
+    "Refits: here they start at that minimum and use the same kind of steps. The release trains on "
+    "from where training stopped. Refits and predictions are damped by 1e-6. If a negative "
+    "eigenvalue remains, the damping is twice its size instead. Rows whose refits do not reach the "
+    "required gradient norm are left out and counted.",
+    "Parts: the 40 rows of largest predicted change are also refitted without a tenth of the row's "
+    "weight, to a tenth of that gradient norm. The resulting changes are multiplied by ten. First "
+    "order becomes exact as this part goes to 0. Removing a whole row also removes its curvature, "
+    "which first order ignores. The difference between `pearson_part` and `pearson_minimum` "
+    "measures this error. It is the reason that `pearson_minimum` falls short and that some rows "
+    "leave no minimum nearby.",
 )
 
 

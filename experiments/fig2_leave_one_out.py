@@ -102,17 +102,18 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Arithmetic: float64 here, float32 in the release. Changes of 1e-3 to 1e-5 need it.",
-    "Optimum: gradient norm <= 1e-10 here; scikit-learn's L-BFGS with tol 1e-8 there.",
-    "Refits: Newton's iteration from the full model, each certified by its own gradient norm "
-    "<= 1e-8; the release's warm-started L-BFGS gives no certificate.",
-    "CG: linear conjugate gradients to a relative residual of 1e-8; there SciPy's fmin_ncg, "
-    "at most 100 steps of many Hessian products each. Both reach the same s_test.",
-    "LiSSA: five seeds here, one there. The ten repeats advance together; each seed is one "
-    "shuffled pass without replacement, as there.",
-    "Beyond the paper: ten further test points, 100 removals each. For the first test point's 40 "
-    "rows of largest |influence|, also one exact Newton step on the risk without the row, in "
-    "closed form.",
+    "Arithmetic: float64 here, float32 in the release. Changes of 1e-3 to 1e-5 need float64.",
+    "Optimum: a gradient norm <= 1e-10 here. The release uses scikit-learn's L-BFGS with tol 1e-8.",
+    "Refits: here Newton's iteration from the full model. Each refit is certified by its own "
+    "gradient norm <= 1e-8. The release uses warm-started L-BFGS, which gives no certificate.",
+    "CG: here linear conjugate gradients to a relative residual of 1e-8. The release uses SciPy's "
+    "fmin_ncg, at most 100 steps with many Hessian products each. Both reach the same s_test.",
+    "LiSSA: five seeds here, one in the release. Here the ten repeats of a seed are computed "
+    "together. As in the release, each seed takes the rows in one shuffled pass without "
+    "replacement.",
+    "Beyond the paper: ten further test points with 100 removals each. For the first test point's "
+    "40 rows of largest |influence|, the prediction by one exact Newton step on the risk without "
+    "the row, in closed form.",
 )
 
 

@@ -116,30 +116,29 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Photographs: English springer and tench, two of Imagenette's classes, for ImageNet's synsets "
-    "dog and fish. One breed and one species are easier: the last layers classify all test images "
-    "correctly (591 of 600 in the paper), the earlier ones nearly as many as in the paper (592 and "
-    "589).",
-    "Networks: Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and MobileNet, "
-    "of width .75, at two layers (768 and 384), instead of Inception's last layer (2,048), whose "
-    "weights are not available here; the paper preset uses Keras' own.",
-    "Largest influence: the SVM's is 57 times the deep net's for the paper's one fish. For the one "
-    "drawn here it is 5.1 times that of mixed5, 5.6 of mixed8, 79 and 91 times MobileNet's; in the "
-    "median over the 60 test fish 16 to 4,800 times. The ratio depends on how sure a head is of a "
-    "fish. The SVM chose the fish drawn; mixed5 and mixed8 are less sure of it (.97, .95) than "
-    "MobileNet (.997).",
-    "The SVM's 20 most helpful images: the share of fish is 1 in the median over the 60 test fish, "
-    ".93 in the mean, .45 at least.",
-    "SVM: the smooth hinge's own minimum, of gradient norm 1e-10; in the release LinearSVC's, "
-    "which is the hinge's minimum. There the smooth hinge's gradient has a norm of 4e-3, whatever "
-    "LinearSVC's tolerance. The scores' correlation is .9996, and at least .998; the median "
-    "Spearman is -.25 here, -.23 with LinearSVC.",
-    "Images: resized to 299 pixels bicubically, from 224; in the release, from ImageNet's sizes, "
-    "by nearest neighbours, Pillow's default at that time.",
-    "Test fish: 59 more than the paper's one. Row 462, a clownfish there, is another fish here; "
-    "the fish drawn has the same margin as the paper's, .99.",
-    "Solver: float64, one Cholesky factor for each model; float32 and conjugate gradients in the "
-    "release.",
+    "Photographs: English springer and tench, two of Imagenette's classes, instead of ImageNet's "
+    "synsets dog and fish. One breed and one species are easier. The last layers classify all 600 "
+    "test images correctly (591 in the paper), the earlier layers 592 and 589.",
+    "Networks: Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and MobileNet "
+    "of width .75 at two layers (768 and 384). The paper uses Inception's last layer (2,048); its "
+    "weights are not available here. The preset `paper` uses Keras' own weights.",
+    "Largest influence: for the paper's one fish, the SVM's is 57 times the deep net's. For the "
+    "fish drawn here, it is 5.1 times that of mixed5, 5.6 of mixed8, 79 and 91 times MobileNet's. "
+    "The median over the 60 test fish is 16 to 4,800. The ratio depends on a head's confidence in "
+    "the fish. The SVM chose the fish drawn; mixed5 and mixed8 give it lower probabilities (.97, "
+    ".95) than MobileNet (.997).",
+    "The SVM's 20 most helpful images: over the 60 test fish, the median share of fish among them "
+    "is 1, the mean is .93 and the smallest is .45.",
+    "SVM: here the minimum of the smooth hinge, with a gradient norm of 1e-10; in the release "
+    "LinearSVC's, the hinge's minimum. There the smooth hinge's gradient norm is 4e-3, whatever "
+    "LinearSVC's tolerance. Both give scores with a correlation of .9996 (smallest: .998). The "
+    "median Spearman is -.25 here, -.23 with LinearSVC.",
+    "Images: here resized bicubically from 224 to 299 pixels. The release resizes ImageNet's own "
+    "sizes by nearest neighbours, Pillow's default at that time.",
+    "Test fish: 59 more than the paper's one. Row 462, the paper's clownfish, is another fish "
+    "here. The fish drawn has the same margin as the paper's, .99.",
+    "Solver: float64 and one Cholesky factor for each model here; float32 and conjugate gradients "
+    "in the release.",
 )
 
 

@@ -34,49 +34,13 @@ from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, lea
 from influence.truth.proximal import ProximalOptions, proximal_response
 from influence.truth.runs import RunOptions
 
-__all__ = [
-    "BEST_RULE",
-    "CG",
-    "EKFAC",
-    "AllCNN",
-    "BinaryLogisticRegression",
-    "ContinuedOptions",
-    "ConvergenceWarning",
-    "Direct",
-    "DivergenceError",
-    "Examples",
-    "GaussNewton",
-    "GenericNeuralNet",
-    "Hessian",
-    "Influence",
-    "Lanczos",
-    "LiSSA",
-    "MulticlassLogisticRegression",
-    "Nystrom",
-    "PAPER_RULE",
-    "PoisonOptions",
-    "Prepared",
-    "ProximalOptions",
-    "RefitOptions",
-    "Refits",
-    "Rule",
-    "RunOptions",
-    "Scores",
-    "SmoothHinge",
-    "Solution",
-    "Stream",
-    "TopLayer",
-    "check",
-    "continued_training",
-    "datainf",
-    "leave_group_out",
-    "leave_one_out",
-    "measurements",
-    "poison",
-    "prepare",
-    "proximal_response",
-    "solve",
-    "spectrum",
-    "suggest_damping",
-    "tracin",
-]
+__all__ = ["Examples", "Stream", "GenericNeuralNet", "measurements", "check"]
+__all__ += ["ConvergenceWarning", "DivergenceError"]
+__all__ += ["AllCNN", "BinaryLogisticRegression", "MulticlassLogisticRegression", "SmoothHinge"]
+__all__ += ["TopLayer", "GaussNewton", "Hessian", "spectrum", "suggest_damping"]
+__all__ += ["CG", "Direct", "EKFAC", "Lanczos", "LiSSA", "Nystrom"]
+__all__ += ["Prepared", "Solution", "prepare", "solve"]
+__all__ += ["Influence", "Scores", "datainf", "tracin"]
+__all__ += ["Refits", "RefitOptions", "RunOptions", "leave_group_out", "leave_one_out"]
+__all__ += ["ContinuedOptions", "ProximalOptions", "continued_training", "proximal_response"]
+__all__ += ["BEST_RULE", "PAPER_RULE", "PoisonOptions", "Rule", "poison"]

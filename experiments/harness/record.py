@@ -153,13 +153,18 @@ class Record:
         content = json.loads(text)
         reading.check(content)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / RECORD) as record, replacing(folder / ARRAYS) as arrays:
-            with h5py.File(arrays, "w") as file:
-                for name, array in sorted(self.arrays.items()):
-                    packing = {"compression": "gzip", "shuffle": True} if array.size > 1 else {}
-                    file.create_dataset(name, data=array, track_times=False, **packing)
-            content["format"] = _FORMAT
-            content["sha256"] = _checksum(content, arrays.read_bytes())
+        # Made in memory: HDF5 ends the process if it cannot write a file, as on a full disk.
+        with h5py.File(ARRAYS, "w", driver="core", backing_store=False) as file:
+            for name, array in sorted(self.arrays.items()):
+                packing = {"compression": "gzip", "shuffle": True} if array.size > 1 else {}
+                file.create_dataset(name, data=array, track_times=False, **packing)
+            file.flush()
+            image = file.id.get_file_image()
+        content["format"] = _FORMAT
+        content["sha256"] = _checksum(content, image)
+        # Both are written before either replaces an older one.
+        with replacing(folder / ARRAYS) as arrays, replacing(folder / RECORD) as record:
+            arrays.write_bytes(image)
             record.write_text(to_json(content), encoding="utf-8")
 
     @classmethod
@@ -208,11 +213,17 @@ def to_json(value: Any) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to. It replaces `path` when the block has succeeded."""
+    """Yield a path to write to. It replaces `path` when the block has succeeded.
+
+    An OSError of the block that names no file, such as that of a full disk, then names `path`.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

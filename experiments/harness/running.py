@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import influence_console as console
 from experiments.harness import report
 from experiments.harness.record import Record, provenance, replacing, to_json
 
@@ -26,6 +28,27 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 class Misuse(ValueError):  # tyro prints a ValueError of a Config like its own errors
     """A request that cannot be fulfilled; the message says what to do instead. Exit status 2."""
+
+
+class Unwritten(Exception):
+    """Output that could not be written; the message names the file. Exit status 74."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise Unwritten for an error, in the block, of writing a file of the folder.
+
+    Args:
+      folder: where the block writes.
+    Raises: Unwritten, also if another place, such as the cache of the data, is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = console.unwritten(error, folder)
+        if line is None:
+            raise
+        raise Unwritten(line) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +88,19 @@ def run(job: Job) -> bool:
       job: the experiment.
     Returns: whether every judged claim holds.
     Raises: Misuse if the folder cannot be written to, the data is missing, or an option goes beyond
-      the data.
+      the data; Unwritten if a file cannot be written.
     """
     if not 0 <= job.config.seed < _NUM_SEEDS:
         raise Misuse(f"seed must lie in [0, {_NUM_SEEDS}), got {job.config.seed}.")
     _check_writable(job.folder)
+    with writing_to(job.folder):
+        _compute_and_save(job)
+    holds = redraw(job)  # drawn from the files, so that --redraw draws the same
+    shutil.rmtree(job.folder / _CHECKPOINTS)  # last: a run whose figure was not written continues
+    return holds
+
+
+def _compute_and_save(job: Job) -> None:
     try:
         record, splits = _compute(job)
     except Misuse:
@@ -84,8 +115,6 @@ def run(job: Job) -> bool:
         checkpoints = job.folder / _CHECKPOINTS
         figure = job.module.photographs(record, splits, checkpoints=checkpoints)
         _write(figure, job.folder / PHOTOGRAPHS)
-    shutil.rmtree(job.folder / _CHECKPOINTS)
-    return redraw(job)  # drawn from the files, so that --redraw draws the same
 
 
 def redraw(job: Job) -> bool:
@@ -94,14 +123,16 @@ def redraw(job: Job) -> bool:
     Args:
       job: the experiment.
     Returns: whether every judged claim holds.
-    Raises: Misuse if there is no record or the folder cannot be written to.
+    Raises: Misuse if there is no record or the folder cannot be written to; Unwritten if a file
+      cannot be written.
     """
     try:
         record = Record.load(job.folder)
     except (OSError, ValueError) as error:
         raise Misuse(f"--redraw needs a finished run: {error}") from error
     _check_writable(job.folder)
-    _draw(job.module, record, job.folder)
+    with writing_to(job.folder):
+        _draw(job.module, record, job.folder)
     print(_verdicts(record, job.module))
     print(f"{job.folder}: record.json, arrays.h5, figure.png, figure.pdf", flush=True)
     return record.holds
@@ -119,6 +150,9 @@ def _check_writable(folder: Path) -> None:
     try:
         check_writable(folder, "--out")
     except ValueError as error:
+        line = console.unwritten(error)
+        if line is not None:
+            raise Unwritten(line) from error
         user = f" As user {os.getuid()}." if hasattr(os, "getuid") else ""
         raise Misuse(
             f"{error}{user} With docker: mkdir out, then add --user $(id -u) to docker run."

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_folder, load, store
+from influence.common.checkpoint import check_folder, identity, load, store
 from influence.common.progress import progress
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
@@ -88,12 +87,8 @@ def descend(
     path, history, ended = None, [], False
     folder = check_folder(checkpoints)
     if folder is not None:
-        few = examples.take(slice(0, 8))
-        identity = joblib.hash((
-            type(net).__name__, net.model.get_weights(), net.losses(few.x, few.y), net.penalty(),
-            tolerance, rounds, evaluations, hessian is None, examples.fingerprint,
-        ))  # fmt: skip
-        path = folder / f"descent-{identity[:16]}.npz"
+        settings = tolerance, rounds, evaluations, hessian is None
+        path = folder / f"descent-{identity(net, examples, *settings)}.npz"
         if path.exists():
             found = load(path)
             net.theta, history, ended = found["theta"], list(found["history"]), found.get("ended")

@@ -21,12 +21,14 @@ import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from influence.attack.targets import BEST_RULE, Rule, Targets, check_targets, mean_size
+from influence.common.numbers import is_integer
 from influence.examples.examples import Examples, check_rows
 from influence.net.minimum import TOLERANCE, check_at_minimum
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
+from influence.solvers.base import check_solver
 
 # The largest 8-bit value.
 _BYTE = 255
@@ -66,10 +68,9 @@ class PoisonOptions:
     tolerance: float = TOLERANCE
 
     def __post_init__(self):
-        """Check the options that need no net and no examples."""
-        solver, fit = self.solver, self.fit
-        if solver is not None and (not hasattr(solver, "prepare") or isinstance(solver, type)):
-            raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+        if self.solver is not None:
+            check_solver(self.solver)
+        fit = self.fit
         if fit is not None and not callable(fit):
             raise TypeError(f"fit must be a function of a net and a training set, got {fit!r}.")
         for name in ("flip_at", "tolerance"):
@@ -149,7 +150,17 @@ def poison(
     Raises: TypeError, ValueError or IndexError naming the argument, before any long computation;
       ValueError for a net that is not at its minimum.
     """
-    targets, counts = _checked(net, train, test, rows, radius, counts, bounds, rule, options)
+    checked(net)
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
+    if not isinstance(options, PoisonOptions):
+        raise TypeError(f"options must be PoisonOptions(...), got {options!r}.")
+    _check_examples(net, train, "train")
+    _check_examples(net, test, "test")
+    num_candidates = len(check_rows(rows, len(train)))
+    counts = _counts(counts, num_candidates)
+    _check_options(options, net, len(test), num_candidates)
+    targets = check_targets(net, train, rows, radius, options.inputs, bounds)
     train, test = net.featured(train), net.featured(test)
     check_at_minimum(net, train, options.tolerance, "give the tolerance that it was fitted to")
     before = net.model.get_weights()
@@ -310,10 +321,7 @@ class _Attack:
     def _moved(self, at: NDArray, x: NDArray, first: int | None = None) -> list[_State]:
         """Move the targets `at` together from x and refit after each move; the best is last.
 
-        Args:
-          at: positions in the targets.
-          x: inputs of all targets.
-          first: number t of the first move. None: 0 from clean inputs, else half of `max_steps`.
+        `first` is the number t of the first move; None: 0 from clean inputs, else max_steps // 2.
         """
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
@@ -388,40 +396,18 @@ def _bytes(x: NDArray, bounds: tuple[float, float]) -> NDArray:
 # --- what `poison` is given -----------------------------------------------------------------------
 
 
-def _checked(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
-    rows: Any,
-    radius: Any,
-    counts: Any,
-    bounds: Any,
-    rule: Any,
-    options: Any,
-) -> tuple[Targets, list[int]]:
-    """Check the arguments of `poison`, the candidates' features last: (targets, counts)."""
-    checked(net)
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
-    if not isinstance(options, PoisonOptions):
-        raise TypeError(f"options must be PoisonOptions(...), got {options!r}.")
-    _check_examples(net, train, "train")
-    _check_examples(net, test, "test")
-    c = len(check_rows(rows, len(train)))
-    counts = _counts(counts, c)
-    flips = options.flips
-    if flips is not None and not (_is_whole(flips) and 1 <= flips <= len(test)):
-        raise ValueError(f"flips must be a whole number in [1, {len(test)}], got {flips!r}.")
-    norms = options.gradient_norms
+def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int) -> None:
+    """Check the options that depend on the net, its m test examples and its c candidates."""
+    flips, norms, start = options.flips, options.gradient_norms, options.start
+    d = net.num_parameters
+    if flips is not None and not (is_integer(flips, 1) and flips <= m):
+        raise ValueError(f"flips must be a whole number in [1, {m}], got {flips!r}.")
     if norms is not None and np.shape(norms) != (c,):
         raise ValueError(f"gradient_norms must have shape ({c},), got {np.shape(norms)}.")
-    if (start := options.start) is not None:
-        d = net.num_parameters
-        if np.shape(start) != (d,):
-            raise ValueError(f"start must have shape ({d},), got {np.shape(start)}.")
-        if not np.isfinite(start).all():
-            raise ValueError("start must be finite, got a NaN or infinity.")
-    return check_targets(net, train, rows, radius, options.inputs, bounds), counts
+    if start is not None and np.shape(start) != (d,):
+        raise ValueError(f"start must have shape ({d},), got {np.shape(start)}.")
+    if start is not None and not np.isfinite(start).all():
+        raise ValueError("start must be finite, got a NaN or infinity.")
 
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
@@ -442,11 +428,7 @@ def _counts(counts: Any, c: int) -> list[int]:
         found = list(counts)
     except TypeError:
         found = []
-    whole = bool(found) and all(map(_is_whole, found))
-    if not (whole and 1 <= found[0] and found[-1] <= c and all(np.diff(list(map(int, found))) > 0)):
+    whole = bool(found) and all(is_integer(count, 1) for count in found)
+    if not (whole and found[-1] <= c and all(np.diff(list(map(int, found))) > 0)):
         raise ValueError(f"counts must be increasing whole numbers in [1, {c}], got {counts!r}.")
     return [int(count) for count in found]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

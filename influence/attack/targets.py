@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
 
@@ -55,7 +56,6 @@ class Rule:
     restarts: int = 1
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         for name, low, high in (("step", 0, 2), ("decay", 0, 1)):
             if not low < getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in ({low}, {high}], got {getattr(self, name)}.")
@@ -154,7 +154,7 @@ def check_targets(
     Raises: TypeError, ValueError or IndexError naming the argument.
     """
     rows = check_rows(rows, len(train))
-    if not (isinstance(radius, numbers.Real) and np.isfinite(radius) and radius > 0):
+    if not (isinstance(radius, Real) and np.isfinite(radius) and radius > 0):
         raise ValueError(f"radius must be positive and finite, got {radius!r}.")
     if isinstance(train.x, dict) or scipy.sparse.issparse(train.x):
         raise TypeError(
@@ -162,7 +162,7 @@ def check_targets(
             f"{'a dict' if isinstance(train.x, dict) else 'sparse rows'}."
         )
     own = train.x[rows]
-    x = own if inputs is None else np.asarray(inputs)
+    x = own if inputs is None else numbers(inputs, "inputs")
     if x.shape[:1] != (len(rows),):
         raise ValueError(
             f"inputs must have a row for each of {len(rows)} rows, got shape {x.shape}."

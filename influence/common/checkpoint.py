@@ -117,8 +117,10 @@ def store(path: str | os.PathLike, arrays: Arrays) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         Path(partial).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # of a full disk; its error names no file
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -20,12 +20,10 @@ class NamedArray:
         return getattr(self, fields(self)[0].name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
-        """Return the array itself, for NumPy."""
         array = np.asarray(self._array(), dtype=dtype)
         return array.copy() if copy else array
 
     def __getitem__(self, key: Any) -> Any:
-        """Index the array."""
         return self._array()[key]
 
     def __len__(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -29,7 +30,23 @@ def counter(what: str) -> tqdm:
     return _bar(None, what, None)
 
 
+class _Stderr:
+    """The standard error for bars: a closed pipe or a full disk ends the bars, never the work."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is none
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 def _bar(items: Iterable | None, what: str, total: int | None) -> tqdm:
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         items,
         desc=what,
@@ -37,5 +54,6 @@ def _bar(items: Iterable | None, what: str, total: int | None) -> tqdm:
         delay=_DELAY,
         leave=False,
         dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        mininterval=0.5 if terminal else 30,
+        file=_Stderr(),  # pyright: ignore[reportArgumentType]
     )

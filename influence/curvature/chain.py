@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
 from influence.curvature.layers import Affine, AffineLayers
-from influence.examples.examples import Examples
+from influence.examples.examples import Examples, Question
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
@@ -58,24 +58,14 @@ class _Step:
 
 
 class Chain:
-    """A model of successive layers, each affine, elementwise, or linear without weights.
-
-    Args:
-      traced: the model.
-      steps: its layers.
-    """
+    """A model of successive layers, each affine, elementwise, or linear without weights."""
 
     def __init__(self, traced: FlatModel, steps: tuple[_Step, ...]):
         self.traced, self.steps = traced, steps
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """Convert a model to a chain; return None if it is not one.
-
-        Args:
-          traced: the model.
-          x: a few rows of input tensors, on which the layers are tested.
-        """
+        """Convert a model to a chain, tested on a few rows x of inputs; None if it is not one."""
         model = traced.model
         if isinstance(x, dict) or not _in_a_row(model):
             return None
@@ -94,12 +84,7 @@ class Chain:
         return None if own else cls(traced, tuple(steps))
 
     def rows_per_batch(self, x: Any, at_most: int) -> int:
-        """Choose the rows of a batch, so that their Jacobians fit into memory.
-
-        Args:
-          x: a row of inputs.
-          at_most: the largest number of rows.
-        """
+        """Choose the rows of a batch, so that their Jacobians fit into memory; x is a row."""
         numbers, columns = 1, 0
         for step, z in zip(self.steps, self._forward(self.traced.theta(), x)[1:], strict=True):
             if step.own is not None:
@@ -109,13 +94,10 @@ class Chain:
         return fitting(ACTIVATIONS, bytes_each, at_most)
 
     def beats_products(self, x: Any) -> bool:
-        """Return True if a row takes fewer multiplications here than with d Hessian products.
+        """Return True if a row x takes fewer multiplications here than with d Hessian products.
 
         The chain is faster with few outputs and many convolution parameters shared by many
         positions; products are faster with a wide last layer.
-
-        Args:
-          x: a row of inputs.
         """
         squares, forward, before, own = 0, 0, 0, None
         values = self._forward(self.traced.theta(), x)[1:]
@@ -134,12 +116,9 @@ class Chain:
         return squares <= 4 * forward * sum(self.traced.sizes)
 
     def hessian(self, x: Any, y: Any, theta: Any = None) -> NDArray:
-        """Compute the Hessian (d, d) of a batch's mean loss, without the penalty.
+        """Compute the Hessian (d, d) of a batch's mean loss at a tensor theta, without the penalty.
 
-        Args:
-          x: (n, ...) inputs.
-          y: (n, ...) labels.
-          theta: (d,) tensor; None: the model's weights as they are.
+        theta None stands for the model's weights as they are.
         """
         t = self.traced
         theta = t.theta() if theta is None else theta
@@ -210,11 +189,6 @@ def chain_hessian(
 ) -> NDArray | None:
     """Compute the Hessian (d, d) of the mean loss, without the penalty, if a chain is faster.
 
-    Args:
-      net: the net.
-      examples: the training set.
-      batch_size: the largest number of rows at a time.
-
     Returns: the matrix; None for a net that is not a chain, or whose products take less time.
     """
     row = net.flat.inputs(examples.take([0]).x)
@@ -222,8 +196,15 @@ def chain_hessian(
     if chain is None or not chain.beats_products(row):
         return None
     size = chain.rows_per_batch(row, batch_size or len(examples))
+    return mean_matrix(_hessian_sum, net, examples, size)
+
+
+def mean_matrix(
+    question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
+) -> NDArray:
+    """Average a matrix (d, d) over all rows; the question's answer is a batch's sum."""
     matrix = np.zeros((net.num_parameters, net.num_parameters))  # float32 sums in float64
-    parts = examples.map_over(_hessian_sum, net, batch_size=size, what="forming the matrix")
+    parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
         matrix += part
         del part  # its memory is needed for the next batch's
@@ -326,13 +307,9 @@ class _Jacobian:
 
 
 def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
-    """Extend the matrix by an affine layer's weights: the pairs da dW.
+    """Extend the matrix (q, q) by an affine layer's weights: the pairs da dW.
 
-    Args:
-      matrix: (q, q).
-      own: the layer and the positions of its weights.
-      before: (n, ..., c, q) derivative of its input, or None.
-      slope: derivative of the loss by its output.
+    `before` is the derivative of its input (n, ..., c, q), `slope` that of the loss by its output.
     """
     f, c = own.entries.shape
     q = matrix.shape[0]

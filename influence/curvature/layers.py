@@ -89,11 +89,7 @@ class AffineLayers:
         sum_t a_it' g_its. For a loss that is not convex in the output the positive part of H_i is
         used.
 
-        Args:
-          x: (n, ...) inputs.
-          y: (n, ...) labels.
-          theta: (d,) tensor; None: the model's weights as they are.
-
+        Args: a batch, and theta as a tensor (d,); None: the model's weights as they are.
         Returns: for each layer a (n, t, f), inputs with a one for the bias, and g (n, t, s, c), the
           derivatives of output . S_i[:, s] by the layer's own output, s up to the output's size.
         """
@@ -127,7 +123,7 @@ class AffineLayers:
             parts: Any = by_z.gradient(output, outputs, column, unconnected_gradients=_ZERO)
             return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
 
-        pulled = each(pulled_back, _root(self.traced.loss.function, each, y, output))  # (s, n, ...)
+        pulled = each(pulled_back, _root(self.traced.loss.curved, each, y, output))  # (s, n, ...)
         pulled = tf.split(pulled, [tf.size(z) // n for z in outputs], axis=2)
         found = []
         for affine, ((inputs, z),), g in zip(self.layers, calls, pulled, strict=True):
@@ -182,9 +178,7 @@ _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
 def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
     """Return the layers that contain theta, all plain Dense or Conv2D, as EK-FAC needs them.
 
-    Args:
-      net: the net. Its layers are searched once.
-      x: a few rows of inputs, on which the layers are tested the first time.
+    They are searched once, and tested on a few rows x of inputs.
 
     Raises: ValueError naming the layer of another kind, with the remedy.
     """
@@ -289,11 +283,11 @@ def _patches(layer: Conv2D, a: Any) -> Any:
     )
 
 
-def _root(loss: Callable, each: tape.Each, y: Any, output: Any) -> Any:
+def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
     """Compute the columns of S_i, (s, n, ...); S_i S_i' is the loss's Hessian at row i's output."""
     n = tf.shape(output)[0]
     size = tf.size(output) // n
-    curved = tape.hessian_map(lambda z: tf.reduce_sum(loss(y, z)), tf.stop_gradient(output))
+    curved = curved_at(y, tf.stop_gradient(output))
 
     def column(unit):
         along = tf.reshape(tf.broadcast_to(unit, [n, size]), tf.shape(output))

@@ -13,8 +13,9 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.memory import VECTORS, fitting
+from influence.common.numbers import is_integer
 from influence.common.progress import progress
-from influence.curvature.chain import chain_hessian
+from influence.curvature.chain import chain_hessian, mean_matrix
 from influence.curvature.layers import affine_layers
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet, checked
@@ -45,6 +46,7 @@ class Curvature(LinearOperator):
     # `_method` is the net's method for one batch; `_each` is the question for `each_batch`.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
+    _needs_logits: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -60,6 +62,8 @@ class Curvature(LinearOperator):
             raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
         check_batch_size(batch_size)
         net.validate(examples, "examples")
+        if self._needs_logits:
+            net.loss.check_logits()
         self.net, self.examples, self.damping = net, examples, float(damping)
         self.batch_size = batch_size
         self.checkpoints = check_folder(checkpoints)
@@ -136,9 +140,6 @@ class Curvature(LinearOperator):
         total = self.examples.sum_over(Total(self._method, V), self.net, batch_size=self.batch_size)
         return total / len(self.examples) + self.net.penalty_hvp(V)
 
-    def _matvec(self, v: NDArray) -> NDArray:
-        return self._matmat(np.reshape(v, (-1, 1)))[:, 0]
-
     def _adjoint(self) -> Curvature:
         return self
 
@@ -202,19 +203,7 @@ class GaussNewton(Curvature):
     Raises: as Curvature; ValueError also for a cross-entropy of probabilities instead of logits.
     """
 
-    _method, _each = "gauss_newton_product", "gauss_newton"
-
-    def __init__(
-        self,
-        net: GenericNeuralNet,
-        examples: Examples,
-        damping: float = 0.0,
-        *,
-        batch_size: int | None = None,
-        checkpoints: str | os.PathLike | None = None,
-    ):
-        super().__init__(net, examples, damping, batch_size=batch_size, checkpoints=checkpoints)
-        net.loss.check_logits()
+    _method, _each, _needs_logits = "gauss_newton_product", "gauss_newton", True
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
@@ -238,14 +227,7 @@ class GaussNewton(Curvature):
         one = self.examples.take([0])
         per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
         size = fitting(VECTORS, per_row, self.net.rows_per_batch(self.examples))
-        size = self.batch_size or size
-        matrix = np.zeros(self.shape)  # float32 products are summed in float64
-        squares = self.examples.map_over(
-            _root_square, self.net, batch_size=size, what="forming the matrix"
-        )
-        for square in squares:
-            matrix += square
-        matrix = (matrix / len(self.examples)).astype(self.dtype, copy=False)
+        matrix = mean_matrix(_root_square, self.net, self.examples, self.batch_size or size)
         self._add_penalty(matrix)
         return symmetrised(matrix)
 
@@ -274,11 +256,5 @@ def symmetrised(matrix: NDArray) -> NDArray:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raise ValueError for a batch size that is not None or a positive integer."""
-    if batch_size is None:
-        return
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, int | np.integer)
-        or batch_size < 1
-    ):
+    if batch_size is not None and not is_integer(batch_size, 1):
         raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")

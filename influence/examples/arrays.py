@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,18 @@ def parts_of(x: Any) -> dict[str, Any]:
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
 
 
+def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
+    """Return the inputs with each array replaced by `array(part, name)`.
+
+    Raises: ValueError for an empty dict.
+    """
+    if not isinstance(x, Mapping):
+        return array(x, "x")
+    if not x:
+        raise ValueError("x must hold at least one array, got an empty dict.")
+    return {key: array(part, f"x[{key!r}]") for key, part in x.items()}
+
+
 def check_one_input(x: Any, y: Any) -> None:
     """Raise TypeError for a list of arrays that are several model inputs instead of rows."""
     if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) in (0, len(y)):
@@ -28,40 +40,6 @@ def check_one_input(x: Any, y: Any) -> None:
             "x must be an array or a dict of arrays by input name, such as {'a': ..., 'b': ...}, "
             f"got a {type(x).__name__} of {len(x)} arrays."
         )
-
-
-def numbers(value: Any, name: str) -> NDArray:
-    """Return the value as a dense array of numbers; an array is returned as it is.
-
-    Raises: TypeError naming `name` and, for a data frame, its non-numeric columns.
-    """
-    try:
-        array = value if isinstance(value, np.ndarray) else np.asarray(value)
-    except ValueError as error:  # NumPy's own message only mentions an inhomogeneous shape
-        raise TypeError(
-            f"{name} must be an array of numbers, got rows of unlike shapes."
-        ) from error
-    if array.dtype.kind in "biuf":
-        return array
-    got = f"dtype {array.dtype}"
-    # Data frames and series are recognised by attributes, so pandas need not be installed.
-    columns = list(getattr(value, "columns", ()))
-    dtypes = list(getattr(value, "dtypes", ())) if columns else []
-    wrong = [
-        c for c, t in zip(columns, dtypes, strict=False) if getattr(t, "kind", "O") not in "biuf"
-    ]
-    if wrong:
-        got = f"{', '.join(map(repr, wrong))} among its columns; leave them out or encode them"
-    elif getattr(getattr(value, "dtype", None), "kind", "O") in "biuf" or columns:
-        got += "; use .to_numpy('float32') for x, .to_numpy('int64') for class numbers"
-    elif array.dtype.kind in "SUT" or (array.size and isinstance(array.flat[0], str | bytes)):
-        got += (
-            " of strings; use np.unique(y, return_inverse=True)[1]"
-            if name == "y"
-            else " of strings; apply the layer that looks them up first (TextVectorization, "
-            "StringLookup) and give its ids to a model without it"
-        )
-    raise TypeError(f"{name} must be an array of numbers, got {got}.")
 
 
 class Fingerprint:

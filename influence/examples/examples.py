@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.memory import CACHE
+from influence.common.numbers import is_integer, numbers, refuse_mask
 from influence.common.progress import progress
 from influence.examples.arrays import (
     CHECK_ROWS,
     Fingerprint,
     check_finite,
     check_one_input,
-    numbers,
+    converted,
     parts_of,
 )
 
@@ -45,6 +46,7 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
 
 def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
     """Like `check_rows`, but rows may repeat."""
+    refuse_mask(rows, name)
     array = np.asarray(rows)
     if array.ndim != 1 or array.size == 0:
         got = f"{array}; use [{array}]" if array.ndim == 0 else f"shape {array.shape}"
@@ -128,18 +130,9 @@ class Examples:
     y: Any
 
     def __post_init__(self):
-        """Check the arrays here, so that later code need not."""
         check_one_input(self.x, self.y)
-        x = (
-            {k: _array(v, f"x[{k!r}]") for k, v in self.x.items()}
-            if isinstance(self.x, Mapping)
-            else _array(self.x, "x")
-        )
-        y = _array(self.y, "y")
-        parts = parts_of(x)
-        if not parts:
-            raise ValueError("x must hold at least one array, got an empty dict.")
-        for name, part in {"y": y, **parts}.items():
+        x, y = converted(self.x, _array), _array(self.y, "y")
+        for name, part in {"y": y, **parts_of(x)}.items():
             if part.ndim == 0:
                 raise ValueError(f"{name} must have one row per example, got a scalar.")
             if part.shape[0] == 0:
@@ -211,7 +204,7 @@ class Examples:
             rows = check_increasing(rows, len(self))
         count = len(self) if rows is None else len(rows)
         size = count if size is None else size
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        if not is_integer(size, 1):
             raise ValueError(f"size must be a positive integer, got {size!r}.")
         yield from self._read(int(size), rows)
 
@@ -228,13 +221,7 @@ class Examples:
     ) -> Any:
         """Sum the answers to a question over the batches of all rows, in order.
 
-        Args:
-          question: see `map_over`. Its answer for a batch is the sum over the batch's rows.
-          net: as in `map_over`.
-          theta: as in `map_over`.
-          batch_size: as in `map_over`.
-          what: as in `map_over`.
-
+        Args: as `map_over`; the question's answer for a batch is the sum over the batch's rows.
         Returns: the sum of the answers: an array, or a tuple of arrays summed entry by entry.
         """
         total: Any = None
@@ -299,14 +286,8 @@ class Examples:
     ) -> Any:
         """Join the answers of `map_over` along their first axis.
 
-        Args:
-          question: see `map_over`. Its answer for a batch is an array with one entry per row.
-          net: as in `map_over`.
-          theta: as in `map_over`.
-          rows: (k,) row numbers in any order, each once; None: all rows.
-          batch_size: as in `map_over`.
-          what: as in `map_over`.
-
+        Args: as `map_over`, but (k,) rows may be in any order, each once; the question's answer for
+          a batch is an array with one entry per row.
         Returns: (k, ...), in the order of `rows`.
         """
         order = None if rows is None else np.argsort(np.asarray(rows), kind="stable")
@@ -321,11 +302,11 @@ class Examples:
 
     def _memos(self, net: Any, theta: NDArray | None, size: int) -> _Memos:
         """Return the cache of this net, theta and batch size; delete caches of other thetas."""
-        theta = net.theta if theta is None else theta
-        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, theta)]
+        at: NDArray = net.theta if theta is None else theta
+        known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, at)]
         found = next((m for m in known if m.size == size), None)
         if found is None:
-            found = _Memos(net, theta, size)
+            found = _Memos(net, at, size)
             known = [*known[1 - _MOST_SIZES :], found]
         object.__setattr__(self, "_cached", known)
         return found
@@ -333,10 +314,6 @@ class Examples:
     def __getstate__(self) -> dict:
         """Pickle everything except the cache."""
         return {name: value for name, value in self.__dict__.items() if name != "_cached"}
-
-    def __setstate__(self, state: dict) -> None:
-        """Restore the rows."""
-        self.__dict__.update(state)
 
     @property
     def fingerprint(self) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.numbers import is_integer, refuse_mask
 from influence.common.progress import progress
-from influence.examples.arrays import Fingerprint, check_finite, parts_of
+from influence.examples.arrays import Fingerprint, check_finite, converted, parts_of
 from influence.examples.examples import Examples, Remaining
 
 # This many first rows stay in memory, for tests of a model on a few rows.
@@ -72,7 +73,7 @@ class Stream(Examples):
     """
 
     def __init__(self, dataset: tf.data.Dataset | keras.utils.PyDataset, *, max_rows: int = 10**7):
-        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
+        if not is_integer(max_rows, 1):
             raise ValueError(f"max_rows must be a positive integer, got {max_rows!r}.")
         check_kind(dataset)
         self._dataset = dataset
@@ -312,16 +313,8 @@ def _batch(element: Any, first_row: int) -> Batch:
         )
     if isinstance(y, Mapping | tuple | list):
         raise TypeError(f"y must be one array of labels, got {_kind(y)}; {_REMEDY}.")
-    x = (
-        {key: _array(part, f"x[{key!r}]") for key, part in x.items()}
-        if isinstance(x, Mapping)
-        else _array(x, "x")
-    )
-    y = _array(y, "y")
-    parts = parts_of(x)
-    if not parts:
-        raise ValueError("x must hold at least one array, got an empty dict.")
-    for name, part in parts.items():
+    x, y = converted(x, _array), _array(y, "y")
+    for name, part in parts_of(x).items():
         if len(part) != len(y):
             raise ValueError(
                 f"x and y must have as many rows as each other, got {len(part)} in {name} and "
@@ -332,6 +325,7 @@ def _batch(element: Any, first_row: int) -> Batch:
 
 
 def _array(value: Any, name: str) -> NDArray:
+    refuse_mask(value, name)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):  # rows of different lengths

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.memory import VECTORS
+from influence.common.numbers import dots
 
 # Pairs of (step, change of gradient) that each function stores at least.
 _LEAST_PAIRS = 20
@@ -165,12 +166,12 @@ class _Searches:
     def step(self, columns: NDArray, steps: NDArray, tried: NDArray, there: NDArray) -> None:
         """Accept or reject steps, and set the radius of the next ones."""
         g, norms = self.G[:, columns], np.linalg.norm(there, axis=0)
-        climbs = _dot(there, steps) > -_OVERSHOOT * _dot(g, steps)
+        climbs = dots(there, steps) > -_OVERSHOOT * dots(g, steps)
         taken = np.isfinite(norms) & (~climbs | (norms < self.norms[columns]))
         moved = columns[taken]
         self.thetas[:, moved], self.G[:, moved] = tried[:, taken], there[:, taken]
         self.norms[moved] = norms[taken]
-        self.fallen[moved] -= (_dot(there + g, steps) / 2)[taken]
+        self.fallen[moved] -= (dots(there + g, steps) / 2)[taken]
         lengths = np.linalg.norm(steps, axis=0)
         longer = np.maximum(self.longest[columns], _LONGER * lengths)
         longer = np.where(climbs, lengths, longer)
@@ -228,22 +229,18 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
     """Multiply the updated inverse by G, column by column."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
-        shares.append(weight * _dot(S, Q))
+        shares.append(weight * dots(S, Q))
         Q -= shares[-1] * Y
     R = inverse(Q)
     for (S, Y, weight), share in zip(pairs, reversed(shares), strict=True):
-        R = R + (share - weight * _dot(Y, R)) * S
+        R = R + (share - weight * dots(Y, R)) * S
     return R
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """Return (steps, changes of gradient, 1 / their product); weight 0 without curvature."""
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
-    product = _dot(S, Y)
+    product = dots(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)
     weight = np.divide(1, product, out=np.zeros_like(product), where=curved)
     return S, Y, weight
-
-
-def _dot(U: NDArray, V: NDArray) -> NDArray:
-    return np.einsum("ij,ij->j", U, V)

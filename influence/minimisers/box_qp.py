@@ -1,4 +1,10 @@
-"""A convex quadratic's minimum over the unit box, to the last digits."""
+"""The minimum of a convex quadratic over the unit box, to rounding error.
+
+    min a'Ga / 2 - b'a        over 0 <= a_i <= 1
+
+At the minimum the slope (Ga - b)_i is zero if 0 < a_i < 1, not negative if a_i = 0, and not
+positive if a_i = 1.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +13,51 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-_RIDGE = 1e-8  # of the largest diagonal entry: enough for a good Cholesky factor of a singular G
+# Ridge relative to the largest diagonal entry. With it a singular G has a Cholesky factor.
+_RIDGE = 1e-8
+# Number of refinement steps. Each reduces the effect of the ridge by several digits.
 _REFINEMENTS = 4
 
 
 def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
-    """The a in [0, 1]^k that minimises a'Ga / 2 - b'a.
+    """Minimise a'Ga / 2 - b'a over a in [0, 1]^k.
 
-    Bounded least squares in the Cholesky factor of G + ridge I, with the ridge pulling towards
-    `start`, not towards zero; then iterative refinement on the entries inside the box takes the
-    ridge's effect out again wherever G determines them. Where it does not, G being singular, to
-    call again with the last answer as `start` converges to a minimum.
+    With G + ridge I = L L' the problem becomes min |L'a - L^-1 (b + ridge start)|^2 over the box.
+    The ridge pulls a towards `start`, not towards zero. SciPy solves it by bounded-variable least
+    squares (Stark & Parker 1995). Iterative refinement with G on the entries inside the box then
+    removes the effect of the ridge on all entries that G determines. If G is singular it does not
+    determine all of them. Repeated calls, each with the last answer as `start`, then converge to a
+    minimum.
 
     Args:
-      G: (k, k) symmetric positive semi-definite, not zero.
+      G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.
       b: (k,).
       start: (k,) in the box.
 
     Returns: (k,).
+    Raises: ValueError for other shapes, a `start` outside the box, or a G whose diagonal has no
+      positive entry; numpy.linalg.LinAlgError for a G with a negative eigenvalue.
     """
+    k = len(b)
+    if G.shape != (k, k) or start.shape != (k,):
+        raise ValueError(
+            f"G and start must have shapes ({k}, {k}) and ({k},) for b of shape {b.shape}, got "
+            f"{G.shape} and {start.shape}."
+        )
+    if not ((start >= 0) & (start <= 1)).all():
+        raise ValueError(f"start must lie in [0, 1], got {start.min():.4g} to {start.max():.4g}.")
     ridge = _RIDGE * G.diagonal().max()
-    definite = G + ridge * np.eye(len(G))
+    if not ridge > 0:
+        raise ValueError(
+            f"G must have a positive diagonal entry, got {ridge / _RIDGE:.4g} at most."
+        )
+    definite = G + ridge * np.eye(k)
     L = np.linalg.cholesky(definite)
     target = scipy.linalg.solve_triangular(L, b + ridge * start, lower=True)
     found = scipy.optimize.lsq_linear(
-        L.T, target, (0, 1), method="bvls", tol=1e-15, max_iter=10 * len(b)
+        L.T, target, (0, 1), method="bvls", tol=1e-15, max_iter=10 * k
     )
-    # What is at a bound by its mask need not be there to the last digit.
+    # An entry that the mask puts at a bound may differ from the bound in its last digit.
     a = np.select([found.active_mask < 0, found.active_mask > 0], [0.0, 1.0], found.x)
     inside = np.flatnonzero(found.active_mask == 0)
     if len(inside):

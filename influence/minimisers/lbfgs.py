@@ -1,4 +1,8 @@
-"""Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989)."""
+"""Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989), and Newton's steps at the end.
+
+L-BFGS compares values of the risk. Near a minimum these differ by less than their rounding while
+the gradient is still far above its own: there Newton's steps go on, which look at gradients only.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,15 @@ from collections.abc import Callable
 import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, cg
 
 from influence.common.convergence import warn_unconverged
 from influence.common.progress import counter
 
 # Pairs of (step, change of gradient) that are stored.
 _MEMORY = 20
+# Newton's steps at most, conjugate gradient iterations for each, and their relative residual.
+_NEWTON_STEPS, _CG_ITERATIONS, _CG_RTOL = 10, 200, 1e-3
 
 
 def minimise(
@@ -20,6 +27,7 @@ def minimise(
     theta: NDArray,
     gradient_tolerance: float,
     max_iterations: int,
+    product: Callable[[NDArray, NDArray], NDArray] | None = None,
 ) -> NDArray:
     """Minimise a risk from a start, deterministically.
 
@@ -28,6 +36,7 @@ def minimise(
       theta: (d,) the start.
       gradient_tolerance: Euclidean norm of the gradient to stop at.
       max_iterations: the largest number of L-BFGS iterations.
+      product: (theta (d,), v (d,)) -> the risk's Hessian times v; None: no Newton's steps.
 
     Returns: (d,) the last theta. Warns with ConvergenceWarning if its gradient is above tolerance.
     """
@@ -53,7 +62,9 @@ def minimise(
                 "gtol": gradient_tolerance / np.sqrt(len(theta)),
             },
         )
-    norm = float(np.linalg.norm(found.jac))
+        x, norm = found.x, float(np.linalg.norm(found.jac))
+        if product is not None and norm > gradient_tolerance and found.nit < max_iterations:
+            x, norm = _newton(at, product, x, found.jac, gradient_tolerance)
     if norm > gradient_tolerance:
         # If iterations are left, no step lowered the risk by more than its rounding.
         needed = "more iterations" if found.nit >= max_iterations else "float64"
@@ -61,4 +72,22 @@ def minimise(
             f"L-BFGS stopped at a gradient norm of {norm:.1e}, above {gradient_tolerance:.1e}, "
             f"after {found.nit} iterations; use {needed} or a larger gradient_tolerance."
         )
-    return found.x
+    return x
+
+
+def _newton(
+    at: Callable, product: Callable, theta: NDArray, gradient: NDArray, tolerance: float
+) -> tuple[NDArray, float]:
+    """Take Newton's steps while each halves the gradient; return theta and its gradient norm."""
+    norm, d = float(np.linalg.norm(gradient)), len(theta)
+    for _ in range(_NEWTON_STEPS):
+        if norm <= tolerance:
+            break
+        times = LinearOperator((d, d), matvec=lambda v: product(theta, np.ravel(v)), dtype=float)  # noqa: B023
+        step, _ = cg(times, gradient, rtol=_CG_RTOL, maxiter=_CG_ITERATIONS)
+        there = theta - step
+        _, found = at(there)
+        if not np.linalg.norm(found) <= norm / 2:
+            break
+        theta, gradient, norm = there, found, float(np.linalg.norm(found))
+    return theta, norm

@@ -3,13 +3,7 @@
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge, SmoothHingeLoss
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
-from influence.models.top_layer import TopLayer
+from influence.models.top_layer import TopLayer, scaled
 
-__all__ = [
-    "AllCNN",
-    "BinaryLogisticRegression",
-    "MulticlassLogisticRegression",
-    "SmoothHinge",
-    "SmoothHingeLoss",
-    "TopLayer",
-]
+__all__ = ["AllCNN", "BinaryLogisticRegression", "MulticlassLogisticRegression", "SmoothHinge"]
+__all__ += ["SmoothHingeLoss", "TopLayer", "scaled"]

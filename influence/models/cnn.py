@@ -1,49 +1,59 @@
-"""The paper's convolutional network (Figure 2, right): what it is and how it is trained."""
+"""The paper's convolutional network (Figure 2, right), and its training by Adam."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
 
+from influence.common.checkpoint import check_folder, identity, load, store
+from influence.common.convergence import DivergenceError
+from influence.common.numbers import is_integer
+from influence.common.progress import progress
 from influence.examples.examples import Examples
-from influence.models import adam
+from influence.minimisers.adam import BETA_1, BETA_2, EPSILON, Moments, batch_rows
 from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 
-# 20,000 steps in place of the release's 500,000, and rates from ten times its first to its last.
+# 20,000 steps; the release takes 500,000. The first rate is ten times the release's first rate, the
+# last is the release's last.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
+# Number of steps between two checkpoints.
+_SAVE_EVERY = 500
 
 
 class AllCNN(GenericNeuralNet):
-    """A network of convolutions only, with tanh, for images (Koh & Liang 2017, section 4.2).
+    """An all-convolutional network with tanh, for images (Koh & Liang 2017, section 4.2).
 
-    3 x 3 convolutions as the strides say, one of 1 x 1 to as many channels as classes, their mean
-    over the image, and a linear layer to the logits. R = mean cross-entropy + weight_decay/2 times
-    the sum of |kernel|^2; biases are not penalised. With the defaults d = 2,616.
+    Its layers are a 3 x 3 convolution for each stride, a 1 x 1 convolution with one channel for
+    each class, the mean over the image, and a linear layer to the logits. R = mean cross-entropy +
+    weight_decay/2 times the sum of |kernel|^2; biases are not penalised. By default d = 2,616.
 
-    Activations are layers of their own, so that EK-FAC finds what went into them. Weights start
-    from a normal distribution truncated at two of its standard deviations, 2/sqrt(fan-in) for
-    convolutions and 1/sqrt(fan-in) for the last layer; biases from zero.
+    Activations are separate layers, as EK-FAC requires. Initial weights are from a normal
+    distribution truncated at two standard deviations. The standard deviation is 2/sqrt(fan-in) for
+    convolutions and 1/sqrt(fan-in) for the last layer. Initial biases are zero.
 
     Args:
       image_shape: (height, width, channels), channels last.
       num_classes: labels are class numbers 0 to num_classes - 1.
-      filters: channels of each 3 x 3 convolution.
-      strides: of the 3 x 3 convolutions, one after the other; without padding each takes 2 pixels
-        off both sides' sum before it strides.
+      filters: number of channels of each 3 x 3 convolution.
+      strides: strides of the 3 x 3 convolutions, in order. There is no padding, so each convolution
+        reduces height and width by 2 before its stride.
       weight_decay: lambda of lambda/2 |kernel|^2.
-      dtype: "float32", or "float64".
-      seed: of the start.
+      dtype: "float32" or "float64".
+      seed: seed of the initial weights.
 
     Attributes:
       moments: Adam's state after `fit`, for `continued_training`; None before.
 
-    Raises: ValueError for an image that the convolutions leave nothing of, a size below 1 or a
-      negative weight decay.
+    Raises: ValueError for an image too small for the convolutions, a size below 1 or a negative
+      weight decay.
     """
 
     def __init__(
@@ -58,7 +68,7 @@ class AllCNN(GenericNeuralNet):
         seed: int = 0,
     ):
         _check(image_shape, num_classes, filters, strides, weight_decay)
-        self.moments: adam.Moments | None = None
+        self.moments: Moments | None = None
         self.settings = (tuple(image_shape), num_classes, filters, tuple(strides), weight_decay)
         seeds = iter(np.random.default_rng(seed).integers(2**31, size=len(strides) + 2).tolist())
 
@@ -104,27 +114,136 @@ class AllCNN(GenericNeuralNet):
     ) -> AllCNN:
         """Train from the present theta by Adam (Kingma & Ba 2015) on minibatches.
 
-        Where it ends is no minimum: `gradient_norm(examples)` tells how far from one it is. The
-        same examples, schedule and seed give the same theta, on the same machine bit for bit.
+        The final theta is not a minimum; `gradient_norm(examples)` measures how far it is from one.
+        The same examples, schedule and seed give the same theta, on the same machine bit for bit.
 
         Args:
           examples: the training set.
           schedule: (steps, learning rate) of each stage; Adam's averages carry over to the next.
-          batch_size: rows a step, all of them if there are fewer.
-          seed: of the order of the rows, shuffled anew each time all have been seen.
-          checkpoints: a folder where theta and Adam's state are kept every few hundred steps, so
-            that a training that was killed goes on where it was and ends with the same numbers.
+          batch_size: rows in each step; all rows if there are fewer.
+          seed: seed of the order of the rows, which are shuffled again after each pass.
+          checkpoints: a folder that stores theta and Adam's state every few hundred steps. A killed
+            training continues from there and ends with the same numbers.
 
         Returns: self, with Adam's state in `moments`.
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-          finite, theta being put back.
+          finite, with theta restored.
         """
         self.validate(examples, "examples")
-        self.moments = adam.minimise(
-            self, examples, schedule=schedule, batch_size=batch_size, seed=seed,
-            checkpoints=checkpoints, key=self.settings,
-        )  # fmt: skip
+        self.moments = train_by_adam(
+            self,
+            examples,
+            schedule=schedule,
+            batch_size=batch_size,
+            seed=seed,
+            checkpoints=checkpoints,
+            key=self.settings,
+        )
         return self
+
+
+def train_by_adam(
+    net: GenericNeuralNet,
+    examples: Examples,
+    *,
+    schedule: Sequence[tuple[int, float]],
+    batch_size: int,
+    seed: int,
+    checkpoints: str | os.PathLike | None = None,
+    key: Any = (),
+) -> Moments:
+    """Train a net by Keras' Adam (Kingma & Ba 2015), from its theta, on minibatches.
+
+    The minibatches are consecutive rows of shuffled passes over the examples. So the rows of step k
+    depend only on the seed and k.
+
+    Args: as `AllCNN.fit`, for any net, which is left at the theta of the last step; key: values
+      that distinguish it from others of its class, such as its architecture. The name of the file
+      in `checkpoints` depends on everything that the training depends on.
+    Returns: Adam's final state.
+    Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
+      finite, with all variables restored.
+    """
+    rates = _rates(schedule)
+    if not is_integer(batch_size, 1):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    weights = list(net.flat.weights)
+    optimizer = keras.optimizers.Adam(beta_1=BETA_1, beta_2=BETA_2, epsilon=EPSILON)
+    optimizer.build(weights)
+    # Training also changes variables outside theta, such as batch statistics and dropout's states.
+    variables = [*net.model.variables, *optimizer.variables]
+    start = [variable.numpy() for variable in variables]
+    path, folder = None, check_folder(checkpoints)
+    if folder is not None:
+        name = identity(net, examples, key, rates, batch_size, seed)
+        path = folder / f"adam-{name}.npz"
+    done = 0
+    if path is not None and path.exists():
+        kept = load(path)
+        done = int(kept.pop("step"))
+        _assign(variables, [kept[f"variable {i}"] for i in range(len(variables))])
+    step = tf.function(_step(net, optimizer, weights), autograph=False)
+    batches = batch_rows(len(examples), batch_size, seed, done)
+    rate = None
+    for number in progress(range(done, len(rates)), "training", len(rates) - done):
+        if rates[number] != rate:
+            rate = rates[number]
+            optimizer.learning_rate = rate
+        batch = examples.take(next(batches))
+        risk = float(step(net.flat.inputs(batch.x), net.flat.tensor(batch.y)))
+        if not np.isfinite(risk):
+            _assign(variables, start)
+            raise DivergenceError(
+                f"the risk must stay finite, got {risk} at step {number + 1} with learning rate "
+                f"{rate:g}; use a smaller one in schedule, or scale the inputs."
+            )
+        last = number + 1 == len(rates)
+        if path is not None and (last or (number + 1) % _SAVE_EVERY == 0):
+            arrays = {f"variable {i}": v.numpy() for i, v in enumerate(variables)}
+            store(path, {"step": np.array(number + 1), **arrays})
+    return Moments(len(rates), _flat(optimizer, "momentum"), _flat(optimizer, "velocity"))
+
+
+def _flat(optimizer: Any, kind: str) -> NDArray:
+    """Return one of Adam's two averages, (d,), in the order of theta."""
+    parts = [variable for variable in optimizer.variables if variable.path.endswith(kind)]
+    return np.concatenate([np.ravel(part.numpy()) for part in parts])
+
+
+def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
+    """Return a function of a minibatch (x, y) that takes a step and returns the risk before it."""
+
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            losses = net.loss.function(y, net.model(x, training=True))
+            risk = tf.reduce_mean(losses) + sum(net.model.losses)
+        optimizer.apply(tape.gradient(risk, [w.value for w in weights]), weights)
+        return risk
+
+    return step
+
+
+def _rates(schedule: Sequence[tuple[int, float]]) -> list[float]:
+    """Check a schedule and return the learning rate of each step."""
+    rates: list[float] = []
+    for stage in schedule:
+        steps, rate = stage
+        if not is_integer(steps, 1):
+            raise ValueError(
+                f"schedule must be (steps, learning rate) pairs with positive integer steps, got "
+                f"{stage!r}."
+            )
+        if not (np.isfinite(rate) and rate > 0):
+            raise ValueError(f"schedule must have positive learning rates, got {stage!r}.")
+        rates += [float(rate)] * int(steps)
+    if not rates:
+        raise ValueError("schedule must have at least one (steps, learning rate) pair, got none.")
+    return rates
+
+
+def _assign(variables: list, values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _check(

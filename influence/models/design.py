@@ -1,12 +1,18 @@
-"""Products with X that LinearModel takes most of its time for, at the machine's full speed."""
+"""The two values that define a linear model: products with inputs, and a loss of outputs.
+
+The weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The intercept is a
+last feature that is always one. Neither value holds theta or rows.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -14,50 +20,162 @@ import scipy.sparse
 import threadpoolctl
 from numpy.typing import NDArray
 
-from influence.examples.examples import Examples
-
-if TYPE_CHECKING:
-    from influence.models.linear import LinearModel
-
-_HESSIAN_ROWS = 1024  # rows weighted at a time when the Hessian is formed
-_WORTH_THREADS = 1e9  # operations of a task from which threads of our own pay for their start,
-_MANY_TASKS = 10  # and tasks from which they share them fairly
+# Number of rows that are weighted together. They fit into the processor's cache.
+_HESSIAN_ROWS = 1024
+# Our own threads are used only for tasks of at least this many operations: a start costs time.
+_WORTH_THREADS = 1e9
+# Our own threads are used only for at least this many tasks: fewer cannot be shared evenly.
+_MANY_TASKS = 10
 
 
-def weighted_gram(
-    model: LinearModel, examples: Examples, num_weights: int, weights: Any
-) -> NDArray:
-    """X' diag(w_k) X / n, (k, f, f), for k non-negative weights w (n, k) = weights(Z, y).
+class Link(ABC):
+    """A loss l(z, y) that is convex in z, and its derivatives by z.
 
-    A symmetric rank-n update of sqrt(w) X does half the work of a product. Each matrix is summed by
-    one thread, so that the sum does not depend on how many there are: updates of this size leave
-    BLAS' own threads idle a third of the time.
+    Outputs Z are (n, c, k): c outputs of n rows at k parameter vectors. Labels y are (n,) or
+    (n, 1).
     """
-    f = model.num_features + model.intercept
-    syrk = scipy.linalg.get_blas_funcs("syrk", dtype=model.dtype)
-    grams = [np.zeros((f, f), model.dtype, order="F") for _ in range(num_weights)]
 
-    def update(rows: NDArray, w: NDArray, some: slice, buffer: NDArray) -> None:
-        for gram, column in zip(grams[some], w.T[some], strict=True):
-            weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
-            syrk(1 / len(examples), weighted, beta=1.0, c=gram, overwrite_c=True, lower=True)
+    @abstractmethod
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return l, (n, k)."""
 
-    with _threads(len(examples) * f**2, num_weights) as (apply, count):
-        # Fresh pages cost more than the product.
-        buffers = [np.empty((_HESSIAN_ROWS, f), model.dtype) for _ in range(count)]
-        for x, y in examples.batches(_HESSIAN_ROWS):
-            w = np.sqrt(weights(model._times(x, model.theta), y))
-            rows = model._with_one(model._dense(x))
+    @abstractmethod
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return dl/dz, (n, c, k)."""
+
+    @abstractmethod
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """Return d2l/dz2 at Z (n, c, 1) times U (n, c, m)."""
+
+    def weights(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return weights (n, w) >= 0 whose `Design.weighted_gram` gives the Hessian of the loss.
+
+        For one output these are d2l/dz2.
+        """
+        return self.curved(Z, y, np.ones_like(Z))[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Products of dense or sparse inputs X (n, f) with parameters.
+
+    Args:
+      num_features: f, without the intercept.
+      num_outputs: c.
+      intercept: whether the model has one.
+      dtype: of theta and of every product.
+    """
+
+    num_features: int
+    num_outputs: int
+    intercept: bool
+    dtype: np.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """The length of theta, d."""
+        return (self.num_features + self.intercept) * self.num_outputs
+
+    def times(self, x: Any, thetas: NDArray) -> NDArray:
+        """Return the outputs (n, c, k) of inputs x (n, f) at parameters (d,) or (d, k)."""
+        # NumPy does not use BLAS for a strided W, such as one column of a block.
+        W = np.ascontiguousarray(thetas).reshape(-1, self.num_outputs * thetas[0].size)
+        Z = self.as_dtype(x) @ W[: self.num_features]
+        if self.intercept:
+            Z += W[self.num_features]
+        return Z.reshape(Z.shape[0], self.num_outputs, -1)
+
+    def transposed_times(self, x: Any, E: NDArray) -> NDArray:
+        """Return X' E, (d, k), for E (n, c, k)."""
+        flat = E.reshape(len(E), -1)
+        G = self.as_dtype(x).T @ flat
+        if self.intercept:
+            G = np.vstack([G, flat.sum(axis=0)])
+        return G.reshape(self.num_parameters, -1)
+
+    def along(self, x: Any, E: NDArray, V: NDArray) -> NDArray:
+        """Multiply the gradients x_i (x) E_i by V (d, m), in one product in V's dtype: (n, m).
+
+        Of dense inputs the gradients (n, d) are formed. With many vectors their cost is negligible.
+        """
+        E, x = E.astype(V.dtype), x.astype(V.dtype)
+        if scipy.sparse.issparse(x):
+            W = V.reshape(-1, self.num_outputs * V.shape[1])
+            U = x @ W[: self.num_features]
+            U += W[self.num_features :].sum(axis=0)  # the intercept's row, or no row
+            return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
+        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a broadcast product
+        return (V.T @ G.reshape(len(E), -1).T).T
+
+    def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
+        """Return X' diag(w_k) X, (k, f, f), for weights w (n, k) >= 0.
+
+        A symmetric rank-n update of sqrt(w) X needs half the operations of a product. One thread
+        sums each matrix, so the sum does not depend on the number of threads. In updates of this
+        size BLAS' own threads would be idle a third of the time.
+        """
+        f, (n, k) = self.num_features + self.intercept, weights.shape
+        syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
+        grams = np.zeros((k, f, f), self.dtype)
+        roots = np.sqrt(weights)
+
+        def update(rows: NDArray, w: NDArray, some: slice, buffer: NDArray) -> None:
+            for gram, column in zip(grams[some], w.T[some], strict=True):
+                weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
+                # In place: gram.T is in Fortran order; its lower half is the upper half of gram.
+                syrk(1, weighted, beta=1.0, c=gram.T, overwrite_c=True, lower=True)
+
+        with _threads(n * f**2, k) as (apply, count):
+            # Buffers are reused: new memory costs more time than the product.
+            buffers = [np.empty((_HESSIAN_ROWS, f), self.dtype) for _ in range(count)]
             shares = [slice(start, None, count) for start in range(count)]
-            list(apply(partial(update, rows, w), shares, buffers))
-    return np.stack([np.tril(gram) + np.tril(gram, -1).T for gram in grams])
+            for start in range(0, n, _HESSIAN_ROWS):
+                block = slice(start, start + _HESSIAN_ROWS)
+                rows = self.with_one(self.dense(x[block]))
+                list(apply(partial(update, rows, roots[block]), shares, buffers))
+        for gram in grams:
+            gram += np.triu(gram, 1).T
+        return grams
+
+    def gram(self, x: Any) -> NDArray:
+        """Return X X', (n, n), with the intercept's feature if the model has one."""
+        x = self.as_dtype(x)
+        K = x @ x.T
+        K = K.toarray() if scipy.sparse.issparse(K) else K
+        return K + 1 if self.intercept else K
+
+    def as_dtype(self, x: Any) -> Any:
+        """Convert inputs to the dtype of theta; raises as `check_features`."""
+        self.check_features(x, "x")
+        return x if x.dtype == self.dtype else x.astype(self.dtype)
+
+    def check_features(self, x: Any, name: str) -> None:
+        """Refuse inputs that are not one vector for each row, such as images.
+
+        Raises: ValueError naming `name`.
+        """
+        if getattr(x, "ndim", 2) != 2:
+            raise ValueError(
+                f"{name} must be features of shape (n, {self.num_features}), got {x.shape}; on a "
+                "trunk, net.featured(examples) makes features of images."
+            )
+
+    def dense(self, x: Any) -> NDArray:
+        """Convert inputs to a dense array in the dtype of theta."""
+        return self.as_dtype(x.toarray() if scipy.sparse.issparse(x) else x)
+
+    def with_one(self, x: NDArray) -> NDArray:
+        """Append the intercept's feature to dense inputs, if the model has an intercept."""
+        if not self.intercept:
+            return x
+        return np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)
 
 
 @contextmanager
 def _threads(work: float, tasks: int) -> Iterator[tuple[Callable, int]]:
-    """A `map` over as many threads as BLAS had, which meanwhile has one, and their number.
+    """Yield a parallel `map` and its number of threads; meanwhile BLAS uses one thread.
 
-    For few tasks, or too little work in each, BLAS keeps its threads.
+    For few or small tasks `map` is Python's own, and BLAS keeps its threads.
     """
     if tasks < _MANY_TASKS or work < _WORTH_THREADS:
         yield map, 1
@@ -66,20 +184,3 @@ def _threads(work: float, tasks: int) -> Iterator[tuple[Callable, int]]:
     count = max((library.num_threads for library in blas.lib_controllers), default=1)
     with blas.limit(limits=1), ThreadPoolExecutor(count) as pool:
         yield pool.map, min(count, tasks)
-
-
-def directional(model: LinearModel, dtype: Any, x: Any, y: Any, V: NDArray) -> NDArray:
-    """Gradients x_i (x) dl_i/dz, rounded to dtype, times V: one product, in that dtype.
-
-    The gradients are formed, (n, d): for many vectors that costs nothing beside the product.
-    """
-    E = model._slope(model._times(x, model.theta), np.asarray(y))[:, :, 0].astype(dtype)
-    V, x = np.asarray(V, dtype), x.astype(dtype)
-    if scipy.sparse.issparse(x):
-        W = V.reshape(-1, model.num_outputs * (V.size // model.num_parameters))
-        U = x @ W[: model.num_features]
-        U += W[model.num_features :].sum(axis=0)  # the intercept's, if there is one
-        along = np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
-        return along if V.ndim == 2 else along[:, 0]
-    G = np.einsum("nf,nc->nfc", model._with_one(x), E)  # twice as fast as a broadcast product
-    return (V.T @ G.reshape(len(E), -1).T).T

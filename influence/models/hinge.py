@@ -5,18 +5,19 @@ With the margin s = y z, temperature t and u = 1 - s (Koh & Liang 2017, section 
     loss = t log(1 + exp(u / t))
     dl/dz = -y sigma(u / t)        d2l/dz2 = sigma(u / t) sigma(-u / t) / t
 
-and at t = 0 the hinge max(0, u), without curvature. Its minimum is found and proved by duality:
+At t = 0 the loss is the hinge max(0, u), without curvature. Duality finds and proves its minimum:
 
     D(a) = mean a_i - lambda/2 |w(a)|^2,    w(a) = sum_i a_i y_i x_i / (n lambda),    0 <= a_i <= 1
     R(w) - D(a) = mean (max(0, u_i) - a_i u_i) + lambda/2 |w - w(a)|^2  >=  R(w) - min R
 
-whatever a is. R is lambda-strongly convex, so this gap bounds the distance |w - w*|^2 by
-2 gap / lambda; every term of it is non-negative, so it is computed without cancellation.
+for any a. R is lambda-strongly convex, so this gap bounds the distance: |w - w*|^2 <= 2 gap /
+lambda. All its terms are non-negative, so it is computed without cancellation.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -28,12 +29,18 @@ from numpy.typing import NDArray
 from influence.common.convergence import warn_unconverged
 from influence.examples.examples import Examples
 from influence.minimisers.box_qp import boxed_minimum
+from influence.models.design import Link
 from influence.models.linear import LinearModel
 
-_SMALLEST_T = 1e-30  # float32 rounds much smaller ones to zero
-_NEAR_KINK = 1e-4  # rows whose dual variable may lie inside (0, 1), at weights good to LinearSVC
-_FEW = 500  # rows to solve the dual for at once; with more, or more than d, LinearSVC is first
-_STALE = 10  # rounds without a smaller gap after which rounding is all that is left
+# Smallest positive temperature. Much smaller ones are zero in float32.
+_SMALLEST_T = 1e-30
+# Rows whose margin differs from 1 by at most this may have a dual variable inside (0, 1). It is
+# LinearSVC's accuracy.
+_NEAR_KINK = 1e-4
+# The dual is solved for at most this many rows, and at most d. For more, LinearSVC is called first.
+_FEW = 500
+# After this many rounds without a smaller gap only rounding is left.
+_STALE = 10
 
 
 @keras.saving.register_keras_serializable(package="influence")
@@ -42,8 +49,8 @@ class SmoothHingeLoss(keras.losses.Loss):
 
     Args:
       t: temperature, 0 or at least 1e-30.
-      reduction: Keras'.
-      name: None names it after t.
+      reduction: that of Keras.
+      name: None for a name made of t.
 
     Raises: ValueError for another t.
     """
@@ -58,38 +65,75 @@ class SmoothHingeLoss(keras.losses.Loss):
         self.t = float(t)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """The losses (n,) of labels (n,) or (n, 1) and outputs (n, 1) or (n,)."""
+        """Return the losses (n,) of labels (n,) or (n, 1) and outputs (n, 1) or (n,)."""
         z = tf.reshape(y_pred, [-1])
         u = 1 - tf.cast(tf.reshape(y_true, [-1]), z.dtype) * z
         if self.t > 0:
             return self.t * tf.math.softplus(u / self.t)
-        # On the kink the gradient is half of either side's, as in `_on_kink`.
+        # On the kink the gradient is the mean of both sides', as in `HingeLink`.
         half = u / 2 + tf.stop_gradient(tf.nn.relu(u) - u / 2)
         return tf.where(tf.abs(u) <= _kink_width(z.dtype.as_numpy_dtype), half, tf.nn.relu(u))
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras needs to make it again."""
+        """Return the arguments from which Keras can restore the loss."""
         return {**super().get_config(), "t": self.t}
 
 
-class SmoothHinge(LinearModel):
-    """A linear SVM with the hinge smoothed by t; t = 0 is the SVM itself.
+@dataclass(frozen=True)
+class HingeLink(Link):
+    """The loss of `SmoothHingeLoss` of one output, in NumPy.
 
-    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on it: rows within
-    the square root of the dtype's precision of it get half the slope, the limit of t -> 0 there.
+    Args:
+      t: temperature, 0 for the hinge.
+    """
+
+    t: float
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        u = self.shortfall(Z, y)[:, 0]
+        return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope; at t = 0 rows on the kink get half the slope."""
+        u = self.shortfall(Z, y)
+        if self.t > 0:
+            inside = scipy.special.expit(u / self.t)
+        else:
+            inside = np.where(np.abs(u) <= _kink_width(u.dtype), 0.5, u > 0).astype(Z.dtype)
+        return -_signs(Z, y) * inside
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved; zero at t = 0."""
+        if self.t == 0:
+            return np.zeros_like(U)
+        v = self.shortfall(Z, y) / self.t
+        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
+
+    def shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return u = 1 - y z, the distance of each margin below one: Z's shape."""
+        return 1 - _signs(Z, y) * Z
+
+
+class SmoothHinge(LinearModel):
+    """A linear SVM whose hinge is smoothed with temperature t; t = 0 is the SVM itself.
+
+    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on it. Rows whose
+    margin differs from 1 by at most the square root of the dtype's precision get half the slope,
+    which is the limit t -> 0 there.
 
     Args:
       num_features: f.
       t: temperature; 0 for the hinge.
-      weight_decay: lambda of lambda/2 |w|^2, the intercept included; positive at t = 0.
-      intercept: whether there is one; the paper has none.
+      weight_decay: lambda of lambda/2 |w|^2, which includes the intercept; positive at t = 0.
+      intercept: whether the model has one; the paper's has none.
       dtype: "float64" or "float32".
 
     Attributes:
-      convex: False at t = 0: convex it is, but not smooth, so Newton's refits have no meaning.
+      convex: False at t = 0, where the risk is convex but not smooth: Newton's steps fail there.
 
-    Raises: ValueError for a t that is not 0 or at least 1e-30, fewer than one feature or a weight
-      decay that is negative, or zero at t = 0.
+    Raises: ValueError for a t that is neither 0 nor at least 1e-30, for fewer than one feature, and
+      for a weight decay that is negative, or zero at t = 0.
     """
 
     def __init__(
@@ -103,38 +147,12 @@ class SmoothHinge(LinearModel):
     ):
         if t == 0 and weight_decay == 0:
             raise ValueError("weight_decay must be positive at t = 0, got 0: no unique minimum.")
+        link, loss = HingeLink(float(t)), SmoothHingeLoss(t)
         super().__init__(
-            num_features,
-            1,
-            SmoothHingeLoss(t),
-            weight_decay=weight_decay,
-            intercept=intercept,
-            dtype=dtype,
+            num_features, 1, link, loss, weight_decay=weight_decay, intercept=intercept, dtype=dtype
         )
         self.t = float(t)
         self.convex = self.t > 0
-
-    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        u = self._shortfall(Z, y)[:, 0]
-        return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
-
-    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        u = self._shortfall(Z, y)
-        if self.t > 0:
-            inside = scipy.special.expit(u / self.t)
-        else:
-            inside = np.where(_on_kink(u), 0.5, u > 0).astype(Z.dtype)
-        return -_signs(Z, y) * inside
-
-    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        if self.t == 0:
-            return np.zeros_like(U)
-        v = self._shortfall(Z, y) / self.t
-        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
-
-    def _shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
-        """u = 1 - y z, what a margin lacks of one."""
-        return 1 - _signs(Z, y) * Z
 
     # --- the minimum at t = 0, and its proof ----------------------------------------------------
 
@@ -143,18 +161,18 @@ class SmoothHinge(LinearModel):
     ) -> SmoothHinge:
         """Minimise the risk from the present theta.
 
-        At t > 0 as LinearModel. At t = 0 the dual is solved exactly for the few rows near margin 1,
-        the others staying at 0 or 1, until the gap closes; where the present theta leaves too many
-        such rows, scikit-learn's LinearSVC brings it near first.
+        At t > 0 as LinearModel. At t = 0 each round solves the dual exactly for the few rows near
+        margin 1; the dual variables of the other rows stay at 0 or 1. If there are too many such
+        rows at the present theta, scikit-learn's LinearSVC is called first.
 
         Args:
           examples: labels -1 and 1.
-          gradient_tolerance: what `gradient_norm` is to be at most.
-          max_iterations: rounds of the dual, or L-BFGS iterations, at most.
+          gradient_tolerance: `gradient_norm` at which to stop.
+          max_iterations: largest number of rounds of the dual, or of Newton steps.
 
-        Returns: self. Warns with ConvergenceWarning when the norm reached is larger.
-        Raises: ValueError for labels that are not -1 and 1, or for one of them alone at t = 0 and
-          far from the minimum; TypeError there for a Stream, which LinearSVC cannot take.
+        Returns: self. Warns with ConvergenceWarning if the norm reached is larger.
+        Raises: ValueError for labels other than -1 and 1. If LinearSVC is called: ValueError for
+          labels that are all the same, TypeError for a Stream.
         """
         if self.t > 0:
             super().fit(
@@ -168,7 +186,7 @@ class SmoothHinge(LinearModel):
             a = self._solved_for(examples, near, a)
             self.theta = self._weights(examples, a)
             u = self._shortfalls(examples)
-            slack = np.maximum(u, 0) - a * u  # the terms of the gap, here with w = w(a)
+            slack = np.maximum(u, 0) - a * u  # the terms of the gap; here w = w(a)
             norm = self._norm_of(slack.mean())
             stale += 1
             if norm < best:
@@ -196,16 +214,16 @@ class SmoothHinge(LinearModel):
         return self._norm_of(self.duality_gap(examples))
 
     def duality_gap(self, examples: Examples) -> float:
-        """How far R(theta) can be above its minimum: R(theta) - D(a), for the hinge.
+        """Bound the distance of R(theta) from its minimum by R(theta) - D(a), for the hinge.
 
-        a is 0 or 1 beside the kink, and the best there is for the rows near it; any a gives a true
-        bound, so the number needs no trust in how a, or theta, was found.
+        a is 0 or 1 for rows away from the kink, and optimal for the rows near it. Any a gives a
+        valid bound, however a and theta were found.
 
         Args:
           examples: the training set.
 
-        Returns: in the unit of the loss.
-        Raises: ValueError at t > 0, where the norm of the gradient says it all.
+        Returns: the gap, in the unit of the loss.
+        Raises: ValueError at t > 0, where `gradient_norm` needs no dual.
         """
         if self.t > 0:
             raise ValueError(f"t must be 0 for a duality gap, got {self.t}; use gradient_norm.")
@@ -217,49 +235,49 @@ class SmoothHinge(LinearModel):
         return float(gap)
 
     def _norm_of(self, gap: float) -> float:
-        """The gradient norm g that bounds the distance too: g / lambda = sqrt(2 gap / lambda)."""
+        """Return the gradient norm g with the same bound: g / lambda = sqrt(2 gap / lambda)."""
         return float(np.sqrt(2 * self.weight_decay * gap))
 
     def _at_bounds(self, examples: Examples) -> tuple[NDArray, NDArray]:
-        """Dual variables (n,), 0 or 1 by theta's margins, and which rows are near the kink."""
+        """Return dual variables (n,), 0 or 1 by theta's margins, and a mask: near the kink."""
         u = self._shortfalls(examples)
         return (u > 0).astype(float), np.abs(u) <= _NEAR_KINK
 
     def _solved_for(self, examples: Examples, near: NDArray, a: NDArray) -> NDArray:
-        """Dual variables that maximise D over those of the rows near, the others as they are.
+        """Maximise D over the dual variables of the rows `near`; the others stay as they are.
 
-        That is min a'AA'a / 2 - b'a over the box, with A the rows y_i x_i.
+        This is min a'AA'a / 2 - b'a over the box, where A has the rows y_i x_i.
         """
         rows = np.flatnonzero(near)
         if not len(rows):
             return a
         chosen = examples.take(rows)
-        A = self._with_one(self._dense(chosen.x)) * chosen.y.reshape(-1, 1)
+        A = self.design.with_one(self.design.dense(chosen.x)) * chosen.y.reshape(-1, 1)
         others = np.where(near, 0, a)
         b = len(a) * self.weight_decay * (1 - A @ self._weights(examples, others))
         others[rows] = boxed_minimum(A @ A.T, b, a[rows])
         return others
 
     def _weights(self, examples: Examples, a: NDArray) -> NDArray:
-        """w(a), (d,)."""
-        rows = np.flatnonzero(a)
-        if not len(rows):
-            return np.zeros(self.num_parameters, self.dtype)
-        E = (a[rows] * examples.y[rows].reshape(-1)).astype(self.dtype)[:, None, None]
-        total, start = np.zeros(self.num_parameters, self.dtype), 0
-        for x, y in examples.batches(self.rows_per_batch(examples), rows):
-            total = total + self._transposed_times(x, E[start : start + len(y)])[:, 0]
-            start += len(y)
-        return total / (len(a) * self.weight_decay)
+        """Compute w(a), (d,), from the sum of the rows with a = 1 and the few with 0 < a < 1."""
+        total = np.zeros((self.num_parameters, 1), self.dtype)
+        ones = np.flatnonzero(a == 1)
+        if len(ones):
+            total = sum(examples.map_over(_signed_sum, self, rows=ones), total)
+        inside = np.flatnonzero((a > 0) & (a < 1))
+        if len(inside):
+            chosen = examples.take(inside)
+            E = (a[inside] * chosen.y.reshape(-1)).astype(self.dtype)[:, None, None]
+            total = total + self.design.transposed_times(chosen.x, E)
+        return total[:, 0] / (len(a) * self.weight_decay)
 
     def _shortfalls(self, examples: Examples) -> NDArray:
-        batches = examples.batches(self.rows_per_batch(examples))
-        Z = np.concatenate([self.outputs(x) for x, _ in batches])[:, :, None]
-        return self._shortfall(Z, examples.y)[:, 0, 0]
+        """Compute u, (n,)."""
+        return examples.each_row(_shortfall, self)
 
     def _liblinear(self, examples: Examples) -> None:
-        """theta from scikit-learn, whose word on convergence is not needed: the gap is."""
-        from sklearn.exceptions import ConvergenceWarning  # seconds that only a fit need spend
+        """Set theta by scikit-learn; its convergence is not required, as the gap is computed."""
+        from sklearn.exceptions import ConvergenceWarning  # this import takes seconds
         from sklearn.svm import LinearSVC
 
         labels = examples.y.reshape(-1)
@@ -267,10 +285,10 @@ class SmoothHinge(LinearModel):
             raise ValueError(f"examples.y must hold both -1 and 1, got only {labels[0]}.")
         svm = LinearSVC(
             loss="hinge",
-            C=1 / (len(examples) * self.weight_decay),  # sum of losses there, mean here
+            C=1 / (len(examples) * self.weight_decay),  # LinearSVC sums losses
             tol=1e-6,
             max_iter=10_000,
-            fit_intercept=self.intercept,  # penalised there too, as a feature that is always one
+            fit_intercept=self.intercept,  # LinearSVC penalises it too
             random_state=0,
         )
         with warnings.catch_warnings():
@@ -279,12 +297,19 @@ class SmoothHinge(LinearModel):
         self.theta = np.append(svm.coef_[0], svm.intercept_ if self.intercept else [])
 
 
+def _signed_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Sum y_i x_i over a batch, (d, 1)."""
+    return net.design.transposed_times(x, y.reshape(-1, 1, 1).astype(net.dtype))
+
+
+def _shortfall(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Compute u of a batch, (b,)."""
+    net = net.at(theta)
+    return net.link.shortfall(net.design.times(x, net.theta), y)[:, 0, 0]
+
+
 def _signs(Z: NDArray, y: NDArray) -> NDArray:
     return y.reshape(-1, *[1] * (Z.ndim - 1)).astype(Z.dtype)
-
-
-def _on_kink(u: NDArray) -> NDArray:
-    return np.abs(u) <= _kink_width(u.dtype)
 
 
 def _kink_width(dtype: Any) -> float:

@@ -1,9 +1,11 @@
-"""Logistic regression, of many classes and of two: the paper's convex models.
+"""Logistic regression with many classes and with two: the paper's convex models.
 
 With p = softmax(z) or sigmoid(z): loss = -log p_y, dl/dz = p - onehot(y), d2l/dz2 = diag(p) - p p'.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import keras
 import numpy as np
@@ -11,8 +13,55 @@ import scipy.special
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
-from influence.models.design import weighted_gram
+from influence.models.design import Link
 from influence.models.linear import LinearModel
+
+
+@dataclass(frozen=True)
+class Softmax(Link):
+    """-log softmax(z)_y of class numbers y and c outputs."""
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        return scipy.special.logsumexp(Z, axis=1) - Z[np.arange(len(Z)), y.astype(int).ravel()]
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope."""
+        E = _softmax(Z)
+        E[np.arange(len(E)), y.astype(int).ravel()] -= 1
+        return E
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved."""
+        P = _softmax(Z)
+        U = U - np.einsum("nc,ncm->nm", P[:, :, 0], U)[:, None, :]
+        U *= P
+        return U
+
+    def weights(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return p_a p_b of each pair of classes, (n, c (c - 1) / 2)."""
+        P = _softmax(Z)[:, :, 0]
+        a, b = np.tril_indices(P.shape[1], -1)
+        return P[:, a] * P[:, b]
+
+
+@dataclass(frozen=True)
+class Sigmoid(Link):
+    """-log sigmoid(z) of label 1 and -log sigmoid(-z) of label 0, for one output."""
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        z = Z[:, 0]
+        return np.logaddexp(0, z) - y.reshape(-1, 1).astype(z.dtype) * z
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope."""
+        return scipy.special.expit(Z) - y.reshape(-1, 1, 1).astype(Z.dtype)
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved."""
+        P = scipy.special.expit(Z)
+        return P * (1 - P) * U
 
 
 class MulticlassLogisticRegression(LinearModel):
@@ -21,8 +70,8 @@ class MulticlassLogisticRegression(LinearModel):
     Args:
       num_features: f.
       num_classes: c.
-      weight_decay: lambda of lambda/2 |W|^2, the intercept included.
-      intercept: whether there is one; the paper has none.
+      weight_decay: lambda of lambda/2 |W|^2, which includes the intercept.
+      intercept: whether the model has one; the paper's has none.
       dtype: "float64", because leave-one-out changes are 1e-3 to 1e-5 of a loss; or "float32".
 
     Raises: ValueError for fewer than two classes, one feature or a negative weight decay.
@@ -42,6 +91,7 @@ class MulticlassLogisticRegression(LinearModel):
         super().__init__(
             num_features,
             num_classes,
+            Softmax(),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none"),
             weight_decay=weight_decay,
             intercept=intercept,
@@ -49,23 +99,19 @@ class MulticlassLogisticRegression(LinearModel):
         )
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
-        """The risk's Hessian (d, d), from the blocks of pairs of classes, -X' diag(p_a p_b) X / n.
+        """Form the risk's Hessian (d, d) from a block -X' diag(p_a p_b) X / n for each class pair.
 
-        Probabilities add up to one, so a class's own block is minus the sum of its others.
+        Probabilities add up to one. So the diagonal block of a class is minus the sum of its other
+        blocks.
         """
-        c, f = self.num_outputs, self.num_features + self.intercept
+        blocks = self._weighted_grams(examples)
+        c, f = self.num_outputs, blocks.shape[1]
         a, b = np.tril_indices(c, -1)
-
-        def pair_weights(Z, y):
-            P = _softmax(Z)[:, :, 0]
-            return P[:, a] * P[:, b]
-
-        blocks = weighted_gram(self, examples, len(a), pair_weights)
         pair = np.zeros((c, c), int)
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
         H = np.empty((f, c, f, c), self.dtype)
-        # One feature's rows at a time: what they are gathered from and put into stays in the cache.
+        # One feature's rows at a time: source and target of this copy then fit into the cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
             parts = -of_row[pair]  # (c, c, f)
             parts[own, own] = 0
@@ -75,28 +121,14 @@ class MulticlassLogisticRegression(LinearModel):
         H[np.diag_indices_from(H)] += self.weight_decay
         return H
 
-    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        return scipy.special.logsumexp(Z, axis=1) - Z[np.arange(len(Z)), y.astype(int).ravel()]
-
-    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        E = _softmax(Z)
-        E[np.arange(len(E)), y.astype(int).ravel()] -= 1
-        return E
-
-    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        P = _softmax(Z)
-        U = U - np.einsum("nc,ncm->nm", P[:, :, 0], U)[:, None, :]
-        U *= P
-        return U
-
 
 class BinaryLogisticRegression(LinearModel):
     """Logistic regression on labels 0 and 1 with one vector of weights.
 
     Args:
       num_features: f.
-      weight_decay: lambda of lambda/2 |w|^2, the intercept included.
-      intercept: whether there is one; the paper has none.
+      weight_decay: lambda of lambda/2 |w|^2, which includes the intercept.
+      intercept: whether the model has one; the paper's has none.
       dtype: "float64" or "float32".
 
     Raises: ValueError for fewer than one feature or a negative weight decay.
@@ -110,29 +142,14 @@ class BinaryLogisticRegression(LinearModel):
         intercept: bool = False,
         dtype: str = "float64",
     ):
+        link, loss = Sigmoid(), keras.losses.BinaryCrossentropy(from_logits=True, reduction="none")
         super().__init__(
-            num_features,
-            1,
-            keras.losses.BinaryCrossentropy(from_logits=True, reduction="none"),
-            weight_decay=weight_decay,
-            intercept=intercept,
-            dtype=dtype,
+            num_features, 1, link, loss, weight_decay=weight_decay, intercept=intercept, dtype=dtype
         )
-
-    def _loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        z = Z[:, 0]
-        return np.logaddexp(0, z) - y.reshape(-1, 1).astype(z.dtype) * z
-
-    def _slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        return scipy.special.expit(Z) - y.reshape(-1, 1, 1).astype(Z.dtype)
-
-    def _curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        P = scipy.special.expit(Z)
-        return P * (1 - P) * U
 
 
 def _softmax(Z: NDArray) -> NDArray:
-    """Over axis 1, a fresh array; written out because scipy.special's makes four copies."""
+    """Return the softmax over axis 1, a new array; scipy.special's would make four copies."""
     P = Z - Z.max(axis=1, keepdims=True)
     np.exp(P, out=P)
     P /= P.sum(axis=1, keepdims=True)

@@ -1,44 +1,62 @@
 """Logistic regression on a frozen network's features: the paper's "Inception" (figures 4 and 5).
 
-The network's trunk turns an image x into a feature map, whose mean over its places is phi(x), (f,).
-theta = w is the head alone, and with a mean m and a scale s given beforehand
+The network's trunk turns an image x into a feature map, whose mean over all positions is phi(x),
+(f,). theta = w holds only the head. With a given mean m and scale s
 
     z = w . (phi(x) - m) / s
 
-m and s are folded into the head: of phi itself its weights are w / s and its intercept is
-- w . m / s. It is w that lambda/2 |w|^2 penalises. Without m and s it is the paper's model.
+As a function of phi the head has the weights w / s and the intercept - w . m / s. The penalty is
+lambda/2 |w|^2. Without m and s this is the paper's model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
-from influence.models.logistic import BinaryLogisticRegression as Head
-from influence.models.trunk import Trunk, scaled
+from influence.models.logistic import BinaryLogisticRegression
 
-__all__ = ["TopLayer", "cut", "scaled"]
+# Number of images in one call of the trunk. On a CPU larger batches of photographs are not faster.
+# In batches, the last bits of an image's features may depend on the other images.
+_ON_GPU, _ELSEWHERE = 16, 1
+# Allowed excess over [-1, 1], for rounding in float32.
+_SLACK = 1e-6
+# Number of axes of images (n, h, w, c); features are (n, f).
+_IMAGE_RANK = 4
+# Number of images that are read together.
+_ROWS = 256
 
-_PROBE_ROWS = 3
-_IMAGE_RANK = 3  # (h, w, c) and, before it, rows; features are (f,)
-_ROWS = 256  # of images read at a time
-_F = TypeVar("_F", bound=Callable)
+
+def scaled(images: Any, dtype: Any = "float32") -> NDArray:
+    """Scale images for a trunk: bytes k become k / 127.5 - 1; floats stay as they are.
+
+    Args:
+      images: (..., h, w, c), integers 0 to 255 or floats in [-1, 1].
+      dtype: dtype of the result.
+
+    Returns: floats in [-1, 1], of the same shape.
+    Raises: TypeError for other numbers, ValueError for those out of range.
+    """
+    images = np.asarray(images)
+    _check_range(images)
+    return _floats(images, dtype)
 
 
 def cut(model: keras.Model, layer_name: str) -> keras.Model:
-    """The part of a model from its input to the output of one layer, the weights shared.
+    """Make a model from the input of another to the output of one of its layers, weights shared.
 
     Args:
-      model: functional or sequential.
-      layer_name: where to end: `mixed10` of InceptionV3, `conv_pw_13_relu` of MobileNet.
+      model: a functional or sequential model.
+      layer_name: the layer: `mixed10` of InceptionV3, `conv_pw_13_relu` of MobileNet.
 
-    Returns: a model with that output.
+    Returns: a model with that layer's output.
     Raises: ValueError if there is no such layer.
     """
     names = [layer.name for layer in model.layers]
@@ -52,45 +70,25 @@ def cut(model: keras.Model, layer_name: str) -> keras.Model:
     return keras.Model(inputs, model.get_layer(layer_name).output, name=layer_name)
 
 
-def _of_features(question: _F) -> _F:
-    """The same question of a batch, put to the features of images where it comes with images."""
-
-    @wraps(question)
-    def asked(self, x, *args, **kwargs):
-        return question(self, self.features(x), *args, **kwargs)
-
-    return asked  # pyright: ignore[reportReturnType]
-
-
-def _of_all_features(question: _F) -> _F:
-    """The same question of examples, whose images go through the trunk once."""
-
-    @wraps(question)
-    def asked(self, examples, *args, **kwargs):
-        return question(self, self.featured(examples), *args, **kwargs)
-
-    return asked  # pyright: ignore[reportReturnType]
-
-
-class TopLayer(Head):
+class TopLayer(BinaryLogisticRegression):
     """Binary logistic regression on the pooled features of a frozen trunk.
 
-    The logit is z = theta . (phi(x) - mean) / scale, phi(x) the mean of the trunk's feature map
-    over its places.
+    The logit is z = theta . (phi(x) - mean) / scale. phi(x) is the mean of the trunk's feature map
+    over all positions.
 
-    Every question takes images (n, h, w, c) or, in their place, what `features` made of them,
-    (n, f). Each asks the trunk anew, so whoever asks often computes the features once.
+    `features` and `featured` compute features (n, f) of images. All questions take features. Only
+    `input_gradient` also takes images.
 
     Args:
       trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,);
-        `cut` makes one. It runs in inference mode and in its own precision, float32 as a rule; the
-        head is float64. Networks that take other inputs need a layer for that in front.
+        `cut` makes one. It runs in inference mode and in its own precision, usually float32; the
+        head is float64. A network for inputs of another range needs a rescaling layer in front.
       weight_decay: lambda of lambda/2 |w|^2.
-      mean: (f,) m, such as the mean of the training set's pooled features; None for none.
-      scale: (f,) s, such as their deviation, positive; None for none.
+      mean: (f,) m, such as the mean of the training set's pooled features; zero if None.
+      scale: (f,) s, such as their standard deviation, positive; one if None.
 
     Attributes:
-      trunk: as given.
+      trunk: the argument.
 
     Raises: TypeError or ValueError naming the argument that is wrong.
     """
@@ -104,7 +102,7 @@ class TopLayer(Head):
         scale: ArrayLike | None = None,
     ):
         self.trunk = trunk
-        self._trunk = Trunk(trunk, self._cotangent)
+        self._trunk = _Trunk(trunk, self._cotangent)
         super().__init__(self._trunk.num_features, weight_decay=weight_decay)
         self._mean = self._vector(mean, "mean", 0.0)
         self._scale = self._vector(scale, "scale", 1.0)
@@ -115,102 +113,79 @@ class TopLayer(Head):
             )
 
     def features(self, x: Any) -> Any:
-        """What the head sees of images: (phi(x) - m) / s.
+        """Compute features of images: (phi(x) - m) / s.
 
         Args:
-          x: (n, h, w, c) images, integers 0 to 255 or floats in [-1, 1]; or features already,
-            (n, f), which come back as they are.
+          x: (n, h, w, c) images, integers 0 to 255 or floats in [-1, 1]; or features (n, f), which
+            are returned unchanged.
 
-        Returns: (n, f) float64. On a processor images go through the trunk one by one, so that an
-          image has the same features, to the last bit, whichever others come with it.
+        Returns: (n, f) float64. On a CPU the trunk takes one image at a time, so the features of an
+          image do not depend on the other images, not even in their last bits.
         Raises: ValueError for images of another size or range.
         """
-        if getattr(x, "ndim", 0) <= _IMAGE_RANK:
+        if not _are_images(x):
             return x
-        lead = x.shape[:-_IMAGE_RANK]
-        images = np.reshape(x, (-1, *x.shape[-_IMAGE_RANK:]))
-        self._check_shape(images, "x")
-        return self._standardised(self._trunk.pooled(images)).reshape(*lead, -1)
+        self._check_shape(x)
+        return self._standardised(self._trunk.pooled(x))
 
     def featured(self, examples: Examples) -> Examples:
-        """The examples with features in the place of images; as they are if they have no images."""
-        if not _has_images(examples):
+        """Replace images by their features; examples of features are returned unchanged."""
+        if not _are_images(examples.take([0]).x):
             return examples
-        parts = [self.features(x) for x, _ in examples.batches(_ROWS)]
-        return Examples(np.concatenate(parts), examples.y)
+        return Examples(examples.each_row(_features, self, batch_size=_ROWS), examples.y)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.input_gradient; by images it reaches the pixels.
+        """Differentiate grad loss_i . v by features or, through the trunk, by pixels.
 
-        J(x)' d/dphi (grad loss . v) / s, J the derivative of the trunk's pooled output: its
-        vector-Jacobian product with the cotangent of LinearModel's closed form.
+        By pixels it is J(x)' c, where J is the derivative of the trunk's pooled output phi and c =
+        d/dphi (grad loss . v) is LinearModel's closed form divided by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
           y: (n,) labels.
           v: (d,) direction in parameter space.
 
-        Returns: x's shape; of images, in the trunk's precision.
-        Raises: TypeError for images as integers: `scaled` makes floats of them.
+        Returns: an array of x's shape; for images in the trunk's precision.
+        Raises: TypeError for images as integers; `scaled` converts them to floats.
         """
-        if getattr(x, "ndim", 0) <= _IMAGE_RANK:
+        if not _are_images(x):
             return super().input_gradient(x, y, v)
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        self._check_shape(x, "x")
-        return self._trunk.pullback(x, y, v)
+        self._check_shape(x)
+        return self._trunk.pullback(x, y, v, self.theta)
+
+    def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """See GenericNeuralNet.curvatures."""
+        return super().curvatures(self.design.as_dtype(x), y, v)
+
+    def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """See GenericNeuralNet.curvature_gradient."""
+        return super().curvature_gradient(self.design.as_dtype(x), y, v)
 
     def validate(self, examples: Examples, name: str) -> None:
-        """See GenericNeuralNet.validate; images must be of the trunk's size."""
-        if not (isinstance(examples, Examples) and _has_images(examples)):
-            super().validate(examples, name)
-            return
-        probe = examples.take(slice(0, _PROBE_ROWS))
-        self._check_shape(probe.x, f"{name}.x")
-        super().validate(Examples(self.features(probe.x), probe.y), name)
-        self.loss.check_labels(examples.y, (len(probe), 1), name)
-
-    # --- every other question, of features where it comes with images -----------------------------
-
-    outputs = _of_features(Head.outputs)
-    losses = _of_features(Head.losses)
-    gradient = _of_features(Head.gradient)
-    loss_and_gradient = _of_features(Head.loss_and_gradient)
-    gradients = _of_features(Head.gradients)
-    bregman_gradient = _of_features(Head.bregman_gradient)
-    hvp = _of_features(Head.hvp)
-    gauss_newton_product = _of_features(Head.gauss_newton_product)
-
-    def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.each_batch."""
-        return super().each_batch(question, self.features(x), y, V)
-
-    directional = _of_features(Head.directional)
-    curvatures = _of_features(Head.curvatures)
-    curvature_gradient = _of_features(Head.curvature_gradient)
-
-    fit = _of_all_features(Head.fit)
-    hessian = _of_all_features(Head.hessian)
-    self_influence = _of_all_features(Head.self_influence)
-    one_step_leave_one_out = _of_all_features(Head.one_step_leave_one_out)
+        """See GenericNeuralNet.validate; refuses images, which `featured` must convert first."""
+        if isinstance(examples, Examples):
+            self.design.check_features(examples.take([0]).x, f"{name}.x")
+        super().validate(examples, name)
 
     # --- inside -----------------------------------------------------------------------------------
 
     def _standardised(self, pooled: NDArray) -> NDArray:
         return (pooled - self._mean) / self._scale
 
-    def _cotangent(self, pooled: NDArray, y: NDArray, v: NDArray) -> NDArray:
-        """d/dphi (grad loss . v), (k, f)."""
+    def _cotangent(self, theta: NDArray, pooled: NDArray, y: NDArray, v: NDArray) -> NDArray:
+        """Return d/dphi (grad loss . v) at theta, (k, f)."""
         features = self._standardised(pooled.astype(np.float64))
-        return super().input_gradient(features, y, v) / self._scale
+        return self._input_gradient(theta, features, y, v) / self._scale
 
-    def _check_shape(self, images: Any, name: str) -> None:
+    def _check_shape(self, images: Any) -> None:
         want = self._trunk.image_shape
         got = tuple(images.shape[1:])
         if any(w not in (None, g) for w, g in zip(want, got, strict=True)):
             raise ValueError(
-                f"{name} must be images of shape {want} for the trunk {self.trunk.name!r}, got "
+                f"x must be images of shape {want} for the trunk {self.trunk.name!r}, got "
                 f"{got}; resize them first."
             )
 
@@ -226,5 +201,131 @@ class TopLayer(Head):
         return vector
 
 
-def _has_images(examples: Examples) -> bool:
-    return getattr(examples.take([0]).x, "ndim", 0) == 1 + _IMAGE_RANK
+def _are_images(x: Any) -> bool:
+    return getattr(x, "ndim", 0) == _IMAGE_RANK
+
+
+def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Compute the features of a batch, (n, f)."""
+    return net.features(x)
+
+
+class _Trunk:
+    """Pooled features of images, and the derivative of a function of them by the images.
+
+    Args:
+      model: `TopLayer.trunk`; its weights must never change.
+      cotangent: (theta, pooled (k, f), y, v) -> (k, f) float64, the derivative by the pooled
+        features of the function that `pullback` differentiates by the images.
+
+    Attributes: image_shape: (h, w, c), with None for any size; num_features: f.
+
+    Raises: TypeError or ValueError for another model.
+    """
+
+    def __init__(self, model: keras.Model, cotangent: Callable[..., NDArray]):
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"trunk must be a keras.Model, got {type(model).__name__}.")
+        inputs, outputs = (getattr(model, name, None) or [] for name in ("inputs", "outputs"))
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise ValueError(
+                f"trunk must have one input and one output, got {len(inputs)} and {len(outputs)} "
+                f"in {model.name!r}; keras.Model(inputs, outputs) makes one that has."
+            )
+        before, after = tuple(inputs[0].shape), tuple(outputs[0].shape)
+        if len(before) != 4 or len(after) not in (2, 4) or after[-1] is None:
+            raise ValueError(
+                "trunk must lead from images (h, w, c) to a feature map (h, w, f) or a vector "
+                f"(f,), got {before[1:]} to {after[1:]} in {model.name!r}."
+            )
+        self.model, self._cotangent = model, cotangent
+        self.image_shape, self.num_features = before[1:], int(after[-1])
+        self.dtype = np.dtype(inputs[0].dtype)
+        self._traced: Any = None
+
+    def __getstate__(self) -> dict:
+        """Return all but the traced functions, which are traced again after unpickling."""
+        return {**self.__dict__, "_traced": None}
+
+    def pooled(self, images: NDArray) -> NDArray:
+        """Compute pooled features (k, f), in float64, of k images as `scaled` takes them."""
+        if not len(images):
+            return np.empty((0, self.num_features))
+        _check_range(images)
+        forward, _ = self._functions()
+        batches = progress(
+            self._batches(images), "features of images", -(-len(images) // _together())
+        )
+        return np.concatenate([forward(x).numpy().astype(np.float64) for _, x in batches])
+
+    def pullback(self, images: NDArray, y: Any, v: NDArray, theta: NDArray) -> NDArray:
+        """Compute J_i' cotangent_i, J_i the derivative of image i's features: (k, h, w, c).
+
+        This takes one forward and one backward pass of the trunk.
+        """
+        _check_range(images)
+        _, backward = self._functions()
+        labels, *head = (
+            tf.convert_to_tensor(np.asarray(a, np.float64).reshape(-1)) for a in (y, v, theta)
+        )
+        parts = [backward(x, labels[rows], *head).numpy() for rows, x in self._batches(images)]
+        return np.concatenate(parts)
+
+    def _batches(self, images: NDArray) -> Iterator[tuple[slice, Any]]:
+        size = _together()
+        for start in range(0, len(images), size):
+            rows = slice(start, start + size)
+            yield rows, tf.convert_to_tensor(_floats(images[rows], self.dtype))
+
+    def _functions(self) -> tuple[Any, Any]:
+        """Return the forward and the backward pass, traced once for batches of any size."""
+        if self._traced is None:
+            x = tf.TensorSpec((None, *self.image_shape), tf.as_dtype(self.dtype))
+            vector = tf.TensorSpec((None,), tf.float64)
+            self._traced = (
+                tf.function(self._forward, input_signature=[x], autograph=False),
+                tf.function(self._backward, input_signature=[x, *[vector] * 3], autograph=False),
+            )
+        return self._traced
+
+    def _forward(self, x: Any) -> Any:
+        output = self.model(x, training=False)
+        return tf.reduce_mean(output, axis=(1, 2)) if len(output.shape) == 4 else output
+
+    def _backward(self, x: Any, y: Any, v: Any, theta: Any) -> Any:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            pooled = self._forward(x)
+        # The head's closed form exists only in NumPy, so it is called between the two passes.
+        cotangent = tf.numpy_function(self._cotangent, [theta, pooled, y, v], tf.float64)
+        cotangent = tf.cast(tf.ensure_shape(cotangent, pooled.shape), pooled.dtype)
+        gradient = tape.gradient(pooled, x, output_gradients=cotangent)
+        if gradient is None:
+            raise ValueError(
+                f"trunk must be differentiable by the image, got no gradient from "
+                f"{self.model.name!r}; rounding and comparisons have none."
+            )
+        return gradient
+
+
+def _together() -> int:
+    return _ON_GPU if tf.config.list_logical_devices("GPU") else _ELSEWHERE
+
+
+def _check_range(images: NDArray) -> None:
+    if images.dtype.kind not in "iuf":
+        raise TypeError(f"images must be integers or floats, got dtype {images.dtype}.")
+    integers = images.dtype.kind != "f"
+    low, high, slack = (0, 255, 0) if integers else (-1, 1, _SLACK)
+    if not (images.min() >= low - slack and images.max() <= high + slack):
+        what = "bytes 0 to 255 as integers" if integers else "in [-1, 1] as floats"
+        raise ValueError(
+            f"images must be {what}, got {images.min():.4g} to {images.max():.4g}; "
+            "x / 127.5 - 1 makes one of the other."
+        )
+
+
+def _floats(images: NDArray, dtype: Any) -> NDArray:
+    if images.dtype.kind == "f":
+        return images.astype(dtype, copy=False)
+    return np.asarray(images.astype(dtype) / 127.5 - 1, dtype)

@@ -127,7 +127,7 @@ class Derivatives:
             products = partial(tape.hvp, t.losses, each)
         elif question == "gauss_newton":
             self.loss.check_logits("a Gauss-Newton matrix")
-            products = partial(tape.gauss_newton, t.output, self.loss.function, each)
+            products = partial(tape.gauss_newton, t.output, self.loss.curved, each)
         else:
             raise ValueError(f"question must be gradient, hvp or gauss_newton, got {question!r}.")
         rows = t.tensor(np.ascontiguousarray(np.moveaxis(V, 2, 1)).astype(self.dtype, copy=False))
@@ -142,11 +142,7 @@ class Derivatives:
         output at its own theta and z at the other one (Bae et al. 2022). The gradient is zero at
         theta, and its derivative there is the Gauss-Newton matrix.
 
-        Args:
-          x: (n, ...) inputs.
-          y: (n, ...) labels.
-          thetas: (d, k) parameter vectors.
-
+        Args: x and y as in `losses`; thetas: (d, k) parameter vectors.
         Returns: (d, k).
         """
 
@@ -161,11 +157,7 @@ class Derivatives:
 
         H = (1/n) sum_i d2 loss_i / d theta2. The penalty is not included; see `penalty_hvp`.
 
-        Args:
-          x: (n, ...) inputs.
-          y: (n, ...) labels.
-          V: (d, m) vectors, or (d,).
-
+        Args: x and y as in `losses`; V: (d, m) vectors, or (d,).
         Returns: the shape of V.
         """
         return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V")), V)
@@ -183,7 +175,7 @@ class Derivatives:
         self.loss.check_logits()
 
         def products(losses, each, theta, x, y, V):
-            return tape.gauss_newton(self.flat.output, self.loss.function, each, theta, x, y, V)
+            return tape.gauss_newton(self.flat.output, self.loss.curved, each, theta, x, y, V)
 
         return like(self._mapped("gauss_newton", products, x, y, self.flat.rows(V, "V")), V)
 
@@ -205,16 +197,9 @@ class Derivatives:
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Return v' H_i v, with H_i the Hessian of each example's loss, in one pass: (n,).
 
-        Args:
-          x: (n, ...) inputs.
-          y: (n, ...) labels.
-          v: (d,) direction in parameter space.
+        Args: x and y as in `losses`; v: (d,) direction in parameter space.
         """
-        t = self.flat
-        function = partial(tape.curvatures, t.losses)
-        return t.run(
-            "curvatures", function, self.theta_tensor(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
-        )
+        return self._along("curvatures", tape.curvatures, x, y, v)
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Return d/dtheta of v' H v, with H the Hessian of the batch's mean loss: (d,).
@@ -223,10 +208,7 @@ class Derivatives:
 
         Args: as `curvatures`.
         """
-        t = self.flat
-        function = partial(tape.curvature_gradient, t.losses)
-        tensors = self.theta_tensor(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
-        return t.run("curvature_gradient", function, *tensors)
+        return self._along("curvature_gradient", tape.curvature_gradient, x, y, v)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
         """Return d/dx_i of (grad loss_i . v) for each example.
@@ -242,10 +224,7 @@ class Derivatives:
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        t = self.flat
-        function = partial(tape.input_gradient, t.losses)
-        batch = t.inputs(x), t.tensor(y)
-        return t.run("input_gradient", function, self.theta_tensor(), *batch, t.rows(v, "v")[0])
+        return self._along("input_gradient", tape.input_gradient, x, y, v)
 
     # --- the penalty, which needs no data ---------------------------------------------------------
 
@@ -300,6 +279,12 @@ class Derivatives:
             return tape.gradient(along, theta)
 
         return t.run("penalty_curvature_gradient", at, self.theta_tensor(), t.rows(v, "v")[0])
+
+    def _along(self, name: str, function: Callable, x: Any, y: Any, v: NDArray) -> Any:
+        """Run `function(losses, theta, x, y, v)` for one direction v (d,)."""
+        t = self.flat
+        tensors = self.theta_tensor(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
+        return t.run(name, partial(function, t.losses), *tensors)
 
     def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
         """Run `function(losses, each, theta, x, y, *tensors)`, with `each` as its map."""

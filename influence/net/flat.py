@@ -12,6 +12,7 @@ import scipy.sparse
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.numbers import numbers
 from influence.net import tape
 from influence.net.losses import PerExampleLoss
 
@@ -145,7 +146,7 @@ class FlatModel:
 
         Raises: ValueError for another shape.
         """
-        V, d = np.asarray(V), sum(self.sizes)
+        V, d = numbers(V, name), sum(self.sizes)
         if V.ndim not in (1, 2) or V.shape[0] != d:
             raise ValueError(f"{name} must have shape ({d},) or ({d}, m), got {V.shape}.")
         return self.tensor(np.ascontiguousarray(np.atleast_2d(V.T)).astype(self.dtype, copy=False))

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from influence.net import measurements
+from influence.net import measurements, tape
 
 # These losses take class numbers. Keras turns a wrong one into NaN or into another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
@@ -29,6 +29,9 @@ _CONVEX = (
     keras.losses.hinge,
     keras.losses.squared_hinge,
 )
+_SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
+# Options of Keras' losses that leave the Hessian by the logits as it is.
+_HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 # These losses take probabilities unless they have from_logits=True.
 _FROM_LOGITS = (
@@ -53,6 +56,7 @@ class PerExampleLoss:
       labels: the only valid labels, from the loss's own attribute `labels`; None if it has none.
       role: the argument's name in messages.
       says_convex: the loss's own attribute `convex`; False if it has none.
+      plain: True for Keras' own loss without options that weigh or ignore outputs.
     """
 
     name: str
@@ -62,11 +66,36 @@ class PerExampleLoss:
     labels: tuple | None = None
     role: str = "loss"
     says_convex: bool = False
+    plain: bool = False
 
     @property
     def convex(self) -> bool:
         """True if each loss is known to be convex in the model's output."""
         return self.says_convex or (self.keras_function in _CONVEX and self.from_logits)
+
+    def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
+        """Return the map u -> H u, with H the Hessian of the sum of the losses by the outputs z.
+
+        For cross-entropies H is p_a p_b (u_a - u_b) summed over b, or p (1 - p) u. Where a
+        probability p is nearly 1, the tape's own differences p_a - p_a p_a and 1 - p lose all
+        digits of float32. The digits stay if u is taken relative to its entry at the likeliest
+        class, since H of a constant is zero, and if 1 - p is computed from the logits.
+
+        Args:
+          y: labels.
+          z: (n, ...) outputs.
+        """
+        by_tape = tape.hessian_map(lambda z: tf.reduce_sum(self.function(y, z)), z)
+        if not (self.from_logits and self.plain):
+            return by_tape
+        if self.keras_function is keras.losses.binary_crossentropy:
+            outputs = tf.cast(tf.size(z) // tf.shape(z)[0], z.dtype)
+            weights = tf.sigmoid(z) * tf.sigmoid(-z) / outputs  # Keras' mean over a row's outputs
+            return lambda u: weights * u
+        if self.keras_function in _SOFTMAX:
+            likeliest = tf.one_hot(tf.argmax(z, axis=-1), tf.shape(z)[-1], dtype=z.dtype)
+            return lambda u: by_tape(u - tf.reduce_sum(u * likeliest, axis=-1, keepdims=True))
+        return by_tape
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels that are not valid for this loss.
@@ -186,6 +215,10 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
             getattr(loss, "labels", None),
             role,
             bool(getattr(loss, "convex", False)),
+            own
+            and kwargs.keys() <= _HARMLESS
+            and kwargs.get("axis", -1) == -1
+            and kwargs.get("ignore_class") is None,
         )
     if not callable(loss) or isinstance(loss, type):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__

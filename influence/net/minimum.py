@@ -23,16 +23,10 @@ def check_at_minimum(
     otherwise: str,
     batch_size: int | None = None,
 ) -> None:
-    """Raise ValueError if the net is not at a minimum.
+    """Raise ValueError if the Euclidean norm of the risk's gradient is above the tolerance.
 
-    Most of the change after retraining would then be ordinary training progress.
-
-    Args:
-      net: at any theta.
-      train: its training set.
-      tolerance: largest Euclidean norm of the risk's gradient that is accepted.
-      otherwise: another remedy than a fit, for the message.
-      batch_size: rows per batch, or None.
+    Most of the change after retraining would then be ordinary training progress. `otherwise` is
+    another remedy than a fit, for the message.
     """
     norm = net.gradient_norm(train, batch_size)
     if not norm <= tolerance:
@@ -51,12 +45,6 @@ def warn_of_drift(
 
     The gradient norm at theta is compared with what the removal of a group adds to the gradient,
     about |sum over the group of (loss_i + penalty)'| / n. The median over some groups is used.
-
-    Args:
-      net: at any theta.
-      train: its training set.
-      groups: arrays of the rows to be removed.
-      batch_size: rows per batch, or None.
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]

@@ -17,6 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
+from influence.common.numbers import numbers
 from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
@@ -128,7 +129,7 @@ class GenericNeuralNet(Derivatives):
             weight.assign(part.reshape(weight.shape))
 
     def _checked_theta(self, value: NDArray) -> NDArray:
-        value = np.asarray(value)
+        value = numbers(value, "theta")
         if value.shape != (self.num_parameters,):
             raise ValueError(f"theta must have shape ({self.num_parameters},), got {value.shape}.")
         if not np.isfinite(value).all():
@@ -143,10 +144,7 @@ class GenericNeuralNet(Derivatives):
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
         """Return the rows per batch that fit in memory when `num_vectors` vectors multiply them.
 
-        Args:
-          examples: the rows.
-          num_vectors: the number of vectors of one pass.
-          dtype: as in `directional`, if the pass calls it.
+        `dtype` is as in `directional`, if the pass calls it.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
@@ -156,14 +154,6 @@ class GenericNeuralNet(Derivatives):
         if loop and self.dtype == np.float32:
             most = min(most, _FLOAT32_ROWS)
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
-
-    def mean_over(self, examples: Examples, batch_size: int | None, question: Any) -> Any:
-        """Average `question(x, y)` over batches, weighted by rows."""
-        total = 0.0
-        size = batch_size or self.rows_per_batch(examples)
-        for x, y in examples.batches(size):
-            total = total + question(x, y) * (len(y) / len(examples))
-        return total
 
     def risk(self, examples: Examples, batch_size: int | None = None) -> float:
         """Return R(theta) = mean_i loss_i + penalty over all examples."""
@@ -195,20 +185,11 @@ class GenericNeuralNet(Derivatives):
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """Return the risk's exact Hessian (d, d) if a model has a closed form; here None.
-
-        Args:
-          examples: the training set.
-          batch_size: maximum rows per batch.
-        """
+        """Return the risk's exact Hessian (d, d) if a model has a closed form; here None."""
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """Return exact self-influences of training rows if a model has a closed form.
-
-        Args:
-          examples: the training set.
-          rows: (k,) row numbers.
+        """Return exact self-influences of (k,) training rows if a model has a closed form.
 
         Returns: (k,) grad loss_i' H^-1 grad L(z_i) / n with the risk's own Hessian; here None.
         """
@@ -276,22 +257,26 @@ class GenericNeuralNet(Derivatives):
             self.theta = theta
             return self.risk_and_gradient(examples)
 
-        self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations)
+        def product(theta: NDArray, v: NDArray) -> NDArray:
+            total = examples.sum_over(Total("hvp", v[:, None]), self, theta)[:, 0]
+            return total / len(examples) + self.at(theta).penalty_hvp(v)
+
+        self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations, product)
         return self
 
 
-def checked(net: Any, train: Any = None, test: Any = None) -> None:
-    """Refuse anything that is not a net, and examples that do not fit it, before any long work.
+_NOT_GIVEN: Any = object()
 
-    Args:
-      net: the object that must be a GenericNeuralNet.
-      train: training examples, or None.
-      test: test examples, or None.
 
-    Raises: TypeError for another object; as `GenericNeuralNet.validate` for the examples.
+def checked(net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN) -> None:
+    """Refuse a net of another type, and examples that do not fit it, before any long work.
+
+    Examples that are left out are not checked.
+
+    Raises: TypeError for another net; as `GenericNeuralNet.validate` for the examples.
     """
     if not isinstance(net, GenericNeuralNet):
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
     for name, examples in (("train", train), ("test", test)):
-        if examples is not None:
+        if examples is not _NOT_GIVEN:
             net.validate(examples, name)

@@ -60,8 +60,3 @@ class Total(PerRow):
 def loss_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> float:
     """Return the sum of a batch's losses in float64, without the penalty."""
     return net.at(theta).losses(x, y).sum(dtype=np.float64)
-
-
-def outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the model's outputs for a batch, (n, ...)."""
-    return net.at(theta).outputs(x)

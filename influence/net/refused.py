@@ -91,23 +91,17 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
     Raises: ValueError naming `name`, the expected shape and the given shape.
     """
-    declared = getattr(model, "inputs", None)
-    if not declared:
+    wanted = _declared(model)
+    if not wanted:
         return
-    try:  # a dict if the model was made with one; Keras matches its keys
-        structure = model.input
-    except (AttributeError, ValueError):
-        structure = None
-    by_key = isinstance(structure, dict)
-    wanted = structure if by_key else {tensor.name: tensor for tensor in declared}
     if isinstance(x, dict):
         if set(x) != set(wanted):
             raise ValueError(
                 f"{name}.x must have the model's inputs {sorted(wanted)}, got {sorted(x)}."
             )
         pairs = [(f"{name}.x[{key!r}]", x[key], wanted[key]) for key in wanted]
-    elif len(declared) == 1:
-        pairs = [(f"{name}.x", x, declared[0])]
+    elif len(wanted) == 1:
+        pairs = [(f"{name}.x", x, *wanted.values())]
     else:
         raise ValueError(
             f"{name}.x must be a dict with the model's inputs {sorted(wanted)}, got one array."
@@ -119,6 +113,16 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
             raise ValueError(
                 f"{label} must have rows of shape {want} for model {model.name!r}, got {got}."
             )
+
+
+def _declared(model: keras.Model) -> dict[Any, Any]:
+    """Return the inputs that a functional or sequential model declares; other models: none."""
+    declared = getattr(model, "inputs", None) or []
+    try:  # a dict if the model was made with one; Keras matches its keys
+        structure = model.input
+    except (AttributeError, ValueError):
+        structure = None
+    return structure if isinstance(structure, dict) else {t.name: t for t in declared}
 
 
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
@@ -158,13 +162,9 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
     The caller runs the model on a few rows inside the context. An input is checked if an Embedding
     layer receives it unchanged; ids that the model computes are not checked.
 
-    Args:
-      model: a built Keras model.
-      x: the few rows, a tensor or a dict of tensors.
-      examples: all rows; they are read once for each layer.
-      name: the examples' name in the message.
+    `examples` are all rows; they are read once for each layer. `name` is theirs in the message.
 
-    Yields: x in the dtypes that the model declares.
+    Yields: the few rows x, a tensor or a dict of tensors, in the dtypes that the model declares.
     Raises: ValueError naming the input, the id, its row, the layer and its input_dim.
     """
     x = _as_declared(model, x)
@@ -186,15 +186,13 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
     """Cast x to the dtypes of the model's inputs, so that Keras passes on x itself, not a copy."""
-    declared = getattr(model, "inputs", None) or []
-    if not isinstance(x, dict):
-        return tf.cast(x, declared[0].dtype) if len(declared) == 1 else x
-    try:
-        structure = model.input
-    except (AttributeError, ValueError):
-        structure = None
-    by_key = structure if isinstance(structure, dict) else {t.name: t for t in declared}
-    return {k: tf.cast(v, by_key[k].dtype) if k in by_key else v for k, v in x.items()}
+    declared = _declared(model)
+    if isinstance(x, dict):
+        return {k: tf.cast(v, declared[k].dtype) if k in declared else v for k, v in x.items()}
+    if len(declared) != 1:
+        return x
+    (tensor,) = declared.values()
+    return tf.cast(x, tensor.dtype)
 
 
 def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) -> None:

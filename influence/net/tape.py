@@ -177,9 +177,11 @@ def _along_twice(losses: Losses, theta: Any, x: Any, y: Any, v: Any, u: Any) -> 
 
 
 def gauss_newton(
-    output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, V: Any
+    output: Callable, curved: Callable, each: Each, theta: Any, x: Any, y: Any, V: Any
 ) -> Any:
     """Return J' H J v / n for each row v of V: (m, d).
+
+    `curved(y, z)` returns the map u -> H u of the sum of the losses by the outputs z.
 
     J is the output's Jacobian, H the loss's Hessian at the output. Two reverse passes give J v:
     J'u is linear in u, so d/du of (J'u) . v is J v.
@@ -191,12 +193,12 @@ def gauss_newton(
         u = tf.zeros_like(z)
         by_u.watch(u)
         transposed = by_theta.gradient(z, theta, output_gradients=u, unconnected_gradients=_ZERO)
-    at_output = hessian_map(lambda z: tf.reduce_mean(loss(y, z)), tf.stop_gradient(z))
+    at_output, n = curved(y, tf.stop_gradient(z)), tf.cast(tf.shape(z)[0], z.dtype)
 
     def product(v):
         forward = by_u.gradient(transposed, u, output_gradients=v, unconnected_gradients=_ZERO)
         return by_theta.gradient(
-            z, theta, output_gradients=at_output(forward), unconnected_gradients=_ZERO
+            z, theta, output_gradients=at_output(forward) / n, unconnected_gradients=_ZERO
         )
 
     return each(product, V)

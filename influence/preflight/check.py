@@ -13,7 +13,7 @@ from influence.curvature.operators import Hessian, check_batch_size
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet, checked
 from influence.preflight import hessian, labels, risk, rows
-from influence.preflight.report import Line, Report
+from influence.preflight.report import Finding, Line, Report
 from influence.solvers.spectrum import spectrum
 
 _NUM_LINES = 13
@@ -78,16 +78,23 @@ def _lines(
         found.append(line)
         yield line
     if any(line.verdict == "fail" and line.name != "labels" for line in found):
-        yield Line(
-            "derivatives",
-            np.nan,
-            "warn",
+        yield Finding("derivatives").warn(
             "Gradient, Hessian and minimum were not looked at: with the failures above they have "
             "no meaning.",
             "Mend those first and check again.",
         )
         return
-    yield from _about_curvature(net, train, damping, test, batch_size)
+    A = Hessian(net, train, damping, batch_size=batch_size)
+    yield from hessian.derivatives(net, A)
+    found = spectrum(A, rtol=_RTOL, max_products=_MOST_PRODUCTS)
+    low, high = float(found.smallest[0]), float(found.largest[0])
+    noise = 4 * np.sqrt(A.shape[0]) * float(np.finfo(net.dtype).eps) * max(high, 0.0)
+    known = A.smallest_eigenvalue_bound
+    yield hessian.largest(found)
+    yield hessian.smallest(found, known, damping, noise)
+    yield hessian.precision(found, known, net.dtype)
+    shift = 0.0 if low > noise else 2 * abs(low) + 1e-6 * abs(high)
+    yield hessian.stationary(net, A, test, shift)
 
 
 def _about_rows(
@@ -126,23 +133,3 @@ def _about_rows(
     yield labels.plausible(net, of_train, of_test)
     yield risk.frozen(net)
     yield risk.penalty(net, float(of_train.losses.mean()))
-
-
-def _about_curvature(
-    net: GenericNeuralNet,
-    train: Examples,
-    damping: float,
-    test: Examples | None,
-    batch_size: int | None,
-) -> Iterator[Line]:
-    A = Hessian(net, train, damping, batch_size=batch_size)
-    yield from hessian.derivatives(net, A)
-    found = spectrum(A, rtol=_RTOL, max_products=_MOST_PRODUCTS)
-    low, high = float(found.smallest[0]), float(found.largest[0])
-    noise = 4 * np.sqrt(A.shape[0]) * float(np.finfo(net.dtype).eps) * max(high, 0.0)
-    known = A.smallest_eigenvalue_bound
-    yield hessian.largest(found)
-    yield hessian.smallest(found, known, damping, noise)
-    yield hessian.precision(found, known, net.dtype)
-    shift = 0.0 if low > noise else 2 * abs(low) + 1e-6 * abs(high)
-    yield hessian.stationary(net, A, test, shift)

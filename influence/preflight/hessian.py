@@ -12,7 +12,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.net.tape import operations
-from influence.preflight.report import Line
+from influence.preflight.report import Finding, Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
 from influence.solvers.spectrum import Spectrum
@@ -58,10 +58,7 @@ def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
 def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
     title = "Hessian = differences"
     if gap <= 2 * np.cbrt(np.finfo(net.dtype).eps):
-        return Line(
-            title,
-            gap,
-            "ok",
+        return Finding(title, gap).ok(
             "Products with the Hessian agree with central differences of the gradient (relative "
             "difference in value).",
         )
@@ -71,19 +68,13 @@ def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
     )
     kinks = _kinks(net.model, train) if net.dtype.itemsize < 8 else []
     if kinks:
-        return Line(
-            title,
-            gap,
-            "warn",
+        return Finding(title, gap).warn(
             f"{found}. The steps that {net.dtype} needs cross kinks ({', '.join(kinks)}), which "
             "have a curvature on average that no Hessian contains: scores leave it out.",
             "Check again in float64, whose steps are too small to cross many; use softplus, GELU "
             "or tanh where scores must match refits.",
         )
-    return Line(
-        title,
-        gap,
-        "fail",
+    return Finding(title, gap).fail(
         f"{found}: second derivatives are wrong.",
         "Look for tf.custom_gradient or tf.stop_gradient in the model or loss, and for losses with "
         "kinks.",
@@ -102,11 +93,8 @@ def _kinks(model: keras.Model, train: Examples) -> list[str]:
 def _symmetry(gap: float, tolerance: float) -> Line:
     title = "Hessian symmetric"
     if gap <= tolerance:
-        return Line(title, gap, "ok", "u'Hv = v'Hu (relative difference in value).")
-    return Line(
-        title,
-        gap,
-        "fail",
+        return Finding(title, gap).ok("u'Hv = v'Hu (relative difference in value).")
+    return Finding(title, gap).fail(
         f"u'Hv and v'Hu differ by {gap:.1e} of |Hv|: this is no second derivative of any function, "
         "and no solver's answer means anything.",
         "Look for tf.custom_gradient or tf.stop_gradient in the model or loss.",
@@ -129,11 +117,8 @@ def largest(found: Spectrum) -> Line:
 def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Line:
     """Check that the damped Hessian is positive definite.
 
-    Args:
-      found: its eigenvalues.
-      known: a lower bound on the eigenvalues; NaN if none is known.
-      damping: the damping that they contain.
-      noise: size below which an eigenvalue is zero up to rounding.
+    `known` is a lower bound on its eigenvalues, NaN if none is known. Those of a size below `noise`
+    are zero up to rounding.
     """
     title = "smallest eigenvalue"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
@@ -144,28 +129,19 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
     )
     value = f"{low:.3g}, known to {error:.1g}"
     if low < -noise:
-        return Line(
-            title,
-            low,
-            "fail",
+        return Finding(title, low).fail(
             f"The smallest eigenvalue is {value}: theta is a saddle, not a minimum, and the "
             "inverse turns the sign of every score along that direction.",
             advice,
         )
     if low <= noise:
-        return Line(
-            title,
-            low,
-            "fail",
+        return Finding(title, low).fail(
             f"The smallest eigenvalue is {value}, zero but for rounding ({noise:.1g}): directions "
             "that change no loss make the Hessian singular, and it has no inverse.",
             advice,
         )
     if damping and low - damping <= noise:
-        return Line(
-            title,
-            low,
-            "warn",
+        return Finding(title, low).warn(
             f"The smallest eigenvalue is {value}, but {low - damping:.3g} without the damping: "
             "scores are those of a risk that holds the weights where they are.",
             "Hold the scores against proximal refits with the same damping, not against plain "
@@ -174,17 +150,11 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
     # A residual shows that some eigenvalue is near `low`, not that none is below it.
     found_it = found.complete or (found.converged and error <= 0.1 * low)
     if not (known > 0 or (found_it and low - error > noise)):
-        return Line(
-            title,
-            low,
-            "warn",
+        return Finding(title, low).warn(
             f"The smallest eigenvalue found is {value} only: a negative one may have been missed.",
             f"influence.spectrum with more max_products tells; damping={enough:.2g} is safe.",
         )
-    return Line(
-        title,
-        low,
-        "ok",
+    return Finding(title, low).ok(
         f"Positive, {value}: the Hessian is invertible and theta, if stationary, a minimum.",
     )
 
@@ -196,10 +166,7 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
     floor = max(low - error, known) if not np.isnan(known) else low - error
     floor = floor if floor > 0 else low
     if floor <= 0:
-        return Line(
-            title,
-            np.nan,
-            "warn",
+        return Finding(title).warn(
             "No condition number: the Hessian is not positive definite.",
             "Mend that first, and check again with the damping that will be used.",
         )
@@ -208,15 +175,12 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
     says = f"{dtype} at condition number {condition:.1g} may lose {min(lost, 1):.1g} of a score"
     found_it = found.complete or (found.converged and error <= 0.1 * low)
     if lost < _ENOUGH_DIGITS and not (known > 0 or found_it):
-        return Line(
-            title,
-            lost,
-            "warn",
+        return Finding(title, lost).warn(
             f"{says} to rounding, or more: the smallest eigenvalue is known to {error:.1g} only.",
             "influence.spectrum with more max_products tells; more damping makes it certain.",
         )
     if lost < _ENOUGH_DIGITS:
-        return Line(title, lost, "ok", f"{says} to rounding: little enough.")
+        return Finding(title, lost).ok(f"{says} to rounding: little enough.")
     return Line(
         title,
         lost,
@@ -236,11 +200,8 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     latter over rows i equals that for a sum of rows with random signs. Half of the signs are
     positive, so that the penalty cancels.
 
-    Args:
-      net: the net.
-      A: the damped Hessian over the training set.
-      test: rows whose losses are compared; None: training rows.
-      shift: added to A if A itself is not positive definite.
+    A is the damped Hessian over the training set; `shift` is added if it is not positive definite.
+    Losses of training rows are compared if `test` is None.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)
@@ -262,17 +223,14 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
         f"row out by {removal:.1e}"
     )
     if ratio < 0.1 and not solution.converged.all():
-        return Line(
-            title,
-            ratio,
-            "warn",
+        return Finding(title, ratio).warn(
             f"Theta may be the minimum for this purpose: {found}. But CG left a relative residual "
             f"of {solution.residual.max():.1g} in {_ITERATIONS} iterations: either may be more.",
             "Train on by net.fit to a smaller gradient norm, or check with the damping that will "
             "be used.",
         )
     if ratio < 0.1:
-        return Line(title, ratio, "ok", f"Theta is the minimum for this purpose: {found}.")
+        return Finding(title, ratio).ok(f"Theta is the minimum for this purpose: {found}.")
     return Line(
         title,
         ratio,

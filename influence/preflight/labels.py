@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from influence.examples.examples import Examples
 from influence.net.losses import PerExampleLoss
 from influence.net.net import GenericNeuralNet
-from influence.preflight.report import Line
+from influence.preflight.report import Finding, Line
 from influence.preflight.rows import Answers
 
 _TITLE = "labels"
@@ -45,10 +45,7 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
     if 0 <= low and high < c:
         return None
     off_by_one = (low, high) == (1, c)
-    return Line(
-        _TITLE,
-        np.count_nonzero((y < 0) | (y >= c)),
-        "fail",
+    return Finding(_TITLE, np.count_nonzero((y < 0) | (y >= c))).fail(
         f"Labels run from {low} to {high} against {c} outputs, which are classes 0 to {c - 1}"
         + (": they are off by one." if off_by_one else "."),
         "Subtract 1 from the labels." if off_by_one else "Number the classes from 0.",
@@ -56,16 +53,10 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
-    """Check that the model predicts the labels better than guessing would.
-
-    Args:
-      net: the net.
-      train: its answers for the training set, with labels in range.
-      test: None, or those for rows with classes of the training set.
-    """
+    """Check that the model predicts the labels, which are in range, better than guessing would."""
     classes = _classes(net.loss, train)
     if classes is None:
-        return Line(_TITLE, np.nan, "ok", "The labels are no classes; nothing to compare them to.")
+        return Finding(_TITLE).ok("The labels are no classes; nothing to compare them to.")
     c = classes.num_classes
     # agreement[s]: share of rows whose label plus s is the predicted class.
     agreement = {s: float(np.mean(classes.predicted == (classes.y + s) % c)) for s in (0, 1, -1)}
@@ -74,10 +65,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
     predicted = f"{accuracy:.0%} of the rows' labels are the predicted class"
     if shifted > 0.5 and shifted > 2 * accuracy:
         how = "swapped" if c == 2 else f"off by one: with {shift:+d} added it is {shifted:.0%}"
-        return Line(
-            _TITLE,
-            accuracy,
-            "fail",
+        return Finding(_TITLE, accuracy).fail(
             f"Only {predicted}, and the labels look {how}.",
             "Compare the labels' coding with that of the training: a first class of 1 instead of "
             "0, or a 0 and 1 that mean the opposite.",
@@ -85,10 +73,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
     unseen = np.setdiff1d(np.arange(c), classes.y)
     if len(unseen):
         from_one = len(unseen) == 1 and unseen[0] == 0
-        return Line(
-            _TITLE,
-            len(unseen),
-            "warn",
+        return Finding(_TITLE, len(unseen)).warn(
             f"No training row has class {', '.join(map(str, unseen[:_SHOWN]))} of the model's {c}"
             + (": labels that begin at 1 look off by one." if from_one else "."),
             "If the classes were counted from 1, subtract 1 and train a model with an output less; "
@@ -96,25 +81,19 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
         )
     other = _classes(net.loss, test) if test is not None else None
     if other is not None and len(new := np.setdiff1d(other.y, classes.y)):
-        return Line(
-            _TITLE,
-            len(new),
-            "warn",
+        return Finding(_TITLE, len(new)).warn(
             f"Test rows have class {', '.join(map(str, new[:_SHOWN]))}, which no training row has.",
             "Compare the two sets' coding of the labels.",
         )
     guess, mean = float(np.log(c)), float(train.losses.mean())
     if net.loss.keras_function in _LOG_LOSSES and mean > guess:
-        return Line(
-            _TITLE,
-            mean,
-            "warn",
+        return Finding(_TITLE, mean).warn(
             f"The mean training loss, {mean:.3g} nats, is above the {guess:.3g} of "
             f"guessing among {c} classes; {predicted}.",
             "Check that these are the weights that were trained, and that the inputs are scaled "
             "and the labels coded as they were then.",
         )
-    return Line(_TITLE, accuracy, "ok", f"{predicted[0].upper()}{predicted[1:]}.")
+    return Finding(_TITLE, accuracy).ok(f"{predicted[0].upper()}{predicted[1:]}.")
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:

@@ -32,6 +32,26 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A question and its value, both as in `Line`; a verdict makes a Line of it."""
+
+    name: str
+    value: float = float("nan")
+
+    def ok(self, meaning: str) -> Line:
+        """Return the Line that asks for nothing."""
+        return Line(self.name, self.value, "ok", meaning)
+
+    def warn(self, meaning: str, remedy: str) -> Line:
+        """Return the Line of a result that is usable with care, or of an undecided question."""
+        return Line(self.name, self.value, "warn", meaning, remedy)
+
+    def fail(self, meaning: str, remedy: str) -> Line:
+        """Return the Line of a fault that makes scores wrong."""
+        return Line(self.name, self.value, "fail", meaning, remedy)
+
+
+@dataclass(frozen=True)
 class Report:
     """The lines of a check, in the order of the questions; `str` makes a table of them.
 

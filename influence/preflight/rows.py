@@ -18,7 +18,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.net.refused import check_weights
-from influence.preflight.report import Line
+from influence.preflight.report import Finding, Line
 
 # Rows that are asked again in another order, and how many of them are asked one by one.
 _SAMPLE, _ALONE = 64, 8
@@ -81,11 +81,8 @@ def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
     try:
         net.validate(examples, name)
     except ValueError as error:
-        return Line(title, np.nan, "fail", str(error), "Do as the message says; check again.")
-    return Line(
-        title,
-        len(examples),
-        "ok",
+        return Finding(title).fail(str(error), "Do as the message says; check again.")
+    return Finding(title, len(examples)).ok(
         f"{len(examples)} rows; shapes, dtypes and the range of the labels are those that the "
         "model and its loss take.",
     )
@@ -96,7 +93,7 @@ def finite_weights(net: GenericNeuralNet) -> Line | None:
     try:
         check_weights(net.model)
     except ValueError as error:
-        return Line("finite weights", np.nan, "fail", str(error), "Train the model again.")
+        return Finding("finite weights").fail(str(error), "Train the model again.")
     return None
 
 
@@ -107,10 +104,7 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
     some = examples.take(rows)
     together = net.losses(some.x, some.y)
     if np.shape(together) != (len(rows),):
-        return Line(
-            title,
-            np.nan,
-            "fail",
+        return Finding(title).fail(
             f"The loss {net.loss.name!r} gives shape {np.shape(together)} for {len(rows)} rows "
             "instead of a number for each: it is summed or averaged over rows, or not over the "
             "outputs of one row, so that no row's share in the risk can be told.",
@@ -131,20 +125,14 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
         _gap(reversed_[1], together, size + _largest(together)),
     )
     if gap > rounding(net.dtype):
-        return Line(
-            title,
-            gap,
-            "fail",
+        return Finding(title, gap).fail(
             f"A row's output or loss changes with the company it is in, by {gap:.1e} of its size: "
             "it has no loss of its own that removing it would take out of the risk.",
             "Look for a layer that mixes rows (BatchNormalization called with training=True, "
             "which here must run in inference mode), for a random layer, and for labels of shape "
             "(n,) that broadcast against outputs of shape (n, 1) in the loss.",
         )
-    return Line(
-        title,
-        gap,
-        "ok",
+    return Finding(title, gap).ok(
         "A row's loss is the same alone, among others and in another order (relative difference "
         "in value).",
     )
@@ -167,10 +155,7 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     gap = _gap(one, two, size)
     if gap > rounding(net.dtype):
         names = ", ".join(repr(name) for name in random_layers(net.model))
-        return Line(
-            title,
-            gap,
-            "fail",
+        return Finding(title, gap).fail(
             f"The model answers the same rows differently each time, by {gap:.1e} of the outputs' "
             "size, in inference mode: a random layer is on, or one that keeps a state, and every "
             "number would be that of one draw.",
@@ -179,18 +164,12 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
         )
     gap = _gap(first, again, _largest(first) + size)
     if gap > rounding(net.dtype):
-        return Line(
-            title,
-            gap,
-            "fail",
+        return Finding(title, gap).fail(
             f"Two passes over the same rows differ by {gap:.1e} of the losses' size.",
             "Look for tf.random, NumPy's random numbers or data that are read anew in the model's "
             "call or in the loss.",
         )
-    return Line(
-        title,
-        gap,
-        "ok",
+    return Finding(title, gap).ok(
         "Two passes over the rows agree"
         + (" to the last bit." if gap == 0 else " but for rounding (relative difference in value).")
         + " No random layer is on.",
@@ -209,15 +188,12 @@ def finite(net: GenericNeuralNet, answers: Answers, name: str) -> Line:
         bad = np.flatnonzero(~np.isfinite(slopes))
         what, cause = "gradient", "a square root or norm at 0, whose slope is infinite there"
     if len(bad):
-        return Line(
-            title,
-            len(bad),
-            "fail",
+        return Finding(title, len(bad)).fail(
             f"The {what} of {len(bad)} of {len(examples)} rows is NaN or infinite (row "
             f"{_listed(bad)}), and so is every mean over rows.",
             f"Look at those rows for {cause}; mend the model or loss, or drop them with `without`.",
         )
-    return Line(title, 0, "ok", f"The loss and gradient of all {len(examples)} rows are finite.")
+    return Finding(title, 0).ok(f"The loss and gradient of all {len(examples)} rows are finite.")
 
 
 def random_layers(model: keras.Model) -> list[str]:

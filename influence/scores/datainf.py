@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.memory import VECTORS, fitting
 from influence.common.named_array import Estimand
+from influence.common.numbers import numbers
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet, checked
@@ -117,7 +118,7 @@ def _layers(net: GenericNeuralNet) -> Iterator[slice]:
 
 
 def _dampings(damping: Any, num_layers: int) -> NDArray:
-    given = np.asarray(damping)
+    given = numbers(damping, "damping")
     if given.shape not in ((), (num_layers,)) or given.dtype.kind not in "iuf":
         raise ValueError(
             f"damping must be a number or one for each of {num_layers} layers, got {damping!r}."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
@@ -284,17 +284,13 @@ class Influence:
         check_differentiable(chosen.x)
         S = self.s_test(test, measurement=measurement).x
         question = partial(_input_gradients, S=S)
-        found = list(
-            chosen.map_over(question, self.net, batch_size=self.batch_size, what="input gradients")
-        )
+        how: dict[str, Any] = {"batch_size": self.batch_size, "what": "input gradients"}
+        found = list(chosen.map_over(question, self.net, **how))
 
-        def joined(part):
-            parts = [np.stack([part(gradient) for gradient in batch]) for batch in found]
+        def joined(*parts):
             return np.concatenate(parts, axis=1) / -len(self.train)
 
-        if isinstance(chosen.x, dict):
-            return {name: joined(itemgetter(name)) for name in chosen.x}
-        return joined(lambda gradient: gradient)
+        return tf.nest.map_structure(joined, *found)
 
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
         """Predict the change of each training row's own loss if that row is left out.
@@ -357,6 +353,7 @@ class Influence:
         return bounds / len(self.train)
 
 
-def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> list:
-    """Compute d/dx (grad loss . s) of a batch for every column s of S."""
-    return [net.at(theta).input_gradient(x, y, s) for s in S.T]
+def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> Any:
+    """Compute d/dx (grad loss . s) of a batch for every column s of S: (m, b, ...)."""
+    found = [net.at(theta).input_gradient(x, y, s) for s in S.T]
+    return tf.nest.map_structure(lambda *parts: np.stack(parts), *found)

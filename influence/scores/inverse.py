@@ -15,7 +15,7 @@ from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import PerRow
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
-from influence.solvers.base import answers_indefinite, enough_damping, is_exact
+from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
 
 # The largest number of right-hand sides that are solved together; a long theta allows fewer.
 _MOST_TOGETHER = 512
@@ -49,8 +49,8 @@ class Inverse:
         self.operator = curvature(net, train, damping, batch_size=batch_size)
         if isinstance(solver, Prepared):
             prepare(self.operator, solver)  # raises if it is for another matrix
-        elif not hasattr(solver, "prepare") or isinstance(solver, type):
-            raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+        else:
+            check_solver(solver)
         self._solver = solver
 
     @property
@@ -88,11 +88,7 @@ class Inverse:
         return view, view.loss.name
 
     def solve(self, B: NDArray, what: str) -> Solution:
-        """Solve for a block of right-hand sides, and warn if the answer is doubtful.
-
-        Args:
-          B: (d, m) right-hand sides.
-          what: their name in messages.
+        """Solve for right-hand sides B (d, m), named `what` in messages; warn of a doubtful answer.
 
         Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
@@ -122,10 +118,8 @@ class Inverse:
     def s_test(self, test: Examples, view: GenericNeuralNet | None = None) -> Solution:
         """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
-        Args:
-          test: m examples.
-          view: the net whose losses are measured, as `measured` returned it for `test`. None: the
-            net itself, and `test` is checked here.
+        `view` is the net whose losses are measured, as `measured` returned it for `test`. None: the
+        net itself, and `test` is checked here.
 
         Raises: as `solve` and `measured`.
         """
@@ -136,14 +130,9 @@ class Inverse:
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
     def along(self, S: NDArray, examples: Examples, rows: NDArray | None = None) -> NDArray:
-        """Compute S . grad L(z_i) / n for rows of the training set or of another set.
+        """Compute S . grad L(z_i) / n, (k, m), for vectors S (d, m) and rows of any set.
 
-        Args:
-          S: (d, m) vectors.
-          examples: the set.
-          rows: (k,) row numbers in any order; None: all k rows.
-
-        Returns: (k, m).
+        The (k,) rows may be in any order; None: all k rows.
         """
         if rows is not None and np.array_equal(rows, np.arange(len(examples))):
             rows = None  # then sparse rows are not copied
@@ -152,10 +141,7 @@ class Inverse:
         return (changes + self.net.penalty_gradient() @ S) / len(self.train)
 
     def row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
-        """Yield training rows' gradients, block by block in one pass over the training set.
-
-        Args:
-          rows: (k,) training rows in any order.
+        """Yield gradients of (k,) training rows in any order, block by block in one pass.
 
         Yields: (at, grad loss, grad L): the block holds rows[at], its gradients are columns (d, b).
         """

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.memory import VECTORS, fitting
 from influence.common.named_array import NamedArray
+from influence.common.numbers import numbers
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
@@ -85,7 +86,7 @@ def tracin(
 def _checkpoints(
     net: GenericNeuralNet, thetas: ArrayLike, learning_rates: ArrayLike
 ) -> tuple[NDArray, NDArray]:
-    points = np.asarray(thetas)
+    points = numbers(thetas, "thetas")
     if points.ndim != 2 or points.shape[1] != net.num_parameters or not len(points):
         raise ValueError(
             f"thetas must have shape (t, {net.num_parameters}), one row a checkpoint, got "
@@ -94,7 +95,7 @@ def _checkpoints(
     if not np.isfinite(points).all():
         wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))[0]
         raise ValueError(f"thetas must be finite, got NaN or infinity in checkpoint {wrong}.")
-    rates = np.asarray(learning_rates, net.dtype)
+    rates = numbers(learning_rates, "learning_rates").astype(net.dtype)
     if rates.shape != (len(points),):
         raise ValueError(
             f"learning_rates must have one for each of {len(points)} checkpoints, got shape "

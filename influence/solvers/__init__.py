@@ -8,16 +8,5 @@ from influence.solvers.lanczos import Lanczos
 from influence.solvers.lissa import LiSSA
 from influence.solvers.nystrom import Nystrom
 
-__all__ = [
-    "CG",
-    "EKFAC",
-    "Direct",
-    "Lanczos",
-    "LiSSA",
-    "Nystrom",
-    "Prepared",
-    "Solution",
-    "Solver",
-    "prepare",
-    "solve",
-]
+__all__ = ["CG", "Direct", "EKFAC", "Lanczos", "LiSSA", "Nystrom"]
+__all__ += ["Prepared", "Solution", "Solver", "prepare", "solve"]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from influence.common.convergence import DivergenceError
+from influence.common.numbers import is_integer, norms, numbers, scaled
+
+# Powers of two within which A's entries are solved with as they are, by the dtype's number of bits.
+_USUAL = {32: 30, 64: 250}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ class Solution:
         Returns: (k, m), in the unit of g . x; NaN where no bound on A's eigenvalues is known.
         Raises: ValueError for another shape.
         """
-        G = np.asarray(gradients)
+        G = numbers(gradients, "gradients")
         if G.ndim != 2 or G.shape[1] != len(self.x):
             raise ValueError(f"gradients must have shape (k, {len(self.x)}), got {G.shape}.")
         return np.outer(np.linalg.norm(G, axis=1), self.residual_norm) / self.eigenvalue_bound
@@ -75,17 +81,13 @@ class Raw:
 class Solver(Protocol):
     """A frozen dataclass of hyperparameters, with a method that prepares a matrix.
 
-    A solver may lack the class attributes below: `is_exact` and `answers_indefinite` then read them
-    as False. An optional class attribute `unfit_as_preconditioner` gives the reason why CG cannot
-    use the solver.
+    It describes itself by class attributes, all of them optional. The functions `is_exact` and
+    `answers_indefinite` read the first two, and return False if they are missing.
 
-    Attributes:
-      exact: the answer is exact up to rounding, whatever the rtol.
-      answers_indefinite: the answer solves the system for an indefinite matrix too.
+      exact: ClassVar[bool]: the answer is exact up to rounding, whatever the rtol.
+      answers_indefinite: ClassVar[bool]: the answer solves an indefinite system too.
+      unfit_as_preconditioner: ClassVar[str]: the reason why CG cannot use the solver.
     """
-
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
 
     @property
     def rtol(self) -> float | None:
@@ -99,6 +101,39 @@ class Solver(Protocol):
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Do the work that all right-hand sides share; return the function (d, m) -> Raw."""
         ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Base of the solvers by A ~ U diag(values) U' + floor (I - U U'), U (d, rank) orthonormal."""
+
+    rank: int
+    seed: int = 0
+    rtol: float | None = None
+
+    def __post_init__(self):
+        check_integer("rank", self.rank, 1)
+        check_integer("seed", self.seed, 0)
+        check_rtol(self.rtol, optional=True)
+
+    def _inverse(
+        self, U: NDArray, values: NDArray, floor: NDArray, curvature: float, bound: float = np.nan
+    ) -> Callable[[NDArray], Raw]:
+        """Return the function that divides by the approximation; values are (rank, 1)."""
+        (d, rank), name = U.shape, type(self).__name__
+        remedy = (
+            f"{name} of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
+            f"let CG do the rest, CG(preconditioner={name}({rank}))."
+        )
+
+        def apply(B: NDArray) -> Raw:
+            C = U.T @ B
+            X = U @ (C / values)
+            if rank < d:
+                X += (B - U @ C) / floor
+            return Raw(X, 1, curvature, remedy, eigenvalue_bound=bound)
+
+        return apply
 
 
 def is_exact(solver: Any) -> bool:
@@ -118,12 +153,14 @@ class Prepared:
     Attributes:
       A: the matrix.
       solver: the solver's hyperparameters.
-      apply: the prepared algorithm, (d, m) -> Raw.
+      apply: the prepared algorithm, (d, m) -> Raw, for A divided by 2 ** exponent.
+      exponent: 0, except for a matrix whose entries are near the limits of its dtype.
     """
 
     A: LinearOperator
     solver: Solver
     apply: Callable[[NDArray], Raw]
+    exponent: int = 0
 
     def __repr__(self) -> str:
         """Name matrix and solver without memory addresses: the same in every process."""
@@ -132,12 +169,16 @@ class Prepared:
     def __call__(self, B: ArrayLike) -> Solution:
         """Solve for a vector (d,) or a block (d, m).
 
-        Raises: ValueError for a wrong shape or a NaN in B; DivergenceError for a NaN from A;
+        Every column is divided by a power of two before it is solved for, so that the answer for a
+        multiple of b is that multiple of the answer for b, whatever their sizes.
+
+        Raises: TypeError for a B that is no array of real numbers; ValueError for a wrong shape, a
+          NaN in B, or a solution that A's dtype cannot hold; DivergenceError for a NaN from A;
           RuntimeError if the net's theta has changed since A was made.
         """
         if hasattr(self.A, "check_theta"):  # a factor does not notice that theta has changed
             self.A.check_theta()  # pyright: ignore[reportAttributeAccessIssue]
-        b = np.asarray(B)
+        b = numbers(B, "B")
         if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
             raise ValueError(
                 f"B must have shape ({self.A.shape[0]},) or ({self.A.shape[0]}, m), got {b.shape}."
@@ -145,27 +186,41 @@ class Prepared:
         if not np.isfinite(b).all():
             raise ValueError("B must be finite, got a NaN or infinity.")
         dtype = np.result_type(self.A.dtype, np.float32)
-        block = b.reshape(b.shape[0], -1).astype(dtype)
-        raw = self.apply(block)
+        columns = b.reshape(b.shape[0], -1)
+        block, exponents = scaled(columns.astype(np.result_type(columns.dtype, dtype)))
+        block = block.astype(dtype)
+        A = in_units(self.A, self.exponent)
+        with _said_in_units(self.exponent):
+            raw = self.apply(block)
         m = block.shape[1]
-        residual = raw.residual() if raw.residual else relative_residual(self.A, raw.x, block)
+        residual = raw.residual() if raw.residual else relative_residual(A, raw.x, block)
         known = getattr(self.A, "smallest_eigenvalue_bound", np.nan)
-        bounds = [bound for bound in (known, raw.eigenvalue_bound) if bound > 0]
+        found = np.ldexp(raw.eigenvalue_bound, self.exponent)
+        bounds = [bound for bound in (known, found) if bound > 0]
         if not np.isfinite(raw.x).all() or np.isnan(residual).any():
             raise not_finite(self.A, type(self.solver).__name__)
-        curvature = np.broadcast_to(np.asarray(raw.min_curvature, float), m).copy()
+        with np.errstate(over="ignore"):
+            x = np.ldexp(raw.x, exponents - self.exponent)
+        if not np.isfinite(x).all():
+            raise ValueError(
+                f"B must have a solution within {dtype}, got entries up to "
+                f"{np.abs(columns).max():.1e} for an A of about {2.0**self.exponent:.1e}; use "
+                "float64, or smaller numbers."
+            )
+        curvature = np.ldexp(np.asarray(raw.min_curvature, float), self.exponent)
+        curvature = np.broadcast_to(curvature, m).copy()
         iterations = np.broadcast_to(np.asarray(raw.iterations), m).copy()
         rtol = self.solver.rtol
         good = residual <= rtol if rtol is not None else np.zeros(m, bool)
         return Solution(
-            x=raw.x.reshape(b.shape),
+            x=x.reshape(b.shape),
             residual=residual,
             iterations=iterations,
             converged=good,
             min_curvature=curvature,
-            residual_norm=residual * np.linalg.norm(block, axis=0),
+            residual_norm=np.ldexp(residual * norms(block), exponents),
             eigenvalue_bound=float(max(bounds, default=np.nan)),
-            remedy="" if good.all() else raw.remedy,
+            remedy="" if good.all() else raw.remedy + _units(self.exponent),
         )
 
 
@@ -186,10 +241,11 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
                 f"{A!r}: the net, training set, theta and damping must be the same."
             )
         return solver
-    if not hasattr(solver, "prepare") or isinstance(solver, type):
-        raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+    check_solver(solver)
     operator = as_symmetric(A)
-    return Prepared(operator, solver, solver.prepare(operator))
+    exponent = _exponent(operator)
+    with _said_in_units(exponent):
+        return Prepared(operator, solver, solver.prepare(in_units(operator, exponent)), exponent)
 
 
 def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
@@ -207,11 +263,70 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
     return prepare(A, solver)(B)
 
 
+def _exponent(A: LinearOperator) -> int:
+    """Return the power of two to divide A by: 0 unless its entries are near the dtype's limits.
+
+    The Hessian of a net is taken as it is: its damping and its rows go with it.
+    """
+    held = getattr(A, "A", None)
+    if hasattr(A, "same_as"):
+        return 0
+    if held is None:
+        probe = np.random.default_rng(0).choice([-1.0, 1.0], (A.shape[0], 1))
+        held = A @ probe.astype(np.result_type(A.dtype, np.float32))
+    largest = float(abs(held).max())
+    exponent = int(np.frexp(largest)[1]) if 0 < largest < np.inf else 0
+    bits = 32 if np.result_type(A.dtype, np.float32) == np.float32 else 64
+    return exponent if abs(exponent) > _USUAL[bits] else 0
+
+
+def in_units(A: LinearOperator, exponent: int) -> LinearOperator:
+    """Divide A by 2 ** exponent; no digit changes."""
+    return A if exponent == 0 else _Scaled(A, exponent)
+
+
+class _Scaled(LinearOperator):
+    """An operator divided by a power of two, half before the product and half after it."""
+
+    def __init__(self, A: LinearOperator, exponent: int):
+        self._whole, self.exponent = A, exponent
+        super().__init__(np.result_type(A.dtype, np.float32), A.shape)
+
+    def _matmat(self, V: NDArray) -> NDArray:
+        half = self.exponent // 2
+        products = self._whole @ np.ldexp(np.asarray(V, self.dtype), -half)
+        return np.ldexp(products, half - self.exponent)
+
+    def _adjoint(self) -> LinearOperator:
+        return self
+
+
+@contextmanager
+def _said_in_units(exponent: int) -> Iterator[None]:
+    """Within, errors of a solver for A / 2 ** exponent say the unit of their numbers."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(f"{error}{_units(exponent)}") from error.__cause__
+
+
+def _units(exponent: int) -> str:
+    return f" (A's numbers are in units of 2**{exponent}.)" if exponent else ""
+
+
 def enough_damping(A: Any, smallest: float) -> str:
     """Format the total damping that lifts an eigenvalue of A to zero, A's own included."""
     present = getattr(A, "damping", 0.0)
     more = f" ({-smallest:.3g} more than now)" if present else ""
     return f"{present - smallest:.3g}{more}"
+
+
+def if_indefinite(A: Any, smallest: float) -> str:
+    """Format what to do about a matrix in which a solver met a negative curvature."""
+    return (
+        f"and there may be worse; use a damping well above {enough_damping(A, smallest)}, or "
+        "GaussNewton, or Direct, which answers for indefinite matrices."
+    )
 
 
 def _same_matrix(A: Any, B: Any) -> bool:
@@ -232,16 +347,21 @@ def as_symmetric(A: Any) -> LinearOperator:
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be square, got shape {A.shape}.")
         return A
-    matrix = np.asarray(A)
+    sparse = scipy.sparse.issparse(A)
+    values = numbers(A.data if sparse else A, "A")
+    matrix: Any = A if sparse else values
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"A must be square, got shape {matrix.shape}.")
-    if not np.isfinite(matrix).all():
+    if not np.isfinite(values).all():
         raise ValueError("A must be finite, got a NaN or infinity.")
-    scale = np.abs(matrix).max()
-    if np.abs(matrix - matrix.T).max() > 1e-5 * scale:
+    if sparse:
+        matrix = A.tocsr().astype(np.result_type(A.dtype, np.float32))
+    elif matrix.dtype.kind == "b":
+        matrix = matrix.astype(float)
+    gap = abs(matrix - matrix.T).max()
+    if gap > 1e-5 * abs(matrix).max():
         raise ValueError(
-            "A must be symmetric, got entries that differ from their mirror image by "
-            f"{np.abs(matrix - matrix.T).max():.1e}."
+            f"A must be symmetric, got entries that differ from their mirror image by {gap:.1e}."
         )
     return aslinearoperator(matrix)
 
@@ -278,11 +398,25 @@ def not_finite(A: LinearOperator, name: str) -> DivergenceError:
     )
 
 
-def check_rank(rank: Any, seed: Any, rtol: float | None) -> None:
-    """Raise ValueError if a low-rank solver's hyperparameters are out of range."""
-    for name, value, least in (("rank", rank, 1), ("seed", seed, 0)):
-        integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not integer or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-    if rtol is not None and not rtol >= 0:
-        raise ValueError(f"rtol must be non-negative or None, got {rtol}.")
+def check_solver(solver: Any) -> None:
+    """Raise TypeError if an object is no solver."""
+    if not hasattr(solver, "prepare") or isinstance(solver, type):
+        raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise ValueError if a hyperparameter is no integer of at least `least`."""
+    if not is_integer(value, least):
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_rtol(rtol: Any, *, optional: bool = False) -> None:
+    """Raise ValueError if a tolerance is no number from 0 to infinity, infinity excluded."""
+    if optional and rtol is None:
+        return
+    number = isinstance(rtol, int | float | np.number) and not isinstance(rtol, bool)
+    if not (number and rtol >= 0):
+        none = " or None" if optional else ""
+        raise ValueError(f"rtol must be non-negative{none}, got {rtol!r}.")
+    if rtol == np.inf:
+        raise ValueError("rtol must be finite, got inf: x = 0 has a relative residual of 1.")

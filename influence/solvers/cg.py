@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
+from influence.common.numbers import dots
 from influence.common.progress import counter
-from influence.solvers.base import Raw, enough_damping, relative_norm
+from influence.solvers.base import Raw, check_integer, check_rtol, if_indefinite, relative_norm
 from influence.solvers.preconditioner import check_preconditioner, inverse_of
 
 _MOST_ITERATIONS = 10_000
@@ -47,9 +48,6 @@ class CG:
       preconditioner that is not positive definite; TypeError for one that is not linear.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
     unfit_as_preconditioner: ClassVar[str] = (
         "where it stops, and so what it answers, depends on the right-hand side"
     )
@@ -59,11 +57,9 @@ class CG:
     preconditioner: Any = None
 
     def __post_init__(self):
-        """Check the hyperparameters."""
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        check_rtol(self.rtol)
+        if self.max_iterations is not None:
+            check_integer("max_iterations", self.max_iterations, 1)
         check_preconditioner(self.preconditioner)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
@@ -73,70 +69,52 @@ class CG:
 
         def apply(B: NDArray) -> Raw:
             with counter("conjugate gradients") as bar:
-                return _conjugate_gradients(A, B, self.rtol, limit, inverse, bar)
+                return _Run(A, B, self.rtol, limit, inverse, bar).solve()
 
         return apply
 
 
-def _conjugate_gradients(
-    A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable, bar: tqdm
-) -> Raw:
-    m, lengths = B.shape[1], np.linalg.norm(B, axis=0)
-    run = _Run(
-        A=A,
-        inverse=inverse,
-        lengths=lengths,
-        target=rtol * lengths,
-        limit=limit,
-        bar=bar,
-        X=np.zeros_like(B),
-        iterations=np.zeros(m, int),
-        curvature=np.full(m, np.inf),
-        negative=np.zeros(m, bool),
-    )
-    stalled = np.zeros(m, bool)
-    R = B.copy()
-    size = np.linalg.norm(R, axis=0)
-    todo = np.flatnonzero(size > run.target)
-    together = True
-    while todo.size and run.iterations.max() < limit:
-        # One run of a recurrence. Columns leave when it reports convergence, and re-enter if their
-        # true residual is larger.
-        before = size[todo]
-        together = together and todo.size > 1
-        finished = run.together(todo, R[:, todo]) if together else run.lockstep(todo, R[:, todo])
-        R[:, todo] = B[:, todo] - A @ run.X[:, todo]
-        size = np.linalg.norm(R, axis=0)
-        if finished:
-            # A restart without progress has reached the rounding of this dtype.
-            stalled[todo] = (size[todo] > 0.5 * before) & (run.iterations.max() < limit)
-        together = together and finished
-        todo = np.flatnonzero((size > run.target) & ~run.negative & ~stalled)
-    rounding = 4 * np.sqrt(len(B)) * run.eps * run.largest
-    return Raw(
-        run.X,
-        run.iterations,
-        np.where(np.isinf(run.curvature), np.nan, run.curvature),
-        _remedy(A, run.negative, stalled, run.curvature, rounding, limit, relative_norm(R, B)),
-        residual=lambda: relative_norm(R, B),  # R is the true B - A X
-    )
-
-
-@dataclass
 class _Run:
-    """The state that both recurrences read and update."""
+    """One solution of A X = B: the state that both recurrences read and update."""
 
-    A: LinearOperator
-    inverse: Callable[[NDArray], NDArray]
-    lengths: NDArray  # (m,) of the right-hand sides
-    target: NDArray  # (m,) residual norms to reach
-    limit: int
-    bar: tqdm  # of iterations
-    X: NDArray  # (d, m)
-    iterations: NDArray  # (m,)
-    curvature: NDArray  # (m,) smallest curvature met
-    negative: NDArray  # (m,) True if the column met a curvature that is not positive
-    largest: float = 0.0  # largest curvature met in any column: rounding is eps times that
+    def __init__(
+        self, A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable, bar: tqdm
+    ):
+        self.A, self.B, self.limit, self.inverse, self.bar = A, B, limit, inverse, bar
+        m = B.shape[1]
+        self.lengths = np.linalg.norm(B, axis=0)
+        self.target = rtol * self.lengths  # residual norms to reach
+        self.X = np.zeros_like(B)
+        self.iterations = np.zeros(m, int)
+        self.curvature = np.full(m, np.inf)  # smallest curvature met
+        self.negative = np.zeros(m, bool)  # True after a curvature that is not positive
+        self.stalled = np.zeros(m, bool)  # True where rounding stopped the residual
+        self.largest = 0.0  # largest curvature met in any column: rounding is eps times that
+
+    def solve(self) -> Raw:
+        """Alternate recurrences and recomputed residuals until no column needs more."""
+        A, B = self.A, self.B
+        R = B.copy()
+        size = np.linalg.norm(R, axis=0)
+        todo = np.flatnonzero(size > self.target)
+        together = True
+        while todo.size and self.iterations.max() < self.limit:
+            # One run of a recurrence. Columns leave when it reports convergence, and re-enter if
+            # their true residual is larger.
+            before = size[todo]
+            together = together and todo.size > 1
+            recurrence = self.together if together else self.lockstep
+            finished = recurrence(todo, R[:, todo])
+            R[:, todo] = B[:, todo] - A @ self.X[:, todo]
+            size = np.linalg.norm(R, axis=0)
+            if finished and self.iterations.max() < self.limit:
+                # A restart without progress has reached the rounding of this dtype.
+                self.stalled[todo] = size[todo] > 0.5 * before
+            together = together and finished
+            todo = np.flatnonzero((size > self.target) & ~self.negative & ~self.stalled)
+        curvature = np.where(np.isinf(self.curvature), np.nan, self.curvature)
+        residual = relative_norm(R, B)  # R is the true B - A X
+        return Raw(self.X, self.iterations, curvature, self.remedy(residual), lambda: residual)
 
     @property
     def eps(self) -> float:
@@ -201,10 +179,10 @@ class _Run:
         target = self.target_of(columns, r)
         z = self.inverse(r)
         p = z.copy()
-        rz = _dot(r, z)
+        rz = dots(r, z)
         while columns.size and self.iterations.max() < self.limit:
             Ap = self.A @ p
-            pAp, pp = _dot(p, Ap), _dot(p, p)
+            pAp, pp = dots(p, Ap), dots(p, p)
             self.iterations[columns] += 1
             # p'p underflows to zero only if r does: then the column is done.
             ratio = np.divide(pAp, pp, out=np.full(len(pp), np.inf), where=pp > 0)
@@ -227,53 +205,45 @@ class _Run:
                 if not columns.size:
                     break
             z = self.inverse(r)
-            rz_next = _dot(r, z)
+            rz_next = dots(r, z)
             p = z + (rz_next / rz) * p
             rz = rz_next
         return True
+
+    def remedy(self, residual: NDArray) -> str:
+        """Format what to change, given the relative residuals (m,) that were reached."""
+        # The suggested rtol comes from them: in float32 rounding leaves 1e-7 to 1e-5, depending on
+        # the condition number.
+        reached = float(residual[self.negative | self.stalled].max(initial=0.0))
+        rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
+        if self.negative.any():
+            worst = float(self.curvature[self.negative].min())
+            if worst >= -4 * np.sqrt(len(self.B)) * self.eps * self.largest:
+                before = f", or stop before that, with CG(rtol={rtol:.0e})" if rtol else ""
+                return (
+                    f"A is singular: curvature {abs(worst):.1g} was met, zero but for rounding; "
+                    f"add damping or a penalty, or drop the redundant parameters{before}."
+                )
+            return (
+                f"A is not positive definite: negative curvature {worst:.3g} was met, "
+                f"{if_indefinite(self.A, worst)}"
+            )
+        if self.stalled.any():
+            asked = f"CG(rtol={rtol:.0e})" if rtol else "a larger rtol"
+            return f"rounding stopped CG above rtol: use float64 or {asked}."
+        return (
+            f"CG stopped at max_iterations = {self.limit}: allow more, precondition, or damp more."
+        )
 
 
 def _independent(Z: NDArray) -> NDArray:
     """Return orthonormal columns that span those of Z (d, m), up to rounding."""
     size = np.linalg.norm(Z, axis=0)
     Z = Z[:, size > 0] / size[size > 0]
-    gram = (Z.T @ Z).astype(np.float64)
+    few = len(Z) < Z.shape[1]  # then the rows' products are the smaller matrix
+    gram = (Z @ Z.T if few else Z.T @ Z).astype(np.float64)
     values, vectors = scipy.linalg.eigh(gram, check_finite=False) if Z.size else (size[:0], gram)
     kept = values > np.sqrt(np.finfo(Z.dtype).eps) * values.max(initial=0.0)
+    if few and Z.size:
+        return vectors[:, kept].astype(Z.dtype)
     return Z @ (vectors[:, kept] / np.sqrt(values[kept])).astype(Z.dtype)
-
-
-def _remedy(
-    A: LinearOperator,
-    negative: NDArray,
-    stalled: NDArray,
-    curvature: NDArray,
-    rounding: float,
-    limit: int,
-    residual: NDArray,
-) -> str:
-    # The suggested rtol comes from the residuals reached: in float32 rounding leaves 1e-7 to 1e-5,
-    # depending on the condition number.
-    reached = float(residual[negative | stalled].max(initial=0.0))
-    rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
-    if negative.any():
-        worst = float(curvature[negative].min())
-        if worst >= -rounding:
-            before = f", or stop before that, with CG(rtol={rtol:.0e})" if rtol else ""
-            return (
-                f"A is singular: curvature {abs(worst):.1g} was met, zero but for rounding; add "
-                f"damping or a penalty, or drop the redundant parameters{before}."
-            )
-        return (
-            f"A is not positive definite: negative curvature {worst:.3g} was met, and there may be "
-            f"worse; use a damping well above {enough_damping(A, worst)}, or GaussNewton, or "
-            "Direct, which answers for indefinite matrices."
-        )
-    if stalled.any():
-        asked = f"CG(rtol={rtol:.0e})" if rtol else "a larger rtol"
-        return f"rounding stopped CG above rtol: use float64 or {asked}."
-    return f"CG stopped at max_iterations = {limit}: allow more, precondition, or damp more."
-
-
-def _dot(U: NDArray, V: NDArray) -> NDArray:
-    return np.einsum("ij,ij->j", U, V)

@@ -14,7 +14,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.common.convergence import DivergenceError
 from influence.curvature.operators import symmetrised
-from influence.solvers.base import Raw, relative_size
+from influence.solvers.base import Raw, check_rtol, relative_size
 
 # Below this order all eigenvalues cost no more than one by iteration.
 _FEW = 64
@@ -49,9 +49,7 @@ class Direct:
     rtol: float = 1e-6
 
     def __post_init__(self):
-        """Check the hyperparameters."""
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol must be non-negative, got {self.rtol}.")
+        check_rtol(self.rtol)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Form the dense matrix, compare it with A's products, and factor it."""
@@ -62,7 +60,9 @@ class Direct:
             "the matrix is too ill conditioned for its dtype: use float64, a larger damping, or a "
             "larger Direct(rtol=...)."
         )
-        scale = float(np.abs(np.diag(matrix)).max()) or 1.0
+        # Of a definite matrix the diagonal holds the largest entry, of another it may be small.
+        spread = float(np.linalg.norm(matrix)) / np.sqrt(len(matrix))
+        scale = max(float(np.abs(np.diag(matrix)).max()), spread) or 1.0
         eps = float(np.finfo(matrix.dtype).eps)
         tiny = eps * np.sqrt(len(matrix)) * scale
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -16,7 +16,7 @@ from influence.common.memory import VECTORS, fitting
 from influence.curvature.layers import AffineLayers, affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
-from influence.solvers.base import Raw
+from influence.solvers.base import Raw, check_rtol
 
 _PROBE_ROWS = 2
 # A penalty's off-diagonal curvature above this share of its diagonal is not rounding.
@@ -66,15 +66,10 @@ class EKFAC:
       work, for a singular matrix.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
     rtol: float | None = None
 
     def __post_init__(self):
-        """Check the hyperparameters."""
-        if self.rtol is not None and not self.rtol >= 0:
-            raise ValueError(f"rtol must be non-negative or None, got {self.rtol}.")
+        check_rtol(self.rtol, optional=True)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Compute the bases and the eigenvalues."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
-from influence.solvers.base import Raw, check_rank, enough_damping, finite_products
+from influence.solvers.base import LowRank, Raw, finite_products, if_indefinite
 
 # Products in sequence, at least, if the rank allows it: the ends of the spectrum need powers of A.
 _STEPS = 16
@@ -21,7 +21,7 @@ _LARGEST_BLOCK = 8
 
 
 @dataclass(frozen=True)
-class Lanczos:
+class Lanczos(LowRank):
     """A low-rank approximation from Lanczos' iteration, plus a floor.
 
     A ~ U diag(values) U' + floor (I - U U'), with U (d, rank) orthonormal. U and the values are the
@@ -49,16 +49,7 @@ class Lanczos:
       represents the other directions.
     """
 
-    exact: ClassVar[bool] = False
     answers_indefinite: ClassVar[bool] = True
-
-    rank: int
-    seed: int = 0
-    rtol: float | None = None
-
-    def __post_init__(self):
-        """Check the hyperparameters."""
-        check_rank(self.rank, self.seed, self.rtol)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Find the Ritz pairs."""
@@ -72,9 +63,7 @@ class Lanczos:
         if smallest < -rounding and rank < d:
             raise DivergenceError(
                 f"Lanczos needs a positive definite A at a rank below d = {d}, met a negative "
-                f"curvature of {smallest:.3g}, and there may be worse; use a damping well above "
-                f"{enough_damping(A, smallest)}, or GaussNewton, or Direct, which answers for "
-                "indefinite matrices."
+                f"curvature of {smallest:.3g}, {if_indefinite(A, smallest)}"
             )
         if abs(smallest) <= rounding:
             smallest = 0.0  # its sign is only rounding
@@ -83,20 +72,8 @@ class Lanczos:
         if abs(nearest) <= rounding:
             raise singular(nearest, rounding)
         U, values = Q @ S[:, -rank:].astype(Q.dtype), kept.astype(Q.dtype)[:, None]
-        remedy = (
-            f"Lanczos of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
-            f"let CG do the rest, CG(preconditioner=Lanczos({rank}))."
-        )
-
-        def apply(B: NDArray) -> Raw:
-            C = U.T @ B
-            X = U @ (C / values)
-            if rank < d:
-                X += (B - U @ C) / values[0]
-            bound = abs(nearest) - rounding if rank == d else np.nan
-            return Raw(X, 1, smallest, remedy, eigenvalue_bound=bound)
-
-        return apply
+        bound = abs(nearest) - rounding if rank == d else np.nan
+        return self._inverse(U, values, values[0], smallest, bound)
 
 
 def singular(eigenvalue: float, rounding: float) -> DivergenceError:

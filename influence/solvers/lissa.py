@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.convergence import DivergenceError
 from influence.common.progress import progress
 from influence.curvature.operators import Curvature
-from influence.solvers.base import Raw, finite_products, not_finite
+from influence.solvers.base import Raw, check_integer, check_rtol, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
 # Steps between two checks of the norm.
@@ -22,6 +22,8 @@ _CHECK_EVERY = 16
 _PROBE_BATCHES = 32
 # Lanczos steps for each of these eigenvalues.
 _PROBE_STEPS = 16
+# A scale that is 2**30 times the largest eigenvalue found does not fail because of its size.
+_MOST_DOUBLINGS = 30
 # The scale must not depend on the walk's seed, so this is any fixed number.
 _PROBE_SEED = 1
 
@@ -64,9 +66,6 @@ class LiSSA:
       positive definite.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
     unfit_as_preconditioner: ClassVar[str] = (
         "its batches come in an order, so what it applies is not symmetric"
     )
@@ -80,20 +79,19 @@ class LiSSA:
     rtol: float | None = 0.1
 
     def __post_init__(self):
-        """Check the hyperparameters."""
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive or None, got {self.scale}.")
-        if self.rtol is not None and not self.rtol >= 0:
-            raise ValueError(f"rtol must be non-negative or None, got {self.rtol}.")
+        check_rtol(self.rtol, optional=True)
         if not self.change >= 0:
             raise ValueError(f"change must be non-negative, got {self.change}.")
         for name in ("depth", "repeats", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Choose the scale if none was given."""
-        scale = self.scale or largest_eigenvalue(A, self.batch_size)
+        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # in A's units
+        scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):
             raise not_finite(A, "LiSSA")
         if not scale > 0:
@@ -107,12 +105,19 @@ class LiSSA:
         """Run the series; restart columns that grow too large with twice the chosen scale."""
         X, iterations = np.empty_like(B), np.empty(B.shape[1], int)
         columns = np.arange(B.shape[1])
-        while columns.size:
+        for _ in range(_MOST_DOUBLINGS):
             h, steps, grew = self._run(A, B[:, columns], scale)
             X[:, columns], iterations[columns] = h / scale, steps
             if grew.any():
                 self._check_growth(A, B[:, columns[grew]], h[:, grew], steps[grew].min(), scale)
             columns, scale = columns[grew], 2 * scale
+            if not columns.size:
+                break
+        else:
+            raise DivergenceError(
+                f"LiSSA diverges at every scale up to {scale:.4g}: use more damping, or "
+                "GaussNewton, or Direct."
+            )
         remedy = (
             f"LiSSA's average is still noisy or its series unfinished after {iterations.max()} "
             f"steps x {self.repeats} repeats: use more of either, a smaller change, a larger "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -12,12 +11,12 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
-from influence.solvers.base import Raw, check_rank, enough_damping, finite_products
+from influence.solvers.base import LowRank, Raw, finite_products, if_indefinite
 from influence.solvers.lanczos import singular
 
 
 @dataclass(frozen=True)
-class Nystrom:
+class Nystrom(LowRank):
     """Randomised Nystroem approximation (Frangella, Tropp & Udell 2023, alg. 2.1), plus a floor.
 
     With Omega (d, rank) random and orthonormal and A = M + known I,
@@ -41,17 +40,6 @@ class Nystrom:
       singular matrix, or for one that is seen to be indefinite: the method needs a definite matrix.
     """
 
-    exact: ClassVar[bool] = False
-    answers_indefinite: ClassVar[bool] = False
-
-    rank: int
-    seed: int = 0
-    rtol: float | None = None
-
-    def __post_init__(self):
-        """Check the hyperparameters."""
-        check_rank(self.rank, self.seed, self.rtol)
-
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Sketch the matrix."""
         d = A.shape[0]
@@ -66,9 +54,7 @@ class Nystrom:
         if smallest < -rounding:
             raise DivergenceError(
                 f"Nystrom needs a positive definite A, met a negative curvature of {smallest:.3g}, "
-                f"and there may be worse; use a damping well above "
-                f"{enough_damping(A, smallest)}, or GaussNewton, or Direct, which answers for "
-                "indefinite matrices."
+                f"{if_indefinite(A, smallest)}"
             )
         known = _known(A)
         if smallest - known < -rounding:  # A is definite only by its damping: sketch all of it
@@ -88,19 +74,7 @@ class Nystrom:
         if values[-1] <= rounding:
             raise singular(float(values[-1]), rounding)
         values = values.astype(dtype)[:, None]
-        remedy = (
-            f"Nystrom of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
-            f"let CG do the rest, CG(preconditioner=Nystrom({rank}))."
-        )
-
-        def apply(B: NDArray) -> Raw:
-            C = U.T @ B
-            X = U @ (C / values)
-            if rank < d:
-                X += (B - U @ C) / values[-1]
-            return Raw(X, 1, smallest, remedy)
-
-        return apply
+        return self._inverse(U, values, values[-1], smallest)
 
 
 def _core(Omega: NDArray, Y: NDArray) -> NDArray:

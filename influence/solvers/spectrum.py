@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import VECTORS
+from influence.common.numbers import is_integer
 from influence.common.progress import counter
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
@@ -77,8 +78,7 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
     operator = as_symmetric(A)
     d = operator.shape[0]
     for name, value, most in (("k", k, d), ("max_products", max_products, np.inf)):
-        integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (integer and 1 <= value <= most):
+        if not (is_integer(value, 1) and value <= most):
             limits = f"in [1, {d}]" if name == "k" else "of at least 1"
             raise ValueError(f"{name} must be an integer {limits}, got {value!r}.")
     if not 0 < rtol < 1:

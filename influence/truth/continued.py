@@ -21,9 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.checkpoint import check_folder, load, store
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import Estimand
+from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
-from influence.models.adam import Moments, batch_rows
+from influence.minimisers.adam import Moments, batch_rows
 from influence.net.net import GenericNeuralNet
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
@@ -67,7 +68,6 @@ class ContinuedOptions(RunOptions):
     seed: int = 0
 
     def __post_init__(self):
-        """Check the options."""
         super().__post_init__()
         if self.batch_size is None or self.batch_size < 3:
             raise ValueError(
@@ -119,8 +119,8 @@ def continued_training(
       steps: further steps of Adam (Kingma & Ba 2015).
       rate: its learning rate.
       moments: Adam's present state: `AllCNN.moments` after its fit, or
-        `influence.models.adam.Moments(steps, first, second)`, with the number of steps so far and
-        the (d,) running means of the gradients and of their squares. None: Adam starts anew.
+        `influence.minimisers.adam.Moments(steps, first, second)`, with the number of steps so far
+        and the (d,) running means of the gradients and of their squares. None: Adam starts anew.
 
     Returns: ContinuedTraining; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
@@ -128,11 +128,11 @@ def continued_training(
     """
     runs.check(net, train, test)
     rows = check_rows(rows, len(train))
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+    if not is_integer(steps, 1):
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     if not (np.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be positive, got {rate}.")
-    moments = Moments.none(net) if moments is None else moments
+    moments = Moments.none(net.num_parameters, net.dtype) if moments is None else moments
     if np.shape(moments.first) != (net.num_parameters,):
         raise ValueError(
             f"moments must be of {net.num_parameters} parameters, got {np.shape(moments.first)}."

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import ConvergenceWarning, warn_unconverged
+from influence.common.numbers import numbers
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.minimisers import block_lbfgs
@@ -23,6 +24,11 @@ from influence.truth import runs
 from influence.truth.removal import Removal
 from influence.truth.runs import Groups, Refits, RunOptions, Task
 
+# The gradient at which a fit without tolerance stops, relative to what the removal adds to it.
+_OF_REMOVAL = 1e-8
+# Times eps: the relative rounding of a mean gradient.
+_ROUNDING = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefitOptions(RunOptions):
@@ -31,8 +37,9 @@ class RefitOptions(RunOptions):
     Attributes:
       method: "newton" or "fit"; None takes "newton" for a convex net and "fit" for any other.
       tolerance: Euclidean norm of each refit's own gradient to reach. The net's own fit gets the
-        same tolerance. None: 1e-8 for "newton"; for "fit" the norms are reported but not judged, so
-        no refit counts as converged.
+        same tolerance. None: 1e-8 for "newton"; for the net's own fit 1e-8 of the gradient that
+        the removal adds, or what the precision can show of it; for `fit` the norms are reported
+        but not judged, so no refit counts as converged.
       solver: inverts the full-data Hessian for "newton". The result of `prepare` for
         `Hessian(net, train)` is not prepared again.
       start: (d,) parameters that each "fit" begins with; None for the net's present ones.
@@ -60,7 +67,7 @@ class RefitOptions(RunOptions):
             raise ValueError(f"method must be 'newton' or 'fit', got {self.method!r}.")
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {self.tolerance}.")
-        if self.start is not None and not np.isfinite(self.start).all():
+        if self.start is not None and not np.isfinite(numbers(self.start, "start")).all():
             raise ValueError("start must be finite, got a NaN or infinity.")
         if self.max_passes is not None and self.max_passes < 1:
             raise ValueError(f"max_passes must be at least 1, got {self.max_passes}.")
@@ -170,13 +177,15 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
         task, refit, groups, plan, options, identity=(method, *identity), what="refits without rows"
     )
     norms = found["gradient_norm"]
-    converged = norms <= tolerance if tolerance is not None else np.zeros(len(norms), bool)
-    asked = _asked_of_fit(net, options) if method == "fit" and tolerance is None else tolerance
-    if asked is not None and norms.max() > asked:
+    asked = found["asked"] if tolerance is None else np.full(len(norms), tolerance)
+    converged = norms <= asked  # NaN: not judged
+    missed = norms > asked
+    if missed.any():
         more = "allow more max_passes, " if method == "newton" else ""
         warn_unconverged(
-            f"{np.count_nonzero(norms > asked)} of {len(norms)} refits ended above a gradient norm "
-            f"of {asked:.1e} (worst {norms.max():.1e}): {more}use float64, or a larger tolerance."
+            f"{np.count_nonzero(missed)} of {len(norms)} refits ended above a gradient norm of "
+            f"{asked[missed].max():.1e} (worst {norms.max():.1e}): {more}use float64, or a larger "
+            "tolerance."
         )
     return Refits(found["change_if_removed"], tuple(groups), norms, found["passes"], converged)
 
@@ -211,12 +220,19 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
     }
 
 
-def _asked_of_fit(net: GenericNeuralNet, options: RefitOptions) -> float | None:
-    """Return the gradient norm that the net's own fit must reach; None if it has no tolerance."""
-    own = inspect.signature(type(net).fit).parameters.get("gradient_tolerance")
-    if options.fit is not None or own is None:
-        return None
-    return own.default if options.tolerance is None else options.tolerance
+def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
+    """Return the gradient norm that the net's own fit must reach; NaN if it has no tolerance."""
+    net, train = task.net, task.train
+    own = "gradient_tolerance" in inspect.signature(type(net).fit).parameters
+    if options.fit is not None or not own:
+        return np.nan
+    if options.tolerance is not None:
+        return options.tolerance
+    removed = net.risk_gradient(train.take(group), batch_size=task.batch_size) * len(group)
+    left = len(train) - len(group)
+    # A mean over rows of the removed rows' size is rounded to about eps of that size.
+    share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
+    return float(np.linalg.norm(removed)) * share or TOLERANCE
 
 
 def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, NDArray]:
@@ -225,14 +241,14 @@ def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, N
     # All variables, because training also moves batch statistics and the states of generators.
     variables = net.model.variables
     before = [variable.numpy() for variable in variables]
-    losses, asked = task.losses(), _asked_of_fit(net, options)
-    own = asked is not None and options.tolerance is not None
+    losses, asked = task.losses(), _asked_of_fit(task, groups[0], options)
+    own = not np.isnan(asked)
     arguments: dict[str, Any] = {"gradient_tolerance": asked} if own else {}
     try:
         if options.start is not None:
             net.theta = options.start
         with warnings.catch_warnings():
-            if asked is not None:  # `_retrained` gives one warning for all refits
+            if own:  # `_retrained` gives one warning for all refits
                 warnings.simplefilter("ignore", ConvergenceWarning)
             (options.fit or type(net).fit)(net, remaining, **arguments)
         change = task.losses() - losses
@@ -243,5 +259,6 @@ def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, N
     return {
         "change_if_removed": change[:, None],
         "gradient_norm": np.array([norm]),
+        "asked": np.array([asked]),
         "passes": np.ones(1, int),
     }

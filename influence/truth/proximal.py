@@ -93,7 +93,6 @@ class ProximalOptions(RunOptions):
     max_iterations: int = 50
 
     def __post_init__(self):
-        """Check the options."""
         super().__post_init__()
         if not 0 <= self.step_damping < np.inf:
             raise ValueError(
@@ -174,23 +173,17 @@ def proximal_response(
     runs.check_processes(options.num_processes, net)
     inverse = prepare(A, options.solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
+    search = _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations)
+    function = objective, float(damping), float(fraction)  # which F_i
+    steps = float(options.step_damping), repr(inverse.solver)
+    rough = None if options.rough is None else (options.rough[0].dtype.str, until)
     found = runs.run(
         Task(net, train, test, options.batch_size),
         _proximal_block,
         list(rows[:, None]),
-        _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations),
+        search,
         options,
-        identity=(
-            "proximal",
-            objective,
-            float(damping),
-            float(fraction),
-            float(options.step_damping),
-            repr(inverse.solver),
-            tolerances,
-            None if options.rough is None else (options.rough[0].dtype.str, until),
-            options.max_iterations,
-        ),
+        identity=("proximal", *function, *steps, tolerances, rough, options.max_iterations),
         what="proximal responses",
     )
     norms = found["gradient_norm"]
@@ -204,9 +197,7 @@ def proximal_response(
     return ProximalResponse(
         found["change_if_removed"],
         rows,
-        objective,
-        float(damping),
-        float(fraction),
+        *function,
         gradient_norm=norms,
         iterations=found["passes"],
         converged=converged,
@@ -284,9 +275,19 @@ def _gradients(
 ) -> Callable[[NDArray, NDArray], NDArray]:
     """Return a function of thetas (d, j): the gradients (d, j) of some F_i, in that net's dtype."""
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
-    theta_s = task.net.theta[:, None]
-    bregman = isinstance(search.inverse.A, GaussNewton)
-    divergence = (_of_outputs if bregman else _of_the_risk)(net, train, task.batch_size)
+    theta_s, size = task.net.theta[:, None], task.batch_size
+
+    if isinstance(search.inverse.A, GaussNewton):
+        before = net.penalty_gradient()[:, None]
+
+        def divergence(thetas: NDArray) -> NDArray:
+            total = train.sum_over(Total("bregman_gradient", thetas), net, batch_size=size)
+            return total / len(train) + net.penalty_gradient(thetas) - before
+    else:
+        before = net.risk_gradient(train, net.theta[:, None], size)
+
+        def divergence(thetas: NDArray) -> NDArray:
+            return net.risk_gradient(train, thetas, size) - before
 
     def gradients(thetas: NDArray, columns: NDArray) -> NDArray:
         there = thetas.astype(net.dtype)
@@ -294,24 +295,3 @@ def _gradients(
         return divergence(there) - own + search.damping * (thetas - theta_s)
 
     return gradients
-
-
-def _of_outputs(
-    net: GenericNeuralNet, train: Examples, batch_size: int | None
-) -> Callable[[NDArray], NDArray]:
-    """Return a function of thetas (d, j): the gradient (d, j) of the "bregman" divergence."""
-    penalty = net.penalty_gradient()[:, None]
-
-    def gradient(thetas: NDArray) -> NDArray:
-        total = train.sum_over(Total("bregman_gradient", thetas), net, batch_size=batch_size)
-        return total / len(train) + net.penalty_gradient(thetas) - penalty
-
-    return gradient
-
-
-def _of_the_risk(
-    net: GenericNeuralNet, train: Examples, batch_size: int | None
-) -> Callable[[NDArray], NDArray]:
-    """Return a function of thetas (d, j): the gradient (d, j) of the "leave_one_out" divergence."""
-    before = net.risk_gradient(train, net.theta[:, None], batch_size)
-    return lambda thetas: net.risk_gradient(train, thetas, batch_size) - before

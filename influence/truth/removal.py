@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import DivergenceError
 from influence.common.memory import VECTORS, fitting
+from influence.common.numbers import dots
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.solvers import Prepared
@@ -52,19 +53,11 @@ class Removal:
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
         """Sum grad (loss_i + penalty) over each group, at a column of thetas (d, j): (d, j)."""
-        total = self.net.penalty_gradient(thetas) * self._sizes(columns)
-        for at, x, y in self._batches(columns):
-            own = self.net.each_batch("gradient", x, y, thetas[:, at].T[:, :, None])
-            total[:, at] += own[:, :, 0].T * y.shape[1]
-        return total * self.fraction
+        return self._summed("gradient", self.net.penalty_gradient(thetas), thetas, columns)
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
         """Multiply each group's summed Hessian of loss_i + penalty with a column of V: (d, j)."""
-        total = self.net.penalty_hvp(V) * self._sizes(columns)
-        for at, x, y in self._batches(columns):
-            products = self.net.each_batch("hvp", x, y, V[:, at].T[:, :, None])
-            total[:, at] += products[:, :, 0].T * y.shape[1]
-        return total * self.fraction
+        return self._summed("hvp", self.net.penalty_hvp(V), V, columns)
 
     def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
         """Solve (A - H_g / n) x = b to a low precision, with A of `inverse` and H_g as in `hvp`.
@@ -122,11 +115,11 @@ class Removal:
         r = B[:, at]
         z = apply(inverse, r)
         p, Ap = z, r  # Ap: the product of A itself with p
-        rz = _dot(r, z)
+        rz = dots(r, z)
         target = _RTOL**2 * rz
         for step in range(1, _MOST_STEPS + 1):
             Hp = Ap - self.hvp(p, columns[at]) / n
-            curvature = _dot(p, Hp)
+            curvature = dots(p, Hp)
             length = np.divide(rz, curvature, out=np.zeros_like(rz), where=curvature > 0)
             yield at, p, Hp, length
             stay = (length > 0) & (step < limit[at])
@@ -135,7 +128,7 @@ class Removal:
             r = r - length * Hp
             at, (r, p, Ap, rz, target) = at[stay], _columns(stay, r, p, Ap, rz, target)
             z = apply(inverse, r)
-            before, rz = rz, _dot(r, z)
+            before, rz = rz, dots(r, z)
             stay = rz > target
             if not stay.any():
                 return
@@ -145,8 +138,13 @@ class Removal:
             )
             p, Ap = z + rz / before * p, r + rz / before * Ap
 
-    def _sizes(self, columns: NDArray) -> NDArray:
-        return self.sizes[columns].astype(self.net.dtype)
+    def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
+        """Sum the answers of `each_batch` and the penalty's part over each group: (d, j)."""
+        total = penalty * self.sizes[columns].astype(self.net.dtype)
+        for at, x, y in self._batches(columns):
+            own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])
+            total[:, at] += own[:, :, 0].T * y.shape[1]
+        return total * self.fraction
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
         """Yield (positions in columns (r,), x (r, b, ...), y (r, b, ...)): r parts of b rows each.
@@ -181,7 +179,3 @@ def apply(inverse: Prepared, B: NDArray) -> NDArray:
 
 def _columns(which: NDArray, *parts: NDArray) -> list[NDArray]:
     return [part[..., which] for part in parts]
-
-
-def _dot(U: NDArray, V: NDArray) -> NDArray:
-    return np.einsum("ij,ij->j", U, V)

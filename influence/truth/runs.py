@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
+from influence.common.workers import started_deaf
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet, checked
@@ -141,10 +142,11 @@ def run(
         paths = [folder / f"refits-{name}-{joblib.hash(part)}.npz" for part in parts]
     workers = min(joblib.effective_n_jobs(options.num_processes), len(parts))
     with _cores_shared(workers):
-        work = joblib.Parallel(n_jobs=workers, return_as="generator")(
-            joblib.delayed(_kept)(path, refit, task, part, argument)
-            for path, part in zip(paths, parts, strict=True)
-        )
+        with started_deaf():
+            work = joblib.Parallel(n_jobs=workers, return_as="generator")(
+                joblib.delayed(_kept)(path, refit, task, part, argument)
+                for path, part in zip(paths, parts, strict=True)
+            )
         done = list(progress(work, what, len(parts)))
     return {name: np.concatenate([d[name] for d in done], axis=-1) for name in done[0]}
 
@@ -193,7 +195,7 @@ def check_processes(num_processes: int, *sent: Any) -> None:
     if joblib.effective_n_jobs(num_processes) == 1:
         return
     try:
-        with _cores_shared(num_processes):
+        with _cores_shared(num_processes), started_deaf():
             joblib.Parallel(n_jobs=num_processes)([joblib.delayed(_arrived)(*sent)])
     except Exception as error:
         raise ValueError(

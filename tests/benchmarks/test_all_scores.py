@@ -30,10 +30,10 @@ def test_the_file_is_checked_against_scores_in_float64(part, digits, monkeypatch
     assert part["converged"] and part["largest_residual"] < 1e-12
     assert 1e-9 < part["largest_error"] < 1e-5  # float32's rounding
     assert 1e-9 < part["rounding_error"] < 1e-5
-    # The table, and s_test of as many points in float64, in whole chunks.
+    # The table, and s_test of the same points in float64, in whole chunks.
     held = 150 * (1297 * 4 + 640 * 8) / 1e6
     assert held < part["megabytes"] < 3 * held
-    # A table that is wrong by a hundredth is seen.
+    # A table that is wrong by a hundredth is detected.
     multiplied = score_file._Scores.__call__
     monkeypatch.setattr(
         score_file._Scores, "__call__", lambda *args: np.float32(1.01) * multiplied(*args)

@@ -38,7 +38,7 @@ def test_iterations_are_those_of_the_definition(part, trained):
 
 
 def plain_iterations(A, b, rtol):
-    """Of the textbook's conjugate gradients."""
+    """Count the iterations of textbook conjugate gradients."""
     x, r = np.zeros_like(b), b.copy()
     p, steps = r.copy(), 0
     while np.linalg.norm(b - A @ x) > rtol * np.linalg.norm(b):
@@ -59,7 +59,7 @@ def test_the_residual_is_the_damped_hessians(part, trained):
 
 
 class Known:
-    """A solver that knows what to answer."""
+    """A solver with a given answer."""
 
     rtol = 1e-4
 
@@ -111,6 +111,6 @@ def test_in_words(part):
     assert text.startswith("s_test of test point 0, 100 images, d = ")
     assert "| x | no | | | | no |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {7, 6}  # the ways; the iterations
+    assert widths == {7, 6}  # the methods; the iterations
     plain = part["cg_iterations"]["Hessian"]["none"]
     assert f"| Hessian | {plain} (1) |" in text

@@ -1,4 +1,4 @@
-"""The peers' own answers, where they are installed, on a problem of twelve parameters."""
+"""The peers' answers, if they are installed, for a problem of twelve parameters."""
 
 import dataclasses
 import functools
@@ -14,17 +14,17 @@ from benchmarks.solves import CAPTUM, INFLUENCIAE, OURS, PYDVL, Setting
 
 DECAY = 0.1
 ROWS, FEATURES, CLASSES, POINTS = 20, 4, 3, 3
-# Of 12 eigenvalues 4 are the weight decay's alone, one for each feature: 8 and that one differ.
+# Of 12 eigenvalues 4 are only the weight decay, one per feature: 9 values are distinct.
 DISTINCT = 9
-# What the series leaves of one factor 1 - decay / scale for each step is below this.
+# The rest of the series, a factor 1 - decay / scale per step, is below this.
 LISSA = {"steps": 200, "scale": 1.0, "batch_size": ROWS}
 EXACT = [
     (PYDVL, "block", {}, 1e-5),
     (PYDVL, "one by one", {}, 1e-5),
     (PYDVL, "direct", {}, 1e-12),
     (PYDVL, "LiSSA", LISSA, 1e-7),
-    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # less the shift that it adds for stability
-    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # eigenvectors to its tolerance, 1e-6
+    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # up to the shift that it adds for stability
+    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # its eigenvectors have a tolerance of 1e-6
     (PYDVL, "EK-FAC", {}, None),
     (CAPTUM, "naive", {}, 1e-12),
     (CAPTUM, "Arnoldi", {"rank": DISTINCT}, 1e-8),
@@ -56,7 +56,7 @@ for i, setting in enumerate(json.loads((folder / "settings.json").read_text())):
 
 @pytest.fixture(scope="module")
 def small():
-    """Arrays as a child reads them, but float64, with (d, d) H and right-hand sides (d, m)."""
+    """Make a child's arrays in float64, with H (d, d) and right-hand sides (d, m)."""
     rng = np.random.default_rng(0)
     x, x_test = rng.standard_normal((ROWS, FEATURES)), rng.standard_normal((POINTS, FEATURES))
     y, y_test = rng.integers(CLASSES, size=ROWS), rng.integers(CLASSES, size=POINTS)
@@ -86,7 +86,7 @@ def setting(by, method, **options):
 
 @pytest.fixture(scope="module")
 def ask(small, tmp_path_factory):
-    """A peer's answers on the small problem by method, or a skip that says why there are none."""
+    """Compute a peer's answers for the small problem by method; skip with the reason if none."""
     return functools.cache(lambda by: answers(by, small[0], tmp_path_factory.mktemp(by)))
 
 
@@ -121,7 +121,7 @@ def test_a_peer_set_up_at_its_best_solves_our_system(by, method, tolerance, smal
 
 
 def test_ek_fac_of_pydvl_is_that_of_its_pseudo_gradient(small, ask):
-    # Without its weights put where it expects biases the answer is another altogether.
+    # Unless its weights are put where it expects biases, the answer is wrong.
     arrays, _, B = small
     found = ask(PYDVL)["EK-FAC"]
     x, P = arrays["x"], softmax(arrays["x"] @ arrays["theta"])
@@ -233,7 +233,7 @@ def test_run_and_its_table_with_processes_that_end_at_once(digits, monkeypatch):
     by_name = {(run["by"], run["method"]): run for run in part["runs"]}
     assert set(by_name) == set(peers.INVERTS)
     assert by_name[PYDVL, "block"]["ratio"] == 12.0
-    assert by_name[INFLUENCIAE, "CGD"]["ratio"] is None  # ours are not as close
+    assert by_name[INFLUENCIAE, "CGD"]["ratio"] is None  # our residuals are larger
     assert by_name[INFLUENCIAE, "CGD"]["seconds_for_all"] == 5.0  # one point of ten
     assert by_name[INFLUENCIAE, "exact"]["error"] == "stopped after 45 s"
     assert by_name[INFLUENCIAE, "Arnoldi"]["error"] == "failed: ValueError: no"

@@ -52,7 +52,7 @@ def test_targets_are_judged_on_real_data():
     holds = {target["metric"]: target["holds"] for target in targets.judged(result)}
     assert holds["block_fraction_tape"] is True
     assert holds["product_per_gradient_closed_form"] is False
-    assert holds["speedup_over_default_100_points"] is False  # not measured is not met
+    assert holds["speedup_over_default_100_points"] is False  # not measured, not met
     assert holds["refits_seconds"] is True
     assert holds["refits_gradient_norm"] is False
     for metric in holds:

@@ -22,7 +22,7 @@ def test_true_residual(digits):
     B = net.gradients(test.x, test.y).T
     exact = np.linalg.solve(Hessian(net, digits.train["float64"]).dense(), B)
     assert solves.true_residuals(digits, exact).max() < 1e-12  # rounding times condition number
-    # x = 0 leaves all of b; 0.9 x leaves a tenth of it.
+    # x = 0 leaves a residual of 1, 0.9 x one of 0.1.
     found = solves.true_residuals(digits, exact * [0.0, 0.9])
     np.testing.assert_allclose(found, [1.0, 0.1], rtol=1e-9)
 
@@ -136,7 +136,7 @@ def test_the_child_reads_what_the_parent_writes(digits, tmp_path):
 
 
 def fake(monkeypatch, seconds, residual=lambda: 1e-6):
-    """Let processes end at once, with these seconds and residuals."""
+    """Replace processes by ones that end at once, with these seconds and residuals."""
 
     def finished(command, **kwargs):
         folder = solves.Path(command[-1])

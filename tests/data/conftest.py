@@ -1,4 +1,4 @@
-"""A world of its own for each test: no network but this machine's, no cache but a temporary one."""
+"""Isolation of each test: only this machine's network, only a temporary cache."""
 
 import dataclasses
 import gzip
@@ -18,7 +18,7 @@ from data.files import DataFile, sha256_of
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """The user cache for this test; downloads are forbidden and $INFLUENCE_DATA is unset."""
+    """Make the user cache of this test; forbid downloads and unset $INFLUENCE_DATA."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(pooch, "os_cache", lambda project: folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))  # for subprocesses
@@ -30,7 +30,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def online(monkeypatch):
-    """Allow downloads; the test sees to it that only the local server is asked."""
+    """Allow downloads; the test must use only the local server."""
     monkeypatch.delenv("INFLUENCE_OFFLINE")
 
 
@@ -81,7 +81,7 @@ class _Servers:
 
 
 def write_idx(path, array, magic=None, trailing=b""):
-    """Write a uint8 array as a gzipped idx file, its magic number or its end spoilt if asked."""
+    """Write a uint8 array as a gzipped idx file, optionally with a bad magic number or end."""
     magic = 0x0800 | array.ndim if magic is None else magic
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
@@ -96,7 +96,7 @@ def write_idx_fixture():
 
 @pytest.fixture(scope="session")
 def made_up_mnist(tmp_path_factory):
-    """A data folder with idx files of MNIST's sizes: row i has all pixels i % 256, label i % 10."""
+    """Make a data folder of idx files like MNIST's: row i has pixels i % 256, label i % 10."""
     folder = tmp_path_factory.mktemp("made_up")
     for prefix, num_rows in (("train", 60_000), ("t10k", 10_000)):
         rows = np.arange(num_rows)
@@ -108,7 +108,7 @@ def made_up_mnist(tmp_path_factory):
 
 @pytest.fixture
 def accept(monkeypatch):
-    """`accept(folder, base_url=None)`: have the registry expect the MNIST files of this folder."""
+    """Give `accept(folder, base_url=None)`: the registry then expects this folder's MNIST files."""
 
     def register(folder: Path, base_url: str | None = None) -> tuple[DataFile, ...]:
         def expected(file):
@@ -127,7 +127,7 @@ def accept(monkeypatch):
 
 @pytest.fixture
 def root(made_up_mnist, tmp_path, accept):
-    """A writable copy of `made_up_mnist`, which the registry takes for the real MNIST."""
+    """Make a writable copy of `made_up_mnist` that the registry accepts as the real MNIST."""
     folder = tmp_path / "root"
     shutil.copytree(made_up_mnist, folder)
     accept(folder)

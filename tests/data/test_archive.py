@@ -1,4 +1,4 @@
-"""Tar archives: read into memory, bounded, and the same whoever packed them."""
+"""Tar archives: read into memory, limited in size, and independent of the packing."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ SIZE = sum(map(len, CONTENTS.values()))
 
 
 def pack(contents, *, top="set", mtime=0, extra=(), suffix=b"", reverse=False):
-    """A gzipped tar archive of a folder, as bytes."""
+    """Make a gzipped tar archive of a folder, as bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in sorted(contents, reverse=reverse):
@@ -37,7 +37,7 @@ def member(name, kind, **attributes):
 
 @pytest.fixture
 def unpacked(tmp_path):
-    """A data folder with the set unpacked in it, and what it must be."""
+    """Make a data folder with the unpacked set, and the expected DataFile."""
     for name, content in CONTENTS.items():
         path = tmp_path / "data/set/folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def test_what_is_refused(tmp_path, content, message):
 
 
 def test_a_sparse_member_is_not_blown_up(tmp_path):
-    """GNU's sparse files: a few bytes in the archive stand for a terabyte of zeros."""
+    """Check GNU's sparse files: a few bytes of the archive represent a terabyte of zeros."""
     header = bytearray(tarfile.TarInfo("set/ham/a.txt").tobuf(tarfile.GNU_FORMAT))
     header[156:157] = tarfile.GNUTYPE_SPARSE
     header[483:495] = tarfile.itn(1 << 40, 12, tarfile.GNU_FORMAT)

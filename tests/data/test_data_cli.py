@@ -1,11 +1,14 @@
-"""`python -m data`: what it prints and how it exits."""
+"""`python -m data`: its output and exit status."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from data import download
 from data.__main__ import main
 
 
@@ -88,7 +91,7 @@ def test_fetch(capsys, made_up_mnist, accept, serve, tmp_path, cache):
     done = f"mnist: downloaded to {cache}\ndigits: needs no file\n"
     assert run(capsys, "fetch", "mnist", "digits") == (0, done, "")
     assert run(capsys, "fetch", "mnist") == (0, f"mnist: already in {cache}\n", "")
-    # A folder asked for is filled, wherever else the data may be.
+    # The named folder is filled, even if another folder has the data.
     folder = tmp_path / "folder"
     asked_for = run(capsys, "fetch", "--data-dir", str(folder), "mnist")
     assert asked_for == (0, f"mnist: downloaded to {folder}\n", "")
@@ -126,7 +129,19 @@ def test_misuse(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m data: ") and message in line
+
+
+@pytest.mark.usefixtures("online")
+def test_a_full_disk_is_status_74(capsys, monkeypatch, cache):
+    def retrieve(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
+
+    monkeypatch.setattr(download.pooch, "retrieve", retrieve)
+    status, out, err = run(capsys, "fetch", "mnist")
+    assert (status, out) == (74, "")
+    assert err.startswith(f"mnist: {cache} could not be written (No space left on device); make")
 
 
 def test_help(capsys, cache):

@@ -1,4 +1,4 @@
-"""`data.load` itself: its arguments, what it returns, and its last word when nothing is found."""
+"""`data.load`: its arguments, its result, and its error when nothing is found."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_nowhere_to_be_found(tmp_path, cache):
 
 
 def test_wrong_file_ends_the_search(root, cache, monkeypatch):
-    # A good copy further on does not excuse a bad one in the folder asked for.
+    # A bad copy in the named folder is an error even if a later folder has a good one.
     monkeypatch.setenv("INFLUENCE_DATA", str(root))
     bad = root.parent / "bad"
     (bad / "mnist").mkdir(parents=True)

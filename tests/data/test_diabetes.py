@@ -1,4 +1,4 @@
-"""The diabetes set: 127 features of the real file, the release's own split, and files made up."""
+"""The diabetes set: 127 features of the real file, the release's split, and generated files."""
 
 import collections
 import csv
@@ -13,11 +13,11 @@ import data
 from data import diabetes, registry
 from data.files import DataFile
 
-REAL = data.find("diabetes")  # asked before the fixtures hide it from the tests
+REAL = data.find("diabetes")  # found before the fixtures hide it from the tests
 
 
 def needs_diabetes(test):
-    """Mark a test that reads the real file; without it it is skipped, and says so."""
+    """Mark a test that reads the real file; without the file it is skipped with a message."""
     reason = "diabetes not found; set INFLUENCE_DATA or run `python -m data fetch diabetes`"
     return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
 
@@ -50,7 +50,7 @@ def test_real_features_are_the_columns_of_the_file(real):
     assert {n: totals[n] for n in real.feature_names} == dict(
         zip(real.feature_names, found, strict=True)
     )
-    # What is no feature is the first level of a category of two.
+    # The missing columns are the first levels of categories of two.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
 
@@ -68,8 +68,8 @@ def test_real_categories_named_none_are_kept_and_two_columns_are_ones(real):
 
 @needs_diabetes
 def test_real_split_is_the_release_s_own(real):
-    # hospital_readmission.ipynb: 24 children, 3 readmitted; 137 to test on, row 1742 among them;
-    # rows 9366, 11116, 13685 and 19590 once all but the last not readmitted are taken out.
+    # hospital_readmission.ipynb: 24 children, 3 readmitted; 137 test rows, including row 1742;
+    # rows 9366, 11116, 13685 and 19590 remain if all except the last not readmitted are removed.
     age = real.feature_names.index("age_[0-10)")
     (x, y), (x_test, y_test) = real.train, real.test
     children = np.flatnonzero(x[:, age])
@@ -120,7 +120,7 @@ def test_split_is_balanced_and_leaves_nothing_out():
     assert y[train].sum() == 10 and len(train) == 20
     again = diabetes.split(y, 10)
     np.testing.assert_array_equal(train, again[0])
-    # NumPy's legacy stream: one that changed would be another split.
+    # Another stream than NumPy's legacy one would give another split.
     assert train[:6].tolist() == [34, 12, 3, 9, 30, 13] and test[:6].tolist() == [
         26,
         31,
@@ -133,7 +133,7 @@ def test_split_is_balanced_and_leaves_nothing_out():
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """A data folder with twelve made-up stays, which the registry takes for the real file."""
+    """Make a data folder of twelve generated stays that the registry accepts as the real file."""
     path = tmp_path / "made_up/diabetes/diabetic_data.csv"
     path.parent.mkdir(parents=True)
     rows = {column: [str(i) for i in range(12)] for column in diabetes.NUMERIC}
@@ -156,7 +156,7 @@ def made_up(tmp_path, monkeypatch):
 def test_a_file_is_read(made_up, dtype):
     splits = data.load("diabetes", made_up, dtype=dtype)
     (x, y), (x_test, y_test) = splits.train, splits.test
-    # Eight numbers, thirty categories of two levels, one of three with "None" and "?" in it.
+    # Eight numbers, thirty categories of two levels, one of three that has "None" and "?".
     assert x.shape == (6, 8 + 30 + 3) and x_test.shape == (6, 41)
     assert {"A1Cresult_>7", "A1Cresult_?", "A1Cresult_None"} < set(splits.feature_names)
     assert x.dtype == np.dtype(dtype) and y.dtype == np.int64

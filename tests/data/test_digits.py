@@ -1,4 +1,4 @@
-"""The digits: a split that never changes, marked as the stand-in it is."""
+"""The digits: a fixed split, marked as a stand-in."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_splits_partition_the_rows(splits):
 def test_dtypes_and_digest(dtype):
     splits = data.load("digits", dtype=dtype)
     assert splits.train[0].dtype == np.dtype(dtype) and splits.train[1].dtype == np.int64
-    # k/16 is exact in both, so they share a digest; it pins the split too.
+    # k/16 is exact in both dtypes, so they share a digest, which also fixes the split.
     assert splits.sha256 == "ab30b8e97a09fc4508926666ae70264ec9c09c32c599b9168d122286ad613e49"
     assert splits.stand_in
 

@@ -1,4 +1,4 @@
-"""Dogfish: the release's order on photographs made up here, in each layout; the stand-in."""
+"""Dogfish: the release's order on generated photographs, in each layout; the stand-in."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from PIL import Image
 import data
 from data import dogfish, images
 
-REAL = data.find("dogfish")  # asked before the fixtures hide it from the tests
-TRAIN, TEST = 6, 4  # of each class, in the made-up sets
+REAL = data.find("dogfish")  # found before the fixtures hide it from the tests
+TRAIN, TEST = 6, 4  # of each class, in the generated sets
 SIDE = 8
 
 
 def needs_dogfish(test):
-    """Mark a test that reads the photographs; without them it is skipped, and says so."""
+    """Mark a test that reads the photographs; without them it is skipped with a message."""
     reason = "dogfish not found: set INFLUENCE_DATA"
     return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
 
@@ -48,7 +48,7 @@ def test_classes_are_where_the_releases_notebooks_have_them(real):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The same with few and small photographs."""
+    """Set few and small photographs."""
     for name, value in (
         ("NUM_TRAIN", TRAIN),
         ("NUM_TEST", TEST),
@@ -59,14 +59,14 @@ def small(monkeypatch):
 
 
 def plain(path, level):
-    """A photograph of one grey level, by which it is known again."""
+    """Make a photograph of one grey level, which identifies it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (SIDE, SIDE), (level,) * 3).save(path, "PNG")
 
 
 @pytest.fixture
 def imagenettes(tmp_path, small):
-    """Level 100 c + 10 s + k of the k-th by name of class c, split s; two more than needed."""
+    """Write photographs of level 100 c + 10 s + k: k-th by name, class c, split s; two extra."""
     for c, synset in enumerate(dogfish.IMAGENETTES):
         for s, (split, count) in enumerate((("train", TRAIN), ("val", TEST))):
             for k in range(count + 2):
@@ -75,7 +75,7 @@ def imagenettes(tmp_path, small):
 
 
 def expected(count, level):
-    """Levels and labels in the order of the seed, `level(c, k)` of the k-th of class c."""
+    """Return levels and labels in the seed's order, with `level(c, k)` for the k-th of class c."""
     return [
         np.array([level(c, k) for c in (0, 1) for k in range(count)]),
         np.repeat([0, 1], count),

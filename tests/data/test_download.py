@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: whole and checked, or no file at all."""
+"""Downloads from a server on this machine: a complete, checked file or none."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def everything_in(folder):
 
 
 def drop(handler):
-    """Promise everything, send half, hang up."""
+    """Announce the full length, send half, close the connection."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(CONTENT)))
     handler.end_headers()
@@ -33,7 +33,7 @@ def drop(handler):
 
 
 def drop_unannounced(handler):
-    """Send half without having said how much there is, as HTTP/1.0 allows."""
+    """Send half without announcing the length, as HTTP/1.0 allows."""
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(CONTENT[: len(CONTENT) // 2])

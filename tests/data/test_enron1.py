@@ -1,4 +1,4 @@
-"""Enron1: from text to counts on mails made up here, and the real split where it is found."""
+"""Enron1: from text to counts on generated mails, and the real split if it is found."""
 
 import dataclasses
 import io
@@ -11,12 +11,12 @@ import scipy.sparse
 import data
 from data import enron1, files, registry
 
-REAL = data.find("enron1")  # asked before the fixtures hide it from the tests
+REAL = data.find("enron1")  # found before the fixtures hide it from the tests
 NUM_HAM, NUM_SPAM = 14, 6
 
 
 def needs_enron1(test):
-    """Mark a test that reads the real mails; without them it is skipped, and says so."""
+    """Mark a test that reads the real mails; without them it is skipped with a message."""
     reason = "Enron1 not found; set INFLUENCE_DATA or run `python -m data fetch enron1`"
     return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
 
@@ -57,8 +57,8 @@ def test_real_counts_are_whole_and_every_word_is_in_five_mails(real):
         ("a1 b2b 2004 $ 100 under_score", []),  # not alphabetic
         ("x y zebra", ["zebra"]),  # one letter
         ("offer offer offers", ["offer"] * 3),
-        ("CAF\xc9 qqqzzz", ["caf\xe9", "qqqzzz"]),  # unknown words are kept
-        ("Sydney sydney", ["sydney", "sydney"]),  # the lemma's own capital goes
+        ("CAF\xc9 qqqzzz", ["caf\xe9", "qqqzzz"]),  # unknown words stay
+        ("Sydney sydney", ["sydney", "sydney"]),  # the lemma becomes lower case
         ("price's", ["price"]),  # the s is one letter
     ],
 )
@@ -69,7 +69,7 @@ def test_words(text, expected):
 def test_vocabulary_is_of_words_in_five_training_mails():
     train = ["zebra zebra"] * 4 + ["zebra lion"] + ["lion lions lion"] * 3
     x, x_test = enron1.counts(train, ["lion zebra", "zebra zebras"], np.dtype("float32"))
-    # lion is in four mails only, however often.
+    # lion is in only four mails, more than once in some.
     np.testing.assert_array_equal(x.toarray()[:, 0], [2, 2, 2, 2, 1, 0, 0, 0])
     np.testing.assert_array_equal(x_test.toarray(), [[1], [2]])
     assert x.dtype == np.float32
@@ -79,7 +79,7 @@ def test_vocabulary_is_of_words_in_five_training_mails():
 
 
 def mails():
-    """Mails that tell by their words which they are: mail k has "zebra" k times."""
+    """Make mails that their words identify: mail k has "zebra" k times."""
     named = {"Summary.txt": b"not a mail"}
     for k in range(1, NUM_HAM + NUM_SPAM + 1):
         kind = "ham" if k <= NUM_HAM else "spam"
@@ -89,7 +89,7 @@ def mails():
 
 @pytest.fixture(params=["archive", "folder"])
 def root(request, tmp_path, monkeypatch):
-    """A data folder with made-up mails, which the registry takes for the real ones."""
+    """Make a data folder of generated mails that the registry accepts as the real ones."""
     contents = mails()
     for name, content in contents.items():
         path = tmp_path / "enron1/enron1" / name
@@ -120,7 +120,7 @@ def test_split_order_and_labels(root):
     assert len(y) == 16 and len(y_test) == 4  # four fifths of twenty
     zebra = int(np.argmax(x.sum(axis=0)))
     number = np.concatenate([x[:, zebra].toarray(), x_test[:, zebra].toarray()]).ravel()
-    # The sorted names in the order of the seed, whatever order they lay in.
+    # The sorted names in the seed's order, independent of their order on disk.
     order = np.random.RandomState(0).permutation(NUM_HAM + NUM_SPAM)
     np.testing.assert_array_equal(number, order + 1)
     np.testing.assert_array_equal(np.concatenate([y, y_test]), order >= NUM_HAM)

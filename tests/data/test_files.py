@@ -1,4 +1,4 @@
-"""Finding and checking files: which folder wins, and what is said when none does."""
+"""The search and check of files: the order of folders, and the message if none has the files."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The made-up hospital stays: drawn the same everywhere, marked as the stand-in they are."""
+"""The generated hospital stays: the same on every machine, marked as a stand-in."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_sizes_labels_and_children(splits):
 
 
 def test_test_rows_come_as_they_are(splits):
-    # A quarter to a third of the adults are readmitted, hardly anyone who died.
+    # A quarter to a third of the adults are readmitted, almost none of those who died.
     x, y = splits.test
     adults = x[:, column(splits, "age_[0-10)")] == 0
     died = x[:, column(splits, "discharge_disposition_id_11")] == 1
@@ -36,7 +36,7 @@ def test_test_rows_come_as_they_are(splits):
 
 
 def test_no_row_is_in_both_splits(splits):
-    # Two patients may happen to be alike in all 29 features; a shared row would be one of many.
+    # Two patients may be equal in all 29 features; a split error would give many equal rows.
     rows = [set(map(tuple, x)) for x, _ in (splits.train, splits.test)]
     assert len(rows[0] & rows[1]) < 10
 
@@ -45,6 +45,6 @@ def test_no_row_is_in_both_splits(splits):
 def test_dtypes_and_digest(dtype):
     splits = data.load("hospital", dtype=dtype)
     assert splits.train[0].dtype == np.dtype(dtype) and splits.train[1].dtype == np.int64
-    # Small integers are exact in both, so they share a digest; it pins every draw.
+    # Small integers are exact in both dtypes, so they share a digest, which fixes every draw.
     assert splits.sha256 == "2977134300121eb442fd796e969f38c6c269129d72597e95dcf9707826271892"
     assert splits.stand_in

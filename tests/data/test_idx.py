@@ -1,4 +1,4 @@
-"""The idx reader: reads what is right, and names what is wrong."""
+"""The idx reader: valid files, and errors that name the fault."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Photographs: grey, CMYK and other ones become RGB squares; broken ones are named."""
+"""Photographs: conversion of all kinds to RGB squares; errors that name broken files."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ SIDE = 16
 
 
 def smooth(height=SIDE, width=SIDE):
-    """Colours that change slowly, so that JPEG keeps them."""
+    """Make colours that change slowly, so that JPEG preserves them."""
     v, u = np.mgrid[:height, :width]
     channels = 60 + 120 * u / width, 200 - 100 * v / height, 90 + 60 * (u + v) / (height + width)
     return np.stack(channels, axis=2).astype(np.uint8)
@@ -27,7 +27,7 @@ def save(tmp_path):
 
 
 def test_a_photograph_of_the_right_size_is_taken_as_it_is(save):
-    path = save(smooth(), kind="PNG")  # whatever its name says, as one of ImageNet's
+    path = save(smooth(), kind="PNG")  # in spite of its suffix, like one of ImageNet's
     found = images.read([path, path], SIDE)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, [smooth(), smooth()])

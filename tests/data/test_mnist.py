@@ -1,4 +1,4 @@
-"""MNIST: the paper's split of the real files where they are found, and of files made up."""
+"""MNIST: the paper's split of the real files, if they are found, and of generated files."""
 
 import gzip
 import shutil
@@ -8,11 +8,11 @@ import pytest
 
 import data
 
-REAL = data.find("mnist")  # asked before the fixtures hide it from the tests
+REAL = data.find("mnist")  # found before the fixtures hide it from the tests
 
 
 def needs_mnist(test):
-    """Mark a test that reads the real files; without them it is skipped, and says so."""
+    """Mark a test that reads the real files; without them it is skipped with a message."""
     reason = "MNIST not found; set INFLUENCE_DATA or run `python -m data fetch mnist`"
     return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
 
@@ -26,7 +26,7 @@ def real():
 def test_real_split_sizes_and_label_counts(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (55_000, 784) and x_test.shape == (10_000, 784)
-    # The counts of TensorFlow's 55,000 rows, those of the paper's code.
+    # The counts of TensorFlow's 55,000 rows, which the paper's code uses.
     assert np.bincount(y).tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
     assert np.bincount(y_test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -82,7 +82,7 @@ def test_truncated_file(root):
         error.value
     )
     assert "found 1,000 bytes" in str(error.value) and "looks truncated" in str(error.value)
-    assert len(path.read_bytes()) == 1000  # left as it was
+    assert len(path.read_bytes()) == 1000  # unchanged
 
 
 def test_corrupted_byte(root):

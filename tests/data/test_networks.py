@@ -1,4 +1,4 @@
-"""Weights of trained networks: found and checked as data is, downloaded if they can be."""
+"""Weights of trained networks: found and checked like data sets, downloaded if possible."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ CONTENT = b"weights" * 100
 
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
-    """`weights(name, **changed)`: have CONTENT expected under that name; returns its path below."""
+    """Give `weights(name, **changed)`: CONTENT is then expected for the name; returns its path."""
 
     def expect(name, **changed):
         file = dataclasses.replace(

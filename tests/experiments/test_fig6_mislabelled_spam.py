@@ -11,7 +11,6 @@ import data
 from data.splits import Splits
 from experiments import fig6_mislabelled_spam as fig6
 from experiments.harness.running import Misuse
-from influence.models.leverage import gram
 from tests import oracles
 
 SMOKE = dataclasses.replace(fig6.PRESETS["smoke"], repeats=2)
@@ -188,7 +187,7 @@ def test_one_draw_of_the_real_mails():
     net = fig6._net(config, train)
     net.fit(train, gradient_tolerance=1e-8)
     assert 0.96 <= fig6._accuracy(net, test) <= 0.985
-    one = fig6._draw(fig6._Task(config, train, test, gram(net, train), net.theta), 2, 0)
+    one = fig6._draw(fig6._Task(config, train, test, net.design.gram(train.x), net.theta), 2, 0)
     assert fig6._count(config, train, 2) == 412
     # A single draw is within 0.05 of the mean of many.
     assert one["found"][1, 0] == pytest.approx(0.63, abs=0.05)

@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import experiments
 from experiments.__main__ import main
+from experiments.harness import record, running
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
 
@@ -76,12 +79,18 @@ def test_the_stand_in_is_judged_by_its_own_claims_only(fake, capsys):
         (["--preset", "smoke", "fake"], "the command comes first"),
         (["fake", "--preset", "smok"], "--preset must be one of smoke, standard, paper"),
         (["fake", "--preset"], "expected one argument"),
-        (["fake", "--pre", "smoke"], "--pre"),
-        (["fake", "--num-rows", "3"], "--num-rows"),
-        (["fake", "--sh", "3"], "--sh"),
-        (["fake", "extra"], "extra"),
-        (["fake", "--num", "few"], "few"),
-        (["fake", "--num", "-1"], "num must be positive, got -1"),
+        (["fake", "--pre", "smoke"], "fake: unrecognised option --pre; did you mean --preset?"),
+        (["fake", "--num-rows=3"], "unrecognised option --num-rows; did you mean --rows?"),
+        (["fake", "--zz\n\x1b[31m"], "unrecognised option --zz \\x1b[31m (--help lists them)"),
+        (["fake", "extra"], "unexpected: extra (--help lists the options)"),
+        (["fake", "--num", "few"], "10: 'few'; it takes --num INT (--help lists the options)"),
+        (["fake", "--num", "-1"], "fake: num must be positive, got -1. (--help"),
+        (["fake", "--shift"], "Missing value for argument '--shift'"),
+        (["fake", "--data-dir", ""], "--data-dir must be followed by a value, got ''"),
+        (["fake", "--out="], "--out must be followed by a value, got ''"),
+        (["report", "--out", ""], "--out must be followed by a value, got ''"),
+        (["fake", "--data-dir", "modules/fake_figure.py"], "a folder, modules/fake_figure.py is a"),
+        (["report", "--out", "modules/fake_figure.py"], "folder of records, modules/fake_figure"),
         (["fake", "--seed", "-1"], "seed must lie in [0, 4294967296), got -1"),
         (["fake", "--data-dir", "nowhere"], "--data-dir must be a folder, there is none"),
         (["all", "--num", "3"], "--num"),
@@ -92,7 +101,8 @@ def test_the_stand_in_is_judged_by_its_own_claims_only(fake, capsys):
 )
 def test_exit_status_2_on_misuse(fake, capsys, arguments, message):
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m experiments") and message in line
     assert not os.path.exists("out")
 
 
@@ -249,6 +259,46 @@ def test_out_that_cannot_be_written_to_is_misuse(fake, capsys):
     assert "--out must be a folder that can be written to" in error
     assert "--user $(id -u)" in error
     assert fake.SEEN == []  # refused before the work
+
+
+@pytest.mark.parametrize("failing", ["run.json", "arrays.h5", "record.json", "figure.pdf"])
+def test_a_full_disk_is_one_line_and_74_and_the_same_command_continues(
+    fake, monkeypatch, capsys, failing
+):
+    main(["fake", "--preset", "paper"])
+    before = {name: Path("out/fake-paper", name).read_bytes() for name in FILES}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        for module in (running, record):
+            patch.setattr(module, "replacing", _full(module.replacing, failing))
+        assert main(["fake", "--preset", "paper"]) == main(["all", "--preset", "paper"]) == 74
+    for line in capsys.readouterr().err.splitlines():
+        assert f"{failing} could not be written (No space left on device); make room" in line
+        assert "the same command again continues" in line
+    if failing != "figure.pdf":  # an older record is whole
+        assert {name: Path("out/fake-paper", name).read_bytes() for name in FILES} == before
+    assert main(["fake", "--preset", "paper"]) == 0
+    assert sorted(os.listdir("out/fake-paper")) == FILES
+
+
+def _full(replacing, failing):
+    @contextmanager
+    def replaced(path):
+        with replacing(path) as partial:
+            if path.name == failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield partial
+
+    return replaced
+
+
+@pytest.mark.parametrize("columns", ["1", "2", "5", "99999999"])
+def test_help_ends_at_any_width(fake, monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["fake", "--preset", "paper", "--help"]) == 0
+    widths = [len(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(widths) < 100 and 40 <= max(widths) <= 200
+    assert os.environ["COLUMNS"] == columns
 
 
 def test_help_shows_every_option_and_the_presets_defaults(fake, capsys):

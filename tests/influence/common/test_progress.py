@@ -1,4 +1,9 @@
+import io
+import os
+import sys
+
 import numpy as np
+import pytest
 
 from influence import CG, Hessian, Influence, spectrum
 from influence.common import progress as module
@@ -21,6 +26,19 @@ def test_long_work_says_what_is_done_on_the_standard_error(capfd, monkeypatch):
     assert "solving for training rows" in err and out == ""
     monkeypatch.undo()
     assert relative_error(Influence(p.net, p.train).self_influence(np.array([1, 2])), slow) < 1e-12
+
+
+@pytest.mark.parametrize("stderr", ["closed pipe", "closed", None])
+def test_bars_that_cannot_be_shown_end_no_work(monkeypatch, stderr):
+    if stderr is not None:
+        reads, writes = os.pipe()
+        os.close(reads)
+        raw = os.fdopen(writes, "wb", buffering=0)
+        stderr = io.TextIOWrapper(raw, write_through=True) if "pipe" in stderr else raw.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    tqdm = module.tqdm
+    monkeypatch.setattr(module, "tqdm", lambda *a, **k: tqdm(*a, **{**k, "delay": 0}))
+    assert list(progress(range(5), "counting")) == [0, 1, 2, 3, 4]
 
 
 def test_iterations_of_unknown_number_are_counted_and_say_how_far_they_got(capfd, monkeypatch):

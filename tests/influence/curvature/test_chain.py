@@ -1,4 +1,4 @@
-"""Hessians of chains against the products of the tape, layer kind by layer kind."""
+"""Hessians of chains compared with the tape's products, for every kind of layer."""
 
 from functools import partial
 
@@ -86,7 +86,7 @@ CHAINS = {
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch):
-    """Small nets take the chain too, whichever way is the faster."""
+    """Use the chain for small nets too, even if products are faster."""
     monkeypatch.setattr(Chain, "beats_products", lambda self, x: True)
 
 

@@ -24,7 +24,7 @@ def logits(name="loss"):
 
 
 def net_of(*layers, loss=None, shape=(6, 5, 2), before=None):
-    """A sequential net in float64 with weights of every size, biases included."""
+    """Make a sequential net in float64 with random weights and biases."""
     before_us = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float64")
     try:
@@ -57,7 +57,7 @@ def data(net, shape, num_classes=3, seed=1):
 
 
 def gauss_newton(net, x, y):
-    """(d, d) mean_i sum_s p_is p_is', each p put together by loops, and as `roots` has it."""
+    """Compute mean_i sum_s p_is p_is', (d, d), by loops; check `roots` with it."""
     layers = affine_layers(net, {k: v[:2] for k, v in x.items()} if isinstance(x, dict) else x[:2])
     parts = layers.pseudo_gradients(x, y)
     p = np.full((N, parts[0][1].shape[2], net.num_parameters), np.nan)
@@ -106,7 +106,7 @@ def test_dense(layers):
 
 
 def test_layers_in_between_and_frozen_ones():
-    """Frozen layers of any kind may stand anywhere, fused activations included."""
+    """Check frozen layers of any kind at any place, fused activations included."""
 
     def freeze(model):
         for layer in model.layers:
@@ -127,7 +127,7 @@ def test_layers_in_between_and_frozen_ones():
         before=freeze,
     )
     x, y = data(net, (6, 5, 2))
-    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # the bias alone
+    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # only the bias
     truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
     assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
 
@@ -148,7 +148,7 @@ def test_functional_with_a_skip_and_two_inputs():
 
 
 class Nested(keras.Model):
-    """Subclassed; a layer in a list, one in a model of its own, and a name used by both."""
+    """A subclassed model: a layer in a list, one in an inner model, and a name used twice."""
 
     def __init__(self):
         super().__init__(dtype="float64")
@@ -212,7 +212,7 @@ def test_the_dense_gauss_newton_matrix_comes_from_the_roots(batch_size, monkeypa
     A = GaussNewton(net, Examples(x, y), 0.3, batch_size=batch_size)
     products = A @ np.eye(d)
     with monkeypatch.context() as patch:
-        patch.setattr(GaussNewton, "_undamped", None)  # it would be an error to get there
+        patch.setattr(GaussNewton, "_undamped", None)  # calling it would be an error
         ours = A.dense()
     assert relative_error(ours, products) < 1e-12
     np.testing.assert_array_equal(ours, ours.T)
@@ -250,7 +250,7 @@ class Twice(keras.Model):
 
 
 class Squeezed(keras.Model):
-    """Its layer sees rows and time steps as one axis."""
+    """A model whose layer sees rows and time steps as one axis."""
 
     def __init__(self):
         super().__init__(dtype="float64")
@@ -262,7 +262,7 @@ class Squeezed(keras.Model):
 
 
 class Tied(keras.Model):
-    """Its kernel is used once more, behind the layer's back."""
+    """A model that uses a kernel a second time, outside the layer."""
 
     def __init__(self):
         super().__init__(dtype="float64")
@@ -384,7 +384,7 @@ def test_channels_first():
 
 
 def test_a_kernel_without_influence_is_no_error():
-    """Both derivatives are zero: nothing to compare, nothing wrong."""
+    """Check zero derivatives, which give no error."""
     net = net_of(dense(4), tanh, dense(3), shape=(4,))
     net.theta = np.zeros(net.num_parameters)
     a, g = affine_layers(net, np.ones((2, 4))).pseudo_gradients(np.ones((N, 4)), np.arange(N) % 3)[

@@ -11,7 +11,7 @@ def every(start, num):
 
 
 def quadratics(matrices, minima):
-    """Gradients H_j (theta - c_j), and a list of the columns asked for at each call."""
+    """Return gradients H_j (theta - c_j), and a list of the columns of each call."""
     asked = []
 
     def gradients(thetas, columns):
@@ -38,12 +38,12 @@ def test_the_right_inverse_needs_one_pass():
     )
     found = run(gradients, solve, np.zeros((3, 2)))
     np.testing.assert_allclose(found.thetas, minima, atol=1e-12)
-    # The second function starts at its minimum, so that only the first one is asked again.
+    # The second function starts at its minimum, so only the first is evaluated again.
     assert asked == [[0, 1], [0]] and found.passes.tolist() == [1, 0]
 
 
 def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
-    """As many passes as there are directions in which it is wrong, and one that finds it right."""
+    """Count one pass for each direction in which the inverse is wrong, and one to confirm."""
     H = symmetric([1, 1, 1, 1, 3, 7])
     c = np.arange(6.0)[:, None]
     gradients, _ = quadratics([H], c)
@@ -51,7 +51,7 @@ def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
     np.testing.assert_allclose(found.thetas, c, atol=1e-9)
     assert found.passes[0] < 14
     by_chord = np.zeros((6, 1))
-    for _ in range(14):  # steps without what was seen diverge from an inverse this wrong
+    for _ in range(14):  # steps without updates diverge with this inverse
         by_chord = by_chord - gradients(by_chord, np.array([0]))
     assert np.abs(by_chord - c).max() > 1e6
 
@@ -70,7 +70,7 @@ def test_columns_do_not_depend_on_each_other():
 
 
 def test_a_step_that_climbs_is_not_taken_but_learned_from():
-    """log cosh is flat far out: Newton's step from 3 goes to -200, beyond any use."""
+    """Check log cosh, which is flat far out: Newton's step from 3 goes to -200."""
     seen = []
 
     def gradients(thetas, columns):
@@ -81,11 +81,11 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
     found = run(gradients, lambda G, _: G / curvature, [[3.0]])
     assert abs(found.thetas[0, 0]) < 1e-10 and found.norms[0] < 1e-10
     assert seen[1] < -90  # tried
-    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # from 3 again, and at most half as far
+    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # again from 3, at most half the length
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
-    """A gradient that is not finite teaches nothing, so only the length can change."""
+    """Check that after a gradient that is not finite only the step length changes."""
     seen = []
 
     def gradients(thetas, columns):
@@ -98,7 +98,7 @@ def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
 
 
 def test_pairs_that_are_given_are_known_from_the_start():
-    """All directions in which the inverse is wrong, for one of two functions."""
+    """Give all directions in which the inverse is wrong to one of two functions."""
     H, c = symmetric([1, 1, 1, 3, 7]), np.arange(5.0)[:, None]
     values, vectors = np.linalg.eigh(H)
     gradients, _ = quadratics([H, H], np.hstack([c, c]))
@@ -112,7 +112,7 @@ def test_pairs_that_are_given_are_known_from_the_start():
 
 
 def test_pairs_that_others_are_given_change_nothing(monkeypatch):
-    """They count not among those that are remembered, nor does the oldest of them go first."""
+    """Check that given pairs are not counted among the stored ones and are never dropped."""
     monkeypatch.setattr(block_lbfgs, "_LEAST_PAIRS", 4)
     monkeypatch.setattr(block_lbfgs, "_BYTES", 0)
     H, c = symmetric(np.geomspace(1, 1e2, 12)), np.ones((12, 1))
@@ -132,12 +132,12 @@ def test_pairs_that_others_are_given_change_nothing(monkeypatch):
             minimise(gradients, lambda G, _: G, start, first, np.zeros(k), 15, pairs=given)
         )
     alone, together = found
-    assert together.norms[1] < alone.norms[0] / 2  # more given helps, with as many remembered
+    assert together.norms[1] < alone.norms[0] / 2  # more given pairs help, with as many stored
     np.testing.assert_allclose(together.thetas[:, 0], alone.thetas[:, 0], rtol=1e-8)
 
 
 def test_steps_grow_with_those_that_were_taken():
-    """Down a straight slope to a far minimum, from which it is no longer limited."""
+    """Descend a straight slope to a far minimum, where the radius is no longer a limit."""
     seen = []
 
     def gradients(thetas, columns):
@@ -160,7 +160,7 @@ def test_steps_grow_with_those_that_were_taken():
 
 
 def test_after_a_step_that_went_too_far_the_next_is_no_longer():
-    """Taken, because the gradient is smaller there; but what it climbs tells how far is too far."""
+    """Accept a step to a smaller gradient; its climb limits the length of the next step."""
     seen, scales = [], iter([1.8, *[100.0] * 20])
 
     def gradients(thetas, columns):
@@ -180,7 +180,7 @@ def test_after_a_step_that_went_too_far_the_next_is_no_longer():
 
 
 def test_a_search_stays_in_the_valley_it_begins_in():
-    """-cos has hardly any curvature at 1.5: Newton's step from there goes to another minimum."""
+    """Check -cos, with little curvature at 1.5: Newton's step there goes to another minimum."""
     gradients = lambda t, _: np.sin(t)  # noqa: E731
     inverse = lambda G, _: G / np.cos(1.5)  # noqa: E731
     start, first, tolerance = np.full((1, 1), 1.5), np.full((1, 1), np.sin(1.5)), np.full(1, 1e-10)
@@ -191,13 +191,13 @@ def test_a_search_stays_in_the_valley_it_begins_in():
 
 
 def test_directions_of_negative_curvature_are_descended():
-    """theta^4 / 4 - theta^2 / 2 has a maximum at 0: Newton's own step would go there."""
+    """Check theta^4 / 4 - theta^2 / 2: Newton's step would go to its maximum at 0."""
     found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
     np.testing.assert_allclose(found.thetas, [[1, -1]], atol=1e-9)
 
 
 def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
-    """Gradients with an error of 1e-3, as rounding makes them."""
+    """Take gradients with an error of 1e-3, like rounding."""
     rng = np.random.default_rng(0)
     H = symmetric([1, 2, 3])
     noisy = lambda t, _: H @ t + 1e-3 * rng.standard_normal(t.shape)  # noqa: E731
@@ -209,7 +209,7 @@ def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
 
 
 def test_a_long_way_down_is_gone_though_gradients_grow():
-    """Rosenbrock's valley: beside its floor gradients are a hundred times those on it."""
+    """Check Rosenbrock's valley: beside its floor gradients are a hundred times larger."""
 
     def rosenbrock(t, _):
         away = t[1] - t[0] ** 2
@@ -219,7 +219,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
-    # The same after a first step that the function fell a million times as far by.
+    # The same after a first step with a million times the decrease.
     def after(t, columns):
         return np.concatenate([rosenbrock(t[:2], columns), 2e7 * t[2:]])
 
@@ -229,7 +229,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
 
 
 def test_a_long_straight_slope_is_gone_down():
-    """Gradients as large as the first for more passes than the patience."""
+    """Take gradients as large as the first for more passes than the patience."""
     slope = lambda t, _: np.where(np.abs(t) > 1, np.sign(t), t)  # noqa: E731
     start, first = np.array([[1e8]]), np.ones((1, 1))
     options = {"longest": np.ones(1)}
@@ -240,7 +240,7 @@ def test_a_long_straight_slope_is_gone_down():
 
 @pytest.mark.parametrize("ratio", [10, 100])
 def test_rounding_is_no_way_down(ratio):
-    """Steps towards noise look as if the function fell, by as much in every pass."""
+    """Check steps along noise: the function seems to decrease equally in every pass."""
     H, rng = symmetric(np.geomspace(1, 100, 30)), np.random.default_rng(0)
     size = np.linalg.norm(H @ np.ones(30)) / ratio
     noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
@@ -255,23 +255,23 @@ def test_rounding_is_no_way_down(ratio):
 
 
 def test_a_search_that_cannot_move_ends():
-    start = np.full((1, 1), 1000, np.float32)  # its last digit is more than a step
+    start = np.full((1, 1), 1000, np.float32)  # its last digit is larger than a step
     first = np.full((1, 1), 1e-6, np.float32)
     stuck = minimise(lambda t, _: first, lambda G, _: G, start, first, np.zeros(1), 300)
     asked = []
 
     def once(thetas, _):
-        """A smaller gradient after a climb along a flat direction, and nowhere else to go."""
+        """Return a smaller gradient after a climb along a flat direction, then only larger ones."""
         asked.append(thetas)
         return np.array([[[1], [0.1]], [[0], [-0.9]], [[np.nan], [np.nan]]][min(len(asked), 3) - 1])
 
     lost = run(once, lambda G, _: np.array([[1], [100]]) * G, [[0.0], [0.0]], max_passes=300)
-    assert lost.norms[0] == 0.9  # it was taken
+    assert lost.norms[0] == 0.9  # the step was accepted
     assert stuck.passes[0] < 30 and lost.passes[0] < 30
 
 
 def searched(max_passes, until=1e-3):
-    """Two of three by rough gradients whose minimum is elsewhere; the third starts at its own."""
+    """Minimise two of three by low-precision gradients with another minimum; the third is done."""
     H, c, asked = symmetric([1, 2, 5]), np.ones((3, 1)), {"exact": [], "rough": []}
 
     def by(name, error):
@@ -297,13 +297,13 @@ def searched(max_passes, until=1e-3):
 
 
 def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
-    found, asked = searched(3)  # ends while they are rough
+    found, asked = searched(3)  # ends with low-precision gradients
     assert found.passes.tolist() == [3, 3, 0] and asked["exact"] == [[0, 1]]
-    found, asked = searched(50)  # goes on by the exact ones; the third is never asked
+    found, asked = searched(50)  # continues with exact gradients; the third is never evaluated
     columns = sum(asked["exact"] + asked["rough"], [])
     assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 4
     assert 2 not in columns
-    found, _ = searched(500, until=0.0)  # rough ones that shrink no more
+    found, _ = searched(500, until=0.0)  # low-precision gradients that shrink no more
     assert (found.norms <= 1e-9).all()
 
 
@@ -314,7 +314,7 @@ def test_rough_gradients_are_not_taken_where_the_first_is_small_enough():
 
 
 def test_the_exact_ones_go_on_from_the_smallest_gradient():
-    """The last step went to where it is larger, for the function was falling all the same."""
+    """Check that the best theta is used, not the last one with its larger gradient."""
     H, tried = np.diag([1.0, 100]), []
 
     def rough(thetas, _):
@@ -336,7 +336,7 @@ def test_the_exact_ones_go_on_from_the_smallest_gradient():
 
 
 def test_rounding_among_rough_gradients_teaches_the_exact_ones_nothing():
-    """Rough ones that shrink no more: their last steps, divided by noise, are forgotten."""
+    """Check that pairs of low-precision gradients made by noise are dropped."""
     H, passes = symmetric(np.geomspace(1, 100, 40)), []
     for seed in range(5):
         rng = np.random.default_rng(seed)

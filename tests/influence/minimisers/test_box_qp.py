@@ -7,7 +7,7 @@ from influence.minimisers.box_qp import boxed_minimum
 
 
 def violation(G, b, a):
-    """Largest slope at a that leads further down inside the box, relative to b."""
+    """Return the largest slope at a that descends within the box, relative to b."""
     assert (a >= 0).all() and (a <= 1).all()
     slope = G @ a - b
     inwards = np.where(a == 0, -slope, np.where(a == 1, slope, np.abs(slope)))
@@ -33,7 +33,7 @@ def test_inside_the_box_it_is_the_linear_system():
 
 
 def test_singular_quadratic_from_one_answer_to_the_next():
-    # 40 rows in 5 dimensions; b is not in the range of G, so only the box makes a minimum.
+    # 40 rows in 5 dimensions. b is not in the range of G, so there is a minimum only in the box.
     rng = np.random.default_rng(3)
     A = rng.standard_normal((40, 5))
     G, b = A @ A.T, np.ones(40)
@@ -46,7 +46,27 @@ def test_singular_quadratic_from_one_answer_to_the_next():
 
 
 def test_ridge_pulls_towards_the_start():
-    # Two equal rows: only the sum of their entries is determined, so each keeps its lead.
+    # With two equal rows only the sum of the entries is determined; their difference stays.
     G, b = np.ones((2, 2)), np.array([1.0, 1.0])
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.9, 0.1])), [0.9, 0.1], rtol=1e-6)
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.6, 0.4])), [0.6, 0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("G", "start", "message"),
+    [
+        (np.eye(3), np.zeros(2), r"shapes \(2, 2\) and \(2,\) .*, got \(3, 3\) and \(2,\)"),
+        (np.eye(2), np.zeros(3), r"shapes \(2, 2\) and \(2,\) .*, got \(2, 2\) and \(3,\)"),
+        (np.eye(2), np.array([0, 1.5]), r"^start must lie in \[0, 1\], got 0 to 1.5"),
+        (np.eye(2), np.array([np.nan, 0]), r"^start must lie in \[0, 1\], got nan"),
+        (np.zeros((2, 2)), np.zeros(2), "^G must have a positive diagonal entry, got 0 at most"),
+    ],
+)
+def test_bad_arguments(G, start, message):
+    with pytest.raises(ValueError, match=message):
+        boxed_minimum(G, np.ones(2), start)
+
+
+def test_a_negative_eigenvalue_is_refused():
+    with pytest.raises(np.linalg.LinAlgError):
+        boxed_minimum(np.array([[1, 2], [2.0, 1]]), np.ones(2), np.zeros(2))

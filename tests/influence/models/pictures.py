@@ -12,7 +12,7 @@ SIDE, F = 8, 5
 
 
 def trunk(dtype="float64", pooled=False, seed=1):
-    """With normalisation by moments of its own, and dropout; to (3, 3, 5) or a vector (5,)."""
+    """Make a trunk with batch normalisation and dropout, to a map (3, 3, 5) or a vector (5,)."""
     init = lambda k: keras.initializers.RandomNormal(stddev=0.5, seed=seed + k)  # noqa: E731
     layers = [
         keras.Input((SIDE, SIDE, 3), dtype=dtype),
@@ -46,6 +46,6 @@ def problem(n=14, *, dtype="float64", pooled=False, standardised=True, weight_de
 
 
 def by_hand(net, images):
-    """The features, from the model called as its owner would call it."""
+    """Compute the features from the Keras model itself."""
     out = net.trunk(images, training=False).numpy().astype(np.float64)
     return (out.mean(axis=(1, 2)) - MEAN) / SCALE

@@ -1,4 +1,4 @@
-"""The paper's network: its size, start and risk. How it is trained is in test_adam."""
+"""The paper's network: its size, start and risk, and its training by Adam."""
 
 import keras
 import numpy as np
@@ -6,11 +6,14 @@ import pytest
 import scipy.stats
 from sklearn.datasets import load_digits
 
-from influence import Examples
-from influence.models.cnn import AllCNN
-from tests.influence.problems import relative_error
+from influence import DivergenceError, Examples, GenericNeuralNet
+from influence.minimisers.adam import batch_rows
+from influence.models import cnn
+from influence.models.cnn import AllCNN, train_by_adam
+from tests.influence.problems import dense_net, relative_error, ridge
 
 SMALL = {"filters": 4, "strides": (1, 2), "dtype": "float64"}
+SCHEDULE = ((5, 1e-2), (4, 1e-3))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_it_starts_from_truncated_normals(paper):
         values = kernel.ravel() / deviation
         assert np.abs(values).max() <= 2 and not bias.any()
         p = scipy.stats.kstest(values, scipy.stats.truncnorm(-2, 2).cdf).pvalue
-        assert p > 1e-3, layer.name  # 5 % too wide or narrow a start has p < 1e-3 only with n > 4e3
+        assert p > 1e-3, layer.name  # a 5 % error of the deviation has p < 1e-3 only with n > 4e3
         assert np.std(values) == pytest.approx(0.88, abs=4 * 0.88 / np.sqrt(2 * values.size))
 
 
@@ -110,3 +113,180 @@ def test_it_learns_digits():
 def test_bad_sizes(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         AllCNN(*arguments, **options)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def small(seed=0):
+    return AllCNN((5, 5, 1), 3, filters=2, strides=(1,), seed=seed)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((11, 5, 5, 1)).astype(np.float32)
+    return Examples(x, np.arange(11) % 3)
+
+
+def by_hand(oracle, theta, rates):
+    """Take the steps of Kingma & Ba (2015), algorithm 1 as at the end of section 2, on all rows."""
+    m = v = np.zeros_like(theta)
+    for t, rate in enumerate(rates, start=1):
+        g = oracle.gradient(theta)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        step = rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        theta = theta - step * m / (np.sqrt(v) + 1e-7)
+    return theta
+
+
+def test_every_step_is_kingma_and_ba_s_on_the_risk_with_its_penalty():
+    p = ridge()
+    start = p.theta + 1
+    p.net.theta = start
+    train_by_adam(p.net, p.train, schedule=((20, 0.05), (10, 0.01)), batch_size=99, seed=0)
+    expected = by_hand(p.oracle, start, [0.05] * 20 + [0.01] * 10)
+    # Keras keeps the rates and both constants in float32.
+    assert relative_error(p.theta - start, expected - start) < 1e-5
+
+
+def test_minibatches_are_those_of_batch_rows():
+    """A step on a minibatch equals a step on a training set of only these rows."""
+    p, q = ridge(), ridge()
+    rows = next(batch_rows(len(p.train), 2, 5, 0))
+    train_by_adam(p.net, p.train, schedule=((1, 0.1),), batch_size=2, seed=5)
+    train_by_adam(q.net, q.train.take(rows), schedule=((1, 0.1),), batch_size=2, seed=0)
+    assert relative_error(p.theta, q.theta) < 1e-12
+
+
+def test_the_seed_decides_and_nothing_else(images):
+    thetas = []
+    for seed in (0, 0, 1):
+        np.random.seed(len(thetas))
+        keras.utils.set_random_seed(len(thetas))
+        thetas.append(small().fit(images, schedule=SCHEDULE, batch_size=4, seed=seed).theta)
+    np.testing.assert_array_equal(thetas[0], thetas[1])
+    assert relative_error(thetas[2], thetas[0]) > 1e-4
+
+
+# --- interruption -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def every_two_steps(monkeypatch):
+    monkeypatch.setattr(cnn, "_SAVE_EVERY", 2)
+
+
+def stopped_after(monkeypatch, steps):
+    """Replace `progress` by one that interrupts the training before step `steps` + 1."""
+
+    def until(items, what, total):
+        for i, item in enumerate(items):
+            if i == steps:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(cnn, "progress", until)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])  # before the first save, on one, in the last stage
+def test_what_was_interrupted_ends_with_the_same_bits(
+    steps, images, tmp_path, monkeypatch, every_two_steps
+):
+    whole = small().fit(images, schedule=SCHEDULE, batch_size=4).theta
+    options = {"schedule": SCHEDULE, "batch_size": 4, "checkpoints": tmp_path}
+    with monkeypatch.context() as patch:
+        stopped_after(patch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            small().fit(images, **options)
+    taken = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cnn, "progress", lambda items, what, total: taken.append(total) or items)
+        again = small().fit(images, **options)
+        assert taken == [9 - steps // 2 * 2]
+        np.testing.assert_array_equal(again.theta, whole)
+        # A finished training is read, not repeated.
+        np.testing.assert_array_equal(small().fit(images, **options).theta, whole)
+        assert taken[1] == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_all_that_training_moves_is_kept(tmp_path, monkeypatch, every_two_steps):
+    """These include batch statistics and the state of dropout's generator."""
+
+    def net():
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        hidden = [layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)]
+        stack = [keras.Input((3,)), *hidden, layers.Dense(1)]
+        return GenericNeuralNet(keras.Sequential(stack), "mse")
+
+    rng = np.random.default_rng(0)
+    train = Examples(
+        rng.standard_normal((8, 3)).astype("float32"), rng.standard_normal(8).astype("float32")
+    )
+    options = {"schedule": ((5, 0.1),), "batch_size": 3, "seed": 0}
+    whole, again = net(), net()
+    train_by_adam(whole, train, **options)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_by_adam(net(), train, checkpoints=tmp_path, **options)
+    train_by_adam(again, train, checkpoints=tmp_path, **options)
+    for ours, theirs in zip(again.model.variables, whole.model.variables, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+def test_another_training_s_checkpoint_is_not_taken(images, tmp_path):
+    kept = {"schedule": SCHEDULE, "batch_size": 4, "checkpoints": tmp_path}
+    small().fit(images, **kept)
+    other = Examples(images.x[::-1].copy(), images.y)
+    trainings = [
+        (small(), images, {**kept, "schedule": ((9, 1e-2),)}),
+        (small(), images, {**kept, "batch_size": 5}),
+        (small(), images, {**kept, "seed": 1}),
+        (small(1), images, kept),
+        (small(), other, kept),
+        (AllCNN((5, 5, 1), 3, filters=2, strides=(1,), weight_decay=0.1), images, kept),
+        (AllCNN((5, 5, 1), 3, filters=2, strides=(2,)), images, kept),
+    ]
+    for count, (net, examples, options) in enumerate(trainings, start=2):
+        net.fit(examples, **options)
+        assert len(list(tmp_path.iterdir())) == count
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_an_infinite_risk_stops_training_and_puts_theta_back():
+    net = dense_net(1, 2, "mse")
+    before = net.theta
+    train = Examples(np.full((4, 2), 1e200), np.zeros(4))
+    message = "^the risk must stay finite, got inf at step 1 with learning rate 0.1; use a smaller"
+    with pytest.raises(DivergenceError, match=message):
+        train_by_adam(net, train, schedule=((5, 0.1),), batch_size=2, seed=0)
+    np.testing.assert_array_equal(net.theta, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": ()}, "^schedule must have at least one .steps, learning rate. pair"),
+        ({"schedule": ((0, 0.1),)}, r"^schedule must be .* integer steps, got \(0, 0\.1\)"),
+        ({"schedule": ((2.5, 0.1),)}, r"^schedule must be .*, got \(2\.5, 0\.1\)"),
+        ({"schedule": ((True, 0.1),)}, r"^schedule must be .*, got \(True, 0\.1\)"),
+        ({"schedule": ((3, 0.0),)}, r"^schedule must have positive learning .*, got \(3, 0\.0\)"),
+        ({"schedule": ((3, np.nan),)}, "^schedule must have positive learning rates, got .*nan"),
+        ({"batch_size": 0}, "^batch_size must be a positive integer, got 0"),
+        ({"batch_size": 2.0}, r"^batch_size must be a positive integer, got 2\.0"),
+        ({"batch_size": True}, "^batch_size must be a positive integer, got True"),
+    ],
+)
+def test_bad_arguments(options, message, images):
+    with pytest.raises(ValueError, match=message):
+        small().fit(images, **{"schedule": SCHEDULE, **options})
+
+
+def test_examples_that_do_not_fit_are_refused_first(images):
+    with pytest.raises(ValueError, match=r"^examples\.y must hold class numbers 0 to 2, got 3"):
+        small().fit(Examples(images.x, images.y + 1), schedule=SCHEDULE)

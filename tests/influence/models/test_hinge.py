@@ -29,7 +29,7 @@ KINK = 1.5e-8  # sqrt of float64's precision
 
 @dataclass(frozen=True)
 class Hinge(oracles.Risk):
-    """t log(1 + exp((1 - y z) / t)), written with one exponential of a negative number."""
+    """t log(1 + exp((1 - y z) / t)), computed with one exponential of a negative number."""
 
     t: float
 
@@ -54,21 +54,20 @@ class Hinge(oracles.Risk):
 
 
 def rows(num_rows=60, num_inputs=5, seed=0, noise=1.0):
-    """(x, y), y -1 and 1, not separable."""
+    """Make (x, y) with y -1 and 1, not separable."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_rows, num_inputs)) + 0.2
     z = x @ rng.standard_normal(num_inputs) + noise * rng.standard_normal(num_rows)
     return x, np.where(z > 0, 1, -1)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(0.5, False, "float64"), (0.05, True, "float64"), (0.0, True, "float64"),
-            (0.5, True, "float32"), (0.0, False, "float32")],
-    ids=str,
-)  # fmt: skip
+CASES = [(0.5, False, "float64"), (0.05, True, "float64"), (0.0, True, "float64")]
+CASES += [(0.5, True, "float32"), (0.0, False, "float32")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request):
-    """(net, x, y, V) away from the minimum; no margin is near the kink."""
+    """Make (net, x, y, V) away from the minimum; no margin is near the kink."""
     t, intercept, dtype = request.param
     x, y = rows(20)
     net = SmoothHinge(5, t, weight_decay=0.05, intercept=intercept, dtype=dtype)
@@ -103,10 +102,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
         assert got.dtype == net.dtype, name
 
 
-@pytest.mark.parametrize(
-    "case", [(0.5, True, "float32"), (0.05, True, "float64"), (0.0, True, "float64")],
-    indirect=True, ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("case", CASES[1:4], indirect=True, ids=str)
 def test_closed_forms_are_the_tapes_answers(case):
     net, x, y, V = case
     batches = np.array([[0, 3], [4, 4]])
@@ -115,12 +111,13 @@ def test_closed_forms_are_the_tapes_answers(case):
         "gradient": (x, y),
         "gradients": (x, y),
         "hvp": (x, y, V),
-        "hvp_each": (x[batches], y[batches], np.stack([V[:, :2], V[:, 1:]])),
+        "hvp of each": ("hvp", x[batches], y[batches], np.stack([V[:, :2], V[:, 1:]])),
         "directional": (x, y, V),
         "input_gradient": (x, y, V[:, 0]),
     }.items():
-        closed = getattr(net, name)(*arguments)
-        taped = getattr(GenericNeuralNet, name)(net, *arguments)
+        method = "each_batch" if name.endswith("each") else name
+        closed = getattr(net, method)(*arguments)
+        taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         if not name.startswith("hvp"):
             assert relative_error(closed, taped) < ROUNDING[net.dtype.name], name
@@ -143,14 +140,14 @@ def test_stable_at_any_margin_and_down_to_t_zero(asked, t):
     with np.errstate(all="raise", under="ignore"):
         got = asked.losses(net, x, y)
         slopes = asked.gradients(net, x, y)[:, 0] / margins
-        each = asked.hvp_each(net, x[:, None], y[:, None], np.ones((5, 1, 1)))
+        each = asked.each_batch(net, "hvp", x[:, None], y[:, None], np.ones((5, 1, 1)))
     np.testing.assert_allclose(got, losses, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(slopes, -sigma, rtol=1e-12, atol=1e-300)
     curvature = e / (1 + e) ** 2 / t if t else 0 * e
     # The tape takes sigma (1 - sigma) / t, whose rounding is absolute.
     rounding = 1e-300 if asked is SmoothHinge else 1e-16 / (t or 1)
     np.testing.assert_allclose(each[:, 0, 0] / margins**2, curvature, rtol=1e-9, atol=rounding)
-    # t log 2 is the furthest that smoothing lifts the loss.
+    # Smoothing raises a loss by at most t log 2.
     assert np.abs(got - np.maximum(u, 0)).max() <= t * np.log(2)
 
 
@@ -169,8 +166,8 @@ def test_rows_on_the_kink_get_half_the_slope(asked):
 
 def test_loss_travels_through_keras(tmp_path):
     x, y = rows()
-    model = keras.Sequential([keras.Input((5,), dtype="float64"),
-                              keras.layers.Dense(1, dtype="float64")])  # fmt: skip
+    f8 = {"dtype": "float64"}
+    model = keras.Sequential([keras.Input((5,), **f8), keras.layers.Dense(1, **f8)])
     model.compile(loss=SmoothHingeLoss(0.25, reduction="sum_over_batch_size"))
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
@@ -207,7 +204,7 @@ def test_labels_other_than_signs_are_refused(labels, wrong):
     for t in (0, 0.1):
         with pytest.raises(ValueError, match=f"examples.y must hold labels -1 or 1, got {wrong}"):
             SmoothHinge(2, t).fit(examples)
-    net = GenericNeuralNet(SmoothHinge(2).model, SmoothHingeLoss(0.1))  # whoever asks
+    net = GenericNeuralNet(SmoothHinge(2).model, SmoothHingeLoss(0.1))  # the loss checks
     with pytest.raises(ValueError, match="train.y must hold labels -1 or 1"):
         net.validate(examples, "train")
 
@@ -229,7 +226,7 @@ def test_fit_at_a_positive_temperature():
 
 
 def svm_by_slsqp(A, y, weight_decay):
-    """The minimum by a general solver: w and slacks s >= 0 with y x w >= 1 - s."""
+    """Find the minimum by a general solver, over w and slacks s >= 0 with y x w >= 1 - s."""
     n, d = A.shape
     B = np.hstack([y[:, None] * A, np.eye(n)])
     lowest = scipy.optimize.minimize(
@@ -238,13 +235,14 @@ def svm_by_slsqp(A, y, weight_decay):
         jac=lambda v: np.append(weight_decay * v[:d], np.full(n, 1 / n)),
         bounds=[(None, None)] * d + [(0, None)] * n,
         constraints={"type": "ineq", "fun": lambda v: B @ v - 1, "jac": lambda v: B},
-        method="SLSQP", options={"ftol": 1e-15, "maxiter": 1000},
-    )  # fmt: skip
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
     return lowest.x[:d]
 
 
 def steepest_descent(A, y, theta, weight_decay):
-    """The most negative directional derivative of the risk at theta, by definition at the kink."""
+    """Return the most negative directional derivative of the risk at theta, exact at the kink."""
     u = 1 - y * (A @ theta)
     slopes = -y[:, None] * A
     on = np.abs(u) <= KINK
@@ -286,7 +284,7 @@ def test_fit_at_zero_is_the_svm(name, form):
 
 
 def test_fit_at_zero_of_repeated_rows():
-    # Every row thrice: the dual has many solutions, and the Gram matrix of the kink is singular.
+    # Each row occurs three times: the dual has many solutions, the kink's Gram matrix is singular.
     x, y = rows(30)
     once = SmoothHinge(5, weight_decay=0.05).fit(Examples(x, y))
     thrice = SmoothHinge(5, weight_decay=0.05)
@@ -308,8 +306,8 @@ def test_fit_at_zero_does_not_depend_on_where_it_begins(seed):
 
 
 def test_minimum_in_closed_form():
-    # One row x = 1, y = 1: R = max(0, 1 - w) + lambda w^2 / 2 is lowest at w = min(1, 1 / lambda).
-    # The two fits begin there, as a single label is nothing for LinearSVC.
+    # One row x = 1, y = 1: R = max(0, 1 - w) + lambda w^2 / 2 has its minimum at w = min(1, 1 /
+    # lambda). The two fits begin there, because LinearSVC needs two different labels.
     train = Examples(np.ones((1, 1)), np.ones(1))
     for weight_decay, lowest in ((0.25, 1.0), (4.0, 0.25)):
         net = SmoothHinge(1, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""x' H^-1 x and self-influence in closed form, from either side of Woodbury's identity."""
+"""Closed forms of x' H^-1 x and self-influence, by matrices of order d and of order n."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ from tests import oracles
 from tests.influence.problems import logistic, relative_error
 
 FORMATS = {"dense": np.asarray, "sparse": scipy.sparse.csr_matrix}
-# Conditioning of these Hessians is below 1e4.
+# The condition numbers of these Hessians are below 1e4.
 ROUNDING = 1e-11
 
 
 def problem(num_rows, num_inputs, *, intercept=False, form="dense", weight_decay=0.01, seed=0):
-    """(net not at its minimum, examples, oracle)."""
+    """Make (net, examples, oracle); the net is not at its minimum."""
     rng = np.random.default_rng(seed)
     x = rng.poisson(0.7, (num_rows, num_inputs)).astype(float)
     y = rng.integers(2, size=num_rows)
@@ -42,9 +42,9 @@ def test_leverages_are_those_of_the_inverse(shape, intercept, form):
     net, examples, oracle = problem(*shape, intercept=intercept, form=form)
     inverse = np.linalg.inv(oracle.hessian(net.theta))
     expected = np.einsum("ij,jk,ik->i", oracle.features, inverse, oracle.features)
-    assert relative_error(leverage.leverages(net, examples), expected) < ROUNDING
+    assert relative_error(net.leverages(examples), expected) < ROUNDING
     rows = [5, 3, 69]
-    assert relative_error(leverage.leverages(net, examples, rows), expected[rows]) < ROUNDING
+    assert relative_error(net.leverages(examples, rows), expected[rows]) < ROUNDING
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -60,14 +60,14 @@ def test_self_influence_is_that_of_the_definition_and_of_direct(shape, intercept
     influence = Influence(net, examples, solver=Direct())
     assert relative_error(influence.self_influence(), expected) < ROUNDING  # the closed form
     one_by_one = [influence.self_influence(rows) for rows in np.split(np.arange(70), [60])]
-    assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING  # solved for
+    assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING  # by the solver
 
 
 def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
-    """Rows that the model is sure of have next to no curvature, others next to no leverage left."""
+    """The curvatures of rows differ by many orders of magnitude."""
     net, examples, _ = problem(40, 60, weight_decay=1e-4)
     net.theta = 2 * net.theta
-    rows, K = np.arange(40), leverage.gram(net, examples)
+    rows, K = np.arange(40), net.design.gram(examples.x)
     by_rows = leverage._by_rows(net, examples, rows, K)
     by_parameters = leverage._by_parameters(net, examples, rows)
     curvature = np.exp(-np.abs(net.outputs(examples.x)))
@@ -79,21 +79,21 @@ def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
 @pytest.mark.parametrize("shape", [(50, 4), (50, 80)], ids=["tall", "wide"])
 def test_blocks_of_rows_change_nothing(monkeypatch, shape):
     net, examples, _ = problem(*shape)
-    whole = leverage.leverages(net, examples)
+    whole = net.leverages(examples)
     monkeypatch.setattr(leverage, "_COLUMNS", 7)
-    assert relative_error(leverage.leverages(net, examples), whole) < 1e-14
+    assert relative_error(net.leverages(examples), whole) < 1e-14
 
 
 def test_a_gram_matrix_serves_whatever_the_labels():
     net, examples, _ = problem(30, 50, intercept=True)
-    K = leverage.gram(net, examples)
+    K = net.design.gram(examples.x)
     x = oracles.with_ones(examples.x)
     assert relative_error(K, x @ x.T) < 1e-14
     flipped = Examples(examples.x, 1 - examples.y)
-    got = leverage.leverages(net, flipped, gram=K)
-    np.testing.assert_array_equal(got, leverage.leverages(net, flipped))
-    # ... and is what is used.
-    assert not np.allclose(leverage.leverages(net, examples, gram=2 * K), got, rtol=0.1)
+    got = net.leverages(flipped, gram=K)
+    np.testing.assert_array_equal(got, net.leverages(flipped))
+    # The given matrix is used.
+    assert not np.allclose(net.leverages(examples, gram=2 * K), got, rtol=0.1)
 
 
 # --- when Influence asks for it ----------------------------------------------------------------
@@ -103,7 +103,7 @@ ANSWER = np.arange(70.0)
 
 @pytest.fixture
 def known(monkeypatch, request):
-    """A problem whose net answers by a closed form that cannot be mistaken; wide unless told."""
+    """Make a problem whose net's closed form returns ANSWER; with 90 inputs by default."""
     p = logistic("sigmoid", 70, getattr(request, "param", 90))
     monkeypatch.setattr(p.net, "self_influence", lambda examples, rows: ANSWER[rows])
     return p
@@ -139,7 +139,7 @@ def test_direct_is_preferred_where_it_is_as_fast(known):
 def test_the_closed_form_is_not_asked_for_anything_else(known, options):
     rows = options.pop("rows", None)
     got = Influence(known.net, known.train, **options).self_influence(rows)
-    assert np.abs(got).max() < 1  # solved for: the closed form's are up to 69
+    assert np.abs(got).max() < 1  # computed by the solver; ANSWER goes up to 69
 
 
 def test_theta_must_be_the_one_that_the_influence_was_made_for(known):
@@ -178,15 +178,15 @@ def test_a_singular_hessian_is_named(shape):
     net, examples, _ = problem(*shape, weight_decay=0.0)
     same = Examples(np.ones(shape), examples.y)
     with pytest.raises(DivergenceError, match="singular one; use a weight_decay above 0.0"):
-        leverage.leverages(net, same)
+        net.leverages(same)
 
 
 def test_bad_arguments():
     p = logistic("softmax", 10)
     with pytest.raises(ValueError, match="model must have one output, got 3"):
-        leverage.leverages(p.net, p.train)
+        p.net.leverages(p.train)
     net, examples, _ = problem(30, 50)
     with pytest.raises(ValueError, match=r"gram must have shape \(30, 30\), got \(50, 50\)"):
-        leverage.leverages(net, examples, gram=np.eye(50))
+        net.leverages(examples, gram=np.eye(50))
     with pytest.raises(IndexError, match="rows must lie in"):
-        leverage.leverages(net, examples, [30])
+        net.leverages(examples, [30])

@@ -13,6 +13,8 @@ from influence import (
     Hessian,
     MulticlassLogisticRegression,
 )
+from influence.models.design import Design
+from influence.net.questions import PerRow, Total
 from tests import oracles
 from tests.influence.problems import logistic, relative_error
 
@@ -27,7 +29,7 @@ ROUNDING = {"float64": 1e-12, "float32": 2e-5}
     ids=lambda p: f"{p[0]}-{'intercept' if p[1] else 'plain'}-{p[2]}",
 )
 def case(request):
-    """A model away from its minimum, with 20 rows: problem, tolerance, V (d, 3), thetas (d, 3)."""
+    """Make a model away from its minimum: (problem, tolerance, V (d, 3), thetas (d, 3))."""
     kind, intercept, dtype = request.param
     p = logistic(kind, 20, intercept=intercept, dtype=dtype)
     rng = np.random.default_rng(1)
@@ -93,7 +95,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
     ids=lambda p: f"{p[0]}-{'intercept' if p[1] else 'plain'}-{p[2]}",
 )
 def test_closed_forms_are_the_tapes_answers(case):
-    """The same questions put to the base class, which differentiates the Keras model.
+    """The base class answers the same questions by differentiating the Keras model.
 
     The other two kinds, and float32, are held against NumPy above.
     """
@@ -107,8 +109,9 @@ def test_closed_forms_are_the_tapes_answers(case):
         "gradient": (x, y),
         "gradients": (x, y),
         "hvp": (x, y, V),
-        "hvp_each": (x[rows], y[rows], W),
-        "gradient_each": (x[rows], y[rows], thetas[:, 1:]),
+        "hvp of each": ("hvp", x[rows], y[rows], W),
+        "gauss_newton of each": ("gauss_newton", x[rows], y[rows], W),
+        "gradient of each": ("gradient", x[rows], y[rows], thetas.T[1:, :, None]),
         "bregman_gradient": (x, y, thetas),
         "directional": (x, y, V),
         "input_gradient": (x, y, V[:, 0]),
@@ -116,17 +119,41 @@ def test_closed_forms_are_the_tapes_answers(case):
         "penalty_gradient": (),
         "penalty_hvp": (V,),
     }.items():
-        closed = getattr(net, name)(*arguments)
-        taped = getattr(GenericNeuralNet, name)(net, *arguments)
+        method = "each_batch" if name.endswith("each") else name
+        closed = getattr(net, method)(*arguments)
+        taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         assert relative_error(closed, taped) < tolerance, name
-        if name != "gauss_newton_product":  # for a linear model the Hessian's
-            assert name in vars(type(net).__mro__[1]) or name in vars(type(net)), name
+        if name != "gauss_newton_product":  # which is hvp
+            assert method in vars(type(net).__mro__[1]) or method in vars(type(net)), name
     assert net.penalty() == pytest.approx(GenericNeuralNet.penalty(net), rel=1e-6)
     for question in ("losses", "gradient"):
         closed = getattr(net, question)(x, y, thetas)
         taped = getattr(GenericNeuralNet, question)(net, x, y, thetas)
         assert relative_error(closed, taped) < tolerance
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_cached_for_a_theta_and_change_no_bit(kind, form, monkeypatch):
+    p = logistic(kind, 70)
+    net, examples = p.net, Examples(FORMATS[form](p.train.x), p.train.y)
+    rng = np.random.default_rng(2)
+    V, other = rng.standard_normal((net.num_parameters, 2)), p.theta + 1
+    asked, times = [], Design.times
+    monkeypatch.setattr(
+        Design, "times", lambda *arguments: asked.append(arguments) or times(*arguments)
+    )
+    for theta in (None, other, None):
+        view = net.at(theta)
+        for method in ("hvp", "directional", "gauss_newton_product", "bregman_gradient"):
+            ask = examples.each_row if method == "directional" else examples.sum_over
+            question = (PerRow if method == "directional" else Total)(method, V)
+            expected = question(view, None, examples.x, examples.y)  # without a cache
+            asked.clear()
+            np.testing.assert_array_equal(ask(question, net, theta), expected)
+            assert len(asked) == (2 if method == "hvp" else 1)  # X theta is computed once
+            np.testing.assert_array_equal(ask(question, net, theta), expected)
 
 
 def test_the_dense_hessian_is_the_operators(case):
@@ -203,8 +230,8 @@ def test_fit_in_float32_says_how_far_it_came():
     p.net.theta = np.zeros(p.net.num_parameters)
     p.net.fit(p.train, gradient_tolerance=1e-5)
     assert np.linalg.norm(p.oracle.gradient(p.theta.astype(float))) < 1.5e-5
-    with pytest.warns(ConvergenceWarning, match="^Newton's steps stopped at a gradient norm of .*"
-                      r" above 1\.0e-12: .*use float64 or a larger tolerance"):  # fmt: skip
+    message = r"^Newton's steps stopped at .* above 1\.0e-12: .*use float64 or a larger tolerance"
+    with pytest.warns(ConvergenceWarning, match=message):
         p.net.fit(p.train, gradient_tolerance=1e-12)
 
 
@@ -228,7 +255,7 @@ def test_fit_is_deterministic_and_starts_where_the_net_is():
 
 
 def test_fit_without_a_penalty():
-    """Softmax then has a flat direction; the gradient still goes to zero."""
+    """The softmax risk then has a flat direction, but its gradient still converges to zero."""
     p = logistic("softmax", num_rows=200, num_inputs=2)
     free = MulticlassLogisticRegression(2, 3, weight_decay=0.0).fit(p.train)
     oracle = oracles.softmax_regression(p.oracle.features, p.oracle.y, 3, 0.0)

@@ -1,4 +1,4 @@
-"""Newton's method for linear models: from any start, by either way of solving for the step."""
+"""Newton's method for linear models, from any start, with both solvers of its steps."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from tests.influence.problems import logistic
 
 @pytest.fixture(params=["cholesky", "conjugate gradients"])
 def way(request, monkeypatch):
-    """Both ways of solving for a step, whatever the size."""
+    """Force each of the two solvers, at any size."""
     monkeypatch.setattr(newton, "_FACTOR_COST", {"cholesky": 1e9}.get(request.param, 0))
     if request.param == "cholesky":
-        monkeypatch.setattr(newton, "CG", None)  # it would be an error to get there
+        monkeypatch.setattr(newton, "CG", None)  # a call would raise
 
 
 def wide(num_rows=12, num_inputs=30):
-    """Sparse counts with more words than rows, and the oracle of their risk."""
+    """Make sparse counts with more words than rows, and the oracle of their risk."""
     rng = np.random.default_rng(0)
     x = rng.poisson(0.4, (num_rows, num_inputs)).astype(float)
     y = (np.arange(num_rows) % 3 == 0).astype(int)
@@ -43,7 +43,7 @@ def test_more_features_than_rows(way):
 
 
 def test_a_start_from_which_full_steps_diverge(way):
-    # One feature, half the labels against it: at theta = 8 the curvature is all but the penalty's.
+    # One feature, which fits half of the labels: at theta = 8 the loss has almost no curvature.
     x, y = np.ones((4, 1)), np.array([0, 0, 1, 1])
     oracle = oracles.logistic_regression(x, y, 1e-6)
     start = np.array([8.0])
@@ -67,7 +67,7 @@ def test_features_of_very_different_scale(way):
 
 
 def test_the_cheaper_way_is_taken(monkeypatch):
-    """A dense problem of few parameters is factored, a wide sparse one is not."""
+    """The Hessian of a dense problem with few parameters is factored, of a wide sparse one not."""
     p = logistic("sigmoid", num_rows=200)
     p.net.theta = np.zeros(5)
     monkeypatch.setattr(newton, "CG", None)
@@ -80,7 +80,7 @@ def test_the_cheaper_way_is_taken(monkeypatch):
 
 
 def test_the_tolerance_is_not_overshot_by_much(monkeypatch):
-    """The last step is solved no more exactly than the tolerance asks for."""
+    """The last step is solved only as accurately as the tolerance requires."""
     monkeypatch.setattr(newton, "_FACTOR_COST", 0)
     examples, oracle = wide(40, 60)
     net = BinaryLogisticRegression(60, weight_decay=1e-3)

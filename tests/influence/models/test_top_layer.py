@@ -1,24 +1,21 @@
-"""TopLayer: a head on a frozen trunk, asked of images what it is asked of their features."""
+"""TopLayer: a head on a frozen trunk, its features, and the way back to the pixels."""
 
-import inspect
 import pickle
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from joblib.externals.loky.backend import reduction
 
-from influence import (
-    CG,
-    BinaryLogisticRegression,
-    Direct,
-    Examples,
-    GenericNeuralNet,
-    Influence,
-    TopLayer,
-)
+from influence import BinaryLogisticRegression, Direct, Examples, Influence, Stream, TopLayer
+from influence.models import scaled, top_layer
 from influence.models.top_layer import cut
-from tests.influence.models.pictures import MEAN, SCALE, F, by_hand, problem, trunk
+from tests import oracles
+from tests.influence.models.pictures import MEAN, SCALE, SIDE, F, by_hand, problem, trunk
 from tests.influence.problems import relative_error
+
+L = keras.layers
 
 
 def test_features_are_the_pooled_standardised_outputs():
@@ -36,7 +33,7 @@ def test_theta_is_the_head_alone_and_the_trunk_is_left_as_it_was():
     net, images, y = problem()
     before = net.trunk.get_weights()
     assert net.num_parameters == F and net.dtype == np.float64
-    net.fit(Examples(images, y))
+    net.fit(net.featured(Examples(images, y)))
     for was, now in zip(before, net.trunk.get_weights(), strict=True):
         np.testing.assert_array_equal(was, now)
     assert net.trunk.trainable
@@ -48,72 +45,28 @@ def test_the_default_is_the_papers_model():
     assert isinstance(net, BinaryLogisticRegression)
 
 
-QUESTIONS = sorted(
-    name
-    for name, method in inspect.getmembers(GenericNeuralNet, inspect.isfunction)
-    if not name.startswith("_") and "x" in inspect.signature(method).parameters
-)
-
-
-@pytest.mark.parametrize("name", [q for q in QUESTIONS if q not in ("features", "affine_layers")])
-def test_every_question_takes_images_or_their_features(name):
-    net, images, y = problem(6)
-    rng = np.random.default_rng(2)
-    V, W = rng.standard_normal((F, 3)), rng.standard_normal((2, F, 2))
-    each = np.array([[0, 3, 1], [4, 2, 5]])
-    take = lambda x: (x, y)  # noqa: E731
-    more = {
-        "outputs": (),
-        "hvp": (V,), "directional": (V,), "gauss_newton_product": (V,), "bregman_gradient": (V,),
-        "curvatures": (V[:, 0],), "curvature_gradient": (V[:, 0],), "input_gradient": (V[:, 0],),
-        "hvp_each": (W,), "gauss_newton_each": (W,), "gradient_each": (V[:, :2],),
-    }.get(name, ())  # fmt: skip
-    if name.endswith("_each"):
-        take = lambda x: (x[each], y[each])  # noqa: E731
-    if name == "outputs":
-        take = lambda x: (x,)  # noqa: E731
+def test_featured_examples_are_the_heads_rows():
+    net, images, y = problem(20)
+    train = net.featured(Examples(images, y))
+    assert relative_error(train.x, by_hand(net, images)) < 1e-12
+    np.testing.assert_array_equal(train.y, y)
+    assert net.featured(train) is train
     head = BinaryLogisticRegression(F, weight_decay=net.weight_decay)
     head.theta = net.theta
-    features = by_hand(net, images)
-    expected = getattr(head, name)(*take(features), *more)
-    of_features = getattr(net, name)(*take(features), *more)
-    np.testing.assert_array_equal(of_features[0], expected[0])
-    if name == "input_gradient":  # of images it is another thing
-        assert getattr(net, name)(*take(images), *more).shape == images.shape
-        return
-    of_images = getattr(net, name)(*take(images), *more)
-    if not isinstance(expected, tuple):
-        of_images, expected = (of_images,), (expected,)
-    for got, wanted in zip(of_images, expected, strict=True):
-        assert relative_error(got, wanted) < 1e-12
-
-
-def test_affine_layers_are_the_heads():
-    net, images, _ = problem(4)
-    (layer,) = net.affine_layers(images).layers
-    assert layer.entries.shape == (F, 1)
-
-
-def test_examples_of_images_are_answered_as_those_of_features():
-    net, images, y = problem(20)
-    train = Examples(images, y)
-    featured = net.featured(train)
-    assert net.featured(featured) is featured and relative_error(
-        featured.x, by_hand(net, images)
-    ) < 1e-12  # fmt: skip
-    net.fit(train)
-    assert net.gradient_norm(train) < 1e-10 and net.gradient_norm(featured) < 1e-10
-    np.testing.assert_allclose(net.hessian(train), net.hessian(featured), rtol=1e-12)
+    head.fit(train)
+    assert net.fit(train) is net
+    np.testing.assert_array_equal(net.theta, head.theta)
     few = train.take([1, 4, 6])
-    for solver in (Direct(), CG(rtol=1e-12)):
-        of_images = Influence(net, train, solver=solver, batch_size=7).scores(few)
-        of_features = Influence(net, featured, solver=solver).scores(net.featured(few))
-        np.testing.assert_allclose(
-            of_images.change_if_removed, of_features.change_if_removed, rtol=1e-9, atol=1e-12
-        )
-    for question in (net.self_influence, net.one_step_leave_one_out):
-        pair = [question(examples, np.array([2, 5])) for examples in (train, featured)]
-        np.testing.assert_allclose(*pair, rtol=1e-9)
+    ours, theirs = (Influence(each, train, solver=Direct()).scores(few) for each in (net, head))
+    np.testing.assert_array_equal(ours.change_if_removed, theirs.change_if_removed)
+
+
+def test_features_of_a_stream_of_images():
+    net, images, y = problem(20)
+    stream = Stream(tf.data.Dataset.from_tensor_slices((images, y)).batch(7))
+    train = net.featured(stream)
+    np.testing.assert_array_equal(train.x, net.features(images))
+    np.testing.assert_array_equal(train.y, y)
 
 
 def test_cut_ends_at_a_layer_and_shares_its_weights():
@@ -133,6 +86,107 @@ def test_pickled_with_its_trunk():
     again = pickle.loads(reduction.dumps(net))  # as joblib sends it to its workers
     assert relative_error(again.features(images), expected) < 1e-12
     np.testing.assert_array_equal(again.theta, net.theta)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_input_gradient_is_a_difference_of_actual_gradients(pooled):
+    net, images, y = problem(5, pooled=pooled, standardised=not pooled)
+    rng = np.random.default_rng(3)
+    v, along = rng.standard_normal(F), rng.standard_normal(images.shape)
+    got = net.input_gradient(images, y, v)
+
+    def slopes(x):
+        return net.gradients(net.features(x), y) @ v  # (n,): grad loss_i . v
+
+    expected = oracles.central_difference(slopes, images, along, 3e-4)
+    assert got.shape == images.shape and got.dtype == images.dtype
+    assert relative_error((got * along).sum(axis=(1, 2, 3)), expected) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_input_gradient_is_the_tapes_of_the_whole_model(dtype):
+    net, images, y = problem(11, dtype=dtype)
+    v = np.random.default_rng(4).standard_normal(F)
+    x, w = tf.constant(images), tf.constant(net.theta[:, None])
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(w)
+            pooled = tf.reduce_mean(net.trunk(x, training=False), axis=(1, 2))
+            features = (tf.cast(pooled, tf.float64) - MEAN) / SCALE
+            z = (features @ w)[:, 0]
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(tf.constant(y, tf.float64), z)
+            total = tf.reduce_sum(losses)
+        along = tf.reduce_sum(inner.gradient(total, w)[:, 0] * v)
+    expected = outer.gradient(along, x).numpy()
+    got = net.input_gradient(images, y, v)
+    assert got.dtype == np.dtype(dtype)
+    assert relative_error(got, expected) < {"float64": 1e-12, "float32": 1e-5}[dtype]
+
+
+def test_moving_pixels_moves_the_refitted_test_loss_as_predicted():
+    """Compare d(test loss after retraining) / d(pixels) with refits on moved pixels."""
+    net, images, y = problem(14)
+    train = net.featured(Examples(images, y))
+    test = net.featured(Examples(images[:2] * 0.5, 1 - y[:2]))
+    net.fit(train)
+    s = Influence(net, train, solver=Direct()).s_test(test).x
+    moved = [net.input_gradient(images[3:4], y[3:4], column)[0] for column in s.T]
+    got = -np.stack(moved) / len(train)
+    along = np.random.default_rng(5).standard_normal(images[3].shape)
+
+    def after(t):
+        moved = images.copy()
+        moved[3] += t[0] * along
+        other = TopLayer(net.trunk, weight_decay=net.weight_decay, mean=MEAN, scale=SCALE)
+        other.fit(other.featured(Examples(moved, y)), gradient_tolerance=1e-13)
+        return other.losses(test.x, test.y)
+
+    expected = oracles.central_difference(after, np.zeros(1), np.ones(1), 1e-3)
+    assert relative_error((got * along).sum(axis=(1, 2, 3)), expected) < 1e-7
+
+
+def test_neither_batches_nor_order_change_a_bit():
+    net, images, y = problem(75, dtype="float32")
+    v = np.random.default_rng(6).standard_normal(F)
+    rows = np.random.default_rng(7).permutation(75)
+    cuts = np.split(rows, [1, 4, 11, 50])
+    parts = np.concatenate([net.features(images[r]) for r in cuts])
+    np.testing.assert_array_equal(parts, net.features(images)[rows])
+    parts = np.concatenate([net.input_gradient(images[r], y[r], v) for r in cuts])
+    np.testing.assert_array_equal(parts, net.input_gradient(images, y, v)[rows])
+
+
+def test_several_images_at_a_time_as_on_a_gpu(monkeypatch):
+    net, images, y = problem(37)
+    v = np.random.default_rng(6).standard_normal(F)
+    expected = net.features(images), net.input_gradient(images, y, v)
+    monkeypatch.setattr(top_layer, "_ELSEWHERE", 16)
+    assert relative_error(net.features(images), expected[0]) < 1e-12
+    assert relative_error(net.input_gradient(images, y, v), expected[1]) < 1e-12
+
+
+def test_bytes_and_floats_are_the_same_images():
+    pixels = np.arange(256, dtype=np.uint8)
+    x = scaled(pixels, "float64")
+    np.testing.assert_allclose(x, np.linspace(-1, 1, 256), atol=1e-15)
+    assert scaled(pixels).dtype == np.float32
+    np.testing.assert_array_equal(np.round((scaled(pixels).astype(float) + 1) * 127.5), pixels)
+    already = np.linspace(-1, 1, 5)
+    assert scaled(already, "float64") is already
+    net = problem()[0]
+    images = np.random.default_rng(8).integers(0, 256, (3, SIDE, SIDE, 3))
+    expected = net.features(images / 127.5 - 1)
+    for dtype in ("uint8", "int64"):
+        assert relative_error(net.features(images.astype(dtype)), expected) < 1e-12
+
+
+def test_another_theta_has_another_way_back_to_the_pixels():
+    net, images, y = problem(3)
+    v, theta = np.ones(F), np.linspace(-1, 1, F)
+    expected = net.at(theta).input_gradient(images, y, v)
+    net.theta = theta
+    np.testing.assert_array_equal(net.input_gradient(images, y, v), expected)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -155,9 +209,7 @@ def test_bad_options(options, message):
 def test_bad_images():
     net, images, y = problem(4)
     v = np.ones(F)
-    with pytest.raises(ValueError, match=r"train.x must be images of shape \(8, 8, 3\) .*'trunk'"):
-        net.validate(Examples(images[:, :7], y), "train")
-    with pytest.raises(ValueError, match=r"x must be images of shape .* got \(8, 7, 3\)"):
+    with pytest.raises(ValueError, match=r"x must be images of shape .*'trunk', got \(8, 7, 3\)"):
         net.features(images[:, :, :7])
     with pytest.raises(ValueError, match=r"images must be in \[-1, 1\] as floats, got .* to 3"):
         net.features(images + 3 - images.max())
@@ -171,9 +223,59 @@ def test_bad_images():
         net.input_gradient(images, y, v[:4])
     with pytest.raises(ValueError, match="x must be images of shape"):
         net.input_gradient(images[:, :7], y, v)
-    with pytest.raises(ValueError, match=r"train.y must hold labels in \[0, 1\], got 2 in row 3"):
-        net.validate(Examples(images, np.array([0, 1, 0, 2])), "train")
     with pytest.raises(ValueError, match=r"train.x must have rows of shape \(5,\) .* got \(6,\)"):
         net.validate(Examples(np.ones((4, 6)), y), "train")
-    net.validate(Examples(images, y), "train")
-    net.validate(Examples(net.features(images), y), "train")
+
+
+def test_images_where_features_belong():
+    net, images, y = problem(4)
+    train, V = Examples(images, y), np.ones((F, 2))
+    message = r"must be features of shape \(n, 5\), got \(\d, 8, 8, 3\); .*net.featured\(examples\)"
+    for ask in (
+        lambda: net.validate(train, "train"),
+        lambda: net.fit(train),
+        lambda: Influence(net, train),
+        lambda: net.hessian(train),
+        lambda: net.losses(images, y),
+        lambda: net.directional(images, y, V),
+        lambda: net.curvatures(images, y, V[:, 0]),
+        lambda: net.curvature_gradient(images, y, V[:, 0]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    net.validate(net.featured(train), "train")
+
+
+def model_of(*layers):
+    return keras.Sequential(list(layers), name="other")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: 3, TypeError, "trunk must be a keras.Model, got int"),
+        (lambda: keras.Sequential([L.Conv2D(1, 1)]), ValueError, "one input and one output, got 0"),
+        (
+            lambda: model_of(keras.Input((4,)), L.Dense(2)),
+            ValueError,
+            r"from images \(h, w, c\) to a feature map .* got \(4,\) to \(2,\) in 'other'",
+        ),
+        (
+            lambda: model_of(keras.Input((8, 8, 3)), L.Reshape((64, 3))),
+            ValueError,
+            r"got \(8, 8, 3\) to \(64, 3\)",
+        ),
+    ],
+)
+def test_what_is_no_trunk(make, error, message):
+    with pytest.raises(error, match=message):
+        TopLayer(make())
+
+
+def test_a_trunk_without_a_derivative():
+    model = model_of(keras.Input((SIDE, SIDE, 3)), L.Lambda(tf.round))
+    net = TopLayer(model)
+    images = np.zeros((2, SIDE, SIDE, 3), np.float32)
+    assert net.features(images).shape == (2, 3)
+    with pytest.raises(ValueError, match="trunk must be differentiable .* from 'other'"):
+        net.input_gradient(images, np.array([0, 1]), np.ones(3))

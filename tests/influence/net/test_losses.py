@@ -239,3 +239,24 @@ def test_a_loss_may_say_that_it_is_convex():
 
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     assert per_example(Own(), model).convex is True
+
+
+@pytest.mark.parametrize("kind", ["softmax", "one-hot", "sigmoid", "two sigmoids"])
+def test_curvature_of_a_saturated_cross_entropy_keeps_float32s_digits(kind):
+    """Against H u written out in float64: p_a sum_b p_b (u_a - u_b), and p (1 - p) u."""
+    rng = np.random.default_rng(0)
+    outputs = {"softmax": 4, "one-hot": 4, "sigmoid": 1, "two sigmoids": 2}[kind]
+    z = (20 * rng.standard_normal((6, outputs))).astype(np.float32)
+    u, Z = rng.standard_normal(z.shape).astype(np.float32), z.astype(np.float64)
+    if "sigmoid" in kind:
+        loss, y = keras.losses.BinaryCrossentropy(from_logits=True), (z > 0) * 1.0
+        expected = scipy.special.expit(Z) * scipy.special.expit(-Z) * u / outputs
+    else:
+        y = rng.integers(4, size=6)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if kind == "one-hot":
+            loss, y = keras.losses.CategoricalCrossentropy(from_logits=True), np.eye(4)[y]
+        p = scipy.special.softmax(Z, axis=1)
+        expected = np.einsum("na,nb,nab->na", p, p, u[:, :, None] - u[:, None, :].astype(float))
+    curved = per_example(loss, keras.Sequential()).curved(tf.constant(y), tf.constant(z))
+    np.testing.assert_allclose(curved(tf.constant(u)), expected, rtol=2e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from influence import Examples
-from influence.net.questions import PerRow, Total, loss_sum, outputs
+from influence.net.questions import PerRow, Total, loss_sum
 from tests.influence.problems import relative_error, tanh_net
 
 
@@ -37,8 +37,6 @@ def test_each_row_s_answer_is_its_own(net_and_rows):
     view = net.at(there)
     got = examples.each_row(PerRow("losses"), net, there, batch_size=9)
     assert relative_error(got, view.losses(examples.x, examples.y)) < 1e-12
-    got = examples.each_row(outputs, net, there, batch_size=9)
-    assert relative_error(got, view.outputs(examples.x)) < 1e-12
 
 
 def test_a_question_travels_and_says_how_wide_it_is(net_and_rows):

@@ -160,7 +160,7 @@ def test_directional_in_float32(kind, intercept, monkeypatch):
         one = p.net.directional(held, p.train.y, V[:, 0], dtype="float32")
         np.testing.assert_allclose(one, got[:, 0], rtol=1e-5, atol=1e-5)
     assert p.net.rows_per_batch(p.train, 6, dtype="float32") == 300
-    monkeypatch.setattr("influence.models.linear._GRADIENT_BYTES", 4 * len(V) * 7)
+    monkeypatch.setattr("influence.models.linear.VECTORS", 4 * len(V) * 7)
     assert p.net.rows_per_batch(p.train, 6, dtype="float32") == 7
     assert p.net.rows_per_batch(p.train, 6, dtype="float64") == 300
 

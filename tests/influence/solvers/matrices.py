@@ -1,4 +1,4 @@
-"""Matrices that several solvers are tested on, and the low-rank approximations of them."""
+"""Matrices for the tests of several solvers, and their low-rank approximations by formula."""
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
@@ -8,7 +8,7 @@ from influence.solvers import Lanczos
 
 
 class Damped(LinearOperator):
-    """A matrix that states the damping it contains."""
+    """A matrix with a `damping` attribute, which it includes."""
 
     def __init__(self, matrix, damping):
         self.matrix, self.damping = matrix + damping * np.eye(len(matrix)), damping
@@ -22,7 +22,7 @@ class Damped(LinearOperator):
 
 
 def counting(matrix):
-    """The matrix as an operator, and the widths of the blocks that it is multiplied with."""
+    """Return the matrix as an operator, and a list of the widths of the blocks multiplied."""
     widths = []
 
     def product(V):
@@ -35,14 +35,14 @@ def counting(matrix):
 
 
 def inverse(A, solver):
-    """The approximate inverse as a dense matrix."""
+    """Form the approximate inverse as a dense matrix."""
     return prepare(A, solver).apply(np.eye(A.shape[0], dtype=A.dtype)).x
 
 
 def approximation(A, matrix, solver):
-    """U diag(values) U' + floor (I - U U'), which Lanczos or Nystrom inverts, by its formula."""
+    """Form U diag(values) U' + floor (I - U U'), which Lanczos or Nystrom inverts."""
     rng, d, rank = np.random.default_rng(solver.seed), len(matrix), solver.rank
-    if isinstance(solver, Lanczos):  # one vector a pass, as up to rank 15
+    if isinstance(solver, Lanczos):  # one vector per pass, as for ranks up to 15
         w, Q = rng.standard_normal(d), np.zeros((d, 0))
         for _ in range(2 * rank):
             for _ in range(2):

@@ -55,7 +55,7 @@ def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
 
 
 def test_together_a_block_needs_its_share_of_the_dimensions(matrix, B):
-    """After k iterations 5 columns have searched 5 k dimensions: 8 are enough for 40."""
+    """After k iterations 5 columns have searched 5 k dimensions: 8 iterations suffice for 40."""
     block = solve(matrix, B, CG(rtol=1e-8))
     assert block.converged.all() and (block.iterations <= D / 5 + 1).all()
 
@@ -80,12 +80,12 @@ def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
     solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
     steps = solution.iterations
     assert steps[:2].tolist() == [1, 2] and steps[2] > 10
-    # Then one product to check the recurrence, which is also the residual that is reported.
+    # One more product checks the recurrence and gives the reported residual.
     assert widths == [3, 2] + [1] * (steps[2] - 2) + [3]
 
 
 def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
-    # In float32 and at this condition the recurrence goes on falling after the truth has stopped.
+    # In float32 the recurrence's residual decreases further than the true one at this condition.
     A = symmetric(np.geomspace(1e-6, 1, D)).astype(np.float32)
     b = np.random.default_rng(0).standard_normal(D).astype(np.float32)
     solution = solve(A, b, CG(rtol=1e-5, max_iterations=2000))
@@ -121,7 +121,7 @@ def test_rounding_at_a_singular_matrix_names_the_rtol_too():
 
 
 def test_a_drifted_recurrence_starts_again():
-    """Rounding makes the recurrence believe what is not so; a restart goes on from the truth."""
+    """After rounding has falsified the recurrence, a restart uses the true residual."""
     A = symmetric(np.geomspace(1e-7, 1, 200)).astype(np.float32)
     b = (A @ np.ones(200, np.float32)).astype(np.float32)
     first = solve(A, b, CG(rtol=1e-6, max_iterations=10_000))
@@ -238,7 +238,7 @@ def test_an_approximate_inverse_saves_iterations_and_changes_no_answer(B):
     plain = solve(A, B, CG(rtol=1e-8, max_iterations=2000))
     diagonal = LinearOperator(
         A.shape, matvec=lambda v: np.ravel(v) / scales, dtype=A.dtype
-    )  # columns one by one, as SciPy does for an operator that knows vectors only
+    )  # SciPy multiplies columns one by one if an operator has only matvec
     better = solve(A, B, CG(rtol=1e-8, preconditioner=diagonal))
     assert better.converged.all() and plain.converged.all()
     assert better.iterations.max() < plain.iterations.min() / 2

@@ -1,4 +1,4 @@
-"""EK-FAC against the exact inverse where it is exact, and against its own definition elsewhere."""
+"""EK-FAC compared with the exact inverse where it is exact, and elsewhere with its definition."""
 
 import pickle
 from functools import partial
@@ -69,7 +69,7 @@ def images(num_rows=12, shape=(6, 5, 2), num_classes=3, seed=0):
 
 
 def convolutional(padding="same", penalty=0.2):
-    """conv, tanh, conv without bias, tanh, dense: strided, padded, penalised on kernels alone."""
+    """Make conv, tanh, conv without bias, tanh, dense: strided, padded, penalised on kernels."""
     model = keras.Sequential(
         [
             keras.Input((6, 5, 2), **F64),
@@ -125,7 +125,7 @@ def test_a_network_is_approximated_and_says_so():
 
 
 def patches(layer, image, out_shape):
-    """(pixels, f) what each output pixel of a convolution sees, by slicing a padded image."""
+    """Slice a padded image into the patch of each output pixel of a convolution, (pixels, f)."""
     (kh, kw), (sh, sw) = layer.kernel_size, layer.strides
     if layer.padding == "same":
         need = [
@@ -143,7 +143,7 @@ def patches(layer, image, out_shape):
 
 
 def factors(net, examples):
-    """For each layer: mean_i sum_t a a' and mean_i sum_st g g' / T, one row at a time."""
+    """Compute, row by row, each layer's mean_i sum_t a a' and mean_i sum_st g g' / T."""
     layers = net.model.layers
     found = {}
     for x in examples.x:
@@ -162,7 +162,7 @@ def factors(net, examples):
                 for later in layers[i + 1 :]:
                     output = later(output)
             J = tape.jacobian(output, z, experimental_use_pfor=False).numpy().reshape(len(p), -1)
-            # sum_s g_s g_s' of the whole output of the layer is J' H J; its diagonal blocks count.
+            # sum_s g_s g_s' of the layer's whole output is J' H J; its diagonal blocks are used.
             c = z.shape[-1]
             T = J.shape[1] // c
             gg = (J.T @ curved @ J).reshape(T, c, T, c)
@@ -185,7 +185,7 @@ def log_loss(y, output):
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
-    """By definition: in the factors' eigenbasis, the diagonal of the dense Gauss-Newton matrix."""
+    """Compare with the diagonal of the dense Gauss-Newton matrix in the factors' eigenbasis."""
     net, examples, penalty, damping = convolutional(padding), images(), 0.2, 0.1
     G = oracles.dense_derivatives(net.model, log_loss, examples.x, examples.y).gauss_newton
     expected = np.zeros_like(G)
@@ -204,12 +204,12 @@ def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
         eigenvalues = np.diag(K.T @ H @ K) + damping
         expected[entries, entries] = (K / eigenvalues) @ K.T
     assert end == len(G)
-    for curvature in (GaussNewton, Hessian):  # of either it is the Gauss-Newton part
+    for curvature in (GaussNewton, Hessian):  # both use the Gauss-Newton part
         assert relative_error(inverse(curvature(net, examples, damping)), expected) < 1e-9
 
 
 def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues():
-    """At a softmax inputs and pseudo-gradients depend on each other: K-FAC is off."""
+    """Show an error of K-FAC: at a softmax inputs and pseudo-gradients are dependent."""
     p = logistic("softmax", intercept=True)
     A, ours = p.oracle.features, inverse(Hessian(p.net, p.train, 0.01))
     P = p.net.outputs(p.train.x)
@@ -234,12 +234,12 @@ def test_batch_size_changes_nothing(batch_size, monkeypatch):
     whole = inverse(GaussNewton(net, examples, 0.1))
     A = GaussNewton(net, examples, 0.1, batch_size=batch_size)
     assert relative_error(inverse(A), whole) < 1e-11
-    monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)  # one row after the other
+    monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)  # one row at a time
     assert relative_error(inverse(GaussNewton(net, examples, 0.1)), whole) < 1e-11
 
 
 class Elsewhere(Examples):
-    """Rows that questions are sent to."""
+    """Rows in another process: every question is pickled."""
 
     def map_over(self, question, *args, **options):
         return super().map_over(pickle.loads(pickle.dumps(question)), *args, **options)
@@ -281,7 +281,7 @@ def iterations(A, b, preconditioner):
 
 
 def test_preconditions_the_paper_s_convex_model(digits):
-    """Softmax regression through images: a third fewer iterations, and the same answer."""
+    """Check softmax regression on images: a third fewer iterations, and the same answer."""
     x, y = digits
     train = Examples(x[:500] / 16, y[:500])
     net = MulticlassLogisticRegression(64, 10, weight_decay=0.1, intercept=True).fit(train)
@@ -295,7 +295,7 @@ def test_preconditions_the_paper_s_convex_model(digits):
 
 
 def test_preconditioning_a_network_gives_the_same_answer(digits):
-    """Not in fewer iterations: the coupling of layers, which it leaves out, is what counts here."""
+    """Check a network: no fewer iterations, because the coupling of layers is left out."""
     x, y = digits
     train = Examples((x[:60] / 16).reshape(-1, 8, 8, 1), y[:60])
     net = AllCNN((8, 8, 1), filters=2, strides=(1, 2), dtype="float64")
@@ -309,13 +309,13 @@ def test_preconditioning_a_network_gives_the_same_answer(digits):
     truth = np.linalg.solve(matrix, b)
     assert relative_error(x0, truth) < 1e-5 and relative_error(x1, truth) < 1e-5
     assert taken <= 1.2 * plain
-    # It is not the factors: the exact inverses of the layers' own blocks are little better.
+    # The factors are not the reason: exact inverses of the layers' blocks are little better.
     blocks = np.zeros_like(gauss_newton)
     for affine in affine_layers(net, train.x[:2]).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
         blocks[own] = np.linalg.inv(gauss_newton[own])
     assert iterations(matrix, b, blocks)[0] > 0.5 * taken
-    # With the coupling it is a third.
+    # With the coupling CG takes less than half.
     whole, x2 = iterations(matrix, b, prepare(G, Direct()))
     assert 2 * whole <= plain and relative_error(x2, truth) < 1e-5
 
@@ -380,7 +380,7 @@ def test_a_loss_that_is_not_finite_is_named():
     net, examples = linear(use_bias=True)
     broken = GenericNeuralNet(net.model, lambda y, output: output[:, 0] ** 2)
     A = Hessian(broken, examples)
-    A.net = GenericNeuralNet(net.model, nan)  # what a later batch may be
+    A.net = GenericNeuralNet(net.model, nan)  # as a later batch may be
     with pytest.raises((DivergenceError, ValueError), match="NaN|infinite|finite"):
         prepare(A, EKFAC())
 

@@ -26,7 +26,7 @@ MATRIX = symmetric(np.linspace(0.2, 3, D))
 
 
 def series(matrix, v, scale, depth):
-    """(1/scale) sum_{j=0}^{depth} (I - A/scale)^j v, by eigenvalues."""
+    """Compute (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v by eigenvalues."""
     values, vectors = np.linalg.eigh(matrix)
     factors = (1 - (1 - values / scale) ** (depth + 1)) / values
     return vectors @ (factors[:, None] * (vectors.T @ v.reshape(len(v), -1)))
@@ -78,7 +78,7 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
 
 
 def test_the_average_over_runs_is_what_single_rows_give(softmax):
-    """The recursion written out, on the walk that was taken."""
+    """Compare with the recursion written out, on the same walk."""
     rng = np.random.default_rng(5)
     order = np.concatenate([rng.permutation(30) for _ in range(2)])[: 2 * 25].reshape(2, 25)
     hessians = softmax.oracle.hessians(softmax.theta) + (0.1 + 0.3) * np.eye(9)
@@ -103,7 +103,7 @@ def test_right_hand_sides_do_not_see_each_other(softmax):
 
 
 def test_damping_means_the_same_for_every_scale(softmax):
-    """Unlike the 2017 release, where it was multiplied by the scale."""
+    """Check absolute damping; the 2017 release multiplied it by the scale."""
     A = Hessian(softmax.net, softmax.train, damping=0.5)
     matrix = softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9)
     b = np.arange(9.0)
@@ -118,7 +118,7 @@ def test_sampling_converges_to_the_answer(softmax):
     exact = np.linalg.solve(softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9), B)
     rough = solve(A, B, LiSSA(depth=100, repeats=2))
     fine = solve(A, B, LiSSA(depth=100, repeats=300))
-    # The noise of an average falls with the root of the number of runs: here twelvefold.
+    # The noise of an average falls with the root of the number of runs: here by 12.
     assert relative_error(fine.x, exact) < relative_error(rough.x, exact) / 4
     assert relative_error(fine.x, exact) < 0.03
     assert fine.converged.all() and (fine.residual < 0.1).all()
@@ -134,14 +134,14 @@ def test_a_column_stops_when_its_average_does(change):
     solution = solve(MATRIX, B, LiSSA(scale=4.0, change=change))
     steps = solution.iterations
     for j in range(4):
-        # What is returned is the series at the step where it stopped, not the average.
+        # The answer is the series at the step where it stopped, not the average.
         expected = series(MATRIX, B[:, j], 4.0, int(steps[j]))[:, 0]
         np.testing.assert_allclose(solution.x[:, j], expected, rtol=1e-11, atol=1e-13)
         alone = solve(MATRIX, B[:, j], LiSSA(scale=4.0, change=change))
         assert alone.iterations[0] == steps[j]
     assert set(steps) <= {32, 64, 128, 256, 512, 1024}
     assert steps[0] == steps[3] == 32 < steps[1]
-    # On one eigenvector, by the definition: averages of 1 - r^t over the halves of the steps.
+    # On one eigenvector the definition gives averages of 1 - r^t over the halves of the steps.
     r, before = 1 - values[0] / 4.0, None
     for looks in (1, 2, 4, 8, 16, 32, 64):
         t = 16 * np.arange(looks // 2 + 1, looks + 1)
@@ -160,7 +160,7 @@ def test_without_a_change_every_step_is_taken():
 
 
 def test_noise_is_not_taken_for_an_end(softmax):
-    """Few runs of single rows: every average still moves by more than a thousandth."""
+    """Take few runs of single rows: every average still changes by more than a thousandth."""
     A = Hessian(softmax.net, softmax.train, 0.3)
     B = np.random.default_rng(0).standard_normal((9, 3))
     solution = solve(A, B, LiSSA(depth=600, repeats=2))
@@ -213,7 +213,7 @@ def test_overflow_is_divergence_without_a_word_from_numpy(dtype):
 
 
 def test_divergence_is_looked_for_at_the_last_step_too():
-    # |1 - 3/1| = 2, so the norm doubles each step; the norm is looked at every 16 steps else.
+    # |1 - 3/1| = 2, so the norm doubles each step. Before the last step it is checked every 16.
     with pytest.raises(DivergenceError, match="at step 13 "):
         solve(MATRIX, np.ones(D), LiSSA(scale=1.0, depth=13))
 
@@ -236,7 +236,7 @@ def test_a_positive_eigenvalue_is_needed(matrix):
 
 
 def with_outliers(size, dtype="float64"):
-    """Logistic regression at theta = 0, Hessian x'x/4, with eight long rows on their own feature.
+    """Make a logistic regression at theta = 0, Hessian x'x/4, with eight outliers on one feature.
 
     They are not among the batches that are looked at for the scale.
     """
@@ -268,7 +268,7 @@ def test_a_batch_that_was_not_looked_at_doubles_the_scale():
         next(s for s in scales if gives(A, B[:, j], LiSSA(scale=s, **options), solution.x[:, j]))
         for j in range(3)
     ]
-    # The second column has nothing on those rows' feature, and keeps the scale it began with.
+    # The second column is zero on those rows' feature, so its scale does not change.
     assert found[1] == scale and found[0] == found[2]
     larger = found[0]
     assert larger >= 4 * scale
@@ -287,7 +287,7 @@ def gives(A, b, solver, expected):
 
 
 def test_an_overflow_doubles_the_scale_too():
-    A, _ = with_outliers(1e9, "float32")  # 1e17 times the others: past float32 in three such rows
+    A, _ = with_outliers(1e9, "float32")  # 1e17 times the others: three such rows overflow float32
     solution = solve(A, np.ones(4), LiSSA(depth=200, repeats=1))
     assert np.isfinite(solution.x).all() and not solution.converged[0]
 

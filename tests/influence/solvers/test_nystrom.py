@@ -32,7 +32,7 @@ def test_the_approximation_is_that_of_the_formula(rank, damping, matrix):
 
 
 def test_damping_is_taken_off_before_the_sketch():
-    """Low rank plus damping: exact, if the rank is not spent on the damping."""
+    """Check low rank plus damping: exact if the damping does not use up the rank."""
     low = symmetric([*np.zeros(34), *np.linspace(1, 2, 6)])
     b = np.random.default_rng(0).standard_normal(D)
     known = solve(Damped(low, 0.3), b, Nystrom(7))  # the seventh value, zero, is the floor
@@ -62,7 +62,7 @@ def test_one_pass_over_the_data(matrix):
 
 @pytest.mark.parametrize(("rank", "factor"), [(10, 1.2), (60, 8), (90, 30)])
 def test_as_a_preconditioner_it_cuts_iterations(rank, factor):
-    """From 1e5 the condition number falls towards the first eigenvalue left out over damping."""
+    """Reduce the condition number from 1e5 towards (first eigenvalue left out) / damping."""
     A = Damped(symmetric(np.geomspace(1e-12, 1, 200)), 1e-5)
     b = np.random.default_rng(2).standard_normal(200)
     plain = solve(A, b, CG(rtol=1e-8))  # 619 iterations

@@ -1,4 +1,4 @@
-"""Every solver on every kind of matrix, against a dense factorisation of it by other means."""
+"""Every solver on every kind of matrix, compared with an independent dense factorisation."""
 
 import re
 import warnings
@@ -54,7 +54,7 @@ SOLVERS = {
     "CG with EKFAC": replace(_CG, preconditioner=EKFAC()),
 }
 EXACT = ("Direct", "Lanczos", "Nystrom")  # at full rank
-# A tuple: the tests' order must not hang on the hash seed of each worker.
+# A tuple, because the tests' order must not depend on the hash seed of each worker.
 APPROXIMATE = ("Lanczos of rank 8", "Nystrom of rank 8", "EKFAC")
 REMEDIES = {"Lanczos": "Lanczos of rank 8", "Nystrom": "Nystrom of rank 8", "EKFAC": "EK-FAC is an"}
 POSITIVE = [
@@ -71,9 +71,9 @@ POSITIVE = [
 
 
 def small_cnn():
-    """(net, examples, its Hessian by a tape in a tape); d = 29.
+    """Make (net, examples, its Hessian by nested tapes); d = 29.
 
-    The penalty on the last layer takes the softmax' one flat direction away.
+    The penalty on the last layer removes the flat direction of the softmax.
     """
     l2 = keras.regularizers.L2(0.05)
     model = keras.Sequential(
@@ -97,7 +97,7 @@ def small_cnn():
 
 
 def layered_tanh_net():
-    """`tanh_net`, its activation in a layer of its own."""
+    """Make `tanh_net` with its activation in a separate layer."""
     net, examples = tanh_net()
     layers = [
         keras.layers.Dense(4, dtype="float64"),
@@ -111,7 +111,7 @@ def layered_tanh_net():
 
 @pytest.fixture(scope="module")
 def matrices():
-    """kind -> (operator or array, the same matrix by other means)."""
+    """Map kind -> (operator or array, the same matrix computed independently)."""
     rest = np.linspace(0.5, 4, D - 1)
     well = symmetric(np.linspace(0.5, 4, D))
     arrays = {
@@ -151,7 +151,7 @@ def matrices():
 
 
 def solver_for(name, A):
-    """LiSSA with all rows in every batch, so that what it lacks is depth and not luck."""
+    """Return the solver; LiSSA with all rows in every batch, so that it has no sampling noise."""
     how = SOLVERS[name]
     if isinstance(how, LiSSA) and hasattr(A, "examples"):
         how = replace(how, depth=400, batch_size=len(A.examples))
@@ -161,7 +161,7 @@ def solver_for(name, A):
 
 
 def refused(name, A):
-    """EK-FAC has layers to ask, or none and says so."""
+    """Return True, after checking the error, if EK-FAC has no layers to use."""
     if "EKFAC" not in name or hasattr(A, "examples"):
         return False
     with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKF"):
@@ -189,7 +189,7 @@ def test_positive_definite(name, kind, matrices):
     np.testing.assert_allclose(solution.residual, true, rtol=1e-4, atol=rounding)
     assert solution.iterations.shape == (3,) and (solution.iterations >= 1).all()
     assert alone.x.shape == (len(matrix),) and alone.residual.shape == (1,)
-    if not isinstance(how, CG):  # whose columns share what they find
+    if not isinstance(how, CG):  # CG's columns share their search directions
         assert relative_error(alone.x, solution.x[:, 1]) < (1e-6 if ill else 1e-11)
     seen = solution.min_curvature
     if name in EXACT:
@@ -203,7 +203,7 @@ def test_positive_definite(name, kind, matrices):
         assert solution.remedy.startswith(REMEDIES[name.split()[0]])
         assert (np.einsum("ij,ij->j", B, solution.x) > 0).all()
         assert (solution.residual < 3).all()
-        if name != "EKFAC":  # whose formula is in test_ekfac.py
+        if name != "EKFAC":  # its formula is in test_ekfac.py
             expected = np.linalg.solve(approximation(A, matrix, how), B)
             assert relative_error(solution.x, expected) < 1e-6
         return
@@ -308,7 +308,7 @@ def test_full_rank_is_exact(kind, rank):
 
 @pytest.mark.parametrize("kind", [Lanczos, Nystrom])
 def test_low_rank_plus_damping_is_exact(kind):
-    """Six rows and damping: a rank above six leaves nothing out, and the floor is the damping."""
+    """Take six rows and damping: a rank above six leaves nothing out; the floor is the damping."""
     net, rng = dense_net(1, 20, "mse"), np.random.default_rng(0)
     few = Examples(rng.standard_normal((6, 20)), rng.standard_normal(6))
     A = GaussNewton(net, few, damping=0.3)
@@ -362,7 +362,7 @@ def test_indefinite(name, kind, matrices):
         assert solution.converged.all() and (solution.residual < 1e-12).all()
         assert relative_error(solution.x, np.linalg.solve(matrix, B)) < 1e-11
         np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-10)
-    elif name == "EKFAC":  # that of the Gauss-Newton part, which is definite
+    elif name == "EKFAC":  # the inverse of the Gauss-Newton part, which is definite
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name in ("CG", "CG with EKFAC") or (kind == "indefinite" and name == "CG with Nystrom"):
@@ -375,7 +375,7 @@ def test_indefinite(name, kind, matrices):
         assert solution.remedy.startswith(what)
         assert f"a damping well above {-worst:.3g}" in solution.remedy
     elif kind == "indefinite" and name == "Nystrom of rank 8":
-        # One direction of 24 that eight random ones have little of: CG is who meets it, see above.
+        # Eight random directions have little of the negative one of 24. CG meets it, see above.
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name == "CG with Direct":
@@ -426,7 +426,7 @@ def test_singular_is_refused_by_low_rank_where_it_shows(kind):
         with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue of"):
             prepare(A, kind(rank))
         prepare(A + 1e-6 * np.eye(40), kind(rank))
-    # Below its own rank the floor is an eigenvalue of A, and the residual tells the rest.
+    # Below A's rank the floor is an eigenvalue of A, and the residual shows the error.
     assert solve(A, np.ones(40), kind(5)).residual[0] > 0.1
     with pytest.raises(DivergenceError, match="^A must not be singular"):
         prepare(np.zeros((40, 40)), kind(5))
@@ -459,7 +459,7 @@ def test_negative_curvature_reaches_the_user_without_a_tolerance_too():
     with pytest.warns(ConvergenceWarning, match=message) as caught:
         Influence(net, train, solver=Lanczos(1000)).scores(train)
     assert [warning.filename for warning in caught] == [__file__]
-    with warnings.catch_warnings():  # and where there is none, nothing is said
+    with warnings.catch_warnings():  # no warning without negative curvature
         warnings.simplefilter("error")
         for solver in (Lanczos(5), Nystrom(5)):
             scores = Influence(net, train, solver=solver, damping=-2 * smallest).scores(train)

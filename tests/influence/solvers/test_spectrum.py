@@ -17,14 +17,14 @@ from influence.solvers.spectrum import spectrum, suggest_damping
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
 
-MODULE = sys.modules["influence.solvers.spectrum"]  # the function has its name in the package
+MODULE = sys.modules["influence.solvers.spectrum"]  # `spectrum` is a function
 
 D = 150
 
 
 @pytest.fixture(params=["dense", "iterated"])
 def path(request, monkeypatch):
-    """Both ways of finding them."""
+    """Run a test with dense and with iterated eigenvalues."""
     if request.param == "iterated":
         monkeypatch.setattr(MODULE, "_FEW", 8)
 
@@ -41,7 +41,7 @@ def test_both_ends(path):
 
 
 def test_residuals_are_true_ones(path):
-    """With few products the answer is rough, says so, and is still a Rayleigh quotient."""
+    """Check few products: a low-precision Rayleigh quotient with its true residual."""
     A = symmetric(np.linspace(-1, 1, 600))
     found = spectrum(A, max_products=1, rtol=1e-10)
     assert found.smallest[0] >= -1 - 1e-12 and found.largest[0] <= 1 + 1e-12
@@ -68,7 +68,7 @@ def test_what_did_not_converge_says_so(monkeypatch):
 
 
 def test_an_eigenvalue_of_zero_is_found_in_few_products(monkeypatch):
-    """A tolerance relative to it would be met by its neighbour, or by nothing."""
+    """Check an eigenvalue that a tolerance relative to itself would not find."""
     monkeypatch.setattr(MODULE, "_FEW", 8)
     monkeypatch.setattr(MODULE, "_LARGEST_BASIS", 40)
     found = spectrum(symmetric(np.linspace(0, 1, 300)))
@@ -135,7 +135,7 @@ def test_the_damping_suggested_makes_it_definite_and_less_does_not(path, margin)
     values = np.linalg.eigvalsh(A + damping * np.eye(D))
     assert values[0] > 0 and values[-1] / values[0] <= 1 / margin * (1 + 1e-6)
     exact = (margin * 4 + 0.3) / (1 - margin)
-    assert exact * (1 - 1e-12) <= damping < exact + 5e-6 * 4  # no more than the residuals cost
+    assert exact * (1 - 1e-12) <= damping < exact + 5e-6 * 4  # at most the residuals are added
     assert solve(A + damping * np.eye(D), np.ones(D), CG(max_iterations=5000)).converged.all()
     below = A + (0.3 - 1e-3) * np.eye(D)
     assert suggest_damping(below, margin=margin) > 0
@@ -178,13 +178,13 @@ def test_damping_is_added_to_what_there_is():
 
 
 def test_what_the_model_knows_counts():
-    """Rank 3 and a penalty: the smallest eigenvalue is known, not only found."""
+    """Take rank 3: the model's bound on the smallest eigenvalue is used, not only the one found."""
     rng = np.random.default_rng(0)
     few = Examples(rng.standard_normal((3, 20)), rng.standard_normal(3))
     net = dense_net(1, 20, "mse")
     assert GaussNewton(net, few).smallest_eigenvalue_bound == 0.0
     largest = np.linalg.eigvalsh(GaussNewton(net, few).dense())[-1]
-    # A bound of 0 is better than a rounding below it.
+    # A bound of 0 is better than a rounded value below it.
     assert suggest_damping(GaussNewton(net, few), margin=1e-3) == pytest.approx(
         1e-3 * largest / (1 - 1e-3), rel=1e-9
     )

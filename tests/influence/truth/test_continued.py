@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from influence import ContinuedOptions, DivergenceError, Examples, continued_training
-from influence.models.adam import Moments, batch_rows, minimise
-from influence.models.cnn import AllCNN
+from influence.minimisers.adam import Moments, batch_rows
+from influence.models.cnn import AllCNN, train_by_adam
 from influence.truth import continued
 from tests.influence.problems import relative_error, ridge
 
@@ -15,7 +15,7 @@ STEPS, RATE = 7, 0.01
 
 
 def by_hand(p, theta, moments, removed, batch_size, seed):
-    """Kingma & Ba (2015) on the same minibatches, the row taken out of each that it is in."""
+    """Kingma & Ba (2015) on the same minibatches, without the row."""
     m, v = moments.first.copy(), moments.second.copy()
     rows = batch_rows(len(p.train), batch_size, seed, 0)
     for t in range(moments.steps + 1, moments.steps + STEPS + 1):
@@ -39,7 +39,7 @@ def train_on(p, rows, moments, **options):
 def trained():
     p = ridge()
     p.net.theta = p.theta + 1
-    moments = minimise(p.net, p.train, schedule=((20, 0.05),), batch_size=5, seed=3)
+    moments = train_by_adam(p.net, p.train, schedule=((20, 0.05),), batch_size=5, seed=3)
     return p, moments
 
 
@@ -69,14 +69,14 @@ def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
 
 
 def test_moments_are_those_of_keras(trained):
-    """Training on with every row is Keras' own training with one more stage."""
+    """Training on with every row equals one more stage of Keras' own training."""
     p, _ = trained
     q = ridge()
     q.net.theta = start = q.theta + 1
-    minimise(q.net, q.train, schedule=((20, 0.05), (STEPS, RATE)), batch_size=99, seed=0)
+    train_by_adam(q.net, q.train, schedule=((20, 0.05), (STEPS, RATE)), batch_size=99, seed=0)
     expected = q.net.losses(q.test.x, q.test.y)
     q.net.theta = start
-    moments = minimise(q.net, q.train, schedule=((20, 0.05),), batch_size=99, seed=0)
+    moments = train_by_adam(q.net, q.train, schedule=((20, 0.05),), batch_size=99, seed=0)
     before = q.net.losses(q.test.x, q.test.y)
     found = train_on(q, [0], moments, batch_size=99)
     # Keras keeps the rates and both constants in float32.

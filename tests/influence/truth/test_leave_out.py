@@ -301,6 +301,20 @@ def test_the_tolerance_is_that_of_the_own_fit_and_one_warning_names_all_misses(t
     ) and str(caught[0].message).endswith("): use float64, or a larger tolerance.")
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
+    """In float64 1e-8 of the change is left: the closed form of ridge regression is the truth."""
+    p = ridge(60, l2=1e-3, dtype=dtype)
+    expected = changes(ridge(60, l2=1e-3), [[row] for row in ROWS])
+    got = rows_out(p, ROWS, method="fit")
+    added = [np.linalg.norm(p.oracle.gradients(p.theta)[row]) / len(p.train) for row in ROWS]
+    if dtype == "float64":
+        assert got.converged.all()
+        assert (got.gradient_norm <= 1.1e-8 * np.array(added)).all()
+    reached = 1e-7 if dtype == "float64" else 1e-3
+    assert (np.abs(got[:] - expected).max(axis=0) <= reached * np.abs(expected).max(axis=0)).all()
+
+
 def test_training_on_from_no_minimum_is_warned_of():
     net, examples = tanh_net(l2=0.05)
     with pytest.warns(ConvergenceWarning, match="^net is at a gradient norm of .* go on with the"):

@@ -26,7 +26,7 @@ CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
 DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
 ROWS = [0, 6, 13]
 OBJECTIVES = sorted(CURVATURE)
-SINGLE = tanh_net(l2=0.05, dtype="float32")  # that of `tanh`, but for its precision
+SINGLE = tanh_net(l2=0.05, dtype="float32")  # the problem of `tanh` in float32
 OTHER = tanh_net(l2=0.05, dtype="float32")
 OTHER[0].theta = OTHER[0].theta + 1
 
@@ -43,14 +43,14 @@ def linear():
 
 
 def of_tanh(theta, examples):
-    """The network's outputs (n,) and its penalty, in NumPy alone."""
+    """The network's outputs (n,) and its penalty, in NumPy only."""
     W, b, v, c = np.split(theta, [12, 16, 20])
     hidden = np.tanh(examples.x @ W.reshape(3, 4) + b)
     return hidden @ v + c, 0.05 * v @ v
 
 
 def objective_of(kind, net, examples, row, damping, fraction=1.0):
-    """F_i as a function of theta, from its definition alone."""
+    """F_i as a function of theta, from its definition only."""
     y, theta_s = examples.y, net.theta
     s, penalty_s = of_tanh(theta_s, examples)
     eye = np.eye(len(theta_s)) * 1e-5
@@ -91,7 +91,7 @@ def no_work(monkeypatch):
 
 
 def thetas_of(monkeypatch):
-    """A list that fills with the parameters that test losses are taken at."""
+    """A list that collects the parameters at which test losses are computed."""
     taken, asked = [], Task.changes
     monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
     return taken
@@ -124,7 +124,7 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_certificate_is_true(objective, tanh, monkeypatch):
-    """The gradient of F_i by differences of its value, at the theta whose losses are given."""
+    """The gradient of F_i by differences of its value, at the theta of the reported losses."""
     net, examples = tanh
     taken = thetas_of(monkeypatch)
     with pytest.warns(ConvergenceWarning):
@@ -157,7 +157,7 @@ def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, li
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_its_linearisation_is_damped_influence(objective, tanh):
-    """As n grows a row's push shrinks as 1/n: n copies of the rows, and the error falls as 1/n."""
+    """With n copies of the rows a row's weight falls as 1/n, and so does the error."""
     net, examples = tanh
     errors = []
     for copies in (100, 1000):
@@ -190,9 +190,9 @@ def test_influence_is_the_derivative_by_the_fraction(objective, tanh):
 
 
 def test_a_row_without_gradient_stays():
-    net, examples = tanh_net()  # without a penalty: a perfectly fitted row pulls nowhere
+    net, examples = tanh_net()  # without a penalty: a perfectly fitted row has no gradient
     theta, y = net.theta, examples.y.copy()
-    theta[16:] = y[4] = 0  # the output is zero whatever the input
+    theta[16:] = y[4] = 0  # the output is zero for every input
     net.theta, fitted = theta, Examples(examples.x, y)
     got = proximal_response(net, fitted, fitted, [4, 5], damping=0.5)
     np.testing.assert_array_equal(got[:, 0], 0)
@@ -268,16 +268,16 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
     got = respond(tanh, objective, tolerance=1e-9, rough=SINGLE, rough_tolerance=1e-3)
     assert got.converged.all() and relative_error(got[:], exact[:]) < 1e-7
     assert asked["float32"] > 0 and 0 < asked["float64"] < 0.8 * exact.iterations.sum()
-    # Each is judged once, by both.
+    # Both precisions judge each row once.
     assert sum(asked.values()) == got.iterations.sum() + 2 * len(ROWS)
-    # Workers find the same, with nets of their own.
+    # Workers, which have their own nets, find the same.
     options = {"rough": SINGLE, "rough_tolerance": 1e-3, "num_processes": 2, "block": 2}
     by_workers = respond(tanh, objective, tolerance=1e-9, **options)
     assert relative_error(by_workers[:], got[:]) < 1e-7 and by_workers.converged.all()
 
 
 def test_float32_is_not_believed(tanh, monkeypatch):
-    """Both searches take its steps alone, one of them when its gradients are far smaller."""
+    """Both searches take only float32's steps; in one of them its gradients are far too small."""
     taken, given = thetas_of(monkeypatch), proximal._gradients
 
     def flattered(task, net, *more):
@@ -298,7 +298,7 @@ def test_float32_is_not_believed(tanh, monkeypatch):
 def test_the_rows_own_curvature_is_known_but_the_first_step_is_no_longer_for_it(
     linear, monkeypatch
 ):
-    """Of a row of large leverage: its one direction, known, is gone down in a few long steps."""
+    """A row of large leverage has one known direction, in which a few long steps suffice."""
     p, thetas = linear, []
     x = p.train.x.copy()
     x[5] *= 20
@@ -340,7 +340,7 @@ def test_the_model_never_moves(tanh, monkeypatch):
         np.testing.assert_array_equal(weight, was)
 
 
-# --- no number is given for a good one that is not -------------------------------------------
+# --- no number looks converged that is not ---------------------------------------------------
 
 
 def test_what_misses_the_tolerance_is_marked(tanh):
@@ -406,7 +406,7 @@ def test_bad_options_are_refused_before_any_work(name, value, message, tanh, no_
         respond(tanh, "bregman", [0], **{name: value})
 
 
-# --- kept on disk ----------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------
 
 
 def kept(folder, problem, objective="bregman", **options):
@@ -414,7 +414,7 @@ def kept(folder, problem, objective="bregman", **options):
 
 
 def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch, tanh):
-    """By kill -9: see test_runs.py. The same code caches these results."""
+    """For kill -9 see test_runs.py: the same code caches these results."""
     folder, (net, examples) = tmp_path / "kept", tanh_net(l2=0.05)
     again = untraced(net), examples
     calls, found, respond = [], {}, proximal._proximal_block
@@ -461,4 +461,4 @@ def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch
     for other in (*({name: value} for name, value in others.items()), finer):
         calls.clear()
         kept(folder, tanh, **other)
-        assert len(calls) == 3, other  # what was kept for something else is not taken
+        assert len(calls) == 3, other  # results cached for other inputs are not used

@@ -26,7 +26,7 @@ def removal(softmax, request):
 
 
 def by_pairs(removed, inverse, B):
-    """What secant updates by its pairs make of B."""
+    """B after secant updates by the pairs of `removed`."""
     pairs = [_pair(*pair) for pair in removed.pairs(inverse, B)]
     return _two_loops(pairs, B, lambda Q: apply(inverse, Q))
 
@@ -37,7 +37,7 @@ def by_steps(removed, inverse, B):
 
 @pytest.fixture(params=[by_pairs, by_steps])
 def solved(request):
-    """(Removal, inverse, B) -> about (A - H_g / n)^-1 b, in either way."""
+    """(Removal, inverse, B) -> approximately (A - H_g / n)^-1 b, by either method."""
     return request.param
 
 
@@ -103,7 +103,7 @@ def test_the_groups_curvature_is_taken_out(solver, size, softmax, solved):
 
 
 def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
-    """A fixed point would contract at the leverage; conjugate gradients see one direction."""
+    """A fixed-point iteration would be slow here; conjugate gradients need one direction."""
     p = ridge()
     x = p.train.x.copy()
     x[5] *= 20
@@ -121,7 +121,7 @@ def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
 
 
 def test_a_group_gets_steps_as_it_has_rows(monkeypatch, solved):
-    """Half of the rows: two products; and a column's answer is its own."""
+    """Half of the rows get two products. A column's answer does not depend on the others."""
     p = ridge(num_inputs=8)
     calls, hvp = [], Removal.hvp
     monkeypatch.setattr(
@@ -169,7 +169,7 @@ def test_negative_curvature_is_refused():
 
 
 def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent(solved):
-    """Without a row, the little damping there is may be less than the row's share."""
+    """Without the row, a small damping may be less than the row's share."""
     net, examples = tanh_net()
     few = examples.take([0, 1])
     A = GaussNewton(net, few, 0.01)

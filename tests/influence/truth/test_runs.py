@@ -232,7 +232,7 @@ def test_what_a_fit_draws_depends_on_no_other_refit(tmp_path):
 
 
 class Unregistered(keras.Model):
-    """What the decorator register_keras_serializable would cure."""
+    """A class without the decorator register_keras_serializable."""
 
     def __init__(self, width):
         super().__init__(dtype="float64")
@@ -252,7 +252,7 @@ def unregistered():
 
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
-    """One test, so that processes start once: TensorFlow takes them seconds."""
+    """One test, so that processes start once: TensorFlow needs seconds to start."""
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")  # in both, or last bits may differ
     p, (net, train) = interrupted_problem(), dropping()
     given = p.net, p.train, p.test, [3, 1, 4]
@@ -323,7 +323,7 @@ def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_nothing_is_sent_where_nothing_need_be(num_processes, monkeypatch):
-    """One process here, and one that a backend says is enough."""
+    """One process is asked for, or the backend has only one."""
     monkeypatch.setattr(runs.joblib, "effective_n_jobs", lambda _: 1)
     monkeypatch.setattr(runs.joblib, "Parallel", lambda **_: pytest.fail("sent"))
     runs.check_processes(num_processes, *unregistered())
@@ -343,7 +343,7 @@ def test_the_reason_is_one_sentence():
 
 
 def test_changes_and_losses_are_of_the_same_rounding():
-    """In float32 a change of 1e-7 is seen only if both losses are computed alike."""
+    """In float32 a change of 1e-7 is visible only if both losses have the same rounding."""
     rng = np.random.default_rng(0)
     net = MulticlassLogisticRegression(400, 3, dtype="float32")
     net.theta = rng.standard_normal(1200) / 20

@@ -1,0 +1,92 @@
+"""Checks of arguments that are numbers or arrays of them, and arithmetic of columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def numbers(value: Any, name: str) -> NDArray:
+    """Return the value as a dense array of numbers; an array is returned as it is.
+
+    Raises: TypeError naming `name` and, for a data frame, its non-numeric columns.
+    """
+    refuse_mask(value, name)
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    except ValueError as error:  # NumPy's own message only mentions an inhomogeneous shape
+        raise TypeError(
+            f"{name} must be an array of numbers, got rows of unlike shapes."
+        ) from error
+    if array.dtype.kind in "biuf":
+        return array
+    got = f"dtype {array.dtype}"
+    if array.dtype.kind == "c":
+        got += "; use .real if the imaginary parts mean nothing"
+    # Data frames and series are recognised by attributes, so pandas need not be installed.
+    columns = list(getattr(value, "columns", ()))
+    dtypes = list(getattr(value, "dtypes", ())) if columns else []
+    wrong = [
+        c for c, t in zip(columns, dtypes, strict=False) if getattr(t, "kind", "O") not in "biuf"
+    ]
+    if wrong:
+        got = f"{', '.join(map(repr, wrong))} among its columns; leave them out or encode them"
+    elif getattr(getattr(value, "dtype", None), "kind", "O") in "biuf" or columns:
+        got += "; use .to_numpy('float32') for x, .to_numpy('int64') for class numbers"
+    elif array.dtype.kind in "SUT" or (array.size and isinstance(array.flat[0], str | bytes)):
+        got += (
+            " of strings; use np.unique(y, return_inverse=True)[1]"
+            if name == "y"
+            else " of strings; apply the layer that looks them up first (TextVectorization, "
+            "StringLookup) and give its ids to a model without it"
+        )
+    raise TypeError(f"{name} must be an array of numbers, got {got}.")
+
+
+def refuse_mask(value: Any, name: str) -> None:
+    """Refuse a masked array: NumPy's functions would use the numbers under the mask.
+
+    Raises: TypeError naming `name`.
+    """
+    if np.ma.isMaskedArray(value):
+        raise TypeError(
+            f"{name} must be an array without a mask, got a masked one; fill the masked entries by "
+            ".filled(value), or drop their rows."
+        )
+
+
+def is_integer(value: Any, least: int) -> bool:
+    """Return True for an integer of at least `least`; True and False are no integers."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return integer and bool(value >= least)
+
+
+def dots(U: NDArray, V: NDArray) -> NDArray:
+    """Compute the scalar product of each column of U (d, m) with the same column of V: (m,)."""
+    return np.einsum("ij,ij->j", U, V)
+
+
+def scaled(V: NDArray) -> tuple[NDArray, NDArray]:
+    """Divide every column by a power of two that brings its largest entry to between 1/2 and 1.
+
+    A power of two changes no digit. Norms and products of the scaled columns neither overflow nor
+    underflow.
+
+    Args:
+      V: (d, m) finite numbers.
+
+    Returns: the scaled columns (d, m), and the powers of two (m,), 0 for a column of zeros.
+    """
+    largest = np.abs(V).max(axis=0, initial=0.0).astype(np.float64)
+    exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
+    # In two steps: 2**exponent itself may be out of range.
+    half = exponents // 2
+    return np.ldexp(np.ldexp(V, -half), half - exponents), exponents
+
+
+def norms(V: NDArray) -> NDArray:
+    """Compute the Euclidean norm of every column (d, m), in float64, without overflow: (m,)."""
+    columns, exponents = scaled(V)
+    return np.ldexp(np.linalg.norm(columns.astype(np.float64), axis=0), exponents)

@@ -1,0 +1,65 @@
+"""Adam's step (Kingma & Ba 2015), and the rows of its minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Decay rates of the two running means, and the denominator's constant. These are Keras' defaults.
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Adam's state. With theta it is all that is needed to continue a training.
+
+    Attributes:
+      steps: number of steps taken.
+      first: (d,) running mean of the gradients, without the correction for its start at zero.
+      second: (d,) running mean of their squares.
+    """
+
+    steps: int
+    first: NDArray
+    second: NDArray
+
+    @classmethod
+    def none(cls, num_parameters: int, dtype: Any) -> Moments:
+        """Return the state before the first step."""
+        zero = np.zeros(num_parameters, dtype)
+        return cls(0, zero, zero)
+
+    def step(self, thetas: NDArray, gradients: NDArray, rate: float) -> tuple[NDArray, Moments]:
+        """Take one step of k trainings: return their parameters (d, k) and moments.
+
+        theta - rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), Kingma & Ba (2015, end of
+        section 2), as in Keras. This epsilon differs from that of their algorithm 1.
+        """
+        t = self.steps + 1
+        m, v = (a[:, None] if a.ndim == 1 else a for a in (self.first, self.second))
+        m = m + (gradients - m) * (1 - BETA_1)
+        v = v + (gradients**2 - v) * (1 - BETA_2)
+        length = rate * np.sqrt(1 - BETA_2**t) / (1 - BETA_1**t)
+        moved = thetas - (length * m / (np.sqrt(v) + EPSILON)).astype(thetas.dtype)
+        return moved, Moments(t, m, v)
+
+
+def batch_rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
+    """Yield the rows of step `first` and of each later step; (seed, p) shuffles pass p."""
+    batch_size = min(batch_size, num_examples)
+    number, offset = divmod(first * batch_size, num_examples)
+
+    def shuffled(number: int) -> NDArray:
+        return np.random.default_rng((seed, number)).permutation(num_examples)
+
+    waiting = shuffled(number)[offset:]
+    while True:
+        while len(waiting) < batch_size:
+            number += 1
+            waiting = np.concatenate([waiting, shuffled(number)])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]

@@ -1,0 +1,223 @@
+"""Random systems of many kinds and sizes: whatever counts as converged is right.
+
+`make systems` solves 200 of each kind; the tests solve $SYSTEMS of them, 2 if it is not set.
+"""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from influence import (
+    CG,
+    EKFAC,
+    Direct,
+    DivergenceError,
+    GaussNewton,
+    Lanczos,
+    LiSSA,
+    Nystrom,
+    solve,
+)
+from tests.influence.problems import logistic
+
+COUNT = int(os.environ.get("SYSTEMS", "2"))
+EXACT = {
+    "CG": CG(1e-5),
+    "CG preconditioned": CG(1e-5, preconditioner=Nystrom(5)),
+    "Direct": Direct(1e-5),
+}
+SOLVERS = EXACT | {
+    "LiSSA": LiSSA(depth=300, repeats=1),
+    "Lanczos": Lanczos(4, rtol=0.1),
+    "Lanczos, full rank": Lanczos(1000, rtol=1e-5),
+    "Nystrom": Nystrom(4, rtol=0.1),
+    "Nystrom, full rank": Nystrom(1000, rtol=1e-5),
+}
+
+
+def _of(rng, values):
+    Q = np.linalg.qr(rng.standard_normal((len(values), len(values))))[0]
+    A = (Q * values) @ Q.T
+    return (A + A.T) / 2
+
+
+def _rows(rng, d):
+    X = rng.standard_normal((2 * d, d))
+    X[::3], X[1::4], X[:, -1] = X[0], 0, 0  # equal rows, rows of zeros, a feature that is zero
+    return X.T @ X / len(X)
+
+
+KINDS = {
+    "well conditioned": lambda rng, d: _of(rng, rng.uniform(1, 10, d)),
+    "ill conditioned": lambda rng, d: _of(rng, 10.0 ** rng.uniform(-12, 0, d)),
+    "indefinite": lambda rng, d: _of(rng, rng.uniform(0.1, 1, d) * rng.choice([-1, 1], d)),
+    "singular": lambda rng, d: _of(rng, np.where(np.arange(d) < d / 2, 0, 1.0)),
+    "clustered": lambda rng, d: _of(rng, rng.choice([1e-3, 1.0, 1e3], d)),
+    "equal and zero rows": _rows,
+    "d = 1": lambda rng, d: rng.uniform(0.1, 2, (1, 1)),
+}
+BLOCKS = {
+    "one": lambda rng, d: rng.standard_normal((d, 1)),
+    "many": lambda rng, d: rng.standard_normal((d, 20 * d)),
+    "of all sizes": lambda rng, d: rng.standard_normal((d, 4)) * [1e-30, 1e-15, 1e-3, 1.0],
+}
+
+
+def _solved(A, B, solver):
+    """The solution, or None where the solver says that there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return solve(A, B, solver)
+        except DivergenceError:
+            return None
+
+
+def _check(A, B, solution, rtol):
+    """Columns that count as converged have the residual that was asked for, in long double."""
+    exact = np.longdouble
+    R = B.astype(exact) - A.astype(exact) @ solution.x.astype(exact)
+    scale = np.abs(B).max(axis=0)
+    scale[scale == 0] = 1
+    true = np.linalg.norm(R / scale, axis=0) / np.linalg.norm(B / scale, axis=0)
+    rounding = 4 * np.finfo(A.dtype).eps * len(A)
+    size = np.linalg.norm(A, 2) * np.linalg.norm(solution.x / scale, axis=0)
+    slack = rounding * (1 + size / np.linalg.norm(B / scale, axis=0))
+    assert (true[solution.converged] <= (rtol + slack)[solution.converged]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_what_counts_as_converged_is_right(name, kind, block, dtype):
+    for seed in range(COUNT):
+        rng = np.random.default_rng([seed, list(KINDS).index(kind)])
+        d = 1 if kind == "d = 1" else int(rng.integers(2, 12))
+        A, B = KINDS[kind](rng, d).astype(dtype), BLOCKS[block](rng, d).astype(dtype)
+        solution = _solved(A, B, SOLVERS[name])
+        if solution is not None:
+            assert np.isfinite(solution.x).all() and np.isfinite(solution.residual).all()
+            _check(A, B, solution, SOLVERS[name].rtol)
+        solvable = ("well conditioned", "d = 1") + (("clustered",) if dtype == "float64" else ())
+        if name in EXACT and kind in solvable:
+            assert solution is not None and solution.converged.all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 12])
+@pytest.mark.parametrize("name", [*SOLVERS, "EKFAC"])
+def test_what_counts_as_converged_is_right_of_a_net(name, num_rows):
+    p = logistic("softmax", num_rows=num_rows)
+    solver = SOLVERS.get(name, EKFAC(rtol=0.1))
+    H = GaussNewton(p.net, p.train)
+    A, B = H.dense(), np.random.default_rng(0).standard_normal((H.shape[0], 3)) * [1e-30, 1, 1e30]
+    solution = _solved(H, B, solver)
+    if solution is not None:
+        _check(A, B, solution, solver.rtol)
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [("float32", (-100, -60, 60, 100)), ("float64", (-980, -500, 500, 980))],
+)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, dtype, exponents):
+    """To the last bit for powers of two times b; else to rounding, with the same iterations."""
+    rng = np.random.default_rng(1)
+    A = _of(rng, rng.uniform(1, 10, 6)).astype(dtype)
+    B = rng.standard_normal((6, 2)).astype(dtype)
+    solver, eps = SOLVERS[name], np.finfo(dtype).eps
+    expected = solve(A, B, solver)
+    for exponent in exponents:
+        found = solve(A, np.ldexp(B, exponent), solver)
+        np.testing.assert_array_equal(np.ldexp(found.x, -exponent), expected.x)
+        for field in ("residual", "iterations", "converged", "min_curvature"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+        for a, b in ((exponent, 0), (exponent, exponent // 2)):
+            found = solve(np.ldexp(A, a), np.ldexp(B, b), solver)
+            np.testing.assert_allclose(np.ldexp(found.x, a - b), expected.x, rtol=500 * eps)
+            np.testing.assert_allclose(found.residual, expected.residual, rtol=1e-3, atol=20 * eps)
+            np.testing.assert_array_equal(found.iterations, expected.iterations)
+            np.testing.assert_array_equal(found.converged, expected.converged)
+            lowest = np.ldexp(found.min_curvature, -a)
+            np.testing.assert_allclose(lowest, expected.min_curvature, rtol=500 * eps)
+    s = 1e-300 if dtype == "float64" else 1e-35
+    found = solve(A, B * B.dtype.type(s), solver)
+    np.testing.assert_allclose(found.x / s, expected.x, rtol=2e-3)
+    assert (found.converged == expected.converged).all()
+
+
+def test_an_operator_near_the_limits_of_its_dtype():
+    rng = np.random.default_rng(2)
+    A = np.ldexp(_of(rng, rng.uniform(1, 10, 5)), 1000)
+    operator = scipy.sparse.linalg.LinearOperator(
+        A.shape, matvec=lambda v: A @ v, matmat=lambda V: A @ V, dtype=A.dtype
+    )
+    b = rng.standard_normal(5)
+    for solver in EXACT.values():
+        found = solve(operator, b, solver)
+        assert found.converged.all()
+        np.testing.assert_allclose(A @ found.x, b, rtol=1e-4)
+
+
+def test_a_solution_that_the_dtype_cannot_hold_is_refused():
+    A = np.eye(2, dtype=np.float32)
+    for b in (np.array([1e200, 1.0]), np.array([1e300, 1e-300])):
+        with pytest.raises(ValueError, match="^B must have a solution within float32, got entries"):
+            solve(A, b, CG())
+
+
+def test_more_right_hand_sides_than_rows():
+    A = np.diag(np.arange(1.0, 7))
+    B = np.random.default_rng(0).standard_normal((6, 5000))
+    found = solve(A, B, CG(1e-9))
+    assert found.converged.all() and found.iterations.max() <= 2
+    np.testing.assert_allclose(found.x, B / np.diag(A)[:, None], rtol=1e-6, atol=1e-9)
+
+
+# --- what A and B may be ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [CG(1e-10), Direct(), Lanczos(3), Nystrom(3), LiSSA(rtol=1e-3)])
+def test_sparse_integer_and_boolean_matrices(solver):
+    A, b = np.diag([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0])
+    for held in (scipy.sparse.csr_matrix(A), scipy.sparse.coo_array(A), A.astype(int)):
+        np.testing.assert_allclose(solve(held, b, solver).x, [1, 0.5, 0.25], rtol=1e-2)
+    np.testing.assert_allclose(solve(np.eye(3, dtype=bool), b, solver).x, b, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.ma.masked_array(np.ones(3), [True, False, False]), "without a mask, got a masked one"),
+        (np.array([1j, 0, 0]), "of numbers, got dtype complex128"),
+        (np.array([1, None, 2], dtype=object), "of numbers, got dtype object"),
+        (np.array(["1", "2", "3"]), "of numbers, got dtype <U1 of strings"),
+        (np.array(["2020-01-01"] * 3, "datetime64[D]"), "of numbers, got dtype datetime64"),
+    ],
+    ids=["masked", "complex", "object", "string", "datetime"],
+)
+def test_other_arrays_are_refused_by_name(wrong, message):
+    with pytest.raises(TypeError, match=f"^B must be an array {message}"):
+        solve(np.eye(3), wrong, CG())
+    square = wrong[:, None] * np.ones(3, int) if wrong.dtype.kind == "c" else wrong[[[0] * 3] * 3]
+    with pytest.raises(TypeError, match=f"^A must be an array {message}"):
+        solve(square, np.ones(3), CG())
+    with pytest.raises(TypeError, match=f"^gradients must be an array {message}"):
+        solve(np.eye(3), np.ones(3), CG()).score_error_bound(wrong[None])
+
+
+def test_a_sparse_matrix_is_checked_as_an_array_is():
+    for matrix, message in (
+        (np.ones((2, 3)), "A must be square, got shape"),
+        (np.array([[1.0, 2], [0, 1]]), "A must be symmetric"),
+        (np.array([[np.nan, 0], [0, 1]]), "A must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            solve(scipy.sparse.csr_matrix(matrix), np.ones(2), CG())
