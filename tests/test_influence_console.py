@@ -38,7 +38,7 @@ def start(tmp_path):
 
     def process(body, package="", **options):
         (tmp_path / "command").mkdir()
-        begin = "import influence_console as console\nconsole.begin(__name__)\nimport os, sys, time\n"
+        begin = "import influence_console as c\nc.begin(__name__)\nimport os, sys, time\n"
         (tmp_path / "command/__init__.py").write_text(begin + package)
         (tmp_path / "command/__main__.py").write_text(
             "import influence_console as console, os, sys, time\ndef main():\n"
