@@ -1,6 +1,7 @@
 """The record of a run: numbers, arrays, verdicts and provenance, in record.json and arrays.h5."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,7 +20,13 @@ from typing import Any
 import h5py
 import numpy as np
 
+from experiments.harness import reading
+
 RECORD, ARRAYS = "record.json", "arrays.h5"
+# The format of both files. A record of format 0 has no checksum, and does not name its format.
+_FORMAT = 1
+# Bytes of the arrays. HDF5 may fill up its chunks, so that a reader allows for more.
+_MOST_BYTES = reading.MOST_ARRAYS // 4
 _ROOT = Path(__file__).resolve().parents[2]
 # Files on which a number depends.
 _CODE = ("influence", "experiments", "data", "requirements.txt")
@@ -107,7 +114,7 @@ class Record:
           arrays: numeric, boolean or byte-string (dtype "S") arrays by name.
         Returns: a Record with only these two.
         Raises: TypeError if a metric is not a real number or an array not numeric; ValueError if an
-          array's name would be a path inside the HDF5 file.
+          array's name would be a path inside the HDF5 file, or if the arrays are too large.
         """
         for name, value in metrics.items():
             if np.ndim(value) or not isinstance(_scalar(value), bool | int | float):
@@ -120,6 +127,9 @@ class Record:
                 )
             if not name or name.startswith(".") or "/" in name:  # HDF5 paths
                 raise ValueError(f"arrays: a name must not hold '/' or begin with '.': {name!r}.")
+        size = sum(array.nbytes for array in held.values())
+        if size > _MOST_BYTES:
+            raise ValueError(f"arrays may have {_MOST_BYTES:,} bytes, got {size:,}; keep fewer.")
         return cls(metrics={name: float(value) for name, value in metrics.items()}, arrays=held)
 
     @property
@@ -130,14 +140,18 @@ class Record:
     def save(self, folder: Path) -> None:
         """Write record.json and arrays.h5. The same record gives the same bytes.
 
+        record.json names the format and holds a checksum of everything in both files.
+
         Args:
           folder: created if missing. An older record is replaced, never left half written.
-        Raises: TypeError if a value cannot be written as JSON; OSError if the folder cannot be
-          written to.
+        Raises: TypeError if a value cannot be written as JSON; ValueError if `load` would refuse
+          the record; OSError if the folder cannot be written to.
         """
         text = to_json(
             {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
         )
+        content = json.loads(text)
+        reading.check(content)
         folder.mkdir(parents=True, exist_ok=True)
         # Made in memory: HDF5 ends the process if it cannot write a file, as on a full disk.
         with h5py.File(ARRAYS, "w", driver="core", backing_store=False) as file:
@@ -146,10 +160,12 @@ class Record:
                 file.create_dataset(name, data=array, track_times=False, **packing)
             file.flush()
             image = file.id.get_file_image()
+        content["format"] = _FORMAT
+        content["sha256"] = _checksum(content, image)
         # Both are written before either replaces an older one.
         with replacing(folder / ARRAYS) as arrays, replacing(folder / RECORD) as record:
             arrays.write_bytes(image)
-            record.write_text(text, encoding="utf-8")
+            record.write_text(to_json(content), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
@@ -159,24 +175,28 @@ class Record:
           folder: one with record.json and arrays.h5.
         Returns: the Record.
         Raises: FileNotFoundError if either file is missing; ValueError if one is not what `save`
-          writes.
+          writes, or was altered since. Format 0 has no checksum.
         """
         for name in (RECORD, ARRAYS):
-            if not (folder / name).is_file():
+            if not os.path.lexists(folder / name):
                 raise FileNotFoundError(f"folder must hold {RECORD} and {ARRAYS}, got {folder}.")
         try:
-            content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            content = reading.text(folder / RECORD)
+            packed = reading.contents(folder / ARRAYS, reading.MOST_ARRAYS)
+            sealed = {"format", "sha256"} & content.keys()
+            sha256, version = content.pop("sha256", None), content.get("format")
+            if sealed and (type(version) is not int or version != _FORMAT):
+                raise ValueError(f"its format must be {_FORMAT}, got {version!r:.20}")
+            if sealed and sha256 != _checksum(content, packed):
+                raise ValueError(f"its checksum is another: {RECORD} or {ARRAYS} was altered")
+            content.pop("format", None)
+            reading.check(content)
             content["metrics"] = {k: _or(v, math.nan) for k, v in content["metrics"].items()}
-            with h5py.File(folder / ARRAYS, "r") as file:
-                content["arrays"] = {name: np.asarray(file[name]) for name in file}
-            missing = {f.name for f in dataclasses.fields(cls)} - content.keys()
-            if missing:
-                raise KeyError(*sorted(missing))
-            return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            return cls(**content, arrays=reading.arrays(packed))
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(
                 f"folder must hold a record as this program writes it, {folder} does not "
-                f"({error!r}); run the experiment again."
+                f"({error!s:.400}); run the experiment again."
             ) from error
 
 
@@ -260,6 +280,11 @@ def _peak_rss_mb() -> int:
                 return round(int(line.split()[1]) / 1024)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # macOS: bytes; else KiB
+
+
+def _checksum(content: dict[str, Any], arrays: bytes) -> str:
+    """Compute the checksum of a record.json, without its own, and of the bytes of an arrays.h5."""
+    return hashlib.sha256(to_json(content).encode() + arrays).hexdigest()
 
 
 def _plain(value: Any, name: str) -> Any:

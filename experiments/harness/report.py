@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 import experiments
+from experiments.harness import reading
 from experiments.harness.record import RECORD, Record, replacing
 
 FIGURE = "figure.png"
@@ -79,7 +80,7 @@ def write_page(out: Path) -> Path:
     page = out / "index.html"
     with replacing(page) as partial:
         text = environment.get_template("report.html.j2").render(sections=sections)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return page
 
 
@@ -129,7 +130,13 @@ def _band(low: float | None, high: float | None) -> str:
 def _section(folder: Path, record: Record) -> dict[str, Any]:
     known = record.experiment in experiments.summaries()
     module = experiments.load(record.experiment) if known else None
-    figure = folder / FIGURE
+    figure, no_figure = "", ""
+    try:
+        figure = base64.b64encode(reading.png(folder / FIGURE)).decode()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        no_figure = str(error)
     return {
         "name": folder.name,
         "summary": experiments.summaries().get(record.experiment, ""),
@@ -137,5 +144,6 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "stand_in_for": getattr(module, "DATA", "the paper's data"),
         "rows": rows(record),
         "deviations": getattr(module, "DEVIATIONS", ()),
-        "figure": base64.b64encode(figure.read_bytes()).decode() if figure.is_file() else None,
+        "figure": figure,
+        "no_figure": no_figure,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray]
+
+# Entry of a file that holds its format and its checksum.
+_SEAL = "format and sha256"
+_FORMAT = 1
 
 
 def identity(net: Any, examples: Any, *more: Any) -> str:
@@ -60,6 +65,23 @@ def check_writable(folder: Path, name: str) -> Path:
     return folder
 
 
+def sha256(arrays: Arrays, *more: str) -> str:
+    """Compute the SHA-256 of named arrays, of their shapes and types, and of some strings.
+
+    Raises: ValueError for an array of objects.
+    """
+    digest = hashlib.sha256(repr((*more, sorted(arrays))).encode())
+    for name, array in sorted(arrays.items()):
+        if array.dtype.hasobject:
+            raise ValueError(f"object arrays cannot be saved, got {name} of dtype {array.dtype}.")
+        turned = array.flags.f_contiguous and not array.flags.c_contiguous
+        digest.update(repr((array.dtype.str, array.shape, turned)).encode())
+        # The bytes in their order in memory, so that a large matrix is not copied.
+        flat = np.ascontiguousarray(array.T if turned else array).reshape(-1)
+        digest.update(flat.view(np.uint8).data)
+    return digest.hexdigest()
+
+
 def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[str, NDArray]:
     """Return the arrays stored at `path`; if the file is missing, compute and store them first.
 
@@ -71,6 +93,7 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
       compute: returns named arrays. `path` must identify everything that they depend on.
 
     Returns: the arrays by name.
+    Raises: ValueError as `load`.
     """
     if path is None:
         return {name: np.asarray(value) for name, value in compute().items()}
@@ -80,14 +103,17 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 
 
 def store(path: str | os.PathLike, arrays: Arrays) -> None:
-    """Write named arrays to an `.npz` file, completely or not at all; replace an existing file."""
+    """Write named arrays to an `.npz` file, completely or not at all; replace an existing file.
+
+    The file also holds a checksum of the arrays, their names, shapes and types, and its own name.
+    """
     path = Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, allow_pickle=False, **arrays, **{_SEAL: _seal(path, arrays)})
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -99,6 +125,34 @@ def store(path: str | os.PathLike, arrays: Arrays) -> None:
 
 
 def load(path: str | os.PathLike) -> dict[str, NDArray]:
-    """Read the arrays of a file that `store` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    """Read the arrays of a file that `store` wrote.
+
+    Returns: the arrays by name.
+    Raises: ValueError naming the file if it is not as `store` wrote it under this name.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise _refused(path, "that is no regular file")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        seal = arrays.pop(_SEAL, np.array(("none", "")))
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds for altered bytes
+        raise _refused(path, f"that cannot be read ({error!r:.200})") from error
+    expected = _seal(path, arrays)
+    if seal.shape != expected.shape or seal[0] != expected[0]:
+        raise _refused(path, f"of another format ({seal!s:.20}; this program's is {_FORMAT})")
+    if seal[1] != expected[1]:
+        raise _refused(path, "that was altered or renamed: its checksum is another")
+    return arrays
+
+
+def _seal(path: Path, arrays: Arrays) -> NDArray:
+    return np.array((str(_FORMAT), sha256(arrays, path.name)))
+
+
+def _refused(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"checkpoints must be files that this program wrote, got {path} {why}; delete it, and it "
+        "is computed again."
+    )

@@ -2,7 +2,9 @@
 
 The file is allocated as a whole when it is made, so that later writes change only numbers and not
 HDF5's own tables. The counter of finished blocks is written after the block has reached the disk.
-So every block that is counted is complete, whenever a kill -9 comes.
+So every block that is counted is complete, whenever a kill -9 comes. Each block is written with its
+checksum, and each test example's s_test with its own, so that an altered file is never continued or
+returned.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_writable
+from influence.common.checkpoint import check_writable, sha256
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
@@ -34,6 +37,8 @@ from influence.scores.inverse import Inverse
 # Names of data sets and attributes in the file.
 _TABLE, _S_TEST = "change_if_removed", "s_test"
 _PER_TEST = {"residual": float, "iterations": int, "converged": bool, "min_curvature": float}
+_TEST_SHA, _BLOCK_SHA, _SHA = "test_sha256", "block_sha256", "sha256"
+_FORMAT = 1
 _LOSSES, _PENALTY = "losses of the first test examples", "penalty"
 _TRAINING = "losses of the first training rows"
 # The model's answers differ a little between machines and numbers of threads, so they are compared
@@ -112,19 +117,17 @@ def write(job: Job, path: Path) -> Path:
     """Write the file of `Influence.write_scores`, or the rest of it after an interruption."""
     identity = job.identity()
     if path.exists():
-        _check_same(path, identity)
-        with h5py.File(path, "r") as file:
+        with _opened(job, path, "r", identity) as file:
             _warn_of_earlier(job, file, len(job.test))
         return path
     partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-        _check_same(partial, identity)
-    else:
+    if not partial.exists():
         _create(job, partial, identity)
-    with h5py.File(partial, "r+") as file:
+    with _opened(job, partial, "r+", identity) as file:
         _solve(job, file)
         _multiply(job, file)
         file["rounding_error"][()] = _rounding_error(job, file)
+        file[_SHA][()] = _sha_of_all(file)
         _to_disk(file)
     os.replace(partial, path)
     return path
@@ -146,6 +149,9 @@ def _solve(job: Job, file: h5py.File) -> None:
         file[_S_TEST][part] = solution.x.T
         for name in _PER_TEST:
             file[name][part] = getattr(solution, name)
+        rows = (x.astype(job.net.dtype, copy=False) for x in solution.x.T)
+        about = zip(*(file[name][part] for name in _PER_TEST), strict=True)
+        file[_TEST_SHA][part] = np.stack([_sha(x, *a) for x, a in zip(rows, about, strict=True)])
         done += len(G)
         _mark(file, "tests_solved", done)
 
@@ -161,19 +167,27 @@ def _warn_of_earlier(job: Job, file: h5py.File, done: int) -> None:
 
 
 def _multiply(job: Job, file: h5py.File) -> None:
-    m, k = file[_TABLE].shape
-    tests, columns = map(int, file.attrs["together"])
-    across = -(-k // columns)
-    blocks = range(int(file["blocks_done"][()]), -(-m // tests) * across)
+    columns = int(file.attrs["together"][1])
+    blocks = range(int(file["blocks_done"][()]), len(file[_BLOCK_SHA]))
     tables = iter(())
     for block in progress(blocks, "scores"):
-        i, j = divmod(block, across)
-        part = slice(i * tests, min((i + 1) * tests, m))
-        if block == blocks[0] or j == 0:  # one pass over the training rows for each block of tests
-            tables = _tables(job, _Scores.of(job, file, part), job.rows[j * columns :], columns)
-        table = next(tables)
-        file[_TABLE][part, j * columns : j * columns + table.shape[1]] = table
+        part, of_rows = _place(file, block)
+        # One pass over the training rows for each block of tests.
+        if block == blocks[0] or of_rows.start == 0:
+            tables = _tables(job, _Scores.of(job, file, part), job.rows[of_rows.start :], columns)
+        table = np.ascontiguousarray(next(tables), job.dtype)
+        file[_TABLE][part, of_rows] = table
+        file[_BLOCK_SHA][block] = _sha(table)
         _mark(file, "blocks_done", block + 1)
+
+
+def _place(file: h5py.File, block: int) -> tuple[slice, slice]:
+    """Return the tests and the rows, as places in the table, of one of its blocks."""
+    m, k = file[_TABLE].shape
+    tests, columns = map(int, file.attrs["together"])
+    i, j = divmod(block, -(-k // columns))
+    part = slice(i * tests, min((i + 1) * tests, m))
+    return part, slice(j * columns, min((j + 1) * columns, k))
 
 
 def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterator[NDArray]:
@@ -247,6 +261,13 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
     check_writable(path.parent, "path's parent")
     # The name is always the same, so that the next call overwrites it after a kill -9 in here.
     unfinished = path.with_name(path.name + ".new")
+    if unfinished.is_file():
+        try:
+            h5py.File(unfinished, "r+").close()
+        except BlockingIOError as error:
+            raise _held(unfinished) from error
+        except OSError:  # only a part of a file
+            pass
     unfinished.unlink(missing_ok=True)
     needed = m * (k * np.dtype(job.dtype).itemsize + d * s_dtype.itemsize)
     free = shutil.disk_usage(path.parent).free
@@ -259,19 +280,38 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
     tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if there is room for one
     try:
         with h5py.File(unfinished, "w") as file:
-            _allocate(file, _TABLE, (m, k), job.dtype)
-            _allocate(file, _S_TEST, (m, d), s_dtype)
+            for name, (shape, kind) in _layout(job, tests, _ROWS).items():
+                if name in (_TABLE, _S_TEST):
+                    _allocate(file, name, shape, kind)
+                else:
+                    file[name] = np.zeros(shape, kind)
+            file["rows"][:] = job.rows
             _describe(file, len(job.train))
-            file["rows"] = job.rows
-            for name, kind in _PER_TEST.items():
-                file[name] = np.zeros(m, kind)
-            file["tests_solved"], file["blocks_done"] = 0, 0
             file.attrs.update(identity)
             file.attrs["together"] = tests, _ROWS
+            file.attrs["format"] = _FORMAT
+            file.attrs[_SHA] = _sha_of_description(file)
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _layout(job: Job, tests: int, columns: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return the shape and dtype of each data set, for blocks of so many tests and rows."""
+    m, k, s_dtype = len(job.test), len(job.rows), job.net.dtype
+    return {
+        _TABLE: ((m, k), np.dtype(job.dtype)),
+        _S_TEST: ((m, job.net.num_parameters), s_dtype),
+        "rows": ((k,), job.rows.dtype),
+        **{name: ((m,), np.dtype(kind)) for name, kind in _PER_TEST.items()},
+        "tests_solved": ((), np.dtype(int)),
+        "blocks_done": ((), np.dtype(int)),
+        "rounding_error": ((), np.dtype(float)),
+        _TEST_SHA: ((m, 32), np.dtype(np.uint8)),
+        _BLOCK_SHA: ((-(-m // tests) * -(-k // columns), 32), np.dtype(np.uint8)),
+        _SHA: ((32,), np.dtype(np.uint8)),
+    }
 
 
 def _describe(file: h5py.File, n: int) -> None:
@@ -284,11 +324,18 @@ def _describe(file: h5py.File, n: int) -> None:
         n=n,
     )
     file[_S_TEST].attrs["meaning"] = "H^-1 grad loss of each test example"
-    file["rounding_error"] = np.nan
+    file["rounding_error"][()] = np.nan
     file["rounding_error"].attrs["meaning"] = (
         f"largest error of {_SAMPLE} x {_SAMPLE} scores at most, against the net's own dtype, over "
         "the largest score among them"
     )
+    meanings = {
+        _TEST_SHA: "of each test example's s_test, residual, iterations, converged, min_curvature",
+        _BLOCK_SHA: "of each block of change_if_removed; attribute together is the size of a block",
+        _SHA: "of the attributes, rows, rounding_error and the other checksums; 0 until finished",
+    }
+    for name, meaning in meanings.items():
+        file[name].attrs["meaning"] = f"SHA-256 {meaning}"
     packages = ("numpy", "scipy", "h5py", "keras", "tensorflow")
     file.attrs["versions"] = json.dumps({p: importlib.metadata.version(p) for p in packages})
 
@@ -316,27 +363,114 @@ def _to_disk(file: h5py.File) -> None:
     os.fsync(file.id.get_vfd_handle())
 
 
-def _check_same(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a file of other inputs.
+# --- the checks of an existing file ---------------------------------------------------------------
 
-    Raises: ValueError naming them.
+
+@contextmanager
+def _opened(
+    job: Job, path: Path, mode: Literal["r", "r+"], identity: dict[str, Any]
+) -> Iterator[h5py.File]:
+    """Open a file of earlier scores once everything in it that is counted has been verified.
+
+    Raises: ValueError naming the file and what to do, where it is not one of these scores.
     """
-    if path.is_dir():
-        raise ValueError(f"path must be a file, got the folder {path}.")
-    try:
-        with h5py.File(path, "r") as file:
-            stored = dict(file.attrs)
-    except OSError as error:
-        raise ValueError(
-            f"path must be free or hold scores, got {path}, which cannot be read ({error}); "
-            "another process may be writing it, else delete it."
-        ) from error
+    if not path.is_file():  # a pipe or a device may never end
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise ValueError(f"path must be a file, got the {kind} {path}.")
+    cause: Exception | None = None
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(h5py.File(path, mode))
+            wrong = _another(file, identity) or _altered(job, file, finished=mode == "r")
+        except BlockingIOError as error:
+            raise _held(path) from error
+        except Exception as error:  # h5py raises many kinds for altered bytes
+            wrong, cause = f"HDF5 that cannot be read ({error!r:.200})", error
+        if wrong:
+            raise ValueError(
+                f"path must be free or hold scores of the same inputs as they were written, got "
+                f"{path} with {wrong}; give another path, or delete it."
+            ) from cause
+        yield file
+
+
+def _another(file: h5py.File, identity: dict[str, Any]) -> str:
+    """Name the inputs, or the format, if they are others; empty if they are the same."""
+    stored = dict(file.attrs)
+    if not _equal("format", stored.get("format"), _FORMAT):
+        return f"another format ({stored.get('format')!s:.20}; this program's is {_FORMAT})"
     other = [name for name, value in identity.items() if not _equal(name, stored.get(name), value)]
-    if other:
-        raise ValueError(
-            f"path must be free or hold scores of the same inputs, got {path} with another "
-            f"{', another '.join(other)}; give another path, or delete it."
-        )
+    return ", ".join(f"another {name}" for name in other)
+
+
+def _altered(job: Job, file: h5py.File, *, finished: bool) -> str:
+    """Name what is not as it was written; empty if everything that is counted is. Reads it once."""
+    layout = _layout(job, *map(int, file.attrs["together"]))
+    for name, (shape, kind) in layout.items():
+        if name not in file or (file[name].shape, file[name].dtype) != (shape, kind):
+            return f"altered {name}: it must be {shape} of {kind}"
+    if set(file) != set(layout):
+        return f"foreign data sets: {', '.join(sorted(set(file) - set(layout)))}"
+    if not _equal(_SHA, file.attrs.get(_SHA), _sha_of_description(file)):
+        return "altered attributes or rows"
+    m, blocks = len(job.test), len(file[_BLOCK_SHA])
+    solved, done = int(file["tests_solved"][()]), int(file["blocks_done"][()])
+    least = (m, blocks) if finished else (m if done else 0, 0)
+    if not (least[0] <= solved <= m and least[1] <= done <= blocks):
+        return f"altered counters: {solved} of {m} tests and {done} of {blocks} blocks"
+    for start in progress(range(0, solved, _CHUNK[0]), "verifying s_test"):
+        part = slice(start, min(start + _CHUNK[0], solved))
+        if (_sha_of_tests(file, part) != file[_TEST_SHA][part]).any():
+            return f"an altered s_test, or what is said of it, in {start} to {part.stop - 1}"
+    for block in progress(range(done), "verifying scores"):
+        place = _place(file, block)
+        if (_sha(file[_TABLE][place]) != file[_BLOCK_SHA][block]).any():
+            tests, rows = ((p.start, p.stop - 1) for p in place)
+            return f"altered scores in rows {tests} and columns {rows} of {_TABLE}"
+    if finished and (_sha_of_all(file) != file[_SHA][()]).any():
+        return "an altered rounding_error or checksum"
+    return ""
+
+
+def _sha(*arrays: NDArray) -> NDArray[np.uint8]:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _sha_of_tests(file: h5py.File, part: slice) -> NDArray[np.uint8]:
+    """Compute the checksums (b, 32) of some tests from the file, which is read chunk by chunk."""
+    digests = [hashlib.sha256() for _ in range(part.stop - part.start)]
+    for column in range(0, file[_S_TEST].shape[1], _CHUNK[1]):
+        rows = file[_S_TEST][part, column : column + _CHUNK[1]]
+        for digest, row in zip(digests, rows, strict=True):
+            digest.update(row.data)
+    for values in (file[name][part] for name in _PER_TEST):
+        for i, digest in enumerate(digests):
+            digest.update(values[i : i + 1].data)
+    return np.array([list(digest.digest()) for digest in digests], np.uint8)
+
+
+def _sha_of_description(file: h5py.File) -> str:
+    """Compute the checksum of the rows and of all attributes."""
+    found = {"": file["rows"][()]}
+    for name, part in {"": file, **file}.items():
+        found |= {f"{name}@{key}": np.asarray(value) for key, value in part.attrs.items()}
+    found.pop(f"@{_SHA}", None)
+    return sha256(found)
+
+
+def _sha_of_all(file: h5py.File) -> NDArray[np.uint8]:
+    parts = (file[name][()] for name in (_TEST_SHA, _BLOCK_SHA, "rounding_error"))
+    return _sha(np.frombuffer(file.attrs[_SHA].encode(), np.uint8), *map(np.asarray, parts))
+
+
+def _held(path: Path) -> ValueError:
+    return ValueError(
+        f"path must be free, got {path}, which another process holds; wait for that process, or "
+        "give another path."
+    )
 
 
 def _equal(name: str, stored: Any, value: Any) -> bool:

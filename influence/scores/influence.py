@@ -233,7 +233,8 @@ class Influence:
         are `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
         `converged` and `min_curvature` (m,), and `rounding_error`: the largest error in a sample of
         scores relative to the largest of them, about 1e-6 at most in float32. Everything else is in
-        attributes.
+        attributes. SHA-256 checksums are kept beside the numbers; a file that is there already is
+        read once and returned or continued only if it is as it was written.
 
         After an interruption, kill -9 included, the next call continues from `path` with
         ".partial" appended and ends with the same file; it solves no finished system again. It
@@ -250,7 +251,8 @@ class Influence:
 
         Returns: the path.
         Raises: as `scores`; ValueError for another dtype, rows that do not increase, too small a
-          disk, or a path where something else is, such as scores of other inputs (named).
+          disk, or a path where something else is: scores of other inputs (named), of another
+          format, or altered, or a file that another process holds.
         """
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")

@@ -12,18 +12,18 @@ import pytest
 from experiments.harness import record as record_module
 from experiments.harness.record import Claim, Record, commit, provenance, replacing, to_json
 
+ARRAYS = {
+    "actual": np.linspace(0, 1, 1000).reshape(50, 20),
+    "rows": np.arange(5),
+    "kept": np.array([True, False]),
+    "none": np.zeros((0, 4), "float32"),
+    "scalar": np.float64(2.5),
+}
 
-def _record(**changes):
-    made = Record.of(
-        metrics={"pearson": 0.1 + 0.2, "absent": math.nan, "count": np.int64(3)},
-        arrays={
-            "actual": np.linspace(0, 1, 1000).reshape(50, 20),
-            "rows": np.arange(5),
-            "kept": np.array([True, False]),
-            "none": np.zeros((0, 4), "float32"),
-            "scalar": np.float64(2.5),
-        },
-    )
+
+def _record(arrays=ARRAYS, **changes):
+    metrics = {"pearson": 0.1 + 0.2, "absent": math.nan, "count": np.int64(3)}
+    made = Record.of(metrics=metrics, arrays=arrays)
     return dataclasses.replace(
         made,
         experiment="fig2",
@@ -75,8 +75,7 @@ def test_same_record_same_bytes(tmp_path):
 
 
 def test_arrays_are_compressed(tmp_path):
-    record = Record.of(metrics={}, arrays={"zeros": np.zeros(100_000)})
-    record.save(tmp_path)
+    _record({"zeros": np.zeros(100_000)}).save(tmp_path)
     assert (tmp_path / "arrays.h5").stat().st_size < 20_000  # 800,000 bytes uncompressed
 
 
@@ -105,7 +104,7 @@ def test_array_must_be_numeric(value):
 
 def test_names_are_kept_as_bytes(tmp_path):
     names = np.array(["age_[0-10)", "change"], dtype="S")
-    Record.of(metrics={}, arrays={"names": names}).save(tmp_path)
+    _record({"names": names}).save(tmp_path)
     again = Record.load(tmp_path).arrays["names"]
     assert again.dtype == names.dtype and again.astype(str).tolist() == ["age_[0-10)", "change"]
 

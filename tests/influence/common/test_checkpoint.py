@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -76,13 +77,91 @@ def test_the_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
     def look(partial, target):
         assert not path.exists() and str(partial).endswith(".partial")
         with np.load(partial) as stored:  # complete before the rename
-            same(dict(stored), ARRAYS)
+            same({name: stored[name] for name in ARRAYS}, ARRAYS)
         replace(partial, target)
 
     monkeypatch.setattr(checkpoint.os, "replace", look)
     (tmp_path / "block.npzleft-by-a-kill.partial").write_bytes(b"PK half a file")
     same(kept(path, lambda: ARRAYS), ARRAYS)
     same(kept(path, never), ARRAYS)
+
+
+def flipped(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def rewritten(path, **changes):
+    """Write the file again with NumPy alone, as someone who mends it by hand would."""
+    with np.load(path) as stored:
+        np.savez(path, **{**stored, **changes})
+
+
+def moved(path):
+    """Put there what was stored under another name."""
+    kept(path.with_name("other.npz"), lambda: ARRAYS).clear()
+    os.replace(path.with_name("other.npz"), path)
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (lambda path: rewritten(path, passes=np.arange(3, dtype=np.int64)), "altered or renamed"),
+        (lambda path: rewritten(path, passes=np.arange(3, dtype=np.int32)[:, None]), "altered"),
+        (lambda path: rewritten(path, more=np.zeros(1)), "altered or renamed"),
+        (lambda path: rewritten(path, converged=np.array([True, True])), "altered or renamed"),
+        (lambda path: rewritten(path, **{checkpoint._SEAL: np.array(("2", ""))}), "another format"),
+        (lambda path: np.savez(path, **ARRAYS), r"another format \(\['none' ''\]; this program's"),
+        (moved, "altered or renamed"),
+        (lambda path: flipped(path, 200), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(b"\x93NUMPY" + bytes(90)), "cannot be read"),
+        (as_pipe, "that is no regular file; delete it"),
+    ],
+)
+def test_what_was_not_stored_here_is_refused(tmp_path, alter, reason):
+    path = tmp_path / "block.npz"
+    kept(path, lambda: ARRAYS)
+    alter(path)
+    with pytest.raises(ValueError, match=reason) as caught:
+        kept(path, never)
+    line = str(caught.value)
+    assert str(path) in line and "\n" not in line and len(line) < 600
+    path.unlink()
+    same(kept(path, lambda: ARRAYS), ARRAYS)
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "block.npz"
+    kept(path, lambda: ARRAYS)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole)
+        flipped(path, place)
+        try:
+            same(kept(path, never), ARRAYS)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_a_transposed_matrix_is_hashed_without_a_copy():
+    matrix = np.asfortranarray(np.arange(12.0).reshape(3, 4))
+    assert checkpoint.sha256({"a": matrix}) != checkpoint.sha256({"a": matrix.copy("C")})
+    assert checkpoint.sha256({"a": matrix[::2]}) == checkpoint.sha256({"a": matrix[::2].copy("C")})
+    large = np.zeros((1000, 1000), order="F")
+    tracemalloc.start()
+    checkpoint.sha256({"a": large})
+    assert tracemalloc.get_traced_memory()[1] < 1e5
+    tracemalloc.stop()
 
 
 def test_objects_are_not_stored(tmp_path):

@@ -409,7 +409,7 @@ def test_a_path_where_something_else_is(tmp_path):
     for name in ("s.h5", "t.h5.partial"):
         (tmp_path / name).write_bytes(b"no scores")
         with pytest.raises(
-            ValueError, match="^path must be free or hold scores, got .*cannot be r"
+            ValueError, match="^path must be free or hold scores.* got .*cannot be read"
         ):
             influence.write_scores(tmp_path / name.removesuffix(".partial"), p.test)
         assert (tmp_path / name).read_bytes() == b"no scores"

@@ -1,0 +1,213 @@
+"""The files of a record as they are found: whatever is there is checked before it is used.
+
+A file is read only if it is regular and not too large, an array only if it is stored in the file
+itself, and a text only if it has the form of a record.
+"""
+
+import fcntl
+import json
+import math
+import reprlib
+import stat
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+# Bytes of a record.json, of an arrays.h5 both packed and unpacked, and of a figure.
+_MOST_TEXT, MOST_ARRAYS, _MOST_FIGURE = 1 << 24, 1 << 28, 1 << 25
+# A chunk counts as this many bytes at least, so that their number is limited too.
+_LEAST_CHUNK = 1 << 12
+_MOST_PIXELS = 10**8
+_MOST_DEPTH = 32
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FILTERS = ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_shallow(value: Any, depth: int = _MOST_DEPTH) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(entry, depth - 1) for entry in inner)
+
+
+# A kind of value: a description and a test.
+_TEXT = ("printable text", lambda value: isinstance(value, str) and value.isprintable())
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+_VERDICT = ("true, false or null", lambda value: value is None or isinstance(value, bool))
+_NUMBER = ("a finite number or null", lambda value: value is None or _is_number(value))
+_PLAIN = (f"nested at most {_MOST_DEPTH} deep", _is_shallow)
+# The form of a record: a dict has these keys; with `...`, others of that kind too, and none must be
+# there. A list has any number of entries of its one kind.
+_RECORD = {
+    "experiment": _TEXT,
+    "preset": _TEXT,
+    "config": {...: _PLAIN},
+    "data": {"name": _TEXT, "stand_in": _FLAG, "sha256": _TEXT},
+    "metrics": {...: _NUMBER},
+    "claims": [
+        {"metric": _TEXT, "holds": _VERDICT}
+        | dict.fromkeys(("paper", "low", "high", "value"), _NUMBER)
+    ],
+    "provenance": {"versions": {...: _TEXT}, ...: _PLAIN},
+}
+
+
+def check(value: Any, kind: Any = _RECORD, name: str = "record") -> None:
+    """Check that a value read from JSON has the form of a record.
+
+    Args:
+      value: what was read.
+      kind: the form, as in this module's constants.
+      name: name of the value in the message.
+    Raises: ValueError naming the first entry of another form.
+    """
+    if isinstance(kind, tuple):
+        words, test = kind
+        fits = test(value)
+    elif isinstance(kind, list):
+        words, fits = "a list", isinstance(value, list)
+    else:
+        keys = sorted(key for key in kind if key is not ...)
+        words = "an object" if ... in kind else f"an object with exactly {', '.join(keys)}"
+        fits = isinstance(value, dict) and (... in kind or sorted(value) == keys)
+    if not fits:
+        raise ValueError(f"{name} must be {words}, got {reprlib.repr(value)}")
+    if isinstance(kind, list):
+        for i, entry in enumerate(value):
+            check(entry, kind[0], f"{name}[{i}]")
+    elif isinstance(kind, dict):
+        for key, entry in value.items():
+            check(entry, kind.get(key, kind.get(...)), f"{name}[{reprlib.repr(key)}]")
+
+
+def contents(path: Path, most: int) -> bytes:
+    """Read a file.
+
+    Args:
+      path: a regular file. A link, a pipe or a device could be anything, and may never end.
+      most: how many bytes it may have.
+    Returns: its bytes.
+    Raises: OSError if it cannot be read; ValueError if it is not regular, is larger, or is held by
+      another process.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} must be a regular file: no link, folder, pipe or device")
+    if status.st_size > most:
+        raise ValueError(f"{path.name} may have {most:,} bytes, got {status.st_size:,}")
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path.name} is held by another process, wait for it") from error
+        except OSError:  # a file system without locks
+            pass
+        return file.read(status.st_size)
+
+
+def text(path: Path) -> dict[str, Any]:
+    """Read a record.json.
+
+    Returns: the object in it; `check` checks its form.
+    Raises: OSError, ValueError or RecursionError if it holds no object in strict JSON.
+    """
+
+    def refuse(token: str) -> None:
+        raise ValueError(f"{path.name} must be strict JSON, got {token}")
+
+    content = json.loads(contents(path, _MOST_TEXT), parse_constant=refuse)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold an object, got {reprlib.repr(content)}")
+    return content
+
+
+def arrays(packed: bytes) -> dict[str, np.ndarray]:
+    """Read the arrays of an arrays.h5. No other file is opened.
+
+    Args:
+      packed: the file's bytes.
+    Returns: the arrays by name.
+    Raises: ValueError for what no record has: links, groups, virtual or external data, other types
+      and filters than `Record.save` writes, or more than MOST_ARRAYS bytes.
+    """
+    try:
+        with h5py.File(h5py.h5f.open_file_image(packed)) as file:
+            wrong = "a user block" if file.userblock_size else ""
+            size = 0
+            for name in file:
+                wrong = wrong or _unlike_ours(file, name)
+                size += 0 if wrong else _unpacked_size(file[name])
+                if wrong or size > MOST_ARRAYS:
+                    wrong = wrong or f"more than {MOST_ARRAYS:,} bytes unpacked"
+                    break
+                wrong = _overlong_chunk(file[name], packed)
+            if not wrong:
+                return {name: np.asarray(file[name]) for name in file}
+    except Exception as error:  # h5py raises many kinds for altered bytes
+        raise ValueError(f"arrays.h5 cannot be read ({error!r:.200})") from error
+    raise ValueError(f"arrays.h5 must hold arrays as this program writes them, got {wrong}")
+
+
+def png(path: Path) -> bytes:
+    """Read a figure.
+
+    Returns: its bytes.
+    Raises: OSError if it cannot be read; ValueError if it is no regular PNG file of a sane size.
+    """
+    found = contents(path, _MOST_FIGURE)
+    if not found.startswith(_PNG) or len(found) < 24:
+        raise ValueError(f"{path.name} is no PNG")
+    width, height = struct.unpack(">II", found[16:24])
+    if not 0 < width * height <= _MOST_PIXELS:
+        raise ValueError(f"{path.name} may have {_MOST_PIXELS:,} pixels, got {width} x {height}")
+    return found
+
+
+def _unlike_ours(file: h5py.File, name: str) -> str:
+    """Say what an entry is, if it is no array that is stored in this very file."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        return f"the link {name!r:.60}"
+    part = file[name]
+    if not isinstance(part, h5py.Dataset) or part.shape is None:
+        return f"no array {name!r:.60}"
+    if part.is_virtual or part.external:
+        return f"{name!r:.60}, which is stored in another file"
+    if part.dtype.kind not in "biufS":
+        return f"{name!r:.60} of dtype {part.dtype!s:.60}"
+    plan = part.id.get_create_plist()
+    if [plan.get_filter(i)[0] for i in range(plan.get_nfilters())] not in _FILTERS:
+        return f"{name!r:.60} with other filters than shuffle and gzip"
+    return ""
+
+
+def _unpacked_size(part: h5py.Dataset) -> int:
+    if part.chunks is None:
+        return math.prod(part.shape) * part.dtype.itemsize
+    count = math.prod(
+        -(-size // chunk) for size, chunk in zip(part.shape, part.chunks, strict=True)
+    )
+    return count * max(_chunk_size(part), _LEAST_CHUNK)
+
+
+def _chunk_size(part: h5py.Dataset) -> int:
+    return math.prod(part.chunks) * part.dtype.itemsize
+
+
+def _overlong_chunk(part: h5py.Dataset, packed: bytes) -> str:
+    """Say so if a chunk would be unpacked to more than its size, which HDF5 does not limit."""
+    chunks = []
+    if part.compression == "gzip":
+        part.id.chunk_iter(chunks.append)
+    for chunk in chunks:
+        stored = packed[chunk.byte_offset : chunk.byte_offset + chunk.size]
+        size = _chunk_size(part)
+        if chunk.filter_mask or len(zlib.decompressobj().decompress(stored, size + 1)) > size:
+            return f"{part.name!r:.60} with a chunk of another size"
+    return ""
