@@ -1,8 +1,9 @@
 """Figure 2, right, at a true minimum: predicted against actual leave-one-out changes of refits.
 
-Beyond the paper: the network of Figure 2, right, is trained on to a local minimum of its risk,
-where leave-one-out refits are well defined. Influence functions are compared with refits without a
-row, and with refits without a tenth of a row's weight, for which first order is nearly exact.
+This goes beyond the paper. The network of Figure 2, right, is trained further, to a local minimum
+of its risk, where leave-one-out refits are well defined. The predictions of influence functions are
+compared with refits without a row. They are also compared with refits that remove a tenth of a
+row's weight; there first order is nearly exact.
 """
 
 from dataclasses import dataclass

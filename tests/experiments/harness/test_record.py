@@ -77,7 +77,9 @@ def test_same_record_same_bytes(tmp_path):
 def test_arrays_are_compressed(tmp_path):
     record = Record.of(metrics={}, arrays={"zeros": np.zeros(100_000)})
     record.save(tmp_path)
-    assert (tmp_path / "arrays.h5").stat().st_size < 20_000  # 800,000 bytes uncompressed
+    assert (
+        tmp_path / "arrays.h5"
+    ).stat().st_size < 20_000  # it would be 800,000 bytes uncompressed
 
 
 def test_nothing_is_left_half_written(tmp_path):
@@ -216,7 +218,7 @@ def test_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("INFLUENCE_COMMIT", "built-from")
     assert commit(tmp_path) == "built-from"
     _git(tmp_path, "init", "-q")
-    assert commit(tmp_path) == "built-from"  # no commit yet
+    assert commit(tmp_path) == "built-from"  # the repository has no commit yet
     code = tmp_path / "influence"
     code.mkdir()
     (code / "net.py").write_text("a = 1\n")
