@@ -127,8 +127,8 @@ DEVIATIONS = (
     "Training: here 20,000 steps of Adam at 1e-3, 1e-4, 1e-5; in the release 500,000 at 1e-4, "
     "1e-5, 1e-6. Beyond the paper, quasi-Newton steps in the Hessian's coordinates then lead to a "
     "local minimum, first in float32, then in float64.",
-    "Refits: here they start at that minimum and use the same kind of steps. The release trains on "
-    "from where training stopped. Refits and predictions are damped by 1e-6. If a negative "
+    "Refits: here they start at that minimum and use the same kind of steps. The release continues "
+    "training from where it stopped. Refits and predictions are damped by 1e-6. If a negative "
     "eigenvalue remains, the damping is twice its size instead. Rows whose refits do not reach the "
     "required gradient norm are left out and counted.",
     "Parts: the 40 rows of largest predicted change are also refitted without a tenth of the row's "

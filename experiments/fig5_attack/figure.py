@@ -161,7 +161,7 @@ DEVIATIONS = (
     "images.",
     "Group: a test image and the 29 images of its class with the nearest features, all classified "
     "correctly before. The release uses 30 photographs of one dog.",
-    "Poisons of the group: the one poison is the image of the other class of which the head is "
+    "Poisons of the group: the single poison is the image of the other class of which the head is "
     "least sure. In the release this image was also the least sure of all training images. The "
     "many poisons use the best rule without restarts.",
 )

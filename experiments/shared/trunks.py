@@ -1,4 +1,4 @@
-"""Networks trained on ImageNet, cut at a layer, and the features of photographs there.
+"""Networks trained on ImageNet up to a chosen layer, and the features of photographs there.
 
 A head is named by its network and the layer under it: "inception/mixed8". The networks are:
 

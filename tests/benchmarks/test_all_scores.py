@@ -59,5 +59,5 @@ def test_nothing_of_it_is_left(digits, monkeypatch, tmp_path):
 
 def test_in_words(part, digits):
     text = table._all_scores({"all-scores": part, "shape": {"n": 1297}})
-    assert text.startswith("150 test points x 1,297 rows, float32 from float64 solves, ")
+    assert text.startswith("The file holds the scores of 1,297 rows for 150 test points. ")
     assert f"{part['fraction_of_machine']:.0%} of the machine's" in text

@@ -132,7 +132,7 @@ def test_truths_are_the_library_s(record, trained):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(record, digits, folder):
-    paths = sorted(folder.glob("refits-*"))  # other stored parts stay
+    paths = sorted(folder.glob("refits-*"))  # the other stored parts are kept
     assert paths
     for path in paths[::2]:
         path.unlink()

@@ -80,7 +80,7 @@ def test_what_is_certified_in_float64_is_what_is_used(converged, refitted_from):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(converged, digits, folder):
-    for kind in ("refits", "descent"):  # other stored parts stay
+    for kind in ("refits", "descent"):  # the other stored parts are kept
         paths = sorted(folder.glob(f"{kind}-*"))
         assert paths
         for path in paths[::2]:
