@@ -1,10 +1,14 @@
-# docker build -t influence .
-# docker run -v $PWD/out:/out influence                                   the smoke figures
-# docker run -v $PWD/out:/out -v DATA:/data:ro influence fig2 --preset paper
-# Files in /out belong to user 1000; add --user $(id -u) to make them yours (mkdir out first).
+# Build the image:
+#   docker build -t influence .
+# Draw all figures from embedded data (preset smoke):
+#   docker run -v $PWD/out:/out influence
+# Run one experiment on the real data in the folder DATA:
+#   docker run -v $PWD/out:/out -v DATA:/data:ro influence fig2 --preset paper
+# User 1000 owns the files in /out. To own them yourself, mkdir out and add --user $(id -u).
 FROM python:3.11-slim-bookworm
 
-# For a GPU: --build-arg TENSORFLOW='tensorflow[and-cuda]'; the version is that of requirements.txt.
+# For a GPU, build with --build-arg TENSORFLOW='tensorflow[and-cuda]'. requirements.txt sets the
+# version.
 ARG TENSORFLOW=tensorflow
 WORKDIR /app
 COPY requirements.txt .
@@ -13,7 +17,7 @@ RUN sed "s/^tensorflow==/${TENSORFLOW}==/" requirements.txt > /tmp/requirements.
         --disable-pip-version-check -r /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
-# Any user may write to the home and to /out, for `docker run --user`.
+# Any user may write to the home folder and to /out, so that `docker run --user` works.
 RUN useradd --uid 1000 --home-dir /home/influence --create-home influence \
     && mkdir /out /data && chmod 1777 /home/influence /out
 ENV HOME=/home/influence \
@@ -28,7 +32,8 @@ COPY influence_console.py .
 COPY influence influence
 COPY data data
 COPY experiments experiments
-# --build-arg COMMIT=$(git rev-parse HEAD): the records name it. Last, so that it spoils no cache.
+# With --build-arg COMMIT=$(git rev-parse HEAD) the records name the commit. It comes last because a
+# new value invalidates the cache of all later steps.
 ARG COMMIT=
 ENV INFLUENCE_COMMIT=$COMMIT
 

@@ -1,4 +1,4 @@
-# `make help` lists what there is to make.
+# `make help` lists the targets.
 PYTHON ?= python3
 OUT ?= out
 PARTS ?=
@@ -10,54 +10,54 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
-	@echo "First use installs into $(VENV); another Python: make PYTHON=python3.12 figures"
+	@echo "The first use installs into $(VENV). To choose a Python: make PYTHON=python3.12 figures"
 
-figures: $(VENV)/installed ## every experiment on embedded data, in seconds each: figures under out/
+figures: $(VENV)/installed ## run every experiment on embedded data, seconds each; figures go to out/
 	@status=0; \
 	$(BIN)/python -m experiments all --preset smoke --out "$(OUT)" || status=$$?; \
 	$(BIN)/python -m experiments report --out "$(OUT)" || status=$$?; \
 	echo "Figures and records are in $(OUT)/, all on one page in $(OUT)/index.html"; \
 	exit $$status
 
-test: $(VENV)/installed-dev ## the tests; those that need real data look in INFLUENCE_DATA
+test: $(VENV)/installed-dev ## run the tests; INFLUENCE_DATA names the folder of the real data
 	@OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-systems: $(VENV)/installed-dev ## 200 random linear systems of each kind, for every solver; minutes
+systems: $(VENV)/installed-dev ## test every solver on 200 random linear systems of each kind; takes minutes
 	@SYSTEMS=200 OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 	  --timeout 3600 tests/influence/solvers/test_systems.py
 
-lint: $(VENV)/installed-dev ## ruff and pyright
+lint: $(VENV)/installed-dev ## run ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 
-bench: $(VENV)/installed ## how fast, against the limit and against peers; an hour; some: make bench PARTS="lissa cnn"
+bench: $(VENV)/installed ## compare the speed with targets and other libraries (an hour); for some parts: make bench PARTS="lissa cnn"
 	@for peers in bench bench-tf; do \
 	  $(MAKE) --no-print-directory $(VENV)-$$peers/installed || \
-	  echo "Benchmarks without the peers of requirements-$$peers.txt: it says what they need." >&2; \
+	  echo "The benchmarks run without the libraries of requirements-$$peers.txt. That file says what they need." >&2; \
 	done
 	@$(BIN)/python -m benchmarks $(PARTS)
 
-readme: $(VENV)/installed ## the README's table, from results/*/record.json
+readme: $(VENV)/installed ## update the README's table from results/*/record.json
 	@$(BIN)/python -m experiments report --readme README.md --results results
 
-clean: ## remove what was made, but not .venv and results
+clean: ## remove generated files, except .venv and results
 	@rm -rf out build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# A .venv without pip is one whose making was interrupted.
+# If .venv has no pip, its creation was interrupted: create it again.
 $(VENV)/installed: requirements.txt
 	@set -e; python="$(PYTHON)"; \
 	if $(BIN)/python -m pip --version >/dev/null 2>&1; then python=$(BIN)/python; fi; \
 	command -v "$$python" >/dev/null || { \
-	  echo "PYTHON must name a Python 3.10 to 3.13, there is no $$python: make PYTHON=python3.12 ..." >&2; exit 1; }; \
+	  echo "PYTHON must name a Python 3.10 to 3.13, but there is no $$python: make PYTHON=python3.12 ..." >&2; exit 1; }; \
 	"$$python" -c 'import sys; v = "%d.%d.%d" % sys.version_info[:3]; \
 	(3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
-	"Python 3.10 to 3.13 is needed, %s is %s: make PYTHON=python3.12 ... (after rm -rf $(VENV), if it is there)" \
+	"Python 3.10 to 3.13 is needed, but %s is %s: make PYTHON=python3.12 ... (if $(VENV) exists, first rm -rf $(VENV))" \
 	% (sys.executable, v)); print("Python", v, "in $(VENV)")'; \
 	if [ "$$python" != $(BIN)/python ]; then "$$python" -m venv --clear $(VENV); fi
-	@echo "Installing requirements.txt into $(VENV): once, some minutes, about 2 GB ..."
+	@echo "Installing requirements.txt into $(VENV). This happens once and takes some minutes and about 2 GB ..."
 	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
@@ -72,7 +72,7 @@ $(VENV)-bench/installed: requirements-bench.txt
 	@$(VENV)-bench/bin/python -m pip install --quiet --requirement requirements-bench.txt
 	@touch $@
 
-# Beside the TensorFlow of $(VENV), which it runs on.
+# This folder holds only the library itself, which uses the TensorFlow of $(VENV).
 $(VENV)-bench-tf/installed: $(VENV)/installed requirements-bench-tf.txt
 	@echo "Installing requirements-bench-tf.txt into $(VENV)-bench-tf ..."
 	@rm -rf $(VENV)-bench-tf

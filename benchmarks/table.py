@@ -26,8 +26,7 @@ def page(result: dict[str, Any]) -> str:
     }
     parts = [
         "# Benchmarks\n\n`make bench` writes this page. [benchmarks.json](benchmarks.json) has the "
-        "same numbers and more. Both times of a ratio were measured in the same run of the same "
-        "part.",
+        "same numbers and more. The two times of a ratio always come from the same run.",
         _where(result),
         "## Targets\n\n" + targets(result),
         *(sections[part](result) for part in PARTS if part in result),
@@ -181,9 +180,10 @@ def _all_scores(result: dict[str, Any]) -> str:
     part = result["all-scores"]
     seconds = {name: _number(value) for name, value in part["seconds"].items()}
     return (
-        f"{part['num_tests']:,} test points x {result['shape']['n']:,} rows, {part['dtype']} from "
-        f"float64 solves, {part['megabytes']:,.0f} MB: {seconds['all']} s. Of these, preparing "
-        f"`Direct` takes {seconds['prepare']}, solving {seconds['solve']}, multiplying and writing "
+        f"The file holds the scores of {result['shape']['n']:,} rows for {part['num_tests']:,} "
+        f"test points. It has {part['megabytes']:,.0f} MB of {part['dtype']}, computed from "
+        f"float64 solves. In all this takes {seconds['all']} s. Of these, preparing `Direct` takes "
+        f"{seconds['prepare']}, solving {seconds['solve']}, multiplying and writing "
         f"{seconds['multiply']}, everything else {seconds['other']}.\n"
         f"The multiplication takes {part['flop_of_multiply']:.2e} operations (2 n d m) and runs at "
         f"{part['multiply_gflops']:.0f} GFLOP/s. This is {part['fraction_of_machine']:.0%} of the "

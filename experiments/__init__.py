@@ -4,17 +4,18 @@ A figure is a file, or a folder with `figure.py`. Its module offers
 
     Config                          frozen dataclass with a `seed`; defaults: the paper's protocol
     PRESETS: dict[str, Config]      "smoke", "standard", "paper"
-    DATA, STAND_IN: str             data.load names; only the smoke preset uses the stand-in
-    DTYPE: str                      precision of x, "float32" or "float64"; optional: "float64"
+    DATA, STAND_IN: str             names for data.load; only the smoke preset uses the stand-in
+    DTYPE: str                      precision of x, "float32" or "float64" (default if missing)
     CLAIMS: tuple[Claim, ...]       bands of the metrics
-    DEVIATIONS: tuple[str, ...]     each departure from the paper, both values and its effect
+    DEVIATIONS: tuple[str, ...]     each difference from the paper, with both values and its effect
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
     draw(record) -> Figure          uses only the Record
     photographs(record, data, *, checkpoints=None) -> Figure
-                                    optional; shows what no record may contain. A run writes it as
-                                    photographs.png, which git ignores
+                                    optional; shows images that no record may contain. A run writes
+                                    them to photographs.png, which git ignores
 
-The harness does the rest: options, data, seed, claims, files. `shared` has what two figures use.
+The harness does the rest: options, data, seed, claims, files. `shared` has code that two or more
+figures use.
 """
 
 import influence_console as console

@@ -2,8 +2,8 @@
 
 Koh & Liang 2017, section 2.4 and figure 1: logistic regression of ones against sevens. For one test
 point, the influence of every training row is compared with three ablations: without the training
-loss, without H^-1 and without both. Beyond the paper: which of the four predicts an actual removal,
-and the same comparison over a hundred test points.
+loss, without H^-1 and without both. Beyond the paper, we test which of the four predicts an actual
+removal, and repeat the comparison for a hundred test points.
 
 Every value is n times the change of the test loss when a row is removed: positive is helpful. The
 paper's I_up,loss has the opposite sign.

@@ -1,10 +1,12 @@
 """Figure 2, right: predicted against actual leave-one-out changes, a convolutional network.
 
 Koh & Liang 2017, section 4.2 and figure 2: a convolutional network on a tenth of MNIST. Adam trains
-it and stops before a minimum. Damped influence functions are compared with training on without the
-row. Beyond the paper: a control that keeps the row; two truths that are well defined where training
-stopped (the proximal leave-one-out and the response of Bae et al. 2022); five test points; and the
-error of each approximation.
+it and stops before a minimum. The predictions of damped influence functions are compared with the
+changes when training continues without the row ("training on").
+
+Beyond the paper we add four things. A control continues training with the row. Two ground truths
+are well defined where training stopped: the proximal leave-one-out, and the response of Bae et al.
+2022. There are five test points. The error of each approximation is measured.
 """
 
 from dataclasses import dataclass

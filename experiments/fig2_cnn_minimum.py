@@ -1,8 +1,9 @@
 """Figure 2, right, at a true minimum: predicted against actual leave-one-out changes of refits.
 
-Beyond the paper: the network of Figure 2, right, is trained on to a local minimum of its risk,
-where leave-one-out refits are well defined. Influence functions are compared with refits without a
-row, and with refits without a tenth of a row's weight, for which first order is nearly exact.
+This goes beyond the paper. The network of Figure 2, right, is trained further, to a local minimum
+of its risk, where leave-one-out refits are well defined. The predictions of influence functions are
+compared with refits without a row. They are also compared with refits that remove a tenth of a
+row's weight; there first order is nearly exact.
 """
 
 from dataclasses import dataclass
@@ -126,8 +127,8 @@ DEVIATIONS = (
     "Training: here 20,000 steps of Adam at 1e-3, 1e-4, 1e-5; in the release 500,000 at 1e-4, "
     "1e-5, 1e-6. Beyond the paper, quasi-Newton steps in the Hessian's coordinates then lead to a "
     "local minimum, first in float32, then in float64.",
-    "Refits: here they start at that minimum and use the same kind of steps. The release trains on "
-    "from where training stopped. Refits and predictions are damped by 1e-6. If a negative "
+    "Refits: here they start at that minimum and use the same kind of steps. The release continues "
+    "training from where it stopped. Refits and predictions are damped by 1e-6. If a negative "
     "eigenvalue remains, the damping is twice its size instead. Rows whose refits do not reach the "
     "required gradient norm are left out and counted.",
     "Parts: the 40 rows of largest predicted change are also refitted without a tenth of the row's "

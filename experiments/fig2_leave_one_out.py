@@ -1,8 +1,9 @@
 """Figure 2, left and middle: predicted against actual leave-one-out changes, logistic regression.
 
-Koh & Liang 2017, section 4.1 and figure 2: ten-class logistic regression on MNIST. For one test
-point, the change of its loss when a training row is left out is predicted by influence functions
-(with H^-1 from conjugate gradients, left, and from LiSSA, middle) and compared with retraining.
+Koh & Liang 2017, section 4.1 and figure 2: ten-class logistic regression on MNIST. Influence
+functions predict how the loss of one test point changes when a training row is left out. H^-1 comes
+from conjugate gradients (left) or from LiSSA (middle). The predictions are compared with
+retraining.
 """
 
 from dataclasses import dataclass

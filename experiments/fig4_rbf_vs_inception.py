@@ -1,13 +1,13 @@
-"""Figure 4: which images helped an RBF SVM, and which a deep network, to see the same fish.
+"""Figure 4: which images helped an RBF SVM, and which a deep network, to recognise the same fish.
 
-Koh & Liang 2017, section 5.1 and figure 4: an SVM with a Gaussian kernel on raw pixels against
-logistic regression on a network's features, dogs against fish. For the SVM the influential images
-are those near the test image in pixels: fish help and dogs harm. For the deep net, distance in
-pixels does not predict influence, and dogs may help it to recognise a fish.
+Koh & Liang 2017, section 5.1 and figure 4. Two models distinguish dogs from fish: an SVM with a
+Gaussian kernel on raw pixels, and logistic regression on a network's features. For the SVM, images
+near the test image in pixels are influential: fish help and dogs harm. For the deep net, distance
+in pixels does not predict influence, and dogs may help it to recognise a fish.
 
 With K_ij = exp(-gamma |x_i - x_j|^2) = (L L')_ij, the kernel SVM on x is the linear SVM on the rows
-of L. A new image's row is phi with L phi = K(x, new), so that phi . phi_i is the kernel again.
-Influence is that of the smooth hinge, at the smooth hinge's own minimum.
+of L. A new image's row is phi with L phi = K(x, new). Then phi . phi_i is the kernel of the two.
+Influence is computed for the smooth hinge, at the minimum of its own risk.
 """
 
 from dataclasses import dataclass

@@ -2,12 +2,14 @@
 
 Koh & Liang 2017, section 5.4 and figure 6: the labels of some training mails are flipped. A person
 then checks a given number of mails, in the order of a score, and corrects wrong labels. Which score
-finds most of them, and how much does the model gain?
+finds the most wrong labels, and how much does the accuracy improve?
+
 The self-influence of a mail, with y in {-1, 1}, is
 
     sigma(-y theta'x)^2 x' H^-1 x
 
-The code behind the published figure omits the square, an error corrected in 2020. Both are drawn.
+The code of the published figure omitted the square. The authors corrected this error in 2020. Both
+versions are drawn.
 """
 
 from dataclasses import dataclass

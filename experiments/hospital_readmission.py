@@ -1,9 +1,10 @@
-"""Domain mismatch: which training rows, and which feature, make children look readmitted.
+"""Domain mismatch: the training rows and the feature behind wrong predictions for children.
 
-Koh & Liang 2017, section 5.3: a model of readmission is trained on patients of whom 24 are
-children, three readmitted. Without twenty of the other children it fails on children. Influence on
-one wrongly predicted child finds the four remaining children among 19,980 rows. Its derivative by
-the input finds the feature that marks children. The coefficients do not.
+Koh & Liang 2017, section 5.3: a model predicts whether a patient is readmitted. Among its training
+rows are 24 children, of whom three were readmitted. If twenty of the other children are removed,
+the model fails on children. Take one child with a wrong prediction. The four remaining children are
+the rows of largest influence on it, among 19,980 rows. The derivative of influence by the input
+finds the feature that marks children. The model's coefficients do not show this feature.
 """
 
 import warnings

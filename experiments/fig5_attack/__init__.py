@@ -1,1 +1,1 @@
-"""Figure 5, a figure with attacks and heads of its own."""
+"""Figure 5: the figure, its attacks and its heads."""

@@ -1,9 +1,10 @@
-"""Figure 5: training images changed by less than an eye or a byte can see, to flip a test image.
+"""Figure 5: invisible changes of training images that flip the prediction of a test image.
 
-Koh & Liang 2017, section 5.2 and figure 5: dogs against fish by logistic regression on a deep
-network's features. One, two or ten training images are changed within their 8-bit cells, without
-changing labels, so that the refitted model misclassifies a test image that was right. Then thirty
-test images are attacked at once. Last the defender's side: would the poisons be found?
+Koh & Liang 2017, section 5.2 and figure 5: logistic regression on a deep network's features
+distinguishes dogs from fish. One, two or ten training images are changed. Every pixel still rounds
+to its 8-bit value, and no label changes. The refitted model then misclassifies a test image that
+was classified correctly before. A second attack changes the predictions of thirty test images at
+once. Finally we test whether a defender would find the changed images.
 """
 
 from dataclasses import dataclass, replace
@@ -160,7 +161,7 @@ DEVIATIONS = (
     "images.",
     "Group: a test image and the 29 images of its class with the nearest features, all classified "
     "correctly before. The release uses 30 photographs of one dog.",
-    "Poisons of the group: the one poison is the image of the other class of which the head is "
+    "Poisons of the group: the single poison is the image of the other class of which the head is "
     "least sure. In the release this image was also the least sure of all training images. The "
     "many poisons use the best rule without restarts.",
 )

@@ -1,9 +1,9 @@
-"""Heads to be attacked: logistic regression on a network's features, and the rule that chooses it.
+"""Heads to be attacked: logistic regression on a network's features, and the rule to choose one.
 
 The paper's head has a test accuracy of .985, a training accuracy of 1 and a training loss of .0040
 (Koh & Liang 2017, section 5.2, and its release). The rule compares the accuracy on held-out
-training images with the paper's. Where that does not distinguish heads, the training loss decides.
-The rule uses no test image and no attack.
+training images with the paper's. If several heads are equally good by that, it compares the
+training loss. The rule uses no test image and no attack.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Checks of options before any long work: of a Config, then of a Config against the data.
+"""Checks of a Config before any long work: by itself, then against the data.
 
-Every refusal is a Misuse that begins with the option's name.
+Every check raises a Misuse that begins with the option's name.
 """
 
 from collections.abc import Sized

@@ -1,4 +1,4 @@
-"""Reports of our results beside the paper's: one HTML page, and the README's table."""
+"""Reports that show our results beside the paper's: an HTML page, and the README's table."""
 
 import base64
 from pathlib import Path

@@ -1,13 +1,14 @@
 """Descent to a local minimum of a network, by quasi-Newton steps in the Hessian's coordinates.
 
-First-order training stops long before a minimum, and plain L-BFGS is hardly better: a network's
-curvatures span many orders of magnitude. In the coordinates u of
+First-order training stops long before a minimum. Plain L-BFGS is hardly better, because a network's
+curvatures span many orders of magnitude. This module uses the coordinates u of
 
     theta = theta_0 + Q |L|^(-1/2) u,        H(theta_0) = Q L Q',
 
-with small eigenvalues raised to a floor, the Hessian at theta_0 is the identity (and its negative
-along negative curvature, which L-BFGS then descends). L-BFGS in u needs more steps the more the
-curvature changes on the way. After a given number of evaluations the coordinates are computed anew.
+in which small eigenvalues are raised to a floor. In u, the Hessian at theta_0 is the identity.
+Along negative curvature it is minus the identity, and L-BFGS descends there. The more the curvature
+changes on the way, the more steps L-BFGS needs in u. Therefore the coordinates are computed anew
+after a given number of evaluations.
 """
 
 from __future__ import annotations

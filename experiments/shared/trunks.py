@@ -1,11 +1,11 @@
-"""Networks trained on ImageNet, cut at a layer, and the features of photographs there.
+"""Networks trained on ImageNet up to a chosen layer, and the features of photographs there.
 
 A head is named by its network and the layer under it: "inception/mixed8". The networks are:
 
-    small            random weights, for the stand-in's 32 x 32 pictures: up to relu2
-    mobilenet        MobileNet, width .75, 224 pixels, whole
-    inception        Inception v3 of 2015, 299 pixels, up to mixed8
-    inception-keras  Inception v3 with Keras' own weights, the paper's, whole: mixed10
+    small            random weights, for the stand-in's 32 x 32 pictures; ends at relu2
+    mobilenet        MobileNet, width .75, 224 pixels; complete
+    inception        Inception v3 of 2015, 299 pixels; ends at mixed8
+    inception-keras  the paper's Inception v3, with Keras' own weights; complete, ends at mixed10
 """
 
 import hashlib

@@ -28,12 +28,12 @@ def test_the_rate_is_that_of_the_product_alone(part):
 
 def test_the_file_is_checked_against_scores_in_float64(part, digits, monkeypatch):
     assert part["converged"] and part["largest_residual"] < 1e-12
-    assert 1e-9 < part["largest_error"] < 1e-5  # float32's rounding
+    assert 1e-9 < part["largest_error"] < 1e-5  # rounding of float32
     assert 1e-9 < part["rounding_error"] < 1e-5
-    # The table, and s_test of the same points in float64, in whole chunks.
+    # The file holds the table, and s_test of the same points in float64. It has whole chunks.
     held = 150 * (1297 * 4 + 640 * 8) / 1e6
     assert held < part["megabytes"] < 3 * held
-    # A table that is wrong by a hundredth is detected.
+    # An error of one per cent in the table is detected.
     multiplied = score_file._Scores.__call__
     monkeypatch.setattr(
         score_file._Scores, "__call__", lambda *args: np.float32(1.01) * multiplied(*args)
@@ -59,5 +59,5 @@ def test_nothing_of_it_is_left(digits, monkeypatch, tmp_path):
 
 def test_in_words(part, digits):
     text = table._all_scores({"all-scores": part, "shape": {"n": 1297}})
-    assert text.startswith("150 test points x 1,297 rows, float32 from float64 solves, ")
+    assert text.startswith("The file holds the scores of 1,297 rows for 150 test points. ")
     assert f"{part['fraction_of_machine']:.0%} of the machine's" in text

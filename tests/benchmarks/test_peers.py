@@ -1,4 +1,4 @@
-"""The peers' answers, if they are installed, for a problem of twelve parameters."""
+"""Answers of the other libraries, if installed, for a problem of twelve parameters."""
 
 import dataclasses
 import functools
@@ -14,16 +14,16 @@ from benchmarks.solves import CAPTUM, INFLUENCIAE, OURS, PYDVL, Setting
 
 DECAY = 0.1
 ROWS, FEATURES, CLASSES, POINTS = 20, 4, 3, 3
-# Of 12 eigenvalues 4 are only the weight decay, one per feature: 9 values are distinct.
+# Four of the 12 eigenvalues, one per feature, equal the weight decay. So 9 values are distinct.
 DISTINCT = 9
-# The rest of the series, a factor 1 - decay / scale per step, is below this.
+# The rest of the series shrinks by 1 - decay / scale per step. It is below the tolerance in EXACT.
 LISSA = {"steps": 200, "scale": 1.0, "batch_size": ROWS}
 EXACT = [
     (PYDVL, "block", {}, 1e-5),
     (PYDVL, "one by one", {}, 1e-5),
     (PYDVL, "direct", {}, 1e-12),
     (PYDVL, "LiSSA", LISSA, 1e-7),
-    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # up to the shift that it adds for stability
+    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # it adds a shift for stability
     (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # its eigenvectors have a tolerance of 1e-6
     (PYDVL, "EK-FAC", {}, None),
     (CAPTUM, "naive", {}, 1e-12),
@@ -42,7 +42,7 @@ OF_OURS = [
     ("Nystrom", {"rank": 12}, 1e-10),
     ("Lanczos", {"rank": 12}, 1e-10),
 ]
-# All of a library's answers from one process: `python -c CODE MODULE FOLDER`.
+# One process computes all answers of a library: `python -c CODE MODULE FOLDER`.
 CODE = """
 import importlib, json, pathlib, sys
 import numpy as np
@@ -121,7 +121,7 @@ def test_a_peer_set_up_at_its_best_solves_our_system(by, method, tolerance, smal
 
 
 def test_ek_fac_of_pydvl_is_that_of_its_pseudo_gradient(small, ask):
-    # Unless its weights are put where it expects biases, the answer is wrong.
+    # The answer is correct only if the weights are placed where pyDVL expects biases.
     arrays, _, B = small
     found = ask(PYDVL)["EK-FAC"]
     x, P = arrays["x"], softmax(arrays["x"] @ arrays["theta"])
@@ -233,8 +233,8 @@ def test_run_and_its_table_with_processes_that_end_at_once(digits, monkeypatch):
     by_name = {(run["by"], run["method"]): run for run in part["runs"]}
     assert set(by_name) == set(peers.INVERTS)
     assert by_name[PYDVL, "block"]["ratio"] == 12.0
-    assert by_name[INFLUENCIAE, "CGD"]["ratio"] is None  # our residuals are larger
-    assert by_name[INFLUENCIAE, "CGD"]["seconds_for_all"] == 5.0  # one point of ten
+    assert by_name[INFLUENCIAE, "CGD"]["ratio"] is None  # all our residuals are larger
+    assert by_name[INFLUENCIAE, "CGD"]["seconds_for_all"] == 5.0  # one of ten points is solved
     assert by_name[INFLUENCIAE, "exact"]["error"] == "stopped after 45 s"
     assert by_name[INFLUENCIAE, "Arnoldi"]["error"] == "failed: ValueError: no"
     assert by_name[PYDVL, "direct"]["error"] == "failed: its answer is not finite"

@@ -11,9 +11,9 @@ RESULTS = Path(__file__).resolve().parents[2] / bench.RESULTS
 
 
 def test_smoke_writes_numbers_and_their_table(part, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # tested in test_solves
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # test_solves tests it
     monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.1)
-    # The processes of our own solves are tested in test_solves.
+    # test_solves tests the processes of our own solves.
     few = replace(bench.SMOKE, settings=bench.SMOKE.settings[1:])
     monkeypatch.setattr(bench, "SMOKE", few)
     monkeypatch.setattr(bench.cnn, "run", lambda *_, **__: part)
@@ -52,7 +52,7 @@ def test_targets_are_judged_on_real_data():
     holds = {target["metric"]: target["holds"] for target in targets.judged(result)}
     assert holds["block_fraction_tape"] is True
     assert holds["product_per_gradient_closed_form"] is False
-    assert holds["speedup_over_default_100_points"] is False  # not measured, not met
+    assert holds["speedup_over_default_100_points"] is False  # a missing value does not hold
     assert holds["refits_seconds"] is True
     assert holds["refits_gradient_norm"] is False
     for metric in holds:

@@ -1,4 +1,4 @@
-"""Isolation of each test: only this machine's network, only a temporary cache."""
+"""Isolation of each test: it uses no network beyond this machine and a temporary cache."""
 
 import dataclasses
 import gzip
@@ -18,7 +18,7 @@ from data.files import DataFile, sha256_of
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """Make the user cache of this test; forbid downloads and unset $INFLUENCE_DATA."""
+    """Make a user cache for this test; forbid downloads and unset $INFLUENCE_DATA."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(pooch, "os_cache", lambda project: folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))  # for subprocesses
@@ -36,9 +36,11 @@ def online(monkeypatch):
 
 @pytest.fixture
 def serve():
-    """`serve({path: bytes, or function of the request handler})` serves that; returns its URL.
+    """Give `serve(content)`, which starts a server and returns its URL.
 
-    Any other path is answered 404. The list `serve.asked` fills with the paths asked for.
+    `content` is {path: bytes, or a function of the request handler}.
+
+    Any other path gets status 404. The list `serve.asked` collects the requested paths.
     """
     server = _Servers()
     yield server
@@ -90,7 +92,7 @@ def write_idx(path, array, magic=None, trailing=b""):
 
 @pytest.fixture(name="write_idx")
 def write_idx_fixture():
-    """`write_idx(path, array, magic=None, trailing=b"")`."""
+    """Give the function `write_idx(path, array, magic=None, trailing=b"")`."""
     return write_idx
 
 

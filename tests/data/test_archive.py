@@ -1,4 +1,4 @@
-"""Tar archives: read into memory, limited in size, and independent of the packing."""
+"""Tar archives: reading into memory, limits of size, and results independent of the packing."""
 
 import gzip
 import io
@@ -37,7 +37,7 @@ def member(name, kind, **attributes):
 
 @pytest.fixture
 def unpacked(tmp_path):
-    """Make a data folder with the unpacked set, and the expected DataFile."""
+    """Make a data folder with the unpacked set, and the DataFile that describes it."""
     for name, content in CONTENTS.items():
         path = tmp_path / "data/set/folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The diabetes set: 127 features of the real file, the release's split, and generated files."""
+"""The diabetes set: the real file's 127 features, the release's split, and generated files."""
 
 import collections
 import csv
@@ -13,7 +13,7 @@ import data
 from data import diabetes, registry
 from data.files import DataFile
 
-REAL = data.find("diabetes")  # found before the fixtures hide it from the tests
+REAL = data.find("diabetes")  # before the fixtures hide the data
 
 
 def needs_diabetes(test):
@@ -50,7 +50,7 @@ def test_real_features_are_the_columns_of_the_file(real):
     assert {n: totals[n] for n in real.feature_names} == dict(
         zip(real.feature_names, found, strict=True)
     )
-    # The missing columns are the first levels of categories of two.
+    # Of a category with two levels, the first level has no column.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
 
@@ -68,8 +68,9 @@ def test_real_categories_named_none_are_kept_and_two_columns_are_ones(real):
 
 @needs_diabetes
 def test_real_split_is_the_release_s_own(real):
-    # hospital_readmission.ipynb: 24 children, 3 readmitted; 137 test rows, including row 1742;
-    # rows 9366, 11116, 13685 and 19590 remain if all except the last not readmitted are removed.
+    # In hospital_readmission.ipynb, 24 training rows are children, of whom 3 were readmitted. 137
+    # test rows are children, among them row 1742. Remove all children that were not readmitted,
+    # except the last: rows 9366, 11116, 13685 and 19590 remain.
     age = real.feature_names.index("age_[0-10)")
     (x, y), (x_test, y_test) = real.train, real.test
     children = np.flatnonzero(x[:, age])
@@ -84,11 +85,11 @@ def test_real_split_is_the_release_s_own(real):
 
 @needs_diabetes
 def test_real_digest_is_that_of_sha256sum(real):
-    # In the data folder: sha256sum diabetes/diabetic_data.csv | sha256sum
+    # Command in the data folder: sha256sum diabetes/diabetic_data.csv | sha256sum
     assert real.sha256 == "4c800f6278553bc1e573a1a2c3ad2df112ea2fe62f782a58685bda2ae68af9ab"
 
 
-# --- made up ----------------------------------------------------------------------------------
+# --- generated ----------------------------------------------------------------------------------
 
 
 def test_features():
@@ -120,7 +121,7 @@ def test_split_is_balanced_and_leaves_nothing_out():
     assert y[train].sum() == 10 and len(train) == 20
     again = diabetes.split(y, 10)
     np.testing.assert_array_equal(train, again[0])
-    # Another stream than NumPy's legacy one would give another split.
+    # Only NumPy's legacy random stream gives this split.
     assert train[:6].tolist() == [34, 12, 3, 9, 30, 13] and test[:6].tolist() == [
         26,
         31,
@@ -156,14 +157,14 @@ def made_up(tmp_path, monkeypatch):
 def test_a_file_is_read(made_up, dtype):
     splits = data.load("diabetes", made_up, dtype=dtype)
     (x, y), (x_test, y_test) = splits.train, splits.test
-    # Eight numbers, thirty categories of two levels, one of three that has "None" and "?".
+    # Eight numbers, thirty categories with two levels, one with three: ">7", "None" and "?".
     assert x.shape == (6, 8 + 30 + 3) and x_test.shape == (6, 41)
     assert {"A1Cresult_>7", "A1Cresult_?", "A1Cresult_None"} < set(splits.feature_names)
     assert x.dtype == np.dtype(dtype) and y.dtype == np.int64
     assert y.sum() == 3 and y_test.sum() == 1
-    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # each one's number
+    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # the number of each stay
     assert sorted(stays) == list(range(12))
-    # Readmitted within thirty days, not after: the stays 0, 3, 6 and 9.
+    # The stays 0, 3, 6 and 9 were readmitted within thirty days. Later readmission does not count.
     np.testing.assert_array_equal(np.concatenate([y, y_test]), stays % 3 == 0)
     none = np.concatenate([x, x_test])[:, splits.feature_names.index("A1Cresult_None")]
     np.testing.assert_array_equal(none, stays % 3 == 0)

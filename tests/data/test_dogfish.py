@@ -1,4 +1,4 @@
-"""Dogfish: the release's order on generated photographs, in each layout; the stand-in."""
+"""Dogfish: the release's order of generated photographs in each layout, and the stand-in."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from PIL import Image
 import data
 from data import dogfish, images
 
-REAL = data.find("dogfish")  # found before the fixtures hide it from the tests
-TRAIN, TEST = 6, 4  # of each class, in the generated sets
+REAL = data.find("dogfish")  # before the fixtures hide the data
+TRAIN, TEST = 6, 4  # images of each class in the generated sets
 SIDE = 8
 
 
@@ -36,19 +36,19 @@ def test_real_split(real):
 
 @needs_dogfish
 def test_classes_are_where_the_releases_notebooks_have_them(real):
-    # Test point 462 is a fish; so are training images 1380, 203, 1723, 550, 1250 and 1141; 526,
-    # 664, 607, 786 and 1623 are dogs: a right guess of all would be one in four thousand.
+    # Test point 462 is a fish. Training images 1380, 203, 1723, 550, 1250 and 1141 are fish; 526,
+    # 664, 607, 786 and 1623 are dogs. A random order has all of them right once in four thousand.
     assert real.test[1][462] == 1
     assert real.train[1][[1380, 203, 1723, 550, 1250, 1141]].tolist() == [1] * 6
     assert real.train[1][[526, 664, 607, 786, 1623]].tolist() == [0] * 5
 
 
-# --- made up --------------------------------------------------------------------------------------
+# --- generated ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Set few and small photographs."""
+    """Use few and small photographs."""
     for name, value in (
         ("NUM_TRAIN", TRAIN),
         ("NUM_TEST", TEST),
@@ -66,7 +66,7 @@ def plain(path, level):
 
 @pytest.fixture
 def imagenettes(tmp_path, small):
-    """Write photographs of level 100 c + 10 s + k: k-th by name, class c, split s; two extra."""
+    """Write photographs: the k-th of class c, split s, has level 100 c + 10 s + k; two extra."""
     for c, synset in enumerate(dogfish.IMAGENETTES):
         for s, (split, count) in enumerate((("train", TRAIN), ("val", TEST))):
             for k in range(count + 2):
@@ -83,7 +83,7 @@ def expected(count, level):
 
 
 def check(splits, level):
-    rng = np.random.RandomState(0)  # one stream, training rows first
+    rng = np.random.RandomState(0)  # one random stream; the training rows come first
     for s, (count, (x, y)) in enumerate(((TRAIN, splits.train), (TEST, splits.test))):
         levels, labels = expected(count, lambda c, k, s=s: level(c, s, k))
         order = rng.permutation(2 * count)
@@ -100,7 +100,7 @@ def test_imagenettes_folders(imagenettes):
 
 
 def test_the_synsets_folders_in_the_order_of_their_numbers(tmp_path, small):
-    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # one more than needed
+    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # one more than is used
     for c, synset in enumerate(dogfish.PAPERS):
         for number in numbers:
             rank = sorted(numbers).index(number)
@@ -213,7 +213,7 @@ def test_stand_in_is_pictures_of_two_kinds(fishlike):
     assert x.shape == (200, 32, 32, 3) and x_test.shape == (80, 32, 32, 3)
     assert x.dtype == x_test.dtype == np.uint8 and y.dtype == np.int64
     assert np.bincount(y).tolist() == [100, 100] and np.bincount(y_test).tolist() == [40, 40]
-    assert x.std(axis=(1, 2, 3)).min() > 5  # none is empty
+    assert x.std(axis=(1, 2, 3)).min() > 5  # no image is uniform
     assert len(np.unique(x.reshape(200, -1), axis=0)) == 200
 
 

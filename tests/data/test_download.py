@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: a complete, checked file or none."""
+"""Downloads from a server on this machine: the result is a complete, checked file or none."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ import data
 from data.download import fetch
 from data.files import DataFile
 
-CONTENT = bytes(range(256)) * 400  # a hundred of pooch's chunks
+CONTENT = bytes(range(256)) * 400  # a hundred times pooch's chunk
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 

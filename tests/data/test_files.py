@@ -1,4 +1,4 @@
-"""The search and check of files: the order of folders, and the message if none has the files."""
+"""Search and check of files: the order of folders, and the message if no folder has the files."""
 
 import hashlib
 import os
@@ -128,7 +128,7 @@ def test_explanation_says_where_it_looked_and_what_to_put_where(tmp_path, monkey
     assert "    from https://example.org/hello.txt" in message
 
 
-# --- what is no plain file ---------------------------------------------------------------------
+# --- paths that are no plain files --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["a link", "a named pipe"])
@@ -164,7 +164,7 @@ def test_a_file_of_another_size_is_not_hashed(tmp_path, monkeypatch):
 
 
 def test_names_cannot_forge_a_folder_s_digest(tmp_path):
-    """The listing of one file whose name holds a line break is that of two files."""
+    """One file with a line break in its name gives the same listing as two files."""
     put(tmp_path, path="true/a")
     put(tmp_path, path="true/b")
     put(tmp_path, path=f"forged/a\n{HELLO}  b")

@@ -1,4 +1,4 @@
-"""The idx reader: valid files, and errors that name the fault."""
+"""The idx reader: valid files, and errors that name what is wrong with a file."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Photographs: conversion of all kinds to RGB squares; errors that name broken files."""
+"""Photographs: conversion of all formats to square RGB images; errors that name broken files."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def save(tmp_path):
 
 
 def test_a_photograph_of_the_right_size_is_taken_as_it_is(save):
-    path = save(smooth(), kind="PNG")  # in spite of its suffix, like one of ImageNet's
+    path = save(smooth(), kind="PNG")  # the suffix is wrong, as for one of ImageNet's files
     found = images.read([path, path], SIDE)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, [smooth(), smooth()])

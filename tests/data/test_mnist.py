@@ -1,4 +1,4 @@
-"""MNIST: the paper's split of the real files, if they are found, and of generated files."""
+"""MNIST: the paper's split of the real files, if found, and of generated files."""
 
 import gzip
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 import data
 
-REAL = data.find("mnist")  # found before the fixtures hide it from the tests
+REAL = data.find("mnist")  # before the fixtures hide the data
 
 
 def needs_mnist(test):
@@ -26,7 +26,7 @@ def real():
 def test_real_split_sizes_and_label_counts(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (55_000, 784) and x_test.shape == (10_000, 784)
-    # The counts of TensorFlow's 55,000 rows, which the paper's code uses.
+    # Counts of the 55,000 rows of TensorFlow's loader, which the paper's code uses.
     assert np.bincount(y).tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
     assert np.bincount(y_test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -45,7 +45,7 @@ def test_real_pixels_are_exactly_k_over_255(real):
 
 @needs_mnist
 def test_real_digest_is_that_of_sha256sum(real):
-    # In the data folder: sha256sum mnist/*.gz | sha256sum
+    # Command in the data folder: sha256sum mnist/*.gz | sha256sum
     assert real.sha256 == "a543788378c65030524602bb5a889f62fb29b048b203e924277aaba1e80bf888"
     assert (real.name, real.stand_in) == ("mnist", False)
 
@@ -58,7 +58,7 @@ def test_split_pixels_and_dtypes(root, dtype):
         (splits.test, np.arange(10_000)),
     ):
         assert (x.shape, x.dtype) == ((len(rows), 784), np.dtype(dtype))
-        # Both corners of each row; k/255 in float64, then rounded, is k/255 in float32 for every k.
+        # Two corners of each image. For every k, float64 k/255 rounds to float32 k/255.
         expected = ((rows % 256) / 255).astype(dtype)
         np.testing.assert_array_equal(x[:, [0, -1]], np.stack([expected, expected], axis=1))
         assert y.dtype == np.int64

@@ -1,4 +1,4 @@
-"""Weights of trained networks: found and checked like data sets, downloaded if possible."""
+"""Weights of trained networks: found and checked like data sets, and downloaded if possible."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ CONTENT = b"weights" * 100
 
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
-    """Give `weights(name, **changed)`: CONTENT is then expected for the name; returns its path."""
+    """Give `weights(name, **changed)`, which expects CONTENT for the name and returns its path."""
 
     def expect(name, **changed):
         file = dataclasses.replace(

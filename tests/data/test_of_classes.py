@@ -1,4 +1,4 @@
-"""`Splits.of_classes`: two digits as a problem of two classes."""
+"""`Splits.of_classes`: two of the digits make a problem with two classes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A small experiment, `fake`, and small data for it, where the harness looks for both."""
+"""A small experiment, `fake`, and small data, both in the places where the harness looks."""
 
 import gc
 import textwrap
@@ -57,20 +57,20 @@ SOURCE = '''
     def draw(record):
         figure = Figure(figsize=(2, 1))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()  # drawing text takes most of a figure's time
+        axes.set_axis_off()  # text takes most of the time to draw a figure
         axes.plot(record.arrays["values"], label=f"rows {record.config['rows']}")
         return figure
 '''
 
 
 class FakeData(ModuleType):
-    """A fake of the package `data`; `found`: whether the real data is found."""
+    """A fake of the package `data`; `found` says whether it finds the real data."""
 
     found = True
 
     def __init__(self, name):
         super().__init__(name)
-        self.dtypes = []  # requested by `load`
+        self.dtypes = []  # the dtypes that `load` was called with
 
     def find(self, name, root=None):
         return self.found and "some/folder"
@@ -97,7 +97,9 @@ def fake(tmp_path, monkeypatch):
     package = FakeData("data")
     monkeypatch.setitem(experiments.sys.modules, "data", package)
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # Keras collects what all earlier tests left
+    monkeypatch.setattr(
+        gc, "collect", lambda *_: 0
+    )  # Keras would collect the garbage of all earlier tests
     monkeypatch.chdir(tmp_path)
     module = experiments.load("fake")
     module.data = package

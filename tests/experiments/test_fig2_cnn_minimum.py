@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def refitted_from():
-    """Collect gradient norms of the nets from which refits start."""
+    """Collect the gradient norms of the nets where refits start."""
     return []
 
 
@@ -67,7 +67,7 @@ def test_at_a_minimum_influence_is_what_refits_say(converged):
         np.abs(arrays["predicted_minimum"] - actual)[0, first].max()
         for actual in (part, arrays["actual_minimum"])
     ]
-    assert lost[0] < 0.2 * lost[1]  # the error of first order is a tenth
+    assert lost[0] < 0.2 * lost[1]  # a tenth of a row gives a tenth of the error of first order
     assert metrics["slope_part"] == pytest.approx(1, abs=0.05)
     num = len(arrays["removed"])
     assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
@@ -80,7 +80,7 @@ def test_what_is_certified_in_float64_is_what_is_used(converged, refitted_from):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(converged, digits, folder):
-    for kind in ("refits", "descent"):  # the rest counts as finished
+    for kind in ("refits", "descent"):  # the other stored parts are kept
         paths = sorted(folder.glob(f"{kind}-*"))
         assert paths
         for path in paths[::2]:

@@ -1,4 +1,4 @@
-"""Figure 2: the smoke run against NumPy and a refit from scratch, and the figure."""
+"""Figure 2: the smoke run compared with NumPy and a refit from scratch, and the figure."""
 
 import dataclasses
 
@@ -34,12 +34,14 @@ def test_influence_predicts_what_refits_say(record):
     r = np.corrcoef(actual, predicted)[0, 1]
     assert metrics["pearson_cg"] == pytest.approx(r, rel=1e-12) and r > 0.9999
     assert metrics["slope_cg"] == pytest.approx(slope(actual, predicted), rel=1e-9)
-    assert 0.95 < metrics["slope_cg"] < 1  # digits has few rows: each has much curvature
+    assert (
+        0.95 < metrics["slope_cg"] < 1
+    )  # digits has few rows, so each row has much of the curvature
     assert metrics["sign_agreement_cg"] == 1
     assert (metrics["smallest_actual"], metrics["largest_actual"]) == (actual.min(), actual.max())
     assert metrics["cg_against_direct"] < 1e-6
     assert metrics["worst_refit_gradient_norm"] <= SMOKE.gradient_tolerance
-    assert (np.diff(np.abs(predicted)) <= 0).all()  # the largest first
+    assert (np.diff(np.abs(predicted)) <= 0).all()  # the largest comes first
 
 
 def test_lissa_s_numbers_are_of_its_arrays(record):

@@ -1,4 +1,4 @@
-"""Figure 3: the experiment on the stand-in, its refits against LinearSVC's, and its figure."""
+"""Figure 3: the experiment on the stand-in, refits compared with LinearSVC's, and the figure."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def record():
 
 @pytest.fixture(scope="module")
 def rows():
-    """Return the smoke preset's (x, y, x of test, y of test): multiples of ten rows, signs."""
+    """Return the smoke preset's x, y, test x, test y: multiples of ten rows, labels -1 and 1."""
     x, y = data.load("digits").train
     chosen = np.isin(y, (1, 7))
     u, v = data.load("digits").test
@@ -74,7 +74,7 @@ def test_actual_changes_are_those_of_linear_svc(record, rows):
 
 
 def test_without_curvature_only_the_penalty_is_inverted(record, rows):
-    # At t = 0, H = lambda I: the prediction is g' (h_i + lambda w) / (n lambda).
+    # At t = 0, H is lambda I, so the prediction is g' (h_i + lambda w) / (n lambda).
     x, y, u, v = rows
     w = svm(x, y, SMOKE.weight_decay)
     margins = y * (x @ w)
@@ -145,7 +145,7 @@ def test_draw(record):
         drawn = np.asarray(axis.collections[0].get_offsets())
         expected = np.column_stack([record.arrays["actual"], record.arrays["predicted"][k]])
         np.testing.assert_allclose(drawn, expected)
-    # At s = 1 the hinge is zero and the smooth ones t log 2.
+    # At s = 1 the hinge is zero, and each smooth hinge is t log 2.
     at_one = [np.interp(1.0, *line.get_data()) for line in figure.axes[3].lines]
     np.testing.assert_allclose(at_one, [0, 1e-3 * np.log(2), 0.1 * np.log(2)], atol=1e-15)
     plt.close(figure)

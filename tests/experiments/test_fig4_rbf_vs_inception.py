@@ -1,4 +1,4 @@
-"""Figure 4: the experiment on the stand-in against its parts by hand, its figures, its models."""
+"""Figure 4: the experiment on the stand-in compared with its parts, its figures, its models."""
 
 import dataclasses
 
@@ -90,7 +90,7 @@ def test_metrics_are_those_of_the_arrays(record):
     ratios = arrays["largest_influence"][0] / arrays["largest_influence"][1:]
     assert metrics["least_median_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
     of_point = [metrics[f"ratio_of_largest_influence_of_test_point_{name}"] for name in NAMES[1:]]
-    scores = np.abs(arrays["score"]).max(axis=1)  # scores for the test point
+    scores = np.abs(arrays["score"]).max(axis=1)  # the test point's scores
     np.testing.assert_allclose(of_point, scores[0] / scores[1:], rtol=1e-12)
     assert metrics["least_ratio_of_largest_influence_of_test_point"] == min(of_point)
     assert min(of_point) != np.median(ratios, axis=1).min()
@@ -136,7 +136,7 @@ def test_fish_have_a_slope_and_the_first_is_like_the_papers(record, splits):
 
 
 def test_no_pixel_is_recorded(record, splits, tmp_path):
-    """Every array is smaller than an image."""
+    """Check that every array is smaller than an image."""
     record.save(tmp_path)
     pixels = splits.train[0][0].size
     with h5py.File(tmp_path / "arrays.h5") as file:
@@ -163,7 +163,7 @@ def test_draw(record):
     arrays = record.arrays
     for i, axis in enumerate(figure.axes[:3]):
         drawn = [np.asarray(part.get_offsets()) for part in axis.collections]
-        for label, points in zip((0, 1), drawn, strict=True):  # dogs, fish
+        for label, points in zip((0, 1), drawn, strict=True):  # dogs, then fish
             which = arrays["labels"] == label
             expected = np.column_stack([arrays["distance"][which], arrays["score"][i, which]])
             np.testing.assert_allclose(points, expected)
@@ -240,7 +240,7 @@ def test_a_dog_is_no_test_fish(splits):
 
 
 def test_options_beyond_the_data_are_misuse(splits, monkeypatch):
-    monkeypatch.setattr(trunks, "timed_features", None)  # refused before any work
+    monkeypatch.setattr(trunks, "timed_features", None)  # no features may be computed
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
             fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)
@@ -352,7 +352,7 @@ def test_a_head_at_its_minimum_and_its_scores():
 
 
 def test_scores_are_what_happens(images, labels):
-    """Compare sign and size with a refit without an image, at a mild temperature."""
+    """Compare sign and size with a refit without an image, at a moderate temperature."""
     model, distance = svm(images, labels, 1.0, weight_decay=0.1)
     scores = model.scores(np.arange(M))
     keep = np.delete(np.arange(N), 4)

@@ -1,4 +1,4 @@
-"""Mislabelled spam: flips found and accuracy gained by each order, against dense algebra."""
+"""Mislabelled spam: flips found and accuracy gained by each order, compared with dense algebra."""
 
 import dataclasses
 
@@ -69,7 +69,7 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
 
 @pytest.mark.parametrize("flip_step, repeat", [(1, 0), (2, 1)])
 def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
-    """Compute flips, scores, orders, corrections and refits by the oracles' closed forms."""
+    """Compute flips, scores, orders, corrections and refits from closed forms."""
     record = of_few
     x, y = few.train[0].toarray(), few.train[1]
     x_test, y_test = few.test[0].toarray(), few.test[1]
@@ -114,7 +114,7 @@ def test_continues_where_it_was_interrupted(few, of_few, tmp_path, monkeypatch):
         fig6.run(SMALL, few, checkpoints=tmp_path)
     done[:] = []
     again = fig6.run(SMALL, few, checkpoints=tmp_path)
-    assert done == [(2, 1)]  # only the fourth of four
+    assert done == [(2, 1)]  # only the last of four draws
     assert again.metrics == of_few.metrics
     for name, array in of_few.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], array)
@@ -130,7 +130,7 @@ def test_the_number_of_processes_changes_no_number(few, of_few):
 def test_draws_differ_and_the_seed_decides(few, of_few):
     other = fig6.run(dataclasses.replace(SMALL, seed=1), few)
     assert not np.array_equal(of_few.arrays["found"], other.arrays["found"])
-    found = of_few.arrays["found"][:, :, 3].reshape(4, -1)  # at random
+    found = of_few.arrays["found"][:, :, 3].reshape(4, -1)  # the random order
     assert len(np.unique(found, axis=0)) > 1
 
 
@@ -189,7 +189,7 @@ def test_one_draw_of_the_real_mails():
     assert 0.96 <= fig6._accuracy(net, test) <= 0.985
     one = fig6._draw(fig6._Task(config, train, test, net.design.gram(train.x), net.theta), 2, 0)
     assert fig6._count(config, train, 2) == 412
-    # A single draw is within 0.05 of the mean of many.
+    # A single draw differs from the mean of many by at most 0.05.
     assert one["found"][1, 0] == pytest.approx(0.63, abs=0.05)
     assert one["found"][1, 1] == pytest.approx(0.86, abs=0.05)
     assert one["found"][2, 0] == pytest.approx(0.51, abs=0.05)

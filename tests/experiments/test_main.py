@@ -52,7 +52,7 @@ def test_the_run_is_seeded_from_its_config_alone(fake):
     first, second = Path("first/fake-paper"), Path("second/fake-paper")
     for name in ("arrays.h5", "figure.png", "figure.pdf"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    expected = np.random.RandomState(3).rand(9)  # NumPy's seed by keras.utils.set_random_seed
+    expected = np.random.RandomState(3).rand(9)  # keras.utils.set_random_seed seeds NumPy
     np.testing.assert_array_equal(Record.load(first).arrays["values"], expected)
 
 
@@ -258,7 +258,7 @@ def test_out_that_cannot_be_written_to_is_misuse(fake, capsys):
     error = capsys.readouterr().err
     assert "--out must be a folder that can be written to" in error
     assert "--user $(id -u)" in error
-    assert fake.SEEN == []  # refused before the work
+    assert fake.SEEN == []  # the work has not started
 
 
 @pytest.mark.parametrize("failing", ["run.json", "arrays.h5", "record.json", "figure.pdf"])
@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_line_and_74_and_the_same_command_continues(
     for line in capsys.readouterr().err.splitlines():
         assert f"{failing} could not be written (No space left on device); make room" in line
         assert "the same command again continues" in line
-    if failing != "figure.pdf":  # an older record is whole
+    if failing != "figure.pdf":  # an older record is complete
         assert {name: Path("out/fake-paper", name).read_bytes() for name in FILES} == before
     assert main(["fake", "--preset", "paper"]) == 0
     assert sorted(os.listdir("out/fake-paper")) == FILES

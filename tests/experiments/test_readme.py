@@ -1,4 +1,4 @@
-"""The committed results, and the README's table of them."""
+"""The committed results, the README's table of them, and its snippets."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_the_attack_in_the_readme_runs():
     assert found.same_bytes.all() and found.flipped.all()
     np.testing.assert_allclose(found.change_if_poisoned, 0.0035, atol=5e-5)
     moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
-    assert 0.9 < moved < 1  # the inputs are pixels
+    assert 0.9 < moved < 1  # the attack changes pixels
 
 
 def test_the_wrong_labels_in_the_readme_are_found():

@@ -1,4 +1,4 @@
-"""The stand-in for photographs of dogs and fish, and the smoke preset's head."""
+"""The stand-in for the photographs of dogs and fish, and the head of the smoke preset."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Figure 5: the experiment on the stand-in, what it refuses, its figures."""
+"""Figure 5: the experiment on the stand-in, the options that it refuses, its figures."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""Heads on features: the group of test images, standardised features, the rule of choice."""
+"""Heads on features: the group of test images, standardised features, the rule to choose one."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_standardised_features_are_those_the_head_sees(splits):
 def test_who_is_wrong_before_is_not_in_the_group(head):
     points = heads.alike(SMOKE, head)
     x = np.array(head.test.x)
-    # Move it just across the boundary: as near as before, but wrong.
+    # Move the image just across the boundary: it is as near as before, but classified wrongly.
     theta = head.net.theta
     x[points[1]] -= (1 + 1e-3) * (x[points[1]] @ theta) / (theta @ theta) * theta
     wrong = dataclasses.replace(head, test=Examples(x, head.test.y))

@@ -1,4 +1,4 @@
-"""Options of Figure 2: an impossible value is refused by its name, before any work."""
+"""Options of Figure 2: an impossible value is refused before any work, with the option's name."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def test_an_option_that_has_no_meaning_is_refused(changed, message):
     ],
 )
 def test_an_option_beyond_the_data_is_refused(monkeypatch, changed, message):
-    monkeypatch.setattr(fig2, "MulticlassLogisticRegression", None)  # refused before any fit
+    monkeypatch.setattr(fig2, "MulticlassLogisticRegression", None)  # no model may be fitted
     with pytest.raises(Misuse, match=f"^{message}"):
         fig2.run(dataclasses.replace(SMOKE, **changed), data.load("digits"))
 

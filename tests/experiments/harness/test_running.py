@@ -1,4 +1,4 @@
-"""Checkpoints belong to the code of every folder: changed code starts afresh."""
+"""Checkpoints depend on the code in every folder: after a change, a run starts afresh."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Comparisons against values by hand: numbers, panels, chosen rows and test points."""
+"""Comparisons checked with values by hand: numbers, panels, chosen rows and test points."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,12 +15,14 @@ def axis():
 
 
 def test_agreement_with_values_by_hand():
-    """Deviations from the means: actual -2, 0, 2 and predicted -1, -1, 2."""
+    """The deviations from the means are -2, 0, 2 (actual) and -1, -1, 2 (predicted)."""
     found = compare.agreement(np.array([-1.0, -1.0, 2.0]), np.array([-2.0, 0.0, 2.0]))
     assert found["slope"] == pytest.approx(6 / 8)
     assert found["intercept"] == pytest.approx(0, abs=1e-15)
     assert found["pearson"] == pytest.approx(6 / np.sqrt(8 * 6))
-    assert found["spearman"] == pytest.approx(np.sqrt(3) / 2)  # ranks 1.5, 1.5, 3 and 1, 2, 3
+    assert found["spearman"] == pytest.approx(
+        np.sqrt(3) / 2
+    )  # the ranks are 1.5, 1.5, 3 and 1, 2, 3
     assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 has no sign
     assert found["largest_difference"] == 1
 
@@ -67,7 +69,7 @@ def test_largest_bars(axis):
     colours = [bar.get_facecolor() for bar in axis.patches]
     assert colours[0] == colours[2] != colours[1]
     low, high = axis.get_ylim()
-    assert low > high  # the largest on top
+    assert low > high  # the largest is on top
     assert len(compare.largest_bars(axis, names, values)) == 4
 
 

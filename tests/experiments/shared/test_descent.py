@@ -79,7 +79,7 @@ def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(descent, "_round", lambda *a: (formed.append(0), _ROUND(*a)))
         found = descend(net, examples, checkpoints=tmp_path, **settings)
-    assert len(formed) == len(found.risk) - 1 - rounds  # stored rounds are not repeated
+    assert len(formed) == len(found.risk) - 1 - rounds  # no stored round is repeated
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(found.risk, expected.risk)
     net.theta = start
@@ -126,7 +126,7 @@ def test_it_stops_where_a_round_does_nothing(monkeypatch):
 
 
 def test_the_last_steps_do_not_climb():
-    """From (0, 1.2), too small a curvature leads uphill to near the saddle: gradient .02."""
+    """From (0, 1.2), too small a curvature leads uphill, close to the saddle (gradient .02)."""
     net = Saddle()
     net.theta = np.array([0.0, 1.2])
     descent._polish(net, None, np.eye(2), np.sqrt([1.0, 0.528 / 1.18]), 1e-12)

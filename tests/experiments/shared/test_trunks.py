@@ -1,4 +1,4 @@
-"""Trunks: heads by name, layers in one pass, features stored by content, missing weights."""
+"""Trunks: names of heads, all layers in one pass, stored features, missing weights."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     first = ask(x)["small/relu1"]
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert [name[-9:] for name in kept] == ["00000.npz", "00002.npz", "00004.npz"]
-    # After an interruption, only the third of three blocks is computed; results are equal.
+    # After an interruption, only the third of three blocks is computed. The results are equal.
     (tmp_path / kept[2]).unlink()
     asked = []
     features = TopLayer.features
@@ -71,7 +71,9 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
 def test_a_layer_that_is_not_asked_about_as_a_rule(x):
     found = trunks.features(["small/conv1", "small/relu1"], x, root=None, folder=None)
     assert found["small/conv1"].min() < 0
-    assert (found["small/relu1"] >= found["small/conv1"] - 1e-6).all()  # mean of the positive part
+    assert (
+        found["small/relu1"] >= found["small/conv1"] - 1e-6
+    ).all()  # a mean of the positive parts
 
 
 def test_seconds_are_those_of_whenever_it_was(x, tmp_path, monkeypatch):
@@ -141,7 +143,7 @@ def test_layers_that_are_none_are_misuse(monkeypatch):
     ("head", "width"), [("mobilenet/conv_pw_13_relu", 768), ("inception/mixed8", 1280)]
 )
 def test_trained_networks_tell_dogs_from_fish(head, width):
-    """Classify by the nearer class mean, which fails with wrong weights or scaling."""
+    """Classify by the nearer class mean. This fails with wrong weights or a wrong scale."""
     (x, y), _ = data.load("dogfish", REAL).train, None
     rows = np.concatenate([np.flatnonzero(y == c)[:12] for c in (0, 1)])
     phi = trunks.features([head], x[rows], root=REAL, folder=None)[head]
