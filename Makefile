@@ -32,7 +32,7 @@ lint: $(VENV)/installed-dev ## run ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 
-bench: $(VENV)/installed ## compare the speed with targets and other libraries (an hour); for some parts: make bench PARTS="lissa cnn"
+bench: $(VENV)/installed ## compare speed with targets and other libraries, 1 hour; parts: make bench PARTS="lissa cnn"
 	@for peers in bench bench-tf; do \
 	  $(MAKE) --no-print-directory $(VENV)-$$peers/installed || \
 	  echo "The benchmarks run without the libraries of requirements-$$peers.txt. That file says what they need." >&2; \

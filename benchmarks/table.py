@@ -182,7 +182,7 @@ def _all_scores(result: dict[str, Any]) -> str:
     return (
         f"The file holds the scores of {result['shape']['n']:,} rows for {part['num_tests']:,} "
         f"test points. It has {part['megabytes']:,.0f} MB of {part['dtype']}, computed from "
-        f"float64 solves. In all this takes {seconds['all']} s. Of these, preparing `Direct` takes "
+        f"float64 solves. The whole takes {seconds['all']} s. Of these, preparing `Direct` takes "
         f"{seconds['prepare']}, solving {seconds['solve']}, multiplying and writing "
         f"{seconds['multiply']}, everything else {seconds['other']}.\n"
         f"The multiplication takes {part['flop_of_multiply']:.2e} operations (2 n d m) and runs at "

@@ -115,7 +115,7 @@ DEVIATIONS = (
     "mails, which do not add up to Enron1's 5,172.",
     "Optimum: here Newton's method in float64 to a gradient norm of 1e-8, certified for every fit. "
     "The release uses scikit-learn's L-BFGS in float32, without a certificate.",
-    "Draws: here each draw has its own random generator. The release sets NumPy's global seed to 0 "
+    "Draws: here each draw has its own random generator. The release uses NumPy's global seeds 0 "
     "to 678.",
 )
 
