@@ -107,6 +107,19 @@ def sequential(shape: Any, *layers: Any, dtype: Any = None, name: str | None = N
     return keras.Sequential([keras.Input(shape, dtype=dtype), *layers], name=name)
 
 
+class Calls(keras.Model):
+    """Subclassed model with attributes, such as its layers, that calls (model, x) -> outputs."""
+
+    def __init__(self, function: Any, name: str | None = None, dtype: Any = None, **layers: Any):
+        super().__init__(name=name, dtype=dtype)
+        self.function = function
+        for attribute, layer in layers.items():
+            setattr(self, attribute, layer)
+
+    def call(self, x: Any) -> Any:
+        return self.function(self, x)
+
+
 def dense_net(
     units: int, num_inputs: int, loss: Any, *, l2: float = 0.0, dtype: str = "float64"
 ) -> GenericNeuralNet:

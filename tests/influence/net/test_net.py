@@ -11,6 +11,7 @@ from influence import ConvergenceWarning, Examples, GenericNeuralNet, Hessian
 from tests import oracles
 from tests.influence.net import test_zoo as zoo
 from tests.influence.problems import (
+    Calls,
     dense_net,
     relative_error,
     ridge,
@@ -457,16 +458,10 @@ def test_a_net_needs_a_loss():
     assert GenericNeuralNet(model).loss.name == "mean_squared_error"
 
 
-class Calls(keras.Model):
-    """Model that calls a function (model, x) -> outputs."""
-
-    def __init__(self, function, name):
-        super().__init__(name=name)
-        self.function, self.a = function, L.Dense(1)
-        self(np.zeros((1, 2), np.float32))
-
-    def call(self, x):
-        return self.function(self, x)
+def subclassed(function, name):
+    model = Calls(function, name, a=L.Dense(1))
+    model(FLAT[:1])
+    return model
 
 
 def adding_loss(model, x):
@@ -489,19 +484,19 @@ LOGITS = {"from_logits": True}
     ("make", "loss", "y", "message"),
     [
         (
-            lambda: Calls(lambda model, x: (model.a(x), model.a(x)), "two"),
+            lambda: subclassed(lambda model, x: (model.a(x), model.a(x)), "two"),
             "mse",
             REAL,
             "^model must have one output, got a tuple from 'two'",
         ),
         (
-            lambda: Calls(adding_loss, "adds"),
+            lambda: subclassed(adding_loss, "adds"),
             "mse",
             REAL,
             "^model must not add losses of its own, got 1 by add_loss in 'adds'",
         ),
         (
-            lambda: Calls(mixing_rows, "mixes"),
+            lambda: subclassed(mixing_rows, "mixes"),
             "mse",
             REAL,
             "^loss must depend on its own row alone, got .* for row 0 of train",
@@ -568,7 +563,7 @@ def test_sets_and_losses_that_do_not_fit(make, loss, y, message):
 def test_inputs_that_do_not_fit():
     one = GenericNeuralNet(dense()(), "mse")
     two = zoo.build("skip_connection")[0]
-    undeclared = GenericNeuralNet(Calls(mixing_rows, "mixes"), "mse")
+    undeclared = GenericNeuralNet(subclassed(mixing_rows, "mixes"), "mse")
     y = np.array([0, 1, 2, 0])
     x = np.ones((4, 3))
     for net, given, message in (
