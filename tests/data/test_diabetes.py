@@ -12,14 +12,9 @@ import pytest
 import data
 from data import diabetes, registry
 from data.files import DataFile
+from tests.data.real import found
 
-REAL = data.find("diabetes")  # found before the fixtures hide it from the tests
-
-
-def needs_diabetes(test):
-    """Mark a test that reads the real file; without the file it is skipped with a message."""
-    reason = "diabetes not found; set INFLUENCE_DATA or run `python -m data fetch diabetes`"
-    return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
+REAL, needs_diabetes = found("diabetes")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +41,9 @@ def test_real_features_are_the_columns_of_the_file(real):
                 totals[column] += int(row[column])
             for column in diabetes.CATEGORICAL:
                 totals[f"{column}_{row[column]}"] += 1
-    found = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
-    assert {n: totals[n] for n in real.feature_names} == dict(
-        zip(real.feature_names, found, strict=True)
-    )
+    sums = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
+    sums = dict(zip(real.feature_names, sums, strict=True))
+    assert {n: totals[n] for n in real.feature_names} == sums
     # The missing columns are the first levels of categories of two.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
@@ -58,11 +52,8 @@ def test_real_features_are_the_columns_of_the_file(real):
 @needs_diabetes
 def test_real_categories_named_none_are_kept_and_two_columns_are_ones(real):
     assert {"max_glu_serum_None", "A1Cresult_None"} < set(real.feature_names)
-    ones = [
-        n
-        for n, least in zip(real.feature_names, real.train[0].min(axis=0), strict=True)
-        if least == 1 and "_" in n and n.endswith("_No")
-    ]
+    least = zip(real.feature_names, real.train[0].min(axis=0), strict=True)
+    ones = [n for n, value in least if value == 1 and "_" in n and n.endswith("_No")]
     assert ones == ["examide_No", "citoglipton_No"]
 
 
@@ -121,14 +112,8 @@ def test_split_is_balanced_and_leaves_nothing_out():
     again = diabetes.split(y, 10)
     np.testing.assert_array_equal(train, again[0])
     # Another stream than NumPy's legacy one would give another split.
-    assert train[:6].tolist() == [34, 12, 3, 9, 30, 13] and test[:6].tolist() == [
-        26,
-        31,
-        22,
-        25,
-        6,
-        41,
-    ]
+    assert train[:6].tolist() == [34, 12, 3, 9, 30, 13]
+    assert test[:6].tolist() == [26, 31, 22, 25, 6, 41]
 
 
 @pytest.fixture
@@ -142,12 +127,10 @@ def made_up(tmp_path, monkeypatch):
     rows["readmitted"] = ["<30", ">30", "NO"] * 4
     pd.DataFrame(rows).to_csv(path, index=False)
     content = path.read_bytes()
-    file = DataFile(
-        "diabetes/diabetic_data.csv", len(content), (hashlib.sha256(content).hexdigest(),)
-    )
-    monkeypatch.setitem(
-        registry.SETS, "diabetes", dataclasses.replace(diabetes.DATASET, files=(file,))
-    )
+    digest = hashlib.sha256(content).hexdigest()
+    file = DataFile("diabetes/diabetic_data.csv", len(content), (digest,))
+    dataset = dataclasses.replace(diabetes.DATASET, files=(file,))
+    monkeypatch.setitem(registry.SETS, "diabetes", dataset)
     monkeypatch.setattr(diabetes, "NUM_PER_CLASS", 3)
     return tmp_path / "made_up"
 

@@ -31,8 +31,8 @@ def splits():
 
 
 @pytest.fixture(scope="module")
-def record(splits, tmp_path_factory):
-    result = fig4.run(SMOKE, splits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+def record(splits, folder):
+    result = fig4.run(SMOKE, splits, checkpoints=folder)
     return dataclasses.replace(result, config=dataclasses.asdict(SMOKE))
 
 
@@ -232,14 +232,11 @@ def test_config_is_checked(changed, message):
         dataclasses.replace(SMOKE, **changed)
 
 
-def test_a_dog_is_no_test_fish(splits):
+def test_a_dog_and_options_beyond_the_data_are_refused(splits, monkeypatch):
     dog = int(np.flatnonzero(splits.test[1] == 0)[0])
     with pytest.raises(ValueError, match=f"test_point must be a fish .*, got {dog}"):
         fig4.run(dataclasses.replace(SMOKE, test_point=dog), splits)
     assert fig4.PRESETS["standard"].test_point is None
-
-
-def test_options_beyond_the_data_are_misuse(splits, monkeypatch):
     monkeypatch.setattr(trunks, "timed_features", None)  # refused before any work
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
@@ -318,9 +315,8 @@ def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
     start = np.linalg.solve(model.train.x.T, model.net.theta)  # w = L' c
     value, gradient = risk(start)
     assert np.abs(gradient).max() < 1e-9
-    found = scipy.optimize.minimize(
-        risk, np.zeros(N), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000}
-    )
+    options = {"gtol": 1e-9, "maxiter": 5000}
+    found = scipy.optimize.minimize(risk, np.zeros(N), jac=True, method="BFGS", options=options)
     assert value <= found.fun + 1e-9
     np.testing.assert_allclose(model.outputs, np.exp(-0.02 * distance[N:]) @ start, atol=1e-9)
 
@@ -344,10 +340,8 @@ def test_a_head_at_its_minimum_and_its_scores():
     measured = oracle.on(phi[40:][points], y[40:][points])
     expected = oracle.predicted_changes(theta, measured, np.arange(40))
     np.testing.assert_allclose(model.scores(points), expected, rtol=1e-6, atol=1e-12)
-    accuracies = [
-        np.mean((phi[rows] @ theta > 0) == y[rows]) for rows in (slice(40), slice(40, 50))
-    ]
-    assert model.accuracies == pytest.approx(accuracies)
+    right = (phi @ theta > 0) == y
+    assert model.accuracies == pytest.approx([right[:40].mean(), right[40:].mean()])
     np.testing.assert_allclose(model.outputs, phi[40:] @ theta, rtol=1e-7)
 
 

@@ -22,8 +22,8 @@ def splits():
 
 
 @pytest.fixture(scope="module")
-def record(splits, tmp_path_factory):
-    return hospital.run(SMOKE, splits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+def record(splits, folder):
+    return hospital.run(SMOKE, splits, checkpoints=folder)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,10 @@ def closed_form(splits):
     return risk, risk.minimum(np.zeros(x.shape[1])), child
 
 
-def test_every_claim_holds_that_is_judged_on_the_stand_in(record):
+def test_every_claim_has_its_metric_and_holds_where_judged_on_the_stand_in(record):
     verdicts = [claim.judge(record.metrics, stand_in=True) for claim in hospital.CLAIMS]
     judged = {v["metric"]: v["holds"] for v in verdicts if v["holds"] is not None}
     assert judged and all(judged.values()), judged
-
-
-def test_every_claim_has_its_metric_on_the_stand_in(record):
     # The stand-in has the feature DIED, so that smoke computes every number of the real run.
     assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
 
@@ -84,11 +81,10 @@ def test_derivative_by_the_input_is_the_closed_form_s(record, closed_form):
     s_test = np.linalg.solve(risk.hessian(theta), child.gradients(theta)[0])
     expected = -risk.input_gradients(theta, s_test, len(theta)) / len(risk.y)
     children = record.arrays["children"]
-    np.testing.assert_allclose(
-        record.arrays["derivative"], expected[children], rtol=1e-5, atol=1e-8
-    )
+    derivative = record.arrays["derivative"]
+    np.testing.assert_allclose(derivative, expected[children], rtol=1e-5, atol=1e-8)
     assert record.metrics["worst_derivative_error"] < 1e-5
-    by_size = np.argsort(-np.abs(record.arrays["derivative"][~record.arrays["readmitted"]][0]))
+    by_size = np.argsort(-np.abs(derivative[~record.arrays["readmitted"]][0]))
     assert record.arrays["moved"].tolist() == by_size[:10].tolist()
 
 
@@ -109,10 +105,8 @@ def test_figure(record, splits):
     marks = {line.get_label(): line.get_xydata() for line in rows.lines}
     arrays = record.arrays
     children, readmitted = arrays["children"], arrays["readmitted"]
-    for label, which in (
-        ("a child, readmitted", readmitted),
-        ("a child, not readmitted", ~readmitted),
-    ):
+    kinds = {"a child, readmitted": readmitted, "a child, not readmitted": ~readmitted}
+    for label, which in kinds.items():
         shown = np.column_stack([children[which], arrays["influence"][children[which]]])
         np.testing.assert_array_equal(marks[label], shown)
     assert len(marks["removed and refitted (50 rows)"]) == 50

@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import pickle
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -152,7 +151,7 @@ class _Net:
     theta, memo = np.array([2.0]), None
 
     def __init__(self):
-        self.flat, self.widths = SimpleNamespace(), []  # the cache recognises a net by `flat`
+        self.flat, self.widths = set(), []  # the cache has a weak reference to `flat`
 
     def rows_per_batch(self, examples, num_vectors):
         self.widths.append(num_vectors)
