@@ -216,7 +216,7 @@ def test_fit_reaches_the_minimum(kind, intercept, form):
     assert np.linalg.norm(p.theta - expected) <= 1e-10 / 0.05
 
 
-def test_fit_says_when_it_stops_early():
+def test_fit_in_float32_says_how_far_it_came():
     p = logistic("softmax", dtype="float32")
     p.net.theta = np.zeros(p.net.num_parameters)
     p.net.fit(p.train, gradient_tolerance=1e-5)
@@ -224,6 +224,10 @@ def test_fit_says_when_it_stops_early():
     message = r"^Newton's steps stopped at .* above 1\.0e-12: .*use float64 or a larger tolerance"
     with pytest.warns(ConvergenceWarning, match=message):
         p.net.fit(p.train, gradient_tolerance=1e-12)
+
+
+def test_fit_says_when_it_stops_early():
+    p = logistic("softmax")
     p.net.theta = np.zeros(p.net.num_parameters)
     with pytest.warns(ConvergenceWarning, match=r"Newton's steps stopped .* allow more"):
         p.net.fit(p.train, max_iterations=1)

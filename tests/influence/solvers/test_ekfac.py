@@ -46,7 +46,9 @@ def l2(strength):
 
 
 def linear(*, use_bias, kernel_penalty=0.0, bias_penalty=0.0, num_rows=30):
-    penalties = {"kernel_regularizer": l2(kernel_penalty), "bias_regularizer": l2(bias_penalty)}
+    penalties = {"kernel_regularizer": l2(kernel_penalty)}
+    if use_bias:
+        penalties["bias_regularizer"] = l2(bias_penalty)
     layer = L.Dense(3, use_bias=use_bias, **penalties, **F64)
     net = traced_once(GenericNeuralNet(sequential((4,), layer, **F64), "mse"), "mse")
     rng = np.random.default_rng(0)
