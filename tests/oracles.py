@@ -10,6 +10,7 @@ differences, and derivatives of a plain Keras model by `tf.GradientTape`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -213,10 +214,18 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
 
 def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
     """Return the mean loss's Hessian (d, d) by nested tapes; wrong for normalising layers."""
-    weights = [w.value for w in model.trainable_weights]
-    with tf.GradientTape(persistent=True) as outer:
-        g = plain_gradient(model, loss, x, y)
-    return _columns(_jacobian(outer, g, weights), g.shape, weights)
+    weights = model.trainable_weights
+
+    @partial(tf.function, autograph=False)
+    def row(v):
+        values = [w.value for w in weights]
+        with tf.GradientTape() as outer:
+            g = plain_gradient(model, loss, x, y)
+        parts = outer.gradient(g, values, output_gradients=v, unconnected_gradients="zero")
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+
+    d = sum(int(np.prod(w.shape)) for w in weights)
+    return np.stack([row(v).numpy() for v in np.eye(d)])
 
 
 def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
@@ -227,18 +236,23 @@ def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
     return tf.concat([tf.reshape(p, [-1]) for p in tape.gradient(mean, weights)], 0)
 
 
-def plain_gradient_at(model: keras.Model, loss: Any, x: Any, y: Any, theta: NDArray) -> NDArray:
-    """Return the plain gradient at other weights; the model's weights are restored."""
+def plain_gradient_at(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
+    """Return theta -> the plain gradient there, traced once; the model's weights are restored."""
     weights = model.trainable_weights
-    before = [w.numpy() for w in weights]
-    ends = np.cumsum([b.size for b in before])[:-1]
-    try:
-        for weight, part in zip(weights, np.split(theta, ends), strict=True):
-            weight.assign(part.reshape(weight.shape))
-        return plain_gradient(model, loss, x, y).numpy()
-    finally:
-        for weight, part in zip(weights, before, strict=True):
-            weight.assign(part)
+    ends = np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1]
+    here = tf.function(lambda: plain_gradient(model, loss, x, y), autograph=False)
+
+    def at(theta):
+        before = [w.numpy() for w in weights]
+        try:
+            for weight, part in zip(weights, np.split(theta, ends), strict=True):
+                weight.assign(part.reshape(weight.shape))
+            return here().numpy()
+        finally:
+            for weight, part in zip(weights, before, strict=True):
+                weight.assign(part)
+
+    return at
 
 
 def _jacobian(tape: Any, of: Any, by: Any) -> Any:

@@ -68,7 +68,7 @@ def dots(U: NDArray, V: NDArray) -> NDArray:
     return np.einsum("ij,ij->j", U, V)
 
 
-def scaled(V: NDArray) -> tuple[NDArray, NDArray]:
+def scaled(V: NDArray, usual: int = 0) -> tuple[NDArray, NDArray]:
     """Divide every column by a power of two that brings its largest entry to between 1/2 and 1.
 
     A power of two changes no digit. Norms and products of the scaled columns neither overflow nor
@@ -76,13 +76,16 @@ def scaled(V: NDArray) -> tuple[NDArray, NDArray]:
 
     Args:
       V: (d, m) finite numbers.
+      usual: columns whose powers of two are all within +-usual are returned as they are.
 
-    Returns: the scaled columns (d, m), and the powers of two (m,), 0 for a column of zeros.
+    Returns: the scaled columns (d, m), and the powers of two (m,), 0 for a column that is not
+      scaled.
     """
-    largest = np.abs(V).max(axis=0, initial=0.0).astype(np.float64)
+    largest = np.maximum(V.max(axis=0, initial=0), -V.min(axis=0, initial=0)).astype(np.float64)
     exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
-    # In two steps: 2**exponent itself may be out of range.
-    half = exponents // 2
+    if not V.size or np.abs(exponents).max() <= usual:
+        return V, np.zeros_like(exponents)
+    half = exponents // 2  # in two steps, as 2**exponent itself may be out of range
     return np.ldexp(np.ldexp(V, -half), half - exponents), exponents
 
 

@@ -15,9 +15,6 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from influence.common.convergence import DivergenceError
 from influence.common.numbers import is_integer, norms, numbers, scaled
 
-# Powers of two within which A's entries are solved with as they are, by the dtype's number of bits.
-_USUAL = {32: 30, 64: 250}
-
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -187,8 +184,9 @@ class Prepared:
             raise ValueError("B must be finite, got a NaN or infinity.")
         dtype = np.result_type(self.A.dtype, np.float32)
         columns = b.reshape(b.shape[0], -1)
-        block, exponents = scaled(columns.astype(np.result_type(columns.dtype, dtype)))
-        block = block.astype(dtype)
+        wide = np.result_type(columns.dtype, dtype)
+        block, exponents = scaled(columns.astype(wide, copy=False), _usual(dtype))
+        block = block.astype(dtype, copy=False)
         A = in_units(self.A, self.exponent)
         with _said_in_units(self.exponent):
             raw = self.apply(block)
@@ -200,7 +198,8 @@ class Prepared:
         if not np.isfinite(raw.x).all() or np.isnan(residual).any():
             raise not_finite(self.A, type(self.solver).__name__)
         with np.errstate(over="ignore"):
-            x = np.ldexp(raw.x, exponents - self.exponent)
+            back = exponents - self.exponent
+            x = np.ldexp(raw.x, back) if back.any() else raw.x
         if not np.isfinite(x).all():
             raise ValueError(
                 f"B must have a solution within {dtype}, got entries up to "
@@ -276,8 +275,12 @@ def _exponent(A: LinearOperator) -> int:
         held = A @ probe.astype(np.result_type(A.dtype, np.float32))
     largest = float(abs(held).max())
     exponent = int(np.frexp(largest)[1]) if 0 < largest < np.inf else 0
-    bits = 32 if np.result_type(A.dtype, np.float32) == np.float32 else 64
-    return exponent if abs(exponent) > _USUAL[bits] else 0
+    return exponent if abs(exponent) > _usual(A.dtype) else 0
+
+
+def _usual(dtype: Any) -> int:
+    """Return the power of two up to which numbers of a dtype are solved with as they are."""
+    return 30 if np.result_type(dtype, np.float32) == np.float32 else 250
 
 
 def in_units(A: LinearOperator, exponent: int) -> LinearOperator:

@@ -1,5 +1,6 @@
 """Tar archives: reading into memory, limits of size, and results independent of the packing."""
 
+import dataclasses
 import gzip
 import io
 import tarfile
@@ -125,9 +126,7 @@ def test_the_digest_is_of_what_is_in_it(unpacked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [{"ham/a.txt": b"oNe\r\n"}, {"ham/c.txt": b""}],
-    ids=["a byte", "a name"],
+    "changed", [{"ham/a.txt": b"oNe\r\n"}, {"ham/c.txt": b""}], ids=["a byte", "a name"]
 )
 def test_another_content_is_refused(unpacked, tmp_path, changed):
     _, file = unpacked
@@ -153,28 +152,21 @@ def test_either_is_found(unpacked, tmp_path):
     assert "or the folder set/folder" in files.explain_missing("set", [file], empty, "not tried")
 
 
-def test_download_of_any_packing(unpacked, tmp_path, online, serve):
+def test_download_of_any_packing_unless_the_folder_is_there(unpacked, tmp_path, online, serve):
     folder, file = unpacked
     content = pack(CONTENTS, mtime=12345)
     url = serve({"/good": content, "/wrong": pack({"ham/a.txt": b"!"}), "/html": b"<html>"})
     target = tmp_path / "target"
-    urls = tuple(f"{url}/{name}" for name in ("html", "wrong", "good"))
-    download.fetch([DataFile(file.path, SIZE, file.digests, urls, file.unpacked)], target)
+
+    def expecting(*names):
+        return [dataclasses.replace(file, urls=tuple(f"{url}/{name}" for name in names))]
+
+    download.fetch(expecting("good"), folder)
+    assert serve.asked == []
+    with pytest.raises(ConnectionError, match="is not the file it should be"):
+        download.fetch(expecting("wrong"), target)
+    assert [path for path in target.rglob("*") if path.is_file()] == []
+    serve.asked.clear()
+    download.fetch(expecting("html", "wrong", "good"), target)
     assert serve.asked == ["/html", "/wrong", "/good"]
     assert (target / "set/set.tar.gz").read_bytes() == content
-
-
-def test_a_wrong_download_leaves_nothing(unpacked, tmp_path, online, serve):
-    _, file = unpacked
-    url = serve({"/wrong": pack({"ham/a.txt": b"!"})}) + "/wrong"
-    target = tmp_path / "target"
-    with pytest.raises(ConnectionError, match="is not the file it should be"):
-        download.fetch([DataFile(file.path, SIZE, file.digests, (url,), file.unpacked)], target)
-    assert [path for path in target.rglob("*") if path.is_file()] == []
-
-
-def test_no_download_where_the_folder_is(unpacked, serve, online):
-    folder, file = unpacked
-    url = serve({})
-    download.fetch([DataFile(file.path, SIZE, file.digests, (url,), file.unpacked)], folder)
-    assert serve.asked == []

@@ -25,21 +25,31 @@ def test_unknown_dtype(dtype):
         data.load("digits", dtype=dtype)
 
 
-def test_dtype_may_be_a_type():
-    assert data.load("digits", dtype=np.float32).test[0].dtype == np.float32
+@pytest.mark.parametrize("dtype", ["float32", "float64", np.float32])
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("digits", "ab30b8e97a09fc4508926666ae70264ec9c09c32c599b9168d122286ad613e49"),
+        ("hospital", "2977134300121eb442fd796e969f38c6c269129d72597e95dcf9707826271892"),
+        ("spam", "4a9f33f2a1043ca0de7aacd6b37157465be0ee6ea4853124ac8e32151780ee95"),
+        ("fishlike", "57d75f69d8da45e2c8b23ac53fd337bff4698b38e32647a2e78fa279b36c6d31"),
+    ],
+)
+def test_stand_ins_never_change(name, digest, dtype):
+    """Values are exact in both dtypes, so they share a digest, which also fixes the split."""
+    splits = data.load(name, dtype=dtype)
+    assert splits.sha256 == digest and splits.stand_in
+    assert splits.train[0].dtype == (np.uint8 if name == "fishlike" else np.dtype(dtype))
+    assert splits.train[1].dtype == np.int64
 
 
-def test_splits_cannot_be_changed():
+def test_splits_cannot_be_changed_and_their_repr_is_a_line():
     splits = data.load("digits")
     for array in (*splits.train, *splits.test):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         splits.stand_in = False  # type: ignore[misc]
-
-
-def test_repr_is_a_line():
-    splits = data.load("digits")
     assert repr(splits) == f"Splits(name='digits', stand_in=True, sha256='{splits.sha256}')"
 
 

@@ -1,4 +1,4 @@
-"""The diabetes set: the real file's 127 features, the release's split, and generated files."""
+"""The diabetes set: 127 features of the real file, the release's split, and generated files."""
 
 import collections
 import csv
@@ -12,14 +12,9 @@ import pytest
 import data
 from data import diabetes, registry
 from data.files import DataFile
+from tests.data.real import found
 
-REAL = data.find("diabetes")  # before the fixtures hide the data
-
-
-def needs_diabetes(test):
-    """Mark a test that reads the real file; without the file it is skipped with a message."""
-    reason = "diabetes not found; set INFLUENCE_DATA or run `python -m data fetch diabetes`"
-    return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
+REAL, needs_diabetes = found("diabetes")
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +41,10 @@ def test_real_features_are_the_columns_of_the_file(real):
                 totals[column] += int(row[column])
             for column in diabetes.CATEGORICAL:
                 totals[f"{column}_{row[column]}"] += 1
-    found = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
-    assert {n: totals[n] for n in real.feature_names} == dict(
-        zip(real.feature_names, found, strict=True)
-    )
-    # Of a category with two levels, the first level has no column.
+    sums = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
+    sums = dict(zip(real.feature_names, sums, strict=True))
+    assert {n: totals[n] for n in real.feature_names} == sums
+    # The missing columns are the first levels of categories of two.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
 
@@ -58,19 +52,15 @@ def test_real_features_are_the_columns_of_the_file(real):
 @needs_diabetes
 def test_real_categories_named_none_are_kept_and_two_columns_are_ones(real):
     assert {"max_glu_serum_None", "A1Cresult_None"} < set(real.feature_names)
-    ones = [
-        n
-        for n, least in zip(real.feature_names, real.train[0].min(axis=0), strict=True)
-        if least == 1 and "_" in n and n.endswith("_No")
-    ]
+    least = zip(real.feature_names, real.train[0].min(axis=0), strict=True)
+    ones = [n for n, value in least if value == 1 and "_" in n and n.endswith("_No")]
     assert ones == ["examide_No", "citoglipton_No"]
 
 
 @needs_diabetes
 def test_real_split_is_the_release_s_own(real):
-    # In hospital_readmission.ipynb, 24 training rows are children, of whom 3 were readmitted. 137
-    # test rows are children, among them row 1742. Remove all children that were not readmitted,
-    # except the last: rows 9366, 11116, 13685 and 19590 remain.
+    # hospital_readmission.ipynb: 24 children, 3 readmitted; 137 test rows, including row 1742;
+    # rows 9366, 11116, 13685 and 19590 remain if all except the last not readmitted are removed.
     age = real.feature_names.index("age_[0-10)")
     (x, y), (x_test, y_test) = real.train, real.test
     children = np.flatnonzero(x[:, age])
@@ -85,11 +75,11 @@ def test_real_split_is_the_release_s_own(real):
 
 @needs_diabetes
 def test_real_digest_is_that_of_sha256sum(real):
-    # Command in the data folder: sha256sum diabetes/diabetic_data.csv | sha256sum
+    # In the data folder: sha256sum diabetes/diabetic_data.csv | sha256sum
     assert real.sha256 == "4c800f6278553bc1e573a1a2c3ad2df112ea2fe62f782a58685bda2ae68af9ab"
 
 
-# --- generated ----------------------------------------------------------------------------------
+# --- made up ----------------------------------------------------------------------------------
 
 
 def test_features():
@@ -121,15 +111,9 @@ def test_split_is_balanced_and_leaves_nothing_out():
     assert y[train].sum() == 10 and len(train) == 20
     again = diabetes.split(y, 10)
     np.testing.assert_array_equal(train, again[0])
-    # Only NumPy's legacy random stream gives this split.
-    assert train[:6].tolist() == [34, 12, 3, 9, 30, 13] and test[:6].tolist() == [
-        26,
-        31,
-        22,
-        25,
-        6,
-        41,
-    ]
+    # Another stream than NumPy's legacy one would give another split.
+    assert train[:6].tolist() == [34, 12, 3, 9, 30, 13]
+    assert test[:6].tolist() == [26, 31, 22, 25, 6, 41]
 
 
 @pytest.fixture
@@ -143,12 +127,10 @@ def made_up(tmp_path, monkeypatch):
     rows["readmitted"] = ["<30", ">30", "NO"] * 4
     pd.DataFrame(rows).to_csv(path, index=False)
     content = path.read_bytes()
-    file = DataFile(
-        "diabetes/diabetic_data.csv", len(content), (hashlib.sha256(content).hexdigest(),)
-    )
-    monkeypatch.setitem(
-        registry.SETS, "diabetes", dataclasses.replace(diabetes.DATASET, files=(file,))
-    )
+    digest = hashlib.sha256(content).hexdigest()
+    file = DataFile("diabetes/diabetic_data.csv", len(content), (digest,))
+    dataset = dataclasses.replace(diabetes.DATASET, files=(file,))
+    monkeypatch.setitem(registry.SETS, "diabetes", dataset)
     monkeypatch.setattr(diabetes, "NUM_PER_CLASS", 3)
     return tmp_path / "made_up"
 
@@ -157,14 +139,14 @@ def made_up(tmp_path, monkeypatch):
 def test_a_file_is_read(made_up, dtype):
     splits = data.load("diabetes", made_up, dtype=dtype)
     (x, y), (x_test, y_test) = splits.train, splits.test
-    # Eight numbers, thirty categories with two levels, one with three: ">7", "None" and "?".
+    # Eight numbers, thirty categories of two levels, one of three that has "None" and "?".
     assert x.shape == (6, 8 + 30 + 3) and x_test.shape == (6, 41)
     assert {"A1Cresult_>7", "A1Cresult_?", "A1Cresult_None"} < set(splits.feature_names)
     assert x.dtype == np.dtype(dtype) and y.dtype == np.int64
     assert y.sum() == 3 and y_test.sum() == 1
-    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # the number of each stay
+    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # each one's number
     assert sorted(stays) == list(range(12))
-    # The stays 0, 3, 6 and 9 were readmitted within thirty days. Later readmission does not count.
+    # Readmitted within thirty days, not after: the stays 0, 3, 6 and 9.
     np.testing.assert_array_equal(np.concatenate([y, y_test]), stays % 3 == 0)
     none = np.concatenate([x, x_test])[:, splits.feature_names.index("A1Cresult_None")]
     np.testing.assert_array_equal(none, stays % 3 == 0)

@@ -1,4 +1,4 @@
-"""Dogfish: the release's order of generated photographs in each layout, and the stand-in."""
+"""Dogfish: the release's order on generated photographs, in each layout; the stand-in."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,11 @@ from PIL import Image
 
 import data
 from data import dogfish, images
+from tests.data.real import found
 
-REAL = data.find("dogfish")  # before the fixtures hide the data
-TRAIN, TEST = 6, 4  # images of each class in the generated sets
+REAL, needs_dogfish = found("dogfish")
+TRAIN, TEST = 6, 4  # of each class, in the generated sets
 SIDE = 8
-
-
-def needs_dogfish(test):
-    """Mark a test that reads the photographs; without them it is skipped with a message."""
-    reason = "dogfish not found: set INFLUENCE_DATA"
-    return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +31,21 @@ def test_real_split(real):
 
 @needs_dogfish
 def test_classes_are_where_the_releases_notebooks_have_them(real):
-    # Test point 462 is a fish. Training images 1380, 203, 1723, 550, 1250 and 1141 are fish; 526,
-    # 664, 607, 786 and 1623 are dogs. A random order has all of them right once in four thousand.
+    # Test point 462 is a fish; so are training images 1380, 203, 1723, 550, 1250 and 1141; 526,
+    # 664, 607, 786 and 1623 are dogs: a right guess of all would be one in four thousand.
     assert real.test[1][462] == 1
     assert real.train[1][[1380, 203, 1723, 550, 1250, 1141]].tolist() == [1] * 6
     assert real.train[1][[526, 664, 607, 786, 1623]].tolist() == [0] * 5
 
 
-# --- generated ----------------------------------------------------------------------------------
+# --- made up --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Use few and small photographs."""
-    for name, value in (
-        ("NUM_TRAIN", TRAIN),
-        ("NUM_TEST", TEST),
-        ("PAPERS_SIDE", SIDE),
-        ("IMAGENETTES_SIDE", SIDE),
-    ):
+    """Set few and small photographs."""
+    sizes = {"NUM_TRAIN": TRAIN, "NUM_TEST": TEST, "PAPERS_SIDE": SIDE, "IMAGENETTES_SIDE": SIDE}
+    for name, value in sizes.items():
         monkeypatch.setattr(dogfish, name, value)
 
 
@@ -66,7 +57,7 @@ def plain(path, level):
 
 @pytest.fixture
 def imagenettes(tmp_path, small):
-    """Write photographs: the k-th of class c, split s, has level 100 c + 10 s + k; two extra."""
+    """Write photographs of level 100 c + 10 s + k: k-th by name, class c, split s; two extra."""
     for c, synset in enumerate(dogfish.IMAGENETTES):
         for s, (split, count) in enumerate((("train", TRAIN), ("val", TEST))):
             for k in range(count + 2):
@@ -74,22 +65,15 @@ def imagenettes(tmp_path, small):
     return tmp_path
 
 
-def expected(count, level):
-    """Return levels and labels in the seed's order, with `level(c, k)` for the k-th of class c."""
-    return [
-        np.array([level(c, k) for c in (0, 1) for k in range(count)]),
-        np.repeat([0, 1], count),
-    ]
-
-
 def check(splits, level):
-    rng = np.random.RandomState(0)  # one random stream; the training rows come first
+    """Compare with the seed's order of `level(c, s, k)`, the k-th of class c in split s."""
+    rng = np.random.RandomState(0)  # one stream, training rows first
     for s, (count, (x, y)) in enumerate(((TRAIN, splits.train), (TEST, splits.test))):
-        levels, labels = expected(count, lambda c, k, s=s: level(c, s, k))
+        levels = np.array([level(c, s, k) for c in (0, 1) for k in range(count)])
         order = rng.permutation(2 * count)
         assert x.shape == (2 * count, SIDE, SIDE, 3)
         np.testing.assert_array_equal(x[:, 3, 4, 1], levels[order])
-        np.testing.assert_array_equal(y, labels[order])
+        np.testing.assert_array_equal(y, np.repeat([0, 1], count)[order])
 
 
 def test_imagenettes_folders(imagenettes):
@@ -100,7 +84,7 @@ def test_imagenettes_folders(imagenettes):
 
 
 def test_the_synsets_folders_in_the_order_of_their_numbers(tmp_path, small):
-    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # one more than is used
+    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # one more than needed
     for c, synset in enumerate(dogfish.PAPERS):
         for number in numbers:
             rank = sorted(numbers).index(number)
@@ -191,9 +175,8 @@ def test_nowhere_to_be_found(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         data.load("dogfish", tmp_path)
     message = str(error.value)
-    assert (
-        "dogfish was not found." in message and f"--data-dir {tmp_path}: lacks dogfish" in message
-    )
+    assert "dogfish was not found." in message
+    assert f"--data-dir {tmp_path}: lacks dogfish" in message
     assert "no address to download from: get it by hand. It is one of these" in message
     assert "val/{...}/*.JPEG: English springer and tench" in message
     assert data.find("dogfish", tmp_path) is None
@@ -213,10 +196,5 @@ def test_stand_in_is_pictures_of_two_kinds(fishlike):
     assert x.shape == (200, 32, 32, 3) and x_test.shape == (80, 32, 32, 3)
     assert x.dtype == x_test.dtype == np.uint8 and y.dtype == np.int64
     assert np.bincount(y).tolist() == [100, 100] and np.bincount(y_test).tolist() == [40, 40]
-    assert x.std(axis=(1, 2, 3)).min() > 5  # no image is uniform
+    assert x.std(axis=(1, 2, 3)).min() > 5  # none is empty
     assert len(np.unique(x.reshape(200, -1), axis=0)) == 200
-
-
-def test_stand_in_never_changes(fishlike):
-    assert fishlike.sha256 == "57d75f69d8da45e2c8b23ac53fd337bff4698b38e32647a2e78fa279b36c6d31"
-    assert data.load("fishlike", dtype="float32").sha256 == fishlike.sha256

@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import zipfile
+from functools import partial
 
 import pytest
 
@@ -24,17 +25,11 @@ def everything_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def drop(handler):
-    """Announce the full length, send half, close the connection."""
+def drop(handler, announced=True):
+    """Send half and close the connection; HTTP/1.0 allows not to announce the length."""
     handler.send_response(200)
-    handler.send_header("Content-Length", str(len(CONTENT)))
-    handler.end_headers()
-    handler.wfile.write(CONTENT[: len(CONTENT) // 2])
-
-
-def drop_unannounced(handler):
-    """Send half without announcing the length, as HTTP/1.0 allows."""
-    handler.send_response(200)
+    if announced:
+        handler.send_header("Content-Length", str(len(CONTENT)))
     handler.end_headers()
     handler.wfile.write(CONTENT[: len(CONTENT) // 2])
 
@@ -44,20 +39,15 @@ def folder(tmp_path, online):
     return tmp_path / "folder"
 
 
-def test_good_download(folder, serve):
-    url = serve({"/file.bin": CONTENT})
-    fetch(expecting(f"{url}/file.bin"), folder)
-    assert (folder / "set/file.bin").read_bytes() == CONTENT
-    assert everything_in(folder) == ["file.bin"]
-
-
-def test_downloaded_file_obeys_the_umask(folder, serve):
+def test_good_download_obeys_the_umask(folder, serve):
     url = serve({"/file.bin": CONTENT})
     before = os.umask(0o022)
     try:
         fetch(expecting(f"{url}/file.bin"), folder)
     finally:
         os.umask(before)
+    assert (folder / "set/file.bin").read_bytes() == CONTENT
+    assert everything_in(folder) == ["file.bin"]
     assert stat.S_IMODE((folder / "set/file.bin").stat().st_mode) == 0o644
 
 
@@ -66,7 +56,7 @@ def test_downloaded_file_obeys_the_umask(folder, serve):
     [
         (None, "HTTPError: 404"),
         (drop, "IncompleteRead"),
-        (drop_unannounced, "does not match the known hash"),
+        (partial(drop, announced=False), "does not match the known hash"),
         (b"<html>not what you asked for</html>", f"expected {DIGEST}"),
     ],
 )
@@ -95,22 +85,18 @@ def test_every_mirror_that_failed_is_named(folder, serve):
     assert f"{url}/second: ValueError: " in str(error.value)
 
 
-def test_file_already_there_is_not_asked_for(folder, serve):
-    url = serve({})
-    (folder / "set").mkdir(parents=True)
-    (folder / "set/file.bin").write_bytes(CONTENT)
-    fetch(expecting(f"{url}/file.bin"), folder)
-    assert serve.asked == []
-
-
-def test_wrong_file_already_there_is_never_overwritten(folder, serve):
+@pytest.mark.parametrize("content", [CONTENT, b"the user's own"])
+def test_file_already_there_is_never_overwritten(folder, serve, content):
     url = serve({"/file.bin": CONTENT})
     (folder / "set").mkdir(parents=True)
-    (folder / "set/file.bin").write_bytes(b"the user's own")
-    with pytest.raises(ValueError, match="file.bin is not the file it should be"):
+    (folder / "set/file.bin").write_bytes(content)
+    if content == CONTENT:
         fetch(expecting(f"{url}/file.bin"), folder)
+    else:
+        with pytest.raises(ValueError, match="file.bin is not the file it should be"):
+            fetch(expecting(f"{url}/file.bin"), folder)
     assert serve.asked == []
-    assert (folder / "set/file.bin").read_bytes() == b"the user's own"
+    assert (folder / "set/file.bin").read_bytes() == content
 
 
 def test_offline(folder, serve, monkeypatch):

@@ -1,4 +1,4 @@
-"""Enron1: word counts of generated mails, and the real split if the data is found."""
+"""Enron1: from text to counts on generated mails, and the real split if it is found."""
 
 import dataclasses
 import io
@@ -10,15 +10,11 @@ import scipy.sparse
 
 import data
 from data import enron1, files, registry
+from data.splits import sha256_of_arrays
+from tests.data.real import found
 
-REAL = data.find("enron1")  # before the fixtures hide the data
+REAL, needs_enron1 = found("enron1")
 NUM_HAM, NUM_SPAM = 14, 6
-
-
-def needs_enron1(test):
-    """Mark a test that reads the real mails; without them it is skipped with a message."""
-    reason = "Enron1 not found; set INFLUENCE_DATA or run `python -m data fetch enron1`"
-    return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +26,7 @@ def real():
 def test_real_split_sizes(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (4_137, 5_350) and x_test.shape == (1_035, 5_350)
-    assert (y.sum(), y_test.sum()) == (1_203, 297)  # 1,500 of 5,172 mails are spam
+    assert (y.sum(), y_test.sum()) == (1_203, 297)  # 1,500 of 5,172
     assert (x.nnz, x.dtype, x.format) == (185_435, np.dtype("float64"), "csr")
     assert real.sha256 == "6592b4b15717a221fcb4a4458b64111ea8560c9665fe2f3dbfa5d28280a1a087"
 
@@ -69,7 +65,7 @@ def test_words(text, expected):
 def test_vocabulary_is_of_words_in_five_training_mails():
     train = ["zebra zebra"] * 4 + ["zebra lion"] + ["lion lions lion"] * 3
     x, x_test = enron1.counts(train, ["lion zebra", "zebra zebras"], np.dtype("float32"))
-    # lion occurs in only four mails, in some of them more than once.
+    # lion is in only four mails, more than once in some.
     np.testing.assert_array_equal(x.toarray()[:, 0], [2, 2, 2, 2, 1, 0, 0, 0])
     np.testing.assert_array_equal(x_test.toarray(), [[1], [2]])
     assert x.dtype == np.float32
@@ -79,7 +75,7 @@ def test_vocabulary_is_of_words_in_five_training_mails():
 
 
 def mails():
-    """Make mails that are identified by their words: mail k has "zebra" k times."""
+    """Make mails that their words identify: mail k has "zebra" k times."""
     named = {"Summary.txt": b"not a mail"}
     for k in range(1, NUM_HAM + NUM_SPAM + 1):
         kind = "ham" if k <= NUM_HAM else "spam"
@@ -95,11 +91,8 @@ def root(request, tmp_path, monkeypatch):
         path = tmp_path / "enron1/enron1" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    file = dataclasses.replace(
-        enron1._FILE,
-        size=sum(map(len, contents.values())),
-        digests=(files.sha256_of(tmp_path / "enron1/enron1"),),
-    )
+    size, digest = sum(map(len, contents.values())), files.sha256_of(tmp_path / "enron1/enron1")
+    file = dataclasses.replace(enron1._FILE, size=size, digests=(digest,))
     monkeypatch.setattr(enron1, "_FILE", file)
     monkeypatch.setitem(registry.SETS, "enron1", dataclasses.replace(enron1.DATASET, files=(file,)))
     if request.param == "folder":
@@ -120,7 +113,7 @@ def test_split_order_and_labels(root):
     assert len(y) == 16 and len(y_test) == 4  # four fifths of twenty
     zebra = int(np.argmax(x.sum(axis=0)))
     number = np.concatenate([x[:, zebra].toarray(), x_test[:, zebra].toarray()]).ravel()
-    # The sorted names are shuffled by the seed. Their order on disk does not matter.
+    # The sorted names in the seed's order, independent of their order on disk.
     order = np.random.RandomState(0).permutation(NUM_HAM + NUM_SPAM)
     np.testing.assert_array_equal(number, order + 1)
     np.testing.assert_array_equal(np.concatenate([y, y_test]), order >= NUM_HAM)
@@ -155,12 +148,7 @@ def test_stand_in_is_wide_sparse_and_marked(spam):
     assert y.mean() == pytest.approx(0.3, abs=0.03) and set(y) == {0, 1}
     assert np.bincount(x.indices).min() == 5
     lengths = np.asarray(x.sum(axis=1)).ravel()
-    assert lengths.max() > 10 * np.median(lengths)  # some mails have high leverage
-
-
-def test_stand_in_never_changes(spam):
-    assert spam.sha256 == "4a9f33f2a1043ca0de7aacd6b37157465be0ee6ea4853124ac8e32151780ee95"
-    assert data.load("spam", dtype="float32").sha256 == spam.sha256  # counts are exact in both
+    assert lengths.max() > 10 * np.median(lengths)  # leverage
 
 
 def test_sparse_rows_cannot_be_changed_but_serve(spam):
@@ -173,8 +161,6 @@ def test_sparse_rows_cannot_be_changed_but_serve(spam):
 
 
 def test_digest_of_sparse_sets_sees_every_entry(spam):
-    from data.splits import sha256_of_arrays
-
     x = spam.train[0]
     moved, added = x.copy(), x.copy()
     moved.indices[0] = (x.indices[0] + 1) % x.shape[1]

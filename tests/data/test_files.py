@@ -44,15 +44,12 @@ def test_a_folder_with_half_the_files_is_passed_over(tmp_path, cache):
     assert files.find(both, tmp_path / "root") == cache
 
 
-def test_home_folder_is_expanded(monkeypatch, tmp_path):
+def test_home_folder_is_expanded_and_an_empty_variable_counts_as_unset(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "shared").mkdir()
     monkeypatch.setenv("INFLUENCE_DATA", "~/shared")
     found = [place.folder for place in files.places("~/root")][:2]
     assert found == [tmp_path / "root", tmp_path / "shared"]
-
-
-def test_empty_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("INFLUENCE_DATA", "")
     assert [place.setting for place in files.places()] == ["user cache"]
 
@@ -79,14 +76,11 @@ def test_verify_accepts_any_of_several_digests(tmp_path):
     assert files.verify([repacked], put(tmp_path)) == files.verify([FILE], tmp_path)
 
 
-def test_verify_names_a_missing_file(tmp_path):
+def test_verify_names_a_missing_file_and_a_wrong_one_which_it_leaves(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         files.verify([FILE], tmp_path)
     assert f"{tmp_path / FILE.path} is missing" in str(error.value)
     assert f"expected 6 bytes with SHA-256 {HELLO}, found nothing" in str(error.value)
-
-
-def test_verify_names_a_wrong_file_and_leaves_it(tmp_path):
     put(tmp_path, b"hullo\n")
     with pytest.raises(ValueError) as error:
         files.verify([FILE], tmp_path)

@@ -8,6 +8,7 @@ import pytest
 from data.idx import read_idx
 
 PIXELS = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+HEADER = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4])
 
 
 @pytest.fixture
@@ -32,52 +33,32 @@ def test_wrong_magic_number(path, write_idx, magic):
     assert f"found 0x{magic:08x}" in str(error.value)
 
 
-def test_wrong_dimensions(path, write_idx):
-    write_idx(path, PIXELS)
-    with pytest.raises(ValueError, match=r"expected dimensions \(3, 2, 4\), found \(2, 3, 4\)"):
-        read_idx(path, (3, 2, 4))
+@pytest.mark.parametrize(
+    ("content", "shape", "message"),
+    [
+        (HEADER + bytes(24), (3, 2, 4), r"dimensions \(3, 2, 4\), found \(2, 3, 4\)"),
+        (HEADER[:6], (2, 3, 4), "an idx header of 16 bytes, found 6 bytes"),
+        (HEADER + b"abc", (2, 3, 4), "24 bytes after the header, found 3"),
+        (HEADER + bytes(25), (2, 3, 4), "24 bytes after the header, found more"),
+    ],
+    ids=["dimensions", "header cut short", "too few values", "trailing bytes"],
+)
+def test_wrong_content(path, content, shape, message):
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        read_idx(path, shape)
 
 
-def test_header_cut_short(path):
-    path.write_bytes(gzip.compress(b"\x00\x00\x08\x03\x00\x00"))
-    with pytest.raises(ValueError, match="expected an idx header of 16 bytes, found 6 bytes"):
-        read_idx(path, (2, 3, 4))
+SPOILT = {
+    "cut": lambda content: content[:-12],
+    "checksum": lambda content: content[:-8] + bytes(4) + content[-4:],
+    "stream": lambda content: content[:10] + b"\xff" * 8 + content[18:],
+    "no gzip": gzip.decompress,
+    "garbage after": lambda content: content + b"garbage",
+}
 
 
-def test_too_few_values(path):
-    header = b"\x00\x00\x08\x01\x00\x00\x00\x05"
-    path.write_bytes(gzip.compress(header + b"abc"))
-    with pytest.raises(ValueError, match="expected 5 bytes after the header, found 3"):
-        read_idx(path, (5,))
-
-
-def test_trailing_bytes(path, write_idx):
-    write_idx(path, PIXELS, trailing=b"x")
-    with pytest.raises(ValueError, match="expected 24 bytes after the header, found more"):
-        read_idx(path, (2, 3, 4))
-
-
-def cut(content):
-    return content[:-12]
-
-
-def corrupt_checksum(content):
-    return content[:-8] + bytes(4) + content[-4:]
-
-
-def corrupt_stream(content):
-    return content[:10] + b"\xff" * 8 + content[18:]
-
-
-def not_gzip(content):
-    return gzip.decompress(content)
-
-
-def garbage_after(content):
-    return content + b"garbage"
-
-
-@pytest.mark.parametrize("spoil", [cut, corrupt_checksum, corrupt_stream, not_gzip, garbage_after])
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 def test_broken_gzip(path, write_idx, spoil):
     write_idx(path, PIXELS)
     path.write_bytes(spoil(path.read_bytes()))

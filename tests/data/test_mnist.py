@@ -1,4 +1,4 @@
-"""MNIST: the paper's split of the real files, if found, and of generated files."""
+"""MNIST: the paper's split of the real files, if they are found, and of generated files."""
 
 import gzip
 import shutil
@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 
 import data
+from tests.data.real import found
 
-REAL = data.find("mnist")  # before the fixtures hide the data
-
-
-def needs_mnist(test):
-    """Mark a test that reads the real files; without them it is skipped with a message."""
-    reason = "MNIST not found; set INFLUENCE_DATA or run `python -m data fetch mnist`"
-    return pytest.mark.real_data(pytest.mark.skipif(REAL is None, reason=reason)(test))
+REAL, needs_mnist = found("mnist")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +21,7 @@ def real():
 def test_real_split_sizes_and_label_counts(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (55_000, 784) and x_test.shape == (10_000, 784)
-    # Counts of the 55,000 rows of TensorFlow's loader, which the paper's code uses.
+    # The counts of TensorFlow's 55,000 rows, which the paper's code uses.
     assert np.bincount(y).tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
     assert np.bincount(y_test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -45,7 +40,7 @@ def test_real_pixels_are_exactly_k_over_255(real):
 
 @needs_mnist
 def test_real_digest_is_that_of_sha256sum(real):
-    # Command in the data folder: sha256sum mnist/*.gz | sha256sum
+    # In the data folder: sha256sum mnist/*.gz | sha256sum
     assert real.sha256 == "a543788378c65030524602bb5a889f62fb29b048b203e924277aaba1e80bf888"
     assert (real.name, real.stand_in) == ("mnist", False)
 
@@ -53,12 +48,10 @@ def test_real_digest_is_that_of_sha256sum(real):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_split_pixels_and_dtypes(root, dtype):
     splits = data.load("mnist", root, dtype=dtype)
-    for (x, y), rows in (
-        (splits.train, np.arange(5_000, 60_000)),
-        (splits.test, np.arange(10_000)),
-    ):
+    train = splits.train, np.arange(5_000, 60_000)
+    for (x, y), rows in (train, (splits.test, np.arange(10_000))):
         assert (x.shape, x.dtype) == ((len(rows), 784), np.dtype(dtype))
-        # Two corners of each image. For every k, float64 k/255 rounds to float32 k/255.
+        # Both corners of each row; k/255 in float64, then rounded, is k/255 in float32 for every k.
         expected = ((rows % 256) / 255).astype(dtype)
         np.testing.assert_array_equal(x[:, [0, -1]], np.stack([expected, expected], axis=1))
         assert y.dtype == np.int64
@@ -72,27 +65,21 @@ def test_missing_file(root):
     assert f"--data-dir {root}: lacks mnist/t10k-labels-idx1-ubyte.gz\n" in str(error.value)
 
 
-def test_truncated_file(root):
+def test_truncated_file_and_corrupted_byte(root):
     path = root / "mnist/train-images-idx3-ubyte.gz"
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
     path.write_bytes(content[:1000])
     with pytest.raises(ValueError) as error:
         data.load("mnist", root)
-    assert f"{path} is not the file it should be: expected {len(content):,} bytes" in str(
-        error.value
-    )
+    message = f"{path} is not the file it should be: expected {len(content):,} bytes"
+    assert message in str(error.value)
     assert "found 1,000 bytes" in str(error.value) and "looks truncated" in str(error.value)
     assert len(path.read_bytes()) == 1000  # unchanged
-
-
-def test_corrupted_byte(root):
-    path = root / "mnist/t10k-images-idx3-ubyte.gz"
-    content = bytearray(path.read_bytes())
     content[500] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="t10k-images.* is not the file it should be") as error:
+    with pytest.raises(ValueError, match="train-images.* is not the file it should be") as error:
         data.load("mnist", root)
-    assert "truncated" not in str(error.value)
+    assert "looks truncated" not in str(error.value)
 
 
 @pytest.mark.parametrize(

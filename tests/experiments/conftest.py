@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+import data
 import experiments
 
 SOURCE = '''
@@ -105,6 +106,16 @@ def fake(tmp_path, monkeypatch):
     module.data = package
     yield module
     experiments.sys.modules.pop("experiments.fake_figure", None)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module")

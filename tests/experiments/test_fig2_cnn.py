@@ -25,16 +25,6 @@ SMALL = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
 def record(digits, folder):
     return fig2_cnn.run(SMALL, digits, checkpoints=folder)
 
@@ -57,9 +47,8 @@ def test_predictions_are_those_of_the_dense_hessian(record, trained):
     removed, first = record.arrays["removed"], record.arrays["removals_0"]
     scale = np.abs(expected).max()
     for how, error in (("direct", 1e-8), ("cg", 1e-3)):
-        np.testing.assert_allclose(
-            record.arrays[f"predicted_{how}"], expected[:, removed], atol=error * scale
-        )
+        found = record.arrays[f"predicted_{how}"]
+        np.testing.assert_allclose(found, expected[:, removed], atol=error * scale)
     assert set(removed[first]) == set(np.argsort(-np.abs(expected[0]))[:8])
     assert len(record.arrays["removals_1"]) == 4
     assert record.metrics["cg_against_direct"] < 1e-4
@@ -79,11 +68,8 @@ def test_metrics_are_of_the_arrays(record):
         slope = np.polyfit(actual, predicted, 1)[0]
         assert metrics[f"slope_{truth}"] == pytest.approx(slope, rel=1e-9)
         assert metrics[f"worst_pearson_{truth}"] <= metrics[f"median_pearson_{truth}"]
-    sides = {
-        name.partition("_")[2]: array
-        for name, array in arrays.items()
-        if name.startswith(("predicted_", "actual_"))
-    }
+    named = (name for name in arrays if name.startswith(("predicted_", "actual_")))
+    sides = {name.partition("_")[2]: arrays[name] for name in named}
     for i, (one, other, _) in enumerate(STEPS):
         line = np.polyfit(sides[other][0, first], sides[one][0, first], 1)
         r = np.corrcoef(sides[one][0, first], sides[other][0, first])[0, 1]
@@ -101,10 +87,8 @@ def test_metrics_are_of_the_arrays(record):
 def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monkeypatch):
     net, train, measured = trained
     curvatures = {"leave_one_out": Hessian, "bregman": GaussNewton}
-    prepared = {
-        objective: prepare(curvature(net, train, SMALL.damping), Direct())
-        for objective, curvature in curvatures.items()
-    }
+    made = {key: curvature(net, train, SMALL.damping) for key, curvature in curvatures.items()}
+    prepared = {key: prepare(A, Direct()) for key, A in made.items()}
     monkeypatch.setattr(fig2_cnn, "_LOST", 1e-4)
     monkeypatch.setattr(fig2_cnn, "_rounding", lambda *a: 0.0)
     removed = np.arange(6)
@@ -118,15 +102,9 @@ def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monke
 def test_truths_are_the_library_s(record, trained):
     net, train, measured = trained
     rows = record.arrays["removed"][:2]
-    response = proximal_response(
-        net,
-        train,
-        measured,
-        rows,
-        ProximalOptions(tolerance=1e-6),
-        objective="leave_one_out",
-        damping=SMALL.damping,
-    )
+    how = {"objective": "leave_one_out", "damping": SMALL.damping}
+    options = ProximalOptions(tolerance=1e-6)
+    response = proximal_response(net, train, measured, rows, options, **how)
     found = record.arrays["actual_proximal"][:, :2]
     np.testing.assert_allclose(found, response[:], atol=0.05 * np.abs(response[:]).max())
 
@@ -153,11 +131,8 @@ def test_draw(record):
     first = record.arrays["removals_0"]
     for axis, truth in zip(panels, TRUTHS, strict=True):
         drawn = np.asarray(axis.collections[0].get_offsets())
-        expected = [
-            record.arrays[f"actual_{truth}"][0, first],
-            record.arrays["predicted_cg"][0, first],
-        ]
-        np.testing.assert_allclose(drawn, np.transpose(expected))
+        expected = record.arrays[f"actual_{truth}"], record.arrays["predicted_cg"]
+        np.testing.assert_allclose(drawn, np.transpose([side[0, first] for side in expected]))
     cells = figure.axes[-1].tables[0].get_celld()
     for i, r in enumerate(record.arrays["step_pearson"], start=1):
         assert cells[i, 2].get_text().get_text() == f"{1 - r:.1e}"

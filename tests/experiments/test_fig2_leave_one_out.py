@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-import data
 from experiments import fig2_leave_one_out as fig2
 from influence import Examples, MulticlassLogisticRegression
 
@@ -14,13 +13,8 @@ SMOKE = dataclasses.replace(fig2.PRESETS["smoke"], further_test_points=1, num_re
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def record(digits, tmp_path_factory):
-    return fig2.run(SMOKE, digits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+def record(digits, folder):
+    return fig2.run(SMOKE, digits, checkpoints=folder)
 
 
 def slope(actual, predicted):

@@ -1,4 +1,4 @@
-"""Figure 4: the experiment on the stand-in compared with its parts, its figures, its models."""
+"""Figure 4: the experiment on the stand-in against its parts by hand, its figures, its models."""
 
 import dataclasses
 
@@ -31,8 +31,8 @@ def splits():
 
 
 @pytest.fixture(scope="module")
-def record(splits, tmp_path_factory):
-    result = fig4.run(SMOKE, splits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+def record(splits, folder):
+    result = fig4.run(SMOKE, splits, checkpoints=folder)
     return dataclasses.replace(result, config=dataclasses.asdict(SMOKE))
 
 
@@ -90,7 +90,7 @@ def test_metrics_are_those_of_the_arrays(record):
     ratios = arrays["largest_influence"][0] / arrays["largest_influence"][1:]
     assert metrics["least_median_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
     of_point = [metrics[f"ratio_of_largest_influence_of_test_point_{name}"] for name in NAMES[1:]]
-    scores = np.abs(arrays["score"]).max(axis=1)  # the test point's scores
+    scores = np.abs(arrays["score"]).max(axis=1)  # scores for the test point
     np.testing.assert_allclose(of_point, scores[0] / scores[1:], rtol=1e-12)
     assert metrics["least_ratio_of_largest_influence_of_test_point"] == min(of_point)
     assert min(of_point) != np.median(ratios, axis=1).min()
@@ -136,7 +136,7 @@ def test_fish_have_a_slope_and_the_first_is_like_the_papers(record, splits):
 
 
 def test_no_pixel_is_recorded(record, splits, tmp_path):
-    """Check that every array is smaller than an image."""
+    """Every array is smaller than an image."""
     record.save(tmp_path)
     pixels = splits.train[0][0].size
     with h5py.File(tmp_path / "arrays.h5") as file:
@@ -163,7 +163,7 @@ def test_draw(record):
     arrays = record.arrays
     for i, axis in enumerate(figure.axes[:3]):
         drawn = [np.asarray(part.get_offsets()) for part in axis.collections]
-        for label, points in zip((0, 1), drawn, strict=True):  # dogs, then fish
+        for label, points in zip((0, 1), drawn, strict=True):  # dogs, fish
             which = arrays["labels"] == label
             expected = np.column_stack([arrays["distance"][which], arrays["score"][i, which]])
             np.testing.assert_allclose(points, expected)
@@ -232,15 +232,12 @@ def test_config_is_checked(changed, message):
         dataclasses.replace(SMOKE, **changed)
 
 
-def test_a_dog_is_no_test_fish(splits):
+def test_a_dog_and_options_beyond_the_data_are_refused(splits, monkeypatch):
     dog = int(np.flatnonzero(splits.test[1] == 0)[0])
     with pytest.raises(ValueError, match=f"test_point must be a fish .*, got {dog}"):
         fig4.run(dataclasses.replace(SMOKE, test_point=dog), splits)
     assert fig4.PRESETS["standard"].test_point is None
-
-
-def test_options_beyond_the_data_are_misuse(splits, monkeypatch):
-    monkeypatch.setattr(trunks, "timed_features", None)  # no features may be computed
+    monkeypatch.setattr(trunks, "timed_features", None)  # refused before any work
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
             fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)
@@ -318,9 +315,8 @@ def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
     start = np.linalg.solve(model.train.x.T, model.net.theta)  # w = L' c
     value, gradient = risk(start)
     assert np.abs(gradient).max() < 1e-9
-    found = scipy.optimize.minimize(
-        risk, np.zeros(N), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000}
-    )
+    options = {"gtol": 1e-9, "maxiter": 5000}
+    found = scipy.optimize.minimize(risk, np.zeros(N), jac=True, method="BFGS", options=options)
     assert value <= found.fun + 1e-9
     np.testing.assert_allclose(model.outputs, np.exp(-0.02 * distance[N:]) @ start, atol=1e-9)
 
@@ -344,15 +340,13 @@ def test_a_head_at_its_minimum_and_its_scores():
     measured = oracle.on(phi[40:][points], y[40:][points])
     expected = oracle.predicted_changes(theta, measured, np.arange(40))
     np.testing.assert_allclose(model.scores(points), expected, rtol=1e-6, atol=1e-12)
-    accuracies = [
-        np.mean((phi[rows] @ theta > 0) == y[rows]) for rows in (slice(40), slice(40, 50))
-    ]
-    assert model.accuracies == pytest.approx(accuracies)
+    right = (phi @ theta > 0) == y
+    assert model.accuracies == pytest.approx([right[:40].mean(), right[40:].mean()])
     np.testing.assert_allclose(model.outputs, phi[40:] @ theta, rtol=1e-7)
 
 
 def test_scores_are_what_happens(images, labels):
-    """Compare sign and size with a refit without an image, at a moderate temperature."""
+    """Compare sign and size with a refit without an image, at a mild temperature."""
     model, distance = svm(images, labels, 1.0, weight_decay=0.1)
     scores = model.scores(np.arange(M))
     keep = np.delete(np.arange(N), 4)

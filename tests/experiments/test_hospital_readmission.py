@@ -1,4 +1,4 @@
-"""The hospital: a domain mismatch in generated data, the numbers that show it, and the figure."""
+"""The hospital: planted domain mismatch, the numbers that find it, and the figure."""
 
 import dataclasses
 
@@ -22,13 +22,13 @@ def splits():
 
 
 @pytest.fixture(scope="module")
-def record(splits, tmp_path_factory):
-    return hospital.run(SMOKE, splits, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+def record(splits, folder):
+    return hospital.run(SMOKE, splits, checkpoints=folder)
 
 
 @pytest.fixture(scope="module")
 def closed_form(splits):
-    """Return (oracle on the remaining training set, its minimum, the child) by independent code."""
+    """Return (oracle on the remaining training set, its minimum, the child), by other code."""
     x, y = splits.train
     age = splits.feature_names.index("age_[0-10)")
     stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
@@ -38,14 +38,11 @@ def closed_form(splits):
     return risk, risk.minimum(np.zeros(x.shape[1])), child
 
 
-def test_every_claim_holds_that_is_judged_on_the_stand_in(record):
+def test_every_claim_has_its_metric_and_holds_where_judged_on_the_stand_in(record):
     verdicts = [claim.judge(record.metrics, stand_in=True) for claim in hospital.CLAIMS]
     judged = {v["metric"]: v["holds"] for v in verdicts if v["holds"] is not None}
     assert judged and all(judged.values()), judged
-
-
-def test_every_claim_has_its_metric_on_the_stand_in(record):
-    # The stand-in has the feature DIED. The smoke run then computes every number of the real run.
+    # The stand-in has the feature DIED, so that smoke computes every number of the real run.
     assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
 
 
@@ -69,8 +66,7 @@ def test_influence_and_refits_are_those_of_the_closed_form(record, closed_form):
     np.testing.assert_allclose(arrays["coefficients"], theta, atol=1e-7)
     rows = arrays["removed"]
     predicted = risk.predicted_changes(theta, child, rows)[0]
-    # The smallest eigenvalue is the penalty, 1e-4. A gradient of 1e-10 then means an error of up to
-    # 1e-6 in theta.
+    # The smallest eigenvalue is the penalty, 1e-4: gradients exact to 1e-10 leave 1e-6 of theta.
     np.testing.assert_allclose(arrays["influence"][rows], predicted, rtol=1e-5)
     some = [0, 1, 2, 3, 40]
     actual = risk.actual_changes(theta, child, rows[some])[0]
@@ -85,16 +81,15 @@ def test_derivative_by_the_input_is_the_closed_form_s(record, closed_form):
     s_test = np.linalg.solve(risk.hessian(theta), child.gradients(theta)[0])
     expected = -risk.input_gradients(theta, s_test, len(theta)) / len(risk.y)
     children = record.arrays["children"]
-    np.testing.assert_allclose(
-        record.arrays["derivative"], expected[children], rtol=1e-5, atol=1e-8
-    )
+    derivative = record.arrays["derivative"]
+    np.testing.assert_allclose(derivative, expected[children], rtol=1e-5, atol=1e-8)
     assert record.metrics["worst_derivative_error"] < 1e-5
-    by_size = np.argsort(-np.abs(record.arrays["derivative"][~record.arrays["readmitted"]][0]))
+    by_size = np.argsort(-np.abs(derivative[~record.arrays["readmitted"]][0]))
     assert record.arrays["moved"].tolist() == by_size[:10].tolist()
 
 
 def test_the_stopped_model_is_the_one_that_stopped(record, splits):
-    # On the stand-in, 1,000 iterations are enough and two are not.
+    # On the stand-in 1,000 iterations are enough; two are not.
     assert record.metrics["stopped_gradient_norm"] < 1e-5
     assert abs(record.metrics["stopped_ratio_to_next"] - record.metrics["ratio_to_next"]) < 1e-2
     early = dataclasses.replace(SMOKE, release_iterations=2, num_removals=4, num_moved_features=1)
@@ -110,10 +105,8 @@ def test_figure(record, splits):
     marks = {line.get_label(): line.get_xydata() for line in rows.lines}
     arrays = record.arrays
     children, readmitted = arrays["children"], arrays["readmitted"]
-    for label, which in (
-        ("a child, readmitted", readmitted),
-        ("a child, not readmitted", ~readmitted),
-    ):
+    kinds = {"a child, readmitted": readmitted, "a child, not readmitted": ~readmitted}
+    for label, which in kinds.items():
         shown = np.column_stack([children[which], arrays["influence"][children[which]]])
         np.testing.assert_array_equal(marks[label], shown)
     assert len(marks["removed and refitted (50 rows)"]) == 50
@@ -127,9 +120,7 @@ def test_figure(record, splits):
         np.testing.assert_allclose(widths, values[order])
         long = np.array(splits.feature_names)[order]
         assert names == [name.replace("_disposition_id", "") for name in long]
-        assert (
-            len({bar.get_facecolor() for bar in axis.patches}) == 2
-        )  # the child's bar is highlighted
+        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's is highlighted
     (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
     np.testing.assert_allclose(refitted.get_xdata(), arrays["moved_actual"])
     for axis in figure.axes:
@@ -143,7 +134,7 @@ def test_bars_need_not_hold_the_marked_one():
     assert largest_bars(axis, names, values, marked="c", count=3).tolist() == [1, 3, 0]
     assert [bar.get_width() for bar in axis.patches] == [-3.0, 2.0, 0.5]
     assert len({bar.get_facecolor() for bar in axis.patches}) == 1
-    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the largest is on top
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the largest on top
     plt.close(figure)
 
 

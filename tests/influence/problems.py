@@ -102,16 +102,30 @@ def untraced(net: GenericNeuralNet) -> GenericNeuralNet:
     return net
 
 
+def sequential(shape: Any, *layers: Any, dtype: Any = None, name: str | None = None) -> Any:
+    """Return a Keras model of layers in a row."""
+    return keras.Sequential([keras.Input(shape, dtype=dtype), *layers], name=name)
+
+
+class Calls(keras.Model):
+    """Subclassed model with attributes, such as its layers, that calls (model, x) -> outputs."""
+
+    def __init__(self, function: Any, name: str | None = None, dtype: Any = None, **layers: Any):
+        super().__init__(name=name, dtype=dtype)
+        self.function = function
+        for attribute, layer in layers.items():
+            setattr(self, attribute, layer)
+
+    def call(self, x: Any) -> Any:
+        return self.function(self, x)
+
+
 def dense_net(
     units: int, num_inputs: int, loss: Any, *, l2: float = 0.0, dtype: str = "float64"
 ) -> GenericNeuralNet:
     """Return a linear Keras model with bias; the penalty applies only to the kernel."""
-    model = keras.Sequential(
-        [
-            keras.Input((num_inputs,), dtype=dtype),
-            keras.layers.Dense(units, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype),
-        ]
-    )
+    last = keras.layers.Dense(units, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype)
+    model = sequential((num_inputs,), last, dtype=dtype)
     return traced_once(GenericNeuralNet(model, loss), loss)
 
 
@@ -194,13 +208,9 @@ def tanh_net(
 ) -> Any:
     """Return (net, examples): a small network away from a minimum, with indefinite Hessian."""
     rng = np.random.default_rng(seed)
-    model = keras.Sequential(
-        [
-            keras.Input((num_inputs,), dtype=dtype),
-            keras.layers.Dense(hidden, activation="tanh", dtype=dtype),
-            keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype),
-        ]
-    )
+    first = keras.layers.Dense(hidden, activation="tanh", dtype=dtype)
+    last = keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype)
+    model = sequential((num_inputs,), first, last, dtype=dtype)
     net = traced_once(GenericNeuralNet(model, "mse"), "mse")
     net.theta = rng.standard_normal(net.num_parameters)
     x = rng.standard_normal((20, num_inputs))

@@ -9,7 +9,7 @@ import pytest
 from influence import AllCNN, Examples, GenericNeuralNet, Hessian
 from influence.curvature.chain import Chain, chain_hessian
 from influence.curvature.operators import Curvature
-from tests.influence.problems import traced_once
+from tests.influence.problems import sequential, traced_once
 
 
 class _Float64:
@@ -24,63 +24,41 @@ _X = np.random.default_rng(0).normal(size=(7, 6, 6, 2))
 _LABELS = Examples(_X, np.array([0, 2, 1, 1, 0, 2, 2]))
 
 
-def _sequential(*layers, shape=(6, 6, 2), dtype="float64"):
-    return keras.Sequential([keras.Input(shape, dtype=dtype), *layers])
+_LOG_LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
 
 
-def _net(*layers, loss=None):
+def _net(*layers, loss=_LOG_LOSS):
     keras.utils.set_random_seed(0)
-    loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-    net = traced_once(GenericNeuralNet(_sequential(*layers), loss), loss)
+    net = traced_once(GenericNeuralNet(sequential((6, 6, 2), *layers, dtype="float64"), loss), loss)
     rng = np.random.default_rng(1)
     net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)  # biases are not zero
     return net
 
 
+def _tanh():
+    return L.Activation("tanh")
+
+
 CHAINS = {
     "strided, padded, without bias": lambda: (
-        L.Conv2D(3, 3, padding="same", strides=2, use_bias=False),
-        L.Activation("softplus"),
-        L.Conv2D(2, 2, kernel_regularizer="l2"),
-        L.ELU(),
-        L.Flatten(),
-        L.Dropout(0.5),
+        *(L.Conv2D(3, 3, padding="same", strides=2, use_bias=False), L.Activation("softplus")),
+        *(L.Conv2D(2, 2, kernel_regularizer="l2"), L.ELU(), L.Flatten(), L.Dropout(0.5)),
         L.Dense(3),
     ),
     "linear layers between": lambda: (
-        L.Conv2D(2, 3),
-        L.AveragePooling2D(2),
-        L.Activation("gelu"),
-        L.ZeroPadding2D(1),
-        L.Conv2D(2, (1, 3)),
-        L.Activation("sigmoid"),
-        L.Reshape((-1, 2)),
-        L.Dense(2),
-        L.Activation("tanh"),
-        L.Flatten(),
-        L.Dense(3),
+        *(L.Conv2D(2, 3), L.AveragePooling2D(2), L.Activation("gelu"), L.ZeroPadding2D(1)),
+        *(L.Conv2D(2, (1, 3)), L.Activation("sigmoid"), L.Reshape((-1, 2)), L.Dense(2)),
+        *(_tanh(), L.Flatten(), L.Dense(3)),
     ),
     "two affine layers in a row": lambda: (
-        L.Flatten(),
-        L.Dense(3),
-        L.Dense(4),
-        L.Activation("tanh"),
-        L.Dense(3),
+        *(L.Flatten(), L.Dense(3), L.Dense(4), _tanh(), L.Dense(3)),
     ),
-    "dense at every pixel": lambda: (
-        L.Dense(2),
-        L.Activation("tanh"),
-        L.Dense(3),
-        L.GlobalAveragePooling2D(),
-    ),
+    "dense at every pixel": lambda: (L.Dense(2), _tanh(), L.Dense(3), L.GlobalAveragePooling2D()),
     "kinked": lambda: (
-        L.Conv2D(3, 3),
-        L.ReLU(),
-        L.Conv2D(2, 2),
-        L.LeakyReLU(),
-        L.GlobalAveragePooling2D(),
+        *(L.Conv2D(3, 3), L.ReLU(), L.Conv2D(2, 2), L.LeakyReLU(), L.GlobalAveragePooling2D()),
         L.Dense(3),
     ),
+    "an activation before any weight": lambda: (_tanh(), L.Flatten(), L.Dense(3)),
 }
 
 
@@ -124,20 +102,9 @@ def test_the_paper_s_network_in_both_dtypes():
 
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_frozen_layers_are_passed_through(frozen):
-    layers = [
-        L.Conv2D(2, 3),
-        L.Activation("tanh"),
-        L.Conv2D(2, 2),
-        L.Activation("tanh"),
-        L.Flatten(),
-        L.Dense(3),
-    ]
+    layers = [L.Conv2D(2, 3), _tanh(), L.Conv2D(2, 2), _tanh(), L.Flatten(), L.Dense(3)]
     layers[frozen].trainable = False
     _matches_products(_net(*layers), _LABELS)
-
-
-def test_an_activation_before_any_weight():
-    _matches_products(_net(L.Activation("tanh"), L.Flatten(), L.Dense(3)), _LABELS)
 
 
 def test_a_loss_with_full_curvature_in_the_output():
@@ -182,38 +149,27 @@ class _Left(keras.layers.Dropout):
         return super().call(inputs, training=True)
 
 
-def _branched():
-    inputs = keras.Input((6, 6, 2), dtype="float64")
-    flat = L.Flatten()(inputs)
-    z = L.Dense(3)(flat)
-    return keras.Model(inputs, L.Add()([z, L.Dense(3)(flat)]))
-
-
 @pytest.mark.parametrize(
-    "layers",
+    "first",
     [
-        (L.Flatten, lambda: L.Dense(3, activation="tanh")),
-        (lambda: L.Conv2D(2, 2, dilation_rate=2), L.Flatten, lambda: L.Dense(3)),
-        (lambda: L.Conv2D(2, 2, groups=2), L.Flatten, lambda: L.Dense(3)),
-        (lambda: L.Activation("softmax"), L.Flatten, lambda: L.Dense(3)),
-        (lambda: _Left(0.5, dtype="float64"), L.Flatten, lambda: L.Dense(3)),
-        (lambda: L.LayerNormalization(), L.Flatten, lambda: L.Dense(3)),
-        (lambda: L.MaxPooling2D(2), L.Flatten, lambda: L.Dense(3)),
+        lambda: L.Conv2D(2, 2, activation="tanh"),
+        lambda: L.Conv2D(2, 2, dilation_rate=2),
+        lambda: L.Conv2D(2, 2, groups=2),
+        lambda: L.Activation("softmax"),
+        lambda: _Left(0.5, dtype="float64"),
+        lambda: L.LayerNormalization(),
+        lambda: L.MaxPooling2D(2),
     ],
     ids="fused dilated grouped softmax dropout normalised pooled".split(),
 )
-def test_what_is_no_chain_is_left_to_products(layers):
-    net = _net(*(make() for make in layers))
-    assert chain_hessian(net, _LABELS) is None
+def test_what_is_no_chain_is_left_to_products(first):
+    assert chain_hessian(_net(first(), L.Flatten(), L.Dense(3)), _LABELS) is None
 
 
-def test_branches_are_left_to_products():
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-    assert chain_hessian(GenericNeuralNet(_branched(), loss), _LABELS) is None
-
-
-def test_a_functional_chain_is_one():
+def test_a_functional_chain_is_one_and_branches_are_left_to_products():
     inputs = keras.Input((6, 6, 2), dtype="float64")
-    z = L.Dense(3)(L.Activation("tanh")(L.Dense(2)(L.Flatten()(inputs))))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-    _matches_products(GenericNeuralNet(keras.Model(inputs, z), loss), _LABELS)
+    flat = L.Flatten()(inputs)
+    z = L.Dense(3)(_tanh()(L.Dense(2)(flat)))
+    _matches_products(GenericNeuralNet(keras.Model(inputs, z), _LOG_LOSS), _LABELS)
+    branched = keras.Model(inputs, L.Add()([L.Dense(3)(flat), L.Dense(3)(flat)]))
+    assert chain_hessian(GenericNeuralNet(branched, _LOG_LOSS), _LABELS) is None

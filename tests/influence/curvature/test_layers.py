@@ -8,7 +8,7 @@ import tensorflow as tf
 from influence import BinaryLogisticRegression, Examples, GaussNewton, GenericNeuralNet
 from influence.curvature.layers import affine_layers
 from tests import oracles
-from tests.influence.problems import relative_error, traced_once
+from tests.influence.problems import Calls, relative_error, sequential, traced_once
 
 L = keras.layers
 N = 5
@@ -28,7 +28,7 @@ def net_of(*layers, loss=None, shape=(6, 5, 2), before=None):
     before_us = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float64")
     try:
-        model = keras.Sequential([keras.Input(shape, dtype="float64"), *(m() for m in layers)])
+        model = sequential(shape, *(make() for make in layers), dtype="float64")
     finally:
         keras.config.set_dtype_policy(before_us)
     if before:
@@ -51,9 +51,8 @@ def tanh():
     return L.Activation("tanh")
 
 
-def data(net, shape, num_classes=3, seed=1):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((N, *shape)), np.arange(N) % num_classes
+def data(*shape):
+    return np.random.default_rng(1).standard_normal((N, *shape)), np.arange(N) % 3
 
 
 def gauss_newton(net, x, y):
@@ -80,14 +79,6 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolutions(options):
-    net = net_of(conv(**options), tanh, L.Flatten, dense(3))
-    x, y = data(net, (6, 5, 2))
-    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
-    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
-
-
 DENSE = {
     "two layers": (dense(4), tanh, dense(3)),
     "without bias": (dense(4, use_bias=False), tanh, dense(3, use_bias=False)),
@@ -97,12 +88,21 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("layers", DENSE.values(), ids=DENSE)
-def test_dense(layers):
-    net = net_of(*layers, shape=(8,))
-    x, y = data(net, (8,))
-    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
+CASES = {
+    name: ((6, 5, 2), conv(**options), tanh, L.Flatten, dense(3))
+    for name, options in CONVOLUTIONS.items()
+} | {f"dense, {name}": ((8,), *layers) for name, layers in DENSE.items()}
+
+
+def check(net, x, y, loss=log_loss):
+    truth = oracles.dense_derivatives(net.model, loss, x, y).gauss_newton
     assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_layers(case):
+    shape, *layers = case
+    check(net_of(*layers, shape=shape), *data(*shape))
 
 
 def test_layers_in_between_and_frozen_ones():
@@ -113,23 +113,12 @@ def test_layers_in_between_and_frozen_ones():
             layer.trainable = layer.name not in ("first", "norm")
         model.layers[-1].kernel.trainable = False
 
-    net = net_of(
-        conv(2, 2, activation="relu", name="first"),
-        lambda: L.BatchNormalization(name="norm"),
-        conv(3, 2),
-        tanh,
-        L.MaxPooling2D,
-        L.Flatten,
-        lambda: L.Dropout(0.5),
-        dense(4),
-        tanh,
-        dense(3),
-        before=freeze,
-    )
-    x, y = data(net, (6, 5, 2))
+    first = conv(2, 2, activation="relu", name="first"), lambda: L.BatchNormalization(name="norm")
+    hidden = conv(3, 2), tanh, L.MaxPooling2D, L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh
+    net = net_of(*first, *hidden, dense(3), before=freeze)
+    x, y = data(6, 5, 2)
     assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # only the bias
-    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
-    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+    check(net, x, y)
 
 
 def test_functional_with_a_skip_and_two_inputs():
@@ -141,49 +130,45 @@ def test_functional_with_a_skip_and_two_inputs():
     net.theta = rng.standard_normal(net.num_parameters)
     x = {"a": rng.standard_normal((N, 3)), "b": rng.standard_normal((N, 3))}
     y = rng.standard_normal((N, 2))
-    truth = oracles.dense_derivatives(
-        net.model, lambda y, o: tf.reduce_mean((y - o) ** 2, axis=1), x, y
-    ).gauss_newton
-    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+    check(net, x, y, lambda y, output: tf.reduce_mean((y - output) ** 2, axis=1))
 
 
-class Nested(keras.Model):
-    """A subclassed model: a layer in a list, one in an inner model, and a name used twice."""
+def built(function, **layers):
+    model = Calls(function, "owner", "float64", **layers)
+    model(np.zeros((1, 4)))
+    return GenericNeuralNet(model, logits())
 
-    def __init__(self):
-        super().__init__(dtype="float64")
-        self.parts = [L.Dense(3, dtype="float64", name="same")]
-        self.inner = keras.Sequential([L.Dense(3, dtype="float64", name="same")])
 
-    def call(self, x):
-        x = self.parts[0](inputs=x)
-        return self.inner(tf.tanh(x))
+def named(units, name="hidden"):
+    return L.Dense(units, dtype="float64", name=name)
 
 
 def test_subclassed():
-    model = Nested()
-    model(np.zeros((1, 4)))
-    net = GenericNeuralNet(model, logits())
-    x, y = data(net, (4,))
-    truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
-    assert relative_error(gauss_newton(net, x, y), truth) < 1e-12
+    """Check a layer in a list, one in an inner model, and a name used twice."""
+    net = built(
+        lambda model, x: model.inner(tf.tanh(model.parts[0](inputs=x))),
+        parts=[named(3)],
+        inner=keras.Sequential([named(3)]),
+    )
+    check(net, *data(4))
 
 
 def test_one_output_and_labels_without_an_axis():
     net = BinaryLogisticRegression(3, intercept=True)
     net.theta = np.array([1.0, -1, 0.5, 0.2])
-    x, _ = data(net, (3,))
+    x, _ = data(3)
     y = np.array([0, 1, 1, 0, 1])
     oracle = oracles.logistic_regression(oracles.with_ones(x), y, 0.0)
     assert relative_error(gauss_newton(net, x, y), oracle.hessian(net.theta)) < 1e-12
 
 
-def test_a_loss_that_is_not_convex_in_the_output_counts_with_its_positive_part():
-    def cosine(y, output):
-        return 1 - tf.cos(output[:, 0] - tf.cast(y, output.dtype))
+def cosine(y, output):
+    return 1 - tf.cos(output[:, 0] - tf.cast(y, output.dtype))
 
+
+def test_a_loss_that_is_not_convex_in_the_output_counts_with_its_positive_part():
     net = net_of(dense(1), shape=(3,), loss=cosine)
-    x, _ = data(net, (3,))
+    x, _ = data(3)
     y = np.linspace(-3.0, 3.0, N)
     curvature = np.cos(net.outputs(x)[:, 0] - y)
     assert (curvature < -0.1).any() and (curvature > 0.1).any()
@@ -194,7 +179,7 @@ def test_a_loss_that_is_not_convex_in_the_output_counts_with_its_positive_part()
 
 def test_calling_leaves_the_model_as_it_was():
     net = net_of(conv(2, 2), tanh, L.Flatten, dense(3))
-    x, y = data(net, (6, 5, 2))
+    x, y = data(6, 5, 2)
     layer, before = net.model.layers[0], net.outputs(x)
     own = []
     vars(layer)["call"] = lambda inputs: own.append(1) or type(layer).call(layer, inputs)
@@ -207,7 +192,7 @@ def test_calling_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_the_dense_gauss_newton_matrix_comes_from_the_roots(batch_size, monkeypatch):
     net = net_of(conv(2, 3, kernel_regularizer="l2"), tanh, L.Flatten, dense(3))
-    x, y = data(net, (6, 5, 2))
+    x, y = data(6, 5, 2)
     d = net.num_parameters
     A = GaussNewton(net, Examples(x, y), 0.3, batch_size=batch_size)
     products = A @ np.eye(d)
@@ -220,13 +205,10 @@ def test_the_dense_gauss_newton_matrix_comes_from_the_roots(batch_size, monkeypa
 
 def test_the_dense_matrix_of_another_net_or_loss_comes_from_products():
     fused = net_of(dense(4, activation="tanh"), dense(3), shape=(4,))
-    x, y = data(fused, (4,))
+    x, y = data(4)
     A = GaussNewton(fused, Examples(x, y), 0.3)
     assert relative_error(A.dense(), A @ np.eye(fused.num_parameters)) < 1e-12
-
-    def cosine(y, output):  # its Gauss-Newton matrix is indefinite: a root has no negative part
-        return 1 - tf.cos(output[:, 0] - tf.cast(y, output.dtype))
-
+    # This loss has an indefinite Gauss-Newton matrix; a root has no negative part.
     net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
     A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
     assert np.linalg.eigvalsh(A.dense())[0] < -1e-3
@@ -236,40 +218,23 @@ def test_the_dense_matrix_of_another_net_or_loss_comes_from_products():
 # --- what is refused --------------------------------------------------------------------------
 
 
-class Twice(keras.Model):
-    def __init__(self, times):
-        super().__init__(dtype="float64")
-        self.times = times
-        self.hidden = L.Dense(4, dtype="float64", name="hidden")
-        self.last = L.Dense(3, dtype="float64")
-
-    def call(self, x):
-        for _ in range(self.times):
-            x = self.hidden(x)
-        return self.last(x)
+def squeezed(model, x):
+    """Let the layer see rows and time steps as one axis."""
+    return model.last(tf.reshape(model.hidden(tf.reshape(x, [-1, 2])), [-1, 4]))
 
 
-class Squeezed(keras.Model):
-    """A model whose layer sees rows and time steps as one axis."""
-
-    def __init__(self):
-        super().__init__(dtype="float64")
-        self.hidden = L.Dense(2, dtype="float64", name="hidden")
-        self.last = L.Dense(3, dtype="float64")
-
-    def call(self, x):
-        return self.last(tf.reshape(self.hidden(tf.reshape(x, [-1, 2])), [-1, 4]))
+def tied(model, x):
+    """Use a kernel a second time, outside the layer."""
+    return tf.matmul(tf.tanh(model.hidden(x)), model.hidden.kernel, transpose_b=True)[:, :3]
 
 
-class Tied(keras.Model):
-    """A model that uses a kernel a second time, outside the layer."""
+def repeated(times):
+    def call(model, x):
+        for _ in range(model.times[0]):
+            x = model.hidden(x)
+        return model.last(x)
 
-    def __init__(self):
-        super().__init__(dtype="float64")
-        self.hidden = L.Dense(4, dtype="float64", name="hidden")
-
-    def call(self, x):
-        return tf.matmul(tf.tanh(self.hidden(x)), self.hidden.kernel, transpose_b=True)[:, :3]
+    return built(call, times=[times], hidden=named(4), last=named(3, "last"))
 
 
 class Doubled(L.Dense):
@@ -277,17 +242,9 @@ class Doubled(L.Dense):
         return 2 * super().call(inputs)
 
 
-class OwnWeight(keras.Model):
-    def __init__(self):
-        super().__init__(dtype="float64", name="owner")
-        self.shift = self.add_weight(shape=(3,), name="shift")
-        self.last = L.Dense(3, dtype="float64")
-
-    def call(self, x):
-        return self.last(x) + self.shift
-
-
-def built(model):
+def own_weight():
+    model = Calls(lambda model, x: model.last(x) + model.shift, "owner", "float64", last=named(3))
+    model.shift = model.add_weight(shape=(3,), name="shift")
     model(np.zeros((1, 4)))
     return GenericNeuralNet(model, logits())
 
@@ -296,6 +253,13 @@ def with_lora():
     net = net_of(dense(4, name="hidden"), tanh, dense(3), shape=(4,))
     net.model.layers[0].enable_lora(2)
     return GenericNeuralNet(net.model, logits())
+
+
+def shared():
+    a = keras.Input((4,), dtype="float64")
+    both = named(4, "both")
+    hidden = L.Activation("tanh", dtype="float64")(both(a))
+    return GenericNeuralNet(keras.Model(a, named(3, "last")(both(hidden))), logits())
 
 
 REFUSED = {
@@ -318,8 +282,8 @@ REFUSED = {
         "got the weight .* of DepthwiseConv2D layer 'deep'; set its trainable = False",
     ),
     "a model's own weight": (
-        lambda: built(OwnWeight()),
-        "^model must hold theta .* 'shift' of OwnWeight layer 'owner'",
+        own_weight,
+        "^model must hold theta .* 'shift' of Calls layer 'owner'",
     ),
     "low-rank adapters": (
         with_lora,
@@ -330,20 +294,20 @@ REFUSED = {
         "^model must have no grouped convolution for EK-FAC, got groups=2 in layer 'grouped'; set",
     ),
     "called twice": (
-        lambda: built(Twice(2)),
+        lambda: repeated(2),
         "^model must call each layer once for EK-FAC, got 2 calls of layer 'hidden'; set",
     ),
     "shared in a functional model": (
-        lambda: shared(),
+        shared,
         "^model must call each layer once for EK-FAC, got 2 calls of layer 'both'",
     ),
     "rows and steps as one axis": (
-        lambda: built(Squeezed()),
+        lambda: built(squeezed, hidden=named(2), last=named(3, "last")),
         r"^model must keep one row per example for EK-FAC, got shape \(4, 2\) for 2 examples in "
         "layer 'hidden'; set",
     ),
     "tied weights": (
-        lambda: built(Tied()),
+        lambda: built(tied, hidden=named(4)),
         r"^model must use the weights of layer 'hidden' for a W \+ b alone for EK-FAC, got a "
         "derivative by them that is off by .*: its call does more, or they are shared; set",
     ),
@@ -354,13 +318,6 @@ REFUSED = {
 }
 
 
-def shared():
-    a = keras.Input((4,), dtype="float64")
-    both = L.Dense(4, dtype="float64", name="both")
-    hidden = L.Activation("tanh", dtype="float64")(both(a))
-    return GenericNeuralNet(keras.Model(a, L.Dense(3, dtype="float64")(both(hidden))), logits())
-
-
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_has_no_such_factors_is_refused_by_name(make, message):
     net = make()
@@ -369,32 +326,22 @@ def test_what_has_no_such_factors_is_refused_by_name(make, message):
         affine_layers(net, np.random.default_rng(0).standard_normal((2, *shape)))
 
 
-def test_a_layer_that_is_never_called():
-    net = built(Twice(1))
-    net.model.times = 0
+def test_a_layer_that_is_never_called_and_channels_first():
+    net = repeated(1)
+    net.model.times[0] = 0
     with pytest.raises(ValueError, match="got 0 calls of layer 'hidden'"):
         affine_layers(net, np.zeros((2, 4)))
-
-
-def test_channels_first():
     net = net_of(conv(2, 2, name="first"), L.Flatten, dense(3))
     net.model.layers[0].data_format = "channels_first"
     with pytest.raises(ValueError, match="^model must keep channels last for EK-FAC, got data_for"):
         affine_layers(net, np.zeros((2, 6, 5, 2)))
 
 
-def test_a_kernel_without_influence_is_no_error():
-    """Check zero derivatives, which give no error."""
+def test_a_kernel_without_influence_and_a_set_of_one_row_are_no_errors():
     net = net_of(dense(4), tanh, dense(3), shape=(4,))
     net.theta = np.zeros(net.num_parameters)
-    a, g = affine_layers(net, np.ones((2, 4))).pseudo_gradients(np.ones((N, 4)), np.arange(N) % 3)[
-        0
-    ]
+    factors = affine_layers(net, np.ones((2, 4)))
+    a, g = factors.pseudo_gradients(np.ones((N, 4)), np.arange(N) % 3)[0]
     assert a.shape == (N, 1, 5) and g.shape == (N, 1, 3, 4) and not g.any()
-
-
-def test_examples_may_be_one_row():
-    net = net_of(dense(3), shape=(4,))
-    one = Examples(np.ones((1, 4)), np.array([1]))
-    (a, g), *_ = affine_layers(net, one.x).pseudo_gradients(one.x, one.y)
-    assert a.shape == (1, 1, 5) and g.shape == (1, 1, 3, 3)
+    (a, g), *_ = factors.pseudo_gradients(np.ones((1, 4)), np.array([1]))
+    assert a.shape == (1, 1, 5) and g.shape == (1, 1, 3, 4)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator
 
 from influence import Examples, GaussNewton, GenericNeuralNet, Hessian
-from influence.curvature.operators import check_batch_size
 from tests import oracles
 from tests.influence.problems import (
     dense_net,
@@ -83,12 +82,9 @@ def test_damping_is_absolute_and_on_the_diagonal(curvature, tanh):
     plain, damped = curvature(net, examples), curvature(net, examples, 0.7)
     assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11  # the difference loses a digit
     np.testing.assert_allclose(damped.dense() - plain.dense(), 0.7 * np.eye(len(V)), atol=1e-12)
-
-
-def test_closed_form_dense_matrix_is_damped_too():
     problem = logistic("softmax")
     H = problem.oracle.hessian(problem.theta) + 0.7 * np.eye(15)
-    A = Hessian(problem.net, problem.train, 0.7)
+    A = curvature(problem.net, problem.train, 0.7)
     assert relative_error(A.dense(), H) < ROUNDING
     assert relative_error(A @ np.eye(15), H) < ROUNDING
 
@@ -136,7 +132,7 @@ def test_dense_is_put_together_from_blocks(d, monkeypatch):
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("batch_size", [1, 7, 59, 60, 64])
+@pytest.mark.parametrize("batch_size", [1, np.int32(7), 59, 60, 64])
 def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch):
     V = block(softmax.net.num_parameters)
     whole = curvature(softmax.net, softmax.train) @ V
@@ -148,9 +144,7 @@ def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch)
         type(softmax.net), A._method, lambda _, x, y, V: asked.append(len(y)) or product(x, y, V)
     )
     A @ V
-    assert asked == [batch_size] * (60 // batch_size) + (
-        [60 % batch_size] if 60 % batch_size else []
-    )
+    assert asked == [min(batch_size, 60 - start) for start in range(0, 60, batch_size)]
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -177,29 +171,23 @@ def test_sparse_rows_change_nothing(softmax):
 # --- estimates from a few rows ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
-def test_sampled_is_the_operator_of_the_sampled_rows(curvature, tanh, softmax):
-    for net, examples in (tanh[:2], (softmax.net, softmax.train)):
-        rows = np.array([[3, 1], [4, 4], [0, 19]])
-        V = np.random.default_rng(1).standard_normal((3, net.num_parameters, 2))
-        got = curvature(net, examples, 0.2).sampled(rows, V)
-        expected = [curvature(net, examples.take(r), 0.2) @ v for r, v in zip(rows, V, strict=True)]
-        assert relative_error(got, np.stack(expected)) < ROUNDING
-
-
-def test_sampled_takes_dicts_apart():
+def test_sampled_is_the_operator_of_the_sampled_rows(tanh, softmax):
     a, b = (keras.Input((2,), name=name, dtype="float64") for name in "ab")
     output = keras.layers.Dense(1, dtype="float64")(keras.layers.Multiply(dtype="float64")([a, b]))
-    net = GenericNeuralNet(keras.Model([a, b], output), "mse")
-    rng = np.random.default_rng(0)
-    x = {"a": rng.standard_normal((6, 2)), "b": rng.standard_normal((6, 2))}
-    examples = Examples(x, rng.standard_normal(6))
-    rows = np.array([[3, 1], [4, 0]])
-    V = rng.standard_normal((2, 3, 1))
-    for curvature in CURVATURES:
-        got = curvature(net, examples).sampled(rows, V)
-        expected = [curvature(net, examples.take(r)) @ v for r, v in zip(rows, V, strict=True)]
-        assert relative_error(got, np.stack(expected)) < ROUNDING
+    by_name = GenericNeuralNet(keras.Model([a, b], output), "mse")
+    x, y = block(20, 2), block(20, 1)
+    rows = np.array([[3, 1], [4, 4], [0, 19]])
+    for net, examples in (
+        tanh[:2],
+        (softmax.net, softmax.train),
+        (by_name, Examples({"a": x, "b": x[::-1]}, y)),
+    ):
+        V = np.random.default_rng(1).standard_normal((3, net.num_parameters, 2))
+        for curvature in CURVATURES:
+            got = curvature(net, examples, 0.2).sampled(rows, V)
+            each = zip(rows, V, strict=True)
+            expected = [curvature(net, examples.take(r), 0.2) @ v for r, v in each]
+            assert relative_error(got, np.stack(expected)) < ROUNDING
 
 
 # --- dtypes -----------------------------------------------------------------------------------
@@ -218,6 +206,9 @@ def test_float32_in_float32_out(curvature):
 # --- errors -----------------------------------------------------------------------------------
 
 
+BATCH_SIZE = "^batch_size must be a positive integer or None"
+
+
 @pytest.mark.parametrize(
     ("net", "examples", "options", "error", "message"),
     [
@@ -227,8 +218,10 @@ def test_float32_in_float32_out(curvature):
         (None, None, {"damping": np.nan}, ValueError, "^damping must be a number >= 0, got nan"),
         (None, None, {"damping": np.inf}, ValueError, "^damping must be a number >= 0, got inf"),
         (None, None, {"damping": "1"}, ValueError, "^damping must be a number >= 0, got '1'"),
-        (None, None, {"batch_size": 0}, ValueError, "^batch_size must be a positive integer or No"),
-        (None, None, {"batch_size": 2.0}, ValueError, r"^batch_size must be .*, got 2\.0"),
+        *(
+            (None, None, {"batch_size": size}, ValueError, f"{BATCH_SIZE}, got {size!r}")
+            for size in (0, -3, 1.5, 2.0, True, "7")
+        ),
     ],
 )
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -241,18 +234,6 @@ def test_examples_must_fit_the_net(linear):
     wide = Examples(np.ones((4, 9)), np.ones(4))
     with pytest.raises(ValueError, match=r"^examples\.x must have rows of shape \(4,\)"):
         Hessian(linear.net, wide)
-
-
-@pytest.mark.parametrize("batch_size", [0, -3, 1.5, True, "7"])
-def test_bad_batch_sizes(batch_size):
-    message = f"^batch_size must be a positive integer or None, got {batch_size!r}"
-    with pytest.raises(ValueError, match=message):
-        check_batch_size(batch_size)
-
-
-@pytest.mark.parametrize("batch_size", [None, 1, np.int32(7)])
-def test_good_batch_sizes(batch_size):
-    check_batch_size(batch_size)
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -271,8 +252,7 @@ def test_an_operator_belongs_to_one_theta(curvature):
 
 
 def test_gauss_newton_refuses_probabilities_when_it_is_made():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, activation="sigmoid")])
-    net = GenericNeuralNet(model, "binary_crossentropy")
+    net = dense_net(1, 2, "binary_crossentropy", dtype="float32")
     message = "^loss must take logits for a Gauss-Newton matrix, got 'binary_crossentropy' of prob"
     with pytest.raises(ValueError, match=message):
         GaussNewton(net, Examples(np.ones((3, 2), np.float32), np.array([0, 1, 1])))
@@ -298,19 +278,17 @@ def test_print_what_they_are_and_nothing_of_where(curvature, tanh):
 def test_gauss_newton_of_many_batches_is_one_traced_map(softmax, monkeypatch):
     A = GaussNewton(softmax.net, softmax.train)
     rows = np.arange(40).reshape(20, 2)
-    V = np.random.default_rng(0).standard_normal((20, softmax.net.num_parameters, 2))
-    expected = [GaussNewton(softmax.net, softmax.train.take(r)) @ v
-                for r, v in zip(rows, V, strict=True)]  # fmt: skip
+    V = np.ones((20, softmax.net.num_parameters, 2))
     runs = []
     run = softmax.net.flat.run
     monkeypatch.setattr(
         softmax.net.flat, "run", lambda name, *a, **k: runs.append(name) or run(name, *a, **k)
     )
-    assert relative_error(A.sampled(rows, V), np.stack(expected)) < ROUNDING
+    A.sampled(rows, V)
     assert runs == ["gauss_newton each", "penalty_hvp"]
 
 
-@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+@pytest.mark.parametrize("kind", CURVATURES)
 def test_a_kept_matrix_is_formed_once_for_every_damping(kind, tmp_path, monkeypatch):
     net, examples = tanh_net(l2=0.05)
     expected = kind(net, examples, 0.3).dense()

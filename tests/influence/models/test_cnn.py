@@ -10,7 +10,7 @@ from influence import DivergenceError, Examples, GenericNeuralNet
 from influence.minimisers.adam import batch_rows
 from influence.models import cnn
 from influence.models.cnn import AllCNN, train_by_adam
-from tests.influence.problems import dense_net, relative_error, ridge
+from tests.influence.problems import dense_net, relative_error, ridge, sequential
 
 SMALL = {"filters": 4, "strides": (1, 2), "dtype": "float64"}
 SCHEDULE = ((5, 1e-2), (4, 1e-3))
@@ -37,6 +37,9 @@ def test_layers_and_parameters_are_the_paper_s(paper):
         expected = keras.activations.tanh if "tanh" in layer.name else keras.activations.linear
         assert activation in (None, expected)
     assert paper.outputs(np.zeros((2, 28, 28, 1), np.float32)).shape == (2, 10)
+    other = AllCNN((7, 9, 2), 4, filters=3, strides=(1, 2))
+    assert other.num_parameters == (9 * 2 + 1) * 3 + (9 * 3 + 1) * 3 + (3 + 1) * 4 + (4 + 1) * 4
+    assert other.outputs(np.zeros((2, 7, 9, 2), np.float32)).shape == (2, 4)
 
 
 def test_it_starts_from_truncated_normals(paper):
@@ -78,19 +81,12 @@ def test_the_risk_is_cross_entropy_of_logits_and_half_the_decay_times_the_kernel
     assert net.penalty() == pytest.approx(penalty, rel=1e-12)
 
 
-def test_other_sizes():
-    net = AllCNN((7, 9, 2), 4, filters=3, strides=(1, 2))
-    assert net.num_parameters == (9 * 2 + 1) * 3 + (9 * 3 + 1) * 3 + (3 + 1) * 4 + (4 + 1) * 4
-    assert net.outputs(np.zeros((2, 7, 9, 2), np.float32)).shape == (2, 4)
-
-
 def test_it_learns_digits():
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
     train, test = Examples(x[:1000], y[:1000]), Examples(x[1000:1500], y[1000:1500])
-    net = AllCNN((8, 8, 1), filters=8, strides=(1, 2)).fit(
-        train, schedule=((300, 1e-2), (100, 1e-3)), batch_size=100
-    )
+    net = AllCNN((8, 8, 1), filters=8, strides=(1, 2))
+    net.fit(train, schedule=((300, 1e-2), (100, 1e-3)), batch_size=100)
     assert (net.outputs(train.x).argmax(axis=1) == train.y).mean() > 0.95
     assert (net.outputs(test.x).argmax(axis=1) == test.y).mean() > 0.85
 
@@ -218,13 +214,10 @@ def test_all_that_training_moves_is_kept(tmp_path, monkeypatch, every_two_steps)
         keras.utils.set_random_seed(0)
         layers = keras.layers
         hidden = [layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)]
-        stack = [keras.Input((3,)), *hidden, layers.Dense(1)]
-        return GenericNeuralNet(keras.Sequential(stack), "mse")
+        return GenericNeuralNet(sequential((3,), *hidden, layers.Dense(1)), "mse")
 
     rng = np.random.default_rng(0)
-    train = Examples(
-        rng.standard_normal((8, 3)).astype("float32"), rng.standard_normal(8).astype("float32")
-    )
+    train = Examples(rng.standard_normal((8, 3), "f4"), rng.standard_normal(8, "f4"))
     options = {"schedule": ((5, 0.1),), "batch_size": 3, "seed": 0}
     whole, again = net(), net()
     train_by_adam(whole, train, **options)

@@ -21,7 +21,7 @@ from influence import (
 )
 from influence.models import SmoothHingeLoss
 from tests import oracles
-from tests.influence.problems import relative_error
+from tests.influence.problems import relative_error, sequential
 
 ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # only the order of additions differs
 KINK = 1.5e-8  # sqrt of float64's precision
@@ -167,7 +167,7 @@ def test_rows_on_the_kink_get_half_the_slope(asked):
 def test_loss_travels_through_keras(tmp_path):
     x, y = rows()
     f8 = {"dtype": "float64"}
-    model = keras.Sequential([keras.Input((5,), **f8), keras.layers.Dense(1, **f8)])
+    model = sequential((5,), keras.layers.Dense(1, **f8), **f8)
     model.compile(loss=SmoothHingeLoss(0.25, reduction="sum_over_batch_size"))
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
@@ -278,9 +278,8 @@ def test_fit_at_zero_is_the_svm(name, form):
     assert relative_error(net.theta, general) < 1e-5  # SLSQP's own accuracy
     assert steepest_descent(A, y, net.theta, weight_decay) > -1e-8
     assert net.gradient_norm(train) <= 1e-8
-    assert net.duality_gap(train) == pytest.approx(
-        net.gradient_norm(train) ** 2 / (2 * weight_decay), rel=1e-12
-    )
+    gap = net.gradient_norm(train) ** 2 / (2 * weight_decay)
+    assert net.duality_gap(train) == pytest.approx(gap, rel=1e-12)
 
 
 def test_fit_at_zero_of_repeated_rows():

@@ -23,10 +23,15 @@ KINDS = ["softmax", "sigmoid"]
 ROUNDING = {"float64": 1e-12, "float32": 2e-5}
 
 
+def label(case):
+    kind, intercept, dtype = case
+    return f"{kind}-{'intercept' if intercept else 'plain'}-{dtype}"
+
+
 @pytest.fixture(
     scope="module",
     params=[(k, i, d) for k in KINDS for i in (False, True) for d in ("float64", "float32")],
-    ids=lambda p: f"{p[0]}-{'intercept' if p[1] else 'plain'}-{p[2]}",
+    ids=label,
 )
 def case(request):
     """Make a model away from its minimum: (problem, tolerance, V (d, 3), thetas (d, 3))."""
@@ -49,28 +54,22 @@ def test_closed_forms_are_those_of_numpy(case, form):
     at = np.asarray(thetas, np.float64).T
     data = oracle.hessian(theta) - p.net.weight_decay * np.eye(len(theta))
     each = oracle.gradients(theta)
+    means = np.stack([oracle.gradients(t).mean(axis=0) for t in at], axis=1)
+    inputs = oracle.input_gradients(theta, V[:, 0].astype(float), 5)
     expected = {
         "losses": (net.losses(x, y), oracle.losses(theta)),
         "losses at": (net.losses(x, y, thetas), np.stack([oracle.losses(t) for t in at], 1)),
         "gradients": (net.gradients(x, y), each),
-        "bregman gradient": (
-            net.bregman_gradient(x, y, thetas),  # outputs are linear in theta
-            np.stack([oracle.gradients(t).mean(axis=0) - each.mean(axis=0) for t in at], 1),
-        ),
+        # Outputs are linear in theta.
+        "bregman": (net.bregman_gradient(x, y, thetas), means - each.mean(axis=0)[:, None]),
         "gradient": (net.gradient(x, y), each.mean(axis=0)),
-        "gradient at": (
-            net.gradient(x, y, thetas),
-            np.stack([oracle.gradients(t).mean(axis=0) for t in at], 1),
-        ),
+        "gradient at": (net.gradient(x, y, thetas), means),
         "loss and gradient": (net.loss_and_gradient(x, y)[1], each.mean(axis=0)),
         "hvp": (net.hvp(x, y, V), data @ V),
         "hvp of a vector": (net.hvp(x, y, V[:, 0]), data @ V[:, 0]),
         "directional": (net.directional(x, y, V), each @ V),
         "directional of a vector": (net.directional(x, y, V[:, 0]), each @ V[:, 0]),
-        "input gradient": (
-            net.input_gradient(x, y, V[:, 0]),
-            oracle.input_gradients(theta, V[:, 0].astype(float), 5),
-        ),
+        "input gradient": (net.input_gradient(x, y, V[:, 0]), inputs),
         "hessian": (net.hessian(Examples(x, y)), oracle.hessian(theta)),
         "penalty gradient": (net.penalty_gradient(), net.weight_decay * theta),
         "penalty gradient at": (net.penalty_gradient(thetas), net.weight_decay * thetas),
@@ -86,13 +85,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        ("softmax", True, "float64"),
-        ("sigmoid", False, "float64"),
-    ],
-    indirect=True,
-    ids=lambda p: f"{p[0]}-{'intercept' if p[1] else 'plain'}-{p[2]}",
+    "case", [("softmax", True, "float64"), ("sigmoid", False, "float64")], indirect=True, ids=label
 )
 def test_closed_forms_are_the_tapes_answers(case):
     """The base class answers the same questions by differentiating the Keras model.
@@ -106,7 +99,9 @@ def test_closed_forms_are_the_tapes_answers(case):
     for name, arguments in {
         "outputs": (x,),
         "losses": (x, y),
+        "losses at": (x, y, thetas),
         "gradient": (x, y),
+        "gradient at": (x, y, thetas),
         "gradients": (x, y),
         "hvp": (x, y, V),
         "hvp of each": ("hvp", x[rows], y[rows], W),
@@ -119,7 +114,7 @@ def test_closed_forms_are_the_tapes_answers(case):
         "penalty_gradient": (),
         "penalty_hvp": (V,),
     }.items():
-        method = "each_batch" if name.endswith("each") else name
+        method = "each_batch" if name.endswith("each") else name.removesuffix(" at")
         closed = getattr(net, method)(*arguments)
         taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
@@ -127,10 +122,6 @@ def test_closed_forms_are_the_tapes_answers(case):
         if name != "gauss_newton_product":  # which is hvp
             assert method in vars(type(net).__mro__[1]) or method in vars(type(net)), name
     assert net.penalty() == pytest.approx(GenericNeuralNet.penalty(net), rel=1e-6)
-    for question in ("losses", "gradient"):
-        closed = getattr(net, question)(x, y, thetas)
-        taped = getattr(GenericNeuralNet, question)(net, x, y, thetas)
-        assert relative_error(closed, taped) < tolerance
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -291,15 +282,13 @@ def test_one_step_is_nearer_to_the_refit_than_first_order():
     one_step = p.net.one_step_leave_one_out(p.train, rows) - p.theta
     errors = [np.linalg.norm(e - actual) for e in (one_step, first_order)]
     assert errors[0] < errors[1] / 3
-
-
-def test_one_step_refuses_bad_rows():
-    p = logistic("sigmoid")
-    with pytest.raises(IndexError, match=r"^rows must lie in \[0, 60\), got 60"):
-        p.net.one_step_leave_one_out(p.train, [60])
+    with pytest.raises(IndexError, match=r"^rows must lie in \[0, 30\), got 30"):
+        p.net.one_step_leave_one_out(p.train, [30])
 
 
 # --- what is refused ---------------------------------------------------------------------------
+
+DECAY = "^weight_decay must be non-negative"
 
 
 @pytest.mark.parametrize(
@@ -308,14 +297,8 @@ def test_one_step_refuses_bad_rows():
         (lambda: MulticlassLogisticRegression(0, 3), "^num_features must be at least 1, got 0"),
         (lambda: BinaryLogisticRegression(-1), "^num_features must be at least 1, got -1"),
         (lambda: MulticlassLogisticRegression(2, 1), "^num_classes must be at least 2, got 1"),
-        (
-            lambda: BinaryLogisticRegression(2, weight_decay=-0.1),
-            r"^weight_decay must be non-negative, got -0\.1",
-        ),
-        (
-            lambda: MulticlassLogisticRegression(2, 3, weight_decay=np.nan),
-            "^weight_decay must be non-negative, got nan",
-        ),
+        (lambda: BinaryLogisticRegression(2, weight_decay=-0.1), rf"{DECAY}, got -0\.1"),
+        (lambda: MulticlassLogisticRegression(2, 3, weight_decay=np.nan), f"{DECAY}, got nan"),
     ],
 )
 def test_bad_hyperparameters(make, message):

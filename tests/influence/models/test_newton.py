@@ -59,9 +59,8 @@ def test_features_of_very_different_scale(way):
     p = logistic("sigmoid", num_rows=200)
     scales = np.array([1e-2, 1, 10, 100, 1e3])
     x, y = p.train.x * scales, p.train.y
-    net = BinaryLogisticRegression(5, weight_decay=1e-4).fit(
-        Examples(x, y), gradient_tolerance=1e-9
-    )
+    net = BinaryLogisticRegression(5, weight_decay=1e-4)
+    net.fit(Examples(x, y), gradient_tolerance=1e-9)
     oracle = oracles.logistic_regression(x, y, 1e-4)
     assert np.linalg.norm(oracle.gradient(net.theta)) <= 1.1e-9
 

@@ -13,7 +13,7 @@ from influence.models import scaled, top_layer
 from influence.models.top_layer import cut
 from tests import oracles
 from tests.influence.models.pictures import MEAN, SCALE, SIDE, F, by_hand, problem, trunk
-from tests.influence.problems import relative_error
+from tests.influence.problems import relative_error, sequential
 
 L = keras.layers
 
@@ -37,12 +37,9 @@ def test_theta_is_the_head_alone_and_the_trunk_is_left_as_it_was():
     for was, now in zip(before, net.trunk.get_weights(), strict=True):
         np.testing.assert_array_equal(was, now)
     assert net.trunk.trainable
-
-
-def test_the_default_is_the_papers_model():
-    net = TopLayer(trunk("float32"))
-    assert net.weight_decay == 0.001 and not net.intercept
-    assert isinstance(net, BinaryLogisticRegression)
+    default = TopLayer(trunk("float32"))
+    assert default.weight_decay == 0.001 and not default.intercept
+    assert isinstance(default, BinaryLogisticRegression)
 
 
 def test_featured_examples_are_the_heads_rows():
@@ -51,6 +48,9 @@ def test_featured_examples_are_the_heads_rows():
     assert relative_error(train.x, by_hand(net, images)) < 1e-12
     np.testing.assert_array_equal(train.y, y)
     assert net.featured(train) is train
+    streamed = net.featured(Stream(tf.data.Dataset.from_tensor_slices((images, y)).batch(7)))
+    np.testing.assert_array_equal(streamed.x, train.x)
+    np.testing.assert_array_equal(streamed.y, y)
     head = BinaryLogisticRegression(F, weight_decay=net.weight_decay)
     head.theta = net.theta
     head.fit(train)
@@ -59,14 +59,6 @@ def test_featured_examples_are_the_heads_rows():
     few = train.take([1, 4, 6])
     ours, theirs = (Influence(each, train, solver=Direct()).scores(few) for each in (net, head))
     np.testing.assert_array_equal(ours.change_if_removed, theirs.change_if_removed)
-
-
-def test_features_of_a_stream_of_images():
-    net, images, y = problem(20)
-    stream = Stream(tf.data.Dataset.from_tensor_slices((images, y)).batch(7))
-    train = net.featured(stream)
-    np.testing.assert_array_equal(train.x, net.features(images))
-    np.testing.assert_array_equal(train.y, y)
 
 
 def test_cut_ends_at_a_layer_and_shares_its_weights():
@@ -246,8 +238,8 @@ def test_images_where_features_belong():
     net.validate(net.featured(train), "train")
 
 
-def model_of(*layers):
-    return keras.Sequential(list(layers), name="other")
+def model_of(shape, *layers):
+    return sequential(shape, *layers, name="other")
 
 
 @pytest.mark.parametrize(
@@ -256,12 +248,12 @@ def model_of(*layers):
         (lambda: 3, TypeError, "trunk must be a keras.Model, got int"),
         (lambda: keras.Sequential([L.Conv2D(1, 1)]), ValueError, "one input and one output, got 0"),
         (
-            lambda: model_of(keras.Input((4,)), L.Dense(2)),
+            lambda: model_of((4,), L.Dense(2)),
             ValueError,
             r"from images \(h, w, c\) to a feature map .* got \(4,\) to \(2,\) in 'other'",
         ),
         (
-            lambda: model_of(keras.Input((8, 8, 3)), L.Reshape((64, 3))),
+            lambda: model_of((8, 8, 3), L.Reshape((64, 3))),
             ValueError,
             r"got \(8, 8, 3\) to \(64, 3\)",
         ),
@@ -273,8 +265,7 @@ def test_what_is_no_trunk(make, error, message):
 
 
 def test_a_trunk_without_a_derivative():
-    model = model_of(keras.Input((SIDE, SIDE, 3)), L.Lambda(tf.round))
-    net = TopLayer(model)
+    net = TopLayer(model_of((SIDE, SIDE, 3), L.Lambda(tf.round)))
     images = np.zeros((2, SIDE, SIDE, 3), np.float32)
     assert net.features(images).shape == (2, 3)
     with pytest.raises(ValueError, match="trunk must be differentiable .* from 'other'"):

@@ -5,6 +5,7 @@ import scipy.special
 import tensorflow as tf
 
 from influence.net.losses import per_example
+from tests.influence.problems import sequential
 
 RNG = np.random.default_rng(0)
 N = 5
@@ -32,13 +33,9 @@ def quartic(y, output):
     return tf.reduce_sum((y - output) ** 4, axis=-1)
 
 
-def compiled_with(loss):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(loss=loss)
-    return model
-
-
 K = keras.losses
+SPARSE = K.SparseCategoricalCrossentropy(from_logits=True)
+BINARY = K.BinaryCrossentropy(from_logits=True)
 
 
 # Keras clips probabilities at 1e-7; none of these is that small.
@@ -50,7 +47,7 @@ K = keras.losses
         ("mse", TARGET, LOGIT[:, 0], SQUARES),
         ("mse", TARGET[:, None], LOGIT[:, 0], SQUARES),
         (K.MeanSquaredError(), TARGET, LOGIT[:, 0], SQUARES),
-        (K.BinaryCrossentropy(from_logits=True), BITS, LOGIT[:, 0], LOG_SIGMOID),
+        (BINARY, BITS, LOGIT[:, 0], LOG_SIGMOID),
         ("mean_squared_error", LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 2).mean(axis=1)),
         ("MeanSquaredError", TARGET, LOGIT, SQUARES),
         (K.MeanSquaredError(), TARGET, LOGIT, SQUARES),
@@ -58,24 +55,24 @@ K = keras.losses
         (K.Huber(delta=0.5), 9 + TARGET, LOGIT, 0.5 * (9 + TARGET - LOGIT[:, 0]) - 0.125),
         ("binary_crossentropy", BITS, PROBABILITY, LOG_SIGMOID),
         ("binary_crossentropy", BITS[:, None], PROBABILITY, LOG_SIGMOID),
-        (K.BinaryCrossentropy(from_logits=True), BITS, LOGIT, LOG_SIGMOID),
-        (K.BinaryCrossentropy(from_logits=True), BITS[:, None], LOGIT, LOG_SIGMOID),
+        (BINARY, BITS, LOGIT, LOG_SIGMOID),
+        (BINARY, BITS[:, None], LOGIT, LOG_SIGMOID),
         (K.binary_crossentropy, BITS.astype(float), PROBABILITY, LOG_SIGMOID),
         ("sparse_categorical_crossentropy", CLASSES, PROBABILITIES, LOG_SOFTMAX),
         (K.SparseCategoricalCrossentropy(), CLASSES, PROBABILITIES, LOG_SOFTMAX),
-        (K.SparseCategoricalCrossentropy(from_logits=True), CLASSES, LOGITS, LOG_SOFTMAX),
-        (K.SparseCategoricalCrossentropy(from_logits=True), CLASSES[:, None], LOGITS, LOG_SOFTMAX),
+        (SPARSE, CLASSES, LOGITS, LOG_SOFTMAX),
+        (SPARSE, CLASSES[:, None], LOGITS, LOG_SOFTMAX),
         (K.CategoricalCrossentropy(from_logits=True), np.eye(3)[CLASSES], LOGITS, LOG_SOFTMAX),
         (Quartic(), LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
         (quartic, LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
         (  # a class for each of two time steps, averaged for each example
-            K.SparseCategoricalCrossentropy(from_logits=True),
+            SPARSE,
             np.stack([CLASSES, CLASSES], axis=1),
             np.stack([LOGITS, LOGITS + 3], axis=1),
             LOG_SOFTMAX,
         ),
         (  # a class for each of 2 x 3 pixels
-            K.SparseCategoricalCrossentropy(from_logits=True),
+            SPARSE,
             np.broadcast_to(CLASSES[:, None, None], (N, 2, 3)),
             np.broadcast_to(LOGITS[:, None, None], (N, 2, 3, 3)),
             LOG_SOFTMAX,
@@ -94,9 +91,14 @@ def test_one_number_per_example_in_float64(loss, y, output, expected):
     np.testing.assert_allclose(values, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("loss", ["mse", K.MeanSquaredError(), K.mean_squared_error])
+@pytest.mark.parametrize(
+    "loss", ["mse", K.MeanSquaredError(), K.mean_squared_error, ["mse"], {"only": "mse"}]
+)
 def test_the_compiled_loss_is_the_default(loss):
-    got = per_example(None, compiled_with(loss))
+    model = sequential((2,), keras.layers.Dense(1, name="only"))
+    model.compile("adam", loss)
+    got = per_example(None, model)
+    assert got.name == "mean_squared_error"
     np.testing.assert_allclose(got.function(TARGET, tf.constant(LOGIT)), SQUARES, rtol=1e-12)
 
 
@@ -114,11 +116,7 @@ def test_the_compiled_loss_is_the_default(loss):
         (K.SparseCategoricalCrossentropy(), "sparse_categorical_crossentropy", False),
         (K.KLDivergence(), "kl_divergence", False),
         ("kl_divergence", "kl_divergence", False),
-        (
-            K.SparseCategoricalCrossentropy(from_logits=True, name="mine"),
-            "mine",
-            True,
-        ),
+        (K.SparseCategoricalCrossentropy(from_logits=True, name="mine"), "mine", True),
         (quartic, "quartic", True),
     ],
 )
@@ -147,23 +145,13 @@ def test_what_is_no_loss(loss, error, message):
         per_example(loss, keras.Sequential())
 
 
-@pytest.mark.parametrize("loss", [["mse"], {"only": "mse"}])
-def test_a_single_loss_is_found_in_what_the_model_is_compiled_with(loss):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="only")])
-    model.compile("adam", loss)
-    assert per_example(None, model).name == "mean_squared_error"
-
-
 @pytest.mark.parametrize(("loss", "kind"), [(["mse", "mae"], "list"), ({"a": 1, "b": 2}, "dict")])
 def test_of_several_compiled_losses_one_must_be_passed(loss, kind):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model = sequential((2,), keras.layers.Dense(1))
     model.loss = loss
     message = f"^loss must be given for a model .* got a {kind} of 2 compiled; pass loss=\\.$"
     with pytest.raises(ValueError, match=message):
         per_example(None, model)
-
-
-SPARSE = K.SparseCategoricalCrossentropy(from_logits=True)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +163,7 @@ SPARSE = K.SparseCategoricalCrossentropy(from_logits=True)
         (SPARSE, [0.0, 1.5, 2.0], r"class numbers, got 1\.5\."),
         ("sparse_categorical_crossentropy", [3], "class numbers 0 to 2, got 3 in row 0"),
         ("binary_crossentropy", [0, 1, 2], r"labels in \[0, 1\], got 2 in row 2\."),
-        (K.BinaryCrossentropy(from_logits=True), [-1, 1], r"labels in \[0, 1\], got -1 in row 0"),
+        (BINARY, [-1, 1], r"labels in \[0, 1\], got -1 in row 0"),
         (K.BinaryFocalCrossentropy(), [0.5, 1.01], r"labels in \[0, 1\], got 1\.01 in row 1"),
     ],
 )
@@ -184,10 +172,11 @@ def test_labels_out_of_range(loss, y, message):
         per_example(loss, None).check_labels(np.array(y), (N, 3), "train")
 
 
-def test_a_loss_may_name_its_own_labels():
+def test_a_loss_may_name_its_own_labels_and_say_that_it_is_convex():
     loss = Quartic()
-    loss.labels = (-1, 1)
+    loss.labels, loss.convex = (-1, 1), True
     checked = per_example(loss, None)
+    assert checked.convex is True
     checked.check_labels(np.array([1, -1, 1]), (3, 1), "train")
     with pytest.raises(ValueError, match=r"^train\.y must hold labels -1 or 1, got 0 in row 2\."):
         checked.check_labels(np.array([1, -1, 0]), (3, 1), "train")
@@ -216,29 +205,17 @@ def test_labels_in_range(loss, y):
         ("huber", True),
         ("log_cosh", True),
         ("squared_hinge", True),
-        (keras.losses.SparseCategoricalCrossentropy(from_logits=True), True),
-        (keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1), True),
-        (keras.losses.CategoricalCrossentropy(from_logits=True), True),
+        (SPARSE, True),
+        (K.BinaryCrossentropy(from_logits=True, label_smoothing=0.1), True),
+        (K.CategoricalCrossentropy(from_logits=True), True),
         ("binary_crossentropy", False),  # takes probabilities
-        (keras.losses.BinaryFocalCrossentropy(from_logits=True), False),
+        (K.BinaryFocalCrossentropy(from_logits=True), False),
         ("cosine_similarity", False),
         (lambda y, output: output[:, 0] ** 2, False),  # convex, but not declared
     ],
 )
 def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    assert per_example(loss, model).convex is convex
-
-
-def test_a_loss_may_say_that_it_is_convex():
-    class Own(keras.losses.Loss):
-        convex = True
-
-        def call(self, y_true, y_pred):
-            return (y_true - y_pred[:, 0]) ** 2
-
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    assert per_example(Own(), model).convex is True
+    assert per_example(loss, None).convex is convex
 
 
 @pytest.mark.parametrize("kind", ["softmax", "one-hot", "sigmoid", "two sigmoids"])

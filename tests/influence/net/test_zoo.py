@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from influence import CG, Direct, Examples, GenericNeuralNet, Influence
 from tests import oracles
-from tests.influence.problems import relative_error
+from tests.influence.problems import relative_error, sequential
 
 L = keras.layers
 K = keras.losses
@@ -52,6 +52,10 @@ def log_sigmoid(y, z):
 
 def squares(y, z):
     return tf.reduce_mean((tf.reshape(y, z.shape) - z) ** 2, axis=1)
+
+
+def log_probability_of_one(y, p):
+    return -tf.math.log(tf.where(y == 1, p[:, 0], 1 - p[:, 0]))
 
 
 def huber(y, z):
@@ -90,15 +94,11 @@ def classes(c, *shape):
     return lambda rng: rng.integers(0, c, (N, *shape))
 
 
-def stacked(shape, *layers, dtype=None):
-    return keras.Sequential([keras.Input(shape, dtype=dtype), *layers])
-
-
 def regularised():
     R = keras.regularizers
     hidden = L.Dense(3, activation="softplus", kernel_regularizer=R.L2(0.1))
-    return stacked((3,), hidden, L.Dense(3, activation="gelu", bias_regularizer=R.L1L2(0, 0.2)),
-                   L.Dense(3, activation="silu"))  # fmt: skip
+    last = L.Dense(3, activation="gelu", bias_regularizer=R.L1L2(0, 0.2))
+    return sequential((3,), hidden, last, L.Dense(3, activation="silu"))
 
 
 def skip_connection():
@@ -121,35 +121,46 @@ class SharedTwice(keras.Model):
         return self.last(self.shared(self.frozen(self.shared(x))) + x)
 
 
-def shared():
-    model = SharedTwice()
+class NoTraining(SharedTwice):
+    """Subclassed model without a `training` argument and without a declared input."""
+
+    def call(self, x):
+        return tf.sigmoid(super().call(x))
+
+
+def shared(kind=SharedTwice):
+    model = kind()
     model(np.zeros((1, 2)))
     return model
 
 
 def batch_normalised():
     norm = L.BatchNormalization()
-    model = stacked((3,), L.Dense(3), norm, L.Activation("elu"), L.Dropout(0.4), L.Dense(1))
+    model = sequential((3,), L.Dense(3), norm, L.Activation("elu"), L.Dropout(0.4), L.Dense(1))
     norm.moving_mean.assign([1.0, -1, 0.5])
     norm.moving_variance.assign([0.5, 2, 1])
     return model
 
 
 def normalised():
-    return stacked((2, 4), L.LayerNormalization(epsilon=0.1), L.Dense(4), L.GroupNormalization(2),
-                   L.RMSNormalization(), L.Flatten(),
-                   L.Dense(1, activation="exponential"))  # fmt: skip
+    hidden = L.Dense(4), L.GroupNormalization(2), L.RMSNormalization(), L.Flatten()
+    last = L.Dense(1, activation="exponential")
+    return sequential((2, 4), L.LayerNormalization(epsilon=0.1), *hidden, last)
 
 
 def masked_ids():
-    return stacked((3,), L.Embedding(5, 2, mask_zero=True), L.GlobalAveragePooling1D(),
-                   L.Dense(2, activation="tanh"), L.Dense(3), dtype="int32")  # fmt: skip
+    hidden = L.GlobalAveragePooling1D(), L.Dense(2, activation="tanh")
+    return sequential((3,), L.Embedding(5, 2, mask_zero=True), *hidden, L.Dense(3), dtype="int32")
 
 
 def steps():
-    # It is unrolled, since a loop takes many seconds to trace. test_net.py tests a loop.
+    # It is unrolled, since a loop takes many seconds to trace; "recurrent" is a loop.
     lstm = L.LSTM(2, return_sequences=True, unroll=True)
-    return stacked((2, 2), lstm, L.Dense(3))
+    return sequential((2, 2), lstm, L.Dense(3))
+
+
+def recurrent():
+    return sequential((2, 2), L.SimpleRNN(2), L.Dense(1))
 
 
 def attention():
@@ -160,33 +171,33 @@ def attention():
 
 
 def sequence_convolved():
-    return stacked((8, 2), L.Conv1D(2, 3, padding="causal", dilation_rate=2),
-                   L.Activation("tanh"), L.MaxPooling1D(2), L.SeparableConv1D(2, 2),
-                   L.GlobalMaxPooling1D(), L.Dense(1))  # fmt: skip
+    first = L.Conv1D(2, 3, padding="causal", dilation_rate=2), L.Activation("tanh")
+    last = L.SeparableConv1D(2, 2), L.GlobalMaxPooling1D(), L.Dense(1)
+    return sequential((8, 2), *first, L.MaxPooling1D(2), *last)
 
 
 def convolved():
-    return stacked((5, 5, 1), L.Conv2D(2, 3, strides=2, padding="same"), L.Activation("tanh"),
-                   L.DepthwiseConv2D(2), L.SeparableConv2D(2, 2, activation="softplus"),
-                   L.Conv2DTranspose(1, 2, strides=2), L.AveragePooling2D(2), L.Flatten(),
-                   L.Dense(1))  # fmt: skip
+    first = L.Conv2D(2, 3, strides=2, padding="same"), L.Activation("tanh"), L.DepthwiseConv2D(2)
+    hidden = L.SeparableConv2D(2, 2, activation="softplus"), L.Conv2DTranspose(1, 2, strides=2)
+    return sequential((5, 5, 1), *first, *hidden, L.AveragePooling2D(2), L.Flatten(), L.Dense(1))
 
 
 def pooled():
-    return stacked((4, 4, 2), L.Conv2D(2, 2), L.PReLU(), L.MaxPooling2D(2, strides=1),
-                   L.ZeroPadding2D(1), L.UpSampling2D(2), L.Flatten(), L.Dense(1))  # fmt: skip
+    first = L.Conv2D(2, 2), L.PReLU(), L.MaxPooling2D(2, strides=1)
+    last = L.ZeroPadding2D(1), L.UpSampling2D(2), L.Flatten(), L.Dense(1)
+    return sequential((4, 4, 2), *first, *last)
 
 
 def grouped():
-    return stacked((3, 3, 2), L.Conv2D(2, 2, groups=2), L.Activation("tanh"), L.Flatten(),
-                   L.Dense(1))  # fmt: skip
+    hidden = L.Conv2D(2, 2, groups=2), L.Activation("tanh")
+    return sequential((3, 3, 2), *hidden, L.Flatten(), L.Dense(1))
 
 
 def volume():
     """Return a model whose first layer has no weights."""
-    return stacked((3, 3, 3, 1), L.ZeroPadding3D(1), L.Conv3D(2, 2), L.LeakyReLU(0.3),
-                   L.GlobalAveragePooling3D(), L.EinsumDense("nf,fg->ng", 2, activation="selu"),
-                   L.Dense(1))  # fmt: skip
+    hidden = L.ZeroPadding3D(1), L.Conv3D(2, 2), L.LeakyReLU(0.3), L.GlobalAveragePooling3D()
+    last = L.EinsumDense("nf,fg->ng", 2, activation="selu"), L.Dense(1)
+    return sequential((3, 3, 3, 1), *hidden, *last)
 
 
 def one_hot(rng):
@@ -210,6 +221,8 @@ KINDS = {
     "regularised": Kind(regularised, SPARSE(), log_softmax, normal(3), classes(3)),
     "skip_connection": Kind(skip_connection, SMOOTHED(), SMOOTH, pair, one_hot),
     "shared": Kind(shared, BINARY(), log_sigmoid, normal(2), classes(2)),
+    "no_training": Kind(partial(shared, NoTraining), "binary_crossentropy", log_probability_of_one,
+                        normal(2), classes(2)),
     "batch_normalised": Kind(batch_normalised, K.Huber(), huber, normal(3), normal()),
     "normalised": Kind(normalised, "poisson", poisson, normal(2, 4), classes(4), False),
     "masked_ids": Kind(masked_ids, SPARSE(), log_softmax, some_ids, classes(3)),
@@ -221,14 +234,17 @@ KINDS = {
     "pooled": Kind(pooled, quartic, quartic, normal(4, 4, 2), normal(1)),
     "volume": Kind(volume, K.MeanSquaredError(), squares, normal(3, 3, 3, 1), normal()),
 }  # fmt: skip
-# Keras compiles this layer with XLA, which takes seconds for each question.
-GROUPED = {"grouped": Kind(grouped, "mse", squares, normal(3, 3, 2), normal())}
+# Each question takes seconds: Keras compiles "grouped" with XLA, and TensorFlow traces a loop.
+SLOW = {
+    "grouped": Kind(grouped, "mse", squares, normal(3, 3, 2), normal()),
+    "recurrent": Kind(recurrent, "mse", squares, normal(2, 2), normal()),
+}
 
 
 @cache
 def build(name, dtype="float64"):
     """Return (net, plain loss, x, y) with random weights."""
-    rng, kind = np.random.default_rng(7), (KINDS | GROUPED)[name]
+    rng, kind = np.random.default_rng(7), (KINDS | SLOW)[name]
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
@@ -259,49 +275,15 @@ class Case:
         return AUTODIFF if self.by_autodiff else DIFFERENCES
 
 
-def plain_hessian(model, plain, x, y):
-    """Return the Hessian (d, d) like `oracles.dense_hessian`, with one trace for all rows."""
-    weights = model.trainable_weights
-
-    @partial(tf.function, autograph=False)
-    def row(v):
-        values = [w.value for w in weights]
-        with tf.GradientTape() as outer:
-            g = oracles.plain_gradient(model, plain, x, y)
-        parts = outer.gradient(g, values, output_gradients=v, unconnected_gradients="zero")
-        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
-
-    d = sum(int(np.prod(w.shape)) for w in weights)
-    return np.stack([row(v).numpy() for v in np.eye(d)])
-
-
-def plain_gradient_at(model, plain, x, y):
-    """Return theta -> `oracles.plain_gradient` at theta, with one trace for all theta."""
-    weights = model.trainable_weights
-    ends = np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1]
-    here = tf.function(lambda: oracles.plain_gradient(model, plain, x, y), autograph=False)
-
-    def at(theta):
-        before = [w.numpy() for w in weights]
-        for weight, part in zip(weights, np.split(theta, ends), strict=True):
-            weight.assign(part.reshape(weight.shape))
-        gradient = here().numpy()
-        for weight, part in zip(weights, before, strict=True):
-            weight.assign(part)
-        return gradient
-
-    return at
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def case(request):
     net, plain, x, y = build(request.param)
     by_autodiff = KINDS[request.param].by_autodiff
     dense = oracles.dense_derivatives(net.model, plain, x, y)
     if by_autodiff:
-        hessian = plain_hessian(net.model, plain, x, y)
+        hessian = oracles.dense_hessian(net.model, plain, x, y)
     else:
-        at = plain_gradient_at(net.model, plain, x, y)
+        at = oracles.plain_gradient_at(net.model, plain, x, y)
         rows = np.eye(net.num_parameters)
         hessian = np.stack([oracles.central_difference(at, net.theta, row) for row in rows])
     V = np.random.default_rng(8).standard_normal((net.num_parameters, N))
@@ -314,6 +296,7 @@ def test_losses_and_first_derivatives(case):
     assert relative_error(net.losses(x, y), case.dense.losses) < AUTODIFF
     assert relative_error(net.gradients(x, y), case.dense.gradients) < AUTODIFF
     assert relative_error(net.directional(x, y, V), case.dense.gradients @ V) < AUTODIFF
+    assert relative_error(net.outputs(x), net.model(x, training=False).numpy()) < AUTODIFF
 
 
 def test_second_derivatives(case):
@@ -323,12 +306,60 @@ def test_second_derivatives(case):
         product = net.gauss_newton_product(x, y, V)
         assert relative_error(product, case.dense.gauss_newton @ V) < AUTODIFF
         assert np.linalg.norm(case.hessian - case.dense.gauss_newton) > 1e-3
+    results = [net.theta, net.losses(x, y), net.gradients(x, y), net.hvp(x, y, V.astype("f4"))]
+    assert {r.dtype for r in results} == {np.dtype("float64")}
+
+
+def elsewhere(net, question):
+    """Return the function theta -> `question()` at theta."""
+    here = net.theta
+
+    def at(theta):
+        net.theta = theta
+        try:
+            return question()
+        finally:
+            net.theta = here
+
+    return at
+
+
+THIRD = ["skip_connection", "no_training", "batch_normalised", "masked_ids", "convolved"]
+
+
+@pytest.mark.parametrize("case", THIRD, indirect=True)
+def test_third_derivatives_against_differences_of_second(case):
+    net, x, y, v = case.net, case.x, case.y, case.V[:, 0]
+    for question, second in ((net.curvatures, net.directional), (net.curvature_gradient, net.hvp)):
+        at = elsewhere(net, partial(second, x, y, v))
+        expected = oracles.central_difference(at, net.theta, v)
+        assert relative_error(question(x, y, v), expected) < DIFFERENCES
+
+
+@pytest.mark.slow
+def test_other_derivatives_where_maps_must_loop():
+    net, _, x, y = build("recurrent")
+    v = np.random.default_rng(8).standard_normal(net.num_parameters)
+    losses = elsewhere(net, partial(net.losses, x, y))
+    theta, h = net.theta, 1e-3
+    near, far = (losses(theta + t * v) + losses(theta - t * v) for t in (h, 2 * h))
+    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)  # rounding error: 1e-16 / h^2
+    assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
+    one = np.random.default_rng(9).standard_normal(x.shape)
+
+    def mixed(x):  # derivative of the losses along v in theta
+        here = elsewhere(net, lambda: net.losses(x, y))
+        return (here(theta + h * v) - here(theta - h * v)) / (2 * h)
+
+    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # second order: error h^2
+    got = np.sum(net.input_gradient(x, y, v) * one, axis=(1, 2))
+    assert relative_error(got, slope) < 1e-4
 
 
 def test_grouped_convolutions():
     net, plain, x, y = build("grouped")
     V = np.random.default_rng(8).standard_normal((net.num_parameters, 2))
-    at = plain_gradient_at(net.model, plain, x, y)
+    at = oracles.plain_gradient_at(net.model, plain, x, y)
     rows = [oracles.central_difference(at, net.theta, v) for v in V.T]
     assert relative_error(net.hvp(x, y, V), np.stack(rows, axis=1)) < DIFFERENCES
 
@@ -343,12 +374,8 @@ def plain_input_gradient(case):
         with tf.GradientTape() as inner:
             total = tf.reduce_sum(case.plain(case.y, case.net.model(x, training=False)))
         by_weight = inner.gradient(total, [w.value for w in weights])
-        along = tf.add_n(
-            [
-                tf.reduce_sum(g * part.reshape(w.shape))
-                for g, w, part in zip(by_weight, weights, parts, strict=True)
-            ]
-        )
+        terms = zip(by_weight, weights, parts, strict=True)
+        along = tf.add_n([tf.reduce_sum(g * part.reshape(w.shape)) for g, w, part in terms])
     return outer.gradient(along, x)
 
 
@@ -356,6 +383,7 @@ def test_input_gradients(case):
     if all(part.dtype.kind == "i" for part in tf.nest.flatten(case.x)):
         return  # integer inputs have no gradient
     got = case.net.input_gradient(case.x, case.y, case.V[:, 0])
+    tf.nest.assert_same_structure(got, case.x)
     if case.by_autodiff:
         for part, true in zip(
             *map(tf.nest.flatten, (got, plain_input_gradient(case))), strict=True

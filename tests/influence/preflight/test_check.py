@@ -9,18 +9,21 @@ from influence import Examples, GenericNeuralNet, Hessian, MulticlassLogisticReg
 from influence.examples.stream import Stream
 from influence.preflight import hessian
 from influence.preflight.check import check
+from tests.influence.preflight.test_hessian import cube_of_wrong_curvature
+from tests.influence.preflight.test_labels import blobs
+from tests.influence.preflight.test_rows import D64, LeftOn, TrainingMode
 from tests.influence.problems import (
     dense_net,
     logistic,
     relative_error,
     ridge,
+    sequential,
     tanh_net,
     through_keras,
     traced_once,
 )
 
 L = keras.layers
-D64 = {"dtype": "float64"}
 
 
 def named(report, verdict):
@@ -40,34 +43,20 @@ def trained(model, loss, x, y):
     return net.fit(train, gradient_tolerance=1e-9), train
 
 
-def blobs(n=60):
-    """Make (x, y): three classes of points in the plane."""
-    rng = np.random.default_rng(0)
-    y = np.arange(n) % 3
-    angle = 2 * np.pi * y / 3
-    return 2 * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.standard_normal((n, 2)) / 2, y
-
-
 def tanh_classifier():
     """Make a network with dropout and a frozen layer, at a minimum."""
     frozen = L.Dense(3, trainable=False, **D64)
     layers = [frozen, penalised(L.Dense, 4, activation="tanh"), L.Dropout(0.5, **D64)]
-    model = keras.Sequential([keras.Input((2,), **D64), *layers, penalised(L.Dense, 3)])
+    model = sequential((2,), *layers, penalised(L.Dense, 3), **D64)
     frozen.set_weights([np.array([[1.0, 0, 1], [0, 1, -1]]), np.zeros(3)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return trained(model, loss, *blobs())
+    return trained(model, loss, *blobs(spread=0.5))
 
 
 def convolutional():
     """Make a small convolutional net at a minimum, with one-hot labels."""
-    model = keras.Sequential(
-        [
-            keras.Input((5, 5, 1), **D64),
-            penalised(L.Conv2D, 2, 3, activation="tanh"),
-            L.GlobalAveragePooling2D(**D64),
-            penalised(L.Dense, 2),
-        ]
-    )
+    layers = penalised(L.Conv2D, 2, 3, activation="tanh"), L.GlobalAveragePooling2D(**D64)
+    model = sequential((5, 5, 1), *layers, penalised(L.Dense, 2), **D64)
     rng = np.random.default_rng(0)
     y = np.arange(24) % 2
     x = rng.standard_normal((24, 5, 5, 1)) + 2 * y[:, None, None, None]
@@ -130,16 +119,6 @@ def test_eigenvalues_of_a_long_theta_come_with_their_errors():
 # --- planted faults -------------------------------------------------------------------------------
 
 
-class LeftOn(L.Dropout):
-    def call(self, inputs, training=False):
-        return super().call(inputs, training=True)
-
-
-class TrainingMode(L.BatchNormalization):
-    def call(self, inputs, training=False):
-        return super().call(inputs, training=True)
-
-
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
@@ -149,8 +128,7 @@ class TrainingMode(L.BatchNormalization):
 )
 def test_layers_left_in_training_mode_are_found(layer, name):
     x = np.random.default_rng(0).standard_normal((20, 2)) + 3
-    model = keras.Sequential([keras.Input((2,), **D64), layer(), L.Dense(8, **D64)])
-    model.add(L.Dense(1, **D64))
+    model = sequential((2,), layer(), L.Dense(8, **D64), L.Dense(1, **D64), **D64)
     report = check(GenericNeuralNet(model, "mse"), Examples(x, x[:, 0]))
     assert report[name].verdict == "fail"
     assert report.lines[-1].name == "derivatives" and report.lines[-1].verdict == "warn"
@@ -177,7 +155,7 @@ def test_an_unconverged_net_is_found():
 
 
 def test_labels_off_by_one_are_found():
-    x, y = blobs()
+    x, y = blobs(spread=0.5)
     net = MulticlassLogisticRegression(2, 3)
     net.fit(Examples(x, y))
     assert check(net, Examples(x, y)).ok
@@ -203,9 +181,9 @@ def test_a_row_of_infinite_loss_is_found():
 
 
 def test_a_saddle_is_found():
-    x, y = blobs()
+    x, y = blobs(spread=0.5)
     hidden = L.Dense(3, activation="tanh", use_bias=False, **D64)
-    model = keras.Sequential([keras.Input((2,), **D64), hidden, L.Dense(3, use_bias=False, **D64)])
+    model = sequential((2,), hidden, L.Dense(3, use_bias=False, **D64), **D64)
     net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     net.theta = np.zeros(net.num_parameters)  # stationary: each layer hides the other's gradient
     train = Examples(x, y)
@@ -249,11 +227,6 @@ def test_float32_at_condition_1e8_is_found(dtype):
     else:
         assert report["precision"].verdict == "fail" and report["precision"].value > 1
         assert "Use float64" in report["precision"].remedy
-
-
-@tf.custom_gradient
-def cube_of_wrong_curvature(x):
-    return x**3, lambda upstream: upstream * 3 * tf.stop_gradient(x) ** 2
 
 
 def test_a_wrong_custom_gradient_is_found():
@@ -309,10 +282,8 @@ def test_batch_size_changes_no_number():
     p = logistic("softmax")
     p.net.theta = p.theta + 0.1
     # Rows, accuracy, penalty's share, eigenvalues, drift: all values above rounding.
-    values = [
-        [line.value for line in check(p.net, p.train, batch_size=size).lines if line.value > 1e-5]
-        for size in (None, 7)
-    ]
+    reports = (check(p.net, p.train, batch_size=size) for size in (None, 7))
+    values = [[line.value for line in report.lines if line.value > 1e-5] for report in reports]
     assert len(values[0]) >= 5 and relative_error(*values) < 1e-9
 
 
@@ -344,11 +315,5 @@ def test_bad_arguments(arguments, options, error, message):
     net, train = (given or good for given, good in zip(arguments, (p.net, p.train), strict=True))
     with pytest.raises(error, match=message):
         check(net, train, **options)
-
-
-def test_a_single_row_cannot_be_left_out():
-    p = logistic("softmax")
-    with pytest.raises(
-        ValueError, match="^train must have at least 2 rows to leave one out, got 1"
-    ):
+    with pytest.raises(ValueError, match="^train must have at least 2 rows to leave one out, got"):
         check(p.net, p.train.take([0]))

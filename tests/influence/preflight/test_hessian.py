@@ -6,7 +6,8 @@ import tensorflow as tf
 from influence import Examples, GenericNeuralNet, Hessian
 from influence.preflight import hessian
 from influence.solvers.spectrum import Spectrum, spectrum
-from tests.influence.problems import dense_net, logistic, ridge, tanh_net
+from tests.influence.preflight.test_rows import squares
+from tests.influence.problems import dense_net, logistic, ridge, sequential, tanh_net
 
 EPS = {dtype: float(np.finfo(dtype).eps) for dtype in ("float32", "float64")}
 
@@ -24,10 +25,6 @@ def linear():
     theta = p.theta
     yield p
     np.testing.assert_array_equal(p.theta, theta)
-
-
-def squares(y, output):
-    return (tf.cast(y, output.dtype) - output[:, 0]) ** 2
 
 
 def lines(net, examples, damping=0.0, batch_size=None):
@@ -91,8 +88,8 @@ def test_a_hessian_that_is_not_symmetric_is_found():
 def test_kinks_are_crossed_by_the_steps_of_float32(dtype):
     keras.utils.set_random_seed(0)
     hidden = keras.layers.Dense(20, activation="relu", dtype=dtype)
-    layers = [keras.Input((3,), dtype=dtype), hidden, keras.layers.Dense(1, dtype=dtype)]
-    net = GenericNeuralNet(keras.Sequential(layers), "mse")
+    last = keras.layers.Dense(1, dtype=dtype)
+    net = GenericNeuralNet(sequential((3,), hidden, last, dtype=dtype), "mse")
     x = np.random.default_rng(0).standard_normal((2000, 3)).astype(dtype)
     line = lines(net, Examples(x, np.abs(x).sum(axis=1)))[0]
     assert line.verdict == ("warn" if dtype == "float32" else "ok")
@@ -150,10 +147,9 @@ def test_one_eigenvalue_that_is_positive_is_not_all(error, converged, complete, 
 
 
 def test_the_largest_eigenvalue_should_be_positive():
-    line = hessian.largest(found(-2.0, 3.0))
-    assert line.verdict == "ok" and line.value == 3
-    line = hessian.largest(found(-2.0, -1.0))
-    assert line.verdict == "fail" and line.value == -1
+    for value, verdict in ((3, "ok"), (-1, "fail")):
+        line = hessian.largest(found(-2.0, value))
+        assert line.verdict == verdict and line.value == value
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,13 @@ from influence import (
 from influence.preflight import labels, rows
 from tests.influence.problems import dense_net, ridge
 
-N = 60
 
-
-def blobs(c=3):
+def blobs(c=3, n=60, spread=1 / 3):
     """Make (x, y): c classes of points in the plane, well apart."""
     rng = np.random.default_rng(0)
-    y = np.arange(N) % c
+    y = np.arange(n) % c
     angle = 2 * np.pi * y / c
-    return 2 * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.standard_normal((N, 2)) / 3, y
+    return 2 * np.stack([np.cos(angle), np.sin(angle)], 1) + spread * rng.standard_normal((n, 2)), y
 
 
 def softmax(c=3, outputs=None):
@@ -154,5 +152,5 @@ def test_a_class_for_every_step_counts_every_step():
     y[:, 1] = (y[:, 1] + 1) % 3
     seen = len(np.unique(y))
     line = plausible(net, Examples(x, y))
-    assert y.shape == (N, 2) and seen == 3
+    assert y.shape == (60, 2) and seen == 3
     assert "50% of the rows' labels are the predicted class" in line.meaning.lower()

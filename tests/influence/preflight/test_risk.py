@@ -4,7 +4,7 @@ import pytest
 
 from influence import GenericNeuralNet
 from influence.preflight import risk
-from tests.influence.problems import logistic, ridge
+from tests.influence.problems import logistic, ridge, sequential
 
 L = keras.layers
 
@@ -13,7 +13,7 @@ def model(optimizer=None, constraint=None, l2=0.0):
     regulariser = keras.regularizers.L2(l2) if l2 else None
     layers = [L.Dense(3), L.BatchNormalization()]
     last = L.Dense(1, kernel_constraint=constraint, bias_regularizer=regulariser, name="last")
-    made = keras.Sequential([keras.Input((2,)), *layers, last])
+    made = sequential((2,), *layers, last)
     if optimizer:
         made.compile(optimizer, "mse")
     return made

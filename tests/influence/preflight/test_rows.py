@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from influence import Examples, GenericNeuralNet
 from influence.preflight import rows
-from tests.influence.problems import dense_net, logistic, ridge, tanh_net
+from tests.influence.problems import dense_net, logistic, ridge, sequential, tanh_net
 
 L = keras.layers
 D64 = {"dtype": "float64"}
@@ -24,7 +24,7 @@ def squares(y, output):
 
 def with_layer(layer):
     """Make (net, examples): a linear model with the layer before it."""
-    model = keras.Sequential([keras.Input((2,), **D64), layer, L.Dense(1, **D64)])
+    model = sequential((2,), layer, L.Dense(1, **D64), **D64)
     x = np.random.default_rng(0).standard_normal((20, 2)) + 3
     return GenericNeuralNet(model, "mse"), Examples(x, x[:, 0])
 
@@ -137,9 +137,8 @@ def test_a_random_layer_that_obeys_is_no_fault(layer):
 
 def test_a_random_loss_is_found():
     p = ridge()
-    net = GenericNeuralNet(
-        p.net.model, lambda y, z: squares(y, z) + tf.random.uniform(tf.shape(y), dtype=z.dtype)
-    )
+    noise = lambda z: tf.random.uniform(tf.shape(z)[:1], dtype=z.dtype)  # noqa: E731
+    net = GenericNeuralNet(p.net.model, lambda y, z: squares(y, z) + noise(z))
     line = twice(net, p.train)
     assert line.verdict == "fail" and "Two passes over the same rows differ" in line.meaning
     answers = rows.Answers.of(p.net, p.train, None)

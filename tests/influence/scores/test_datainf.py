@@ -115,7 +115,12 @@ def test_layers_are_keras_layers():
         ({"damping": 0.0}, ValueError, r"^damping must be positive, got 0\.0"),
         ({"damping": [1.0, np.inf]}, ValueError, "^damping must be positive, got"),
         ({"damping": [1.0] * 3}, ValueError, "^damping must be a number or one for each of 2 lay"),
-        ({"damping": "auto"}, ValueError, "^damping must be a number or one .* got 'auto'"),
+        ({"damping": "auto"}, TypeError, "^damping must be an array of numbers, got dtype <U4"),
+        (
+            {"damping": [0.1, 0.2, 0.3, 0.4, 0.5]},
+            ValueError,
+            "^damping must be a number or one for",
+        ),
         ({"batch_size": 0}, ValueError, "^batch_size must be a positive integer or None, got 0"),
     ],
 )

@@ -26,8 +26,10 @@ from influence.models.cnn import AllCNN
 from influence.solvers.ekfac import EKFAC
 from tests import oracles
 from tests.influence.problems import (
+    dense_net,
     logistic,
     relative_error,
+    sequential,
     symmetric,
     tanh_net,
     traced_once,
@@ -44,19 +46,11 @@ def l2(strength):
 
 
 def linear(*, use_bias, kernel_penalty=0.0, bias_penalty=0.0, num_rows=30):
-    model = keras.Sequential(
-        [
-            keras.Input((4,), **F64),
-            L.Dense(
-                3,
-                use_bias=use_bias,
-                kernel_regularizer=l2(kernel_penalty),
-                bias_regularizer=l2(bias_penalty) if use_bias else None,
-                **F64,
-            ),
-        ]
-    )
-    net = traced_once(GenericNeuralNet(model, "mse"), "mse")
+    penalties = {"kernel_regularizer": l2(kernel_penalty)}
+    if use_bias:
+        penalties["bias_regularizer"] = l2(bias_penalty)
+    layer = L.Dense(3, use_bias=use_bias, **penalties, **F64)
+    net = traced_once(GenericNeuralNet(sequential((4,), layer, **F64), "mse"), "mse")
     rng = np.random.default_rng(0)
     net.theta = rng.standard_normal(net.num_parameters)
     x = rng.standard_normal((num_rows, 4)) * [1, 2, 0.3, 1] + 0.5
@@ -70,17 +64,11 @@ def images(num_rows=12, shape=(6, 5, 2), num_classes=3, seed=0):
 
 def convolutional(padding="same", penalty=0.2):
     """Make conv, tanh, conv without bias, tanh, dense: strided, padded, penalised on kernels."""
-    model = keras.Sequential(
-        [
-            keras.Input((6, 5, 2), **F64),
-            L.Conv2D(3, 2, strides=(2, 1), padding=padding, kernel_regularizer=l2(penalty), **F64),
-            L.Activation("tanh", **F64),
-            L.Conv2D(2, (2, 3), use_bias=False, kernel_regularizer=l2(penalty), **F64),
-            L.Activation("tanh", **F64),
-            L.GlobalAveragePooling2D(**F64),
-            L.Dense(3, kernel_regularizer=l2(penalty), **F64),
-        ]
-    )
+    options: dict = {"kernel_regularizer": l2(penalty), **F64}
+    first = L.Conv2D(3, 2, strides=(2, 1), padding=padding, **options), L.Activation("tanh", **F64)
+    second = L.Conv2D(2, (2, 3), use_bias=False, **options), L.Activation("tanh", **F64)
+    last = L.GlobalAveragePooling2D(**F64), L.Dense(3, **options)
+    model = sequential((6, 5, 2), *first, *second, *last, **F64)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     net = traced_once(GenericNeuralNet(model, loss), loss)
     net.theta = 0.6 * np.random.default_rng(1).standard_normal(net.num_parameters)
@@ -128,18 +116,11 @@ def patches(layer, image, out_shape):
     """Slice a padded image into the patch of each output pixel of a convolution, (pixels, f)."""
     (kh, kw), (sh, sw) = layer.kernel_size, layer.strides
     if layer.padding == "same":
-        need = [
-            max((o - 1) * s + k - i, 0)
-            for o, s, k, i in zip(out_shape, (sh, sw), (kh, kw), image.shape, strict=False)
-        ]
+        sizes = zip(out_shape, (sh, sw), (kh, kw), image.shape, strict=False)
+        need = [max((o - 1) * s + k - i, 0) for o, s, k, i in sizes]
         image = np.pad(image, [*((p // 2, p - p // 2) for p in need), (0, 0)])
-    return np.array(
-        [
-            image[r * sh : r * sh + kh, q * sw : q * sw + kw].ravel()
-            for r in range(out_shape[0])
-            for q in range(out_shape[1])
-        ]
-    )
+    corners = [(r * sh, q * sw) for r, q in np.ndindex(*out_shape)]
+    return np.array([image[r : r + kh, q : q + kw].ravel() for r, q in corners])
 
 
 def factors(net, examples):
@@ -190,9 +171,8 @@ def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
     G = oracles.dense_derivatives(net.model, log_loss, examples.x, examples.y).gauss_newton
     expected = np.zeros_like(G)
     end = 0
-    for (A, S), layer in zip(
-        factors(net, examples), [w for w in net.model.layers if w.trainable_weights], strict=True
-    ):
+    layers = [layer for layer in net.model.layers if layer.trainable_weights]
+    for (A, S), layer in zip(factors(net, examples), layers, strict=True):
         f, c = len(A), len(S)
         entries = slice(end, end := end + f * c)
         row_penalty = np.full(f, penalty)
@@ -229,11 +209,13 @@ def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
-def test_batch_size_changes_nothing(batch_size, monkeypatch):
+def test_batch_size_and_row_order_change_nothing(batch_size, monkeypatch):
     net, examples = convolutional(), images()
     whole = inverse(GaussNewton(net, examples, 0.1))
-    A = GaussNewton(net, examples, 0.1, batch_size=batch_size)
-    assert relative_error(inverse(A), whole) < 1e-11
+    shuffled = examples.take(np.random.default_rng(0).permutation(len(examples)))
+    for rows in (examples, shuffled):
+        A = GaussNewton(net, rows, 0.1, batch_size=batch_size)
+        assert relative_error(inverse(A), whole) < 1e-11
     monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)  # one row at a time
     assert relative_error(inverse(GaussNewton(net, examples, 0.1)), whole) < 1e-11
 
@@ -251,13 +233,6 @@ def test_questions_can_be_sent_to_the_rows():
     np.testing.assert_array_equal(inverse(there), inverse(GaussNewton(net, here, 0.1)))
 
 
-def test_row_order_changes_nothing():
-    net, examples = convolutional(), images()
-    order = np.random.default_rng(0).permutation(len(examples))
-    whole = inverse(GaussNewton(net, examples, 0.1))
-    assert relative_error(inverse(GaussNewton(net, examples.take(order), 0.1)), whole) < 1e-11
-
-
 def test_float32_is_float64_rounded():
     p, rounded = (logistic("softmax", dtype=dtype) for dtype in ("float64", "float32"))
     ours = inverse(Hessian(rounded.net, rounded.train, 0.1))
@@ -268,10 +243,7 @@ def test_float32_is_float64_rounded():
 # --- as a preconditioner ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits():
-    x, y = load_digits(return_X_y=True)
-    return x, y
+DIGITS = load_digits(return_X_y=True)
 
 
 def iterations(A, b, preconditioner):
@@ -280,9 +252,9 @@ def iterations(A, b, preconditioner):
     return int(solution.iterations[0]), solution.x
 
 
-def test_preconditions_the_paper_s_convex_model(digits):
+def test_preconditions_the_paper_s_convex_model():
     """Check softmax regression on images: a third fewer iterations, and the same answer."""
-    x, y = digits
+    x, y = DIGITS
     train = Examples(x[:500] / 16, y[:500])
     net = MulticlassLogisticRegression(64, 10, weight_decay=0.1, intercept=True).fit(train)
     A = Hessian(net, train)
@@ -294,9 +266,9 @@ def test_preconditions_the_paper_s_convex_model(digits):
     assert relative_error(x0, solve(A, b, Direct()).x) < 1e-7
 
 
-def test_preconditioning_a_network_gives_the_same_answer(digits):
+def test_preconditioning_a_network_gives_the_same_answer():
     """Check a network: no fewer iterations, because the coupling of layers is left out."""
-    x, y = digits
+    x, y = DIGITS
     train = Examples((x[:60] / 16).reshape(-1, 8, 8, 1), y[:60])
     net = AllCNN((8, 8, 1), filters=2, strides=(1, 2), dtype="float64")
     net.fit(train, schedule=((300, 1e-2),), batch_size=20)
@@ -325,10 +297,10 @@ def test_preconditioning_a_network_gives_the_same_answer(digits):
 
 @pytest.mark.parametrize("A", [symmetric([1.0, 2.0, 3.0]), 2 * Hessian(*linear(use_bias=True))])
 def test_only_curvatures_have_layers(A):
-    with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKFAC"):
-        solve(A, np.ones(A.shape[0]), EKFAC())
-    with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKFAC"):
-        solve(A, np.ones(A.shape[0]), CG(preconditioner=EKFAC()))
+    message = "^A must be a Hessian or GaussNewton operator for EKFAC"
+    for solver in (EKFAC(), CG(preconditioner=EKFAC())):
+        with pytest.raises(TypeError, match=message):
+            solve(A, np.ones(A.shape[0]), solver)
 
 
 def test_layers_are_refused_by_name():
@@ -344,20 +316,15 @@ def test_a_penalty_that_mixes_weights_is_refused():
         def __call__(self, x):
             return x[0, 0] * x[1, 1]
 
-    model = keras.Sequential(
-        [keras.Input((4,), **F64), L.Dense(3, kernel_regularizer=Product(), name="mixed", **F64)]
-    )
-    net = GenericNeuralNet(model, "mse")
+    layer = L.Dense(3, kernel_regularizer=Product(), name="mixed", **F64)
+    net = GenericNeuralNet(sequential((4,), layer, **F64), "mse")
     message = "^model must have regularisers of each weight by itself .* among the layers mixed; us"
     with pytest.raises(ValueError, match=message):
         prepare(Hessian(net, linear(use_bias=True)[1]), EKFAC())
 
 
 def test_probabilities_are_refused():
-    model = keras.Sequential(
-        [keras.Input((4,), **F64), L.Dense(1, **F64), L.Activation("sigmoid", **F64)]
-    )
-    net = GenericNeuralNet(model, "binary_crossentropy")
+    net = dense_net(1, 4, "binary_crossentropy")
     examples = Examples(linear(use_bias=True)[1].x, np.arange(30) % 2)
     with pytest.raises(ValueError, match="^loss must take logits for a Gauss-Newton matrix"):
         prepare(Hessian(net, examples), EKFAC())
@@ -390,7 +357,6 @@ def test_theta_must_not_have_moved():
     A = Hessian(net, examples, 0.1)
     prepared = prepare(A, EKFAC())
     net.theta = net.theta + 1
-    with pytest.raises(RuntimeError, match="^theta has changed"):
-        prepare(A, EKFAC())
-    with pytest.raises(RuntimeError, match="^theta has changed"):
-        prepared(np.ones(net.num_parameters))
+    for question in (lambda: prepare(A, EKFAC()), lambda: prepared(np.ones(net.num_parameters))):
+        with pytest.raises(RuntimeError, match="^theta has changed"):
+            question()
