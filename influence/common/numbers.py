@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Powers of two whose squares, and sums of these, float64 holds.
+_SQUARES = 500
+
 
 def numbers(value: Any, name: str) -> NDArray:
     """Return the value as a dense array of numbers; an array is returned as it is.
@@ -91,5 +94,6 @@ def scaled(V: NDArray, usual: int = 0) -> tuple[NDArray, NDArray]:
 
 def norms(V: NDArray) -> NDArray:
     """Compute the Euclidean norm of every column (d, m), in float64, without overflow: (m,)."""
-    columns, exponents = scaled(V)
-    return np.ldexp(np.linalg.norm(columns.astype(np.float64), axis=0), exponents)
+    columns, exponents = scaled(V, _SQUARES)
+    sizes = np.linalg.norm(columns.astype(np.float64, copy=False), axis=0)
+    return np.ldexp(sizes, exponents)

@@ -265,15 +265,10 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
 def _exponent(A: LinearOperator) -> int:
     """Return the power of two to divide A by: 0 unless its entries are near the dtype's limits.
 
-    The Hessian of a net is taken as it is: its damping and its rows go with it.
+    An operator without a matrix is taken as it is: its entries are unknown without a product.
     """
     held = getattr(A, "A", None)
-    if hasattr(A, "same_as"):
-        return 0
-    if held is None:
-        probe = np.random.default_rng(0).choice([-1.0, 1.0], (A.shape[0], 1))
-        held = A @ probe.astype(np.result_type(A.dtype, np.float32))
-    largest = float(abs(held).max())
+    largest = 0.0 if held is None or hasattr(A, "same_as") else float(abs(held).max())
     exponent = int(np.frexp(largest)[1]) if 0 < largest < np.inf else 0
     return exponent if abs(exponent) > _usual(A.dtype) else 0
 
