@@ -137,7 +137,8 @@ def test_fish_have_a_slope_and_the_first_is_like_the_papers(record, splits):
 
 def test_no_pixel_is_recorded(record, splits, tmp_path):
     """Every array is smaller than an image."""
-    record.save(tmp_path)
+    data = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
+    dataclasses.replace(record, data=data).save(tmp_path)
     pixels = splits.train[0][0].size
     with h5py.File(tmp_path / "arrays.h5") as file:
         assert all(file[name].size < pixels for name in file)
