@@ -37,10 +37,10 @@ from influence.models.linear import LinearModel
 
 # A positive temperature must be at least this. Much smaller ones are zero in float32.
 _SMALLEST_T = 1e-30
-# At first, only rows whose margin differs from 1 by at most this may get a dual variable inside
-# (0, 1). LinearSVC is about this accurate.
+# A row is near the kink if its margin differs from 1 by at most this. LinearSVC is about this
+# accurate.
 _NEAR_KINK = 1e-4
-# `fit` calls LinearSVC once if more rows than this, or more than d rows, are near the kink.
+# `fit` calls LinearSVC once if a round would solve for more rows than this, or for more than d.
 _FEW = 500
 # `fit` stops after this many rounds without a smaller gap. Only rounding errors are left then.
 _STALE = 10
@@ -165,9 +165,9 @@ class SmoothHinge(LinearModel):
     ) -> SmoothHinge:
         """Minimise the risk from the present theta.
 
-        At t > 0 this is LinearModel.fit. At t = 0 each round solves the dual exactly for the rows
-        near margin 1. The dual variables of the other rows stay at 0 or 1. If too many rows are
-        near margin 1, scikit-learn's LinearSVC improves theta once.
+        At t > 0 this is LinearModel.fit. At t = 0 the first round solves the dual exactly for the
+        rows near margin 1. Each later round solves it for the rows with 0 < a_i < 1 or a positive
+        term of the gap. If these rows are too many, scikit-learn's LinearSVC sets theta once.
 
         Args:
           examples: labels -1 and 1.
