@@ -249,8 +249,8 @@ class LinearModel(GenericNeuralNet):
         """Compute theta after one exact Newton step on the risk without each row.
 
         The Hessian of the risk without row i is
-        (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. One factorisation
-        and Woodbury's identity invert it for all rows. Tests compare `leave_one_out` with this.
+        (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. Woodbury's
+        identity inverts it for all rows with one factorisation. The result checks `leave_one_out`.
 
         Args:
           examples: the training set. theta should be at the minimum of its risk.
