@@ -74,7 +74,7 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
     Z = design.times(chosen.x, theta)
     stepped = np.empty((len(rows), net.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
-        # With A = x (x) I_c the row's Hessian is A S A' (n - 1), where S is a (c, c) matrix.
+        # With A = x (x) I_c the row's Hessian is (n - 1) A S A'. S is a (c, c) matrix.
         A = np.kron(x[:, None], np.eye(c))
         S = net.link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()
