@@ -1,7 +1,7 @@
 """Logistic regression on a frozen network's features: the paper's "Inception" (figures 4 and 5).
 
 The network's trunk turns an image x into a feature map. phi(x), (f,), is the mean of this map over
-all positions. theta = w holds only the head's weights. With a given mean m and scale s, the logit is
+all positions. theta = w holds only the head's weights. With given mean m and scale s, the logit is
 
     z = w . (phi(x) - m) / s
 
@@ -262,8 +262,8 @@ class _Trunk:
     def pullback(self, images: NDArray, y: Any, v: NDArray, theta: NDArray) -> NDArray:
         """Compute J_i' c_i for each image i: (k, h, w, c).
 
-        J_i is the derivative of image i's pooled features by its pixels, and c_i its cotangent. This
-        takes one forward and one backward pass of the trunk.
+        J_i is the derivative of image i's pooled features by its pixels, and c_i its cotangent.
+        This takes one forward and one backward pass of the trunk.
         """
         _check_range(images)
         _, backward = self._functions()
