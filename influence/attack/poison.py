@@ -252,7 +252,10 @@ class _State:
 
 
 class _Attack:
-    """A search for poisons. `state` holds the latest set, `trace` the test losses so far."""
+    """A search for poisons. `state` is the best set of the latest count of poisons.
+
+    `trace` lists the number of poisons and the test losses after each refit that led to `state`.
+    """
 
     def __init__(
         self,
@@ -417,7 +420,7 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
-    """Validate examples of images or of features. The trunk computes only a few images."""
+    """Validate examples of images or of features. Only a few images pass through the trunk."""
     if not isinstance(examples, Examples):
         net.validate(examples, name)  # raises
     _ = examples.x  # raises for a stream, which has no x
