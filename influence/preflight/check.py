@@ -34,8 +34,8 @@ def check(
 ) -> Report:
     """Check the assumptions of influence functions for a net before scores are computed.
 
-    The check makes three assumptions visible. The risk is a mean of per-example losses plus the
-    penalty. theta is its minimum. Its Hessian is right and invertible. Each line of the report
+    The check tests three assumptions. The risk is a mean of per-example losses plus the penalty.
+    theta is a minimum of the risk. Its Hessian is right and invertible. Each line of the report
     names a question, a value, its meaning and a remedy. If a line about the rows, apart from the
     labels, fails, derivatives are not checked.
 
