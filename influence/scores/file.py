@@ -411,7 +411,10 @@ def _another(file: h5py.File, identity: dict[str, Any]) -> str:
 
 
 def _altered(job: Job, file: h5py.File, *, finished: bool) -> str:
-    """Name the first altered part of the counted numbers; empty if there is none. Reads once."""
+    """Name the first part that is not as it was written; empty if there is none.
+
+    Numbers that are not yet counted as written are not checked.
+    """
     layout = _layout(job, *map(int, file.attrs["together"]))
     for name, (shape, kind) in layout.items():
         if name not in file or (file[name].shape, file[name].dtype) != (shape, kind):
