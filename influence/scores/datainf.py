@@ -53,10 +53,10 @@ def datainf(
           = (v - (1/n) sum_i g_i (g_i . v) / (damping + |g_i|^2)) / damping
 
     With L = loss + penalty, the score of row i is s . grad L(z_i) / n, which is -1/n times the
-    authors' score. Positive: the test loss rises without the row, so the row helped. For n = 1, s
-    is exact. The mean of inverses is not the inverse of the mean. If the damping is far below
-    |g_i|^2, the scores grow like 1 / damping and exceed any actual change. Then at most their order
-    is meaningful. The matrices do not contain the penalty.
+    authors' score. Positive: the test loss rises without the row, so the row helped. For n > 1, the
+    mean of inverses is not the inverse of the mean. If the damping is below most |g_i|^2, the
+    scores grow like 1 / damping and exceed any actual change. Then at most their order is
+    meaningful. The matrices do not contain the penalty.
 
     The cost is two passes over the training set. The first forms every row's gradient.
 
@@ -99,7 +99,7 @@ def _shrunk(
     layers: list[slice],
     dampings: NDArray,
 ) -> NDArray:
-    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch for each layer and row v of V: (m, d)."""
+    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch for each layer and v in V: (m, d)."""
     G, total = net.at(theta).gradients(x, y), np.empty_like(V)
     for part, own in zip(layers, dampings, strict=True):
         g = G[:, part]
