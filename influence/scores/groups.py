@@ -14,8 +14,8 @@ large as the included ones. Without the omitted terms, the second-order predicti
 from the refit than the first-order one. For a quadratic risk and a linear measurement, their
 formula equals ours, because the terms that they leave out are zero.
 
-The expansion is no bound. It has no meaning for half of the rows or more. If U has no curvature, the
-second-order term is - k / (n - k) times D1.
+The expansion is no bound. It has no meaning for half of the rows or more. If U has no curvature,
+the term with H_U is - k / (n - k) times D1.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _second_order(
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
-    """Compute T[v, v], (d,), by automatic differentiation, with batches of the default size."""
+    """Compute T[v, v], (d,). The batch size fits automatic differentiation, not closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
     total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
     return total / len(train) + net.penalty_curvature_gradient(v)
