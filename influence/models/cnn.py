@@ -120,7 +120,7 @@ class AllCNN(GenericNeuralNet):
 
         Args:
           examples: the training set.
-          schedule: (steps, learning rate) of each stage. Adam's averages are kept between stages.
+          schedule: (steps, learning rate) of each stage. Stages share Adam's running averages.
           batch_size: number of rows in each step; all rows if there are fewer.
           seed: seed of the row order. The rows are shuffled again after each pass.
           checkpoints: a folder, or None. Training stores its state there every 500 steps. After a
