@@ -48,9 +48,9 @@ class Link(ABC):
         """Multiply the matrix d2l/dz2 of each row, at Z (n, c, 1), by its U (n, c, m)."""
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return weights (n, w) >= 0 whose `Design.weighted_gram` gives the Hessian of the loss.
+        """Return weights (n, w) >= 0 from which `Design.weighted_gram` makes parts of the Hessian.
 
-        For one output the weights are d2l/dz2.
+        For one output, w = 1 and the weights are d2l/dz2.
         """
         return self.curved(Z, y, np.ones_like(Z))[:, :, 0]
 
@@ -103,9 +103,9 @@ class Design:
         if scipy.sparse.issparse(x):
             W = V.reshape(-1, self.num_outputs * V.shape[1])
             U = x @ W[: self.num_features]
-            U += W[self.num_features :].sum(axis=0)  # the intercept's row, or no row
+            U += W[self.num_features :].sum(axis=0)  # without an intercept this adds 0
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
-        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a broadcast product
+        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a product
         return (V.T @ G.reshape(len(E), -1).T).T
 
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
