@@ -138,7 +138,7 @@ class LinearModel(GenericNeuralNet):
         elif question in ("hvp", "gauss_newton"):
             E = self.link.curved(self.design.times(flat, self.theta), y, U)
         else:
-            return super().each_batch(question, x, y, V)  # raises
+            return super().each_batch(question, x, y, V)  # this raises
         E = E.reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ E).reshape(V.shape) / batch_size
 
