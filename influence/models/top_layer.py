@@ -249,7 +249,7 @@ class _Trunk:
         return {**self.__dict__, "_traced": None}
 
     def pooled(self, images: NDArray) -> NDArray:
-        """Compute pooled features (k, f), in float64, of k images. `scaled` lists the ranges."""
+        """Compute pooled features (k, f), in float64, of k images that `scaled` accepts."""
         if not len(images):
             return np.empty((0, self.num_features))
         _check_range(images)
