@@ -30,7 +30,7 @@ from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 from influence.solvers.base import check_solver
 
-# The largest 8-bit value.
+# This is the largest 8-bit value.
 _BYTE = 255
 # `_check_examples` computes features of this many rows to check that a set fits the net.
 _PROBE_ROWS = 3
@@ -271,7 +271,7 @@ class _Attack:
         self.flips = options.flips or len(test)
         cold = np.zeros_like(net.theta) if net.convex else net.theta
         self.start = cold if options.start is None else options.start
-        self.theta, self.losses = net.theta, self._test_losses()  # of the clean training set
+        self.theta, self.losses = net.theta, self._test_losses()  # both before any move
         self.trace: list[tuple[int, NDArray]] = [(0, self.losses)]
 
     def enough(self, losses: NDArray) -> bool:
@@ -422,8 +422,8 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
     if not isinstance(examples, Examples):
-        net.validate(examples, name)  # raises
-    _ = examples.x  # raises for a stream, which has no x
+        net.validate(examples, name)  # this raises
+    _ = examples.x  # this raises for a stream, which has no x
     probe = examples.take(slice(0, _PROBE_ROWS))
     seen = net.featured(probe)
     net.validate(examples if seen is probe else seen, name)
