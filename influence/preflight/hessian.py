@@ -198,11 +198,10 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
 def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
     """Compare the loss changes from finishing the training with those from removing a row.
 
-    A Newton step on the risk R, which nearly finishes the training, changes loss j by about
-    -grad loss_j . H^-1 grad R. Leaving out row i changes loss j by grad loss_j . H^-1 grad L(z_i)
-    / n, with L = loss + penalty. For the root mean square of these changes over rows i, a sum of
-    rows with random signs is used. Its mean square is the same. Half of the signs are positive, so
-    the penalty cancels.
+    A Newton step on the risk R approximates the rest of the training. It changes loss j by about
+    -grad loss_j . H^-1 grad R. With L = loss + penalty, leaving out row i changes loss j by
+    grad loss_j . H^-1 grad L(z_i) / n. Sums of rows with random signs estimate the root mean square
+    of these changes over rows i. Half of the signs are positive, so the penalty cancels.
 
     A is the damped Hessian over the training set. `shift` is added to the damping; it is positive
     if A is not positive definite. If `test` is None, the losses of training rows are compared.
