@@ -381,7 +381,7 @@ def _opened(
     Raises: ValueError if the file does not hold these scores. The message names the file and a
       remedy.
     """
-    if not path.is_file():  # a pipe or a device may never end
+    if not path.is_file():  # reading a pipe or a device may never end
         kind = "folder" if path.is_dir() else "pipe or device"
         raise ValueError(f"path must be a file, got the {kind} {path}.")
     cause: Exception | None = None
