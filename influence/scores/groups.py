@@ -8,7 +8,7 @@ of L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
     D1 = w H^-1 g                                                          to first order in w
     D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2                   to second order in w
 
-A measurement f changes by grad f . D2 + D1' (d2 f) D1 / 2. These are all terms of second order.
+A measurement f changes by grad f . D2 + D1' (d2 f) D1 / 2. This has all terms up to second order.
 Basu, You & Feizi (2020) leave out T and d2 f. For logistic regression the omitted terms are as
 large as the included ones. Without the omitted terms, the second-order prediction can be further
 from the refit than the first-order one. For a quadratic risk and a linear measurement, their
@@ -97,10 +97,10 @@ def _second_order(
     """Compute the changes (m,) to second order. Only D1 needs a solve, as S is H^-1 grad f."""
     net, train, size = inverse.net, inverse.train, inverse.batch_size
     n, k = len(train), len(chosen)
-    first = gradient / (n - k)  # H D1
+    first = gradient / (n - k)  # this is H D1
     D1 = inverse.solve(first[:, None], "the group's gradient").x[:, 0]
     own = Hessian(net, chosen, inverse.operator.damping, batch_size=size) @ D1
-    pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # H D2
+    pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # this is H D2
     per_batch = size or GenericNeuralNet.rows_per_batch(view, test)
     curved = test.each_row(PerRow("curvatures", D1), view, batch_size=per_batch)
     return S.T @ pull + curved / 2
