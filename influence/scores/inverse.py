@@ -55,7 +55,7 @@ class Inverse:
 
     @property
     def prepared(self) -> Prepared:
-        """The solver, prepared for this operator on first use and then kept."""
+        """The solver, prepared for this operator on first use and then cached."""
         if not isinstance(self._solver, Prepared):
             self._solver = prepare(self.operator, self._solver)
         return self._solver
