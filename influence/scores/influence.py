@@ -99,7 +99,7 @@ class Influence:
 
     @property
     def prepared(self) -> Prepared:
-        """The solver, prepared for this operator on first use and then kept."""
+        """The solver, prepared for this operator on first use and then cached."""
         return self.inverse.prepared
 
     def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
