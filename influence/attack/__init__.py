@@ -1,1 +1,1 @@
-"""Training inputs moved so that test losses rise."""
+"""Moves of training inputs that raise test losses."""

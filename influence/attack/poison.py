@@ -1,13 +1,13 @@
-"""Poisoning: training inputs moved, each within a small box, so that test losses rise.
+"""Poisoning: moves training inputs, each within a small box, so that test losses rise.
 
-With s = H^-1 grad (mean test loss), the mean test loss after retraining changes with the input of
-row i as
+Let H be the risk's Hessian and s = H^-1 grad (mean test loss). If the input x_i of row i changes,
+the mean test loss after retraining changes by the derivative
 
     d (mean test loss) / dx_i = -g_i / n      g_i = d/dx_i (grad loss_i . s)
 
-This is exact at the minimum of the risk (Koh & Liang 2017, section 2.2, where -g_i is I_pert,loss).
-The penalty does not depend on x and drops out. Within a box of half width radius, the step of
-largest first-order effect is -radius sign(g_i). Its effect is radius |g_i|_1 / n.
+The derivative is exact at the minimum of the risk. Koh & Liang (2017, section 2.2) call -g_i
+I_pert,loss. The penalty does not depend on x, so it has no part in g_i. In a box of half width
+radius, -radius sign(g_i) is the step with the largest first-order effect, radius |g_i|_1 / n.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 from influence.solvers.base import check_solver
 
-# The largest 8-bit value.
+# This is the largest 8-bit value.
 _BYTE = 255
-# Rows by which a set is known to fit the net.
+# `_check_examples` computes features of this many rows to check that a set fits the net.
 _PROBE_ROWS = 3
 
 
@@ -41,19 +41,20 @@ class PoisonOptions:
     """Options of `poison` whose defaults suit most attacks.
 
     Args:
-      inputs: (c, ...) the candidates' inputs, floating, where `train` holds features of them;
-        `train`'s own if omitted.
-      flip_at: test loss above which a test example counts as flipped. log 2 is P(label) < 1/2 for
-        log losses; infinity: the search never ends early.
-      flips: number of flipped test examples that is enough; all m if omitted.
-      gradient_norms: (c,) |g_i|_1 of the candidates, as the function `gradient_norms` returns them;
-        they rank the candidates. Computed if omitted.
-      solver: how H^-1 is applied; `Direct` if omitted.
-      fit: called instead of `net.fit` on (net, poisoned training set), from the present theta.
-      start: (d,) where the confirming refit begins. If omitted: zero for a convex net, the net's
-        theta for any other.
-      tolerance: largest Euclidean norm of the risk's gradient at which the net counts as at its
-        minimum. Elsewhere `change_if_poisoned` would contain ordinary training.
+      inputs: (c, ...) the candidates' inputs, floating. They are needed if `train` holds features.
+        If omitted, the inputs are those in `train`.
+      flip_at: a test example counts as flipped if its loss is above this value. For log losses,
+        log 2 means P(label) < 1/2. With infinity the search never ends early.
+      flips: the search ends when this many test examples are flipped; all m if omitted.
+      gradient_norms: (c,) |g_i|_1 of the candidates, as the function `gradient_norms` returns them.
+        They rank the candidates. They are computed if omitted.
+      solver: the solver that applies H^-1; `Direct` if omitted.
+      fit: function of (net, poisoned training set) that is called instead of `net.fit`. It starts
+        from the net's present theta.
+      start: (d,) the theta at which the confirming refit begins. If omitted, it is zero for a
+        convex net and the net's theta for any other net.
+      tolerance: the net counts as at its minimum if the risk's gradient has at most this Euclidean
+        norm. Elsewhere `change_if_poisoned` would also contain the effect of further training.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -83,19 +84,24 @@ class PoisonOptions:
 class Poisoning:
     """Poisoned training inputs, and the change of each test loss.
 
+    The cold refit is the refit from `PoisonOptions.start`. A warm refit starts at the weights of
+    the refit before it.
+
     Attributes:
-      change_if_poisoned: (m,) each test loss after a cold refit on the poisoned training set, minus
-        before; actual, not predicted. Positive: the loss rose, as intended.
+      change_if_poisoned: (m,) each test loss after the cold refit on the poisoned training set,
+        minus the loss before. It is actual, not predicted. Positive: the loss rose, as intended.
       flipped: (m,) True where the test loss is above `flip_at` after the cold refit.
       rows: (k,) the poisoned rows.
-      inputs: (k, ...) their inputs.
-      features: (k, ...) their features, which the trained part of the net sees.
+      inputs: (k, ...) the poisoned inputs of these rows.
+      features: (k, ...) the features of these inputs, which the trained part of the net sees.
       same_bytes: (k,) True where all 8-bit values round(255 (x - low) / (high - low)) of an input
         equal those of the original; None without `bounds`.
-      test_losses: (t + 1, m) after each warm refit of the search; the first are the clean ones.
-      num_poisons: (t + 1,) the number of poisons at each of them.
-      theta: (d,) of the cold refit.
-      gradient_norm: Euclidean norm of the risk's gradient there: the refit's certificate.
+      test_losses: (t + 1, m) test losses after each warm refit that led to the result. The first
+        row holds the clean losses.
+      num_poisons: (t + 1,) the number of poisons at each row of `test_losses`.
+      theta: (d,) theta after the cold refit.
+      gradient_norm: Euclidean norm of the poisoned risk's gradient at this theta. A small norm
+        shows that the cold refit converged.
     """
 
     change_if_poisoned: NDArray
@@ -124,29 +130,29 @@ def poison(
 ) -> Poisoning:
     """Move training inputs within their boxes so that the mean test loss after retraining rises.
 
-    Koh & Liang 2017, section 5.2: each poison moves against g_i = d/dx_i (grad loss_i . s) and is
-    clipped to its box; then the net is refitted, and the next move begins at its weights. `rule`
-    sets the steps and chooses the rows. Labels never change. The search ends as soon as enough test
-    losses are above `options.flip_at`, otherwise with the moves of the largest mean test loss. A
-    refit from `options.start`, far from the poisoned weights, confirms the outcome. The net is left
-    as it was.
+    This is the attack of Koh & Liang (2017, section 5.2). Each poison moves against
+    g_i = d/dx_i (grad loss_i . s) and is clipped to its box. Then the net is refitted, and the next
+    move begins at the new weights. `rule` sets the steps and chooses the rows. Labels never change.
+    The search ends as soon as enough test losses are above `options.flip_at`. Otherwise it returns
+    the moves with the largest mean test loss. A refit from `options.start` confirms the outcome.
+    The net does not change.
 
     Args:
-      net: at the minimum of its risk on `train`. On a frozen trunk, `net.features(x)` is what its
-        trained part sees; other nets see x itself.
+      net: a net at the minimum of its risk on `train`. If it has a frozen trunk, its trained part
+        sees `net.features(x)`. Other nets see x itself.
       train: n rows. A net with a trunk takes images or their features.
-      test: m examples whose mean loss, without the penalty, is to rise.
-      rows: (c,) training rows, the candidates.
-      radius: how far each entry of an input may move, in its unit. Images in [-1, 1] stay in their
-        8-bit cells up to a radius of 1/255; .98/255 leaves room for float32's rounding.
-      counts: numbers of candidates to poison, increasing. The attack tries the first number, and
-        the next one if that was not enough. All at once if omitted.
+      test: m examples. The attack raises their mean loss without the penalty.
+      rows: (c,) training rows that may be poisoned, the candidates.
+      radius: largest move of each entry of an input, in the unit of the input. Images in [-1, 1]
+        keep their 8-bit values up to a radius of 1/255; .98/255 allows for float32's rounding.
+      counts: increasing numbers of candidates to poison. The attack tries the first number. It
+        tries the next number if too few test examples flipped. All c at once if omitted.
       bounds: least and largest value of an input's entries, or None.
-      rule: steps and choice of the poisons: `BEST_RULE`, the strongest found, `PAPER_RULE`, that of
-        the 2017 release, or your own `Rule`.
-      options: everything else.
+      rule: steps and choice of the poisons. `BEST_RULE` is the strongest rule that we found,
+        `PAPER_RULE` is that of the authors' 2017 code. You can also give your own `Rule`.
+      options: all other options.
 
-    Returns: Poisoning; positive: the test loss rose.
+    Returns: Poisoning. Positive changes mean that the test loss rose.
     Raises: TypeError, ValueError or IndexError naming the argument, before any long computation;
       ValueError for a net that is not at its minimum.
     """
@@ -181,20 +187,20 @@ def gradient_norms(
     inputs: NDArray | None = None,
     solver: Solver | None = None,
 ) -> NDArray:
-    """Compute the L1 norms of g_i, by which the paper's attack ranks training rows.
+    """Compute the L1 norms of g_i. The paper's attack ranks training rows by them.
 
-    radius / n times the norm is the largest rise of the mean test loss, to first order, when the
-    row moves within a box of that radius. Bounds, which may cut the box, are ignored.
+    If the row moves within a box of half width radius, the mean test loss rises by at most
+    radius / n times the norm, to first order. Bounds of the inputs are ignored.
 
     Args:
-      net: at the minimum of its risk on `train`.
+      net: a net at the minimum of its risk on `train`.
       train: n rows; see `poison`.
-      test: m examples whose mean loss is to rise.
+      test: m examples. The attack raises their mean loss.
       rows: (c,) training rows.
-      inputs: (c, ...) the rows' inputs, where `train` holds features of them.
-      solver: how H^-1 is applied; `Direct` if omitted.
+      inputs: (c, ...) the rows' inputs, needed if `train` holds features.
+      solver: the solver that applies H^-1; `Direct` if omitted.
 
-    Returns: (c,), in the unit of the loss for each unit of the input.
+    Returns: (c,), in the unit of the loss per unit of the input.
     Raises: as `poison`.
     """
     _check_examples(net, train, "train")
@@ -208,8 +214,8 @@ def mean_s_test(
 ) -> NDArray:
     """Solve for H^-1 grad (mean test loss) at the net's theta: (d,).
 
-    Without a solver, `Direct`. A strongly convex net with a closed-form Hessian needs only the
-    Cholesky factor: `Direct` would also compute bounds on eigenvalues, which takes longer.
+    The default solver is `Direct`. If the net is strongly convex and has a closed-form Hessian, a
+    Cholesky factor replaces it. `Direct` takes longer because it also bounds eigenvalues.
     """
     if solver is None and net.strong_convexity > 0:
         H = net.hessian(train)
@@ -236,9 +242,9 @@ def _l1_norms(g: NDArray) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Inputs of some targets, and the net refitted to them."""
+    """Inputs of some targets, and the theta and test losses of the net refitted to them."""
 
-    at: NDArray[np.int64]  # positions in the targets
+    at: NDArray[np.int64]  # these targets' positions in `Targets`
     x: NDArray
     seen: NDArray  # features of x
     theta: NDArray
@@ -246,7 +252,10 @@ class _State:
 
 
 class _Attack:
-    """Search for poisons; `state` is the best set so far, `trace` the test losses on the way."""
+    """A search for poisons. `state` is the best set of the latest count of poisons.
+
+    `trace` lists the number of poisons and the test losses after each refit that led to `state`.
+    """
 
     def __init__(
         self,
@@ -262,7 +271,7 @@ class _Attack:
         self.flips = options.flips or len(test)
         cold = np.zeros_like(net.theta) if net.convex else net.theta
         self.start = cold if options.start is None else options.start
-        self.theta, self.losses = net.theta, self._test_losses()  # the clean ones
+        self.theta, self.losses = net.theta, self._test_losses()  # both before any move
         self.trace: list[tuple[int, NDArray]] = [(0, self.losses)]
 
     def enough(self, losses: NDArray) -> bool:
@@ -270,12 +279,12 @@ class _Attack:
         return np.count_nonzero(losses > self.options.flip_at) >= self.flips
 
     def run(self, counts: Sequence[int]) -> None:
-        """Move single rows, then more and more rows together, until enough losses are flipped."""
+        """Move single rows, then each count of rows together, until enough examples flip."""
         order, norms = np.arange(len(self.targets.rows)), self.options.gradient_norms
         if norms is None and (self.rule.tries or counts[0] < len(order)):
             solver = self.options.solver
             norms = _norms_of(self.net, self.train, self.test, self.targets, solver)
-        if norms is not None:  # ties by row number, so that the candidates' order has no effect
+        if norms is not None:  # row numbers break ties: the candidates' order has no effect
             order = np.lexsort((self.targets.rows, -np.asarray(norms)))
         x = self.targets.x.copy()
         tried = []
@@ -307,11 +316,11 @@ class _Attack:
                 return
 
     def _worth(self, state: _State) -> tuple[bool, float]:
-        """Return the key by which sets of poisons are compared; larger is better."""
+        """Return the key that compares sets of poisons. The set with the larger key is better."""
         return self.enough(state.losses), float(state.losses.mean())
 
     def _ranked_again(self, order: NDArray, moved: int) -> NDArray:
-        """Rank the targets after the first `moved` at the present poisons: the whole order."""
+        """Rank the targets after the first `moved` again at the present poisons; return all."""
         state, rest = self.state, order[moved:]
         self.net.theta = state.theta
         g = self.targets.gradients(self.net, rest, self.targets.x[rest], self._s_test(state))
@@ -319,15 +328,15 @@ class _Attack:
         return np.concatenate([order[:moved], rest[by_norm]])
 
     def _moved(self, at: NDArray, x: NDArray, first: int | None = None) -> list[_State]:
-        """Move the targets `at` together from x and refit after each move; the best is last.
+        """Move the targets `at` together from x, refit after each move, and end at the best state.
 
-        `first` is the number t of the first move; None: 0 from clean inputs, else max_steps // 2.
+        `first` is the number t of the first move. None means 0 if x is clean, else max_steps // 2.
         """
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
         if first is None:
-            # Earlier moves led here; a full first step would lose what they gained.
+            # Earlier moves led to x. A full first step would lose the rise that they gained.
             first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]
@@ -411,10 +420,10 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
-    """Validate examples of images or of features; only a few images go through the trunk."""
+    """Validate examples of images or of features. Only a few images pass through the trunk."""
     if not isinstance(examples, Examples):
-        net.validate(examples, name)  # refuses it
-    _ = examples.x  # a stream has none and says so
+        net.validate(examples, name)  # this raises
+    _ = examples.x  # this raises for a stream, which has no x
     probe = examples.take(slice(0, _PROBE_ROWS))
     seen = net.featured(probe)
     net.validate(examples if seen is probe else seen, name)

@@ -14,37 +14,38 @@ from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
 
-# Inputs per call of the derivative; images through a deep trunk take much memory.
+# One call of the derivative gets at most this many inputs. A deep trunk needs much memory for each.
 _TOGETHER = 16
-# Relative difference allowed between given features and those of the input: a trunk's rounding.
+# A given input's features may differ from those in `train` by this share, as a trunk rounds.
 _SAME = 1e-3
-# The same for a net without a trunk: the rounding of float32.
+# Without a trunk they may differ by this share, as float32 rounds.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Steps and choice of the poisons; the defaults are the strongest rule found.
+    """A rule for the steps and the choice of the poisons. The defaults are the best that we found.
 
-    At move t the velocity is v_t = momentum v_(t-1) + g / mean |g|. Every entry moves by
-    - radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1), at softness 0 by the sign of v_t
-    in place of the clipped ratio.
+    g is the derivative that `poison` moves against. The velocity of move t = 0, 1, ... is
+    v_t = momentum v_(t-1) + g / mean |g|. Every entry moves by
+    - radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1). With softness 0, the sign of v_t
+    replaces the clipped ratio.
 
     Args:
-      step: length of the first move, in radii.
-      decay: each further step, divided by the one before.
-      momentum: share of the last velocity in the next one, in [0, 1).
-      softness: entries of |v| below this share of the mean move in proportion to v.
+      step: largest move of an entry at t = 0, in radii.
+      decay: factor of the step length from each move to the next.
+      momentum: share of the last velocity in the next velocity, in [0, 1).
+      softness: an entry moves in proportion to v if |v| is below softness times the mean of |v|.
       max_steps: largest number of moves of each set of poisons.
-      tries: number of rows that are first moved one at a time: those of largest |g|_1 at the clean
-        weights. Those that raised the loss most become the poisons. They continue together from
-        there, with t starting at half of max_steps. If more poisons are needed, the other rows are
-        ranked again at the present weights. 0: the rows of largest |g|_1 are the poisons, and they
-        start from their own inputs.
-      restarts: how often several poisons start again at a random place in their boxes when they
-        did not do enough.
+      tries: number of rows that first move one at a time. They have the largest |g|_1 at the clean
+        weights. The rows that raised the loss most become the poisons. They move on together from
+        the inputs reached, and t starts at max_steps // 2. For a further count, the other rows are
+        ranked again at the present weights. With tries = 0, the rows of largest |g|_1 are the
+        poisons, and they start from their own inputs.
+      restarts: number of times that a set of several poisons starts again at random places in
+        the boxes, if too few test examples are flipped.
 
-    Raises: ValueError.
+    Raises: ValueError for an argument out of its range.
     """
 
     step: float = 1.0
@@ -68,7 +69,7 @@ class Rule:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     def move(self, velocity: NDArray, t: int) -> NDArray:
-        """Return the move of each entry at move t, in radii."""
+        """Return how far each entry moves at move t, in radii."""
         direction = np.sign(velocity)
         if self.softness:
             direction = np.clip(velocity / (self.softness * mean_size(velocity)), -1, 1)
@@ -76,7 +77,8 @@ class Rule:
 
 
 BEST_RULE = Rule()
-# The 2017 release: at most 100 moves of .02 of an 8-bit level, in a box of .5 to each side.
+# This is the rule of the authors' 2017 code. It makes at most 100 moves of .02 of an 8-bit level
+# each, in a box of half width .5 of a level.
 PAPER_RULE = Rule(
     step=0.04, decay=1.0, momentum=0.0, softness=0.0, max_steps=100, tries=0, restarts=0
 )
@@ -88,11 +90,11 @@ class Targets:
 
     Attributes:
       rows: (c,) row numbers.
-      x: (c, ...) their original inputs, floating.
-      y: (c, ...) their labels.
-      radius: half the box's width, in the unit of x.
-      low: (c, ...) the box's lower corner.
-      high: (c, ...) the box's upper corner.
+      x: (c, ...) the rows' original inputs, floating.
+      y: (c, ...) the rows' labels.
+      radius: half the width of a box, in the unit of x.
+      low: (c, ...) the lower corner of each box.
+      high: (c, ...) the upper corner of each box.
     """
 
     rows: NDArray[np.int64]
@@ -103,14 +105,15 @@ class Targets:
     high: NDArray
 
     def moved(self, at: Any, x: NDArray, by: NDArray) -> NDArray:
-        """Move inputs x of the targets `at` by a number of radii and clip them to their boxes."""
+        """Move inputs x of the targets `at` by `by` radii and clip them to their boxes."""
         to = x + (self.radius * by).astype(x.dtype)
         return np.clip(to, self.low[at], self.high[at])
 
     def anywhere(self, at: Any, seed: int) -> NDArray:
-        """Draw inputs of the targets `at` uniformly from their boxes; return those of all targets.
+        """Draw inputs of the targets `at` from their boxes, and return the inputs of all targets.
 
-        A target's draw depends on the seed and its row number only.
+        A target moves by a uniform draw in [-radius, radius] and is clipped to its box. The draw
+        depends only on the seed and the row number.
         """
         x = self.x.copy()
         for i in at:
@@ -119,7 +122,7 @@ class Targets:
         return x
 
     def gradients(self, net: GenericNeuralNet, at: Any, x: NDArray, s: NDArray) -> NDArray:
-        """Compute g of the targets `at` with inputs x: x's shape."""
+        """Compute d/dx (grad loss . s) of the targets `at` with inputs x, in x's shape."""
         y = self.y[at]
         parts = range(0, len(x), _TOGETHER)
         return np.concatenate(
@@ -128,7 +131,7 @@ class Targets:
 
 
 def mean_size(v: NDArray) -> NDArray:
-    """Compute the mean |v| of each input; 1 where all of v is zero."""
+    """Compute the mean of |v| for each input. The result is 1 where all of v is zero."""
     mean = np.abs(v).mean(axis=tuple(range(1, v.ndim)), keepdims=True)
     return np.where(mean > 0, mean, 1).astype(v.dtype)
 
@@ -144,10 +147,10 @@ def check_targets(
     """Check the rows, their inputs and bounds, and return them with their boxes.
 
     Args:
-      net: the net, with its trunk if it has one.
+      net: the net that is attacked.
       train: examples of inputs or of features.
       rows: (c,) row numbers.
-      radius: half the box's width.
+      radius: half the width of a box.
       inputs: (c, ...) inputs of the rows; None: those in `train`.
       bounds: least and largest value of an entry, or None.
 

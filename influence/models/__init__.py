@@ -1,4 +1,4 @@
-"""The paper's models: what the network, loss and fit are, nothing else."""
+"""The paper's models. Each one defines a network, a loss and a fit."""
 
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge, SmoothHingeLoss

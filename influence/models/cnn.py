@@ -21,10 +21,10 @@ from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 
-# 20,000 steps; the release takes 500,000. The first rate is ten times the release's first rate, the
-# last is the release's last.
+# The schedule has 20,000 steps. The authors' code takes 500,000. Our first rate is ten times the
+# first rate of that code. The last rates are equal.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
-# Number of steps between two checkpoints.
+# Training writes a checkpoint whenever it has taken this many more steps.
 _SAVE_EVERY = 500
 
 
@@ -32,25 +32,26 @@ class AllCNN(GenericNeuralNet):
     """An all-convolutional network with tanh, for images (Koh & Liang 2017, section 4.2).
 
     Its layers are a 3 x 3 convolution for each stride, a 1 x 1 convolution with one channel for
-    each class, the mean over the image, and a linear layer to the logits. R = mean cross-entropy +
-    weight_decay/2 times the sum of |kernel|^2; biases are not penalised. By default d = 2,616.
+    each class, the mean over the image, and a linear layer to the logits. The risk is the mean
+    cross-entropy plus weight_decay/2 times the sum of all squared kernel weights. Biases are not
+    penalised. By default the net has d = 2,616 parameters.
 
-    Activations are separate layers, as EK-FAC requires. Initial weights are from a normal
-    distribution truncated at two standard deviations. The standard deviation is 2/sqrt(fan-in) for
+    Activations are separate layers because EK-FAC requires it. Initial weights are drawn from a
+    normal distribution truncated at two standard deviations. This deviation is 2/sqrt(fan-in) for
     convolutions and 1/sqrt(fan-in) for the last layer. Initial biases are zero.
 
     Args:
       image_shape: (height, width, channels), channels last.
-      num_classes: labels are class numbers 0 to num_classes - 1.
+      num_classes: number of classes. Labels are class numbers 0 to num_classes - 1.
       filters: number of channels of each 3 x 3 convolution.
       strides: strides of the 3 x 3 convolutions, in order. There is no padding, so each convolution
         reduces height and width by 2 before its stride.
-      weight_decay: lambda of lambda/2 |kernel|^2.
+      weight_decay: factor of the penalty, >= 0.
       dtype: "float32" or "float64".
       seed: seed of the initial weights.
 
     Attributes:
-      moments: Adam's state after `fit`, for `continued_training`; None before.
+      moments: Adam's state after `fit`, which `continued_training` needs; None before `fit`.
 
     Raises: ValueError for an image too small for the convolutions, a size below 1 or a negative
       weight decay.
@@ -114,20 +115,20 @@ class AllCNN(GenericNeuralNet):
     ) -> AllCNN:
         """Train from the present theta by Adam (Kingma & Ba 2015) on minibatches.
 
-        The final theta is not a minimum; `gradient_norm(examples)` measures how far it is from one.
-        The same examples, schedule and seed give the same theta, on the same machine bit for bit.
+        The final theta is not a minimum. `gradient_norm(examples)` is not zero there. Equal
+        examples, arguments and initial theta give equal results, bit for bit on one machine.
 
         Args:
           examples: the training set.
-          schedule: (steps, learning rate) of each stage; Adam's averages carry over to the next.
-          batch_size: rows in each step; all rows if there are fewer.
-          seed: seed of the order of the rows, which are shuffled again after each pass.
-          checkpoints: a folder that stores theta and Adam's state every few hundred steps. A killed
-            training continues from there and ends with the same numbers.
+          schedule: (steps, learning rate) of each stage. Stages share Adam's running averages.
+          batch_size: number of rows in each step; all rows if there are fewer.
+          seed: seed of the row order. The rows are shuffled again after each pass.
+          checkpoints: a folder, or None. Training stores its state there every 500 steps. After a
+            kill the next call continues from that state and ends with the same numbers.
 
         Returns: self, with Adam's state in `moments`.
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-          finite, with theta restored.
+          finite. Then theta has its initial value again.
         """
         self.validate(examples, "examples")
         self.moments = train_by_adam(
@@ -154,15 +155,15 @@ def train_by_adam(
 ) -> Moments:
     """Train a net by Keras' Adam (Kingma & Ba 2015), from its theta, on minibatches.
 
-    The minibatches are consecutive rows of shuffled passes over the examples. So the rows of step k
-    depend only on the seed and k.
+    Each pass shuffles the examples, and the minibatches follow this order. For given examples and
+    batch size, the rows of step k depend only on the seed and k.
 
-    Args: as `AllCNN.fit`, for any net, which is left at the theta of the last step; key: values
-      that distinguish it from others of its class, such as its architecture. The name of the file
-      in `checkpoints` depends on everything that the training depends on.
+    Args: as `AllCNN.fit`. `net` may be any net. It ends at the theta of the last step. key: values
+      that distinguish the net from others of its class, such as its architecture. The name of the
+      file in `checkpoints` depends on everything that the training depends on.
     Returns: Adam's final state.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-      finite, with all variables restored.
+      finite. Then all variables have their initial values again.
     """
     rates = _rates(schedule)
     if not is_integer(batch_size, 1):
@@ -205,13 +206,13 @@ def train_by_adam(
 
 
 def _flat(optimizer: Any, kind: str) -> NDArray:
-    """Return one of Adam's two averages, (d,), in the order of theta."""
+    """Return the average named `kind` from Adam's state as a vector (d,) in the order of theta."""
     parts = [variable for variable in optimizer.variables if variable.path.endswith(kind)]
     return np.concatenate([np.ravel(part.numpy()) for part in parts])
 
 
 def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
-    """Return a function of a minibatch (x, y) that takes a step and returns the risk before it."""
+    """Return a function of (x, y): it takes a step and returns the risk before that step."""
 
     def step(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:

@@ -1,7 +1,7 @@
-"""The two values that define a linear model: products with inputs, and a loss of outputs.
+"""`Design`, a linear model's products with inputs, and `Link`, its loss of outputs.
 
-The weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The intercept is a
-last feature that is always one. Neither value holds theta or rows.
+Inputs X (n, f) and weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The
+intercept is a last feature that is always one. Neither class stores theta or data.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ import scipy.sparse
 import threadpoolctl
 from numpy.typing import NDArray
 
-# Number of rows that are weighted together. They fit into the processor's cache.
+# `weighted_gram` weights this many rows together. They fit into the processor's cache.
 _HESSIAN_ROWS = 1024
-# Our own threads are used only for tasks of at least this many operations: a start costs time.
+# `_threads` starts threads only for work of at least this many operations. A start costs time.
 _WORTH_THREADS = 1e9
-# Our own threads are used only for at least this many tasks: fewer cannot be shared evenly.
+# `_threads` starts threads only for at least this many tasks. Fewer cannot be shared evenly.
 _MANY_TASKS = 10
 
 
 class Link(ABC):
-    """A loss l(z, y) that is convex in z, and its derivatives by z.
+    """A loss l(z, y) that is convex in the outputs z, and its derivatives by z.
 
-    Outputs Z are (n, c, k): c outputs of n rows at k parameter vectors. Labels y are (n,) or
-    (n, 1).
+    The array Z (n, c, k) holds c outputs for each of n rows and k parameter vectors. Labels y have
+    shape (n,) or (n, 1).
     """
 
     @abstractmethod
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return l, (n, k)."""
+        """Return the losses l, (n, k)."""
 
     @abstractmethod
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return dl/dz, (n, c, k)."""
+        """Return the derivatives dl/dz, (n, c, k)."""
 
     @abstractmethod
     def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """Return d2l/dz2 at Z (n, c, 1) times U (n, c, m)."""
+        """Multiply the matrix d2l/dz2 of each row, at Z (n, c, 1), by its U (n, c, m)."""
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return weights (n, w) >= 0 whose `Design.weighted_gram` gives the Hessian of the loss.
+        """Return weights (n, w) >= 0 from which `Design.weighted_gram` makes parts of the Hessian.
 
-        For one output these are d2l/dz2.
+        For one output, w = 1 and the weights are d2l/dz2.
         """
         return self.curved(Z, y, np.ones_like(Z))[:, :, 0]
 
@@ -60,10 +60,10 @@ class Design:
     """Products of dense or sparse inputs X (n, f) with parameters.
 
     Args:
-      num_features: f, without the intercept.
-      num_outputs: c.
-      intercept: whether the model has one.
-      dtype: of theta and of every product.
+      num_features: number f of features, without the intercept.
+      num_outputs: number c of outputs.
+      intercept: True if the model has an intercept.
+      dtype: the dtype of theta and of every product.
     """
 
     num_features: int
@@ -73,7 +73,7 @@ class Design:
 
     @property
     def num_parameters(self) -> int:
-        """The length of theta, d."""
+        """The length d of theta."""
         return (self.num_features + self.intercept) * self.num_outputs
 
     def times(self, x: Any, thetas: NDArray) -> NDArray:
@@ -94,25 +94,26 @@ class Design:
         return G.reshape(self.num_parameters, -1)
 
     def along(self, x: Any, E: NDArray, V: NDArray) -> NDArray:
-        """Multiply the gradients x_i (x) E_i by V (d, m), in one product in V's dtype: (n, m).
+        """Multiply the gradient of each row by V (d, m) in V's dtype, and return (n, m).
 
-        Of dense inputs the gradients (n, d) are formed. With many vectors their cost is negligible.
+        The gradient of row i is the outer product of x_i and E_i = dl_i/dz. For dense inputs, all
+        gradients (n, d) are formed. With many vectors the cost of this is negligible.
         """
         E, x = E.astype(V.dtype), x.astype(V.dtype)
         if scipy.sparse.issparse(x):
             W = V.reshape(-1, self.num_outputs * V.shape[1])
             U = x @ W[: self.num_features]
-            U += W[self.num_features :].sum(axis=0)  # the intercept's row, or no row
+            U += W[self.num_features :].sum(axis=0)  # without an intercept this adds 0
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
-        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a broadcast product
+        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a product
         return (V.T @ G.reshape(len(E), -1).T).T
 
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
-        """Return X' diag(w_k) X, (k, f, f), for weights w (n, k) >= 0.
+        """Return X' diag(w) X for each column w of the weights (n, k) >= 0: (k, f, f).
 
-        A symmetric rank-n update of sqrt(w) X needs half the operations of a product. One thread
-        sums each matrix, so the sum does not depend on the number of threads. In updates of this
-        size BLAS' own threads would be idle a third of the time.
+        A symmetric update by sqrt(w) X needs half the operations of a general product. With many
+        matrices, one thread sums each of them, because BLAS' own threads would be idle a third of
+        the time. The sum of a matrix then does not depend on the number of threads.
         """
         f, (n, k) = self.num_features + self.intercept, weights.shape
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
@@ -122,7 +123,7 @@ class Design:
         def update(rows: NDArray, w: NDArray, some: slice, buffer: NDArray) -> None:
             for gram, column in zip(grams[some], w.T[some], strict=True):
                 weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
-                # In place: gram.T is in Fortran order; its lower half is the upper half of gram.
+                # syrk works in place: gram.T is in Fortran order. Its lower half is gram's upper.
                 syrk(1, weighted, beta=1.0, c=gram.T, overwrite_c=True, lower=True)
 
         with _threads(n * f**2, k) as (apply, count):
@@ -138,14 +139,17 @@ class Design:
         return grams
 
     def gram(self, x: Any) -> NDArray:
-        """Return X X', (n, n), with the intercept's feature if the model has one."""
+        """Return X X', (n, n). X includes the intercept's feature if the model has one."""
         x = self.as_dtype(x)
         K = x @ x.T
         K = K.toarray() if scipy.sparse.issparse(K) else K
         return K + 1 if self.intercept else K
 
     def as_dtype(self, x: Any) -> Any:
-        """Convert inputs to the dtype of theta; raises as `check_features`."""
+        """Convert inputs to the dtype of theta.
+
+        Raises: as `check_features`.
+        """
         self.check_features(x, "x")
         return x if x.dtype == self.dtype else x.astype(self.dtype)
 
@@ -173,9 +177,10 @@ class Design:
 
 @contextmanager
 def _threads(work: float, tasks: int) -> Iterator[tuple[Callable, int]]:
-    """Yield a parallel `map` and its number of threads; meanwhile BLAS uses one thread.
+    """Yield a `map` that runs tasks in threads, and the number of threads.
 
-    For few or small tasks `map` is Python's own, and BLAS keeps its threads.
+    Inside the context BLAS uses one thread. For little work or few tasks, this yields Python's own
+    `map`, and BLAS keeps its threads.
     """
     if tasks < _MANY_TASKS or work < _WORTH_THREADS:
         yield map, 1

@@ -1,17 +1,20 @@
 """The linear SVM and its smooth approximations: hinge losses on labels -1 and 1 (figure 3).
 
-With the margin s = y z, temperature t and u = 1 - s (Koh & Liang 2017, section 4.2)
+Let z be the output, y the label, t the temperature, s = y z the margin and u = 1 - s. Then the loss
+l of a row is (Koh & Liang 2017, section 4.2; sigma is the logistic function)
 
-    loss = t log(1 + exp(u / t))
+    l = t log(1 + exp(u / t))
     dl/dz = -y sigma(u / t)        d2l/dz2 = sigma(u / t) sigma(-u / t) / t
 
-At t = 0 the loss is the hinge max(0, u), without curvature. Duality finds and proves its minimum:
+At t = 0 the loss is the hinge max(0, u). It has no curvature. The maximum of the dual D gives the
+minimum w* of the risk R. lambda is the weight decay. For all dual variables 0 <= a_i <= 1,
 
-    D(a) = mean a_i - lambda/2 |w(a)|^2,    w(a) = sum_i a_i y_i x_i / (n lambda),    0 <= a_i <= 1
-    R(w) - D(a) = mean (max(0, u_i) - a_i u_i) + lambda/2 |w - w(a)|^2  >=  R(w) - min R
+    w(a) = sum_i a_i y_i x_i / (n lambda)
+    D(a) = mean a_i - lambda/2 |w(a)|^2
+    R(w) - D(a) = mean (max(0, u_i) - a_i u_i) + lambda/2 |w - w(a)|^2  >=  R(w) - R(w*)
 
-for any a. R is lambda-strongly convex, so this gap bounds the distance: |w - w*|^2 <= 2 gap /
-lambda. All its terms are non-negative, so it is computed without cancellation.
+R(w) - D(a) is the duality gap. Strong convexity of R gives |w - w*|^2 <= 2 gap / lambda. All terms
+of the gap are non-negative, so its computation has no cancellation.
 """
 
 from __future__ import annotations
@@ -32,25 +35,25 @@ from influence.minimisers.box_qp import boxed_minimum
 from influence.models.design import Link
 from influence.models.linear import LinearModel
 
-# Smallest positive temperature. Much smaller ones are zero in float32.
+# A positive temperature must be at least this. Much smaller ones are zero in float32.
 _SMALLEST_T = 1e-30
-# Rows whose margin differs from 1 by at most this may have a dual variable inside (0, 1). It is
-# LinearSVC's accuracy.
+# A row is near the kink if its margin differs from 1 by at most this. LinearSVC is about this
+# accurate.
 _NEAR_KINK = 1e-4
-# The dual is solved for at most this many rows, and at most d. For more, LinearSVC is called first.
+# `fit` calls LinearSVC once if a round would solve for more rows than this, or for more than d.
 _FEW = 500
-# After this many rounds without a smaller gap only rounding is left.
+# `fit` stops after this many rounds without a smaller gap. Only rounding errors are left then.
 _STALE = 10
 
 
 @keras.saving.register_keras_serializable(package="influence")
 class SmoothHingeLoss(keras.losses.Loss):
-    """t log(1 + exp((1 - y z) / t)) per example; the hinge at t = 0.
+    """The loss t log(1 + exp((1 - y z) / t)) of each example; the hinge at t = 0.
 
     Args:
       t: temperature, 0 or at least 1e-30.
-      reduction: that of Keras.
-      name: None for a name made of t.
+      reduction: Keras' argument of this name.
+      name: name of the loss; None makes one from t.
 
     Raises: ValueError for another t.
     """
@@ -70,7 +73,7 @@ class SmoothHingeLoss(keras.losses.Loss):
         u = 1 - tf.cast(tf.reshape(y_true, [-1]), z.dtype) * z
         if self.t > 0:
             return self.t * tf.math.softplus(u / self.t)
-        # On the kink the gradient is the mean of both sides', as in `HingeLink`.
+        # On the kink the gradient is the mean of the gradients of both sides, as in `HingeLink`.
         half = u / 2 + tf.stop_gradient(tf.nn.relu(u) - u / 2)
         return tf.where(tf.abs(u) <= _kink_width(z.dtype.as_numpy_dtype), half, tf.nn.relu(u))
 
@@ -81,10 +84,10 @@ class SmoothHingeLoss(keras.losses.Loss):
 
 @dataclass(frozen=True)
 class HingeLink(Link):
-    """The loss of `SmoothHingeLoss` of one output, in NumPy.
+    """The loss of `SmoothHingeLoss`, computed in NumPy for a model of one output.
 
     Args:
-      t: temperature, 0 for the hinge.
+      t: temperature; 0 gives the hinge.
     """
 
     t: float
@@ -95,7 +98,7 @@ class HingeLink(Link):
         return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
 
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.slope; at t = 0 rows on the kink get half the slope."""
+        """See Link.slope; at t = 0, rows on the kink (u = 0) get half the slope."""
         u = self.shortfall(Z, y)
         if self.t > 0:
             inside = scipy.special.expit(u / self.t)
@@ -111,26 +114,27 @@ class HingeLink(Link):
         return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
 
     def shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return u = 1 - y z, the distance of each margin below one: Z's shape."""
+        """Return u = 1 - y z with Z's shape: 1 minus each margin."""
         return 1 - _signs(Z, y) * Z
 
 
 class SmoothHinge(LinearModel):
     """A linear SVM whose hinge is smoothed with temperature t; t = 0 is the SVM itself.
 
-    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on it. Rows whose
-    margin differs from 1 by at most the square root of the dtype's precision get half the slope,
-    which is the limit t -> 0 there.
+    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on it. A row gets
+    half the slope if its margin differs from 1 by at most the square root of the dtype's machine
+    epsilon. Half the slope is the limit t -> 0 at margin 1.
 
     Args:
-      num_features: f.
-      t: temperature; 0 for the hinge.
-      weight_decay: lambda of lambda/2 |w|^2, which includes the intercept; positive at t = 0.
-      intercept: whether the model has one; the paper's has none.
+      num_features: number f of features.
+      t: temperature; 0 gives the hinge.
+      weight_decay: lambda of the penalty lambda/2 |w|^2, where w includes the intercept. It must
+        be positive if t = 0.
+      intercept: True if the model has an intercept. The paper's model has none.
       dtype: "float64" or "float32".
 
     Attributes:
-      convex: False at t = 0, where the risk is convex but not smooth: Newton's steps fail there.
+      convex: True if t > 0. At t = 0 the risk is convex, but Newton's method fails on its kinks.
 
     Raises: ValueError for a t that is neither 0 nor at least 1e-30, for fewer than one feature, and
       for a weight decay that is negative, or zero at t = 0.
@@ -161,16 +165,16 @@ class SmoothHinge(LinearModel):
     ) -> SmoothHinge:
         """Minimise the risk from the present theta.
 
-        At t > 0 as LinearModel. At t = 0 each round solves the dual exactly for the few rows near
-        margin 1; the dual variables of the other rows stay at 0 or 1. If there are too many such
-        rows at the present theta, scikit-learn's LinearSVC is called first.
+        At t > 0 this is LinearModel.fit. At t = 0 the first round solves the dual exactly for the
+        rows near margin 1. Each later round solves it for the rows with 0 < a_i < 1 or a positive
+        term of the gap. If these rows are too many, scikit-learn's LinearSVC sets theta once.
 
         Args:
           examples: labels -1 and 1.
-          gradient_tolerance: `gradient_norm` at which to stop.
+          gradient_tolerance: the fit stops at a `gradient_norm` of this value or less.
           max_iterations: largest number of rounds of the dual, or of Newton steps.
 
-        Returns: self. Warns with ConvergenceWarning if the norm reached is larger.
+        Returns: self. Warns with ConvergenceWarning if the final norm is above the tolerance.
         Raises: ValueError for labels other than -1 and 1. If LinearSVC is called: ValueError for
           labels that are all the same, TypeError for a Stream.
         """
@@ -186,7 +190,7 @@ class SmoothHinge(LinearModel):
             a = self._solved_for(examples, near, a)
             self.theta = self._weights(examples, a)
             u = self._shortfalls(examples)
-            slack = np.maximum(u, 0) - a * u  # the terms of the gap; here w = w(a)
+            slack = np.maximum(u, 0) - a * u  # the terms of the gap, as w = w(a)
             norm = self._norm_of(slack.mean())
             stale += 1
             if norm < best:
@@ -208,22 +212,22 @@ class SmoothHinge(LinearModel):
         return self
 
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
-        """See GenericNeuralNet.gradient_norm; sqrt(2 lambda gap) at t = 0."""
+        """See GenericNeuralNet.gradient_norm; at t = 0 this is sqrt(2 lambda gap)."""
         if self.t > 0:
             return super().gradient_norm(examples, batch_size)
         return self._norm_of(self.duality_gap(examples))
 
     def duality_gap(self, examples: Examples) -> float:
-        """Bound the distance of R(theta) from its minimum by R(theta) - D(a), for the hinge.
+        """Compute the duality gap of the hinge, an upper bound on R(theta) - R(w*).
 
-        a is 0 or 1 for rows away from the kink, and optimal for the rows near it. Any a gives a
-        valid bound, however a and theta were found.
+        The dual variables are 0 or 1 for rows away from the kink, and optimal for rows near it. The
+        bound is valid for any dual variables and any theta.
 
         Args:
           examples: the training set.
 
         Returns: the gap, in the unit of the loss.
-        Raises: ValueError at t > 0, where `gradient_norm` needs no dual.
+        Raises: ValueError at t > 0; `gradient_norm` then needs no dual.
         """
         if self.t > 0:
             raise ValueError(f"t must be 0 for a duality gap, got {self.t}; use gradient_norm.")
@@ -235,18 +239,18 @@ class SmoothHinge(LinearModel):
         return float(gap)
 
     def _norm_of(self, gap: float) -> float:
-        """Return the gradient norm g with the same bound: g / lambda = sqrt(2 gap / lambda)."""
+        """Return g = sqrt(2 lambda gap): g / lambda bounds |w - w*| as a gradient norm does."""
         return float(np.sqrt(2 * self.weight_decay * gap))
 
     def _at_bounds(self, examples: Examples) -> tuple[NDArray, NDArray]:
-        """Return dual variables (n,), 0 or 1 by theta's margins, and a mask: near the kink."""
+        """Return (a, near): a is 1 where u > 0 at theta, else 0; near marks rows at the kink."""
         u = self._shortfalls(examples)
         return (u > 0).astype(float), np.abs(u) <= _NEAR_KINK
 
     def _solved_for(self, examples: Examples, near: NDArray, a: NDArray) -> NDArray:
-        """Maximise D over the dual variables of the rows `near`; the others stay as they are.
+        """Maximise D over the dual variables of the rows `near`, and keep the others.
 
-        This is min a'AA'a / 2 - b'a over the box, where A has the rows y_i x_i.
+        This minimises a'AA'a / 2 - b'a over 0 <= a_i <= 1. Row i of A is y_i x_i.
         """
         rows = np.flatnonzero(near)
         if not len(rows):
@@ -259,7 +263,7 @@ class SmoothHinge(LinearModel):
         return others
 
     def _weights(self, examples: Examples, a: NDArray) -> NDArray:
-        """Compute w(a), (d,), from the sum of the rows with a = 1 and the few with 0 < a < 1."""
+        """Compute w(a), (d,). Rows with a = 1 are summed in a pass; few rows have 0 < a < 1."""
         total = np.zeros((self.num_parameters, 1), self.dtype)
         ones = np.flatnonzero(a == 1)
         if len(ones):
@@ -272,11 +276,11 @@ class SmoothHinge(LinearModel):
         return total[:, 0] / (len(a) * self.weight_decay)
 
     def _shortfalls(self, examples: Examples) -> NDArray:
-        """Compute u, (n,)."""
+        """Compute u = 1 - y z of all rows, (n,)."""
         return examples.each_row(_shortfall, self)
 
     def _liblinear(self, examples: Examples) -> None:
-        """Set theta by scikit-learn; its convergence is not required, as the gap is computed."""
+        """Set theta by scikit-learn. It need not converge, because `fit` computes the gap."""
         from sklearn.exceptions import ConvergenceWarning  # this import takes seconds
         from sklearn.svm import LinearSVC
 
@@ -288,7 +292,7 @@ class SmoothHinge(LinearModel):
             C=1 / (len(examples) * self.weight_decay),  # LinearSVC sums losses
             tol=1e-6,
             max_iter=10_000,
-            fit_intercept=self.intercept,  # LinearSVC penalises it too
+            fit_intercept=self.intercept,  # LinearSVC penalises the intercept too
             random_state=0,
         )
         with warnings.catch_warnings():
@@ -303,7 +307,7 @@ def _signed_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 def _shortfall(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Compute u of a batch, (b,)."""
+    """Compute u = 1 - y z of a batch, (b,)."""
     net = net.at(theta)
     return net.link.shortfall(net.design.times(x, net.theta), y)[:, 0, 0]
 

@@ -1,12 +1,13 @@
 """Closed forms with H^-1 for single rows of a linear model: leverages and self-influence.
 
-With w = d2l/dz2 and S = diag(sqrt(w)), one output has H = X' S S X / n + lambda I, (d, d). If
-d > n, Woodbury's identity needs only matrices of the size of K = X X', (n, n):
+Let X (n, d) hold the inputs, w (n,) the d2l/dz2 of each row's loss l by its one output z, and
+S = diag(sqrt(w)). Then the risk's Hessian is H = X' S S X / n + lambda I. It is a (d, d) matrix. If
+d > n, Woodbury's identity gives H^-1 from (n, n) matrices:
 
-    H^-1 = (I - X' S B^-1 S X) / lambda        B = S K S + n lambda I
+    H^-1 = (I - X' S B^-1 S X) / lambda        B = S K S + n lambda I        K = X X'
 
-Every function takes a LinearModel: a net with outputs by `net.design`, a loss of them by
-`net.link`, and the penalty lambda/2 |theta|^2, where lambda is `net.strong_convexity`.
+Every function takes a LinearModel `net`. `net.design` computes the outputs and `net.link` their
+loss. The penalty is lambda/2 |theta|^2 with lambda = `net.strong_convexity`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.convergence import DivergenceError
 from influence.examples.examples import Examples, check_rows
 
-# Number of right-hand sides that are solved together. It bounds memory.
+# At most this many right-hand sides are solved together. This bounds memory.
 _COLUMNS = 1024
-# Largest order of a matrix that `self_influence` factors: 2 GiB.
+# `self_influence` factors matrices of at most this order. Such a matrix takes 2 GiB.
 _LARGEST_FACTOR = 1 << 14
 
 
@@ -40,11 +41,11 @@ def leverages(
 
 
 def self_influence(net: Any, examples: Examples, rows: NDArray) -> NDArray | None:
-    """Compute e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n with e = dl/dz: (k,).
+    """Compute e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n for rows i, with e = dl/dz.
 
-    None if this is not safe or not faster: for several outputs, in float32, without a penalty, for
-    a matrix that is too large or not positive definite, and for one of order n if the inputs are
-    not in memory.
+    Returns: (k,), or None if this is not safe or not faster than a solver. It is None for several
+      outputs, in float32, without a penalty, and for a matrix that is too large or not positive
+      definite. If d > n it is also None for inputs that are not in memory.
     """
     smaller = min(len(examples), net.num_parameters)
     if net.num_outputs != 1 or net.dtype != np.float64 or net.strong_convexity == 0:
@@ -73,7 +74,7 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
     Z = design.times(chosen.x, theta)
     stepped = np.empty((len(rows), net.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
-        # With A = x (x) I_c the row's Hessian is A S A', S (c, c).
+        # With A = x (x) I_c the row's Hessian is (n - 1) A S A'. S is a (c, c) matrix.
         A = np.kron(x[:, None], np.eye(c))
         S = net.link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()
@@ -86,7 +87,7 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
 def _quadratics(
     net: Any, examples: Examples, rows: NDArray, gram: NDArray | None
 ) -> tuple[NDArray, NDArray]:
-    """Compute x_i' H^-1 x_i and x_i' H^-1 lambda theta, (k,) each."""
+    """Compute two (k,) arrays: x_i' H^-1 x_i and x_i' H^-1 lambda theta for the rows i."""
     try:
         if net.num_parameters <= len(examples):
             return _by_parameters(net, examples, rows)
@@ -99,7 +100,7 @@ def _quadratics(
 
 
 def _by_parameters(net: Any, examples: Examples, rows: NDArray) -> tuple[NDArray, NDArray]:
-    """Compute `_quadratics` in d^3/3 operations for the factor and d^2 for each row."""
+    """Compute `_quadratics`. The factor costs d^3/3 operations, and each row costs d^2 more."""
     H = net.hessian(examples)
     L = scipy.linalg.cholesky(H.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, net.penalty_gradient())
@@ -119,14 +120,14 @@ def _slopes(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 def _dense_rows(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return a batch's features as a dense array (b, f), which includes the intercept's."""
+    """Return a batch's features, with the intercept's feature, as a dense array (b, d)."""
     return net.design.with_one(net.design.dense(x))
 
 
 def _by_rows(
     net: Any, examples: Examples, rows: NDArray, gram: NDArray | None
 ) -> tuple[NDArray, NDArray]:
-    """Compute `_quadratics` in n^3/3 operations for the factor and n^2 for each row."""
+    """Compute `_quadratics`. The factor costs n^3/3 operations, and each row costs n^2 more."""
     K: NDArray = net.design.gram(examples.x) if gram is None else gram
     Z = net.design.times(examples.x, net.theta)
     z, weight_decay = Z[:, 0, 0], net.strong_convexity
@@ -136,7 +137,7 @@ def _by_rows(
     B = K * s
     B *= s[:, None]
     B[np.diag_indices_from(B)] += len(s) * weight_decay
-    # B is symmetric; its transpose is in Fortran order, which LAPACK can overwrite.
+    # B is symmetric. Its transpose is in Fortran order, so LAPACK can overwrite it.
     L = scipy.linalg.cholesky(B.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, s * z)
     h, q = np.empty((2, len(rows)), K.dtype)

@@ -1,12 +1,13 @@
 """Linear models with an L2 penalty, whose losses and derivatives have closed forms.
 
-With weights W (f, c) and outputs z = x W, a loss l(z, y) that is convex in z gives for one example
+A model has weights W (f, c) and outputs z = x W. Its loss l(z, y) is convex in z. For one example,
+with (x) for the Kronecker product,
 
     grad = x' (x) dl/dz        Hessian = x' x (x) d2l/dz2
 
-and R = mean loss + weight_decay/2 |W|^2. theta is W flattened row by row. The intercept is a last
-feature that is always one. The closed forms override the tape's answers and are tested against
-them. They use NumPy, whose float64 products are three times as fast as TensorFlow's.
+The risk is the mean loss plus weight_decay/2 |W|^2. theta is W flattened row by row. The intercept
+is a last feature that is always one. The closed forms replace automatic differentiation, and tests
+compare both. NumPy computes them. Its float64 products are three times as fast as TensorFlow's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from influence.models import leverage, newton
 from influence.models.design import Design, Link
 from influence.net.net import GenericNeuralNet
 
-# Largest number of entries in a batch's block (rows, c, m). It fits into a processor's cache.
+# A batch's block (rows, c, m) has at most this many entries. It fits into a processor's cache.
 _BLOCK_NUMBERS = 1 << 21
 
 
@@ -32,16 +33,16 @@ class LinearModel(GenericNeuralNet):
     """Base class of the convex models.
 
     Args:
-      num_features: f.
-      num_outputs: c.
+      num_features: number f of features.
+      num_outputs: number c of outputs.
       link: the loss of outputs and its derivatives, in NumPy.
       loss: the same loss for Keras.
-      weight_decay: lambda of lambda/2 |W|^2, which includes the intercept.
-      intercept: whether the model has one.
+      weight_decay: lambda of the penalty lambda/2 |W|^2, where W includes the intercept.
+      intercept: True if the model has an intercept.
       dtype: "float64" or "float32".
 
     Attributes:
-      design: products with inputs.
+      design: the `Design` that multiplies inputs by parameters.
       link, weight_decay, intercept, num_features, num_outputs: the arguments.
 
     Raises: ValueError for fewer than one feature or a negative weight decay.
@@ -67,7 +68,7 @@ class LinearModel(GenericNeuralNet):
         self.num_features, self.num_outputs, self.link = num_features, num_outputs, link
         self.weight_decay, self.intercept = float(weight_decay), bool(intercept)
         # Keras' L2 has no 1/2. The intercept is penalised too. Otherwise the softmax Hessian would
-        # be singular: a constant added to all classes' intercepts changes no loss.
+        # be singular, because a constant added to all classes' intercepts changes no loss.
         l2 = keras.regularizers.L2(weight_decay / 2)
         dense = keras.layers.Dense(
             num_outputs,
@@ -83,7 +84,7 @@ class LinearModel(GenericNeuralNet):
     # --- the questions of GenericNeuralNet in closed form ---------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
-        """See GenericNeuralNet.outputs: z, (n, c)."""
+        """See GenericNeuralNet.outputs; this returns z, (n, c)."""
         return self._outputs(x)[:, :, 0]
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
@@ -92,7 +93,7 @@ class LinearModel(GenericNeuralNet):
         return values[:, 0] if thetas is None else values
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
-        """See GenericNeuralNet.gradient: X' dl/dz / n."""
+        """See GenericNeuralNet.gradient; this returns X' dl/dz / n."""
         E = self.link.slope(self._outputs(x, thetas), np.asarray(y))
         G = self.design.transposed_times(x, E) / len(E)
         return G[:, 0] if thetas is None else G
@@ -104,19 +105,19 @@ class LinearModel(GenericNeuralNet):
         return float(self.link.loss(Z, y).mean(dtype=np.float64)), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
-        """See GenericNeuralNet.gradients: x_i (x) dl_i/dz."""
+        """See GenericNeuralNet.gradients; row i is x_i (x) dl_i/dz."""
         rows = self.design.with_one(self.design.dense(x))
         E = self.link.slope(self._outputs(x), np.asarray(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """See GenericNeuralNet.bregman_gradient: X' (dl/dz - dl/dz at the net's theta) / n."""
+        """See GenericNeuralNet.bregman_gradient; X' (dl/dz - dl/dz at the net's theta) / n."""
         y = np.asarray(y)
         E = self.link.slope(self._outputs(x, thetas), y) - self.link.slope(self._outputs(x), y)
         return self.design.transposed_times(x, E) / len(E)
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.hvp: X' (d2l/dz2) X V / n."""
+        """See GenericNeuralNet.hvp; this returns X' (d2l/dz2) X V / n."""
         U = self.design.times(x, self._columns(V))
         C = self.link.curved(self._outputs(x), np.asarray(y), U)
         product = self.design.transposed_times(x, C) / len(U)
@@ -137,12 +138,12 @@ class LinearModel(GenericNeuralNet):
         elif question in ("hvp", "gauss_newton"):
             E = self.link.curved(self.design.times(flat, self.theta), y, U)
         else:
-            return super().each_batch(question, x, y, V)  # raises
+            return super().each_batch(question, x, y, V)  # this raises
         E = E.reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ E).reshape(V.shape) / batch_size
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
-        """See GenericNeuralNet.directional: sum_c (dl/dz)_c (X V)_c."""
+        """See GenericNeuralNet.directional; this returns sum_c (dl/dz)_c (X V)_c."""
         E = self.link.slope(self._outputs(x), np.asarray(y))[:, :, 0]
         if dtype is not None and np.dtype(dtype) != self.dtype:
             along = self.design.along(x, E, self._columns(V, dtype))
@@ -151,7 +152,7 @@ class LinearModel(GenericNeuralNet):
         return along if np.ndim(V) == 2 else along[:, 0]
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.input_gradient: v dl/dz + W (d2l/dz2) x v."""
+        """See GenericNeuralNet.input_gradient; this returns v dl/dz + W (d2l/dz2) x v."""
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
@@ -165,30 +166,30 @@ class LinearModel(GenericNeuralNet):
         return slope[:, :, 0] @ D.T + curved[:, :, 0] @ W.T
 
     def penalty(self) -> float:
-        """See GenericNeuralNet.penalty: weight_decay/2 |W|^2."""
+        """See GenericNeuralNet.penalty; this returns weight_decay/2 |W|^2."""
         return self.weight_decay / 2 * float(self.theta @ self.theta)
 
     @property
     def strong_convexity(self) -> float:
-        """See GenericNeuralNet.strong_convexity: weight_decay."""
+        """See GenericNeuralNet.strong_convexity; this is weight_decay."""
         return self.weight_decay
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
-        """See GenericNeuralNet.penalty_gradient: weight_decay W."""
+        """See GenericNeuralNet.penalty_gradient; this returns weight_decay theta."""
         return self.weight_decay * (self.theta if thetas is None else self._columns(thetas))
 
     def penalty_hvp(self, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.penalty_hvp: weight_decay V."""
+        """See GenericNeuralNet.penalty_hvp; this returns weight_decay V."""
         return self.weight_decay * V
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
-        """Form the risk's Hessian (d, d), for one output: X' diag(d2l/dz2) X / n + lambda I."""
+        """Form the Hessian (d, d) for one output: X' diag(d2l/dz2) X / n + weight_decay I."""
         (block,) = self._weighted_grams(examples)
         block[np.diag_indices_from(block)] += self.weight_decay
         return block
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """See GenericNeuralNet.rows_per_batch: blocks that fit into the cache are fastest."""
+        """See GenericNeuralNet.rows_per_batch; blocks that fit into the cache are fastest."""
         n = len(examples)
         if dtype is not None and np.dtype(dtype) != self.dtype:
             return fitting(VECTORS, self.num_parameters * np.dtype(dtype).itemsize, n)
@@ -200,14 +201,14 @@ class LinearModel(GenericNeuralNet):
     def fit(
         self, examples: Examples, *, gradient_tolerance: float = 1e-10, max_iterations: int = 1000
     ) -> LinearModel:
-        """Minimise the risk by Newton's method, from the present theta; deterministic.
+        """Minimise the risk by Newton's method from the present theta, without randomness.
 
         Args:
           examples: the training set.
-          gradient_tolerance: Euclidean norm of the risk's gradient at which to stop.
+          gradient_tolerance: the fit stops at a gradient of the risk with at most this norm.
           max_iterations: largest number of Newton steps.
 
-        Returns: self. Warns with ConvergenceWarning if the norm reached is larger.
+        Returns: self. Warns with ConvergenceWarning if the final norm is above the tolerance.
         Raises: DivergenceError for a risk that is not finite.
         """
         self.validate(examples, "examples")
@@ -222,7 +223,7 @@ class LinearModel(GenericNeuralNet):
         return self
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """See GenericNeuralNet.self_influence: one factorisation, of order n or d."""
+        """See GenericNeuralNet.self_influence; this factors one matrix, of order n or d."""
         return leverage.self_influence(self, examples, rows)
 
     def leverages(
@@ -230,13 +231,13 @@ class LinearModel(GenericNeuralNet):
     ) -> NDArray:
         """Compute x_i' H^-1 x_i with the risk's Hessian at theta, for a model of one output.
 
-        Times (dl/dz)^2 / n it is the data term's part of the self-influence.
+        The self-influence of a row is (dl/dz)^2 / n times its leverage, plus a penalty term.
 
         Args:
           examples: the training set.
           rows: (k,) row numbers; all n if omitted.
-          gram: (n, n) `design.gram(examples.x)`, which depends neither on labels nor on theta. It
-            is used, and computed if omitted, for more parameters than examples.
+          gram: (n, n) `design.gram(examples.x)`, computed if omitted. It depends neither on labels
+            nor on theta. It is used only if d > n.
 
         Returns: (k,).
         Raises: ValueError for several outputs or a wrong shape; DivergenceError for a singular
@@ -247,11 +248,12 @@ class LinearModel(GenericNeuralNet):
     def one_step_leave_one_out(self, examples: Examples, rows: Any) -> NDArray:
         """Compute theta after one exact Newton step on the risk without each row.
 
-        H_-i = (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. One
-        factorisation and Woodbury's identity invert it for all rows: an oracle for `leave_one_out`.
+        The Hessian of the risk without row i is
+        (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. Woodbury's
+        identity inverts it for all rows with one factorisation. The result checks `leave_one_out`.
 
         Args:
-          examples: the training set, at whose minimum theta is.
+          examples: the training set. theta should be at the minimum of its risk.
           rows: (k,) rows; each is removed by itself.
 
         Returns: (k, d).
@@ -270,7 +272,7 @@ class LinearModel(GenericNeuralNet):
         return V.reshape(self.num_parameters, -1)
 
     def _outputs(self, x: Any, thetas: NDArray | None = None) -> NDArray:
-        """Return X theta, (n, c, k), at other parameters (d, k) or at the net's own, cached."""
+        """Return the outputs (n, c, k) at parameters (d, k), or (n, c, 1) at the net's theta."""
         if thetas is not None:
             return self.design.times(x, self._columns(thetas))
         if self.memo is None:
@@ -280,13 +282,13 @@ class LinearModel(GenericNeuralNet):
         return self.memo["outputs"]
 
     def _weighted_grams(self, examples: Examples) -> NDArray:
-        """Return X' diag(w_k) X / n, (k, f, f), for the link's weights at theta."""
+        """Return X' diag(w) X / n for each column w of the link's weights at theta: (k, f, f)."""
         total = examples.sum_over(_weighted_grams, self)
         total /= len(examples)
         return total
 
 
 def _weighted_grams(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return X' diag(w_k) X of a batch, (k, f, f)."""
+    """Return X' diag(w) X of a batch for each column w of the link's weights: (k, f, f)."""
     net = net.at(theta)
     return net.design.weighted_gram(x, net.link.weights(net.design.times(x, net.theta), y))

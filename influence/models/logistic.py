@@ -1,6 +1,7 @@
 """Logistic regression with many classes and with two: the paper's convex models.
 
-With p = softmax(z) or sigmoid(z): loss = -log p_y, dl/dz = p - onehot(y), d2l/dz2 = diag(p) - p p'.
+With p = softmax(z), the loss is l = -log p_y, dl/dz = p - onehot(y) and d2l/dz2 = diag(p) - p p'.
+With p = sigmoid(z) and one output, dl/dz = p - y and d2l/dz2 = p (1 - p).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from influence.models.linear import LinearModel
 
 @dataclass(frozen=True)
 class Softmax(Link):
-    """-log softmax(z)_y of class numbers y and c outputs."""
+    """The loss -log softmax(z)_y of c outputs z and class numbers y."""
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
         """See Link.loss."""
@@ -39,7 +40,7 @@ class Softmax(Link):
         return U
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return p_a p_b of each pair of classes, (n, c (c - 1) / 2)."""
+        """Return p_a p_b for each pair of different classes a and b: (n, c (c - 1) / 2)."""
         P = _softmax(Z)[:, :, 0]
         a, b = np.tril_indices(P.shape[1], -1)
         return P[:, a] * P[:, b]
@@ -47,7 +48,7 @@ class Softmax(Link):
 
 @dataclass(frozen=True)
 class Sigmoid(Link):
-    """-log sigmoid(z) of label 1 and -log sigmoid(-z) of label 0, for one output."""
+    """The loss of one output z: -log sigmoid(z) for label 1, -log sigmoid(-z) for label 0."""
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
         """See Link.loss."""
@@ -68,11 +69,11 @@ class MulticlassLogisticRegression(LinearModel):
     """Softmax regression on class numbers 0 to num_classes - 1 (the paper's Figure 2, left).
 
     Args:
-      num_features: f.
-      num_classes: c.
-      weight_decay: lambda of lambda/2 |W|^2, which includes the intercept.
-      intercept: whether the model has one; the paper's has none.
-      dtype: "float64", because leave-one-out changes are 1e-3 to 1e-5 of a loss; or "float32".
+      num_features: number f of features.
+      num_classes: number c of classes.
+      weight_decay: lambda of the penalty lambda/2 |W|^2, where W includes the intercept.
+      intercept: True if the model has an intercept. The paper's model has none.
+      dtype: "float64" or "float32". Leave-one-out changes are small (1e-3 to 1e-5 of a loss).
 
     Raises: ValueError for fewer than two classes, one feature or a negative weight decay.
     """
@@ -101,8 +102,8 @@ class MulticlassLogisticRegression(LinearModel):
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
         """Form the risk's Hessian (d, d) from a block -X' diag(p_a p_b) X / n for each class pair.
 
-        Probabilities add up to one. So the diagonal block of a class is minus the sum of its other
-        blocks.
+        Probabilities add up to one, so the loss's block of a class with itself is minus the sum of
+        its blocks with other classes.
         """
         blocks = self._weighted_grams(examples)
         c, f = self.num_outputs, blocks.shape[1]
@@ -111,7 +112,7 @@ class MulticlassLogisticRegression(LinearModel):
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
         H = np.empty((f, c, f, c), self.dtype)
-        # One feature's rows at a time: source and target of this copy then fit into the cache.
+        # This copies one feature's rows at a time, because they fit into the cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
             parts = -of_row[pair]  # (c, c, f)
             parts[own, own] = 0
@@ -126,9 +127,9 @@ class BinaryLogisticRegression(LinearModel):
     """Logistic regression on labels 0 and 1 with one vector of weights.
 
     Args:
-      num_features: f.
-      weight_decay: lambda of lambda/2 |w|^2, which includes the intercept.
-      intercept: whether the model has one; the paper's has none.
+      num_features: number f of features.
+      weight_decay: lambda of the penalty lambda/2 |w|^2, where w includes the intercept.
+      intercept: True if the model has an intercept. The paper's model has none.
       dtype: "float64" or "float32".
 
     Raises: ValueError for fewer than one feature or a negative weight decay.
@@ -149,7 +150,7 @@ class BinaryLogisticRegression(LinearModel):
 
 
 def _softmax(Z: NDArray) -> NDArray:
-    """Return the softmax over axis 1, a new array; scipy.special's would make four copies."""
+    """Return the softmax over axis 1 in one new array. scipy.special.softmax makes four copies."""
     P = Z - Z.max(axis=1, keepdims=True)
     np.exp(P, out=P)
     P /= P.sum(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
 """Newton's method for the smooth convex risk of a LinearModel.
 
-The outputs Z = X theta give the gradient X' dl/dz / n + lambda theta. A product with the Hessian
-then costs two more products with X.
+X holds the n inputs and Z = X theta the outputs. With the loss l and the weight decay lambda, the
+gradient is X' dl/dz / n + lambda theta. A product with the Hessian costs two products with X.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# The Hessian is formed and factored if that costs at most this many products with X.
+# `_step` factors the Hessian if this costs at most as many operations as this many products with X.
 _FACTOR_COST = 2000
-# Largest relative residual of a step. The first steps, far from the minimum, have it.
+# CG's relative tolerance for a step is at most this. The first step uses this value.
 _LOOSEST = 0.5
-# A step must bring this fraction of the decrease that the slope predicts (Armijo's condition).
+# A step must decrease the risk by this fraction of what the slope predicts (Armijo's condition).
 _SUFFICIENT = 1e-4
-# Step lengths in the order in which they are tried: 1, then 1/2, 1/4 ..., seven in one pass.
+# `_length` tries length 1 in a first pass. Each later pass tries the next seven of 1/2, 1/4 ...
 _LENGTHS = np.split(0.5 ** np.arange(50), range(1, 50, 7))
 
 
@@ -39,19 +39,19 @@ def minimise(
 ) -> tuple[float, str]:
     """Minimise the risk from the net's theta, and leave the net at the best point found.
 
-    Each step is shortened until the risk decreases, so any start converges. H p = g is solved by
-    Cholesky if that is cheap (up to about 2,000 parameters for dense inputs). Otherwise conjugate
-    gradients solve it, to a residual that decreases with the gradient (Dembo, Eisenstat & Steihaug
-    1982).
+    Each step is shortened until the risk decreases enough, so any start converges. A step p solves
+    H p = g, where H is the risk's Hessian and g its gradient. Cholesky solves this if it is cheap
+    (up to about 2,000 parameters for dense inputs). Otherwise conjugate gradients solve it. Their
+    tolerance decreases with the gradient (Dembo, Eisenstat & Steihaug 1982).
 
     Args:
       net: a LinearModel.
-      design: the net's products with inputs.
+      design: the net's `Design`.
       examples: the training set.
-      tolerance: Euclidean norm of the risk's gradient at which to stop.
+      tolerance: the search stops at a gradient of the risk with at most this Euclidean norm.
       max_iterations: largest number of steps.
 
-    Returns: the gradient norm reached, and the reason if it is above the tolerance, else "".
+    Returns: the final gradient norm, and the reason if it is above the tolerance, else "".
     Raises: DivergenceError for a risk or gradient that is not finite.
     """
     first, before = 0.0, np.inf
@@ -92,7 +92,7 @@ def minimise(
 def _step(
     net: GenericNeuralNet, design: Design, examples: Examples, gradient: NDArray, rtol: float
 ) -> NDArray:
-    """Solve for H^-1 gradient, (d,)."""
+    """Solve for H^-1 gradient, (d,); `rtol` is the relative tolerance of CG."""
     n, d = len(examples), net.num_parameters
     if d**2 * (n + d / 3) <= _FACTOR_COST * examples.num_entries * design.num_outputs:
         try:
@@ -101,7 +101,7 @@ def _step(
             if gradient @ step > 0:
                 return step
         except np.linalg.LinAlgError:
-            pass  # H is singular without a penalty; CG finds the shortest solution
+            pass  # without a penalty H may be singular; CG then finds the shortest solution
 
     def product(V: NDArray) -> NDArray:
         return examples.sum_over(Total("hvp", V), net) / n + net.penalty_hvp(V)
@@ -118,7 +118,7 @@ def _length(
     slope: float,
     rounding: float,
 ) -> float:
-    """Find the first length of 1, 1/2, 1/4 ... with a sufficient decrease of the risk, else 0."""
+    """Return the first length of 1, 1/2, 1/4 ... that decreases the risk enough; 0 if none does."""
     theta = net.theta
     for lengths in _LENGTHS:
         thetas = theta[:, None] - lengths.astype(theta.dtype) * step[:, None]

@@ -1,12 +1,12 @@
 """Logistic regression on a frozen network's features: the paper's "Inception" (figures 4 and 5).
 
-The network's trunk turns an image x into a feature map, whose mean over all positions is phi(x),
-(f,). theta = w holds only the head. With a given mean m and scale s
+The network's trunk turns an image x into a feature map. phi(x), (f,), is the mean of this map over
+all positions. theta = w holds only the head's weights. With given mean m and scale s, the logit is
 
     z = w . (phi(x) - m) / s
 
-As a function of phi the head has the weights w / s and the intercept - w . m / s. The penalty is
-lambda/2 |w|^2. Without m and s this is the paper's model.
+As a function of phi, the head has the weights w / s and the intercept - w . m / s. The penalty is
+lambda/2 |w|^2. With m = 0 and s = 1 this is the paper's model.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression
 
-# Number of images in one call of the trunk. On a CPU larger batches of photographs are not faster.
-# In batches, the last bits of an image's features may depend on the other images.
+# One call of the trunk gets this many images. On a CPU, larger batches of photographs are not
+# faster, and the last bits of an image's features may depend on the other images of its batch.
 _ON_GPU, _ELSEWHERE = 16, 1
-# Allowed excess over [-1, 1], for rounding in float32.
+# Floats may exceed [-1, 1] by this much, because float32 rounds.
 _SLACK = 1e-6
-# Number of axes of images (n, h, w, c); features are (n, f).
+# An array of images (n, h, w, c) has this many axes. An array of features (n, f) has two.
 _IMAGE_RANK = 4
-# Number of images that are read together.
+# `featured` reads this many images together.
 _ROWS = 256
 
 
 def scaled(images: Any, dtype: Any = "float32") -> NDArray:
-    """Scale images for a trunk: bytes k become k / 127.5 - 1; floats stay as they are.
+    """Scale images for a trunk: an integer k becomes k / 127.5 - 1; floats are not changed.
 
     Args:
       images: (..., h, w, c), integers 0 to 255 or floats in [-1, 1].
       dtype: dtype of the result.
 
     Returns: floats in [-1, 1], of the same shape.
-    Raises: TypeError for other numbers, ValueError for those out of range.
+    Raises: TypeError for another dtype, ValueError for numbers out of range.
     """
     images = np.asarray(images)
     _check_range(images)
@@ -50,11 +50,11 @@ def scaled(images: Any, dtype: Any = "float32") -> NDArray:
 
 
 def cut(model: keras.Model, layer_name: str) -> keras.Model:
-    """Make a model from the input of another to the output of one of its layers, weights shared.
+    """Make a model that ends at a layer of another model. Both models share their weights.
 
     Args:
       model: a functional or sequential model.
-      layer_name: the layer: `mixed10` of InceptionV3, `conv_pw_13_relu` of MobileNet.
+      layer_name: the layer's name, such as `mixed10` in InceptionV3.
 
     Returns: a model with that layer's output.
     Raises: ValueError if there is no such layer.
@@ -76,16 +76,16 @@ class TopLayer(BinaryLogisticRegression):
     The logit is z = theta . (phi(x) - mean) / scale. phi(x) is the mean of the trunk's feature map
     over all positions.
 
-    `features` and `featured` compute features (n, f) of images. All questions take features. Only
-    `input_gradient` also takes images.
+    `features` and `featured` compute features (n, f) of images. The other methods take features.
+    Only `input_gradient` also takes images.
 
     Args:
-      trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,);
-        `cut` makes one. It runs in inference mode and in its own precision, usually float32; the
-        head is float64. A network for inputs of another range needs a rescaling layer in front.
-      weight_decay: lambda of lambda/2 |w|^2.
+      trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,).
+        `cut` makes one. It runs in inference mode and in its own precision, usually float32. The
+        head is float64. A network for inputs of another range needs a rescaling layer first.
+      weight_decay: lambda of the penalty lambda/2 |w|^2.
       mean: (f,) m, such as the mean of the training set's pooled features; zero if None.
-      scale: (f,) s, such as their standard deviation, positive; one if None.
+      scale: (f,) s > 0, such as the standard deviation of those features; one if None.
 
     Attributes:
       trunk: the argument.
@@ -116,8 +116,8 @@ class TopLayer(BinaryLogisticRegression):
         """Compute features of images: (phi(x) - m) / s.
 
         Args:
-          x: (n, h, w, c) images, integers 0 to 255 or floats in [-1, 1]; or features (n, f), which
-            are returned unchanged.
+          x: (n, h, w, c) images, integers 0 to 255 or floats in [-1, 1]. Features (n, f) are
+            returned unchanged.
 
         Returns: (n, f) float64. On a CPU the trunk takes one image at a time, so the features of an
           image do not depend on the other images, not even in their last bits.
@@ -129,7 +129,7 @@ class TopLayer(BinaryLogisticRegression):
         return self._standardised(self._trunk.pooled(x))
 
     def featured(self, examples: Examples) -> Examples:
-        """Replace images by their features; examples of features are returned unchanged."""
+        """Replace images by their features. Examples of features are returned unchanged."""
         if not _are_images(examples.take([0]).x):
             return examples
         return Examples(examples.each_row(_features, self, batch_size=_ROWS), examples.y)
@@ -137,15 +137,15 @@ class TopLayer(BinaryLogisticRegression):
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Differentiate grad loss_i . v by features or, through the trunk, by pixels.
 
-        By pixels it is J(x)' c, where J is the derivative of the trunk's pooled output phi and c =
-        d/dphi (grad loss . v) is LinearModel's closed form divided by s.
+        The derivative by pixels is J(x)' c. J is the derivative of phi by the pixels. The vector
+        c = d/dphi (grad loss . v) is LinearModel's closed form divided by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
           y: (n,) labels.
           v: (d,) direction in parameter space.
 
-        Returns: an array of x's shape; for images in the trunk's precision.
+        Returns: an array of x's shape. For images its dtype is that of the trunk's input.
         Raises: TypeError for images as integers; `scaled` converts them to floats.
         """
         if not _are_images(x):
@@ -165,7 +165,7 @@ class TopLayer(BinaryLogisticRegression):
         return super().curvature_gradient(self.design.as_dtype(x), y, v)
 
     def validate(self, examples: Examples, name: str) -> None:
-        """See GenericNeuralNet.validate; refuses images, which `featured` must convert first."""
+        """See GenericNeuralNet.validate. It refuses images: `featured` must convert them first."""
         if isinstance(examples, Examples):
             self.design.check_features(examples.take([0]).x, f"{name}.x")
         super().validate(examples, name)
@@ -176,7 +176,7 @@ class TopLayer(BinaryLogisticRegression):
         return (pooled - self._mean) / self._scale
 
     def _cotangent(self, theta: NDArray, pooled: NDArray, y: NDArray, v: NDArray) -> NDArray:
-        """Return d/dphi (grad loss . v) at theta, (k, f)."""
+        """Return d/dphi (grad loss . v) at theta for k images: (k, f)."""
         features = self._standardised(pooled.astype(np.float64))
         return self._input_gradient(theta, features, y, v) / self._scale
 
@@ -211,16 +211,17 @@ def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 class _Trunk:
-    """Pooled features of images, and the derivative of a function of them by the images.
+    """A trunk that computes pooled features of images, and derivatives by the images.
 
     Args:
-      model: `TopLayer.trunk`; its weights must never change.
-      cotangent: (theta, pooled (k, f), y, v) -> (k, f) float64, the derivative by the pooled
-        features of the function that `pullback` differentiates by the images.
+      model: `TopLayer.trunk`. Its weights must never change.
+      cotangent: function of (theta, pooled (k, f), y, v) that returns float64 (k, f). It is the
+        derivative by the pooled features of the function that `pullback` differentiates.
 
     Attributes: image_shape: (h, w, c), with None for any size; num_features: f.
 
-    Raises: TypeError or ValueError for another model.
+    Raises: TypeError if `model` is not a Keras model. ValueError unless it has one input, an image,
+      and one output, a feature map or a vector.
     """
 
     def __init__(self, model: keras.Model, cotangent: Callable[..., NDArray]):
@@ -244,11 +245,11 @@ class _Trunk:
         self._traced: Any = None
 
     def __getstate__(self) -> dict:
-        """Return all but the traced functions, which are traced again after unpickling."""
+        """Return the state without the traced functions. They are traced again after unpickling."""
         return {**self.__dict__, "_traced": None}
 
     def pooled(self, images: NDArray) -> NDArray:
-        """Compute pooled features (k, f), in float64, of k images as `scaled` takes them."""
+        """Compute pooled features (k, f), in float64, of k images that `scaled` accepts."""
         if not len(images):
             return np.empty((0, self.num_features))
         _check_range(images)
@@ -259,8 +260,9 @@ class _Trunk:
         return np.concatenate([forward(x).numpy().astype(np.float64) for _, x in batches])
 
     def pullback(self, images: NDArray, y: Any, v: NDArray, theta: NDArray) -> NDArray:
-        """Compute J_i' cotangent_i, J_i the derivative of image i's features: (k, h, w, c).
+        """Compute J_i' c_i for each image i: (k, h, w, c).
 
+        J_i is the derivative of image i's pooled features by its pixels, and c_i its cotangent.
         This takes one forward and one backward pass of the trunk.
         """
         _check_range(images)
@@ -278,7 +280,7 @@ class _Trunk:
             yield rows, tf.convert_to_tensor(_floats(images[rows], self.dtype))
 
     def _functions(self) -> tuple[Any, Any]:
-        """Return the forward and the backward pass, traced once for batches of any size."""
+        """Return the forward and the backward function. Each is traced once for all batch sizes."""
         if self._traced is None:
             x = tf.TensorSpec((None, *self.image_shape), tf.as_dtype(self.dtype))
             vector = tf.TensorSpec((None,), tf.float64)

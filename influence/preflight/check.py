@@ -1,4 +1,4 @@
-"""The check before the computation: it finds out if scores can be trusted, and why not."""
+"""The check before the computation. It shows if scores can be trusted."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Finding, Line, Report
 from influence.solvers.spectrum import spectrum
 
+# The progress bar expects this many lines.
 _NUM_LINES = 13
-# Residual of the eigenvalues, relative to the largest.
+# `spectrum` stops at this residual relative to the largest |eigenvalue|.
 _RTOL = 1e-4
-# Passes for each end of the spectrum where d is above 1024.
+# If d > 1024, `spectrum` makes about this many products at most for each end of the spectrum.
 _MOST_PRODUCTS = 512
 
 
@@ -33,30 +34,32 @@ def check(
 ) -> Report:
     """Check the assumptions of influence functions for a net before scores are computed.
 
-    The assumptions: the risk is a mean of per-example losses plus the penalty, theta is its
-    minimum, and its Hessian is right and invertible. Each line of the report names an assumption,
-    the finding, its meaning and a remedy. If the rows themselves are wrong, derivatives are not
-    checked.
+    The check tests three assumptions. The risk is a mean of per-example losses plus the penalty.
+    theta is a minimum of the risk. Its Hessian is right and invertible. Each line of the report
+    names a question, a value, its meaning and a remedy. If a line about the rows, apart from the
+    labels, fails, derivatives are not checked.
 
-    The cost is about seven passes over the training set, the products of `spectrum` (d up to d =
-    1024, else some hundreds) and at most 40 steps of CG on three vectors. The net does not change.
+    The check takes about seven passes over the training set, the products of `spectrum` and at most
+    40 steps of CG on three vectors. `spectrum` takes d products if d <= 1024, else some hundreds.
+    The net does not change.
 
     Args:
-      net: the model, at the theta to be explained.
+      net: the model, at the theta that will be explained.
       train: the training set.
       damping: the damping that `Influence` will get.
-      test: rows whose losses are to be explained; None: training rows take their place.
-      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+      test: rows whose losses will be explained. None uses training rows instead.
+      batch_size: number of rows in a batch. It bounds memory and never changes a result. None lets
+        the net choose.
 
-    Returns: Report; `print(report)` shows a table, `report.ok` is True if every line is ok.
-    Raises: TypeError for a net that is no GenericNeuralNet or sets that are no Examples; ValueError
-      for a negative damping, a bad batch size or a single row. Faults of the model, loss or data
+    Returns: Report. `print(report)` shows a table. `report.ok` is True if every line is ok.
+    Raises: TypeError if `net` is not a GenericNeuralNet or a set is not Examples; ValueError for a
+      negative damping, a bad batch size or a single row. Faults of the model, loss or data
       are lines of the report.
     """
     checked(net)
     for name, examples in (("train", train), ("test", test)):
         if not isinstance(examples, Examples) and (name == "train" or examples is not None):
-            net.validate(cast(Examples, examples), name)  # refuses it, says how to wrap a dataset
+            net.validate(cast(Examples, examples), name)  # raises and says how to wrap a dataset
     if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
         raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
     check_batch_size(batch_size)

@@ -17,24 +17,27 @@ from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
 from influence.solvers.spectrum import Spectrum
 
-# Steps of the differences, in cube roots of eps: the best step for a smooth function is about 1.
+# `derivatives` takes differences over these steps, in cube roots of the dtype's machine epsilon.
+# For a smooth function the best step is about 1.
 _STEPS = (10.0, 1.0, 0.1, 0.01)
-# Random signed sums of rows that estimate the effect of removing one row.
+# This many random signed sums of rows estimate the effect of removing one row.
 _SIGNS = 2
-# Rows in each sum, and rows whose losses are compared.
+# At most this many rows are in each sum. The losses of at most as many rows are compared.
 _ROWS = 256
-# Limits of CG. The order of magnitude is enough.
+# CG stops at these limits, because only the order of magnitude matters.
 _ITERATIONS, _RTOL = 40, 0.1
+# TensorFlow operations whose names begin like this have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
-# Relative error of a score that is small enough.
+# A score may lose at most this share to rounding.
 _ENOUGH_DIGITS = 1e-2
 
 
 def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
     """Check that H v agrees with differences of the gradient, and that H is symmetric.
 
-    v = H w for a random w has components in all directions of curvature. A right product agrees at
-    one of the steps, a wrong one at none.
+    H is the damped Hessian A. The vector v is H w, scaled to length 1, for a random w. Such a v has
+    components in all directions of curvature. A correct product agrees with the difference over at
+    least one of the steps.
     """
     d, dtype = net.num_parameters, net.dtype
     eps = float(np.finfo(dtype).eps)
@@ -117,8 +120,8 @@ def largest(found: Spectrum) -> Line:
 def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Line:
     """Check that the damped Hessian is positive definite.
 
-    `known` is a lower bound on its eigenvalues, NaN if none is known. Those of a size below `noise`
-    are zero up to rounding.
+    `known` is a lower bound on the eigenvalues, NaN if none is known. An eigenvalue whose size is
+    at most `noise` cannot be distinguished from zero, because of rounding.
     """
     title = "smallest eigenvalue"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
@@ -147,7 +150,7 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
             "Hold the scores against proximal refits with the same damping, not against plain "
             "ones.",
         )
-    # A residual shows that some eigenvalue is near `low`, not that none is below it.
+    # A small residual shows that an eigenvalue is near `low`. A smaller eigenvalue may exist.
     found_it = found.complete or (found.converged and error <= 0.1 * low)
     if not (known > 0 or (found_it and low - error > noise)):
         return Finding(title, low).warn(
@@ -193,15 +196,15 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
 
 
 def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
-    """Compare the loss changes up to the minimum with those of removing a row.
+    """Compare the loss changes from finishing the training with those from removing a row.
 
-    Finishing the training would change loss j by about -grad loss_j . H^-1 grad R (a Newton step).
-    Leaving row i out changes it by grad loss_j . H^-1 grad L(z_i) / n. The root mean square of the
-    latter over rows i equals that for a sum of rows with random signs. Half of the signs are
-    positive, so that the penalty cancels.
+    A Newton step on the risk R approximates the rest of the training. It changes loss j by about
+    -grad loss_j . H^-1 grad R. With L = loss + penalty, leaving out row i changes loss j by
+    grad loss_j . H^-1 grad L(z_i) / n. Sums of rows with random signs estimate the root mean square
+    of these changes over rows i. Half of the signs are positive, so the penalty cancels.
 
-    A is the damped Hessian over the training set; `shift` is added if it is not positive definite.
-    Losses of training rows are compared if `test` is None.
+    A is the damped Hessian over the training set. `shift` is added to the damping; it is positive
+    if A is not positive definite. If `test` is None, the losses of training rows are compared.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)
@@ -244,7 +247,7 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
 
 
 def _signed_sum(net: GenericNeuralNet, examples: Examples, order: NDArray) -> NDArray:
-    """Compute sum_i s_i grad L(z_i) / sqrt(k) over k rows, half of the signs positive."""
+    """Compute sum_i s_i grad loss_i / sqrt(k) over k rows. s_i is 1 for half of them, else -1."""
     half = len(order) // 2
     parts = [examples.take(part) for part in (order[:half], order[half : 2 * half])]
     one, other = (net.gradient(part.x, part.y) for part in parts)

@@ -1,4 +1,4 @@
-"""Questions about class labels: are they coded as when the model was trained?"""
+"""Questions about class labels: do they have the coding of the model's training?"""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LOG_LOSSES = (
     keras.losses.binary_crossentropy,
 )
 _ONE_NUMBER = (keras.losses.mean_squared_error, keras.losses.mean_absolute_error)
-# Classes that a message lists.
+# A message lists at most this many classes.
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """Labels and predictions as class numbers from 0, each (n,); labels may be out of range."""
+    """Labels `y` (n,) and predictions `predicted` (n,), as class numbers from 0."""
 
     y: NDArray
     predicted: NDArray
@@ -36,7 +36,7 @@ class _Classes:
 
 
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
-    """Find class numbers for which the model has no output; None if there is none."""
+    """Find labels that are class numbers without an output of the model; None if there are none."""
     some = examples.take([0])
     y, shape = np.asarray(examples.y), net.outputs(some.x).shape[1:]
     if not _are_numbers(y, shape):
@@ -53,12 +53,12 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
-    """Check that the model predicts the labels, which are in range, better than guessing would."""
+    """Check the coding of labels that are in range, by comparing them with the predictions."""
     classes = _classes(net.loss, train)
     if classes is None:
         return Finding(_TITLE).ok("The labels are no classes; nothing to compare them to.")
     c = classes.num_classes
-    # agreement[s]: share of rows whose label plus s is the predicted class.
+    # agreement[s] is the share of rows whose label plus s, modulo c, is the predicted class.
     agreement = {s: float(np.mean(classes.predicted == (classes.y + s) % c)) for s in (0, 1, -1)}
     shift = max(agreement, key=lambda s: agreement[s])
     accuracy, shifted = agreement[0], agreement[shift]
@@ -97,7 +97,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
-    """Test for class numbers: integers, one for each row of several outputs."""
+    """Return True if y holds class numbers: integers, one for each row of several outputs."""
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)
@@ -123,7 +123,7 @@ def _are_one_hot(y: NDArray) -> bool:
 
 
 def _threshold(loss: PerExampleLoss, y: NDArray) -> float | None:
-    """Return the output above which a model of one output predicts the larger label, if known."""
+    """Return the output above which a model predicts the larger of two labels; None if unknown."""
     values = set(np.unique(y[: 1 << 16]).tolist())
     if len(values) != 2:
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _WIDTH = 100
-# The column at which the sentences begin.
+# The sentences begin at this column.
 _INDENT = 44
 _SHOWN = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
@@ -17,11 +17,12 @@ class Line:
     """The answer to one question.
 
     Attributes:
-      name: the question.
-      value: the number that was judged, NaN if there is none; `meaning` names it.
-      verdict: "ok"; "warn": usable with care, or undecided; "fail": scores computed now are wrong.
+      name: short name of the question.
+      value: the number behind the verdict, NaN if there is none. `meaning` says what it measures.
+      verdict: "ok", "warn" or "fail". "warn" means that scores need care or that the question is
+        undecided. "fail" means that scores computed now are wrong.
       meaning: the finding in words.
-      remedy: what to do; empty if nothing needs doing.
+      remedy: the user's next step; empty if none is needed.
     """
 
     name: str
@@ -33,13 +34,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Finding:
-    """A question and its value, both as in `Line`; a verdict makes a Line of it."""
+    """The name and value of a `Line`. Each method makes the Line with one verdict."""
 
     name: str
     value: float = float("nan")
 
     def ok(self, meaning: str) -> Line:
-        """Return the Line that asks for nothing."""
+        """Return the Line of a question without a fault."""
         return Line(self.name, self.value, "ok", meaning)
 
     def warn(self, meaning: str, remedy: str) -> Line:
@@ -53,10 +54,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The lines of a check, in the order of the questions; `str` makes a table of them.
+    """The lines of a check, in the order of the questions. `str` makes a table of them.
 
     Attributes:
-      lines: one for each question.
+      lines: one Line for each question.
     """
 
     lines: tuple[Line, ...]
@@ -67,7 +68,7 @@ class Report:
         return all(line.verdict == "ok" for line in self.lines)
 
     def __getitem__(self, name: str) -> Line:
-        """Return the line of that name.
+        """Return the line with this name.
 
         Raises: KeyError, which lists the existing names.
         """
@@ -78,7 +79,7 @@ class Report:
         raise KeyError(f"name must be one of {names}, got {name!r}.")
 
     def __str__(self) -> str:
-        """Make a table of 100 columns: verdict, question, value, meaning, remedy."""
+        """Make a table, 100 characters wide: verdict, question, value, meaning, remedy."""
         return "\n".join(_row(line) for line in self.lines)
 
 

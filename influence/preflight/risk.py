@@ -1,4 +1,4 @@
-"""Questions about the risk: the weights it depends on, and its parts."""
+"""Questions about the risk: the weights that it depends on, and its penalty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from influence.preflight.rows import rounding
 
 
 def frozen(net: GenericNeuralNet) -> Line:
-    """Count the weights that theta leaves out."""
+    """Count the weights of the model that are not in theta."""
     model = net.model
     title = "frozen weights"
     total = sum(int(np.prod(w.shape)) for w in model.weights)
@@ -31,7 +31,7 @@ def frozen(net: GenericNeuralNet) -> Line:
 
 
 def penalty(net: GenericNeuralNet, mean_loss: float) -> Line:
-    """Check that the risk contains everything that the training minimised besides the losses."""
+    """Check that the net's penalty is everything that training minimised besides the losses."""
     model, value = net.model, net.penalty()
     title = "penalty"
     by_keras = float(sum(np.asarray(part) for part in model.losses))

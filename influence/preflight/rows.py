@@ -1,6 +1,7 @@
-"""Questions about the rows: do they fit, is each loss finite, repeatable and of its own row only?
+"""Questions about the rows. Do they fit the net? Is each loss finite and repeatable?
 
-All other results of the library are sums over rows of such answers.
+Another question is whether a row's loss depends on other rows. All other results of the library are
+computed from these answers.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from influence.net.questions import PerRow
 from influence.net.refused import check_weights
 from influence.preflight.report import Finding, Line
 
-# Rows that are asked again in another order, and how many of them are asked one by one.
+# `separate` asks the net about at most _SAMPLE rows in two orders. It asks about at most _ALONE of
+# these rows one by one.
 _SAMPLE, _ALONE = 64, 8
-# Row numbers that a message lists.
+# A message lists at most this many row numbers.
 _SHOWN = 5
 
 
 def rounding(dtype: np.dtype) -> float:
-    """Return the relative difference that two orders of addition may cause, also in deep nets."""
+    """Return the relative difference that another order of addition may cause in a deep net."""
     return 1e3 * float(np.finfo(dtype).eps)
 
 
 def sample(num_rows: int, size: int) -> NDArray[np.int64]:
-    """Draw up to `size` row numbers, ascending, the same in every call."""
+    """Draw up to `size` row numbers in ascending order. Every call draws the same numbers."""
     if num_rows <= size:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng(0).choice(num_rows, size, replace=False))
@@ -44,11 +46,11 @@ class Answers:
 
     Attributes:
       examples: the n rows.
-      batch_size: rows at a time in this and later passes; None: chosen.
-      losses: (n,).
+      batch_size: number of rows in a batch of each pass. None lets the net choose.
+      losses: (n,) the losses of the rows.
       outputs: (n, ...) the outputs. To save memory, a last axis of two or more outputs is replaced
-        by the position of the largest.
-      output_shape: shape of one row's outputs, with that axis.
+        by the position of the largest output.
+      output_shape: shape of one row's outputs, including this last axis.
     """
 
     examples: Examples
@@ -89,7 +91,7 @@ def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
 
 
 def finite_weights(net: GenericNeuralNet) -> Line | None:
-    """Find layers with weights that are NaN or infinite; None if all are finite."""
+    """Find weights that are NaN or infinite; None if all are finite."""
     try:
         check_weights(net.model)
     except ValueError as error:
@@ -98,7 +100,7 @@ def finite_weights(net: GenericNeuralNet) -> Line | None:
 
 
 def separate(net: GenericNeuralNet, examples: Examples) -> Line:
-    """Check that a row's loss is the same alone, among others and in reversed order."""
+    """Check that a row's loss is the same in a batch of one row, of many and in reversed order."""
     title = "loss per example"
     rows = sample(len(examples), _SAMPLE)
     some = examples.take(rows)
@@ -115,7 +117,7 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
     outputs = net.outputs(some.x)
     alone = np.concatenate([net.losses(one.x, one.y) for one in few])
     outputs_alone = np.concatenate([net.outputs(one.x) for one in few])
-    # Both are compared: the loss of a well fitted row hardly changes with its output.
+    # Outputs are compared too, because the loss of a well fitted row hardly changes with them.
     size = _largest(outputs)
     reversed_ = net.outputs(reverse.x)[::-1], net.losses(reverse.x, reverse.y)[::-1]
     gap = max(
@@ -141,15 +143,15 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
 def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     """Check that two passes agree, and that the model's outputs do not depend on random seeds.
 
-    The library's own passes never advance the seeds of Keras' random layers: a dropout layer that
-    is left on would return the same wrong numbers in each of them.
+    The library's passes never advance the seeds of Keras' random layers. So an active dropout layer
+    would return the same wrong numbers in every pass.
     """
     title = "same answer twice"
     examples, first = answers.examples, answers.losses
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = examples.take(sample(len(examples), _SAMPLE))
     x = plain_inputs(some.x)
-    with keras.StatelessScope():  # seeds advance inside it only
+    with keras.StatelessScope():  # seeds advance inside the scope, and keep their values outside
         one, two = (np.asarray(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)
@@ -177,7 +179,7 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
 
 
 def finite(net: GenericNeuralNet, answers: Answers, name: str) -> Line:
-    """Find rows with a loss or gradient that is not finite; `name` is what the rows are called."""
+    """Find rows with a loss or gradient that is not finite; messages call the rows `name`."""
     title, examples = f"finite {name} rows", answers.examples
     v = np.random.default_rng(0).standard_normal((net.num_parameters, 1))
     along = PerRow("directional", v)
@@ -197,7 +199,7 @@ def finite(net: GenericNeuralNet, answers: Answers, name: str) -> Line:
 
 
 def random_layers(model: keras.Model) -> list[str]:
-    """Name the layers that hold the state of a random generator."""
+    """Return the names of layers that hold the state of a random generator."""
     found = []
     for layer in model._flatten_layers(include_self=False):
         own = {id(w) for w in layer.weights}
@@ -213,13 +215,16 @@ def _listed(rows: NDArray) -> str:
 
 
 def _largest(values: NDArray) -> float:
-    """Return the largest absolute value among the finite ones."""
+    """Return the largest absolute value among the finite values."""
     sizes = np.abs(values)
     return float(sizes[np.isfinite(sizes)].max(initial=0.0))
 
 
 def _gap(one: NDArray, two: NDArray, size: float) -> float:
-    """Compute the largest difference relative to `size`; `finite` reports NaN and infinity."""
+    """Compute the largest difference of finite values, relative to `size`.
+
+    `finite` reports NaN and infinity.
+    """
     finite = np.isfinite(one) & np.isfinite(two)
     gap = _largest(one[finite] - two[finite])
     return gap / size if gap else 0.0

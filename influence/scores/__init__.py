@@ -1,1 +1,1 @@
-"""Predicted changes: influence functions and what they are compared with."""
+"""Predicted changes: influence functions and other methods to compare."""

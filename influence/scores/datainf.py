@@ -1,4 +1,4 @@
-"""DataInf: influence by a closed form, layer by layer, without any solve (Kwon et al. 2024)."""
+"""DataInf: influence by a closed form for each layer, without a solver (Kwon et al. 2024)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DataInfScores(Estimand):
       change_if_removed: (m, k) change of each test loss if each training row is left out. Positive:
         the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      damping: one for each layer.
+      damping: the damping of each layer.
     """
 
     damping: tuple[float, ...]
@@ -45,28 +45,29 @@ def datainf(
 ) -> DataInfScores:
     """Predict the change of each test loss if each training row is left out, by DataInf.
 
-    DataInf replaces H^-1 by the mean, over the training rows, of the inverses of one row's matrix,
-    layer by layer, g_i = grad loss_i in the layer's parameters (Kwon, Wu, Wu & Zou 2024, eq. 5):
+    DataInf replaces the inverse Hessian H^-1 for each layer. It uses a mean over training rows of
+    inverses of one row's matrix (Kwon, Wu, Wu & Zou 2024, eq. 5). Let g_i = grad loss_i and
+    v = grad test loss, both in the layer's parameters. Then
 
         s = (1/n) sum_i (g_i g_i' + damping I)^-1 v
-          = (v - (1/n) sum_i g_i (g_i . v) / (damping + |g_i|^2)) / damping,      v = grad test loss
+          = (v - (1/n) sum_i g_i (g_i . v) / (damping + |g_i|^2)) / damping
 
-    The score is s . grad L(z_i) / n, -1/n times theirs. Positive: the test loss rises without the
-    row, so the row helped. It is exact for one training row. The mean of inverses is not the
-    inverse of the mean: if the damping falls below the |g_i|^2, the scores grow like 1 / damping,
-    far beyond any actual change. Then at most their order is meaningful. The penalty is in grad L,
-    not in the matrices.
+    With L = loss + penalty, the score of row i is s . grad L(z_i) / n, which is -1/n times the
+    authors' score. Positive: the test loss rises without the row, so the row helped. For n > 1, the
+    mean of inverses is not the inverse of the mean. If the damping is below most |g_i|^2, the
+    scores grow like 1 / damping and exceed any actual change. Then at most their order is
+    meaningful. The matrices do not contain the penalty.
 
-    It costs a pass with every row's gradient, block by block, and no solve.
+    The cost is two passes over the training set. The first forms every row's gradient.
 
     Args:
       net: the model, at its theta.
       train: the training set, n rows.
-      test: m examples, each a measurement of its own.
+      test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
-      damping: positive, absolute: one for all layers, or one for each layer. The authors use a
-        tenth of the mean of |g_i|^2 over rows and the layer's parameters.
-      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+      damping: positive, absolute. Give one number for all layers or one for each layer. The authors
+        use a tenth of the mean of |g_i|^2 over rows and the layer's parameters.
+      batch_size: number of rows in a batch. It bounds memory and never changes a result.
 
     Returns: DataInfScores (m, k), in the unit of the test loss.
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
@@ -98,7 +99,7 @@ def _shrunk(
     layers: list[slice],
     dampings: NDArray,
 ) -> NDArray:
-    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch, layer by layer: (m, d)."""
+    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch for each layer and v in V: (m, d)."""
     G, total = net.at(theta).gradients(x, y), np.empty_like(V)
     for part, own in zip(layers, dampings, strict=True):
         g = G[:, part]
@@ -108,7 +109,7 @@ def _shrunk(
 
 
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:
-    """Yield each layer's part of theta: weights whose paths differ only in the last name."""
+    """Yield each layer's slice of theta. The paths of its weights differ only in the last name."""
     start = 0
     sizes = zip(net.flat.weights, net.flat.sizes, strict=True)
     for _, weights in groupby(sizes, key=lambda pair: pair[0].path.rpartition("/")[0]):

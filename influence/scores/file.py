@@ -1,10 +1,9 @@
-"""An HDF5 file of scores that are too many for memory: solved, multiplied, written in blocks.
+"""An HDF5 file of scores that are too many for memory. They are computed and written in blocks.
 
-The file is allocated as a whole when it is made, so that later writes change only numbers and not
-HDF5's own tables. The counter of finished blocks is written after the block has reached the disk.
-So every block that is counted is complete, whenever a kill -9 comes. Each block is written with its
-checksum, and each test example's s_test with its own, so that an altered file is never continued or
-returned.
+The whole file is allocated when it is made. Later writes change only numbers, not HDF5's internal
+tables. The counter of finished blocks is increased after the block has reached the disk. So every
+counted block is complete, even after a kill -9. Each block and each test example's s_test has a
+checksum. An altered file is never continued or returned.
 """
 
 from __future__ import annotations
@@ -34,38 +33,40 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
 
-# Names of data sets and attributes in the file.
+# The next lines name data sets and attributes of the file. _PER_TEST also gives dtypes.
 _TABLE, _S_TEST = "change_if_removed", "s_test"
 _PER_TEST = {"residual": float, "iterations": int, "converged": bool, "min_curvature": float}
 _TEST_SHA, _BLOCK_SHA, _SHA = "test_sha256", "block_sha256", "sha256"
 _FORMAT = 1
 _LOSSES, _PENALTY = "losses of the first test examples", "penalty"
 _TRAINING = "losses of the first training rows"
-# The model's answers differ a little between machines and numbers of threads, so they are compared
-# up to a tolerance. All other inputs must be equal.
+# These numbers come from the model. They differ a little between machines and numbers of threads,
+# so they are compared up to a tolerance. All other inputs must be equal.
 _COMPUTED = (_LOSSES, _TRAINING, _PENALTY)
 _PROBE_ROWS, _PROBE_RTOL = 8, 1e-3
-# Tests and rows of a chunk: 512 KiB in float32, so that a row and a column are both quick to read.
+# An HDF5 chunk covers this many tests and training rows. In float32 it takes 512 KiB, so one test
+# and one training row are both quick to read.
 _CHUNK = (128, 1024)
-# Tests and rows of a block, the unit that is counted once it is written: multiples of a chunk's.
+# A block covers at most this many tests and training rows, in whole chunks. It is counted once it
+# is written.
 _TESTS, _ROWS = 2048, 1024
-# Bytes that s_test of a block's tests may take, in the net's dtype.
+# s_test of a block's tests may take this many bytes in the net's dtype.
 _S_BYTES = VECTORS // 2
-# Tests and rows whose scores are computed again in the net's dtype.
+# The rounding error is measured on at most this many tests and training rows.
 _SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class Job:
-    """The scores to be written.
+    """The scores that will be written.
 
     Args:
-      inverse: H^-1 of the net and the training set.
-      view: the net whose losses are measured: the net itself, or a view of it.
-      measurement: name of what is measured.
+      inverse: the `Inverse` that solves with the risk's Hessian H.
+      view: the net whose losses are measured, as `Inverse.measured` returns it.
+      measurement: name of the measured quantity.
       test: m examples.
       rows: (k,) increasing training rows.
-      dtype: "float32" or "float64", of the multiplication and the table.
+      dtype: "float32" or "float64", the dtype of the table and of its computation from s_test.
     """
 
     inverse: Inverse
@@ -77,7 +78,7 @@ class Job:
 
     @property
     def net(self) -> GenericNeuralNet:
-        """The net, at its theta."""
+        """The net that H^-1 belongs to. `view` is the net whose losses are measured."""
         return self.inverse.net
 
     @property
@@ -86,11 +87,11 @@ class Job:
         return self.inverse.train
 
     def tests_in(self, budget: int, at_most: int) -> int:
-        """Return how many tests' s_test fit into so many bytes, in the net's dtype."""
+        """Return how many tests' s_test fit into `budget` bytes in the net's dtype."""
         return fitting(budget, self.net.num_parameters * self.net.dtype.itemsize, at_most)
 
     def identity(self) -> dict[str, Any]:
-        """Name everything that the numbers depend on; an error gives these names."""
+        """Return everything that the scores depend on, by name. Errors use these names."""
         net, operator = self.net, self.inverse.operator
         few, first = (part.take(slice(0, _PROBE_ROWS)) for part in (self.test, self.train))
         weights = hashlib.sha256()
@@ -114,7 +115,7 @@ class Job:
 
 
 def write(job: Job, path: Path) -> Path:
-    """Write the file of `Influence.write_scores`, or the rest of it after an interruption."""
+    """Write the file of `Influence.write_scores`. After an interruption, write the missing part."""
     identity = job.identity()
     if path.exists():
         with _opened(job, path, "r", identity) as file:
@@ -172,7 +173,7 @@ def _multiply(job: Job, file: h5py.File) -> None:
     tables = iter(())
     for block in progress(blocks, "scores"):
         part, of_rows = _place(file, block)
-        # One pass over the training rows for each block of tests.
+        # A new block of tests starts a new pass over the training rows.
         if block == blocks[0] or of_rows.start == 0:
             tables = _tables(job, _Scores.of(job, file, part), job.rows[of_rows.start :], columns)
         table = np.ascontiguousarray(next(tables), job.dtype)
@@ -182,7 +183,7 @@ def _multiply(job: Job, file: h5py.File) -> None:
 
 
 def _place(file: h5py.File, block: int) -> tuple[slice, slice]:
-    """Return the tests and the rows, as places in the table, of one of its blocks."""
+    """Return the slice of tests and the slice of training rows that a block of the table covers."""
     m, k = file[_TABLE].shape
     tests, columns = map(int, file.attrs["together"])
     i, j = divmod(block, -(-k // columns))
@@ -191,9 +192,9 @@ def _place(file: h5py.File, block: int) -> tuple[slice, slice]:
 
 
 def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterator[NDArray]:
-    """Yield the scores (b, columns) of some tests for one block of rows after another."""
+    """Yield the scores (b, columns) of b tests for each block of training rows in turn."""
     chosen = job.net.rows_per_batch(job.train, len(question.S), dtype=job.dtype)
-    size = columns  # a power of 2: its halves divide a block into whole batches
+    size = columns  # this is a power of 2, so a block consists of whole batches
     while size > (job.inverse.batch_size or chosen):
         size //= 2
     asked = None if len(rows) == len(job.train) else rows
@@ -204,11 +205,11 @@ def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterato
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """A question about training rows: their scores for some tests.
+    """A question about training rows that asks for their scores for b tests.
 
     Attributes:
       S: (b, d) s_test / n in the dtype of the table.
-      constant: (b,) s_test . grad penalty / n.
+      constant: (b,) s_test . grad penalty / n, the penalty's part of each score.
     """
 
     S: NDArray
@@ -219,7 +220,7 @@ class _Scores:
         n, penalty = len(job.train), job.net.penalty_gradient()
         S = np.empty((part.stop - part.start, len(penalty)), job.dtype)
         constant = np.empty(len(S), job.dtype)
-        for start in range(0, len(S), _CHUNK[0]):  # no second copy of all of S
+        for start in range(0, len(S), _CHUNK[0]):  # a loop avoids a second copy of all of S
             rows = slice(start, min(start + _CHUNK[0], len(S)))
             exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop]
             exact /= n
@@ -227,18 +228,22 @@ class _Scores:
         return _Scores(S, constant)
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-        """Answer for one batch: (rows, b)."""
+        """Return the scores of one batch of training rows: (rows, b)."""
         return net.at(theta).directional(x, y, self.S.T, dtype=self.S.dtype) + self.constant
 
 
 def _rounding_error(job: Job, file: h5py.File) -> float:
-    """Compute the largest error of a sample of the table, relative to its largest score."""
+    """Compute the largest error in a sample of the table, relative to the sample's largest score.
+
+    The sample is compared with scores in the net's dtype.
+    """
 
     def spread(size: int, most: int) -> NDArray:
         return np.unique(np.linspace(0, size - 1, most).astype(int))
 
     m, k = file[_TABLE].shape
-    # Half as many tests as in a block at most, as s_test is not rounded here.
+    # The sample uses half of a block's memory budget for s_test. Here s_test stays in the net's
+    # dtype, which may take more memory than the table's dtype.
     tests, columns = spread(m, job.tests_in(_S_BYTES // 2, _SAMPLE)), spread(k, _SAMPLE)
     some = job.train.take(job.rows[columns])
     S = file[_S_TEST][tests].T
@@ -253,20 +258,21 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
 
 
 def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
-    """Make the file, with room for everything; it gets its name when it is complete.
+    """Make the file and allocate all data sets. The file gets the name `path` at the end.
 
-    Raises: ValueError where the disk is too small or cannot be written to.
+    Raises: ValueError if the disk is too small or not writable, or if another process holds the
+      file.
     """
     m, k, d, s_dtype = len(job.test), len(job.rows), job.net.num_parameters, job.net.dtype
     check_writable(path.parent, "path's parent")
-    # The name is always the same, so that the next call overwrites it after a kill -9 in here.
+    # The name is always the same. After a kill -9 here, the next call overwrites the file.
     unfinished = path.with_name(path.name + ".new")
     if unfinished.is_file():
         try:
             h5py.File(unfinished, "r+").close()
         except BlockingIOError as error:
             raise _held(unfinished) from error
-        except OSError:  # only a part of a file
+        except OSError:  # HDF5 cannot read an unfinished file
             pass
     unfinished.unlink(missing_ok=True)
     needed = m * (k * np.dtype(job.dtype).itemsize + d * s_dtype.itemsize)
@@ -277,7 +283,7 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
             f"got {path.parent} with {free / 1e9:.1f}; ask for fewer rows, or write elsewhere."
         )
     tests = job.tests_in(_S_BYTES, _TESTS)
-    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if there is room for one
+    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if one fits
     try:
         with h5py.File(unfinished, "w") as file:
             for name, (shape, kind) in _layout(job, tests, _ROWS).items():
@@ -298,7 +304,7 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
 
 
 def _layout(job: Job, tests: int, columns: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Return the shape and dtype of each data set, for blocks of so many tests and rows."""
+    """Return the shape and dtype of each data set, for blocks of `tests` by `columns` scores."""
     m, k, s_dtype = len(job.test), len(job.rows), job.net.dtype
     return {
         _TABLE: ((m, k), np.dtype(job.dtype)),
@@ -341,7 +347,7 @@ def _describe(file: h5py.File, n: int) -> None:
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple, dtype: Any) -> None:
-    """Make a data set whose chunks all have their places in the file from the beginning."""
+    """Make a data set and allocate all its chunks in the file at once."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk(tuple(map(min, _CHUNK, shape)))
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -351,14 +357,14 @@ def _allocate(file: h5py.File, name: str, shape: tuple, dtype: Any) -> None:
 
 
 def _mark(file: h5py.File, counter: str, value: int) -> None:
-    """Count what has been written, once it is on the disk."""
-    _to_disk(file)  # the block first, then the count
+    """Set a counter after the numbers that it counts are on the disk."""
+    _to_disk(file)
     file[counter][()] = value
     file.flush()
 
 
 def _to_disk(file: h5py.File) -> None:
-    """Write everything to the disk, and wait until it is there."""
+    """Write the file to the disk, and wait until this is done."""
     file.flush()
     os.fsync(file.id.get_vfd_handle())
 
@@ -370,11 +376,12 @@ def _to_disk(file: h5py.File) -> None:
 def _opened(
     job: Job, path: Path, mode: Literal["r", "r+"], identity: dict[str, Any]
 ) -> Iterator[h5py.File]:
-    """Open a file of earlier scores once everything in it that is counted has been verified.
+    """Open a file of earlier scores, and verify everything that it counts as written.
 
-    Raises: ValueError naming the file and what to do, where it is not one of these scores.
+    Raises: ValueError if the file does not hold these scores. The message names the file and a
+      remedy.
     """
-    if not path.is_file():  # a pipe or a device may never end
+    if not path.is_file():  # reading a pipe or a device may never end
         kind = "folder" if path.is_dir() else "pipe or device"
         raise ValueError(f"path must be a file, got the {kind} {path}.")
     cause: Exception | None = None
@@ -384,7 +391,7 @@ def _opened(
             wrong = _another(file, identity) or _altered(job, file, finished=mode == "r")
         except BlockingIOError as error:
             raise _held(path) from error
-        except Exception as error:  # h5py raises many kinds for altered bytes
+        except Exception as error:  # h5py raises many kinds of errors for altered bytes
             wrong, cause = f"HDF5 that cannot be read ({error!r:.200})", error
         if wrong:
             raise ValueError(
@@ -395,7 +402,7 @@ def _opened(
 
 
 def _another(file: h5py.File, identity: dict[str, Any]) -> str:
-    """Name the inputs, or the format, if they are others; empty if they are the same."""
+    """Name the inputs, or the format, that differ from the file's; empty if none differs."""
     stored = dict(file.attrs)
     if not _equal("format", stored.get("format"), _FORMAT):
         return f"another format ({stored.get('format')!s:.20}; this program's is {_FORMAT})"
@@ -404,7 +411,10 @@ def _another(file: h5py.File, identity: dict[str, Any]) -> str:
 
 
 def _altered(job: Job, file: h5py.File, *, finished: bool) -> str:
-    """Name what is not as it was written; empty if everything that is counted is. Reads it once."""
+    """Name the first part that is not as it was written; empty if there is none.
+
+    Numbers that are not yet counted as written are not checked.
+    """
     layout = _layout(job, *map(int, file.attrs["together"]))
     for name, (shape, kind) in layout.items():
         if name not in file or (file[name].shape, file[name].dtype) != (shape, kind):
@@ -440,7 +450,7 @@ def _sha(*arrays: NDArray) -> NDArray[np.uint8]:
 
 
 def _sha_of_tests(file: h5py.File, part: slice) -> NDArray[np.uint8]:
-    """Compute the checksums (b, 32) of some tests from the file, which is read chunk by chunk."""
+    """Compute the checksums (b, 32) of b tests. It reads the file chunk by chunk."""
     digests = [hashlib.sha256() for _ in range(part.stop - part.start)]
     for column in range(0, file[_S_TEST].shape[1], _CHUNK[1]):
         rows = file[_S_TEST][part, column : column + _CHUNK[1]]
@@ -453,7 +463,7 @@ def _sha_of_tests(file: h5py.File, part: slice) -> NDArray[np.uint8]:
 
 
 def _sha_of_description(file: h5py.File) -> str:
-    """Compute the checksum of the rows and of all attributes."""
+    """Compute one checksum of the data set `rows` and all attributes."""
     found = {"": file["rows"][()]}
     for name, part in {"": file, **file}.items():
         found |= {f"{name}@{key}": np.asarray(value) for key, value in part.attrs.items()}

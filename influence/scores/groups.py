@@ -1,21 +1,21 @@
 """Groups of rows removed together, to first and to second order.
 
-Without the k rows of U the risk is R_-U = (n R - sum_U L_i) / (n - k). Its minimum is that of
-R + w (k R - sum_U L_i) at the weight w = 1 / (n - k). Let H and T be the second and third
-derivatives of R, H_U the mean Hessian of the L_i, i in U, and g = sum_U grad L_i; the penalty is
-inside every L_i. Then the minimum moves by
+R is the risk, the mean of L_i = loss_i + penalty over n rows. U is a group of k rows. Without U the
+risk is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), it equals
+R + w (k R - sum_U L_i). Let H and T be the second and third derivatives of R, H_U the mean Hessian
+of L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
 
-    D1 = w H^-1 g                                                                   first order in w
-    D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2                            second order
+    D1 = w H^-1 g                                                          to first order in w
+    D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2                   to second order in w
 
-and a measurement m by grad m . D2 + D1' (d2 m) D1 / 2. These are all terms of second order. Basu,
-You & Feizi (2020) use D2 without T, and only the gradient of m: one Newton step, expanded. For
-logistic regression the terms that they leave out are as large as those that they include; without
-them, order 2 can be further from the refit than order 1. For a quadratic risk and a linear
-measurement the two agree.
+A measurement f changes by grad f . D2 + D1' (d2 f) D1 / 2. This has all terms up to second order.
+Basu, You & Feizi (2020) leave out T and d2 f. For logistic regression the omitted terms are as
+large as the included ones. Without the omitted terms, the second-order prediction can be further
+from the refit than the first-order one. For a quadratic risk and a linear measurement, their
+formula equals ours, because the terms that they leave out are zero.
 
-An expansion is no bound. This one has no meaning for half of the rows or more: if U has no
-curvature, the second term is - k / (n - k) times the first.
+The expansion is no bound. It has no meaning for half of the rows or more. If U has no curvature,
+the term with H_U is - k / (n - k) times D1.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class GroupScores(NamedArray):
     """Predicted changes, (m,), of each test loss if all rows of a group are removed together.
 
     Attributes:
-      change_if_removed_together: (m,). Positive: the loss rises without the rows, so together they
-        helped.
+      change_if_removed_together: (m,) change of each test loss. Positive: the loss rises without
+        the rows, so together they helped.
       rows: (k,) the training rows of the group.
       order: 1 or 2.
-      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
     """
 
@@ -58,7 +58,7 @@ class GroupScores(NamedArray):
 def group(
     inverse: Inverse, test: Examples, rows: ArrayLike, order: int, measurement: Any
 ) -> GroupScores:
-    """Answer `Influence.group` by the formula above."""
+    """Answer `Influence.group` by the formulas of this module."""
     n = len(inverse.train)
     rows = check_rows(rows, n)
     if order not in (1, 2):
@@ -94,20 +94,20 @@ def _second_order(
     gradient: NDArray,
     S: NDArray,
 ) -> NDArray:
-    """Compute the change (m,) to second order; with H^-1 grad m in S, only D1 needs a solve."""
+    """Compute the changes (m,) to second order. Only D1 needs a solve, as S is H^-1 grad f."""
     net, train, size = inverse.net, inverse.train, inverse.batch_size
     n, k = len(train), len(chosen)
-    first = gradient / (n - k)  # H D1
+    first = gradient / (n - k)  # this is H D1
     D1 = inverse.solve(first[:, None], "the group's gradient").x[:, 0]
     own = Hessian(net, chosen, inverse.operator.damping, batch_size=size) @ D1
-    pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # H D2
+    pull = first + k / (n - k) * (own - first) - _third(net, train, D1, size) / 2  # this is H D2
     per_batch = size or GenericNeuralNet.rows_per_batch(view, test)
     curved = test.each_row(PerRow("curvatures", D1), view, batch_size=per_batch)
     return S.T @ pull + curved / 2
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
-    """Compute T[v, v], (d,), by the tape; its batches fit the tape, not the net's closed forms."""
+    """Compute T[v, v], (d,). The batch size fits automatic differentiation, not closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
     total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
     return total / len(train) + net.penalty_curvature_gradient(v)

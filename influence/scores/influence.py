@@ -21,7 +21,7 @@ from influence.scores.inverse import Inverse
 from influence.scores.relative import RelativeScores
 from influence.solvers import CG, Prepared, Solution, Solver
 
-# From this many rows on, one factorisation for all rows is faster than a solve for each row.
+# For at least this many rows, one factorisation is faster than a solve for each row.
 _MANY_ROWS = 64
 
 
@@ -33,7 +33,7 @@ class Scores(Estimand):
       change_if_removed: (m, k) change of each test loss (nats for log losses) if each training row
         is left out. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
     """
 
@@ -45,9 +45,9 @@ class AdditionScores(NamedArray):
     """Predicted changes, (m, k), of each test loss if each new row is added to the training set.
 
     Attributes:
-      change_if_added: (m, k). Positive: the loss rises with the row, so the row would hurt; the
-        opposite of `change_if_removed`.
-      solution: the solver's report on each test example's system; `solution.x` is s_test (d, m).
+      change_if_added: (m, k) change of each test loss if each new row is added. Positive: the loss
+        rises with the row, so the row would hurt. `change_if_removed` has the opposite sign.
+      solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
     """
 
@@ -59,22 +59,24 @@ class AdditionScores(NamedArray):
 class Influence:
     """Influence functions of a net at a minimum of its training risk (Koh & Liang 2017).
 
-    Leaving row i out changes theta by + H^-1 grad L(z_i) / n and a measurement f by
-    + grad f' H^-1 grad L(z_i) / n, to first order, where L(z_i) = loss_i + penalty and H is the
-    Hessian of the risk plus damping I. That is -1/n times the paper's I_up,loss (eq. 2): positive
-    means that the test loss rises without the row, so the row helped.
+    Let L(z_i) = loss_i + penalty for row i of n, and H the Hessian of the risk plus damping I. To
+    first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. It changes a measurement
+    f by + grad f' H^-1 grad L(z_i) / n. This is -1/n times the paper's I_up,loss (eq. 2). Positive:
+    the test loss rises without the row, so the row helped. s_test is H^-1 grad f.
 
     Args:
       net: the model, at its theta.
       train: the training set.
-      solver: how H^-1 is applied; the default CG() stops at a relative residual of 1e-6. A solver
-        that `prepare` returned is used as it is.
-      damping: absolute, part of the operator, the same for every solver.
-      curvature: `Hessian` or `GaussNewton`.
-      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+      solver: the solver that applies H^-1. The default CG() stops at a relative residual of 1e-6.
+        It may be a solver that `prepare` returned for the same operator.
+      damping: the number that multiplies I in H, >= 0. It is the same for every solver.
+      curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk.
+      batch_size: number of rows in a batch. It bounds memory and never changes a result. None lets
+        the net choose.
 
     Attributes:
-      inverse: the `Inverse` that solves with H; net, train, batch_size and operator are its own.
+      inverse: the `Inverse` that solves with H.
+      net, train, batch_size, operator: the same objects as in `inverse`.
 
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
     """
@@ -97,7 +99,7 @@ class Influence:
 
     @property
     def prepared(self) -> Prepared:
-        """The solver prepared for this operator; factored once, on first use."""
+        """The solver, prepared for this operator on first use and then cached."""
         return self.inverse.prepared
 
     def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
@@ -110,8 +112,7 @@ class Influence:
           test: m examples.
           measurement: a function of (y, output) in place of the loss, as in `scores`.
 
-        Raises: DivergenceError if the solver met a direction of negative or zero curvature, where
-          its answer is no inverse.
+        Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
         view, _ = self.inverse.measured(test, measurement)
         return self.inverse.s_test(test, view)
@@ -121,15 +122,15 @@ class Influence:
     ) -> Scores:
         """Predict the change of each test loss if each training row is left out.
 
-        s_test . grad L(z_i) / n, first order, -1/n times I_up,loss (Koh & Liang 2017, eq. 2).
-        Positive: the test loss rises without the row, so the row helped.
+        The score is s_test . grad L(z_i) / n, to first order. It is -1/n times I_up,loss (Koh &
+        Liang 2017, eq. 2). Positive: the test loss rises without the row, so the row helped.
 
         Args:
-          test: m examples, each a measurement of its own; `.mean(axis=0)` averages them.
+          test: m examples. Each has its own scores; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
-          measurement: a function of (y, output) -> (n,), whose change is predicted instead of the
-            loss's. It consists of TensorFlow operations, as those of `influence.measurements` do.
-            Positive: the measurement rises without the row.
+          measurement: a function of (y, output) that returns one number for each example. Its
+            change is predicted instead of the loss's change. It consists of TensorFlow operations,
+            like the functions in `influence.measurements`. Positive: it rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
@@ -143,13 +144,13 @@ class Influence:
     def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
         """Predict the change of each test loss if each new row is added, one at a time.
 
-        The mean over n + 1 rows plus the same penalty has its minimum, to first order, at
-        theta - H^-1 grad L(z) / n, so the change is - s_test . grad L(z) / n: I_up,loss (Koh &
-        Liang 2017, eq. 2) at a weight of + 1/n. Positive: the test loss rises with the row, so the
-        row would hurt; removal has the opposite sign.
+        With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
+        order its minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
+        This is 1/n times I_up,loss (Koh & Liang 2017, eq. 2). Positive: the test loss rises with
+        the row, so the row would hurt. Scores for removal have the opposite sign.
 
         Args:
-          test: m examples, each a measurement of its own.
+          test: m examples. Each has its own scores.
           new: k examples outside the training set.
           measurement: as in `scores`.
 
@@ -166,22 +167,23 @@ class Influence:
     ) -> GroupScores:
         """Predict the change of each test loss if all the rows are removed together.
 
-        Order 1: the sum of their scores, grad f . H^-1 g / n with g = sum_U grad L(z_i) over the k
-        rows U (Koh et al. 2019). It usually underestimates the actual change. Order 2: the whole
-        expansion to second order in the group's weight,
+        Let g be the sum of grad L(z_i) over the group U of k rows. Order 1 is the sum of the rows'
+        scores, grad f . H^-1 g / n (Koh et al. 2019). It usually underestimates the actual change.
+        Order 2 is the whole expansion to second order in 1 / (n - k):
 
             D1 = H^-1 g / (n - k)
             D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
             change = grad f . D2 + D1' (d2 f) D1 / 2
 
-        H_U is the mean Hessian of L(z_i) over U, and T the risk's third derivative. Basu, You &
-        Feizi (2020) leave out T and d2 f. Order 2 takes one more solve and one more pass over the
-        training set. Positive: the test loss rises without the rows, so together they helped.
+        H_U is the mean Hessian of L(z_i) over U, and T is the risk's third derivative. Basu, You &
+        Feizi (2020) leave out T and d2 f. Order 2 takes one solve more than order 1 and one more
+        pass over the training set. Positive: the test loss rises without the rows, so together they
+        helped.
 
         Args:
-          test: m examples, each a measurement of its own.
-          rows: (k,) training rows; for order 2, fewer than half of all n.
-          order: 1 or 2; 2 needs `Hessian` as curvature.
+          test: m examples. Each has its own score.
+          rows: (k,) training rows. Order 2 needs fewer than half of all n.
+          order: 1 or 2. Order 2 needs `Hessian` as curvature.
           measurement: as in `scores`.
 
         Returns: GroupScores (m,), in the unit of the test loss.
@@ -197,22 +199,22 @@ class Influence:
         *,
         measurement: Any = None,
     ) -> RelativeScores:
-        """Predict the change of each test loss per unit by which removing the row moves theta.
+        """Predict the change of each test loss divided by the size of the row's move of theta.
 
-        score / size, RelatIF (Barshan, Brunet & Dziugaite 2020), with D = H^-1 grad L(z_i) / n the
-        predicted change of theta and size = |D| for "theta", sqrt(D' H D) for "loss". A row that
-        changes all losses, such as an outlier, gets no larger value than others; 1/n cancels.
-        Positive: the test loss rises without the row, so the row helped.
+        This is RelatIF (Barshan, Brunet & Dziugaite 2020). D = H^-1 grad L(z_i) / n is the
+        predicted change of theta without row i. The size is |D| for "theta" and sqrt(D' H D) for
+        "loss". The division keeps rows that change all losses, such as outliers, from ranking first
+        everywhere. Positive: the test loss rises without the row, so the row helped.
 
         Args:
-          test: m examples, each a measurement of its own.
-          rows: (k,) training rows, a solve for each; all n if omitted.
-          kind: "theta" or "loss". If H is the Fisher information, the size of "loss" is the root
+          test: m examples. Each has its own scores.
+          rows: (k,) training rows; all n if omitted. Each row needs a solve.
+          kind: "theta" or "loss". If H is the Fisher information, the size for "loss" is the root
             mean square, over the data, of the change of a row's loss.
           measurement: as in `scores`.
 
-        Returns: RelativeScores (m, k): the unit of the test loss per unit of theta ("theta") or
-          per square root of the loss's unit ("loss"); NaN for a row that changes nothing.
+        Returns: RelativeScores (m, k). The unit is that of the test loss per unit of theta
+          ("theta") or per square root of the loss's unit ("loss"). NaN for a size of zero.
         Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
         """
         return relative.relative(self.inverse, test, rows, kind, measurement)
@@ -228,31 +230,32 @@ class Influence:
     ) -> Path:
         """Write `scores` that are too many for memory to an HDF5 file, block by block.
 
-        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n with the sign of
-        `scores`: positive, the test loss rises without the row, so the row helped. Other data sets
-        are `rows` (k,), `s_test` (m, d) in the net's dtype, the solver's `residual`, `iterations`,
-        `converged` and `min_curvature` (m,), and `rounding_error`: the largest error in a sample of
-        scores relative to the largest of them, about 1e-6 at most in float32. Everything else is in
-        attributes. SHA-256 checksums are kept beside the numbers; a file that is there already is
-        read once and returned or continued only if it is as it was written.
+        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n. Positive: the test
+        loss rises without the row, so the row helped. Other data sets are `rows` (k,), `s_test`
+        (m, d) in the net's dtype, and the solver's `residual`, `iterations`, `converged` and
+        `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
+        to the largest score in it. It is about 1e-6 at most in float32. The file also contains
+        SHA-256 checksums of its numbers. An existing file is read once. It is returned or continued
+        only if it has not been altered.
 
-        After an interruption, kill -9 included, the next call continues from `path` with
-        ".partial" appended and ends with the same file; it solves no finished system again. It
-        takes at most 0.3 GB of memory, or five vectors of theta's length if those are more, besides
-        the net's batches and the solver (`Direct`: three d x d matrices; up to five while
-        TensorFlow forms the Hessian of a chain of layers).
+        After an interruption, even by kill -9, the next call continues the file `path` with
+        ".partial" appended. It ends with the same file and solves no finished system again. The
+        call takes at most 0.3 GB of memory, or five vectors of theta's length if these take more.
+        The net's batches and the solver need memory besides. `Direct` needs three d x d matrices,
+        and up to five while TensorFlow forms the Hessian of a chain of layers.
 
         Args:
           path: the file. It is complete as soon as it has this name.
-          test: m examples, each a measurement of its own.
+          test: m examples. Each has its own scores.
           rows: (k,) increasing training rows; all n if omitted.
           measurement: as in `scores`.
-          dtype: of the scores and of their multiplication; solves are in the net's dtype.
+          dtype: the dtype of the scores and of their computation from s_test. Solves use the net's
+            dtype.
 
         Returns: the path.
         Raises: as `scores`; ValueError for another dtype, rows that do not increase, too small a
-          disk, or a path where something else is: scores of other inputs (named), of another
-          format, or altered, or a file that another process holds.
+          disk, or a `path` that is in use. A path is in use if it holds scores of other inputs or
+          another format, altered scores, or a file that another process holds.
         """
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
@@ -265,19 +268,19 @@ class Influence:
     def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
         """Predict the derivative of each test loss with respect to each training row's input.
 
-        As x_i moves, the minimum of the risk moves along -H^-1 (d/dx_i grad loss_i) / n, so the
-        derivative is -(d/dx_i grad loss_i . s_test) / n. It is exactly that of the test loss after
-        retraining if theta is the minimum and the damping is zero. Positive: the test loss rises
-        as that entry of the row's input rises. This is 1/n times I_pert,loss (Koh & Liang 2017,
-        section 2.2); the 2017 release's own numbers are -n times these.
+        If x_i moves, the minimum of the risk moves by -H^-1 (d/dx_i grad loss_i) / n per unit. So
+        the derivative is -(d/dx_i grad loss_i . s_test) / n. It is the exact derivative of the test
+        loss after retraining if theta is the minimum and the damping is zero. Positive: the test
+        loss rises if this entry of the row's input rises. The result is 1/n times I_pert,loss (Koh
+        & Liang 2017, section 2.2). The numbers of the authors' 2017 code are -n times ours.
 
         Args:
-          test: m examples, each a measurement of its own.
+          test: m examples. Each has its own derivatives.
           rows: (k,) training rows, with floating inputs.
           measurement: as in `scores`.
 
-        Returns: (m, k, *shape of one row's x), or a dict of such arrays for several inputs, in the
-          unit of the test loss per unit of x.
+        Returns: (m, k, *shape of one row's x), in the unit of the test loss per unit of x. For
+          several inputs, a dict of such arrays.
         Raises: TypeError for integer inputs, which have no derivative; otherwise as `scores`.
         """
         chosen = self.train.take(self.inverse.rows(rows))
@@ -295,9 +298,10 @@ class Influence:
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
         """Predict the change of each training row's own loss if that row is left out.
 
-        grad loss_i' H^-1 grad L(z_i) / n. Positive for almost every row. The largest values belong
-        to rows that the other rows do not explain, such as wrong labels. For many rows the net's
-        closed form is used, if it has one that is faster than CG or Direct.
+        The change is grad loss_i' H^-1 grad L(z_i) / n. It is positive for almost every row. The
+        largest values belong to rows that the other rows do not explain, such as rows with wrong
+        labels. For 64 rows or more, the net's closed form replaces CG, or Direct with d > n, if the
+        net has one.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -316,7 +320,7 @@ class Influence:
         return changes / len(self.train)
 
     def parameters(self, rows: ArrayLike) -> NDArray:
-        """Predict the change of theta if each training row is left out, + H^-1 grad L(z_i) / n.
+        """Predict the change of theta, + H^-1 grad L(z_i) / n, if each training row is left out.
 
         Args:
           rows: (k,) training rows.
@@ -331,20 +335,20 @@ class Influence:
         return moves
 
     def error_bound(self, scores: Any) -> NDArray:
-        """Bound each score's distance from that of an exact solve: a certificate of the solver.
+        """Bound the error of each score that is due to the solver's residual.
 
-        |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|), from the residual that
-        the solver left, see `Solution.score_error_bound`. It excludes the error of the first-order
-        approximation. After Direct it is an estimate in the columns whose residual is an estimate.
-        It costs a pass over the rows with each row's gradient, a vector of length d, but no solve.
+        The bound is |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|); see
+        `Solution.score_error_bound`. It excludes the error of the first-order approximation. After
+        Direct it is an estimate in the columns whose residual is an estimate. It costs one pass
+        that forms the gradient of each row, and no solve.
 
         Args:
-          scores: Scores (m, k) that `scores` returned.
+          scores: the Scores (m, k) that `scores` returned.
 
-        Returns: (m, k) in the scores' unit. NaN if no bound on H's eigenvalues is known. One is
-          known for the convex models, for GaussNewton with damping or a penalty on all weights,
-          and after Direct.
-        Raises: RuntimeError if theta has changed since this was made.
+        Returns: (m, k) in the unit of the scores; NaN if no bound on H's eigenvalues is known. A
+          bound is known for the convex models, for GaussNewton with damping or a penalty on all
+          weights, and after Direct.
+        Raises: RuntimeError if theta has changed since this Influence was made.
         """
         self.operator.check_theta()
         bounds = np.empty(scores.shape)
@@ -354,6 +358,6 @@ class Influence:
 
 
 def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> Any:
-    """Compute d/dx (grad loss . s) of a batch for every column s of S: (m, b, ...)."""
+    """Compute d/dx (grad loss . s) of b rows x for each of the m columns s of S: (m, b, ...)."""
     found = [net.at(theta).input_gradient(x, y, s) for s in S.T]
     return tf.nest.map_structure(lambda *parts: np.stack(parts), *found)

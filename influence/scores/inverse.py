@@ -1,4 +1,4 @@
-"""H^-1 for one net and one training set: the component of `Influence` that solves."""
+"""H^-1 for one net and one training set, where H is the Hessian of the risk plus damping."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from influence.net.questions import PerRow
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
 
-# The largest number of right-hand sides that are solved together; a long theta allows fewer.
+# At most this many right-hand sides are solved together. A long theta allows fewer.
 _MOST_TOGETHER = 512
-# Vectors in memory for each of them: gradient, right-hand side, solution, its product with H and
-# residual.
+# Each right-hand side needs this many vectors: its gradient, itself, the solution, the solution's
+# product with H, and the residual.
 _COPIES = 5
 
 
 class Inverse:
-    """H^-1 of one net and one training set, applied to gradients; its arguments are `Influence`'s.
+    """The inverse H^-1 of one net and one training set. The arguments are those of `Influence`.
 
-    Removing row i moves theta by + H^-1 grad L(z_i) / n to first order (Koh & Liang 2017, section
-    2.1). Every score follows from solves with H. All of them are made here.
+    With L = loss + penalty, removing row i moves theta by + H^-1 grad L(z_i) / n to first order
+    (Koh & Liang 2017, section 2.1). This class does all solves that scores need.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class Inverse:
 
     @property
     def prepared(self) -> Prepared:
-        """The solver prepared for this operator; factored once, on first use."""
+        """The solver, prepared for this operator on first use and then cached."""
         if not isinstance(self._solver, Prepared):
             self._solver = prepare(self.operator, self._solver)
         return self._solver
 
     @property
     def solver(self) -> Solver:
-        """The solver's hyperparameters, prepared or not."""
+        """The solver's hyperparameters, whether or not it has been prepared."""
         return self._solver.solver if isinstance(self._solver, Prepared) else self._solver
 
     @property
@@ -76,7 +76,7 @@ class Inverse:
         return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
 
     def measured(self, test: Examples, measurement: Any = None) -> tuple[GenericNeuralNet, str]:
-        """Return the net whose losses are the measurement, and the measurement's name.
+        """Return the net whose losses are the measurement's values, and the measurement's name.
 
         Raises: TypeError or ValueError for a test set or a measurement that does not fit the net.
         """
@@ -88,7 +88,9 @@ class Inverse:
         return view, view.loss.name
 
     def solve(self, B: NDArray, what: str) -> Solution:
-        """Solve for right-hand sides B (d, m), named `what` in messages; warn of a doubtful answer.
+        """Solve for right-hand sides B (d, m), and warn of a doubtful answer.
+
+        Messages call the right-hand sides `what`.
 
         Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
@@ -105,7 +107,7 @@ class Inverse:
             if stopped and not answers_indefinite(self.solver):
                 raise DivergenceError(message)
             warn_unconverged(message)
-        smallest = np.fmin.reduce(solution.min_curvature)  # NaN if no curvature was looked at
+        smallest = np.fmin.reduce(solution.min_curvature)  # NaN if the solver measured none
         if smallest < 0:
             warn_unconverged(
                 f"{name} solved for {what}, but the matrix is indefinite (smallest curvature seen "
@@ -118,8 +120,8 @@ class Inverse:
     def s_test(self, test: Examples, view: GenericNeuralNet | None = None) -> Solution:
         """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
-        `view` is the net whose losses are measured, as `measured` returned it for `test`. None: the
-        net itself, and `test` is checked here.
+        `view` is the net whose losses are measured, as `measured` returned it for `test`. None uses
+        the net itself and checks `test`.
 
         Raises: as `solve` and `measured`.
         """
@@ -130,20 +132,21 @@ class Inverse:
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
     def along(self, S: NDArray, examples: Examples, rows: NDArray | None = None) -> NDArray:
-        """Compute S . grad L(z_i) / n, (k, m), for vectors S (d, m) and rows of any set.
+        """Compute S . grad L(z_i) / n, (k, m), for vectors S (d, m) and k rows of `examples`.
 
-        The (k,) rows may be in any order; None: all k rows.
+        `rows` (k,) may be in any order. None uses all rows of `examples`.
         """
         if rows is not None and np.array_equal(rows, np.arange(len(examples))):
-            rows = None  # then sparse rows are not copied
+            rows = None  # this avoids a copy of sparse rows
         question = PerRow("directional", S)
         changes = examples.each_row(question, self.net, rows=rows, batch_size=self.batch_size)
         return (changes + self.net.penalty_gradient() @ S) / len(self.train)
 
     def row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
-        """Yield gradients of (k,) training rows in any order, block by block in one pass.
+        """Yield gradients of training rows (k,), which may be in any order, in blocks.
 
-        Yields: (at, grad loss, grad L): the block holds rows[at], its gradients are columns (d, b).
+        Yields: (at, grad loss, grad L) for each block. The block holds rows[at]. Both gradients are
+          (d, b), one column for each row. L = loss + penalty.
         """
         penalty = self.net.penalty_gradient()[:, None]
         order, start = np.argsort(rows), 0
@@ -155,9 +158,13 @@ class Inverse:
 
     @property
     def prefers_closed_form(self) -> bool:
-        """True if the solver computes the exact inverse of the risk's own Hessian, but slowly."""
+        """True if the net's closed form, where it has one, should replace the solver.
+
+        The matrix must be the undamped Hessian at the net's present theta. The solver must be CG,
+        or an exact one such as Direct with d > n.
+        """
         operator = self._solver.A if isinstance(self._solver, Prepared) else self.operator
-        # Up to d = n, Direct takes about as long as a closed form.
+        # If d <= n, Direct takes about as long as a closed form.
         slow_direct = is_exact(self.solver) and self.net.num_parameters > len(self.train)
         return (
             (slow_direct or isinstance(self.solver, CG))
@@ -174,7 +181,7 @@ def _joined(parts: list[Solution]) -> Solution:
     }
     return Solution(
         x=np.concatenate([part.x for part in parts], axis=1),
-        eigenvalue_bound=parts[0].eigenvalue_bound,  # of the matrix that all share
+        eigenvalue_bound=parts[0].eigenvalue_bound,  # all parts share one matrix
         remedy=next((part.remedy for part in parts if part.remedy), ""),
         **fields,
     )

@@ -1,4 +1,4 @@
-"""Scores relative to the distance that a row moves theta: RelatIF (Barshan et al. 2020)."""
+"""Scores relative to the move of theta when the row is removed: RelatIF (Barshan et al. 2020)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class RelativeScores(NamedArray):
 
     Attributes:
       relative_change_if_removed: (m, k) predicted change of the test loss divided by `size`; NaN
-        for a row that moves nothing. Positive: the loss rises without the row, so the row helped.
+        if the size is zero. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      size: (k,) size of the move of theta without the row: |D| or sqrt(D' H D), with
-        D = H^-1 grad L(z_i) / n.
+      size: (k,) size of theta's predicted change D if the row is removed. H is the risk's Hessian,
+        L = loss + penalty and D = H^-1 grad L(z_i) / n. For kind "theta" the size is |D|. For kind
+        "loss" it is sqrt(D' H D).
       kind: "theta" or "loss".
       measurement: "loss", or the name of the measurement used instead.
     """
@@ -39,7 +40,7 @@ class RelativeScores(NamedArray):
 def relative(
     inverse: Inverse, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
-    """Answer `Influence.relative`; each row's solve gives its move and its scores at once."""
+    """Answer `Influence.relative`. A row's solve gives both its move and its scores."""
     rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")
@@ -47,7 +48,7 @@ def relative(
     V = test.each_row(PerRow("gradients"), view, batch_size=inverse.block_size)  # (m, d)
     table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
     for at, _, G in inverse.row_gradients(rows):
-        X = inverse.solve(G, "the rows' gradients").x  # n D
+        X = inverse.solve(G, "the rows' gradients").x  # n times D
         table[:, at] = V @ X
         squared[at] = np.einsum("di,di->i", X, X if kind == "theta" else G)
     if (squared < 0).any():

@@ -22,8 +22,8 @@ class TracInScores(NamedArray):
     """Reductions, (m, k), of each test loss by training on each row.
 
     Attributes:
-      reduction_by_training: (m, k) over the whole training. Positive: the row helped (a
-        proponent). It is not the change of the loss if the row is removed.
+      reduction_by_training: (m, k) reduction summed over the checkpoints. Positive: the row helped.
+        It is not the change of the loss if the row is removed.
       rows: (k,) the training rows.
     """
 
@@ -43,24 +43,26 @@ def tracin(
 ) -> TracInScores:
     """Estimate how much training on each row lowered each test loss, summed over checkpoints.
 
-    sum_t learning_rate_t grad loss(z_test; theta_t) . grad loss(z_i; theta_t), TracInCP (Pruthi et
-    al. 2020, section 3.3). A gradient step on row i only moves theta by - learning_rate grad
-    loss_i, so it lowers the test loss by one term of the sum, to first order. Positive: the row
-    helped. The unit is that of the test loss, for one step per checkpoint: a row that training saw
-    s times between two checkpoints, in batches of b rows, contributed s / b times its term. The
-    losses exclude the penalty, whose share would be the same for every row.
+    This is TracInCP (Pruthi et al. 2020, section 3.3). The score of row i is the sum over
+    checkpoints t of learning_rate_t grad loss(z_test; theta_t) . grad loss(z_i; theta_t). A
+    gradient step on row i changes theta by - learning_rate grad loss_i. To first order, the step
+    lowers the test loss by one term of the sum. Positive: the row helped.
 
-    The net stays at its own theta. Its other state, such as the statistics of batch normalisation,
-    is used as it is for every checkpoint.
+    The unit is that of the test loss, for one step on the row per checkpoint. Training in batches
+    of b rows may use a row s times between two checkpoints. This contributes s / b times the term.
+    The losses exclude the penalty, because its share would be the same for every row.
+
+    The net's theta does not change. Other state of the net, such as the statistics of batch
+    normalisation, is the same for every checkpoint.
 
     Args:
-      net: the model; its own theta is not used.
+      net: the model. Its own theta is not used.
       train: the training set, n rows.
-      test: m examples, each a measurement of its own.
+      test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
       thetas: (t, d) the parameters at each checkpoint.
       learning_rates: (t,) the learning rate of the steps after each checkpoint.
-      batch_size: rows at a time; bounds memory and never changes a result. None: chosen.
+      batch_size: number of rows in a batch. It bounds memory and never changes a result.
 
     Returns: TracInScores (m, k).
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
