@@ -1,1 +1,1 @@
-"""The rows that a risk averages over."""
+"""Sets of examples, which are the rows that a risk averages over."""
