@@ -1,1 +1,1 @@
-"""A Keras model as a risk."""
+"""Nets: Keras models as risks."""
