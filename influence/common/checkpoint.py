@@ -105,7 +105,7 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 def store(path: str | os.PathLike, arrays: Arrays) -> None:
     """Write named arrays to an `.npz` file atomically. An existing file is replaced.
 
-    The file also holds a checksum, which covers the arrays and the file's name.
+    The file also holds a checksum of the arrays and the file's name.
     """
     path = Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}

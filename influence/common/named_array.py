@@ -32,7 +32,7 @@ class NamedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array: (m, k) for m test examples and k rows, (m,) for one group."""
+        """Shape of the array, (m, k) for m test examples and k rows, or (m,) for one group."""
         return self._array().shape
 
     def mean(self, axis: int | None = None) -> Any:

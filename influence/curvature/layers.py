@@ -27,7 +27,7 @@ from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-# Derivatives count as equal up to this relative difference, which is far above float32 rounding.
+# Derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
 _GAP = 1e-3
 _ZERO = tf.UnconnectedGradients.ZERO
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
@@ -50,7 +50,7 @@ class Affine:
     entries: NDArray[np.int64]
 
     def inputs(self, inputs: Any, z: Any) -> Any:
-        """Return the factors [a_t, 1] that multiply the weights in z, for n rows: (n, t, f)."""
+        """Return the factors [a_t, 1] that multiply the weights in z, (n, t, f) for n rows."""
         n, c = tf.shape(z)[0], self.entries.shape[1]
         positions = tf.size(z) // (n * c)
         parts = []
@@ -295,7 +295,7 @@ def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
 
     H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
     H = (H + tf.linalg.matrix_transpose(H)) / 2
-    # eigh fails on a NaN. It gets a matrix without the NaN, which is added to the result later.
+    # eigh fails on a NaN, so it gets zeros for NaNs. A later sum puts the NaNs into the result.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
     S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)

@@ -197,7 +197,7 @@ class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix G, plus the penalty's Hessian and damping I.
 
     G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). J_i is the Jacobian of row
-    i's output by theta. G omits the second derivatives of the model, which the Hessian contains. G
+    i's output by theta. The Hessian contains the model's second derivatives. G omits them. G
     is positive semi-definite if the loss is convex in the output. The empirical Fisher matrix,
     mean_i grad loss_i grad loss_i', is another matrix.
 

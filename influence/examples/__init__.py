@@ -1,1 +1,1 @@
-"""Sets of examples, which are the rows that a risk averages over."""
+"""Sets of examples. A risk averages over their rows."""

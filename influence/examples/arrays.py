@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-# Only this many rows are checked at a time, so that a memmap stays on disk.
+# A check reads this many rows at a time. A memmap therefore stays on disk.
 CHECK_ROWS = 4096
 
 

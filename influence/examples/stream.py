@@ -1,4 +1,4 @@
-"""Streams, which are sets of examples that read a dataset again in every pass."""
+"""Streams. A Stream is a set of examples that reads a dataset again in every pass."""
 
 from __future__ import annotations
 

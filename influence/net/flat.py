@@ -142,7 +142,7 @@ class FlatModel:
         return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
 
     def rows(self, V: Any, name: str) -> Any:
-        """Convert columns (d, m) or a vector (d,) to rows (m, d), over which maps run.
+        """Convert columns (d, m) or a vector (d,) to rows (m, d). Maps run over rows.
 
         Raises: ValueError if V has another shape.
         """

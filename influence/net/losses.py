@@ -256,7 +256,7 @@ def _is_keras_own(thing: Any) -> bool:
 
 
 def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
-    """Return the value of a Keras loss for each row: (n,).
+    """Return the value of a Keras loss for each row, (n,).
 
     Args:
       call: the loss as a function of labels and outputs.

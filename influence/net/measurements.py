@@ -1,4 +1,4 @@
-"""Measurements, which are functions of a test example that influence scores use instead of a loss.
+"""Measurements. Influence scores can use a measurement instead of a loss.
 
 A measurement takes labels y and the model's outputs. It returns one number per example, computed by
 TensorFlow operations. Pass a function below, or your own, to `Influence.scores`. The functions
@@ -26,7 +26,7 @@ def _of_logits(function: Callable) -> Callable:
 
 @_of_logits
 def margin(y: Any, output: Any) -> Any:
-    """Return the margin, which is the log odds of the label y in the model's prediction.
+    """Return the margin. It is the log odds of the label y in the model's prediction.
 
     With the label's probability p_y, it is log p_y / (1 - p_y) = z_y - log sum_{k != y} exp z_k. It
     is the model output function of TRAK (Park et al. 2023, section 3). With one logit for two

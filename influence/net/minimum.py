@@ -44,8 +44,9 @@ def warn_of_drift(
     """Warn if theta is too far from the minimum.
 
     Retraining would then also continue the training, and the changes would not come from the
-    removal only. The gradient norm at theta is compared with a median over at most 20 groups. A
-    group contributes |sum over the group of (loss_i + penalty)'| / n, which its removal adds.
+    removal only. The removal of a group adds a gradient of norm
+    |sum over the group of (loss_i + penalty)'| / n. The median of this norm over at most 20 groups
+    is compared with the gradient norm at theta.
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]

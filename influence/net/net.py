@@ -71,12 +71,12 @@ class GenericNeuralNet(Derivatives):
         """Return the same model at the same theta, with a measurement in place of its loss.
 
         Args:
-          measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or its
-            name.
+          measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or
+            its name.
 
         Returns: a net that shares this net's model, weights, theta and penalty.
-        Raises: TypeError or ValueError for another kind of measurement. ValueError if the measurement
-          needs logits, but this net's loss takes probabilities.
+        Raises: TypeError or ValueError for another kind of measurement. ValueError if it needs
+          logits, but this net's loss takes probabilities.
         """
         loss = per_example(measurement, self.model, role="measurement")
         if getattr(measurement, "takes_logits", False):

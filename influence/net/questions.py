@@ -1,4 +1,4 @@
-"""Questions, which are functions of a batch that can be pickled and sent to another machine.
+"""Questions. A question is a function of a batch. It can be pickled and sent to another machine.
 
 `Examples.sum_over` and `Examples.map_over` call `question(net, theta, x, y)` for each batch. If
 theta is None, the question uses the net's own theta. A question holds no rows and no net.

@@ -1,7 +1,7 @@
 """Derivatives of per-example losses by `tf.GradientTape`, for many vectors in one pass.
 
 Most functions take `losses(theta, x, y) -> (n,)`, tensors, and vectors as the rows of V (m, d).
-They map over the rows by `each`, which is `tf.vectorized_map` or `looped`. Unconnected gradients
+They map over the rows by `each`, either `tf.vectorized_map` or `looped`. Unconnected gradients
 count as zero. The second derivative of a linear function is therefore zero and not an error.
 """
 
@@ -35,7 +35,7 @@ def operations(graph: Any) -> list[Any]:
 
 
 def looped(function: Callable, elements: Any, dtype: Any) -> Any:
-    """Apply a function to one element at a time, and stack the results, which have `dtype`."""
+    """Apply a function to one element at a time. Stack the results, all of type `dtype`."""
     return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
 
 
