@@ -90,7 +90,7 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 
     Args:
       path: the path of an `.npz` file, or None to compute without storing.
-      compute: a function that returns arrays by name. Other arrays need another `path`.
+      compute: a function that returns arrays by name. If they change, `path` must change too.
 
     Returns: the arrays by name.
     Raises: ValueError if `load` refuses the file.

@@ -12,8 +12,8 @@ from joblib.externals.loky.backend import resource_tracker as joblib_tracker
 def started_deaf() -> Iterator[None]:
     """Block SIGINT for worker processes that the caller starts inside the `with` block.
 
-    On Ctrl-C, a terminal sends SIGINT to every process. Each worker would print a traceback. The
-    caller itself still raises KeyboardInterrupt, and joblib then ends the workers.
+    On Ctrl-C, a terminal sends SIGINT to every process of a command. Each worker would print a
+    traceback. The caller still raises KeyboardInterrupt, and joblib then ends the workers.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

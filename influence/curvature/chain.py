@@ -50,7 +50,7 @@ _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """Layer of a chain. `own` locates its weights in theta. It is None if theta has none."""
+    """Layer of a chain. `own` locates its weights in theta, or is None without such weights."""
 
     layer: Any
     kind: str  # "affine", "activation" or "linear"

@@ -41,7 +41,7 @@ class Affine:
       layer: a Dense or Conv2D layer of Keras.
       has_kernel: True if theta contains its kernel.
       has_bias: True if theta contains its bias.
-      entries: (f, c) positions of the weights in theta. A bias is the last row.
+      entries: (f, c) positions in theta of the weights of f inputs and c outputs. A bias is last.
     """
 
     layer: Any
@@ -69,7 +69,7 @@ class AffineLayers:
 
     Args:
       traced: the model as functions of theta.
-      x: input tensors of a few rows. On them, the formula above is compared with the tape.
+      x: input tensors of a few rows. On them, the formula of this file is compared with the tape.
 
     Raises: ValueError naming a layer that is neither Dense nor Conv2D, has its own activation, is
       grouped, has channels first, is called more than once, does not keep one row per example, or
@@ -86,8 +86,8 @@ class AffineLayers:
 
         Let J_i be the Jacobian of row i's output by theta. Let H_i = S_i S_i' be the loss's Hessian
         by that output, and p_is = J_i' S_i[:, s]. The Gauss-Newton matrix is
-        (1/n) sum_i sum_s p_is p_is'. A layer's part of p_is is sum_t a_it' g_its. Negative
-        eigenvalues of H_i are replaced by zero.
+        (1/n) sum_i sum_s p_is p_is'. A layer's part of p_is is sum_t a_it' g_its. The method
+        returns these a and g. Negative eigenvalues of H_i are replaced by zero.
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
         Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs and a one for the bias.

@@ -35,7 +35,7 @@ class Curvature(LinearOperator):
       net: the net. The matrix belongs to its current theta.
       examples: the training set. Products with any number of vectors take one pass over it.
       damping: number >= 0 that is added to the diagonal. Solvers invert matrix + damping I.
-      batch_size: rows per batch. It limits memory and changes no result. None: the net chooses.
+      batch_size: the number of rows per batch, to limit memory. If it is None, the net chooses it.
       checkpoints: a folder where `dense` stores the undamped matrix, or None. A later call of
         `dense` with any damping loads the stored matrix.
 
@@ -197,9 +197,9 @@ class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix G, plus the penalty's Hessian and damping I.
 
     G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). J_i is the Jacobian of row
-    i's output by theta. The Hessian contains the model's second derivatives. G omits them. G
-    is positive semi-definite if the loss is convex in the output. The empirical Fisher matrix,
-    mean_i grad loss_i grad loss_i', is another matrix.
+    i's output by theta. The Hessian contains the model's second derivatives. G omits them. If the
+    loss is convex in the output, G is positive semi-definite. G is not the empirical Fisher, which
+    is the mean of grad loss_i grad loss_i'.
 
     Raises: the errors of Curvature. ValueError if the loss is a cross-entropy of probabilities.
     """

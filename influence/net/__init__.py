@@ -1,1 +1,1 @@
-"""Nets: Keras models as risks."""
+"""A net is a Keras model as a risk."""

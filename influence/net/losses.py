@@ -30,7 +30,7 @@ _CONVEX = (
     keras.losses.squared_hinge,
 )
 _SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
-# These options of Keras' losses do not change the form of the Hessian by the logits.
+# A loss with these options can be `plain`. Its axis and ignore_class must have default values.
 _HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 # These losses take probabilities unless they have from_logits=True.
@@ -77,10 +77,11 @@ class PerExampleLoss:
         """Return the map u -> H u. H is the Hessian of the sum of the losses by the outputs z.
 
         Let p be the predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For
-        the sigmoid, H u = p (1 - p) u. If p is nearly 1, the tape's differences p_a - p_a p_a and
-        1 - p lose all digits in float32. Two measures keep these digits. For softmax, subtract
-        from u its entry at the likeliest class. This does not change H u, because H times a
-        constant vector is zero. For the sigmoid, compute 1 - p from the logits.
+        the sigmoid, H u = p (1 - p) u. Both are divided by the number of values that Keras averages
+        in a row. If p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits
+        in float32. Two measures keep these digits. For softmax, subtract from u its entry at the
+        likeliest class. This does not change H u, because H times a constant vector is zero. For
+        the sigmoid, compute 1 - p from the logits.
 
         Args:
           y: labels.

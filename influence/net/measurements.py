@@ -5,8 +5,8 @@ TensorFlow operations. Pass a function below, or your own, to `Influence.scores`
 below need logits z as outputs. Logits are the values before softmax or sigmoid.
 
 - Outputs (n, c) need class numbers y (n,) or (n, 1), or one-hot labels y (n, c).
-- Outputs (n, 1) or (n,) need labels y (n,) or (n, 1). A label is 1, or else 0 or -1. Then z is the
-  log odds of label 1.
+- Outputs (n, 1) or (n,) need labels y (n,) or (n, 1). Labels other than 1 are 0 or -1. The logit
+  z is the log odds of label 1.
 """
 
 from __future__ import annotations

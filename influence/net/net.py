@@ -193,7 +193,8 @@ class GenericNeuralNet(Derivatives):
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
         """Return None. A subclass with a closed form returns exact self-influences of (k,) rows.
 
-        Row i's is grad loss_i' H^-1 grad (loss_i + penalty) / n, with the risk's Hessian H.
+        The value of row i is grad loss_i' H^-1 grad (loss_i + penalty) / n. H is the risk's
+        Hessian.
         """
         return None
 
