@@ -1,4 +1,4 @@
-"""Influence functions for any Keras model: which training rows made it say this."""
+"""Influence functions for Keras models. They tell which training rows caused a prediction."""
 
 from influence.attack.poison import PoisonOptions, poison
 from influence.attack.targets import BEST_RULE, PAPER_RULE, Rule

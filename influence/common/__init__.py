@@ -1,1 +1,1 @@
-"""Named arrays, checkpoints, warnings, progress bars and byte budgets for all other folders."""
+"""Tools that all other folders use, such as checkpoints, warnings and progress bars."""

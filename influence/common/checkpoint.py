@@ -1,4 +1,4 @@
-"""Arrays stored on disk, so that an interrupted computation can continue."""
+"""Store arrays on disk, to continue an interrupted computation later."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray]
 
-# Entry of a file that holds its format and its checksum.
+# Each file holds its format and its checksum in the entry of this name.
 _SEAL = "format and sha256"
 _FORMAT = 1
 
 
 def identity(net: Any, examples: Any, *more: Any) -> str:
-    """Return a short name that changes with the net, with the examples or with `more`.
+    """Return a short hash that identifies the net, the examples and `more`.
 
-    The net is identified by its class, its variables and its answers for a few examples: the names
-    and numbers that Keras gives to layers do not count.
+    The hash covers the net's class, its variables, its penalty and its losses on at most 8 rows.
+    It does not cover the names of layers.
     """
     few = examples.take(slice(0, 8))
     variables = [variable.numpy() for variable in net.model.variables]
@@ -33,13 +33,13 @@ def identity(net: Any, examples: Any, *more: Any) -> str:
 
 
 def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:
-    """Create the checkpoint folder and check that it is writable, before any long work.
+    """Create the checkpoint folder if it is missing, and check that it is writable.
 
     Args:
-      checkpoints: the folder; None: no checkpoints.
+      checkpoints: the path of the folder, or None for no checkpoints.
 
     Returns: the folder's path, or None.
-    Raises: TypeError if it is not a path, ValueError if it is not writable.
+    Raises: TypeError if the argument is not a path, ValueError if the folder is not writable.
     """
     if checkpoints is None:
         return None
@@ -52,7 +52,7 @@ def check_writable(folder: Path, name: str) -> Path:
     """Create a folder if it is missing and check that it is writable.
 
     Returns: the folder.
-    Raises: ValueError, with the argument's `name`, if the folder is not writable.
+    Raises: ValueError if the folder is not writable. The message gives the argument's `name`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,9 @@ def check_writable(folder: Path, name: str) -> Path:
 
 
 def sha256(arrays: Arrays, *more: str) -> str:
-    """Compute the SHA-256 of named arrays, of their shapes and types, and of some strings.
+    """Compute one SHA-256 of strings and named arrays. It also covers shapes and dtypes.
 
-    Raises: ValueError for an array of objects.
+    Raises: ValueError if an array holds Python objects.
     """
     digest = hashlib.sha256(repr((*more, sorted(arrays))).encode())
     for name, array in sorted(arrays.items()):
@@ -76,24 +76,24 @@ def sha256(arrays: Arrays, *more: str) -> str:
             raise ValueError(f"object arrays cannot be saved, got {name} of dtype {array.dtype}.")
         turned = array.flags.f_contiguous and not array.flags.c_contiguous
         digest.update(repr((array.dtype.str, array.shape, turned)).encode())
-        # The bytes in their order in memory, so that a large matrix is not copied.
+        # The bytes are hashed in their memory order. This avoids a copy of a large matrix.
         flat = np.ascontiguousarray(array.T if turned else array).reshape(-1)
         digest.update(flat.view(np.uint8).data)
     return digest.hexdigest()
 
 
 def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[str, NDArray]:
-    """Return the arrays stored at `path`; if the file is missing, compute and store them first.
+    """Return the arrays stored at `path`. If the file is missing, compute and store them first.
 
-    The file is written under a temporary name and then renamed. A process that is killed at any
-    moment therefore leaves a complete file or none.
+    The file is written under a temporary name and then renamed. If the process is killed, `path`
+    is therefore a complete file or does not exist.
 
     Args:
-      path: an `.npz` file; None: compute without storing.
-      compute: returns named arrays. `path` must identify everything that they depend on.
+      path: the path of an `.npz` file, or None to compute without storing.
+      compute: a function that returns arrays by name. If they change, `path` must change too.
 
     Returns: the arrays by name.
-    Raises: ValueError as `load`.
+    Raises: ValueError if `load` refuses the file.
     """
     if path is None:
         return {name: np.asarray(value) for name, value in compute().items()}
@@ -103,9 +103,9 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 
 
 def store(path: str | os.PathLike, arrays: Arrays) -> None:
-    """Write named arrays to an `.npz` file, completely or not at all; replace an existing file.
+    """Write named arrays to an `.npz` file atomically. An existing file is replaced.
 
-    The file also holds a checksum of the arrays, their names, shapes and types, and its own name.
+    The file also holds a checksum of the arrays and the file's name.
     """
     path = Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
@@ -119,7 +119,7 @@ def store(path: str | os.PathLike, arrays: Arrays) -> None:
         os.replace(partial, path)
     except BaseException as error:
         Path(partial).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # of a full disk; its error names no file
+        if isinstance(error, OSError):  # the error of a full disk names no file
             error.filename = error.filename or str(path)
         raise
 
@@ -128,16 +128,16 @@ def load(path: str | os.PathLike) -> dict[str, NDArray]:
     """Read the arrays of a file that `store` wrote.
 
     Returns: the arrays by name.
-    Raises: ValueError naming the file if it is not as `store` wrote it under this name.
+    Raises: ValueError if `store` did not write the file, or if the file was changed or renamed.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe or a device may never end
+    if path.exists() and not path.is_file():  # reading a pipe may never end
         raise _refused(path, "that is no regular file")
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         seal = arrays.pop(_SEAL, np.array(("none", "")))
-    except Exception as error:  # NumPy and zipfile raise a dozen kinds for altered bytes
+    except Exception as error:  # altered bytes cause a dozen types of error
         raise _refused(path, f"that cannot be read ({error!r:.200})") from error
     expected = _seal(path, arrays)
     if seal.shape != expected.shape or seal[0] != expected[0]:

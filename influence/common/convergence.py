@@ -1,4 +1,4 @@
-"""Warnings and errors about results that missed the requested accuracy."""
+"""Warnings and errors for results that miss the requested accuracy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _LIBRARY = str(Path(__file__).parents[1])
 
 
 class ConvergenceWarning(UserWarning):
-    """Warning that an iteration missed its tolerance; it gives the value reached and the remedy."""
+    """Warning that an iteration missed its tolerance. The message suggests a remedy."""
 
 
 class DivergenceError(ArithmeticError):
-    """Error if no number can be returned: a singular or indefinite system, or a divergence."""
+    """Error that no result exists, for example because a system is singular."""
 
 
 def warn_unconverged(message: str) -> None:
-    """Issue a ConvergenceWarning at the user's line that called the library."""
+    """Issue a ConvergenceWarning that points to the user's line that called the library."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Byte budgets: limits on the memory of the library's working arrays.
+"""Limit the memory of the library's working arrays by budgets in bytes.
 
 A budget decides how many rows or vectors are processed together. It never changes a result beyond
 rounding.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-# This budget holds the activations of one batch and what a pass stores for its derivatives.
+# The activations and derivatives of one batch may take this many bytes.
 ACTIVATIONS = 1 << 30
-# This budget holds one block of vectors of theta's length, such as right-hand sides.
+# One block of vectors of theta's length, such as right-hand sides, may take this many bytes.
 VECTORS = 1 << 28
-# This budget holds the cache of one net at one theta, over all batches of a set of examples.
+# The cache of a net at one theta and batch size stops growing beyond this many bytes.
 CACHE = 1 << 28
 
 
 def fitting(budget: float, bytes_each: float, at_most: int) -> int:
-    """Return how many items of `bytes_each` fit into `budget`: at least 1, at most `at_most`."""
+    """Return how many items of `bytes_each` bytes fit into `budget`, from 1 to `at_most`."""
     return int(np.clip(budget // max(bytes_each, 1), 1, at_most))

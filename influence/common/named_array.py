@@ -1,4 +1,4 @@
-"""Arrays that carry the name of the quantity they hold: the base of all returned tables."""
+"""Base classes of all returned tables. Each table is an array with a named quantity."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class NamedArray:
-    """Array named after its quantity: the array is the first field of a subclass.
+    """Base class of tables. The first field of a subclass holds the table's array.
 
-    NumPy functions, indexing and `.mean(axis)` act on that array.
+    NumPy functions, indexing and `.mean(axis)` act on this array.
     """
 
     def _array(self) -> NDArray:
@@ -32,11 +32,11 @@ class NamedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape (m, k), or (m,) for a group."""
+        """Shape of the array, (m, k) for m test examples and k rows, or (m,) for one group."""
         return self._array().shape
 
     def mean(self, axis: int | None = None) -> Any:
-        """Average over test examples (axis=0) or training rows (axis=1)."""
+        """Average over test examples (axis=0), training rows (axis=1), or both (None)."""
         return self._array().mean(axis=axis)
 
 
@@ -45,10 +45,10 @@ class Estimand(NamedArray):
     """Table of the changes in the test losses when training rows are removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss (nats for log losses) when each training
-        row is removed. Positive: the loss rises without the row, so the row helped.
-      rows: (k,) the training rows.
-      measurement: the quantity measured on each test example: "loss", or a measurement's name.
+      change_if_removed: (m, k) array. Entry (i, j) is the change of test loss i when training row
+        j is removed, in nats for log losses. A row with a positive change helped.
+      rows: (k,) numbers of the training rows.
+      measurement: the name of the quantity measured on each test example, usually "loss".
     """
 
     change_if_removed: NDArray

@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers or arrays of them, and arithmetic of columns."""
+"""Checks of numeric arguments, and arithmetic on the columns of matrices."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Powers of two whose squares, and sums of these, float64 holds.
+# Squares of numbers from 2**-500 to 2**500 neither overflow nor underflow in float64.
 _SQUARES = 500
 
 
 def numbers(value: Any, name: str) -> NDArray:
-    """Return the value as a dense array of numbers; an array is returned as it is.
+    """Return the value as a dense array of numbers. A numeric array is returned unchanged.
 
-    Raises: TypeError naming `name` and, for a data frame, its non-numeric columns.
+    Raises: TypeError naming `name`. For a data frame, it also names the non-numeric columns.
     """
     refuse_mask(value, name)
     try:
@@ -49,7 +49,7 @@ def numbers(value: Any, name: str) -> NDArray:
 
 
 def refuse_mask(value: Any, name: str) -> None:
-    """Refuse a masked array: NumPy's functions would use the numbers under the mask.
+    """Refuse a masked array, because NumPy's functions would use the numbers under the mask.
 
     Raises: TypeError naming `name`.
     """
@@ -61,39 +61,39 @@ def refuse_mask(value: Any, name: str) -> None:
 
 
 def is_integer(value: Any, least: int) -> bool:
-    """Return True for an integer of at least `least`; True and False are no integers."""
+    """Return True if the value is an integer >= `least`. Booleans do not count as integers."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return integer and bool(value >= least)
 
 
 def dots(U: NDArray, V: NDArray) -> NDArray:
-    """Compute the scalar product of each column of U (d, m) with the same column of V: (m,)."""
+    """Return the scalar product of column j of U and column j of V, both (d, m), for all j."""
     return np.einsum("ij,ij->j", U, V)
 
 
 def scaled(V: NDArray, usual: int = 0) -> tuple[NDArray, NDArray]:
-    """Divide every column by a power of two that brings its largest entry to between 1/2 and 1.
+    """Divide every column by a power of two, to bring its largest absolute entry into [1/2, 1).
 
-    A power of two changes no digit. Norms and products of the scaled columns neither overflow nor
+    The division changes no digit. Norms and products of the scaled columns neither overflow nor
     underflow.
 
     Args:
       V: (d, m) finite numbers.
-      usual: columns whose powers of two are all within +-usual are returned as they are.
+      usual: V is returned unchanged if the exponents of all columns lie in [-usual, usual].
 
-    Returns: the scaled columns (d, m), and the powers of two (m,), 0 for a column that is not
-      scaled.
+    Returns: the scaled columns (d, m), and the exponents of the powers of two (m,). An unscaled
+      column has exponent 0.
     """
     largest = np.maximum(V.max(axis=0, initial=0), -V.min(axis=0, initial=0)).astype(np.float64)
     exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
     if not V.size or np.abs(exponents).max() <= usual:
         return V, np.zeros_like(exponents)
-    half = exponents // 2  # in two steps, as 2**exponent itself may be out of range
+    half = exponents // 2  # two steps, because 2**exponent may be out of range
     return np.ldexp(np.ldexp(V, -half), half - exponents), exponents
 
 
 def norms(V: NDArray) -> NDArray:
-    """Compute the Euclidean norm of every column (d, m), in float64, without overflow: (m,)."""
+    """Return the Euclidean norm of every column of V (d, m), in float64, without overflow."""
     columns, exponents = scaled(V, _SQUARES)
     sizes = np.linalg.norm(columns.astype(np.float64, copy=False), axis=0)
     return np.ldexp(sizes, exponents)

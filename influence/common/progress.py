@@ -1,4 +1,4 @@
-"""Progress bars on standard error, shown only for long work."""
+"""Progress bars on standard error. Short work shows none."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _DELAY = 5
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """Iterate over items; after five seconds, show the label `what` and the time left.
+    """Iterate over items. After five seconds, show a bar with the label `what`.
 
-    A terminal shows a moving bar. A log file gets a line every 30 seconds.
+    A terminal shows a moving bar. A log file gets at most one line every 30 seconds.
     """
     return _bar(items, what, total)
 
 
 def counter(what: str) -> tqdm:
-    """Like `progress` for loops of unknown length: call `update()` once per step.
+    """Return a bar for a loop of unknown length. The caller calls `update()` once per step.
 
-    `set_postfix_str(..., refresh=False)` adds a text to the bar, such as a residual.
+    The bar's `set_postfix_str(..., refresh=False)` adds a text, such as a residual.
     """
     return _bar(None, what, None)
 
 
 class _Stderr:
-    """The standard error for bars: a closed pipe or a full disk ends the bars, never the work."""
+    """Standard error for bars. It ignores failed writes, such as writes to a closed pipe."""
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is none
+        with suppress(OSError, ValueError, AttributeError):  # AttributeError: stderr is None
             sys.stderr.write(text)
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes that leave Ctrl-C to the process that started them."""
+"""Worker processes that do not react to Ctrl-C."""
 
 import signal
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from joblib.externals.loky.backend import resource_tracker as joblib_tracker
 
 @contextmanager
 def started_deaf() -> Iterator[None]:
-    """Start worker processes in this block; SIGINT does not reach them.
+    """Block SIGINT for worker processes that the caller starts inside the `with` block.
 
-    A terminal sends SIGINT to every process of a command, and each worker would print a traceback.
-    The block's own process still raises KeyboardInterrupt, and joblib then ends the workers.
+    On Ctrl-C, a terminal sends SIGINT to every process of a command. Each worker would print a
+    traceback. The caller still raises KeyboardInterrupt, and joblib then ends the workers.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     for tracker in (joblib_tracker, resource_tracker):
-        tracker.ensure_running()  # now, as its start unblocks the signal
-    # Processes and threads inherit the blocked signal; it is delivered here after the block.
+        tracker.ensure_running()  # the start of a tracker unblocks SIGINT
+    # New processes and threads inherit the mask. A SIGINT sent now arrives after the block.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,16 +1,16 @@
-"""The exact Hessian of a chain of layers, from matrix products instead of Hessian products.
+"""Exact Hessian of a chain of layers, computed without Hessian-vector products.
 
-In a chain an affine layer computes z = a W + b and an activation a' = phi(z). So the second
-derivative of a row's loss by theta (with d. the change of a quantity along a change of theta) is
+An affine layer computes z = a W + b. An activation layer computes phi(z). Let dz, da and dW be the
+changes of z, a and W when theta changes. Then the second-order change of a row's loss is
 
-    d2 loss = sum over activations of    (d loss / d a') phi''(z) (dz)^2
+    d2 loss = sum over activations of    (d loss / d phi) phi''(z) (dz)^2
             + sum over affine layers of  2 (d loss / d z) . (da dW)
             + (d output)' (d2 loss / d output2) (d output).
 
-The first and the last term are J' D J, with J the Jacobian of z or of the output by the parameters
-before it. J is computed forward through the chain. The middle term pairs J with the layer's own
-parameters. The last term is the Gauss-Newton matrix. One product of d vectors with the Hessian
-would take d backward passes; this takes one backward pass and products of large matrices.
+Let J be the Jacobian of z, a or the output by all parameters of earlier layers. J is computed
+forward through the chain. The first and the last term have the form J' D J. The middle term
+multiplies J and the layer's own weights. The last term is the Gauss-Newton matrix. The products of
+the Hessian with d vectors take at least d backward passes. The chain takes one backward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from influence.examples.examples import Examples, Question
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-# Copies of the Jacobians of one batch that exist at a time.
+# Memory holds this many arrays of the size of a batch's largest Jacobian.
 _COPIES = 8
 _ELEMENTWISE = frozenset(
     "elu exponential gelu linear mish relu selu sigmoid silu softplus softsign tanh".split()
@@ -50,7 +50,7 @@ _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A layer of the chain; `own` has the positions of its weights in theta, None if no weights."""
+    """Layer of a chain. `own` locates its weights in theta, or is None without such weights."""
 
     layer: Any
     kind: str  # "affine", "activation" or "linear"
@@ -58,14 +58,14 @@ class _Step:
 
 
 class Chain:
-    """A model of successive layers, each affine, elementwise, or linear without weights."""
+    """Model of successive layers. Each is affine, elementwise, or linear without weights."""
 
     def __init__(self, traced: FlatModel, steps: tuple[_Step, ...]):
         self.traced, self.steps = traced, steps
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """Convert a model to a chain, tested on a few rows x of inputs; None if it is not one."""
+        """Convert a model to a chain. Return None if it is not one. x holds a few input rows."""
         model = traced.model
         if isinstance(x, dict) or not _in_a_row(model):
             return None
@@ -84,7 +84,7 @@ class Chain:
         return None if own else cls(traced, tuple(steps))
 
     def rows_per_batch(self, x: Any, at_most: int) -> int:
-        """Choose the rows of a batch, so that their Jacobians fit into memory; x is a row."""
+        """Return how many rows have Jacobians that fit into memory together. x is one row."""
         numbers, columns = 1, 0
         for step, z in zip(self.steps, self._forward(self.traced.theta(), x)[1:], strict=True):
             if step.own is not None:
@@ -94,10 +94,10 @@ class Chain:
         return fitting(ACTIVATIONS, bytes_each, at_most)
 
     def beats_products(self, x: Any) -> bool:
-        """Return True if a row x takes fewer multiplications here than with d Hessian products.
+        """Return True if the chain needs at most as many multiplications as d Hessian products.
 
-        The chain is faster with few outputs and many convolution parameters shared by many
-        positions; products are faster with a wide last layer.
+        x is one row. The chain is faster than products for few outputs and for convolutions over
+        many positions. Products are faster than the chain for a wide last layer.
         """
         squares, forward, before, own = 0, 0, 0, None
         values = self._forward(self.traced.theta(), x)[1:]
@@ -106,25 +106,25 @@ class Chain:
             if step.kind == "affine":
                 forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
             elif step.kind == "activation":
-                # A channel depends on its own weights only: f of the layer's f x c.
+                # A channel depends on f of the f x c weights of its affine layer.
                 f = 0 if own is None else len(own.entries)
                 squares += width * (before**2 + before * f + f**2)
             before += 0 if own is None else own.entries.size
             own = step.own
         squares += int(tf.size(values[-1])) * sum(self.traced.sizes) ** 2
-        # Reverse over reverse: forward and back, twice.
+        # A Hessian product takes two forward and two backward passes.
         return squares <= 4 * forward * sum(self.traced.sizes)
 
     def hessian(self, x: Any, y: Any, theta: Any = None) -> NDArray:
-        """Compute the Hessian (d, d) of a batch's mean loss at a tensor theta, without the penalty.
+        """Compute the Hessian (d, d) of a batch's mean loss, without the penalty.
 
-        theta None stands for the model's weights as they are.
+        `theta` is a tensor (d,). None means the model's current weights.
         """
         t = self.traced
         theta = t.theta() if theta is None else theta
         matrix = t.run("chain", self._hessian, theta, t.inputs(x), t.tensor(y))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
-        if np.array_equal(order, np.arange(len(order))):  # mostly so: no second copy
+        if np.array_equal(order, np.arange(len(order))):  # the usual case makes no copy
             return matrix
         whole = np.empty_like(matrix)
         whole[np.ix_(order, order)] = matrix
@@ -133,7 +133,7 @@ class Chain:
     # --- inside -----------------------------------------------------------------------------------
 
     def _forward(self, theta: Any, x: Any) -> list[Any]:
-        """Compute the output of every layer; return them after the input."""
+        """Return a list of the input x and the output of every layer."""
         t = self.traced
         parts = zip(t.weights, tf.split(theta, t.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
@@ -144,7 +144,7 @@ class Chain:
         return values
 
     def _hessian(self, theta: Any, x: Any, y: Any) -> Any:
-        """Compute the matrix (d, d) with the parameters in the order of the chain."""
+        """Compute the Hessian (d, d), with parameters in the order of the layers."""
         loss = self.traced.loss.function
         with tf.GradientTape() as tape:
             tape.watch(theta)
@@ -189,7 +189,7 @@ def chain_hessian(
 ) -> NDArray | None:
     """Compute the Hessian (d, d) of the mean loss, without the penalty, if a chain is faster.
 
-    Returns: the matrix; None for a net that is not a chain, or whose products take less time.
+    Returns: the matrix, or None if the net is not a chain or products take less time.
     """
     row = net.flat.inputs(examples.take([0]).x)
     chain = Chain.of(net.flat, row)
@@ -202,18 +202,18 @@ def chain_hessian(
 def mean_matrix(
     question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
 ) -> NDArray:
-    """Average a matrix (d, d) over all rows; the question's answer is a batch's sum."""
-    matrix = np.zeros((net.num_parameters, net.num_parameters))  # float32 sums in float64
+    """Average a matrix (d, d) over all rows. The question returns the sum over a batch."""
+    matrix = np.zeros((net.num_parameters, net.num_parameters))  # float64, also for sums of float32
     parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
         matrix += part
-        del part  # its memory is needed for the next batch's
+        del part  # the next part needs its memory
     matrix /= len(examples)
     return matrix.astype(net.dtype, copy=False)
 
 
 def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Sum the Hessians (d, d) of a batch's losses, for a net that is a chain: a question."""
+    """Return the sum of the Hessians (d, d) of a batch's losses. The net must be a chain."""
     if net.flat not in _KNOWN:
         chain = Chain.of(net.flat, net.flat.inputs(x))
         assert chain is not None  # chain_hessian has checked this
@@ -224,7 +224,7 @@ def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArra
 
 
 def _in_a_row(model: keras.Model) -> bool:
-    """Return True if the only input of each layer is the output of the one before."""
+    """Return True if the only input of each layer is the output of the layer before."""
     try:
         row = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
         inputs = [model.inputs[0], *(layer.output for layer in row[:-1])]
@@ -239,7 +239,7 @@ def _in_a_row(model: keras.Model) -> bool:
 
 def _kind(layer: Any) -> str | None:
     channels_last = getattr(layer, "data_format", None) in (None, "channels_last")
-    kind = type(layer)  # not isinstance: a subclass may do anything
+    kind = type(layer)  # a subclass may compute anything
     if kind in (layers.Dense, layers.Conv2D):
         plain = layer.activation is keras.activations.linear and channels_last
         # TensorFlow has no transpose of a dilated convolution on a CPU.
@@ -253,26 +253,26 @@ def _kind(layer: Any) -> str | None:
     return "linear" if kind in _LINEAR and channels_last else None
 
 
-# --- derivatives by all parameters before -------------------------------------------------------
+# --- derivatives by the parameters of earlier layers --------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Jacobian:
-    """The derivative of a layer's output (n, ..., c) by the parameters before it.
+    """Derivative of the output (n, ..., c) of a layer by the parameters up to this layer.
 
-    Shapes: n rows, positions, c channels, q parameters.
+    The output has n rows and c channels.
 
     Attributes:
-      dense: (n, ..., c, q) by the weights of all layers before, or None if they have none.
-      inputs: (n, t, f) inputs of the affine layer just before, or None. Channel c's derivative by
-        that layer's weights (f, c') is `inputs` for c' = c, else zero.
+      dense: (n, ..., c, q) derivative by the q weights that `inputs` does not cover, or None.
+      inputs: (n, t, f) inputs at t positions, if the layer is affine, or None. They are the
+        derivative of channel j by column j of its weights (f, c). Other columns give zero.
     """
 
     dense: Any = None
     inputs: Any = None
 
     def scaled(self, first: Any) -> _Jacobian:
-        """Apply an activation whose derivative is `first` (n, ..., c); the result is dense."""
+        """Multiply by an activation's derivative `first` (n, ..., c). The result lacks `inputs`."""
         dense = None if self.dense is None else tf.expand_dims(first, -1) * self.dense
         if self.inputs is None:
             return _Jacobian(dense)
@@ -284,7 +284,7 @@ class _Jacobian:
         return _Jacobian(own if dense is None else tf.concat([dense, own], -1))
 
     def add_square(self, matrix: Any, weights: Any) -> Any:
-        """Add J' diag(weights) J to the matrix, weights (n, ..., c)."""
+        """Return matrix + J' diag(weights) J, for `weights` (n, ..., c)."""
         c = weights.shape[-1]
         w = tf.reshape(weights, [-1, c])
         square = border = corner = None
@@ -307,9 +307,9 @@ class _Jacobian:
 
 
 def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
-    """Extend the matrix (q, q) by an affine layer's weights: the pairs da dW.
+    """Extend the matrix (q, q) by rows and columns for an affine layer's weights.
 
-    `before` is the derivative of its input (n, ..., c, q), `slope` that of the loss by its output.
+    `before` is the Jacobian of its input. `slope` is the derivative of the loss by its output.
     """
     f, c = own.entries.shape
     q = matrix.shape[0]
@@ -327,13 +327,13 @@ def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
 
 
 def _paired(layer: Any, before: Any, slope: Any) -> Any:
-    """Sum d(input of weight f) times the slope at c over rows and positions: (q, f, c)."""
+    """Return the middle term's entries (q, f, c), summed over rows and positions."""
     i, q = before.shape[-2:]
     J = tf.reshape(before, [-1, i, q])
     c = slope.shape[-1]
     if isinstance(layer, layers.Dense):
         return tf.einsum("mc,miq->qic", tf.reshape(slope, [-1, c]), J)
-    # For each input pixel and kernel entry: the slope at the output pixel that they contribute to.
+    # `slopes` is the slope at the output pixel that an input pixel affects via a kernel entry.
     k = int(np.prod(layer.kernel_size))
     spread = tf.reshape(tf.eye(k * c, dtype=slope.dtype), [*layer.kernel_size, c, k * c])
     shape = tf.concat([tf.shape(before)[:3], [k * c]], 0)
@@ -344,7 +344,7 @@ def _paired(layer: Any, before: Any, slope: Any) -> Any:
 
 
 def _pushed(layer: Any, kernel: Any, before: Any) -> Any:
-    """Compute the derivative of an affine layer's output from that of its input."""
+    """Compute the Jacobian of an affine layer's output from the Jacobian of its input."""
     if before is None:
         return None
     if isinstance(layer, layers.Dense):
@@ -357,7 +357,7 @@ def _pushed(layer: Any, kernel: Any, before: Any) -> Any:
 
 
 def _folded(linear: Callable, before: Any) -> Any:
-    """Apply a linear map of activations to each column of their derivative (n, ..., q)."""
+    """Apply a linear layer to each of q columns of the Jacobian (n, ..., q) of its input."""
     if before is None:
         return None
     *inner, q = before.shape[1:]
@@ -370,7 +370,7 @@ def _folded(linear: Callable, before: Any) -> Any:
 
 
 def _add_output(matrix: Any, before: Any, loss: Any, y: Any, output: Any) -> Any:
-    """Add J' (d2 loss / d output2) J, the Gauss-Newton part, to the matrix."""
+    """Return matrix + J' (d2 loss / d output2) J. `before` is J, the Jacobian of the output."""
     with tf.GradientTape() as outer:
         outer.watch(output)
         with tf.GradientTape() as inner:
@@ -394,7 +394,7 @@ def _bordered(square: Any, border: Any, corner: Any) -> Any:
 
 
 def _derivatives(layer: Any, z: Any) -> tuple[Any, Any]:
-    """Compute phi'(z) and phi''(z) of an elementwise layer."""
+    """Compute phi'(z) and phi''(z) of an elementwise layer phi."""
     zero = tf.UnconnectedGradients.ZERO
     with tf.GradientTape() as outer:
         outer.watch(z)

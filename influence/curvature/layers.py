@@ -1,11 +1,11 @@
-"""A model's affine layers one by one: their inputs, and derivatives by their outputs.
+"""Inputs of a model's affine layers, and derivatives by the outputs of these layers.
 
-A Dense or Conv2D layer without activation computes z_t = a_t W + b at every position t (a pixel, a
-time step, or the only one), so the derivative of anything by its weights is
+An affine layer is a Dense or Conv2D layer without activation. At each position t, such as a pixel
+or a time step, it computes z_t = a_t W + b. The derivative of a scalar L by its weights is
 
-    d / d[W; b] = sum_t [a_t, 1]' (d / dz_t).
+    dL / d[W; b] = sum_t [a_t, 1]' (dL / dz_t).
 
-EK-FAC (influence.solvers.ekfac) uses the two factors of that product.
+EK-FAC (influence.solvers.ekfac) uses the two factors [a_t, 1] and dL / dz_t.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-# Relative difference of two derivatives: far above float32 rounding, far below a real difference.
+# Derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
 _GAP = 1e-3
 _ZERO = tf.UnconnectedGradients.ZERO
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
@@ -35,13 +35,13 @@ _REMEDY = "set its trainable = False before making the net, or use CG without EK
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """One layer and the positions of its weights in theta.
+    """Affine layer and the positions of its weights in theta.
 
     Attributes:
-      layer: a Dense or Conv2D.
+      layer: a Dense or Conv2D layer of Keras.
       has_kernel: True if theta contains its kernel.
       has_bias: True if theta contains its bias.
-      entries: (f, c) positions in theta of the weights, the kernel's rows first, the bias last.
+      entries: (f, c) positions in theta of the weights of f inputs and c outputs. A bias is last.
     """
 
     layer: Any
@@ -50,7 +50,7 @@ class Affine:
     entries: NDArray[np.int64]
 
     def inputs(self, inputs: Any, z: Any) -> Any:
-        """Arrange the factors (n, t, f) of the weights in z: inputs or patches, then a one."""
+        """Return the factors [a_t, 1] that multiply the weights in z, (n, t, f) for n rows."""
         n, c = tf.shape(z)[0], self.entries.shape[1]
         positions = tf.size(z) // (n * c)
         parts = []
@@ -65,15 +65,15 @@ class Affine:
 
 
 class AffineLayers:
-    """The layers that contain theta, in the order of theta, if all of them are affine.
+    """List of the layers that contain theta, in the order of theta. All must be affine.
 
     Args:
-      traced: the model.
-      x: a few rows of input tensors, on which the factors are compared with the tape's derivative.
+      traced: the model as functions of theta.
+      x: input tensors of a few rows. On them, the formula of this file is compared with the tape.
 
-    Raises: ValueError naming the layer that is neither Dense nor Conv2D, has its own activation, is
-      grouped, has channels first, is used more than once, mixes rows, or uses its weights for
-      anything other than z = a W + b.
+    Raises: ValueError naming a layer that is neither Dense nor Conv2D, has its own activation, is
+      grouped, has channels first, is called more than once, does not keep one row per example, or
+      uses its weights for anything other than z = a W + b.
     """
 
     def __init__(self, traced: FlatModel, x: Any):
@@ -82,16 +82,16 @@ class AffineLayers:
         self._check(x)
 
     def pseudo_gradients(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
-        """Compute both factors of the Gauss-Newton matrix's root, for every layer.
+        """Compute the two factors of each vector p_is, for every layer.
 
-        With the loss's Hessian at the output of row i, H_i = S_i S_i', the matrix is the mean over
-        i of sum_s p_is p_is', with p_is = J_i' S_i[:, s]. The layer's part of p_is is
-        sum_t a_it' g_its. For a loss that is not convex in the output the positive part of H_i is
-        used.
+        Let J_i be the Jacobian of row i's output by theta. Let H_i = S_i S_i' be the loss's Hessian
+        by that output, and p_is = J_i' S_i[:, s]. The Gauss-Newton matrix is
+        (1/n) sum_i sum_s p_is p_is'. A layer's part of p_is is sum_t a_it' g_its. The method
+        returns these a and g. Negative eigenvalues of H_i are replaced by zero.
 
-        Args: a batch, and theta as a tensor (d,); None: the model's weights as they are.
-        Returns: for each layer a (n, t, f), inputs with a one for the bias, and g (n, t, s, c), the
-          derivatives of output . S_i[:, s] by the layer's own output, s up to the output's size.
+        Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
+        Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs and a one for the bias.
+          g (n, t, s, c) holds the derivatives of output . S_i[:, s] by the layer's output.
         """
         t = self.traced
         batch = t.inputs(x), t.tensor(y)
@@ -99,7 +99,7 @@ class AffineLayers:
         return t.run("pseudo gradients", partial(self._factors, t.each(*batch)), theta, *batch)
 
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
-        """Compute the p_is, (n, s, d): the Gauss-Newton matrix is mean_i sum_s p_is p_is'."""
+        """Compute the vectors p_is of `pseudo_gradients`, with shape (n, s, d)."""
         parts = self.pseudo_gradients(x, y, theta)
         n, _, s, _ = parts[0][1].shape
         roots = np.zeros((n, s, sum(self.traced.sizes)), parts[0][1].dtype)
@@ -132,12 +132,12 @@ class AffineLayers:
         return found
 
     def _forward(self, theta: Any, x: Any) -> tuple[Any, list[list[tuple[Any, Any]]]]:
-        """Compute the model's output, and (input, output) of each call of each layer."""
+        """Return the model's output, and a pair (input, output) for each call of each layer."""
         with _recording([affine.layer for affine in self.layers]) as calls:
             return self.traced.output(theta, x), calls
 
     def _check(self, x: Any) -> None:
-        """Check on a few rows, untraced: one call per layer; sum_t a_t' g_t is the derivative."""
+        """Check that each layer is called once, and that sum_t a_t' g_t is the derivative."""
         theta = self.traced.theta()
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
@@ -176,11 +176,11 @@ _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
 
 
 def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
-    """Return the layers that contain theta, all plain Dense or Conv2D, as EK-FAC needs them.
+    """Return the affine layers that contain theta. The result is cached for each net.
 
-    They are searched once, and tested on a few rows x of inputs.
+    The layers are tested on a few rows x of inputs.
 
-    Raises: ValueError naming the layer of another kind, with the remedy.
+    Raises: ValueError if a layer is not affine. The message names the layer.
     """
     if net.flat not in _KNOWN:
         _KNOWN[net.flat] = AffineLayers(net.flat, net.flat.inputs(x))
@@ -188,7 +188,7 @@ def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
 
 
 def _find(traced: FlatModel) -> tuple[Affine, ...]:
-    """Find the layers that own theta's parts; an inner layer comes later and owns its weights."""
+    """Find the layers that own the weights in theta. The innermost layer owns a weight."""
     owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
     ends = np.cumsum(traced.sizes)
     parts: dict[int, list] = {}
@@ -244,9 +244,9 @@ def _affine(layer: Any, parts: list) -> Affine:
 
 @contextmanager
 def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """Record (input, output) of every call of each layer, in lists, while the model is called.
+    """Record the input and the output of every call of each layer inside the `with` block.
 
-    Keras calls `layer.call`, which an attribute of the instance overrides.
+    Keras calls `layer.call`. An attribute of the instance overrides this method.
     """
     calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
 
@@ -272,7 +272,7 @@ def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
 
 
 def _patches(layer: Conv2D, a: Any) -> Any:
-    """Extract the patch of each output pixel, (n, height, width, f), in the kernel's row order."""
+    """Return each output pixel's input patch, (n, height, width, f), ordered like kernel rows."""
     square = lambda pair: [1, *pair, 1]  # noqa: E731
     return tf.image.extract_patches(
         a,
@@ -284,7 +284,7 @@ def _patches(layer: Conv2D, a: Any) -> Any:
 
 
 def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
-    """Compute the columns of S_i, (s, n, ...); S_i S_i' is the loss's Hessian at row i's output."""
+    """Return the columns of all S_i, (s, n, ...). `pseudo_gradients` defines S_i."""
     n = tf.shape(output)[0]
     size = tf.size(output) // n
     curved = curved_at(y, tf.stop_gradient(output))
@@ -295,7 +295,7 @@ def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
 
     H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
     H = (H + tf.linalg.matrix_transpose(H)) / 2
-    # eigh fails on a NaN without naming the row: it gets zeros, and the result gets the NaN.
+    # eigh fails on a NaN, so it gets zeros for NaNs. A later sum puts the NaNs into the result.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
     S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)

@@ -1,4 +1,4 @@
-"""Curvature matrices of the training risk over all rows, as symmetric SciPy LinearOperators."""
+"""Curvature matrices of the training risk, as symmetric SciPy LinearOperators."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from influence.net.refused import check_weights
 
 # One pass over the data forms this many columns of the dense matrix.
 _DENSE_BLOCK = 256
-# This many arrays of the roots' size exist while the rows' roots are formed.
+# Memory holds this many arrays of the size of the result while `roots` computes its result.
 _ROOT_COPIES = 4
 
 
 class Curvature(LinearOperator):
-    """Symmetric (d, d) matrix, used only through its products: base of Hessian and GaussNewton.
+    """Symmetric (d, d) matrix, used through its products. Base class of Hessian and GaussNewton.
 
     Args:
-      net: the net, at the theta of the matrix.
+      net: the net. The matrix belongs to its current theta.
       examples: the training set. Products with any number of vectors take one pass over it.
-      damping: absolute value, added to the diagonal; every solver sees matrix + damping I.
-      batch_size: rows per batch. It limits memory and changes no result. None: chosen by the net.
-      checkpoints: a folder where `dense` stores the undamped matrix. The stored matrix serves all
-        dampings and survives an interruption.
+      damping: number >= 0 that is added to the diagonal. Solvers invert matrix + damping I.
+      batch_size: the number of rows per batch, to limit memory. If it is None, the net chooses it.
+      checkpoints: a folder where `dense` stores the undamped matrix, or None. A later call of
+        `dense` with any damping loads the stored matrix.
 
     Raises: ValueError or TypeError for examples that do not fit the net, negative damping, a bad
       batch size or a folder that is not writable.
     """
 
-    # `_method` is the net's method for one batch; `_each` is the question for `each_batch`.
+    # `_method` names the net's method for one batch. `_each` is the question for `each_batch`.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
     _needs_logits: ClassVar[bool] = False
@@ -71,7 +71,7 @@ class Curvature(LinearOperator):
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
     def __repr__(self) -> str:
-        """Show kind, size, damping and a checksum of theta and labels, but no address."""
+        """Show kind, size, damping, and a checksum of theta and labels."""
         held = zlib.crc32(self.examples.y.tobytes(), zlib.crc32(self._theta.tobytes()))
         return (
             f"{type(self).__name__}({len(self.examples)} rows, d={self.shape[0]}, "
@@ -81,16 +81,16 @@ class Curvature(LinearOperator):
     @property
     @abstractmethod
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues (damping included), without products; NaN if unknown."""
+        """Lower bound on all eigenvalues, damping included. It is NaN if no bound is known."""
 
     def sampled(self, rows: NDArray, V: NDArray) -> NDArray:
-        """Multiply r estimates of the matrix, each from a few rows, by m vectors.
+        """Multiply r estimates of the matrix by m vectors each. Each estimate uses b rows.
 
         Args:
-          rows: (r, b) row numbers. Estimate j is the mean over rows[j] plus penalty and damping.
-          V: (r, d, m) vectors.
+          rows: (r, b) row numbers. Estimate j is the damped matrix of the examples rows[j].
+          V: (r, d, m) vectors. Estimate j multiplies V[j].
 
-        Returns: (r, d, m).
+        Returns: the products, (r, d, m).
         """
         self.check_theta()
         products = self.net.each_batch(self._each, *self.examples.stacked(rows), V)
@@ -100,7 +100,7 @@ class Curvature(LinearOperator):
         return products + np.moveaxis(penalty, 0, 1) + self.damping * V
 
     def dense(self) -> NDArray:
-        """Return the matrix, damping included, as a new array (d, d)."""
+        """Return the damped matrix as a new array (d, d)."""
         self.check_theta()
         path = None
         if self.checkpoints is not None:
@@ -111,7 +111,7 @@ class Curvature(LinearOperator):
         return matrix
 
     def _formed(self) -> NDArray:
-        """Return the matrix without damping, (d, d), from products with unit vectors."""
+        """Compute the undamped matrix (d, d) from its products with unit vectors."""
         d = self.shape[0]
         matrix = np.empty((d, d), self.dtype)
         starts = range(0, d, _DENSE_BLOCK)
@@ -145,13 +145,13 @@ class Curvature(LinearOperator):
 
     @property
     def is_current(self) -> bool:
-        """True if the net is still at the theta that this operator was made for."""
+        """True if the net's theta is the same as when this operator was made."""
         return np.array_equal(self._theta, self.net.theta)
 
     def check_theta(self) -> None:
         """Raise if the net's theta has changed since this operator was made.
 
-        Raises: RuntimeError; ValueError if the net's weights have become NaN or infinite.
+        Raises: RuntimeError, or ValueError if the net's weights are now NaN or infinite.
         """
         if not self.is_current:
             check_weights(self.net.model)  # a NaN is not equal to itself
@@ -178,11 +178,11 @@ class Hessian(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues: damping plus `strong_convexity`; NaN if unknown."""
+        """Lower bound on all eigenvalues. It is `net.strong_convexity` plus damping, or NaN."""
         return self.net.strong_convexity + self.damping
 
     def _formed(self) -> NDArray:
-        """Return the undamped matrix from the net's closed form, a chain of layers, or products."""
+        """Compute the undamped matrix by a closed form, by a chain of layers, or from products."""
         closed_form = self.net.hessian(self.examples, self.batch_size)
         if closed_form is not None:
             return symmetrised(closed_form)
@@ -194,33 +194,34 @@ class Hessian(Curvature):
 
 
 class GaussNewton(Curvature):
-    """Generalised Gauss-Newton matrix of the mean loss, plus penalty's Hessian and damping I.
+    """Generalised Gauss-Newton matrix G, plus the penalty's Hessian and damping I.
 
-    G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). Unlike the Hessian, G omits
-    the model's own curvature, so it is positive semi-definite if the loss is convex in the output.
-    G is not the empirical Fisher, which is the mean of grad loss_i grad loss_i'.
+    G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). J_i is the Jacobian of row
+    i's output by theta. The Hessian contains the model's second derivatives. G omits them. If the
+    loss is convex in the output, G is positive semi-definite. G is not the empirical Fisher, which
+    is the mean of grad loss_i grad loss_i'.
 
-    Raises: as Curvature; ValueError also for a cross-entropy of probabilities instead of logits.
+    Raises: the errors of Curvature. ValueError if the loss is a cross-entropy of probabilities.
     """
 
     _method, _each, _needs_logits = "gauss_newton_product", "gauss_newton", True
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues: damping plus the penalty's bound; NaN if unknown."""
+        """Lower bound on all eigenvalues. It is `net.penalty_convexity` plus damping, or NaN."""
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:
-        """Return the undamped matrix from the rows' roots if layers are affine, else from products.
+        """Compute the undamped matrix from `AffineLayers.roots`, or else from products.
 
-        A root is S_i' J_i, with S_i S_i' the loss's Hessian. It takes one backward pass per output
-        of the model; products with unit vectors take at least one for each of d columns.
+        `roots` needs affine layers and a convex loss. It takes one backward pass per output of the
+        model. Products with unit vectors take at least one backward pass for each of d columns.
         """
         layers = None
         if self.net.loss.convex and not self.net.convex:
             try:
                 layers = affine_layers(self.net, self.examples.take(slice(0, 2)).x)
-            except ValueError:  # layers of other kinds
+            except ValueError:  # a layer is not affine
                 pass
         if layers is None:
             return super()._formed()
@@ -233,7 +234,7 @@ class GaussNewton(Curvature):
 
 
 def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the batch's sum of J_i' (d2 loss_i / d output2) J_i, (d, d), from the rows' roots."""
+    """Return the sum over the batch of J_i' (d2 loss_i / d output2) J_i, with shape (d, d)."""
     roots = affine_layers(net, x).roots(x, y, net.at(theta).theta_tensor())
     roots = roots.reshape(-1, net.num_parameters)
     return roots.T @ roots
@@ -242,7 +243,7 @@ def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArra
 def symmetrised(matrix: NDArray) -> NDArray:
     """Replace a matrix (d, d) by the mean of itself and its transpose, in place.
 
-    The matrix is symmetric up to rounding before, and exactly symmetric after.
+    The given matrix is symmetric up to rounding. The result is exactly symmetric.
     """
     starts = range(0, len(matrix), _DENSE_BLOCK)
     tiles = [slice(start, start + _DENSE_BLOCK) for start in starts]
@@ -255,6 +256,6 @@ def symmetrised(matrix: NDArray) -> NDArray:
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Raise ValueError for a batch size that is not None or a positive integer."""
+    """Raise ValueError if the batch size is neither None nor a positive integer."""
     if batch_size is not None and not is_integer(batch_size, 1):
         raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")

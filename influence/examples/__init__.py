@@ -1,1 +1,1 @@
-"""The rows that a risk averages over."""
+"""Sets of examples. A risk averages over their rows."""

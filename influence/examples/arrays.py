@@ -1,4 +1,4 @@
-"""The arrays of a set of examples: their names, checks of their values, and a fingerprint."""
+"""Names, value checks and fingerprints of the arrays in a set of examples."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-# Only this many rows are checked at a time, so that a memmap stays on disk.
+# A check reads this many rows at a time. A memmap therefore stays on disk.
 CHECK_ROWS = 4096
 
 
 def parts_of(x: Any) -> dict[str, Any]:
-    """Return the arrays of the inputs, by their names in error messages."""
+    """Return the arrays of the inputs in a dict, by the names that error messages give them."""
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
 
 
 def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
     """Return the inputs with each array replaced by `array(part, name)`.
 
-    Raises: ValueError for an empty dict.
+    Raises: ValueError if the inputs are an empty dict.
     """
     if not isinstance(x, Mapping):
         return array(x, "x")
@@ -32,7 +32,7 @@ def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
 
 
 def check_one_input(x: Any, y: Any) -> None:
-    """Raise TypeError for a list of arrays that are several model inputs instead of rows."""
+    """Raise TypeError if x is a list that holds one array per model input instead of rows."""
     if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) in (0, len(y)):
         return
     if all(tuple(getattr(part, "shape", ()))[:1] == (len(y),) for part in x):
@@ -43,18 +43,18 @@ def check_one_input(x: Any, y: Any) -> None:
 
 
 class Fingerprint:
-    """SHA-256 of rows that are added in batches; it does not depend on the batch size."""
+    """SHA-256 of rows that are added in batches. It does not depend on the batch sizes."""
 
     def __init__(self):
         self._parts: dict[str, Any] = {}
 
     def add(self, x: Any, y: NDArray) -> None:
-        """Add the next rows."""
+        """Add the next rows to the digest."""
         for name, part in {"y": y, **parts_of(x)}.items():
             self._update(f"{name} {part.dtype.str} {part.shape[1:]}", part)
 
     def hexdigest(self) -> str:
-        """Return the digest of all rows so far."""
+        """Return the digest of all rows that were added so far."""
         parts = sorted((name, part.hexdigest()) for name, part in self._parts.items())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -69,9 +69,9 @@ class Fingerprint:
 
 
 def check_finite(part: Any, name: str, first_row: int = 0) -> None:
-    """Refuse a NaN or infinity.
+    """Refuse an array that contains a NaN or an infinity.
 
-    Raises: ValueError with `name` and the row number, counted from `first_row`.
+    Raises: ValueError with `name` and the row number. The first row has number `first_row`.
     """
     if part.dtype.kind != "f":
         return

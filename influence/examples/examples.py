@@ -1,4 +1,4 @@
-"""Examples: the rows that a risk averages over, and their division into batches."""
+"""Sets of examples, and passes over their rows in batches. A risk averages over these rows."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
     """Check row numbers and return them as an int64 vector.
 
     Args:
-      rows: integers in [0, num_examples), each at most once.
+      rows: (k,) integers in [0, num_examples). No integer may occur twice.
       num_examples: the number of rows that exist.
       name: the argument's name in error messages.
 
-    Returns: (k,) int64.
-    Raises: TypeError if they are not integers, IndexError if one is out of range, ValueError if
-      there are none, one occurs twice, or the array is not one-dimensional.
+    Returns: the rows, (k,) int64.
+    Raises: TypeError if the rows are not integers, IndexError if a row is out of range, ValueError
+      if the array is empty or not one-dimensional, or if a row occurs twice.
     """
     array = _row_numbers(rows, num_examples, name)
     values, counts = np.unique(array, return_counts=True)
@@ -45,7 +45,7 @@ def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArra
 
 
 def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
-    """Like `check_rows`, but rows may repeat."""
+    """Check row numbers like `check_rows`, but let rows repeat."""
     refuse_mask(rows, name)
     array = np.asarray(rows)
     if array.ndim != 1 or array.size == 0:
@@ -65,9 +65,9 @@ def _row_numbers(rows: ArrayLike, num_examples: int, name: str) -> NDArray:
 
 
 def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
-    """Check row numbers as `check_rows` does, and also that they increase.
+    """Check row numbers like `check_rows`. Also check that they increase.
 
-    Raises: as `check_rows`; ValueError for rows that do not increase.
+    Raises: the errors of `check_rows`. ValueError if the rows do not increase.
     """
     array = check_rows(rows, num_examples)
     falls = np.flatnonzero(np.diff(array) < 0)
@@ -78,7 +78,7 @@ def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
 
 
 def check_differentiable(x: Any) -> None:
-    """Refuse inputs that have no derivative.
+    """Refuse inputs by which a loss cannot be differentiated.
 
     Args:
       x: an array, or a dict of arrays.
@@ -91,12 +91,12 @@ def check_differentiable(x: Any) -> None:
 
 
 Question = Callable[[Any, NDArray | None, Any, NDArray], Any]
-# A set holds caches for this many batch sizes: solvers alternate between a few sizes.
+# A set holds caches for this many batch sizes, because solvers alternate between a few sizes.
 _MOST_SIZES = 4
 
 
 class _Memos:
-    """Cache of one net at one theta and one batch size: a dict for each batch."""
+    """Cache of one net at one theta and one batch size. It holds a dict for each batch."""
 
     def __init__(self, net: Any, theta: NDArray, size: int):
         self._flat, self._theta, self.size = weakref.ref(net.flat), theta.copy(), size
@@ -106,7 +106,7 @@ class _Memos:
         return self._flat() is net.flat and np.array_equal(self._theta, theta)
 
     def of_batch(self, number: int) -> dict[str, NDArray] | None:
-        """Return the dict of a batch; None once all dicts together exceed the budget."""
+        """Return the dict of a batch. Return None once all dicts together exceed the budget."""
         if self._of_batch is not None and number == len(self._of_batch):
             held = sum(array.nbytes for memo in self._of_batch for array in memo.values())
             self._of_batch = [*self._of_batch, {}] if held <= CACHE else None
@@ -115,15 +115,15 @@ class _Memos:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Rows of inputs and labels; immutable.
+    """Immutable set of rows, each with inputs and a label.
 
     Args:
-      x: (n, ...) array, memmap, scipy sparse matrix, or a dict of such arrays (one per model
-        input). The dtype is not changed, and an array is not copied.
+      x: the inputs, as an (n, ...) array, memmap or scipy sparse matrix, or as a dict with one
+        such array per model input. The dtype is not changed, and an array is not copied.
       y: (n, ...) labels.
 
-    Raises: TypeError for arrays of objects; ValueError for an empty set, for arrays of different
-      lengths, or for a NaN or infinity (the message names the array and the row).
+    Raises: TypeError if an array is not numeric. ValueError if the set is empty, if arrays differ
+      in length, or if an array contains a NaN or infinity. The message names the array.
     """
 
     x: Any
@@ -151,7 +151,7 @@ class Examples:
         return self.y.shape[0]
 
     def __repr__(self) -> str:
-        """Show shapes and dtypes, not contents."""
+        """Show shapes and dtypes instead of contents."""
         first = self._taken(slice(0, 1))
         show = lambda a: f"{a.dtype}{[len(self), *a.shape[1:]]}"  # noqa: E731
         x = first.x
@@ -159,7 +159,7 @@ class Examples:
         return f"{type(self).__name__}(x={x}, y={show(first.y)})"
 
     def take(self, rows: ArrayLike | slice) -> Examples:
-        """Return the given rows in the given order, in memory; a row may be taken twice."""
+        """Read the given rows into memory, in the given order. A row may be taken twice."""
         if not isinstance(rows, slice):
             rows = _row_numbers(rows, len(self), "rows")
         elif not range(*rows.indices(len(self))):
@@ -167,7 +167,7 @@ class Examples:
         return self._taken(rows)
 
     def stacked(self, rows: NDArray) -> tuple[Any, NDArray]:
-        """Return r batches of b rows as dense arrays: x and y (r, b, ...) for rows (r, b)."""
+        """Return x and y, (r, b, ...) dense arrays of r batches, for row numbers (r, b)."""
         chosen = self.take(rows.ravel())
 
         def shaped(part: Any) -> NDArray:
@@ -179,7 +179,7 @@ class Examples:
         return x, shaped(chosen.y)
 
     def without(self, rows: ArrayLike) -> Examples:
-        """Return all rows except the given ones, in order; rows on disk stay on disk."""
+        """Return all rows except the given ones, in order. Rows on disk stay on disk."""
         keep = np.ones(len(self), bool)
         keep[check_rows(rows, len(self))] = False
         if not keep.any():
@@ -189,16 +189,16 @@ class Examples:
     def batches(
         self, size: int | None = None, rows: ArrayLike | None = None
     ) -> Iterator[tuple[Any, NDArray]]:
-        """Yield (x, y) in order, `size` rows at a time; the last batch may be smaller.
+        """Yield batches (x, y) of `size` rows, in order. The last batch may be smaller.
 
         To average over batches, weight each batch by its number of rows.
 
         Args:
-          size: rows per batch; None: all rows in one batch.
-          rows: (k,) increasing row numbers; None: all rows. Unlike `take`, this never holds all
-            these rows in memory together.
+          size: the number of rows per batch, or None for all rows in one batch.
+          rows: (k,) increasing row numbers, or None for all rows. Unlike `take`, this method holds
+            only one batch of these rows in memory.
 
-        Raises: ValueError for a bad size; as `check_increasing` for bad rows.
+        Raises: ValueError for a bad size. The errors of `check_increasing` for bad rows.
         """
         if rows is not None:
             rows = check_increasing(rows, len(self))
@@ -208,7 +208,7 @@ class Examples:
             raise ValueError(f"size must be a positive integer, got {size!r}.")
         yield from self._read(int(size), rows)
 
-    # --- the two verbs: every pass of the library over rows uses one of them ----------------------
+    # --- passes over all rows: they call a question for each batch --------------------------------
 
     def sum_over(
         self,
@@ -221,8 +221,8 @@ class Examples:
     ) -> Any:
         """Sum the answers to a question over the batches of all rows, in order.
 
-        Args: as `map_over`; the question's answer for a batch is the sum over the batch's rows.
-        Returns: the sum of the answers: an array, or a tuple of arrays summed entry by entry.
+        Args: the arguments of `map_over`. The question must return the sum over a batch's rows.
+        Returns: the sum of the answers. Tuples of arrays are summed entry by entry.
         """
         total: Any = None
         for answer in self.map_over(question, net, theta, batch_size=batch_size, what=what):
@@ -244,24 +244,24 @@ class Examples:
         batch_size: int | None = None,
         what: str = "",
     ) -> Iterator[Any]:
-        """Ask a question about one batch of rows after another, and yield the answers.
+        """Call a question for one batch of rows after another, and yield the answers.
 
-        The question is a value that can be pickled. It holds no rows and no net, so a set whose
-        rows are on another machine can send it there. It may have two attributes. `num_vectors` (1
-        if missing) is the number of vectors that multiply each batch; it limits the rows per batch.
-        `keeps` (False if missing) means that the question will be asked again at this theta, so
-        the net may cache intermediate results of each batch in `net.memo`.
+        A question can be pickled and holds no rows and no net. A set with rows on another machine
+        can therefore send it there. A question may have two attributes. `num_vectors` (default 1)
+        is the number of vectors that multiply each batch. It limits the rows per batch. `keeps`
+        (default False) is True if the question will be asked again at this theta. The net may then
+        cache intermediate results of each batch in `net.memo`.
 
         Args:
-          question: `question(net, theta, x, y)`, see `influence.net.questions`.
-          net: the net that the question is about; the question receives it.
-          theta: (d,) parameters at which the question is asked; None: the net's own.
-          rows: (k,) increasing row numbers; None: all rows.
-          batch_size: rows per batch; None: chosen by the net.
-          what: label of the progress bar; no bar if empty.
+          question: a function (net, theta, x, y), as in `influence.net.questions`.
+          net: the net that is passed to the question.
+          theta: (d,) parameters that are passed to the question. None means the net's own theta.
+          rows: (k,) increasing row numbers, or None for all rows.
+          batch_size: the number of rows per batch. If it is None, the net chooses it.
+          what: the label of the progress bar. An empty label shows no bar.
 
         Yields: the answers, in the order of the rows.
-        Raises: as `batches`.
+        Raises: the errors of `batches`.
         """
         size = batch_size or net.rows_per_batch(self, getattr(question, "num_vectors", 1))
         count = len(self) if rows is None else len(np.asarray(rows))
@@ -286,9 +286,9 @@ class Examples:
     ) -> Any:
         """Join the answers of `map_over` along their first axis.
 
-        Args: as `map_over`, but (k,) rows may be in any order, each once; the question's answer for
-          a batch is an array with one entry per row.
-        Returns: (k, ...), in the order of `rows`.
+        Args: the arguments of `map_over`. `rows` (k,) may have any order. The question must return
+          an array with one entry per row of the batch.
+        Returns: the joined array (k, ...), in the order of `rows`.
         """
         order = None if rows is None else np.argsort(np.asarray(rows), kind="stable")
         asked = rows if order is None else np.asarray(rows)[order]
@@ -301,7 +301,7 @@ class Examples:
         return found
 
     def _memos(self, net: Any, theta: NDArray | None, size: int) -> _Memos:
-        """Return the cache of this net, theta and batch size; delete caches of other thetas."""
+        """Return the cache of this net, theta and batch size. Delete caches of other thetas."""
         at: NDArray = net.theta if theta is None else theta
         known = [m for m in self.__dict__.get("_cached", ()) if m.belongs_to(net, at)]
         found = next((m for m in known if m.size == size), None)
@@ -317,7 +317,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows; equal dense rows give the same value in any kind of storage."""
+        """SHA-256 of all rows. It does not depend on how dense rows are stored."""
         seen = Fingerprint()
         for x, y in self.batches(CHECK_ROWS):
             seen.add(x, y)
@@ -325,13 +325,13 @@ class Examples:
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x; zeros that sparse rows omit are not counted."""
+        """Number of entries in x. The zeros that sparse rows omit do not count."""
         parts = parts_of(self.x).values()
         return sum(p.nnz if scipy.sparse.issparse(p) else p.size for p in parts)
 
-    # --- overridden by sets with other storage; arguments are already checked ---------------------
+    # --- overridden by sets with other storage: the callers have checked the arguments ------------
 
-    # This is False if the rows are not all in memory, so that x is not available.
+    # This is False if some rows are not in memory. Then x is not available.
     in_memory = True
 
     def _taken(self, rows: NDArray | slice) -> Examples:
@@ -343,20 +343,20 @@ class Examples:
         return self._taken(kept)
 
     def _read(self, size: int, rows: NDArray[np.int64] | None) -> Iterator[tuple[Any, NDArray]]:
-        if rows is None and size >= len(self):  # a slice of sparse rows would copy them
+        if rows is None and size >= len(self):  # a slice of all sparse rows would be a copy
             yield self.x, self.y
             return
         for start in range(0, len(self) if rows is None else len(rows), size):
             part: Any = slice(start, start + size)
             if rows is not None:
                 part = rows[part]
-                if part[-1] - part[0] == len(part) - 1:  # a view instead of a copy
+                if part[-1] - part[0] == len(part) - 1:  # a slice makes no copy
                     part = slice(part[0], part[-1] + 1)
             yield _select(self.x, part), self.y[part]
 
     @classmethod
     def _trusted(cls, x: Any, y: Any) -> Examples:
-        """Make a set from parts of a checked set, without a second check."""
+        """Make a set from parts of a checked set, without checking them again."""
         self = object.__new__(cls)
         for name, part in (("x", x), ("y", y)):
             object.__setattr__(self, name, part)
@@ -367,7 +367,7 @@ class Examples:
 
 
 class Remaining(Examples):
-    """A view of some rows of another set. Nothing is copied; rows are read from the parent."""
+    """View of some rows of another set, the parent. It reads inputs from the parent, uncopied."""
 
     def __init__(self, whole: Examples, kept: NDArray[np.int64]):
         y = whole.y[kept]
@@ -378,12 +378,12 @@ class Remaining(Examples):
 
     @property
     def x(self) -> Any:
-        """The inputs, read from the parent at each access."""
+        """Inputs of the view. Each access reads them from the parent."""
         return self._whole._taken(self._kept).x if self.in_memory else self._whole.x
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x, estimated from the parent's mean number per row."""
+        """Number of entries in x. It is estimated from the mean number per row of the parent."""
         return self._whole.num_entries // len(self._whole) * len(self)
 
     def _taken(self, rows: NDArray | slice) -> Examples:
@@ -397,7 +397,7 @@ class Remaining(Examples):
 
 
 def _array(value: Any, name: str) -> Any:
-    """Return a read-only view of an array, or a sparse matrix in CSR format."""
+    """Convert a dense value to a read-only view, and a sparse matrix to CSR format."""
     if scipy.sparse.issparse(value):
         return value.tocsr()
     array = numbers(value, name).view()

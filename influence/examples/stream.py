@@ -1,4 +1,4 @@
-"""Stream: rows that a dataset reads again in every pass, used like any other examples."""
+"""Streams. A Stream is a set of examples that reads a dataset again in every pass."""
 
 from __future__ import annotations
 
@@ -17,59 +17,58 @@ from influence.common.progress import progress
 from influence.examples.arrays import Fingerprint, check_finite, converted, parts_of
 from influence.examples.examples import Examples, Remaining
 
-# This many first rows stay in memory, for tests of a model on a few rows.
+# A stream holds this many of its first rows in memory, to test a model on a few rows.
 _FIRST_ROWS = 8
-# Labels stay in memory up to this size; larger labels are stored on disk.
+# Labels of at most this size stay in memory. Larger labels are stored on disk.
 _LABEL_BYTES = 1 << 26
-# This is the key of y among a batch's parts. An input's key is its name; a single input's is "".
+# This is the key of y among a batch's arrays. A single input has the key "".
 _LABELS = None
 _REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to make it so"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one batch: x is an array or a dict of arrays, y is an array."""
+    """Rows of one batch. Its x is an array or a dict of arrays, and its y is an array."""
 
     x: Any
     y: NDArray
 
     @property
     def parts(self) -> list[tuple[Any, NDArray]]:
-        """The batch's arrays, each with the key that `structured` expects."""
+        """Arrays of the batch, each with the key that `structured` expects."""
         inputs = list(self.x.items()) if isinstance(self.x, dict) else [("", self.x)]
         return [(_LABELS, self.y), *inputs]
 
     def structured(self, arrays: dict[Any, NDArray]) -> tuple[Any, NDArray]:
-        """Return (x, y) of other rows, given their arrays by key."""
+        """Arrange arrays of other rows, given by key, as (x, y)."""
         x = {k: arrays[k] for k in self.x} if isinstance(self.x, dict) else arrays[""]
         return x, arrays[_LABELS]
 
     def rows(self, numbers: NDArray) -> Batch:
-        """Return some of the rows."""
+        """Return a batch of the rows with the given numbers."""
         return Batch(*self.structured({key: part[numbers] for key, part in self.parts}))
 
 
 class Stream(Examples):
-    """Rows of a dataset that is read again in every pass; x is never in memory as a whole.
+    """Set of examples that reads its dataset again in every pass. It never holds all of x.
 
-    A Stream can replace Examples everywhere. It gives the same results as the same rows in arrays,
-    because it rearranges the dataset's batches into the requested batch size. The constructor reads
-    the dataset twice and compares the two passes row by row. Memory holds one batch, the labels and
-    8 bytes per row. `take` reads a tf.data.Dataset from its start to the last row taken, so LiSSA,
-    which takes random rows, is slow. From a PyDataset, only the batches with these rows are read.
+    A Stream can replace Examples everywhere. It cuts the rows into batches of the requested size,
+    so it gives the same results as Examples of the same rows. The constructor reads the dataset
+    twice and compares both passes row by row. It needs memory for one batch, the labels and 8
+    bytes per row. `take` reads a tf.data.Dataset from its start to the last row taken. LiSSA takes
+    random rows, so it is slow. From a PyDataset, `take` reads only the batches with its rows.
 
     Args:
       dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as for `fit`. x is
-        an array or a dict of arrays (one per model input), y an array of labels.
-      max_rows: a dataset with more rows than this counts as infinite.
+        an array or a dict with one array per model input. y is an array of labels.
+      max_rows: the maximum number of rows. A dataset with more rows is refused as infinite.
 
     Attributes:
-      y: (n, ...) labels; above 64 MiB they are on disk, in a temporary file.
+      y: (n, ...) labels. Above 64 MiB, a temporary file on disk holds them.
 
     Raises: TypeError for another kind of dataset, sample weights, or batches that are not (x, y) of
-      arrays of numbers; ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
-      different shapes. ValueError, with the row and the remedy, if rows or their order differ
-      between passes (shuffling, augmentation).
+      arrays of numbers. ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
+      different shapes. ValueError if a shuffle or augmentation changes rows between passes.
     """
 
     def __init__(self, dataset: tf.data.Dataset | keras.utils.PyDataset, *, max_rows: int = 10**7):
@@ -79,7 +78,7 @@ class Stream(Examples):
         self._dataset = dataset
         hashes = self._first_pass(max_rows)
         if isinstance(dataset, keras.utils.PyDataset):
-            dataset.on_epoch_end()  # Keras' own datasets shuffle here
+            dataset.on_epoch_end()  # Keras' own datasets shuffle in this method
             dataset.on_epoch_begin()
         self._second_pass(hashes)
 
@@ -87,9 +86,9 @@ class Stream(Examples):
 
     @property
     def x(self) -> Any:
-        """The inputs as a whole, which a Stream does not have.
+        """Inputs of all rows. A Stream does not hold them, so this raises an error.
 
-        Raises: TypeError.
+        Raises: TypeError, always.
         """
         raise TypeError(
             "x of a Stream is not held in memory; use batches(size), or take(slice(None)) for "
@@ -98,12 +97,12 @@ class Stream(Examples):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows, as in Examples; computed in the first pass."""
+        """SHA-256 of all rows, as in Examples. The first pass computes it."""
         return self._fingerprint
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x."""
+        """Number of entries in x. All rows have the same number."""
         return self._first.num_entries // len(self._first) * len(self)
 
     # --- overridden methods of Examples ---------------------------------------------------------
@@ -139,7 +138,7 @@ class Stream(Examples):
                     arrays, filled, missing = {}, 0, missing - room
 
     def _first_pass(self, max_rows: int) -> NDArray[np.int64]:
-        """Store labels, fingerprint and first rows; return a hash of each row, (n,)."""
+        """Store labels, fingerprint and first rows. Return a hash of each row, (n,)."""
         seen, hashes, starts, first = Fingerprint(), [], [0], []
         with tempfile.TemporaryFile() as file:
             batches = checked(batches_of(self._dataset), max_rows)
@@ -166,7 +165,7 @@ class Stream(Examples):
         return np.concatenate(hashes)
 
     def _second_pass(self, expected: NDArray[np.int64]) -> None:
-        """Read the dataset again; raise ValueError if rows differ from the first pass."""
+        """Read the dataset again. Raise ValueError if rows differ from the first pass."""
         count = 0
         batches = batches_of(self._dataset)
         for batch in progress(batches, "reading the stream again", len(self._starts) - 1):
@@ -197,7 +196,7 @@ class Stream(Examples):
             )
 
     def _pieces(self, rows: NDArray[np.int64] | None) -> Iterator[Batch]:
-        """Yield the wanted rows of each of the dataset's batches; check that labels still agree."""
+        """Yield the wanted rows batch by batch. Check that their labels have not changed."""
         if rows is None:
             rows = np.arange(len(self))
         of_batch = np.searchsorted(self._starts, rows, "right") - 1
@@ -221,9 +220,9 @@ class Stream(Examples):
 
 
 def check_kind(dataset: Any) -> None:
-    """Refuse objects of other types, and datasets whose reported size is infinite.
+    """Refuse an object that is not a dataset, or a dataset that reports an infinite size.
 
-    Raises: TypeError for another type, ValueError for an infinite dataset.
+    Raises: TypeError for another type of object, ValueError for an infinite dataset.
     """
     if isinstance(dataset, keras.utils.PyDataset):
         infinite = dataset.num_batches is None
@@ -239,11 +238,11 @@ def check_kind(dataset: Any) -> None:
 
 
 def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
-    """Yield the dataset's batches in order; check that their inputs, row shapes and dtypes agree.
+    """Yield the dataset's batches in order. Check that inputs, row shapes and dtypes agree.
 
     Args:
       dataset: an object that `check_kind` accepts.
-      numbers: (b,) increasing batch numbers to read; all if omitted.
+      numbers: (b,) increasing numbers of the batches to read, or None for all batches.
 
     Raises: TypeError or ValueError if an element is not a batch (x, y) of arrays of numbers.
     """
@@ -257,9 +256,9 @@ def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
 
 
 def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
-    """Yield the same batches; check that values are finite and that rows do not exceed `max_rows`.
+    """Yield the same batches. Check that values are finite and that rows are at most `max_rows`.
 
-    Raises: ValueError for a NaN or infinity, or for more rows than max_rows.
+    Raises: ValueError for a NaN or infinity, or for more than `max_rows` rows.
     """
     count = 0
     for batch in batches:
@@ -275,7 +274,7 @@ def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
 
 
 def row_hashes(batch: Batch) -> NDArray[np.int64]:
-    """Return a 64-bit hash of each row, (b,); equal rows have equal hashes within one process."""
+    """Return a 64-bit hash of each row, (b,). Hashes are comparable within one process."""
     parts = [part for _, part in batch.parts]
     rows = (b"".join(part[row].tobytes() for part in parts) for row in range(len(batch.y)))
     return np.fromiter(map(hash, rows), np.int64, len(batch.y))
@@ -297,7 +296,7 @@ def _elements(dataset: Any, numbers: NDArray | None) -> Iterable[Any]:
 def _batch(element: Any, first_row: int) -> Batch:
     """Convert an element of the dataset to a Batch.
 
-    Raises: TypeError or ValueError naming the problem.
+    Raises: TypeError or ValueError if the element is not a batch (x, y).
     """
     if not isinstance(element, tuple | list) or len(element) not in (2, 3):
         raise TypeError(f"dataset must give batches (x, y), got {_kind(element)}; {_REMEDY}.")

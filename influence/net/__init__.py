@@ -1,1 +1,1 @@
-"""A Keras model as a risk."""
+"""A net is a Keras model as a risk."""

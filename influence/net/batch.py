@@ -1,6 +1,7 @@
-"""Questions about one batch of rows at one theta, answered by automatic differentiation.
+"""Losses and their derivatives for one batch of rows, by automatic differentiation.
 
-Every answer is a NumPy array or number in the dtype of theta. The model is not changed.
+Every result is a NumPy array or a number in the dtype of theta. The model is not changed. J_i is
+the Jacobian of row i's output by theta, and H_i is the Hessian of row i's loss by theta.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from influence.net.losses import PerExampleLoss
 
 
 class Derivatives:
-    """Losses, outputs and derivatives of one batch: the base class of GenericNeuralNet.
+    """Base class of GenericNeuralNet. It computes losses, outputs and derivatives of one batch.
 
     Attributes:
       model: the Keras model.
-      flat: the model as functions of a flat theta.
-      loss: its per-example loss.
-      dtype: dtype of theta and of every result.
+      flat: the model as functions of a flat vector theta.
+      loss: the model's per-example loss.
+      dtype: the dtype of theta and of every result.
       convex: True if the risk is known to be smooth and strictly convex in theta.
-      fixed: (d,) theta of a view that `at` made; None: theta is the model's own weights.
-      memo: cache of a view, for the current batch; None: nothing is cached.
+      fixed: (d,) theta of a view that `at` made. If it is None, theta is the model's weights.
+      memo: the cache of a view for the current batch. If it is None, nothing is cached.
     """
 
     model: keras.Model
@@ -47,13 +48,13 @@ class Derivatives:
         return sum(self.flat.sizes)
 
     def theta_tensor(self) -> Any:
-        """Return theta as a tensor: a view's own theta, or else the model's current weights."""
+        """Return theta as a tensor (d,), from `fixed` or else from the model's current weights."""
         return self.flat.theta() if self.fixed is None else self.flat.tensor(self.fixed)
 
     # --- questions about one batch -----------------------------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
-        """Return the model's outputs for a batch, in inference mode: (n, ...)."""
+        """Return the model's outputs (n, ...) for a batch, in inference mode."""
         t = self.flat
         return t.run("outputs", t.output, self.theta_tensor(), t.inputs(x))
 
@@ -63,16 +64,16 @@ class Derivatives:
         Args:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
-          thetas: (d, k) other parameter vectors, used instead of the model's own.
+          thetas: (d, k) parameter vectors that replace theta, or None.
 
-        Returns: (n,), or (n, k) with `thetas`; nats for log losses.
+        Returns: (n,), or (n, k) with `thetas`. Log losses are in nats.
         """
         return self._at("losses", self.flat.losses, thetas, x, y)
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Return the gradient of the batch's mean loss, without the penalty.
 
-        Returns: (d,), or (d, k) at k other parameter vectors `thetas` (d, k).
+        Returns: (d,) at theta, or (d, k) at the k columns of `thetas` (d, k).
         """
 
         def mean_gradient(theta, x, y):
@@ -81,7 +82,7 @@ class Derivatives:
         return self._at("gradient", mean_gradient, thetas, x, y)
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
-        """Return the batch's mean loss and its gradient, (), (d,), without the penalty."""
+        """Return the batch's mean loss and its gradient (d,), without the penalty."""
 
         def both(theta, x, y):
             return tape.value_and_gradient(tape.mean_loss(self.flat.losses, x, y), theta)
@@ -91,26 +92,26 @@ class Derivatives:
         return float(loss), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
-        """Return the gradient of each example's loss, without the penalty: (n, d).
+        """Return the gradient (n, d) of each example's loss, without the penalty.
 
-        Only this method forms a vector of length d for each example; `directional` forms none.
+        This method stores d numbers for each example. `directional` avoids that.
         """
         return self._mapped("gradients", tape.gradients, x, y)
 
     def each_batch(
         self, question: Literal["gradient", "hvp", "gauss_newton"], x: Any, y: Any, V: NDArray
     ) -> NDArray:
-        """Ask the same question about r small batches, each with its own vectors.
+        """Compute products or gradients for r small batches, each with its own vectors.
 
         Args:
-          question: "hvp" or "gauss_newton" for products of each batch's matrix with vectors at this
-            theta; "gradient" for gradients of each batch's mean loss at other parameters.
+          question: "hvp" or "gauss_newton" to multiply each batch's matrix at theta by vectors.
+            "gradient" to compute gradients of each batch's mean loss at other parameters.
           x: (r, b, ...) inputs of r batches of b examples.
           y: (r, b, ...) labels.
-          V: (r, d, m) the vectors, or the other parameters, of each batch.
+          V: (r, d, m) vectors, or parameters for "gradient". V[j] belongs to batch j.
 
-        Returns: (r, d, m), without the penalty.
-        Raises: ValueError for another question; for "gauss_newton", as `gauss_newton_product`.
+        Returns: the products or gradients, (r, d, m), without the penalty.
+        Raises: ValueError for another question, or if `gauss_newton_product` refuses the loss.
         """
         t = self.flat
         x, y = t.inputs(x), t.tensor(y)
@@ -138,12 +139,12 @@ class Derivatives:
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
         """Return the gradient of the mean Bregman divergence from theta, at other parameters.
 
-        D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i), where z_i is the model's
-        output at its own theta and z at the other one (Bae et al. 2022). The gradient is zero at
-        theta, and its derivative there is the Gauss-Newton matrix.
+        Row i's divergence is D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i).
+        z_i is the output at theta, and z is the output at the other parameters (Bae et al. 2022).
+        The gradient is zero at theta. Its derivative at theta is the Gauss-Newton matrix.
 
-        Args: x and y as in `losses`; thetas: (d, k) parameter vectors.
-        Returns: (d, k).
+        Args: x and y of `losses`, and parameter vectors `thetas` (d, k).
+        Returns: the gradients, (d, k).
         """
 
         def gradients(losses, each, theta, x, y, thetas):
@@ -155,22 +156,22 @@ class Derivatives:
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Multiply the Hessian of the batch's mean loss by m vectors, in one pass.
 
-        H = (1/n) sum_i d2 loss_i / d theta2. The penalty is not included; see `penalty_hvp`.
+        H = (1/n) sum_i d2 loss_i / d theta2. `penalty_hvp` multiplies the penalty's Hessian.
 
-        Args: x and y as in `losses`; V: (d, m) vectors, or (d,).
-        Returns: the shape of V.
+        Args: x and y of `losses`, and vectors V (d, m) or one vector (d,).
+        Returns: the products, in the shape of V.
         """
         return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V")), V)
 
     def gauss_newton_product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Multiply the batch's generalised Gauss-Newton matrix (Schraudolph 2002) by m vectors.
 
-        G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i; J_i is the Jacobian of the model's output.
+        G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i.
 
-        Args: as `hvp`.
-        Returns: the shape of V.
-        Raises: ValueError for a cross-entropy of probabilities. At a softmax or sigmoid output, G
-          would be the empirical Fisher, not the Gauss-Newton matrix of the logits.
+        Args: the arguments of `hvp`.
+        Returns: the products, in the shape of V.
+        Raises: ValueError for a cross-entropy of probabilities. For outputs of a softmax or
+          sigmoid, G would be the empirical Fisher, and not the Gauss-Newton matrix of the logits.
         """
         self.loss.check_logits()
 
@@ -180,14 +181,14 @@ class Derivatives:
         return like(self._mapped("gauss_newton", products, x, y, self.flat.rows(V, "V")), V)
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
-        """Return each example's derivative along m vectors, in one pass: grad loss_i . v_j.
+        """Return grad loss_i . v_j for every example i and every vector v_j, in one pass.
 
         Args:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
-          V: (d,) or (d, m) directions.
-          dtype: dtype of the result; None: the net's. A model with a closed form also multiplies
-            in this dtype, so float32 is faster.
+          V: (d, m) directions, or one direction (d,).
+          dtype: the dtype of the result, or None for the net's dtype. A model with a closed form
+            also computes in this dtype, so float32 is faster than float64.
 
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
@@ -195,31 +196,31 @@ class Derivatives:
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Return v' H_i v, with H_i the Hessian of each example's loss, in one pass: (n,).
+        """Return v' H_i v (n,) for every example i, in one pass.
 
-        Args: x and y as in `losses`; v: (d,) direction in parameter space.
+        Args: x and y of `losses`, and a direction v (d,) in parameter space.
         """
         return self._along("curvatures", tape.curvatures, x, y, v)
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Return d/dtheta of v' H v, with H the Hessian of the batch's mean loss: (d,).
+        """Return the gradient (d,) of v' H v by theta. H is the Hessian of the batch's mean loss.
 
-        This is the third derivative of the mean loss, twice along v, without the penalty.
+        The penalty is not included.
 
-        Args: as `curvatures`.
+        Args: the arguments of `curvatures`.
         """
         return self._along("curvature_gradient", tape.curvature_gradient, x, y, v)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
-        """Return d/dx_i of (grad loss_i . v) for each example.
+        """Return the derivative of grad loss_i . v by the input x_i, for each example.
 
         Args:
           x: (n, ...) floating inputs, or a dict of them.
           y: (n, ...) labels.
           v: (d,) direction in parameter space.
 
-        Returns: arrays of x's shape.
-        Raises: TypeError for integer inputs, which have no gradient.
+        Returns: an array of x's shape, or a dict of such arrays.
+        Raises: TypeError for integer inputs. ValueError for another shape of v.
         """
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
@@ -229,29 +230,29 @@ class Derivatives:
     # --- the penalty, which needs no data ---------------------------------------------------------
 
     def penalty(self) -> float:
-        """Return the sum of the model's own Keras regularisers at theta: ()."""
+        """Return the sum of the model's own Keras regularisers at theta."""
         return float(self.flat.run("penalty", self.flat.penalty, self.theta_tensor()))
 
     @property
     def strong_convexity(self) -> float:
-        """Lower bound on the eigenvalues of the risk's Hessian at any theta; NaN if unknown.
+        """Lower bound on the eigenvalues of the risk's Hessian at any theta, or NaN if unknown.
 
-        The bound is 0 for a net declared `convex`. A subclass may know a larger bound.
+        The bound is 0 if `convex` is True. A subclass may know a larger bound.
         """
         return 0.0 if self.convex else np.nan
 
     @property
     def penalty_convexity(self) -> float:
-        """Lower bound on the eigenvalues of the penalty's Hessian: the minimum over all weights.
+        """Lower bound on the eigenvalues of the penalty's Hessian.
 
-        L2(l) is l |w|^2, with second derivative 2 l. A weight without L2 gives 0. The bound is NaN
-        if a weight has a regulariser other than Keras' own L1, L2 and L1L2.
+        It is the minimum over all weights w. The regulariser L2(l) is l |w|^2, so it gives 2 l. A
+        weight without L2 gives 0. A regulariser other than Keras' L1, L2 and L1L2 gives NaN.
         """
-        # np.min returns NaN if any entry is NaN; Python's min does so only if the first is.
+        # np.min returns NaN if any entry is NaN. Python's min may not.
         return float(np.min([_convexity(weight.regularizer) for weight in self.flat.weights]))
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
-        """Return the penalty's gradient: (d,), or (d, k) at other parameters `thetas` (d, k)."""
+        """Return the penalty's gradient (d,), or (d, k) at other parameters `thetas` (d, k)."""
         t = self.flat
         rows = self.theta_tensor()[None] if thetas is None else t.rows(thetas, "thetas")
 
@@ -262,7 +263,7 @@ class Derivatives:
         return gradients[0] if thetas is None else like(gradients, thetas)
 
     def penalty_hvp(self, V: NDArray) -> NDArray:
-        """Multiply the penalty's Hessian by m vectors: the shape of V."""
+        """Multiply the penalty's Hessian by vectors V (d, m) or by one vector (d,)."""
         t = self.flat
 
         def products(theta, V):
@@ -271,7 +272,7 @@ class Derivatives:
         return like(t.run("penalty_hvp", products, self.theta_tensor(), t.rows(V, "V")), V)
 
     def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
-        """Return d/dtheta of v' H v, with H the penalty's Hessian: (d,); zero for L2."""
+        """Return the gradient (d,) of v' H v by theta. H is the penalty's Hessian."""
         t = self.flat
 
         def at(theta, v):
@@ -287,14 +288,14 @@ class Derivatives:
         return t.run(name, partial(function, t.losses), *tensors)
 
     def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
-        """Run `function(losses, each, theta, x, y, *tensors)`, with `each` as its map."""
+        """Run `function(losses, each, theta, x, y, *tensors)`. `each` is a map over vectors."""
         t = self.flat
         batch = t.inputs(x), t.tensor(y)
         each = t.each(*batch)
         return t.run(name, partial(function, t.losses, each), self.theta_tensor(), *batch, *tensors)
 
     def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
-        """Run `function(theta, x, y)` at the model's theta, or at each of thetas (last axis)."""
+        """Run `function(theta, x, y)` at the net's theta, or at each column of `thetas`."""
         t = self.flat
         if thetas is None:
             return t.run(name, function, self.theta_tensor(), t.inputs(x), t.tensor(y))
@@ -306,7 +307,7 @@ class Derivatives:
 
 
 def _convexity(regularizer: Any) -> float:
-    """Return a lower bound on the second derivative of one regulariser; NaN if unknown."""
+    """Return a lower bound on the second derivative of a regulariser, or NaN if unknown."""
     if regularizer is None or type(regularizer) is keras.regularizers.L1:
         return 0.0
     if type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2):

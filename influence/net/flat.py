@@ -1,4 +1,4 @@
-"""A Keras model as functions of a flat theta, traced once by TensorFlow."""
+"""Keras models as functions of a flat vector theta, traced once by TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from influence.net.losses import PerExampleLoss
 
 
 class FlatModel:
-    """Losses and penalty of a model as functions of theta, and conversions to tensors.
+    """Model as functions of theta. It also converts arrays to tensors.
 
-    The weights are chosen once, at construction. Freezing a layer later has no effect.
+    The constructor chooses the weights. Freezing a layer later has no effect.
 
     Args:
-      model: a checked Keras model.
-      loss: its per-example loss.
-      weights: the variables that form theta; None: the model's trainable weights.
+      model: a Keras model that `check_model` accepts.
+      loss: the model's per-example loss.
+      weights: the variables that form theta, or None for the model's trainable weights.
     """
 
     def __init__(self, model: keras.Model, loss: PerExampleLoss, weights: Any = None):
@@ -66,11 +66,11 @@ class FlatModel:
         return output
 
     def losses(self, theta: Any, x: Any, y: Any) -> Any:
-        """Return the loss of each example: (n,)."""
+        """Return the loss of each example, (n,)."""
         return tf.cast(self.loss.function(y, self.output(theta, x)), theta.dtype)
 
     def penalty(self, theta: Any) -> Any:
-        """Return the sum of the weights' own regularisers: ()."""
+        """Return the sum of the weights' own regularisers, a scalar."""
         total = tf.zeros((), theta.dtype)
         for weight, part in zip(self.weights, tf.split(theta, self.sizes), strict=True):
             if weight.regularizer is not None:
@@ -80,11 +80,11 @@ class FlatModel:
     # --- execution --------------------------------------------------------------------------------
 
     def run(self, name: str, function: Callable, *tensors: Any, leading: int = 1) -> Any:
-        """Call `function`, traced under `name` on first use; return NumPy arrays.
+        """Call `function` and return NumPy arrays. The first call traces it under `name`.
 
-        Leading dimensions are dynamic from the first trace. Otherwise TensorFlow would retrace when
-        sizes vary, and results would depend in their last bits on earlier calls. A run continued
-        after an interruption would then differ from an uninterrupted run.
+        The first `leading` dimensions are dynamic from the first trace. Otherwise TensorFlow would
+        retrace when sizes vary, and earlier calls would change the last bits of results. A run
+        that continues after an interruption would then differ from an uninterrupted run.
         """
 
         def signature(t):
@@ -95,25 +95,25 @@ class FlatModel:
         signatures = tf.nest.map_structure(signature, tensors)
         key = f"{name} {signatures}"
         if key not in self._functions:
-            # Like Keras, trace without autograph, which would take a sixth more time. The function
-            # is concrete, since TensorFlow warns of retracing when nets share a function's name.
+            # Tracing with autograph would take a sixth more time. The function is concrete, because
+            # TensorFlow would warn of retracing when several nets share a function's name.
             self._functions[key] = tf.function(
                 function, input_signature=signatures, autograph=False
             ).get_concrete_function()
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
-        """Return a map over vectors: vectorised if TensorFlow does this correctly, else a loop."""
+        """Return a map over vectors. It is a loop if `tape.needs_loop` requires one."""
         if self.facts(x, y)[0]:
             return partial(tape.looped, dtype=self.dtype)
         return tf.vectorized_map
 
     def facts(self, x: Any, y: Any) -> tuple[bool, int]:
-        """Return (must_loop, activations_per_row), measured by tracing one row and two rows."""
+        """Return (must_loop, activations_per_row), found by tracing one row and two rows."""
         if self._seen is None:
             row = tf.nest.map_structure(lambda t: t[:1], (x, y))
             rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
-            # A new lambda: TensorFlow would warn of repeated traces of the same function.
+            # TensorFlow warns of repeated traces of one function, so this lambda is a new function.
             losses = tf.function(lambda *tensors: self.losses(*tensors), autograph=False)
             graphs = [
                 losses.get_concrete_function(self.theta(), *batch).graph for batch in (row, rows)
@@ -125,11 +125,11 @@ class FlatModel:
     # --- tensors ------------------------------------------------------------------------------
 
     def theta(self) -> Any:
-        """Return the current weights as one vector, (d,)."""
+        """Return the current weights as one vector (d,)."""
         return tf.concat([tf.reshape(w.value, [-1]) for w in self.weights], 0)
 
     def tensor(self, array: Any) -> Any:
-        """Convert to a tensor: floats to theta's dtype, integers unchanged, sparse to dense."""
+        """Convert to a dense tensor. Floats get theta's dtype. Integers keep their dtype."""
         if scipy.sparse.issparse(array):
             array = array.toarray()
         array = np.asarray(array)
@@ -142,9 +142,9 @@ class FlatModel:
         return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
 
     def rows(self, V: Any, name: str) -> Any:
-        """Convert (d,) or (d, m) columns to rows (m, d), since maps run over the first axis.
+        """Convert columns (d, m) or a vector (d,) to rows (m, d). Maps run over rows.
 
-        Raises: ValueError for another shape.
+        Raises: ValueError if V has another shape.
         """
         V, d = numbers(V, name), sum(self.sizes)
         if V.ndim not in (1, 2) or V.shape[0] != d:
@@ -153,17 +153,17 @@ class FlatModel:
 
 
 def like(rows: NDArray, V: Any) -> NDArray:
-    """Return rows (m, ...) as columns if V is a block, or the single row if V is a vector."""
+    """Return rows (m, ...) as columns if V is (d, m). Return the single row if V is (d,)."""
     return rows.T if np.ndim(V) == 2 else rows[0]
 
 
 def _generators(model: keras.Model) -> list[Any]:
-    """Return the states of random layers: variables that are not in `model.weights`."""
+    """Return the states of random layers. These variables are not in `model.weights`."""
     weights = {id(weight) for weight in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _numbers(graph: Any) -> int:
-    """Count the entries of a traced function's tensors; the body of a loop counts once."""
+    """Count the entries of a traced function's tensors. The body of a loop counts once."""
     tensors = (t for op in tape.operations(graph) for t in op.outputs)
     return sum(t.shape.num_elements() or 0 for t in tensors)

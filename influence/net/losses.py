@@ -1,4 +1,4 @@
-"""A loss as one number per example, from any form of a Keras loss."""
+"""Losses that return one number per example, made from any form of a Keras loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from influence.net import measurements, tape
 
-# These losses take class numbers. Keras turns a wrong one into NaN or into another class's loss.
+# These losses take class numbers. For a wrong number, Keras returns NaN or another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
 # These losses take labels in [0, 1].
 _PROBABILITIES = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
@@ -30,7 +30,7 @@ _CONVEX = (
     keras.losses.squared_hinge,
 )
 _SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
-# Options of Keras' losses that leave the Hessian by the logits as it is.
+# A loss with these options can be `plain`. Its axis and ignore_class must have default values.
 _HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 # These losses take probabilities unless they have from_logits=True.
@@ -39,24 +39,24 @@ _FROM_LOGITS = (
     *_PROBABILITIES,
     keras.losses.categorical_crossentropy,
     keras.losses.categorical_focal_crossentropy,
-    keras.losses.kl_divergence,  # the cross-entropy if labels are one-hot
+    keras.losses.kl_divergence,  # a cross-entropy for one-hot labels
 )
 
 
 @dataclass(frozen=True)
 class PerExampleLoss:
-    """Differentiable function (y, output) -> (n,), with its known properties.
+    """Differentiable loss function (y, output) -> (n,), and its known properties.
 
     Attributes:
-      name: the loss's name in messages.
-      function: (y, output) -> (n,) tensor.
-      keras_function: the underlying Keras loss function; None for a user's callable.
-      from_logits: False for a cross-entropy of probabilities; True for all other losses. The
+      name: the name of the loss in messages.
+      function: the function (y, output) -> (n,) tensor.
+      keras_function: the underlying Keras loss function, or None for a user's callable.
+      from_logits: False for a cross-entropy of probabilities, True for all other losses. The
         Gauss-Newton matrix needs True.
-      labels: the only valid labels, from the loss's own attribute `labels`; None if it has none.
-      role: the argument's name in messages.
-      says_convex: the loss's own attribute `convex`; False if it has none.
-      plain: True for Keras' own loss without options that weigh or ignore outputs.
+      labels: the valid labels, from the loss's attribute `labels`. None means no restriction.
+      role: the name of the argument in messages.
+      says_convex: the value of the loss's attribute `convex`, or False without this attribute.
+      plain: True for a Keras loss without options that weigh or ignore outputs.
     """
 
     name: str
@@ -74,12 +74,14 @@ class PerExampleLoss:
         return self.says_convex or (self.keras_function in _CONVEX and self.from_logits)
 
     def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
-        """Return the map u -> H u, with H the Hessian of the sum of the losses by the outputs z.
+        """Return the map u -> H u. H is the Hessian of the sum of the losses by the outputs z.
 
-        For cross-entropies H is p_a p_b (u_a - u_b) summed over b, or p (1 - p) u. Where a
-        probability p is nearly 1, the tape's own differences p_a - p_a p_a and 1 - p lose all
-        digits of float32. The digits stay if u is taken relative to its entry at the likeliest
-        class, since H of a constant is zero, and if 1 - p is computed from the logits.
+        Let p be the predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For
+        the sigmoid, H u = p (1 - p) u. Both are divided by the number of values that Keras averages
+        in a row. If p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits
+        in float32. Two measures keep these digits. For softmax, subtract from u its entry at the
+        likeliest class. This does not change H u, because H times a constant vector is zero. For
+        the sigmoid, compute 1 - p from the logits.
 
         Args:
           y: labels.
@@ -100,7 +102,7 @@ class PerExampleLoss:
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels that are not valid for this loss.
 
-        Raises: ValueError naming `name`, the label and the range.
+        Raises: ValueError naming `name` and a wrong label.
         """
         if self.labels is not None:
             wrong = ~np.isin(y, self.labels)
@@ -126,12 +128,12 @@ class PerExampleLoss:
         """Refuse a loss that does not give one number per example.
 
         Args:
-          shape: shape of the losses of some examples.
-          y_shape: shape of their labels.
-          output_shape: shape of the model's outputs for them.
-          name: the examples' name in the message.
+          shape: the shape of the losses of n examples.
+          y_shape: the shape of the labels of these examples.
+          output_shape: the shape of the model's outputs for these examples.
+          name: the name of the examples in the message.
 
-        Raises: ValueError with the remedy for that shape.
+        Raises: ValueError with a remedy if the losses do not have shape (n,).
         """
         n = y_shape[0]
         if shape == (n,):
@@ -151,15 +153,15 @@ class PerExampleLoss:
         )
 
     def is_differentiable(self, y: Any, output: Any) -> bool:
-        """Return True if the loss has a gradient in the output; comparisons have none."""
-        output = tf.identity(output)  # else Keras' losses use the logits before a softmax
+        """Return True if the loss has a gradient by the output. Comparisons have none."""
+        output = tf.identity(output)  # otherwise Keras uses the logits before a softmax
         with tf.GradientTape() as tape:
             tape.watch(output)
             values = self.function(y, output)
         return tape.gradient(values, output) is not None
 
     def check_logits(self, what: str = "a Gauss-Newton matrix") -> None:
-        """Refuse a cross-entropy of probabilities where logits are needed.
+        """Refuse a cross-entropy of probabilities, because `what` needs logits.
 
         Raises: ValueError naming `what`.
         """
@@ -172,15 +174,15 @@ class PerExampleLoss:
 
 
 def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExampleLoss:
-    """Return the given loss, or the model's compiled one, without a reduction over examples.
+    """Return the given loss or the model's compiled loss, without a reduction over examples.
 
     Args:
-      loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled one.
-      model: the model whose compiled loss is used if none is given.
-      role: the argument's name in messages.
+      loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled loss.
+      model: the model whose compiled loss is used if `loss` is None.
+      role: the name of the argument in messages.
 
-    Raises: ValueError for a missing loss, an unknown name or a summing reduction; TypeError for
-      anything that is not a loss.
+    Raises: ValueError for a missing loss, an unknown name or a reduction by a sum. TypeError for an
+      object that is not a loss.
     """
     if loss is None:
         loss = _compiled(model)
@@ -233,9 +235,9 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
 
 
 def _compiled(model: keras.Model) -> Any:
-    """Return the compiled loss of a model, also from a list or dict of one loss.
+    """Return the compiled loss of a model. It may be in a list or dict with one entry.
 
-    Raises: ValueError for several losses.
+    Raises: ValueError if the list or dict does not have one entry.
     """
     loss = getattr(model, "loss", None)
     if not isinstance(loss, list | tuple | Mapping):
@@ -255,16 +257,16 @@ def _is_keras_own(thing: Any) -> bool:
 
 
 def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
-    """Return the value of a Keras loss for each row: (n,).
+    """Return the value of a Keras loss for each row, (n,).
 
     Args:
       call: the loss as a function of labels and outputs.
-      own: True for Keras' own losses, which average over the last axis. They would average outputs
-        (n,) over the examples, and some broadcast labels (n,) against outputs (n, 1) to (n, n).
+      own: True for Keras' own losses. They average over the last axis, so they would average
+        outputs (n,) over the examples. Some broadcast labels (n,) and outputs (n, 1) to (n, n).
         Outputs and labels (n,) therefore get a second axis.
-      keeps_labels: True leaves labels unchanged. False converts them to floats, as Keras does
-        before `Loss.call`, but without rounding to float32.
-      y: labels.
+      keeps_labels: True if labels stay unchanged. If it is False, labels are converted to the
+        dtype of the outputs.
+      y: the labels.
       output: the model's outputs.
     """
     if not keeps_labels:
@@ -277,6 +279,6 @@ def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any)
 
 
 def _mean_over_rest(values: Any) -> Any:
-    """Average over time steps or pixels, as Keras does, but separately for each example."""
+    """Average the losses of each example over its time steps or pixels."""
     rank = len(values.shape)
     return values if rank <= 1 else tf.reduce_mean(values, axis=list(range(1, rank)))

@@ -1,12 +1,12 @@
-"""Measurements: functions of a test example whose change is predicted in place of its loss's.
+"""Measurements. Influence scores can use a measurement instead of a loss.
 
-A measurement is a function (labels y, model's output) -> one number per example, made of TensorFlow
-operations. Pass one of these, or your own, to `Influence.scores` and similar methods. The functions
-below take the logits z of a classification model, its outputs before softmax or sigmoid:
+A measurement takes labels y and the model's outputs. It returns one number per example, computed by
+TensorFlow operations. Pass a function below, or your own, to `Influence.scores`. The functions
+below need logits z as outputs. Logits are the values before softmax or sigmoid.
 
-- labels y (n,) or (n, 1) of class numbers, or (n, c) one-hot, with outputs (n, c);
-- labels y (n,) or (n, 1), either 1 or not (0 or -1), with outputs (n, 1) or (n,): z is the log odds
-  of label 1.
+- Outputs (n, c) need class numbers y (n,) or (n, 1), or one-hot labels y (n, c).
+- Outputs (n, 1) or (n,) need labels y (n,) or (n, 1). Labels other than 1 are 0 or -1. The logit
+  z is the log odds of label 1.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import tensorflow as tf
 
 
 def _of_logits(function: Callable) -> Callable:
-    """Mark a function, so that a model that outputs probabilities is refused."""
+    """Mark a function that needs logits. A model with probabilities is then refused."""
     vars(function)["takes_logits"] = True
     return function
 
 
 @_of_logits
 def margin(y: Any, output: Any) -> Any:
-    """Return the log odds that the model gives the label.
+    """Return the margin. It is the log odds of the label y in the model's prediction.
 
-    z_y - log sum_{k != y} exp z_k = log p_y / (1 - p_y), the model output function of TRAK (Park et
-    al. 2023, section 3). With one logit for two classes: z or -z. Positive if p_y > 1/2.
-    Unlike a loss, the margin does not saturate.
+    With the label's probability p_y, it is log p_y / (1 - p_y) = z_y - log sum_{k != y} exp z_k. It
+    is the model output function of TRAK (Park et al. 2023, section 3). With one logit for two
+    classes, it is z or -z. Unlike a loss, the margin does not saturate.
 
-    A positive score: the margin rises without the row, so the row hurt. For a loss, a positive
-    score means that the row helped.
+    A positive score means that the margin rises without the row, so the row hurt. For a loss, a
+    positive score means that the row helped.
 
     Args:
-      y: labels as above.
-      output: logits as above.
+      y: labels, in a form that the top of this file lists.
+      output: logits, in the form for these labels.
 
-    Returns: (n,), in nats.
+    Returns: the margins (n,), in nats.
     Raises: ValueError for outputs of another shape.
     """
     z = _logits(output)
@@ -53,37 +53,37 @@ def margin(y: Any, output: Any) -> Any:
 
 @_of_logits
 def adversarial_loss(y: Any, output: Any) -> Any:
-    """Return the loss that falls when the label becomes less probable: -log(1 - p_y).
+    """Return -log(1 - p_y), a loss that falls when the label y becomes less probable.
 
-    It is computed as log(1 + exp(margin)), which is accurate also for p_y near 0 or 1. The 2017
-    release uses it to measure how close a test point is to misclassification. For two classes it
-    is the log loss of the other label.
+    p_y is the label's probability. The formula log(1 + exp(margin)) is also accurate for p_y near 0
+    or 1. The code of Koh & Liang (2017) uses it to measure how close a test point is to
+    misclassification. For two classes, it is the log loss of the other label.
 
-    A positive score: this loss rises without the row. The label becomes more probable, so the row
-    hurt. For an ordinary loss, a positive score means that the row helped.
+    A positive score means that this loss rises without the row. Then the label becomes more
+    probable, so the row hurt. For an ordinary loss, a positive score means that the row helped.
 
     Args:
-      y: labels as above.
-      output: logits as above.
+      y: labels, as in `margin`.
+      output: logits, as in `margin`.
 
-    Returns: (n,), in nats.
+    Returns: the losses (n,), in nats.
     Raises: ValueError for outputs of another shape.
     """
     return tf.math.softplus(margin(y, output))
 
 
 def logit(label: int) -> Callable[[Any, Any], Any]:
-    """Return a measurement: the logit of one class, whatever label the example has.
+    """Return a measurement that is the logit of one class. It ignores the example's label.
 
-    z_label; with one logit for two classes, z for label 1 and -z for label 0. A positive score:
-    the logit rises without the row, so the row was evidence against the class.
+    With one logit z for two classes, it is z for label 1 and -z for label 0. A positive score means
+    that the logit rises without the row, so the row was evidence against the class.
 
     Args:
       label: the class number.
 
-    Returns: the measurement, (y, output) -> (n,), in nats.
-    Raises: TypeError for a label that is no integer, ValueError for a negative one. When called,
-      the measurement raises IndexError for a class that the model does not have.
+    Returns: the measurement, a function (y, output) -> (n,) in nats.
+    Raises: TypeError if the label is not an integer, ValueError if it is negative. The measurement
+      raises IndexError if the model does not have the class.
     """
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
         raise TypeError(f"label must be a class number, got {label!r}.")
@@ -104,7 +104,7 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
 
 
 def _logits(output: Any) -> Any:
-    """Return the output as (n, c), or (n, 1) for one logit."""
+    """Return the output with shape (n, c), or (n, 1) for one logit."""
     if len(output.shape) == 1:
         output = tf.expand_dims(output, 1)
     if len(output.shape) != 2:
@@ -113,7 +113,7 @@ def _logits(output: Any) -> Any:
 
 
 def _is_label(y: Any, z: Any) -> Any:
-    """Return a mask (n, c) that is True at each example's label."""
+    """Return a mask (n, c). It is True at each example's label."""
     if len(y.shape) == 2 and y.shape[1] == z.shape[1]:
         return y > 0.5
     return tf.one_hot(

@@ -1,4 +1,4 @@
-"""Checks that a net is at the minimum of its risk, where influence is defined."""
+"""Checks that a net is at the minimum of its risk. Influence functions assume this."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# The gradient norm may be at most this fraction of the gradient that a removal adds.
+# The gradient norm may be at most this fraction of the gradient norm that a removal adds.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 
@@ -25,8 +25,8 @@ def check_at_minimum(
 ) -> None:
     """Raise ValueError if the Euclidean norm of the risk's gradient is above the tolerance.
 
-    Most of the change after retraining would then be ordinary training progress. `otherwise` is
-    another remedy than a fit, for the message.
+    Retraining would then change the net mostly by further training. The message suggests a fit or
+    the remedy `otherwise`.
     """
     norm = net.gradient_norm(train, batch_size)
     if not norm <= tolerance:
@@ -41,10 +41,12 @@ def check_at_minimum(
 def warn_of_drift(
     net: GenericNeuralNet, train: Examples, groups: Sequence, batch_size: int | None = None
 ) -> None:
-    """Warn if retraining would change the net as much by further training as by the removal.
+    """Warn if theta is too far from the minimum.
 
-    The gradient norm at theta is compared with what the removal of a group adds to the gradient,
-    about |sum over the group of (loss_i + penalty)'| / n. The median over some groups is used.
+    Retraining would then also continue the training, and the changes would not come from the
+    removal only. The removal of a group adds a gradient of norm
+    |sum over the group of (loss_i + penalty)'| / n. The median of this norm over at most 20 groups
+    is compared with the gradient norm at theta.
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]

@@ -1,4 +1,4 @@
-"""GenericNeuralNet: a Keras model as a risk, with its values and derivatives at one theta.
+"""Keras models as risks, with values and derivatives at one theta. A risk is
 
     R(theta) = mean_i loss_i(theta) + penalty(theta)
 
@@ -33,10 +33,11 @@ from influence.net.refused import (
 )
 
 # Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
-# products have an error of 2e-4 at 2,854 rows per batch and 8e-6 at 500, in a sixth more time.
+# products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
+# Batches of 500 rows take a sixth more time.
 _FLOAT32_ROWS = 500
 _PROBE_ROWS = 3
-# This is far above float32 rounding, and far below the effect of another row on a loss.
+# A loss mixes rows if it changes by more than this fraction when other rows join its batch.
 _MIXING_RTOL = 1e-3
 
 
@@ -46,15 +47,15 @@ class GenericNeuralNet(Derivatives):
     Args:
       model: any built `keras.Model` with one floating dtype for its trainable weights. To keep
         weights out of theta, freeze their layers (`layer.trainable = False`) before this call.
-      loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations;
-        None: the compiled loss.
+      loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations.
+        None means the compiled loss.
 
     Attributes:
-      model: the Keras model; it is shared, not copied.
+      model: the Keras model. It is shared and not copied.
       convex: True if the risk is known to be smooth and strictly convex in theta.
-      dtype: dtype of theta and of every result.
+      dtype: the dtype of theta and of every result.
 
-    Raises: TypeError for anything except a Keras model, or mixed weight dtypes; ValueError for a
+    Raises: TypeError for anything except a Keras model, or mixed weight dtypes. ValueError for a
       model that is unbuilt, has no trainable weight, uses an activity regulariser, or rounds the
       input of float64 weights.
     """
@@ -70,11 +71,12 @@ class GenericNeuralNet(Derivatives):
         """Return the same model at the same theta, with a measurement in place of its loss.
 
         Args:
-          measurement: (y, output) -> (n,) of TensorFlow operations, or a Keras loss or its name.
+          measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or
+            its name.
 
         Returns: a net that shares this net's model, weights, theta and penalty.
-        Raises: TypeError or ValueError for another kind of measurement; ValueError for one of
-          logits, as in `influence.measurements`, if this net's own loss takes probabilities.
+        Raises: TypeError or ValueError for another kind of measurement. ValueError if it needs
+          logits, but this net's loss takes probabilities.
         """
         loss = per_example(measurement, self.model, role="measurement")
         if getattr(measurement, "takes_logits", False):
@@ -85,10 +87,10 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
-        """Return a view of the net at another theta; the model's weights are not changed.
+        """Return a view of the net at another theta. The model's weights do not change.
 
         Args:
-          theta: (d,) parameters; None returns the net itself.
+          theta: (d,) parameters, or None to return the net itself.
 
         Returns: a net that answers every question at `theta`. Its theta cannot be set.
         """
@@ -105,16 +107,16 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def features(self, x: Any) -> Any:
-        """Return the inputs of the trainable part: x itself, or the output of a frozen trunk."""
+        """Return x. A subclass with a frozen trunk returns the inputs of its trainable part."""
         return x
 
     def featured(self, examples: Examples) -> Examples:
-        """Return the examples with `features` of their inputs in place of the inputs."""
+        """Return the examples with their inputs x replaced by `features(x)`."""
         return examples
 
     @property
     def theta(self) -> NDArray:
-        """Trainable weights (d,), flattened in the order of `model.trainable_weights`."""
+        """Trainable weights as one vector (d,), in the order of `model.trainable_weights`."""
         if self.fixed is not None:
             return self.fixed
         return np.concatenate([np.ravel(w.numpy()) for w in self.flat.weights])
@@ -142,13 +144,13 @@ class GenericNeuralNet(Derivatives):
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """Return the rows per batch that fit in memory when `num_vectors` vectors multiply them.
+        """Return how many rows per batch fit in memory when `num_vectors` vectors multiply them.
 
-        `dtype` is as in `directional`, if the pass calls it.
+        `dtype` is the argument of `directional`, if the pass calls `directional`.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
-        # A loop holds two forward and two backward passes; vectorised, two of them per vector.
+        # A loop holds four passes in memory. A vectorised map holds two, and two for each vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         most = len(examples)
         if loop and self.dtype == np.float32:
@@ -163,7 +165,7 @@ class GenericNeuralNet(Derivatives):
     def risk_gradient(
         self, examples: Examples, thetas: NDArray | None = None, batch_size: int | None = None
     ) -> NDArray:
-        """Return the risk's gradient: (d,), or (d, k) at other parameters `thetas` (d, k)."""
+        """Return the risk's gradient (d,), or (d, k) at other parameters `thetas` (d, k)."""
         question = Total("gradient") if thetas is None else Total("gradient", thetas)
         total = examples.sum_over(question, self, batch_size=batch_size)
         return total / len(examples) + self.penalty_gradient(thetas)
@@ -171,32 +173,33 @@ class GenericNeuralNet(Derivatives):
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
         """Return the Euclidean norm of the risk's gradient, which is zero at a minimum.
 
-        A strictly convex risk with kinks returns another number, which bounds the distance to its
-        minimum in the same way.
+        A subclass whose risk has kinks returns another number. This number bounds the distance to
+        the minimum as the gradient norm of a smooth risk does.
         """
         return float(np.linalg.norm(self.risk_gradient(examples, batch_size=batch_size)))
 
     def risk_and_gradient(
         self, examples: Examples, batch_size: int | None = None
     ) -> tuple[float, NDArray]:
-        """Return R(theta) and its gradient from one pass: (), (d,)."""
+        """Return R(theta) and its gradient (d,), from one pass."""
         loss, gradient = examples.sum_over(Total("loss_and_gradient"), self, batch_size=batch_size)
         n = len(examples)
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """Return the risk's exact Hessian (d, d) if a model has a closed form; here None."""
+        """Return None. A subclass with a closed form returns the risk's Hessian (d, d)."""
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """Return exact self-influences of (k,) training rows if a model has a closed form.
+        """Return None. A subclass with a closed form returns exact self-influences of (k,) rows.
 
-        Returns: (k,) grad loss_i' H^-1 grad L(z_i) / n with the risk's own Hessian; here None.
+        The value of row i is grad loss_i' H^-1 grad (loss_i + penalty) / n. H is the risk's
+        Hessian.
         """
         return None
 
     def validate(self, examples: Examples, name: str) -> None:
-        """Refuse examples that do not fit this model and loss, before any long work.
+        """Refuse examples that do not fit this model and loss.
 
         Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
           labels of the wrong shape, for labels or embedding ids out of range, or for a loss that
@@ -242,14 +245,14 @@ class GenericNeuralNet(Derivatives):
     def fit(
         self, examples: Examples, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000
     ) -> GenericNeuralNet:
-        """Minimise the risk from the current theta by L-BFGS on all rows; deterministic.
+        """Minimise the risk on all rows by L-BFGS from the current theta, deterministically.
 
         Args:
           examples: the training set.
-          gradient_tolerance: the Euclidean norm of the risk's gradient at which to stop.
+          gradient_tolerance: the fit stops if the risk's gradient has at most this Euclidean norm.
           max_iterations: the maximum number of L-BFGS iterations.
 
-        Returns: self. Issues a ConvergenceWarning if the norm reached is larger.
+        Returns: self. A ConvergenceWarning is issued if the final norm is above the tolerance.
         """
         self.validate(examples, "examples")
 
@@ -269,11 +272,11 @@ _NOT_GIVEN: Any = object()
 
 
 def checked(net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN) -> None:
-    """Refuse a net of another type, and examples that do not fit it, before any long work.
+    """Refuse a net of another type, and examples that do not fit the net.
 
-    Examples that are left out are not checked.
+    The caller may omit either set of examples.
 
-    Raises: TypeError for another net; as `GenericNeuralNet.validate` for the examples.
+    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet.validate`.
     """
     if not isinstance(net, GenericNeuralNet):
         raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")

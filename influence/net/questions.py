@@ -1,7 +1,7 @@
-"""Questions about a batch of rows, as values that can be sent to the rows' machine.
+"""Questions. A question is a function of a batch. It can be pickled and sent to another machine.
 
 `Examples.sum_over` and `Examples.map_over` call `question(net, theta, x, y)` for each batch. If
-theta is None, the question uses the net's own. A question holds no rows and no net.
+theta is None, the question uses the net's own theta. A question holds no rows and no net.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _ASKED_AGAIN = ("hvp", "gauss_newton_product", "directional", "bregman_gradient"
 
 
 class PerRow:
-    """Question that calls a net's method, whose result has one entry per row of the batch.
+    """Question that calls a net's method. The method's result has one entry per row.
 
     Args:
-      method: name of a method of GenericNeuralNet that takes (x, y, *arguments), such as "losses"
-        or "directional".
-      arguments: further arrays that the method takes, such as directions (d, m).
+      method: the name of a method of GenericNeuralNet that takes (x, y, *arguments), such as
+        "losses" or "directional".
+      arguments: further arrays that are passed to the method, such as directions (d, m).
 
     Attributes:
-      num_vectors: the largest m of arguments (d, m), or 1; it limits the rows per batch.
-      keeps: True if the net may cache results that depend only on its theta and the batch.
+      num_vectors: the largest m of arguments (d, m), or 1. It limits the rows per batch.
+      keeps: True if the net may cache results that depend on its theta and the batch only.
     """
 
     def __init__(self, method: str, *arguments: NDArray):
@@ -34,7 +34,7 @@ class PerRow:
         self.keeps = method in _ASKED_AGAIN
 
     def __repr__(self) -> str:
-        """Show the method and the shapes of its arguments."""
+        """Show the method's name and the shapes of its arguments."""
         shapes = "".join(f", {np.shape(argument)}" for argument in self.arguments)
         return f"{type(self).__name__}({self.method!r}{shapes})"
 
@@ -44,15 +44,15 @@ class PerRow:
 
 
 class Total(PerRow):
-    """Question whose answer is a sum, from a net's method that returns the batch's mean.
+    """Question that turns a method's mean over the batch into the sum over the batch.
 
     Args:
-      method: as for `PerRow`, such as "gradient" or "hvp"; it may return a tuple.
-      arguments: as for `PerRow`.
+      method: the name of the method, such as "gradient" or "hvp". It may return a tuple.
+      arguments: further arrays that are passed to the method.
     """
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> Any:
-        """Return the answer for one batch: its number of rows times the method's mean."""
+        """Return the number of rows times the method's mean."""
         mean = super().__call__(net, theta, x, y)
         return tuple(len(y) * part for part in mean) if isinstance(mean, tuple) else len(y) * mean
 

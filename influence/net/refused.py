@@ -1,4 +1,4 @@
-"""Checks of Keras models and inputs; each error says why the object is refused."""
+"""Checks of Keras models and inputs. Each error says why the object is refused."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SHOWN = 5
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model whose risk would differ from what its owner expects.
+    """Refuse a model whose risk would differ from what its user expects.
 
     Raises: TypeError for anything except a Keras model, for trainable weights of several dtypes, or
-      of a dtype other than float32 and float64; ValueError for a model that is unbuilt, has no
+      for a dtype other than float32 and float64. ValueError for a model that is unbuilt, has no
       trainable weight, has an activity regulariser, or computes in another dtype than its weights'.
     """
     if not isinstance(model, keras.Model):
@@ -68,7 +68,7 @@ def check_model(model: Any) -> None:
 
 
 def check_weights(model: keras.Model) -> None:
-    """Refuse weights that are not finite, as after training that diverged.
+    """Refuse a model with weights that are NaN or infinite.
 
     Raises: ValueError naming the layers.
     """
@@ -87,7 +87,7 @@ def _finite(weight: Any) -> bool:
 
 
 def check_inputs(model: keras.Model, x: Any, name: str) -> None:
-    """Compare inputs with those that a functional or sequential model declares.
+    """Refuse inputs that differ from those that a functional or sequential model declares.
 
     Raises: ValueError naming `name`, the expected shape and the given shape.
     """
@@ -116,9 +116,11 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
 
 def _declared(model: keras.Model) -> dict[Any, Any]:
-    """Return the inputs that a functional or sequential model declares; other models: none."""
+    """Return the declared inputs of a functional or sequential model, else an empty dict."""
     declared = getattr(model, "inputs", None) or []
-    try:  # a dict if the model was made with one; Keras matches its keys
+    # `model.input` is a dict if the model was built from a dict of inputs. Keras then finds each
+    # input by its key.
+    try:
         structure = model.input
     except (AttributeError, ValueError):
         structure = None
@@ -126,9 +128,9 @@ def _declared(model: keras.Model) -> dict[Any, Any]:
 
 
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
-    """Return the model's output for a few rows x, in inference mode; nothing is changed.
+    """Return the model's output for a few rows x, in inference mode, without side effects.
 
-    Raises: ValueError naming `name` if the model cannot take x, and for a model that has several
+    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model has several
       outputs or adds losses of its own.
     """
     try:
@@ -151,18 +153,18 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
     return output
 
 
-# For each set of examples, this holds the checks that it passed, so that none is repeated.
+# This holds the checks that each set of examples has passed. They are not repeated.
 _PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()
 
 
 @contextmanager
 def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterator[Any]:
-    """Check the ids of all rows for every Embedding layer that the model calls in this context.
+    """Check the ids of all rows for every Embedding layer that the caller's block runs.
 
-    The caller runs the model on a few rows inside the context. An input is checked if an Embedding
-    layer receives it unchanged; ids that the model computes are not checked.
+    The caller runs the model on a few rows inside the `with` block. An input is checked if an
+    Embedding layer receives it unchanged. Ids that the model computes are not checked.
 
-    `examples` are all rows; they are read once for each layer. `name` is theirs in the message.
+    `examples` contains all rows. It is read once for each layer. Messages call it `name`.
 
     Yields: the few rows x, a tensor or a dict of tensors, in the dtypes that the model declares.
     Raises: ValueError naming the input, the id, its row, the layer and its input_dim.
@@ -185,7 +187,7 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
-    """Cast x to the dtypes of the model's inputs, so that Keras passes on x itself, not a copy."""
+    """Cast x to the dtypes of the model's inputs. Keras then passes on x itself, not a copy."""
     declared = _declared(model)
     if isinstance(x, dict):
         return {k: tf.cast(v, declared[k].dtype) if k in declared else v for k, v in x.items()}
@@ -215,7 +217,7 @@ def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) ->
 
 
 def _outside(key: Any, input_dim: int, net: Any, theta: Any, x: Any, y: Any) -> tuple[Any, int]:
-    """Return (row, id) of the first bad id in a batch, or None, and the number of rows."""
+    """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
     ids = x if key is None else x[key]
     outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None

@@ -1,8 +1,8 @@
 """Derivatives of per-example losses by `tf.GradientTape`, for many vectors in one pass.
 
-Every function takes `losses(theta, x, y) -> (n,)`, tensors, and blocks of vectors as rows (m, d).
-It maps over the rows with `each`, either `tf.vectorized_map` or `looped`. Unconnected gradients
-count as zero, so the second derivative of a linear function is zero and not an error.
+Most functions take `losses(theta, x, y) -> (n,)`, tensors, and vectors as the rows of V (m, d).
+They map over the rows by `each`, either `tf.vectorized_map` or `looped`. Unconnected gradients
+count as zero. The second derivative of a linear function is therefore zero and not an error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _ZERO = tf.UnconnectedGradients.ZERO
 Losses = Callable[[Any, Any, Any], Any]
 Each = Callable[[Callable, Any], Any]
 
-# TensorFlow's vectorised map is wrong for grouped convolutions and impossible for recurrences. For
-# any convolution it is no faster than a loop, and it takes m times the memory.
+# TensorFlow's vectorised map is wrong for grouped convolutions, and fails for recurrent layers. For
+# other convolutions, it is no faster than a loop, and takes m times the memory of a loop.
 _LOOPED_OPS = ("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN")
 
 
 def needs_loop(graph: Any) -> bool:
-    """Return True if a traced function holds an operation that must not be vectorised."""
+    """Return True if a traced function contains an operation that must not be vectorised."""
     return any(op.type.startswith(_LOOPED_OPS) for op in operations(graph))
 
 
@@ -35,17 +35,17 @@ def operations(graph: Any) -> list[Any]:
 
 
 def looped(function: Callable, elements: Any, dtype: Any) -> Any:
-    """Map like tf.vectorized_map, but one element at a time; stack the results, of `dtype`."""
+    """Apply a function to one element at a time. Stack the results, all of type `dtype`."""
     return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Replace `tf.nn.moments`, while tracing, by a version with correct second derivatives.
+    """Give `tf.nn.moments` correct second derivatives inside the `with` block.
 
-    TensorFlow's version stops the gradient at the mean inside the variance. The first derivative
-    there is zero, but the second is not. With layer or group normalisation, Hessians would be
-    wrong without an error.
+    TensorFlow's function stops the gradient at the mean inside the variance. The variance's first
+    derivative by the mean is zero, but its second derivative is not zero. Hessians of layer or
+    group normalisation would be wrong without an error.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -58,12 +58,12 @@ def twice_differentiable() -> Iterator[None]:
 
 
 def gradient(function: Callable, at: Any) -> Any:
-    """Return the gradient of a scalar function."""
+    """Return the gradient of a scalar function at the tensor `at`."""
     return value_and_gradient(function, at)[1]
 
 
 def value_and_gradient(function: Callable, at: Any) -> tuple[Any, Any]:
-    """Return the value and gradient of a scalar function."""
+    """Return the value and gradient of a scalar function at the tensor `at`."""
     with tf.GradientTape() as tape:
         tape.watch(at)
         value = function(at)
@@ -71,7 +71,7 @@ def value_and_gradient(function: Callable, at: Any) -> tuple[Any, Any]:
 
 
 def hessian_map(function: Callable, at: Any) -> Callable:
-    """Return v -> H v, H a function's Hessian, by reverse over reverse mode (Pearlmutter 1994)."""
+    """Return the map v -> H v for a Hessian H, by reverse over reverse (Pearlmutter 1994)."""
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(at)
         g = gradient(function, at)
@@ -79,27 +79,27 @@ def hessian_map(function: Callable, at: Any) -> Callable:
 
 
 def mean_loss(losses: Losses, x: Any, y: Any) -> Callable:
-    """Return the function theta -> the batch's mean loss."""
+    """Return the batch's mean loss as a function of theta."""
     return lambda theta: tf.reduce_mean(losses(theta, x, y))
 
 
 def hvp(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """Multiply the mean loss's Hessian by the rows of V (m, d): (m, d)."""
+    """Multiply the mean loss's Hessian by each row of V (m, d)."""
     return each(hessian_map(mean_loss(losses, x, y), theta), V)
 
 
 def over_batches(products: Callable, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """Stack `products(theta, x[j], y[j], V[j])` for x[j] (b, ...) and V[j] (m, d): (r, m, d)."""
+    """Return `products(theta, x[j], y[j], V[j])` of all r batches j as one array (r, m, d)."""
     return tf.map_fn(lambda part: products(theta, *part), (x, y, V), fn_output_signature=V.dtype)
 
 
 def gradients(losses: Losses, each: Each, theta: Any, x: Any, y: Any) -> Any:
-    """Return the gradient of each example's loss, all at one theta: (n, d)."""
+    """Return the gradient of each example's loss at theta, (n, d)."""
     return each(lambda part: _alone(losses, theta, *part), (x, y))
 
 
 def gradient_each(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> Any:
-    """Return the gradient of the mean loss of each batch x[j] (b, ...) at thetas[j]: (r, d)."""
+    """Return the gradient (r, d) of the mean loss of each batch x[j] at thetas[j]."""
     return each(lambda part: gradient(mean_loss(losses, *part[:2]), part[2]), (x, y, thetas))
 
 
@@ -109,10 +109,10 @@ def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
 
 
 def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """Return grad loss_i . v_j: (m, n).
+    """Return grad loss_i . v_j for every row v_j of V and every example i, (m, n).
 
-    g(u) = sum_i u_i grad loss_i is linear in u, so d/du of g . v_j is the answer. No per-example
-    gradient is formed.
+    It is the derivative of (sum_k u_k grad loss_k) . v_j by the weight u_i. No gradient of a single
+    example is formed.
     """
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     with tf.GradientTape(persistent=True) as tape:
@@ -122,7 +122,7 @@ def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) 
 
 
 def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return d/dx_i of grad loss_i . v, in the structure of x."""
+    """Return the derivative of grad loss_i . v by x_i, in the structure of x."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         g = gradient(lambda t: tf.reduce_sum(losses(t, x, y)), theta)
@@ -133,11 +133,11 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 def bregman_gradient(
     output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, thetas: Any
 ) -> Any:
-    """Return the gradient, at each of thetas, of the mean Bregman divergence from theta: (k, d).
+    """Return gradients of the mean Bregman divergence from theta, at each of `thetas` (k, d).
 
-    D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i), with outputs z_i at theta and
-    z at the other parameters. The two slopes loss' are subtracted before the backward pass: near
-    theta they almost cancel, and this order loses fewer digits.
+    Row i's divergence is loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i). z_i is the
+    output at theta, and z is the output at the other parameters. Near theta, the slopes loss' at z
+    and z_i almost cancel. They are subtracted before the backward pass to lose fewer digits.
     """
 
     def slope(z):
@@ -156,16 +156,16 @@ def bregman_gradient(
 
 
 def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return v' H_i v, with H_i the Hessian of each example's loss: (n,).
+    """Return v' H_i v (n,). H_i is the Hessian of example i's loss.
 
-    As in `directional`, v' (sum_i u_i H_i) v is linear in u, so its derivative d/du is the answer.
+    It is the derivative of v' (sum_k u_k H_k) v by the weight u_i.
     """
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)
 
 
 def curvature_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return d/dtheta of v' H v, with H the mean loss's Hessian: (d,)."""
+    """Return the gradient (d,) of v' H v by theta. H is the mean loss's Hessian."""
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     u /= tf.reduce_sum(u)
     return gradient(lambda t: _along_twice(losses, t, x, y, v, u), theta)
@@ -179,12 +179,11 @@ def _along_twice(losses: Losses, theta: Any, x: Any, y: Any, v: Any, u: Any) -> 
 def gauss_newton(
     output: Callable, curved: Callable, each: Each, theta: Any, x: Any, y: Any, V: Any
 ) -> Any:
-    """Return J' H J v / n for each row v of V: (m, d).
+    """Return J' H J v / n for each row v of V (m, d).
 
-    `curved(y, z)` returns the map u -> H u of the sum of the losses by the outputs z.
-
-    J is the output's Jacobian, H the loss's Hessian at the output. Two reverse passes give J v:
-    J'u is linear in u, so d/du of (J'u) . v is J v.
+    J is the Jacobian of the outputs z of all n rows by theta. H is the Hessian of the sum of the
+    losses by z. `curved(y, z)` returns the map u -> H u. Two reverse passes give J v, because J v
+    is the derivative of (J'u) . v by u.
     """
     with tf.GradientTape(persistent=True) as by_u:
         with tf.GradientTape(persistent=True) as by_theta:
