@@ -278,9 +278,10 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
 
 
 def _exponent(A: LinearOperator) -> int:
-    """Return the power of two to divide A by: 0 unless its entries are near the dtype's limits.
+    """Return the exponent of the power of two that A is divided by.
 
-    An operator without a matrix is taken as it is: its entries are unknown without a product.
+    It is 0 unless the exponent of the largest entry exceeds `_usual` in magnitude. It is also 0 for
+    an operator without a matrix, because its entries are unknown without a product.
     """
     held = getattr(A, "A", None)
     largest = 0.0 if held is None or hasattr(A, "same_as") else float(abs(held).max())
