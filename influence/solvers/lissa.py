@@ -92,7 +92,7 @@ class LiSSA:
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Choose the scale if the user gave none."""
-        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # A was divided by 2**exponent.
+        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # Use A's units.
         scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):
             raise not_finite(A, "LiSSA")
