@@ -210,7 +210,7 @@ class _Searches:
         return self.stale[columns] >= _PATIENCE
 
     def judge(self, columns: NDArray) -> NDArray:
-        """Change to exact gradients at the best thetas. Return (j,) errors of the rough ones."""
+        """Change to exact gradients at the best thetas. Return (j,) low-precision errors there."""
         if not len(columns):
             return np.empty(0)
         there = self.best.thetas[:, columns]
