@@ -153,9 +153,9 @@ class _Searches:
         self.until = np.where(self.exact, tolerance, until)
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
-        self.stale = np.zeros(k, int)  # It counts the passes since the last `_begin`.
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # Decreases: now, at the last `_begin`.
-        self.highest = self.norms.copy()  # The largest gradient norm since the last `_begin`.
+        self.stale = np.zeros(k, int)  # `stale` counts the passes since the last `_begin`.
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` is `fallen` at `_begin`.
+        self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
         """Compute gradients (d, j). `exact` decides the precision of each column."""

@@ -184,7 +184,7 @@ class LiSSA:
             )
 
     def _walk(self, num_examples: int) -> Iterator[NDArray]:
-        """Yield the rows (repeats, batch_size) of each step. The runs share shuffled passes."""
+        """Yield the rows (repeats, batch_size) of each step, from shuffled passes over all rows."""
         rng = np.random.default_rng(self.seed)
         per_run = self.depth * self.batch_size
         passes = -(-self.repeats * per_run // num_examples)

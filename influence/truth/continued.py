@@ -90,7 +90,7 @@ class _Plan:
 
     @property
     def identity(self) -> tuple:
-        """Everything that the training depends on, except its task and its groups."""
+        """The inputs of the training, except its task and its groups."""
         start = self.moments.steps, self.moments.first, self.moments.second
         return "continued", start, self.steps, self.rate, self.batch_size, self.seed
 

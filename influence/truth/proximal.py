@@ -168,7 +168,7 @@ def proximal_response(
         _check_rough(options.rough, net, train)
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
-    check_folder(options.checkpoints)  # before the factorisation
+    check_folder(options.checkpoints)  # It is checked before the factorisation.
     A = _CURVATURE[objective](net, train, damping, batch_size=options.batch_size)
     if options.step_damping:
         more = damping + options.step_damping
@@ -220,7 +220,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 
 
 def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
-    """Raise TypeError or ValueError if `rough` is not a low-precision copy of `net` and `train`."""
+    """Raise TypeError or ValueError if `rough` has another theta, other targets or other sizes."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             pass

@@ -27,7 +27,7 @@ class Removal:
     """Sums of the rows' gradients and Hessian products over each of k groups.
 
     Groups are cut into parts that fit into memory. Parts of equal length share a call of the net.
-    Each method takes `columns` (j,), the groups it works on. Its arrays have a column for each.
+    In the methods, `columns` (j,) are the numbers of the groups. Arrays have a column for each.
 
     Args:
       net: a net at the theta where the curvature is computed.
