@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Decay rates of the two running means, and the denominator's constant. These are Keras' defaults.
+# These are Keras' defaults: the decay rates of both running means and the denominator's constant.
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Adam's state. With theta it is all that is needed to continue a training.
+    """Adam's state. A training can continue from this state and theta.
 
     Attributes:
       steps: number of steps taken.
-      first: (d,) running mean of the gradients, without the correction for its start at zero.
-      second: (d,) running mean of their squares.
+      first: (d,) running mean of the gradients, not corrected for its start at zero.
+      second: (d,) running mean of the squared gradients, not corrected either.
     """
 
     steps: int
@@ -34,10 +34,11 @@ class Moments:
         return cls(0, zero, zero)
 
     def step(self, thetas: NDArray, gradients: NDArray, rate: float) -> tuple[NDArray, Moments]:
-        """Take one step of k trainings: return their parameters (d, k) and moments.
+        """Take one step of k trainings. Return their parameters (d, k) and moments.
 
-        theta - rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), Kingma & Ba (2015, end of
-        section 2), as in Keras. This epsilon differs from that of their algorithm 1.
+        Step t subtracts rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon) from theta. m and
+        v are the running means. Kingma & Ba (2015) give this form at the end of section 2, and
+        Keras uses it. Its epsilon differs from that of their algorithm 1.
         """
         t = self.steps + 1
         m, v = (a[:, None] if a.ndim == 1 else a for a in (self.first, self.second))
@@ -49,7 +50,7 @@ class Moments:
 
 
 def batch_rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
-    """Yield the rows of step `first` and of each later step; (seed, p) shuffles pass p."""
+    """Yield the minibatch rows of step `first` and later steps. (seed, p) shuffles pass p."""
     batch_size = min(batch_size, num_examples)
     number, offset = divmod(first * batch_size, num_examples)
 

@@ -11,24 +11,26 @@ from numpy.typing import NDArray
 from influence.common.memory import VECTORS
 from influence.common.numbers import dots
 
-# Pairs of (step, change of gradient) that each function stores at least.
+# Each function has room for at least this many pairs (step, change of gradient).
 _LEAST_PAIRS = 20
-# Bytes of pairs that each function may store: every pair corrects one more direction.
+# This is the memory in bytes for the pairs of each function, unless `_LEAST_PAIRS` pairs need more.
 _BYTES = VECTORS >> 5
-# Passes without a smaller gradient after which the search ends, unless it is still under way.
+# A search is stuck if its gradient has not become smaller for this many passes. It then ends unless
+# it is under way. It is under way if it meets the next two conditions.
 _PATIENCE = 20
-# By precision: a search is under way if these passes brought more than this share of the function's
-# total decrease. A smaller share may be rounding.
+# These passes have lowered the function by more than this share of its total decrease. A smaller
+# share may be rounding. The share depends on the precision of the gradients.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-# By precision: they must also have met a gradient this many times as large as the smallest.
+# These passes have met a gradient norm above this multiple of the smallest one.
 _ROSE = {"float32": 2.0, "float64": 0.0}
-# A change of gradient is used if it is at least this many times the gradients' rounding.
+# After low-precision gradients, a pair is used only if its change of gradient exceeds this multiple
+# of their error.
 _TOLD = 10.0
-# A pair is used if the cosine between step and change of gradient is at least this.
+# A pair is used if the cosine between step and change of gradient exceeds this.
 _CURVED = 1e-8
-# A step may end on a climb of at most this share of the slope it began with.
+# A step ends on a steep climb if the slope there exceeds this share of its initial descent.
 _OVERSHOOT = 0.5
-# The next step may be this many times as long as an accepted one.
+# After an accepted step the radius is at least this multiple of the step's length.
 _LONGER = 1.5
 
 Gradients = Callable[[NDArray, NDArray], NDArray]  # (thetas (d, j), columns (j,)) -> (d, j)
@@ -39,10 +41,10 @@ class Found:
     """The results of k minimisations.
 
     Attributes:
-      thetas: (d, k) the theta with the smallest gradient that each has seen.
-      norms: (k,) Euclidean norms of the exact gradients there.
-      passes: (k,) gradients that each took, low-precision ones included. The first is not counted,
-        nor those at the change from low-precision to exact gradients.
+      thetas: (d, k) the theta with the smallest gradient that each function has seen.
+      norms: (k,) Euclidean norms of the exact gradients at `thetas`.
+      passes: (k,) number of gradients that each function took, low-precision ones included. It
+        excludes the gradient at the start and those at the change to exact gradients.
     """
 
     thetas: NDArray
@@ -64,35 +66,36 @@ def minimise(
 ) -> Found:
     """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
 
-    With the inverse Hessian at the start the first step is Newton's. The two-loop recursion
-    (Nocedal 1980) adds the curvature that later gradients show. A step is rejected if it ends on a
-    climb steeper than half its initial descent and the gradient has grown. (This is the upper half
-    of the approximate Wolfe conditions, Hager & Zhang 2005. It needs only gradients and tolerates
-    rounding.) The curvature along a rejected step is used too.
+    If `inverse` is the inverse Hessian at the start, the first step is Newton's. The two-loop
+    recursion (Nocedal 1980) adds the curvature that later gradients show. A step is rejected if it
+    ends on a climb steeper than half its initial descent and the gradient has grown. This test is
+    the upper one of the approximate Wolfe conditions (Hager & Zhang 2005). It needs only gradients
+    and tolerates rounding. The curvature along a rejected step is also used.
 
-    No step is longer than its function's radius, at first `longest`. A rejected step halves the
-    radius. A step accepted on a steep climb sets it to the step's length. After any other step it
-    is at least 1.5 times the step's length. So a function whose curvature changes much is not left
-    by one long Newton step.
+    Each function has a radius. No step of the function is longer than its radius. The radius starts
+    at `longest`. A rejected step sets it to half the step's length. An accepted step that ends on a
+    steep climb sets it to the step's length. After any other step it is at least 1.5 times the
+    step's length. The radius protects a search from one long Newton step if the curvature changes.
 
-    If gradients no longer shrink, a long descent is distinguished from rounding by the sum of
-    -(g_before + g_after) . step / 2, the function's decrease up to third order, and, unless
-    gradients are in float64, by how much they grew.
+    A search whose gradient no longer shrinks may be on a long descent or at its rounding. It goes
+    on if the function still decreases. The decrease is the sum of -(g_before + g_after) . step / 2,
+    with g the gradients, up to third order. Except in float64, the gradient must also have grown.
 
     Args:
-      gradients: (thetas (d, j), columns (j,)) -> (d, j), for those of the k functions.
-      inverse: (G (d, j), columns (j,)) -> (d, j), about the inverse Hessians at the start times G;
-        positive definite.
+      gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of
+        the functions `columns` at `thetas`.
+      inverse: a function of G (d, j) and columns (j,). It multiplies G by positive definite
+        approximations of the inverse Hessians at the start.
       thetas: (d, k) the start.
-      first: (d, k) the exact gradients there.
+      first: (d, k) the exact gradients at the start.
       tolerance: (k,) norms of gradients to stop at.
       max_passes: the largest number of calls of `gradients` or of the low-precision gradients.
-      pairs: (P, Y), (d, k) each, by which the inverse is updated first. Y is P times the matrix
-        that the steps should start from; columns of functions without a pair are zero.
-      longest: (k,) largest lengths of the first steps; None: no limit.
-      rough: cheaper gradients of low precision, and (k,) norms. They are used until they reach
-        these norms or shrink no more. From the smallest one `gradients` continues, with those of
-        their pairs that rounding cannot explain.
+      pairs: pairs (P, Y) of (d, k) arrays that update `inverse` before the first step. Y is P times
+        the wanted initial Hessian. A column is zero if its function has no such pair.
+      longest: (k,) initial radii; None: no limit.
+      rough: a function of cheaper low-precision gradients, and (k,) norms. It is used until its
+        gradients reach these norms or no longer shrink. Then `gradients` continues from the theta
+        with the smallest gradient. Pairs that rounding could explain are dropped.
 
     Returns: Found.
     """
@@ -108,7 +111,7 @@ def minimise(
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
         tried = now.thetas[:, todo] + steps
-        steps = tried - now.thetas[:, todo]  # the steps after rounding
+        steps = tried - now.thetas[:, todo]  # Rounding may change the steps.
         there = now.gradients(tried, todo)
         seen.append(_pair(steps, there - g))
         del seen[given:-most]
@@ -122,7 +125,7 @@ def minimise(
                 weight[rough_ended] *= told
         stay = ~now.ended(todo)
         if not stay.all():
-            for i, (S, Y, weight) in enumerate(seen):  # in place: pairs take most of the memory
+            for i, (S, Y, weight) in enumerate(seen):  # One by one, this needs less memory.
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
     now.judge(todo[~now.exact[todo]])
@@ -130,7 +133,7 @@ def minimise(
 
 
 class _Searches:
-    """The state of k minimisations; a method works on those given by `columns`."""
+    """The state of k minimisations. A method works on the functions `columns`."""
 
     def __init__(
         self,
@@ -146,16 +149,16 @@ class _Searches:
         self.norms = np.linalg.norm(first, axis=0)
         self._gradients, self._tolerance = gradients, tolerance
         self._rough, until = rough or (None, np.full(k, np.inf))
-        self.exact = ~(self.norms > until)  # True for those that use exact gradients
+        self.exact = ~(self.norms > until)  # These functions use exact gradients.
         self.until = np.where(self.exact, tolerance, until)
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
-        self.stale = np.zeros(k, int)  # passes since the smallest gradient
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # the function's decrease, now and then
-        self.highest = self.norms.copy()  # the largest gradient since then
+        self.stale = np.zeros(k, int)  # `stale` counts the passes since the last `_begin`.
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` is `fallen` at `_begin`.
+        self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
-        """Compute gradients (d, j), for each column exact or of low precision."""
+        """Compute gradients (d, j). `exact` decides the precision of each column."""
         found = np.empty_like(thetas)
         exact = self.exact[columns]
         for of, some in ((self._gradients, exact), (self._rough, ~exact)):
@@ -164,7 +167,7 @@ class _Searches:
         return found
 
     def step(self, columns: NDArray, steps: NDArray, tried: NDArray, there: NDArray) -> None:
-        """Accept or reject steps, and set the radius of the next ones."""
+        """Accept or reject the steps, and update the radii."""
         g, norms = self.G[:, columns], np.linalg.norm(there, axis=0)
         climbs = dots(there, steps) > -_OVERSHOOT * dots(g, steps)
         taken = np.isfinite(norms) & (~climbs | (norms < self.norms[columns]))
@@ -178,7 +181,7 @@ class _Searches:
         self.longest[columns] = np.where(taken, longer, lengths / 2)
 
     def look(self, columns: NDArray) -> None:
-        """Store the best thetas; count the passes since, unless a search is under way."""
+        """Store the best thetas. Restart the counts of better searches and of those under way."""
         best, norms = self.best, self.norms[columns]
         smaller = norms < best.norms[columns]
         better = columns[smaller]
@@ -199,15 +202,15 @@ class _Searches:
         self._begin(columns[smaller | under_way])
 
     def ended(self, columns: NDArray) -> NDArray:
-        """Return True (j,) for those that are done with the gradients they use."""
+        """Return True (j,) for functions that are at their norm or stuck."""
         return (self.best.norms[columns] <= self.until[columns]) | self.stuck(columns)
 
     def stuck(self, columns: NDArray) -> NDArray:
-        """Return True (j,) for those whose gradients no longer shrink."""
+        """Return True (j,) for functions whose gradients no longer shrink."""
         return self.stale[columns] >= _PATIENCE
 
     def judge(self, columns: NDArray) -> NDArray:
-        """Change to exact gradients at the best theta; return their difference there, (j,)."""
+        """Change to exact gradients at the best thetas. Return (j,) low-precision errors there."""
         if not len(columns):
             return np.empty(0)
         there = self.best.thetas[:, columns]
@@ -226,7 +229,7 @@ class _Searches:
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
-    """Multiply the updated inverse by G, column by column."""
+    """Multiply the inverse, updated by the pairs, by each column of G."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
         shares.append(weight * dots(S, Q))
@@ -238,7 +241,7 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Return (steps, changes of gradient, 1 / their product); weight 0 without curvature."""
+    """Return (S, Y, 1 / (step . change)). The last is 0 if the step shows no positive curvature."""
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
     product = dots(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)

@@ -13,9 +13,9 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-# Ridge relative to the largest diagonal entry. With it a singular G has a Cholesky factor.
+# The ridge is this times the largest diagonal entry. With it a singular G has a Cholesky factor.
 _RIDGE = 1e-8
-# Number of refinement steps. Each reduces the effect of the ridge by several digits.
+# There are this many refinement steps. Each reduces the ridge's effect by several digits.
 _REFINEMENTS = 4
 
 
@@ -25,16 +25,16 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     With G + ridge I = L L' the problem becomes min |L'a - L^-1 (b + ridge start)|^2 over the box.
     The ridge pulls a towards `start`, not towards zero. SciPy solves it by bounded-variable least
     squares (Stark & Parker 1995). Iterative refinement with G on the entries inside the box then
-    removes the effect of the ridge on all entries that G determines. If G is singular it does not
+    removes the effect of the ridge on all entries that G determines. A singular G does not
     determine all of them. Repeated calls, each with the last answer as `start`, then converge to a
     minimum.
 
     Args:
       G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.
-      b: (k,).
-      start: (k,) in the box.
+      b: (k,) coefficients of the linear term.
+      start: (k,) a point in the box.
 
-    Returns: (k,).
+    Returns: (k,) the minimum.
     Raises: ValueError for other shapes, a `start` outside the box, or a G whose diagonal has no
       positive entry; numpy.linalg.LinAlgError for a G with a negative eigenvalue.
     """

@@ -1,7 +1,7 @@
 """Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989), and Newton's steps at the end.
 
-L-BFGS compares values of the risk. Near a minimum these differ by less than their rounding while
-the gradient is still far above its own: there Newton's steps go on, which look at gradients only.
+L-BFGS compares values of the risk. Near a minimum they differ by less than their rounding, while
+the gradient is still far above its rounding. Newton's steps then continue from gradients alone.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from scipy.sparse.linalg import LinearOperator, cg
 from influence.common.convergence import warn_unconverged
 from influence.common.progress import counter
 
-# Pairs of (step, change of gradient) that are stored.
+# L-BFGS stores this many pairs (step, change of gradient).
 _MEMORY = 20
-# Newton's steps at most, conjugate gradient iterations for each, and their relative residual.
+# These limit the number of Newton's steps, and the conjugate gradient iterations and the relative
+# residual of each step.
 _NEWTON_STEPS, _CG_ITERATIONS, _CG_RTOL = 10, 200, 1e-3
 
 
@@ -32,11 +33,12 @@ def minimise(
     """Minimise a risk from a start, deterministically.
 
     Args:
-      risk_and_gradient: theta (d,) -> (risk, its gradient (d,)).
+      risk_and_gradient: a function of theta (d,) that returns the risk and its gradient (d,).
       theta: (d,) the start.
       gradient_tolerance: Euclidean norm of the gradient to stop at.
       max_iterations: the largest number of L-BFGS iterations.
-      product: (theta (d,), v (d,)) -> the risk's Hessian times v; None: no Newton's steps.
+      product: a function of theta (d,) and v (d,) that returns the risk's Hessian times v. None:
+        no Newton's steps.
 
     Returns: (d,) the last theta. Warns with ConvergenceWarning if its gradient is above tolerance.
     """
@@ -58,7 +60,7 @@ def minimise(
                 "maxfun": 2 * max_iterations,
                 "maxcor": _MEMORY,
                 "ftol": 0.0,
-                # SciPy's tolerance applies to the largest entry.
+                # SciPy's tolerance applies to the gradient's largest entry.
                 "gtol": gradient_tolerance / np.sqrt(len(theta)),
             },
         )
@@ -66,7 +68,8 @@ def minimise(
         if product is not None and norm > gradient_tolerance and found.nit < max_iterations:
             x, norm = _newton(at, product, x, found.jac, gradient_tolerance)
     if norm > gradient_tolerance:
-        # If iterations are left, no step lowered the risk by more than its rounding.
+        # If iterations are left, L-BFGS stopped because no step lowered the risk by more than its
+        # rounding error. Then float64 helps.
         needed = "more iterations" if found.nit >= max_iterations else "float64"
         warn_unconverged(
             f"L-BFGS stopped at a gradient norm of {norm:.1e}, above {gradient_tolerance:.1e}, "
@@ -78,7 +81,7 @@ def minimise(
 def _newton(
     at: Callable, product: Callable, theta: NDArray, gradient: NDArray, tolerance: float
 ) -> tuple[NDArray, float]:
-    """Take Newton's steps while each halves the gradient; return theta and its gradient norm."""
+    """Take Newton's steps while each halves the gradient. Return theta and its gradient norm."""
     norm, d = float(np.linalg.norm(gradient)), len(theta)
     for _ in range(_NEWTON_STEPS):
         if norm <= tolerance:

@@ -1,4 +1,4 @@
-"""The contract of solvers of (H + damping I) x = b, and their solutions."""
+"""The interface of solvers of (H + damping I) x = b, with H a Hessian, and their solutions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Solution:
     Attributes:
       x: (d,) or (d, m), the shape of the right-hand sides.
       residual: (m,) true relative residuals |b - A x| / |b|, recomputed from A at the end. `Direct`
-        recomputes them for a few columns of a block and bounds the others.
-      iterations: (m,) iterations of each column.
-      converged: (m,) True where the residual is within the solver's tolerance.
-      min_curvature: (m,) smallest curvature v'Av / v'v seen; NaN if the solver computes none.
-        A negative value proves that A is not positive definite.
-      residual_norm: (m,) the same residuals in absolute size, |b - A x|.
-      eigenvalue_bound: lower bound on |eigenvalue| over all eigenvalues of A, known from the model
-        or found by the solver; NaN if unknown.
-      remedy: what to change if `converged` is not all True, else an empty string.
+        recomputes them for a few columns of a block and estimates the others.
+      iterations: (m,) number of iterations of each column.
+      converged: (m,) True if the column's residual is within the solver's tolerance.
+      min_curvature: (m,) smallest curvature v'Av / v'v that the solver saw, NaN if it computes
+        none. A negative value proves that A is not positive definite.
+      residual_norm: (m,) absolute residuals |b - A x|.
+      eigenvalue_bound: lower bound on |eigenvalue| over all eigenvalues of A. The model or the
+        solver supplies it. It is NaN if unknown.
+      remedy: advice to the user if a column did not converge, else an empty string.
     """
 
     x: NDArray
@@ -44,18 +44,18 @@ class Solution:
     remedy: str = ""
 
     def score_error_bound(self, gradients: ArrayLike) -> NDArray:
-        """Bound |g . x - g . A^-1 b| for every vector g and every column.
+        """Bound the error of each score g . x that is due to the solver's residual.
 
         |g . (A^-1 b - x)| = |(A^-1 g) . (b - A x)| <= |g| |b - A x| / min_j |eigenvalue_j of A|.
-        This certifies the solve in exact arithmetic. It includes neither the rounding of the
-        products nor the error of influence functions themselves. After Direct it is an estimate
-        for the columns whose residual is estimated.
+        The bound holds in exact arithmetic. It includes neither the rounding of the products nor
+        the error of influence functions themselves. If `Direct` estimated the residual of a
+        column, the bound of that column is an estimate too.
 
         Args:
           gradients: (k, d) vectors g.
 
-        Returns: (k, m), in the unit of g . x; NaN where no bound on A's eigenvalues is known.
-        Raises: ValueError for another shape.
+        Returns: (k, m) bounds, in the unit of g . x; NaN if `eigenvalue_bound` is NaN.
+        Raises: ValueError if `gradients` has another shape.
         """
         G = numbers(gradients, "gradients")
         if G.ndim != 2 or G.shape[1] != len(self.x):
@@ -65,44 +65,59 @@ class Solution:
 
 @dataclass(frozen=True)
 class Raw:
-    """An algorithm's report for a block, before the residual is checked."""
+    """An algorithm's result for m right-hand sides. `Prepared` turns it into a `Solution`.
 
-    x: NDArray  # (d, m)
-    iterations: Any = 0  # () or (m,)
-    min_curvature: Any = np.nan  # () or (m,)
+    Attributes:
+      x: (d, m) solutions.
+      iterations: number of iterations, for each column (m,) or for all of them.
+      min_curvature: as in `Solution`, for each column (m,) or for all of them.
+      remedy: as in `Solution`.
+      residual: function that returns the (m,) relative residuals; None: `Prepared` computes them.
+      eigenvalue_bound: as in `Solution`; NaN if the solver found none.
+    """
+
+    x: NDArray
+    iterations: Any = 0
+    min_curvature: Any = np.nan
     remedy: str = ""
-    residual: Callable[[], NDArray] | None = None  # (m,), if there is a matrix to check against
-    eigenvalue_bound: float = np.nan  # as in Solution; NaN if the solver found none
+    residual: Callable[[], NDArray] | None = None
+    eigenvalue_bound: float = np.nan
 
 
 class Solver(Protocol):
-    """A frozen dataclass of hyperparameters, with a method that prepares a matrix.
+    """A frozen dataclass of hyperparameters with the method `prepare`.
 
-    It describes itself by class attributes, all of them optional. The functions `is_exact` and
-    `answers_indefinite` read the first two, and return False if they are missing.
+    A solver's class may have these attributes:
 
-      exact: ClassVar[bool]: the answer is exact up to rounding, whatever the rtol.
-      answers_indefinite: ClassVar[bool]: the answer solves an indefinite system too.
-      unfit_as_preconditioner: ClassVar[str]: the reason why CG cannot use the solver.
+      exact: ClassVar[bool]: True if the answer is exact up to rounding at any rtol.
+      answers_indefinite: ClassVar[bool]: True if the solver also solves indefinite systems.
+      unfit_as_preconditioner: ClassVar[str]: the reason why CG cannot use the solver as its
+        preconditioner.
     """
 
     @property
     def rtol(self) -> float | None:
-        """Tolerance: the true relative residual up to which a column counts as converged.
+        """The largest true relative residual at which a column counts as converged.
 
-        None for an approximation without a tolerance: its residual is reported, `converged` is
-        False, and no warning is given.
+        None means no tolerance. The residual is then reported, `converged` is False, and no
+        warning is given.
         """
         ...
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Do the work that all right-hand sides share; return the function (d, m) -> Raw."""
+        """Do the work that all right-hand sides share.
+
+        Return a function that solves for right-hand sides (d, m) and returns a `Raw`.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Base of the solvers by A ~ U diag(values) U' + floor (I - U U'), U (d, rank) orthonormal."""
+    """Base class of solvers that approximate A by U diag(values) U' + floor (I - U U').
+
+    U (d, rank) has orthonormal columns.
+    """
 
     rank: int
     seed: int = 0
@@ -116,7 +131,7 @@ class LowRank:
     def _inverse(
         self, U: NDArray, values: NDArray, floor: NDArray, curvature: float, bound: float = np.nan
     ) -> Callable[[NDArray], Raw]:
-        """Return the function that divides by the approximation; values are (rank, 1)."""
+        """Return a function that multiplies by the inverse. `values` has shape (rank, 1)."""
         (d, rank), name = U.shape, type(self).__name__
         remedy = (
             f"{name} of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
@@ -134,24 +149,24 @@ class LowRank:
 
 
 def is_exact(solver: Any) -> bool:
-    """Return the `exact` of a solver, prepared or not; False if it has none."""
+    """Return the attribute `exact` of a solver or prepared solver, or False if it is missing."""
     return bool(getattr(getattr(solver, "solver", solver), "exact", False))
 
 
 def answers_indefinite(solver: Any) -> bool:
-    """Return the `answers_indefinite` of a solver, prepared or not; False if it has none."""
+    """Return `answers_indefinite` of a solver or prepared solver, or False if it is missing."""
     return bool(getattr(getattr(solver, "solver", solver), "answers_indefinite", False))
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A solver prepared for one matrix, to be called with any number of right-hand sides.
+    """A solver prepared for one matrix. It solves for any number of right-hand sides.
 
     Attributes:
       A: the matrix.
       solver: the solver's hyperparameters.
-      apply: the prepared algorithm, (d, m) -> Raw, for A divided by 2 ** exponent.
-      exponent: 0, except for a matrix whose entries are near the limits of its dtype.
+      apply: a function that solves with A / 2 ** exponent for (d, m) and returns a `Raw`.
+      exponent: 0, unless the entries of A are very large or very small.
     """
 
     A: LinearOperator
@@ -160,20 +175,20 @@ class Prepared:
     exponent: int = 0
 
     def __repr__(self) -> str:
-        """Name matrix and solver without memory addresses: the same in every process."""
+        """Name the matrix and the solver. The text is the same in every process."""
         return f"prepare({self.A!r}, {self.solver!r})"
 
     def __call__(self, B: ArrayLike) -> Solution:
-        """Solve for a vector (d,) or a block (d, m).
+        """Solve for a vector B (d,) or a block B (d, m).
 
-        Every column is divided by a power of two before it is solved for, so that the answer for a
-        multiple of b is that multiple of the answer for b, whatever their sizes.
+        If B has very large or very small columns, each column is first divided by a power of two.
+        This avoids overflow and underflow.
 
-        Raises: TypeError for a B that is no array of real numbers; ValueError for a wrong shape, a
-          NaN in B, or a solution that A's dtype cannot hold; DivergenceError for a NaN from A;
-          RuntimeError if the net's theta has changed since A was made.
+        Raises: TypeError if B is not an array of real numbers; ValueError if B has a wrong shape or
+          a NaN, or if A's dtype cannot hold the solution; DivergenceError if A's products are not
+          finite; RuntimeError if the net's theta has changed since A was made.
         """
-        if hasattr(self.A, "check_theta"):  # a factor does not notice that theta has changed
+        if hasattr(self.A, "check_theta"):  # A factor does not notice that theta has changed.
             self.A.check_theta()  # pyright: ignore[reportAttributeAccessIssue]
         b = numbers(B, "B")
         if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
@@ -224,14 +239,14 @@ class Prepared:
 
 
 def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
-    """Prepare a solver for a matrix; return a prepared solver as it is.
+    """Prepare a solver for a matrix. A prepared solver is returned as it is.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
-      solver: hyperparameters, for example `CG(rtol=1e-8)`.
+      solver: a solver, for example `CG(rtol=1e-8)`, or the result of an earlier call.
 
-    Raises: ValueError for a matrix that is not square, not finite or not symmetric, and for a
-      solver prepared for another matrix; TypeError for something that is not a solver.
+    Raises: ValueError if A is not square, or is an array that is not finite and symmetric;
+      ValueError if the solver was prepared for another matrix; TypeError if it is not a solver.
     """
     if isinstance(solver, Prepared):
         if not _same_matrix(solver.A, A):
@@ -248,24 +263,25 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
 
 
 def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
-    """Solve A X = B for a block of right-hand sides together.
+    """Solve A X = B for all right-hand sides together.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train, damping)`.
-      B: (d,) or (d, m).
+      B: one right-hand side (d,), or m right-hand sides (d, m).
       solver: `Direct()`, `CG()`, `LiSSA()`, `Lanczos(rank)`, `Nystrom(rank)`, `EKFAC()`, or the
         result of `prepare`.
 
-    Returns: Solution. It reports columns that did not converge; they raise no error.
+    Returns: Solution. A column that did not converge raises no error; its `converged` is False.
     Raises: ValueError for wrong shapes or values; DivergenceError if no number can be returned.
     """
     return prepare(A, solver)(B)
 
 
 def _exponent(A: LinearOperator) -> int:
-    """Return the power of two to divide A by: 0 unless its entries are near the dtype's limits.
+    """Return the exponent of the power of two that A is divided by.
 
-    An operator without a matrix is taken as it is: its entries are unknown without a product.
+    It is 0 unless the exponent of the largest entry exceeds `_usual` in magnitude. It is also 0 for
+    an operator without a matrix, because its entries are unknown without a product.
     """
     held = getattr(A, "A", None)
     largest = 0.0 if held is None or hasattr(A, "same_as") else float(abs(held).max())
@@ -274,17 +290,20 @@ def _exponent(A: LinearOperator) -> int:
 
 
 def _usual(dtype: Any) -> int:
-    """Return the power of two up to which numbers of a dtype are solved with as they are."""
+    """Return the largest binary exponent, in magnitude, that needs no rescaling in this dtype."""
     return 30 if np.result_type(dtype, np.float32) == np.float32 else 250
 
 
 def in_units(A: LinearOperator, exponent: int) -> LinearOperator:
-    """Divide A by 2 ** exponent; no digit changes."""
+    """Divide A by 2 ** exponent. This changes no digit."""
     return A if exponent == 0 else _Scaled(A, exponent)
 
 
 class _Scaled(LinearOperator):
-    """An operator divided by a power of two, half before the product and half after it."""
+    """An operator divided by 2 ** exponent.
+
+    To avoid overflow, half of the exponent is applied before the product and half after it.
+    """
 
     def __init__(self, A: LinearOperator, exponent: int):
         self._whole, self.exponent = A, exponent
@@ -301,7 +320,7 @@ class _Scaled(LinearOperator):
 
 @contextmanager
 def _said_in_units(exponent: int) -> Iterator[None]:
-    """Within, errors of a solver for A / 2 ** exponent say the unit of their numbers."""
+    """Add the unit 2 ** exponent to the message of a DivergenceError in this context."""
     try:
         yield
     except DivergenceError as error:
@@ -313,14 +332,14 @@ def _units(exponent: int) -> str:
 
 
 def enough_damping(A: Any, smallest: float) -> str:
-    """Format the total damping that lifts an eigenvalue of A to zero, A's own included."""
+    """Format the total damping, including that of A, that lifts the eigenvalue to zero."""
     present = getattr(A, "damping", 0.0)
     more = f" ({-smallest:.3g} more than now)" if present else ""
     return f"{present - smallest:.3g}{more}"
 
 
 def if_indefinite(A: Any, smallest: float) -> str:
-    """Format what to do about a matrix in which a solver met a negative curvature."""
+    """Format the remedy for a matrix in which a solver met the negative curvature `smallest`."""
     return (
         f"and there may be worse; use a damping well above {enough_damping(A, smallest)}, or "
         "GaussNewton, or Direct, which answers for indefinite matrices."
@@ -328,19 +347,19 @@ def if_indefinite(A: Any, smallest: float) -> str:
 
 
 def _same_matrix(A: Any, B: Any) -> bool:
-    """Return True if solutions for A are solutions for B."""
+    """Return True if A and B are known to be the same matrix."""
     if A is B:
         return True
-    if hasattr(A, "same_as"):  # Curvature
+    if hasattr(A, "same_as"):  # A is a Curvature.
         return A.same_as(B)
-    held = getattr(A, "A", None)  # aslinearoperator(array)
+    held = getattr(A, "A", None)  # aslinearoperator stores an array as A.
     return held is not None and (
         held is B or (isinstance(B, np.ndarray) and np.array_equal(held, B))
     )
 
 
 def as_symmetric(A: Any) -> LinearOperator:
-    """Convert A to a LinearOperator that has its array as `A`, after the possible checks."""
+    """Convert A to a LinearOperator. An array is checked first and is stored as its `A`."""
     if isinstance(A, LinearOperator):
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be square, got shape {A.shape}.")
@@ -365,23 +384,23 @@ def as_symmetric(A: Any) -> LinearOperator:
 
 
 def relative_residual(A: LinearOperator, X: NDArray, B: NDArray) -> NDArray:
-    """Compute |b - A x| / |b| per column; zero where b and x are zero."""
+    """Compute |b - A x| / |b| for each column, or 0 if both norms are zero."""
     return relative_norm(B - A @ X, B)
 
 
 def relative_norm(R: NDArray, B: NDArray) -> NDArray:
-    """Compute |r| / |b| per column; zero where both are zero."""
+    """Compute |r| / |b| for each column, or 0 if both norms are zero."""
     return relative_size(np.linalg.norm(R, axis=0), B)
 
 
 def relative_size(norms: NDArray, B: NDArray) -> NDArray:
-    """Compute |r| / |b| per column from the norms |r| (m,)."""
+    """Compute |r| / |b| for each column, from the norms |r| (m,) and the columns b of B."""
     size, zero = np.linalg.norm(B, axis=0), np.where(norms > 0, np.inf, 0.0)
     return np.divide(norms, size, out=zero, where=size > 0)
 
 
 def finite_products(A: LinearOperator, V: NDArray, name: str) -> NDArray:
-    """Multiply A V; raise DivergenceError in the solver's name if the product is not finite."""
+    """Return A V. Raise DivergenceError, naming the solver, if it is not finite."""
     products = A @ V
     if not np.isfinite(products).all():
         raise not_finite(A, name)
@@ -397,19 +416,19 @@ def not_finite(A: LinearOperator, name: str) -> DivergenceError:
 
 
 def check_solver(solver: Any) -> None:
-    """Raise TypeError if an object is no solver."""
+    """Raise TypeError if an object is not a solver."""
     if not hasattr(solver, "prepare") or isinstance(solver, type):
         raise TypeError(f"solver must be a solver such as CG() or Direct(), got {solver!r}.")
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise ValueError if a hyperparameter is no integer of at least `least`."""
+    """Raise ValueError if a hyperparameter is not an integer of at least `least`."""
     if not is_integer(value, least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def check_rtol(rtol: Any, *, optional: bool = False) -> None:
-    """Raise ValueError if a tolerance is no number from 0 to infinity, infinity excluded."""
+    """Raise ValueError if a tolerance is not a finite number of at least 0."""
     if optional and rtol is None:
         return
     number = isinstance(rtol, int | float | np.number) and not isinstance(rtol, bool)

@@ -18,34 +18,36 @@ from influence.solvers.base import Raw, check_integer, check_rtol, if_indefinite
 from influence.solvers.preconditioner import check_preconditioner, inverse_of
 
 _MOST_ITERATIONS = 10_000
-# No larger rtol is suggested.
+# The remedy suggests no larger rtol than this.
 _OF_USE = 1e-2
-# Block iterations without halving the largest residual after which columns are solved one by one.
+# If the largest residual is not halved in this many block iterations, CG solves the columns one by
+# one.
 _PATIENCE = 100
 
 
 @dataclass(frozen=True)
 class CG:
-    """Conjugate gradients (Hestenes & Stiefel 1952) on a block, one product per iteration.
+    """Conjugate gradients (Hestenes & Stiefel 1952) for a block of right-hand sides.
 
-    Differs from `scipy.sparse.linalg.cg` in:
-    1. m right-hand sides share each pass over the data and the search directions: every column is
-       minimised over the directions of all (O'Leary 1980; made linearly independent as by Ji & Li
-       2017). This takes a fraction of the iterations. A converged column leaves the block.
-    2. A direction of non-positive curvature stops only the column that meets it. The curvature is
-       reported; it is 0 if rounding cannot distinguish it from zero.
-    3. Convergence is judged by the true residual. It is recomputed when the recurrence reports
-       convergence; if the recurrence has drifted, the column restarts from its current x.
+    CG differs from `scipy.sparse.linalg.cg` in three points:
+    1. All right-hand sides share each pass over the data. Each column is minimised over the search
+       directions of all columns (O'Leary 1980). Linearly dependent directions are removed (Ji & Li
+       2017). Separate searches would take more iterations.
+    2. A direction of non-positive curvature stops only the column that meets it. The smallest
+       curvature is reported, as 0 if it is positive but not above rounding.
+    3. The true residual decides convergence. It is recomputed when the recurrence reports
+       convergence. If it is above the tolerance, the column restarts from its current x.
 
     Args:
-      rtol: relative residual |b - A x| / |b| to reach, per column.
+      rtol: relative residual |b - A x| / |b| that each column must reach.
       max_iterations: the largest number of iterations; None: min(10 d, 10,000).
-      preconditioner: a solver that is fixed, linear and positive definite, such as Nystrom(100),
-        which is prepared on the same matrix unless it is already prepared; or a (d, d) array or
-        LinearOperator that approximates the inverse.
+      preconditioner: an approximate inverse that is fixed, linear and positive definite. It is a
+        solver such as Nystrom(100), the result of `prepare`, a (d, d) array or a LinearOperator. A
+        solver that is not yet prepared is prepared for the same matrix.
 
-    Raises: ValueError for a negative rtol or fewer than one iteration, and, when preparing, for a
-      preconditioner that is not positive definite; TypeError for one that is not linear.
+    Raises: ValueError for a negative rtol or fewer than one iteration; TypeError for a
+      preconditioner that is not linear. `prepare` raises ValueError for a preconditioner that is
+      not positive definite.
     """
 
     unfit_as_preconditioner: ClassVar[str] = (
@@ -75,7 +77,7 @@ class CG:
 
 
 class _Run:
-    """One solution of A X = B: the state that both recurrences read and update."""
+    """The state of one solution of A X = B. The methods `together` and `lockstep` update it."""
 
     def __init__(
         self, A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable, bar: tqdm
@@ -83,24 +85,24 @@ class _Run:
         self.A, self.B, self.limit, self.inverse, self.bar = A, B, limit, inverse, bar
         m = B.shape[1]
         self.lengths = np.linalg.norm(B, axis=0)
-        self.target = rtol * self.lengths  # residual norms to reach
+        self.target = rtol * self.lengths  # Each column must reach this residual norm.
         self.X = np.zeros_like(B)
         self.iterations = np.zeros(m, int)
-        self.curvature = np.full(m, np.inf)  # smallest curvature met
-        self.negative = np.zeros(m, bool)  # True after a curvature that is not positive
-        self.stalled = np.zeros(m, bool)  # True where rounding stopped the residual
-        self.largest = 0.0  # largest curvature met in any column: rounding is eps times that
+        self.curvature = np.full(m, np.inf)  # Each column has met this smallest curvature.
+        self.negative = np.zeros(m, bool)  # These columns met a curvature that is not positive.
+        self.stalled = np.zeros(m, bool)  # Rounding stopped these columns.
+        self.largest = 0.0  # The rounding of a curvature is eps times this largest curvature.
 
     def solve(self) -> Raw:
-        """Alternate recurrences and recomputed residuals until no column needs more."""
+        """Run recurrences and recompute the residuals until no column needs another run."""
         A, B = self.A, self.B
         R = B.copy()
         size = np.linalg.norm(R, axis=0)
         todo = np.flatnonzero(size > self.target)
         together = True
         while todo.size and self.iterations.max() < self.limit:
-            # One run of a recurrence. Columns leave when it reports convergence, and re-enter if
-            # their true residual is larger.
+            # A column leaves this run when the recurrence reports convergence. It enters the next
+            # run if its true residual is above the target.
             before = size[todo]
             together = together and todo.size > 1
             recurrence = self.together if together else self.lockstep
@@ -108,12 +110,12 @@ class _Run:
             R[:, todo] = B[:, todo] - A @ self.X[:, todo]
             size = np.linalg.norm(R, axis=0)
             if finished and self.iterations.max() < self.limit:
-                # A restart without progress has reached the rounding of this dtype.
+                # If a run does not halve the residual of a column, rounding has stopped the column.
                 self.stalled[todo] = size[todo] > 0.5 * before
             together = together and finished
             todo = np.flatnonzero((size > self.target) & ~self.negative & ~self.stalled)
         curvature = np.where(np.isinf(self.curvature), np.nan, self.curvature)
-        residual = relative_norm(R, B)  # R is the true B - A X
+        residual = relative_norm(R, B)  # R is B - A X and not the recurrence's residual.
         return Raw(self.X, self.iterations, curvature, self.remedy(residual), lambda: residual)
 
     @property
@@ -121,23 +123,25 @@ class _Run:
         return float(np.finfo(self.X.dtype).eps)
 
     def told(self, columns: NDArray, norms: NDArray) -> None:
-        """Show an iteration and the largest residual of some columns after it."""
+        """Count one iteration on the progress bar and show the largest residual of `columns`."""
         worst = np.max(norms / self.lengths[columns], initial=0.0)
         self.bar.set_postfix_str(f"relative residual {worst:.1e}", refresh=False)
         self.bar.update()
 
     def target_of(self, columns: NDArray, r: NDArray) -> NDArray:
-        """Return the norms at which a recurrence that starts with r (d, j) ends.
+        """Return the residual norms (j,) at which a recurrence ends.
 
-        Below eps times the norm of r the recurrence no longer follows the true residual.
+        The recurrence starts with the residuals r (d, j). Below eps times the norm of r it no
+        longer follows the true residual.
         """
         return np.maximum(self.target[columns], self.eps * np.linalg.norm(r, axis=0))
 
     def together(self, columns: NDArray, r: NDArray) -> bool:
-        """Minimise over the directions of all columns; return False if this cannot continue.
+        """Minimise over the directions of all columns. Return False if this cannot continue.
 
-        With P the directions and Q = A P: X += P a, R -= Q a for a = (P'Q)^-1 P'R, and the next P
-        spans Z - P (P'Q)^-1 Q'Z, Z the preconditioned residuals.
+        P holds the directions, and Q = A P. Each iteration adds P a to X and subtracts Q a from the
+        residuals R, with a = (P'Q)^-1 P'R. Z holds the preconditioned new residuals. The columns of
+        Z - P (P'Q)^-1 Q'Z span the next P.
         """
         smallest, since = np.inf, 0
         target = self.target_of(columns, r)
@@ -151,7 +155,7 @@ class _Run:
             self.iterations[columns] += 1
             found = scipy.linalg.eigvalsh(T, check_finite=False)
             if found[0] <= self.eps * max(self.largest, found[-1]):
-                return False  # lockstep finds the column whose direction it is
+                return False  # `lockstep` then finds the column that meets this curvature.
             self.largest = max(self.largest, float(found[-1]))
             self.curvature[columns] = np.minimum(self.curvature[columns], found[0])
             factor = scipy.linalg.cho_factor(T, check_finite=False)
@@ -174,7 +178,7 @@ class _Run:
         return True
 
     def lockstep(self, columns: NDArray, r: NDArray) -> bool:
-        """Run a recurrence for each column; the products are computed together."""
+        """Run a separate recurrence for each column. All columns share the products with A."""
         x = self.X[:, columns]
         target = self.target_of(columns, r)
         z = self.inverse(r)
@@ -184,7 +188,7 @@ class _Run:
             Ap = self.A @ p
             pAp, pp = dots(p, Ap), dots(p, p)
             self.iterations[columns] += 1
-            # p'p underflows to zero only if r does: then the column is done.
+            # p'p underflows to zero only if r underflows. Then the column is done.
             ratio = np.divide(pAp, pp, out=np.full(len(pp), np.inf), where=pp > 0)
             finite = ratio[np.isfinite(ratio)]
             self.largest = max(self.largest, float(finite.max(initial=0.0)))
@@ -211,9 +215,9 @@ class _Run:
         return True
 
     def remedy(self, residual: NDArray) -> str:
-        """Format what to change, given the relative residuals (m,) that were reached."""
-        # The suggested rtol comes from them: in float32 rounding leaves 1e-7 to 1e-5, depending on
-        # the condition number.
+        """Format the advice to the user, from the relative residuals (m,) that were reached."""
+        # The suggested rtol is above the residuals of the stopped columns. In float32 rounding
+        # leaves 1e-7 to 1e-5, depending on the condition number.
         reached = float(residual[self.negative | self.stalled].max(initial=0.0))
         rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
         if self.negative.any():
@@ -237,10 +241,10 @@ class _Run:
 
 
 def _independent(Z: NDArray) -> NDArray:
-    """Return orthonormal columns that span those of Z (d, m), up to rounding."""
+    """Return an orthonormal basis of the space that Z's columns (d, m) span, up to rounding."""
     size = np.linalg.norm(Z, axis=0)
     Z = Z[:, size > 0] / size[size > 0]
-    few = len(Z) < Z.shape[1]  # then the rows' products are the smaller matrix
+    few = len(Z) < Z.shape[1]  # If so, Z Z' is smaller than Z'Z.
     gram = (Z @ Z.T if few else Z.T @ Z).astype(np.float64)
     values, vectors = scipy.linalg.eigh(gram, check_finite=False) if Z.size else (size[:0], gram)
     kept = values > np.sqrt(np.finfo(Z.dtype).eps) * values.max(initial=0.0)

@@ -16,31 +16,32 @@ from influence.common.convergence import DivergenceError
 from influence.curvature.operators import symmetrised
 from influence.solvers.base import Raw, check_rtol, relative_size
 
-# Below this order all eigenvalues cost no more than one by iteration.
+# Below this order, all eigenvalues together cost no more than one eigenvalue by iteration.
 _FEW = 64
-# Columns of a block whose residual is computed with A's own products.
+# Direct computes the residual of this many columns of a block with products of A itself.
 _WATCHED = 4
 
 
 @dataclass(frozen=True)
 class Direct:
-    """Cholesky factorisation of the dense matrix; Bunch-Kaufman (L D L') if it is indefinite.
+    """Cholesky factorisation of the dense matrix, or Bunch-Kaufman (L D L') if it is indefinite.
 
-    Costs 2 d^2 numbers of memory, 3 d^2 while preparing, and d^3 / 3 operations once; 4 d^2 per
-    right-hand side, half of them for its residual. An indefinite system is solved exactly too, but
-    its meaning for influence is doubtful: `min_curvature` is then the (negative) smallest
-    eigenvalue.
+    Direct stores 2 d^2 numbers, and 3 d^2 while it prepares. Preparing takes d^3 / 3 operations.
+    Each right-hand side takes 4 d^2 operations, half of them for its residual. An indefinite system
+    is also solved exactly, but its meaning for influence is doubtful. `min_curvature` is then the
+    smallest eigenvalue, which is negative.
 
-    The residual is computed with A for four columns of each block. For the other columns a product
-    with A would cost more than the solve. Their residual is that of the dense matrix, plus the
-    largest difference from A per unit of |x| seen in the four columns.
+    The residual is computed with A itself for four columns of each block. For the other columns a
+    product with A would cost more than the solve. Their residual is estimated as the sum of two
+    terms. One is the residual with the dense matrix M. The other is |x| times the largest
+    |M x - A x| / |x| of the four columns.
 
     Args:
-      rtol: true relative residual up to which a column counts as converged. If the factorisation
-        misses it, the matrix is too ill conditioned for its dtype.
+      rtol: largest true relative residual at which a column counts as converged. A column that
+        misses it shows that the matrix is too ill conditioned for its dtype.
 
-    Raises: ValueError for a negative rtol; DivergenceError, with the damping that would work, when
-      preparing for a singular matrix.
+    Raises: ValueError for a negative rtol. `prepare` raises DivergenceError for a singular matrix.
+      The message names a damping that would work.
     """
 
     exact: ClassVar[bool] = True
@@ -60,7 +61,7 @@ class Direct:
             "the matrix is too ill conditioned for its dtype: use float64, a larger damping, or a "
             "larger Direct(rtol=...)."
         )
-        # Of a definite matrix the diagonal holds the largest entry, of another it may be small.
+        # A definite matrix has its largest entry on the diagonal. Others may have a small diagonal.
         spread = float(np.linalg.norm(matrix)) / np.sqrt(len(matrix))
         scale = max(float(np.abs(np.diag(matrix)).max()), spread) or 1.0
         eps = float(np.finfo(matrix.dtype).eps)
@@ -77,11 +78,12 @@ class Direct:
             sytrf, sytrs = scipy.linalg.get_lapack_funcs(("sytrf", "sytrs"), (matrix,))
             ldl, pivots, info = sytrf(matrix, lower=1)
             inverse = lambda B: sytrs(ldl, pivots, B, lower=1)[0]  # noqa: E731
-            # The eigenvalue nearest zero decides whether the system can be solved at all.
+            # The eigenvalue nearest zero decides whether the system can be solved.
             nearest, bound = (0.0, 0.0) if info > 0 else _nearest_zero(matrix, inverse)
             smallest = _smallest(matrix)
         if abs(nearest) <= tiny:
-            # The residual is about tiny / damping: this damping reaches rtol, or rounding.
+            # The residual is about tiny / damping. This damping brings it to rtol, or to 1000 eps
+            # if rtol is smaller.
             enough = tiny * min(1 / max(self.rtol, eps), 1e-3 / eps)
             raise DivergenceError(
                 f"A must not be singular, got an eigenvalue of {nearest:.1e}; add damping of at "
@@ -97,15 +99,16 @@ class Direct:
 
 
 def _check_memory(A: LinearOperator) -> None:
-    """Raise ValueError before the matrix is formed if it cannot fit into memory.
+    """Raise ValueError if this machine's memory cannot hold three matrices of the size of A.
 
-    Three matrices are counted: the matrix, its factor, and the workspace for all eigenvalues if
-    iteration fails. GaussNewton's sums take no more. A chain's Hessian takes up to five briefly.
+    These are the dense matrix, its factor, and the workspace for all eigenvalues if iteration
+    fails. To form a GaussNewton matrix takes no more. To form the Hessian of a chain of layers
+    briefly takes up to five.
     """
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # unknown on this system
+    except (AttributeError, ValueError, OSError):  # This system does not report its memory.
         return
     if needed > there:
         raise ValueError(
@@ -115,7 +118,7 @@ def _check_memory(A: LinearOperator) -> None:
 
 
 def _check_products(A: LinearOperator, matrix: NDArray) -> float:
-    """Estimate |A - matrix| (Frobenius) by random vectors; raise DivergenceError if it is large."""
+    """Estimate |A - matrix| (Frobenius) by random vectors. Raise DivergenceError if it is large."""
     V = np.random.default_rng(0).standard_normal((len(matrix), 2)).astype(matrix.dtype)
     products = A @ V
     gaps = matrix @ V - products
@@ -130,7 +133,7 @@ def _check_products(A: LinearOperator, matrix: NDArray) -> float:
 
 
 def _residual(A: LinearOperator, matrix: NDArray, X: NDArray, B: NDArray) -> NDArray:
-    """Compute |b - A x| / |b|, (m,), as described in Direct."""
+    """Compute or estimate |b - A x| / |b| for each column, (m,), as `Direct` describes."""
     R, size = B - matrix @ X, np.linalg.norm(X, axis=0)
     some = np.unique(np.linspace(0, len(size) - 1, _WATCHED).astype(int))
     gaps = matrix @ X[:, some] - A @ X[:, some]
@@ -141,10 +144,10 @@ def _residual(A: LinearOperator, matrix: NDArray, X: NDArray, B: NDArray) -> NDA
 
 
 def dense(A: LinearOperator) -> NDArray:
-    """Form the matrix of an operator, as a new array that may be overwritten."""
+    """Form the dense matrix of an operator. The caller may overwrite the array."""
     if hasattr(A, "dense"):
         return A.dense()  # pyright: ignore[reportAttributeAccessIssue]
-    held = getattr(A, "A", None)  # aslinearoperator(array)
+    held = getattr(A, "A", None)  # aslinearoperator stores an array as A.
     dtype = np.result_type(A.dtype, np.float32)
     matrix = (
         held.astype(dtype) if isinstance(held, np.ndarray) else A @ np.eye(A.shape[0], dtype=dtype)
@@ -160,11 +163,12 @@ def _smallest(matrix: NDArray) -> float:
 
 
 def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
-    """Find the eigenvalue nearest zero and a bound below all |eigenvalue|, by inverse iteration.
+    """Find the eigenvalue of a matrix A nearest zero, and a lower bound on all |eigenvalue|.
 
-    Some eigenvalue of the inverse lies within |A^-1 v - mu v| of mu, and the iteration tends to
-    the largest. So 1 / (|mu| + residual) is the bound for the matrix. The residual |A v - v / mu|
-    is relative to the largest eigenvalue of A and gives no useful bound.
+    Inverse iteration finds a unit vector v. Let mu be v . A^-1 v. A^-1 has an eigenvalue within
+    |A^-1 v - mu v| of mu, and the iteration tends to the one with the largest magnitude. The bound
+    is therefore 1 / (|mu| + |A^-1 v - mu v|). The rounding error of |A v - v / mu| is relative to
+    the largest eigenvalue of A, so it would give no useful bound.
     """
     if len(matrix) >= _FEW:
         operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore
@@ -179,8 +183,8 @@ def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
 
 
 def _eigsh(matrix: NDArray, **how: Any) -> tuple[float, NDArray]:
-    """Compute one eigenpair by ARPACK; the eigenvalue is NaN if it does not converge."""
-    # With a fixed start vector the same matrix gives the same number; no global seed is used.
+    """Compute one eigenpair with ARPACK. The eigenvalue is NaN if ARPACK does not converge."""
+    # The start vector is fixed, so the same matrix always gives the same number.
     start = np.random.default_rng(0).standard_normal(len(matrix)).astype(matrix.dtype)
     try:
         values, vectors = eigsh(matrix, k=1, v0=start, tol=1e-3, **how)

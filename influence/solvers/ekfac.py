@@ -19,7 +19,8 @@ from influence.net.net import GenericNeuralNet
 from influence.solvers.base import Raw, check_rtol
 
 _PROBE_ROWS = 2
-# A penalty's off-diagonal curvature above this share of its diagonal is not rounding.
+# EKFAC refuses a penalty whose off-diagonal curvature exceeds this share of its largest diagonal
+# entry.
 _MIXING = 1e-3
 
 
@@ -27,43 +28,47 @@ _MIXING = 1e-3
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    Each Dense or Conv2D layer has inputs a_t, with a constant one for the bias. Its output has the
-    pseudo-gradients g_st (positions t, columns s of the root of the loss's Hessian). The matrix is
+    For row i, a Dense or Conv2D layer has inputs a_t at T positions t, with a constant one for the
+    bias. Let S be a root of the loss's Hessian S S' in the model's output. The pseudo-gradient g_st
+    is the derivative of output . S[:, s] by the layer's own output at position t. Each layer's
+    block G of the Gauss-Newton matrix is approximated, and blocks between layers are set to zero:
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T
         L_jk = mean_i sum_s (U' (sum_t a_t g_st') V)_jk^2 + penalty_jk + damping
 
-    and zero between layers. These are the Kronecker factors of Martens & Grosse (2015), and of
-    Grosse & Martens (2016) for convolutions, for the true Gauss-Newton matrix: exact expectations
-    over the model's predictions, without sampling; labels enter only through the loss's curvature.
-    The matrix is exact for one linear layer with squared error. L is the best diagonal in that
-    basis. The penalty is diagonal in theta's basis and enters by its diagonal in that basis. Its
-    mean over an input's weights is first added to U's matrix, so that a penalty on only the kernel
-    is exact wherever a penalty on kernel and bias is.
+    The factors are those of Martens & Grosse (2015), and of Grosse & Martens (2016) for
+    convolutions. Expectations over the model's predictions are exact and not sampled. Labels enter
+    only through the loss's curvature. The approximation is exact for one linear layer with squared
+    error. L is the best diagonal in the basis U (x) V. The Hessian of the penalty must be diagonal
+    in theta. penalty_jk is its diagonal in the basis U (x) V. Before U is computed, the mean
+    penalty of each input's weights is added to the inputs' factor. A penalty on only the kernel is
+    then exact wherever a penalty on kernel and bias is.
 
-    For a `Hessian` too this approximates the Gauss-Newton part (Grosse et al. 2023 use it for
-    influence). It is fixed, linear and positive definite, so `CG(preconditioner=EKFAC())` gives the
-    exact answer; for a single layer in somewhat fewer iterations than CG(). For several layers it
-    may take more, because the coupling between layers is left out. An example is the Gauss-Newton
-    matrix of 1,000 MNIST images at the paper's network, damped by 0.01: CG() takes 87 iterations,
-    373 with EKFAC, 255 with the exact inverse of each layer's block. More damping of only the
-    preconditioner reduces this towards 87, not below. Use the whole matrix there,
-    `prepare(GaussNewton(net, train, damping), Direct())`: the Hessian takes 20, without it 668.
+    For a `Hessian`, EKFAC approximates the Gauss-Newton part, as Grosse et al. (2023) do for
+    influence. The approximation is fixed, linear and positive definite, so
+    `CG(preconditioner=EKFAC())` gives the exact answer. For one layer this takes somewhat fewer
+    iterations than `CG()`. For several layers it may take more, because EKFAC leaves out the
+    coupling between layers. An example is the Gauss-Newton matrix of the paper's network for 1,000
+    MNIST images, damped by 0.01. `CG()` takes 87 iterations. CG takes 373 with EKFAC, and 255 with
+    the exact inverse of each layer's block. More damping of only the preconditioner reduces this
+    towards 87, not below. For such a net use the preconditioner
+    `prepare(GaussNewton(net, train, damping), Direct())`. CG on the Hessian then takes 20
+    iterations, and 668 without a preconditioner.
 
-    Preparing takes two passes over the data, each with one backward pass per model output, and the
-    eigenvectors of each layer's factors; solving takes no pass. For a layer with f inputs and c
-    outputs f^2 + c^2 + f c numbers are stored.
+    Preparing takes two passes over the data, each with one backward pass per model output. It also
+    computes the eigenvectors of each layer's factors. Solving takes no pass. A layer with f inputs
+    and c outputs stores f^2 + c^2 + f c numbers.
 
     Args:
-      rtol: true relative residual up to which a column counts as converged. None: no tolerance; the
-        residual is reported, nothing counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. None: the residual
+        is reported, no column counts as converged, and no warning is given.
 
-    Raises: ValueError for a negative rtol. When preparing: TypeError for a matrix that is not a
-      Hessian or GaussNewton operator; ValueError, naming the layer, if theta is not entirely in
-      plain Dense and Conv2D layers (see `affine_layers`); ValueError for a penalty that mixes
-      weights and for a cross-entropy of probabilities; DivergenceError, with a damping that would
-      work, for a singular matrix.
+    Raises: ValueError for a negative rtol. `prepare` raises TypeError for a matrix that is not a
+      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if theta is not
+      entirely in plain Dense and Conv2D layers (see `affine_layers`). It raises ValueError for a
+      penalty that mixes weights and for a cross-entropy of probabilities. It raises
+      DivergenceError, with a damping that would work, for a singular matrix.
     """
 
     rtol: float | None = None
@@ -72,7 +77,7 @@ class EKFAC:
         check_rtol(self.rtol, optional=True)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the bases and the eigenvalues."""
+        """Compute the bases and the eigenvalues of all layers."""
         if not isinstance(A, Curvature):
             raise TypeError(
                 f"A must be a Hessian or GaussNewton operator for EKFAC, got {type(A).__name__}; "
@@ -89,10 +94,10 @@ _REMEDY = "EK-FAC is an approximation, layer by layer: use CG or Direct, or more
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One layer with f inputs, the bias's one included, and c outputs."""
+    """One layer with f inputs, including the constant one of the bias, and c outputs."""
 
     name: str
-    entries: NDArray  # (f, c) positions in theta
+    entries: NDArray  # (f, c) positions of the weights in theta
     U: NDArray  # (f, f) eigenvectors of the inputs' factor
     V: NDArray  # (c, c) eigenvectors of the outputs' factor
     eigenvalues: NDArray  # (f, c)
@@ -146,7 +151,7 @@ def _pseudo_gradients(
 def _factors(
     net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
 ) -> tuple[NDArray, ...]:
-    """Sum over a batch, layer by layer, sum_t a_t a_t' (f, f) and sum_st g_st g_st' / T (c, c)."""
+    """Return sum_t a_t a_t' (f, f) and sum_st g_st g_st' / T (c, c) of each layer for a batch."""
     sums = []
     for a, g in _pseudo_gradients(net, theta, x, y):
         flat_a, flat_g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
@@ -156,7 +161,7 @@ def _factors(
 
 @dataclass(frozen=True, eq=False)
 class _Squares:
-    """A question for the squares of each layer's parts in its bases (U, V), summed over a batch."""
+    """A question that returns `_squares` of each layer in its bases (U, V) for a batch."""
 
     bases: list[tuple[NDArray, NDArray]]
 
@@ -178,8 +183,8 @@ def _check_finite(names: list[str], factors: list[tuple[NDArray, NDArray]]) -> N
 
 
 def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray, NDArray]:
-    """Compute the eigenvectors of both factors, with the penalty (f, c) added to the inputs'."""
-    scale = np.trace(outputs) / len(outputs)  # the factors' product is about inputs (x) scale I
+    """Add the penalty (f, c) to the inputs' factor. Compute the eigenvectors of both factors."""
+    scale = np.trace(outputs) / len(outputs)  # The outputs' factor is about scale I.
     by_input = penalty.mean(axis=1) / scale if scale > 0 else 0.0
     return scipy.linalg.eigh(inputs + np.diag(by_input * np.ones(len(inputs))))[1], (
         scipy.linalg.eigh(outputs)[1]
@@ -187,33 +192,33 @@ def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray
 
 
 def _times(a: NDArray, basis: NDArray) -> NDArray:
-    """Transform the last axis to a basis, by one large product instead of many small ones."""
+    """Transform the last axis of a to a basis, by one large product."""
     return (a.reshape(-1, a.shape[-1]) @ basis.astype(a.dtype)).reshape(a.shape)
 
 
 def _squares(a: NDArray, g: NDArray) -> NDArray:
-    """Compute sum_is (sum_t a_itj g_itsk)^2, (f, c), from a (n, t, f) and g (n, t, s, c)."""
+    """Return the (f, c) matrix of entries sum_is (sum_t a_itj g_itsk)^2 for row j and column k."""
     n, t, f = a.shape
-    if t == 1:  # the square of a product is the product of squares: no array of size n f c
+    if t == 1:  # The square of a product is the product of the squares.
         return np.square(a[:, 0]).T @ np.square(g[:, 0]).sum(axis=1)
     P = a.transpose(0, 2, 1) @ g.reshape(n, t, -1)  # (n, f, s c)
     return np.square(P, out=P).sum(axis=0).reshape(f, *g.shape[2:]).sum(axis=1)
 
 
 def _rows_at_once(A: Curvature, layers: AffineLayers) -> int:
-    """Choose the rows of a batch from the memory that one row takes."""
+    """Choose the number of rows in a batch from the memory that one row takes."""
     one = A.examples.take([0])
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
         products = a.shape[2] * g[0, 0].size if a.shape[1] > 1 else 0
-        # Inputs and pseudo-gradients, both again in their bases, and the tape's copies of g.
+        # The inputs a and pseudo-gradients g are also stored in their bases. The tape copies g.
         per_row += 2 * a.size + 4 * g.size + products
     most = A.net.rows_per_batch(A.examples)
     return fitting(VECTORS, per_row * A.dtype.itemsize, most)
 
 
 def _penalty(net: GenericNeuralNet, names: list[str]) -> NDArray:
-    """Compute the penalty's Hessian, as its diagonal (d,); raise ValueError if not diagonal."""
+    """Return the diagonal (d,) of the penalty's Hessian. Raise ValueError if it is not diagonal."""
     d = net.num_parameters
     signs = np.random.default_rng(0).choice([-1.0, 1.0], d)
     products = net.penalty_hvp(np.column_stack([np.ones(d), signs]).astype(net.dtype))

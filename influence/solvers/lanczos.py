@@ -14,45 +14,46 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.convergence import DivergenceError
 from influence.solvers.base import LowRank, Raw, finite_products, if_indefinite
 
-# Products in sequence, at least, if the rank allows it: the ends of the spectrum need powers of A.
+# If the space is large enough, Lanczos takes at least this many products in sequence. The ends of
+# the spectrum need high powers of A.
 _STEPS = 16
-# Vectors in one pass over the data. Larger blocks cost more per pass and save no time.
+# A pass over the data multiplies at most this many vectors. Larger blocks save no time.
 _LARGEST_BLOCK = 8
 
 
 @dataclass(frozen=True)
 class Lanczos(LowRank):
-    """A low-rank approximation from Lanczos' iteration, plus a floor.
+    """A low-rank approximation of A from Lanczos' iteration, plus a floor outside its range.
 
-    A ~ U diag(values) U' + floor (I - U U'), with U (d, rank) orthonormal. U and the values are the
-    Ritz pairs with the largest values of a Krylov space of random vectors, of dimension 2 rank. The
-    floor is the smallest of those values. It estimates an eigenvalue of A above those left out, so
-    no direction is magnified more than by A^-1. The approximation is fixed, linear and, if A is,
-    positive definite. At rank = d it is A, so the answer is exact, for an indefinite matrix too.
-    For a symmetric matrix this is the Arnoldi method of Schioppa et al. 2022, which drops the part
-    outside U.
+    A is approximated by U diag(values) U' + floor (I - U U'). U (d, rank) has orthonormal columns.
+    U and the values are the Ritz pairs with the largest values in a Krylov space. The space starts
+    from random vectors and has the dimension 2 rank. The floor is the smallest of the values. It
+    estimates an eigenvalue of A above those left out, so the approximate inverse magnifies no
+    direction more than A^-1 does. The approximation is fixed and linear. It is positive definite if
+    A is. At rank = d it equals A, so the answer is exact, also for an indefinite matrix. The
+    Arnoldi method of Schioppa et al. (2022) for a symmetric matrix drops the part outside U.
 
-    Differs from the textbook's three-term recurrence in:
+    Lanczos differs from the textbook's three-term recurrence in three points:
     1. Every new direction is orthogonalised against all others, so no eigenvalue is found twice.
-    2. Up to 8 vectors share each pass over the data: rank / 4 passes from rank 64 on.
+    2. Up to 8 vectors share each pass over the data. From rank 64 on this takes rank / 4 passes.
     3. When the space is invariant, the iteration continues with a random direction outside it.
 
     Args:
-      rank: rank of U; more than d counts as d. Preparing costs min(2 rank, d) products and memory
-        for 2 d rank numbers.
+      rank: number of columns of U. A rank above d counts as d. Preparing takes min(2 rank, d)
+        products and stores 2 d rank numbers.
       seed: seed of the random directions.
-      rtol: true relative residual up to which a column counts as converged. None: no tolerance; the
-        residual is reported, nothing counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. None: the residual
+        is reported, no column counts as converged, and no warning is given.
 
-    Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a
-      singular matrix, or at rank < d for a matrix that is seen to be indefinite: then no floor
-      represents the other directions.
+    Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
+      singular matrix. At rank < d it also refuses a matrix that is seen to be indefinite, because
+      no floor represents its other directions.
     """
 
     answers_indefinite: ClassVar[bool] = True
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Find the Ritz pairs."""
+        """Compute the Ritz pairs."""
         d = A.shape[0]
         rank, space = min(self.rank, d), min(2 * self.rank, d)
         block = int(np.clip(space // _STEPS, 1, _LARGEST_BLOCK))
@@ -66,7 +67,7 @@ class Lanczos(LowRank):
                 f"curvature of {smallest:.3g}, {if_indefinite(A, smallest)}"
             )
         if abs(smallest) <= rounding:
-            smallest = 0.0  # its sign is only rounding
+            smallest = 0.0  # Rounding decides its sign.
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:
@@ -85,11 +86,11 @@ def singular(eigenvalue: float, rounding: float) -> DivergenceError:
 
 
 def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDArray, NDArray]:
-    """Build an orthonormal basis of a Krylov space of random vectors, and the matrix on it.
+    """Build an orthonormal basis Q of a Krylov space that starts from random vectors, and Q'AQ.
 
     Args:
       A: symmetric (d, d).
-      size: dimension, at most d.
+      size: dimension of the space, at most d.
       block: number of vectors multiplied together.
       seed: seed of the random vectors.
 
@@ -113,13 +114,13 @@ def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDAr
 
 
 def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
-    """Orthonormalise W against Q; replace columns inside Q's range by random ones."""
+    """Orthonormalise the columns of W against Q. Replace those in Q's range by random ones."""
     d = len(Q)
     inside = 10 * np.sqrt(d) * np.finfo(Q.dtype).eps
     size = np.linalg.norm(W, axis=0)
     W = (W / np.where(size > 0, size, 1)).astype(Q.dtype)
     while True:
-        for _ in range(2):  # the second time removes the first one's cancellation error
+        for _ in range(2):  # The second pass removes the cancellation error of the first pass.
             W = W - Q @ (Q.T @ W)
         W, R = scipy.linalg.qr(W, mode="economic", pivoting=True)[:2]
         lost = np.abs(np.diag(R)) <= inside
@@ -133,17 +134,18 @@ def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
 def largest_eigenvalues(
     product: Callable[[NDArray], NDArray], start: NDArray, steps: int
 ) -> NDArray:
-    """Bound the largest eigenvalue of each of r matrices: Ritz value plus its residual.
+    """Bound the largest eigenvalue of each of r matrices by a Ritz value plus its residual.
 
-    The three-term recurrence runs in lockstep and stores three vectors per matrix. Without
-    reorthogonalisation eigenvalues are found repeatedly, which does not change the largest.
+    One three-term recurrence for each matrix stores three vectors. All recurrences advance
+    together. They do not reorthogonalise, so they find some eigenvalues repeatedly. This does not
+    change the largest eigenvalue.
 
     Args:
-      product: (r, d, 1) -> (r, d, 1), matrix j times vector j.
+      product: a function that multiplies matrix j by vector j of (r, d, 1), for each j.
       start: (r, d) random vectors.
       steps: the largest number of products.
 
-    Returns: (r,), NaN for a matrix whose products are not finite.
+    Returns: (r,) bounds, NaN for a matrix whose products are not finite.
     """
     r, d = start.shape
     steps = min(steps, d)
@@ -156,7 +158,7 @@ def largest_eigenvalues(
         T[:, k, k] = np.einsum("rd,rd->r", q, w)
         w = w - T[:, k, k, None].astype(w.dtype) * q - left[:, None].astype(w.dtype) * before
         left = np.linalg.norm(w, axis=1)
-        # In an invariant space the remainder is rounding, and the series ends.
+        # In an invariant space the remainder is only rounding. Then the recurrence ends.
         left[left <= np.sqrt(np.finfo(w.dtype).eps) * size] = 0.0
         before, q = q, w / np.where(left > 0, left, 1).astype(w.dtype)[:, None]
         q[left == 0] = 0

@@ -1,4 +1,4 @@
-"""LiSSA: the inverse's power series, with the matrix estimated from a few rows at a time."""
+"""LiSSA: a power series for the inverse. Each step estimates the matrix from a few rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from influence.curvature.operators import Curvature
 from influence.solvers.base import Raw, check_integer, check_rtol, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
-# Steps between two checks of the norm.
+# LiSSA checks the norms once in this many steps.
 _CHECK_EVERY = 16
-# Batches whose largest eigenvalue sets the scale, together with that of the whole matrix.
+# The largest eigenvalues of the whole matrix and of this many batches determine the scale.
 _PROBE_BATCHES = 32
-# Lanczos steps for each of these eigenvalues.
+# Lanczos takes at most this many steps for each of these eigenvalues.
 _PROBE_STEPS = 16
-# A scale that is 2**30 times the largest eigenvalue found does not fail because of its size.
+# LiSSA tries at most this many scales, each twice the one before.
 _MOST_DOUBLINGS = 30
-# The scale must not depend on the walk's seed, so this is any fixed number.
+# This seed is fixed, because the scale must not depend on LiSSA's `seed`.
 _PROBE_SEED = 1
 
 
@@ -32,38 +32,40 @@ _PROBE_SEED = 1
 class LiSSA:
     """Linear-time stochastic second-order algorithm (Agarwal, Bullins & Hazan 2017).
 
-    h <- v + h - A_batch h / scale, starting from h = v. After `depth` steps h / scale estimates
-    A^-1 v; the mean over `repeats` runs is returned. On a fixed matrix this is exactly
-    (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v.
+    For a right-hand side v, a run starts from h = v. Each step replaces h by
+    v + h - A_batch h / scale, where A_batch estimates A from a few rows. After `depth` steps
+    h / scale estimates A^-1 v. LiSSA returns the mean over `repeats` runs. If A_batch is always A,
+    this is exactly (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v.
 
-    Differs from the 2017 release of Koh & Liang in one point: damping belongs to A, so it is
-    absolute. In the release the fixed point was (H + damping scale I)^-1 v. As in the release,
-    rows are taken in a shuffled order without replacement, not drawn independently.
+    LiSSA differs from the 2017 code of Koh & Liang in one point. Here the damping is part of A, so
+    it is absolute. There the fixed point is (H + damping scale I)^-1 v, with H the Hessian. As in
+    that code, rows are taken in a shuffled order without replacement.
 
     All repeats and all right-hand sides advance together. The result depends on `seed`, but not on
     the number of right-hand sides or threads. For a given scale and `change` = 0 it is linear in v.
-    It is not symmetric, because the batches come in an order.
+    This linear map is not symmetric, because the batches come in an order.
 
     Args:
-      scale: at least half the largest eigenvalue of every batch's matrix, or the series may
-        diverge. None: a Lanczos bound on the largest eigenvalue of A and of a sample of batches. If
-        a column still grows too large because of another batch, it restarts with twice the scale;
-        so on a positive definite matrix it cannot diverge.
+      scale: the number that divides A in the series. The series may diverge if it is below half the
+        largest eigenvalue of some batch's matrix. None: a Lanczos bound on the largest eigenvalue
+        of A and of a sample of batches. If a column still grows too large, it restarts with twice
+        the scale. So the series cannot diverge on a positive definite matrix.
       depth: the largest number of steps of each run.
-      repeats: runs to average.
-      batch_size: rows of each estimate.
+      repeats: number of runs to average.
+      batch_size: number of rows in each estimate of A.
       seed: seed of the shuffled order.
-      change: relative change at which a column stops early. At powers of two of the steps, the mean
-        over repeats, averaged over the latter half of the steps, is compared with its value at half
-        as many steps. More steps mostly add less than ten times this, without a guarantee; the
-        residual tells. 0: never stop early.
-      rtol: true relative residual up to which a column counts as converged. It is larger than for
-        other solvers, because the error falls only with the square root of depth x repeats. None:
-        no tolerance; the residual is reported, nothing counts as converged, and nobody is warned.
+      change: relative change at which a column stops early. At some numbers of steps LiSSA averages
+        h over the repeats and the latter half of the steps. It compares this average with the
+        average at half as many steps. More steps usually add less than ten times this, but the
+        residual shows whether they do. 0: no column stops early.
+      rtol: largest true relative residual at which a column counts as converged. The default is
+        larger than that of other solvers, because the error falls only with the square root of
+        depth x repeats. None: the residual is reported, no column counts as converged, and no
+        warning is given.
 
-    Raises: ValueError for hyperparameters out of range; DivergenceError, with a scale that would
-      work, when the norm exceeds that of every convergent series; with scale None only if A is not
-      positive definite.
+    Raises: ValueError for hyperparameters out of range; DivergenceError if the norm of h exceeds
+      that of every convergent series. For a given scale the message names one that would work.
+      With scale None this happens only if A is not positive definite.
     """
 
     unfit_as_preconditioner: ClassVar[str] = (
@@ -89,8 +91,8 @@ class LiSSA:
         check_integer("seed", self.seed, 0)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Choose the scale if none was given."""
-        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # in A's units
+        """Choose the scale if the user gave none."""
+        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # Use A's units.
         scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):
             raise not_finite(A, "LiSSA")
@@ -102,7 +104,7 @@ class LiSSA:
         return lambda B: self._solve(A, B, scale)
 
     def _solve(self, A: LinearOperator, B: NDArray, scale: float) -> Raw:
-        """Run the series; restart columns that grow too large with twice the chosen scale."""
+        """Run the series. Restart columns that grow too large with twice the scale."""
         X, iterations = np.empty_like(B), np.empty(B.shape[1], int)
         columns = np.arange(B.shape[1])
         for _ in range(_MOST_DOUBLINGS):
@@ -126,12 +128,12 @@ class LiSSA:
         return Raw(X, iterations, np.nan, remedy)
 
     def _run(self, A: LinearOperator, B: NDArray, scale: float) -> tuple[NDArray, ...]:
-        """Return the mean h over repeats (d, m), the steps (m,), and True (m,) for divergence."""
+        """Return the mean of h over repeats (d, m), the steps (m,), and True where it grew (m,)."""
         if isinstance(A, Curvature):
             walk = self._walk(len(A.examples))
             repeats, product = self.repeats, A.sampled
         else:
-            # Without rows to sample all runs are equal.
+            # There are no rows to sample, so all runs would be equal.
             walk = (np.zeros((1, 1), int) for _ in range(self.depth))
             repeats, product = 1, lambda rows, V: (A @ V[0])[None]
         m = B.shape[1]
@@ -143,7 +145,8 @@ class LiSSA:
                 H = B + H - product(rows, H) / scale
                 if step % _CHECK_EVERY and step < self.depth:
                     continue
-                # If no factor expands, |h_t| <= (t + 1) |v|; ten times this allows for a few.
+                # If no factor I - A_batch / scale expands, |h| <= (step + 1) |v|. Ten times this
+                # allows a few factors to expand.
                 most = 10 * (step + 1) * np.linalg.norm(B, axis=0)
                 grows = ~(np.linalg.norm(H, axis=1) <= most).all(axis=0)
                 leaves = grows | average.settled(H) | (step == self.depth)
@@ -161,14 +164,14 @@ class LiSSA:
     def _check_growth(
         self, A: LinearOperator, B: NDArray, H: NDArray, step: int, scale: float
     ) -> None:
-        """Raise DivergenceError unless the scale is chosen here and a larger one may help."""
+        """Raise DivergenceError if the user gave the scale, or if no larger scale can help."""
         diverges = f"LiSSA diverges at step {step} with scale {scale:.4g}"
         if self.scale is not None:
             raise DivergenceError(
                 f"{diverges}; {_advice(scale, largest_eigenvalue(A, self.batch_size))}"
             )
         finite = np.isfinite(H).all(axis=0)
-        if not finite.any():  # the overflow may come from the series or from A itself
+        if not finite.any():  # The overflow may come from the series or from A itself.
             finite_products(A, B, "LiSSA")
             return
         V = H[:, finite] / np.abs(H[:, finite]).max(axis=0)
@@ -181,7 +184,7 @@ class LiSSA:
             )
 
     def _walk(self, num_examples: int) -> Iterator[NDArray]:
-        """Yield the rows (repeats, batch_size) of each step: shuffled passes, split into runs."""
+        """Yield the rows (repeats, batch_size) of each step, from shuffled passes over all rows."""
         rng = np.random.default_rng(self.seed)
         per_run = self.depth * self.batch_size
         passes = -(-self.repeats * per_run // num_examples)
@@ -201,7 +204,7 @@ def _advice(scale: float, largest: float) -> str:
 
 
 def largest_eigenvalue(A: LinearOperator, batch_size: int) -> float:
-    """Bound the largest eigenvalue of A, and of a sample of batches if A has rows, by Lanczos."""
+    """Return a Lanczos bound on the largest eigenvalue of A and, if A has rows, of some batches."""
     rng = np.random.default_rng(_PROBE_SEED)
     dtype = np.result_type(A.dtype, np.float32)
     start = rng.standard_normal((1 + _PROBE_BATCHES, A.shape[0])).astype(dtype)
@@ -214,24 +217,24 @@ def largest_eigenvalue(A: LinearOperator, batch_size: int) -> float:
 
 
 class _LatterHalf:
-    """The mean over repeats, averaged over the latter half of the checks so far."""
+    """The average of h over the repeats and over the latter half of the checks so far."""
 
     def __init__(self, B: NDArray, change: float):
         self.change, self.looks = change, 0
         self.total, self.before = np.zeros_like(B), np.full_like(B, np.nan)
 
     def settled(self, H: NDArray) -> NDArray:
-        """Add H (repeats, d, m); return True (m,) where the average has stopped changing."""
+        """Add H (repeats, d, m). Return True (m,) where the average has stopped changing."""
         self.looks += 1
         if not self.change:
             return np.zeros(H.shape[2], bool)
         self.total = self.total + H.mean(axis=0)
-        if self.looks & (self.looks - 1):  # judged at powers of two
+        if self.looks & (self.looks - 1):  # The average is compared at powers of two.
             return np.zeros(H.shape[2], bool)
         now, before = self.total / max(self.looks // 2, 1), self.before
         self.before, self.total = now, np.zeros_like(now)
         return np.linalg.norm(now - before, axis=0) <= self.change * np.linalg.norm(now, axis=0)
 
     def drop(self, columns: NDArray) -> None:
-        """Remove the columns (m,) that are done."""
+        """Remove the columns for which `columns` (m,) is True."""
         self.total, self.before = self.total[:, ~columns], self.before[:, ~columns]

@@ -1,4 +1,4 @@
-"""Nystroem: a low-rank approximation from one product with a random block."""
+"""Nystroem: a low-rank approximation of A from one product with a random block."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from influence.solvers.lanczos import singular
 class Nystrom(LowRank):
     """Randomised Nystroem approximation (Frangella, Tropp & Udell 2023, alg. 2.1), plus a floor.
 
-    With Omega (d, rank) random and orthonormal and A = M + known I,
+    Omega (d, rank) is random and has orthonormal columns. A is split into M + known I:
 
         M ~ (M Omega) (Omega' M Omega)^-1 (M Omega)' = U diag(values) U'
         A ~ U diag(values + known) U' + (smallest value + known) (I - U U')
 
-    Its inverse is their preconditioner (section 5), scaled here to approximate A^-1 itself. `known`
-    is the multiple of I known without any product: the damping and, for a convex net, the penalty.
-    It is subtracted before the sketch, because it would use up the rank on what all directions have
-    in common, and added back exactly. The approximation is fixed, linear and positive definite. It
-    is exact if the rank is d or larger than the rank of M.
+    The inverse is the preconditioner of that paper (section 5), scaled to approximate A^-1. `known`
+    is the damping, or the model's lower bound on A's eigenvalues if that is larger. It is
+    subtracted before the sketch, because it would use up the rank, and added back exactly. It is 0
+    if M is seen to be indefinite. The approximation is fixed, linear and positive definite. It is
+    exact if the rank is d or larger than the rank of M.
 
     Args:
-      rank: rank of U; more than d counts as d. Costs one pass over the data with rank vectors.
+      rank: number of columns of U; more than d counts as d. Preparing multiplies A by `rank`
+        vectors in one pass over the data.
       seed: seed of Omega.
-      rtol: true relative residual up to which a column counts as converged. None: no tolerance; the
-        residual is reported, nothing counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. None: the residual
+        is reported, no column counts as converged, and no warning is given.
 
-    Raises: ValueError for hyperparameters out of range; DivergenceError when preparing for a
-      singular matrix, or for one that is seen to be indefinite: the method needs a definite matrix.
+    Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
+      matrix that is singular or seen to be indefinite.
     """
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Sketch the matrix."""
+        """Compute the sketch A Omega and the approximation."""
         d = A.shape[0]
         rank = min(self.rank, d)
         dtype = np.result_type(A.dtype, np.float32)
@@ -57,9 +58,9 @@ class Nystrom(LowRank):
                 f"{if_indefinite(A, smallest)}"
             )
         known = _known(A)
-        if smallest - known < -rounding:  # A is definite only by its damping: sketch all of it
+        if smallest - known < -rounding:  # A is definite only because of its damping.
             known = 0.0
-        # The shift keeps the core's Cholesky factor above rounding; it is subtracted below.
+        # The shift keeps the Cholesky factor above rounding. It is subtracted below.
         Y, shift = Y - dtype.type(known) * Omega, rounding
         while True:
             shifted = Y + dtype.type(shift) * Omega
@@ -83,6 +84,9 @@ def _core(Omega: NDArray, Y: NDArray) -> NDArray:
 
 
 def _known(A: LinearOperator) -> float:
-    """Return the multiple of I known to be in A: the damping, or the model's larger bound."""
+    """Return the multiple of I to subtract from A before the sketch.
+
+    It is the damping, or the model's lower bound on A's eigenvalues if that is larger.
+    """
     bounds = (getattr(A, "damping", 0.0), getattr(A, "smallest_eigenvalue_bound", np.nan))
     return float(max(bound for bound in bounds if not np.isnan(bound)))

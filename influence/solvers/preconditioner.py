@@ -14,17 +14,17 @@ from influence.solvers.base import Prepared, prepare
 
 
 def check_preconditioner(preconditioner: Any) -> None:
-    """Raise if an object cannot be a preconditioner, before any work.
+    """Raise TypeError if an object cannot be a preconditioner, before any work.
 
     Args:
       preconditioner: None, a solver, the result of `prepare`, a (d, d) array or a LinearOperator.
 
-    Raises: TypeError, with the reason, for a solver that is not one fixed symmetric linear map;
+    Raises: TypeError, with the reason, for a solver that is not a fixed symmetric linear map;
       TypeError for any other kind of object.
     """
     if preconditioner is None:
         return
-    solver = getattr(preconditioner, "solver", preconditioner)  # if it is prepared
+    solver = getattr(preconditioner, "solver", preconditioner)  # A prepared solver has `solver`.
     if hasattr(solver, "prepare") and not isinstance(solver, type):
         reason = getattr(solver, "unfit_as_preconditioner", "")
         if reason:
@@ -42,14 +42,15 @@ def check_preconditioner(preconditioner: Any) -> None:
 
 
 def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], NDArray]:
-    """Prepare the approximate inverse as a function of a block (d, m), and test it once.
+    """Return a function that multiplies (d, m) by the approximate inverse, after one test of it.
 
     Args:
       preconditioner: as in `check_preconditioner`. A solver prepared for another matrix of A's
-        shape is used as it is; it is often a good preconditioner for A.
+        shape is used as it is. It is often a good preconditioner for A.
       A: symmetric (d, d).
 
-    Raises: ValueError for another shape, or if the test shows that it is not positive definite.
+    Raises: ValueError if its shape is not that of A, or if the test shows that it is not positive
+      definite.
     """
     if preconditioner is None:
         return lambda R: R

@@ -19,12 +19,13 @@ from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov
 
-# Up to this order all eigenvalues take fewer passes than two by iteration, and no more time.
+# Up to this order, all eigenvalues of the dense matrix take fewer passes than two eigenvalues by
+# iteration, and no more time.
 _FEW = 1024
-# Vectors that ARPACK stores: at most these, and at least 32 even if they exceed their budget.
-# A larger basis takes far fewer products.
+# ARPACK stores at most this many vectors if k is small. It stores at least 32, even if these exceed
+# their budget. With more vectors it needs far fewer products.
 _LARGEST_BASIS = 256
-# Any fixed number: the same matrix gives the same answer.
+# The seed is fixed, so the same matrix always gives the same answer.
 _SEED = 0
 
 
@@ -32,14 +33,14 @@ _SEED = 0
 class Spectrum:
     """Extreme eigenvalues of a symmetric matrix, each with its true residual.
 
-    Within its residual of each of these values lies an eigenvalue of the matrix. The values are
-    Rayleigh quotients: none is below the matrix's smallest eigenvalue or above its largest.
+    The matrix has an eigenvalue within the residual of each value. The values are Rayleigh
+    quotients. So none is below the smallest eigenvalue of the matrix or above its largest.
 
     Attributes:
-      smallest: (k,) ascending.
-      smallest_residuals: (k,) |A v - value v| for unit v, recomputed from A.
-      largest: (k,) descending.
-      largest_residuals: (k,) the same for the largest.
+      smallest: (k,) the smallest eigenvalues, ascending.
+      smallest_residuals: (k,) |A v - value v| for unit vectors v, recomputed from A.
+      largest: (k,) the largest eigenvalues, descending.
+      largest_residuals: (k,) residuals of the largest eigenvalues.
       products: number of vectors that A was multiplied with.
       converged: True if every residual is within the tolerance.
       complete: True if all eigenvalues were computed, so that none was missed.
@@ -57,22 +58,22 @@ class Spectrum:
 def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000) -> Spectrum:
     """Compute the k smallest and the k largest eigenvalues.
 
-    Up to d = 1024 all eigenvalues of the dense matrix are computed, from d products in blocks.
-    Beyond, ARPACK's restarted Lanczos iteration is used (`scipy.sparse.linalg.eigsh`) with a fixed
-    start vector; each product is a pass over the data. The largest eigenvalues take one product
-    per basis vector, mostly 256. The smallest, which lie close together relative to the
-    largest, take up to thousands. Both ends are computed as largest eigenvalues, of A and of
-    largest I - A, so that tolerances are relative to the matrix and not to an eigenvalue near zero.
+    Up to d = 1024 all eigenvalues of the dense matrix are computed. For larger d, ARPACK's
+    restarted Lanczos iteration (`scipy.sparse.linalg.eigsh`) runs from a fixed start vector. Each
+    product is then a pass over the data. The largest eigenvalues take one product per basis vector,
+    mostly 256. The smallest eigenvalues lie close together relative to the largest one, so they
+    take up to thousands of products. They are computed as the largest eigenvalues of s I - A, with
+    s the largest eigenvalue of A. Tolerances are therefore relative to the size of the matrix.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
-      k: number of eigenvalues at each end. Beyond d = 1024 equal ones may be missed.
-      rtol: residual to reach, relative to the largest |eigenvalue|; not below the rounding of A's
-        dtype.
+      k: number of eigenvalues at each end. For d above 1024 repeated eigenvalues may be missed.
+      rtol: residual to reach, relative to the largest |eigenvalue|. The rounding of A's dtype is
+        added to it.
       max_products: approximate limit on the products for each end.
 
-    Returns: Spectrum. It reports eigenvalues that did not converge; they raise no error.
-    Raises: ValueError for a matrix as `solve`, or a k, rtol or max_products out of range;
+    Returns: Spectrum. Eigenvalues that did not converge raise no error; `converged` is then False.
+    Raises: ValueError for a matrix that `solve` refuses, or a k, rtol or max_products out of range;
       DivergenceError for a product that is not finite.
     """
     operator = as_symmetric(A)
@@ -88,7 +89,7 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
 
 
 def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) -> Spectrum:
-    """Compute the Spectrum of A; show each product in `bar`."""
+    """Compute the Spectrum of A. Count the products on `bar`."""
     d, counted = A.shape[0], 0
     dtype = np.result_type(A.dtype, np.float32)
 
@@ -120,18 +121,19 @@ def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) 
 def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
-    It is the least t >= 0 with bound + t >= margin (size + t). Size is the largest |eigenvalue|.
-    Bound is a lower bound on all eigenvalues: the model's own, or the smallest eigenvalue found
-    minus its residual. The condition number is then at most 1 / margin.
+    It is the least t >= 0 with bound + t >= margin (size + t). Size is the largest |eigenvalue|
+    found, plus its residual. Bound is a lower bound on all eigenvalues. It is that of the model, or
+    the smallest eigenvalue found minus its residual if that is larger. With this damping the
+    condition number is at most 1 / margin.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
       margin: margin relative to the largest |eigenvalue|.
 
-    Returns: the damping to add to A's own, in A's unit; 0.0 if none is needed. Warns with
-      ConvergenceWarning if the eigenvalues did not converge, so that it may be too small.
-    Raises: ValueError for a margin outside (0, 1), and for A = 0, which has no scale for a damping;
-      as `spectrum`.
+    Returns: the damping to add to that of A, in A's unit; 0.0 if none is needed. Warns with
+      ConvergenceWarning if the eigenvalues did not converge. The damping may then be too small.
+    Raises: ValueError for a margin outside (0, 1), and for A = 0, which has no scale for a damping.
+      It also raises the errors of `spectrum`.
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin must lie between 0 and 1, got {margin}.")
@@ -145,7 +147,8 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     bounds = [found.smallest[0] - found.smallest_residuals[0]]
     known = getattr(A, "smallest_eigenvalue_bound", np.nan)
     bound = max(bounds + ([known] if not np.isnan(known) else []))
-    # If all curvature is negative, the largest is not the size of A: -I + 1.0 I would be 0.
+    # Size is the largest |eigenvalue|, not the largest eigenvalue, which may be negative. For
+    # A = -I the latter would give the damping 1, and A + I is 0.
     size = max(
         abs(found.smallest[0]) + found.smallest_residuals[0],
         abs(found.largest[0]) + found.largest_residuals[0],
@@ -166,13 +169,13 @@ def _top(product: Callable, d: int, k: int, rtol: float, max_products: int) -> N
     restarts = -(-max_products // basis)
     try:
         return eigsh(operator, k, which="LA", v0=start, ncv=basis, tol=rtol, maxiter=restarts)[1]
-    except ArpackError:  # out of restarts, or no Krylov space, as for a multiple of I
+    except ArpackError:  # ARPACK has no restarts left, or no Krylov space exists, as for A = I.
         Q, T = krylov(operator, basis, block=1, seed=_SEED)
         return Q @ np.linalg.eigh(T)[1][:, -k:]
 
 
 def _quotients(product: Callable, V: NDArray) -> tuple[NDArray, NDArray]:
-    """Compute the Rayleigh quotients (k,) of unit columns, and their residuals."""
+    """Compute the Rayleigh quotients (k,) of the columns of V, and their residuals (k,)."""
     V = V / np.linalg.norm(V, axis=0)
     AV = product(V)
     values = np.einsum("dk,dk->k", V, AV)

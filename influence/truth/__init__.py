@@ -1,1 +1,1 @@
-"""Actual changes: retraining without rows, and what stands near it."""
+"""Actual loss changes: retraining without rows, and related methods."""

@@ -1,12 +1,13 @@
-"""Continued training without a row, minus the same training with it: the CNN figure's ground truth.
+"""Continued training without a row, compared with the same training with it.
 
-If a net was trained by Adam and is not at a minimum, further training changes its test losses even
-if no row is removed: they drift. The effect of the removal is the difference from a control, which
-keeps the row and uses the same minibatches:
+This is the ground truth of the CNN figure. If a net was trained by Adam and is not at a minimum,
+further training changes its test losses even if no row is removed. This change is the drift. The
+effect of the removal is the difference from a control. The control keeps the row and uses the same
+minibatches, for k more steps:
 
     change_i = loss(theta after k more steps without row i) - loss(theta after k more steps).
 
-The released code of the CNN experiment (Koh & Liang 2017, figure 2, right) has no control and draws
+The released code of this experiment (Koh & Liang 2017, figure 2, right) has no control. It draws
 other minibatches for every removal.
 """
 
@@ -29,19 +30,19 @@ from influence.net.net import GenericNeuralNet
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
 
-# A block's state is cached after each so many steps.
+# A block's state is cached each time this many steps are done.
 _SAVE_EVERY = 500
 
 
 @dataclass(frozen=True, eq=False)
 class ContinuedTraining(Estimand):
-    """Changes, (m, k), of each test loss by training on without each row, minus the control's.
+    """Table (m, k) of the changes in test losses by continued training without each row.
 
     Attributes:
-      change_if_removed: (m, k) test loss after training on without the row, minus that after
-        training on with it.
+      change_if_removed: (m, k) test loss after continued training without the row, minus that
+        after continued training with all rows.
       rows: (k,) the training rows.
-      drift: (m,) the control's change, by training on with all rows.
+      drift: (m,) the change of each test loss in the control, which trains on all rows.
       steps: the number of further steps.
       rate: the learning rate.
     """
@@ -53,14 +54,14 @@ class ContinuedTraining(Estimand):
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuedOptions(RunOptions):
-    """Options of continued training, beside those of `RunOptions`.
+    """Options of continued training, in addition to those of `RunOptions`.
 
-    With `checkpoints`, the state of the unfinished block is cached too, every few hundred steps.
+    With `checkpoints`, the state of each unfinished block is also cached, every few hundred steps.
 
     Attributes:
-      batch_size: rows of each minibatch, at least 3. It is part of the training, not only of the
-        memory that it needs.
-      seed: of the order of the rows.
+      batch_size: number of rows in each minibatch, at least 3. It changes the training, not only
+        the memory that it needs.
+      seed: seed of the order of the rows.
     """
 
     block: int = 10
@@ -78,7 +79,7 @@ class ContinuedOptions(RunOptions):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """The inputs of all blocks; `folder` caches their states."""
+    """The inputs of all blocks. `folder` caches the states of unfinished blocks."""
 
     moments: Moments
     steps: int
@@ -89,7 +90,7 @@ class _Plan:
 
     @property
     def identity(self) -> tuple:
-        """Everything that the training depends on besides its task and its groups."""
+        """The inputs of the training, except its task and its groups."""
         start = self.moments.steps, self.moments.first, self.moments.second
         return "continued", start, self.steps, self.rate, self.batch_size, self.seed
 
@@ -105,22 +106,22 @@ def continued_training(
     rate: float,
     moments: Moments | None = None,
 ) -> ContinuedTraining:
-    """Compute the change of each test loss by training on without each row, minus the control's.
+    """Compute the change of each test loss by continued training without each row.
 
-    All trainings use the same minibatches. If the removed row is in a minibatch, the mean is over
-    its other rows. A block of trainings runs side by side. The net is left as it was.
+    The change of a control that trains on all rows is subtracted. All trainings use the same
+    minibatches. A minibatch with the removed row is averaged over its other rows. The trainings of
+    a block advance together. The net is left as it was.
 
     Args:
-      net: trained by Adam up to its present theta.
+      net: a net that Adam trained up to its present theta.
       train: the training set, n rows.
-      test: m examples whose losses are measured; the penalty is not part of them.
+      test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each training leaves out one of them.
-      options: of the trainings.
-      steps: further steps of Adam (Kingma & Ba 2015).
-      rate: its learning rate.
-      moments: Adam's present state: `AllCNN.moments` after its fit, or
-        `influence.minimisers.adam.Moments(steps, first, second)`, with the number of steps so far
-        and the (d,) running means of the gradients and of their squares. None: Adam starts anew.
+      options: options of the trainings.
+      steps: number of further steps of Adam (Kingma & Ba 2015).
+      rate: the learning rate.
+      moments: Adam's present state. It is `AllCNN.moments` after its fit, or
+        `influence.minimisers.adam.Moments(steps, first, second)`. None: Adam starts anew.
 
     Returns: ContinuedTraining; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
@@ -143,7 +144,7 @@ def continued_training(
     found = runs.run(
         Task(net, train, test),
         _continued_block,
-        [np.zeros(0, np.int64), *rows[:, None]],  # the control, then the removals
+        [np.zeros(0, np.int64), *rows[:, None]],  # The control comes before the removals.
         plan,
         options,
         identity=plan.identity,
@@ -154,7 +155,7 @@ def continued_training(
 
 
 def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArray]:
-    """Train with Adam, a column for each group: without its one row, or with all rows."""
+    """Train with Adam. Each group has a column of theta; the control's group is empty."""
     net, train = task.net, task.train
     removed = np.array([group[0] if len(group) else -1 for group in groups])
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -183,12 +184,12 @@ def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArr
 def _gradients(
     net: GenericNeuralNet, train: Examples, rows: NDArray, removed: NDArray, thetas: NDArray
 ) -> NDArray:
-    """Compute the minibatch's risk gradients (d, k), each column without its removed row."""
+    """Compute the risk gradients (d, k) of a minibatch. Each column excludes its removed row."""
     batch = train.take(rows)
     G = net.gradient(batch.x, batch.y, thetas)
     for row in np.intersect1d(rows, removed):
         columns = np.flatnonzero(removed == row)
-        times = np.count_nonzero(rows == row)  # twice, where one pass ends and the next begins
+        times = np.count_nonzero(rows == row)  # It may be 2 where one pass ends and one begins.
         one = train.take([row])
         own = net.gradient(one.x, one.y, thetas[:, columns])
         G[:, columns] += (G[:, columns] - own) * (times / (len(rows) - times))

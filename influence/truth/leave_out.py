@@ -24,33 +24,33 @@ from influence.truth import runs
 from influence.truth.removal import Removal
 from influence.truth.runs import Groups, Refits, RunOptions, Task
 
-# The gradient at which a fit without tolerance stops, relative to what the removal adds to it.
+# If no tolerance is given, a fit stops at this share of the gradient that the removal adds.
 _OF_REMOVAL = 1e-8
-# Times eps: the relative rounding of a mean gradient.
+# The relative rounding of a mean gradient is this times eps.
 _ROUNDING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefitOptions(RunOptions):
-    """Options of refits, beside those of `RunOptions`.
+    """Options of refits, in addition to those of `RunOptions`.
 
     Attributes:
-      method: "newton" or "fit"; None takes "newton" for a convex net and "fit" for any other.
-      tolerance: Euclidean norm of each refit's own gradient to reach. The net's own fit gets the
-        same tolerance. None: 1e-8 for "newton"; for the net's own fit 1e-8 of the gradient that
-        the removal adds, or what the precision can show of it; for `fit` the norms are reported
-        but not judged, so no refit counts as converged.
-      solver: inverts the full-data Hessian for "newton". The result of `prepare` for
-        `Hessian(net, train)` is not prepared again.
-      start: (d,) parameters that each "fit" begins with; None for the net's present ones.
-      fit: a callable on (net, remaining rows) that replaces `net.fit`. After each call all of the
+      method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
+      tolerance: Euclidean norm that the gradient of each refit's risk must reach. The net's own fit
+        method gets it too. None: 1e-8 for "newton". For the net's own fit method None is 1e-8 of
+        the gradient that the removal adds, or its rounding if that is larger. For a `fit` callable
+        None is no tolerance: the norms are reported, but no refit counts as converged.
+      solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`
+        for `Hessian(net, train)`.
+      start: (d,) parameters at which each "fit" begins; None: the net's present parameters.
+      fit: a function of (net, remaining rows) that replaces `net.fit`. After each call all of the
         model's variables are restored, including the states of dropout's generators. If it needs an
         optimiser, it must create a new one in each call.
-      max_passes: data passes at most for each refit by "newton"; None: 30 in `leave_one_out`, 100
-        in `leave_group_out`.
-      key: everything that the cached files cannot know of `fit`, such as its hyperparameters.
-        Required if both `fit` and `checkpoints` are given. With dropout, the bits are the same
-        after an interruption only if its layers have seeds.
+      max_passes: the largest number of data passes for each refit by "newton". None: 30 in
+        `leave_one_out`, 100 in `leave_group_out`.
+      key: a text with everything that the results depend on in `fit`, such as its hyperparameters.
+        It is required if both `fit` and `checkpoints` are given. With dropout, an interrupted call
+        returns the same bits only if the dropout layers have seeds.
     """
 
     method: Literal["newton", "fit"] | None = None
@@ -88,18 +88,19 @@ def leave_one_out(
 ) -> Refits:
     """Compute the actual change of each test loss after retraining without each row.
 
-    `leave_group_out` for groups of one row.
+    The method is that of `leave_group_out`, with groups of one row.
 
     Args:
-      net: at the minimum of its risk on `train`; from elsewhere "fit" warns of drift.
+      net: a net at the minimum of its risk on `train`. Elsewhere "newton" raises ValueError and
+        "fit" warns of drift.
       train: the training set, n rows.
-      test: m examples whose losses are measured; the penalty is not part of them.
-      rows: (k,) rows; each refit leaves out one of them.
-      options: of the refits.
+      test: m examples whose losses are measured, without the penalty.
+      rows: (k,) training rows; each refit leaves out one of them.
+      options: options of the refits.
 
     Returns: Refits (m, k); positive: the test loss rose without the row, so the row helped.
-    Raises: ValueError, TypeError or IndexError for bad input before any long work. Refits that miss
-      the tolerance are marked in `converged`, with a ConvergenceWarning.
+    Raises: ValueError, TypeError or IndexError for bad input before any long work. A refit that
+      misses the tolerance is not `converged`, and a ConvergenceWarning is given.
     """
     runs.check(net, train, test)
     rows = check_rows(rows, len(train))
@@ -116,25 +117,26 @@ def leave_group_out(
 ) -> Refits:
     """Compute the actual change of each test loss after retraining without each group of rows.
 
-    For every group g this minimises R_-g(theta) = mean over the rows outside g + the same penalty.
-    Groups may overlap and differ in size. The net is left as it was.
+    For each group g, a refit minimises the risk R_-g: the mean loss over the rows outside g, plus
+    the same penalty. Groups may overlap and differ in size. The net is left as it was.
 
     "newton" (convex models) starts at theta with Newton's step. It factors the full-data Hessian
-    once and subtracts the group's own curvature from it. Secant updates then learn how the
-    curvature changes along the path. One data pass serves `block` refits. "fit" calls the net's own
-    `fit` on the remaining rows, from theta (warm) or from `start` (cold).
+    once and subtracts the group's own curvature from it. Secant updates (L-BFGS) then learn how the
+    curvature changes along the path. One data pass serves `block` refits. "fit" calls the net's
+    `fit`, or the callable `fit`, on the remaining rows. It begins at theta or at `start`.
 
     Args:
-      net: at the minimum of its risk on `train`; from elsewhere "fit" warns of drift.
+      net: a net at the minimum of its risk on `train`. Elsewhere "newton" raises ValueError and
+        "fit" warns of drift.
       train: the training set, n rows.
-      test: m examples whose losses are measured; the penalty is not part of them.
+      test: m examples whose losses are measured, without the penalty.
       groups: k arrays of row numbers, each removed together, or a dict from names to such arrays.
-      options: of the refits.
+      options: options of the refits.
 
     Returns: Refits (m, k), columns in the order of the groups; positive: the test loss rose without
       the group, so the group helped.
-    Raises: ValueError, TypeError or IndexError for bad input before any long work. Refits that miss
-      the tolerance are marked in `converged`, with a ConvergenceWarning.
+    Raises: ValueError, TypeError or IndexError for bad input before any long work. A refit that
+      misses the tolerance is not `converged`, and a ConvergenceWarning is given.
     """
     runs.check(net, train, test)
     names, groups = runs.check_groups(groups, len(train))
@@ -178,7 +180,7 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
     )
     norms = found["gradient_norm"]
     asked = found["asked"] if tolerance is None else np.full(len(norms), tolerance)
-    converged = norms <= asked  # NaN: not judged
+    converged = norms <= asked  # This is False if `asked` is NaN, as is `missed`.
     missed = norms > asked
     if missed.any():
         more = "allow more max_passes, " if method == "newton" else ""
@@ -191,10 +193,11 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
 
 
 def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArray]:
-    """Minimise R_-g for some groups, a column each.
+    """Minimise R_-g for some groups. Each group g has a column of theta.
 
-    R_-g' = (n R' - sum over g of (loss_i + penalty)') / (n - r) for a group of r rows. Its Hessian
-    at theta is n / (n - r) times the matrix that `Removal.solve` inverts.
+    The gradient of R_-g is (n R' - sum over g of (loss_i + penalty)') / (n - r). R' is the gradient
+    of the risk on all n rows, and r is the number of rows in g. The Hessian of R_-g at theta is
+    n / (n - r) times the matrix that `Removal.solve` inverts.
     """
     net, train, n = task.net, task.train, len(task.train)
     removed = Removal(net, train, groups, task.batch_size)
@@ -209,7 +212,7 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
 
     every = np.arange(len(groups))
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
-    whole = net.risk_gradient(train, batch_size=task.batch_size)  # the same for all groups at theta
+    whole = net.risk_gradient(train, batch_size=task.batch_size)  # All groups share it at theta.
     first = (whole[:, None] - removed.gradients(thetas, every) / n) / share
     tolerance = np.full(len(groups), plan.tolerance)
     found = block_lbfgs.minimise(gradients, steps, thetas, first, tolerance, plan.max_passes)
@@ -221,7 +224,7 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
 
 
 def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
-    """Return the gradient norm that the net's own fit must reach; NaN if it has no tolerance."""
+    """Return the gradient norm that the net's own fit must reach, or NaN if it has no tolerance."""
     net, train = task.net, task.train
     own = "gradient_tolerance" in inspect.signature(type(net).fit).parameters
     if options.fit is not None or not own:
@@ -230,15 +233,16 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
         return options.tolerance
     removed = net.risk_gradient(train.take(group), batch_size=task.batch_size) * len(group)
     left = len(train) - len(group)
-    # A mean over rows of the removed rows' size is rounded to about eps of that size.
+    # A mean over rows with gradients as large as the removed rows' has a rounding error of about
+    # eps times that size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
 
 def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, NDArray]:
-    """Fit the net without the one group, from its theta or from `start`, then restore it."""
+    """Fit the net without the only group, from its theta or from `start`. Then restore the net."""
     net, remaining = task.net, task.train.without(groups[0])
-    # All variables, because training also moves batch statistics and the states of generators.
+    # All variables are restored, because training also changes batch statistics and generators.
     variables = net.model.variables
     before = [variable.numpy() for variable in variables]
     losses, asked = task.losses(), _asked_of_fit(task, groups[0], options)

@@ -3,17 +3,18 @@
 Let theta_s be the net's parameters, n the number of training rows and L(z_i) = loss_i + penalty.
 Each removal moves theta to the minimum of
 
-    F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2,
+    F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2.
 
-or of the same with a fraction of L(z_i) / n. D is stationary at theta_s, so without the term L(z_i)
-theta_s itself minimises F_i:
+The user may remove only a fraction of L(z_i) / n. D is one of two functions. Both are stationary at
+theta_s, so without the term L(z_i) theta_s itself minimises F_i:
 
     "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
-Here f_j and s_j are row j's outputs at theta and theta_s. Both are Bregman divergences: of the loss
-in the outputs, and of the risk in theta. The first also contains the same divergence of the
-penalty; for L2 that is the penalty of the difference.
+Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. The "bregman" D is the
+Bregman divergence of the loss in the outputs. It also includes the Bregman divergence of the
+penalty. For an L2 penalty this is the penalty at theta - theta_s. The "leave_one_out" D is the
+Bregman divergence of the risk in theta.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ _CURVATURE: dict[str, type[Curvature]] = {"bregman": GaussNewton, "leave_one_out
 
 @dataclass(frozen=True, eq=False)
 class ProximalResponse(Estimand):
-    """Changes, (m, k), of each test loss as theta moves to each row's proximal minimum.
+    """Table (m, k) of the changes of each test loss as theta moves to the minimum of each F_i.
 
     Attributes:
       change_if_removed: (m, k) test loss at the minimum of F_i, minus that at theta_s.
       rows: (k,) the training rows.
-      objective: "bregman" or "leave_one_out": which F_i.
-      damping: of F_i.
+      objective: "bregman" or "leave_one_out", the name of D.
+      damping: the damping in F_i.
       fraction: the part of the row's weight that F_i removes.
       gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to that
-        at theta_s: the certificate. A row misses it if its own gradient is at rounding level.
-      iterations: (k,) gradients of F_i for each row, one data pass each, those of `rough` included.
-      converged: (k,) gradient_norm within the tolerance.
-      distance: (k,) |theta - theta_s|.
+        at theta_s. It certifies the minimum. It stays large if rounding dominates the gradient.
+      iterations: (k,) number of gradients of F_i, those of `rough` included. Each is a data pass.
+      converged: (k,) True if gradient_norm is within the tolerance.
+      distance: (k,) Euclidean norm of theta - theta_s.
     """
 
     objective: str
@@ -69,19 +70,21 @@ class ProximalResponse(Estimand):
 
 @dataclass(frozen=True, kw_only=True)
 class ProximalOptions(RunOptions):
-    """Options of the search for proximal minima, beside those of `RunOptions`.
+    """Options of the search for the minima of F_i, in addition to those of `RunOptions`.
+
+    A is the curvature matrix that `proximal_response` describes.
 
     Attributes:
-      step_damping: added to A's damping for the steps only. If some eigenvalues nearly vanish, a
-        millionth of the largest eigenvalue reduces the number of steps.
-      solver: inverts A for the steps. The result of `prepare` for A is not prepared again.
-      tolerance: gradient norm of F_i to reach, relative to that at theta_s; (k,) gives each row its
-        own.
+      step_damping: damping that is added to A to compute the steps. It does not change F_i. If some
+        eigenvalues nearly vanish, a millionth of the largest one reduces the number of steps.
+      solver: the solver that inverts A for the steps, or the result of `prepare` for A.
+      tolerance: gradient norm of F_i to reach, relative to that at theta_s: one number, or (k,) for
+        the rows.
       rough: a pair (net, train) in a lower precision, with the same theta and the same rows in the
-        same order. Its gradients are used for most of the way; the certificate is that of `net`.
-      rough_tolerance: like `tolerance`, for the gradients of `rough`; it must be above their
+        same order. The search first uses its gradients. Those of `net` certify the result.
+      rough_tolerance: like `tolerance`, for the gradients of `rough`. It must be above their
         rounding.
-      max_iterations: gradients of F_i at most, for each row.
+      max_iterations: the largest number of gradients of each F_i.
     """
 
     block: int = 10
@@ -104,7 +107,7 @@ class ProximalOptions(RunOptions):
 
 @dataclass(frozen=True)
 class _Search:
-    """The inputs of all blocks: the inverse of A, F_i, and when to stop for each row."""
+    """The inputs of all blocks: the inverse of A, the terms of F_i, and each row's tolerances."""
 
     inverse: Prepared
     damping: float
@@ -126,34 +129,34 @@ def proximal_response(
     objective: Literal["bregman", "leave_one_out"] = "bregman",
     fraction: float = 1.0,
 ) -> ProximalResponse:
-    """Compute the actual change of each test loss as theta moves to each row's proximal minimum.
+    """Compute the actual change of each test loss as theta moves to the minimum of each F_i.
 
-    argmin D(theta, theta_s) - L(z_i) / n + damping/2 |theta - theta_s|^2: "bregman" is the proximal
-    Bregman response function of Bae et al. (2022); "leave_one_out" is the risk without the row,
-    made stationary at theta_s. To first order theta moves by + A^-1 grad L(z_i) / n, with A the
-    `GaussNewton` or `Hessian` matrix of that damping. This is `Influence.parameters`, so damped
-    influence predicts these changes at a theta that is no minimum. At a minimum, without damping,
-    "leave_one_out" is retraining without the row; so is "bregman" if the model is linear in theta.
+    The module's docstring defines F_i. "bregman" is the proximal Bregman response function of Bae
+    et al. (2022). "leave_one_out" is the risk without the row, made stationary at theta_s. A is the
+    `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the damping. To first
+    order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So damped influence
+    predicts these changes also at a theta that is not a minimum. At a minimum, without damping,
+    "leave_one_out" is retraining without the row. So is "bregman" if the model is linear in theta.
 
-    Steps are Newton's with A, factored once, minus the row's own curvature; then secant updates. A
-    step is not much longer than the one before it, and the first is not longer than A's own step.
-    The net is left as it was.
+    The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
+    updates (L-BFGS) follow. The first step is not longer than A^-1 times the first gradient, and
+    `block_lbfgs.minimise` limits the later steps. The net is left as it was.
 
     Args:
-      net: at any theta; in float64, unless its gradients are well above float32's rounding.
+      net: a net at any theta, in float64 unless its gradients are well above float32's rounding.
       train: the training set, n rows.
-      test: m examples whose losses are measured; the penalty is not part of them.
+      test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each response leaves out one of them.
-      options: of the search.
-      damping: of the proximal term, absolute; A must be positive definite.
+      options: options of the search.
+      damping: the damping in F_i, absolute; A must be positive definite.
       objective: "bregman" or "leave_one_out".
       fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As it goes to 0, the
-        changes divided by it tend to damped influence, their derivative.
+        changes divided by it tend to damped influence.
 
     Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
-      if A is not positive definite. Rows that miss the tolerance are marked in `converged`, with a
-      ConvergenceWarning.
+      if A is not positive definite. A row that misses the tolerance is not `converged`, and a
+      ConvergenceWarning is given.
     """
     runs.check(net, train, test)
     rows = check_rows(rows, len(train))
@@ -165,7 +168,7 @@ def proximal_response(
         _check_rough(options.rough, net, train)
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
-    check_folder(options.checkpoints)  # before the factorisation
+    check_folder(options.checkpoints)  # It is checked before the factorisation.
     A = _CURVATURE[objective](net, train, damping, batch_size=options.batch_size)
     if options.step_damping:
         more = damping + options.step_damping
@@ -174,7 +177,7 @@ def proximal_response(
     inverse = prepare(A, options.solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
     search = _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations)
-    function = objective, float(damping), float(fraction)  # which F_i
+    function = objective, float(damping), float(fraction)  # These determine F_i.
     steps = float(options.step_damping), repr(inverse.solver)
     rough = None if options.rough is None else (options.rough[0].dtype.str, until)
     found = runs.run(
@@ -217,7 +220,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 
 
 def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
-    """Raise TypeError or ValueError if the pair differs from `net` and `train` beyond rounding."""
+    """Raise TypeError or ValueError if `rough` has another theta, other targets or other sizes."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             pass
@@ -236,7 +239,7 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
-    """Minimise F_i for some rows, a column each."""
+    """Minimise F_i for some rows. Each row has a column of theta."""
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -244,7 +247,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
     def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
         return apply(search.inverse, G)
 
-    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)  # D is stationary
+    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)  # D adds no gradient.
     scale = np.linalg.norm(first, axis=0)
     tolerance, until = (
         np.array([by_row[row] for (row,) in groups]) * scale
@@ -258,7 +261,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
         tolerance,
         search.max_iterations,
         pairs=removed.pairs(search.inverse, first),
-        # Minus the row's own curvature, A may have none left along a step.
+        # A minus the row's own curvature may have no curvature along a step.
         longest=np.linalg.norm(inverse(first), axis=0),
         rough=search.rough and (_gradients(task, *search.rough, groups, search), until),
     )
@@ -273,7 +276,11 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
 def _gradients(
     task: Task, net: GenericNeuralNet, train: Examples, groups: Groups, search: _Search
 ) -> Callable[[NDArray, NDArray], NDArray]:
-    """Return a function of thetas (d, j): the gradients (d, j) of some F_i, in that net's dtype."""
+    """Return a function that computes gradients of F_i.
+
+    Column c of its argument (d, j) is the theta of one row i, and column c of its result (d, j) is
+    the gradient of that F_i there. Data passes use the dtype of `net`.
+    """
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     theta_s, size = task.net.theta[:, None], task.batch_size
 

@@ -1,4 +1,4 @@
-"""The share of groups of training rows in the risk's gradient and in its curvature."""
+"""The contributions of groups of training rows to the risk's gradient and curvature."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from influence.net.net import GenericNeuralNet
 from influence.solvers import Prepared
 from influence.truth.runs import Groups
 
-# Most steps of conjugate gradients to subtract a group's own curvature.
+# Conjugate gradients take at most this many steps to subtract a group's own curvature.
 _MOST_STEPS = 10
-# Relative tolerance of those steps. A chord step leaves a larger part of the gradient than this.
+# They stop at this relative residual. A Newton step with the Hessian at the initial theta leaves a
+# larger part of the gradient than this.
 _RTOL = 1e-3
 
 
 class Removal:
-    """Sums over each of k groups of rows, a column each, of the rows' terms of the risk.
+    """Sums of the rows' gradients and Hessian products over each of k groups.
 
-    Batches of equal length share a call: parts of many small groups, or one part of a large group.
+    Groups are cut into parts that fit into memory. Parts of equal length share a call of the net.
+    In the methods, `columns` (j,) are the numbers of the groups. Arrays have a column for each.
 
     Args:
-      net: at the theta where the curvature is computed.
-      train: the training set.
+      net: a net at the theta where the curvature is computed.
+      train: the training set, n rows.
       groups: k arrays of row numbers.
-      batch_size: rows at a time at most; None: chosen.
-      fraction: the part of the rows' weight that is removed, a factor of every sum.
+      batch_size: the largest number of rows at a time; None: chosen by the library.
+      fraction: the part of the rows' weight that is removed. Every sum is multiplied by it.
     """
 
     def __init__(
@@ -48,22 +50,22 @@ class Removal:
         first = train.take([0]).x
         parts = first.values() if isinstance(first, dict) else (first,)
         row = sum(int(np.prod(part.shape[1:])) * part.dtype.itemsize for part in parts)
-        # Inputs are dense here, and may be sparse in the set.
+        # Inputs are dense in a batch, even if they are sparse in the set.
         self._together = batch_size or fitting(VECTORS, row, net.rows_per_batch(train))
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
-        """Sum grad (loss_i + penalty) over each group, at a column of thetas (d, j): (d, j)."""
+        """Return sums (d, j) of grad (loss_i + penalty) over the groups, at thetas (d, j)."""
         return self._summed("gradient", self.net.penalty_gradient(thetas), thetas, columns)
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
-        """Multiply each group's summed Hessian of loss_i + penalty with a column of V: (d, j)."""
+        """Multiply H_g, a group's sum of Hessians of loss_i + penalty, by a column of V (d, j)."""
         return self._summed("hvp", self.net.penalty_hvp(V), V, columns)
 
     def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
-        """Solve (A - H_g / n) x = b to a low precision, with A of `inverse` and H_g as in `hvp`.
+        """Solve (A - H_g / n) x = b to a low precision, for each column b of B (d, j).
 
-        The method is that of `pairs`. If the group leaves no curvature along A^-1 b, the answer is
-        A^-1 b.
+        A is the matrix of `inverse`, and `hvp` defines H_g. The method is that of `pairs`. If
+        A - H_g / n has no positive curvature along A^-1 b, the answer is A^-1 b.
 
         Returns: (d, j).
         Raises: DivergenceError if A is not positive definite.
@@ -76,17 +78,17 @@ class Removal:
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
         """Find directions P (d, k) along which A - H_g / n and A differ, and their products.
 
-        A is the matrix of `inverse`, H_g as in `hvp`. The directions are those of conjugate
+        A is the matrix of `inverse`, and `hvp` defines H_g. The directions are those of conjugate
         gradients for (A - H_g / n) x = b, preconditioned by A^-1. Secant updates of A^-1 by these
-        pairs solve for b. A small group needs about as many pairs as it has outputs. A large group
-        gets fewer, because its products cost as much as the data passes that they would save.
+        pairs solve for b. A small group needs about as many pairs as it has model outputs. A large
+        group gets fewer, because its products cost as much as the data passes that they would save.
 
         Args:
-          inverse: of A; positive definite.
-          B: (d, k) right-hand sides, one for each group.
+          inverse: a solver prepared for A.
+          B: (d, k) right-hand sides b, one for each group.
 
         Returns: pairs (P, (A - H_g / n) P). A column is zero if its group needs no more directions,
-          or leaves no curvature along one.
+          or if A - H_g / n has no positive curvature along the direction.
         Raises: DivergenceError if A is not positive definite.
         """
         pairs = []
@@ -101,20 +103,20 @@ class Removal:
     ) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
         """Yield the steps of preconditioned conjugate gradients.
 
-        A p follows from the recurrence of p, so a step costs one product with the group's own rows.
-        A length of 0 ends a column: no curvature is left along p.
+        A p follows from the recurrence of p, so a step costs one product with the group's rows. A
+        column ends with the length 0 if A - H_g / n has no positive curvature along p.
 
-        Yields: positions in columns (r,), p (d, r), (A - H_g / n) p (d, r), lengths of the steps
-          (r,).
+        Yields: positions (r,) in `columns`, directions p (d, r), (A - H_g / n) p (d, r), and the
+          lengths of the steps (r,).
         """
         n = len(self.train)
         limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
-        at = np.flatnonzero(B.any(axis=0))  # the columns that are not solved yet
+        at = np.flatnonzero(B.any(axis=0))  # These columns are not solved yet.
         if not len(at):
             return
         r = B[:, at]
         z = apply(inverse, r)
-        p, Ap = z, r  # Ap: the product of A itself with p
+        p, Ap = z, r  # Ap is A p.
         rz = dots(r, z)
         target = _RTOL**2 * rz
         for step in range(1, _MOST_STEPS + 1):
@@ -139,7 +141,7 @@ class Removal:
             p, Ap = z + rz / before * p, r + rz / before * Ap
 
     def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
-        """Sum the answers of `each_batch` and the penalty's part over each group: (d, j)."""
+        """Return sums (d, j) of `net.each_batch` and of the penalty's part over each group."""
         total = penalty * self.sizes[columns].astype(self.net.dtype)
         for at, x, y in self._batches(columns):
             own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])
@@ -147,9 +149,11 @@ class Removal:
         return total * self.fraction
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
-        """Yield (positions in columns (r,), x (r, b, ...), y (r, b, ...)): r parts of b rows each.
+        """Yield batches of r parts of groups with b rows each.
 
         A position occurs at most once in a batch, because a full part of a group fills a batch.
+
+        Yields: the parts' positions (r,) in `columns`, x (r, b, ...), y (r, b, ...).
         """
         by_length: dict[int, list[tuple[int, NDArray]]] = {}
         for position, column in enumerate(columns):
@@ -165,7 +169,7 @@ class Removal:
 
 
 def apply(inverse: Prepared, B: NDArray) -> NDArray:
-    """Compute A^-1 B for the A of `inverse`; DivergenceError if A is not positive definite."""
+    """Compute A^-1 B. Raise DivergenceError if A, of `inverse`, is not positive definite."""
     raw = inverse.apply(B)
     if np.any(np.asarray(raw.min_curvature) <= 0):
         smallest = np.nanmin(raw.min_curvature)

@@ -30,17 +30,18 @@ _THREADS = "TF_NUM_INTRAOP_THREADS"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of the way in which the work is cut into blocks, distributed and cached.
+    """Options that decide how work is cut into blocks, distributed and cached.
 
     Attributes:
-      block: rows or groups whose retraining shares the data passes. The cached files depend on it.
-      batch_size: training rows in memory at a time; None: chosen by the library.
-      num_processes: joblib workers, which share the cores; -1 starts one for each core. The last
-        bits of the results may depend on it. With another joblib backend the workers may run on
-        other machines.
+      block: number of rows or groups whose retraining shares data passes. The names of the cached
+        files depend on it.
+      batch_size: number of training rows in memory at a time; None: chosen by the library.
+      num_processes: number of joblib workers, which share the cores; -1 starts one for each core.
+        The last bits of the results may depend on it. With another joblib backend the workers may
+        run on other machines.
       checkpoints: a folder that caches finished blocks. If a call is interrupted (even by kill -9),
         the next call continues from the last finished block and returns the same bits.
-      key: any text that the names of the cached files are to depend on.
+      key: any text. The names of the cached files depend on it.
     """
 
     block: int = 50
@@ -60,14 +61,14 @@ class RunOptions:
 
 @dataclass(frozen=True, eq=False)
 class Refits(Estimand):
-    """Actual changes, (m, k), of each test loss by retraining without each row or group.
+    """Table (m, k) of the actual changes of test losses by retraining without each row or group.
 
     Attributes:
       change_if_removed: (m, k) test loss after retraining without the row or group, minus before.
       rows: (k,) the rows; for groups a tuple of k arrays.
-      gradient_norm: (k,) Euclidean norm of each refit's own risk gradient: the certificate.
-      passes: (k,) data passes (newton) or calls of `fit` that each refit took.
-      converged: (k,) gradient_norm within the tolerance.
+      gradient_norm: (k,) Euclidean norm of each refit's own risk gradient. It certifies the refit.
+      passes: (k,) number of data passes ("newton") or calls of `fit` that each refit took.
+      converged: (k,) True if gradient_norm is within the tolerance.
       names: (k,) the groups' names if they were given as a dict, else empty.
     """
 
@@ -83,10 +84,10 @@ class Task:
     """The inputs that all blocks share.
 
     Attributes:
-      net: at the theta that every result is compared with.
+      net: a net at the theta that every result is compared with.
       train: the training set.
-      test: examples whose losses are measured.
-      batch_size: rows at a time, or None.
+      test: m examples whose losses are measured.
+      batch_size: number of rows in memory at a time; None: chosen by the library.
     """
 
     net: GenericNeuralNet
@@ -100,7 +101,7 @@ class Task:
         return self.test.each_row(question, self.net, batch_size=self.batch_size)
 
     def changes(self, thetas: NDArray) -> NDArray:
-        """Return (m, k): each test loss at thetas (d, k) minus that at the net's own theta."""
+        """Return the (m, k) test losses at thetas (d, k) minus those at the net's own theta."""
         # One call computes both losses, so that both have the same rounding.
         losses = self.losses(np.column_stack([self.net.theta, thetas]))
         return losses[:, 1:] - losses[:, :1]
@@ -120,19 +121,19 @@ def run(
     identity: Sequence,
     what: str,
 ) -> dict[str, NDArray]:
-    """Call `refit(task, part, argument)` on parts of `options.block` groups and join the arrays.
+    """Call `refit(task, part, argument)` on parts of `options.block` groups. Join the arrays.
 
     Args:
       task: the inputs that all parts share.
       refit: a module-level function, so that other processes can import it.
       groups: the rows of each of the k groups.
       argument: any other input of `refit`.
-      options: of the run.
-      identity: everything else that the numbers depend on.
-      what: the work's name, for the progress bar.
+      options: options of the run.
+      identity: everything else that the results depend on.
+      what: the name of the work on the progress bar.
 
     Returns: the arrays by name, joined along their last axis.
-    Raises: as `check_folder`.
+    Raises: the errors of `check_folder`.
     """
     folder, block = check_folder(options.checkpoints), options.block
     parts = [groups[first : first + block] for first in range(0, len(groups), block)]
@@ -163,7 +164,7 @@ def check(net: GenericNeuralNet, train: Examples, test: Examples) -> None:
 
 
 def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
-    """Return (names, groups), with each group as int64 rows, fewer than all.
+    """Return (names, groups). Each group is an int64 array of some, but not all, rows.
 
     Raises: TypeError, ValueError or IndexError naming the group.
     """
@@ -208,10 +209,10 @@ def check_processes(num_processes: int, *sent: Any) -> None:
 
 @contextmanager
 def _cores_shared(num_processes: int) -> Iterator[None]:
-    """Limit TensorFlow's threads, in workers that start in this context, to their share of cores.
+    """Limit the TensorFlow threads of workers that start in this context to their share of cores.
 
-    joblib does the same for BLAS. Otherwise each worker would use all cores and wait for the
-    others.
+    joblib does the same for BLAS. Without this limit each worker would use all cores and wait for
+    the other workers.
     """
     workers = joblib.effective_n_jobs(num_processes)
     if workers == 1 or _THREADS in os.environ:
@@ -229,10 +230,10 @@ def _arrived(*sent: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first cause of the error, from another process if need be, in one sentence."""
+    """Return the first cause of the error in one sentence. It may come from another process."""
     while error.__cause__ is not None:
         error = error.__cause__
-    # The traceback of another process is a text. It ends with the exception.
+    # The traceback of another process is a text that ends with the exception.
     named = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception):\s+\S.*)", str(error), re.MULTILINE)
     reason = named[-1] if named else f"{type(error).__name__}: {error}"
     return " ".join(reason.split()).split(". ")[0][:200]
