@@ -1,1 +1,1 @@
-"""The harness that runs any figure. It handles options, records, verdicts and reports."""
+"""The harness that runs any figure and reports the results."""

@@ -217,7 +217,7 @@ def to_json(value: Any) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to. That file replaces `path` if the block raises no error.
 
-    If the block raises an OSError without a file name, for example on a full disk, it gets `path`.
+    `path` is added to an OSError of the block that names no file, such as that of a full disk.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

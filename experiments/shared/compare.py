@@ -43,7 +43,7 @@ def largest(scores: NDArray, count: int) -> NDArray[np.int64]:
 
 
 def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np.int64]:
-    """Return the paper's test point and other test points, because one point proves little.
+    """Return the paper's test point and others, because one point proves little.
 
     Args:
       first: row of the paper's test point.
@@ -65,8 +65,8 @@ def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> 
 
     Args:
       axis: the matplotlib Axes to draw on.
-      actual: (k,) actual changes of the test loss, in nats.
-      predicted: (k,) predicted changes of the test loss, in nats.
+      actual: (k,) actual changes of the test loss in nats.
+      predicted: (k,) predicted changes in nats.
     """
     reach = 1.08 * max(np.abs(actual).max(), np.abs(predicted).max(), np.finfo(float).tiny)
     axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=1)

@@ -52,8 +52,8 @@ class Descent:
       risk: the risk.
       gradient_norm: Euclidean norm of the risk's gradient.
       smallest_eigenvalue: smallest eigenvalue of the risk's Hessian.
-      num_negative: number of eigenvalues below zero by more than rounding. One eigenvalue is zero:
-        a softmax does not change if the same constant is added to all its biases.
+      num_negative: number of eigenvalues below zero by more than rounding. A zero eigenvalue is
+        expected: a softmax does not change if the same constant is added to all its biases.
     """
 
     risk: NDArray

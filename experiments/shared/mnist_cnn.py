@@ -166,9 +166,9 @@ def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
 
 
 def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
-    """Return `agreement` for the first test point, and Pearson's median and minimum over all points.
+    """Return `agreement` for the first test point, and Pearson correlations over all test points.
 
-    `at[j]` holds the columns of test point j's removals. Metrics are named after `truth`.
+    The latter are the median and the lowest. Array `at[j]` holds the columns of point j's removals.
     """
     found = [finite_agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
     pearson = [one["pearson"] for one in found]

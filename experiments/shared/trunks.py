@@ -41,7 +41,7 @@ _VERSION = 1
 _SECONDS = "seconds"
 # The layers of the small network have these numbers of 5 x 5 filters.
 _SMALL = (32, 64)
-# The random weights have this scale. The weight decay then suits the features of all networks.
+# The random weights have this scale. Larger features suit the weight decay of the other networks.
 _GAIN = 20
 
 
