@@ -163,7 +163,7 @@ class _Output(io.FileIO):
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
                 self.failure = error.strerror
-            # The descriptor itself is redirected. So child processes continue too.
+            # We redirect the descriptor itself, so that child processes continue too.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)

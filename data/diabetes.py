@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLIT_SEED = 2
-NUM_PER_CLASS = 10_000  # training rows of each label; the other rows are the test set
+NUM_PER_CLASS = 10_000  # training rows of each label; all other rows are test rows
 
 NUMERIC = tuple(
     """

@@ -20,11 +20,11 @@ from data import images
 from data.files import DataFile
 from data.splits import DataSet, Split
 
-# Photographs of each class in the paper's release (8ca7b4f, scripts/load_animals.py).
+# The paper's release has so many photographs of each class (8ca7b4f, scripts/load_animals.py).
 NUM_TRAIN, NUM_TEST = 900, 300
 # As in the release, one generator shuffles the training rows first, then the test rows.
 SHUFFLE_SEED = 0
-# Sides of the squares in pixels. The release resizes the paper's photographs to Inception's input.
+# The squares have these sides in pixels. As in the release, 299 is the size of Inception's input.
 PAPERS_SIDE = 299
 IMAGENETTES_SIDE = 224
 

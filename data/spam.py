@@ -13,9 +13,10 @@ SPAM_SHARE = 0.3
 MIN_TRAINING_MAILS = 5  # the vocabulary is the words of at least so many training mails
 SEED = 0
 
-_CONTRAST = 2.0  # standard deviation of log(rate in spam / rate in ham)
-_BURSTINESS = 0.3  # shape of the gamma factor of a word's rate in one mail
-_LENGTH, _SPREAD = 60, 1.0  # median words per mail, standard deviation of the log length
+# The log of a word's rate in spam over its rate in ham has this standard deviation.
+_CONTRAST = 2.0
+_BURSTINESS = 0.3  # a gamma factor of this shape scales each word's rate in each mail
+_LENGTH, _SPREAD = 60, 1.0  # median length of a mail in words; deviation of its logarithm
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:

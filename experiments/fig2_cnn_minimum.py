@@ -52,7 +52,7 @@ STEPS = (
     ("minimum", "refit", "First order for the refit without the row"),
     ("damped", "refit", "Damping and first order for that refit"),
 )
-# The float32 descent stops at this gradient norm. Rounding dominates smaller gradients.
+# The float32 descent stops at this gradient norm, the smallest that exceeds rounding.
 _FLOAT32_GRADIENT = 1e-4
 # Refits in float32 stop at this gradient norm. They subtract the gradient at the minimum.
 _FLOAT32_REFIT = 1e-5
@@ -60,7 +60,8 @@ _FLOAT32_REFIT = 1e-5
 _STEP_DAMPING = 1e-6
 # Partial refits remove this fraction of a row's weight.
 _PART = 0.1
-# Most passes of a refit. A refit that needs more still has 100 times the required gradient norm.
+# A refit takes at most this many passes. If it needs more, its gradient norm is still 100 times
+# the tolerance at that point.
 _MOST_REFITTING = 400
 # This many refits are computed together. An interruption loses them, and more are not faster.
 _TOGETHER = 4

@@ -128,7 +128,7 @@ class _Task:
     train: Examples
     test: Examples
     gram: NDArray
-    theta: NDArray  # of the clean model; fits begin there
+    theta: NDArray  # the clean model's theta, where fits begin
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:

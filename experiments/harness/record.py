@@ -281,7 +281,7 @@ def _peak_rss_mb() -> int:
             if line.startswith("VmHWM:"):
                 return round(int(line.split()[1]) / 1024)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # in bytes on macOS, else in KiB
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # macOS: bytes; else KiB
 
 
 def _checksum(content: dict[str, Any], arrays: bytes) -> str:

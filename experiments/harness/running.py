@@ -177,7 +177,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
             raise Misuse(f"DATA must be real for preset {job.preset}, {name} is a stand-in.")
         about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
         checkpoints = _checkpoints(job, about)
-        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # if True, seconds covers only the last part
+        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is only a part
         say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
         keras.backend.clear_session()  # discard the state of earlier experiments
         keras.utils.set_random_seed(job.config.seed)
