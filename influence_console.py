@@ -1,9 +1,9 @@
-"""The process of a command: Ctrl-C, closed pipes and writes that fail.
+"""The handling of Ctrl-C, closed pipes and failed writes in a command.
 
-    begin(__name__)     first in the package's __init__.py
-    run(main)           last in its __main__.py
+    begin(__name__)     the first statement of the package's __init__.py
+    run(main)           the last statement of its __main__.py
 
-Every import here costs time in which Ctrl-C is not yet handled, so there are few.
+This module imports little, because Ctrl-C is not yet handled during its imports.
 """
 
 import errno
@@ -15,20 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 USAGE, OUTPUT, INTERRUPTED = 2, 74, 130
-# Errors of a place that takes no more: a full disk, a quota, a limit, a read-only device.
+# The system reports these errors for a full disk, a quota, a size limit or a read-only device.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _LINE = "interrupted: the same command again continues where this stopped"
-# Standard error for `_leave`; `begin` makes it a duplicate, as an import may redirect descriptor 2.
+# `_leave` writes to this descriptor. An import may redirect descriptor 2, so `begin` duplicates it.
 _stderr = 2
 
 
 def begin(package: str) -> None:
-    """Make Ctrl-C during the imports end the process in one line, if it is `python -m package`.
+    """Make Ctrl-C during the imports of `python -m package` print one line and end the process.
 
-    A process that only imports the package is left as it is.
+    A process that only imports the package is not changed.
 
     Args:
-      package: the name of the caller, which calls this before its own imports.
+      package: the name of the package. Its __init__.py calls this before its other imports.
     """
     global _stderr
     # argv[0] is "-m" while Python looks for the module to run.
@@ -41,9 +41,9 @@ def begin(package: str) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Make Ctrl-C in the block end the process at once, if `run` runs it.
+    """Make Ctrl-C in a `with` block end the process at once. Do nothing outside of `run`.
 
-    Imported code may swallow a KeyboardInterrupt or print its traceback.
+    Use it around imports: imported code may swallow a KeyboardInterrupt or print its traceback.
     """
     ours = signal.getsignal(signal.SIGINT) is _raise
     if ours:
@@ -58,13 +58,13 @@ def importing() -> Iterator[None]:
 def run(main: Callable[[], int]) -> None:
     """Run a command and exit with its status.
 
-    A closed pipe as standard output or error is ignored. Standard output that cannot be written for
-    another reason is reported at the end, in one line, with status 74. Ctrl-C ends the process in
-    one line, with status 130.
+    If standard output or standard error is a closed pipe, the command continues without it. If
+    standard output cannot be written for another reason, the end of the command prints one line and
+    the status is 74. Ctrl-C prints one line and ends the process with status 130.
 
     Args:
-      main: returns the exit status.
-    Raises: SystemExit with the status; what `main` raises.
+      main: the command, a function without arguments that returns the exit status.
+    Raises: SystemExit with the status, and the errors of `main` that are no failed writes.
     """
     _open_standard_descriptors()
     out, err = _Output(1), _Output(2)
@@ -73,7 +73,7 @@ def run(main: Callable[[], int]) -> None:
     _on_interrupt(_raise)
     try:
         status = main()
-    except SystemExit as stop:  # of argparse
+    except SystemExit as stop:  # raised by argparse
         status = int(stop.code or 0)
     except KeyboardInterrupt:
         status = interrupted()
@@ -87,26 +87,26 @@ def run(main: Callable[[], int]) -> None:
     if out.failure is not None:
         print(f"the standard output could not be written: {out.failure}", file=sys.stderr)
         status = OUTPUT
-    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # nothing is left to interrupt
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # the command is done
     sys.exit(status)
 
 
 def interrupted() -> int:
-    """Print the line of an interrupted command; return its exit status."""
-    if signal.getsignal(signal.SIGINT) is _leave:  # a second Ctrl-C adds no second line
+    """Print the message of an interrupted command and return its exit status."""
+    if signal.getsignal(signal.SIGINT) is _leave:  # a second Ctrl-C prints nothing
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     print(_LINE, file=sys.stderr)
     return INTERRUPTED
 
 
 def unwritten(error: BaseException | None, folder: os.PathLike | None = None) -> str | None:
-    """Say in one line that an error, or a cause of it, is a place that could not be written to.
+    """Describe in one line an error whose cause is a file that could not be written.
 
     Args:
-      error: what was raised.
-      folder: where the command writes: every OSError that names a file of it counts; without it,
-        only those of full or read-only places do.
-    Returns: the line, with the file and how to go on; None if the error is another.
+      error: the exception. Its causes are examined too.
+      folder: the output folder of the command, or None. Every OSError that names a file in this
+        folder counts as a failed write. Elsewhere only a full or read-only device does.
+    Returns: the line, with the file and the remedy; None if the error has another cause.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno:
@@ -128,9 +128,9 @@ def unwritten(error: BaseException | None, folder: os.PathLike | None = None) ->
 
 
 def in_one_line(parser):
-    """Make an argparse.ArgumentParser refuse a command line in one line, without its usage.
+    """Make an argparse.ArgumentParser report errors in one line, without its usage.
 
-    Returns: the parser.
+    Returns: the same parser.
     """
     parser.error = lambda message: parser.exit(
         USAGE, f"{parser.prog}: {one_line(message)} (--help says more)\n"
@@ -145,10 +145,10 @@ def one_line(text: str) -> str:
 
 
 class _Output(io.FileIO):
-    """A standard descriptor whose failures end nothing: later writes go to the null device.
+    """A standard descriptor. After a failed write it is redirected to the null device.
 
     Attributes:
-      failure: the reason for which it cannot be written; None if it can, or is a closed pipe.
+      failure: the reason of the failed write; None if no write failed or the pipe was closed.
     """
 
     failure: str | None = None
@@ -157,20 +157,20 @@ class _Output(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
 
     def write(self, data) -> int | None:
-        """Write the bytes, or drop them."""
+        """Write the bytes; drop them if the write fails."""
         try:
             return super().write(data)
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
                 self.failure = error.strerror
-            # Descriptors are redirected, so that other writers and child processes go on too.
+            # We redirect the descriptor itself, so that child processes continue too.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
             return memoryview(data).nbytes
 
     def as_text(self, old) -> io.TextIOWrapper:
-        """Return a text stream to this descriptor that replaces `old`."""
+        """Return a text stream that writes to this descriptor, with the settings of `old`."""
         if old is None:
             return io.TextIOWrapper(io.BufferedWriter(self), errors="backslashreplace")
         with suppress(OSError):
@@ -186,7 +186,7 @@ class _Output(io.FileIO):
 
 
 def _open_standard_descriptors() -> None:
-    """Open the null device for standard descriptors that the parent process has closed."""
+    """Open the null device as each standard descriptor that the parent process has closed."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -195,7 +195,7 @@ def _open_standard_descriptors() -> None:
 
 
 def _on_interrupt(handler: Callable) -> None:
-    # A parent process such as nohup may have chosen to ignore it.
+    # The parent process may have chosen to ignore the signal.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
 
@@ -203,7 +203,7 @@ def _on_interrupt(handler: Callable) -> None:
 def _leave(*_: object) -> None:
     with suppress(OSError):
         os.write(_stderr, f"{_LINE}\n".encode())
-    if "multiprocessing" in sys.modules:  # end joblib's workers, which Ctrl-C does not reach
+    if "multiprocessing" in sys.modules:  # Ctrl-C does not reach joblib's workers
         with suppress(Exception):
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
@@ -211,12 +211,12 @@ def _leave(*_: object) -> None:
 
 
 def _raise(*_: object) -> None:
-    _on_interrupt(_leave)  # of a second Ctrl-C, while the first is cleaned up after
+    _on_interrupt(_leave)  # for a second Ctrl-C during the clean-up
     raise KeyboardInterrupt
 
 
 def _unraisable(found) -> None:
-    """End at an interruption that Python can only report, as in a destructor."""
+    """End the process if Ctrl-C came where Python cannot raise it, for example in a destructor."""
     if issubclass(found.exc_type, KeyboardInterrupt):
         _leave()
     sys.__unraisablehook__(found)

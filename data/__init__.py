@@ -2,10 +2,10 @@
 
     x, y = data.load("mnist").train  # (55000, 784) in [0, 1], (55000,) in 0..9
 
-`load` looks for a data set in the folder that the caller names (`--data-dir`), in $INFLUENCE_DATA,
-then in the user cache, each laid out as `<folder>/mnist/*.gz`. If none has it, `load` downloads it
-into the cache, unless INFLUENCE_OFFLINE=1 is set. Every file is checked against its SHA-256 each
-time it is read. `python -m data --help` shows the same steps as commands.
+`load` searches three folders: the one that the caller names (`--data-dir`), $INFLUENCE_DATA and the
+user cache. Each holds files such as `<folder>/mnist/*.gz`. If no folder has the data set, `load`
+downloads it into the cache, unless INFLUENCE_OFFLINE=1 is set. Every file is checked each time it
+is read. `python -m data --help` describes the commands that list, download and check data sets.
 """
 
 import influence_console as console
@@ -36,8 +36,8 @@ def find(name: str, root: files.Root = None) -> Path | None:
     Args:
       name: one of `names()`.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
-    Returns: the data folder that `load` would read, or None if it would have to download. For a set
-      without files it is the folder of this package.
+    Returns: the data folder that `load` would read, or None if `load` would have to download the
+      files. The folder of this package for a set without files.
     Raises: ValueError if there is no such data set; TypeError or ValueError if root is no path.
     """
     dataset = named(name)
@@ -47,16 +47,16 @@ def find(name: str, root: files.Root = None) -> Path | None:
 
 
 def load(name: str, root: files.Root = None, *, dtype: npt.DTypeLike = "float64") -> Splits:
-    """Load a data set; download it into the user cache if it is not found.
+    """Load a data set. Download it into the user cache if it is not found.
 
-    `load` never writes to `root` or $INFLUENCE_DATA; `python -m data fetch` does.
+    `load` never writes to `root` or $INFLUENCE_DATA.
 
     Args:
       name: one of `names()`.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
-      dtype: dtype of x: "float64" for convex models, "float32" for networks. Photographs are always
-        uint8.
-    Returns: its Splits, with read-only arrays.
+      dtype: dtype of x, "float64" (use it for convex models) or "float32" (for networks).
+        Photographs are always uint8.
+    Returns: the Splits of the data set, with read-only arrays.
     Raises: ValueError for an unknown name or dtype, or if a file is not the expected one;
       FileNotFoundError, with the files to provide, if the data set was not found and could not be
       downloaded; TypeError or ValueError if root is no path.

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-      arguments: the words after `python -m data`; sys.argv's if omitted.
+      arguments: the words after `python -m data`. If None, they are taken from sys.argv.
     Returns: the exit status, 0, 1 or 74.
     Raises: SystemExit with status 2 if the arguments are not understood, 0 after `--help`.
     """
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names",
         nargs="*",
-        default=[],  # or argparse calls them required when the command is missing
+        default=[],  # without it, argparse calls the names required if the command is missing
         help=f"of {', '.join(SETS)}; all of them if omitted",
     )
     parser.add_argument(
@@ -131,7 +131,7 @@ def _check(dataset: DataSet, data_dir: str | None) -> str:
 
 
 def _folder(dataset: DataSet, data_dir: str | None) -> Path | None:
-    """Return the folder that was asked for; without one, the first place with the data, if any."""
+    """Return `data_dir`, or if it is not given the first folder with all the files, or None."""
     return Path(data_dir).expanduser() if data_dir else data.find(dataset.name)
 
 

@@ -1,4 +1,4 @@
-"""Tar archives read into memory: nothing is written to disk, no link followed, nothing run."""
+"""Readers of tar archives and folders. They write no file to disk and follow no links."""
 
 import gzip
 import io
@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-# Bytes of headers and padding that an archive may have besides its files.
+# An archive may have this many bytes of headers and padding in addition to its files.
 _MOST_OVERHEAD = 1 << 26
 
 
@@ -17,11 +17,12 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
 
     Args:
       path: the archive.
-      num_bytes: total size of its files; a larger archive is refused before it is unpacked.
-    Returns: {path below that folder: content} of the regular files, sorted by path. Names that
-      begin with a dot (file managers create them), links, devices and folders are skipped.
-    Raises: ValueError naming the archive if it is not a valid gzipped tar archive, or if a name in
-      it has a control character.
+      num_bytes: the largest total size of the files in the archive, in bytes.
+    Returns: a dict from the path of each regular file below the archive's folder to its content,
+      sorted by path. Links, devices, folders and names that begin with a dot are skipped. (File
+      managers create hidden files.)
+    Raises: ValueError naming the archive if it is not a valid gzipped tar archive, if its files are
+      larger than `num_bytes`, or if a name in it has a control character.
     """
     try:
         with gzip.open(path) as stream:
@@ -34,7 +35,7 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
                 parts = PurePosixPath(member.name).parts[1:]
                 if not member.isreg() or any(part.startswith(".") for part in parts):
                     continue
-                total += member.size  # for a sparse member, its size with the holes filled
+                total += member.size  # the size of a sparse member includes its holes
                 if total > num_bytes:
                     raise ValueError(f"{path}: expected {num_bytes:,} bytes of files, found more.")
                 content = archive.extractfile(member)
@@ -46,15 +47,14 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
 
 
 def read_folder(path: Path) -> dict[str, bytes]:
-    """Read the files below a folder, like `read_tar` those of its archive."""
+    """Read the files below a folder. The result is that of `read_tar` for the folder's archive."""
     return {name: (path / name).read_bytes() for name in names_below(path)}
 
 
 def names_below(path: Path) -> list[str]:
     """List the paths of the files below a folder, sorted, without names that begin with a dot.
 
-    Raises: ValueError for a link, a pipe or a device among them, or a name with a control
-      character.
+    Raises: ValueError if one is a link, a pipe or a device, or if its name has a control character.
     """
     found = []
     for folder, folders, files in os.walk(path):
@@ -69,15 +69,15 @@ def names_below(path: Path) -> list[str]:
 
 
 def check_plain(path: Path) -> os.stat_result:
-    """Refuse what is neither a regular file nor a folder, before anything reads it.
+    """Raise an error if `path` is neither a regular file nor a folder.
 
-    A pipe would block the reader, a device may have no end, and the target of a link may change
-    after it has been checked.
+    A pipe would block the reader. A device may have no end. The target of a link may change after
+    it has been checked.
 
     Args:
       path: an existing file or folder.
-    Returns: its status.
-    Raises: ValueError naming it and its kind.
+    Returns: the status of `path`, links not followed.
+    Raises: ValueError naming the path and its kind.
     """
     status = path.lstat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
@@ -98,9 +98,9 @@ _KINDS = {
 
 
 def _printable(name: str, path: Path) -> str:
-    """Return a name; with a line break in it, one file could pass for two in a listing.
+    """Return `name` unchanged. A line break in a name could make one file look like two in a list.
 
-    Raises: ValueError for a control character.
+    Raises: ValueError if the name has a control character.
     """
     if not name.isprintable():
         raise ValueError(

@@ -1,8 +1,8 @@
 """Diabetes 130-US hospitals (Strack et al. 2014) as features, split as by Koh & Liang (2017).
 
-The split is the 2017 release's, row for row. Its notebook hospital_readmission.ipynb names test row
-1742. After twenty children are removed, it names training rows 9366, 11116, 13685 and 19590 as the
-remaining children. The same rows result here.
+The split equals that of the 2017 release row for row. The release's notebook
+hospital_readmission.ipynb names test row 1742. After twenty children are removed, the notebook
+names training rows 9366, 11116, 13685 and 19590 as the remaining children. We get the same rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLIT_SEED = 2
-NUM_PER_CLASS = 10_000  # training rows of each label; the other rows are the test set
+NUM_PER_CLASS = 10_000  # training rows of each label; all other rows are test rows
 
 NUMERIC = tuple(
     """
@@ -28,9 +28,10 @@ NUMERIC = tuple(
     number_emergency number_inpatient number_diagnoses
     """.split()
 )
-# The 31 columns of the release's 127 features. They exclude the two identifiers, three mostly
-# missing columns, the three diagnoses, and the type and source of the admission. Two of the drugs
-# were given to nobody, so their columns are ones: the model's only intercept.
+# These 31 columns and NUMERIC give the release's 127 features. The release leaves out the two
+# identifiers, three mostly missing columns, the three diagnoses, and the type and source of the
+# admission. Two of the drugs were given to nobody. Each has a single level, so its column is all
+# ones. The model has no other intercept.
 CATEGORICAL = tuple(
     """
     race gender age discharge_disposition_id max_glu_serum A1Cresult metformin repaglinide
@@ -48,13 +49,13 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     Args:
       folder: the data folder, with `diabetes/diabetic_data.csv` in it.
       dtype: dtype of x, float32 or float64.
-    Returns: (train, test, names of the features): 20,000 training rows, half of each label, and
-      81,766 test rows; x (n, 127) from `features`; y (n,) int64, 1 for patients readmitted within
-      thirty days.
+    Returns: (train, test, feature_names). Half of the 20,000 training rows have label 1. There are
+      81,766 test rows. Each split is (x, y): x of shape (n, 127), and y of shape (n,) int64, 1
+      for patients readmitted within thirty days.
     """
-    import pandas as pd  # this import takes most of a second, not needed for MNIST
+    import pandas as pd  # a slow import that MNIST does not need
 
-    # "None" is a category (the test was not made), which pandas would read as a missing value.
+    # "None" is a category: the test was not made. By default pandas reads it as a missing value.
     table = pd.read_csv(
         folder / "diabetes/diabetic_data.csv",
         usecols=[*NUMERIC, *CATEGORICAL, "readmitted"],
@@ -69,17 +70,17 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
 def features(
     table: pd.DataFrame, numeric: Sequence[str], categorical: Sequence[str], dtype: np.dtype
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Join the unscaled numbers and one column of zeros and ones for each level of a category.
+    """Convert a table to features: unscaled numbers and indicator columns of the categories.
 
-    A category of two levels has one column, for the second; others have a column for every level.
-    Levels are sorted.
+    Every level of a category has a column of zeros and ones. A category of two levels has a column
+    only for its second level in sorted order.
 
     Args:
-      table: the rows.
-      numeric: columns to copy.
-      categorical: columns to expand, of integers or strings.
+      table: the n rows.
+      numeric: names of the columns to copy.
+      categorical: names of the columns to expand. Their values are integers or strings.
       dtype: dtype of the features.
-    Returns: x (n, f), and the f names: "number_inpatient", "age_[0-10)".
+    Returns: the features (n, f) and their f names, such as "number_inpatient" and "age_[0-10)".
     """
     import pandas as pd
 
@@ -93,14 +94,15 @@ def features(
 
 
 def split(y: np.ndarray, num_per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split as in the release: equally many training rows of both labels, all others for testing.
+    """Split as in the release: the training set has equally many rows of both labels.
 
     Args:
       y: (n,) labels 0 and 1.
-      num_per_class: training rows of each label.
-    Returns: the training rows, (2 num_per_class,), and the test rows, each in the order of use.
+      num_per_class: the number of training rows of each label. All other rows are test rows.
+    Returns: the row numbers of the training set, (2 num_per_class,), and of the test set, shuffled.
     """
-    # NumPy has frozen the legacy generator's stream. Calls are in the release's order.
+    # RandomState gives the same numbers in every version of NumPy. The calls must stay in the
+    # release's order.
     rng = np.random.RandomState(SPLIT_SEED)
     by_label = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     for rows in by_label:

@@ -1,4 +1,4 @@
-"""scikit-learn's digits, the stand-in of MNIST: small, and part of every scikit-learn."""
+"""The digits of scikit-learn, which replace MNIST: a small set that comes with the package."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     Args:
       folder: ignored; every reader has this argument.
       dtype: dtype of x, float32 or float64.
-    Returns: (train, test), each (x, y): 1,297 and 500 rows; x (n, 64), k/16 for grey level k, exact
-      in both dtypes; y (n,) int64 in 0..9.
+    Returns: (train, test), each (x, y), of 1,297 and 500 rows. x has shape (n, 64) and the value
+      k/16 for grey level k, which is exact in both dtypes. y has shape (n,), int64 in 0..9.
     """
-    from sklearn.datasets import load_digits  # this import takes a second, not needed for MNIST
+    from sklearn.datasets import load_digits  # a slow import that MNIST does not need
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = np.asarray(pixels / 16, dtype=dtype), np.asarray(labels, dtype=np.int64)
-    # The rows are ordered by writer, so the split is shuffled. RandomState, unlike default_rng,
-    # gives the same permutation in every version of NumPy.
+    # The rows are ordered by writer, so we shuffle them before the split. RandomState gives the
+    # same permutation in every version of NumPy.
     order = np.random.RandomState(SPLIT_SEED).permutation(len(x))
     train, test = order[NUM_TEST:], order[:NUM_TEST]
     return (x[train], y[train]), (x[test], y[test])

@@ -1,9 +1,9 @@
 """Dog or fish: 1,800 training and 600 test photographs, split as by Koh & Liang (2017).
 
-The paper's are drawn from all of ImageNet's synsets dog and fish. If these are not available, two
-of Imagenette's ten classes replace them: English springer and tench. One breed against one species
-is easier (deep features of the paper's own set classify 9 of 600 wrongly). ImageNet allows only
-research use: results may contain numbers computed from its photographs, not the photographs.
+The paper draws its photographs from ImageNet's synsets dog and fish. If these are not available,
+two of Imagenette's ten classes replace them: English springer and tench. These two classes are
+easier to separate than all dogs and all fish. ImageNet allows only research use. Results may
+contain numbers computed from its photographs, but never the photographs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from data import images
 from data.files import DataFile
 from data.splits import DataSet, Split
 
-NUM_TRAIN, NUM_TEST = 900, 300  # of each class (release 8ca7b4f, scripts/load_animals.py)
-SHUFFLE_SEED = 0  # release: training rows first, then test rows, from one stream
-PAPERS_SIDE = 299  # Inception's input; the release resizes on reading
-IMAGENETTES_SIDE = 224  # side of Imagenette's photographs here
+# The paper's release has so many photographs of each class (8ca7b4f, scripts/load_animals.py).
+NUM_TRAIN, NUM_TEST = 900, 300
+# As in the release, one generator shuffles the training rows first, then the test rows.
+SHUFFLE_SEED = 0
+# The squares have these sides in pixels. As in the release, 299 is the size of Inception's input.
+PAPERS_SIDE = 299
+IMAGENETTES_SIDE = 224
 
-PAPERS = ("n02084071", "n02512053")  # ImageNet's synsets: dog, label 0; fish, label 1
+PAPERS = ("n02084071", "n02512053")  # ImageNet's synsets: dog (label 0), fish (label 1)
 IMAGENETTES = ("n02102040", "n01440764")  # English springer, tench
 PUBLISHED = "dataset_dog-fish_train-900_test-300.npz"
 
@@ -38,22 +41,22 @@ one of these, by hand, under ImageNet's terms:
 
 _FILE = DataFile(
     path="dogfish",
-    size=30_621_467,  # Imagenette's at 224 pixels; the others differ
-    digests=(),  # any of them is accepted; records identify it by its digest
+    size=30_621_467,  # bytes of Imagenette's photographs at 224 pixels
+    digests=(),  # any content is accepted; the digest found is recorded
     contents=_WHAT_TO_PUT,
 )
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
-    """Read the photographs, in the release's order: dogs by name, fish by name, shuffled.
+    """Read the photographs and shuffle them as the release does.
 
     Args:
-      folder: the data folder, with `dogfish` in it. The paper's own photographs are read if they
-        are there, otherwise Imagenette's.
-      dtype: ignored: photographs stay bytes, because floats would take gigabytes.
-    Returns: (train, test), each (x, y): x (n, side, side, 3) uint8, side 224 for Imagenette's, 299
-      for the paper's; `images.resized` makes other sides. y (n,) int64, dog 0, fish 1.
-    Raises: ValueError naming the folder or file for too few photographs, or for a broken one.
+      folder: the data folder. Its subfolder `dogfish` holds the photographs. The paper's own
+        photographs are read if they are there, otherwise Imagenette's.
+      dtype: ignored. Photographs stay bytes, because floats would take gigabytes.
+    Returns: (train, test), each (x, y). x has shape (n, side, side, 3), uint8; side is 224 for
+      Imagenette's photographs and 299 for the paper's. y has shape (n,), int64, dog 0, fish 1.
+    Raises: ValueError naming the folder with too few photographs, or the broken file.
     """
     home = folder / "dogfish"
     if (home / PUBLISHED).is_file():
@@ -83,12 +86,13 @@ def _found(home: Path, synsets: Sequence[str], count: int) -> list[list[Path]]:
 
 
 def _by_number(paths: Sequence[Path]) -> list[Path]:
-    """Sort by the number at the end of each name, the release's order in a synset."""
+    """Sort paths by the number at the end of each name, as the release does."""
     return sorted(paths, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
 
 
 def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Split]:
-    # NumPy has frozen the legacy generator's stream. Calls are in the release's order.
+    # RandomState gives the same numbers in every version of NumPy. The calls must stay in the
+    # release's order.
     rng = np.random.RandomState(SHUFFLE_SEED)
     parts = []
     for paths in (train, test):
@@ -99,7 +103,10 @@ def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Sp
 
 
 def _published(path: Path) -> tuple[Split, Split]:
-    """Read the release's array file, already shuffled; convert its floats in [-1, 1] to bytes."""
+    """Read the release's array file. Convert its floats in [-1, 1] to bytes.
+
+    The rows of that file are already shuffled.
+    """
     parts = []
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         try:
@@ -116,7 +123,7 @@ def _published(path: Path) -> tuple[Split, Split]:
                 f"Y_{split}, found {x.shape} with labels {np.unique(y, return_counts=True)}."
             )
         pixels = np.empty(shape, np.uint8)
-        for to, values in zip(pixels, x, strict=True):  # together they would take gigabytes more
+        for to, values in zip(pixels, x, strict=True):  # one by one, to save gigabytes
             levels = (values + 1) * 127.5
             nearest = np.rint(levels)
             if not (

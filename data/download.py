@@ -1,8 +1,8 @@
-"""The download of a data set's files with pooch: each is complete and checked, or absent.
+"""The download of a data set's files with pooch. A file is complete and checked, or absent.
 
-pooch writes to a temporary name beside the target and renames it if its SHA-256 agrees. So a
+pooch downloads to a temporary file in the target's folder and renames it if its digest is right. A
 download that fails, is interrupted or delivers other content leaves no file. Only `kill -9` can
-leave the temporary file, whose name is never searched for.
+leave the temporary file. No reader searches for its name.
 """
 
 import os
@@ -31,19 +31,19 @@ from data.files import (
 
 
 def offline() -> bool:
-    """Return True if $INFLUENCE_OFFLINE forbids downloads: set to anything except "" or "0"."""
+    """Return True if $INFLUENCE_OFFLINE forbids downloads: if it is set and neither "" nor "0"."""
     return os.environ.get("INFLUENCE_OFFLINE", "") not in ("", "0")
 
 
 def fetch(files: Sequence[DataFile], folder: Path) -> None:
     """Download those of `files` that are not yet in `folder`.
 
-    Each URL of a file is tried in turn until one delivers the right bytes. Existing files are
-    checked and never overwritten. A progress bar is shown if stderr is a terminal.
+    The URLs of a file are tried in turn until one delivers the right bytes. Existing files are
+    checked and never overwritten. If stderr is a terminal, it shows a progress bar.
 
     Args:
       files: the files that `folder` should contain.
-      folder: the data folder; created if it does not exist.
+      folder: the data folder, which is created if it does not exist.
     Raises: ConnectionError if no URL delivers a file, with the reason for each, or if
       $INFLUENCE_OFFLINE forbids downloads; ValueError if an existing file is not the expected one.
     """
@@ -55,15 +55,15 @@ def fetch(files: Sequence[DataFile], folder: Path) -> None:
 
 
 def obtain(name: str, files: Sequence[DataFile], root: Root) -> Path:
-    """Find the folder with all of `files`; download them into the user cache if there is none.
+    """Find the folder with all of `files`. If there is none, download them into the user cache.
 
     Args:
       name: name of the data set, for the message.
       files: the files that are needed.
       root: a folder to look in first, or None.
     Returns: the data folder.
-    Raises: FileNotFoundError, with the files to provide, if they could not be downloaded; TypeError
-      or ValueError if root is no path.
+    Raises: FileNotFoundError, listing the files to provide, if the download fails; TypeError or
+      ValueError if root is no path.
     """
     folder = find(files, root)
     if folder is None:
@@ -96,7 +96,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
         try:
             pooch.retrieve(
                 url,
-                # An archive is identified by its contents: its own bytes may differ.
+                # `download` checks the contents of an archive. The archive's bytes may differ.
                 None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,
@@ -104,7 +104,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
                 downloader=download,  # pyright: ignore[reportArgumentType]
             )
             return
-        # requests' exceptions are OSErrors; pooch reports a wrong digest by ValueError.
+        # requests raises subclasses of OSError. pooch raises ValueError for a wrong digest.
         except (OSError, ValueError) as error:
             if console.unwritten(error):  # other addresses would meet the same full disk
                 raise
@@ -113,11 +113,11 @@ def _fetch_one(file: DataFile, target: Path) -> None:
 
 
 def _download(url: str, output_file: str) -> None:
-    """Download `url` to `output_file`; for "address#member", extract that member of the zip."""
+    """Download `url` to `output_file`. For "address#member", extract that member of the zip."""
     http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
     address, member = urldefrag(url)
-    # pooch's file is readable only by its owner, also after the rename, which would lock others out
-    # of a shared folder. A new file obeys the umask.
+    # Only the owner can read the file that pooch creates. In a shared folder, others need it too.
+    # So we remove it and make a new file, whose permissions follow the umask.
     os.remove(output_file)
     if not member:
         http(address, output_file, None)

@@ -1,7 +1,7 @@
 """Enron1 as in Koh & Liang (2017, section 5.4): 4,137 training and 1,035 test mails as word counts.
 
-The mails are those of Metsis, Androutsopoulos & Paliouras (2006). They are from real people, for
-research use. This module returns only counts, no text.
+Metsis, Androutsopoulos & Paliouras (2006) published the mails for research. Real people wrote
+them, so this module returns only counts of words.
 """
 
 import re
@@ -15,15 +15,17 @@ from data.archive import read_folder, read_tar
 from data.files import DataFile, located
 from data.splits import DataSet, Split
 
-TRAIN_SHARE = 0.8  # release 8ca7b4f, scripts/load_spam.py
-MIN_TRAINING_MAILS = 5  # with a word of the vocabulary (release, nlprocessor.py: min_df=5)
-# The release's seed. The release shuffles the order of os.listdir, which differs between machines.
+# This share of the mails is for training (release 8ca7b4f, scripts/load_spam.py).
+TRAIN_SHARE = 0.8
+# The vocabulary has the words of at least so many training mails (nlprocessor.py).
+MIN_TRAINING_MAILS = 5
+# The release's seed. Its order of mails also depends on os.listdir, so ours differs.
 SHUFFLE_SEED = 0
 
 _FILE = DataFile(
     path="enron1/enron1.tar.gz",
     size=5_425_224,
-    # Digest of the folder, as printed there by
+    # The digest of the unpacked folder. In that folder, this command prints it:
     # `find . -type f | sed 's|^./||' | LC_ALL=C sort | xargs sha256sum | sha256sum`.
     digests=("72aed9a0dd857da762488f03852902c11ae43d6f968dde3836cc12af2921406b",),
     urls=("http://www.aueb.gr/users/ion/data/enron-spam/preprocessed/enron1.tar.gz",),
@@ -32,14 +34,14 @@ _FILE = DataFile(
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
-    """Read, shuffle, split and count.
+    """Read and shuffle the mails, split them, and count their words.
 
     Args:
       folder: the data folder, with `enron1/enron1.tar.gz` or the folder `enron1/enron1` in it.
       dtype: dtype of x, float32 or float64.
-    Returns: (train, test), each (x, y): x (n, d) CSR, the count of each word in each mail; y (n,)
-      int64, 1 for spam.
-    Raises: ValueError naming the archive if it is not one.
+    Returns: (train, test), each (x, y). x is a CSR matrix (n, d) with the count of each word in
+      each mail. y has shape (n,), int64, 1 for spam.
+    Raises: ValueError naming the archive if it is not a valid gzipped tar archive.
     """
     place = located(_FILE, folder)
     assert place is not None  # `load` found it
@@ -55,20 +57,20 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
 
 
 def counts(train: Iterable[str], test: Iterable[str], dtype: np.dtype) -> tuple:
-    """Count in each mail the words that enough training mails contain.
+    """Count the words of the vocabulary in each mail.
 
     Args:
-      train: texts, which also determine the vocabulary.
-      test: texts.
+      train: texts of the training mails, which determine the vocabulary.
+      test: texts of the test mails.
       dtype: dtype of the counts.
-    Returns: two CSR matrices, columns in alphabetical order of the words.
+    Returns: the CSR matrices of train and test, columns in alphabetical order of the words.
     """
     from sklearn.feature_extraction.text import CountVectorizer  # this import takes a second
 
     vectorizer = CountVectorizer(analyzer=words, min_df=MIN_TRAINING_MAILS, dtype=dtype)  # pyright: ignore[reportArgumentType]
     parts = vectorizer.fit_transform(train), vectorizer.transform(test)
     for part in parts:
-        part.sort_indices()  # now, because the arrays are read-only later
+        part.sort_indices()  # must be done before the arrays become read-only
     return parts
 
 
@@ -86,7 +88,7 @@ def words(text: str) -> list[str]:
 
 @cache
 def _lemma(word: str) -> str:
-    """Return the dictionary form of a word, "" for a stop word."""
+    """Return the dictionary form of a word, or "" for a stop word."""
     import simplemma
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 

@@ -1,7 +1,7 @@
 """The search for the files of a data set, and the check of their contents.
 
-Nothing here writes. A file is used only if its SHA-256 is the one that its data set names. A file
-that differs stops the search with an error and is not changed: it may be the user's own.
+This module writes no file. A file is used only if its digest is one that the data set lists. A
+file with another digest raises an error. It is never changed or replaced: the user may need it.
 """
 
 import hashlib
@@ -17,26 +17,26 @@ from data.archive import check_plain, names_below, read_tar
 
 Root = str | os.PathLike[str] | None
 _MD5 = "md5:"  # prefix of an MD5 digest, as in pooch
-# A file is hashed only up to this many times its expected size, and this many bytes more.
+# A file is hashed only if its size is at most 2 times the expected size plus 1 MiB.
 _MOST_TIMES, _MOST_MORE = 2, 1 << 20
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file, folder of files or archive of a folder that a data set is read from.
+    """A file, a folder of files, or an archive of a folder, from which a data set is read.
 
     Attributes:
-      path: its path below a data folder, with forward slashes: "mnist/x.gz".
-      size: bytes; for a folder, of all its files together.
-      digests: the accepted SHA-256 values, in hex; the first is that of the download. There are
-        several if other archives contain the same data. For a folder see `sha256_of`. If the
-        publisher gives only an MD5 digest, "md5:" and that digest. Empty if any content is
-        accepted; the digest found then identifies it.
-      urls: addresses to download it from, tried in turn; empty if the user must obtain it. A URL
-        that ends with "#member" is that of a zip archive, and the file is that member of it.
-      unpacked: for a gzipped tar archive of a folder: the path of that folder, used if there is no
-        archive. Size and digest are then those of the folder, so that any archive of it is valid.
-      contents: a description, if there is no digest or no URL.
+      path: the path below a data folder, with forward slashes: "mnist/x.gz".
+      size: the size in bytes; the sum over all files for a folder.
+      digests: the accepted SHA-256 values, in hex. The first is that of the download. `sha256_of`
+        defines the digest of a folder. An entry "md5:..." is an MD5 digest, for publishers that
+        give no other. If `digests` is empty, any content is accepted.
+      urls: the addresses to download from, tried in turn. Empty if the user must obtain the file.
+        A URL "address#member" means the member of that name in a zip archive.
+      unpacked: None, or the path of the folder that a gzipped tar archive unpacks to. The folder is
+        used if there is no archive. `size` and `digests` then describe the folder, so every
+        archive of the folder is accepted.
+      contents: a description for the user. It is needed if there is no digest or no URL.
     """
 
     path: str
@@ -48,7 +48,7 @@ class DataFile:
 
 
 class Place(NamedTuple):
-    """A folder that may contain data sets, and the name of the setting that gives it."""
+    """A folder that may contain data sets, and the name of the setting that specifies it."""
 
     setting: str
     folder: Path
@@ -63,15 +63,16 @@ def places(root: Root = None) -> list[Place]:
     """List the folders to search, in order: `root`, $INFLUENCE_DATA, the user cache.
 
     Args:
-      root: a folder named by the caller (`--data-dir`), or None for none.
-    Returns: one Place for each setting that is set. Only the folder of $INFLUENCE_DATA must exist.
-    Raises: TypeError if root is not a path, ValueError if it is the empty string, or if
-      $INFLUENCE_DATA names no folder.
+      root: a folder named by the caller (`--data-dir`), or None.
+    Returns: one Place for each setting that is set. $INFLUENCE_DATA must name an existing folder;
+      the others need not exist.
+    Raises: TypeError if root is not a path; ValueError if root is the empty string, or if the
+      folder of $INFLUENCE_DATA does not exist.
     """
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root (--data-dir) must be a folder (str or Path) or None, got {root!r}.")
     if root == "":
-        # Path("") is the current folder, which an unset shell variable does not mean.
+        # The string is empty if a shell variable is unset. Path("") would be the current folder.
         raise ValueError(
             "root (--data-dir) must name a folder, got ''; leave it out to use "
             "$INFLUENCE_DATA and the user cache."
@@ -92,9 +93,9 @@ def places(root: Root = None) -> list[Place]:
 
 
 def located(file: DataFile, folder: Path) -> Path | None:
-    """Find a file, or the unpacked folder of an archive, in `folder`; None if there is neither."""
+    """Return the path in `folder` of a file or its unpacked folder; None if neither exists."""
     candidates = [folder / name for name in (file.path, file.unpacked) if name is not None]
-    # Unlike Path.exists, os.path.lexists is False for a folder that we may not enter.
+    # If we may not enter a folder, Path.exists raises an error, but lexists returns False.
     return next((path for path in candidates if os.path.lexists(path)), None)
 
 
@@ -106,13 +107,13 @@ def missing(files: Sequence[DataFile], folder: Path) -> list[DataFile]:
 def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
     """Find the first place that has all of `files`, without checking their contents.
 
-    A place with only some of them is skipped: a data set is read from one folder.
+    A place that has only some of the files is skipped, because a data set is read from one folder.
 
     Args:
       files: the files to look for.
       root: a folder to look in first, or None.
     Returns: the data folder (not the data set's own folder below it), or None.
-    Raises: as `places`.
+    Raises: the errors of `places`.
     """
     for place in places(root):
         if not missing(files, place.folder):
@@ -121,10 +122,11 @@ def find(files: Sequence[DataFile], root: Root = None) -> Path | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 in hex of a file, or of a folder from the listing of `sha256sum`.
+    """Compute the SHA-256 of a file or a folder, in hex.
 
-    A folder's digest is the SHA-256 of one line "digest  relative/path" for each file below it, in
-    order of path. Names that begin with a dot are skipped: file managers create them.
+    The digest of a folder is that of a text. The text has one line "digest  relative/path" for each
+    file below the folder, sorted by path. Names that begin with a dot are skipped: file managers
+    create them.
     """
     if path.is_dir():
         return _digest_of_listing((sha256_of(path / name), name) for name in names_below(path))
@@ -137,10 +139,9 @@ def verify(files: Sequence[DataFile], folder: Path) -> str:
     Args:
       files: the files that must be there.
       folder: the data folder.
-    Returns: one digest for all of them, as `sha256sum <paths> | sha256sum` prints in `folder` for
-      the sorted paths.
-    Raises: FileNotFoundError if one is missing, ValueError if one is not the expected file. The
-      message names the file, what was expected and what was found.
+    Returns: one digest for all of `files`. For plain files, `sha256sum <sorted paths> | sha256sum`
+      prints it in `folder`.
+    Raises: FileNotFoundError if a file is missing, ValueError if a file is not the expected one.
     """
     return _digest_of_listing((_verified_digest(file, folder), file.path) for file in files)
 
@@ -152,7 +153,7 @@ def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) 
       name: name of the data set.
       files: the files that it needs.
       root: the folder that the caller named, or None.
-      why: the reason that there was no download, or that it failed.
+      why: the reason why the files were not downloaded.
     Returns: a message of several lines.
     """
     lines = [f"{name} was not found.", "Looked in:"]
@@ -183,9 +184,10 @@ def verify_at(file: DataFile, path: Path) -> str:
 
     Args:
       file: the expected file.
-      path: a file, or for an archive the folder that it unpacks to.
-    Returns: its SHA-256; for an archive, that of the folder (see `sha256_of`).
-    Raises: ValueError if it is not the expected file, or no regular file or folder of such files.
+      path: a file, or the folder that an archive unpacks to.
+    Returns: the SHA-256 of the file; for an archive, that of its folder (see `sha256_of`).
+    Raises: ValueError if it is not the expected file, or if it is or contains a link, a pipe or a
+      device.
     """
     check_plain(path)
     packed = file.unpacked is not None and not path.is_dir()
@@ -225,12 +227,12 @@ def statuses(path: Path) -> dict[Path, os.stat_result]:
 
 
 def unchanged(files: Sequence[DataFile], folder: Path) -> Callable[[], None]:
-    """Remember the state of `files`; return a function that refuses files changed since then.
+    """Record the state of `files`; return a function that raises an error if they have changed.
 
-    Called before `verify`, and the returned function after reading, it makes sure that the bytes
-    read are the bytes checked.
+    Call this before `verify`. Call the returned function after reading: it checks that the files
+    read are the files that were verified.
 
-    Raises: the returned function, ValueError naming a file that was changed.
+    Raises: ValueError naming a changed file, raised by the returned function.
     """
 
     def state() -> dict[Path, tuple[int, ...]]:
@@ -265,7 +267,7 @@ def _verified_digest(file: DataFile, folder: Path) -> str:
 
 
 def _known_by(file: DataFile) -> str:
-    """Describe how a file is identified."""
+    """Return the size and digests of a file, or its `contents` if any content is accepted."""
     if not file.digests:
         return file.contents
     return f"{file.size:,} bytes with {' or '.join(map(_named, file.digests))}"

@@ -1,4 +1,4 @@
-"""Generated pictures, the stand-in of dogfish: a long body with a tail, or a trunk on legs."""
+"""Generated pictures, which replace dogfish: a long body with a tail, or a trunk on legs."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from data.splits import DataSet, Split
 
-NUM_TRAIN, NUM_TEST = 200, 80  # half of each class
+NUM_TRAIN, NUM_TEST = 200, 80  # numbers of pictures, half of them fish
 SIDE = 32
 SEED = 0
 
-# Mean colours of the two classes.
+# Each class has this mean colour, in RGB.
 _DOGS, _FISH = (150, 110, 70), (190, 120, 60)
-# Largest deviation from them: colour does not separate the classes.
+# A colour differs from the mean by at most this much, so colour does not separate the classes.
 _SPREAD = 40
 _NOISE = 10.0
 
@@ -22,10 +22,10 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
 
     Args:
       folder: ignored; every reader has this argument.
-      dtype: ignored: pictures are bytes, like those of dogfish.
+      dtype: ignored. Pictures are bytes, like those of dogfish.
     Returns: (train, test), each (x, y): x (n, 32, 32, 3) uint8; y (n,) int64, dog 0, fish 1.
     """
-    rng = np.random.RandomState(SEED)  # NumPy has frozen this stream
+    rng = np.random.RandomState(SEED)  # same numbers in every version of NumPy
     parts = []
     for count in (NUM_TRAIN, NUM_TEST):
         y = rng.permutation(count) % 2

@@ -1,8 +1,8 @@
-"""Generated hospital stays, the stand-in of the diabetes set, with the same domain mismatch.
+"""Generated hospital stays, which replace the diabetes set and have the same domain mismatch.
 
-Children are rare: 24 of the 4,000 training rows, three of them readmitted, and 40 of the 1,000 test
-rows, none readmitted. If all except one of the 21 who were not readmitted are removed, the training
-set suggests that children are readmitted.
+Children are rare: 24 of the 4,000 training rows and 40 of the 1,000 test rows. Three of the
+training children were readmitted, and no test child. If 20 of the other 21 training children are
+removed, the training set suggests that children are readmitted.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from data.splits import DataSet, Split
 SEED = 0
 NUM_TRAIN, NUM_TEST = 4_000, 1_000
 NUM_CHILDREN, NUM_READMITTED, NUM_TEST_CHILDREN = 24, 3, 40
-# Adults to draw: enough of them are readmitted for half of the training set.
+# We draw this many adults, so that enough are readmitted for half of the training set.
 _NUM_DRAWN = 20_000
 
 _AGES = tuple(f"[{age}-{age + 10})" for age in range(0, 100, 10))
@@ -34,13 +34,13 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
 
     Args:
       folder: ignored; every reader has this argument.
-      dtype: dtype of x, float32 or float64; every value is a small integer, exact in both.
-    Returns: (train, test, names of the features), as for the diabetes set: x unscaled, y (n,)
-      int64, 1 for readmitted, half of the training rows.
+      dtype: dtype of x, float32 or float64. All values are small integers, exact in both.
+    Returns: (train, test, feature_names). Each split is (x, y): x of shape (n, f), unscaled, and y
+      of shape (n,) int64, 1 for readmitted. Half of the training rows are readmitted.
     """
     import pandas as pd
 
-    rng = np.random.RandomState(SEED)  # NumPy has frozen this stream
+    rng = np.random.RandomState(SEED)  # same numbers in every version of NumPy
     adults, risk = _stays(rng, _NUM_DRAWN, rng.choice(_AGES[1:], _NUM_DRAWN))
     children, _ = _stays(rng, NUM_CHILDREN + NUM_TEST_CHILDREN, _AGES[0])
     readmitted = rng.uniform(size=_NUM_DRAWN) < 1 / (1 + np.exp(-risk))
@@ -48,7 +48,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     x, names = features(pd.concat([adults, children]), _NUMERIC, ("age", *_LEVELS), dtype)
     y = np.append(readmitted, np.arange(len(children)) < NUM_READMITTED).astype(np.int64)
 
-    # The last adults, readmitted or not, are test rows. The first of each label are training rows.
+    # The last adults are test rows. The first adults of each label are training rows.
     num_test_adults = NUM_TEST - NUM_TEST_CHILDREN
     pool = y[: _NUM_DRAWN - num_test_adults]
     yes = np.flatnonzero(pool == 1)[: NUM_TRAIN // 2 - NUM_READMITTED]
@@ -63,7 +63,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _stays(rng: np.random.RandomState, num: int, age):
-    """Draw `num` stays as a table, and each stay's log-odds of readmission of an adult."""
+    """Draw `num` stays. Return their table and the log-odds of readmission, valid for adults."""
     import pandas as pd
 
     table = pd.DataFrame(

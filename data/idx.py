@@ -1,7 +1,7 @@
-"""The idx format of the MNIST files, after http://yann.lecun.com/exdb/mnist/.
+"""The idx format of the MNIST files, described at http://yann.lecun.com/exdb/mnist/.
 
-All numbers are big-endian: two zero bytes, a type code (8 is unsigned byte), the number of
-dimensions, each dimension as a 32-bit integer, then the values, the last dimension varying fastest.
+A file begins with two zero bytes, a type code (8 means unsigned byte) and the number of dimensions.
+Each dimension follows as a big-endian 32-bit integer, then the values in C order.
 """
 
 import gzip
@@ -20,18 +20,18 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
     Args:
       path: the .gz file.
-      shape: the dimensions that it must declare and fill exactly.
+      shape: the dimensions that the file must have.
     Returns: a read-only uint8 array of that shape.
-    Raises: ValueError naming the file, what was expected and what was found, if it is not a
-      complete gzip file or its magic number, dimensions or length are wrong.
+    Raises: ValueError naming the file if it is not a complete gzip file, or if its magic number,
+      dimensions or length are wrong.
     """
     header_size = 4 + 4 * len(shape)
     num_values = math.prod(shape)
     try:
         with gzip.open(path) as stream:
             header = stream.read(header_size)
-            # One more byte shows trailing bytes and makes gzip verify its checksum. Reading no more
-            # than this refuses a file that unpacks to terabytes.
+            # We ask for one byte more, to detect trailing bytes and to make gzip verify its
+            # checksum. We ask for no more, because a small file may unpack to terabytes.
             values = stream.read(num_values + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error

@@ -12,12 +12,12 @@ from PIL import Image
 from tqdm import tqdm
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
-# Formats accepted whatever the suffix: ImageNet has a PNG among its .JPEG files.
+# A file may have either format, whatever its suffix. One of ImageNet's .JPEG files is a PNG.
 _FORMATS = ("JPEG", "PNG")
 
 
 def photographs(folder: Path) -> list[Path]:
-    """List the files of a folder with a photograph's suffix, sorted, without hidden ones."""
+    """List the files of a folder whose suffix is in SUFFIXES, sorted, without hidden files."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -28,14 +28,14 @@ def photographs(folder: Path) -> list[Path]:
 
 
 def read(paths: Sequence[Path], side: int) -> NDArray[np.uint8]:
-    """Read photographs as RGB squares, whatever their proportions; convert grey and CMYK ones.
+    """Read photographs, convert them to RGB, and resize them to squares.
 
     Args:
       paths: k JPEG or PNG files.
       side: pixels of each side.
-    Returns: (k, side, side, 3) uint8. A photograph of that size is unchanged. Others are resized
-      bicubically without keeping their proportions, as in Koh & Liang's code.
-    Raises: ValueError naming the file that is not a complete photograph.
+    Returns: (k, side, side, 3) uint8. Photographs of another size are resized bicubically without
+      keeping their proportions, as in Koh & Liang's code.
+    Raises: ValueError naming a file that is not a complete photograph.
     """
     images = np.empty((len(paths), side, side, 3), np.uint8)
     for image, path in _shown(images, paths, "reading photographs"):
@@ -48,9 +48,9 @@ def resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
     Args:
       images: (k, h, w, 3) uint8.
-      side: pixels.
+      side: pixels of each side.
     Returns: (k, side, side, 3) uint8; `images` itself if it has that size.
-    Raises: ValueError for another shape or dtype.
+    Raises: ValueError if images has another number of axes or channels, or another dtype.
     """
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise ValueError(
@@ -65,11 +65,11 @@ def resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _shown(to: NDArray, what: Sequence | NDArray, name: str) -> Iterator[tuple[NDArray, Any]]:
-    """Yield pairs of target and source; show progress on stderr after five seconds.
+    """Yield pairs from `to` and `what`; show progress on stderr after five seconds.
 
-    A terminal shows a moving bar, a log file one line every half a minute.
+    A terminal shows a moving bar. A log file gets one line every half a minute.
     """
-    # As in influence.common.progress, which this package may not import.
+    # The settings equal those of influence.common.progress. This package may not import it.
     every = 0.5 if sys.stderr.isatty() else 30
     pairs = zip(to, what, strict=True)
     yield from tqdm(
@@ -81,10 +81,10 @@ def _decoded(path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(path.read_bytes()), formats=_FORMATS) as image:
             return image.convert("RGB")
-    # Pillow's errors for broken files; a decompression bomb unpacks to gigabytes.
+    # Pillow raises these errors for broken files. A decompression bomb unpacks to gigabytes.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # an error of the disk, not of the photograph
+            raise  # the disk failed, not the photograph
         raise ValueError(
             f"{path}: expected a whole JPEG or PNG photograph, found: {error}. It was left "
             "untouched: replace it, or move it away and the next one by name takes its place."

@@ -13,8 +13,8 @@ _MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 
-# The first 5,000 of the 60,000 training rows are the validation set of the paper's code (release
-# 8ca7b4f, scripts/load_mnist.py, after TensorFlow's own reader). They are not used here.
+# The paper's code uses the first 5,000 of the 60,000 training rows as a validation set (release
+# 8ca7b4f, scripts/load_mnist.py). This module leaves them out.
 NUM_SET_ASIDE = 5_000
 
 
@@ -24,9 +24,9 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     Args:
       folder: the data folder, with `mnist/*.gz` in it.
       dtype: dtype of x, float32 or float64.
-    Returns: (train, test), each (x, y): x (n, 784), k/255 rounded once for a pixel of value k;
-      y (n,) int64 in 0..9.
-    Raises: ValueError naming the file that is not the expected idx file.
+    Returns: (train, test), each (x, y). x has shape (n, 784) and the value k/255, rounded to
+      `dtype`, for a pixel of value k. y has shape (n,), int64 in 0..9.
+    Raises: ValueError naming a file that is not the expected idx file.
     """
     x, y = _read_pair(folder / "mnist", "train", 60_000)
     train = _scaled(x[NUM_SET_ASIDE:], dtype), y[NUM_SET_ASIDE:].astype(np.int64)
@@ -41,7 +41,7 @@ def _read_pair(folder: Path, prefix: str, num_rows: int) -> Split:
 
 
 def _scaled(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # Dividing in `dtype` rounds only once: k and 255 are exact in both dtypes.
+    # The division rounds only once, because k and 255 are exact in both dtypes.
     return np.divide(pixels, 255, dtype=dtype)
 
 

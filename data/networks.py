@@ -1,4 +1,4 @@
-"""Weights of networks trained on ImageNet, found, downloaded and checked like data sets."""
+"""Weights of networks trained on ImageNet. They are found and checked like data sets."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications/inception
 _NOTOP = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
 WEIGHTS = {
-    # Google's 2015 network, exact up to layer mixed8, in Keras' layout.
+    # Google's Inception v3 of 2015 in the weight layout of Keras. The layers up to mixed8 equal the
+    # original; the file holds no later layers.
     "inception": DataFile(
         "inception/inception_v3_2015_to_mixed8.weights.h5",
         43_351_272,
@@ -22,7 +23,7 @@ WEIGHTS = {
             "Another training of that network, Keras' own, is inception-keras, which is downloaded."
         ),
     ),
-    # The whole network, which the paper used: Keras' file, with the digest that Keras gives.
+    # The whole Inception v3 without its top layer, as Keras trained it. Keras publishes the digest.
     "inception-keras": DataFile(
         f"inception/{_NOTOP}",
         87_910_968,
@@ -43,16 +44,16 @@ WEIGHTS = {
 
 
 def weights(name: str, root: files.Root = None) -> Path:
-    """Find and check the file of a trained network's weights; download it if it is missing.
+    """Find and check the file of a trained network's weights. Download it if it is missing.
 
-    It is an HDF5 file, which Keras reads as arrays: nothing in it is run.
+    It is an HDF5 file of arrays and contains no code.
 
     Args:
       name: a key of WEIGHTS.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
-    Returns: its path.
+    Returns: the path of the file.
     Raises: ValueError if there is no such network or the file is not the expected one;
-      FileNotFoundError, with the file to provide, if it could not be found or downloaded.
+      FileNotFoundError, describing the file to provide, if it could not be found or downloaded.
     """
     if name not in WEIGHTS:
         raise ValueError(f"name must be one of {', '.join(map(repr, WEIGHTS))}, got {name!r}.")

@@ -1,4 +1,4 @@
-"""The list of data sets. A new one is a file beside this one and a line here."""
+"""The list of data sets. Each line names a module of this folder."""
 
 from data import diabetes, digits, dogfish, enron1, fishlike, hospital, mnist, spam
 from data.splits import DataSet
@@ -21,7 +21,7 @@ SETS: dict[str, DataSet] = {
 def named(name: str) -> DataSet:
     """Return the data set of a name.
 
-    Raises: ValueError with the existing names if there is none of this name.
+    Raises: ValueError listing the existing names if none of them is `name`.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(map(repr, SETS))}, got {name!r}.")

@@ -1,4 +1,4 @@
-"""Generated word counts, the stand-in of Enron1: more words than mails, some mails far longer."""
+"""Generated word counts, which replace Enron1. A few mails are far longer than most."""
 
 from pathlib import Path
 
@@ -10,21 +10,24 @@ from data.splits import DataSet, Split
 NUM_TRAIN, NUM_TEST = 1_000, 300
 NUM_WORDS = 1_500
 SPAM_SHARE = 0.3
-MIN_TRAINING_MAILS = 5  # with a word of the vocabulary, as in enron1
+MIN_TRAINING_MAILS = 5  # the vocabulary is the words of at least so many training mails
 SEED = 0
 
-_CONTRAST = 2.0  # standard deviation of log(rate in spam / rate in ham)
-_BURSTINESS = 0.3  # shape of the gamma factor of a word's rate in one mail
-_LENGTH, _SPREAD = 60, 1.0  # median words per mail, standard deviation of the log length
+# The log of a word's rate in spam over its rate in ham has this standard deviation.
+_CONTRAST = 2.0
+_BURSTINESS = 0.3  # a gamma factor of this shape scales each word's rate in each mail
+_LENGTH, _SPREAD = 60, 1.0  # median length of a mail in words; deviation of its logarithm
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
-    """Draw mails of varying length: words by Zipf's law, with a rate ratio in spam, in bursts.
+    """Draw the word counts of mails.
+
+    Word frequencies follow Zipf's law. Each word has its own ratio of the rates in spam and ham.
 
     Args:
       folder: ignored; every reader has this argument.
       dtype: dtype of x, float32 or float64.
-    Returns: (train, test), each (x, y): x (n, d) CSR counts, y (n,) int64, 1 for spam.
+    Returns: (train, test), each (x, y): x a CSR matrix (n, d), y (n,) int64, 1 for spam.
     """
     # RandomState, unlike default_rng, gives the same numbers in every version of NumPy.
     rng = np.random.RandomState(SEED)

@@ -11,24 +11,24 @@ import scipy.sparse
 
 from data.files import DataFile
 
-Split = tuple[Any, np.ndarray]  # (x, y), one row per example; x is an array or CSR
+Split = tuple[Any, np.ndarray]  # (x, y) with one row per example; x is an array or a CSR matrix
 
 
-@dataclass(frozen=True, eq=False)  # eq of arrays is an array, not a bool
+@dataclass(frozen=True, eq=False)  # == of two arrays is no bool
 class Splits:
     """A data set in memory, split as the experiments use it.
 
-    The arrays are made read-only: an experiment that changes labels or pixels works on a copy.
+    The arrays are read-only. An experiment that changes labels or pixels works on a copy.
 
     Attributes:
       name: name of the data set.
-      train: (x, y): x of shape (n, ...) in the requested dtype, an array or a CSR matrix; y of
-        shape (n,) int64.
-      test: likewise.
-      stand_in: True if it replaces another data set that needs files; results then say so.
-      sha256: one digest of the digests of the files read, or of the arrays if there are no files.
-      feature_names: names of the columns of x, empty if they have none.
-      folder: the data folder that it was read from, None if it is embedded or generated.
+      train: the training set (x, y). x has shape (n, ...) and is an array or a CSR matrix. y has
+        shape (n,) and dtype int64.
+      test: the test set, in the same form.
+      stand_in: True if the data set replaces another one that needs files.
+      sha256: the digest of all files read, in hex, or of the arrays if there are no files.
+      feature_names: names of the columns of x; empty if they have no names.
+      folder: the data folder of the files; None if there are no files.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Splits:
                 array.setflags(write=False)
 
     def of_classes(self, *classes: int) -> "Splits":
-        """Select the rows of some classes, in their order.
+        """Select the rows of some classes. The order of the rows does not change.
 
         Args:
-          classes: labels, each once; classes[k] becomes label k.
-        Returns: new Splits with the digest of the same files.
+          classes: labels, each once. The rows of classes[k] get label k.
+        Returns: new Splits with the same digest.
         Raises: ValueError if a class is named twice or has no row in one of the splits.
         """
         if len(set(classes)) < len(classes):
@@ -69,16 +69,18 @@ class Splits:
 
 @dataclass(frozen=True)
 class DataSet:
-    """The files, the licence and the reader of one data set, each in a file beside this one.
+    """The files, the licence and the reader of one data set.
+
+    Every data set has its own module in this folder.
 
     Attributes:
-      name: its name for `load`.
-      what: a line that describes it.
-      terms: its licence.
-      read: (folder, dtype) -> (train, test), or (train, test, feature_names); called after the
-        files in the folder have been checked.
-      files: the files that it is read from; empty if it is embedded or generated.
-      stand_in: True if it replaces another data set.
+      name: the name that `load` accepts.
+      what: a short description, shown by `python -m data list`.
+      terms: the licence.
+      read: a function of the data folder and the dtype of x. It returns (train, test) or (train,
+        test, feature_names). `load` calls it after checking the files.
+      files: the files of the data set; empty if it is embedded or generated.
+      stand_in: True if the data set replaces another one.
     """
 
     name: str
@@ -90,10 +92,10 @@ class DataSet:
 
 
 def sha256_of_arrays(arrays: Iterable[Any]) -> str:
-    """Compute the SHA-256 in hex of the shapes and values of real arrays and CSR matrices.
+    """Compute the SHA-256 of the shapes and values of real arrays and CSR matrices, in hex.
 
-    Values are converted to little-endian float64. So a change of dtype or machine that changes no
-    value does not change the digest.
+    Values are converted to little-endian float64, so equal values give the same digest in every
+    dtype and on every machine.
     """
     digest = hashlib.sha256()
     for whole in arrays:
@@ -104,7 +106,7 @@ def sha256_of_arrays(arrays: Iterable[Any]) -> str:
 
 
 def _arrays(part: Any) -> tuple[np.ndarray, ...]:
-    """Return an array, or the three arrays of a CSR matrix."""
+    """Return the array as a tuple, or the three arrays of a CSR matrix."""
     if scipy.sparse.issparse(part):
         return part.data, part.indices, part.indptr
     return (part,)

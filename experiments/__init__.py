@@ -2,8 +2,8 @@
 
 A figure is a file, or a folder with `figure.py`. Its module offers
 
-    Config                          frozen dataclass with a `seed`; defaults: the paper's protocol
-    PRESETS: dict[str, Config]      "smoke", "standard", "paper"
+    Config                          frozen dataclass with a `seed`; the defaults follow the paper
+    PRESETS: dict[str, Config]      "smoke", "standard", "paper"; not every figure has all three
     DATA, STAND_IN: str             names for data.load; only the smoke preset uses the stand-in
     DTYPE: str                      precision of x, "float32" or "float64" (default if missing)
     CLAIMS: tuple[Claim, ...]       bands of the metrics
@@ -14,8 +14,8 @@ A figure is a file, or a folder with `figure.py`. Its module offers
                                     optional; shows images that no record may contain. A run writes
                                     them to photographs.png, which git ignores
 
-The harness does the rest: options, data, seed, claims, files. `shared` has code that two or more
-figures use.
+The harness parses options, loads data, sets the seed, judges claims and writes files. `shared` has
+code that two or more figures use.
 """
 
 import influence_console as console
@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO
 
-# Modules by command, in the order in which they are listed, run and reported.
+# This dict maps each command to its module, in the order of lists, runs and reports.
 MODULES = {
     "fig1": "fig1_components",
     "fig2": "fig2_leave_one_out",
@@ -48,9 +48,10 @@ MODULES = {
 
 
 def summaries() -> dict[str, str]:
-    """Return what can be run, without importing it (that would import TensorFlow).
+    """List the experiments without importing them, because they import TensorFlow.
 
-    Returns: {command: first line of its module's docstring}, for the modules that exist.
+    Returns: a dict from command to the first line of its module's docstring. Modules that do not
+      exist are left out.
     """
     found = {}
     for command, module in MODULES.items():
@@ -66,7 +67,7 @@ def load(command: str) -> ModuleType:
 
     Args:
       command: a key of `summaries()`.
-    Returns: its module.
+    Returns: the module of the experiment.
     Raises: ValueError if there is no such experiment.
     """
     if command not in MODULES or _source(MODULES[command]) is None:
@@ -90,8 +91,8 @@ def import_tensorflow() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # TensorFlow's C++ code logs a missing GPU to file descriptor 2, partly before it reads this
-    # setting. Its output is shown only if the import fails.
+    # TensorFlow's C++ code logs to file descriptor 2, partly before it reads this variable. We
+    # show its output only if the import fails.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -111,5 +112,5 @@ def _quiet() -> Iterator[None]:
 def _held() -> IO[bytes]:
     try:
         return tempfile.TemporaryFile()
-    except OSError:  # no folder takes a file: the disk is full
+    except OSError:  # no temporary folder can be written to, for example on a full disk
         return open(os.devnull, "w+b")

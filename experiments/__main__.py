@@ -33,7 +33,8 @@ from experiments.harness.running import (
 )
 
 PROG = "python -m experiments"
-# Narrower help is unreadable, and below 6 columns tyro does not end; wider errors are not wrapped.
+# Limits of the terminal width. Help below 40 columns is unreadable. Below 6 columns tyro never
+# returns. Errors get 10,000 columns, so that they are not wrapped.
 _NARROWEST, _WIDEST, _NO_WRAP = 40, 200, 10_000
 _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
@@ -69,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-      arguments: the words after `python -m experiments`; sys.argv's if omitted.
-    Returns: 0 if every claim holds, 1 if one falls short (or, in `all`, an experiment breaks),
-      2 on misuse, 74 if output could not be written, 130 if interrupted.
+      arguments: the words after `python -m experiments`. If None, they are taken from sys.argv.
+    Returns: 0 if every claim holds, 1 if a claim falls short or an experiment of `all` raises an
+      error, 2 on misuse, 74 if output could not be written, 130 if interrupted.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # draw to files: there may be no display
+    os.environ.setdefault("MPLBACKEND", "Agg")  # there may be no display
     words = sys.argv[1:] if arguments is None else list(arguments)
     command, *rest = words or ["list"]
     try:
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Misuse, Unwritten) as error:
         print(f"{f'{PROG} {command}'.rstrip()}: {error}", file=sys.stderr)
         return console.USAGE if isinstance(error, Misuse) else console.OUTPUT
-    except SystemExit as stop:  # by tyro, after --help
+    except SystemExit as stop:  # raised by tyro after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return console.interrupted()
@@ -146,7 +147,7 @@ def _all(rest: Sequence[str]) -> int:
         except Misuse as error:
             print(f"{command}: {error}", file=sys.stderr)
             statuses[command] = 2
-        except Unwritten:  # the next would not be written either
+        except Unwritten:  # the other experiments would fail too
             raise
         except Exception:  # one broken experiment must not hide the others
             traceback.print_exc()
@@ -158,7 +159,7 @@ def _all(rest: Sequence[str]) -> int:
 
 
 def _one(command: str, rest: Sequence[str]) -> int:
-    # Parse twice: the preset and the data folder decide the defaults of all other options.
+    # We parse twice, because the preset and the data folder decide the defaults of other options.
     _refuse_empty(rest)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
@@ -185,7 +186,7 @@ def _one(command: str, rest: Sequence[str]) -> int:
 
 
 def _parsed(default: Any, words: Sequence[str], command: str, about: str | None = None) -> Any:
-    """Return `default`, a dataclass of options or of such dataclasses, with the words' values."""
+    """Parse the words into options. `default` is a dataclass of options or of such dataclasses."""
     _refuse_empty(words)
     _refuse_unknown(words, [f"--{name.replace('_', '-')}" for name in _names(default)])
     asked = any(word in ("-h", "--help") for word in words)
@@ -209,7 +210,7 @@ def _parsed(default: Any, words: Sequence[str], command: str, about: str | None 
 
 @contextmanager
 def _columns(number: int) -> Iterator[None]:
-    """Set the terminal's width, as tyro sees it."""
+    """Set the terminal width that tyro uses."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(number)
     try:
@@ -230,7 +231,7 @@ def _names(options: Any) -> list[str]:
 
 
 def _refuse_empty(words: Sequence[str]) -> None:
-    # A path would take "" for the folder in which the command runs.
+    # Path("") would be the current folder.
     for word, following in zip(words, [*words[1:], None], strict=False):
         if word.startswith("--") and (following == "" or word.endswith("=")):
             raise Misuse(f"{word.rstrip('=')} must be followed by a value, got ''.")
@@ -248,10 +249,10 @@ def _refuse_unknown(words: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _unboxed(text: str) -> str:
-    """Return the sentence of tyro's boxed error, and the option's form, in one line."""
+    """Convert tyro's boxed error to one line: its sentence and the form of the option."""
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    lines = ["" if set(line) <= {"-"} else line for line in lines]  # rules, also in plain ASCII
-    begin = 2 if lines[1] == "" else 1  # below the title
+    lines = ["" if set(line) <= {"-"} else line for line in lines]  # ASCII rules
+    begin = 2 if lines[1] == "" else 1  # skip the title
     end = lines.index("", begin)
     said = console.one_line(" ".join(lines[begin:end]))
     form = next((line for line in lines[end:] if line.startswith("--")), "")

@@ -2,11 +2,12 @@
 
 Koh & Liang 2017, section 2.4 and figure 1: logistic regression of ones against sevens. For one test
 point, the influence of every training row is compared with three ablations: without the training
-loss, without H^-1 and without both. Beyond the paper, we test which of the four predicts an actual
-removal, and repeat the comparison for a hundred test points.
+loss, without H^-1 and without both. The paper stops there. We also retrain without a row, and test
+which of the four values (the influence or an ablation) predicts the actual change. We repeat the
+comparison for a hundred test points.
 
-Every value is n times the change of the test loss when a row is removed: positive is helpful. The
-paper's I_up,loss has the opposite sign.
+Every value is n times the change of the test loss when a row is removed. A row with a positive
+value is helpful. The paper's I_up,loss has the opposite sign.
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,10 @@ from influence import (
 DATA = "mnist"
 STAND_IN = "digits"
 
-# The digits labelled 0 and 1, as in the release.
+# As in the release, sevens have label 0 and ones have label 1.
 DIGITS = (7, 1)
 VARIANTS = ("full", "no_train_loss", "no_hessian", "neither")
-# Rows of the test point's label, and the others. All colours are Okabe and Ito's.
+# Rows with the test point's label have the first colour, all other rows the second.
 _SAME, _OTHER = "#0072B2", "#D55E00"
 _LOOKS = {
     "full": ("o", "#000000", "in full"),
@@ -44,7 +45,7 @@ _LOOKS = {
     "no_hessian": ("s", "#56B4E9", "without $H^{-1}$"),
     "neither": ("v", "#CC79A7", "without either"),
 }
-# Most harmful rows among which a row of the test point's label must be.
+# At least one of this many most harmful rows must have the test point's label.
 NUM_MOST_HARMFUL = 50
 
 
@@ -70,7 +71,7 @@ class Config:
 
     def __post_init__(self):
         options.at_least(self, 1, "shown_rank", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line is drawn through them
+        options.at_least(self, 2, "num_removals")  # a line through the points needs two
         options.positive(self, "weight_decay", "gradient_tolerance")
 
 
@@ -80,8 +81,8 @@ PRESETS = {
     "paper": Config(),
 }
 
-# The paper prints no number. The six ends of the points' horizontal ranges were read off the
-# release's figure by eye; their bands are 20 % to either side.
+# The paper prints no number. We read the smallest and the largest value of each ablation off the
+# release's figure by eye. Their bands are 20 % to either side.
 CLAIMS = (
     Claim("num_train", None, 11_894, 11_894),
     Claim("num_test", None, 2_163, 2_163),
@@ -118,15 +119,15 @@ DEVIATIONS = (
 def variants(influence: Influence, measured: Examples) -> NDArray:
     """Compute influence and its three ablations, each n times the predicted change if removed.
 
-    With g the gradient of a test loss and L(z) = loss + penalty, in the order of VARIANTS:
-    g H^-1 grad L(z); g H^-1 (-(2y - 1) x), which sets the training loss's factor 1 - p_y to one and
-    drops the penalty; and both with H set to the identity.
+    Let g be the gradient of a test loss, and L(z) the loss of a training row plus the penalty.
+    Influence is g H^-1 grad L(z). The ablation without training loss is g H^-1 (-(2y - 1) x): its
+    factor 1 - p_y is set to one and the penalty is dropped. Without H^-1, H is the identity.
 
     Args:
       influence: Influence of a BinaryLogisticRegression without intercept.
       measured: m test examples.
 
-    Returns: (4, m, n). Positive: helpful.
+    Returns: the values (4, m, n) in the order of VARIANTS. Positive values are helpful.
     """
     net, train = influence.net, influence.train
     scores = influence.scores(measured)
@@ -148,12 +149,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Args:
       config: the protocol.
-      data: Splits of MNIST, or of a stand-in.
-      checkpoints: folder that stores finished refits, so that an interrupted run continues.
+      data: Splits of MNIST or of its stand-in.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse for an option beyond the data, or if fewer than `shown_rank` rows of the test
-      point's label are harmful.
+    Raises: Misuse if an option does not fit the size of the data, or if fewer than `shown_rank`
+      rows of the test point's label are harmful.
     """
     pair = data.of_classes(*DIGITS)
     train, test = Examples(*pair.train), Examples(*pair.test)
@@ -247,7 +248,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the paper's three scatters and two digits, and the four variants against removals."""
+    """Draw the paper's three scatter plots and two digits, and the four variants against refits."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
@@ -258,7 +259,7 @@ def draw(record: Record) -> Any:
         figure = plt.figure(figsize=(6.75, 4.7), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
         axes = above.subplots(1, 3, sharey=True)
-        order = np.random.default_rng(0).permutation(len(full))  # neither label hides the other
+        order = np.random.default_rng(0).permutation(len(full))  # no label hides the other
         colours = np.where(same, _SAME, _OTHER)[order]
         for axis, value, name in zip(axes, arrays["values"][1:], VARIANTS[1:], strict=True):
             axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
@@ -295,7 +296,7 @@ def draw(record: Record) -> Any:
         actual = arrays["actual"]
         reach = 1.08 * np.abs(actual).max()
         axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=0)
-        for k in (1, 2, 3, 0):  # the full influence on top
+        for k in (1, 2, 3, 0):  # draw the full influence last, on top
             marker, colour, label = _LOOKS[VARIANTS[k]]
             pearson = rounded_down(metrics[f"actual_pearson_{VARIANTS[k]}"])
             axis.scatter(actual, arrays["values"][k][arrays["rows"]], s=9, marker=marker,
@@ -311,7 +312,7 @@ def draw(record: Record) -> Any:
 
 
 def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int:
-    """Return the rank-th most harmful row among those with the test point's label."""
+    """Return the row of the given rank of harm among the rows with the test point's label."""
     rows = np.flatnonzero(same_label & (full < 0))
     if rank > len(rows):
         raise Misuse(
@@ -322,7 +323,7 @@ def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int
 
 
 def _correlations(values: NDArray, full: NDArray) -> NDArray:
-    """Compute Pearson's r along the last axis: (4, m)."""
+    """Compute Pearson's r (4, m) of values (4, m, n) with full (m, n), over the n rows."""
     a, b = (v - v.mean(axis=-1, keepdims=True) for v in (values, full))
     sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.einsum("kmn,mn->km", a, b) / sizes

@@ -1,12 +1,12 @@
 """Figure 2, right: predicted against actual leave-one-out changes, a convolutional network.
 
 Koh & Liang 2017, section 4.2 and figure 2: a convolutional network on a tenth of MNIST. Adam trains
-it and stops before a minimum. The predictions of damped influence functions are compared with the
-changes when training continues without the row ("training on").
+it and stops before a minimum. Damped influence functions predict the change of a test loss. The
+actual change is computed by continuing the training without the row ("training on").
 
-Beyond the paper we add four things. A control continues training with the row. Two ground truths
-are well defined where training stopped: the proximal leave-one-out, and the response of Bae et al.
-2022. There are five test points. The error of each approximation is measured.
+Beyond the paper we add four things. A control continues the training with all rows. Two further
+ground truths need no minimum: the proximal leave-one-out, and the response of Bae et al. 2022.
+There are five test points. We measure the error of each approximation.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ TRUTHS = {
     "proximal": "Proximal leave-one-out",
     "bregman": "Proximal Bregman response",
 }
-# Each approximation beside what it approximates: (one side, the other side, label).
+# Each entry is the name of an approximation, the name of what it approximates, and a label.
 STEPS = (
     ("cg", "direct", "CG for the exact inverse"),
     ("lissa", "direct", "LiSSA for the exact inverse"),
@@ -64,9 +64,9 @@ STEPS = (
     ("again", "continued", "Other minibatches for training on"),
     ("direct", "continued", "Prediction for training on, in all"),
 )
-# Largest relative residual that a float32 factorisation leaves.
+# Tolerance of the relative residual of a factorisation in float32.
 ROUNDED = 1e-3
-# A row has no proximal minimum if this fraction of the first gradient norm is left.
+# A row is lost if its search ends above this fraction of the gradient norm at the start.
 _LOST = 0.1
 
 
@@ -162,16 +162,16 @@ DEVIATIONS = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Train, predict and remove each row in three ways.
+    """Train, predict the effect of rows, and compute it by three kinds of removal.
 
     Args:
       config: the protocol.
-      data: Splits of MNIST, or of a stand-in.
-      checkpoints: folder that stores training, the Hessian and finished removals, so that an
-        interrupted run continues.
+      data: Splits of MNIST or of its stand-in.
+      checkpoints: folder of training, Hessians and finished removals, or None. An interrupted run
+        continues from it.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse for an option beyond the data.
+    Raises: Misuse if an option does not fit the size of the data.
     """
     net, train, test, measured = mnist_cnn.trained(config, data, checkpoints)
     arrays, metrics = _where_training_stopped(config, net, train, measured, checkpoints)
@@ -183,7 +183,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def _where_training_stopped(
     config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compute arrays and metrics of the published protocol and of the proximal truths."""
+    """Compute the arrays and metrics of training on and of both proximal ground truths."""
     predicted, metrics, prepared = predictions(config, net, train, measured, checkpoints)
     rows = removals(config, predicted["cg"])
     removed = np.unique(np.concatenate(rows))  # each row is removed once, for all test points
@@ -216,7 +216,7 @@ def _where_training_stopped(
 def predictions(
     config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
 ) -> tuple[dict[str, NDArray], dict[str, Any], dict[str, Prepared]]:
-    """Predict the effect of removing each row, by every solver and curvature.
+    """Predict the effect of removing each row, by every solver and with every matrix.
 
     Args:
       config: the protocol.
@@ -225,7 +225,8 @@ def predictions(
       measured: m test examples.
       checkpoints: folder that stores matrices, or None.
 
-    Returns: (changes (m, n) by solver, metrics, the factored matrix for each proximal objective).
+    Returns: the predicted changes, a dict from the name of a method to an array (m, n); metrics;
+      and a dict from each proximal objective to the factored matrix for its steps.
     """
     damping = config.damping
     gauss_newton = prepare(
@@ -265,9 +266,9 @@ def _in_float64(
     by_cg: Scores,
     checkpoints: Path | None,
 ) -> dict[str, Any]:
-    """Compute the exact Hessian's spectrum, and compare s_test by CG with the exact one.
+    """Compute the exact Hessian's spectrum, and compare s_test by CG with the exact s_test.
 
-    In float32, rounding changes either by 1e-4. The first test point's system is therefore solved
+    In float32, rounding changes s_test by 1e-4. Therefore CG solves the first test point's system
     in float64 too.
     """
     double, train, measured = in_double(config, net, train, measured)
@@ -304,7 +305,7 @@ def truths(
     prepared: dict[str, Prepared],
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Compute the actual changes by removing rows, for three definitions of removal.
+    """Compute the actual changes of the test losses for three definitions of removal.
 
     Args:
       config: the protocol.
@@ -312,12 +313,12 @@ def truths(
       train: the training set.
       measured: m test examples.
       removed: (r,) increasing training rows.
-      first: the rows of the first test point, the most influential first.
-      prepared: the factored matrix for each proximal objective.
+      first: the rows removed for the first test point, the most influential first.
+      prepared: dict from each proximal objective to the factored matrix for its steps.
       checkpoints: folder that stores finished removals, or None.
 
-    Returns: (changes (m, r) by truth, NaN where no minimum was found; metrics, and arrays (r,) with
-      each proximal minimum's gradient norm).
+    Returns: the changes, a dict from the name of a truth to an array (m, r) with NaN for lost rows;
+      and a dict of metrics that also holds each search's final gradient norms (r,).
     """
     found: dict[str, Any] = {}
     changes: dict[str, NDArray] = {}
@@ -333,7 +334,8 @@ def truths(
         response = proximal_response(
             net, train, measured, removed, options, objective=objective, damping=config.damping
         )
-        # Without the row's curvature there may be no minimum nearby. Rounding leaves less.
+        # Without the row's curvature there may be no minimum nearby. Rounding would leave a smaller
+        # gradient than `_LOST`.
         lost = response.gradient_norm > _LOST
         changes[truth] = np.where(lost, np.nan, response.change_if_removed)
         found[f"{truth}_gradient_norm"] = response.gradient_norm
@@ -383,10 +385,11 @@ def _rounding(
     found: NDArray,
     checkpoints: Path | None,
 ) -> float:
-    """Measure the error of proximal leave-one-out by float32 and the tolerance.
+    """Measure the error in proximal leave-one-out that is due to float32 and the tolerance.
 
-    The reference is float64 with a tolerance a hundred times smaller, for some rows of the first
-    test point, spread over their influence. The error is relative to the largest change.
+    The reference uses float64 and a hundredth of the tolerance. It covers a few of the first test
+    point's rows, at equal steps in their ranking. The largest error is divided by the largest
+    change.
     """
     double, train, measured = in_double(config, net, train, measured)
     some = first[:: -(-len(first) // config.double_removals)]
@@ -423,7 +426,7 @@ def draw(record: Record) -> Any:
     reach = max(axis.get_xlim()[1] for axis in axes)
     for axis in axes:
         axis.lines[0].set_data([-reach, reach], [-reach, reach])
-        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # one scale: slopes can be compared
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # equal scales make slopes comparable
     for axis in axes[1:]:
         axis.set_ylabel("")
     mnist_cnn.draw_steps(below.subplots(), record, STEPS)

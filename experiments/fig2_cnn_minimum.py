@@ -1,9 +1,9 @@
 """Figure 2, right, at a true minimum: predicted against actual leave-one-out changes of refits.
 
 This goes beyond the paper. The network of Figure 2, right, is trained further, to a local minimum
-of its risk, where leave-one-out refits are well defined. The predictions of influence functions are
-compared with refits without a row. They are also compared with refits that remove a tenth of a
-row's weight; there first order is nearly exact.
+of its risk. Leave-one-out refits are well defined at a minimum. The predictions of influence
+functions are compared with refits without a row. They are also compared with refits that remove
+only a tenth of a row's weight. For such a small change, a first-order prediction is nearly exact.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ DATA = "mnist"
 STAND_IN = "digits"
 DTYPE = "float32"
 
-# Each approximation beside what it approximates: (one side, the other side, label).
+# Each entry is the name of an approximation, the name of what it approximates, and a label.
 STEPS = (
     ("cg", "minimum", "CG for the exact inverse"),
     ("lissa", "minimum", "LiSSA for the exact inverse"),
@@ -52,17 +52,18 @@ STEPS = (
     ("minimum", "refit", "First order for the refit without the row"),
     ("damped", "refit", "Damping and first order for that refit"),
 )
-# Smallest gradient norm that float32 distinguishes from rounding.
+# The float32 descent stops at this gradient norm, the smallest that exceeds rounding.
 _FLOAT32_GRADIENT = 1e-4
-# The same for a refit, which subtracts the gradient at the minimum.
+# Refits in float32 stop at this gradient norm. They subtract the gradient at the minimum.
 _FLOAT32_REFIT = 1e-5
-# Damping of a refit's steps, relative to the largest eigenvalue.
+# The damping of a refit's steps is this times the largest eigenvalue.
 _STEP_DAMPING = 1e-6
-# Fraction of a row's weight that is removed to test first order.
+# Partial refits remove this fraction of a row's weight.
 _PART = 0.1
-# Most passes of a refit. Refits that need more are still at 100 times the tolerance there.
+# A refit takes at most this many passes. If it needs more, its gradient norm is still 100 times
+# the tolerance at that point.
 _MOST_REFITTING = 400
-# Refits computed together. More are no faster, and an interruption would lose them all.
+# This many refits are computed together. An interruption loses them, and more are not faster.
 _TOGETHER = 4
 
 
@@ -109,7 +110,7 @@ PRESETS = {
         minimum_damping=1e-3,
         num_processes=1,
     ),
-    "standard": Config(),  # float32 ends near 1e-3
+    "standard": Config(),  # its float32 descent ends at a gradient norm near 1e-3
 }
 
 CLAIMS = (
@@ -145,12 +146,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Args:
       config: the protocol.
-      data: Splits of MNIST, or of a stand-in.
-      checkpoints: folder that stores training, finished rounds and refits, so that an interrupted
-        run continues.
+      data: Splits of MNIST or of its stand-in.
+      checkpoints: folder of training, finished rounds and refits, or None. An interrupted run
+        continues from it.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse for an option beyond the data.
+    Raises: Misuse if an option does not fit the size of the data.
     """
     net, train, test, measured = mnist_cnn.trained(config, data, checkpoints)
     arrays, metrics = at_minimum(config, net, train, measured, checkpoints)
@@ -170,21 +171,21 @@ def at_minimum(
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
     """Predict and refit at a local minimum, or as near to one as the rounds allow.
 
-    Without damping, a proximal leave-one-out at a minimum is a refit. The remaining damping is for
-    the one direction in which a softmax has no curvature, and for any negative curvature. All of it
-    is computed at the float64 theta where the descent ended.
+    At a minimum, the proximal leave-one-out without damping is a refit. We still damp by a small
+    amount. A softmax has no curvature in one direction, and negative curvature may remain.
 
     Args:
       config: the protocol.
-      net: the network where training stopped; it is left at the minimum.
+      net: the network where training stopped. Its theta is moved to the end of the descent.
       train: the training set.
       measured: m test examples.
       checkpoints: folder that stores finished rounds and refits, or None.
 
-    Returns: (arrays: risk and gradient_norm by round, predicted (m, r) by solver and actual,
-      removed (r,), removals_j, refit_distance and refit_passes (r,), actual_part (m, r): the change
-      by removing `_PART` of a row, divided by `_PART`, NaN beyond the first removals of the first
-      test point; metrics).
+    Returns: arrays and metrics. `risk` and `gradient_norm` have one entry per round. `removed` (r,)
+      are the rows, `removals_j` the positions in it of test point j's rows. `predicted_...` and
+      `actual_minimum` (m, r) are changes; `refit_distance` and `refit_passes` (r,) describe refits.
+      `actual_part` (m, r) is the change without `_PART` of a row, divided by `_PART`, and NaN for
+      rows without a partial refit.
     """
     descents, double, train64 = _descended(config, net, train, checkpoints)
     *_, measured64 = in_double(config, net, train, measured)
@@ -241,34 +242,35 @@ def _refits(
     step_damping: float,
     checkpoints: Path | None,
 ) -> dict[str, Any]:
-    """Refit the net without each row, from the minimum with all rows.
+    """Refit the net without each row. Start at the minimum with all rows.
 
-    A float32 net uses float32 gradients as long as they exceed their rounding. The last steps and
-    the certificate are in float64.
+    If the experiment uses float32, so do the first steps of a refit. The last steps and the
+    certificate are in float64.
 
     Args:
       config: the protocol.
-      single: net, train, measured; in the experiment's dtype.
-      double: the same in float64.
+      single: (net, train, measured) in the experiment's dtype.
+      double: (net, train, measured) in float64.
       removed: (k,) the rows.
-      fraction: the fraction of each row that is removed; it also scales the tolerance.
+      fraction: the fraction of each row's weight that is removed. It also scales the tolerance.
       damping: the damping of the refits.
-      step_damping: the additional damping of their steps.
+      step_damping: a damping that is added in their steps.
       checkpoints: folder that stores finished refits, or None.
 
-    Returns: metrics, and `actual` (m, k) and `refit_distance` (k,) from the minimum with all rows,
-      both NaN where no minimum was found, and `refit_passes` (k,), in any precision.
+    Returns: metrics and three arrays: `actual` (m, k), the changes of the test losses;
+      `refit_distance` (k,), the distance from the start; `refit_passes` (k,), passes over the data.
+      The first two are NaN for refits that missed the tolerance.
     """
     net, train, measured = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()
-    # The gradient norm at the start of each refit.
+    # This is the gradient norm at the start of each refit.
     first = fraction * np.linalg.norm(own, axis=1) / len(train)
     final = fraction * config.minimum_tolerance
     H = Hessian(net, train, damping + step_damping, checkpoints=checkpoints)
     options = ProximalOptions(
         step_damping=step_damping,
         solver=prepare(H, Direct()),
-        # Rows of nearly no influence start below the tolerance: the cap makes them take a step.
+        # A row of tiny gradient starts below the tolerance. The cap makes its refit take a step.
         tolerance=np.minimum(final / first, 0.5),
         rough=None if config.dtype == "float64" else single[:2],
         rough_tolerance=max(_FLOAT32_REFIT, final) / first,
@@ -300,10 +302,13 @@ def _refits(
 def _descended(
     config: Any, net: AllCNN, train: Examples, checkpoints: Path | None
 ) -> tuple[list[Descent], AllCNN, Examples]:
-    """Descend to a minimum, a float32 net first in float32; return the net there in float64."""
+    """Descend to a minimum, first in the net's dtype, then in float64.
+
+    Returns: the history of each descent, and the net and the training set in float64.
+    """
     descents = []
     if config.dtype != "float64":
-        # Float32 gradients cost a fifth. Their rounding is far below the gradient at the start.
+        # A float32 gradient takes a fifth of the time. At the start its rounding does not matter.
         descents.append(
             descend(
                 net,
@@ -317,7 +322,10 @@ def _descended(
     double, train64 = in_double(config, net, train)
 
     def formed(theta: NDArray) -> NDArray:
-        """Form it in float32 on the way, and in float64 near the end, for the signs of zeros."""
+        """Form the Hessian: in float64 if the tolerance is met, else in the net's dtype.
+
+        In float64, rounding is less likely to give a zero eigenvalue a negative sign.
+        """
         if double.gradient_norm(train64) <= config.minimum_tolerance:
             return Hessian(double, train64, checkpoints=checkpoints).dense()
         net.theta = theta
@@ -340,9 +348,9 @@ def _predicted(
     direct: Prepared,
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, float]]:
-    """Return predicted changes (m, n) by solver, and the residuals.
+    """Return the predicted changes (m, n) by method, and metrics of the solutions.
 
-    `minimum` is the exact solver's.
+    `direct` gives the entry "minimum".
     """
 
     def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
@@ -353,7 +361,7 @@ def _predicted(
     gauss_newton = prepare(G, Direct())
     more = Hessian(net, train, config.damping, checkpoints=checkpoints)
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
-    # The formed matrix has the same products as A, so CG takes the same steps.
+    # CG uses the formed matrix, whose products equal those of A.
     cg = solve(
         A.dense(),
         net.gradients(measured.x, measured.y).T,
@@ -398,7 +406,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_descent(axis: Any, arrays: Any) -> None:
-    """Draw gradient norm and risk by round, each axis in its line's colour."""
+    """Draw gradient norm and risk by round. Each axis has the colour of its line."""
     rounds = np.arange(len(arrays["risk"]))
     axis.semilogy(rounds, arrays["gradient_norm"], "o-", color="#0072B2", markersize=3)
     axis.set_xlabel("Hessians formed on the way", fontsize=9)

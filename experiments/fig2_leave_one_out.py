@@ -74,7 +74,7 @@ class Config:
 
     def __post_init__(self):
         options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
-        # A line is drawn through them.
+        # A line through the points needs two.
         options.at_least(self, 2, "num_removals", "further_removals", "one_step_removals")
         options.at_least(self, 1, "lissa_depth", "lissa_repeats", "lissa_batch_size")
         options.at_least(self, 0, "lissa_seeds", "further_test_points")
@@ -119,15 +119,15 @@ DEVIATIONS = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit, predict, remove and refit.
+    """Fit the model, predict the effect of each row, and refit without the most influential rows.
 
     Args:
       config: the protocol.
-      data: Splits of MNIST, or of a stand-in.
-      checkpoints: folder that stores finished refits, so that an interrupted run continues.
+      data: Splits of MNIST or of its stand-in.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse for an option beyond the data.
+    Raises: Misuse if an option does not fit the size of the data.
     """
     train, test = Examples(*data.train), Examples(*data.test)
     options.rows_of(config, test, "test rows", "test_point")
@@ -213,7 +213,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the paper's two panels, CG and LiSSA: predicted against actual, equal axes and y = x."""
+    """Draw predicted against actual changes, with the line y = x, in one panel per solver."""
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
@@ -244,8 +244,8 @@ def draw(record: Record) -> Any:
 
 
 def _lissa(config: Config, seed: int) -> LiSSA:
-    # The residual after one pass over the data is near 0.7, yet the scores are good. This is the
-    # paper's point: the residual is recorded as a metric, without a warning.
+    # After one pass over the data the residual is near 0.7, yet the scores are good, as the paper
+    # claims. So `rtol` is None: the residual is recorded as a metric, and no warning is given.
     return LiSSA(
         config.lissa_scale,
         config.lissa_depth,
@@ -257,7 +257,7 @@ def _lissa(config: Config, seed: int) -> LiSSA:
 
 
 def _worst(name: str, values: NDArray) -> float:
-    """Return the value furthest from agreement."""
+    """Return the value that shows the least agreement."""
     if name == "slope":
         return float(values[np.abs(values - 1).argmax()])
     if name in ("intercept", "largest_difference"):

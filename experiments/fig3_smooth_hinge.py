@@ -2,9 +2,9 @@
 
 Koh & Liang 2017, section 4.2 and figure 3: a linear SVM, ones against sevens. The SVM is fitted
 once, with the hinge loss. At its weights, influence is computed with the hinge and with smooth
-hinges of temperature t. This prediction is compared with the actual change of the hinge loss when a
-row is removed and the SVM is fitted again. Beyond the paper, we give the correlation as a function
-of t, and for ten further test points.
+hinges of temperature t. Each prediction is compared with the actual change of the hinge loss when a
+row is removed and the SVM is fitted again. Beyond the paper, we compute the correlation for more
+temperatures, and for ten further test points.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from influence import Direct, Examples, Influence, RefitOptions, SmoothHinge, le
 DATA = "mnist"
 STAND_IN = "digits"
 
-# The digits labelled -1 and 1, as in the release.
+# As in the release, sevens have label -1 and ones have label 1.
 DIGITS = (7, 1)
 
 
@@ -53,9 +53,9 @@ class Config:
 
     def __post_init__(self):
         options.at_least(self, 1, "multiple", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line is drawn through them
+        options.at_least(self, 2, "num_removals")  # a line through the points needs two
         options.positive(self, "weight_decay", "smooth", "sweep")
-        options.at_least(self, self.further_test_points + 1, "further_among")  # and the paper's
+        options.at_least(self, self.further_test_points + 1, "further_among")  # one is the paper's
 
 
 PRESETS = {
@@ -106,15 +106,16 @@ DEVIATIONS = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit the SVM, predict at every t, remove and refit.
+    """Fit the SVM, predict the effect of each row at every t, and refit without some rows.
 
     Args:
       config: the protocol.
-      data: Splits of MNIST, or of a stand-in.
-      checkpoints: folder that stores finished refits, so that an interrupted run continues.
+      data: Splits of MNIST or of its stand-in.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse for an option beyond the data, or a test point where the hinge has no slope.
+    Raises: Misuse if an option does not fit the size of the data, or if the hinge has no slope at a
+      test point.
     """
     pair = data.of_classes(*DIGITS)
     options.at_most(config, min(len(pair.train[1]), len(pair.test[1])), "rows", "multiple")
@@ -151,7 +152,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     actual = after[0, chosen[""][0]]
     norms = [svm.gradient_norm(train), refits.gradient_norm.max()]
-    # |x w' - x w| <= |x| |w' - w|, and |w - w*| <= norm / lambda; the hinge has slope 1 at most.
+    # A change of w by v changes the hinge loss at x by at most |x| |v|. The distance of a fitted w
+    # from the exact minimum is at most its gradient norm / lambda.
     error = np.linalg.norm(measured.x, axis=1).max() * sum(norms) / config.weight_decay
     metrics: dict[str, Any] = {
         "num_train": len(train),
@@ -183,13 +185,13 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             f"further_median_pearson_{name}": np.median(pearson[""][k, 1:]),
             f"further_largest_pearson_{name}": pearson[""][k, 1:].max(),
         }
-    order = (*sorted(config.smooth), 0.0)  # the paper's, best first
+    order = (*sorted(config.smooth), 0.0)  # the paper's ranking of t, best first
     leads = -np.diff(pearson[""][np.searchsorted(ts, order)], axis=0)  # (, m)
     metrics["further_in_order"] = np.mean((leads[:, 1:] > 0).all(axis=0))
     for good, bad, lead in zip(order, order[1:], leads[:, 0], strict=False):
         metrics[f"lead_of_t{good:g}_over_t{bad:g}"] = lead
     s = np.linspace(0, 2, 401)
-    one = np.ones((len(s), 1))  # labels; and a weight of one
+    one = np.ones((len(s), 1))  # labels of one, and a weight of one
     curves = [SmoothHinge(1, t).losses(s[:, None], one, one[:1]) for t in (0.0, *config.smooth)]
     arrays = {
         "t": ts,
@@ -223,7 +225,7 @@ def draw(record: Record) -> Any:
         for axis, t in zip(axes, shown, strict=True):
             k = int(np.searchsorted(arrays["t"], t))
             compare.predicted_against_actual(axis, arrays["actual"], arrays["predicted"][k])
-            # The hinge is no log loss: its unit is the margin's, not nats.
+            # The hinge loss is no log loss, so its unit is not the nat.
             axis.set(title=_named(t), xlabel="Actual change in loss", ylabel="")
             axis.locator_params(nbins=4)
             axis.text(
@@ -247,10 +249,10 @@ def draw(record: Record) -> Any:
 
 
 def _draw_over_t(axis: Any, arrays: Any) -> None:
-    """Draw the correlation over t, with t = 0 apart at the left of the logarithmic axis."""
+    """Draw the correlation over t on a logarithmic axis, with t = 0 as a separate point."""
     ts, pearson = arrays["t"], arrays["pearson"]
     at = np.where(ts > 0, ts, ts[1] / 10)
-    for j in range(pearson.shape[1] - 1, -1, -1):  # the one above last, on top
+    for j in range(pearson.shape[1] - 1, -1, -1):  # the paper's point last, on top
         style: dict[str, Any] = {"color": "#0072B2", "linewidth": 1.5, "markersize": 4}
         if j:
             style = {"color": "0.75", "linewidth": 0.8, "markersize": 2.5}
@@ -270,13 +272,13 @@ def _named(t: float) -> str:
 
 
 def _truncated(x: NDArray, y: NDArray, multiple: int) -> Examples:
-    """Return the first rows, as many as the multiple allows, with labels -1 and 1."""
+    """Return the first n rows with labels -1 and 1, for the largest multiple n of `multiple`."""
     n = len(y) // multiple * multiple
     return Examples(x[:n], 2 * y[:n] - 1)
 
 
 def _test_points(config: Config, margins: NDArray) -> NDArray:
-    """Return the paper's test point, then others drawn among the smallest margins."""
+    """Return the paper's test point, then others drawn from those with the smallest margins."""
     small = np.argsort(margins, kind="stable")[: config.further_among]
     points = compare.with_others(config.test_point, small, config.further_test_points, config.seed)
     if margins[points].max() >= 1:
@@ -291,7 +293,7 @@ def _test_points(config: Config, margins: NDArray) -> NDArray:
 def _predicted(
     theta: NDArray, train: Examples, measured: Examples, config: Config, ts: NDArray
 ) -> NDArray:
-    """Predict changes (t, m, n) with each smooth hinge at the same weights."""
+    """Predict changes (t, m, n) with the smooth hinge of each t, all at the weights theta."""
     nets = [_at(theta, t, config) for t in ts]
     return np.stack(
         [Influence(net, train, solver=Direct()).scores(measured).change_if_removed for net in nets]
@@ -299,7 +301,7 @@ def _predicted(
 
 
 def _liblinear(train: Examples, config: Config) -> SmoothHinge:
-    """Fit the SVM by scikit-learn with the release's settings."""
+    """Fit the SVM with scikit-learn and the release's settings."""
     from sklearn.svm import LinearSVC
 
     C = 1 / (len(train) * config.weight_decay)
@@ -316,7 +318,11 @@ def _at(theta: NDArray, t: float, config: Config) -> SmoothHinge:
 
 
 def _correlations(predicted: NDArray, actual: NDArray, rows: NDArray) -> NDArray:
-    """Compute Pearson's r (t, m) of predicted (t, m, n) with actual (m', n) over rows (m, k)."""
+    """Compute Pearson's r (t, m) between predicted and actual changes.
+
+    Entry j uses the k rows[j]. The shapes are: predicted (t, m, n), actual (at least m, n), rows
+    (m, k).
+    """
     truth = np.take_along_axis(actual[: len(rows)], rows, axis=1)
     return np.array(
         [

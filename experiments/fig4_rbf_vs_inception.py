@@ -5,9 +5,10 @@ Gaussian kernel on raw pixels, and logistic regression on a network's features. 
 near the test image in pixels are influential: fish help and dogs harm. For the deep net, distance
 in pixels does not predict influence, and dogs may help it to recognise a fish.
 
-With K_ij = exp(-gamma |x_i - x_j|^2) = (L L')_ij, the kernel SVM on x is the linear SVM on the rows
-of L. A new image's row is phi with L phi = K(x, new). Then phi . phi_i is the kernel of the two.
-Influence is computed for the smooth hinge, at the minimum of its own risk.
+The kernel of images x_i and x_j is K_ij = exp(-gamma |x_i - x_j|^2). Let L be the Cholesky factor
+of K. The kernel SVM equals the linear SVM whose inputs are the rows of L. The input for a new image
+is the solution phi of L phi = k. Entry i of k is the kernel of x_i and the new image. Influence is
+computed for the smooth hinge, at the minimum of its own risk.
 """
 
 from dataclasses import dataclass
@@ -32,23 +33,23 @@ DATA = "dogfish"
 STAND_IN = "fishlike"
 
 DOG, FISH = 0, 1
-# Name of the SVM among the models. A deep head's name is network/layer.
+# The SVM has this name among the models. A deep head's name is network/layer.
 SVM = "svm"
-# Most helpful photographs shown of each kind.
+# `photographs` shows this many of the most helpful images, and of the most helpful dogs.
 NUM_PHOTOGRAPHS = 5
-# Gradient norm at a minimum.
+# Fits stop at this gradient norm.
 _TOLERANCE = 1e-10
-# Factor between the temperatures of successive minima.
+# Each temperature on the way to the smallest is divided by this to give the next.
 _COOLING = 10**0.5
-# Pixels of all images that are multiplied together.
+# `squared_distances` processes this many pixel values of every image at a time.
 _PIXELS = 1 << 13
-# Deep heads whose scatter is drawn beside the SVM's.
+# The scatter plots show the SVM and this many deep heads.
 _SHOWN = 2
-# Networks that are not the paper's.
+# These networks replace the paper's.
 _CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}
-# Fish and dogs, in colours that colour-blind readers distinguish.
+# Fish are green and dogs orange. Colour-blind readers can distinguish these colours.
 _GREEN, _ORANGE = "#009E73", "#E69F00"
-# Margin of the paper's test fish under the SVM (release, notebook of figure 4).
+# The paper's test fish has this margin under the SVM (release, notebook of figure 4).
 _PAPERS_MARGIN = 0.990029
 
 
@@ -147,11 +148,13 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Args:
       config: the protocol.
-      data: Splits of dogfish, or of its stand-in.
-      checkpoints: folder that stores the stand-in's features; photographs' are in the user cache.
+      data: Splits of dogfish or of its stand-in.
+      checkpoints: folder for the features of the stand-in. Those of photographs are in the user
+        cache.
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
-    Raises: Misuse if a network's weights are not there, or an option goes beyond the data.
+    Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
+      data.
     """
     (x, y), (x_test, y_test) = data.train, data.test
     trunks.check(config.heads, data.folder)
@@ -166,7 +169,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     gamma, decay = config.gamma / len(x), config.weight_decay
     svm = kernel_svm(distance, y, y_test, gamma=gamma, t=config.temperature, weight_decay=decay)
     models = {SVM: svm}
-    margins = svm.outputs  # margins of fish, whose label is + 1
+    margins = svm.outputs  # the margin of a fish, label + 1, is its output
     points = _fish(config, margins, y_test)
     folder = trunks.kept_in(data.stand_in, checkpoints)
     features, seconds = trunks.timed_features(config.heads, images, root=data.folder, folder=folder)
@@ -242,7 +245,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw influence over distance for the SVM and two deep heads; below, all test fish."""
+    """Draw influence over distance for one test fish, and three summaries of all test fish."""
     import matplotlib.pyplot as plt
 
     arrays = record.arrays
@@ -270,13 +273,13 @@ def draw(record: Record) -> Any:
         strips[1].set_xlim(left=0)
         strips[2].set_xscale("log")
         strips[2].locator_params(axis="x", numticks=4)
-        if not record.data.get("stand_in", True):  # a stand-in is marked already
+        if not record.data.get("stand_in", True):  # the harness marks stand-in data
             figure.supxlabel(_said(record, names[1:]), fontsize=7, color="0.35")
     return figure
 
 
 def _said(record: Record, heads: list[str]) -> str:
-    """Return a note on photographs and networks that are not the paper's."""
+    """Return a note that names the photographs and networks that replace the paper's."""
     networks = dict.fromkeys(trunks.split(head)[0] for head in heads)
     said = []
     if record.metrics.get("photographs_side", IMAGENETTES_SIDE) == IMAGENETTES_SIDE:
@@ -294,10 +297,10 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
 
     Args:
       record: the record of a run on `data`.
-      data: the same Splits.
+      data: Splits of dogfish or of its stand-in.
       checkpoints: not used.
 
-    Returns: a figure with photographs, never to be committed.
+    Returns: a figure with photographs. It must never be committed.
     """
     import matplotlib.pyplot as plt
 
@@ -346,9 +349,9 @@ def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
 
 
 def _draw_strip(axis: Any, values: NDArray, names: list[str]) -> None:
-    """Draw a row for each model: a dot for each test fish, a bar at the median."""
+    """Draw one row for each model, with a dot for each test fish and a bar at the median."""
     for i, of_model in enumerate(values):
-        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # so that few dots overlap
+        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # few dots overlap
         axis.scatter(of_model, i + spread, s=4, color="#0072B2", alpha=0.5, linewidths=0)
         axis.plot([np.median(of_model)] * 2, [i - 0.35, i + 0.35], color="black", linewidth=1.2)
     axis.set_yticks(range(len(names)), [_named(name, short=True) for name in names])
@@ -375,26 +378,26 @@ class Fitted:
     test: Examples
 
     def scores(self, points: NDArray) -> NDArray:
-        """Predict the changes (k, n) of some test losses without each training image.
+        """Predict the changes (k, n) of k test losses when each training image is removed.
 
-        Positive: the test loss rises without the image, so the image helped.
+        A positive change means that the image helped.
         """
         influence = Influence(self.net, self.train, solver=Direct())
         return influence.scores(self.test.take(points)).change_if_removed
 
     @property
     def outputs(self) -> NDArray:
-        """Outputs (m,) for the test images; positive for fish."""
+        """Outputs (m,) for the test images. A positive output predicts a fish."""
         return self.net.outputs(self.test.x)[:, 0]
 
     @property
     def gradient_norm(self) -> float:
-        """Gradient norm of the risk."""
+        """Gradient norm of the risk at the net's theta."""
         return self.net.gradient_norm(self.train)
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """Accuracies on the training and on the test images."""
+        """The accuracy on the training images, and that on the test images."""
         return tuple(
             float(np.mean((self.net.outputs(part.x)[:, 0] > 0) == (part.y.ravel() == FISH)))
             for part in (self.train, self.test)
@@ -402,13 +405,13 @@ class Fitted:
 
 
 def squared_distances(x: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray:
-    """Compute squared Euclidean distances of images with pixels in [-1, 1].
+    """Compute squared Euclidean distances between images with pixels in [-1, 1].
 
     Args:
-      x: (n, ...) bytes.
-      others: (m, ...) bytes.
+      x: (n, ...) images as bytes.
+      others: (m, ...) images as bytes.
 
-    Returns: (m, n), exactly 0 for equal images: float64 represents the sums of integers exactly.
+    Returns: (m, n) float64. The sums of integers are exact, so equal images have distance 0.
     """
     flat, rows = (part.reshape(len(part), -1) for part in (x, others))
     inner = np.zeros((len(rows), len(flat)))
@@ -424,18 +427,18 @@ def squared_distances(x: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArra
 def kernel_svm(
     distance: NDArray, y: NDArray, y_test: NDArray, *, gamma: float, t: float, weight_decay: float
 ) -> Fitted:
-    """Fit an SVM with a Gaussian kernel and the hinge smoothed by t, to its exact minimum.
+    """Fit an SVM with a Gaussian kernel and a smooth hinge to its exact minimum.
 
     Args:
-      distance: (n + m, n) squared distances of the training and then the test images from the
-        training images, no two of which are equal.
-      y: (n,) labels 0 and 1.
-      y_test: (m,).
+      distance: (n + m, n) squared distances to the training images. The first n rows are the
+        training images, the others the test images.
+      y: (n,) labels 0 and 1 of the training images.
+      y_test: (m,) labels of the test images.
       gamma: coefficient of the kernel exp(-gamma distance).
-      t: temperature.
+      t: temperature of the smooth hinge.
       weight_decay: lambda of lambda/2 |w|^2.
 
-    Returns: Fitted, d = n.
+    Returns: Fitted. Its net has n weights.
     Raises: ValueError if two training images are equal.
     """
     n = len(y)
@@ -451,7 +454,8 @@ def kernel_svm(
     phi = scipy.linalg.solve_triangular(L, K[n:].T, lower=True).T
     train, test = Examples(L, 2 * y - 1), Examples(phi, 2 * y_test - 1)
     theta, warmth = np.zeros(n), max(1.0, t)
-    # A colder hinge's minimum is near a warmer one's. From zero, Newton's method needs many steps.
+    # We lower the temperature step by step, because minima of similar temperatures are close.
+    # Newton's method from zero would need many steps.
     while True:
         net = SmoothHinge(n, warmth, weight_decay=weight_decay)
         net.theta = theta
@@ -462,15 +466,16 @@ def kernel_svm(
 
 
 def deep_head(features: NDArray, y: NDArray, y_test: NDArray, *, weight_decay: float) -> Fitted:
-    """Fit logistic regression on features, to its minimum.
+    """Fit logistic regression on features to its minimum.
 
     Args:
-      features: (n + m, f) features of the training and then the test images.
-      y: (n,) labels.
-      y_test: (m,).
+      features: (n + m, f) features. The first n rows are the training images, the others the test
+        images.
+      y: (n,) labels 0 and 1 of the training images.
+      y_test: (m,) labels of the test images.
       weight_decay: lambda of lambda/2 |w|^2.
 
-    Returns: Fitted, d = f.
+    Returns: Fitted. Its net has f weights.
     """
     train, test = Examples(features[: len(y)], y), Examples(features[len(y) :], y_test)
     net = BinaryLogisticRegression(features.shape[1], weight_decay=weight_decay)
@@ -479,7 +484,7 @@ def deep_head(features: NDArray, y: NDArray, y_test: NDArray, *, weight_decay: f
 
 
 def _fish(config: Config, margins: NDArray, y_test: NDArray) -> NDArray[np.int64]:
-    """Return the test fish: the one that is drawn, then others."""
+    """Return the rows of the test fish. The first is the one in the scatter plots."""
     fish = np.flatnonzero((y_test == FISH) & (margins < 1))
     first = config.test_point
     if first is None:

@@ -4,12 +4,12 @@ Koh & Liang 2017, section 5.4 and figure 6: the labels of some training mails ar
 then checks a given number of mails, in the order of a score, and corrects wrong labels. Which score
 finds the most wrong labels, and how much does the accuracy improve?
 
-The self-influence of a mail, with y in {-1, 1}, is
+The self-influence of a mail x with label y in {-1, 1} is
 
     sigma(-y theta'x)^2 x' H^-1 x
 
-The code of the published figure omitted the square. The authors corrected this error in 2020. Both
-versions are drawn.
+Here sigma is the logistic function and H the Hessian. The code of the published figure omitted the
+square. The authors corrected this error in 2020. We draw both versions.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ DATA = "enron1"
 STAND_IN = "spam"
 
 METHODS = ("influence", "published", "loss", "random")
-# The flip step of the figure and the claims: 10 % of the labels.
+# The figure and the claims use this flip step, which is 10 % of the labels.
 _FIGURE = 2
 
 
@@ -122,26 +122,26 @@ DEVIATIONS = (
 
 @dataclass(frozen=True)
 class _Task:
-    """Data that every draw of flipped labels shares."""
+    """The data that all draws of flipped labels share."""
 
     config: Config
     train: Examples
     test: Examples
     gram: NDArray
-    theta: NDArray  # the clean model's, where fits begin
+    theta: NDArray  # the clean model's theta, where fits begin
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Flip labels, rank mails, check them and refit.
+    """Flip labels, rank mails by each score, correct the labels of the first mails, and refit.
 
     Args:
       config: the protocol.
-      data: Splits of Enron1, or of a stand-in; x in CSR rows, y 1 for spam.
-      checkpoints: folder that stores finished draws, so that an interrupted run continues.
+      data: Splits of Enron1 or of its stand-in. x is a CSR matrix, and y is 1 for spam.
+      checkpoints: folder of finished draws, or None. An interrupted run continues from it.
 
-    Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs: found and accuracy,
-      with axes flip step, repeat, method of METHODS, check step; means and standard errors over
-      the repeats.
+    Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs. The axes of `found`
+      and `accuracy` are flip step, repeat, method and check step. There are also their means and
+      standard errors over the repeats.
     """
     train, test = Examples(*data.train), Examples(*data.test)
     options.at_least(config, 1 / len(train), "step")
@@ -184,7 +184,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the paper's two panels: test accuracy and flips found over the share checked."""
+    """Draw the paper's two panels: test accuracy and flips found against the share checked."""
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
@@ -226,7 +226,7 @@ def draw(record: Record) -> Any:
     return figure
 
 
-# Label, colour and marker of each of METHODS.
+# Each method of METHODS has a label, a colour and a marker.
 _LOOKS = (
     ("influence, $\\sigma^2$ (correct)", "#0072B2", "o"),
     ("influence, $\\sigma$ (as published)", "#56B4E9", "s"),
@@ -236,9 +236,9 @@ _LOOKS = (
 
 
 def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
-    """Draw flipped labels once: the share each method finds, the accuracy after correction."""
+    """Draw flipped labels once. Compute the share that each method finds, and the accuracies."""
     config, train = task.config, task.train
-    # On a busy machine, threads that wait for each other cost tenfold; processes do not.
+    # On a busy machine, threads wait for each other, which takes ten times as long.
     with threadpoolctl.threadpool_limits(1):
         rng = np.random.default_rng([config.seed, flip_step, repeat])
         flipped = np.zeros(len(train), bool)
@@ -272,18 +272,18 @@ def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
 def _orders(
     net: BinaryLogisticRegression, noisy: Examples, gram: NDArray, rng: np.random.Generator
 ) -> list[NDArray]:
-    """Return the rows in the order in which each of METHODS checks them."""
+    """Return for each method of METHODS the rows in the order in which it checks them."""
     loss = net.losses(noisy.x, noisy.y)
-    slope = -np.expm1(-loss)  # sigma(-y theta'x), 1 - the probability of the label given
+    slope = -np.expm1(-loss)  # sigma(-y theta'x)
     leverage = net.leverages(noisy, gram=gram)
     scores = (slope**2 * leverage, slope * leverage, loss)
     return [*(np.argsort(-s, kind="stable") for s in scores), rng.permutation(len(noisy))]
 
 
 def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
-    """Compute the share of the clean model's most influential tenth that the library agrees on.
+    """Compute the overlap of the first tenth of rows by our score and by the library's score.
 
-    The library's self-influence has the penalty in L(z); the release's closed form omits it.
+    Both scores are self-influences at the clean model. The library's includes the penalty in L(z).
     """
     count = _count(task.config, task.train, _FIGURE)
     own = _orders(net, task.train, task.gram, np.random.default_rng(0))[0]
@@ -292,7 +292,7 @@ def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
 
 
 def _summary(config: Config, arrays: dict[str, NDArray]) -> dict[str, float]:
-    """Compute means over the draws of the figure's flip step, and leads between methods."""
+    """Compute means over the draws, and by how much one method leads another."""
     at = config.flip_steps.index(_FIGURE)
     found, accuracy = (arrays[name][at].mean(axis=0) for name in ("found", "accuracy"))
     metrics = {"accuracy_flipped": arrays["accuracy_flipped"][at].mean()}
@@ -318,4 +318,4 @@ def _accuracy(net: BinaryLogisticRegression, test: Examples) -> float:
 
 
 def _count(config: Config, train: Examples, steps: int) -> int:
-    return int(config.step * len(train)) * steps  # 206 at a time, as in the release
+    return int(config.step * len(train)) * steps  # rounds one step, as the release does

@@ -1,10 +1,10 @@
 """Domain mismatch: the training rows and the feature behind wrong predictions for children.
 
-Koh & Liang 2017, section 5.3: a model predicts whether a patient is readmitted. Among its training
-rows are 24 children, of whom three were readmitted. If twenty of the other children are removed,
-the model fails on children. Take one child with a wrong prediction. The four remaining children are
-the rows of largest influence on it, among 19,980 rows. The derivative of influence by the input
-finds the feature that marks children. The model's coefficients do not show this feature.
+Koh & Liang 2017, section 5.3: a model predicts whether a patient is readmitted. Its training set
+contains 24 children, and three of them were readmitted. If twenty of the other 21 children are
+removed, the model fails on children. Take one child with a wrong prediction. Of 19,980 training
+rows, the four remaining children have the largest influence on this prediction. The derivative of
+influence by the input finds the feature that marks children. The model's coefficients do not.
 """
 
 import warnings
@@ -28,11 +28,11 @@ DATA = "diabetes"
 STAND_IN = "hospital"
 
 CHILD = "age_[0-10)"
-# The feature of patients who died: disposition 11 is "expired".
+# Patients who died have this feature: disposition 11 is "expired".
 DIED = "discharge_disposition_id_11"
-# Change of a feature in finite differences of refits.
+# Finite differences of refits change a feature by this much.
 _STEP = 1e-3
-# Colours by Okabe and Ito, and a grey.
+# The two colours are Okabe and Ito's.
 _RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"
 
 
@@ -119,7 +119,7 @@ DEVIATIONS = (
 
 
 class _Hospital:
-    """The patients before and after the removal of twenty children, and who is a child."""
+    """The patients before and after the removal of children, and the rows of the children."""
 
     def __init__(self, config: Config, data: Any):
         self.names = data.feature_names
@@ -142,11 +142,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Args:
       config: the protocol.
-      data: Splits of the diabetes set, or of a stand-in, with feature names.
-      checkpoints: folder that stores finished refits, so that an interrupted run continues.
+      data: Splits of the diabetes set or of its stand-in, with feature names.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
-    Raises: Misuse if test_child is not the test row of a child, or an option goes beyond the data.
+    Raises: Misuse if test_child is not the test row of a child, or if an option does not fit the
+      size of the data.
     """
     at, tolerance = _Hospital(config, data), config.gradient_tolerance
     net = _fitted(config, at.train)
@@ -192,7 +193,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw every row's influence on the child, the derivatives by features, the coefficients."""
+    """Draw each row's influence on the child, the derivatives by features, and the coefficients."""
     import matplotlib.pyplot as plt
 
     arrays, influence = record.arrays, record.arrays["influence"]
@@ -240,7 +241,7 @@ def draw(record: Record) -> Any:
 
 
 def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _Net:
-    """Fit the model to the minimum of its risk."""
+    """Fit the model to the minimum of its risk, starting at the theta of `start` if given."""
     net = _Net(examples.x.shape[1], weight_decay=config.weight_decay)
     if start is not None:
         net.theta = start.theta
@@ -249,7 +250,7 @@ def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _N
 
 
 def _as_released(config: Config, examples: Examples) -> _Net:
-    """Fit the model as the release does: by scikit-learn's L-BFGS, stopped early."""
+    """Fit the model as the release does, with scikit-learn's L-BFGS that stops early."""
     fit = LogisticRegression(
         C=1 / (len(examples) * config.weight_decay),
         fit_intercept=False,
@@ -257,8 +258,8 @@ def _as_released(config: Config, examples: Examples) -> _Net:
         max_iter=config.release_iterations,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is meant to stop early
-        # Sparse products do not depend on the number of cores.
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it must stop early
+        # The rounding of sparse products does not depend on the number of cores.
         fit.fit(scipy.sparse.csr_array(examples.x), examples.y)
     net = _Net(examples.x.shape[1], weight_decay=config.weight_decay)
     net.theta = fit.coef_[0]
@@ -266,7 +267,14 @@ def _as_released(config: Config, examples: Examples) -> _Net:
 
 
 def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict[str, NDArray]]:
-    """Compare the two models, and explain the second one's loss of the child by influence."""
+    """Compare two models. Explain the child's loss under the second one by influence.
+
+    Args:
+      at: the patients.
+      before: the model of all patients.
+      net: the model after the removal of children.
+    Returns: metrics and arrays.
+    """
     metrics, arrays = {}, {}
     for suffix, model, examples in (("_before", before, at.everyone), ("", net, at.train)):
         losses = model.losses(at.test.x, at.test.y)
@@ -313,7 +321,10 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
 
 
 def _refitted_derivative(config: Config, at: _Hospital, net: _Net, column: int) -> float:
-    """Compute d(child's loss)/d(feature of the child not readmitted) by a difference of refits."""
+    """Compute the derivative of the child's loss by a feature of a training row from two refits.
+
+    The row is that of the remaining child who was not readmitted.
+    """
     losses = []
     for step in (_STEP, -_STEP):
         x = np.array(at.train.x)

@@ -1,1 +1,1 @@
-"""Figure 5: the figure, its attacks and its heads."""
+"""The parts of Figure 5: figure, attacks and heads."""

@@ -1,4 +1,4 @@
-"""The attacks of Figure 5: on one test image, and on a group of test images together."""
+"""The attacks of Figure 5 on one test image, and on a group of test images together."""
 
 from typing import Any
 
@@ -12,24 +12,24 @@ from influence.attack.targets import Rule
 from influence.models.top_layer import scaled
 
 RULES = ("paper", "best")
-# Scores by which a defender may find poisons.
+# A defender may search for poisons by these scores.
 SIGNS = ("self_influence", "loss", "distance")
-# Principal components on which the release's notebook projects.
+# The release's notebook projects on this many principal components.
 _COMPONENTS = 700
 
 
 def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], NDArray]:
-    """Rank training rows as the paper does, by the L1 norm of their derivatives by the pixels.
+    """Rank training images as the paper does, by the L1 norm of the derivative by their pixels.
 
-    That norm is computed only for the `count` rows whose derivative by the features has the largest
-    Euclidean norm. The derivative by the pixels is its product with the trunk's Jacobian.
+    The derivative is that of the influence on the mean test loss. We compute it only for the
+    `count` images whose derivative by the features has the largest Euclidean norm.
 
     Args:
       head: the head.
       test: the test images.
-      count: number of rows.
+      count: number of training images to rank.
 
-    Returns: (rows, norms), (count,) each, the largest norm first.
+    Returns: the row numbers (count,) and their L1 norms (count,), the largest norm first.
     """
     s = mean_s_test(head.net, head.train, test)
     cotangents = np.linalg.norm(head.net.input_gradient(head.train.x, head.train.y, s), axis=1)
@@ -44,20 +44,20 @@ def single(
 ) -> dict[str, Any]:
     """Attack one test image by both rules, with more and more poisons until it is flipped.
 
-    The paper's rule poisons the first training image, then the second, then as many together as
-    `counts` says. It begins with clean images each time.
+    The paper's rule poisons the first training image, then the second, then several together: each
+    number in `counts` in turn. It begins with clean images each time.
 
     Args:
       head: the head.
-      point: the test image's row.
+      point: the row of the test image.
       counts: numbers of poisons, increasing from one.
-      candidates: rows whose derivative by the pixels is computed.
+      candidates: the number of training images whose derivative by the pixels is computed.
       paper: the release's rule.
       best: the strongest rule.
 
-    Returns: arrays by name. `paper_flipped` and `best_flipped` (len(counts),): whether that many
-      poisons or fewer flipped the image, according to cold refits. `standing` (counts[-1],
-      len(SIGNS), 2): of `standing`; NaN beyond the best rule's poisons.
+    Returns: a dict of arrays. `paper_flipped` and `best_flipped` (len(counts),) are True if that
+      many poisons or fewer flipped the image in a cold refit. `standing` (counts[-1], len(SIGNS),
+      2) is the result of `standing` for the best rule, padded with NaN.
     """
     test = head.test.take([point])
     rows, norms = ranked(head, test, candidates)
@@ -78,7 +78,7 @@ def single(
         "clean_loss": strong.test_losses[0, 0],
         "gradient_norm": max(one.gradient_norm for one in every),
         "same_bytes": all(_same(one) for one in every),
-        # Warm and cold refits must agree on whether the image is flipped.
+        # This is True if warm and cold refits agree whether the image is flipped.
         "confirmed": all(
             bool((one.test_losses[-1] > FLIPPED).all() == one.flipped.all()) for one in every
         ),
@@ -97,10 +97,12 @@ def _same(found: Poisoning) -> bool:
 
 
 def standing(head: Head, found: Poisoning) -> NDArray:
-    """Rank poisons among the training images, before and after the attack: (k, len(SIGNS), 2).
+    """Rank poisons among the training images before and after the attack.
 
-    Each entry is the share of training images that are checked before the poison if images are
-    checked by decreasing self-influence, loss, or distance from the mean features of their class.
+    A defender checks the training images in decreasing order of a score: self-influence, loss, or
+    distance from the mean features of the class. An entry is the share checked before a poison.
+
+    Returns: (k, len(SIGNS), 2) for k poisons, the scores of SIGNS, and before or after.
     """
     net, clean = head.net, head.net.theta
     means = np.stack([head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)])
@@ -133,19 +135,19 @@ def group(
 ) -> dict[str, Any]:
     """Attack test images of one class together.
 
-    The first attack has one poison, the training image of the other class of which the model is
-    least sure. The second adds poisons, by the best rule, until half of the images are flipped.
+    The first attack has one poison: the training image of the other class with the largest loss.
+    The second adds poisons until half of the test images are flipped.
 
     Args:
       head: the head.
       points: rows of the test images.
       counts: numbers of poisons of the second attack, increasing.
-      candidates: rows from which they are chosen.
-      one: the rule of the first attack, which no flip ends.
+      candidates: the number of training images from which these poisons are chosen.
+      one: the rule of the first attack. A flip does not end this attack.
       many: the rule of the second attack.
 
-    Returns: arrays by name: `one_...` with the geometry of the release's notebook, `many_...`;
-      `one_input` is the poisoned image itself.
+    Returns: a dict of arrays and numbers. `one_...` belongs to the first attack and `many_...` to
+      the second. `one_input` is the poisoned image. The results of `geometry` are included.
     """
     test, train = head.test.take(points), head.train
     losses = head.net.losses(train.x, train.y)
@@ -178,7 +180,7 @@ def group(
 
 
 def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
-    """Attack test images of one class by the least sure training image of the other class."""
+    """Attack test images of one class with one poison: see the first attack of `group`."""
     train, test = head.train, head.test.take(points)
     others = np.flatnonzero(train.y != test.y[0])
     row = others[np.argmax(head.net.losses(train.x, train.y)[others])]
@@ -186,7 +188,10 @@ def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
 
 
 def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
-    """Measure how far the first poison moved in pixels and features, as the release does."""
+    """Measure how far the attack moved its first poison, in pixels and in features.
+
+    The release's notebook measures the same distances.
+    """
     row, train = found.rows[0], head.train
     moved = (found.inputs[0] - scaled(head.images[row])).astype(np.float64)
     before, after = train.x[row], found.features[0]
@@ -194,7 +199,7 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
     to_own, to_other = own.mean(axis=0), train.x[train.y != train.y[row]].mean(axis=0)
     basis = np.linalg.svd(train.x - train.x.mean(axis=0), full_matrices=False)[2][:_COMPONENTS]
     shift = after - before
-    # With no more features than components, only rounding is outside.
+    # If there are no more features than components, nothing lies outside except rounding.
     inside = basis @ shift if train.x.shape[1] > _COMPONENTS else np.full(1, np.nan)
     return {
         "levels_moved": np.abs(moved).max() / LEVEL,
@@ -211,7 +216,7 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
 
 
 def of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
-    """Return the metrics of one head's group attack."""
+    """Return the metrics of one head's group attack; `found` is the result of `group`."""
     half = np.flatnonzero(found["many_flipped"] == found["many_flipped"].max())[0]
     scalars = {key: float(value) for key, value in found.items() if not np.ndim(value)}
     return {f"group_{key}_{network}": value for key, value in scalars.items()} | {
@@ -231,10 +236,10 @@ def over_all(
     """Compute the metrics of all heads together.
 
     Args:
-      counts: numbers of poisons.
-      networks: the heads' networks.
+      counts: the numbers of poisons of `single`.
+      networks: the name of each head's network.
       every: the results of `single` for each head, stacked over the test images.
-      groups: the results of `group` for each head.
+      groups: the result of `group` for each head.
     """
     flipped = {rule: np.concatenate([one[f"{rule}_flipped"] for one in every]) for rule in RULES}
     ranks = np.concatenate([one["standing"].reshape(-1, len(SIGNS), 2) for one in every])
@@ -255,7 +260,7 @@ def over_all(
             [one[f"{rule}_flipped"][:, counts.index(2)].sum() for rule in RULES] for one in every
         ]
         for name, (paper, best) in zip(("", *networks), (np.sum(two, axis=0), *two), strict=True):
-            end = f"_{name}" if name else ""  # all heads together, then each
+            end = f"_{name}" if name else ""  # no name: all heads together
             metrics[f"times_as_many_by_best_rule_with_2{end}"] = best / max(paper, 1)
     if 10 in counts:
         shares = flipped["paper"].mean(axis=0)

@@ -2,9 +2,9 @@
 
 Koh & Liang 2017, section 5.2 and figure 5: logistic regression on a deep network's features
 distinguishes dogs from fish. One, two or ten training images are changed. Every pixel still rounds
-to its 8-bit value, and no label changes. The refitted model then misclassifies a test image that
-was classified correctly before. A second attack changes the predictions of thirty test images at
-once. Finally we test whether a defender would find the changed images.
+to its 8-bit value, and no label changes. The refitted model then misclassifies a test image that it
+classified correctly before. A second attack targets thirty test images at once. Finally we test
+whether a defender would find the changed images.
 """
 
 from dataclasses import dataclass, replace
@@ -172,11 +172,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
     Args:
       config: the protocol.
-      data: Splits of dogfish, or of its stand-in.
-      checkpoints: folder that stores finished attacks, so that an interrupted run continues.
+      data: Splits of dogfish or of its stand-in.
+      checkpoints: folder of finished attacks, or None. An interrupted run continues from it.
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
-    Raises: Misuse if a network's weights are not there, or an option goes beyond the data.
+    Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
+      data.
     """
     trunks.check(config.heads, data.folder)
     options.at_most(config, len(data.train[1]), "training images", "candidates", "group_counts")
@@ -187,7 +188,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     groups: list[dict[str, NDArray]] = []
     as_chosen: list[bool] = []
     networks = [trunks.split(name)[0] for name in config.heads]
-    # On a busy machine, BLAS threads that wait for each other cost tenfold. The trunk has its own.
+    # On a busy machine, BLAS threads wait for each other, which takes ten times as long. The limit
+    # does not affect the threads of TensorFlow.
     with threadpoolctl.threadpool_limits(1, "blas"):
         for i, (name, network) in enumerate(zip(config.heads, networks, strict=True)):
             head, about = fitted(config, i, data, checkpoints)
@@ -240,15 +242,16 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
-    """Show each head's poison against many test images beside its original: never to be committed.
+    """Show the single poison of each head's group attack beside its original.
 
     Args:
       record: the record of a run on `data`.
-      data: the same Splits.
-      checkpoints: folder where `run` stored the poison; None computes it again.
+      data: Splits of dogfish or of its stand-in.
+      checkpoints: folder where `run` stored the poison. If None, the poison is computed again.
 
-    Returns: a figure with photographs: the first test image, the training image, the poison, and
-      their difference, in which half a level is black or white.
+    Returns: a figure with one row per head: the first test image, the training image, the poison,
+      and the change of each pixel. A change by half a level is black or white. The figure must
+      never be committed.
     """
     import matplotlib.pyplot as plt
 
@@ -293,13 +296,13 @@ def _group(config: Config, head: Head) -> dict[str, Any]:
         counts=config.group_counts,
         candidates=max(config.candidates, config.group_counts[-1]),
         one=Rule(max_steps=config.group_moves, decay=0.9, tries=0, restarts=0),
-        # A restart costs as much as twice as many poisons, which flip more.
+        # A restart takes as long as an attack with twice as many poisons, which flips more images.
         many=replace(_best(config), restarts=0),
     )
 
 
 def _signs(step: float, moves: int) -> Rule:
-    """Build the paper's rule: the sign of the derivative, a constant step, one ranking."""
+    """Build the paper's rule: constant steps along the sign of the derivative, one ranking."""
     return Rule(
         step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0, restarts=0
     )
@@ -310,7 +313,7 @@ def _best(config: Config) -> Rule:
 
 
 def draw(record: Record) -> Any:
-    """Draw success over the number of poisons for each head; the group; how poisons are found."""
+    """Draw the success of both rules, the share of poisons found, and the group attack."""
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
@@ -337,13 +340,13 @@ def draw(record: Record) -> Any:
         colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
         for i, (network, colour) in enumerate(zip(networks, colours, strict=False)):
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
-            last = np.append(np.diff(poisons) > 0, True)  # last refit with each number of poisons
+            last = np.append(np.diff(poisons) > 0, True)  # the last refit for each number
             together.plot(poisons[last], flipped[last], "o-", color=colour, label=network)
             together.axhline(
                 metrics[f"group_one_flipped_{network}"],
                 color=colour,
                 linewidth=0.8,
-                linestyle=(3 * i, (3, 3)),  # both stay visible where they coincide
+                linestyle=(3 * i, (3, 3)),  # lines stay visible where they coincide
                 label=f"{network}, the least sure one",
             )
         group = record.config["group_size"]
@@ -359,7 +362,7 @@ def draw(record: Record) -> Any:
             title="Many test images at once",
         )
         together.legend(frameon=False, fontsize=7)
-        if not record.data.get("stand_in", True):  # a stand-in is marked already
+        if not record.data.get("stand_in", True):  # the harness marks stand-in data
             figure.supxlabel(_OF, fontsize=7, color="0.35")
     return figure
 
@@ -371,14 +374,14 @@ _OF = (
 )
 
 
-# Share of 591 test images that were flipped, in per cent, by number of poisons (section 5.2).
+# The paper flips these percentages of 591 test images, by number of poisons (section 5.2).
 _PAPER = {1: 57.0, 2: 77.0, 10: 99.8}
-# Label, colour and marker of each of RULES.
+# Each rule of RULES has a label, a colour and a marker.
 _LOOKS = (("the paper's rule", "#56B4E9", "s"), ("best rule", "#D55E00", "o"))
 
 
 def _draw_defence(axis: Any, standings: list[NDArray]) -> None:
-    """Draw the share of poisons found over the share of training images checked."""
+    """Draw the share of poisons found against the share of training images checked."""
     ranks = np.concatenate([one.reshape(-1, len(SIGNS), 2) for one in standings])
     ranks = ranks[~np.isnan(ranks[:, 0, 0])]
     looks = (("self-influence", "#0072B2"), ("loss", "#D55E00"), ("distance", "#009E73"))

@@ -1,9 +1,9 @@
-"""Heads to be attacked: logistic regression on a network's features, and the rule to choose one.
+"""The heads under attack (logistic regression on a network's features), and the choice of a head.
 
 The paper's head has a test accuracy of .985, a training accuracy of 1 and a training loss of .0040
-(Koh & Liang 2017, section 5.2, and its release). The rule compares the accuracy on held-out
-training images with the paper's. If several heads are equally good by that, it compares the
-training loss. The rule uses no test image and no attack.
+(Koh & Liang 2017, section 5.2, and its release). `chosen` looks for a head whose accuracy on
+held-out training images is about .985. Among such heads it takes the one whose training loss is
+nearest to .0040. This choice uses no test image and no attack.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ from influence.common.checkpoint import kept
 from influence.common.progress import progress
 from influence.models.top_layer import scaled
 
-# Range of a pixel.
+# Pixel values lie in this range.
 BOUNDS = (-1.0, 1.0)
-# One step of a pixel's 8-bit value.
+# An 8-bit pixel changes in steps of this size.
 LEVEL = 2 / 255
-# Test loss above which P(label) < 1/2.
+# An image is misclassified if its loss is above this value: then P(label) < 1/2.
 FLIPPED = float(np.log(2))
-# Gradient norm of the clean fits. Refits reach a smaller one.
+# Fits on clean images stop at this gradient norm.
 _TOLERANCE = 1e-9
 WEIGHT_DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)
-# Test accuracy and training loss of the paper's head.
+# The paper's head has this test accuracy and this training loss.
 _ACCURACY, _LOSS = 0.985, 0.0040
-# Number of parts of the training images; each is held out once.
+# The training images are divided into this many parts. Each part is held out once.
 _FOLDS = 4
 
 
@@ -43,11 +43,11 @@ class Head:
     """A net at its minimum, with its training and test sets.
 
     Attributes:
-      net: the head on its trunk.
-      train: features and labels.
-      test: likewise.
-      images: (n, h, w, 3) uint8 training images, of the trunk's size.
-      radius: half width of each pixel's box, in 8-bit levels.
+      net: the head with the network below it (the trunk).
+      train: features and labels of the n training images.
+      test: features and labels of the test images.
+      images: (n, h, w, 3) uint8 training images in the size that the trunk takes.
+      radius: the largest change of a pixel, in 8-bit levels.
     """
 
     net: TopLayer
@@ -65,13 +65,13 @@ class Head:
         counts: Sequence[int] | None = None,
         **options: Any,
     ) -> Poisoning:
-        """Poison these training images, each pixel within its box.
+        """Poison training images. No pixel changes by more than `radius`.
 
         Args:
-          test: the test images.
-          rows: the candidates.
-          rule: see `poison`.
-          counts: see `poison`.
+          test: features and labels of the test images under attack.
+          rows: the training images that may become poisons.
+          rule: argument of `poison`.
+          counts: argument of `poison`.
           **options: fields of `PoisonOptions` other than `inputs`.
         """
         net, train, box = self.net, self.train, self.radius * LEVEL
@@ -81,19 +81,19 @@ class Head:
         )
 
     def poisoned(self, found: Poisoning) -> Examples:
-        """Return the training set with the poisons' features."""
+        """Return the training set after the attack, with the features of the poisoned images."""
         x = np.array(self.train.x)
         x[found.rows] = found.features
         return Examples(x, self.train.y)
 
     def accuracy(self, examples: Examples, theta: NDArray | None = None) -> float:
-        """Compute the share of correctly classified examples, at the net's theta or another."""
+        """Compute the share of correctly classified examples at theta, by default the net's."""
         theta = self.net.theta if theta is None else theta
         return float(np.mean((examples.x @ theta > 0) == examples.y))
 
 
 def fitted(config: Any, i: int, data: Any, checkpoints: Path | None) -> tuple[Head, dict]:
-    """Fit head i of an experiment's Config to its minimum; return it and its accuracies by name."""
+    """Fit head i of an experiment's Config to its minimum. Return it with a dict of its metrics."""
     name, (x, y), (x_test, y_test) = config.heads[i], data.train, data.test
     folder = trunks.kept_in(data.stand_in, checkpoints)
     phi = trunks.features([name], np.concatenate([x, x_test]), root=data.folder, folder=folder)[
@@ -127,18 +127,18 @@ def _standards(phi: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def right(config: Any, head: Head) -> NDArray[np.int64]:
-    """Return the rows of the test images to be attacked."""
+    """Return the rows of the test images to attack: all, or `num_test` that are drawn."""
     order = np.random.default_rng(config.seed).permutation(len(head.test))
     losses = head.net.losses(head.test.x, head.test.y)
-    order = order[losses[order] < FLIPPED]  # nearly the same images at every head
+    order = order[losses[order] < FLIPPED]  # heads share most images
     return order[: config.num_test or None]
 
 
 def alike(config: Any, head: Head) -> NDArray[np.int64]:
-    """Return a test image and those of its class nearest to it, instead of photographs of one dog.
+    """Return a test image and the images of its class that have the nearest features.
 
-    All of them are right before the attack, as in the release. There are fewer than `group_size` if
-    the class has no more.
+    They replace the release's photographs of one dog. The head classifies all of them correctly, as
+    in the release. There are `group_size` of them, or fewer if the class has fewer.
     """
     x, y, first = head.test.x, head.test.y, right(config, head)[0]
     own = np.flatnonzero((y == y[first]) & (head.net.losses(x, y) < FLIPPED))
@@ -147,10 +147,10 @@ def alike(config: Any, head: Head) -> NDArray[np.int64]:
 
 
 def held_out_accuracy(net: Any, train: Examples, seed: int) -> float:
-    """Compute the share of training images classified correctly when a quarter is held out.
+    """Compute the accuracy on training images that are held out, a quarter at a time.
 
     Args:
-      net: a head on features, at its minimum; its theta is restored.
+      net: a head on features, at its minimum. Its theta is the same afterwards.
       train: features and labels 0 and 1.
       seed: seed of the division into quarters.
     """
@@ -170,17 +170,17 @@ def held_out_accuracy(net: Any, train: Examples, seed: int) -> float:
 def heads_of(
     network: str, data: Any, *, seed: int, folder: Path | None, checkpoints: Path | None
 ) -> dict[str, NDArray]:
-    """Fit a head on every layer of a network with every weight decay, without standardisation.
+    """Fit a head on every layer of a network with every weight decay.
 
     Args:
-      network: its name.
+      network: name of the network.
       data: Splits of photographs.
       seed: seed of the division of the training images.
       folder: folder that stores features, or None.
       checkpoints: folder that stores the result, or None.
 
-    Returns: `layers` (l,) and `weight_decays` (w,); (l, w) each: `held_out_accuracy`,
-      `training_accuracy` and `training_loss`, in nats, without the penalty.
+    Returns: a dict of arrays: `layers` (l,), `weight_decays` (w,), and for each pair (l, w)
+      `held_out_accuracy`, `training_accuracy` and `training_loss` (in nats, without the penalty).
     """
     layers = trunks.NETWORKS[network].layers
     x, y = data.train
@@ -213,9 +213,9 @@ def heads_of(
 def chosen(found: dict[str, NDArray], n: int) -> tuple[str, float]:
     """Choose the layer and the weight decay.
 
-    Candidates have a held-out accuracy within one standard error of the paper's .985, or, if there
-    are none, the accuracy nearest to it. Of these, the training loss nearest to the paper's by its
-    logarithm is chosen.
+    A head is a candidate if its held-out accuracy is within one standard error of the paper's .985.
+    If there is no such head, those with the nearest accuracy are candidates. Of the candidates, we
+    take the one whose logarithm of the training loss is nearest to the paper's.
 
     Args:
       found: the result of `heads_of`.

@@ -1,1 +1,1 @@
-"""The harness that runs any figure: options, records, verdicts, report."""
+"""The harness that runs any figure and reports the results."""

@@ -1,6 +1,6 @@
-"""Checks of a Config before any long work: by itself, then against the data.
+"""Checks of a Config before any long work. Some compare an option with the data.
 
-Every check raises a Misuse that begins with the option's name.
+Every check raises a Misuse whose message begins with the option's name.
 """
 
 from collections.abc import Sized
@@ -13,14 +13,14 @@ from experiments.harness.running import Misuse
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
-    """Refuse an option, or an entry of a tuple, below `least`.
+    """Raise Misuse if an option, or an entry of a tuple, is below `least`.
 
     Args:
       config: an experiment's Config.
       least: the smallest allowed value.
-      names: names of its fields.
+      names: names of the Config's fields to check.
 
-    Raises: Misuse; for an empty tuple too.
+    Raises: Misuse, also if an option is an empty tuple.
     """
     for name in names:
         if not all(entry >= least for entry in _entries(config, name)):
@@ -28,13 +28,13 @@ def at_least(config: Any, least: float, *names: str) -> None:
 
 
 def positive(config: Any, *names: str) -> None:
-    """Refuse an option, or an entry of a tuple, that is infinite or not above zero.
+    """Raise Misuse if an option, or an entry of a tuple, is infinite or not above zero.
 
     Args:
       config: an experiment's Config.
-      names: names of its fields.
+      names: names of the Config's fields to check.
 
-    Raises: Misuse; for an empty tuple too.
+    Raises: Misuse, also if an option is an empty tuple.
     """
     for name in names:
         if not all(0 < entry < np.inf for entry in _entries(config, name)):
@@ -42,13 +42,11 @@ def positive(config: Any, *names: str) -> None:
 
 
 def increasing(config: Any, *names: str) -> None:
-    """Refuse a tuple that does not increase from 1 or above.
+    """Raise Misuse if a tuple is empty, does not increase, or begins below 1.
 
     Args:
       config: an experiment's Config.
-      names: names of its fields.
-
-    Raises: Misuse.
+      names: names of the Config's fields to check.
     """
     for name in names:
         values = getattr(config, name)
@@ -57,15 +55,13 @@ def increasing(config: Any, *names: str) -> None:
 
 
 def at_most(config: Any, most: int, what: str, *names: str) -> None:
-    """Refuse an option, or an entry of a tuple, that exceeds a number of things.
+    """Raise Misuse if an option, or an entry of a tuple, exceeds a number of things.
 
     Args:
       config: an experiment's Config.
       most: the number of things.
-      what: their name in the message.
-      names: names of its fields.
-
-    Raises: Misuse.
+      what: the name of the things in the message.
+      names: names of the Config's fields to check.
     """
     for name in names:
         value = getattr(config, name)
@@ -74,15 +70,13 @@ def at_most(config: Any, most: int, what: str, *names: str) -> None:
 
 
 def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
-    """Refuse an option, or an entry of a tuple, that is not a row number.
+    """Raise Misuse if an option, or an entry of a tuple, is no row number of `rows`.
 
     Args:
       config: an experiment's Config.
-      rows: the numbered rows.
-      what: their name in the message.
-      names: names of its fields.
-
-    Raises: Misuse.
+      rows: a sized object with one entry per row.
+      what: the name of the rows in the message.
+      names: names of the Config's fields to check.
     """
     for name in names:
         value = getattr(config, name)
@@ -91,15 +85,13 @@ def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
 
 
 def one_of(config: Any, rows: NDArray[np.int64], what: str, name: str) -> None:
-    """Refuse an option that is not among some rows.
+    """Raise Misuse if an option is not one of the allowed rows.
 
     Args:
       config: an experiment's Config.
-      rows: the allowed rows.
+      rows: the allowed row numbers.
       what: the name of such a row in the message.
-      name: name of its field.
-
-    Raises: Misuse.
+      name: name of the Config's field to check.
     """
     value = getattr(config, name)
     if value not in rows:

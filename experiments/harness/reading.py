@@ -1,7 +1,7 @@
-"""The files of a record as they are found: whatever is there is checked before it is used.
+"""The reading of a record's files. They may be altered, so they are checked before they are used.
 
-A file is read only if it is regular and not too large, an array only if it is stored in the file
-itself, and a text only if it has the form of a record.
+A file must be regular and not too large. An array must be stored in the file itself. The text must
+have the form of a record.
 """
 
 import fcntl
@@ -18,9 +18,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-# Bytes of a record.json, of an arrays.h5 both packed and unpacked, and of a figure.
+# The largest sizes in bytes of a record.json, an arrays.h5 (packed or unpacked) and a figure.
 _MOST_TEXT, MOST_ARRAYS, _MOST_FIGURE = 1 << 24, 1 << 28, 1 << 25
-# A chunk counts as this many bytes at least, so that their number is limited too.
+# A chunk counts as at least this many bytes. This also limits the number of chunks.
 _LEAST_CHUNK = 1 << 12
 _MOST_PIXELS = 10**8
 _MOST_DEPTH = 32
@@ -37,14 +37,15 @@ def _is_shallow(value: Any, depth: int = _MOST_DEPTH) -> bool:
     return depth > 0 and all(_is_shallow(entry, depth - 1) for entry in inner)
 
 
-# A kind of value: a description and a test.
+# Each kind of value is a description and a test.
 _TEXT = ("printable text", lambda value: isinstance(value, str) and value.isprintable())
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _VERDICT = ("true, false or null", lambda value: value is None or isinstance(value, bool))
 _NUMBER = ("a finite number or null", lambda value: value is None or _is_number(value))
 _PLAIN = (f"nested at most {_MOST_DEPTH} deep", _is_shallow)
-# The form of a record: a dict has these keys; with `...`, others of that kind too, and none must be
-# there. A list has any number of entries of its one kind.
+# This is the form of a record. A dict must have exactly these keys. If one key is `...`, any other
+# keys are allowed, their values must be of its kind, and no key is required. A list may have any
+# number of entries of its one kind.
 _RECORD = {
     "experiment": _TEXT,
     "preset": _TEXT,
@@ -63,10 +64,10 @@ def check(value: Any, kind: Any = _RECORD, name: str = "record") -> None:
     """Check that a value read from JSON has the form of a record.
 
     Args:
-      value: what was read.
-      kind: the form, as in this module's constants.
+      value: the value.
+      kind: the required form, written like `_RECORD`.
       name: name of the value in the message.
-    Raises: ValueError naming the first entry of another form.
+    Raises: ValueError naming the first entry that has another form.
     """
     if isinstance(kind, tuple):
         words, test = kind
@@ -88,14 +89,14 @@ def check(value: Any, kind: Any = _RECORD, name: str = "record") -> None:
 
 
 def contents(path: Path, most: int) -> bytes:
-    """Read a file.
+    """Read a regular file. Refuse links, pipes and devices: reading them may never end.
 
     Args:
-      path: a regular file. A link, a pipe or a device could be anything, and may never end.
-      most: how many bytes it may have.
-    Returns: its bytes.
-    Raises: OSError if it cannot be read; ValueError if it is not regular, is larger, or is held by
-      another process.
+      path: the file.
+      most: the largest allowed size in bytes.
+    Returns: the bytes of the file.
+    Raises: OSError if it cannot be read; ValueError if it is not regular, is larger, or is locked
+      by another process.
     """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
@@ -115,8 +116,8 @@ def contents(path: Path, most: int) -> bytes:
 def text(path: Path) -> dict[str, Any]:
     """Read a record.json.
 
-    Returns: the object in it; `check` checks its form.
-    Raises: OSError, ValueError or RecursionError if it holds no object in strict JSON.
+    Returns: the JSON object as a dict. Its form is not yet checked.
+    Raises: OSError, ValueError or RecursionError if the file holds no object in strict JSON.
     """
 
     def refuse(token: str) -> None:
@@ -132,10 +133,10 @@ def arrays(packed: bytes) -> dict[str, np.ndarray]:
     """Read the arrays of an arrays.h5. No other file is opened.
 
     Args:
-      packed: the file's bytes.
-    Returns: the arrays by name.
-    Raises: ValueError for what no record has: links, groups, virtual or external data, other types
-      and filters than `Record.save` writes, or more than MOST_ARRAYS bytes.
+      packed: the bytes of the file.
+    Returns: a dict from names to arrays.
+    Raises: ValueError if the file has links, groups, virtual or external data, a dtype or a filter
+      that `Record.save` does not write, or more than MOST_ARRAYS bytes.
     """
     try:
         with h5py.File(h5py.h5f.open_file_image(packed)) as file:
@@ -158,8 +159,8 @@ def arrays(packed: bytes) -> dict[str, np.ndarray]:
 def png(path: Path) -> bytes:
     """Read a figure.
 
-    Returns: its bytes.
-    Raises: OSError if it cannot be read; ValueError if it is no regular PNG file of a sane size.
+    Returns: the bytes of the PNG file.
+    Raises: OSError if it cannot be read; ValueError if it is no regular PNG file or too large.
     """
     found = contents(path, _MOST_FIGURE)
     if not found.startswith(_PNG) or len(found) < 24:
@@ -171,7 +172,7 @@ def png(path: Path) -> bytes:
 
 
 def _unlike_ours(file: h5py.File, name: str) -> str:
-    """Say what an entry is, if it is no array that is stored in this very file."""
+    """Describe what is wrong with an entry; return "" for an array that `Record.save` may write."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         return f"the link {name!r:.60}"
     part = file[name]
@@ -201,7 +202,10 @@ def _chunk_size(part: h5py.Dataset) -> int:
 
 
 def _overlong_chunk(part: h5py.Dataset, packed: bytes) -> str:
-    """Say so if a chunk would be unpacked to more than its size, which HDF5 does not limit."""
+    """Describe the array if a chunk unpacks to more than its size, else return "".
+
+    HDF5 itself does not check this.
+    """
     chunks = []
     if part.compression == "gzip":
         part.id.chunk_iter(chunks.append)

@@ -23,12 +23,12 @@ import numpy as np
 from experiments.harness import reading
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
-# The format of both files. A record of format 0 has no checksum, and does not name its format.
+# Both files have this format. A record of format 0 has no checksum, and does not name its format.
 _FORMAT = 1
-# Bytes of the arrays. HDF5 may fill up its chunks, so that a reader allows for more.
+# A record may have this many bytes of arrays. The reader allows more, because HDF5 pads chunks.
 _MOST_BYTES = reading.MOST_ARRAYS // 4
 _ROOT = Path(__file__).resolve().parents[2]
-# Files on which a number depends.
+# The results depend on these files.
 _CODE = ("influence", "experiments", "data", "requirements.txt")
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "scikit-learn")
 
@@ -38,11 +38,11 @@ class Claim:
     """A band for one metric. The paper's result is reproduced if low <= metric <= high.
 
     Args:
-      metric: its name in `Record.metrics`.
-      paper: the paper's value; None if it gives none.
-      low, high: the band; None for an open side.
-      stand_in: whether stand-in data is judged too; otherwise only real data is.
-      presets: the presets that compute the metric; None for all.
+      metric: name of the metric in `Record.metrics`.
+      paper: the paper's value, or None if the paper gives no value.
+      low, high: the ends of the band. None means no limit on that side.
+      stand_in: True if runs on stand-in data are judged too. Runs on real data always are.
+      presets: the presets that compute the metric, or None for all presets.
     Raises: ValueError if the band is empty.
     """
 
@@ -64,9 +64,10 @@ class Claim:
 
         Args:
           metrics: the run's metrics.
-          stand_in: whether the run used stand-in data.
-        Returns: {metric, paper, low, high, value, holds}. A metric that is missing, NaN or infinite
-          falls short (value None, holds False); holds is None if the claim is not judged.
+          stand_in: True if the run used stand-in data.
+        Returns: the verdict, a dict with the keys metric, paper, low, high, value and holds. holds
+          is None if the claim is not judged. If the metric is missing, NaN or infinite, value is
+          None and a judged claim does not hold.
         """
         value = metrics.get(self.metric, math.nan)
         within = _or(self.low, -math.inf) <= value <= _or(self.high, math.inf)
@@ -87,13 +88,13 @@ class Record:
     """One run of one experiment.
 
     Args:
-      experiment, preset: names of what ran.
-      config: the Config's fields.
-      data: {name, stand_in, sha256}.
-      metrics: numbers by name, which the claims judge.
-      arrays: arrays by name, from which the figure is drawn: numbers, and names as bytes.
+      experiment, preset: the command and the preset that ran.
+      config: the fields of the Config.
+      data: the name, stand_in and sha256 of the Splits.
+      metrics: dict of numbers. The claims judge some of them.
+      arrays: dict of arrays, from which the figure is drawn. Texts are stored as bytes.
       claims: one verdict per claim, from `Claim.judge`.
-      provenance: seed, commit, versions, cpu_count, seconds, peak_rss_mb.
+      provenance: seed, commit, versions, cpu_count, resumed, seconds, peak_rss_mb.
     """
 
     experiment: str = ""
@@ -107,14 +108,14 @@ class Record:
 
     @classmethod
     def of(cls, *, metrics: Mapping[str, float], arrays: Mapping[str, Any]) -> "Record":
-        """Make the Record that an experiment's `run` returns; the harness fills in the rest.
+        """Make the Record that an experiment's `run` returns. The harness adds the other fields.
 
         Args:
-          metrics: real numbers by name; NaN if there is none.
-          arrays: numeric, boolean or byte-string (dtype "S") arrays by name.
-        Returns: a Record with only these two.
-        Raises: TypeError if a metric is not a real number or an array not numeric; ValueError if an
-          array's name would be a path inside the HDF5 file, or if the arrays are too large.
+          metrics: dict of real numbers. NaN means that a metric has no value.
+          arrays: dict of numeric, boolean or byte-string (dtype "S") arrays.
+        Returns: a Record with these metrics and arrays.
+        Raises: TypeError if a metric is no real number or an array has another dtype; ValueError if
+          the name of an array is no valid HDF5 name, or if the arrays are too large.
         """
         for name, value in metrics.items():
             if np.ndim(value) or not isinstance(_scalar(value), bool | int | float):
@@ -134,7 +135,7 @@ class Record:
 
     @property
     def holds(self) -> bool:
-        """True if no judged claim fell short."""
+        """True if every judged claim holds."""
         return all(claim["holds"] is not False for claim in self.claims)
 
     def save(self, folder: Path) -> None:
@@ -143,7 +144,8 @@ class Record:
         record.json names the format and holds a checksum of everything in both files.
 
         Args:
-          folder: created if missing. An older record is replaced, never left half written.
+          folder: the folder to write to, created if missing. An older record is replaced. A failed
+            write leaves no partial file.
         Raises: TypeError if a value cannot be written as JSON; ValueError if `load` would refuse
           the record; OSError if the folder cannot be written to.
         """
@@ -153,7 +155,7 @@ class Record:
         content = json.loads(text)
         reading.check(content)
         folder.mkdir(parents=True, exist_ok=True)
-        # Made in memory: HDF5 ends the process if it cannot write a file, as on a full disk.
+        # The file is made in memory, because HDF5 ends the process if it cannot write a file.
         with h5py.File(ARRAYS, "w", driver="core", backing_store=False) as file:
             for name, array in sorted(self.arrays.items()):
                 packing = {"compression": "gzip", "shuffle": True} if array.size > 1 else {}
@@ -162,20 +164,20 @@ class Record:
             image = file.id.get_file_image()
         content["format"] = _FORMAT
         content["sha256"] = _checksum(content, image)
-        # Both are written before either replaces an older one.
+        # Both files are written before either replaces an older one.
         with replacing(folder / ARRAYS) as arrays, replacing(folder / RECORD) as record:
             arrays.write_bytes(image)
             record.write_text(to_json(content), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
-        """Read what `save` wrote; a null metric becomes NaN.
+        """Read a record that `save` wrote. A null metric becomes NaN.
 
         Args:
-          folder: one with record.json and arrays.h5.
+          folder: a folder with record.json and arrays.h5.
         Returns: the Record.
-        Raises: FileNotFoundError if either file is missing; ValueError if one is not what `save`
-          writes, or was altered since. Format 0 has no checksum.
+        Raises: FileNotFoundError if a file is missing; ValueError if a file was altered or is not
+          in the form that `save` writes. Format 0 has no checksum to detect alterations.
         """
         for name in (RECORD, ARRAYS):
             if not os.path.lexists(folder / name):
@@ -201,21 +203,21 @@ class Record:
 
 
 def to_json(value: Any) -> str:
-    """Format as strict JSON: sorted keys, floats as Python prints them, NaN and infinities as null.
+    """Format a value as strict JSON with sorted keys. NaN and infinities become null.
 
     Args:
       value: dicts, sequences, numbers, strings, paths and None, nested to any depth.
-    Returns: the text, ending in a newline.
-    Raises: TypeError naming the first entry of another kind.
+    Returns: the text, which ends in a newline.
+    Raises: TypeError naming the first entry of another type.
     """
     return json.dumps(_plain(value, ""), sort_keys=True, indent=2, allow_nan=False) + "\n"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to. It replaces `path` when the block has succeeded.
+    """Yield a path to write to. That file replaces `path` if the block raises no error.
 
-    An OSError of the block that names no file, such as that of a full disk, then names `path`.
+    `path` is added to an OSError of the block that names no file, such as that of a full disk.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -230,12 +232,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def provenance(seed: int) -> Iterator[dict[str, Any]]:
-    """Record where a block's numbers come from and what they cost.
+    """Record the code, versions, time and memory of a `with` block.
 
     Args:
       seed: the run's seed.
-    Yields: a dict with seed, commit, versions and cpu_count. The end of the block adds seconds and
-      peak_rss_mb (this process only).
+    Yields: a dict with seed, commit, versions and cpu_count. After the block it also has seconds,
+      and peak_rss_mb of this process without its workers.
     """
     facts: dict[str, Any] = {
         "seed": seed,
@@ -244,7 +246,7 @@ def provenance(seed: int) -> Iterator[dict[str, Any]]:
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
     }
-    with suppress(OSError):  # Linux: reset the peak, which earlier runs of `all` have raised
+    with suppress(OSError):  # on Linux, reset the peak of earlier runs in this process
         Path("/proc/self/clear_refs").write_text("5")
     begun = time.perf_counter()
     yield facts
@@ -255,10 +257,10 @@ def provenance(seed: int) -> Iterator[dict[str, Any]]:
 def commit(root: Path = _ROOT) -> str:
     """Return the commit of the code in `root`.
 
-    Returns: its hash, with "-dirty" if the code has changed since; without git (a container),
-      $INFLUENCE_COMMIT; else "unknown".
+    Returns: the hash of the commit, followed by "-dirty" if the code has changed since. Without git
+      (in a container), $INFLUENCE_COMMIT, or "unknown" if it is not set.
     """
-    if (root / ".git").exists():  # not a repository in which this one is only a subfolder
+    if (root / ".git").exists():  # `root` must not be a subfolder of another repository
         with suppress(OSError, subprocess.CalledProcessError):
             head = _git(root, "rev-parse", "HEAD").strip()
             changed = _git(root, "status", "--porcelain", "--", *_CODE)
@@ -283,7 +285,7 @@ def _peak_rss_mb() -> int:
 
 
 def _checksum(content: dict[str, Any], arrays: bytes) -> str:
-    """Compute the checksum of a record.json, without its own, and of the bytes of an arrays.h5."""
+    """Compute the SHA-256 of a record.json without its checksum, followed by an arrays.h5."""
     return hashlib.sha256(to_json(content).encode() + arrays).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Reports that show our results beside the paper's: an HTML page, and the README's table."""
+"""Reports that show our results beside the paper's: an HTML page and the README's table."""
 
 import base64
 from pathlib import Path
@@ -16,11 +16,11 @@ _VERDICTS = {True: "holds", False: "FALLS SHORT", None: "not judged"}
 
 
 def rows(record: Record) -> list[dict[str, str]]:
-    """Format a record's claims as text, for any table.
+    """Format a record's claims as text for a table.
 
     Args:
       record: a judged record.
-    Returns: per claim {metric, paper, ours, band, verdict}.
+    Returns: one dict per claim, with the keys metric, paper, ours, band and verdict.
     """
     return [
         {
@@ -35,7 +35,7 @@ def rows(record: Record) -> list[dict[str, str]]:
 
 
 def number(value: float | None) -> str:
-    """Format with six significant digits, so that 0.99999 does not print as 1; None as a dash."""
+    """Format a number with six significant digits, so 0.99999 is not shown as 1. None is a dash."""
     return "–" if value is None else f"{value:.6g}"
 
 
@@ -43,7 +43,7 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
     """Read the records in the subfolders of a folder.
 
     Args:
-      folder: the value of --out.
+      folder: the folder of the records' folders.
     Returns: (folder, record) pairs in the order of `experiments.MODULES`, then by folder name.
     Raises: FileNotFoundError if there is no such folder; ValueError if a record cannot be read.
     """
@@ -61,12 +61,12 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
 
 
 def write_page(out: Path) -> Path:
-    """Write index.html: figures, our results and the paper's, deviations and provenance.
+    """Write index.html, a page with figures, results, deviations and provenance.
 
     Args:
       out: the folder of the records' folders.
-    Returns: the page's path; the page needs no other file.
-    Raises: as `read_all`.
+    Returns: the path of the page. It needs no other file.
+    Raises: the errors of `read_all`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -90,7 +90,7 @@ def table(results: Path) -> str:
     Args:
       results: the folder of the records' folders.
     Returns: the table, one row per claim.
-    Raises: as `read_all`.
+    Raises: the errors of `read_all`.
     """
     lines = ["| experiment | metric | paper | ours | band | |", "|---|---|---|---|---|---|"]
     for _, record in read_all(results):
@@ -110,7 +110,7 @@ def with_table(readme: str, results: Path) -> str:
       readme: the text, with one BEGIN and one END marker.
       results: the folder of the records' folders.
     Returns: the text with `table(results)` between the markers.
-    Raises: ValueError unless there is one marker of each kind, in this order; as `read_all`.
+    Raises: ValueError unless there is one BEGIN and, after it, one END; the errors of `read_all`.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)

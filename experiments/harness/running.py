@@ -1,4 +1,4 @@
-"""The steps of every experiment: data, seed, run, verdicts, record, figure."""
+"""The steps of every experiment: load data, set the seed, run, judge, save and draw."""
 
 import dataclasses
 import hashlib
@@ -15,32 +15,32 @@ from experiments.harness import report
 from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
-# Figure with photographs, which git and the report ignore.
+# Git and the report ignore this figure, which shows photographs.
 PHOTOGRAPHS = "photographs.png"
 _CHECKPOINTS, _LABEL = "checkpoints", "run.json"
-# Precision of convex models.
+# A module without DTYPE uses this precision.
 _DTYPE = "float64"
 _DPI = 200
-# Number of seeds that Keras and NumPy accept.
+# Keras and NumPy accept seeds below this number.
 _NUM_SEEDS = 2**32
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-class Misuse(ValueError):  # tyro prints a ValueError of a Config like its own errors
-    """A request that cannot be fulfilled; the message says what to do instead. Exit status 2."""
+class Misuse(ValueError):  # tyro reports a ValueError of a Config like its own errors
+    """A request that cannot be fulfilled. The message names the remedy. The exit status is 2."""
 
 
 class Unwritten(Exception):
-    """Output that could not be written; the message names the file. Exit status 74."""
+    """An output that could not be written. The message names the file. The exit status is 74."""
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raise Unwritten for an error, in the block, of writing a file of the folder.
+    """Raise Unwritten if the block cannot write a file in `folder`.
 
     Args:
-      folder: where the block writes.
-    Raises: Unwritten, also if another place, such as the cache of the data, is full.
+      folder: the folder to which the block writes.
+    Raises: Unwritten, also if the block meets a full or read-only device elsewhere.
     """
     try:
         yield
@@ -53,15 +53,15 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One experiment to be run.
+    """An experiment to run.
 
     Args:
-      command: its name on the command line.
-      module: its module, as `experiments` describes it.
+      command: name of the experiment on the command line.
+      module: the module of the experiment, as `experiments` describes it.
       preset: a key of module.PRESETS.
-      config: that preset's Config, or one that differs in some options.
+      config: the preset's Config, or one that differs from it in some options.
       data_dir: folder to search first for the data, or None.
-      out: folder in which its own folder is created.
+      out: folder that contains, or will contain, `folder`.
     """
 
     command: str
@@ -73,9 +73,9 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """`<out>/<command>-<preset>`, with a hash if options differ from the preset's."""
+        """`<out>/<command>-<preset>`, followed by a hash if options differ from the preset's."""
         name = f"{self.command}-{self.preset}"
-        if self.config != self.module.PRESETS[self.preset]:  # keep the preset's own results
+        if self.config != self.module.PRESETS[self.preset]:  # do not overwrite the preset's results
             text = to_json(dataclasses.asdict(self.config))
             name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return self.out / name
@@ -86,17 +86,17 @@ def run(job: Job) -> bool:
 
     Args:
       job: the experiment.
-    Returns: whether every judged claim holds.
-    Raises: Misuse if the folder cannot be written to, the data is missing, or an option goes beyond
-      the data; Unwritten if a file cannot be written.
+    Returns: True if every judged claim holds.
+    Raises: Misuse if the folder is not writable, the data is missing, or an option does not fit the
+      size of the data; Unwritten if a file cannot be written.
     """
     if not 0 <= job.config.seed < _NUM_SEEDS:
         raise Misuse(f"seed must lie in [0, {_NUM_SEEDS}), got {job.config.seed}.")
     _check_writable(job.folder)
     with writing_to(job.folder):
         _compute_and_save(job)
-    holds = redraw(job)  # drawn from the files, so that --redraw draws the same
-    shutil.rmtree(job.folder / _CHECKPOINTS)  # last: a run whose figure was not written continues
+    holds = redraw(job)  # from the files, as --redraw does
+    shutil.rmtree(job.folder / _CHECKPOINTS)  # only now, in case the figure could not be written
     return holds
 
 
@@ -118,11 +118,11 @@ def _compute_and_save(job: Job) -> None:
 
 
 def redraw(job: Job) -> bool:
-    """Draw an experiment's figure from its record, and print the verdicts again.
+    """Draw an experiment's figure from its record, and print the verdicts.
 
     Args:
       job: the experiment.
-    Returns: whether every judged claim holds.
+    Returns: True if every judged claim holds.
     Raises: Misuse if there is no record or the folder cannot be written to; Unwritten if a file
       cannot be written.
     """
@@ -139,14 +139,14 @@ def redraw(job: Job) -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line of progress at once: the run may then be silent for minutes."""
+    """Print a line of progress and flush it, because the run may then be silent for minutes."""
     print(line, flush=True)
 
 
 def _check_writable(folder: Path) -> None:
     from influence.common.checkpoint import check_writable
 
-    # This is checked before the work, which may take an hour.
+    # We check this before the work, which may take an hour.
     try:
         check_writable(folder, "--out")
     except ValueError as error:
@@ -179,7 +179,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
         checkpoints = _checkpoints(job, about)
         facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is only a part
         say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
-        keras.backend.clear_session()  # discard what an earlier experiment left
+        keras.backend.clear_session()  # discard the state of earlier experiments
         keras.utils.set_random_seed(job.config.seed)
         result = module.run(job.config, splits, checkpoints=checkpoints)
     record = dataclasses.replace(
@@ -199,7 +199,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
 
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
-    """Return the folder of checkpoints, emptied if they belong to other options, data or code."""
+    """Return the folder of checkpoints. Empty it if they belong to other options, data or code."""
     digest = hashlib.sha256()
     sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
     sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]
@@ -231,7 +231,7 @@ def _draw(module: ModuleType, record: Record, folder: Path) -> None:
 def _write(figure: Any, *paths: Path) -> None:
     import matplotlib.pyplot as plt
 
-    # Without date and version the same record gives the same bytes.
+    # Without date and version, equal records give equal bytes.
     metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
     for path in paths:
         kind = path.suffix

@@ -1,1 +1,1 @@
-"""Parts that two or more figures use."""
+"""Code that two or more figures use."""

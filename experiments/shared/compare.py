@@ -1,4 +1,4 @@
-"""Comparison of predictions with the truth: numbers, and the panels that figures share."""
+"""Comparison of predictions with actual changes in numbers and in plots."""
 
 import math
 from typing import Any
@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
-    """Measure how well predictions agree with the truth, in scale and sign as well as in order.
+    """Measure how well predicted changes agree with actual changes in order, scale and sign.
 
     Args:
       predicted: (k,) predicted changes.
       actual: (k,) actual changes.
 
-    Returns: pearson, spearman, slope and intercept of the least-squares line of predicted on
-      actual, sign_agreement (the fraction), largest_difference.
+    Returns: a dict with pearson, spearman, the slope and intercept of the least-squares line of
+      predicted on actual, sign_agreement (the fraction of equal signs) and largest_difference (the
+      largest absolute difference).
     """
     line = scipy.stats.linregress(actual, predicted)
     return {
@@ -33,25 +34,25 @@ def largest(scores: NDArray, count: int) -> NDArray[np.int64]:
     """Return the positions of the largest absolute scores along the last axis, the largest first.
 
     Args:
-      scores: (..., n).
-      count: number of positions.
+      scores: array of shape (..., n).
+      count: number of positions to return.
 
-    Returns: (..., count); of equal scores, the earlier position comes first.
+    Returns: (..., count) positions. Among equal scores, the earlier position comes first.
     """
     return np.argsort(-np.abs(scores), axis=-1, kind="stable")[..., :count]
 
 
 def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np.int64]:
-    """Return the paper's test point, then others, because one test point proves little.
+    """Return the paper's test point and others, because one point proves little.
 
     Args:
-      first: the paper's test point.
-      among: points from which the others are drawn without repetition; `first` is excluded.
-      count: number of the others.
+      first: row of the paper's test point.
+      among: rows from which the others are drawn. `first` is never drawn, and no row twice.
+      count: number of rows to draw.
       seed: seed of the draw.
 
-    Returns: (1 + count,).
-    Raises: ValueError if there are not as many others.
+    Returns: (1 + count,) rows; `first` comes first.
+    Raises: ValueError if `among` has fewer than `count` other rows.
     """
     others = among[among != first]
     if count > len(others):
@@ -60,12 +61,12 @@ def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np
 
 
 def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> None:
-    """Scatter predicted on actual changes with y = x, both axes alike.
+    """Plot predicted against actual changes, with equal axes and the line y = x.
 
     Args:
-      axis: matplotlib Axes.
-      actual: (k,) actual changes in test loss, nats.
-      predicted: (k,) predicted changes, nats.
+      axis: the matplotlib Axes to draw on.
+      actual: (k,) actual changes of the test loss in nats.
+      predicted: (k,) predicted changes in nats.
     """
     reach = 1.08 * max(np.abs(actual).max(), np.abs(predicted).max(), np.finfo(float).tiny)
     axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=1)
@@ -86,13 +87,13 @@ def largest_bars(
     """Draw horizontal bars of the values of largest magnitude, the largest on top.
 
     Args:
-      axis: matplotlib Axes.
-      names: (k,) name of each value.
+      axis: the matplotlib Axes to draw on.
+      names: (k,) names of the values.
       values: (k,) values of either sign.
-      marked: name whose bar is highlighted, if it is drawn.
-      count: most bars.
+      marked: the bar of this name is highlighted.
+      count: the largest number of bars.
 
-    Returns: the positions in `values` of the bars, from the top; bar i is drawn at height i.
+    Returns: the positions in `values` of the bars, from the top. Bar i has the y coordinate i.
     """
     order = np.argsort(-np.abs(values), kind="stable")[:count]
     colours = ["#D55E00" if name == marked else "#0072B2" for name in names[order]]
@@ -107,7 +108,7 @@ def largest_bars(
 
 
 def rounded_down(correlation: float) -> str:
-    """Format a correlation with all its nines, never rounded up to one: 0.99999, 0.86."""
+    """Format a correlation rounded down, with enough digits to differ from 1: 0.99999, 0.86."""
     digits = 2
     while digits < 6 and correlation > 1 - 10.0**-digits:
         digits += 1

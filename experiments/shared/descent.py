@@ -1,13 +1,14 @@
 """Descent to a local minimum of a network, by quasi-Newton steps in the Hessian's coordinates.
 
 First-order training stops long before a minimum. Plain L-BFGS is hardly better, because a network's
-curvatures span many orders of magnitude. This module uses the coordinates u of
+curvatures span many orders of magnitude. Let theta_0 be the start of a round, with the Hessian
+H(theta_0) = Q L Q'. In the round, L-BFGS uses coordinates u defined by
 
-    theta = theta_0 + Q |L|^(-1/2) u,        H(theta_0) = Q L Q',
+    theta = theta_0 + Q |L|^(-1/2) u.
 
-in which small eigenvalues are raised to a floor. In u, the Hessian at theta_0 is the identity.
-Along negative curvature it is minus the identity, and L-BFGS descends there. The more the curvature
-changes on the way, the more steps L-BFGS needs in u. Therefore the coordinates are computed anew
+|L| holds the absolute values of the eigenvalues. Those below a floor are set to the floor. In u,
+the Hessian at theta_0 is diagonal. Its entries are 1 or -1, and smaller for small eigenvalues.
+L-BFGS descends along negative curvature. The Hessian changes on the way, so a new round begins
 after a given number of evaluations.
 """
 
@@ -29,30 +30,30 @@ from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
-# Floor of the eigenvalues, relative to the largest.
+# The floor of the eigenvalues is this times the largest eigenvalue.
 _FLOOR = 1e-6
-# Pairs that L-BFGS stores.
+# L-BFGS stores this many pairs of steps and gradient differences.
 _MEMORY = 50
-# Most Newton steps at the end of a round.
+# A round ends with at most this many Newton steps.
 _POLISH = 30
-# A zero eigenvalue may be computed as this times eps and the largest eigenvalue.
+# Rounding may change an eigenvalue by this times eps times the largest eigenvalue.
 _ROUNDING = 4
-# Rounding may lower the risk by this times eps and the risk.
+# Rounding may change the risk by this times eps times the risk.
 _STALLED = 16
-# Step lengths tried along negative curvature.
+# These step lengths are tried along negative curvature, in both directions.
 _LENGTHS = 10.0 ** np.arange(-3, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """The history of a descent: one number for the start of every round and one for the end.
+    """The history of a descent. Each array has one entry per Hessian that was formed.
 
     Attributes:
-      risk: R(theta).
+      risk: the risk.
       gradient_norm: Euclidean norm of the risk's gradient.
       smallest_eigenvalue: smallest eigenvalue of the risk's Hessian.
       num_negative: number of eigenvalues below zero by more than rounding. A zero eigenvalue is
-        expected: a softmax does not change if a constant is added to all its biases.
+        expected: a softmax does not change if the same constant is added to all its biases.
     """
 
     risk: NDArray
@@ -71,19 +72,22 @@ def descend(
     hessian: Callable[[NDArray], NDArray] | None = None,
     checkpoints: Path | None = None,
 ) -> Descent:
-    """Lower the net's risk towards a local minimum; theta is left at the end of the descent.
+    """Lower the net's risk towards a local minimum.
 
     Args:
-      net: the net, at the start; float64, unless the tolerance is far above rounding.
+      net: the net. Its theta is the start, and is moved to the end of the descent. Use float64,
+        unless the tolerance is far above rounding.
       examples: the training set.
-      tolerance: Euclidean norm of the gradient at which to stop if no curvature is negative.
-      rounds: most Hessians formed.
-      evaluations: most risks with gradients in each round.
-      hessian: theta -> (d, d) the risk's Hessian, or an approximation; None: `Hessian.dense`.
-      checkpoints: folder that stores theta after every round, so that an interrupted descent
-        continues and ends with the same numbers. A finished descent is read.
+      tolerance: the descent ends if the gradient's Euclidean norm is at most this and no eigenvalue
+        is negative.
+      rounds: the largest number of rounds.
+      evaluations: the largest number of evaluations of risk and gradient by L-BFGS in a round.
+      hessian: a function from theta to the risk's Hessian (d, d) or an approximation. If None,
+        `Hessian.dense` is used.
+      checkpoints: folder that stores theta after every round, or None. An interrupted descent
+        continues from it.
 
-    Returns: Descent. The caller checks whether the tolerance was met.
+    Returns: Descent. The tolerance may be missed.
     """
     path, history, ended = None, [], False
     folder = check_folder(checkpoints)
@@ -129,9 +133,9 @@ def _state(
 
 
 def num_negative(values: NDArray, dtype: Any) -> int:
-    """Count the eigenvalues below zero by more than rounding, of a matrix formed in `dtype`.
+    """Count the eigenvalues that are below zero by more than rounding.
 
-    This is the rounding of the matrix and of its float64 factorisation, which grows with its size.
+    Rounding comes from the matrix, which was formed in `dtype`, and from its float64 factorisation.
     """
     rounding = _ROUNDING * np.finfo(dtype).eps + len(values) * np.finfo(np.float64).eps
     return np.count_nonzero(values < -rounding * np.abs(values).max())
@@ -147,7 +151,10 @@ def _stalled(history: list[tuple[float, ...]], dtype: Any) -> bool:
 
 
 def _leave_saddle(net: GenericNeuralNet, examples: Examples, direction: NDArray) -> None:
-    """Move to the point of lowest risk along negative curvature, where the gradient vanishes."""
+    """Move theta from a saddle along a direction of negative curvature.
+
+    Of the step lengths in `_LENGTHS` and their negatives, the one with the lowest risk is taken.
+    """
     start = net.theta
     risks = [(net.risk(examples), 0.0)]
     for length in (*_LENGTHS, *-_LENGTHS):
@@ -164,7 +171,7 @@ def _round(
     tolerance: float,
     evaluations: int,
 ) -> None:
-    """Run L-BFGS from the net's theta in the coordinates of one Hessian."""
+    """Run one round of L-BFGS from the net's theta, in the coordinates u, and then `_polish`."""
     start = net.theta
     scale = np.sqrt(np.maximum(np.abs(values), _FLOOR * values[-1]))
     best: list[Any] = [np.inf, start]
@@ -186,7 +193,8 @@ def _round(
             "maxiter": evaluations,
             "maxcor": _MEMORY,
             "ftol": 0.0,
-            # If the largest entry in u is below this, the norm in theta is below the tolerance.
+            # If every entry of the gradient by u is below this, the norm of the gradient by theta
+            # is below the tolerance.
             "gtol": tolerance / np.sqrt(scale[-1] ** 2 * len(start)),
         },
     )
@@ -197,10 +205,10 @@ def _round(
 def _polish(
     net: GenericNeuralNet, examples: Examples, vectors: NDArray, scale: NDArray, tolerance: float
 ) -> None:
-    """Take Newton steps as long as each halves the gradient and does not raise the risk.
+    """Take Newton steps as long as each halves the gradient norm and does not raise the risk.
 
-    L-BFGS compares values of the risk. Near a minimum they differ only by rounding, while the
-    gradient is still far above its rounding.
+    L-BFGS stops early near a minimum. It compares values of the risk, which differ there only by
+    rounding. The gradient is still far above its rounding.
     """
     risk, gradient = net.risk_and_gradient(examples)
     for _ in range(_POLISH):

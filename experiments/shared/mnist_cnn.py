@@ -1,4 +1,4 @@
-"""The network of Figure 2, right: its protocol, its training, and the panels of both figures."""
+"""The network of Figure 2, right: its protocol, its training, and the plots of two figures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from experiments.shared.compare import (
 )
 from influence import AllCNN, Examples
 
-# Relative residual of CG in float64.
+# In float64, CG stops at this relative residual.
 CG_FLOAT64 = 1e-7
-# The shorter training: (steps, learning rate) of Adam.
+# The shorter training has these pairs of steps and learning rate of Adam.
 SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
 
 
@@ -65,7 +65,7 @@ class Protocol:
                 f"{self.num_removals}, {self.further_removals} and {self.num_train}."
             )
         options.positive(self, "damping", "lissa_depth", "lissa_batch_size")
-        options.at_least(self, 2, "further_removals")  # a line is drawn through them
+        options.at_least(self, 2, "further_removals")  # a line through the points needs two
         options.at_least(self, 1, "filters", "strides", "batch_size", "num_processes")
         options.at_least(self, 0, "weight_decay", "test_points")
         if self.dtype not in ("float32", "float64"):
@@ -73,7 +73,7 @@ class Protocol:
 
 
 def images(data: Any, config: Any) -> tuple[Examples, Examples]:
-    """Return a shuffled part of the training set, and the test set, as images with one channel."""
+    """Return `num_train` random training images and all test images, with one channel."""
     (x, y), (x_test, y_test) = data.train, data.test
     rows = np.random.RandomState(0).permutation(len(y))[: config.num_train]
     side = int(np.sqrt(x.shape[1]))
@@ -100,9 +100,9 @@ def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
 def trained(
     config: Any, data: Any, checkpoints: Path | None
 ) -> tuple[AllCNN, Examples, Examples, Examples]:
-    """Train; return the network, the training set, the test set and the test points.
+    """Train the network. Return it, the training set, the test set and the test points.
 
-    Raises: Misuse for an option beyond the data.
+    Raises: Misuse if an option does not fit the size of the data.
     """
     options.at_most(config, len(data.train[1]), "training rows", "num_train")
     options.rows_of(config, data.test[1], "test rows", "test_points")
@@ -119,7 +119,7 @@ def trained(
 
 
 def facts(net: AllCNN, train: Examples, test: Examples) -> dict[str, Any]:
-    """Return metrics of the network at its theta."""
+    """Return the size and the accuracies of the network at its theta."""
     return {
         "num_parameters": net.num_parameters,
         "train_accuracy": np.mean(net.outputs(train.x).argmax(axis=1) == train.y),
@@ -128,7 +128,7 @@ def facts(net: AllCNN, train: Examples, test: Examples) -> dict[str, Any]:
 
 
 def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
-    """Return the network and the sets in float64; themselves if they are in float64."""
+    """Return the network and the sets in float64, without a copy if they are in float64."""
     if config.dtype == "float64":
         return net, *sets
     double = network(config, sets[0], "float64")
@@ -145,7 +145,10 @@ def removals(config: Any, predicted: Any) -> list[NDArray]:
 
 
 def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
-    """Return two arrays (k,) of the first test point's changes, where both are known."""
+    """Return two arrays of the first test point's changes, for its removals where both are finite.
+
+    `one` and `other` are names as in STEPS.
+    """
     names = {name.partition("_")[2]: name for name in arrays if name.startswith("actual_")}
     names |= {name.partition("_")[2]: name for name in arrays if name.startswith("predicted_")}
     names["refit"] = "actual_minimum"
@@ -155,7 +158,7 @@ def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
 
 
 def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
-    """Compare each approximation with what it approximates, on the first test point's removals."""
+    """Compute the correlation and slope of each step, over the first test point's removals."""
     found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
     return {
         f"step_{name}": np.array([step[name] for step in found]) for name in ("pearson", "slope")
@@ -163,7 +166,10 @@ def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
 
 
 def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
-    """Return the first test point's agreement, and Pearson's median and worst over all points."""
+    """Return `agreement` for the first test point, and Pearson correlations over all test points.
+
+    The latter are the median and the lowest. Array `at[j]` holds the columns of point j's removals.
+    """
     found = [finite_agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
     pearson = [one["pearson"] for one in found]
     named = {f"{name}_{truth}": value for name, value in found[0].items()}
@@ -174,7 +180,7 @@ def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, fl
 
 
 def finite_agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
-    """Compute `agreement` of the pairs that are finite."""
+    """Compute `agreement` over the pairs in which both entries are finite."""
     known = np.isfinite(predicted) & np.isfinite(actual)
     return agreement(predicted[known], actual[known])
 
@@ -189,16 +195,17 @@ def draw_truth(
     lost: float | None = None,
     more: str = "",
 ) -> None:
-    """Draw the first test point's removals, predicted against one meaning of actual.
+    """Plot predicted against actual changes for the first test point's removals.
 
     Args:
-      axis: matplotlib Axes.
-      record: with `removals_0`, `predicted_...` and `actual_...`.
+      axis: the matplotlib Axes to draw on.
+      record: the record, with arrays `removals_0`, `predicted_...` and `actual_...`.
       truth: the name of the actual changes.
-      title: of the panel.
+      title: title of the panel.
       by: the name of the predicted changes.
-      lost: removals to report as left out; None: those without an actual change.
-      more: further lines of the panel's text.
+      lost: number of removals that the panel reports as left out. None: count those whose actual
+        change is not finite.
+      more: text to append to the panel's text.
     """
     arrays, metrics = record.arrays, record.metrics
     first = arrays["removals_0"]

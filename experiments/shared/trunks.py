@@ -1,11 +1,11 @@
-"""Networks trained on ImageNet up to a chosen layer, and the features of photographs there.
+"""Networks trained on ImageNet up to a chosen layer, and the features of images at that layer.
 
 A head is named by its network and the layer under it: "inception/mixed8". The networks are:
 
     small            random weights, for the stand-in's 32 x 32 pictures; ends at relu2
-    mobilenet        MobileNet, width .75, 224 pixels; complete
-    inception        Inception v3 of 2015, 299 pixels; ends at mixed8
-    inception-keras  the paper's Inception v3, with Keras' own weights; complete, ends at mixed10
+    mobilenet        MobileNet of width .75, for 224 pixels; complete
+    inception        Inception v3 of 2015, for 299 pixels; ends at mixed8
+    inception-keras  Inception v3 with Keras' own weights; complete, ends at mixed10
 """
 
 import hashlib
@@ -33,15 +33,15 @@ from influence.common.checkpoint import kept
 from influence.common.progress import progress
 from influence.models.top_layer import cut
 
-# Images whose features are stored together. An interruption can lose this many.
+# The features of this many images are stored in one file. An interruption loses at most one file.
 _ROWS = 256
-# Version of the features. It is part of the file's name; increase it when the code changes them.
+# This version is part of a file's name. Increase it when a change of the code changes features.
 _VERSION = 1
-# Key of the seconds, stored among a block's layers.
+# A file stores the seconds of its computation under this key.
 _SECONDS = "seconds"
-# Numbers of 5 x 5 filters.
+# The layers of the small network have these numbers of 5 x 5 filters.
 _SMALL = (32, 64)
-# Scale of the random weights. Features are then large enough for the others' weight decay.
+# The random weights have this scale. Larger features suit the weight decay of the other networks.
 _GAIN = 20
 
 
@@ -50,9 +50,9 @@ class Network:
     """A network and the layers at which it may be cut.
 
     Attributes:
-      side: pixels on a side of its images.
-      layers: the layers, from input to output; the network ends at the last one. One pass over the
-        images gives the features of all of them.
+      side: the side of the network's images in pixels.
+      layers: names of the layers, from input to output. The network ends at the last one. One pass
+        over the images gives the features of all these layers.
     """
 
     side: int
@@ -82,17 +82,17 @@ def split(head: str) -> tuple[str, str]:
 
 
 def side(head: str) -> int:
-    """Return the pixels on a side of the images that a head's network takes."""
+    """Return the side in pixels of the images that a head's network takes."""
     return NETWORKS[split(head)[0]].side
 
 
 def check(heads: Sequence[str], root: Path | None) -> None:
-    """Check, before any work, that the weights of all networks are present, and the layers.
+    """Check that the weights of all networks are present and that all layers exist.
 
     Args:
-      heads: names.
+      heads: names of heads.
       root: data folder to search first.
-    Raises: Misuse saying what to put where, or which layers there are.
+    Raises: Misuse naming the missing file and its folder, or the existing layers.
     """
     by_network: dict[str, list[str]] = {}
     for head in heads:
@@ -110,13 +110,13 @@ def check(heads: Sequence[str], root: Path | None) -> None:
 
 
 def trunk(head: str, root: Path | None) -> keras.Model:
-    """Load the network with its trained weights, up to the layer.
+    """Load the network under a head, with its weights, up to the head's layer.
 
     Args:
-      head: its name.
+      head: name of the head.
       root: data folder to search first for the weights.
-    Returns: a model from images in [-1, 1] to that layer's output.
-    Raises: ValueError if there is no such layer; as `data.weights`.
+    Returns: a model from images in [-1, 1] to the output of the layer.
+    Raises: ValueError if there is no such layer; the errors of `data.weights`.
     """
     network, layer = split(head)
     return cut(_built(network, root), layer)
@@ -129,15 +129,15 @@ def features(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """Compute the pooled features of images at each head, in one pass for each network.
+    """Compute the pooled features of images for each head, with one pass for each network.
 
     Args:
-      heads: names.
-      x: (n, h, w, 3) uint8, resized to the network's side if necessary.
+      heads: names of heads.
+      x: (n, h, w, 3) uint8 images. They are resized if necessary.
       root: data folder to search first for the weights.
-      folder: stores the features as float32, in which they are computed; None stores nothing.
-    Returns: {head: (n, f) float64}, not standardised.
-    Raises: as `trunk`.
+      folder: folder that stores the features as float32, or None.
+    Returns: a dict from each head to its features (n, f) in float64, not standardised.
+    Raises: the errors of `trunk`.
     """
     return timed_features(heads, x, root=root, folder=folder)[0]
 
@@ -149,15 +149,16 @@ def timed_features(
     root: Path | None,
     folder: Path | None,
 ) -> tuple[dict[str, NDArray], float]:
-    """Compute `features`, or read them, and the seconds that their computation took.
+    """Compute `features`, or read them, and measure the time.
 
     Args:
-      heads: names.
-      x: as for `features`.
-      root: likewise.
-      folder: likewise.
-    Returns: (features, seconds); the seconds exclude resizing, and are NaN if they were not stored.
-    Raises: as `trunk`.
+      heads: argument of `features`.
+      x: argument of `features`.
+      root: argument of `features`.
+      folder: argument of `features`.
+    Returns: the features, and the seconds that their computation took (without resizing). Seconds
+      are NaN if a stored file does not have them.
+    Raises: the errors of `trunk`.
     """
     found: dict[str, dict[str, NDArray]] = {}
     for network in dict.fromkeys(split(head)[0] for head in heads):
@@ -171,11 +172,12 @@ def timed_features(
 
 
 def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
-    """Return the folder for features: the user cache, which all experiments and runs share.
+    """Return the folder for features: the user cache, which all runs share, or `checkpoints`.
 
     Args:
-      stand_in: whether the data is a stand-in. Its features take no time: they go to `checkpoints`.
-      checkpoints: the run's own folder, also used if the cache cannot be written to.
+      stand_in: True if the data is a stand-in. Then the folder is `checkpoints`.
+      checkpoints: the run's folder of checkpoints, or None. It also replaces a cache that is not
+        writable.
     """
     cache = cache_folder() / "features"
     if stand_in:
@@ -194,7 +196,7 @@ def _features_of(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """Compute {layer: (n, f)}, and the seconds that took."""
+    """Return a dict from each layer to its features (n, f), and from `_SECONDS` to the time."""
     x = images.resized(x, NETWORKS[network].side)
     net: TopLayer | None = None
     widths: list[int] = []
@@ -227,7 +229,7 @@ def _features_of(
 
 
 def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Path | None) -> str:
-    """Return a file name that depends on everything that changes features."""
+    """Return a part of the file name that changes with everything on which features depend."""
     path = _weights(network, root)
     weights = (
         WEIGHTS[network].digests[0] if path else joblib.hash(_built(network, root).get_weights())
@@ -239,7 +241,7 @@ def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Pat
 
 
 def _side_by_side(outputs: list[Any]) -> keras.Model:
-    """Build a model that joins the pooled outputs of several layers."""
+    """Build a model whose output joins the pooled outputs of several layers."""
     pooled = [keras.layers.GlobalAveragePooling2D()(output) for output in outputs]
     joined = pooled[0] if len(pooled) == 1 else keras.layers.Concatenate()(pooled)
     (first,) = keras.utils.get_source_inputs(joined)
@@ -251,7 +253,7 @@ def _weights(network: str, root: Path | None) -> Path | None:
 
 
 def _built(network: str, root: Path | None) -> Any:
-    """Build the network up to its last layer, with its trained weights."""
+    """Build the network up to the last layer of its `layers`, with its weights."""
     path, side = _weights(network, root), NETWORKS[network].side
     options: dict[str, Any] = {"include_top": False, "input_shape": (side, side, 3)}
     if network == "small":
