@@ -29,7 +29,7 @@ from experiments.harness.record import Claim, Record
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
-from influence.common.workers import started_deaf
+from influence.truth.runs import started_deaf
 
 DATA = "enron1"
 STAND_IN = "spam"

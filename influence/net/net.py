@@ -1,4 +1,6 @@
-"""Keras models as risks, with values and derivatives at one theta. A risk is
+"""Keras models as risks, with values and derivatives at one theta.
+
+A risk is
 
     R(theta) = mean_i loss_i(theta) + penalty(theta)
 

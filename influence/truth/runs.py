@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
+from joblib.externals.loky.backend import resource_tracker as joblib_tracker
 from numpy.typing import NDArray
 
 from influence.common.checkpoint import check_folder, identity, kept
 from influence.common.named_array import Estimand
 from influence.common.progress import progress
-from influence.common.workers import started_deaf
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet, checked
@@ -237,3 +239,23 @@ def _reason(error: BaseException) -> str:
     named = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception):\s+\S.*)", str(error), re.MULTILINE)
     reason = named[-1] if named else f"{type(error).__name__}: {error}"
     return " ".join(reason.split()).split(". ")[0][:200]
+
+
+@contextmanager
+def started_deaf() -> Iterator[None]:
+    """Block SIGINT for worker processes that the caller starts inside the `with` block.
+
+    On Ctrl-C, a terminal sends SIGINT to every process of a command. Each worker would print a
+    traceback. The caller still raises KeyboardInterrupt, and joblib then ends the workers.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    for tracker in (joblib_tracker, resource_tracker):
+        tracker.ensure_running()  # the start of a tracker unblocks SIGINT
+    # New processes and threads inherit the mask. A SIGINT sent now arrives after the block.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
