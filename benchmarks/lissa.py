@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.problem import Problem
 from influence import CG, Influence, LiSSA
 
-SCALE, BATCH_SIZE = 25.0, 1  # the release's values for the paper's Figure 2
+SCALE, BATCH_SIZE = 25.0, 1  # for Figure 2 in the authors' 2017 code
 _EXACT = 1e-10  # relative residual of the reference solution
 
 

@@ -28,10 +28,10 @@ NUMERIC = tuple(
     number_emergency number_inpatient number_diagnoses
     """.split()
 )
-# These 31 columns and NUMERIC give the release's 127 features. The release leaves out the two
-# identifiers, three mostly missing columns, the three diagnoses, and the type and source of the
-# admission. Two of the drugs were given to nobody. Each has a single level, so its column is all
-# ones. The model has no other intercept.
+# These 31 columns and NUMERIC give the 127 features of the authors' 2017 code (the release). It
+# leaves out the two identifiers, three mostly missing columns, the three diagnoses, and the type
+# and source of the admission. Two of the drugs were given to nobody. Each has a single level, so
+# its column is all ones. The model has no other intercept.
 CATEGORICAL = tuple(
     """
     race gender age discharge_disposition_id max_glu_serum A1Cresult metformin repaglinide

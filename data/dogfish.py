@@ -20,7 +20,8 @@ from data import images
 from data.files import DataFile
 from data.splits import DataSet, Split
 
-# The paper's release has so many photographs of each class (8ca7b4f, scripts/load_animals.py).
+# The authors' 2017 code (the release) has so many photographs of each class (8ca7b4f,
+# scripts/load_animals.py).
 NUM_TRAIN, NUM_TEST = 900, 300
 # As in the release, one generator shuffles the training rows first, then the test rows.
 SHUFFLE_SEED = 0

@@ -15,11 +15,12 @@ from data.archive import read_folder, read_tar
 from data.files import DataFile, located
 from data.splits import DataSet, Split
 
-# This share of the mails is for training (release 8ca7b4f, scripts/load_spam.py).
+# This share of the mails is for training (authors' 2017 code, 8ca7b4f, scripts/load_spam.py).
 TRAIN_SHARE = 0.8
 # The vocabulary has the words of at least so many training mails (nlprocessor.py).
 MIN_TRAINING_MAILS = 5
-# The release's seed. Its order of mails also depends on os.listdir, so ours differs.
+# This is the shuffle seed of the authors' 2017 code. The order there also depends on os.listdir,
+# so ours differs.
 SHUFFLE_SEED = 0
 
 _FILE = DataFile(

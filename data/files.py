@@ -34,8 +34,8 @@ class DataFile:
       urls: the addresses to download from, tried in turn. Empty if the user must obtain the file.
         A URL "address#member" means the member of that name in a zip archive.
       unpacked: None, or the path of the folder that a gzipped tar archive unpacks to. The folder is
-        used if there is no archive. `size` and `digests` then describe the folder, so every
-        archive of the folder is accepted.
+        used if there is no archive. If `unpacked` is set, `size` and `digests` are those of the
+        folder's files, not of the archive. Any archive with the same files is therefore accepted.
       contents: a description for the user. It is needed if there is no digest or no URL.
     """
 

@@ -34,7 +34,7 @@ from influence import (
 DATA = "mnist"
 STAND_IN = "digits"
 
-# As in the release, sevens have label 0 and ones have label 1.
+# As in the authors' 2017 code (the release), sevens have label 0 and ones have label 1.
 DIGITS = (7, 1)
 VARIANTS = ("full", "no_train_loss", "no_hessian", "neither")
 # Rows with the test point's label have the first colour, all other rows the second.
@@ -51,7 +51,10 @@ NUM_MOST_HARMFUL = 50
 
 @dataclass(frozen=True)
 class Config:
-    """The release's protocol (run_components_experiment.py)."""
+    """The settings of the authors' 2017 code (run_components_experiment.py).
+
+    Below, (release) marks a value from that code.
+    """
 
     weight_decay: float = 0.01
     """lambda of lambda/2 |w|^2 (release)"""

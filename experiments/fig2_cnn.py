@@ -72,7 +72,10 @@ _LOST = 0.1
 
 @dataclass(frozen=True)
 class Config(mnist_cnn.Protocol):
-    """The release's protocol (scripts/train_mnist.py, run_mnist_cnn)."""
+    """The settings of the authors' 2017 code, the release (scripts/train_mnist.py, run_mnist_cnn).
+
+    Below, (release) marks a value from that code.
+    """
 
     cg_rtol: float = 1e-5
     """relative residual at which CG stops; the release stops by the length of a step"""

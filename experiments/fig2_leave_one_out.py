@@ -41,7 +41,10 @@ STAND_IN = "digits"
 
 @dataclass(frozen=True)
 class Config:
-    """The paper's protocol; the release's values where the paper gives none."""
+    """The paper's settings.
+
+    Values that the paper does not give are those of the authors' 2017 code (the release).
+    """
 
     weight_decay: float = 0.01
     """lambda of lambda/2 |W|^2 (release, train_mnist_logreg.py)"""

@@ -23,13 +23,16 @@ from influence import Direct, Examples, Influence, RefitOptions, SmoothHinge, le
 DATA = "mnist"
 STAND_IN = "digits"
 
-# As in the release, sevens have label -1 and ones have label 1.
+# As in the authors' 2017 code (the release), sevens have label -1 and ones have label 1.
 DIGITS = (7, 1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The release's protocol (run_hinge_experiment.py)."""
+    """The settings of the authors' 2017 code (run_hinge_experiment.py).
+
+    Below, (release) marks a value from that code.
+    """
 
     weight_decay: float = 0.01
     """lambda of lambda/2 |w|^2 (release)"""
@@ -46,8 +49,8 @@ class Config:
     further_test_points: int = 10
     """test points drawn with `seed`"""
     further_among: int = 50
-    """number of smallest test margins from which they are drawn; the test loss of a margin above 1
-    has no gradient"""
+    """number of smallest test margins from which they are drawn; the paper's test point may be
+    among them, and it is not drawn; the test loss of a margin above 1 has no gradient"""
     seed: int = 0
     """seed of the draw of the further test points"""
 

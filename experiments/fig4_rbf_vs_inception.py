@@ -49,13 +49,17 @@ _SHOWN = 2
 _CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}
 # Fish are green and dogs orange. Colour-blind readers can distinguish these colours.
 _GREEN, _ORANGE = "#009E73", "#E69F00"
-# The paper's test fish has this margin under the SVM (release, notebook of figure 4).
+# The paper's test fish has this margin under the SVM. It is from the authors' 2017 code (the
+# release), in the notebook of figure 4.
 _PAPERS_MARGIN = 0.990029
 
 
 @dataclass(frozen=True)
 class Config:
-    """The release's protocol (run_rbf_comparison.py)."""
+    """The settings of the authors' 2017 code (run_rbf_comparison.py).
+
+    Below, (release) marks a value from that code.
+    """
 
     weight_decay: float = 0.001
     """lambda of lambda/2 |w|^2, of the SVM and of the deep heads (release)"""

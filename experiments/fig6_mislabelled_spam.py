@@ -41,7 +41,10 @@ _FIGURE = 2
 
 @dataclass(frozen=True)
 class Config:
-    """The paper's protocol; the release's values where the paper gives none."""
+    """The paper's settings.
+
+    Values that the paper does not give are those of the authors' 2017 code (the release).
+    """
 
     weight_decay: float = 1e-4
     """lambda of lambda/2 |w|^2 (release, run_spam_experiment.py)"""

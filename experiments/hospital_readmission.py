@@ -38,7 +38,10 @@ _RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"
 
 @dataclass(frozen=True)
 class Config:
-    """The release's protocol (hospital_readmission.ipynb)."""
+    """The settings of the authors' 2017 code, the release (hospital_readmission.ipynb).
+
+    Below, (release) marks a value from that code.
+    """
 
     weight_decay: float = 1e-4
     """lambda of lambda/2 |w|^2 (release)"""
@@ -193,7 +196,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw each row's influence on the child, the derivatives by features, and the coefficients."""
+    """Draw the influences on the child, the derivatives by feature, and the coefficients."""
     import matplotlib.pyplot as plt
 
     arrays, influence = record.arrays, record.arrays["influence"]

@@ -14,15 +14,16 @@ from influence.models.top_layer import scaled
 RULES = ("paper", "best")
 # A defender may search for poisons by these scores.
 SIGNS = ("self_influence", "loss", "distance")
-# The release's notebook projects on this many principal components.
+# The notebook of the authors' 2017 code (the release) projects on this many principal components.
 _COMPONENTS = 700
 
 
 def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], NDArray]:
-    """Rank training images as the paper does, by the L1 norm of the derivative by their pixels.
+    """Rank training images as the paper does, by the L1 norm of a derivative.
 
-    The derivative is that of the influence on the mean test loss. We compute it only for the
-    `count` images whose derivative by the features has the largest Euclidean norm.
+    It is the derivative of an image's influence on the mean test loss with respect to its pixels.
+    We compute it only for the `count` images whose derivative with respect to the features has the
+    largest Euclidean norm.
 
     Args:
       head: the head.
@@ -51,7 +52,8 @@ def single(
       head: the head.
       point: the row of the test image.
       counts: numbers of poisons, increasing from one.
-      candidates: the number of training images whose derivative by the pixels is computed.
+      candidates: the number of training images whose derivative with respect to the pixels is
+        computed.
       paper: the release's rule.
       best: the strongest rule.
 
@@ -199,7 +201,8 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
     to_own, to_other = own.mean(axis=0), train.x[train.y != train.y[row]].mean(axis=0)
     basis = np.linalg.svd(train.x - train.x.mean(axis=0), full_matrices=False)[2][:_COMPONENTS]
     shift = after - before
-    # If there are no more features than components, nothing lies outside except rounding.
+    # If there are at most `_COMPONENTS` features, the components span the whole feature space. The
+    # part of the shift outside them is only rounding error. Both parts are then NaN.
     inside = basis @ shift if train.x.shape[1] > _COMPONENTS else np.full(1, np.nan)
     return {
         "levels_moved": np.abs(moved).max() / LEVEL,

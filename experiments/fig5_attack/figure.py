@@ -32,7 +32,10 @@ STAND_IN = "fishlike"
 
 @dataclass(frozen=True)
 class Config:
-    """The release's protocol (run_data_poisoning_indiv.py), and what it is compared with."""
+    """The settings of the authors' 2017 code, the release (run_data_poisoning_indiv.py).
+
+    Below, (release) marks a value from that code. Other values are ours or the paper's.
+    """
 
     heads: tuple[str, ...] = ("inception-keras/mixed10",)
     """network/layer under each head; each network once (section 5.2: Inception v3's)"""
@@ -57,8 +60,8 @@ class Config:
     best_restarts: int = 1
     """restarts of the best rule, for each set of several poisons that does not flip the image"""
     candidates: int = 64
-    """training images whose derivative by the pixels is computed; for a group at least the most of
-    `group_counts`"""
+    """training images whose derivative with respect to the pixels is computed; for a group at least
+    the most of `group_counts`"""
     group_size: int = 30
     """test images attacked together (release: 30 photographs of one dog)"""
     group_moves: int = 100

@@ -137,8 +137,9 @@ def right(config: Any, head: Head) -> NDArray[np.int64]:
 def alike(config: Any, head: Head) -> NDArray[np.int64]:
     """Return a test image and the images of its class that have the nearest features.
 
-    They replace the release's photographs of one dog. The head classifies all of them correctly, as
-    in the release. There are `group_size` of them, or fewer if the class has fewer.
+    They replace the photographs of one dog in the authors' 2017 code (the release). The head
+    classifies all of them correctly, as in the release. There are `group_size` of them, or fewer if
+    the class has fewer.
     """
     x, y, first = head.test.x, head.test.y, right(config, head)[0]
     own = np.flatnonzero((y == y[first]) & (head.net.losses(x, y) < FLIPPED))

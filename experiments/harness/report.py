@@ -43,7 +43,7 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
     """Read the records in the subfolders of a folder.
 
     Args:
-      folder: the folder of the records' folders.
+      folder: folder with one subfolder per record.
     Returns: (folder, record) pairs in the order of `experiments.MODULES`, then by folder name.
     Raises: FileNotFoundError if there is no such folder; ValueError if a record cannot be read.
     """
@@ -64,7 +64,7 @@ def write_page(out: Path) -> Path:
     """Write index.html, a page with figures, results, deviations and provenance.
 
     Args:
-      out: the folder of the records' folders.
+      out: folder with one subfolder per record.
     Returns: the path of the page. It needs no other file.
     Raises: the errors of `read_all`.
     """
@@ -88,7 +88,7 @@ def table(results: Path) -> str:
     """Format our results and the paper's as a markdown table.
 
     Args:
-      results: the folder of the records' folders.
+      results: folder with one subfolder per record.
     Returns: the table, one row per claim.
     Raises: the errors of `read_all`.
     """
@@ -108,7 +108,7 @@ def with_table(readme: str, results: Path) -> str:
 
     Args:
       readme: the text, with one BEGIN and one END marker.
-      results: the folder of the records' folders.
+      results: folder with one subfolder per record.
     Returns: the text with `table(results)` between the markers.
     Raises: ValueError unless there is one BEGIN and, after it, one END; the errors of `read_all`.
     """

@@ -1,4 +1,4 @@
-"""Comparison of predictions with actual changes in numbers and in plots."""
+"""Comparisons of predicted with actual changes, by summary statistics and in plots."""
 
 import math
 from typing import Any

@@ -193,8 +193,8 @@ def _round(
             "maxiter": evaluations,
             "maxcor": _MEMORY,
             "ftol": 0.0,
-            # If every entry of the gradient by u is below this, the norm of the gradient by theta
-            # is below the tolerance.
+            # If every entry of the gradient with respect to u is below this, the norm of the
+            # gradient with respect to theta is below the tolerance.
             "gtol": tolerance / np.sqrt(scale[-1] ** 2 * len(start)),
         },
     )

@@ -25,7 +25,10 @@ SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
 
 @dataclass(frozen=True)
 class Protocol:
-    """The release's network, its training and its removals (scripts/train_mnist.py)."""
+    """The network, training and removals of the authors' 2017 code, the release.
+
+    They are those of scripts/train_mnist.py. Below, (release) marks a value from that code.
+    """
 
     num_train: int = 5500
     """rows of the training set, shuffled with seed 0 (release: a tenth of 55,000)"""

@@ -1,1 +1,1 @@
-"""Moves of training inputs that raise test losses."""
+"""Perturbations of training inputs that increase the test loss (data poisoning)."""

@@ -5,9 +5,10 @@ the mean test loss after retraining changes by the derivative
 
     d (mean test loss) / dx_i = -g_i / n      g_i = d/dx_i (grad loss_i . s)
 
-The derivative is exact at the minimum of the risk. Koh & Liang (2017, section 2.2) call -g_i
-I_pert,loss. The penalty does not depend on x, so it has no part in g_i. In a box of half width
-radius, -radius sign(g_i) is the step with the largest first-order effect, radius |g_i|_1 / n.
+The derivative is exact at the minimum of the risk. In Koh & Liang (2017, section 2.2),
+the symbol for -g_i is `I_pert,loss`. The penalty does not depend on x, so it has no part in g_i.
+Let the box of x_i have the half width `radius`. The step with the largest first-order effect is
+-radius sign(g_i). Its effect is radius |g_i|_1 / n.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def poison(
       radius: largest move of each entry of an input, in the unit of the input. Images in [-1, 1]
         keep their 8-bit values up to a radius of 1/255; .98/255 allows for float32's rounding.
       counts: increasing numbers of candidates to poison. The attack tries the first number. It
-        tries the next number if too few test examples flipped. All c at once if omitted.
+        tries the next number if too few test examples flipped. If `counts` is omitted, the attack
+        poisons all c candidates at once.
       bounds: least and largest value of an input's entries, or None.
       rule: steps and choice of the poisons. `BEST_RULE` is the strongest rule that we found,
         `PAPER_RULE` is that of the authors' 2017 code. You can also give your own `Rule`.

@@ -253,19 +253,21 @@ def _kind(layer: Any) -> str | None:
     return "linear" if kind in _LINEAR and channels_last else None
 
 
-# --- derivatives by the parameters of earlier layers --------------------------------------------
+# --- derivatives with respect to the parameters of earlier layers -------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Jacobian:
-    """Derivative of the output (n, ..., c) of a layer by the parameters up to this layer.
+    """Derivative of a layer's output with respect to the parameters up to this layer.
 
-    The output has n rows and c channels.
+    The output (n, ..., c) has n rows and c channels.
 
     Attributes:
-      dense: (n, ..., c, q) derivative by the q weights that `inputs` does not cover, or None.
+      dense: (n, ..., c, q) derivative with respect to the q weights that `inputs` does not cover,
+        or None.
       inputs: (n, t, f) inputs at t positions, if the layer is affine, or None. They are the
-        derivative of channel j by column j of its weights (f, c). Other columns give zero.
+        derivative of channel j with respect to column j of its weights (f, c). Other columns give
+        zero.
     """
 
     dense: Any = None

@@ -1,7 +1,8 @@
-"""Inputs of a model's affine layers, and derivatives by the outputs of these layers.
+"""Inputs of a model's affine layers, and derivatives with respect to these layers' outputs.
 
 An affine layer is a Dense or Conv2D layer without activation. At each position t, such as a pixel
-or a time step, it computes z_t = a_t W + b. The derivative of a scalar L by its weights is
+or a time step, it computes z_t = a_t W + b. The derivative of a scalar L with respect to its
+weights is
 
     dL / d[W; b] = sum_t [a_t, 1]' (dL / dz_t).
 
@@ -84,10 +85,10 @@ class AffineLayers:
     def pseudo_gradients(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
         """Compute the two factors of each vector p_is, for every layer.
 
-        Let J_i be the Jacobian of row i's output by theta. Let H_i = S_i S_i' be the loss's Hessian
-        by that output, and p_is = J_i' S_i[:, s]. The Gauss-Newton matrix is
-        (1/n) sum_i sum_s p_is p_is'. A layer's part of p_is is sum_t a_it' g_its. The method
-        returns these a and g. Negative eigenvalues of H_i are replaced by zero.
+        Let J_i be the Jacobian of row i's output with respect to theta. Let H_i = S_i S_i' be the
+        loss's Hessian with respect to that output. Let p_is = J_i' S_i[:, s]. The Gauss-Newton
+        matrix is (1/n) sum_i sum_s p_is p_is'. A layer's part of p_is is sum_t a_it' g_its. The
+        method returns these a and g. Negative eigenvalues of H_i are replaced by zero.
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
         Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs and a one for the bias.

@@ -23,11 +23,11 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     """Minimise a'Ga / 2 - b'a over a in [0, 1]^k.
 
     With G + ridge I = L L' the problem becomes min |L'a - L^-1 (b + ridge start)|^2 over the box.
-    The ridge pulls a towards `start`, not towards zero. SciPy solves it by bounded-variable least
-    squares (Stark & Parker 1995). Iterative refinement with G on the entries inside the box then
-    removes the effect of the ridge on all entries that G determines. A singular G does not
-    determine all of them. Repeated calls, each with the last answer as `start`, then converge to a
-    minimum.
+    The ridge pulls the solution towards `start`, not towards zero. SciPy solves it by
+    bounded-variable least squares (Stark & Parker 1995). Iterative refinement with G on the entries
+    inside the box then removes the effect of the ridge on all entries that G determines. A singular
+    G does not determine all of them. Repeated calls, each with the last answer as `start`, then
+    converge to a minimum.
 
     Args:
       G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.

@@ -29,7 +29,7 @@ _MANY_TASKS = 10
 
 
 class Link(ABC):
-    """A loss l(z, y) that is convex in the outputs z, and its derivatives by z.
+    """A loss l(z, y) that is convex in the outputs z, and its derivatives with respect to z.
 
     The array Z (n, c, k) holds c outputs for each of n rows and k parameter vectors. Labels y have
     shape (n,) or (n, 1).

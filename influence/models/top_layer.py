@@ -135,10 +135,11 @@ class TopLayer(BinaryLogisticRegression):
         return Examples(examples.each_row(_features, self, batch_size=_ROWS), examples.y)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Differentiate grad loss_i . v by features or, through the trunk, by pixels.
+        """Differentiate grad loss_i . v with respect to the features or the pixels.
 
-        The derivative by pixels is J(x)' c. J is the derivative of phi by the pixels. The vector
-        c = d/dphi (grad loss . v) is LinearModel's closed form divided by s.
+        The derivative with respect to the pixels is J(x)' c. J is the Jacobian of phi with respect
+        to the pixels. The vector c = d/dphi (grad loss . v) is LinearModel's closed form divided
+        by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
@@ -211,12 +212,13 @@ def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 class _Trunk:
-    """A trunk that computes pooled features of images, and derivatives by the images.
+    """A trunk that computes pooled features of images and derivatives with respect to images.
 
     Args:
       model: `TopLayer.trunk`. Its weights must never change.
       cotangent: function of (theta, pooled (k, f), y, v) that returns float64 (k, f). It is the
-        derivative by the pooled features of the function that `pullback` differentiates.
+        derivative of the function that `pullback` differentiates, with respect to the pooled
+        features.
 
     Attributes: image_shape: (h, w, c), with None for any size; num_features: f.
 
@@ -262,8 +264,9 @@ class _Trunk:
     def pullback(self, images: NDArray, y: Any, v: NDArray, theta: NDArray) -> NDArray:
         """Compute J_i' c_i for each image i: (k, h, w, c).
 
-        J_i is the derivative of image i's pooled features by its pixels, and c_i its cotangent.
-        This takes one forward and one backward pass of the trunk.
+        J_i is the Jacobian of image i's pooled features with respect to its pixels. c_i is the
+        cotangent of these features, as `cotangent` returns it. The method takes one forward and one
+        backward pass of the trunk.
         """
         _check_range(images)
         _, backward = self._functions()

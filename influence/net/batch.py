@@ -1,7 +1,8 @@
 """Losses and their derivatives for one batch of rows, by automatic differentiation.
 
 Every result is a NumPy array or a number in the dtype of theta. The model is not changed. J_i is
-the Jacobian of row i's output by theta, and H_i is the Hessian of row i's loss by theta.
+the Jacobian of row i's output with respect to theta. H_i is the Hessian of row i's loss with
+respect to theta.
 """
 
 from __future__ import annotations
@@ -203,7 +204,9 @@ class Derivatives:
         return self._along("curvatures", tape.curvatures, x, y, v)
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Return the gradient (d,) of v' H v by theta. H is the Hessian of the batch's mean loss.
+        """Return the gradient (d,) of v' H v with respect to theta.
+
+        H is the Hessian of the batch's mean loss.
 
         The penalty is not included.
 
@@ -272,7 +275,7 @@ class Derivatives:
         return like(t.run("penalty_hvp", products, self.theta_tensor(), t.rows(V, "V")), V)
 
     def penalty_curvature_gradient(self, v: NDArray) -> NDArray:
-        """Return the gradient (d,) of v' H v by theta. H is the penalty's Hessian."""
+        """Return the gradient (d,) of v' H v with respect to theta. H is the penalty's Hessian."""
         t = self.flat
 
         def at(theta, v):

@@ -74,14 +74,15 @@ class PerExampleLoss:
         return self.says_convex or (self.keras_function in _CONVEX and self.from_logits)
 
     def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
-        """Return the map u -> H u. H is the Hessian of the sum of the losses by the outputs z.
+        """Return the map u -> H u.
 
-        Let p be the predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For
-        the sigmoid, H u = p (1 - p) u. Both are divided by the number of values that Keras averages
-        in a row. If p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits
-        in float32. Two measures keep these digits. For softmax, subtract from u its entry at the
-        likeliest class. This does not change H u, because H times a constant vector is zero. For
-        the sigmoid, compute 1 - p from the logits.
+        H is the Hessian of the sum of the losses with respect to the outputs z. Let p be the
+        predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For the sigmoid,
+        H u = p (1 - p) u. Both are divided by the number of values that Keras averages in a row. If
+        p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits in float32.
+        Two measures avoid this loss. For softmax, subtract from u its entry at the likeliest class.
+        This does not change H u, because H times a constant vector is zero. For the sigmoid,
+        compute 1 - p from the logits.
 
         Args:
           y: labels.
@@ -92,7 +93,9 @@ class PerExampleLoss:
             return by_tape
         if self.keras_function is keras.losses.binary_crossentropy:
             outputs = tf.cast(tf.size(z) // tf.shape(z)[0], z.dtype)
-            weights = tf.sigmoid(z) * tf.sigmoid(-z) / outputs  # Keras' mean over a row's outputs
+            # The weights are divided by `outputs`, because Keras averages the loss over a row's
+            # outputs.
+            weights = tf.sigmoid(z) * tf.sigmoid(-z) / outputs
             return lambda u: weights * u
         if self.keras_function in _SOFTMAX:
             likeliest = tf.one_hot(tf.argmax(z, axis=-1), tf.shape(z)[-1], dtype=z.dtype)
@@ -153,7 +156,7 @@ class PerExampleLoss:
         )
 
     def is_differentiable(self, y: Any, output: Any) -> bool:
-        """Return True if the loss has a gradient by the output. Comparisons have none."""
+        """Return True if TensorFlow can differentiate the loss with respect to the output."""
         output = tf.identity(output)  # otherwise Keras uses the logits before a softmax
         with tf.GradientTape() as tape:
             tape.watch(output)

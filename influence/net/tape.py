@@ -1,8 +1,9 @@
 """Derivatives of per-example losses by `tf.GradientTape`, for many vectors in one pass.
 
-Most functions take `losses(theta, x, y) -> (n,)`, tensors, and vectors as the rows of V (m, d).
-They map over the rows by `each`, either `tf.vectorized_map` or `looped`. Unconnected gradients
-count as zero. The second derivative of a linear function is therefore zero and not an error.
+The first argument of most functions is `losses`. `losses(theta, x, y)` returns the n losses of a
+batch. All arrays are tensors. The m vectors are the rows of V (m, d). `each` maps a function over
+these rows. It is either `tf.vectorized_map` or `looped`. Unconnected gradients count as zero. The
+second derivative of a linear function is therefore zero and not an error.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def twice_differentiable() -> Iterator[None]:
     """Give `tf.nn.moments` correct second derivatives inside the `with` block.
 
     TensorFlow's function stops the gradient at the mean inside the variance. The variance's first
-    derivative by the mean is zero, but its second derivative is not zero. Hessians of layer or
-    group normalisation would be wrong without an error.
+    derivative with respect to the mean is zero, but its second derivative is not zero. Hessians of
+    layer or group normalisation would be wrong without an error.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -165,7 +166,7 @@ def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 
 
 def curvature_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return the gradient (d,) of v' H v by theta. H is the mean loss's Hessian."""
+    """Return the gradient (d,) of v' H v with respect to theta. H is the mean loss's Hessian."""
     u = tf.ones(tf.shape(y)[:1], theta.dtype)
     u /= tf.reduce_sum(u)
     return gradient(lambda t: _along_twice(losses, t, x, y, v, u), theta)

@@ -179,7 +179,10 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
 
 
 def finite(net: GenericNeuralNet, answers: Answers, name: str) -> Line:
-    """Find rows with a loss or gradient that is not finite; messages call the rows `name`."""
+    """Find rows whose loss or gradient is not finite.
+
+    `name` ("train" or "test") appears in the title of the line.
+    """
     title, examples = f"finite {name} rows", answers.examples
     v = np.random.default_rng(0).standard_normal((net.num_parameters, 1))
     along = PerRow("directional", v)

@@ -61,7 +61,7 @@ def datainf(
     The cost is two passes over the training set. The first forms every row's gradient.
 
     Args:
-      net: the model, at its theta.
+      net: the model. Its current parameters theta are taken as the minimum of the training risk.
       train: the training set, n rows.
       test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.

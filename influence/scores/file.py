@@ -58,7 +58,7 @@ _SAMPLE = 64
 
 @dataclass(frozen=True)
 class Job:
-    """The scores that will be written.
+    """The inputs that determine the table of scores in the file.
 
     Args:
       inverse: the `Inverse` that solves with the risk's Hessian H.
@@ -413,7 +413,8 @@ def _another(file: h5py.File, identity: dict[str, Any]) -> str:
 def _altered(job: Job, file: h5py.File, *, finished: bool) -> str:
     """Name the first part that is not as it was written; empty if there is none.
 
-    Numbers that are not yet counted as written are not checked.
+    Counters in the file say how many tests and blocks are finished. Of the s_test and the scores,
+    only the finished ones are checked.
     """
     layout = _layout(job, *map(int, file.attrs["together"]))
     for name, (shape, kind) in layout.items():

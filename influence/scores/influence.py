@@ -65,7 +65,7 @@ class Influence:
     the test loss rises without the row, so the row helped. s_test is H^-1 grad f.
 
     Args:
-      net: the model, at its theta.
+      net: the model. Its current parameters theta are taken as the minimum of the training risk.
       train: the training set.
       solver: the solver that applies H^-1. The default CG() stops at a relative residual of 1e-6.
         It may be a solver that `prepare` returned for the same operator.

@@ -295,7 +295,7 @@ def _usual(dtype: Any) -> int:
 
 
 def in_units(A: LinearOperator, exponent: int) -> LinearOperator:
-    """Divide A by 2 ** exponent. This changes no digit."""
+    """Divide A by 2 ** exponent. Division by a power of two is exact, without rounding."""
     return A if exponent == 0 else _Scaled(A, exponent)
 
 

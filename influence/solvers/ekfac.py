@@ -30,8 +30,9 @@ class EKFAC:
 
     For row i, a Dense or Conv2D layer has inputs a_t at T positions t, with a constant one for the
     bias. Let S be a root of the loss's Hessian S S' in the model's output. The pseudo-gradient g_st
-    is the derivative of output . S[:, s] by the layer's own output at position t. Each layer's
-    block G of the Gauss-Newton matrix is approximated, and blocks between layers are set to zero:
+    is the derivative of output . S[:, s] with respect to the layer's output at position t. Each
+    layer's block G of the Gauss-Newton matrix is approximated, and blocks between layers are set to
+    zero:
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T
@@ -41,9 +42,10 @@ class EKFAC:
     convolutions. Expectations over the model's predictions are exact and not sampled. Labels enter
     only through the loss's curvature. The approximation is exact for one linear layer with squared
     error. L is the best diagonal in the basis U (x) V. The Hessian of the penalty must be diagonal
-    in theta. penalty_jk is its diagonal in the basis U (x) V. Before U is computed, the mean
-    penalty of each input's weights is added to the inputs' factor. A penalty on only the kernel is
-    then exact wherever a penalty on kernel and bias is.
+    in theta. penalty_jk is its diagonal in the basis U (x) V. For each input, the penalty's Hessian
+    diagonal is averaged over the outputs. It is divided by the mean diagonal entry of the outputs'
+    factor, and added to the diagonal of the inputs' factor. U is computed from the sum. A penalty
+    on only the kernel is then exact wherever a penalty on kernel and bias is.
 
     For a `Hessian`, EKFAC approximates the Gauss-Newton part, as Grosse et al. (2023) do for
     influence. The approximation is fixed, linear and positive definite, so

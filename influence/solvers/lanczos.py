@@ -39,8 +39,8 @@ class Lanczos(LowRank):
     3. When the space is invariant, the iteration continues with a random direction outside it.
 
     Args:
-      rank: number of columns of U. A rank above d counts as d. Preparing takes min(2 rank, d)
-        products and stores 2 d rank numbers.
+      rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by
+        min(2 * rank, d) vectors. It stores these vectors, at most 2 * rank * d numbers.
       seed: seed of the random directions.
       rtol: largest true relative residual at which a column counts as converged. None: the residual
         is reported, no column counts as converged, and no warning is given.

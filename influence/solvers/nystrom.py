@@ -25,10 +25,11 @@ class Nystrom(LowRank):
         A ~ U diag(values + known) U' + (smallest value + known) (I - U U')
 
     The inverse is the preconditioner of that paper (section 5), scaled to approximate A^-1. `known`
-    is the damping, or the model's lower bound on A's eigenvalues if that is larger. It is
-    subtracted before the sketch, because it would use up the rank, and added back exactly. It is 0
-    if M is seen to be indefinite. The approximation is fixed, linear and positive definite. It is
-    exact if the rank is d or larger than the rank of M.
+    is the damping, or the model's lower bound on A's eigenvalues if that is larger. `known I` has
+    full rank, so a low-rank sketch cannot represent it. It is therefore subtracted before the
+    sketch, and added back exactly afterwards. `known` is 0 if M is seen to be indefinite. The
+    approximation is fixed, linear and positive definite. It is exact if the rank is d or larger
+    than the rank of M.
 
     Args:
       rank: number of columns of U; more than d counts as d. Preparing multiplies A by `rank`

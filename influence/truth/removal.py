@@ -79,9 +79,11 @@ class Removal:
         """Find directions P (d, k) along which A - H_g / n and A differ, and their products.
 
         A is the matrix of `inverse`, and `hvp` defines H_g. The directions are those of conjugate
-        gradients for (A - H_g / n) x = b, preconditioned by A^-1. Secant updates of A^-1 by these
-        pairs solve for b. A small group needs about as many pairs as it has model outputs. A large
-        group gets fewer, because its products cost as much as the data passes that they would save.
+        gradients for (A - H_g / n) x = b, preconditioned by A^-1. Each direction p and its product
+        (A - H_g / n) p form a pair. Secant updates with these pairs turn A^-1 into an operator that
+        maps b approximately to x. A small group needs about as many pairs as it has model outputs.
+        A large group gets fewer, because its products cost as much as the data passes that they
+        would save.
 
         Args:
           inverse: a solver prepared for A.
