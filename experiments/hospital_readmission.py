@@ -107,8 +107,8 @@ DEVIATIONS = (
     "Optimum: here Newton's method to a gradient norm <= 1e-10. The release stopped its models "
     "after 1,000 iterations of L-BFGS, at gradient norms of 2.1e-4 and 2.1e-3. This changes "
     "numbers: its model predicts 13 of the 137 children wrongly, the model at the optimum 30. The "
-    "metrics stopped_... are those of scikit-learn's present L-BFGS, stopped in the same way (15 "
-    "wrong). Where it stops depends on rounding.",
+    "metrics stopped_... are those of scikit-learn's present L-BFGS, stopped in the same way (14 "
+    "or 15 wrong). Where it stops depends on the rounding of the machine.",
     "Arithmetic: float64 here, float32 in the release. Labels: 0 and 1 here, -1 and 1 in the "
     "release; the loss is the same.",
     "H^-1: Cholesky here. The release uses SciPy's fmin_ncg, whose 744 Hessian products end in a "
