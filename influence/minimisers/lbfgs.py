@@ -21,6 +21,8 @@ _MEMORY = 20
 # These limit the number of Newton's steps, and the conjugate gradient iterations and the relative
 # residual of each step.
 _NEWTON_STEPS, _CG_ITERATIONS, _CG_RTOL = 10, 200, 1e-3
+# Relative rounding of a risk, which may come from float32 losses.
+_RISK_ROUNDING = 1e-6
 
 
 def minimise(
@@ -66,7 +68,7 @@ def minimise(
         )
         x, norm = found.x, float(np.linalg.norm(found.jac))
         if product is not None and norm > gradient_tolerance and found.nit < max_iterations:
-            x, norm = _newton(at, product, x, found.jac, gradient_tolerance)
+            x, norm = _newton(at, product, x, found.fun, found.jac, gradient_tolerance)
     if norm > gradient_tolerance:
         # If iterations are left, L-BFGS stopped because no step lowered the risk by more than its
         # rounding error. Then float64 helps.
@@ -79,9 +81,18 @@ def minimise(
 
 
 def _newton(
-    at: Callable, product: Callable, theta: NDArray, gradient: NDArray, tolerance: float
+    at: Callable,
+    product: Callable,
+    theta: NDArray,
+    risk: float,
+    gradient: NDArray,
+    tolerance: float,
 ) -> tuple[NDArray, float]:
-    """Take Newton's steps while each halves the gradient. Return theta and its gradient norm."""
+    """Take Newton's steps while each halves the gradient. Return theta and its gradient norm.
+
+    A step that raises the risk by more than its rounding is rejected: it may lead to a saddle.
+    """
+    highest = risk + _RISK_ROUNDING * abs(risk)
     norm, d = float(np.linalg.norm(gradient)), len(theta)
     for _ in range(_NEWTON_STEPS):
         if norm <= tolerance:
@@ -89,8 +100,8 @@ def _newton(
         times = LinearOperator((d, d), matvec=lambda v: product(theta, np.ravel(v)), dtype=float)  # noqa: B023
         step, _ = cg(times, gradient, rtol=_CG_RTOL, maxiter=_CG_ITERATIONS)
         there = theta - step
-        _, found = at(there)
-        if not np.linalg.norm(found) <= norm / 2:
+        value, found = at(there)
+        if not (np.linalg.norm(found) <= norm / 2 and value <= highest):
             break
         theta, gradient, norm = there, found, float(np.linalg.norm(found))
     return theta, norm

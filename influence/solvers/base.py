@@ -218,8 +218,8 @@ class Prepared:
         if not np.isfinite(x).all():
             raise ValueError(
                 f"B must have a solution within {dtype}, got entries up to "
-                f"{np.abs(columns).max():.1e} for an A of about {2.0**self.exponent:.1e}; use "
-                "float64, or smaller numbers."
+                f"{np.abs(columns).max():.1e}{_units(self.exponent)}; use float64, or smaller "
+                "numbers."
             )
         curvature = np.ldexp(np.asarray(raw.min_curvature, float), self.exponent)
         curvature = np.broadcast_to(curvature, m).copy()
