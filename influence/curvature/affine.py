@@ -83,7 +83,7 @@ class Affine:
         positions = tf.size(z) // (n * per_position)
         parts = []
         if self.has_kernel:
-            a = self.expanded(tf.cast(observed, z.dtype))
+            a = tf.cast(self.expanded(tf.cast(observed, z.dtype)), z.dtype)
             parts.append(tf.reshape(a, [n, positions, *groups, f - self.has_bias]))
         if self.has_bias:
             parts.append(tf.ones([n, positions, *groups, 1], z.dtype))

@@ -66,18 +66,10 @@ class AffineLayers:
 
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """Compute the vectors p_is of `pseudo_gradients`, with shape (n, s, d)."""
-        parts = self.pseudo_gradients(x, y, theta)
-        n, _, s = parts[0][1].shape[:3]
-        roots = np.zeros((n, s, sum(self.traced.sizes)), parts[0][1].dtype)
-        for layer, (a, g) in zip(self.layers, parts, strict=True):
-            *groups, f, c = layer.entries.shape
-            a, g = a.reshape(n, -1, *(groups or [1]), f), g.reshape(n, -1, s, *(groups or [1]), c)
-            left = a.transpose(0, 2, 3, 1)  # (n, G, f, t)
-            right = g.transpose(0, 3, 1, 2, 4)  # (n, G, t, s, c)
-            products = left @ right.reshape(*right.shape[:3], s * c)  # (n, G, f, s c)
-            products = products.reshape(n, -1, f, s, c).transpose(0, 3, 1, 2, 4)
-            roots[:, :, layer.entries.ravel()] = products.reshape(n, s, -1)
-        return roots
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        return t.run("roots", partial(self._roots, t.each(*batch)), theta, *batch)
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -106,6 +98,19 @@ class AffineLayers:
             order = [1, 2, 0, *range(3, len(g.shape))]
             found.append((layer.inputs(inputs, z), tf.transpose(g, order)))
         return found
+
+    def _roots(self, each: tape.Each, theta: Any, x: Any, y: Any) -> Any:
+        parts = []
+        for a, g in self._factors(each, theta, x, y):
+            subscripts = "ntf,ntsc->nsfc" if len(a.shape) == 3 else "ntkf,ntskc->nskfc"
+            products = tf.einsum(subscripts, a, g)
+            parts.append(tf.reshape(products, tf.concat([tf.shape(products)[:2], [-1]], 0)))
+        joined, order = (
+            tf.concat(parts, 2),
+            np.concatenate([a.entries.ravel() for a in self.layers]),
+        )
+        ordered = np.array_equal(order, np.arange(len(order)))
+        return joined if ordered else tf.gather(joined, np.argsort(order), axis=2)
 
     def _forward(self, theta: Any, x: Any) -> tuple[Any, list[list[tuple[Any, Any]]]]:
         """Return the model's output, and a pair (input, z) for each call of each layer."""
