@@ -37,6 +37,11 @@ class AffineLayers:
       traced: the model as functions of theta.
       x: input tensors of a few rows. On them, the formula of this file is compared with the tape.
 
+    Attributes:
+      layers: the layers.
+      single: those of the layers that have a single position t and no groups.
+      numbers: how many numbers the factors of one row have.
+
     Raises: ValueError naming a layer that `affine` refuses, that is called more than once, that
       does not keep one row per example, or that uses its weights for more than z = a W + b.
     """
@@ -44,6 +49,8 @@ class AffineLayers:
     def __init__(self, traced: FlatModel, x: Any):
         self.traced = traced
         self.layers = _find(traced)
+        self.single: tuple[Affine, ...] = ()
+        self.numbers = 0
         self._check(x)
 
     def pseudo_gradients(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
@@ -70,6 +77,19 @@ class AffineLayers:
         batch = t.inputs(x), t.tensor(y)
         theta = t.theta() if theta is None else theta
         return t.run("roots", partial(self._roots, t.each(*batch)), theta, *batch)
+
+    def parts(self, x: Any, y: Any, theta: Any = None) -> tuple[list, NDArray]:
+        """Compute the roots in parts: the factors of the layers `single`, and the others' roots.
+
+        Returns: a list with a pair (a, g) for each layer of `single`, and the roots (n, s, e) with
+          respect to the e weights of all other layers, in the order of theta. a is (n, f) and g is
+          (n, s, c). The layer's part of p_is is a_i' g_is.
+        """
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        single, rest = t.run("parts", partial(self._parts, t.each(*batch)), theta, *batch)
+        return single, rest if len(rest) else np.zeros((len(y), single[0][1].shape[1], 0))
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -100,17 +120,13 @@ class AffineLayers:
         return found
 
     def _roots(self, each: tape.Each, theta: Any, x: Any, y: Any) -> Any:
-        parts = []
-        for a, g in self._factors(each, theta, x, y):
-            subscripts = "ntf,ntsc->nsfc" if len(a.shape) == 3 else "ntkf,ntskc->nskfc"
-            products = tf.einsum(subscripts, a, g)
-            parts.append(tf.reshape(products, tf.concat([tf.shape(products)[:2], [-1]], 0)))
-        joined, order = (
-            tf.concat(parts, 2),
-            np.concatenate([a.entries.ravel() for a in self.layers]),
-        )
-        ordered = np.array_equal(order, np.arange(len(order)))
-        return joined if ordered else tf.gather(joined, np.argsort(order), axis=2)
+        return _joined(zip(self.layers, self._factors(each, theta, x, y), strict=True))
+
+    def _parts(self, each: tape.Each, theta: Any, x: Any, y: Any) -> tuple[list, Any]:
+        found = list(zip(self.layers, self._factors(each, theta, x, y), strict=True))
+        single = [(a[:, 0], g[:, 0]) for layer, (a, g) in found if layer in self.single]
+        rest = [pair for pair in found if pair[0] not in self.single]
+        return single, _joined(rest) if rest else []
 
     def _forward(self, theta: Any, x: Any) -> tuple[Any, list[list[tuple[Any, Any]]]]:
         """Return the model's output, and a pair (input, z) for each call of each layer."""
@@ -143,6 +159,7 @@ class AffineLayers:
         true = both[0].numpy()
         for layer, ((inputs, z),), g in zip(self.layers, calls, both[1:], strict=True):
             a, g = layer.inputs(inputs, z).numpy(), layer.by_position(g).numpy()
+            self.numbers += (a.size + g.size * int(tf.size(output)) // n) // n
             ours = np.einsum("nt...f,nt...c->...fc", a, g)
             wanted = true[layer.entries]
             gap = float(np.abs(ours - wanted).max())
@@ -152,6 +169,8 @@ class AffineLayers:
                     f"for EK-FAC, got a derivative by them that is off by {gap:.1e}: its call does "
                     f"more, or they are shared; {REMEDY}."
                 )
+            if a.ndim == 3 and a.shape[1] == 1 and len(z.shape) == 2:
+                self.single += (layer,)
 
 
 _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
@@ -220,6 +239,19 @@ def _recording(layers: tuple[Affine, ...]) -> Iterator[list[list[tuple[Any, Any]
         for layer, before in zip(layers, kept, strict=True):
             vars(layer.layer).pop("call", None)
             vars(layer.layer).update(before)
+
+
+def _joined(found: Any) -> Any:
+    """Return the layers' roots (n, s, e), with their e weights in the order of theta."""
+    parts, entries = [], []
+    for layer, (a, g) in found:
+        subscripts = "ntf,ntsc->nsfc" if len(a.shape) == 3 else "ntkf,ntskc->nskfc"
+        products = tf.einsum(subscripts, a, g)
+        parts.append(tf.reshape(products, tf.concat([tf.shape(products)[:2], [-1]], 0)))
+        entries.append(layer.entries.ravel())
+    joined, order = tf.concat(parts, 2), np.concatenate(entries)
+    in_order = (np.diff(order) > 0).all()
+    return joined if in_order else tf.gather(joined, np.argsort(order), axis=2)
 
 
 def loss_roots(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:

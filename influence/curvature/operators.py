@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.checkpoint import check_folder, identity, kept
-from influence.common.memory import VECTORS, fitting
 from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
-from influence.curvature.roots import roots
+from influence.curvature.roots import rows_per_batch, sum_of_squares
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import Total
@@ -24,8 +23,6 @@ from influence.net.refused import check_weights
 
 # One pass over the data forms this many columns of the dense matrix.
 _DENSE_BLOCK = 256
-# Memory holds this many arrays of the size of the result while `roots` computes its result.
-_ROOT_COPIES = 4
 
 
 class Curvature(LinearOperator):
@@ -220,17 +217,10 @@ class GaussNewton(Curvature):
         net, one = self.net, self.examples.take([0])
         if not net.loss.convex or net.convex or net.outputs(one.x).size > net.num_parameters:
             return super()._formed()
-        per_row = _ROOT_COPIES * roots(net, one.x, one.y).nbytes
-        size = fitting(VECTORS, per_row, net.rows_per_batch(self.examples))
-        matrix = mean_matrix(_root_square, net, self.examples, self.batch_size or size)
+        size = self.batch_size or rows_per_batch(net, one, len(self.examples))
+        matrix = mean_matrix(sum_of_squares, net, self.examples, size)
         self._add_penalty(matrix)
         return symmetrised(matrix)
-
-
-def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the sum over the batch of J_i' (d2 loss_i / d output2) J_i, with shape (d, d)."""
-    R = roots(net.at(theta), x, y).reshape(-1, net.num_parameters)
-    return R.T @ R
 
 
 def symmetrised(matrix: NDArray) -> NDArray:
