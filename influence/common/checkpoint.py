@@ -21,7 +21,7 @@ _FORMAT = 1
 
 
 def identity(net: Any, examples: Any, *more: Any) -> str:
-    """Return a short hash that identifies the net, the examples and `more`.
+    """Return a short hash that identifies the net, the examples and the values `more`.
 
     The hash covers the net's class, its variables, its penalty and its losses on at most 8 rows.
     It does not cover the names of layers.

@@ -131,13 +131,13 @@ class _Run:
     def target_of(self, columns: NDArray, r: NDArray) -> NDArray:
         """Return the residual norms (j,) at which a recurrence ends.
 
-        The recurrence starts with the residuals r (d, j). Below eps times the norm of r it no
-        longer follows the true residual.
+        The recurrence starts with the residuals r (d, j). Below eps times the norm of r,
+        the residual of the recurrence is no longer the true residual.
         """
         return np.maximum(self.target[columns], self.eps * np.linalg.norm(r, axis=0))
 
     def together(self, columns: NDArray, r: NDArray) -> bool:
-        """Minimise over the directions of all columns. Return False if this cannot continue.
+        """Minimise over the directions of all columns. Return False if the recurrence must stop.
 
         P holds the directions, and Q = A P. Each iteration adds P a to X and subtracts Q a from the
         residuals R, with a = (P'Q)^-1 P'R. Z holds the preconditioned new residuals. The columns of

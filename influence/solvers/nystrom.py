@@ -28,18 +28,18 @@ class Nystrom(LowRank):
     is the damping, or the model's lower bound on A's eigenvalues if that is larger. `known I` has
     full rank, so a low-rank sketch cannot represent it. It is therefore subtracted before the
     sketch, and added back exactly afterwards. `known` is 0 if M is seen to be indefinite. The
-    approximation is fixed, linear and positive definite. It is exact if the rank is d or larger
+    approximation is fixed, linear and positive definite. It is exact if the rank is d, or larger
     than the rank of M.
 
     Args:
-      rank: number of columns of U; more than d counts as d. Preparing multiplies A by `rank`
+      rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by `rank`
         vectors in one pass over the data.
       seed: seed of Omega.
       rtol: largest true relative residual at which a column counts as converged. None: the residual
         is reported, no column counts as converged, and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
-      matrix that is singular or seen to be indefinite.
+      matrix that is singular, or that it finds to be indefinite.
     """
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
