@@ -28,7 +28,7 @@ from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-# Derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
+# Two derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
 _GAP = 1e-3
 _ZERO = tf.UnconnectedGradients.ZERO
 _REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
@@ -40,9 +40,10 @@ class Affine:
 
     Attributes:
       layer: a Dense or Conv2D layer of Keras.
-      has_kernel: True if theta contains its kernel.
-      has_bias: True if theta contains its bias.
-      entries: (f, c) positions in theta of the weights of f inputs and c outputs. A bias is last.
+      has_kernel: True if theta contains the layer's kernel.
+      has_bias: True if theta contains the layer's bias.
+      entries: (f, c) positions in theta of the weights of f inputs and c outputs. The bias is the
+        last input.
     """
 
     layer: Any
@@ -51,7 +52,7 @@ class Affine:
     entries: NDArray[np.int64]
 
     def inputs(self, inputs: Any, z: Any) -> Any:
-        """Return the factors [a_t, 1] that multiply the weights in z, (n, t, f) for n rows."""
+        """Return the factors [a_t, 1] that multiply the weights in z: (n, t, f) for n rows."""
         n, c = tf.shape(z)[0], self.entries.shape[1]
         positions = tf.size(z) // (n * c)
         parts = []
@@ -66,11 +67,11 @@ class Affine:
 
 
 class AffineLayers:
-    """List of the layers that contain theta, in the order of theta. All must be affine.
+    """List of the layers whose weights are in theta, in the order of theta. All must be affine.
 
     Args:
       traced: the model as functions of theta.
-      x: input tensors of a few rows. On them, the formula of this file is compared with the tape.
+      x: input tensors of a few rows. They serve to compare this file's formula with the tape.
 
     Raises: ValueError naming a layer that is neither Dense nor Conv2D, has its own activation, is
       grouped, has channels first, is called more than once, does not keep one row per example, or
@@ -91,7 +92,7 @@ class AffineLayers:
         method returns these a and g. Negative eigenvalues of H_i are replaced by zero.
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
-        Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs and a one for the bias.
+        Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs, and a one for the bias.
           g (n, t, s, c) holds the derivatives of output . S_i[:, s] by the layer's output.
         """
         t = self.traced
@@ -189,7 +190,7 @@ def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
 
 
 def _find(traced: FlatModel) -> tuple[Affine, ...]:
-    """Find the layers that own the weights in theta. The innermost layer owns a weight."""
+    """Find the layers that own the weights in theta. The innermost layer with a weight owns it."""
     owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
     ends = np.cumsum(traced.sizes)
     parts: dict[int, list] = {}
@@ -273,7 +274,7 @@ def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
 
 
 def _patches(layer: Conv2D, a: Any) -> Any:
-    """Return each output pixel's input patch, (n, height, width, f), ordered like kernel rows."""
+    """Return the input patch of each output pixel, (n, height, width, f), in kernel order."""
     square = lambda pair: [1, *pair, 1]  # noqa: E731
     return tf.image.extract_patches(
         a,
@@ -296,7 +297,7 @@ def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
 
     H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
     H = (H + tf.linalg.matrix_transpose(H)) / 2
-    # eigh fails on a NaN, so it gets zeros for NaNs. A later sum puts the NaNs into the result.
+    # eigh fails on a NaN, so zeros replace NaNs here. A later sum puts the NaNs into the result.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
     S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)
