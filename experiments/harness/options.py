@@ -1,4 +1,4 @@
-"""Checks of a Config before any long work. Some compare an option with the data.
+"""Checks of a Config before any long work. Some checks compare an option with the data.
 
 Every check raises a Misuse whose message begins with the option's name.
 """
