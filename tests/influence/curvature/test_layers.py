@@ -1,4 +1,4 @@
-"""The factors of affine layers: together they are the Gauss-Newton matrix of the dense Jacobian."""
+"""The factors of affine layers, compared with the Gauss-Newton matrix of the dense Jacobian."""
 
 import keras
 import numpy as np
@@ -144,7 +144,7 @@ def named(units, name="hidden"):
 
 
 def test_subclassed():
-    """Check a layer in a list, one in an inner model, and a name used twice."""
+    """Check a layer in a list, a layer in an inner model, and a name that is used twice."""
     net = built(
         lambda model, x: model.inner(tf.tanh(model.parts[0](inputs=x))),
         parts=[named(3)],
@@ -208,7 +208,7 @@ def test_the_dense_matrix_of_another_net_or_loss_comes_from_products():
     x, y = data(4)
     A = GaussNewton(fused, Examples(x, y), 0.3)
     assert relative_error(A.dense(), A @ np.eye(fused.num_parameters)) < 1e-12
-    # This loss has an indefinite Gauss-Newton matrix; a root has no negative part.
+    # This loss has an indefinite Gauss-Newton matrix, which has no real root.
     net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
     A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
     assert np.linalg.eigvalsh(A.dense())[0] < -1e-3
