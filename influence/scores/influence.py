@@ -128,9 +128,10 @@ class Influence:
         Args:
           test: m examples. Each has its own scores; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
-          measurement: a function of (y, output) that returns one number for each example. Its
-            change is predicted instead of the loss's change. It consists of TensorFlow operations,
-            like the functions in `influence.measurements`. Positive: it rises without the row.
+          measurement: a function of (y, output) that returns one number for each example. The
+            change of this number is predicted instead of the loss's change. The function consists
+            of TensorFlow operations, like those in `influence.measurements`. Positive: the number
+            rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
@@ -176,7 +177,7 @@ class Influence:
             change = grad f . D2 + D1' (d2 f) D1 / 2
 
         H_U is the mean Hessian of L(z_i) over U, and T is the risk's third derivative. Basu, You &
-        Feizi (2020) leave out T and d2 f. Order 2 takes one solve more than order 1 and one more
+        Feizi (2020) leave out T and d2 f. Order 2 takes one more solve than order 1, and one more
         pass over the training set. Positive: the test loss rises without the rows, so together they
         helped.
 
@@ -234,15 +235,16 @@ class Influence:
         loss rises without the row, so the row helped. Other data sets are `rows` (k,), `s_test`
         (m, d) in the net's dtype, and the solver's `residual`, `iterations`, `converged` and
         `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
-        to the largest score in it. It is about 1e-6 at most in float32. The file also contains
+        to the largest score in the sample. In float32 it is at most about 1e-6. The file also has
         SHA-256 checksums of its numbers. An existing file is read once. It is returned or continued
         only if it has not been altered.
 
-        After an interruption, even by kill -9, the next call continues the file `path` with
-        ".partial" appended. It ends with the same file and solves no finished system again. The
-        call takes at most 0.3 GB of memory, or five vectors of theta's length if these take more.
-        The net's batches and the solver need memory besides. `Direct` needs three d x d matrices,
-        and up to five while TensorFlow forms the Hessian of a chain of layers.
+        After an interruption, even by kill -9, the next call continues the unfinished file, whose
+        name is `path` with ".partial" appended. The final file is the same, and no finished system
+        is solved again. The call takes at most 0.3 GB of memory, or five vectors of theta's length
+        if these take more. The net's batches and the solver need further memory. `Direct` needs
+        three d x d matrices, and up to five while TensorFlow forms the Hessian of a chain of
+        layers.
 
         Args:
           path: the file. It is complete as soon as it has this name.
@@ -269,10 +271,10 @@ class Influence:
         """Predict the derivative of each test loss with respect to each training row's input.
 
         If x_i moves, the minimum of the risk moves by -H^-1 (d/dx_i grad loss_i) / n per unit. So
-        the derivative is -(d/dx_i grad loss_i . s_test) / n. It is the exact derivative of the test
-        loss after retraining if theta is the minimum and the damping is zero. Positive: the test
-        loss rises if this entry of the row's input rises. The result is 1/n times I_pert,loss (Koh
-        & Liang 2017, section 2.2). The numbers of the authors' 2017 code are -n times ours.
+        the derivative is -(d/dx_i grad loss_i . s_test) / n. At a minimum and without damping, it
+        is the exact derivative of the test loss after retraining. Positive: the test loss rises if
+        this entry of the row's input rises. The result is 1/n times I_pert,loss (Koh & Liang 2017,
+        section 2.2). The numbers of the authors' 2017 code are -n times ours.
 
         Args:
           test: m examples. Each has its own derivatives.
@@ -300,8 +302,8 @@ class Influence:
 
         The change is grad loss_i' H^-1 grad L(z_i) / n. It is positive for almost every row. The
         largest values belong to rows that the other rows do not explain, such as rows with wrong
-        labels. For 64 rows or more, the net's closed form replaces CG, or Direct with d > n, if the
-        net has one.
+        labels. If the net has a closed form and there are 64 rows or more, the closed form replaces
+        CG. With d > n it also replaces Direct.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -339,8 +341,8 @@ class Influence:
 
         The bound is |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|); see
         `Solution.score_error_bound`. It excludes the error of the first-order approximation. After
-        Direct it is an estimate in the columns whose residual is an estimate. It costs one pass
-        that forms the gradient of each row, and no solve.
+        `Direct`, the bound is an estimate in the columns whose residual is an estimate. Computing
+        the bound takes one pass that forms the gradient of each row, and no solve.
 
         Args:
           scores: the Scores (m, k) that `scores` returned.
