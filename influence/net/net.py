@@ -146,7 +146,7 @@ class GenericNeuralNet(Derivatives):
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """Return how many rows per batch fit in memory when `num_vectors` vectors multiply them.
+        """Return how many rows per batch fit into memory if `num_vectors` vectors are multiplied.
 
         `dtype` is the argument of `directional`, if the pass calls `directional`.
         """
