@@ -27,7 +27,8 @@ from keras import layers
 from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
-from influence.curvature.layers import Affine, AffineLayers
+from influence.curvature.affine import Affine
+from influence.curvature.layers import AffineLayers
 from influence.examples.examples import Examples, Question
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet

@@ -16,7 +16,7 @@ from influence.common.memory import VECTORS, fitting
 from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
-from influence.curvature.layers import affine_layers
+from influence.curvature.roots import roots
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import Total
@@ -212,32 +212,25 @@ class GaussNewton(Curvature):
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:
-        """Compute the undamped matrix from `AffineLayers.roots`, or else from products.
+        """Compute the undamped matrix from roots of the rows' matrices, or else from products.
 
-        `roots` needs affine layers and a convex loss. It takes one backward pass per output of the
-        model. Products with unit vectors take at least one backward pass for each of d columns.
+        Roots need a loss that is convex in the output. They take one backward pass per output of
+        the model. Products with unit vectors take at least one backward pass for each of d columns.
         """
-        layers = None
-        if self.net.loss.convex and not self.net.convex:
-            try:
-                layers = affine_layers(self.net, self.examples.take(slice(0, 2)).x)
-            except ValueError:  # a layer is not affine
-                pass
-        if layers is None:
+        net, one = self.net, self.examples.take([0])
+        if not net.loss.convex or net.convex or net.outputs(one.x).size > net.num_parameters:
             return super()._formed()
-        one = self.examples.take([0])
-        per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
-        size = fitting(VECTORS, per_row, self.net.rows_per_batch(self.examples))
-        matrix = mean_matrix(_root_square, self.net, self.examples, self.batch_size or size)
+        per_row = _ROOT_COPIES * roots(net, one.x, one.y).nbytes
+        size = fitting(VECTORS, per_row, net.rows_per_batch(self.examples))
+        matrix = mean_matrix(_root_square, net, self.examples, self.batch_size or size)
         self._add_penalty(matrix)
         return symmetrised(matrix)
 
 
 def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
     """Return the sum over the batch of J_i' (d2 loss_i / d output2) J_i, with shape (d, d)."""
-    roots = affine_layers(net, x).roots(x, y, net.at(theta).theta_tensor())
-    roots = roots.reshape(-1, net.num_parameters)
-    return roots.T @ roots
+    R = roots(net.at(theta), x, y).reshape(-1, net.num_parameters)
+    return R.T @ R
 
 
 def symmetrised(matrix: NDArray) -> NDArray:

@@ -121,8 +121,11 @@ def _inverse_times(blocks: list[_Block], B: NDArray) -> NDArray:
 def _blocks(A: Curvature) -> list[_Block]:
     net, n = A.net, len(A.examples)
     layers = affine_layers(net, A.examples.take(slice(0, _PROBE_ROWS)).x)
-    names = [affine.layer.name for affine in layers.layers]
-    entries = [affine.entries for affine in layers.layers]
+    entries, names = [], []
+    for layer in layers.layers:
+        own = layer.entries.reshape(-1, *layer.entries.shape[-2:])  # one block for each group
+        entries += list(own)
+        names += len(own) * [layer.layer.name]
     penalties = [_penalty(net, names)[e] for e in entries]
     batch_size = A.batch_size or _rows_at_once(A, layers)
     sums = A.examples.sum_over(_factors, net, batch_size=batch_size, what="Kronecker factors")
@@ -147,7 +150,12 @@ def _blocks(A: Curvature) -> list[_Block]:
 def _pseudo_gradients(
     net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
 ) -> list[tuple[NDArray, NDArray]]:
-    return affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor())
+    """Return the pseudo-gradients of each layer. A layer with G groups becomes G layers."""
+    found = []
+    for a, g in affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor()):
+        grouped = a.ndim == 4
+        found += [(a[:, :, k], g[:, :, :, k]) for k in range(a.shape[2])] if grouped else [(a, g)]
+    return found
 
 
 def _factors(
@@ -212,7 +220,7 @@ def _rows_at_once(A: Curvature, layers: AffineLayers) -> int:
     one = A.examples.take([0])
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
-        products = a.shape[2] * g[0, 0].size if a.shape[1] > 1 else 0
+        products = a.shape[-1] * g[0, 0].size if a.shape[1] > 1 else 0
         # The inputs a and pseudo-gradients g are also stored in their bases. The tape copies g.
         per_row += 2 * a.size + 4 * g.size + products
     most = A.net.rows_per_batch(A.examples)

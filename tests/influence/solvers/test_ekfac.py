@@ -31,7 +31,6 @@ from tests.influence.problems import (
     relative_error,
     sequential,
     symmetric,
-    tanh_net,
     traced_once,
 )
 from tests.influence.solvers import matrices
@@ -305,11 +304,10 @@ def test_only_curvatures_have_layers(A):
 
 
 def test_layers_are_refused_by_name():
-    net, examples = tanh_net()
-    name = net.model.layers[0].name
-    message = f"^model must keep activations in layers of their own .*'tanh' in layer '{name}'"
+    net = GenericNeuralNet(sequential((4, 2), L.GRU(3, **F64), L.Dense(1, **F64), **F64), "mse")
+    message = "^model must hold theta in layers that are affine .* of GRUCell layer 'gru_cell'"
     with pytest.raises(ValueError, match=message):
-        prepare(Hessian(net, examples), EKFAC())
+        prepare(Hessian(net, Examples(np.ones((3, 4, 2)), np.ones((3, 1)))), EKFAC())
 
 
 def test_a_penalty_that_mixes_weights_is_refused():
