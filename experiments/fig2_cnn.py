@@ -159,8 +159,8 @@ DEVIATIONS = (
     "authors' code the minibatches differ, and the control is only printed.",
     "Minibatches: we take the removed row out of its minibatch, which then has one row less. The "
     "authors' code draws 500 of the other 5,499 rows. Adam's epsilon is 1e-7 here and 1e-8 in the "
-    "authors' code. Both are far below the square root of Adam's second moment, which is at least "
-    "3e-4.",
+    "authors' code. Both values are far below the square root of Adam's second moment, which is "
+    "at least 3e-4.",
     "H^-1: we use linear conjugate gradients to a relative residual of 1e-5, preconditioned by "
     "the factored Gauss-Newton matrix. The authors' code uses SciPy's fmin_ncg with at most 100 "
     "steps.",

@@ -54,8 +54,8 @@ STEPS = (
 )
 # The float32 descent stops at this gradient norm. Smaller norms would be only rounding.
 _FLOAT32_GRADIENT = 1e-4
-# Refits in float32 stop at this gradient norm. It is smaller, because refits subtract the gradient
-# at the minimum.
+# Refits in float32 stop at this gradient norm. The norm is smaller than that of the descent,
+# because refits subtract the gradient at the minimum.
 _FLOAT32_REFIT = 1e-5
 # The damping of a refit's steps is this times the largest eigenvalue.
 _STEP_DAMPING = 1e-6
@@ -259,14 +259,14 @@ def _refits(
       single: (net, train, measured) in the experiment's dtype.
       double: (net, train, measured) in float64.
       removed: (k,) the rows.
-      fraction: the fraction of each row's weight that is removed. It also scales the tolerance.
+      fraction: the fraction of each row's weight that is removed. It also multiplies the tolerance.
       damping: the damping of the refits.
       step_damping: a further damping, only in the steps of the refits.
       checkpoints: folder that stores finished refits, or None.
 
     Returns: metrics and three arrays: `actual` (m, k), the changes of the test losses;
       `refit_distance` (k,), the distance from the start; `refit_passes` (k,), passes over the data.
-      The first two are NaN for refits that missed the tolerance.
+      `actual` and `refit_distance` are NaN for refits that missed the tolerance.
     """
     net, train, measured = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()

@@ -22,8 +22,8 @@ def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], N
     """Rank training images as the paper does, by the L1 norm of a derivative.
 
     This is the derivative of an image's influence on the mean test loss, with respect to the
-    image's pixels. It is computed only for the `count` images whose derivative with respect to the
-    features has the largest Euclidean norm.
+    image's pixels. The derivative is computed only for the `count` images whose derivative with
+    respect to the features has the largest Euclidean norm.
 
     Args:
       head: the head.

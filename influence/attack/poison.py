@@ -45,7 +45,7 @@ class PoisonOptions:
       inputs: (c, ...) the candidates' inputs, floating. They are needed if `train` holds features.
         If omitted, the inputs in `train` are used.
       flip_at: a test example counts as flipped if its loss is above this value. For log losses,
-        log 2 means P(label) < 1/2. With infinity the search never ends early.
+        log 2 means P(label) < 1/2. If it is infinite, the search never ends early.
       flips: the search ends when this many test examples are flipped; all m if omitted.
       gradient_norms: (c,) |g_i|_1 of the candidates, the result of the function `gradient_norms`.
         The candidates are ranked by these norms. The norms are computed if omitted.

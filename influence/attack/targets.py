@@ -78,8 +78,8 @@ class Rule:
 
 
 BEST_RULE = Rule()
-# This is the rule of the authors' 2017 code. It makes at most 100 moves of .02 of an 8-bit level
-# each. The half width of its box is .5 of a level.
+# This is the rule of the authors' 2017 code. The rule makes at most 100 moves of .02 of an 8-bit
+# level each. The half width of its box is .5 of a level.
 PAPER_RULE = Rule(
     step=0.04, decay=1.0, momentum=0.0, softness=0.0, max_steps=100, tries=0, restarts=0
 )

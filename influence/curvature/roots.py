@@ -5,8 +5,8 @@ of the row's loss with respect to that output. The Gauss-Newton matrix of n rows
 
     G = (1/n) sum_i sum_s p_is p_is'    with the roots    p_is = J_i' S_i[:, s].
 
-A row with s outputs has s roots. They take s backward passes, while products of G with unit vectors
-take d passes.
+A row with s outputs has s roots. Computing the roots takes s backward passes, while products of G
+with unit vectors take d passes.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows. It does not depend on how dense rows are stored."""
+        """SHA-256 of all rows. The digest does not depend on how dense rows are stored."""
         seen = Fingerprint()
         for x, y in self.batches(CHECK_ROWS):
             seen.add(x, y)

@@ -44,7 +44,7 @@ class Found:
       thetas: (d, k) the theta with the smallest gradient that each function has seen.
       norms: (k,) Euclidean norms of the exact gradients at `thetas`.
       passes: (k,) number of gradients that each function took, low-precision ones included. It
-        excludes the gradient at the start and those at the change to exact gradients.
+        excludes the gradients at the start and at the change to exact gradients.
     """
 
     thetas: NDArray
@@ -69,8 +69,8 @@ def minimise(
     If `inverse` is the inverse Hessian at the start, the first step is Newton's. The two-loop
     recursion (Nocedal 1980) adds the curvature that later gradients show. A step is rejected if it
     ends on a climb steeper than half its initial descent and the gradient has grown. This test is
-    the upper one of the approximate Wolfe conditions (Hager & Zhang 2005). It needs only gradients
-    and tolerates rounding. The curvature along a rejected step is also used.
+    the upper one of the approximate Wolfe conditions (Hager & Zhang 2005). The test needs only
+    gradients and tolerates rounding. The curvature along a rejected step is also used.
 
     Each function has a radius. No step of the function is longer than its radius. The radius starts
     at `longest`. A rejected step sets it to half the step's length. An accepted step that ends on a
@@ -78,9 +78,9 @@ def minimise(
     step's length. The radius protects a search from one long Newton step if the curvature changes.
 
     If the gradient of a search no longer shrinks, the search may be on a long descent, or it may
-    have reached rounding error. It continues only if the function still decreases. The decrease is
-    the sum of -(g_before + g_after) . step / 2 over the steps, with g the gradients, up to third
-    order. In float32 the gradient must also have grown.
+    have reached rounding error. The search continues only if the function still decreases. The
+    decrease is the sum of -(g_before + g_after) . step / 2 over the steps, with g the gradients, up
+    to third order. In float32 the gradient must also have grown.
 
     Args:
       gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of
@@ -127,7 +127,7 @@ def minimise(
                 weight[rough_ended] *= told
         stay = ~now.ended(todo)
         if not stay.all():
-            for i, (S, Y, weight) in enumerate(seen):  # One by one, this needs less memory.
+            for i, (S, Y, weight) in enumerate(seen):  # A loop over the pairs saves memory.
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
     now.judge(todo[~now.exact[todo]])

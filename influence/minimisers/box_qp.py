@@ -13,7 +13,7 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-# The ridge is this times the largest diagonal entry. It makes a singular G positive definite.
+# The ridge is this times the largest diagonal entry. The ridge makes a singular G definite.
 _RIDGE = 1e-8
 # There are this many refinement steps. Each reduces the ridge's effect by several digits.
 _REFINEMENTS = 4

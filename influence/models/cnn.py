@@ -38,8 +38,8 @@ class AllCNN(GenericNeuralNet):
 
     Activations are separate layers because EK-FAC requires it. Initial weights are drawn from a
     truncated normal distribution with the standard deviation 2/sqrt(fan-in) for convolutions and
-    1/sqrt(fan-in) for the last layer. It is cut at two standard deviations. Initial biases are
-    zero.
+    1/sqrt(fan-in) for the last layer. The distribution is cut at two standard deviations. Initial
+    biases are zero.
 
     Args:
       image_shape: (height, width, channels), channels last.
@@ -159,9 +159,9 @@ def train_by_adam(
     Each pass shuffles the examples, and the minibatches follow this order. For given examples and
     batch size, the rows of step k depend only on the seed and k.
 
-    Args: as `AllCNN.fit`. `net` may be any net. It ends at the theta of the last step. key: values
-      that distinguish the net from others of its class, such as its architecture. The file name in
-      `checkpoints` depends on `key` and on all other inputs of the training.
+    Args: as `AllCNN.fit`. `net` may be any net. The net ends at the theta of the last step. key:
+      values that distinguish the net from others of its class, such as its architecture. The file
+      name in `checkpoints` depends on `key` and on all other inputs of the training.
     Returns: Adam's final state.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
       finite. Then all variables have their initial values again.

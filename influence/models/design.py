@@ -123,7 +123,8 @@ class Design:
         def update(rows: NDArray, w: NDArray, some: slice, buffer: NDArray) -> None:
             for gram, column in zip(grams[some], w.T[some], strict=True):
                 weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
-                # syrk works in place: gram.T is in Fortran order. Its lower half is gram's upper.
+                # syrk works in place, because gram.T is in Fortran order. The lower half of gram.T
+                # is the upper half of gram.
                 syrk(1, weighted, beta=1.0, c=gram.T, overwrite_c=True, lower=True)
 
         with _threads(n * f**2, k) as (apply, count):

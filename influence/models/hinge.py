@@ -6,8 +6,9 @@ l of a row is (Koh & Liang 2017, section 4.2; sigma is the logistic function)
     l = t log(1 + exp(u / t))
     dl/dz = -y sigma(u / t)        d2l/dz2 = sigma(u / t) sigma(-u / t) / t
 
-At t = 0 the loss is the hinge max(0, u). It has no curvature. The maximum of the dual D gives the
-minimum w* of the risk R. lambda is the weight decay. For all dual variables 0 <= a_i <= 1,
+At t = 0 the loss is the hinge max(0, u). The hinge has no curvature. The maximum of the dual D
+gives the minimum w* of the risk R. lambda is the weight decay. For all dual variables 0 <= a_i <=
+1,
 
     w(a) = sum_i a_i y_i x_i / (n lambda)
     D(a) = mean a_i - lambda/2 |w(a)|^2

@@ -238,7 +238,7 @@ class LinearModel(GenericNeuralNet):
           examples: the training set.
           rows: (k,) row numbers; all n if omitted.
           gram: (n, n) `design.gram(examples.x)`, computed if omitted. It depends neither on labels
-            nor on theta. It is used only if d > n.
+            nor on theta. The matrix is used only if d > n.
 
         Returns: (k,).
         Raises: ValueError for several outputs or a wrong shape; DivergenceError for a singular

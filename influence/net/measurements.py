@@ -114,7 +114,7 @@ def _logits(output: Any) -> Any:
 
 
 def _is_label(y: Any, z: Any) -> Any:
-    """Return a mask (n, c). It is True at each example's label."""
+    """Return a mask (n, c). Entry (i, k) is True if k is the label of example i."""
     if len(y.shape) == 2 and y.shape[1] == z.shape[1]:
         return y > 0.5
     return tf.one_hot(

@@ -198,7 +198,7 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
 def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
     """Compare the loss changes from finishing the training with those from removing a row.
 
-    A Newton step on the risk R approximates the rest of the training. It changes loss j by about
+    A Newton step on the risk R approximates the rest of the training. This step changes loss j by
     -grad loss_j . H^-1 grad R. With L = loss + penalty, leaving out row i changes loss j by
     grad loss_j . H^-1 grad L(z_i) / n. Sums of rows with random signs estimate the root mean square
     of these changes over rows i. Half of the signs are positive, so the penalty cancels out.

@@ -58,16 +58,16 @@ def datainf(
     scores grow like 1 / damping and exceed any actual change. Then at most the order of the scores
     is meaningful. The matrices do not contain the penalty.
 
-    The cost is two passes over the training set. The first forms every row's gradient.
+    The cost is two passes over the training set. The first pass forms every row's gradient.
 
     Args:
-      net: the model. Its current parameters theta are taken as the minimum of the training risk.
+      net: the model. The net's current theta is taken as the minimum of the training risk.
       train: the training set, n rows.
       test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
       damping: positive, absolute: one number for all layers, or one for each layer. The authors
         use a tenth of the mean of |g_i|^2 over rows and the layer's parameters.
-      batch_size: number of rows in a batch. It bounds memory and never changes a result.
+      batch_size: number of rows in a batch, which bounds memory and never changes a result.
 
     Returns: DataInfScores (m, k), in the unit of the test loss.
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.

@@ -1,7 +1,7 @@
 """Groups of rows removed together, to first and to second order.
 
 R is the risk, the mean of L_i = loss_i + penalty over n rows. U is a group of k rows. Without U the
-risk is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), it equals
+risk is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), this risk is
 R + w (k R - sum_U L_i). Let H and T be the second and third derivatives of R, H_U the mean Hessian
 of L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
 
@@ -14,8 +14,8 @@ large as the included ones. Without them, the second-order prediction can be fur
 than the first-order prediction. For a quadratic risk and a linear measurement, their formula equals
 ours, because the omitted terms are zero.
 
-The expansion is not a bound. It is meaningless if U is half of the rows or more. If U has no
-curvature, the term with H_U is - k / (n - k) times D1.
+The expansion is not a bound. The expansion is meaningless if U is half of the rows or more. If U
+has no curvature, the term with H_U is - k / (n - k) times D1.
 """
 
 from __future__ import annotations

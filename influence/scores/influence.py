@@ -61,18 +61,19 @@ class Influence:
 
     Let L(z_i) = loss_i + penalty for row i of n, and H the Hessian of the risk plus damping I. To
     first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. It changes a measurement
-    f by + grad f' H^-1 grad L(z_i) / n. This is -1/n times the paper's I_up,loss (eq. 2). Positive:
-    the test loss rises without the row, so the row helped. s_test is H^-1 grad f.
+    f by + grad f' H^-1 grad L(z_i) / n to first order. This is -1/n times the paper's I_up,loss
+    (eq. 2). Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad
+    f.
 
     Args:
-      net: the model. Its current parameters theta are taken as the minimum of the training risk.
+      net: the model. The net's current theta is taken as the minimum of the training risk.
       train: the training set.
       solver: the solver that applies H^-1. The default CG() stops at a relative residual of 1e-6.
-        It may be a solver that `prepare` returned for the same operator.
-      damping: the number that multiplies I in H, >= 0. It is the same for every solver.
+        A solver that `prepare` returned for the same operator is accepted too.
+      damping: the number that multiplies I in H, >= 0. Damping means the same for every solver.
       curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk.
-      batch_size: number of rows in a batch. It bounds memory and never changes a result. None lets
-        the net choose.
+      batch_size: number of rows in a batch, which bounds memory and never changes a result. None
+        lets the net choose.
 
     Attributes:
       inverse: the `Inverse` that solves with H.
@@ -122,7 +123,7 @@ class Influence:
     ) -> Scores:
         """Predict the change of each test loss if each training row is left out.
 
-        The score is s_test . grad L(z_i) / n, to first order. It is -1/n times I_up,loss (Koh &
+        The score is s_test . grad L(z_i) / n, to first order. This is -1/n times I_up,loss (Koh &
         Liang 2017, eq. 2). Positive: the test loss rises without the row, so the row helped.
 
         Args:
@@ -169,8 +170,8 @@ class Influence:
         """Predict the change of each test loss if all the rows are removed together.
 
         Let g be the sum of grad L(z_i) over the group U of k rows. Order 1 is the sum of the rows'
-        scores, grad f . H^-1 g / n (Koh et al. 2019). It usually underestimates the actual change.
-        Order 2 is the whole expansion to second order in 1 / (n - k):
+        scores, grad f . H^-1 g / n (Koh et al. 2019). Order 1 usually underestimates the actual
+        change. Order 2 is the whole expansion to second order in 1 / (n - k):
 
             D1 = H^-1 g / (n - k)
             D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
@@ -236,8 +237,8 @@ class Influence:
         (m, d) in the net's dtype, and the solver's `residual`, `iterations`, `converged` and
         `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
         to the largest score in the sample. In float32 it is at most about 1e-6. The file also has
-        SHA-256 checksums of its numbers. An existing file is read once. It is returned or continued
-        only if it has not been altered.
+        SHA-256 checksums of its numbers. An existing file is read once. The file is returned or
+        continued only if it has not been altered.
 
         After an interruption, even by kill -9, the next call continues the unfinished file, whose
         name is `path` with ".partial" appended. The final file is the same, and no finished system
@@ -247,7 +248,7 @@ class Influence:
         layers.
 
         Args:
-          path: the file. It is complete as soon as it has this name.
+          path: the file. The file is complete as soon as it has this name.
           test: m examples. Each has its own scores.
           rows: (k,) increasing training rows; all n if omitted.
           measurement: as in `scores`.
@@ -300,7 +301,7 @@ class Influence:
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
         """Predict the change of each training row's own loss if that row is left out.
 
-        The change is grad loss_i' H^-1 grad L(z_i) / n. It is positive for almost every row. The
+        The change is grad loss_i' H^-1 grad L(z_i) / n. This is positive for almost every row. The
         largest values belong to rows that the other rows do not explain, such as rows with wrong
         labels. If the net has a closed form and there are 64 rows or more, the closed form replaces
         CG. With d > n it also replaces Direct.
@@ -340,9 +341,9 @@ class Influence:
         """Bound the error of each score that is due to the solver's residual.
 
         The bound is |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|); see
-        `Solution.score_error_bound`. It excludes the error of the first-order approximation. After
-        `Direct`, the bound is an estimate in the columns whose residual is an estimate. Computing
-        the bound takes one pass that forms the gradient of each row, and no solve.
+        `Solution.score_error_bound`. The bound excludes the error of the first-order approximation.
+        After `Direct`, the bound is an estimate in the columns whose residual is an estimate.
+        Computing the bound takes one pass that forms the gradient of each row, and no solve.
 
         Args:
           scores: the Scores (m, k) that `scores` returned.

@@ -245,7 +245,7 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
       A: a symmetric (d, d) array or LinearOperator.
       solver: a solver, for example `CG(rtol=1e-8)`, or the result of an earlier call.
 
-    Raises: ValueError if A is not square, or if it is an array that is not finite and symmetric;
+    Raises: ValueError if A is not square, or if it is an array that has a NaN or is not symmetric;
       ValueError if the solver was prepared for another matrix; TypeError if `solver` is no solver.
     """
     if isinstance(solver, Prepared):

@@ -35,15 +35,16 @@ class CG:
        2017). Separate searches would take more iterations.
     2. A direction of non-positive curvature stops only the column that meets it. The smallest
        curvature is reported, as 0 if it is positive but not above rounding.
-    3. The true residual decides convergence. It is recomputed when the recurrence reports
+    3. The true residual decides convergence. This residual is recomputed when the recurrence
+    reports
        convergence. If it is above the tolerance, the column restarts from its current x.
 
     Args:
       rtol: relative residual |b - A x| / |b| that each column must reach.
       max_iterations: the largest number of iterations; None: min(10 d, 10,000).
-      preconditioner: an approximate inverse that is fixed, linear and positive definite. It is a
-        solver such as Nystrom(100), the result of `prepare`, a (d, d) array or a LinearOperator. A
-        solver that is not yet prepared is prepared for the same matrix.
+      preconditioner: an approximate inverse that is fixed, linear and positive definite. It is
+        given as a solver such as Nystrom(100), the result of `prepare`, a (d, d) array or a
+        LinearOperator. A solver that is not yet prepared is prepared for the same matrix.
 
     Raises: ValueError for a negative rtol or fewer than one iteration; TypeError for a
       preconditioner that is not linear. `prepare` raises ValueError for a preconditioner that is
@@ -101,8 +102,8 @@ class _Run:
         todo = np.flatnonzero(size > self.target)
         together = True
         while todo.size and self.iterations.max() < self.limit:
-            # A column leaves this run when the recurrence reports convergence. It enters the next
-            # run if its true residual is above the target.
+            # A column leaves this run when the recurrence reports convergence. The column enters
+            # the next run if its true residual is above the target.
             before = size[todo]
             together = together and todo.size > 1
             recurrence = self.together if together else self.lockstep

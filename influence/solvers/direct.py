@@ -33,7 +33,7 @@ class Direct:
 
     The residual is computed with A itself for four columns of each block. For the other columns a
     product with A would cost more than the solve. Their residual is estimated as the sum of two
-    terms. One is the residual with the dense matrix M. The other is |x| times the largest
+    terms. The first is the residual with the dense matrix M. The second is |x| times the largest
     |M x - A x| / |x| of the four columns.
 
     Args:

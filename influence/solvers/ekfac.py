@@ -67,9 +67,9 @@ class EKFAC:
         is reported, no column counts as converged, and no warning is given.
 
     Raises: ValueError for a negative rtol. `prepare` raises TypeError for a matrix that is not a
-      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if theta is not
-      entirely in plain Dense and Conv2D layers (see `affine_layers`). It raises ValueError for a
-      penalty that mixes weights and for a cross-entropy of probabilities. It raises
+      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if some of
+      theta is in a layer that `affine_layers` refuses. It raises ValueError for a
+      penalty that mixes weights, and for a cross-entropy of probabilities. It raises
       DivergenceError, with a damping that would work, for a singular matrix.
     """
 

@@ -28,10 +28,11 @@ class Lanczos(LowRank):
     A is approximated by U diag(values) U' + floor (I - U U'). U (d, rank) has orthonormal columns.
     U and the values are the Ritz pairs with the largest values in a Krylov space. The space starts
     from random vectors and has the dimension 2 rank. The floor is the smallest of these values. It
-    estimates an eigenvalue above those that are left out. So the approximate inverse magnifies no
-    direction more than A^-1 does. The approximation is fixed and linear. It is positive definite if
-    A is. At rank = d it equals A, so the answer is exact, also for an indefinite matrix. The
-    Arnoldi method of Schioppa et al. (2022) for a symmetric matrix drops the part outside U.
+    estimates an eigenvalue of A above those that are left out. So the approximate inverse magnifies
+    no direction more than A^-1 does. The approximation is fixed and linear. The approximation is
+    positive definite if A is. At rank = d it equals A, so the answer is exact, also for an
+    indefinite matrix. The Arnoldi method of Schioppa et al. (2022) for a symmetric matrix drops the
+    part outside U.
 
     Lanczos differs from the textbook's three-term recurrence in three points:
     1. Every new direction is orthogonalised against all others, so no eigenvalue is found twice.
@@ -67,7 +68,7 @@ class Lanczos(LowRank):
                 f"curvature of {smallest:.3g}, {if_indefinite(A, smallest)}"
             )
         if abs(smallest) <= rounding:
-            smallest = 0.0  # Rounding decides its sign.
+            smallest = 0.0  # Rounding decides the sign.
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:
@@ -137,8 +138,8 @@ def largest_eigenvalues(
     """Bound the largest eigenvalue of each of r matrices by a Ritz value plus its residual.
 
     One three-term recurrence for each matrix stores three vectors. All recurrences advance
-    together. They do not reorthogonalise, so they find some eigenvalues repeatedly. This does not
-    change the largest eigenvalue.
+    together. The recurrences do not reorthogonalise, so they find some eigenvalues repeatedly. This
+    does not change the largest eigenvalue.
 
     Args:
       product: a function that multiplies matrix j by vector j of (r, d, 1), for each j.

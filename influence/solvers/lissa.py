@@ -55,7 +55,7 @@ class LiSSA:
       batch_size: number of rows in each estimate of A.
       seed: seed of the shuffled order.
       change: relative change at which a column stops early. At some numbers of steps LiSSA averages
-        h over the repeats and the latter half of the steps. It compares this average with the
+        h over the repeats and the latter half of the steps. LiSSA compares this average with the
         average at half as many steps. More steps usually change h by less than ten times this. The
         residual shows the true error. 0: no column stops early.
       rtol: largest true relative residual at which a column counts as converged. The default is

@@ -22,8 +22,8 @@ from influence.solvers.lanczos import krylov
 # For matrices up to this size, computing all eigenvalues takes fewer passes than computing two by
 # iteration, and no more time.
 _FEW = 1024
-# ARPACK stores at most this many vectors if k is small. It stores at least 32, even if 32 vectors
-# exceed the memory budget. With more vectors it needs far fewer products.
+# ARPACK stores at most this many vectors if k is small. ARPACK stores at least 32, even if 32
+# vectors exceed the memory budget. With more vectors it needs far fewer products.
 _LARGEST_BASIS = 256
 # The seed is fixed, so the same matrix always gives the same answer.
 _SEED = 0
@@ -62,8 +62,8 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
     restarted Lanczos iteration (`scipy.sparse.linalg.eigsh`) runs from a fixed start vector. Each
     product is then a pass over the data. The largest eigenvalues take one product per basis vector,
     usually 256. The smallest eigenvalues lie close together relative to the largest one. Therefore
-    they take up to thousands of products. They are computed as the largest eigenvalues of s I - A,
-    with s the largest eigenvalue of A. Tolerances are therefore relative to the size of the matrix.
+    they take up to thousands of products. The iteration finds them as the largest eigenvalues of
+    s I - A, with s the largest eigenvalue of A. So tolerances are relative to the size of A.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
@@ -122,8 +122,8 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
     The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here size is the largest
-    |eigenvalue| found, plus its residual. Bound is a lower bound on all eigenvalues. It is the
-    larger of the model's bound and the smallest eigenvalue found minus its residual. With this
+    |eigenvalue| found, plus its residual. Bound is a lower bound on all eigenvalues. This bound is
+    the larger of the model's bound and the smallest eigenvalue found minus its residual. With this
     damping the condition number is at most 1 / margin.
 
     Args:

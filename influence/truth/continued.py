@@ -7,8 +7,8 @@ for k more steps on the same minibatches:
 
     change_i = loss(theta after k more steps without row i) - loss(theta after k more steps).
 
-The released code of this experiment (Koh & Liang 2017, figure 2, right) has no control. It draws
-other minibatches for every removal.
+The authors' 2017 code of this experiment (Koh & Liang 2017, figure 2, right) has no control. That
+code draws other minibatches for every removal.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ContinuedOptions(RunOptions):
     With `checkpoints`, the state of each unfinished block is also cached, every few hundred steps.
 
     Attributes:
-      batch_size: number of rows in each minibatch, at least 3. It changes the result of the
+      batch_size: number of rows in each minibatch, at least 3. The size changes the result of the
         training, not only the memory that the training needs.
       seed: seed of the order of the rows.
     """
@@ -189,7 +189,7 @@ def _gradients(
     G = net.gradient(batch.x, batch.y, thetas)
     for row in np.intersect1d(rows, removed):
         columns = np.flatnonzero(removed == row)
-        times = np.count_nonzero(rows == row)  # It is 2 if two passes meet and both have the row.
+        times = np.count_nonzero(rows == row)  # 2 if two passes meet in this minibatch
         one = train.take([row])
         own = net.gradient(one.x, one.y, thetas[:, columns])
         G[:, columns] += (G[:, columns] - own) * (times / (len(rows) - times))

@@ -37,10 +37,11 @@ class RefitOptions(RunOptions):
 
     Attributes:
       method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
-      tolerance: Euclidean norm that the gradient of each refit's risk must reach. It is also passed
-        to the net's own fit method. None: 1e-8 for "newton". For the net's own fit method, None is
-        1e-8 of the gradient that the removal adds, or its rounding error if that is larger. For a
-        `fit` callable, None is no tolerance. Norms are then reported, but no refit is `converged`.
+      tolerance: Euclidean norm that the gradient of each refit's risk must reach. This tolerance is
+        also passed to the net's own fit method. None: 1e-8 for "newton". For the net's own fit
+        method, None is 1e-8 of the gradient that the removal adds, or its rounding error if that is
+        larger. For a `fit` callable, None is no tolerance. Norms are then reported, but no refit is
+        `converged`.
       solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`
         for `Hessian(net, train)`.
       start: (d,) parameters at which each "fit" begins; None: the net's present parameters.
@@ -50,8 +51,8 @@ class RefitOptions(RunOptions):
       max_passes: the largest number of data passes for each refit by "newton". None: 30 in
         `leave_one_out`, 100 in `leave_group_out`.
       key: a text that names everything that the results of `fit` depend on, such as
-        hyperparameters. It is required if both `fit` and `checkpoints` are given. With dropout, an
-        interrupted call returns the same bits only if the dropout layers have seeds.
+        hyperparameters. The key is required if both `fit` and `checkpoints` are given. With
+        dropout, an interrupted call returns the same bits only if the dropout layers have seeds.
     """
 
     method: Literal["newton", "fit"] | None = None
@@ -124,7 +125,8 @@ def leave_group_out(
     "newton" (convex models) starts at theta with Newton's step. The full-data Hessian is factored
     once, and the group's own curvature is subtracted from it. Secant updates (L-BFGS) then learn
     how the curvature changes along the path. One data pass serves `block` refits. "fit" calls the
-    net's `fit`, or the callable `fit`, on the remaining rows. It begins at theta or at `start`.
+    net's `fit`, or the callable `fit`, on the remaining rows. The fit begins at theta or at
+    `start`.
 
     Args:
       net: a net at the minimum of its risk on `train`. Elsewhere "newton" raises ValueError and

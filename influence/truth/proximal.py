@@ -53,7 +53,8 @@ class ProximalResponse(Estimand):
       damping: the damping in F_i.
       fraction: the part of the row's weight that F_i removes.
       gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to the
-        norm at theta_s. A small norm certifies the minimum. It stays large if rounding dominates.
+        norm at theta_s. A small norm certifies the minimum. The norm stays large if rounding
+        dominates.
       iterations: (k,) number of gradients of F_i, low-precision ones included. Each is a data pass.
       converged: (k,) True if gradient_norm is within the tolerance.
       distance: (k,) Euclidean norm of theta - theta_s.
@@ -75,16 +76,17 @@ class ProximalOptions(RunOptions):
     A is the curvature matrix that `proximal_response` describes.
 
     Attributes:
-      step_damping: damping that is added to A to compute the steps. It does not change F_i. If some
-        eigenvalues nearly vanish, a millionth of the largest one reduces the number of steps.
+      step_damping: damping that is added to A to compute the steps. This damping does not change
+        F_i. If some eigenvalues nearly vanish, a millionth of the largest one reduces the number of
+        steps.
       solver: the solver that inverts A for the steps, or the result of `prepare` for A.
       tolerance: gradient norm of F_i to reach, relative to the norm at theta_s. It is one number,
         or (k,) numbers for the rows.
       rough: a pair (net, train) in a lower precision, with the same theta and the same rows in the
         same order. The search first uses the gradients of this pair. The gradients of the argument
         `net` then certify the result.
-      rough_tolerance: like `tolerance`, for the gradients of `rough`. It must be above their
-        rounding error.
+      rough_tolerance: like `tolerance`, for the gradients of `rough`. This tolerance must be above
+        their rounding error.
       max_iterations: the largest number of gradients of each F_i.
     """
 
@@ -137,15 +139,14 @@ def proximal_response(
     `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the damping. To first
     order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So damped influence
     predicts these changes even if theta is not a minimum. At a minimum without damping,
-    "leave_one_out" is retraining without the row. If the model is linear in theta, "bregman" is
-    too.
+    "leave_one_out" is retraining without the row. So is "bregman" if the model is linear in theta.
 
     The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
     updates (L-BFGS) follow. The first step is at most as long as A^-1 times the first gradient.
     `block_lbfgs.minimise` limits the later steps. The net is left as it was.
 
     Args:
-      net: a net at any theta. It needs float64 unless its gradients are well above float32
+      net: a net at any theta. Use float64 unless its gradients are well above float32
         rounding.
       train: the training set, n rows.
       test: m examples whose losses are measured, without the penalty.
