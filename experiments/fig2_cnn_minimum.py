@@ -64,7 +64,8 @@ _PART = 0.1
 # A refit takes at most this many passes. A refit that is not finished by then still has a gradient
 # norm of 100 times the tolerance.
 _MOST_REFITTING = 400
-# This many refits are computed together. More are not faster, and an interruption would lose more.
+# This many refits are computed together. A larger number is not faster, and an interruption would
+# lose more refits.
 _TOGETHER = 4
 
 

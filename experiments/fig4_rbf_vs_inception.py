@@ -39,7 +39,7 @@ SVM = "svm"
 NUM_PHOTOGRAPHS = 5
 # Fits stop at this gradient norm.
 _TOLERANCE = 1e-10
-# Each temperature on the way to the smallest is divided by this to give the next.
+# Fits lower the temperature step by step. Each step divides the temperature by this.
 _COOLING = 10**0.5
 # `squared_distances` processes this many pixel values of every image at a time.
 _PIXELS = 1 << 13

@@ -323,7 +323,7 @@ class _Attack:
         return self.enough(state.losses), float(state.losses.mean())
 
     def _ranked_again(self, order: NDArray, moved: int) -> NDArray:
-        """Rank the targets after the first `moved` again at the present poisons; return all."""
+        """Rank all targets but the first `moved` again, at the weights of the present poisons."""
         state, rest = self.state, order[moved:]
         self.net.theta = state.theta
         g = self.targets.gradients(self.net, rest, self.targets.x[rest], self._s_test(state))

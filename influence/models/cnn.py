@@ -24,7 +24,7 @@ L = keras.layers
 # The schedule has 20,000 steps, and the authors' code takes 500,000. Our first learning rate is ten
 # times the first rate of that code. The last rates are equal.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
-# Training writes a checkpoint after each further multiple of this many steps.
+# Training writes a checkpoint each time this many further steps are done.
 _SAVE_EVERY = 500
 
 

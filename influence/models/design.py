@@ -1,4 +1,4 @@
-"""`Design`, a linear model's products with inputs, and `Link`, its loss of outputs.
+"""`Design` multiplies inputs by a linear model's parameters. `Link` is the loss of its outputs.
 
 Inputs X (n, f) and weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The
 intercept is a last feature that is always one. Neither class stores theta or data.

@@ -217,9 +217,8 @@ class _Trunk:
 
     Args:
       model: `TopLayer.trunk`. Its weights must never change.
-      cotangent: function of (theta, pooled (k, f), y, v) that returns float64 (k, f). The result is
-        the derivative, with respect to the pooled features, of the function that `pullback`
-        differentiates.
+      cotangent: function of (theta, pooled (k, f), y, v) that returns float64 (k, f). `pullback`
+        multiplies this result by the Jacobian of the pooled features with respect to the pixels.
 
     Attributes: image_shape: (h, w, c), with None for any size; num_features: f.
 

@@ -123,7 +123,7 @@ def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) 
 
 
 def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return the derivative of grad loss_i . v by x_i, in the structure of x."""
+    """Return the derivative of grad loss_i . v with respect to x_i, in the structure of x."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         g = gradient(lambda t: tf.reduce_sum(losses(t, x, y)), theta)

@@ -54,7 +54,7 @@ def check(
     Returns: Report. `print(report)` shows a table. `report.ok` is True if every line is ok.
     Raises: TypeError if `net` is not a GenericNeuralNet or a set is not Examples; ValueError for a
       negative damping, a bad batch size or a single row. Faults of the model, loss or data
-      are lines of the report.
+      do not raise an error, but appear in the report.
     """
     checked(net)
     for name, examples in (("train", train), ("test", test)):

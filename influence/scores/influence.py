@@ -215,8 +215,9 @@ class Influence:
             mean square, over the data, of the change of a row's loss.
           measurement: as in `scores`.
 
-        Returns: RelativeScores (m, k). The unit is that of the test loss per unit of theta
-          ("theta") or per square root of the loss's unit ("loss"). NaN for a size of zero.
+        Returns: RelativeScores (m, k), in the unit of the test loss divided by that of the size.
+          The size has the unit of theta, or for "loss" the square root of the loss's unit. A score
+          is NaN if the size is zero.
         Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
         """
         return relative.relative(self.inverse, test, rows, kind, measurement)

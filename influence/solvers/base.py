@@ -332,7 +332,7 @@ def _units(exponent: int) -> str:
 
 
 def enough_damping(A: Any, smallest: float) -> str:
-    """Format the total damping, including that of A, that raises the eigenvalue to zero."""
+    """Format the total damping, that of A included, that lifts the eigenvalue `smallest` to 0."""
     present = getattr(A, "damping", 0.0)
     more = f" ({-smallest:.3g} more than now)" if present else ""
     return f"{present - smallest:.3g}{more}"

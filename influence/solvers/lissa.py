@@ -64,7 +64,7 @@ class LiSSA:
         warning is given.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError if the norm of h exceeds
-      that of every convergent series. For a given scale the message names one that would work.
+      that of every convergent series. If `scale` was given, the message names one that would work.
       With scale None this happens only if A is not positive definite.
     """
 

@@ -80,7 +80,7 @@ class ProximalOptions(RunOptions):
         F_i. If some eigenvalues nearly vanish, a millionth of the largest one reduces the number of
         steps.
       solver: the solver that inverts A for the steps, or the result of `prepare` for A.
-      tolerance: gradient norm of F_i to reach, relative to the norm at theta_s. It is one number,
+      tolerance: gradient norm of F_i to reach, relative to the norm at theta_s. Give one number,
         or (k,) numbers for the rows.
       rough: a pair (net, train) in a lower precision, with the same theta and the same rows in the
         same order. The search first uses the gradients of this pair. The gradients of the argument
@@ -135,11 +135,12 @@ def proximal_response(
     """Compute the actual change of each test loss as theta moves to the minimum of each F_i.
 
     The module's docstring defines F_i. "bregman" is the proximal Bregman response function of Bae
-    et al. (2022). "leave_one_out" is the risk without the row, made stationary at theta_s. A is the
-    `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the damping. To first
-    order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So damped influence
-    predicts these changes even if theta is not a minimum. At a minimum without damping,
-    "leave_one_out" is retraining without the row. So is "bregman" if the model is linear in theta.
+    et al. (2022). "leave_one_out" is the risk without the row, minus the risk's linear part at
+    theta_s. A is the `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the
+    damping. To first order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So
+    damped influence predicts these changes even if theta is not a minimum. At a minimum without
+    damping, "leave_one_out" is retraining without the row. So is "bregman" if the model is linear
+    in theta.
 
     The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
     updates (L-BFGS) follow. The first step is at most as long as A^-1 times the first gradient.
@@ -152,7 +153,7 @@ def proximal_response(
       test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each response leaves out one of them.
       options: options of the search.
-      damping: the damping in F_i, an absolute number. A must be positive definite with it.
+      damping: the damping in F_i, an absolute number. With it A must be positive definite.
       objective: "bregman" or "leave_one_out".
       fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As the fraction goes to
         0, the changes divided by the fraction tend to damped influence.

@@ -152,7 +152,7 @@ class Removal:
         return total * self.fraction
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
-        """Yield batches of r parts of groups with b rows each.
+        """Yield batches. A batch consists of r parts of groups, and each part has b rows.
 
         A position occurs at most once in a batch, because a full part of a group fills a batch
         alone.
