@@ -76,7 +76,7 @@ class Config:
 
     def __post_init__(self):
         options.at_least(self, 1, "shown_rank", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line through the points needs two
+        options.at_least(self, 2, "num_removals")  # a line is fitted to the points
         options.positive(self, "weight_decay", "gradient_tolerance")
 
 

@@ -54,13 +54,13 @@ class Config:
     """number of further test points, drawn at random"""
     further_among: int = 50
     """the further test points are drawn among this many test rows with the smallest margins; the
-    paper's test point is not drawn again; a margin above 1 has no gradient of the loss"""
+    paper's test point is not drawn again; at a margin above 1 the hinge loss has no gradient"""
     seed: int = 0
     """seed of the random draw of the further test points"""
 
     def __post_init__(self):
         options.at_least(self, 1, "multiple", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line through the points needs two
+        options.at_least(self, 2, "num_removals")  # a line is fitted to the points
         options.positive(self, "weight_decay", "smooth", "sweep")
         options.at_least(self, self.further_test_points + 1, "further_among")  # one is the paper's
 
@@ -105,10 +105,10 @@ DEVIATIONS = (
     "gives no certificate.",
     "Solver: we use float64 and one Cholesky factor for each t. The authors' code uses float32 "
     "and conjugate gradients.",
-    "Beyond the paper: we compute r over t. We also choose the rows at t = .001 instead of 0, "
-    "which gives r = .972 instead of .961. We add ten test points among the 50 smallest margins. "
-    "Sixteen test points are wrongly classified, and the paper's is one of them. For the ten "
-    "added points, r is .950 to .989 at t = .001, .642 to .928 at .1 and .127 to .646 at 0.",
+    "Beyond the paper: we compute r at more values of t. We also choose the rows at t = .001, "
+    "not at 0, which gives r = .972 instead of .961. We add ten test points among the 50 smallest "
+    "margins. Sixteen test points are wrongly classified, and the paper's is one of them. For the "
+    "ten added points, r is .950 to .989 at t = .001, .642 to .928 at .1 and .127 to .646 at 0.",
 )
 
 
@@ -285,7 +285,7 @@ def _truncated(x: NDArray, y: NDArray, multiple: int) -> Examples:
 
 
 def _test_points(config: Config, margins: NDArray) -> NDArray:
-    """Return the paper's test point, then others drawn from those with the smallest margins."""
+    """Return the paper's test point, then others drawn from the smallest margins."""
     small = np.argsort(margins, kind="stable")[: config.further_among]
     points = compare.with_others(config.test_point, small, config.further_test_points, config.seed)
     if margins[points].max() >= 1:

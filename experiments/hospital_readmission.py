@@ -111,7 +111,7 @@ DEVIATIONS = (
     "its models after 1,000 iterations of L-BFGS, at gradient norms of 2.1e-4 and 2.1e-3. This "
     "changes numbers: the authors' model predicts 13 of the 137 children wrongly, and the model "
     "at the optimum 30. The metrics stopped_... come from scikit-learn's present L-BFGS, stopped "
-    "in the same way (14 or 15 wrong). Where it stops depends on the rounding of the machine.",
+    "in the same way (14 or 15 wrong). Its last step depends on the rounding of the machine.",
     "Arithmetic: we use float64 and the labels 0 and 1. The authors' code uses float32 and the "
     "labels -1 and 1. The loss is the same.",
     "H^-1: we use a Cholesky factor. The authors' code uses SciPy's fmin_ncg, whose 744 Hessian "

@@ -199,7 +199,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
 
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
-    """Return the folder of checkpoints. Empty it if they belong to other options, data or code."""
+    """Return the folder of checkpoints. Empty it if its files are of other options or code."""
     digest = hashlib.sha256()
     sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
     sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]

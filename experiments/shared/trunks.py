@@ -36,7 +36,7 @@ from influence.models.top_layer import cut
 
 # The features of this many images are stored in one file. An interruption loses at most one file.
 _ROWS = 256
-# This version is part of a file's name. Increase it when a change of the code changes the features.
+# This version is part of a file's name. If new code changes the features, increase the version.
 _VERSION = 1
 # A file stores the seconds of its computation under this key.
 _SECONDS = "seconds"
