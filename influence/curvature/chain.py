@@ -234,7 +234,7 @@ def _in_a_row(model: keras.Model) -> bool:
             and all(layer.input is given for layer, given in zip(row, inputs, strict=True))
             and row[-1].output is model.outputs[0]
         )
-    except (AttributeError, IndexError, ValueError):  # not functional, or a layer called twice
+    except (AttributeError, IndexError, ValueError):  # not a functional model, or a repeated layer
         return False
 
 

@@ -36,10 +36,9 @@ class AllCNN(GenericNeuralNet):
     cross-entropy plus weight_decay/2 times the sum of all squared kernel weights. Biases are not
     penalised. By default the net has d = 2,616 parameters.
 
-    Activations are separate layers because EK-FAC requires it. Initial weights are drawn from a
-    truncated normal distribution with the standard deviation 2/sqrt(fan-in) for convolutions and
-    1/sqrt(fan-in) for the last layer. The distribution is cut at two standard deviations. Initial
-    biases are zero.
+    Activations are separate layers. Initial weights are drawn from a truncated normal distribution
+    with the standard deviation 2/sqrt(fan-in) for convolutions and 1/sqrt(fan-in) for the last
+    layer. The distribution is cut at two standard deviations. Initial biases are zero.
 
     Args:
       image_shape: (height, width, channels), channels last.

@@ -45,7 +45,7 @@ def self_influence(net: Any, examples: Examples, rows: NDArray) -> NDArray | Non
 
     Returns: (k,), or None if the closed form is not safe or not faster than a solver. The result is
       None for several outputs, in float32, without a penalty, and for a matrix that is too large or
-      not positive definite. If d > n, it is also None for inputs that are not in memory.
+      not positive definite. If d > n, the result is also None for inputs that are not in memory.
     """
     smaller = min(len(examples), net.num_parameters)
     if net.num_outputs != 1 or net.dtype != np.float64 or net.strong_convexity == 0:

@@ -246,7 +246,7 @@ class Derivatives:
     def penalty_convexity(self) -> float:
         """Lower bound on the eigenvalues of the penalty's Hessian.
 
-        The bound is the smallest one of all weights w. The regulariser L2(l) is l |w|^2, so it
+        The bound is the minimum over all weights w. The regulariser L2(l) is l |w|^2, so it
         gives 2 l. A weight without L2 gives 0. A regulariser other than Keras' L1, L2 and L1L2
         gives NaN.
         """

@@ -18,7 +18,7 @@ from influence.net.losses import PerExampleLoss
 
 
 class FlatModel:
-    """Model as functions of theta. It also converts arrays to tensors.
+    """A model's outputs and losses as functions of theta. It also converts arrays to tensors.
 
     The constructor chooses the weights. Freezing a layer later has no effect.
 

@@ -26,7 +26,7 @@ _SIGNS = 2
 _ROWS = 256
 # CG stops at these limits, because only the order of magnitude of its result matters.
 _ITERATIONS, _RTOL = 40, 0.1
-# TensorFlow operations whose names begin like this have a discontinuous slope.
+# TensorFlow operations whose names begin with one of these words have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
 # A score may lose at most this share of its value to rounding.
 _ENOUGH_DIGITS = 1e-2

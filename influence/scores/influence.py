@@ -147,7 +147,7 @@ class Influence:
         """Predict the change of each test loss if each new row is added, one at a time.
 
         With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
-        order its minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
+        order the minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
         This is 1/n times I_up,loss (Koh & Liang 2017, eq. 2). Positive: the test loss rises with
         the row, so the row would hurt. Scores for removal have the opposite sign.
 

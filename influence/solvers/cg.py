@@ -217,8 +217,8 @@ class _Run:
 
     def remedy(self, residual: NDArray) -> str:
         """Format the advice to the user, from the relative residuals (m,) that were reached."""
-        # The suggested rtol is above the residuals of the stopped columns. In float32 rounding
-        # leaves 1e-7 to 1e-5, depending on the condition number.
+        # The suggested rtol is above the residuals of the stopped columns. In float32
+        # these residuals are 1e-7 to 1e-5, depending on the condition number.
         reached = float(residual[self.negative | self.stalled].max(initial=0.0))
         rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
         if self.negative.any():

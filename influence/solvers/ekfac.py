@@ -28,11 +28,11 @@ _MIXING = 1e-3
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    For row i, a Dense or Conv2D layer has inputs a_t at T positions t, with a constant one for the
-    bias. The loss's Hessian with respect to the model's output is S S'. The pseudo-gradient g_st
-    is the derivative of output . S[:, s] with respect to the layer's output at position t. Each
-    layer's block G of the Gauss-Newton matrix is approximated, and blocks between layers are set to
-    zero:
+    For row i, an affine layer such as Dense or Conv2D has inputs a_t at T positions t, with a
+    constant one for the bias. The loss's Hessian with respect to the model's output is S S'. The
+    pseudo-gradient g_st is the derivative of output . S[:, s] with respect to the layer's
+    z_t = a_t W + b, before any activation. Each layer's block G of the Gauss-Newton matrix is
+    approximated, and blocks between layers are set to zero:
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T

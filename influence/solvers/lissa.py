@@ -146,7 +146,7 @@ class LiSSA:
                 if step % _CHECK_EVERY and step < self.depth:
                     continue
                 # If no factor I - A_batch / scale expands, |h| <= (step + 1) |v|. Ten times this
-                # allows a few factors to expand.
+                # bound allows a few factors to expand.
                 most = 10 * (step + 1) * np.linalg.norm(B, axis=0)
                 grows = ~(np.linalg.norm(H, axis=1) <= most).all(axis=0)
                 leaves = grows | average.settled(H) | (step == self.depth)

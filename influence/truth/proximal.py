@@ -153,7 +153,7 @@ def proximal_response(
       test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each response leaves out one of them.
       options: options of the search.
-      damping: the damping in F_i, an absolute number. With it A must be positive definite.
+      damping: the damping in F_i, an absolute number. The damped A must be positive definite.
       objective: "bregman" or "leave_one_out".
       fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As the fraction goes to
         0, the changes divided by the fraction tend to damped influence.
