@@ -88,7 +88,7 @@ class FakeData(ModuleType):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Install the fake experiment as the only one. Yield its module; its data is `fake.data`."""
+    """Install the fake experiment as the only one. Yield its module, whose data is `fake.data`."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "fake_figure.py").write_text(textwrap.dedent(SOURCE))

@@ -135,7 +135,7 @@ def test_it_ends_with_enough_flips(problem):
     np.testing.assert_allclose(
         found.change_if_poisoned, found.test_losses[-1] - clean[point], atol=1e-9
     )
-    # One of three test examples is enough if so few are asked for.
+    # With flips=1, the attack ends when one of the three test examples has flipped.
     low = float(np.sort(clean)[-1]) + 1e-3
     options = PoisonOptions(flip_at=low, flips=1)
     one = poison(*all_three, counts=[1, 3], rule=rule, options=options)
@@ -211,7 +211,7 @@ def test_what_comes_back_is_the_best_that_was_seen(problem):
     net, train, test, _ = problem
     moves = []
 
-    def fit(net, examples):  # worse and worse after the second move
+    def fit(net, examples):  # the loss rises after the second move
         moves.append(examples.x[5].copy())
         net.theta = net.theta * (0.9 if len(moves) < 3 else 1.2)
 
@@ -452,7 +452,7 @@ def test_wrong_arguments_are_refused_before_the_trunk_is_asked(changed, error, m
                 | {name: changed[name] for name in changed if name not in options}
             )
         )
-    assert net.seen_inputs <= 6  # the rows by which examples are known to fit the net
+    assert net.seen_inputs <= 6  # the rows that check whether examples fit the net
 
 
 def test_examples_that_do_not_fit_are_refused_before_the_trunk_is_asked():

@@ -134,7 +134,7 @@ def check(net, x, y, loss=log_loss):
 
 
 def drawn(model):
-    """Give the moving statistics of normalisations values of a trained model."""
+    """Draw the moving statistics of normalisations, as if the model were trained."""
     for weight in model.non_trainable_weights:
         weight.assign(np.random.default_rng(2).uniform(0.5, 2, weight.shape))
 

@@ -98,7 +98,7 @@ def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
 
 
 def test_pairs_that_are_given_are_known_from_the_start():
-    """Give all directions in which the inverse is wrong to one of two functions."""
+    """Give one of two functions the pairs of all directions in which the inverse is wrong."""
     H, c = symmetric([1, 1, 1, 3, 7]), np.arange(5.0)[:, None]
     values, vectors = np.linalg.eigh(H)
     gradients, _ = quadratics([H, H], np.hstack([c, c]))

@@ -76,7 +76,7 @@ def quartic(y, z):
 
 @dataclass(frozen=True)
 class Kind:
-    """Recipe for a model, its loss for the net, the same loss in TensorFlow, and a batch."""
+    """What makes a model, its loss for the net, the same loss in TensorFlow, and a batch."""
 
     make: Callable
     loss: Any

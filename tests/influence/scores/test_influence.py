@@ -125,8 +125,8 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
     predicted = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows)[:].ravel()
     actual = p.oracle.actual_changes(p.theta, p.measured, rows).ravel()
     line = scipy.stats.linregress(predicted, actual)
-    # First order ignores the row's leverage. It is d/n on average, here at most 18/1000, and far
-    # less if the penalty dominates. An omitted penalty in L(z) would shift every change.
+    # First order ignores the row's leverage. A leverage is d/n on average, here at most 18/1000,
+    # and far less if the penalty dominates. An omitted penalty in L(z) would shift every change.
     assert 0.99 < line.slope < 1.03
     assert line.rvalue > 0.999
     assert abs(line.intercept) < 0.01 * actual.std()
@@ -377,7 +377,7 @@ def test_float32_in_float32_out():
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
-    assert relative_error(scores[:], expected) < 1e-3  # float32 rounding of losses and a 1e-5 solve
+    assert relative_error(scores[:], expected) < 1e-3  # errors: float32 losses, rtol 1e-5
     derivatives = influence.perturbation(p.test, ROWS)
     assert derivatives.dtype == np.float32
     expected = Influence(exact.net, exact.train).perturbation(exact.test, ROWS)

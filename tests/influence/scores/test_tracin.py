@@ -8,7 +8,7 @@ import pytest
 from influence.scores.tracin import tracin
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-MODULE = sys.modules["influence.scores.tracin"]  # the function has its name in the package
+MODULE = sys.modules["influence.scores.tracin"]  # in the package, `tracin` is the function
 
 RATES = [0.1, 0.05, 0.2]
 
@@ -61,7 +61,7 @@ def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
     finally:
         net.theta = start
     total = np.zeros(3)
-    for row in range(4):  # the checkpoints before the steps on this row
+    for row in range(4):  # `own`: the checkpoints before the steps on this row
         own = np.array(thetas)[order == row]
         got = tracin(net, train, test, [row], thetas=own, learning_rates=np.full(len(own), rate))
         total += got[:, 0]

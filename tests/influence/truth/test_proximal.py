@@ -278,7 +278,7 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
 
 
 def test_float32_is_not_believed(tanh, monkeypatch):
-    """Run two searches with float32 steps only. In one, the gradients are made far too small."""
+    """Run two searches with float32 steps only. One search gets far too small gradients."""
     taken, given = thetas_of(monkeypatch), proximal._gradients
 
     def flattered(task, net, *more):

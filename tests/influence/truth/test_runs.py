@@ -343,7 +343,7 @@ def test_the_reason_is_one_sentence():
 
 
 def test_changes_and_losses_are_of_the_same_rounding():
-    """Check a change of 1e-7 in float32. It shows only if both losses have the same rounding."""
+    """Check a change of 1e-7 in float32. Losses with different rounding would hide this change."""
     rng = np.random.default_rng(0)
     net = MulticlassLogisticRegression(400, 3, dtype="float32")
     net.theta = rng.standard_normal(1200) / 20
