@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self):
         options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
-        # A line through the points needs two.
+        # A line is fitted to these points.
         options.at_least(self, 2, "num_removals", "further_removals", "one_step_removals")
         options.at_least(self, 1, "lissa_depth", "lissa_repeats", "lissa_batch_size")
         options.at_least(self, 0, "lissa_seeds", "further_test_points")

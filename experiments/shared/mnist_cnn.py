@@ -70,7 +70,7 @@ class Protocol:
                 f"{self.num_removals}, {self.further_removals} and {self.num_train}."
             )
         options.positive(self, "damping", "lissa_depth", "lissa_batch_size")
-        options.at_least(self, 2, "further_removals")  # a line through the points needs two
+        options.at_least(self, 2, "further_removals")  # a line is fitted to the points
         options.at_least(self, 1, "filters", "strides", "batch_size", "num_processes")
         options.at_least(self, 0, "weight_decay", "test_points")
         if self.dtype not in ("float32", "float64"):
