@@ -156,7 +156,7 @@ class _Searches:
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
         self.stale = np.zeros(k, int)  # `stale` counts the passes since the last `_begin`.
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` is `fallen` at `_begin`.
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` was `fallen` at `_begin`.
         self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:

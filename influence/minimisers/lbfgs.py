@@ -1,7 +1,8 @@
 """Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989), and Newton's steps at the end.
 
 L-BFGS compares values of the risk. Near a minimum their differences are smaller than their rounding
-errors, but the gradient is still accurate. Newton's steps then continue with the gradient.
+errors, but the gradient is still accurate. So the last steps are Newton's. These need no values of
+the risk.
 """
 
 from __future__ import annotations

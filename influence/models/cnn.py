@@ -22,7 +22,7 @@ from influence.net.net import GenericNeuralNet
 L = keras.layers
 
 # The schedule has 20,000 steps, and the authors' code takes 500,000. Our first learning rate is ten
-# times the first rate of that code. The last rates are equal.
+# times the first rate of that code. The last rate is the same in both.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
 # Training writes a checkpoint each time this many further steps are done.
 _SAVE_EVERY = 500

@@ -45,7 +45,7 @@ class Link(ABC):
 
     @abstractmethod
     def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """Multiply the matrix d2l/dz2 of each row, at Z (n, c, 1), by its U (n, c, m)."""
+        """Multiply each row's matrix d2l/dz2 at Z (n, c, 1) by the row's part of U (n, c, m)."""
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
         """Return weights (n, w) >= 0 from which `Design.weighted_gram` makes parts of the Hessian.

@@ -402,7 +402,7 @@ def _opened(
 
 
 def _another(file: h5py.File, identity: dict[str, Any]) -> str:
-    """Name the inputs, or the format, that differ from those of the file; empty if none differs."""
+    """Name the inputs, or the format, that differ from the file's, or return an empty string."""
     stored = dict(file.attrs)
     if not _equal("format", stored.get("format"), _FORMAT):
         return f"another format ({stored.get('format')!s:.20}; this program's is {_FORMAT})"
