@@ -20,7 +20,7 @@ def tanh():
 
 @pytest.fixture(scope="module")
 def linear():
-    """Return a least-squares net at its minimum. No test may move it."""
+    """Return a least-squares net at its minimum. No test may change its theta."""
     p = ridge(num_rows=60)
     theta = p.theta
     yield p

@@ -138,5 +138,5 @@ def test_a_matrix_that_is_not_finite_has_no_largest_eigenvalue():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_curvature_that_rounds_to_zero_is_zero(dtype):
     A = symmetric([*np.zeros(30), *np.linspace(1, 2, 10)]).astype(dtype)
-    for seed in range(10):  # the sign of the curvature is rounding
+    for seed in range(10):  # rounding decides the sign of the curvature
         assert solve(A, np.ones(D), Lanczos(5, seed=seed)).min_curvature[0] == 0
