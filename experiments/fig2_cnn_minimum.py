@@ -136,7 +136,7 @@ DEVIATIONS = (
     "Hessian's coordinates then lead to a local minimum, first in float32, then in float64.",
     "Refits: our refits start at this minimum and use the same kind of steps. The authors' code "
     "continues the training from where it stopped. Refits and predictions are damped by 1e-6. If "
-    "a negative eigenvalue remains, the damping is twice its size instead. Rows whose refits do "
+    "a negative eigenvalue remains, the damping is twice its absolute value. Rows whose refits do "
     "not reach the required gradient norm are left out and counted.",
     "Partial removals: the 40 rows with the largest predicted changes are also refitted with only "
     "a tenth of the row's weight removed. The required gradient norm is then a tenth too, and the "

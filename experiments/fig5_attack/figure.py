@@ -265,8 +265,8 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
       checkpoints: folder where `run` stored the poison. If None, the poison is computed again.
 
     Returns: a figure with one row per head: the first test image, the training image, the poison,
-      and the change of each pixel. A change by half a level is black or white. The figure must
-      never be committed.
+      and the change of each pixel. A change of half a level is shown black or white. The figure
+      must never be committed.
     """
     import matplotlib.pyplot as plt
 
