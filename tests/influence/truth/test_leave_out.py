@@ -215,7 +215,7 @@ def agreement(predicted, actual):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_one_step_in_closed_form_predicts_refits_of_rows_with_leverage(kind):
-    """Compare with first order. It ignores the row's curvature, so its error is much larger."""
+    """Compare with first order, which ignores the row's curvature and has a much larger error."""
     p = with_leverage(kind, 40, 8)
     rows = np.arange(40)
     actual = rows_out(p, rows, tolerance=1e-12)
