@@ -27,7 +27,7 @@ _NORMALISATIONS = (
 )
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-# An embedding is a matrix product with one-hot rows, which take this many numbers at most.
+# An embedding is computed as a product with one-hot rows, which have at most this many entries.
 _MOST_IDS = 4096
 
 
@@ -41,10 +41,10 @@ class Affine:
       has_bias: True if theta contains its bias b.
       entries: (f, c) positions in theta of the weights of f inputs and c outputs, or (G, f, c) for
         G groups. A bias is last among the inputs.
-      expanded: function from the layer's input to the factors a_t, with t, groups and f as its last
-        axes in this order, up to a reshape.
-      outputs: function from z, or a derivative by z, (n, ...) to the same numbers with positions,
-        groups and outputs in this order.
+      expanded: function from the layer's input to the factors a_t. Up to a reshape, the last axes
+        of its result are positions t, groups and inputs f.
+      outputs: function that reorders z (n, ...), or a derivative with respect to z. The axes of its
+        result are positions, groups and outputs.
     """
 
     layer: Any
@@ -90,13 +90,13 @@ class Affine:
         return parts[0] if len(parts) == 1 else tf.concat(parts, -1)
 
     def by_position(self, g: Any) -> Any:
-        """Return a derivative by z, (n, ...), as (n, t, c) or (n, t, G, c)."""
+        """Reshape a derivative with respect to z, (n, ...), to (n, t, c) or (n, t, G, c)."""
         *groups, _, c = self.entries.shape
         return tf.reshape(self.outputs(g), [tf.shape(g)[0], -1, *groups, c])
 
 
 def affine(layer: Any, parts: list[tuple[Any, NDArray]]) -> Affine:
-    """Describe a layer of one of the kinds that are affine in their weights.
+    """Describe a layer that is affine in its weights.
 
     Args:
       layer: a Keras layer.

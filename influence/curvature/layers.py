@@ -25,17 +25,17 @@ from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-# Derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
+# Two derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
 _GAP = 1e-3
 _ZERO = tf.UnconnectedGradients.ZERO
 
 
 class AffineLayers:
-    """List of the layers that contain theta, in the order of theta. All must be affine.
+    """List of the layers whose weights are in theta, in the order of theta. All must be affine.
 
     Args:
       traced: the model as functions of theta.
-      x: input tensors of a few rows. On them, the formula of this file is compared with the tape.
+      x: input tensors of a few rows. They serve to compare this file's formula with the tape.
 
     Attributes:
       layers: the layers.
@@ -189,7 +189,7 @@ def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
 
 
 def _find(traced: FlatModel) -> tuple[Affine, ...]:
-    """Find the layers that own the weights in theta. The innermost layer owns a weight."""
+    """Find the layers that own the weights in theta. The innermost layer with a weight owns it."""
     owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
     ends = np.cumsum(traced.sizes)
     parts: dict[int, list] = {}
@@ -269,7 +269,7 @@ def loss_roots(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any
 
     H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
     H = (H + tf.linalg.matrix_transpose(H)) / 2
-    # eigh fails on a NaN, so it gets zeros for NaNs. A later sum puts the NaNs into the result.
+    # eigh fails on a NaN, so zeros replace NaNs here. A later sum puts the NaNs into the result.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
     S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)

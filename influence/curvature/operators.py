@@ -30,9 +30,9 @@ class Curvature(LinearOperator):
 
     Args:
       net: the net. The matrix belongs to its current theta.
-      examples: the training set. Products with any number of vectors take one pass over it.
+      examples: the training set. Products with any number of vectors take one pass over this set.
       damping: number >= 0 that is added to the diagonal. Solvers invert matrix + damping I.
-      batch_size: the number of rows per batch, to limit memory. If it is None, the net chooses it.
+      batch_size: the number of rows per batch, to limit memory. None: the net chooses this number.
       checkpoints: a folder where `dense` stores the undamped matrix, or None. A later call of
         `dense` with any damping loads the stored matrix.
 
@@ -40,7 +40,7 @@ class Curvature(LinearOperator):
       batch size or a folder that is not writable.
     """
 
-    # `_method` names the net's method for one batch. `_each` is the question for `each_batch`.
+    # `_method` is the net's method for one batch. `_each` is the name that `each_batch` takes.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
     _needs_logits: ClassVar[bool] = False
@@ -119,7 +119,7 @@ class Curvature(LinearOperator):
         return symmetrised(matrix)
 
     def same_as(self, other: Any) -> bool:
-        """Return True if `other` has the same kind, net, examples, damping and theta."""
+        """Return True if `other` has the same kind, net, examples, damping and theta as this."""
         return (
             type(other) is type(self)
             and other.net is self.net
@@ -194,9 +194,9 @@ class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix G, plus the penalty's Hessian and damping I.
 
     G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). J_i is the Jacobian of row
-    i's output by theta. The Hessian contains the model's second derivatives. G omits them. If the
-    loss is convex in the output, G is positive semi-definite. G is not the empirical Fisher, which
-    is the mean of grad loss_i grad loss_i'.
+    i's output with respect to theta. G omits the model's second derivatives, which the Hessian
+    contains. If the loss is convex in the output, G is positive semi-definite. G is not the
+    empirical Fisher matrix, which is the mean of grad loss_i grad loss_i'.
 
     Raises: the errors of Curvature. ValueError if the loss is a cross-entropy of probabilities.
     """
@@ -226,7 +226,7 @@ class GaussNewton(Curvature):
 def symmetrised(matrix: NDArray) -> NDArray:
     """Replace a matrix (d, d) by the mean of itself and its transpose, in place.
 
-    The given matrix is symmetric up to rounding. The result is exactly symmetric.
+    The given matrix is symmetric up to rounding, and the result is exactly symmetric.
     """
     starts = range(0, len(matrix), _DENSE_BLOCK)
     tiles = [slice(start, start + _DENSE_BLOCK) for start in starts]

@@ -1,12 +1,12 @@
 """Roots of the rows' Gauss-Newton matrices, and the sum of the roots' squares.
 
-Let J_i be the Jacobian of row i's output by theta, and H_i = S_i S_i' the Hessian of the row's loss
-by that output. The Gauss-Newton matrix of n rows is
+Let J_i be the Jacobian of row i's output with respect to theta. Let H_i = S_i S_i' be the Hessian
+of the row's loss with respect to that output. The Gauss-Newton matrix of n rows is
 
     G = (1/n) sum_i sum_s p_is p_is'    with the roots    p_is = J_i' S_i[:, s].
 
-A row with s outputs has s roots. They take s backward passes, while products of G with unit vectors
-take d passes. A layer that sees one position per row has roots a_i' g_is. Two such layers share
+A row with s outputs has s roots. Computing the roots takes s backward passes, while products of G
+with unit vectors take d passes. A layer that sees one position per row has roots a_i' g_is. Two such layers share
 
     sum_is (a_i' g_is) (b_i' h_is)' = sum_i (a_i' b_i) (x) (sum_s g_is' h_is),
 
@@ -36,8 +36,8 @@ _COPIES = 4
 def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
     """Return the roots p_is of a batch, (n, s, d), at the net's theta.
 
-    Affine layers give them by products of their inputs and pseudo-gradients. Other models give them
-    by differentiating the outputs of one row after another. The loss must be convex in the output.
+    For affine layers, the roots are products of inputs and pseudo-gradients. For other models, the
+    outputs of one row after another are differentiated. The loss must be convex in the output.
     """
     t, theta = net.flat, net.theta_tensor()
     try:

@@ -28,11 +28,11 @@ _MIXING = 1e-3
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    For row i, a Dense or Conv2D layer has inputs a_t at T positions t, with a constant one for the
-    bias. Let S be a root of the loss's Hessian S S' in the model's output. The pseudo-gradient g_st
-    is the derivative of output . S[:, s] with respect to the layer's output at position t. Each
-    layer's block G of the Gauss-Newton matrix is approximated, and blocks between layers are set to
-    zero:
+    For row i, an affine layer such as Dense or Conv2D has inputs a_t at T positions t, with a
+    constant one for the bias. The loss's Hessian with respect to the model's output is S S'. The
+    pseudo-gradient g_st is the derivative of output . S[:, s] with respect to the layer's
+    z_t = a_t W + b, before any activation. Each layer's block G of the Gauss-Newton matrix is
+    approximated, and blocks between layers are set to zero:
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T
@@ -43,9 +43,9 @@ class EKFAC:
     only through the loss's curvature. The approximation is exact for one linear layer with squared
     error. L is the best diagonal in the basis U (x) V. The Hessian of the penalty must be diagonal
     in theta. penalty_jk is its diagonal in the basis U (x) V. For each input, the penalty's Hessian
-    diagonal is averaged over the outputs. It is divided by the mean diagonal entry of the outputs'
-    factor, and added to the diagonal of the inputs' factor. U is computed from the sum. A penalty
-    on only the kernel is then exact wherever a penalty on kernel and bias is.
+    diagonal is averaged over the outputs. The average is divided by the mean diagonal entry of the
+    outputs' factor, and added to the diagonal of the inputs' factor. U is computed from the sum.
+    If a penalty on kernel and bias is exact, a penalty on the kernel only is exact too.
 
     For a `Hessian`, EKFAC approximates the Gauss-Newton part, as Grosse et al. (2023) do for
     influence. The approximation is fixed, linear and positive definite, so
@@ -53,8 +53,8 @@ class EKFAC:
     iterations than `CG()`. For several layers it may take more, because EKFAC leaves out the
     coupling between layers. An example is the Gauss-Newton matrix of the paper's network for 1,000
     MNIST images, damped by 0.01. `CG()` takes 87 iterations. CG takes 373 with EKFAC, and 255 with
-    the exact inverse of each layer's block. More damping of only the preconditioner reduces this
-    towards 87, not below. For such a net use the preconditioner
+    the exact inverse of each layer's block. If only the preconditioner is damped more, these
+    numbers approach 87, but do not fall below it. For such a net use the preconditioner
     `prepare(GaussNewton(net, train, damping), Direct())`. CG on the Hessian then takes 20
     iterations, and 668 without a preconditioner.
 
@@ -67,9 +67,9 @@ class EKFAC:
         is reported, no column counts as converged, and no warning is given.
 
     Raises: ValueError for a negative rtol. `prepare` raises TypeError for a matrix that is not a
-      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if theta is not
-      entirely in plain Dense and Conv2D layers (see `affine_layers`). It raises ValueError for a
-      penalty that mixes weights and for a cross-entropy of probabilities. It raises
+      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if some of
+      theta is in a layer that `affine_layers` refuses. It raises ValueError for a
+      penalty that mixes weights, and for a cross-entropy of probabilities. It raises
       DivergenceError, with a damping that would work, for a singular matrix.
     """
 
@@ -171,7 +171,7 @@ def _factors(
 
 @dataclass(frozen=True, eq=False)
 class _Squares:
-    """A question that returns `_squares` of each layer in its bases (U, V) for a batch."""
+    """A function for `Examples.sum_over` that returns `_squares` of each layer in its bases."""
 
     bases: list[tuple[NDArray, NDArray]]
 

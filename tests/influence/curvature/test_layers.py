@@ -1,4 +1,4 @@
-"""The factors of affine layers: together they are the Gauss-Newton matrix of the dense Jacobian."""
+"""The factors of affine layers, compared with the Gauss-Newton matrix of the dense Jacobian."""
 
 import keras
 import numpy as np
@@ -134,7 +134,7 @@ def check(net, x, y, loss=log_loss):
 
 
 def drawn(model):
-    """Give the moving statistics of normalisations values of a trained model."""
+    """Draw the moving statistics of normalisations, as if the model were trained."""
     for weight in model.non_trainable_weights:
         weight.assign(np.random.default_rng(2).uniform(0.5, 2, weight.shape))
 
@@ -195,7 +195,7 @@ def named(units, name="hidden"):
 
 
 def test_subclassed():
-    """Check a layer in a list, one in an inner model, and a name used twice."""
+    """Check a layer in a list, a layer in an inner model, and a name that is used twice."""
     net = built(
         lambda model, x: model.inner(tf.tanh(model.parts[0](inputs=x))),
         parts=[named(3)],
