@@ -6,7 +6,8 @@ of the row's loss with respect to that output. The Gauss-Newton matrix of n rows
     G = (1/n) sum_i sum_s p_is p_is'    with the roots    p_is = J_i' S_i[:, s].
 
 A row with s outputs has s roots. Computing the roots takes s backward passes, while products of G
-with unit vectors take d passes. A layer that sees one position per row has roots a_i' g_is. Two such layers share
+with unit vectors take d passes. A layer that sees one position per row has the roots a_i' g_is. Two
+such layers share
 
     sum_is (a_i' g_is) (b_i' h_is)' = sum_i (a_i' b_i) (x) (sum_s g_is' h_is),
 
