@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras.layers import InputLayer
 
 from influence.examples.arrays import CHECK_ROWS
+from influence.net.inputs import aliases, declared, fits, named
 
 # A message names at most this many layers.
 _SHOWN = 5
@@ -91,9 +92,10 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
     Raises: ValueError naming `name`, the expected shape and the given shape.
     """
-    wanted = _declared(model)
+    wanted = declared(model)
     if not wanted:
         return
+    x = named(model, x)
     if isinstance(x, dict):
         if set(x) != set(wanted):
             raise ValueError(
@@ -108,23 +110,10 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
         )
     for label, part, tensor in pairs:
         want, got = tuple(tensor.shape[1:]), tuple(part.shape[1:])
-        fits = len(want) == len(got) and all(w in (None, g) for w, g in zip(want, got, strict=True))
-        if not fits:
+        if not fits(got, want):
             raise ValueError(
                 f"{label} must have rows of shape {want} for model {model.name!r}, got {got}."
             )
-
-
-def _declared(model: keras.Model) -> dict[Any, Any]:
-    """Return the declared inputs of a functional or sequential model, else an empty dict."""
-    declared = getattr(model, "inputs", None) or []
-    # `model.input` is a dict if the model was built from a dict of inputs. Keras then finds each
-    # input by its key.
-    try:
-        structure = model.input
-    except (AttributeError, ValueError):
-        structure = None
-    return structure if isinstance(structure, dict) else {t.name: t for t in declared}
 
 
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
@@ -181,30 +170,36 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
             yield x
         finally:  # also if a bad id in the few rows made the model fail
             for layer, inputs in uses:
-                for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
+                for key, tensor in _parts(x):
                     if inputs is tensor:
-                        _check(layer, examples, key, name)
+                        _check(layer, examples, key, name, aliases(model))
+
+
+def _parts(x: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(x, dict):
+        return x.items()
+    return enumerate(x) if isinstance(x, list) else [(None, x)]
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
     """Cast x to the dtypes of the model's inputs. Keras then passes on x itself, not a copy."""
-    declared = _declared(model)
+    wanted = declared(model)
     if isinstance(x, dict):
-        return {k: tf.cast(v, declared[k].dtype) if k in declared else v for k, v in x.items()}
-    if len(declared) != 1:
+        return {k: tf.cast(v, wanted[k].dtype) if k in wanted else v for k, v in x.items()}
+    if len(wanted) != 1:
         return x
-    (tensor,) = declared.values()
+    (tensor,) = wanted.values()
     return tf.cast(x, tensor.dtype)
 
 
-def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) -> None:
+def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str, other: dict) -> None:
     passed = _PASSED.setdefault(examples, set())
     if (key, layer.input_dim) in passed:
         return
     label = f"{name}.x" if key is None else f"{name}.x[{key!r}]"
     first = 0
     for found, count in examples.map_over(
-        partial(_outside, key, layer.input_dim), None, batch_size=CHECK_ROWS
+        partial(_outside, key, other, layer.input_dim), None, batch_size=CHECK_ROWS
     ):
         if found is not None:
             row, value = found
@@ -216,9 +211,14 @@ def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) ->
     passed.add((key, layer.input_dim))
 
 
-def _outside(key: Any, input_dim: int, net: Any, theta: Any, x: Any, y: Any) -> tuple[Any, int]:
+def _outside(
+    key: Any, other: dict, input_dim: int, net: Any, theta: Any, x: Any, y: Any
+) -> tuple[Any, int]:
     """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
-    ids = x if key is None else x[key]
+    if key is None:
+        ids = x
+    else:  # x may have other names of the inputs
+        ids = next(part for given, part in x.items() if other.get(given, given) == key)
     outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None
     return None if where is None else (where[0], ids[where]), len(y)
