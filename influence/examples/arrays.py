@@ -10,6 +10,8 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
+from influence.examples.labels import called, fields, is_packed
+
 # A check reads this many rows at a time. A memmap therefore stays on disk.
 CHECK_ROWS = 4096
 
@@ -17,6 +19,11 @@ CHECK_ROWS = 4096
 def parts_of(x: Any) -> dict[str, Any]:
     """Return the arrays of the inputs in a dict, by the names that error messages give them."""
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
+
+
+def label_parts(y: NDArray) -> dict[str, NDArray]:
+    """Return the arrays of the labels in a dict, by the names that error messages give them."""
+    return {called(name): part for name, part in fields(y).items()} if is_packed(y) else {"y": y}
 
 
 def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
@@ -49,8 +56,8 @@ class Fingerprint:
         self._parts: dict[str, Any] = {}
 
     def add(self, x: Any, y: NDArray) -> None:
-        """Add the next rows to the digest."""
-        for name, part in {"y": y, **parts_of(x)}.items():
+        """Add the next rows to the digest. The names of outputs and the weights belong to it."""
+        for name, part in {**label_parts(y), **parts_of(x)}.items():
             self._update(f"{name} {part.dtype.str} {part.shape[1:]}", part)
 
     def hexdigest(self) -> str:

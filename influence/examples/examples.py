@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from influence.examples.arrays import (
     check_finite,
     check_one_input,
     converted,
+    label_parts,
     parts_of,
 )
+from influence.examples.labels import check_weights, is_packed, packed
 
 
 def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArray[np.int64]:
@@ -120,19 +122,30 @@ class Examples:
     Args:
       x: the inputs, as an (n, ...) array, memmap or scipy sparse matrix, or as a dict with one
         such array per model input. The dtype is not changed, and an array is not copied.
-      y: (n, ...) labels.
+      y: (n, ...) labels, or a dict of such arrays by output name.
+      sample_weight: (n,) weights w_i >= 0 as in Keras' `fit`, or a dict of them by output name.
+        Row i's loss is w_i times its loss without weight. The risk still divides by the number of
+        rows, as Keras does, and not by the sum of the weights. The weights of test rows count in
+        the same way. None means no weights.
+
+    Attributes:
+      y: the labels (n, ...). Labels by output name and labels with weights are one structured
+        array (n,) instead. `influence.examples.labels` lists its fields.
 
     Raises: TypeError if an array is not numeric. ValueError if the set is empty, if arrays differ
-      in length, or if an array contains a NaN or infinity. The message names the array.
+      in length, if an array contains a NaN or infinity, or if weights are negative or all zero. The
+      message names the array.
     """
 
     x: Any
     y: Any
+    sample_weight: InitVar[Any] = None
 
-    def __post_init__(self):
+    def __post_init__(self, sample_weight: Any):
         check_one_input(self.x, self.y)
-        x, y = converted(self.x, _array), _array(self.y, "y")
-        for name, part in {"y": y, **parts_of(x)}.items():
+        x, y = converted(self.x, _array), packed(self.y, sample_weight)
+        y = _view(y) if is_packed(y) else _array(y, "y")
+        for name, part in {**label_parts(y), **parts_of(x)}.items():
             if part.ndim == 0:
                 raise ValueError(f"{name} must have one row per example, got a scalar.")
             if part.shape[0] == 0:
@@ -143,6 +156,7 @@ class Examples:
                     f"in {name} and {y.shape[0]} in y."
                 )
             check_finite(part, name)
+        check_weights(y)
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", y)
 
@@ -156,7 +170,9 @@ class Examples:
         show = lambda a: f"{a.dtype}{[len(self), *a.shape[1:]]}"  # noqa: E731
         x = first.x
         x = {k: show(v) for k, v in x.items()} if isinstance(x, dict) else show(x)
-        return f"{type(self).__name__}(x={x}, y={show(first.y)})"
+        y = {name: show(part) for name, part in label_parts(first.y).items()}
+        y = y if is_packed(first.y) else y["y"]
+        return f"{type(self).__name__}(x={x}, y={y})"
 
     def take(self, rows: ArrayLike | slice) -> Examples:
         """Read the given rows into memory, in the given order. A row may be taken twice."""
@@ -400,7 +416,11 @@ def _array(value: Any, name: str) -> Any:
     """Convert a dense value to a read-only view, and a sparse matrix to CSR format."""
     if scipy.sparse.issparse(value):
         return value.tocsr()
-    array = numbers(value, name).view()
+    return _view(numbers(value, name))
+
+
+def _view(array: NDArray) -> NDArray:
+    array = array.view()
     array.setflags(write=False)
     return array
 

@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 
 from influence.common.numbers import is_integer, refuse_mask
 from influence.common.progress import progress
-from influence.examples.arrays import Fingerprint, check_finite, converted, parts_of
+from influence.examples.arrays import (
+    Fingerprint,
+    check_finite,
+    converted,
+    label_parts,
+    parts_of,
+)
 from influence.examples.examples import Examples, Remaining
+from influence.examples.labels import check_weights, packed
 
 # A stream holds this many of its first rows in memory, to test a model on a few rows.
 _FIRST_ROWS = 8
@@ -59,15 +66,16 @@ class Stream(Examples):
     random rows, so it is slow. From a PyDataset, `take` reads only the batches with its rows.
 
     Args:
-      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as for `fit`. x is
-        an array or a dict with one array per model input. y is an array of labels.
+      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y) or
+        (x, y, sample_weight), as for `fit`. x is an array or a dict with one array per model input.
+        y is an array of labels or a dict of them by output name.
       max_rows: the maximum number of rows. A dataset with more rows is refused as infinite.
 
     Attributes:
-      y: (n, ...) labels. Above 64 MiB, a temporary file on disk holds them.
+      y: (n, ...) labels, as in Examples. Above 64 MiB, a temporary file on disk holds them.
 
-    Raises: TypeError for another kind of dataset, sample weights, or batches that are not (x, y) of
-      arrays of numbers. ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
+    Raises: TypeError for another kind of dataset, or batches that are not (x, y) of arrays of
+      numbers. ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
       different shapes. ValueError if a shuffle or augmentation changes rows between passes.
     """
 
@@ -156,12 +164,13 @@ class Stream(Examples):
             shape = (starts[-1], *y.shape[1:])
             y = np.memmap(file, y.dtype, "r", shape=shape)
             y = y if y.nbytes > _LABEL_BYTES else np.array(y)
+        check_weights(y)
         y.setflags(write=False)
         object.__setattr__(self, "y", y)
         self._fingerprint, self._starts = seen.hexdigest(), np.array(starts)
         keys = [key for key, _ in first[0].parts]
         rows = [np.concatenate([dict(b.parts)[key] for b in first])[:_FIRST_ROWS] for key in keys]
-        self._first = Examples(*first[0].structured(dict(zip(keys, rows, strict=True))))
+        self._first = Examples._trusted(*first[0].structured(dict(zip(keys, rows, strict=True))))
         return np.concatenate(hashes)
 
     def _second_pass(self, expected: NDArray[np.int64]) -> None:
@@ -262,7 +271,7 @@ def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
     """
     count = 0
     for batch in batches:
-        for name, part in {"y": batch.y, **parts_of(batch.x)}.items():
+        for name, part in {**label_parts(batch.y), **parts_of(batch.x)}.items():
             check_finite(part, name, count)
         count += len(batch.y)
         if count > max_rows:
@@ -300,19 +309,18 @@ def _batch(element: Any, first_row: int) -> Batch:
     """
     if not isinstance(element, tuple | list) or len(element) not in (2, 3):
         raise TypeError(f"dataset must give batches (x, y), got {_kind(element)}; {_REMEDY}.")
-    if len(element) == 3 and element[2] is not None:
-        raise TypeError(
-            "dataset must give batches (x, y) without sample weights, got (x, y, sample_weight): "
-            "the risk is a plain mean over rows; drop them, and put what they say into the loss."
-        )
     x, y = element[:2]
+    weight = element[2] if len(element) == 3 else None
     if isinstance(x, tuple | list) and not isinstance(x, np.ndarray):
         raise TypeError(
             f"x must be an array or a dict of arrays by input name, got {_kind(x)}; {_REMEDY}."
         )
-    if isinstance(y, Mapping | tuple | list):
-        raise TypeError(f"y must be one array of labels, got {_kind(y)}; {_REMEDY}.")
-    x, y = converted(x, _array), _array(y, "y")
+    if isinstance(y, tuple | list):
+        raise TypeError(
+            f"y must be an array of labels or a dict of arrays by output name, got {_kind(y)}; "
+            f"{_REMEDY}."
+        )
+    x, y = converted(x, _array), packed(y if isinstance(y, Mapping) else _array(y, "y"), weight)
     for name, part in parts_of(x).items():
         if len(part) != len(y):
             raise ValueError(
