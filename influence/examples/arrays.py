@@ -11,6 +11,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.examples.labels import called, fields, is_packed
+from influence.examples.tables import is_text
 
 # A check reads this many rows at a time. A memmap therefore stays on disk.
 CHECK_ROWS = 4096
@@ -38,17 +39,6 @@ def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
     return {key: array(part, f"x[{key!r}]") for key, part in x.items()}
 
 
-def check_one_input(x: Any, y: Any) -> None:
-    """Raise TypeError if x is a list that holds one array per model input instead of rows."""
-    if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) in (0, len(y)):
-        return
-    if all(tuple(getattr(part, "shape", ()))[:1] == (len(y),) for part in x):
-        raise TypeError(
-            "x must be an array or a dict of arrays by input name, such as {'a': ..., 'b': ...}, "
-            f"got a {type(x).__name__} of {len(x)} arrays."
-        )
-
-
 class Fingerprint:
     """SHA-256 of rows that are added in batches. It does not depend on the batch sizes."""
 
@@ -71,8 +61,19 @@ class Fingerprint:
             self._update(f"{name} columns", part.indices.astype(np.int64))
             self._update(f"{name} values", part.data)
             return
+        if is_text(part):
+            lengths, joined = _encoded(part)
+            self._update(f"{name} lengths", lengths)
+            self._parts.setdefault(f"{name} text", hashlib.sha256()).update(joined)
+            return
         known = self._parts.setdefault(name, hashlib.sha256())
         known.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+
+def _encoded(strings: NDArray) -> tuple[NDArray[np.int64], bytes]:
+    """Return the lengths of the strings in bytes, and all strings as one text in UTF-8."""
+    texts = [s.encode() if isinstance(s, str) else bytes(s) for s in strings.flat]
+    return np.array([len(text) for text in texts], np.int64), b"".join(texts)
 
 
 def check_finite(part: Any, name: str, first_row: int = 0) -> None:

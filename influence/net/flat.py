@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
 from influence.net import tape
+from influence.net.inputs import for_call, named
 from influence.net.losses import PerExampleLoss
+from influence.net.preprocessing import Preparation
 
 
 class FlatModel:
@@ -26,10 +28,17 @@ class FlatModel:
       model: a Keras model that `check_model` accepts.
       loss: the model's per-example loss.
       weights: the variables that form theta, or None for the model's trainable weights.
+      preparation: lookup layers that stand in front of the model, or None.
     """
 
-    def __init__(self, model: keras.Model, loss: PerExampleLoss, weights: Any = None):
-        self.model, self.loss = model, loss
+    def __init__(
+        self,
+        model: keras.Model,
+        loss: PerExampleLoss,
+        weights: Any = None,
+        preparation: Preparation | None = None,
+    ):
+        self.model, self.loss, self.preparation = model, loss, preparation
         self.weights = tuple(model.trainable_weights if weights is None else weights)
         self.sizes = [int(np.prod(w.shape)) for w in self.weights]
         self.dtype = np.dtype(self.weights[0].dtype)
@@ -56,7 +65,7 @@ class FlatModel:
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
         with keras.StatelessScope(state_mapping=mapping), tape.twice_differentiable():
-            output = self.model(x, training=False)
+            output = self.model(for_call(self.model, x), training=False)
         if getattr(output, "_keras_mask", None) is not None:
             raise ValueError(
                 f"model must not mask its output, got a mask from {self.model.name!r}: Keras "
@@ -138,7 +147,10 @@ class FlatModel:
         )
 
     def inputs(self, x: Any) -> Any:
-        """Convert inputs to one tensor, or to a dict of tensors."""
+        """Convert inputs to one tensor, or to a dict of tensors by the model's own names."""
+        if self.preparation is not None and not self.preparation.gave(x):
+            x = self.preparation(x)
+        x = named(self.model, x)
         return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
 
     def rows(self, V: Any, name: str) -> Any:

@@ -41,18 +41,31 @@ def aliases(model: keras.Model) -> dict[Any, Any]:
 
 
 def named(model: keras.Model, x: Any) -> Any:
-    """Return inputs x with the names that the model expects.
-
-    A dict by position becomes a list for a model without declared inputs, as `fit` would give it.
-    """
+    """Return inputs x with the names that the model expects. Unknown names are left as they are."""
     if not isinstance(x, dict):
         return x
     other = aliases(model)
-    if other:
-        return {other.get(key, key): part for key, part in x.items()}
-    if all(isinstance(key, int) for key in x):
+    return {other.get(key, key): part for key, part in x.items()}
+
+
+def for_call(model: keras.Model, x: Any) -> Any:
+    """Return named inputs in the structure in which the model is called.
+
+    Keras takes a dict only for inputs with names. Other models get a list, in the order of
+    `model.inputs`, or by position for a model without declared inputs.
+    """
+    if not isinstance(x, dict):
+        return x
+    wanted = declared(model)
+    if not wanted and all(isinstance(key, int) for key in x):
         return [x[key] for key in sorted(x)]
-    return x
+    try:
+        by_name = isinstance(model.input, dict)
+    except (AttributeError, ValueError):
+        by_name = True
+    if by_name or not wanted or set(x) != set(wanted):
+        return x
+    return [x[name] for name in wanted]
 
 
 def fits(shape: tuple, wanted: tuple) -> bool:

@@ -11,6 +11,7 @@ method uses the model in inference mode. Only `fit` and setting `theta` change t
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import keras
@@ -24,7 +25,10 @@ from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
 from influence.net.flat import FlatModel
+from influence.net.given import checked_dtype, copied, given, trained_part
 from influence.net.losses import per_example
+from influence.net.precision import recast
+from influence.net.preprocessing import Preparation
 from influence.net.questions import Total, loss_sum
 from influence.net.refused import (
     check_inputs,
@@ -33,6 +37,7 @@ from influence.net.refused import (
     check_weights,
     watched_ids,
 )
+from influence.net.saved import is_path, load_model
 
 # Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
 # products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
@@ -51,9 +56,18 @@ class GenericNeuralNet(Derivatives):
         weights out of theta, freeze their layers (`layer.trainable = False`) before this call.
       loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations.
         None means the compiled loss.
+      dtype: "float32" or "float64" for a copy of the model that computes in this dtype, with
+        copies of the weights. None means the model itself, and a float32 copy for a model of mixed
+        precision.
+
+    Lookup layers of strings, such as TextVectorization, and the layers before them are not part of
+    the net's model. They are applied once to each set of examples.
 
     Attributes:
-      model: the Keras model. It is shared and not copied.
+      model: the Keras model. It is shared and not copied, unless `notes` says so. A copy has its
+        own weights: `fit` and setting `theta` change the copy, and not the model that was given.
+      preparation: the lookup layers in front of the model, or None.
+      notes: what was done to the given model, one sentence each. `repr` shows them.
       convex: True if the risk is known to be smooth and strictly convex in theta.
       dtype: the dtype of theta and of every result.
 
@@ -62,12 +76,88 @@ class GenericNeuralNet(Derivatives):
       input of float64 weights.
     """
 
-    def __init__(self, model: keras.Model, loss: Any = None):
+    preparation: Preparation | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, model: keras.Model, loss: Any = None, *, dtype: Any = None):
+        self.preparation, model, self.notes = trained_part(model, dtype)
         check_model(model)
         self.model = model
         self.loss = per_example(loss, model)
-        self.flat = FlatModel(model, self.loss)
+        self.flat = FlatModel(model, self.loss, preparation=self.preparation)
         self.dtype = self.flat.dtype
+
+    def __repr__(self) -> str:
+        """Show the model's name, the sizes, and what was done to the given model."""
+        notes = "".join(f" {note}" for note in self.notes)
+        name = f"{type(self).__name__}({self.model.name!r}, d={self.num_parameters}, {self.dtype})"
+        return name + notes
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        loss: Any = None,
+        *,
+        model: keras.Model | None = None,
+        dtype: Any = None,
+    ) -> GenericNeuralNet:
+        """Return the net of a model that Keras saved. Python code in the file is never run.
+
+        Args:
+          path: a file `.keras` or `.h5` of a whole model, or a file `.weights.h5` for `model`.
+          loss: as in the constructor. None means the loss that was compiled before saving.
+          model: a built model that gets the weights in the file. It is changed.
+          dtype: as in the constructor.
+
+        Raises: FileNotFoundError for a missing file. TypeError or ValueError for another file, a
+          model that Keras cannot rebuild, and as the constructor.
+        """
+        found = load_model(path, model, compiled=loss is None)
+        return GenericNeuralNet(found, loss, dtype=dtype)
+
+    def astype(self, dtype: Any) -> GenericNeuralNet:
+        """Return a net of the same risk at the same theta that computes in another dtype.
+
+        The result has a copy of the model: `fit` and setting `theta` change only this copy. A net
+        that has the dtype already is returned itself.
+
+        Args:
+          dtype: "float32" or "float64".
+
+        Raises: ValueError for another dtype, for a model that Keras cannot rebuild, or for a
+          subclass whose closed forms have one dtype.
+        """
+        wanted = checked_dtype(dtype)
+        if wanted == self.dtype:
+            return self
+        if type(self) is not GenericNeuralNet:
+            raise ValueError(
+                f"dtype must be {self.dtype} for {type(self).__name__}, got {wanted}; "
+                f"GenericNeuralNet(net.model, net.loss, dtype={wanted!r}) has no closed forms."
+            )
+        view = copy.copy(self)
+        view.model = recast(self.model, str(wanted))
+        view.flat = FlatModel(view.model, self.loss, preparation=self.preparation)
+        view.dtype, view.fixed, view.memo = view.flat.dtype, None, None
+        view.notes += (copied(str(wanted)),)
+        if self.fixed is not None:
+            view.theta = self.fixed
+        return view
+
+    def given(self, value: Any, name: str) -> Examples:
+        """Return data as Examples with the inputs that the net's model takes.
+
+        Args:
+          value: Examples, (x, y), (x, y, sample_weight), or a dataset of such batches, with inputs
+            and labels in any form that `fit` takes. Inputs of a model with lookup layers are
+            prepared once.
+          name: the argument's name in error messages.
+
+        Raises: TypeError naming `name` for another kind of data, or for strings that the model does
+          not take. The errors of Examples and Stream.
+        """
+        return given(self, value, name)
 
     def measuring(self, measurement: Any) -> GenericNeuralNet:
         """Return the same model at the same theta, with a measurement in place of its loss.
@@ -85,7 +175,8 @@ class GenericNeuralNet(Derivatives):
             self.loss.check_logits(f"the measurement {loss.name!r}")
         view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
         view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
-        view.flat = FlatModel(self.model, loss, self.flat.weights)
+        view.flat = FlatModel(self.model, loss, self.flat.weights, self.preparation)
+        view.preparation, view.notes = self.preparation, self.notes
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
@@ -160,7 +251,8 @@ class GenericNeuralNet(Derivatives):
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
     def risk(self, examples: Examples, batch_size: int | None = None) -> float:
-        """Return R(theta) = mean_i loss_i + penalty over all examples."""
+        """Return R(theta) = mean_i loss_i + penalty over all examples, in any form of data."""
+        examples = self.given(examples, "examples")
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)
         return float(total) / len(examples) + self.penalty()
 
@@ -209,10 +301,8 @@ class GenericNeuralNet(Derivatives):
           of its own, or with weights that are not finite.
         """
         if not isinstance(examples, Examples):
-            dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
-            remedy = "; wrap it: influence.Stream(dataset)" if dataset else ""
             kind = type(examples).__name__
-            raise TypeError(f"{name} must be Examples(x, y), got {kind}{remedy}.")
+            raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
         check_weights(self.model)
         probe = examples.take(slice(0, _PROBE_ROWS))
         check_inputs(self.model, probe.x, name)
@@ -256,6 +346,7 @@ class GenericNeuralNet(Derivatives):
 
         Returns: self. A ConvergenceWarning is issued if the final norm is above the tolerance.
         """
+        examples = self.given(examples, "examples")
         self.validate(examples, "examples")
 
         def at(theta: NDArray) -> tuple[float, NDArray]:
@@ -273,15 +364,32 @@ class GenericNeuralNet(Derivatives):
 _NOT_GIVEN: Any = object()
 
 
-def checked(net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN) -> None:
-    """Refuse a net of another type, and examples that do not fit the net.
+def checked(
+    net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN
+) -> tuple[GenericNeuralNet, Examples, Examples]:
+    """Return a net and sets of examples for what a caller gave, and refuse what does not fit.
 
-    The caller may omit either set of examples.
+    Args:
+      net: a GenericNeuralNet, a compiled Keras model, or the path of a saved one.
+      train: data in any form that `GenericNeuralNet.given` takes. The caller may omit it.
+      test: the same.
 
-    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet.validate`.
+    Returns: (net, train, test). An omitted set is returned as it came.
+    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet`, of its method
+      `given`, and of `GenericNeuralNet.validate`.
     """
+    if isinstance(net, keras.Model):
+        net = GenericNeuralNet(net)
+    elif is_path(net):
+        net = GenericNeuralNet.load(net)
     if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    for name, examples in (("train", train), ("test", test)):
+        raise TypeError(
+            "net must be a GenericNeuralNet, a compiled Keras model or the path of a saved one, "
+            f"got {type(net).__name__}."
+        )
+    sets = {"train": train, "test": test}
+    for name, examples in sets.items():
         if examples is not _NOT_GIVEN:
-            net.validate(examples, name)
+            sets[name] = net.given(examples, name)
+            net.validate(sets[name], name)
+    return net, sets["train"], sets["test"]

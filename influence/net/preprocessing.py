@@ -7,6 +7,7 @@ trainable weights.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from influence.examples.arrays import CHECK_ROWS
 from influence.examples.examples import Examples
-from influence.net.inputs import aliases, declared, fits, is_functional, named
+from influence.examples.tables import is_text
+from influence.net.inputs import aliases, declared, fits, is_functional
 
 # The first rows are prepared again, each by itself.
 _PROBE_ROWS = 8
@@ -34,31 +36,65 @@ _LOOKUPS = (
 )
 
 
+@dataclass(frozen=True)
+class Given:
+    """Inputs that the whole model declares.
+
+    Attributes:
+      declared: shape of a row and dtype of each input, by name.
+      aliases: the name that belongs to each other name, as `inputs.aliases` returns them.
+    """
+
+    declared: dict[Any, tuple[tuple, str]]
+    aliases: dict[Any, Any]
+
+    def named(self, x: Any) -> dict[Any, Any]:
+        """Return the arrays of the inputs by name. Arrays of other names are left out.
+
+        Raises: ValueError if an input is missing.
+        """
+        if not isinstance(x, dict):
+            x = dict.fromkeys(self.declared, x) if len(self.declared) == 1 else {}
+        x = {self.aliases.get(key, key): part for key, part in x.items()}
+        missing = [name for name in self.declared if name not in x]
+        if missing:
+            raise ValueError(
+                f"x must have the model's inputs {sorted(self.declared)}, got "
+                f"{sorted(map(str, x)) or 'one array'}."
+            )
+        return {name: x[name] for name in self.declared}
+
+
 class Preparation:
     """Front part of a model: the lookup layers, and all layers before them.
 
     Args:
-      model: a functional model from the given inputs to the inputs of the rest.
-      names: the names of the inputs of the rest, in the order of the outputs of `model`.
+      model: a functional model from some of the given inputs to the results of the lookups.
+      results: the names that the rest gives to the results, in their order.
+      passed: the names of the given inputs that the rest takes itself.
+      given: the inputs of the whole model.
 
-    A call with given inputs returns a dict of arrays by these names. No name of an input of the
-    rest that `model` computes is the name of a given input. So `gave` can tell both kinds apart.
+    A call with given inputs returns a dict of arrays by the names of the rest's inputs. No result
+    has the name of a given input. So `gave` can tell both kinds apart.
     """
 
-    def __init__(self, model: keras.Model, names: tuple[str, ...]):
-        self.model, self.names = model, names
+    def __init__(
+        self,
+        model: keras.Model,
+        results: tuple[str, ...],
+        passed: tuple[str, ...],
+        given: Given,
+    ):
+        self.model, self.results, self.passed, self.given = model, results, passed, given
         self._known: WeakKeyDictionary[Examples, Examples] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         """Show the names of the layers."""
-        layers = (
-            layer for layer in self.model.layers if not isinstance(layer, keras.layers.InputLayer)
-        )
-        return ", ".join(layer.name for layer in layers)
+        return ", ".join(layer.name for layer in self.model.layers if not _is_input(layer))
 
     def __getstate__(self) -> dict:
-        """Pickle the model without the prepared sets."""
-        return {"model": self.model, "names": self.names, "_known": None}
+        """Pickle everything except the prepared sets."""
+        return {**self.__dict__, "_known": None}
 
     def __setstate__(self, state: dict) -> None:
         """Restore the model. No set is prepared yet."""
@@ -66,28 +102,24 @@ class Preparation:
 
     def gave(self, x: Any) -> bool:
         """Return True if x holds the inputs of the rest, and not given inputs."""
-        return isinstance(x, dict) and set(x) == set(self.names)
+        return isinstance(x, dict) and set(x) == {*self.results, *self.passed}
 
     def __call__(self, x: Any) -> dict[str, Any]:
         """Return the inputs of the rest, for given inputs of n rows.
 
         Raises: TypeError or ValueError if the layers cannot take x.
         """
-        wanted = declared(self.model)
-        x = named(self.model, x)
-        if not isinstance(x, dict):
-            x = dict.fromkeys(wanted, x) if len(wanted) == 1 else {"x": x}
-        if set(x) != set(wanted):
-            raise ValueError(
-                f"x must have the model's inputs {sorted(wanted)}, got {sorted(map(str, x))}."
-            )
-        tensors = [_tensor(x[name], tensor) for name, tensor in wanted.items()]
+        x = self.given.named(x)
+        used = [tensor.name for tensor in self.model.inputs]
+        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in used]
         try:
-            found = tf.nest.flatten(self.model(tensors, training=False), expand_composites=False)
+            found = self.model(tensors, training=False)
         except (TypeError, ValueError, tf.errors.OpError) as error:
-            got = ", ".join(f"{name}: {np.asarray(part).dtype}" for name, part in x.items())
+            got = ", ".join(f"{name}: {np.asarray(x[name]).dtype}" for name in used)
             raise ValueError(f"x does not fit the layers {self!r}, got {got}.") from error
-        return {name: _array(part, name) for name, part in zip(self.names, found, strict=True)}
+        found = found if isinstance(found, list | tuple) else [found]
+        results = {name: _array(part, name) for name, part in zip(self.results, found, strict=True)}
+        return results | {name: x[name] for name in self.passed}
 
     def applied(self, examples: Examples) -> Examples:
         """Return examples with prepared inputs. Examples that are prepared already are returned.
@@ -101,7 +133,7 @@ class Preparation:
             return examples
         if examples not in self._known:
             batches = [self(x) for x, _ in examples.batches(CHECK_ROWS)]
-            x = {name: _joined([batch[name] for batch in batches]) for name in self.names}
+            x = {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
             self._known[examples] = Examples._trusted(x, examples.y)
         return self._known[examples]
 
@@ -153,7 +185,8 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
             f"{type(model).__name__}; apply the layer to the rows first, and give a model without "
             "it."
         )
-    nodes = [node for depth in graph._nodes_by_depth.values() for node in depth]
+    depths = sorted(graph._nodes_by_depth, reverse=True)  # the inputs are deepest
+    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth]]
     front = _front(nodes)
     if not front:
         return None, model  # a lookup behind trainable weights
@@ -164,25 +197,37 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
                 f"{node.operation.name!r} of {model.name!r}; call its layers one by one."
             )
     cut = _cut(nodes, front)
-    given = {str(name) for name in (*declared(graph), *aliases(graph))}
+    wanted, other = declared(graph), aliases(graph)
+    name_of = {id(tensor): name for name, tensor in wanted.items()}
     names: list[str] = []
     inputs = []
     for tensor in cut:
-        operation = tensor._keras_history[0]
-        is_input = _is_input(operation)
-        name = tensor.name if is_input else f"{operation.name}_output"
-        while name in names or (name in given and not is_input):
+        name = name_of.get(id(tensor), f"{tensor._keras_history[0].name}_output")
+        while name in names or (id(tensor) not in name_of and (name in wanted or name in other)):
             name += "_"
         names.append(name)
         shape = (None, *tensor.shape[1:])
         inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=name))
-    outputs = keras.Function(cut, graph._outputs_struct)._run_through_graph(
-        inputs, operation_fn=lambda operation: operation
-    )
+    made = {id(tensor): new for tensor, new in zip(cut, inputs, strict=True)}
+    for node in nodes:
+        if id(node) not in front and not _is_input(node.operation):
+            arguments, options = node.arguments.fill_in(made)
+            outputs = keras.tree.flatten(node.operation(*arguments, **options))
+            made.update(zip(map(id, node.outputs), outputs, strict=True))
+    outputs = keras.tree.map_structure(lambda tensor: made[id(tensor)], graph._outputs_struct)
     rest = keras.Model(inputs, outputs, name=model.name)
     compile_like(rest, model)
-    front_model = keras.Model(graph._inputs_struct, cut, name=f"{model.name}_lookups")
-    return Preparation(front_model, tuple(names)), rest
+    pairs = list(zip(names, cut, strict=True))
+    results = {name: tensor for name, tensor in pairs if id(tensor) not in name_of}
+    before = {id(tensor) for node in nodes if id(node) in front for tensor in node.outputs}
+    lookups = keras.Model(
+        [tensor for tensor in graph.inputs if id(tensor) in before],
+        list(results.values()),
+        name=f"{model.name}_lookups",
+    )
+    shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in wanted.items()}
+    passed = tuple(name for name in names if name not in results)
+    return Preparation(lookups, tuple(results), passed, Given(shapes, other)), rest
 
 
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
@@ -246,19 +291,20 @@ def _is_input(operation: Any) -> bool:
     return isinstance(operation, keras.layers.InputLayer)
 
 
-def _tensor(value: Any, tensor: Any) -> Any:
-    """Convert the given array of an input to a tensor of its declared dtype and rank."""
+def _tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:
+    """Convert the given array of an input to a tensor of its declared rank and dtype."""
     array = value.toarray() if scipy.sparse.issparse(value) else np.asarray(value)
-    shape, wanted = array.shape[1:], tuple(tensor.shape[1:])
+    shape = array.shape[1:]
     if not fits(shape, wanted):
-        raise ValueError(f"x[{tensor.name!r}] must have rows of shape {wanted}, got {shape}.")
+        raise ValueError(f"x[{name!r}] must have rows of shape {wanted}, got {shape}.")
     if len(shape) < len(wanted):
         array = array[..., None]
     elif len(shape) > len(wanted):
         array = array[..., 0]
-    if tensor.dtype == "string":
-        return tf.convert_to_tensor(array)
-    return tf.cast(tf.convert_to_tensor(array), tensor.dtype)
+    if (dtype == "string") != is_text(array):
+        raise TypeError(f"x[{name!r}] must hold {dtype} entries, got dtype {array.dtype}.")
+    tensor = tf.convert_to_tensor(array)
+    return tensor if dtype == "string" else tf.cast(tensor, dtype)
 
 
 def _array(tensor: Any, name: str) -> Any:

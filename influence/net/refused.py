@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras.layers import InputLayer
 
 from influence.examples.arrays import CHECK_ROWS
-from influence.net.inputs import aliases, declared, fits, named
+from influence.net.inputs import aliases, declared, fits, for_call, named
 
 # A message names at most this many layers.
 _SHOWN = 5
@@ -28,17 +28,7 @@ def check_model(model: Any) -> None:
       for a dtype other than float32 and float64. ValueError for a model that is unbuilt, has no
       trainable weight, has an activity regulariser, or computes in another dtype than its weights'.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}.")
-    if not model.built:
-        raise ValueError(
-            f"model must be built, got the unbuilt {model.name!r}; call it on a batch first."
-        )
-    if not model.trainable_weights:
-        raise ValueError(
-            f"model must have a trainable weight, got none in {model.name!r}; "
-            "set trainable = True on the layers that theta should hold."
-        )
+    check_built(model)
     dtypes = sorted({str(w.dtype) for w in model.trainable_weights})
     if len(dtypes) > 1:
         raise TypeError(f"model must have trainable weights of one dtype, got {', '.join(dtypes)}.")
@@ -57,8 +47,8 @@ def check_model(model: Any) -> None:
         if not passes_on and "float" in computes and computes != dtypes[0]:
             raise ValueError(
                 f"model must compute in the dtype of its weights, {dtypes[0]}, got {computes} in "
-                f"layer {layer.name!r}, whose rounding the derivatives would inherit; give every "
-                f"layer dtype={dtypes[0]!r}."
+                f"layer {layer.name!r}, whose rounding the derivatives would inherit; "
+                f"GenericNeuralNet(model, dtype={dtypes[0]!r}) makes a copy without it."
             )
     for tensor in getattr(model, "inputs", None) or []:
         if dtypes == ["float64"] and str(tensor.dtype) in ("float32", "float16", "bfloat16"):
@@ -66,6 +56,24 @@ def check_model(model: Any) -> None:
                 f"model must not round its input, got float64 weights behind the {tensor.dtype} "
                 f"input {tensor.name!r}; use keras.Input(..., dtype='float64')."
             )
+
+
+def check_built(model: Any) -> None:
+    """Refuse anything except a built Keras model with a trainable weight.
+
+    Raises: TypeError or ValueError naming the model.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}.")
+    if not model.built:
+        raise ValueError(
+            f"model must be built, got the unbuilt {model.name!r}; call it on a batch first."
+        )
+    if not model.trainable_weights:
+        raise ValueError(
+            f"model must have a trainable weight, got none in {model.name!r}; "
+            "set trainable = True on the layers that theta should hold."
+        )
 
 
 def check_weights(model: keras.Model) -> None:
@@ -99,7 +107,7 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
     if isinstance(x, dict):
         if set(x) != set(wanted):
             raise ValueError(
-                f"{name}.x must have the model's inputs {sorted(wanted)}, got {sorted(x)}."
+                f"{name}.x must have the model's inputs {sorted(wanted)}, got {sorted(x, key=str)}."
             )
         pairs = [(f"{name}.x[{key!r}]", x[key], wanted[key]) for key in wanted]
     elif len(wanted) == 1:
@@ -124,7 +132,7 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
     """
     try:
         with keras.StatelessScope(collect_losses=True) as scope:
-            output = model(x, training=False)
+            output = model(for_call(model, x), training=False)
     except (TypeError, ValueError, tf.errors.OpError) as error:
         parts = x if isinstance(x, dict) else {"x": x}
         got = ", ".join(f"{key}: {part.dtype.name} {part.shape}" for key, part in parts.items())
@@ -170,15 +178,9 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
             yield x
         finally:  # also if a bad id in the few rows made the model fail
             for layer, inputs in uses:
-                for key, tensor in _parts(x):
+                for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
                     if inputs is tensor:
                         _check(layer, examples, key, name, aliases(model))
-
-
-def _parts(x: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(x, dict):
-        return x.items()
-    return enumerate(x) if isinstance(x, list) else [(None, x)]
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
