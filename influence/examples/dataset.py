@@ -152,6 +152,10 @@ def _batch(element: Any, first_row: int) -> Batch:
     x, y = element[:2]
     weight = element[2] if len(element) == 3 else None
     if isinstance(x, tuple | list):
+        if not all(hasattr(part, "shape") for part in x):
+            raise TypeError(
+                f"x must be an array, or a dict or tuple of arrays, got {_kind(x)}; {_REMEDY}."
+            )
         x = dict(enumerate(x))
     if isinstance(y, tuple | list):
         raise TypeError(

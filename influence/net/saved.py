@@ -58,11 +58,15 @@ def load_model(
         )
     try:
         if model is None:
-            return _loaded(file, compiled)
+            model = _loaded(file, compiled)
+            _check_loss(model)
+            return model
         model.load_weights(file)
     except Exception as error:  # Keras raises many kinds
         reason = " ".join(str(error).split())
-        if "ambda" in reason and "unsafe" in reason:
+        if reason.startswith("Keras saves"):
+            remedy = "pass its loss"
+        elif "ambda" in reason and "unsafe" in reason:
             remedy = "it contains a Lambda, whose Python code is not run; load it by keras.saving."
             remedy += "load_model(path, safe_mode=False) if you trust it, and give the model"
         elif model is None:
@@ -91,6 +95,12 @@ def _loaded(file: Path, compiled: bool) -> keras.Model:
         if config.get("loss") is not None:
             model.compile(loss=_loss(config["loss"]), loss_weights=config.get("loss_weights"))
     return model
+
+
+def _check_loss(model: keras.Model) -> None:
+    """Refuse a compiled loss that Keras saves without its option."""
+    if any(type(part) is keras.losses.Huber for part in keras.tree.flatten(model.loss)):
+        raise ValueError("Keras saves Huber without its delta; pass loss=keras.losses.Huber(delta)")
 
 
 def _loss(config: Any) -> Any:
