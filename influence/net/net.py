@@ -21,14 +21,18 @@ from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
 from influence.common.numbers import numbers
+from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
+from influence.net.compiled import SeveralLosses, model_loss
 from influence.net.flat import FlatModel
 from influence.net.given import checked_dtype, copied, given, trained_part
+from influence.net.heads import activated, ending
 from influence.net.losses import per_example
 from influence.net.precision import recast
 from influence.net.preprocessing import Preparation
+from influence.net.probe import check_added, check_apart, check_reported, leaves, probe_of
 from influence.net.questions import Total, loss_sum
 from influence.net.refused import (
     check_inputs,
@@ -43,9 +47,8 @@ from influence.net.saved import is_path, load_model
 # products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
 # Batches of 500 rows take a sixth more time.
 _FLOAT32_ROWS = 500
-_PROBE_ROWS = 3
-# A loss mixes rows if it changes by more than this fraction when other rows join its batch.
-_MIXING_RTOL = 1e-3
+# The logits of a model are right if their activation differs by at most this from its output.
+_LOGITS_ATOL = 1e-4
 
 
 class GenericNeuralNet(Derivatives):
@@ -54,8 +57,9 @@ class GenericNeuralNet(Derivatives):
     Args:
       model: any built `keras.Model` with one floating dtype for its trainable weights. To keep
         weights out of theta, freeze their layers (`layer.trainable = False`) before this call.
-      loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations.
-        None means the compiled loss.
+      loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations. A
+        model with several outputs takes a list or dict of them, as `compile` does. None means the
+        compiled loss with its loss weights.
       dtype: "float32" or "float64" for a copy of the model that computes in this dtype, with
         copies of the weights. None means the model itself, and a float32 copy for a model of mixed
         precision.
@@ -72,8 +76,8 @@ class GenericNeuralNet(Derivatives):
       dtype: the dtype of theta and of every result.
 
     Raises: TypeError for anything except a Keras model, or mixed weight dtypes. ValueError for a
-      model that is unbuilt, has no trainable weight, uses an activity regulariser, or rounds the
-      input of float64 weights.
+      model that is unbuilt, has no trainable weight, uses one of Keras' activity regularisers, or
+      rounds the input of float64 weights. The errors of `compiled.model_loss`.
     """
 
     preparation: Preparation | None = None
@@ -83,7 +87,8 @@ class GenericNeuralNet(Derivatives):
         self.preparation, model, self.notes = trained_part(model, dtype)
         check_model(model)
         self.model = model
-        self.loss = per_example(loss, model)
+        self.ending = ending(model)
+        self.loss = model_loss(loss, model, self.ending)
         self.flat = FlatModel(model, self.loss, preparation=self.preparation)
         self.dtype = self.flat.dtype
 
@@ -162,6 +167,11 @@ class GenericNeuralNet(Derivatives):
     def measuring(self, measurement: Any) -> GenericNeuralNet:
         """Return the same model at the same theta, with a measurement in place of its loss.
 
+        A measurement is not multiplied by sample weights, like the `metrics` of Keras. It takes
+        what the model returns, and logits if it needs them and the model ends in a softmax or
+        sigmoid. Of a model with several outputs, it takes the labels and the outputs as Keras holds
+        them, a dict of labels by output name and a list or dict of outputs.
+
         Args:
           measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or
             its name.
@@ -170,11 +180,21 @@ class GenericNeuralNet(Derivatives):
         Raises: TypeError or ValueError for another kind of measurement. ValueError if it needs
           logits, but this net's loss takes probabilities.
         """
-        loss = per_example(measurement, self.model, role="measurement")
-        if getattr(measurement, "takes_logits", False):
+        takes_logits = getattr(measurement, "takes_logits", False)
+        several = self.ending.names is not None
+        loss = per_example(
+            measurement, self.model, role="measurement", ends_in=self.ending.heads[0]
+        )
+        if several and (takes_logits or loss.keras_function is not None):
+            raise ValueError(
+                f"measurement must take the several outputs {list(self.ending.names or ())}, got "
+                f"{loss.name!r}, which takes one; give a function (labels, outputs) -> (n,)."
+            )
+        if takes_logits and loss.head is None:
             self.loss.check_logits(f"the measurement {loss.name!r}")
         view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
         view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
+        view.ending = self.ending
         view.flat = FlatModel(self.model, loss, self.flat.weights, self.preparation)
         view.preparation, view.notes = self.preparation, self.notes
         return view
@@ -295,44 +315,69 @@ class GenericNeuralNet(Derivatives):
     def validate(self, examples: Examples, name: str) -> None:
         """Refuse examples that do not fit this model and loss.
 
+        A few dozen rows of the whole set are asked for their losses, in their order and shuffled.
+        If the loss is the compiled one, its mean must be what Keras reports for these rows.
+
         Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
           labels of the wrong shape, for labels or embedding ids out of range, or for a loss that
-          is not one number per example. ValueError for a model with several outputs, with losses
-          of its own, or with weights that are not finite.
+          is not one number per example, depends on other rows or is not the mean that Keras
+          reports. ValueError for a model that masks its output, or with weights that are not
+          finite.
         """
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
         check_weights(self.model)
-        probe = examples.take(slice(0, _PROBE_ROWS))
+        rows, probe = probe_of(examples)
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self.flat.inputs(probe.x), examples, name) as x:
-            output = check_output(self.model, x, name)
-        output_shape = tuple(output.shape)
-        self.loss.check_labels(examples.y, output_shape, name)
+            raw = check_output(self.model, x, name)
+        shapes = [tuple(t.shape) for t in leaves(raw)]
+        shape = ", ".join(map(str, shapes))
+        labels = {key: part[: len(probe)] for key, part in label_parts(probe.y).items()}
+        given = ", ".join(f"shape {part.shape}, dtype {part.dtype}" for part in labels.values())
         try:
-            differentiable = self.loss.is_differentiable(self.flat.tensor(probe.y), output)
+            self.loss.check_labels(examples.y, self.loss.shapes(raw), name)
+            z = self._seen(raw, probe)
+            differentiable = self.loss.is_differentiable(self.flat.tensor(probe.y), z)
             losses = self.losses(probe.x, probe.y)
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+            if str(error).startswith((f"{name}.", "model must", "y must have", "loss must")):
+                raise
             raise ValueError(
-                f"{name}.y does not fit the {self.loss.role} {self.loss.name!r}: labels of shape "
-                f"{probe.y.shape}, dtype {probe.y.dtype}, against outputs of shape {output_shape}."
+                f"{name}.y does not fit the {self.loss.role} {self.loss.name!r}: labels of "
+                f"{given}, against outputs of shape {shape}."
             ) from error
         if not differentiable:
             raise ValueError(
                 f"{self.loss.role} must be differentiable by the model's output, got no gradient "
                 f"from {self.loss.name!r}; argmax, rounding and comparisons have none."
             )
-        self.loss.check_one_each(losses.shape, probe.y.shape, output_shape, name)
-        first = probe.take([0])
-        alone = float(self.losses(first.x, first.y)[0])
-        if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():
-            raise ValueError(
-                f"{self.loss.role} must depend on its own row alone, got {losses[0]:.4g} from "
-                f"{self.loss.name!r} for row 0 of {name} among {len(probe)} rows and {alone:.4g} "
-                f"for it by itself; labels of shape {probe.y.shape} broadcast against outputs of "
-                f"shape {output_shape}, or a layer that mixes rows, would do that."
-            )
+        first_y = next(iter(labels.values())).shape
+        self.loss.check_one_each(losses.shape, first_y, shapes[0], name)
+        check_apart(self, rows, probe, losses, shape, name)
+        if self.loss.role == "loss":
+            check_added(self, probe, name)
+            check_reported(self, probe, losses, name)
+
+    def _seen(self, raw: Any, probe: Examples) -> Any:
+        """Return what the loss takes from the model's output for a few rows.
+
+        Raises: ValueError if the logits of a softmax or sigmoid do not give the model's output.
+        """
+        t = self.flat
+        if self.loss.head is None and not isinstance(self.loss, SeveralLosses):
+            return tf.nest.map_structure(tf.identity, raw)
+        z = tf.convert_to_tensor(t.run("seen", t.output, self.theta_tensor(), t.inputs(probe.x)))
+        for head, logits, output in self.loss.heads(z, raw):
+            gap = float(tf.reduce_max(tf.abs(activated(head, logits) - output)))
+            if not gap <= _LOGITS_ATOL:
+                raise ValueError(
+                    f"model must end in its {head}, got an output of {self.model.name!r} that "
+                    f"differs by {gap:.1e} from the {head} of its logits; end the model in "
+                    "the logits, with from_logits=True in the loss."
+                )
+        return z
 
     def fit(
         self, examples: Examples, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000

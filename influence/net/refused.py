@@ -26,7 +26,8 @@ def check_model(model: Any) -> None:
 
     Raises: TypeError for anything except a Keras model, for trainable weights of several dtypes, or
       for a dtype other than float32 and float64. ValueError for a model that is unbuilt, has no
-      trainable weight, has an activity regulariser, or computes in another dtype than its weights'.
+      trainable weight, has one of Keras' activity regularisers, or computes in another dtype than
+      its weights'.
     """
     check_built(model)
     dtypes = sorted({str(w.dtype) for w in model.trainable_weights})
@@ -35,10 +36,12 @@ def check_model(model: Any) -> None:
     if dtypes[0] not in ("float32", "float64"):
         raise TypeError(f"model must have float32 or float64 weights, got {dtypes[0]}.")
     for layer in model._flatten_layers():
-        if getattr(layer, "activity_regularizer", None) is not None:
+        regulariser = getattr(layer, "activity_regularizer", None)
+        if type(regulariser).__module__.split(".")[0] == "keras":
             raise ValueError(
-                f"model must have no activity regulariser, got one on layer {layer.name!r}: it "
-                "depends on x, so it belongs in the loss."
+                f"model must have no activity regulariser, got one on layer {layer.name!r}: Keras "
+                "adds its sum over the batch, so the risk would depend on the batch's size; add a "
+                "mean over rows by self.add_loss instead, or put it into the loss."
             )
         computes = str(layer.compute_dtype)
         # Sequential and functional models only pass tensors on to their layers.
@@ -125,29 +128,41 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
 
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
-    """Return the model's output for a few rows x, in inference mode, without side effects.
+    """Return what the model returns for a few rows x, in inference mode, without side effects.
 
-    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model has several
-      outputs or adds losses of its own.
+    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model masks an
+      output, or does not return a tensor or a flat list or dict of tensors.
     """
     try:
-        with keras.StatelessScope(collect_losses=True) as scope:
+        with keras.StatelessScope(collect_losses=True):
             output = model(for_call(model, x), training=False)
     except (TypeError, ValueError, tf.errors.OpError) as error:
         parts = x if isinstance(x, dict) else {"x": x}
         got = ", ".join(f"{key}: {part.dtype.name} {part.shape}" for key, part in parts.items())
         raise ValueError(f"{name}.x does not fit the model {model.name!r}, got {got}.") from error
-    if not tf.is_tensor(output):
+    tensors = list(output.values()) if isinstance(output, dict) else output
+    tensors = tensors if isinstance(tensors, list | tuple) else [tensors]
+    if not tensors or not all(tf.is_tensor(tensor) for tensor in tensors):
+        kinds = ", ".join(sorted({type(tensor).__name__ for tensor in tensors}))
         raise ValueError(
-            f"model must have one output, got a {type(output).__name__} from {model.name!r}; "
-            "keras.Model(model.inputs, one of its outputs) makes a model of the one you mean."
+            f"model must return a tensor, or a list or dict of tensors, got a "
+            f"{type(output).__name__} of {kinds or 'nothing'} from {model.name!r}."
         )
-    if scope.losses:
-        raise ValueError(
-            f"model must not add losses of its own, got {len(scope.losses)} by add_loss in "
-            f"{model.name!r}: they depend on x, so they belong in the loss."
-        )
+    check_no_mask(model, tensors)
     return output
+
+
+def check_no_mask(model: keras.Model, outputs: list[Any]) -> None:
+    """Refuse outputs with a mask.
+
+    Raises: ValueError naming the model.
+    """
+    if any(getattr(tensor, "_keras_mask", None) is not None for tensor in outputs):
+        raise ValueError(
+            f"model must not mask its output, got a mask from {model.name!r}: Keras divides such a "
+            "loss by the number of unmasked steps in the whole batch, so it is no mean over "
+            "examples; end in a layer that consumes the mask, such as pooling."
+        )
 
 
 # This holds the checks that each set of examples has passed. They are not repeated.
