@@ -159,7 +159,8 @@ def poison(
     Raises: TypeError, ValueError or IndexError naming the argument, before any long computation;
       ValueError for a net that is not at its minimum.
     """
-    checked(net)
+    net, _, _ = checked(net)
+    train, test = net.given(train, "train"), net.given(test, "test")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
     if not isinstance(options, PoisonOptions):
@@ -206,6 +207,8 @@ def gradient_norms(
     Returns: (c,), in the unit of the loss per unit of the input.
     Raises: as `poison`.
     """
+    net, _, _ = checked(net)
+    train, test = net.given(train, "train"), net.given(test, "test")
     _check_examples(net, train, "train")
     _check_examples(net, test, "test")
     targets = check_targets(net, train, rows, 1.0, inputs, None)
@@ -424,8 +427,6 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
-    if not isinstance(examples, Examples):
-        net.validate(examples, name)  # this raises
     _ = examples.x  # this raises for a stream, which has no x
     probe = examples.take(slice(0, _PROBE_ROWS))
     seen = net.featured(probe)

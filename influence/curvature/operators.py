@@ -54,10 +54,11 @@ class Curvature(LinearOperator):
         batch_size: int | None = None,
         checkpoints: str | os.PathLike | None = None,
     ):
-        checked(net)
+        net, _, _ = checked(net)
         if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
             raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
         check_batch_size(batch_size)
+        examples = net.given(examples, "examples")
         net.validate(examples, "examples")
         if self._needs_logits:
             net.loss.check_logits()

@@ -10,6 +10,9 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
+from influence.examples.labels import called, fields, is_packed
+from influence.examples.tables import is_text
+
 # A check reads this many rows at a time. A memmap therefore stays on disk.
 CHECK_ROWS = 4096
 
@@ -17,6 +20,11 @@ CHECK_ROWS = 4096
 def parts_of(x: Any) -> dict[str, Any]:
     """Return the arrays of the inputs in a dict, by the names that error messages give them."""
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
+
+
+def label_parts(y: NDArray) -> dict[str, NDArray]:
+    """Return the arrays of the labels in a dict, by the names that error messages give them."""
+    return {called(name): part for name, part in fields(y).items()} if is_packed(y) else {"y": y}
 
 
 def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
@@ -31,17 +39,6 @@ def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
     return {key: array(part, f"x[{key!r}]") for key, part in x.items()}
 
 
-def check_one_input(x: Any, y: Any) -> None:
-    """Raise TypeError if x is a list that holds one array per model input instead of rows."""
-    if not isinstance(x, list | tuple) or not hasattr(y, "__len__") or len(x) in (0, len(y)):
-        return
-    if all(tuple(getattr(part, "shape", ()))[:1] == (len(y),) for part in x):
-        raise TypeError(
-            "x must be an array or a dict of arrays by input name, such as {'a': ..., 'b': ...}, "
-            f"got a {type(x).__name__} of {len(x)} arrays."
-        )
-
-
 class Fingerprint:
     """SHA-256 of rows that are added in batches. The digest does not depend on batch sizes."""
 
@@ -49,8 +46,8 @@ class Fingerprint:
         self._parts: dict[str, Any] = {}
 
     def add(self, x: Any, y: NDArray) -> None:
-        """Add the next rows to the digest."""
-        for name, part in {"y": y, **parts_of(x)}.items():
+        """Add the next rows to the digest. The names of outputs and the weights belong to it."""
+        for name, part in {**label_parts(y), **parts_of(x)}.items():
             self._update(f"{name} {part.dtype.str} {part.shape[1:]}", part)
 
     def hexdigest(self) -> str:
@@ -64,8 +61,19 @@ class Fingerprint:
             self._update(f"{name} columns", part.indices.astype(np.int64))
             self._update(f"{name} values", part.data)
             return
+        if is_text(part):
+            lengths, joined = _encoded(part)
+            self._update(f"{name} lengths", lengths)
+            self._parts.setdefault(f"{name} text", hashlib.sha256()).update(joined)
+            return
         known = self._parts.setdefault(name, hashlib.sha256())
         known.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+
+def _encoded(strings: NDArray) -> tuple[NDArray[np.int64], bytes]:
+    """Return the lengths of the strings in bytes, and all strings as one text in UTF-8."""
+    texts = [s.encode() if isinstance(s, str) else bytes(s) for s in strings.flat]
+    return np.array([len(text) for text in texts], np.int64), b"".join(texts)
 
 
 def check_finite(part: Any, name: str, first_row: int = 0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ from influence.examples.arrays import (
     CHECK_ROWS,
     Fingerprint,
     check_finite,
-    check_one_input,
     converted,
+    label_parts,
     parts_of,
 )
+from influence.examples.dataset import is_dataset, whole
+from influence.examples.labels import check_weights, is_packed, packed
+from influence.examples.tables import readable, structured
 
 
 def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArray[np.int64]:
@@ -93,6 +96,8 @@ def check_differentiable(x: Any) -> None:
 Question = Callable[[Any, NDArray | None, Any, NDArray], Any]
 # A set holds caches for this many batch sizes, because solvers alternate between a few sizes.
 _MOST_SIZES = 4
+# A dataset with more rows than this is taken for an infinite one.
+_MOST_ROWS = 10**7
 
 
 class _Memos:
@@ -118,21 +123,43 @@ class Examples:
     """Immutable set of rows, each with inputs and a label.
 
     Args:
-      x: the inputs, as an (n, ...) array, memmap or scipy sparse matrix, or as a dict with one
-        such array per model input. The dtype is not changed, and an array is not copied.
-      y: (n, ...) labels.
+      x: the inputs, as an (n, ...) array, memmap or scipy sparse matrix, or as a dict, list or
+        tuple with one such array per model input. A list or tuple becomes a dict by position. A
+        data frame of numbers becomes one array, and a data frame with strings becomes a dict by
+        column. Strings are for a model with lookup layers, such as StringLookup. The dtype of
+        numbers is not changed, and an array of numbers is not copied. Instead of inputs, x may be a
+        dataset of batches (x, y) or (x, y, sample_weight), as for `fit`. All its rows are read into
+        memory, in the order of one pass. `Stream` reads them again in each pass instead.
+      y: (n, ...) labels, or a dict of such arrays by output name. It is left out for a dataset.
+      sample_weight: (n,) weights w_i >= 0 as in Keras' `fit`, or a dict of them by output name.
+        Row i's loss is w_i times its loss without weight. The risk still divides by the number of
+        rows, as Keras does, and not by the sum of the weights. The weights of test rows count in
+        the same way. None means no weights.
 
-    Raises: TypeError if an array is not numeric. ValueError if the set is empty, if arrays differ
-      in length, or if an array contains a NaN or infinity. The message names the array.
+    Attributes:
+      y: the labels (n, ...). Labels by output name and labels with weights are one structured
+        array (n,) instead. `influence.examples.labels` lists its fields.
+
+    Raises: TypeError if an array of inputs holds neither numbers nor strings, if labels are not
+      numbers, or for a dataset in place of x. ValueError if the set is empty, if arrays differ
+      in length, if an array contains a NaN or infinity, or if weights are negative or all zero. The
+      message names the array.
     """
 
     x: Any
-    y: Any
+    y: Any = None
+    sample_weight: InitVar[Any] = None
 
-    def __post_init__(self):
-        check_one_input(self.x, self.y)
-        x, y = converted(self.x, _array), _array(self.y, "y")
-        for name, part in {"y": y, **parts_of(x)}.items():
+    def __post_init__(self, sample_weight: Any):
+        if is_dataset(self.x):
+            self._read_whole(sample_weight)
+            return
+        if self.y is None:
+            raise TypeError(f"y must be given beside x, got x of type {type(self.x).__name__}.")
+        x = converted(structured(self.x, self.y), _input)
+        y = packed(self.y, sample_weight)
+        y = _view(y) if is_packed(y) else _array(y, "y")
+        for name, part in {**label_parts(y), **parts_of(x)}.items():
             if part.ndim == 0:
                 raise ValueError(f"{name} must have one row per example, got a scalar.")
             if part.shape[0] == 0:
@@ -143,8 +170,19 @@ class Examples:
                     f"in {name} and {y.shape[0]} in y."
                 )
             check_finite(part, name)
+        check_weights(y)
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", y)
+
+    def _read_whole(self, sample_weight: Any) -> None:
+        """Read all rows of the dataset that was given as x."""
+        if self.y is not None or sample_weight is not None:
+            raise TypeError("y and sample_weight must be left out beside a dataset: it holds them.")
+        for name, part in zip(("x", "y"), whole(self.x, _MOST_ROWS), strict=True):
+            object.__setattr__(self, name, part)
+        for part in (*parts_of(self.x).values(), self.y):
+            part.setflags(write=False)
+        check_weights(self.y)
 
     def __len__(self) -> int:
         """Return the number of rows, n."""
@@ -156,7 +194,9 @@ class Examples:
         show = lambda a: f"{a.dtype}{[len(self), *a.shape[1:]]}"  # noqa: E731
         x = first.x
         x = {k: show(v) for k, v in x.items()} if isinstance(x, dict) else show(x)
-        return f"{type(self).__name__}(x={x}, y={show(first.y)})"
+        y = {name: show(part) for name, part in label_parts(first.y).items()}
+        y = y if is_packed(first.y) else y["y"]
+        return f"{type(self).__name__}(x={x}, y={y})"
 
     def take(self, rows: ArrayLike | slice) -> Examples:
         """Read the given rows into memory, in the given order. A row may be taken twice."""
@@ -396,11 +436,19 @@ class Remaining(Examples):
         return self._whole._read(size, self._kept if rows is None else self._kept[rows])
 
 
-def _array(value: Any, name: str) -> Any:
+def _input(value: Any, name: str) -> Any:
     """Convert a dense value to a read-only view, and a sparse matrix to CSR format."""
-    if scipy.sparse.issparse(value):
-        return value.tocsr()
-    array = numbers(value, name).view()
+    array = readable(value, name)
+    return array if scipy.sparse.issparse(array) else _view(array)
+
+
+def _array(value: Any, name: str) -> Any:
+    """Convert labels, which are numbers, as `_input` does."""
+    return value.tocsr() if scipy.sparse.issparse(value) else _view(numbers(value, name))
+
+
+def _view(array: NDArray) -> NDArray:
+    array = array.view()
     array.setflags(write=False)
     return array
 

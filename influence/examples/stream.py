@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -12,41 +11,17 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.common.numbers import is_integer, refuse_mask
+from influence.common.numbers import is_integer
 from influence.common.progress import progress
-from influence.examples.arrays import Fingerprint, check_finite, converted, parts_of
+from influence.examples.arrays import Fingerprint
+from influence.examples.dataset import Batch, batches_of, check_kind, checked, row_hashes
 from influence.examples.examples import Examples, Remaining
+from influence.examples.labels import check_weights
 
 # A stream holds this many of its first rows in memory, to test a model on a few rows.
 _FIRST_ROWS = 8
 # Labels of at most this size stay in memory. Larger labels are stored on disk.
 _LABEL_BYTES = 1 << 26
-# This is the key of y among a batch's arrays. A single input has the key "".
-_LABELS = None
-_REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to make it so"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one batch. Its x is an array or a dict of arrays, and its y is an array."""
-
-    x: Any
-    y: NDArray
-
-    @property
-    def parts(self) -> list[tuple[Any, NDArray]]:
-        """Arrays of the batch, each with the key that `structured` expects."""
-        inputs = list(self.x.items()) if isinstance(self.x, dict) else [("", self.x)]
-        return [(_LABELS, self.y), *inputs]
-
-    def structured(self, arrays: dict[Any, NDArray]) -> tuple[Any, NDArray]:
-        """Arrange arrays of other rows, given by key, as (x, y)."""
-        x = {k: arrays[k] for k in self.x} if isinstance(self.x, dict) else arrays[""]
-        return x, arrays[_LABELS]
-
-    def rows(self, numbers: NDArray) -> Batch:
-        """Return a batch of the rows with the given numbers."""
-        return Batch(*self.structured({key: part[numbers] for key, part in self.parts}))
 
 
 class Stream(Examples):
@@ -59,15 +34,16 @@ class Stream(Examples):
     random rows, so it is slow there. Of a PyDataset, `take` reads only the batches with its rows.
 
     Args:
-      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y), as for `fit`. x is
-        an array or a dict with one array per model input. y is an array of labels.
+      dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y) or
+        (x, y, sample_weight), as for `fit`. x is an array, or a dict or tuple with one array per
+        model input. y is an array of labels or a dict of them by output name.
       max_rows: the maximum number of rows. A dataset with more rows is refused as infinite.
 
     Attributes:
-      y: (n, ...) labels. Above 64 MiB, a temporary file on disk holds them.
+      y: (n, ...) labels, as in Examples. Above 64 MiB, a temporary file on disk holds them.
 
-    Raises: TypeError for another kind of dataset, sample weights, or batches that are not (x, y) of
-      arrays of numbers. ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
+    Raises: TypeError for another kind of dataset, or batches that are not (x, y) of arrays of
+      numbers. ValueError for an infinite or empty dataset, a NaN or infinity, or rows of
       different shapes. ValueError if a shuffle or augmentation changes rows between passes.
     """
 
@@ -156,12 +132,13 @@ class Stream(Examples):
             shape = (starts[-1], *y.shape[1:])
             y = np.memmap(file, y.dtype, "r", shape=shape)
             y = y if y.nbytes > _LABEL_BYTES else np.array(y)
+        check_weights(y)
         y.setflags(write=False)
         object.__setattr__(self, "y", y)
         self._fingerprint, self._starts = seen.hexdigest(), np.array(starts)
         keys = [key for key, _ in first[0].parts]
         rows = [np.concatenate([dict(b.parts)[key] for b in first])[:_FIRST_ROWS] for key in keys]
-        self._first = Examples(*first[0].structured(dict(zip(keys, rows, strict=True))))
+        self._first = Examples._trusted(*first[0].structured(dict(zip(keys, rows, strict=True))))
         return np.concatenate(hashes)
 
     def _second_pass(self, expected: NDArray[np.int64]) -> None:
@@ -217,149 +194,3 @@ class Stream(Examples):
                 f"rows in its batch {numbers[count]}; make a new Stream after changing or "
                 "reshuffling it."
             )
-
-
-def check_kind(dataset: Any) -> None:
-    """Refuse an object that is not a dataset, or a dataset that reports an infinite size.
-
-    Raises: TypeError for another type of object, ValueError for an infinite dataset.
-    """
-    if isinstance(dataset, keras.utils.PyDataset):
-        infinite = dataset.num_batches is None
-    elif isinstance(dataset, tf.data.Dataset):
-        infinite = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
-    else:
-        raise TypeError(
-            "dataset must be a tf.data.Dataset or a keras.utils.PyDataset, got "
-            f"{type(dataset).__name__}; arrays and memmaps go into Examples(x, y)."
-        )
-    if infinite:
-        raise ValueError("dataset must end, got an infinite one; use .take(n), or no .repeat().")
-
-
-def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
-    """Yield the dataset's batches in order. Check that inputs, row shapes and dtypes agree.
-
-    Args:
-      dataset: an object that `check_kind` accepts.
-      numbers: (b,) increasing numbers of the batches to read, or None for all batches.
-
-    Raises: TypeError or ValueError if an element is not a batch (x, y) of arrays of numbers.
-    """
-    count, first = 0, None
-    for element in _elements(dataset, numbers):
-        batch = _batch(element, count)
-        first = first or batch
-        _check_alike(batch, first, count)
-        count += len(batch.y)
-        yield batch
-
-
-def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
-    """Yield the same batches. Check that values are finite and that rows are at most `max_rows`.
-
-    Raises: ValueError for a NaN or infinity, or for more than `max_rows` rows.
-    """
-    count = 0
-    for batch in batches:
-        for name, part in {"y": batch.y, **parts_of(batch.x)}.items():
-            check_finite(part, name, count)
-        count += len(batch.y)
-        if count > max_rows:
-            raise ValueError(
-                f"dataset must end, got more than max_rows = {max_rows} rows; use .take(n), or "
-                "give a larger max_rows."
-            )
-        yield batch
-
-
-def row_hashes(batch: Batch) -> NDArray[np.int64]:
-    """Return a 64-bit hash of each row, (b,). Hashes are comparable within one process."""
-    parts = [part for _, part in batch.parts]
-    rows = (b"".join(part[row].tobytes() for part in parts) for row in range(len(batch.y)))
-    return np.fromiter(map(hash, rows), np.int64, len(batch.y))
-
-
-def _elements(dataset: Any, numbers: NDArray | None) -> Iterable[Any]:
-    if isinstance(dataset, keras.utils.PyDataset):
-        return (
-            dataset[int(i)] for i in (range(dataset.num_batches) if numbers is None else numbers)
-        )
-    every = dataset.as_numpy_iterator()
-    if numbers is None:
-        return every
-    wanted = set(numbers.tolist())
-    upto = zip(range(numbers[-1] + 1), every, strict=False)
-    return (element for i, element in upto if i in wanted)
-
-
-def _batch(element: Any, first_row: int) -> Batch:
-    """Convert an element of the dataset to a Batch.
-
-    Raises: TypeError or ValueError if the element is not a batch (x, y).
-    """
-    if not isinstance(element, tuple | list) or len(element) not in (2, 3):
-        raise TypeError(f"dataset must give batches (x, y), got {_kind(element)}; {_REMEDY}.")
-    if len(element) == 3 and element[2] is not None:
-        raise TypeError(
-            "dataset must give batches (x, y) without sample weights, got (x, y, sample_weight): "
-            "the risk is a plain mean over rows; drop them, and put what they say into the loss."
-        )
-    x, y = element[:2]
-    if isinstance(x, tuple | list) and not isinstance(x, np.ndarray):
-        raise TypeError(
-            f"x must be an array or a dict of arrays by input name, got {_kind(x)}; {_REMEDY}."
-        )
-    if isinstance(y, Mapping | tuple | list):
-        raise TypeError(f"y must be one array of labels, got {_kind(y)}; {_REMEDY}.")
-    x, y = converted(x, _array), _array(y, "y")
-    for name, part in parts_of(x).items():
-        if len(part) != len(y):
-            raise ValueError(
-                f"x and y must have as many rows as each other, got {len(part)} in {name} and "
-                f"{len(y)} in y, in the batch that begins with row {first_row}; is the dataset "
-                "cut into batches, by .batch(size)?"
-            )
-    return Batch(x, y)
-
-
-def _array(value: Any, name: str) -> NDArray:
-    refuse_mask(value, name)
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # rows of different lengths
-        array = np.empty(0, object)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(
-            f"{name} must be a dense array of numbers, got {type(value).__name__} of dtype "
-            f"{array.dtype}."
-        )
-    if array.ndim == 0:
-        raise ValueError(
-            f"{name} must have one row per example, got a scalar; cut the dataset into batches "
-            "first, by .batch(size)."
-        )
-    return array
-
-
-def _check_alike(batch: Batch, like: Batch, first_row: int) -> None:
-    parts, others = parts_of(batch.x), parts_of(like.x)
-    if parts.keys() != others.keys():
-        raise ValueError(
-            f"x must have the same inputs in every batch, got {sorted(others)} in the first and "
-            f"{sorted(parts)} in the one that begins with row {first_row}."
-        )
-    for name, part in {"y": batch.y, **parts}.items():
-        first = like.y if name == "y" else others[name]
-        if (part.shape[1:], part.dtype) != (first.shape[1:], first.dtype):
-            raise ValueError(
-                f"{name} must have rows of one shape and dtype, got {first.dtype} "
-                f"{first.shape[1:]} in row 0 and {part.dtype} {part.shape[1:]} in row {first_row}; "
-                "pad or convert them alike in all batches."
-            )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"

@@ -130,6 +130,7 @@ class AllCNN(GenericNeuralNet):
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
           finite. Then theta has its initial value again.
         """
+        examples = self.given(examples, "examples")
         self.validate(examples, "examples")
         self.moments = train_by_adam(
             self,

@@ -185,6 +185,7 @@ class SmoothHinge(LinearModel):
                 examples, gradient_tolerance=gradient_tolerance, max_iterations=max_iterations
             )
             return self
+        examples = self.given(examples, "examples")
         self.validate(examples, "examples")
         a, near = self._at_bounds(examples)
         best, theta, stale, is_near = np.inf, self.theta, 0, False

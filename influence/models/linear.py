@@ -212,6 +212,7 @@ class LinearModel(GenericNeuralNet):
         Returns: self. Warns with ConvergenceWarning if the final norm is above the tolerance.
         Raises: DivergenceError for a risk that is not finite.
         """
+        examples = self.given(examples, "examples")
         self.validate(examples, "examples")
         norm, reason = newton.minimise(
             self, self.design, examples, gradient_tolerance, max_iterations

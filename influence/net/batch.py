@@ -55,9 +55,13 @@ class Derivatives:
     # --- questions about one batch -----------------------------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
-        """Return the model's outputs (n, ...) for a batch, in inference mode."""
+        """Return the model's outputs (n, ...) for a batch, in inference mode.
+
+        They are what the model itself returns, such as the probabilities of a softmax. A model with
+        several outputs returns a list or dict of them.
+        """
         t = self.flat
-        return t.run("outputs", t.output, self.theta_tensor(), t.inputs(x))
+        return t.run("outputs", t.model_output, self.theta_tensor(), t.inputs(x))
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Return the loss of each example, without the penalty.

@@ -13,8 +13,12 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
+from influence.examples.labels import fields, is_packed
 from influence.net import tape
+from influence.net.inputs import for_call, named
 from influence.net.losses import PerExampleLoss
+from influence.net.preprocessing import Preparation
+from influence.net.refused import check_no_mask
 
 
 class FlatModel:
@@ -26,15 +30,26 @@ class FlatModel:
       model: a Keras model that `check_model` accepts.
       loss: the model's per-example loss.
       weights: the variables that form theta, or None for the model's trainable weights.
+      preparation: lookup layers that stand in front of the model, or None.
     """
 
-    def __init__(self, model: keras.Model, loss: PerExampleLoss, weights: Any = None):
-        self.model, self.loss = model, loss
+    def __init__(
+        self,
+        model: keras.Model,
+        loss: PerExampleLoss,
+        weights: Any = None,
+        preparation: Preparation | None = None,
+    ):
+        self.model, self.loss, self.preparation = model, loss, preparation
         self.weights = tuple(model.trainable_weights if weights is None else weights)
         self.sizes = [int(np.prod(w.shape)) for w in self.weights]
         self.dtype = np.dtype(self.weights[0].dtype)
         self._functions: dict[str, Any] = {}
         self._seen: tuple[bool, int] | None = None
+        # `adds` is True if z has a column of losses that rows add. `_loops` is True if the model
+        # must then be called for one row after another.
+        self.adds = bool(getattr(loss, "adds", False))
+        self._loops: bool | None = None
 
     def __getstate__(self) -> dict:
         """Pickle the model and the loss without the traced functions."""
@@ -51,19 +66,49 @@ class FlatModel:
 
     # --- functions of theta, used by tape -----------------------------------------------------
 
+    def model_output(self, theta: Any, x: Any) -> Any:
+        """Return what the model returns in inference mode, without changing its variables."""
+        return self.called(theta, x)[0]
+
     def output(self, theta: Any, x: Any) -> Any:
-        """Return the model's output in inference mode, without changing its variables."""
+        """Return what the loss takes from the model's output.
+
+        It is the output itself, the logits before its softmax or sigmoid, or several outputs side
+        by side (n, ...). `loss.function` and `loss.curved` take the same.
+        """
+        raw, added = self.called(theta, x)
+        if not self.adds:
+            if added and self.loss.role == "loss":
+                raise ValueError(
+                    f"model must not add losses that depend on x, got add_loss in "
+                    f"{self.model.name!r}, which was found only when it ran; call the model on a "
+                    "batch before making the net, or put these losses into the loss."
+                )
+            return self.loss.seen(raw)
+        return self.loss.seen(raw, self.added(theta, x))
+
+    def called(self, theta: Any, x: Any) -> tuple[Any, list[Any]]:
+        """Return the model's output and the losses that it adds by `add_loss`."""
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
-        with keras.StatelessScope(state_mapping=mapping), tape.twice_differentiable():
-            output = self.model(x, training=False)
-        if getattr(output, "_keras_mask", None) is not None:
-            raise ValueError(
-                f"model must not mask its output, got a mask from {self.model.name!r}: Keras "
-                "divides such a loss by the number of unmasked steps in the whole batch, so it is "
-                "no mean over examples; end in a layer that consumes the mask, such as pooling."
-            )
-        return output
+        scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
+        with scope, tape.twice_differentiable():
+            raw = self.model(for_call(self.model, x), training=False)
+        check_no_mask(self.model, keras.tree.flatten(raw))
+        return raw, scope.losses
+
+    def added(self, theta: Any, x: Any) -> Any:
+        """Return the sum of the losses (n,) that each row adds if it is alone in its batch."""
+
+        def of_row(row: Any) -> Any:
+            row = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), row)
+            return tf.cast(tf.add_n(self.called(theta, row)[1]), theta.dtype)
+
+        if self._loops is None:
+            row = tf.nest.map_structure(lambda t: tf.TensorSpec([1, *t.shape[1:]], t.dtype), x)
+            alone = tf.function(lambda t: self.called(self.theta(), t)[0], autograph=False)
+            self._loops = tape.needs_loop(alone.get_concrete_function(row).graph)
+        return tape.looped(of_row, x, theta.dtype) if self._loops else tf.vectorized_map(of_row, x)
 
     def losses(self, theta: Any, x: Any, y: Any) -> Any:
         """Return the loss of each example, (n,)."""
@@ -129,7 +174,13 @@ class FlatModel:
         return tf.concat([tf.reshape(w.value, [-1]) for w in self.weights], 0)
 
     def tensor(self, array: Any) -> Any:
-        """Convert to a dense tensor. Floats get theta's dtype. Integers keep their dtype."""
+        """Convert to a dense tensor. Floats get theta's dtype. Integers keep their dtype.
+
+        Labels that are packed with weights or by output name become a dict of tensors.
+        """
+        if is_packed(array):
+            parts = fields(array).items()
+            return {name: self.tensor(np.ascontiguousarray(part)) for name, part in parts}
         if scipy.sparse.issparse(array):
             array = array.toarray()
         array = np.asarray(array)
@@ -138,7 +189,10 @@ class FlatModel:
         )
 
     def inputs(self, x: Any) -> Any:
-        """Convert inputs to one tensor, or to a dict of tensors."""
+        """Convert inputs to one tensor, or to a dict of tensors by the model's own names."""
+        if self.preparation is not None and not self.preparation.gave(x):
+            x = self.preparation(x)
+        x = named(self.model, x)
         return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
 
     def rows(self, V: Any, name: str) -> Any:

@@ -1,9 +1,16 @@
-"""Losses that return one number per example, made from any form of a Keras loss."""
+"""Losses that return one number per example, made from any form of a Keras loss.
+
+A row's loss is w_i loss_i, as in Keras' `fit` and `evaluate`. w_i is the row's sample weight times
+the loss weight of `compile`. Both are 1 if they are not given. Keras divides the sum over a batch
+by the number of rows, and not by the sum of the weights. So the risk is mean_i w_i loss_i +
+penalty.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +18,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from influence.examples import labels as packing
 from influence.net import measurements, tape
+from influence.net.heads import activated, peeled
 
 # These losses take class numbers. For a wrong number, Keras returns NaN or another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
@@ -29,6 +38,11 @@ _CONVEX = (
     keras.losses.hinge,
     keras.losses.squared_hinge,
 )
+_CROSS_ENTROPIES = (
+    *_CLASS_NUMBERS,
+    keras.losses.binary_crossentropy,
+    keras.losses.categorical_crossentropy,
+)
 _SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
 # A loss with these options can be `plain`. Its axis and ignore_class must have default values.
 _HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
@@ -45,11 +59,17 @@ _FROM_LOGITS = (
 
 @dataclass(frozen=True)
 class PerExampleLoss:
-    """Differentiable loss function (y, output) -> (n,), and its known properties.
+    """Differentiable loss function (y, z) -> (n,), and its known properties.
+
+    z is what `seen` takes from the model's output. It is the output itself, or the logits before
+    the output's softmax or sigmoid if the loss is a cross-entropy. Keras' cross-entropies take
+    these logits too, so the loss is the one that Keras reports, without the clipping of
+    probabilities. The other losses that take probabilities (focal losses, Kullback-Leibler, and
+    class numbers with `ignore_class`) get the activated logits, with Keras' clipping at 1e-7.
 
     Attributes:
       name: the name of the loss in messages.
-      function: the function (y, output) -> (n,) tensor.
+      function: the function (y, z) -> (n,) tensor. It multiplies by sample weights in y.
       keras_function: the underlying Keras loss function, or None for a user's callable.
       from_logits: False for a cross-entropy of probabilities, True for all other losses. The
         Gauss-Newton matrix needs True.
@@ -57,6 +77,12 @@ class PerExampleLoss:
       role: the name of the argument in messages.
       says_convex: the value of the loss's attribute `convex`, or False without this attribute.
       plain: True for a Keras loss without options that weigh or ignore outputs.
+      head: "softmax" or "sigmoid" if z is the logits before this activation, else None.
+      scale: the loss weight of `compile`.
+      output: the name of the output in the labels, or None for a model with one output.
+      ignored: the class whose rows and pixels the loss ignores, or None.
+      weighs_mean: True if Keras divides by the sum of the sample weights.
+      compiled: True if the loss is the one with which the model was compiled.
     """
 
     name: str
@@ -67,11 +93,31 @@ class PerExampleLoss:
     role: str = "loss"
     says_convex: bool = False
     plain: bool = False
+    head: str | None = None
+    scale: float = 1.0
+    output: str | None = None
+    ignored: Any = None
+    weighs_mean: bool = False
+    compiled: bool = False
+
+    def seen(self, raw: Any) -> Any:
+        """Return z, what the loss takes from the model's output."""
+        return raw if self.head is None else peeled(raw)
+
+    def shapes(self, raw: Any) -> Any:
+        """Return the shape of the output that the loss takes, as `check_labels` expects it."""
+        return tuple(raw.shape) if hasattr(raw, "shape") else None
+
+    def heads(self, z: Any, raw: Any) -> list[tuple[str, Any, Any]]:
+        """Return (activation, logits, output) for each output that ends in an activation."""
+        return [] if self.head is None else [(self.head, z, raw)]
 
     @property
     def convex(self) -> bool:
         """True if each loss is known to be convex in the model's output."""
-        return self.says_convex or (self.keras_function in _CONVEX and self.from_logits)
+        clipped = self.head is not None and not self.plain
+        known = self.keras_function in _CONVEX and self.from_logits and not clipped
+        return self.scale >= 0 and (self.says_convex or known)
 
     def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
         """Return the map u -> H u.
@@ -96,27 +142,57 @@ class PerExampleLoss:
             # The weights are divided by `outputs`, because Keras averages the loss over a row's
             # outputs.
             weights = tf.sigmoid(z) * tf.sigmoid(-z) / outputs
+            for factor in self._factors(y):
+                factor = tf.cast(factor, z.dtype)
+                weights *= tf.reshape(factor, [-1] + [1] * (len(z.shape) - 1))
             return lambda u: weights * u
         if self.keras_function in _SOFTMAX:
             likeliest = tf.one_hot(tf.argmax(z, axis=-1), tf.shape(z)[-1], dtype=z.dtype)
             return lambda u: by_tape(u - tf.reduce_sum(u * likeliest, axis=-1, keepdims=True))
         return by_tape
 
+    def _factors(self, y: Any) -> list[Any]:
+        """Return the factors by which a row's loss is multiplied, unless they are 1."""
+        weight = weight_of(y, self.output)
+        return ([] if weight is None else [weight]) + ([] if self.scale == 1 else [self.scale])
+
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
-        """Refuse labels that are not valid for this loss.
+        """Refuse labels and weights that are not valid for this loss.
+
+        Args:
+          y: the labels of all rows, plain or packed with weights.
+          output_shape: the shape of the model's output, (n, ...).
+          name: the name of the examples in the message.
 
         Raises: ValueError naming `name` and a wrong label.
         """
+        if self.weighs_mean and weight_of(y, self.output) is not None:
+            raise ValueError(
+                f"{name}.sample_weight must not change what the risk is divided by, got "
+                f"{self.name!r} with reduction='mean_with_sample_weight'; use "
+                "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
+            )
+        y, called = labels_of(y, self.output), f"{name}.y"
+        called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
             wrong = ~np.isin(y, self.labels)
             if wrong.any():
                 row = np.argwhere(wrong)[0][0]
                 what = " or ".join(map(str, self.labels))
-                raise ValueError(f"{name}.y must hold labels {what}, got {y[row]} in row {row}.")
+                raise ValueError(f"{called} must hold labels {what}, got {y[row]} in row {row}.")
+        if self.ignored is not None:
+            void = np.argwhere(y == self.ignored)
+            if len(void):
+                raise ValueError(
+                    f"{called} must hold no class that the loss ignores, got {self.ignored} in row "
+                    f"{void[0][0]}: Keras then divides by the number of labels in the batch that "
+                    "are not ignored, so the risk is no mean over examples; leave out such rows, "
+                    "or give a loss that divides each row by its own number of labels."
+                )
         if self.keras_function in _CLASS_NUMBERS:
             num_classes = output_shape[-1]
             if y.dtype.kind not in "iub" and (y != np.round(y)).any():
-                raise ValueError(f"{name}.y must hold class numbers, got {y[y != np.round(y)][0]}.")
+                raise ValueError(f"{called} must hold class numbers, got {y[y != np.round(y)][0]}.")
             low, high, what = 0, num_classes - 1, f"class numbers 0 to {num_classes - 1}"
         elif self.keras_function in _PROBABILITIES:
             low, high, what = 0, 1, "labels in [0, 1]"
@@ -125,7 +201,7 @@ class PerExampleLoss:
         outside = (y < low) | (y > high)
         if outside.any():
             row = np.argwhere(outside)[0][0]
-            raise ValueError(f"{name}.y must hold {what}, got {y[row]} in row {row}.")
+            raise ValueError(f"{called} must hold {what}, got {y[row]} in row {row}.")
 
     def check_one_each(self, shape: tuple, y_shape: tuple, output_shape: tuple, name: str) -> None:
         """Refuse a loss that does not give one number per example.
@@ -155,13 +231,12 @@ class PerExampleLoss:
             f"for {n} examples of {name}; {remedy}."
         )
 
-    def is_differentiable(self, y: Any, output: Any) -> bool:
-        """Return True if TensorFlow can differentiate the loss with respect to the output."""
-        output = tf.identity(output)  # otherwise Keras uses the logits before a softmax
+    def is_differentiable(self, y: Any, z: Any) -> bool:
+        """Return True if TensorFlow can differentiate the loss with respect to z."""
         with tf.GradientTape() as tape:
-            tape.watch(output)
-            values = self.function(y, output)
-        return tape.gradient(values, output) is not None
+            tape.watch(z)
+            values = self.function(y, z)
+        return tape.gradient(values, z) is not None
 
     def check_logits(self, what: str = "a Gauss-Newton matrix") -> None:
         """Refuse a cross-entropy of probabilities, because `what` needs logits.
@@ -171,24 +246,34 @@ class PerExampleLoss:
         if not self.from_logits:
             raise ValueError(
                 f"loss must take logits for {what}, got {self.name!r} of "
-                "probabilities; drop the model's last softmax or sigmoid, as by model.layers[-1]."
-                "activation = keras.activations.linear, and give the loss from_logits=True."
+                "probabilities; end the model in a softmax or sigmoid layer, whose logits are then "
+                "known, or in the logits themselves, with from_logits=True in the loss."
             )
 
 
-def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExampleLoss:
+def per_example(
+    loss: Any,
+    model: Any,
+    *,
+    role: str = "loss",
+    ends_in: str | None = None,
+    as_compiled: bool = False,
+) -> PerExampleLoss:
     """Return the given loss or the model's compiled loss, without a reduction over examples.
 
     Args:
       loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled loss.
       model: the model whose compiled loss is used if `loss` is None.
       role: the name of the argument in messages.
+      ends_in: the activation in which the model's output ends, as `heads.ending` finds it.
+      as_compiled: True to call a function as Keras calls a compiled one. Labels then get the
+        dtype and the rank of the outputs.
 
     Raises: ValueError for a missing loss, an unknown name or a reduction by a sum. TypeError for an
       object that is not a loss.
     """
     if loss is None:
-        loss = _compiled(model)
+        loss, as_compiled = _compiled(model), True
         if loss is None:
             raise ValueError(
                 "loss must be given for a model that is not compiled with one, got None; "
@@ -204,27 +289,7 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
     if loss is measurements.logit:
         raise TypeError(f"{role} must be logit(label) of a class number, got logit itself.")
     if isinstance(loss, keras.losses.Loss):
-        if loss.reduction == "sum":
-            raise ValueError(
-                f"{role} must not be reduced by a sum, got {loss.name!r} with reduction='sum': the "
-                "risk is a mean over examples; use reduction='none' or 'sum_over_batch_size'."
-            )
-        function = getattr(loss, "fn", None)
-        kwargs = getattr(loss, "_fn_kwargs", {})
-        own, keeps_labels = _is_keras_own(type(loss)), function in _CLASS_NUMBERS
-        return PerExampleLoss(
-            loss.name or type(loss).__name__,
-            partial(_of_rows, loss.call, own, keeps_labels),
-            function,
-            function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False)),
-            getattr(loss, "labels", None),
-            role,
-            bool(getattr(loss, "convex", False)),
-            own
-            and kwargs.keys() <= _HARMLESS
-            and kwargs.get("axis", -1) == -1
-            and kwargs.get("ignore_class") is None,
-        )
+        return _of_class(loss, role, ends_in)
     if not callable(loss) or isinstance(loss, type):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
         raise TypeError(
@@ -232,13 +297,121 @@ def per_example(loss: Any, model: keras.Model, *, role: str = "loss") -> PerExam
         )
     name = getattr(loss, "__name__", type(loss).__name__)
     if _is_keras_own(loss):
+        head, logits = _head(loss, {}, ends_in)
         function = partial(_of_rows, loss, True, True)
-        return PerExampleLoss(name, function, loss, loss not in _FROM_LOGITS, role=role)
-    return PerExampleLoss(name, loss, role=role)
+        return _weighed(PerExampleLoss(name, function, loss, logits, role=role, head=head), True)
+    takes_logits = getattr(loss, "takes_logits", False)
+    function = partial(_as_compiled if as_compiled else _of_callable, loss)
+    found = PerExampleLoss(name, function, role=role, head=ends_in if takes_logits else None)
+    return _weighed(found, not takes_logits)
 
 
-def _compiled(model: keras.Model) -> Any:
-    """Return the compiled loss of a model. The loss may be in a list or dict with one entry.
+def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExampleLoss:
+    if loss.reduction == "sum":
+        raise ValueError(
+            f"{role} must not be reduced by a sum, got {loss.name!r} with reduction='sum': the "
+            "risk is a mean over examples; use reduction='none' or 'sum_over_batch_size'."
+        )
+    function = getattr(loss, "fn", None)
+    kwargs = getattr(loss, "_fn_kwargs", {})
+    own, keeps_labels = _is_keras_own(type(loss)), function in _CLASS_NUMBERS
+    head, logits = _head(function, kwargs, ends_in)
+    if type(loss).__call__ is keras.losses.Loss.__call__:
+        call = partial(_of_rows, loss.call, own, keeps_labels)
+    else:
+        call = partial(_one_by_one, loss)
+    found = PerExampleLoss(
+        loss.name or type(loss).__name__,
+        call,
+        function,
+        logits,
+        getattr(loss, "labels", None),
+        role,
+        bool(getattr(loss, "convex", False)),
+        own
+        and kwargs.keys() <= _HARMLESS
+        and kwargs.get("axis", -1) == -1
+        and kwargs.get("ignore_class") is None,
+        head,
+        ignored=kwargs.get("ignore_class"),
+        weighs_mean=loss.reduction == "mean_with_sample_weight",
+    )
+    return _weighed(found, True)
+
+
+def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | None, bool]:
+    """Return (head, from_logits) of a Keras loss on an output that ends in an activation.
+
+    Keras' cross-entropies go round the activation whatever `from_logits` says. With
+    `ignore_class`, and for other losses, Keras takes the output as `from_logits` says.
+    """
+    says = function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False))
+    if ends_in is None or function not in _FROM_LOGITS:
+        return None, says
+    round_it = function in _CROSS_ENTROPIES and kwargs.get("ignore_class") is None
+    return (ends_in, True) if round_it or not says else (None, True)
+
+
+def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
+    """Let a loss multiply by sample weights, and apply the activation to its logits."""
+    head = loss.head if activate else None
+    return replace(loss, function=_Weighed(loss.function, head, None, loss.role != "measurement"))
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Loss of rows as a function of labels, plain or with weights, and of logits or outputs.
+
+    Attributes:
+      call: the loss (labels, output) -> (n,).
+      head: the activation that turns z into the output, or None.
+      output: the name of the output in the labels, or None.
+      weighs: True if sample weights count.
+      scale: the loss weight.
+    """
+
+    call: Callable[[Any, Any], Any]
+    head: str | None
+    output: str | None
+    weighs: bool
+    scale: float = 1.0
+
+    def __call__(self, y: Any, z: Any) -> Any:
+        if self.head is not None and len(z.shape) == 1:
+            z = tf.expand_dims(z, -1)  # Keras' cross-entropies recognise only the result itself
+        values = self.call(labels_of(y, self.output), activated(self.head, z))
+        weight = weight_of(y, self.output) if self.weighs else None
+        if weight is not None:
+            values *= tf.cast(weight, values.dtype)
+        return values if self.scale == 1 else values * tf.cast(self.scale, values.dtype)
+
+
+def labels_of(y: Any, output: str | None) -> Any:
+    """Return the labels of one output, without weights. `output` None means the only one.
+
+    Raises: ValueError if y has no labels for the output.
+    """
+    found = packing.labels(y)
+    if not isinstance(found, Mapping):
+        return found
+    if output is None and len(found) == 1:
+        return next(iter(found.values()))
+    if output not in found:
+        what = "one array of labels" if output is None else f"labels for the output {output!r}"
+        raise ValueError(f"y must have {what}, got labels for {sorted(found)}.")
+    return found[output]
+
+
+def weight_of(y: Any, output: str | None) -> Any:
+    """Return the sample weights (n,) of one output, or None without weights."""
+    found = packing.sample_weights(y)
+    if not isinstance(found, Mapping):
+        return found
+    return next(iter(found.values())) if output is None else found.get(output)
+
+
+def _compiled(model: Any) -> Any:
+    """Return the compiled loss of a model. It may be in a list or dict with one entry.
 
     Raises: ValueError if the list or dict does not have one entry.
     """
@@ -279,6 +452,49 @@ def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any)
     if own and len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
         y = tf.expand_dims(y, -1)
     return _mean_over_rest(call(y, output))
+
+
+def _of_callable(function: Callable, y: Any, output: Any) -> Any:
+    """Call a user's function. Integer labels get the outputs' dtype if it does not take them.
+
+    Keras does that with the labels of every compiled function.
+    """
+    try:
+        return function(y, output)
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError):
+        if not hasattr(y, "dtype") or tf.as_dtype(y.dtype).is_floating:
+            raise
+    return function(tf.cast(y, output.dtype), output)
+
+
+def _as_compiled(function: Callable, y: Any, output: Any) -> Any:
+    """Call a user's compiled function as Keras does, and average the values of each row."""
+    y = tf.cast(y, output.dtype)
+    if abs(len(y.shape) - len(output.shape)) == 1:  # as Keras brings both to one rank
+        if len(y.shape) == 1 and output.shape[-1] == 1:
+            y = tf.expand_dims(y, -1)
+        elif len(output.shape) == 1 and y.shape[-1] == 1:
+            output = tf.expand_dims(output, -1)
+        elif len(y.shape) < len(output.shape) and output.shape[-1] == 1:
+            output = tf.squeeze(output, -1)
+        elif len(y.shape) > len(output.shape) and y.shape[-1] == 1:
+            y = tf.squeeze(y, -1)
+    return _mean_over_rest(function(y, output))
+
+
+def _one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
+    """Call a loss that overrides `__call__` for one row after another, (n,).
+
+    Its value for a batch may be anything. `validate` compares it with the mean over the rows.
+    """
+    loss = copy.copy(loss)
+    vars(loss)["_dtype"] = output.dtype.name  # Keras would round float64 to its default dtype
+
+    def of_row(part: Any) -> Any:
+        y, output = (tf.expand_dims(t, 0) for t in part)
+        return tf.reduce_mean(tf.cast(loss(y, output), output.dtype))
+
+    return tf.vectorized_map(of_row, (tf.convert_to_tensor(y), output))
 
 
 def _mean_over_rest(values: Any) -> Any:

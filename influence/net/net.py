@@ -11,6 +11,7 @@ method uses the model in inference mode. Only `fit` and setting `theta` change t
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import keras
@@ -20,11 +21,18 @@ from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
 from influence.common.numbers import numbers
+from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
+from influence.net.compiled import SeveralLosses, model_loss
 from influence.net.flat import FlatModel
+from influence.net.given import checked_dtype, copied, given, trained_part
+from influence.net.heads import activated, ending
 from influence.net.losses import per_example
+from influence.net.precision import recast
+from influence.net.preprocessing import Preparation
+from influence.net.probe import check_added, check_apart, check_reported, leaves, probe_of
 from influence.net.questions import Total, loss_sum
 from influence.net.refused import (
     check_inputs,
@@ -33,14 +41,14 @@ from influence.net.refused import (
     check_weights,
     watched_ids,
 )
+from influence.net.saved import is_path, load_model
 
 # Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
 # products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
 # Batches of 500 rows take a sixth more time.
 _FLOAT32_ROWS = 500
-_PROBE_ROWS = 3
-# A loss mixes rows if it changes by more than this fraction when other rows join its batch.
-_MIXING_RTOL = 1e-3
+# The logits of a model are right if their activation differs by at most this from its output.
+_LOGITS_ATOL = 1e-4
 
 
 class GenericNeuralNet(Derivatives):
@@ -49,28 +57,120 @@ class GenericNeuralNet(Derivatives):
     Args:
       model: any built `keras.Model` with one floating dtype for its trainable weights. To keep
         weights out of theta, freeze their layers (`layer.trainable = False`) before this call.
-      loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations.
-        None means the compiled loss.
+      loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations. A
+        model with several outputs takes a list or dict of them, as `compile` does. None means the
+        compiled loss with its loss weights.
+      dtype: "float32" or "float64" for a copy of the model that computes in this dtype, with
+        copies of the weights. None means the model itself, and a float32 copy for a model of mixed
+        precision.
+
+    Lookup layers of strings, such as TextVectorization, and the layers before them are not part of
+    the net's model. They are applied once to each set of examples.
 
     Attributes:
-      model: the Keras model. It is shared and not copied.
+      model: the Keras model. It is shared and not copied, unless `notes` says so. A copy has its
+        own weights: `fit` and setting `theta` change the copy, and not the model that was given.
+      preparation: the lookup layers in front of the model, or None.
+      notes: what was done to the given model, one sentence each. `repr` shows them.
       convex: True if the risk is known to be smooth and strictly convex in theta.
       dtype: the dtype of theta and of every result.
 
     Raises: TypeError for anything except a Keras model, or mixed weight dtypes. ValueError for a
-      model that is unbuilt, has no trainable weight, uses an activity regulariser, or rounds the
-      input of float64 weights.
+      model that is unbuilt, has no trainable weight, uses one of Keras' activity regularisers, or
+      rounds the input of float64 weights. The errors of `compiled.model_loss`.
     """
 
-    def __init__(self, model: keras.Model, loss: Any = None):
+    preparation: Preparation | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, model: keras.Model, loss: Any = None, *, dtype: Any = None):
+        self.preparation, model, self.notes = trained_part(model, dtype)
         check_model(model)
         self.model = model
-        self.loss = per_example(loss, model)
-        self.flat = FlatModel(model, self.loss)
+        self.ending = ending(model)
+        self.loss = model_loss(loss, model, self.ending)
+        self.flat = FlatModel(model, self.loss, preparation=self.preparation)
         self.dtype = self.flat.dtype
+
+    def __repr__(self) -> str:
+        """Show the model's name, the sizes, and what was done to the given model."""
+        notes = "".join(f" {note}" for note in self.notes)
+        name = f"{type(self).__name__}({self.model.name!r}, d={self.num_parameters}, {self.dtype})"
+        return name + notes
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        loss: Any = None,
+        *,
+        model: keras.Model | None = None,
+        dtype: Any = None,
+    ) -> GenericNeuralNet:
+        """Return the net of a model that Keras saved. Python code in the file is never run.
+
+        Args:
+          path: a file `.keras` or `.h5` of a whole model, or a file `.weights.h5` for `model`.
+          loss: as in the constructor. None means the loss that was compiled before saving.
+          model: a built model that gets the weights in the file. It is changed.
+          dtype: as in the constructor.
+
+        Raises: FileNotFoundError for a missing file. TypeError or ValueError for another file, a
+          model that Keras cannot rebuild, and as the constructor.
+        """
+        found = load_model(path, model, compiled=loss is None)
+        return GenericNeuralNet(found, loss, dtype=dtype)
+
+    def astype(self, dtype: Any) -> GenericNeuralNet:
+        """Return a net of the same risk at the same theta that computes in another dtype.
+
+        The result has a copy of the model: `fit` and setting `theta` change only this copy. A net
+        that has the dtype already is returned itself.
+
+        Args:
+          dtype: "float32" or "float64".
+
+        Raises: ValueError for another dtype, for a model that Keras cannot rebuild, or for a
+          subclass whose closed forms have one dtype.
+        """
+        wanted = checked_dtype(dtype)
+        if wanted == self.dtype:
+            return self
+        if type(self) is not GenericNeuralNet:
+            raise ValueError(
+                f"dtype must be {self.dtype} for {type(self).__name__}, got {wanted}; "
+                f"GenericNeuralNet(net.model, net.loss, dtype={wanted!r}) has no closed forms."
+            )
+        view = copy.copy(self)
+        view.model = recast(self.model, str(wanted))
+        view.flat = FlatModel(view.model, self.loss, preparation=self.preparation)
+        view.dtype, view.fixed, view.memo = view.flat.dtype, None, None
+        view.notes += (copied(str(wanted)),)
+        if self.fixed is not None:
+            view.theta = self.fixed
+        return view
+
+    def given(self, value: Any, name: str) -> Examples:
+        """Return data as Examples with the inputs that the net's model takes.
+
+        Args:
+          value: Examples, (x, y), (x, y, sample_weight), or a dataset of such batches, with inputs
+            and labels in any form that `fit` takes. Inputs of a model with lookup layers are
+            prepared once.
+          name: the argument's name in error messages.
+
+        Raises: TypeError naming `name` for another kind of data, or for strings that the model does
+          not take. The errors of Examples and Stream.
+        """
+        return given(self, value, name)
 
     def measuring(self, measurement: Any) -> GenericNeuralNet:
         """Return the same model at the same theta, with a measurement in place of its loss.
+
+        A measurement is not multiplied by sample weights, like the `metrics` of Keras. It takes
+        what the model returns, and logits if it needs them and the model ends in a softmax or
+        sigmoid. Of a model with several outputs, it takes the labels and the outputs as Keras holds
+        them, a dict of labels by output name and a list or dict of outputs.
 
         Args:
           measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or
@@ -80,12 +180,23 @@ class GenericNeuralNet(Derivatives):
         Raises: TypeError or ValueError for another kind of measurement. ValueError if it needs
           logits, but this net's loss takes probabilities.
         """
-        loss = per_example(measurement, self.model, role="measurement")
-        if getattr(measurement, "takes_logits", False):
+        takes_logits = getattr(measurement, "takes_logits", False)
+        several = self.ending.names is not None
+        loss = per_example(
+            measurement, self.model, role="measurement", ends_in=self.ending.heads[0]
+        )
+        if several and (takes_logits or loss.keras_function is not None):
+            raise ValueError(
+                f"measurement must take the several outputs {list(self.ending.names or ())}, got "
+                f"{loss.name!r}, which takes one; give a function (labels, outputs) -> (n,)."
+            )
+        if takes_logits and loss.head is None:
             self.loss.check_logits(f"the measurement {loss.name!r}")
         view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
         view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
-        view.flat = FlatModel(self.model, loss, self.flat.weights)
+        view.ending = self.ending
+        view.flat = FlatModel(self.model, loss, self.flat.weights, self.preparation)
+        view.preparation, view.notes = self.preparation, self.notes
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
@@ -160,7 +271,8 @@ class GenericNeuralNet(Derivatives):
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
     def risk(self, examples: Examples, batch_size: int | None = None) -> float:
-        """Return R(theta) = mean_i loss_i + penalty over all examples."""
+        """Return R(theta) = mean_i loss_i + penalty over all examples, in any form of data."""
+        examples = self.given(examples, "examples")
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)
         return float(total) / len(examples) + self.penalty()
 
@@ -203,46 +315,69 @@ class GenericNeuralNet(Derivatives):
     def validate(self, examples: Examples, name: str) -> None:
         """Refuse examples that do not fit this model and loss.
 
+        A few dozen rows of the whole set are asked for their losses, in their order and shuffled.
+        If the loss is the compiled one, its mean must be what Keras reports for these rows.
+
         Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
           labels of the wrong shape, for labels or embedding ids out of range, or for a loss that
-          is not one number per example. ValueError for a model with several outputs, with losses
-          of its own, or with weights that are not finite.
+          is not one number per example, depends on other rows or is not the mean that Keras
+          reports. ValueError for a model that masks its output, or with weights that are not
+          finite.
         """
         if not isinstance(examples, Examples):
-            dataset = isinstance(examples, tf.data.Dataset | keras.utils.PyDataset)
-            remedy = "; wrap it: influence.Stream(dataset)" if dataset else ""
             kind = type(examples).__name__
-            raise TypeError(f"{name} must be Examples(x, y), got {kind}{remedy}.")
+            raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
         check_weights(self.model)
-        probe = examples.take(slice(0, _PROBE_ROWS))
+        rows, probe = probe_of(examples)
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self.flat.inputs(probe.x), examples, name) as x:
-            output = check_output(self.model, x, name)
-        output_shape = tuple(output.shape)
-        self.loss.check_labels(examples.y, output_shape, name)
+            raw = check_output(self.model, x, name)
+        shapes = [tuple(t.shape) for t in leaves(raw)]
+        shape = ", ".join(map(str, shapes))
+        labels = {key: part[: len(probe)] for key, part in label_parts(probe.y).items()}
+        given = ", ".join(f"shape {part.shape}, dtype {part.dtype}" for part in labels.values())
         try:
-            differentiable = self.loss.is_differentiable(self.flat.tensor(probe.y), output)
+            self.loss.check_labels(examples.y, self.loss.shapes(raw), name)
+            z = self._seen(raw, probe)
+            differentiable = self.loss.is_differentiable(self.flat.tensor(probe.y), z)
             losses = self.losses(probe.x, probe.y)
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+            if str(error).startswith((f"{name}.", "model must", "y must have", "loss must")):
+                raise
             raise ValueError(
-                f"{name}.y does not fit the {self.loss.role} {self.loss.name!r}: labels of shape "
-                f"{probe.y.shape}, dtype {probe.y.dtype}, against outputs of shape {output_shape}."
+                f"{name}.y does not fit the {self.loss.role} {self.loss.name!r}: labels of "
+                f"{given}, against outputs of shape {shape}."
             ) from error
         if not differentiable:
             raise ValueError(
                 f"{self.loss.role} must be differentiable by the model's output, got no gradient "
                 f"from {self.loss.name!r}; argmax, rounding and comparisons have none."
             )
-        self.loss.check_one_each(losses.shape, probe.y.shape, output_shape, name)
-        first = probe.take([0])
-        alone = float(self.losses(first.x, first.y)[0])
-        if abs(alone - losses[0]) > _MIXING_RTOL * np.abs(losses).max():
-            raise ValueError(
-                f"{self.loss.role} must depend on its own row alone, got {losses[0]:.4g} from "
-                f"{self.loss.name!r} for row 0 of {name} among {len(probe)} rows and {alone:.4g} "
-                f"for it by itself; labels of shape {probe.y.shape} broadcast against outputs of "
-                f"shape {output_shape}, or a layer that mixes rows, would do that."
-            )
+        first_y = next(iter(labels.values())).shape
+        self.loss.check_one_each(losses.shape, first_y, shapes[0], name)
+        check_apart(self, rows, probe, losses, shape, name)
+        if self.loss.role == "loss":
+            check_added(self, probe, name)
+            check_reported(self, probe, losses, name)
+
+    def _seen(self, raw: Any, probe: Examples) -> Any:
+        """Return what the loss takes from the model's output for a few rows.
+
+        Raises: ValueError if the logits of a softmax or sigmoid do not give the model's output.
+        """
+        t = self.flat
+        if self.loss.head is None and not isinstance(self.loss, SeveralLosses):
+            return tf.nest.map_structure(tf.identity, raw)
+        z = tf.convert_to_tensor(t.run("seen", t.output, self.theta_tensor(), t.inputs(probe.x)))
+        for head, logits, output in self.loss.heads(z, raw):
+            gap = float(tf.reduce_max(tf.abs(activated(head, logits) - output)))
+            if not gap <= _LOGITS_ATOL:
+                raise ValueError(
+                    f"model must end in its {head}, got an output of {self.model.name!r} that "
+                    f"differs by {gap:.1e} from the {head} of its logits; end the model in "
+                    "the logits, with from_logits=True in the loss."
+                )
+        return z
 
     def fit(
         self, examples: Examples, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000
@@ -256,6 +391,7 @@ class GenericNeuralNet(Derivatives):
 
         Returns: self. A ConvergenceWarning is issued if the final norm is above the tolerance.
         """
+        examples = self.given(examples, "examples")
         self.validate(examples, "examples")
 
         def at(theta: NDArray) -> tuple[float, NDArray]:
@@ -273,15 +409,32 @@ class GenericNeuralNet(Derivatives):
 _NOT_GIVEN: Any = object()
 
 
-def checked(net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN) -> None:
-    """Refuse a net of another type, and examples that do not fit the net.
+def checked(
+    net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN
+) -> tuple[GenericNeuralNet, Examples, Examples]:
+    """Return a net and sets of examples for what a caller gave, and refuse what does not fit.
 
-    The caller may omit either set of examples.
+    Args:
+      net: a GenericNeuralNet, a compiled Keras model, or the path of a saved one.
+      train: data in any form that `GenericNeuralNet.given` takes. The caller may omit it.
+      test: the same.
 
-    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet.validate`.
+    Returns: (net, train, test). An omitted set is returned as it came.
+    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet`, of its method
+      `given`, and of `GenericNeuralNet.validate`.
     """
+    if isinstance(net, keras.Model):
+        net = GenericNeuralNet(net)
+    elif is_path(net):
+        net = GenericNeuralNet.load(net)
     if not isinstance(net, GenericNeuralNet):
-        raise TypeError(f"net must be a GenericNeuralNet, got {type(net).__name__}.")
-    for name, examples in (("train", train), ("test", test)):
+        raise TypeError(
+            "net must be a GenericNeuralNet, a compiled Keras model or the path of a saved one, "
+            f"got {type(net).__name__}."
+        )
+    sets = {"train": train, "test": test}
+    for name, examples in sets.items():
         if examples is not _NOT_GIVEN:
-            net.validate(examples, name)
+            sets[name] = net.given(examples, name)
+            net.validate(sets[name], name)
+    return net, sets["train"], sets["test"]

@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras.layers import InputLayer
 
 from influence.examples.arrays import CHECK_ROWS
+from influence.net.inputs import aliases, declared, fits, for_call, named
 
 # A message names at most this many layers.
 _SHOWN = 5
@@ -25,7 +26,45 @@ def check_model(model: Any) -> None:
 
     Raises: TypeError for anything except a Keras model, for trainable weights of several dtypes, or
       for a dtype other than float32 and float64. ValueError for a model that is unbuilt, has no
-      trainable weight, has an activity regulariser, or computes in another dtype than its weights'.
+      trainable weight, has one of Keras' activity regularisers, or computes in another dtype than
+      its weights'.
+    """
+    check_built(model)
+    dtypes = sorted({str(w.dtype) for w in model.trainable_weights})
+    if len(dtypes) > 1:
+        raise TypeError(f"model must have trainable weights of one dtype, got {', '.join(dtypes)}.")
+    if dtypes[0] not in ("float32", "float64"):
+        raise TypeError(f"model must have float32 or float64 weights, got {dtypes[0]}.")
+    for layer in model._flatten_layers():
+        regulariser = getattr(layer, "activity_regularizer", None)
+        if type(regulariser).__module__.split(".")[0] == "keras":
+            raise ValueError(
+                f"model must have no activity regulariser, got one on layer {layer.name!r}: Keras "
+                "adds its sum over the batch, so the risk would depend on the batch's size; add a "
+                "mean over rows by self.add_loss instead, or put it into the loss."
+            )
+        computes = str(layer.compute_dtype)
+        # Sequential and functional models only pass tensors on to their layers.
+        containers = InputLayer | keras.Sequential
+        passes_on = isinstance(layer, containers) or not layer._convert_input_args
+        if not passes_on and "float" in computes and computes != dtypes[0]:
+            raise ValueError(
+                f"model must compute in the dtype of its weights, {dtypes[0]}, got {computes} in "
+                f"layer {layer.name!r}, whose rounding the derivatives would inherit; "
+                f"GenericNeuralNet(model, dtype={dtypes[0]!r}) makes a copy without it."
+            )
+    for tensor in getattr(model, "inputs", None) or []:
+        if dtypes == ["float64"] and str(tensor.dtype) in ("float32", "float16", "bfloat16"):
+            raise ValueError(
+                f"model must not round its input, got float64 weights behind the {tensor.dtype} "
+                f"input {tensor.name!r}; use keras.Input(..., dtype='float64')."
+            )
+
+
+def check_built(model: Any) -> None:
+    """Refuse anything except a built Keras model with a trainable weight.
+
+    Raises: TypeError or ValueError naming the model.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, got {type(model).__name__}.")
@@ -38,33 +77,6 @@ def check_model(model: Any) -> None:
             f"model must have a trainable weight, got none in {model.name!r}; "
             "set trainable = True on the layers that theta should hold."
         )
-    dtypes = sorted({str(w.dtype) for w in model.trainable_weights})
-    if len(dtypes) > 1:
-        raise TypeError(f"model must have trainable weights of one dtype, got {', '.join(dtypes)}.")
-    if dtypes[0] not in ("float32", "float64"):
-        raise TypeError(f"model must have float32 or float64 weights, got {dtypes[0]}.")
-    for layer in model._flatten_layers():
-        if getattr(layer, "activity_regularizer", None) is not None:
-            raise ValueError(
-                f"model must have no activity regulariser, got one on layer {layer.name!r}: it "
-                "depends on x, so it belongs in the loss."
-            )
-        computes = str(layer.compute_dtype)
-        # Sequential and functional models only pass tensors on to their layers.
-        containers = InputLayer | keras.Sequential
-        passes_on = isinstance(layer, containers) or not layer._convert_input_args
-        if not passes_on and "float" in computes and computes != dtypes[0]:
-            raise ValueError(
-                f"model must compute in the dtype of its weights, {dtypes[0]}, got {computes} in "
-                f"layer {layer.name!r}, whose rounding the derivatives would inherit; give every "
-                f"layer dtype={dtypes[0]!r}."
-            )
-    for tensor in getattr(model, "inputs", None) or []:
-        if dtypes == ["float64"] and str(tensor.dtype) in ("float32", "float16", "bfloat16"):
-            raise ValueError(
-                f"model must not round its input, got float64 weights behind the {tensor.dtype} "
-                f"input {tensor.name!r}; use keras.Input(..., dtype='float64')."
-            )
 
 
 def check_weights(model: keras.Model) -> None:
@@ -91,13 +103,14 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
     Raises: ValueError naming `name`, the expected shape and the given shape.
     """
-    wanted = _declared(model)
+    wanted = declared(model)
     if not wanted:
         return
+    x = named(model, x)
     if isinstance(x, dict):
         if set(x) != set(wanted):
             raise ValueError(
-                f"{name}.x must have the model's inputs {sorted(wanted)}, got {sorted(x)}."
+                f"{name}.x must have the model's inputs {sorted(wanted)}, got {sorted(x, key=str)}."
             )
         pairs = [(f"{name}.x[{key!r}]", x[key], wanted[key]) for key in wanted]
     elif len(wanted) == 1:
@@ -108,49 +121,48 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
         )
     for label, part, tensor in pairs:
         want, got = tuple(tensor.shape[1:]), tuple(part.shape[1:])
-        fits = len(want) == len(got) and all(w in (None, g) for w, g in zip(want, got, strict=True))
-        if not fits:
+        if not fits(got, want):
             raise ValueError(
                 f"{label} must have rows of shape {want} for model {model.name!r}, got {got}."
             )
 
 
-def _declared(model: keras.Model) -> dict[Any, Any]:
-    """Return the declared inputs of a functional or sequential model, else an empty dict."""
-    declared = getattr(model, "inputs", None) or []
-    # `model.input` is a dict if the model was built from a dict of inputs. Keras then finds each
-    # input by its key.
-    try:
-        structure = model.input
-    except (AttributeError, ValueError):
-        structure = None
-    return structure if isinstance(structure, dict) else {t.name: t for t in declared}
-
-
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
-    """Return the model's output for a few rows x, in inference mode, without side effects.
+    """Return what the model returns for a few rows x, in inference mode, without side effects.
 
-    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model has several
-      outputs or adds losses of its own.
+    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model masks an
+      output, or does not return a tensor or a flat list or dict of tensors.
     """
     try:
-        with keras.StatelessScope(collect_losses=True) as scope:
-            output = model(x, training=False)
+        with keras.StatelessScope(collect_losses=True):
+            output = model(for_call(model, x), training=False)
     except (TypeError, ValueError, tf.errors.OpError) as error:
         parts = x if isinstance(x, dict) else {"x": x}
         got = ", ".join(f"{key}: {part.dtype.name} {part.shape}" for key, part in parts.items())
         raise ValueError(f"{name}.x does not fit the model {model.name!r}, got {got}.") from error
-    if not tf.is_tensor(output):
+    tensors = list(output.values()) if isinstance(output, dict) else output
+    tensors = tensors if isinstance(tensors, list | tuple) else [tensors]
+    if not tensors or not all(tf.is_tensor(tensor) for tensor in tensors):
+        kinds = ", ".join(sorted({type(tensor).__name__ for tensor in tensors}))
         raise ValueError(
-            f"model must have one output, got a {type(output).__name__} from {model.name!r}; "
-            "keras.Model(model.inputs, one of its outputs) makes a model of the one you mean."
+            f"model must return a tensor, or a list or dict of tensors, got a "
+            f"{type(output).__name__} of {kinds or 'nothing'} from {model.name!r}."
         )
-    if scope.losses:
-        raise ValueError(
-            f"model must not add losses of its own, got {len(scope.losses)} by add_loss in "
-            f"{model.name!r}: they depend on x, so they belong in the loss."
-        )
+    check_no_mask(model, tensors)
     return output
+
+
+def check_no_mask(model: keras.Model, outputs: list[Any]) -> None:
+    """Refuse outputs with a mask.
+
+    Raises: ValueError naming the model.
+    """
+    if any(getattr(tensor, "_keras_mask", None) is not None for tensor in outputs):
+        raise ValueError(
+            f"model must not mask its output, got a mask from {model.name!r}: Keras divides such a "
+            "loss by the number of unmasked steps in the whole batch, so it is no mean over "
+            "examples; end in a layer that consumes the mask, such as pooling."
+        )
 
 
 # This holds the checks that each set of examples has passed. They are not repeated.
@@ -183,28 +195,28 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
             for layer, inputs in uses:
                 for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
                     if inputs is tensor:
-                        _check(layer, examples, key, name)
+                        _check(layer, examples, key, name, aliases(model))
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
     """Cast x to the dtypes of the model's inputs. Keras then passes on x itself, not a copy."""
-    declared = _declared(model)
+    wanted = declared(model)
     if isinstance(x, dict):
-        return {k: tf.cast(v, declared[k].dtype) if k in declared else v for k, v in x.items()}
-    if len(declared) != 1:
+        return {k: tf.cast(v, wanted[k].dtype) if k in wanted else v for k, v in x.items()}
+    if len(wanted) != 1:
         return x
-    (tensor,) = declared.values()
+    (tensor,) = wanted.values()
     return tf.cast(x, tensor.dtype)
 
 
-def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) -> None:
+def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str, other: dict) -> None:
     passed = _PASSED.setdefault(examples, set())
     if (key, layer.input_dim) in passed:
         return
     label = f"{name}.x" if key is None else f"{name}.x[{key!r}]"
     first = 0
     for found, count in examples.map_over(
-        partial(_outside, key, layer.input_dim), None, batch_size=CHECK_ROWS
+        partial(_outside, key, other, layer.input_dim), None, batch_size=CHECK_ROWS
     ):
         if found is not None:
             row, value = found
@@ -216,9 +228,14 @@ def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str) ->
     passed.add((key, layer.input_dim))
 
 
-def _outside(key: Any, input_dim: int, net: Any, theta: Any, x: Any, y: Any) -> tuple[Any, int]:
+def _outside(
+    key: Any, other: dict, input_dim: int, net: Any, theta: Any, x: Any, y: Any
+) -> tuple[Any, int]:
     """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
-    ids = x if key is None else x[key]
+    if key is None:
+        ids = x
+    else:  # x may have other names of the inputs
+        ids = next(part for given, part in x.items() if other.get(given, given) == key)
     outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None
     return None if where is None else (where[0], ids[where]), len(y)

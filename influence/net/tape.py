@@ -104,6 +104,11 @@ def gradient_each(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> An
     return each(lambda part: gradient(mean_loss(losses, *part[:2]), part[2]), (x, y, thetas))
 
 
+def _num_rows(y: Any) -> Any:
+    """Return the number of rows (1,) of labels, which may be a dict of tensors."""
+    return tf.shape(tf.nest.flatten(y)[0])[:1]
+
+
 def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
     x, y = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), (x, y))
     return gradient(mean_loss(losses, x, y), theta)
@@ -115,7 +120,7 @@ def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) 
     This is the derivative of (sum_k u_k grad loss_k) . v_j with respect to the weight u_i. No
     gradient of a single example is formed.
     """
-    u = tf.ones(tf.shape(y)[:1], theta.dtype)
+    u = tf.ones(_num_rows(y), theta.dtype)
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(u)
         g = gradient(lambda t: tf.tensordot(u, losses(t, x, y), 1), theta)
@@ -161,13 +166,13 @@ def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 
     This is the derivative of v' (sum_k u_k H_k) v with respect to the weight u_i.
     """
-    u = tf.ones(tf.shape(y)[:1], theta.dtype)
+    u = tf.ones(_num_rows(y), theta.dtype)
     return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)
 
 
 def curvature_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
     """Return the gradient (d,) of v' H v with respect to theta. H is the mean loss's Hessian."""
-    u = tf.ones(tf.shape(y)[:1], theta.dtype)
+    u = tf.ones(_num_rows(y), theta.dtype)
     u /= tf.reduce_sum(u)
     return gradient(lambda t: _along_twice(losses, t, x, y, v, u), theta)
 

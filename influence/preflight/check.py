@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import tensorflow as tf
@@ -56,10 +55,9 @@ def check(
       negative damping, a bad batch size or a single row. Faults of the model, loss or data
       do not raise an error, but appear in the report.
     """
-    checked(net)
-    for name, examples in (("train", train), ("test", test)):
-        if not isinstance(examples, Examples) and (name == "train" or examples is not None):
-            net.validate(cast(Examples, examples), name)  # raises and says how to wrap a dataset
+    net, _, _ = checked(net)
+    train = net.given(train, "train")
+    test = None if test is None else net.given(test, "test")
     if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
         raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
     check_batch_size(batch_size)

@@ -86,7 +86,7 @@ def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
 
 def _kinks(model: keras.Model, train: Examples) -> list[str]:
     """Find operations of the model with a discontinuous slope."""
-    x = plain_inputs(train.take([0]).x)
+    x = plain_inputs(model, train.take([0]).x)
     function = tf.function(lambda x: model(x, training=False), autograph=False)
     with keras.StatelessScope():
         graph = function.get_concrete_function(tf.nest.map_structure(tf.constant, x)).graph

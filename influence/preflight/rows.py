@@ -16,6 +16,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
+from influence.net.inputs import for_call, named
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.net.refused import check_weights
@@ -150,8 +151,8 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     examples, first = answers.examples, answers.losses
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = examples.take(sample(len(examples), _SAMPLE))
-    x = plain_inputs(some.x)
-    with keras.StatelessScope():  # Seeds advance only inside the scope, not outside.
+    x = plain_inputs(net.model, some.x)
+    with keras.StatelessScope():  # seeds advance inside the scope, and keep their values outside
         one, two = (np.asarray(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)
@@ -233,8 +234,12 @@ def _gap(one: NDArray, two: NDArray, size: float) -> float:
     return gap / size if gap else 0.0
 
 
-def plain_inputs(x: Any) -> Any:
-    """Convert inputs to dense arrays for the Keras model itself."""
-    if isinstance(x, Mapping):
-        return {key: plain_inputs(part) for key, part in x.items()}
-    return x.toarray() if scipy.sparse.issparse(x) else x
+def plain_inputs(model: keras.Model, x: Any) -> Any:
+    """Convert inputs to dense arrays, in the structure in which the Keras model is called."""
+    if not isinstance(x, Mapping):
+        return _dense(x)
+    return for_call(model, named(model, {key: _dense(part) for key, part in x.items()}))
+
+
+def _dense(part: Any) -> Any:
+    return part.toarray() if scipy.sparse.issparse(part) else part

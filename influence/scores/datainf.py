@@ -72,7 +72,7 @@ def datainf(
     Returns: DataInfScores (m, k), in the unit of the test loss.
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
     """
-    checked(net, train, test)
+    net, train, test = checked(net, train, test)
     n = len(train)
     asked = None if rows is None else check_rows(rows, n)
     rows = np.arange(n) if asked is None else asked

@@ -75,7 +75,7 @@ def group(
             "order must be 1 with GaussNewton, got 2: the second order is that of the risk itself; "
             "use Hessian, with a damping if it is indefinite."
         )
-    view, name = inverse.measured(test, measurement)
+    view, name, test = inverse.measured(test, measurement)
     chosen = inverse.train.take(rows)
     gradient = len(rows) * inverse.net.risk_gradient(chosen, batch_size=inverse.batch_size)
     solution = inverse.s_test(test, view)

@@ -95,7 +95,7 @@ class Influence:
         self.inverse = Inverse(
             net, train, solver=solver, damping=damping, curvature=curvature, batch_size=batch_size
         )
-        self.net, self.train, self.batch_size = net, train, batch_size
+        self.net, self.train, self.batch_size = self.inverse.net, self.inverse.train, batch_size
         self.operator = self.inverse.operator
 
     @property
@@ -115,7 +115,7 @@ class Influence:
 
         Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
-        view, _ = self.inverse.measured(test, measurement)
+        view, _, test = self.inverse.measured(test, measurement)
         return self.inverse.s_test(test, view)
 
     def scores(
@@ -138,7 +138,7 @@ class Influence:
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
         """
         rows = self.inverse.rows(rows)
-        view, name = self.inverse.measured(test, measurement)
+        view, name, test = self.inverse.measured(test, measurement)
         solution = self.inverse.s_test(test, view)
         changes = self.inverse.along(solution.x, self.train, rows).T
         return Scores(changes, rows, solution, measurement=name)
@@ -159,7 +159,8 @@ class Influence:
         Returns: AdditionScores (m, k), in the unit of the test loss.
         Raises: as `scores`.
         """
-        view, name = self.inverse.measured(test, measurement)
+        view, name, test = self.inverse.measured(test, measurement)
+        new = self.net.given(new, "new")
         self.net.validate(new, "new")
         solution = self.inverse.s_test(test, view)
         return AdditionScores(-self.inverse.along(solution.x, new).T, solution, name)
@@ -265,7 +266,7 @@ class Influence:
             raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
         n = len(self.train)
         rows = np.arange(n) if rows is None else check_increasing(rows, n)
-        view, name = self.inverse.measured(test, measurement)
+        view, name, test = self.inverse.measured(test, measurement)
         job = file.Job(self.inverse, view, name, test, rows, dtype)
         return file.write(job, Path(path))
 

@@ -44,7 +44,7 @@ class Inverse:
         check_batch_size(batch_size)
         if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
             raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}.")
-        checked(net, train)
+        net, train, _ = checked(net, train)
         self.net, self.train, self.batch_size = net, train, batch_size
         self.operator = curvature(net, train, damping, batch_size=batch_size)
         if isinstance(solver, Prepared):
@@ -75,17 +75,20 @@ class Inverse:
         """Check training row numbers, (k,); None means all n."""
         return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
 
-    def measured(self, test: Examples, measurement: Any = None) -> tuple[GenericNeuralNet, str]:
-        """Return the net whose losses are the measurement's values, and the measurement's name.
+    def measured(
+        self, test: Any, measurement: Any = None
+    ) -> tuple[GenericNeuralNet, str, Examples]:
+        """Return the net whose losses are the measurement's values, its name, and the test set.
 
         Raises: TypeError or ValueError for a test set or a measurement that does not fit the net.
         """
+        test = self.net.given(test, "test")
         self.net.validate(test, "test")
         if measurement is None:
-            return self.net, "loss"
+            return self.net, "loss", test
         view = self.net.measuring(measurement)
         view.validate(test, "test")
-        return view, view.loss.name
+        return view, view.loss.name, test
 
     def solve(self, B: NDArray, what: str) -> Solution:
         """Solve for right-hand sides B (d, m), and warn of a doubtful answer.
@@ -126,7 +129,7 @@ class Inverse:
         Raises: as `solve` and `measured`.
         """
         if view is None:
-            view, _ = self.measured(test)
+            view, _, test = self.measured(test)
         gradients = test.map_over(PerRow("gradients"), view, batch_size=self.block_size)
         blocks = [self.solve(G.T, "the test gradients") for G in gradients]
         return blocks[0] if len(blocks) == 1 else _joined(blocks)

@@ -44,7 +44,7 @@ def relative(
     rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")
-    view, name = inverse.measured(test, measurement)
+    view, name, test = inverse.measured(test, measurement)
     V = test.each_row(PerRow("gradients"), view, batch_size=inverse.block_size)  # (m, d)
     table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
     for at, _, G in inverse.row_gradients(rows):

@@ -67,7 +67,7 @@ def tracin(
     Returns: TracInScores (m, k).
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
     """
-    checked(net, train, test)
+    net, train, test = checked(net, train, test)
     asked = None if rows is None else check_rows(rows, len(train))
     rows = np.arange(len(train)) if asked is None else asked
     check_batch_size(batch_size)

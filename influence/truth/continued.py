@@ -127,7 +127,7 @@ def continued_training(
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
       for parameters that are not finite.
     """
-    runs.check(net, train, test)
+    net, train, test = runs.check(net, train, test)
     rows = check_rows(rows, len(train))
     if not is_integer(steps, 1):
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")

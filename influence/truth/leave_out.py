@@ -104,7 +104,7 @@ def leave_one_out(
     Raises: ValueError, TypeError or IndexError for bad input before any long work. A refit that
       misses the tolerance is not `converged`, and a ConvergenceWarning is given.
     """
-    runs.check(net, train, test)
+    net, train, test = runs.check(net, train, test)
     rows = check_rows(rows, len(train))
     task = Task(net, train, test, options.batch_size)
     return replace(_retrained(task, list(rows[:, None]), options, max_passes=30), rows=rows)
@@ -141,7 +141,7 @@ def leave_group_out(
     Raises: ValueError, TypeError or IndexError for bad input before any long work. A refit that
       misses the tolerance is not `converged`, and a ConvergenceWarning is given.
     """
-    runs.check(net, train, test)
+    net, train, test = runs.check(net, train, test)
     names, groups = runs.check_groups(groups, len(train))
     task = Task(net, train, test, options.batch_size)
     return replace(_retrained(task, groups, options, max_passes=100), names=names)

@@ -163,7 +163,7 @@ def proximal_response(
       if A is not positive definite. A row that misses the tolerance is not `converged`, and a
       ConvergenceWarning is given.
     """
-    runs.check(net, train, test)
+    net, train, test = runs.check(net, train, test)
     rows = check_rows(rows, len(train))
     tolerances = _tolerances("tolerance", options.tolerance, len(rows))
     until = _tolerances("rough_tolerance", options.rough_tolerance, len(rows))

@@ -160,11 +160,15 @@ def _kept(path: Path | None, refit: Callable, task: Task, part: Groups, argument
     return kept(path, lambda: refit(task, part, argument))
 
 
-def check(net: GenericNeuralNet, train: Examples, test: Examples) -> None:
-    """Raise TypeError or ValueError, naming the argument, if the inputs allow no retraining."""
-    checked(net, train, test)
+def check(net: Any, train: Any, test: Any) -> tuple[GenericNeuralNet, Examples, Examples]:
+    """Return net, train and test in the forms that all functions use.
+
+    Raises: TypeError or ValueError, naming the argument, for inputs that cannot be retrained.
+    """
+    net, train, test = checked(net, train, test)
     if len(train) < 2:
         raise ValueError("train must have at least 2 rows to leave one out, got 1.")
+    return net, train, test
 
 
 def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:

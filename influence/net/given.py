@@ -1,0 +1,107 @@
+"""What a net makes of the model and of the data that it is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from influence.common.numbers import numbers
+from influence.examples.arrays import parts_of
+from influence.examples.examples import Examples
+from influence.examples.given import as_examples
+from influence.examples.tables import is_text
+from influence.net.inputs import declared
+from influence.net.precision import computes_in_half, recast
+from influence.net.preprocessing import Preparation, split
+from influence.net.refused import check_built
+
+# The output of a row alone and among longer rows may differ by this fraction of its size.
+_PADDING_RTOL = 1e-3
+
+
+def trained_part(
+    model: Any, dtype: Any = None
+) -> tuple[Preparation | None, keras.Model, tuple[str, ...]]:
+    """Return the lookup layers in front of a model, the model behind them, and notes.
+
+    Args:
+      model: a built Keras model.
+      dtype: "float32" or "float64" for a copy in this dtype. None means the model itself, and a
+        float32 copy for a model of mixed precision.
+
+    Returns: (preparation or None, model, notes). Each note is a sentence about what was done.
+    Raises: TypeError or ValueError for another model or dtype. The errors of `split` and `recast`.
+    """
+    check_built(model)
+    wanted, notes = checked_dtype(dtype), []
+    preparation, model = split(model)
+    if preparation is not None:
+        notes.append(f"Applied once to each set, before the net: {preparation!r}.")
+    half = computes_in_half(model)
+    wanted = wanted or ("float32" if half else None)
+    if wanted and (half or wanted != str(model.trainable_weights[0].dtype)):
+        model = recast(model, wanted)
+        notes.append(copied(wanted, half))
+    return preparation, model, tuple(notes)
+
+
+def copied(dtype: str, policy: str | None = None) -> str:
+    """Return the note about a copy in a dtype. `policy` is the given model's mixed precision."""
+    of = f" of the {policy} model" if policy else ""
+    return f"A {dtype} copy{of}: fit and theta change only the copy."
+
+
+def checked_dtype(dtype: Any) -> str | None:
+    """Return the name of a dtype that a net may have, or None for None.
+
+    Raises: ValueError for another dtype.
+    """
+    if dtype is None:
+        return None
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
+    return name
+
+
+def given(net: Any, value: Any, name: str) -> Examples:
+    """Return data as Examples for a net. `GenericNeuralNet.given` says more."""
+    outputs = getattr(net.model, "output_names", None) or ()
+    front = net.preparation
+    inputs = declared(net.model) if front is None else front.given.declared
+    examples = as_examples(value, name, tuple(inputs), outputs)
+    if net.preparation is None:
+        for label, part in parts_of(examples.take([0]).x).items():
+            if is_text(part):
+                numbers(part, f"{name}.{label}")  # this raises
+        return examples
+    try:
+        prepared = net.preparation.applied(examples)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("x"):
+            raise
+        raise type(error)(f"{name}.{error}") from error
+    if prepared is not examples:
+        _check_padding(net, examples, prepared, name)
+    return prepared
+
+
+def _check_padding(net: Any, examples: Examples, prepared: Examples, name: str) -> None:
+    """Refuse a model whose output for a row depends on the zeros that a lookup layer adds."""
+    found = net.preparation.padding(examples, prepared)
+    if found is None:
+        return
+    row, x = found
+    alone, among = net.outputs(x), net.outputs(prepared.take([row]).x)
+    if np.abs(alone - among).max() > _PADDING_RTOL * np.abs(among).max():
+        raise ValueError(
+            f"model must give row {row} of {name} the same output alone and among longer rows, got "
+            f"{np.ravel(alone)[0]:.4g} and {np.ravel(among)[0]:.4g}: {net.preparation!r} pads each "
+            "batch to its longest row; give TextVectorization an output_sequence_length, or "
+            "Embedding mask_zero=True."
+        )

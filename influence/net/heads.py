@@ -1,0 +1,150 @@
+"""Softmax or sigmoid at a model's end, and the logits before it.
+
+Keras' cross-entropies go round a softmax or sigmoid that they recognise on the output tensor. They
+then take its logits, whatever `from_logits` says. This file recognises the same tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_ACTIVATIONS = {
+    "Softmax": ("softmax", keras.activations.softmax),
+    "Sigmoid": ("sigmoid", keras.activations.sigmoid),
+}
+_FUNCTIONS = dict(_ACTIVATIONS.values())
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Facts about a model's outputs, found by tracing it once in inference mode.
+
+    Attributes:
+      names: the names of the outputs if the model returns a list or a dict of them, else None.
+      paths: for each output, its key in the list or dict.
+      heads: for each output, the name of the activation that it ends in, or None.
+      adds_losses: True if the model calls `add_loss` or has an activity regulariser.
+    """
+
+    names: tuple[str, ...] | None = None
+    paths: tuple[Any, ...] = ()
+    heads: tuple[str | None, ...] = (None,)
+    adds_losses: bool = False
+
+
+def ending(model: Any) -> Ending:
+    """Trace a model in inference mode and return facts about its outputs.
+
+    A model whose inputs have unknown shapes is not traced. It counts as a model without heads.
+    """
+    if model is None or _is_plain(model):
+        return Ending()
+    specs = _input_specs(model)
+    found = []
+
+    def call(x: Any) -> Any:
+        with keras.StatelessScope(collect_losses=True) as scope:
+            raw = model(x, training=False)
+        names, paths = _names(model, raw)
+        tensors = [raw] if names is None else [raw[path] for path in paths]
+        found.append(Ending(names, paths, tuple(map(head, tensors)), bool(scope.losses)))
+        return tf.constant(0)
+
+    if specs is not None:
+        try:
+            tf.function(call, autograph=False).get_concrete_function(specs)
+        except (TypeError, ValueError, tf.errors.OpError):  # `validate` asks with true inputs
+            pass
+    return found[0] if found else Ending()
+
+
+def head(output: Any) -> str | None:
+    """Return "softmax" or "sigmoid" if the tensor is the result of one, else None."""
+    if tf.is_symbolic_tensor(output):
+        kind = output.op.type
+        if kind in _ACTIVATIONS:
+            return _ACTIVATIONS[kind][0]
+    return None
+
+
+def peeled(output: Any) -> Any:
+    """Return the logits of an output that ends in a softmax or sigmoid.
+
+    Raises: ValueError if the logits are not known.
+    """
+    logits = getattr(output, "_keras_logits", None)
+    if logits is None and head(output) is not None:
+        logits = output.op.inputs[0]
+    if logits is None:
+        raise ValueError(
+            "model must end in its softmax or sigmoid, got an output whose logits are not known; "
+            "use keras.layers.Activation as the last layer."
+        )
+    return logits
+
+
+def activated(name: str | None, z: Any) -> Any:
+    """Apply the activation `name` to logits z. Keras' cross-entropies recognise the result."""
+    return z if name is None else _FUNCTIONS[name](z)
+
+
+def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...]]:
+    """Return the names and the keys of a model's outputs, in Keras' order."""
+    if isinstance(raw, dict):
+        keys = tuple(sorted(raw))
+        return keys, keys
+    if isinstance(raw, list | tuple):
+        names = getattr(model, "output_names", None) or ()
+        if len(names) != len(raw) or len(set(names)) != len(raw):
+            names = [f"output_{number}" for number in range(len(raw))]
+        return tuple(names), tuple(range(len(raw)))
+    return None, ()
+
+
+def _is_plain(model: Any) -> bool:
+    """Return True if the layers show that the one output is no softmax and that nothing is added.
+
+    The usual models are recognised without a trace, which can take a second.
+    """
+    own = all(
+        type(layer).__module__.split(".")[0] == "keras"
+        and getattr(layer, "activity_regularizer", None) is None
+        and not isinstance(layer, keras.layers.ActivityRegularization)
+        for layer in model._flatten_layers()
+    )
+    outputs = getattr(model, "outputs", None) or []
+    if not own or len(outputs) != 1 or isinstance(_struct(model, "output"), list | tuple | dict):
+        return False
+    last = getattr(getattr(outputs[0], "_keras_history", None), "operation", None)
+    linear = (None, keras.activations.linear)
+    dense = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
+    return isinstance(last, dense) and last.activation in linear
+
+
+def _struct(model: Any, which: str) -> Any:
+    """Return the symbolic inputs or outputs of a model, in their structure."""
+    try:
+        return getattr(model, which)
+    except (AttributeError, ValueError):  # Sequential models do not have the attribute
+        return next(iter(getattr(model, f"{which}s")))
+
+
+def _input_specs(model: Any) -> Any:
+    """Return TensorSpecs of a model's inputs, in their structure, or None if they are unknown."""
+    try:
+        if getattr(model, "inputs", None):
+            return keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), model.input)
+        shapes = dict(model._build_shapes_dict)
+        (shape,) = shapes.values()
+    except (AttributeError, TypeError, ValueError):
+        return None
+    spec = lambda s: tf.TensorSpec([None, *s[1:]], model.compute_dtype)  # noqa: E731
+    if isinstance(shape, dict):
+        return {name: spec(part) for name, part in shape.items()}
+    if shape and isinstance(shape[0], tuple | list):
+        return [spec(part) for part in shape]
+    return spec(shape)

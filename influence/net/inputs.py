@@ -1,0 +1,80 @@
+"""Names of a model's inputs. Inputs may be given by position, or by the name of their layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+
+def is_functional(model: Any) -> bool:
+    """Return True for a functional model, whose layers form a known graph."""
+    return hasattr(model, "_nodes_by_depth")
+
+
+def declared(model: keras.Model) -> dict[Any, Any]:
+    """Return the declared inputs of a functional or sequential model, else an empty dict."""
+    found = getattr(model, "inputs", None) or []
+    # `model.input` is a dict if the model was built from a dict of inputs. Keras then finds each
+    # input by its key.
+    try:
+        structure = model.input
+    except (AttributeError, ValueError):
+        structure = None
+    return structure if isinstance(structure, dict) else {t.name: t for t in found}
+
+
+def aliases(model: keras.Model) -> dict[Any, Any]:
+    """Return a dict from each other name of an input to the name that the model expects.
+
+    The other names are the input's position in `model.inputs` and the name of its InputLayer. An
+    input that was created without a name has a layer `input_layer_1` and a tensor `keras_tensor_7`.
+    """
+    found: dict[Any, Any] = {}
+    wanted = declared(model)
+    name_of = {id(tensor): name for name, tensor in wanted.items()}
+    for position, tensor in enumerate(getattr(model, "inputs", None) or []):
+        name = name_of[id(tensor)]
+        others = (position, tensor._keras_history[0].name, tensor.name)
+        found.update({other: name for other in others if other not in wanted})
+    return found
+
+
+def named(model: keras.Model, x: Any) -> Any:
+    """Return inputs x with the names that the model expects. Unknown names are left as they are."""
+    if not isinstance(x, dict):
+        return x
+    other = aliases(model)
+    return {other.get(key, key): part for key, part in x.items()}
+
+
+def for_call(model: keras.Model, x: Any) -> Any:
+    """Return named inputs in the structure in which the model is called.
+
+    Keras takes a dict only for inputs with names. Other models get a list, in the order of
+    `model.inputs`, or by position for a model without declared inputs.
+    """
+    if not isinstance(x, dict):
+        return x
+    wanted = declared(model)
+    if not wanted and all(isinstance(key, int) for key in x):
+        return [x[key] for key in sorted(x)]
+    try:
+        by_name = isinstance(model.input, dict)
+    except (AttributeError, ValueError):
+        by_name = True
+    if by_name or not wanted or set(x) != set(wanted):
+        return x
+    return [x[name] for name in wanted]
+
+
+def fits(shape: tuple, wanted: tuple) -> bool:
+    """Return True if Keras takes rows of this shape for an input that declares `wanted`.
+
+    A size of None takes any size. Keras adds or removes a last axis of one entry.
+    """
+    for trial in (shape, (*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
+        pairs = zip(wanted, trial, strict=False)
+        if len(trial) == len(wanted) and all(w in (None, got) for w, got in pairs):
+            return True
+    return False

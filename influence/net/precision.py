@@ -1,0 +1,183 @@
+"""Copies of Keras models in another floating dtype, with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from influence.net.preprocessing import compile_like
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_HALF = ("float16", "bfloat16")
+# A copy must give the outputs of the model up to this fraction of their size.
+_AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3}
+_PROBE_ROWS = 3
+
+
+def computes_in_half(model: keras.Model) -> str | None:
+    """Return the dtype policy of a float32 model that computes in float16 or bfloat16, or None."""
+    if {str(w.dtype) for w in model.trainable_weights} != {"float32"}:
+        return None
+    for layer in model._flatten_layers():
+        if str(layer.compute_dtype) in _HALF:
+            return layer.dtype_policy.name
+    return None
+
+
+def recast(model: keras.Model, dtype: str) -> keras.Model:
+    """Return a copy of a model that stores and computes all floating numbers in `dtype`.
+
+    The copy has copies of the weights, and the compiled loss of the model. Inputs and layers of
+    integers or strings keep their dtypes.
+
+    Args:
+      model: a built model. A subclassed model needs a `get_config`.
+      dtype: "float32" or "float64".
+
+    Raises: ValueError if Keras cannot rebuild the model, or if the copy gives other outputs.
+    """
+    made: dict[int, Any] = {}
+    try:
+        with _policy(dtype):
+            copy = _rebuilt(model, dtype, made)
+        _copy_state(model, copy)
+    except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"model must be one that Keras can rebuild from its configuration for a copy in "
+            f"{dtype}, got {model.name!r} ({type(error).__name__}: {reason}); give its own classes "
+            "a get_config, or build the model in that dtype."
+        ) from error
+    compile_like(copy, model)
+    _check_outputs(model, copy, dtype)
+    return copy
+
+
+def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
+    """Rebuild a model, layer or operation with the dtype. `made` holds what was rebuilt before."""
+    if id(model) not in made:
+        if not isinstance(model, keras.Layer):
+            config = _retyped(model.get_config(), dtype)
+            changed = config != model.get_config()
+            made[id(model)] = type(model).from_config(config) if changed else model
+        elif _is_graph(model):
+            made[id(model)] = keras.models.clone_model(
+                model,
+                input_tensors=keras.tree.map_structure(
+                    lambda tensor: _input(tensor, dtype), _inputs_of(model)
+                ),
+                clone_function=lambda layer: _rebuilt(layer, dtype, made),
+            )
+        elif isinstance(model, keras.layers.Lambda):
+            options = _retyped(keras.Layer.get_config(model), dtype)
+            shape = model._output_shape
+            made[id(model)] = keras.layers.Lambda(
+                model.function, shape, arguments=model.arguments, **options
+            )
+        else:
+            copy = type(model).from_config(_retyped(model.get_config(), dtype))
+            if isinstance(model, keras.Model) and not copy.built:
+                copy.build_from_config(model.get_build_config())
+            made[id(model)] = copy
+    return made[id(model)]
+
+
+def _is_graph(model: Any) -> bool:
+    """Return True for a functional or sequential model of Keras' own class."""
+    own = type(model).__module__.split(".")[0] == "keras"
+    return own and (isinstance(model, keras.Sequential) or hasattr(model, "_nodes_by_depth"))
+
+
+def _inputs_of(model: Any) -> Any:
+    """Return the declared inputs. A sequential model has one."""
+    if isinstance(model, keras.Sequential):
+        (tensor,) = model.inputs
+        return tensor
+    return model.input
+
+
+def _input(tensor: Any, dtype: str) -> Any:
+    kept = tensor.dtype if tensor.dtype not in _FLOATS else dtype
+    shape = (None, *tensor.shape[1:])
+    return keras.Input(batch_shape=shape, dtype=kept, sparse=tensor.sparse, name=tensor.name)
+
+
+def _retyped(config: Any, dtype: str) -> Any:
+    """Return a configuration with `dtype` in place of every floating dtype or dtype policy."""
+    if isinstance(config, dict):
+        return {
+            key: dtype if "dtype" in str(key) and _is_float(part) else _retyped(part, dtype)
+            for key, part in config.items()
+        }
+    if isinstance(config, list | tuple):
+        return type(config)(_retyped(part, dtype) for part in config)
+    return config
+
+
+def _is_float(value: Any) -> bool:
+    if isinstance(value, keras.DTypePolicy):
+        value = value.name
+    if isinstance(value, dict):
+        value = value.get("config", {}).get("name") if "class_name" in value else None
+    return isinstance(value, str) and value.removeprefix("mixed_") in _FLOATS
+
+
+def _copy_state(model: keras.Model, copy: keras.Model) -> None:
+    """Copy the weights, the states of random layers, and the flags that freeze weights."""
+    pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
+    for old, new in pairs:
+        new.trainable = old.trainable
+    for old, new in zip(model.variables, copy.variables, strict=True):
+        if old.shape != new.shape:
+            raise ValueError(f"weight {old.path!r} has shape {new.shape} instead of {old.shape}")
+        new.assign(old.numpy())
+        new.trainable = old.trainable
+    for _, new in pairs:
+        if hasattr(new, "finalize_state"):  # Normalization computes with values that follow
+            new.finalize_state()
+
+
+def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
+    """Refuse a copy with other outputs than the model, for a few rows of random inputs.
+
+    This finds changes of layers that are not in their configuration. Models whose inputs are not
+    declared, or have an unknown size, are not checked.
+    """
+    tensors = getattr(model, "inputs", None) or []
+    if not tensors or any(None in t.shape[1:] or t.dtype == "string" for t in tensors):
+        return
+    rng = np.random.default_rng(0)
+    rows = [rng.uniform(0, 1, (_PROBE_ROWS, *t.shape[1:])).astype(t.dtype) for t in tensors]
+    x = rows[0] if len(rows) == 1 else {t.name: row for t, row in zip(tensors, rows, strict=True)}
+    with keras.StatelessScope():
+        pairs = zip(
+            *(keras.tree.flatten(one(x, training=False)) for one in (model, copy)), strict=True
+        )
+    used = {str(layer.compute_dtype) for layer in model._flatten_layers()} & set(_AGREEMENT)
+    tolerance = max(_AGREEMENT[name] for name in used | {dtype})
+    for one, two in pairs:
+        one, two = (np.asarray(keras.ops.cast(part, "float64")) for part in (one, two))
+        gap = np.abs(one - two).max() / max(np.abs(one).max(), 1e-6)
+        if np.isfinite(one).all() and not gap <= tolerance:
+            raise ValueError(
+                f"model must be what its configuration says for a copy in {dtype}, got outputs of "
+                f"{model.name!r} that differ by {gap:.1e} from those of the copy; build the model "
+                "in that dtype."
+            )
+
+
+@contextmanager
+def _policy(dtype: str) -> Iterator[None]:
+    """Let layers that are made inside the block without a dtype have this one."""
+    before = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_dtype_policy(dtype)
+    keras.config.set_floatx(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[1])
+        keras.config.set_dtype_policy(before[0])

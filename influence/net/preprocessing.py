@@ -1,0 +1,337 @@
+"""Lookup layers in front of a model's weights, such as TextVectorization. They run only once.
+
+TensorFlow cannot differentiate strings and table lookups, and they give the same result in every
+pass. `split` cuts a model behind them. The front part is a Preparation. The rest holds all
+trainable weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import keras
+import numpy as np
+import scipy.sparse
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.examples.arrays import CHECK_ROWS
+from influence.examples.examples import Examples
+from influence.examples.tables import is_text
+from influence.net.inputs import aliases, declared, fits, is_functional
+
+# The first rows are prepared again, each by itself.
+_PROBE_ROWS = 8
+# These layers take numbers too, but only look them up. The layers of strings are found by dtype.
+_LOOKUPS = (
+    keras.layers.CategoryEncoding,
+    keras.layers.Discretization,
+    keras.layers.HashedCrossing,
+    keras.layers.Hashing,
+    keras.layers.IntegerLookup,
+    keras.layers.StringLookup,
+    keras.layers.TextVectorization,
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Inputs that the whole model declares.
+
+    Attributes:
+      declared: shape of a row and dtype of each input, by name.
+      aliases: the name that belongs to each other name, as `inputs.aliases` returns them.
+    """
+
+    declared: dict[Any, tuple[tuple, str]]
+    aliases: dict[Any, Any]
+
+    def named(self, x: Any) -> dict[Any, Any]:
+        """Return the arrays of the inputs by name. Arrays of other names are left out.
+
+        Raises: ValueError if an input is missing.
+        """
+        if not isinstance(x, dict):
+            x = dict.fromkeys(self.declared, x) if len(self.declared) == 1 else {}
+        x = {self.aliases.get(key, key): part for key, part in x.items()}
+        missing = [name for name in self.declared if name not in x]
+        if missing:
+            raise ValueError(
+                f"x must have the model's inputs {sorted(self.declared)}, got "
+                f"{sorted(map(str, x)) or 'one array'}."
+            )
+        return {name: x[name] for name in self.declared}
+
+
+class Preparation:
+    """Front part of a model: the lookup layers, and all layers before them.
+
+    Args:
+      model: a functional model from some of the given inputs to the results of the lookups.
+      results: the names that the rest gives to the results, in their order.
+      passed: the names of the given inputs that the rest takes itself.
+      given: the inputs of the whole model.
+
+    A call with given inputs returns a dict of arrays by the names of the rest's inputs. No result
+    has the name of a given input. So `gave` can tell both kinds apart.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        results: tuple[str, ...],
+        passed: tuple[str, ...],
+        given: Given,
+    ):
+        self.model, self.results, self.passed, self.given = model, results, passed, given
+        self._known: WeakKeyDictionary[Examples, Examples] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        """Show the names of the layers."""
+        return ", ".join(layer.name for layer in self.model.layers if not _is_input(layer))
+
+    def __getstate__(self) -> dict:
+        """Pickle everything except the prepared sets."""
+        return {**self.__dict__, "_known": None}
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore the model. No set is prepared yet."""
+        self.__dict__.update(state, _known=WeakKeyDictionary())
+
+    def gave(self, x: Any) -> bool:
+        """Return True if x holds the inputs of the rest, and not given inputs."""
+        return isinstance(x, dict) and set(x) == {*self.results, *self.passed}
+
+    def __call__(self, x: Any) -> dict[str, Any]:
+        """Return the inputs of the rest, for given inputs of n rows.
+
+        Raises: TypeError or ValueError if the layers cannot take x.
+        """
+        x = self.given.named(x)
+        used = [tensor.name for tensor in self.model.inputs]
+        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in used]
+        try:
+            found = self.model(tensors, training=False)
+        except (TypeError, ValueError, tf.errors.OpError) as error:
+            got = ", ".join(f"{name}: {np.asarray(x[name]).dtype}" for name in used)
+            raise ValueError(f"x does not fit the layers {self!r}, got {got}.") from error
+        found = found if isinstance(found, list | tuple) else [found]
+        results = {name: _array(part, name) for name, part in zip(self.results, found, strict=True)}
+        return results | {name: x[name] for name in self.passed}
+
+    def applied(self, examples: Examples) -> Examples:
+        """Return examples with prepared inputs. Examples that are prepared already are returned.
+
+        A set is prepared once, and then found again.
+
+        Raises: TypeError or ValueError if the layers cannot take x, or give row 0 other inputs
+          alone than among other rows.
+        """
+        if self.gave(examples.take([0]).x):
+            return examples
+        if examples not in self._known:
+            batches = [self(x) for x, _ in examples.batches(CHECK_ROWS)]
+            x = {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
+            self._known[examples] = Examples._trusted(x, examples.y)
+        return self._known[examples]
+
+    def padding(self, given: Examples, prepared: Examples) -> Any:
+        """Return x of the shortest of some rows, prepared by itself, or None if no row is padded.
+
+        TextVectorization without `output_sequence_length` pads each batch to its longest row.
+
+        Returns: (row, x) with the row number and its inputs (1, ...), without padding.
+        Raises: ValueError if a row has other inputs by itself, apart from zeros at the end.
+        """
+        found, fewest = None, np.inf
+        for row in range(min(len(given), _PROBE_ROWS)):
+            x, among = self(given.take([row]).x), prepared.take([row]).x
+            for name, part in x.items():
+                one, all_ = _dense(part), _dense(among[name])
+                sizes = zip(one.shape, all_.shape, strict=True)
+                extra = [(0, most - size) for size, most in sizes]
+                if not np.array_equal(np.pad(one, extra), all_):
+                    raise ValueError(
+                        f"model must prepare each row by itself, got another {name!r} for row "
+                        f"{row} alone than among {len(given)} rows, by the layers {self!r}."
+                    )
+                if any(more for _, more in extra) and one.size < fewest:
+                    found, fewest = (row, x), one.size
+        return found
+
+
+def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
+    """Cut a model behind its last lookup layers.
+
+    Everything that a lookup layer depends on goes into the Preparation. All other layers stay in
+    the rest, such as Normalization or Rescaling of floating inputs.
+
+    Returns: (Preparation, rest). The rest shares the layers and weights of the model, its compiled
+      loss and the names of its outputs. (None, model) for a model without such layers.
+    Raises: ValueError naming the layer if the model cannot be cut. This is so for a subclassed
+      model, and for a layer that has trainable weights and contains lookup layers.
+    """
+    looking = [layer for layer in model._flatten_layers() if isinstance(layer, _LOOKUPS)]
+    graph = getattr(model, "_functional", None) or model
+    strings = is_functional(graph) and any(t.dtype == "string" for t in graph.inputs)
+    if not looking and not strings:
+        return None, model
+    what = f"layer {looking[0].name!r}" if looking else f"the strings of {graph.inputs[0].name!r}"
+    if not is_functional(graph) or type(model).__module__.split(".")[0] != "keras":
+        raise ValueError(
+            f"model must be Sequential or functional to be cut behind {what}, got the class "
+            f"{type(model).__name__}; apply the layer to the rows first, and give a model without "
+            "it."
+        )
+    depths = sorted(graph._nodes_by_depth, reverse=True)  # the inputs are deepest
+    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth]]
+    front = _front(nodes)
+    if not front:
+        return None, model  # a lookup behind trainable weights
+    for node in nodes:
+        if id(node) in front and node.operation.trainable_variables:
+            raise ValueError(
+                f"model must keep its lookup layers apart from its weights, got both in layer "
+                f"{node.operation.name!r} of {model.name!r}; call its layers one by one."
+            )
+    cut = _cut(nodes, front)
+    wanted, other = declared(graph), aliases(graph)
+    name_of = {id(tensor): name for name, tensor in wanted.items()}
+    names: list[str] = []
+    inputs = []
+    for tensor in cut:
+        name = name_of.get(id(tensor), f"{tensor._keras_history[0].name}_output")
+        while name in names or (id(tensor) not in name_of and (name in wanted or name in other)):
+            name += "_"
+        names.append(name)
+        shape = (None, *tensor.shape[1:])
+        inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=name))
+    made = {id(tensor): new for tensor, new in zip(cut, inputs, strict=True)}
+    for node in nodes:
+        if id(node) not in front and not _is_input(node.operation):
+            arguments, options = node.arguments.fill_in(made)
+            outputs = keras.tree.flatten(node.operation(*arguments, **options))
+            made.update(zip(map(id, node.outputs), outputs, strict=True))
+    outputs = keras.tree.map_structure(lambda tensor: made[id(tensor)], graph._outputs_struct)
+    rest = keras.Model(inputs, outputs, name=model.name)
+    compile_like(rest, model)
+    pairs = list(zip(names, cut, strict=True))
+    results = {name: tensor for name, tensor in pairs if id(tensor) not in name_of}
+    before = {id(tensor) for node in nodes if id(node) in front for tensor in node.outputs}
+    lookups = keras.Model(
+        [tensor for tensor in graph.inputs if id(tensor) in before],
+        list(results.values()),
+        name=f"{model.name}_lookups",
+    )
+    shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in wanted.items()}
+    passed = tuple(name for name in names if name not in results)
+    return Preparation(lookups, tuple(results), passed, Given(shapes, other)), rest
+
+
+def compile_like(copy: keras.Model, model: keras.Model) -> None:
+    """Give a copy of a model the compiled loss and loss weights of the model."""
+    compiled = getattr(model, "_compile_loss", None)
+    if model.compiled and compiled is not None:
+        copy.compile(loss=model.loss, loss_weights=compiled._user_loss_weights)
+
+
+def _front(nodes: list[Any]) -> set[int]:
+    """Return the ids of the nodes of lookup layers, and of all nodes that these depend on.
+
+    A lookup of something that depends on trainable weights is left out.
+    """
+    made_by = {id(t): node for node in nodes for t in node.outputs}
+    behind: dict[int, bool] = {}
+
+    def is_behind_weights(node: Any) -> bool:
+        if id(node) not in behind:
+            before = [is_behind_weights(made_by[id(t)]) for t in node.input_tensors]
+            behind[id(node)] = any(before) or any(
+                made_by[id(t)].operation.trainable_variables for t in node.input_tensors
+            )
+        return behind[id(node)]
+
+    front: set[int] = set()
+
+    def add(node: Any) -> None:
+        if id(node) not in front:
+            front.add(id(node))
+            for tensor in node.input_tensors:
+                add(made_by[id(tensor)])
+
+    for node in nodes:
+        tensors = [*node.input_tensors, *node.outputs]
+        looks = any(t.dtype == "string" for t in tensors) or _looks_up(node.operation)
+        if looks and not is_behind_weights(node):
+            add(node)
+    return front
+
+
+def _looks_up(operation: Any) -> bool:
+    inner = operation._flatten_layers() if isinstance(operation, keras.Layer) else ()
+    return any(isinstance(layer, _LOOKUPS) for layer in inner)
+
+
+def _cut(nodes: list[Any], front: set[int]) -> list[Any]:
+    """Return the tensors that lead from the front, or from an input, into the rest."""
+    of_front = {id(t) for node in nodes if id(node) in front for t in node.outputs}
+    found: dict[int, Any] = {}
+    for node in nodes:
+        if id(node) in front:
+            continue
+        if _is_input(node.operation):
+            found.update({id(t): t for t in node.outputs})
+        found.update({id(t): t for t in node.input_tensors if id(t) in of_front})
+    return sorted(found.values(), key=lambda t: t.name)
+
+
+def _is_input(operation: Any) -> bool:
+    return isinstance(operation, keras.layers.InputLayer)
+
+
+def _tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:
+    """Convert the given array of an input to a tensor of its declared rank and dtype."""
+    array = value.toarray() if scipy.sparse.issparse(value) else np.asarray(value)
+    shape = array.shape[1:]
+    if not fits(shape, wanted):
+        raise ValueError(f"x[{name!r}] must have rows of shape {wanted}, got {shape}.")
+    if len(shape) < len(wanted):
+        array = array[..., None]
+    elif len(shape) > len(wanted):
+        array = array[..., 0]
+    if (dtype == "string") != is_text(array):
+        raise TypeError(f"x[{name!r}] must hold {dtype} entries, got dtype {array.dtype}.")
+    tensor = tf.convert_to_tensor(array)
+    return tensor if dtype == "string" else tf.cast(tensor, dtype)
+
+
+def _array(tensor: Any, name: str) -> Any:
+    """Convert an output of the front part to an array, or a sparse one to CSR format."""
+    if isinstance(tensor, tf.SparseTensor):
+        rows, columns = tensor.indices.numpy().T
+        return scipy.sparse.csr_matrix((tensor.values.numpy(), (rows, columns)), tensor.shape)
+    if isinstance(tensor, tf.RaggedTensor):
+        raise ValueError(
+            f"model must prepare rows of one length, got a ragged {name!r}; give its layer "
+            "ragged=False and an output_sequence_length."
+        )
+    return tensor.numpy()
+
+
+def _dense(part: Any) -> NDArray:
+    return part.toarray() if scipy.sparse.issparse(part) else part
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Join the rows of batches. Shorter rows get zeros at the end, as the layer would add them."""
+    if scipy.sparse.issparse(parts[0]):
+        return scipy.sparse.vstack(parts, "csr")
+    longest = np.max([part.shape[1:] for part in parts], axis=0).astype(int)
+
+    def padded(part: NDArray) -> NDArray:
+        missing = zip(part.shape[1:], longest, strict=True)
+        return np.pad(part, [(0, 0), *((0, most - size) for size, most in missing)])
+
+    return np.concatenate([padded(part) for part in parts])

@@ -1,0 +1,160 @@
+"""Checks on a few rows of the whole set.
+
+Each row must have a loss of its own, and the mean over rows must be what Keras reports.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.examples.examples import Examples
+from influence.examples.labels import labels, sample_weights
+
+# The checks read at most this many rows, and at most this many of them one by one.
+_ROWS, _ALONE = 32, 3
+# Losses are equal if they differ by at most this fraction. Float32 rounding is far smaller.
+_RTOL = 1e-3
+
+_PROBES: WeakKeyDictionary[Examples, tuple[NDArray, Examples]] = WeakKeyDictionary()
+
+
+def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
+    """Return the numbers of a few rows, in ascending order, and these rows.
+
+    They are drawn from the whole set, the same rows in every call.
+    """
+    if examples not in _PROBES:
+        n = len(examples)
+        rows = np.arange(n)
+        if n > _ROWS:
+            rows = np.sort(np.random.default_rng(0).choice(n, _ROWS, replace=False))
+        _PROBES[examples] = rows, examples.take(rows)
+    return _PROBES[examples]
+
+
+def check_apart(
+    net: Any, rows: NDArray, probe: Examples, losses: NDArray, shapes: str, name: str
+) -> None:
+    """Refuse a loss of a row that depends on the other rows of its batch or on their order.
+
+    Args:
+      net: the net.
+      rows: (k,) the numbers of the rows.
+      probe: these rows.
+      losses: (k,) their losses in one batch.
+      shapes: the shape of the model's outputs for these rows, for the message.
+      name: the name of the set in the message.
+
+    Raises: ValueError naming a row.
+    """
+    shuffled = np.random.default_rng(1).permutation(len(rows))
+    batches = [np.array([0]), *shuffled[: _ALONE - 1, None], shuffled]
+    batches.append(shuffled[: (len(rows) + 1) // 2])
+    size = np.abs(losses).max()
+    for batch in batches:
+        some = probe.take(batch)
+        again = net.losses(some.x, some.y)
+        gaps = np.abs(again - losses[batch])
+        if not gaps.max() > _RTOL * size:
+            continue
+        worst = int(gaps.argmax())
+        before, row = losses[batch[worst]], rows[batch[worst]]
+        where = "it by itself" if len(batch) == 1 else f"it among {len(batch)} shuffled ones"
+        y = ", ".join(str(np.shape(part)) for part in leaves(labels(probe.y)))
+        raise ValueError(
+            f"{net.loss.role} must depend on its own row alone, got {before:.4g} from "
+            f"{net.loss.name!r} for row {row} of {name} among {len(rows)} rows and "
+            f"{again[worst]:.4g} for {where}; labels of shape {y} broadcast against outputs of "
+            f"shape {shapes}, or a layer that mixes rows, would do that."
+        )
+
+
+def check_added(net: Any, probe: Examples, name: str) -> None:
+    """Refuse losses added by `add_loss` that are no mean over the rows of the batch.
+
+    Raises: ValueError with the added loss of a batch, and the mean over its rows.
+    """
+    flat, theta = net.flat, net.theta_tensor()
+    if not flat.adds:
+        return
+    for count in {len(probe), (len(probe) + 1) // 2}:
+        x = flat.inputs(probe.take(np.arange(count)).x)
+        together = float(tf.add_n(flat.called(theta, x)[1]))
+        apart = float(np.mean(flat.run("added", flat.added, theta, x), dtype=np.float64))
+        if abs(together - apart) > _RTOL * max(abs(together), abs(apart)):
+            raise ValueError(
+                "model must add losses that are a mean over the rows of its batch, got by add_loss "
+                f"{together:.4g} in {net.model.name!r} for {count} rows of {name} together and "
+                f"{apart:.4g} as the mean over each of them alone: the risk that Keras reports "
+                "would depend on the batch; use a mean over the first axis."
+            )
+
+
+def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> None:
+    """Refuse a compiled loss whose mean over rows is not what Keras reports for these rows.
+
+    Raises: ValueError with both values.
+    """
+    compiled = getattr(net.model, "_compile_loss", None)
+    if not net.loss.compiled or compiled is None:
+        return
+    for count in {len(probe), (len(probe) + 1) // 2}:
+        some = probe.take(np.arange(count))
+        try:
+            reported = _reported(net, compiled, some)
+        except Exception:  # noqa: BLE001  Keras cannot evaluate these rows, so it reports no risk
+            continue
+        own = float(np.mean(losses[:count], dtype=np.float64))
+        if abs(own - reported) > _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
+            raise ValueError(
+                f"{net.loss.role} must be a mean over rows, got {net.loss.name!r}, for which Keras "
+                f"reports {reported:.4g} for {count} rows of {name} together, and the mean over "
+                f"each of them alone is {own:.4g}; a loss that is normalised by the batch would do "
+                "that."
+            )
+
+
+def _reported(net: Any, compiled: Any, some: Examples) -> float:
+    """Return what Keras adds up for a batch, without the weights' regularisers."""
+    flat = net.flat
+    raw, added = flat.called(net.theta_tensor(), flat.inputs(some.x))
+    y = tf.nest.map_structure(flat.tensor, labels(some.y))
+    weight = tf.nest.map_structure(flat.tensor, sample_weights(some.y))
+    if isinstance(weight, Mapping):
+        names = list(raw) if isinstance(raw, dict) else compiled.output_names
+        weight = {key: weight.get(key) for key in names}
+        weight = weight if isinstance(raw, dict) else list(weight.values())
+    if isinstance(y, Mapping) and tf.is_tensor(raw):
+        (y,) = y.values()
+    fresh = type(compiled)(
+        compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names
+    )
+    fresh.build(*_alike(y, raw, compiled.output_names))
+    precise = []
+    for entry in fresh._flat_losses:
+        loss = copy.copy(entry.loss)
+        vars(loss)["_dtype"] = net.dtype.name  # otherwise Keras rounds float64 to float32
+        precise.append(entry._replace(loss=loss))
+    fresh._flat_losses = precise
+    total = fresh(y, raw, weight)
+    return float(tf.reduce_sum([tf.cast(part, "float64") for part in (total, *added)]))
+
+
+def _alike(y: Any, raw: Any, names: Any) -> tuple[Any, Any]:
+    """Return labels and outputs in one structure, as Keras builds a compiled loss from them."""
+    if isinstance(y, Mapping) and isinstance(raw, list | tuple):
+        y = [y.get(name) for name in names]
+    return y, raw
+
+
+def leaves(y: Any) -> list[Any]:
+    """Return the arrays of a dict, a list or a tuple, or the single array in a list."""
+    y = y.values() if isinstance(y, Mapping) else y
+    return list(y) if isinstance(y, list | tuple) or not hasattr(y, "shape") else [y]
