@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zlib
 from abc import abstractmethod
@@ -66,6 +67,7 @@ class Curvature(LinearOperator):
         self.batch_size = batch_size
         self.checkpoints = check_folder(checkpoints)
         self._theta = net.theta
+        self._held: NDArray | None = None
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
     def __repr__(self) -> str:
@@ -75,6 +77,18 @@ class Curvature(LinearOperator):
             f"{type(self).__name__}({len(self.examples)} rows, d={self.shape[0]}, "
             f"damping={self.damping}, theta and labels #{held:08x})"
         )
+
+    def damped(self, damping: float, formed: NDArray | None = None) -> Curvature:
+        """Return the same matrix with another damping.
+
+        Args:
+          damping: a finite number >= 0.
+          formed: the undamped matrix (d, d) if the caller has it, or None. The next call of `dense`
+            uses this array and overwrites it.
+        """
+        other = copy.copy(self)
+        other.damping, other._held = float(damping), formed
+        return other
 
     @property
     @abstractmethod
@@ -104,7 +118,9 @@ class Curvature(LinearOperator):
         if self.checkpoints is not None:
             name = f"{type(self).__name__.lower()}-{identity(self.net, self.examples)}.npz"
             path = self.checkpoints / name
-        matrix = kept(path, lambda: {"matrix": self._formed()})["matrix"]
+        matrix, self._held = self._held, None
+        if matrix is None:
+            matrix = kept(path, lambda: {"matrix": self._formed()})["matrix"]
         matrix[np.diag_indices_from(matrix)] += self.damping
         return matrix
 

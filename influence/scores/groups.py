@@ -31,7 +31,9 @@ from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
+from influence.scores.asked import Asked
 from influence.scores.inverse import Inverse
+from influence.scores.plan import Plan
 from influence.solvers import Solution
 
 
@@ -46,6 +48,7 @@ class GroupScores(NamedArray):
       order: 1 or 2.
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
+      plan: the curvature, damping, solver and precision that were used.
     """
 
     change_if_removed_together: NDArray
@@ -53,6 +56,7 @@ class GroupScores(NamedArray):
     order: int
     solution: Solution
     measurement: str = "loss"
+    plan: Plan | None = None
 
 
 def group(
@@ -70,12 +74,13 @@ def group(
             f"rows must be fewer than half of the training set for order 2, got {len(rows)} of "
             f"{n}: the expansion has no meaning there; use order 1, or refit without them."
         )
-    if order == 2 and type(inverse.operator) is not Hessian:
+    if order == 2 and inverse.curvature is not Hessian:
         raise ValueError(
             "order must be 1 with GaussNewton, got 2: the second order is that of the risk itself; "
             "use Hessian, with a damping if it is indefinite."
         )
-    view, name, test = inverse.measured(test, measurement)
+    asked = Asked.of(inverse, test, measurement, None)
+    view, test = asked.view, asked.test
     chosen = inverse.train.take(rows)
     gradient = len(rows) * inverse.net.risk_gradient(chosen, batch_size=inverse.batch_size)
     solution = inverse.s_test(test, view)
@@ -83,7 +88,8 @@ def group(
         change = solution.x.T @ gradient / n
     else:
         change = _second_order(inverse, view, test, chosen, gradient, solution.x)
-    return GroupScores(change, rows, order, solution, name)
+    asked.warn_of_impossible(change[:, None], [f"the group of {len(rows)} rows"])
+    return GroupScores(change, rows, order, solution, asked.name, inverse.plan)
 
 
 def _second_order(

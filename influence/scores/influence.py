@@ -12,14 +12,15 @@ import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
-from influence.curvature.operators import Curvature, Hessian
+from influence.curvature.operators import Curvature
 from influence.examples.examples import Examples, check_differentiable, check_increasing
-from influence.net.net import GenericNeuralNet
 from influence.scores import file, groups, relative
+from influence.scores.asked import Asked, Reduction
 from influence.scores.groups import GroupScores
 from influence.scores.inverse import Inverse
+from influence.scores.plan import Plan
 from influence.scores.relative import RelativeScores
-from influence.solvers import CG, Prepared, Solution, Solver
+from influence.solvers import Prepared, Solution, Solver
 
 # For at least this many rows, one factorisation is faster than a solve for each row.
 _MANY_ROWS = 64
@@ -35,9 +36,11 @@ class Scores(Estimand):
       rows: (k,) the training rows.
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
+      plan: the curvature, damping, solver and precision that were used.
     """
 
     solution: Solution
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +52,13 @@ class AdditionScores(NamedArray):
         rises with the row, so the row would hurt. `change_if_removed` has the opposite sign.
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
+      plan: the curvature, damping, solver and precision that were used.
     """
 
     change_if_added: NDArray
     solution: Solution
     measurement: str = "loss"
+    plan: Plan | None = None
 
 
 class Influence:
@@ -65,85 +70,116 @@ class Influence:
     (eq. 2). Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad
     f.
 
+    Without options the class chooses what the caller leaves out, before any score is computed, and
+    says why in `plan`. A risk that is known to be convex gets its Hessian without damping. Every
+    other risk gets the Gauss-Newton matrix, with the damping 1 / (learning rate x steps) if Keras'
+    SGD trained the model (times 1 - momentum; Bae et al. 2022), else with a tenth of the matrix's
+    mean eigenvalue (Grosse et al. 2023). `Direct` solves if the matrix is quick to form and factor,
+    EKFAC if theta has more than 100,000 entries, and CG otherwise. Nets with at most 100,000
+    weights are solved in float64, by a copy of the model.
+
     Args:
-      net: the model. The net's current theta is taken as the minimum of the training risk.
-      train: the training set.
-      solver: the solver that applies H^-1. The default CG() stops at a relative residual of 1e-6.
-        A solver that `prepare` returned for the same operator is accepted too.
-      damping: the number that multiplies I in H, >= 0. Damping means the same for every solver.
-      curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk.
+      net: a net, a compiled Keras model, or the path of a saved one. The current theta is taken as
+        the minimum of the training risk.
+      train: the training set: Examples, or data in any form that `fit` takes.
+      solver: the solver that applies H^-1, or None. A solver that `prepare` returned is accepted
+        too, and its matrix is then used. The systems have the net's dtype if a solver is given.
+      damping: the number that multiplies I in H, >= 0, or None. Damping means the same for every
+        solver. None means 0 if the caller asks for `Hessian`.
+      curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk, or None.
       batch_size: number of rows in a batch, which bounds memory and never changes a result. None
         lets the net choose.
 
     Attributes:
       inverse: the `Inverse` that solves with H.
-      net, train, batch_size, operator: the same objects as in `inverse`.
+      net, train, batch_size: the same objects as in `inverse`.
 
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
     """
 
     def __init__(
         self,
-        net: GenericNeuralNet,
-        train: Examples,
+        net: Any,
+        train: Any,
         *,
-        solver: Solver | Prepared = CG(),
-        damping: float = 0.0,
-        curvature: type[Curvature] = Hessian,
+        solver: Solver | Prepared | None = None,
+        damping: float | None = None,
+        curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
     ):
         self.inverse = Inverse(
             net, train, solver=solver, damping=damping, curvature=curvature, batch_size=batch_size
         )
         self.net, self.train, self.batch_size = self.inverse.net, self.inverse.train, batch_size
-        self.operator = self.inverse.operator
+
+    @property
+    def operator(self) -> Curvature:
+        """The damped curvature matrix H. First use may take some passes over the data."""
+        return self.inverse.operator
+
+    @property
+    def plan(self) -> Plan:
+        """The curvature, damping, solver and precision that are used, and the reasons."""
+        return self.inverse.plan
 
     @property
     def prepared(self) -> Prepared:
         """The solver, prepared for this operator on first use and then cached."""
         return self.inverse.prepared
 
-    def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
+    def s_test(self, test: Any, *, measurement: Any = None, reduce: Reduction = None) -> Solution:
         """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
         The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
         solver's tolerance.
 
         Args:
-          test: m examples.
-          measurement: a function of (y, output) in place of the loss, as in `scores`.
+          test: m examples, in any form that `fit` takes.
+          measurement: as in `scores`.
+          reduce: as in `scores`.
 
         Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
-        view, _, test = self.inverse.measured(test, measurement)
-        return self.inverse.s_test(test, view)
+        return Asked.of(self.inverse, test, measurement, reduce).s_test()
 
     def scores(
-        self, test: Examples, rows: ArrayLike | None = None, *, measurement: Any = None
+        self,
+        test: Any,
+        rows: ArrayLike | None = None,
+        *,
+        measurement: Any = None,
+        reduce: Reduction = None,
     ) -> Scores:
         """Predict the change of each test loss if each training row is left out.
 
         The score is s_test . grad L(z_i) / n, to first order. This is -1/n times I_up,loss (Koh &
         Liang 2017, eq. 2). Positive: the test loss rises without the row, so the row helped.
+        Warns if a loss that cannot fall below 0 is predicted to do so.
 
         Args:
-          test: m examples. Each has its own scores; `.mean(axis=0)` averages them.
+          test: m examples, in any form that `fit` takes. Each has its own scores.
           rows: (k,) training rows; all n if omitted.
           measurement: a function of (y, output) that returns one number for each example. The
             change of this number is predicted instead of the loss's change. The function consists
             of TensorFlow operations, like those in `influence.measurements`. Positive: the number
             rises without the row.
+          reduce: "mean" or "sum" for one question about the mean or sum over all test examples, or
+            a function (y, outputs) of all labels and outputs that returns one number, such as a
+            difference between two groups. Such a question needs one system, and m is 1.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
         """
         rows = self.inverse.rows(rows)
-        view, name, test = self.inverse.measured(test, measurement)
-        solution = self.inverse.s_test(test, view)
+        asked = Asked.of(self.inverse, test, measurement, reduce)
+        solution = asked.s_test()
         changes = self.inverse.along(solution.x, self.train, rows).T
-        return Scores(changes, rows, solution, measurement=name)
+        asked.warn_of_impossible(changes, [f"training row {row}" for row in rows])
+        return Scores(changes, rows, solution, self.plan, measurement=asked.name)
 
-    def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
+    def adding(
+        self, test: Any, new: Any, *, measurement: Any = None, reduce: Reduction = None
+    ) -> AdditionScores:
         """Predict the change of each test loss if each new row is added, one at a time.
 
         With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
@@ -155,15 +191,17 @@ class Influence:
           test: m examples. Each has its own scores.
           new: k examples outside the training set.
           measurement: as in `scores`.
+          reduce: as in `scores`.
 
         Returns: AdditionScores (m, k), in the unit of the test loss.
         Raises: as `scores`.
         """
-        view, name, test = self.inverse.measured(test, measurement)
+        asked = Asked.of(self.inverse, test, measurement, reduce)
         new = self.net.given(new, "new")
         self.net.validate(new, "new")
-        solution = self.inverse.s_test(test, view)
-        return AdditionScores(-self.inverse.along(solution.x, new).T, solution, name)
+        solution = asked.s_test()
+        changes = -self.inverse.along(solution.x, new).T
+        return AdditionScores(changes, solution, asked.name, self.plan)
 
     def group(
         self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None

@@ -14,6 +14,7 @@ from influence.curvature.operators import Curvature, Hessian, check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import PerRow
+from influence.scores.plan import Plan, Planner
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
 
@@ -33,25 +34,44 @@ class Inverse:
 
     def __init__(
         self,
-        net: GenericNeuralNet,
-        train: Examples,
+        net: Any,
+        train: Any,
         *,
-        solver: Solver | Prepared = CG(),
-        damping: float = 0.0,
-        curvature: type[Curvature] = Hessian,
+        solver: Solver | Prepared | None = None,
+        damping: float | None = None,
+        curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
     ):
         check_batch_size(batch_size)
-        if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
+        if curvature is not None and not (
+            isinstance(curvature, type) and issubclass(curvature, Curvature)
+        ):
             raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}.")
-        net, train, _ = checked(net, train)
-        self.net, self.train, self.batch_size = net, train, batch_size
-        self.operator = curvature(net, train, damping, batch_size=batch_size)
-        if isinstance(solver, Prepared):
-            prepare(self.operator, solver)  # raises if it is for another matrix
-        else:
+        if not isinstance(solver, Prepared | None):
             check_solver(solver)
-        self._solver = solver
+        net, train, _ = checked(net, train)
+        self._planner = Planner(net, train, solver, damping, curvature, batch_size)
+        self.net, self.train, self.batch_size = self._planner.net, train, batch_size
+        self._solver = self._planner.solver
+        if damping is not None or isinstance(solver, Prepared):
+            operator = self.operator  # raises for a wrong damping
+            if isinstance(solver, Prepared):
+                prepare(operator, solver)  # raises if it is for another matrix
+
+    @property
+    def operator(self) -> Curvature:
+        """The damped curvature matrix H. First use may take some passes over the data."""
+        return self._planner.operator
+
+    @property
+    def curvature(self) -> type[Curvature]:
+        """The class of `operator`."""
+        return self._planner.curvature
+
+    @property
+    def plan(self) -> Plan:
+        """The choice of curvature, damping, solver and precision. It is made on first use."""
+        return self._planner.plan
 
     @property
     def prepared(self) -> Prepared:
@@ -82,6 +102,7 @@ class Inverse:
 
         Raises: TypeError or ValueError for a test set or a measurement that does not fit the net.
         """
+        self._planner.check_theta()
         test = self.net.given(test, "test")
         self.net.validate(test, "test")
         if measurement is None:

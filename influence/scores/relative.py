@@ -13,6 +13,7 @@ from influence.common.named_array import NamedArray
 from influence.examples.examples import Examples
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
+from influence.scores.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class RelativeScores(NamedArray):
         "loss" it is sqrt(D' H D).
       kind: "theta" or "loss".
       measurement: "loss", or the name of the measurement used instead.
+      plan: the curvature, damping, solver and precision that were used.
     """
 
     relative_change_if_removed: NDArray
@@ -35,6 +37,7 @@ class RelativeScores(NamedArray):
     size: NDArray
     kind: str
     measurement: str = "loss"
+    plan: Plan | None = None
 
 
 def relative(
@@ -60,4 +63,4 @@ def relative(
         )
     length = np.sqrt(squared)
     ratios = np.divide(table, length, out=np.full_like(table, np.nan), where=length > 0)
-    return RelativeScores(ratios, rows, length / len(inverse.train), kind, name)
+    return RelativeScores(ratios, rows, length / len(inverse.train), kind, name, inverse.plan)
