@@ -13,7 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
-from influence.net import tape
+from influence.net import ops, tape
 from influence.net.losses import PerExampleLoss
 
 
@@ -55,7 +55,7 @@ class FlatModel:
         """Return the model's output in inference mode, without changing its variables."""
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
-        with keras.StatelessScope(state_mapping=mapping), tape.twice_differentiable():
+        with keras.StatelessScope(state_mapping=mapping), ops.model_call():
             output = self.model(x, training=False)
         if getattr(output, "_keras_mask", None) is not None:
             raise ValueError(
@@ -97,9 +97,15 @@ class FlatModel:
         if key not in self._functions:
             # Tracing with autograph would take a sixth more time. The function is concrete, because
             # TensorFlow would warn of retracing when several nets share a function's name.
-            self._functions[key] = tf.function(
-                function, input_signature=signatures, autograph=False
-            ).get_concrete_function()
+            traced = tf.function(function, input_signature=signatures, autograph=False)
+            try:
+                with ops.exact():
+                    concrete = traced.get_concrete_function()
+            except LookupError as error:
+                raise ops.no_derivative(error) from error
+            if name == "losses":
+                self._check(concrete.graph)
+            self._functions[key] = concrete
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
@@ -118,9 +124,15 @@ class FlatModel:
             graphs = [
                 losses.get_concrete_function(self.theta(), *batch).graph for batch in (row, rows)
             ]
+            self._check(graphs[0])
             one, two = (_numbers(graph) for graph in graphs)
             self._seen = tape.needs_loop(graphs[0]), max(two - one, 1)
         return self._seen
+
+    def _check(self, graph: Any) -> None:
+        """Refuse losses that TensorFlow differentiates wrongly, from their graph."""
+        names = [layer.name for layer in self.model._flatten_layers()]
+        ops.check_operations(graph, graph.inputs[0], names)
 
     # --- tensors ------------------------------------------------------------------------------
 
