@@ -55,9 +55,10 @@ def _softsign(original: Callable) -> Callable:
 
 
 def _hsv_to_rgb(original: Callable) -> Callable:
-    """Hue h in units of a full turn, saturation s and value v give v - v s max(0, min(k, 4 - k, 1)).
+    """Compute each colour as v - v s max(0, min(k, 4 - k, 1)) with k = (m + 6 h) mod 6.
 
-    k = (n + 6 h) mod 6, with n = 5 for red, 3 for green and 1 for blue.
+    h is the hue as a fraction of a full turn, s is the saturation and v is the value. m is 5 for
+    red, 3 for green and 1 for blue.
     """
 
     def hsv_to_rgb(images, name=None):

@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras.layers import InputLayer
 
 from influence.examples.arrays import CHECK_ROWS
+from influence.net import ops
 
 # A message names at most this many layers.
 _SHOWN = 5
@@ -134,7 +135,7 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
       outputs or adds losses of its own.
     """
     try:
-        with keras.StatelessScope(collect_losses=True) as scope:
+        with keras.StatelessScope(collect_losses=True) as scope, ops.exact():
             output = model(x, training=False)
     except (TypeError, ValueError, tf.errors.OpError) as error:
         parts = x if isinstance(x, dict) else {"x": x}
