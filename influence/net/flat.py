@@ -55,7 +55,7 @@ class FlatModel:
         """Return the model's output in inference mode, without changing its variables."""
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
-        with keras.StatelessScope(state_mapping=mapping), ops.model_call():
+        with keras.StatelessScope(state_mapping=mapping), ops.exact():
             output = self.model(x, training=False)
         if getattr(output, "_keras_mask", None) is not None:
             raise ValueError(
@@ -105,6 +105,8 @@ class FlatModel:
                 raise ops.no_derivative(error) from error
             if name == "losses":
                 self._check(concrete.graph)
+            if name == "input_gradient":
+                self._check(concrete.graph, by_inputs=True)
             self._functions[key] = concrete
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
@@ -129,10 +131,15 @@ class FlatModel:
             self._seen = tape.needs_loop(graphs[0]), max(two - one, 1)
         return self._seen
 
-    def _check(self, graph: Any) -> None:
-        """Refuse losses that TensorFlow differentiates wrongly, from their graph."""
+    def _check(self, graph: Any, by_inputs: bool = False) -> None:
+        """Refuse losses that TensorFlow differentiates wrongly, from their graph.
+
+        `by_inputs` asks about first derivatives by all arguments, and not about second derivatives
+        by theta, which is the first argument.
+        """
         names = [layer.name for layer in self.model._flatten_layers()]
-        ops.check_operations(graph, graph.inputs[0], names)
+        sources = graph.inputs if by_inputs else graph.inputs[:1]
+        ops.check_operations(graph, sources, names, twice=not by_inputs)
 
     # --- tensors ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ replace, `check_operations` refuses.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,9 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import gen_image_ops, gen_math_ops, gen_nn_ops
+
+# This holds how many `exact` blocks the thread is in.
+_THREAD = threading.local()
 
 # --- replacements ---------------------------------------------------------------------------------
 
@@ -161,6 +165,16 @@ def _may_broadcast(x: Any, y: Any) -> bool:
     return all(size in (None, 1) for size in y[:-2])
 
 
+def _ctc_loss(original: Callable) -> Callable:
+    def ctc_loss(*arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError(
+            "loss must be twice differentiable, got ctc_loss, whose second derivative TensorFlow "
+            "computes as NaN; use a loss that compares labels and outputs step by step."
+        )
+
+    return ctc_loss
+
+
 _IMAGES = ("bilinear", "bicubic", "nearest_neighbor", "area")
 _REPLACED: list[tuple[Any, str, Callable]] = [
     (tf.nn, "moments", _moments),
@@ -169,13 +183,13 @@ _REPLACED: list[tuple[Any, str, Callable]] = [
     *((gen_image_ops, f"resize_{name}", _resize) for name in _IMAGES),
     (gen_image_ops, "scale_and_translate", _scale_and_translate),
     (gen_math_ops, "batch_mat_mul_v2", _batch_matmul),
+    (tf.nn, "ctc_loss", _ctc_loss),
 ]
 
 
 # --- where the replacements hold ------------------------------------------------------------------
 
 _LOCK = threading.Lock()
-_THREAD = threading.local()
 _ORIGINALS: list[tuple[Any, str, Any]] = []
 _users = 0
 
@@ -216,62 +230,31 @@ def _in_blocks(original: Callable, replacement: Callable) -> Callable:
     return function
 
 
-@contextmanager
-def model_call() -> Iterator[None]:
-    """Mark calls of `tf.stop_gradient` inside the `with` block, for `check_operations`.
-
-    TensorFlow's own functions stop gradients where this changes no derivative. They do not use the
-    public name, so that their operations are not marked. Includes `exact`.
-    """
-    with exact():
-        before = getattr(_THREAD, "models", 0)
-        _THREAD.models = before + 1
-        try:
-            yield
-        finally:
-            _THREAD.models = before
-
-
-def _ctc_loss(original: Callable) -> Callable:
-    def ctc_loss(*arguments: Any, **options: Any) -> Any:
-        raise NotImplementedError(
-            "loss must be twice differentiable, got ctc_loss, whose second derivative TensorFlow "
-            "computes as NaN; use a loss that compares labels and outputs step by step."
-        )
-
-    return ctc_loss
-
-
-def _stop_gradient(original: Callable) -> Callable:
-    def stop_gradient(input, name=None):
-        if not getattr(_THREAD, "models", 0):
-            return original(input, name=name)
-        return original(input, name=_STOPPED)
-
-    return stop_gradient
-
-
-_STOPPED = "stopped_by_the_model"
-_REPLACED += [(tf, "stop_gradient", _stop_gradient), (tf.nn, "ctc_loss", _ctc_loss)]
-
 # --- refusals -------------------------------------------------------------------------------------
 
-# Operations whose first or second derivative TensorFlow 2.21 cuts, lacks or computes wrongly, and
-# the inputs with respect to which it does so. None means all inputs.
-_LACKING: dict[str, tuple[int, ...] | None] = {
+# Operations whose first derivative TensorFlow 2.21 cuts or computes wrongly, and the inputs with
+# respect to which it does so. None means all inputs.
+_Inputs = dict[str, tuple[int, ...] | None]
+_WRONG_FIRST: _Inputs = {
     "Betainc": (0, 1),
-    "Igamma": (0,),
-    "Igammac": (0,),
     "Zeta": (1,),
     **dict.fromkeys(
         """
-        AdjustContrastv2 AdjustHue AdjustSaturation Bincount CTCLoss CTCLossV2 CropAndResize
-        DenseBincount Dilation2D ExtractGlimpse ExtractGlimpseV2 FakeQuantWithMinMaxArgs
-        FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel FractionalAvgPool
-        FractionalMaxPool HSVToRGB ImageProjectiveTransformV2 ImageProjectiveTransformV3 LRN
-        LinSpace Lu MaxPoolWithArgmax PyFunc PyFuncStateless RandomShuffle ResizeArea ResizeBicubic
-        ResizeBilinear ResizeNearestNeighbor ScaleAndTranslate Softsign TruncateMod
-        XlaDynamicUpdateSlice
+        ExtractGlimpse ExtractGlimpseV2 FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
+        FakeQuantWithMinMaxVarsPerChannel HSVToRGB ImageProjectiveTransformV2
+        ImageProjectiveTransformV3 LinSpace PyFunc PyFuncStateless RandomShuffle
+        """.split()
+    ),
+}
+# Operations with a first derivative, but without a correct second derivative.
+_WRONG_SECOND: _Inputs = {
+    "Igamma": (0,),
+    "Igammac": (0,),
+    **dict.fromkeys(
+        """
+        CTCLoss CTCLossV2 CropAndResize Dilation2D FractionalAvgPool FractionalMaxPool LRN
+        MaxPoolWithArgmax ResizeBicubic ResizeBilinear ResizeNearestNeighbor ScaleAndTranslate
+        Softsign
         """.split()
     ),
 }
@@ -281,25 +264,29 @@ _REMEDY = (
 )
 
 
-def check_operations(graph: Any, theta: Any, layers: Iterable[str] = ()) -> None:
-    """Refuse a loss whose derivatives TensorFlow would cut, lack or compute wrongly.
+def check_operations(
+    graph: Any, sources: list[Any], layers: Iterable[str] = (), twice: bool = True
+) -> None:
+    """Refuse a function whose derivatives TensorFlow would cut, lack or compute wrongly.
 
-    An operation counts if theta changes its input, and if it changes the loss.
+    An operation counts if the sources change its input, and if it changes the result.
 
     Args:
-      graph: the traced function of theta that returns the losses.
-      theta: the function's argument theta, a tensor of the graph.
+      graph: the traced function.
+      sources: the arguments of the derivative, tensors of the graph.
       layers: the names of the model's layers, for the message.
+      twice: False if only first derivatives are asked for.
 
     Raises: NotImplementedError naming the operation and its layer.
     """
-    for op in _between([theta], graph):
-        name = _layer(op.name, layers)
+    wrong = _WRONG_FIRST | _WRONG_SECOND if twice else _WRONG_FIRST
+    for op, path in _between(sources, graph, wrong, twice):
+        name = _layer(path, layers)
         if op.type == "StopGradient":
             raise NotImplementedError(
-                f"model must not stop gradients of its weights, got stop_gradient{name}: the "
-                "derivatives would not be those of the loss; set trainable = False on the layers "
-                "before it, and remove it."
+                f"model and loss must not stop gradients, got stop_gradient{name}: derivatives "
+                "would not be those of the loss; remove it, and set trainable = False on the "
+                "layers before it."
             )
         raise NotImplementedError(
             f"model must be twice differentiable, got {op.type}{name}, whose derivatives "
@@ -314,8 +301,10 @@ def no_derivative(error: LookupError) -> NotImplementedError:
     )
 
 
-def _between(sources: list[Any], graph: Any) -> Iterator[Any]:
-    """Yield the bad operations on the paths from the sources to the graph's outputs."""
+def _between(
+    sources: list[Any], graph: Any, wrong: _Inputs, twice: bool, path: str = ""
+) -> Iterator[tuple[Any, str]]:
+    """Yield (operation, path) of wrong operations between the sources and the graph's outputs."""
     reached = {t.ref() for t in sources}
     dependent = []
     for op in graph.get_operations():  # an operation comes after its inputs
@@ -333,12 +322,12 @@ def _between(sources: list[Any], graph: Any) -> Iterator[Any]:
             needed.add(op.name)
             new += [t.op for t in op.inputs]
     for op, inputs in dependent:
-        if op.name in needed:
-            inner = list(_called(op, graph))
-            for function in inner:
-                yield from _between(function.inputs, function)
-            if not inner and any(t.ref() in reached for t in op.outputs) and _is_bad(op, inputs):
-                yield op
+        if op.name in needed and any(t.ref() in reached for t in op.outputs):
+            here, functions = f"{path}/{op.name}", list(_called(op, graph))
+            for function in functions:
+                yield from _between(function.inputs, function, wrong, twice, here)
+            if not functions and _is_wrong(op, inputs, wrong, twice):
+                yield op, here
 
 
 def _called(op: Any, graph: Any) -> Iterator[Any]:
@@ -352,17 +341,39 @@ def _called(op: Any, graph: Any) -> Iterator[Any]:
                     yield known.graph
 
 
-def _is_bad(op: Any, inputs: list[int]) -> bool:
+def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
     if op.type == "StopGradient":
-        return _STOPPED in op.name
-    if op.type in _LACKING:
-        positions = _LACKING[op.type]
+        return not _is_harmless(op)
+    if op.type in wrong:
+        positions = wrong[op.type]
         return positions is None or any(i in positions for i in inputs)
+    if not twice:  # a graph of a gradient contains operations that have none
+        return False
     try:
         ops.get_gradient_function(op)
     except LookupError:
         return True
     return False
+
+
+def _is_harmless(stop: Any) -> bool:
+    """Return True if TensorFlow or this library stops a gradient, and not the user.
+
+    They do so where this changes no derivative, such as at the maximum in `tf.reduce_logsumexp`.
+    """
+    for file, _, name, *_ in reversed(stop.traceback):
+        # Functions of this name pass the call on, in TensorFlow and in Keras.
+        if name != "stop_gradient" and not file.startswith(_PLUMBING):
+            return file.startswith(_TRUSTED)
+    return False
+
+
+_TENSORFLOW = os.path.dirname(os.path.abspath(tf.__file__))
+_PLUMBING = tuple(
+    os.path.join(_TENSORFLOW, "python", name)
+    for name in ("framework", "util", os.path.join("ops", "weak_tensor_ops.py"))
+)
+_TRUSTED = (_TENSORFLOW, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def _layer(path: str, layers: Iterable[str]) -> str:

@@ -18,8 +18,12 @@ Losses = Callable[[Any, Any, Any], Any]
 Each = Callable[[Callable, Any], Any]
 
 # TensorFlow's vectorised map is wrong for grouped convolutions, and fails for recurrent layers. For
-# other convolutions, it is no faster than a loop, and takes m times the memory of a loop.
-_LOOPED_OPS = ("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN")
+# other convolutions, it is no faster than a loop, and takes m times the memory of a loop. It fails
+# for gradients of branches.
+_LOOPED_OPS = (
+    *("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN"),
+    *("If", "StatelessIf", "Case", "StatelessCase"),
+)
 
 
 def needs_loop(graph: Any) -> bool:

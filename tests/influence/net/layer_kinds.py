@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from numpy.typing import NDArray
 
 L = keras.layers
@@ -135,12 +136,38 @@ def _mean_3d() -> Any:
     return L.Lambda(lambda t: keras.ops.mean(blocks(t), axis=(2, 4, 6)), output_shape=(2, 2, 2, 2))
 
 
+def _in_float32(layer: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a layer that casts to float32 and back, as TensorFlow resizes no other floats."""
+
+    def call(x):
+        return keras.ops.cast(layer()(keras.ops.cast(x, "float32")), x.dtype)
+
+    return lambda: L.Lambda(call)
+
+
+def _mean_of_areas() -> Any:
+    """Return a layer that resizes images of IMAGE to 4 x 9 pixels by means over areas."""
+
+    def matrix(old, new):
+        low, high = np.arange(new)[:, None] * old / new, np.arange(1, new + 1)[:, None] * old / new
+        at = np.arange(old)
+        overlap = np.minimum(high, at + 1) - np.maximum(low, at)
+        return np.maximum(overlap, 0) * new / old
+
+    rows, columns = matrix(6, 4), matrix(6, 9)
+    return L.Lambda(lambda x: keras.ops.einsum("ah,nhwc,bw->nabc", rows, x, columns))
+
+
 KINDS: dict[str, Kind] = {}
 
 
 def _add(name: str, layer: Callable[[], Any], shape: tuple[int, ...], **options: Any) -> None:
-    make = through(layer, shape, linear=options.get("rounds", False))
-    KINDS[name] = Kind(make, shape, **options)
+    KINDS[name] = Kind(through(layer, shape), shape, **options)
+
+
+def _add_resize(name: str, layer: Callable[[], Any], plain: Any = None) -> None:
+    twin = through(plain or _in_float32(layer), IMAGE, linear=True)
+    KINDS[name] = Kind(through(layer, IMAGE, linear=True), IMAGE, twin, rounds=True)
 
 
 # The layers that once failed come first.
@@ -155,15 +182,15 @@ KINDS["Dense of rank 4"] = Kind(
 )
 _add("Dense of rank 3", lambda: L.Dense(3, activation="tanh"), SEQUENCE)
 for method in ("nearest", "bilinear", "bicubic", "lanczos3", "lanczos5"):
-    _add(f"UpSampling2D, {method}", lambda m=method: L.UpSampling2D(2, interpolation=m), IMAGE,
-         rounds=True)  # fmt: skip
-    _add(f"Resizing, {method}", lambda m=method: L.Resizing(4, 9, m), IMAGE, rounds=True)
-_add("Resizing, area", lambda: L.Resizing(4, 9, "area"), IMAGE, rounds=True)
-_add("Resizing, antialias", lambda: L.Resizing(3, 4, antialias=True), IMAGE, rounds=True)
-_add("Resizing, crop", lambda: L.Resizing(3, 4, crop_to_aspect_ratio=True), IMAGE, rounds=True)
-_add("Resizing, pad", lambda: L.Resizing(9, 4, pad_to_aspect_ratio=True), IMAGE, rounds=True)
+    up = lambda m=method: L.UpSampling2D(2, interpolation=m)  # noqa: E731
+    _add_resize(f"UpSampling2D, {method}", up)
+    _add_resize(f"Resizing, {method}", lambda m=method: L.Resizing(4, 9, m))
+_add_resize("Resizing, area", lambda: L.Resizing(4, 9, "area"), _mean_of_areas)
+_add_resize("Resizing, antialias", lambda: L.Resizing(3, 4, antialias=True))
+_add_resize("Resizing, crop", lambda: L.Resizing(3, 4, crop_to_aspect_ratio=True))
+_add_resize("Resizing, pad", lambda: L.Resizing(9, 4, pad_to_aspect_ratio=True))
 _add("CenterCrop", lambda: L.CenterCrop(4, 4), IMAGE)
-_add("CenterCrop, larger", lambda: L.CenterCrop(8, 9), IMAGE, rounds=True)
+_add_resize("CenterCrop, larger", lambda: L.CenterCrop(8, 9))
 
 ACTIVATIONS = """softsign celu elu exponential gelu glu hard_shrink hard_sigmoid hard_silu hard_tanh
 leaky_relu linear log_sigmoid log_softmax mish relu relu6 selu sigmoid silu softmax soft_shrink
