@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test systems lint bench readme clean
+.PHONY: help figures test systems layers lint bench readme clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -27,6 +27,11 @@ test: $(VENV)/installed-dev ## run the tests; INFLUENCE_DATA names the folder of
 systems: $(VENV)/installed-dev ## test every solver on 200 random linear systems of each kind; takes minutes
 	@SYSTEMS=200 OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
 	  --timeout 3600 tests/influence/solvers/test_systems.py
+
+layers: $(VENV)/installed-dev ## test the derivatives of every Keras layer, an hour; goes on where it stopped
+	@status=0; for onednn in 1 0; do \
+	  TF_ENABLE_ONEDNN_OPTS=$$onednn $(BIN)/python -m tests.influence.net.layer_grid "$(OUT)/layers.jsonl" || status=1; \
+	done; exit $$status
 
 lint: $(VENV)/installed-dev ## run ruff and pyright
 	@$(BIN)/ruff check .

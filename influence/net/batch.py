@@ -290,7 +290,9 @@ class Derivatives:
     def _along(self, name: str, function: Callable, x: Any, y: Any, v: NDArray) -> Any:
         """Run `function(losses, theta, x, y, v)` for one direction v (d,)."""
         t = self.flat
-        tensors = self.theta_tensor(), t.inputs(x), t.tensor(y), t.rows(v, "v")[0]
+        batch = t.inputs(x), t.tensor(y)
+        t.facts(*batch)  # refuses losses that TensorFlow differentiates wrongly
+        tensors = self.theta_tensor(), *batch, t.rows(v, "v")[0]
         return t.run(name, partial(function, t.losses), *tensors)
 
     def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:

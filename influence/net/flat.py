@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
 from influence.examples.labels import fields, is_packed
-from influence.net import tape
+from influence.net import ops, tape
 from influence.net.inputs import for_call, named
 from influence.net.losses import PerExampleLoss
 from influence.net.preprocessing import Preparation
@@ -92,7 +92,7 @@ class FlatModel:
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
         scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
-        with scope, tape.twice_differentiable():
+        with scope, ops.exact():
             raw = self.model(for_call(self.model, x), training=False)
         check_no_mask(self.model, keras.tree.flatten(raw))
         return raw, scope.losses
@@ -142,9 +142,17 @@ class FlatModel:
         if key not in self._functions:
             # Tracing with autograph would take a sixth more time. The function is concrete, because
             # TensorFlow would warn of retracing when several nets share a function's name.
-            self._functions[key] = tf.function(
-                function, input_signature=signatures, autograph=False
-            ).get_concrete_function()
+            traced = tf.function(function, input_signature=signatures, autograph=False)
+            try:
+                with ops.exact():
+                    concrete = traced.get_concrete_function()
+            except LookupError as error:
+                raise ops.no_derivative(error) from error
+            if name == "losses":
+                self._check(concrete.graph)
+            if name == "input_gradient":
+                self._check(concrete.graph, by_inputs=True)
+            self._functions[key] = concrete
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
@@ -163,9 +171,20 @@ class FlatModel:
             graphs = [
                 losses.get_concrete_function(self.theta(), *batch).graph for batch in (row, rows)
             ]
+            self._check(graphs[0])
             one, two = (_numbers(graph) for graph in graphs)
             self._seen = tape.needs_loop(graphs[0]), max(two - one, 1)
         return self._seen
+
+    def _check(self, graph: Any, by_inputs: bool = False) -> None:
+        """Refuse losses that TensorFlow differentiates wrongly, from their graph.
+
+        `by_inputs` asks about first derivatives by all arguments, and not about second derivatives
+        by theta, which is the first argument.
+        """
+        names = [layer.name for layer in self.model._flatten_layers()]
+        sources = graph.inputs if by_inputs else graph.inputs[:1]
+        ops.check_operations(graph, sources, names, twice=not by_inputs)
 
     # --- tensors ------------------------------------------------------------------------------
 

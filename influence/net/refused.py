@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras.layers import InputLayer
 
 from influence.examples.arrays import CHECK_ROWS
+from influence.net import ops
 from influence.net.inputs import aliases, declared, fits, for_call, named
 
 # A message names at most this many layers.
@@ -134,7 +135,7 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
       output, or does not return a tensor or a flat list or dict of tensors.
     """
     try:
-        with keras.StatelessScope(collect_losses=True):
+        with keras.StatelessScope(collect_losses=True), ops.exact():
             output = model(for_call(model, x), training=False)
     except (TypeError, ValueError, tf.errors.OpError) as error:
         parts = x if isinstance(x, dict) else {"x": x}

@@ -8,10 +8,8 @@ second derivative of a linear function is therefore zero and not an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import tensorflow as tf
 
@@ -20,8 +18,12 @@ Losses = Callable[[Any, Any, Any], Any]
 Each = Callable[[Callable, Any], Any]
 
 # TensorFlow's vectorised map is wrong for grouped convolutions, and fails for recurrent layers. For
-# other convolutions, it is no faster than a loop, and takes m times the memory of a loop.
-_LOOPED_OPS = ("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN")
+# other convolutions, it is no faster than a loop, and takes m times the memory of a loop. It fails
+# for gradients of branches.
+_LOOPED_OPS = (
+    *("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN"),
+    *("If", "StatelessIf", "Case", "StatelessCase"),
+)
 
 
 def needs_loop(graph: Any) -> bool:
@@ -38,24 +40,6 @@ def operations(graph: Any) -> list[Any]:
 def looped(function: Callable, elements: Any, dtype: Any) -> Any:
     """Apply a function to one element at a time. Stack the results, all of type `dtype`."""
     return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Give `tf.nn.moments` correct second derivatives inside the `with` block.
-
-    TensorFlow's function stops the gradient at the mean inside the variance. The variance's first
-    derivative with respect to the mean is zero, but its second derivative is not zero. Hessians of
-    layer or group normalisation would be wrong without an error.
-    """
-
-    def moments(x, axes, shift=None, keepdims=False, name=None):
-        mean = tf.reduce_mean(x, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
-        return (mean if keepdims else tf.squeeze(mean, axes)), variance
-
-    with mock.patch.object(tf.nn, "moments", moments):
-        yield
 
 
 def gradient(function: Callable, at: Any) -> Any:

@@ -1,0 +1,386 @@
+"""Operations that TensorFlow differentiates wrongly or computes wrongly, and their replacements.
+
+TensorFlow 2.21 has three kinds of faults that would reach an influence function.
+
+1. A derivative is cut without an error. The second derivative of a bilinear resize and of
+   `tf.nn.moments` is wrong, and the first derivative of `tf.image.hsv_to_rgb` is zero.
+2. A derivative does not exist. `SoftsignGrad` and `ResizeBicubicGrad` have no gradient.
+3. A product of matrices writes outside its memory. With oneDNN and more than one thread,
+   `tf.matmul(tf.ones((2, 1, 12, 8)), tf.ones((8, 8)))` returns wrong numbers, NaN, or kills the
+   process ("corrupted double-linked list"). This occurs for 16 and 32 bit floats if the left
+   factor has the shape (p, 1, m, k), and all leading dimensions of the right factor are 1.
+   `tf.vectorized_map` makes such products of a Dense layer that it applies to one row.
+
+`exact` replaces these functions by others with the same values up to rounding. What it cannot
+replace, `check_operations` refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.framework import ops
+from tensorflow.python.ops import gen_image_ops, gen_math_ops, gen_nn_ops
+
+# This holds how many `exact` blocks the thread is in.
+_THREAD = threading.local()
+
+# --- replacements ---------------------------------------------------------------------------------
+
+
+def _moments(original: Callable) -> Callable:
+    """TensorFlow stops the gradient at the mean inside the variance.
+
+    The variance's first derivative with respect to the mean is zero, but its second derivative is
+    not zero. Hessians of layer or group normalisation would be wrong without an error.
+    """
+
+    def moments(x, axes, shift=None, keepdims=False, name=None):
+        mean = tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
+        return (mean if keepdims else tf.squeeze(mean, axes)), variance
+
+    return moments
+
+
+def _softsign(original: Callable) -> Callable:
+    def softsign(features, name=None):
+        x = tf.convert_to_tensor(features)
+        return x / (1 + tf.abs(x))
+
+    return softsign
+
+
+def _hsv_to_rgb(original: Callable) -> Callable:
+    """Compute each colour as v - v s max(0, min(k, 4 - k, 1)) with k = (m + 6 h) mod 6.
+
+    h is the hue as a fraction of a full turn, s is the saturation and v is the value. m is 5 for
+    red, 3 for green and 1 for blue.
+    """
+
+    def hsv_to_rgb(images, name=None):
+        h, s, v = tf.split(tf.convert_to_tensor(images), 3, axis=-1)
+        k = tf.math.floormod(6 * h + tf.constant([5, 3, 1], h.dtype), 6)
+        return v - v * s * tf.maximum(tf.minimum(tf.minimum(k, 4 - k), 1), 0)
+
+    return hsv_to_rgb
+
+
+def _resize(original: Callable) -> Callable:
+    def resize(images, size, *arguments, **options):
+        return _separately(
+            lambda basis, size, axis: original(basis, size, *arguments, **options), images, size
+        )
+
+    return resize
+
+
+def _scale_and_translate(original: Callable) -> Callable:
+    def resize(images, size, scale, translation, *arguments, **options):
+        scale, translation = tf.cast(scale, tf.float32), tf.cast(translation, tf.float32)
+
+        def resized(basis, size, axis):
+            # The other axis has the length 1. It is neither scaled nor moved.
+            here = tf.one_hot(axis - 1, 2)
+            at = scale * here + 1 - here, translation * here
+            return original(basis, size, *at, *arguments, **options)
+
+        return _separately(resized, images, size)
+
+    return resize
+
+
+def _separately(resized: Callable, images: Any, size: Any) -> Any:
+    """Resize images (n, h, w, c) by one matrix for each axis, Y = A X B'.
+
+    Every resize is linear in the image, and its axes separate. `resized(basis, size, axis)` applies
+    TensorFlow's function to an identity matrix along one axis, and so returns A or B. Two products
+    of matrices have all derivatives. The result has the dtype of the images.
+    """
+    x, size = tf.convert_to_tensor(images), tf.convert_to_tensor(size)
+    for axis in (1, 2):
+        basis = tf.eye(x.shape[axis] or tf.shape(x)[axis], dtype=tf.float32)
+        if axis == 1:
+            matrix = resized(basis[None, :, None, :], tf.stack([size[0], 1]), axis)[0, :, 0, :]
+        else:
+            matrix = resized(basis[None, None, :, :], tf.stack([1, size[1]]), axis)[0, 0]
+        x = _on_axis(tf.cast(matrix, x.dtype), x, axis)
+    known = tf.get_static_value(size)
+    if known is not None:
+        x.set_shape([x.shape[0], *known.tolist(), x.shape[3]])
+    return x
+
+
+def _on_axis(matrix: Any, x: Any, axis: int) -> Any:
+    """Multiply axis 1 or 2 of images x (n, h, w, c) by a matrix."""
+    product = tf.tensordot(x, matrix, [[axis], [1]])
+    return tf.transpose(product, [0, 3, 1, 2] if axis == 1 else [0, 1, 3, 2])
+
+
+def _batch_matmul(original: Callable) -> Callable:
+    """Compute products that oneDNN computes wrongly without broadcasting (see the module)."""
+
+    def batch_mat_mul(x, y, adj_x=False, adj_y=False, *arguments, **options):
+        x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
+        if not _may_broadcast(x.shape, y.shape):
+            return original(x, y, adj_x, adj_y, *arguments, **options)
+        if x.dtype.is_complex:
+            return original(x, y, adj_x, adj_y, *arguments, **options)
+        if all(size == 1 for size in y.shape[:-2]):
+            # All rows of x meet the same matrix, so this is one product of two matrices.
+            x = tf.linalg.matrix_transpose(x) if adj_x else x
+            y = tf.reshape(y, tf.shape(y)[-2:])
+            rows = tf.reshape(x, [-1, x.shape[-1] or tf.shape(x)[-1]])
+            product = tf.matmul(rows, y, transpose_b=adj_y)
+            found = tf.reshape(product, tf.concat([tf.shape(x)[:-1], tf.shape(product)[1:]], 0))
+            found.set_shape([*x.shape[:-1], product.shape[1]])
+            return found
+        batch = tf.broadcast_dynamic_shape(tf.shape(x)[:-2], tf.shape(y)[:-2])
+        static = tf.broadcast_static_shape(x.shape[:-2], y.shape[:-2])
+        spread = []
+        for part in (x, y):
+            whole = tf.broadcast_to(part, tf.concat([batch, tf.shape(part)[-2:]], 0))
+            whole.set_shape([*static, *part.shape[-2:]])
+            spread.append(whole)
+        return original(*spread, adj_x, adj_y, *arguments, **options)
+
+    return batch_mat_mul
+
+
+def _may_broadcast(x: Any, y: Any) -> bool:
+    """Return True unless the shapes show that oneDNN computes the product of x and y correctly.
+
+    Wrong are only x of shape (p, 1, m, k) and y of (k, n), (1, k, n) or (1, 1, k, n). Random
+    products of 3 to 6 dimensions, broadcast or not, show no other error.
+    """
+    if x.rank != 4 or y.rank is None or x[1] not in (None, 1) or x[0] == 1:
+        return False
+    return all(size in (None, 1) for size in y[:-2])
+
+
+def _ctc_loss(original: Callable) -> Callable:
+    def ctc_loss(*arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError(
+            "loss must be twice differentiable, got ctc_loss, whose second derivative TensorFlow "
+            "computes as NaN; use a loss that compares labels and outputs step by step."
+        )
+
+    return ctc_loss
+
+
+_IMAGES = ("bilinear", "bicubic", "nearest_neighbor", "area")
+_REPLACED: list[tuple[Any, str, Callable]] = [
+    (tf.nn, "moments", _moments),
+    *((owner, "softsign", _softsign) for owner in (tf.nn, tf.math, gen_nn_ops)),
+    *((owner, "hsv_to_rgb", _hsv_to_rgb) for owner in (tf.image, gen_image_ops)),
+    *((gen_image_ops, f"resize_{name}", _resize) for name in _IMAGES),
+    (gen_image_ops, "scale_and_translate", _scale_and_translate),
+    (gen_math_ops, "batch_mat_mul_v2", _batch_matmul),
+    (tf.nn, "ctc_loss", _ctc_loss),
+]
+
+
+# --- where the replacements hold ------------------------------------------------------------------
+
+_LOCK = threading.Lock()
+_ORIGINALS: list[tuple[Any, str, Any]] = []
+_users = 0
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Use functions with correct values and derivatives inside the `with` block.
+
+    Only this thread's calls are replaced. Blocks may be nested, and several threads may be inside
+    blocks at the same time. TensorFlow's functions are restored after the last block.
+    """
+    global _users
+    with _LOCK:
+        if _users == 0:
+            for owner, name, replacement in _REPLACED:
+                original = getattr(owner, name)
+                _ORIGINALS.append((owner, name, original))
+                setattr(owner, name, _in_blocks(original, replacement(original)))
+        _users += 1
+    _THREAD.blocks = getattr(_THREAD, "blocks", 0) + 1
+    try:
+        yield
+    finally:
+        _THREAD.blocks -= 1
+        with _LOCK:
+            _users -= 1
+            if _users == 0:
+                while _ORIGINALS:
+                    setattr(*_ORIGINALS.pop())
+
+
+def _in_blocks(original: Callable, replacement: Callable) -> Callable:
+    @wraps(original)
+    def function(*arguments: Any, **options: Any) -> Any:
+        inside = getattr(_THREAD, "blocks", 0) > 0
+        return (replacement if inside else original)(*arguments, **options)
+
+    return function
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+# Operations whose first derivative TensorFlow 2.21 cuts or computes wrongly, and the inputs with
+# respect to which it does so. None means all inputs.
+_Inputs = dict[str, tuple[int, ...] | None]
+_WRONG_FIRST: _Inputs = {
+    "Betainc": (0, 1),
+    "Zeta": (1,),
+    **dict.fromkeys(
+        """
+        ExtractGlimpse ExtractGlimpseV2 FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
+        FakeQuantWithMinMaxVarsPerChannel HSVToRGB ImageProjectiveTransformV2
+        ImageProjectiveTransformV3 LinSpace PyFunc PyFuncStateless RandomShuffle
+        """.split()
+    ),
+}
+# Operations with a first derivative, but without a correct second derivative.
+_WRONG_SECOND: _Inputs = {
+    "Igamma": (0,),
+    "Igammac": (0,),
+    **dict.fromkeys(
+        """
+        CTCLoss CTCLossV2 CropAndResize Dilation2D FractionalAvgPool FractionalMaxPool LRN
+        MaxPoolWithArgmax ResizeBicubic ResizeBilinear ResizeNearestNeighbor ScaleAndTranslate
+        Softsign
+        """.split()
+    ),
+}
+_REMEDY = (
+    "apply it to the inputs before training, freeze all layers before it, or write it with basic "
+    "operations such as products and sums"
+)
+
+
+def check_operations(
+    graph: Any, sources: list[Any], layers: Iterable[str] = (), twice: bool = True
+) -> None:
+    """Refuse a function whose derivatives TensorFlow would cut, lack or compute wrongly.
+
+    An operation counts if the sources change its input, and if it changes the result.
+
+    Args:
+      graph: the traced function.
+      sources: the arguments of the derivative, tensors of the graph.
+      layers: the names of the model's layers, for the message.
+      twice: False if only first derivatives are asked for.
+
+    Raises: NotImplementedError naming the operation and its layer.
+    """
+    wrong = _WRONG_FIRST | _WRONG_SECOND if twice else _WRONG_FIRST
+    for op, path in _between(sources, graph, wrong, twice):
+        name = _layer(path, layers)
+        if op.type == "StopGradient":
+            raise NotImplementedError(
+                f"model and loss must not stop gradients, got stop_gradient{name}: derivatives "
+                "would not be those of the loss; remove it, and set trainable = False on the "
+                "layers before it."
+            )
+        raise NotImplementedError(
+            f"model must be twice differentiable, got {op.type}{name}, whose derivatives "
+            f"TensorFlow lacks or cuts; {_REMEDY}."
+        )
+
+
+def no_derivative(error: LookupError) -> NotImplementedError:
+    """Return the error for an operation that TensorFlow's tape could not differentiate."""
+    return NotImplementedError(
+        f"model must be twice differentiable, but TensorFlow says: {error.args[0]}; {_REMEDY}."
+    )
+
+
+def _between(
+    sources: list[Any], graph: Any, wrong: _Inputs, twice: bool, path: str = ""
+) -> Iterator[tuple[Any, str]]:
+    """Yield (operation, path) of wrong operations between the sources and the graph's outputs."""
+    reached = {t.ref() for t in sources}
+    dependent = []
+    for op in graph.get_operations():  # an operation comes after its inputs
+        inputs = [i for i, t in enumerate(op.inputs) if t.ref() in reached]
+        if inputs:
+            dependent.append((op, inputs))
+            # No derivative passes integers. A list of tensors has the type variant.
+            smooth = (t for t in op.outputs if t.dtype.is_floating or t.dtype.is_complex)
+            reached.update(t.ref() for t in smooth)
+            reached.update(t.ref() for t in op.outputs if t.dtype == tf.variant)
+    needed, new = set(), [t.op for t in graph.outputs]
+    while new:
+        op = new.pop()
+        if op.name not in needed:
+            needed.add(op.name)
+            new += [t.op for t in op.inputs]
+    for op, inputs in dependent:
+        if op.name in needed and any(t.ref() in reached for t in op.outputs):
+            here, functions = f"{path}/{op.name}", list(_called(op, graph))
+            for function in functions:
+                yield from _between(function.inputs, function, wrong, twice, here)
+            if not functions and _is_wrong(op, inputs, wrong, twice):
+                yield op, here
+
+
+def _called(op: Any, graph: Any) -> Iterator[Any]:
+    """Yield the graphs of the functions that an operation calls, such as a loop's body."""
+    for attribute in op.op_def.attr:
+        if attribute.type in ("func", "list(func)"):
+            value = op.get_attr(attribute.name)
+            for function in value if isinstance(value, list) else [value]:
+                known = graph._functions.get(function.name)
+                if known is not None and hasattr(known, "graph"):
+                    yield known.graph
+
+
+def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
+    if op.type == "StopGradient":
+        return not _is_harmless(op)
+    if op.type in wrong:
+        positions = wrong[op.type]
+        return positions is None or any(i in positions for i in inputs)
+    if not twice:  # a graph of a gradient contains operations that have none
+        return False
+    try:
+        ops.get_gradient_function(op)
+    except LookupError:
+        return True
+    return False
+
+
+def _is_harmless(stop: Any) -> bool:
+    """Return True if TensorFlow or this library stops a gradient, and not the user.
+
+    They do so where this changes no derivative, such as at the maximum in `tf.reduce_logsumexp`.
+    """
+    for file, _, name, *_ in reversed(stop.traceback):
+        # Functions of this name pass the call on, in TensorFlow and in Keras.
+        if name != "stop_gradient" and not file.startswith(_PLUMBING):
+            return file.startswith(_TRUSTED)
+    return False
+
+
+_TENSORFLOW = os.path.dirname(os.path.abspath(tf.__file__))
+_PLUMBING = tuple(
+    os.path.join(_TENSORFLOW, "python", name)
+    for name in ("framework", "util", os.path.join("ops", "weak_tensor_ops.py"))
+)
+_TRUSTED = (_TENSORFLOW, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def _layer(path: str, layers: Iterable[str]) -> str:
+    """Return " in layer 'name'" for the innermost layer in an operation's path, or nothing."""
+    layers = set(layers)
+    for part in reversed(path.split("/")):
+        for name in (part, re.sub(r"_\d+$", "", part)):
+            if name in layers:
+                return f" in layer {name!r}"
+    return ""

@@ -1,0 +1,349 @@
+"""One small model for each layer of `keras.layers` for which a loss of single rows has a meaning.
+
+A model has trainable weights before and after the layer, wherever the layer's input can depend on
+weights. So its derivatives pass through the layer. Layers that differ only in name, such as
+AvgPool1D and AveragePooling1D, occur once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+L = keras.layers
+ROWS = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Recipe for a model, and for its inputs.
+
+    Attributes:
+      make: returns the keras.Model.
+      shape: the shape of a row, or None for word numbers.
+      twin: returns the model in float64, if TensorFlow has no such layer in float64.
+      rounds: True if TensorFlow computes the layer in float32 even for float64 inputs. Finite
+        differences then need a long step, which is exact: the loss is a polynomial of degree 4.
+    """
+
+    make: Callable[[], keras.Model]
+    shape: tuple[int, ...] | None
+    twin: Callable[[], keras.Model] | None = None
+    rounds: bool = False
+
+    def inputs(self, rng: Any) -> NDArray:
+        if self.shape is None:
+            return rng.integers(1, 7, (ROWS, 5))
+        return rng.standard_normal((ROWS, *self.shape))
+
+
+VECTOR, SEQUENCE, IMAGE, VOLUME = (6,), (12, 8), (6, 6, 3), (4, 4, 4, 2)
+
+
+def first(shape: tuple[int, ...], linear: bool = False) -> Any:
+    """Return a layer with weights that keeps the shape."""
+    return L.Dense(shape[-1], activation=None if linear else "tanh")
+
+
+def through(layer: Callable[[], Any], shape: tuple[int, ...], linear: bool = False) -> Callable:
+    """Return the recipe of a model with weights, a layer, and weights."""
+
+    def make():
+        x = keras.Input(shape)
+        return _ended(x, layer()(first(shape, linear)(x)))
+
+    return make
+
+
+def at_first(layer: Callable[[], Any], shape: tuple[int, ...]) -> Callable:
+    """Return the recipe of a model whose first layer takes the inputs, followed by weights."""
+
+    def make():
+        x = keras.Input(shape)
+        return _ended(x, L.Dense(2, activation="tanh")(layer()(x)))
+
+    return make
+
+
+def merged(layer: Callable[[], Any], shape: tuple[int, ...], parts: int = 2) -> Callable:
+    """Return the recipe of a model in which a layer takes several tensors."""
+
+    def make():
+        x = keras.Input(shape)
+        return _ended(x, layer()([first(shape)(x) for _ in range(parts)]))
+
+    return make
+
+
+def attending(layer: Callable[[], Any]) -> Callable:
+    def make():
+        x = keras.Input(SEQUENCE)
+        h = first(SEQUENCE)(x)
+        return _ended(x, L.Add()([h, layer()(h, h)]))
+
+    return make
+
+
+def words(layer: Callable[[], Any]) -> Callable:
+    def make():
+        x = keras.Input((5,), dtype="int32")
+        return _ended(x, layer()(x))
+
+    return make
+
+
+def masking() -> keras.Model:
+    x = keras.Input(SEQUENCE)
+    return _ended(x, L.LSTM(3, unroll=True)(L.Masking()(x)))
+
+
+def classified(layer: Callable[[], Any]) -> Callable:
+    """Return the recipe of a model whose first layer maps numbers to class numbers or vectors."""
+
+    def make():
+        x = keras.Input(VECTOR)
+        h = layer()(x)
+        if "int" in str(h.dtype):
+            h = L.Flatten()(L.Embedding(8, 2)(h))
+        return _ended(x, L.Dense(3, activation="tanh")(h))
+
+    return make
+
+
+def reversible() -> keras.Model:
+    x = keras.Input((5,), dtype="int32")
+    layer = L.ReversibleEmbedding(7, 3)
+    return _ended(x, layer(L.Dense(3, activation="tanh")(layer(x)), reverse=True))
+
+
+def _ended(x: Any, h: Any) -> keras.Model:
+    h = h if len(h.shape) == 2 else L.Flatten()(h)
+    return keras.Model(x, L.Dense(2)(h))
+
+
+def _largest_3d() -> Any:
+    blocks = lambda t: keras.ops.reshape(t, (-1, 2, 2, 2, 2, 2, 2, 2))  # noqa: E731
+    return L.Lambda(lambda t: keras.ops.max(blocks(t), axis=(2, 4, 6)), output_shape=(2, 2, 2, 2))
+
+
+def _mean_3d() -> Any:
+    blocks = lambda t: keras.ops.reshape(t, (-1, 2, 2, 2, 2, 2, 2, 2))  # noqa: E731
+    return L.Lambda(lambda t: keras.ops.mean(blocks(t), axis=(2, 4, 6)), output_shape=(2, 2, 2, 2))
+
+
+def _in_float32(layer: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a layer that casts to float32 and back, as TensorFlow resizes no other floats."""
+
+    def call(x):
+        return keras.ops.cast(layer()(keras.ops.cast(x, "float32")), x.dtype)
+
+    return lambda: L.Lambda(call)
+
+
+def _mean_of_areas() -> Any:
+    """Return a layer that resizes images of IMAGE to 4 x 9 pixels by means over areas."""
+
+    def matrix(old, new):
+        low, high = np.arange(new)[:, None] * old / new, np.arange(1, new + 1)[:, None] * old / new
+        at = np.arange(old)
+        overlap = np.minimum(high, at + 1) - np.maximum(low, at)
+        return np.maximum(overlap, 0) * new / old
+
+    rows, columns = matrix(6, 4), matrix(6, 9)
+    return L.Lambda(lambda x: keras.ops.einsum("ah,nhwc,bw->nabc", rows, x, columns))
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def _add(name: str, layer: Callable[[], Any], shape: tuple[int, ...], **options: Any) -> None:
+    KINDS[name] = Kind(through(layer, shape), shape, **options)
+
+
+def _add_resize(name: str, layer: Callable[[], Any], plain: Any = None) -> None:
+    twin = through(plain or _in_float32(layer), IMAGE, linear=True)
+    KINDS[name] = Kind(through(layer, IMAGE, linear=True), IMAGE, twin, rounds=True)
+
+
+# The layers that once failed come first.
+for name in ("MultiHeadAttention", "GroupQueryAttention"):
+    arguments = (2, 4) if name == "MultiHeadAttention" else (4, 4, 2)
+    KINDS[name] = Kind(attending(lambda n=name, a=arguments: getattr(L, n)(*a)), SEQUENCE)
+KINDS["Attention"] = Kind(merged(L.Attention, SEQUENCE), SEQUENCE)
+KINDS["Attention, scaled"] = Kind(merged(lambda: L.Attention(True), SEQUENCE, 3), SEQUENCE)
+KINDS["AdditiveAttention"] = Kind(merged(L.AdditiveAttention, SEQUENCE), SEQUENCE)
+KINDS["Dense of rank 4"] = Kind(
+    through(lambda: L.Dense(3, activation="tanh"), (1, 12, 8)), (1, 12, 8)
+)
+_add("Dense of rank 3", lambda: L.Dense(3, activation="tanh"), SEQUENCE)
+for method in ("nearest", "bilinear", "bicubic", "lanczos3", "lanczos5"):
+    up = lambda m=method: L.UpSampling2D(2, interpolation=m)  # noqa: E731
+    _add_resize(f"UpSampling2D, {method}", up)
+    _add_resize(f"Resizing, {method}", lambda m=method: L.Resizing(4, 9, m))
+_add_resize("Resizing, area", lambda: L.Resizing(4, 9, "area"), _mean_of_areas)
+_add_resize("Resizing, antialias", lambda: L.Resizing(3, 4, antialias=True))
+_add_resize("Resizing, crop", lambda: L.Resizing(3, 4, crop_to_aspect_ratio=True))
+_add_resize("Resizing, pad", lambda: L.Resizing(9, 4, pad_to_aspect_ratio=True))
+_add("CenterCrop", lambda: L.CenterCrop(4, 4), IMAGE)
+_add_resize("CenterCrop, larger", lambda: L.CenterCrop(8, 9))
+
+ACTIVATIONS = """softsign celu elu exponential gelu glu hard_shrink hard_sigmoid hard_silu hard_tanh
+leaky_relu linear log_sigmoid log_softmax mish relu relu6 selu sigmoid silu softmax soft_shrink
+softplus sparse_plus sparse_sigmoid sparsemax squareplus tanh tanh_shrink""".split()
+for name in ACTIVATIONS:
+    _add(f"Activation, {name}", lambda a=name: L.Activation(a), VECTOR)
+
+# Vectors.
+for name, arguments in {
+    "Dense": (3, "gelu"),
+    "EinsumDense": ("nf,fg->ng", 3),
+    "BatchNormalization": (),
+    "LayerNormalization": (),
+    "GroupNormalization": (3,),
+    "RMSNormalization": (),
+    "UnitNormalization": (),
+    "ELU": (),
+    "LeakyReLU": (0.3,),
+    "PReLU": (),
+    "ReLU": (),
+    "Softmax": (),
+    "Identity": (),
+    "Flatten": (),
+    "Reshape": ((2, 3),),
+    "RepeatVector": (2,),
+    "Rescaling": (2.0, 0.5),
+    "Dropout": (0.5,),
+    "AlphaDropout": (0.5,),
+    "GaussianDropout": (0.5,),
+    "GaussianNoise": (0.5,),
+}.items():
+    _add(name, lambda n=name, a=arguments: getattr(L, n)(*a), VECTOR)
+_add("Lambda", lambda: L.Lambda(lambda t: t**3), VECTOR)
+_add("SpectralNormalization", lambda: L.SpectralNormalization(L.Dense(3)), VECTOR)
+_add("Normalization", lambda: L.Normalization(mean=0.5, variance=2.0), VECTOR)
+for name in ("Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", "Subtract"):
+    KINDS[name] = Kind(merged(getattr(L, name), VECTOR), VECTOR)
+KINDS["Dot"] = Kind(merged(lambda: L.Dot(axes=(2, 2)), SEQUENCE), SEQUENCE)
+KINDS["Discretization"] = Kind(classified(lambda: L.Discretization([-1.0, 0, 1])), VECTOR)
+KINDS["Discretization, one_hot"] = Kind(
+    classified(lambda: L.Discretization([-1.0, 0, 1], output_mode="multi_hot")), VECTOR
+)
+
+# Sequences.
+for name, arguments in {
+    "Conv1D": (3, 3, 2),
+    "Conv1DTranspose": (3, 3, 2),
+    "SeparableConv1D": (3, 3),
+    "DepthwiseConv1D": (3,),
+    "AveragePooling1D": (),
+    "MaxPooling1D": (),
+    "GlobalAveragePooling1D": (),
+    "GlobalMaxPooling1D": (),
+    "Cropping1D": (),
+    "ZeroPadding1D": (),
+    "UpSampling1D": (),
+    "SpatialDropout1D": (0.5,),
+    "Permute": ((2, 1),),
+}.items():
+    _add(name, lambda n=name, a=arguments: getattr(L, n)(*a), SEQUENCE)
+_add("LayerNormalization of rank 3", L.LayerNormalization, SEQUENCE)
+_add("Softmax of rank 3", lambda: L.Softmax(axis=1), SEQUENCE)
+_add("EinsumDense of rank 3", lambda: L.EinsumDense("ntf,fgh->ntgh", (None, 2, 3)), SEQUENCE)
+_add("TimeDistributed", lambda: L.TimeDistributed(L.Dense(2, activation="tanh")), SEQUENCE)
+KINDS["Masking"] = Kind(masking, SEQUENCE)
+KINDS["Embedding"] = Kind(words(lambda: L.Embedding(7, 3)), None)
+KINDS["ReversibleEmbedding"] = Kind(reversible, None)
+KINDS["CategoryEncoding"] = Kind(words(lambda: L.CategoryEncoding(7, "multi_hot")), None)
+KINDS["Hashing"] = Kind(words(lambda: keras.Sequential([L.Hashing(4), L.Embedding(4, 2)])), None)
+KINDS["IntegerLookup"] = Kind(
+    words(lambda: keras.Sequential([L.IntegerLookup(vocabulary=[1, 2, 3]), L.Embedding(5, 2)])),
+    None,
+)
+
+# Images.
+for name, arguments in {
+    "Conv2D": (3, 3),
+    "Conv2DTranspose": (3, 3, 2),
+    "SeparableConv2D": (3, 3),
+    "DepthwiseConv2D": (3,),
+    "AveragePooling2D": (),
+    "MaxPooling2D": (),
+    "GlobalAveragePooling2D": (),
+    "GlobalMaxPooling2D": (),
+    "Cropping2D": (),
+    "ZeroPadding2D": (),
+    "SpatialDropout2D": (0.5,),
+}.items():
+    _add(name, lambda n=name, a=arguments: getattr(L, n)(*a), IMAGE)
+_add("Conv2D, grouped", lambda: L.Conv2D(3, 2, groups=3), IMAGE)
+_add("Conv2D, dilated", lambda: L.Conv2D(2, 2, dilation_rate=2), IMAGE)
+_add("BatchNormalization of rank 4", L.BatchNormalization, IMAGE)
+_add("GroupNormalization of rank 4", lambda: L.GroupNormalization(3), IMAGE)
+_add("PReLU of rank 4", lambda: L.PReLU(shared_axes=[1, 2]), IMAGE)
+
+# Volumes. TensorFlow pools no volume of float64.
+for name, arguments in {
+    "Conv3D": (2, 2),
+    "Conv3DTranspose": (2, 2, 2),
+    "GlobalAveragePooling3D": (),
+    "GlobalMaxPooling3D": (),
+    "Cropping3D": (),
+    "ZeroPadding3D": (),
+    "UpSampling3D": (),
+    "SpatialDropout3D": (0.5,),
+}.items():
+    _add(name, lambda n=name, a=arguments: getattr(L, n)(*a), VOLUME)
+_add("MaxPooling3D", L.MaxPooling3D, VOLUME, twin=through(_largest_3d, VOLUME))
+_add("AveragePooling3D", L.AveragePooling3D, VOLUME, twin=through(_mean_3d, VOLUME))
+
+# Layers that change images at random in training and keep them in inference.
+for name, arguments in {
+    "AutoContrast": (),
+    "RandomBrightness": (0.3,),
+    "RandomColorDegeneration": (0.3,),
+    "RandomColorJitter": (),
+    "RandomContrast": (0.3,),
+    "RandomCrop": (4, 4),
+    "RandomElasticTransform": (),
+    "RandomErasing": (),
+    "RandomFlip": (),
+    "RandomGaussianBlur": (),
+    "RandomGrayscale": (),
+    "RandomHue": (0.3,),
+    "RandomInvert": (),
+    "RandomPerspective": (),
+    "RandomPosterization": (4,),
+    "RandomRotation": (0.3,),
+    "RandomSaturation": (0.3,),
+    "RandomSharpness": (0.3,),
+    "RandomShear": (0.3,),
+    "RandomTranslation": (0.3, 0.3),
+    "RandomZoom": (0.3,),
+    "RandAugment": (),
+    "AugMix": (),
+    "Solarization": (),
+    "CutMix": (),
+    "MixUp": (),
+    "Equalization": (),
+}.items():
+    layer = lambda n=name, a=arguments: getattr(L, n)(*a)  # noqa: E731
+    KINDS[name] = Kind(at_first(layer, IMAGE), IMAGE)
+
+# Recurrent layers, and those that transform waves. TensorFlow traces their loops slowly.
+_add("STFTSpectrogram", lambda: L.STFTSpectrogram("log", 8, 4, 8), (24, 1))
+_add("MelSpectrogram", lambda: keras.Sequential([L.Reshape((24,)), L.MelSpectrogram(
+    8, 4, sampling_rate=50, num_mel_bins=3, min_freq=1, max_freq=20)]), (24, 1))  # fmt: skip
+for name in ("SimpleRNN", "GRU", "LSTM"):
+    _add(f"{name}, unrolled", lambda n=name: getattr(L, n)(2, unroll=True), (4, 3))
+    _add(name, lambda n=name: getattr(L, n)(2), (4, 3))
+    _add(f"RNN, {name}Cell", lambda n=name: L.RNN(getattr(L, f"{n}Cell")(2)), (4, 3))
+_add("StackedRNNCells", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)]), (4, 3))
+_add("Bidirectional", lambda: L.Bidirectional(L.LSTM(2)), (4, 3))
+_add("ConvLSTM1D", lambda: L.ConvLSTM1D(2, 2), (3, 4, 2))
+_add("ConvLSTM2D", lambda: L.ConvLSTM2D(2, 2), (3, 3, 3, 2))
+_add("ConvLSTM3D", lambda: L.ConvLSTM3D(2, 2), (2, 3, 3, 3, 1))
