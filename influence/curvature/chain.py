@@ -53,7 +53,7 @@ class _Step:
     """Layer of a chain. `own` locates its weights in theta, or is None without such weights."""
 
     layer: Any
-    kind: str  # "affine", "activation" or "linear"
+    kind: str  # "affine", "activation", "linear" or "head"
     own: Affine | None = None
 
 
@@ -67,7 +67,7 @@ class Chain:
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
         """Convert a model to a chain. Return None if it is not one. x holds a few input rows."""
         model = traced.model
-        if isinstance(x, dict) or not _in_a_row(model):
+        if isinstance(x, dict) or not traced.loss.takes_one_output or not _in_a_row(model):
             return None
         try:
             own = {id(affine.layer): affine for affine in AffineLayers(traced, x).layers}
@@ -77,7 +77,7 @@ class Chain:
         for layer in model.layers:
             if type(layer) in _IDENTITY:
                 continue
-            kind = _kind(layer)
+            kind = _kind(layer, traced.loss.head if layer is model.layers[-1] else None)
             if kind is None or layer.compute_dtype != traced.dtype.name:
                 return None
             steps.append(_Step(layer, kind, own.pop(id(layer), None)))
@@ -141,6 +141,7 @@ class Chain:
         with keras.StatelessScope(state_mapping=mapping):
             for step in self.steps:
                 values.append(step.layer(values[-1]))
+        values[-1] = t.loss.seen(values[-1])
         return values
 
     def _hessian(self, theta: Any, x: Any, y: Any) -> Any:
@@ -231,13 +232,18 @@ def _in_a_row(model: keras.Model) -> bool:
         return (
             len(model.inputs) == 1
             and all(layer.input is given for layer, given in zip(row, inputs, strict=True))
+            and len(model.outputs) == 1
             and row[-1].output is model.outputs[0]
         )
     except (AttributeError, IndexError, ValueError):  # not functional, or a layer called twice
         return False
 
 
-def _kind(layer: Any) -> str | None:
+def _kind(layer: Any, head: str | None = None) -> str | None:
+    """Return the kind of a layer, or None if it is of no known kind.
+
+    `head` is the activation of the last layer that the loss goes round, or None.
+    """
     channels_last = getattr(layer, "data_format", None) in (None, "channels_last")
     kind = type(layer)  # a subclass may compute anything
     if kind in (layers.Dense, layers.Conv2D):

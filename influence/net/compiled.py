@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from influence.examples.labels import labels
 from influence.net.heads import Ending
 from influence.net.losses import PerExampleLoss, per_example
 
@@ -149,7 +150,7 @@ class SeveralLosses(PerExampleLoss):
         maps = [part.curved(y, own) for part, own in zip(self.parts, self.split(z), strict=False)]
 
         def product(u: Any) -> Any:
-            parts = self.split(u)
+            parts = self.split(tf.reshape(u, [-1, z.shape[1]]))  # with a static shape
             found = [of(own) for of, own in zip(maps, parts, strict=False)]
             found += [tf.zeros_like(own) for own in parts[len(maps) :]]
             columns = [
@@ -162,6 +163,7 @@ class SeveralLosses(PerExampleLoss):
 
     def check_labels(self, y: np.ndarray, output_shape: Any, name: str) -> None:
         """Refuse labels that are not valid for an output's loss. `output_shape` is a list."""
+        self._check_named(y)
         for part, shape in zip(self.parts, output_shape, strict=True):
             part.check_labels(y, shape, name)
 
@@ -170,7 +172,15 @@ class SeveralLosses(PerExampleLoss):
         for part in self.parts:
             part.check_logits(what)
 
+    def _check_named(self, y: Any) -> None:
+        names = [part.output for part in self.parts]
+        if len(names) > 1 and not isinstance(labels(y), Mapping):
+            raise ValueError(
+                f"y must have a dict of labels by the model's outputs {names}, got one array."
+            )
+
     def _sum(self, y: Any, z: Any) -> Any:
+        self._check_named(y)
         parts = self.split(z)
         total = self.parts[0].function(y, parts[0])
         for part, own in zip(self.parts[1:], parts[1:], strict=False):

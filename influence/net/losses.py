@@ -8,7 +8,6 @@ penalty.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +17,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from influence.examples import labels as packing
 from influence.net import measurements, tape
+from influence.net.ctc import ctc_loss
 from influence.net.heads import activated, peeled
+from influence.net.rowwise import (
+    as_keras_calls,
+    labels_of,
+    of_callable,
+    of_rows,
+    one_by_one,
+    weight_of,
+)
 
 # These losses take class numbers. For a wrong number, Keras returns NaN or another class's loss.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
@@ -83,6 +90,7 @@ class PerExampleLoss:
       ignored: the class whose rows and pixels the loss ignores, or None.
       weighs_mean: True if Keras divides by the sum of the sample weights.
       compiled: True if the loss is the one with which the model was compiled.
+      whole: a Keras loss that overrides `__call__`, so it may do anything to a batch, or None.
     """
 
     name: str
@@ -99,6 +107,7 @@ class PerExampleLoss:
     ignored: Any = None
     weighs_mean: bool = False
     compiled: bool = False
+    whole: Any = None
 
     def seen(self, raw: Any) -> Any:
         """Return z, what the loss takes from the model's output."""
@@ -142,8 +151,7 @@ class PerExampleLoss:
             # The weights are divided by `outputs`, because Keras averages the loss over a row's
             # outputs.
             weights = tf.sigmoid(z) * tf.sigmoid(-z) / outputs
-            for factor in self._factors(y):
-                factor = tf.cast(factor, z.dtype)
+            for factor in self._factors(y, z.dtype):
                 weights *= tf.reshape(factor, [-1] + [1] * (len(z.shape) - 1))
             return lambda u: weights * u
         if self.keras_function in _SOFTMAX:
@@ -151,10 +159,11 @@ class PerExampleLoss:
             return lambda u: by_tape(u - tf.reduce_sum(u * likeliest, axis=-1, keepdims=True))
         return by_tape
 
-    def _factors(self, y: Any) -> list[Any]:
+    def _factors(self, y: Any, dtype: Any) -> list[Any]:
         """Return the factors by which a row's loss is multiplied, unless they are 1."""
-        weight = weight_of(y, self.output)
-        return ([] if weight is None else [weight]) + ([] if self.scale == 1 else [self.scale])
+        weight = weight_of(y, self.output) if self.role != "measurement" else None
+        found = [] if weight is None else [tf.cast(weight, dtype)]
+        return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels and weights that are not valid for this loss.
@@ -298,10 +307,10 @@ def per_example(
     name = getattr(loss, "__name__", type(loss).__name__)
     if _is_keras_own(loss):
         head, logits = _head(loss, {}, ends_in)
-        function = partial(_of_rows, loss, True, True)
+        function = ctc_loss if loss is keras.losses.ctc else partial(of_rows, loss, True, True)
         return _weighed(PerExampleLoss(name, function, loss, logits, role=role, head=head), True)
     takes_logits = getattr(loss, "takes_logits", False)
-    function = partial(_as_compiled if as_compiled else _of_callable, loss)
+    function = partial(as_keras_calls if as_compiled else of_callable, loss)
     found = PerExampleLoss(name, function, role=role, head=ends_in if takes_logits else None)
     return _weighed(found, not takes_logits)
 
@@ -316,10 +325,13 @@ def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExa
     kwargs = getattr(loss, "_fn_kwargs", {})
     own, keeps_labels = _is_keras_own(type(loss)), function in _CLASS_NUMBERS
     head, logits = _head(function, kwargs, ends_in)
-    if type(loss).__call__ is keras.losses.Loss.__call__:
-        call = partial(_of_rows, loss.call, own, keeps_labels)
+    overrides = type(loss).__call__ is not keras.losses.Loss.__call__
+    if function is keras.losses.ctc:
+        call = ctc_loss
+    elif overrides:
+        call = partial(one_by_one, loss)
     else:
-        call = partial(_one_by_one, loss)
+        call = partial(of_rows, loss.call, own, keeps_labels)
     found = PerExampleLoss(
         loss.name or type(loss).__name__,
         call,
@@ -335,6 +347,7 @@ def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExa
         head,
         ignored=kwargs.get("ignore_class"),
         weighs_mean=loss.reduction == "mean_with_sample_weight",
+        whole=loss if overrides else None,
     )
     return _weighed(found, True)
 
@@ -383,31 +396,7 @@ class _Weighed:
         weight = weight_of(y, self.output) if self.weighs else None
         if weight is not None:
             values *= tf.cast(weight, values.dtype)
-        return values if self.scale == 1 else values * tf.cast(self.scale, values.dtype)
-
-
-def labels_of(y: Any, output: str | None) -> Any:
-    """Return the labels of one output, without weights. `output` None means the only one.
-
-    Raises: ValueError if y has no labels for the output.
-    """
-    found = packing.labels(y)
-    if not isinstance(found, Mapping):
-        return found
-    if output is None and len(found) == 1:
-        return next(iter(found.values()))
-    if output not in found:
-        what = "one array of labels" if output is None else f"labels for the output {output!r}"
-        raise ValueError(f"y must have {what}, got labels for {sorted(found)}.")
-    return found[output]
-
-
-def weight_of(y: Any, output: str | None) -> Any:
-    """Return the sample weights (n,) of one output, or None without weights."""
-    found = packing.sample_weights(y)
-    if not isinstance(found, Mapping):
-        return found
-    return next(iter(found.values())) if output is None else found.get(output)
+        return values if self.scale == 1 else values * tf.constant(self.scale, values.dtype)
 
 
 def _compiled(model: Any) -> Any:
@@ -430,74 +419,3 @@ def _compiled(model: Any) -> Any:
 
 def _is_keras_own(thing: Any) -> bool:
     return getattr(thing, "__module__", "").split(".")[0] == "keras"
-
-
-def _of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
-    """Return the value of a Keras loss for each row, (n,).
-
-    Args:
-      call: the loss as a function of labels and outputs.
-      own: True for Keras' own losses. They average over the last axis, so they would average
-        outputs (n,) over the examples. Some broadcast labels (n,) and outputs (n, 1) to (n, n).
-        Outputs and labels (n,) therefore get a second axis.
-      keeps_labels: True if labels stay unchanged. If it is False, labels are converted to the
-        dtype of the outputs.
-      y: the labels.
-      output: the model's outputs.
-    """
-    if not keeps_labels:
-        y = tf.cast(y, output.dtype)
-    if own and len(output.shape) == 1:
-        output = tf.expand_dims(output, -1)
-    if own and len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
-        y = tf.expand_dims(y, -1)
-    return _mean_over_rest(call(y, output))
-
-
-def _of_callable(function: Callable, y: Any, output: Any) -> Any:
-    """Call a user's function. Integer labels get the outputs' dtype if it does not take them.
-
-    Keras does that with the labels of every compiled function.
-    """
-    try:
-        return function(y, output)
-    except (TypeError, ValueError, tf.errors.InvalidArgumentError):
-        if not hasattr(y, "dtype") or tf.as_dtype(y.dtype).is_floating:
-            raise
-    return function(tf.cast(y, output.dtype), output)
-
-
-def _as_compiled(function: Callable, y: Any, output: Any) -> Any:
-    """Call a user's compiled function as Keras does, and average the values of each row."""
-    y = tf.cast(y, output.dtype)
-    if abs(len(y.shape) - len(output.shape)) == 1:  # as Keras brings both to one rank
-        if len(y.shape) == 1 and output.shape[-1] == 1:
-            y = tf.expand_dims(y, -1)
-        elif len(output.shape) == 1 and y.shape[-1] == 1:
-            output = tf.expand_dims(output, -1)
-        elif len(y.shape) < len(output.shape) and output.shape[-1] == 1:
-            output = tf.squeeze(output, -1)
-        elif len(y.shape) > len(output.shape) and y.shape[-1] == 1:
-            y = tf.squeeze(y, -1)
-    return _mean_over_rest(function(y, output))
-
-
-def _one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
-    """Call a loss that overrides `__call__` for one row after another, (n,).
-
-    Its value for a batch may be anything. `validate` compares it with the mean over the rows.
-    """
-    loss = copy.copy(loss)
-    vars(loss)["_dtype"] = output.dtype.name  # Keras would round float64 to its default dtype
-
-    def of_row(part: Any) -> Any:
-        y, output = (tf.expand_dims(t, 0) for t in part)
-        return tf.reduce_mean(tf.cast(loss(y, output), output.dtype))
-
-    return tf.vectorized_map(of_row, (tf.convert_to_tensor(y), output))
-
-
-def _mean_over_rest(values: Any) -> Any:
-    """Average the losses of each example over its time steps or pixels."""
-    rank = len(values.shape)
-    return values if rank <= 1 else tf.reduce_mean(values, axis=list(range(1, rank)))

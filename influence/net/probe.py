@@ -5,7 +5,6 @@ Each row must have a loss of its own, and the mean over rows must be what Keras 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
 from influence.examples.labels import labels, sample_weights
+from influence.net.rowwise import in_dtype
 
 # The checks read at most this many rows, and at most this many of them one by one.
 _ROWS, _ALONE = 32, 3
@@ -98,21 +98,21 @@ def check_added(net: Any, probe: Examples, name: str) -> None:
 
 
 def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> None:
-    """Refuse a compiled loss whose mean over rows is not what Keras reports for these rows.
+    """Refuse a loss whose mean over rows is not what Keras reports for these rows.
+
+    This holds for a compiled loss, and for a Keras loss that overrides `__call__`.
 
     Raises: ValueError with both values.
     """
-    compiled = getattr(net.model, "_compile_loss", None)
-    if not net.loss.compiled or compiled is None:
+    compiled = getattr(net.model, "_compile_loss", None) if net.loss.compiled else None
+    if compiled is None and net.loss.whole is None:
         return
     for count in {len(probe), (len(probe) + 1) // 2}:
-        some = probe.take(np.arange(count))
-        try:
-            reported = _reported(net, compiled, some)
-        except Exception:  # noqa: BLE001  Keras cannot evaluate these rows, so it reports no risk
+        reported = _reported(net, compiled, probe.take(np.arange(count)))
+        if reported is None:
             continue
         own = float(np.mean(losses[:count], dtype=np.float64))
-        if abs(own - reported) > _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
+        if not abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
             raise ValueError(
                 f"{net.loss.role} must be a mean over rows, got {net.loss.name!r}, for which Keras "
                 f"reports {reported:.4g} for {count} rows of {name} together, and the mean over "
@@ -121,37 +121,45 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
             )
 
 
-def _reported(net: Any, compiled: Any, some: Examples) -> float:
-    """Return what Keras adds up for a batch, without the weights' regularisers."""
+def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
+    """Return what Keras adds up for a batch, without the weights' regularisers.
+
+    Returns: the number, or None if Keras refuses to evaluate this batch.
+    """
     flat = net.flat
     raw, added = flat.called(net.theta_tensor(), flat.inputs(some.x))
-    y = tf.nest.map_structure(flat.tensor, labels(some.y))
-    weight = tf.nest.map_structure(flat.tensor, sample_weights(some.y))
+    y, weight = (
+        {k: flat.tensor(v) for k, v in part.items()}
+        if isinstance(part, Mapping)
+        else part
+        if part is None
+        else flat.tensor(part)
+        for part in (labels(some.y), sample_weights(some.y))
+    )
+    names = net.ending.names
     if isinstance(weight, Mapping):
-        names = list(raw) if isinstance(raw, dict) else compiled.output_names
-        weight = {key: weight.get(key) for key in names}
+        weight = {name: weight.get(name) for name in names}
         weight = weight if isinstance(raw, dict) else list(weight.values())
     if isinstance(y, Mapping) and tf.is_tensor(raw):
         (y,) = y.values()
-    fresh = type(compiled)(
-        compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names
-    )
-    fresh.build(*_alike(y, raw, compiled.output_names))
-    precise = []
-    for entry in fresh._flat_losses:
-        loss = copy.copy(entry.loss)
-        vars(loss)["_dtype"] = net.dtype.name  # otherwise Keras rounds float64 to float32
-        precise.append(entry._replace(loss=loss))
-    fresh._flat_losses = precise
-    total = fresh(y, raw, weight)
-    return float(tf.reduce_sum([tf.cast(part, "float64") for part in (total, *added)]))
-
-
-def _alike(y: Any, raw: Any, names: Any) -> tuple[Any, Any]:
-    """Return labels and outputs in one structure, as Keras builds a compiled loss from them."""
-    if isinstance(y, Mapping) and isinstance(raw, list | tuple):
+    elif isinstance(y, Mapping) and isinstance(raw, list | tuple):
         y = [y.get(name) for name in names]
-    return y, raw
+    try:
+        if compiled is None:
+            return float(in_dtype(net.loss.whole, net.dtype.name)(y, raw, weight))
+        fresh = type(compiled)(
+            compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names
+        )
+        fresh.build(y, raw)
+        # Otherwise Keras rounds float64 to float32.
+        fresh._flat_losses = [
+            entry._replace(loss=in_dtype(entry.loss, net.dtype.name))
+            for entry in fresh._flat_losses
+        ]
+        total = fresh(y, raw, weight)
+    except (KeyError, TypeError, ValueError, tf.errors.OpError):
+        return None
+    return float(tf.add_n([tf.cast(part, "float64") for part in (total, *added)]))
 
 
 def leaves(y: Any) -> list[Any]:

@@ -132,5 +132,5 @@ def _threshold(loss: PerExampleLoss, y: NDArray) -> float | None:
     if values != {0, 1}:
         return None
     if loss.keras_function in _ONE_BIT:
-        return 0.0 if loss.from_logits else 0.5
+        return 0.0 if loss.from_logits and loss.head is None else 0.5
     return 0.5 if loss.keras_function in _ONE_NUMBER else None

@@ -482,13 +482,13 @@ LOGITS = {"from_logits": True}
             lambda: subclassed(lambda model, x: (model.a(x), model.a(x)), "two"),
             "mse",
             REAL,
-            "^model must have one output, got a tuple from 'two'",
+            r"^y must have a dict of labels by the model's outputs \['output_0', 'output_1'\], got",
         ),
         (
             lambda: subclassed(adding_loss, "adds"),
             "mse",
             REAL,
-            "^model must not add losses of its own, got 1 by add_loss in 'adds'",
+            "^model must add losses that are a mean over the rows .* got by add_loss .* in 'adds' for",
         ),
         (
             lambda: subclassed(mixing_rows, "mixes"),
@@ -500,34 +500,34 @@ LOGITS = {"from_logits": True}
             dense(),
             lambda y, output: tf.reduce_mean((y - output) ** 2, axis=-1),  # (n,) - (n, 1)
             REAL,
-            r"^loss must depend on its own row alone, .*labels of shape \(3,\) broadcast against "
-            r"outputs of shape \(3, 1\)",
+            r"^loss must depend on its own row alone, .*labels of shape \(4,\) broadcast against "
+            r"outputs of shape \(4, 1\)",
         ),
         (
             dense(),
             lambda y, output: tf.reduce_mean((y[:, None] - output) ** 2),
             REAL,
-            rf"{PER_EXAMPLE} \(\) from '<lambda>' for 3 examples of train; leave out the mean or",
+            rf"{PER_EXAMPLE} \(\) from '<lambda>' for 4 examples of train; leave out the mean or",
         ),
         (
             dense(),
             lambda y, output: (y[:, None] - output) ** 2,
             REAL,
-            rf"{PER_EXAMPLE} \(3, 1\) .*; take the mean for each example, "
+            rf"{PER_EXAMPLE} \(4, 1\) .*; take the mean for each example, "
             r"tf\.reduce_mean\(\.\.\., axis=-1\)\.$",
         ),
         (
             dense(),
             lambda y, output: (y - output) ** 2,  # (n,) - (n, 1)
             REAL,
-            rf"{PER_EXAMPLE} \(3, 3\) .* labels of shape \(3,\) broadcast against outputs of shape "
-            r"\(3, 1\); use y\[:, None\], and take the mean .*axis=-1\)\.$",
+            rf"{PER_EXAMPLE} \(4, 4\) .* labels of shape \(4,\) broadcast against outputs of shape "
+            r"\(4, 1\); use y\[:, None\], and take the mean .*axis=-1\)\.$",
         ),
         (
             dense(3),
             lambda y, output: (y - output)[:, :, None] ** 2,
             ONE_HOT,
-            rf"{PER_EXAMPLE} \(3, 3, 1\) .*; take the mean .*axis=\[1, 2\]\)\.$",
+            rf"{PER_EXAMPLE} \(4, 3, 1\) .*; take the mean .*axis=\[1, 2\]\)\.$",
         ),
         (
             dense(3),
@@ -539,8 +539,8 @@ LOGITS = {"from_logits": True}
             dense(2),
             keras.losses.CategoricalCrossentropy(**LOGITS),
             ONE_HOT,
-            r"^train\.y does not fit the loss 'categorical_crossentropy': labels of shape \(3, 3\),"
-            r" dtype float32, against outputs of shape \(3, 2\)",
+            r"^train\.y does not fit the loss 'categorical_crossentropy': labels of shape \(4, 3\),"
+            r" dtype float32, against outputs of shape \(4, 2\)",
         ),
         (
             dense(3),
@@ -568,7 +568,7 @@ def test_inputs_that_do_not_fit():
         (two, x, r"^train\.x must be a dict with the model's inputs \['a', 'b'\], got one array"),
         (two, {"a": x, "c": x}, r"^train\.x must have the model's inputs \['a', 'b'\], got \['a',"),
         (two, {"b": x, "a": x}, r"^train\.x\['a'\] must have rows of shape \(2,\) for model"),
-        (undeclared, x, r"^train\.x does not fit the model 'mixes', got x: float32 \(3, 3\)"),
+        (undeclared, x, r"^train\.x does not fit the model 'mixes', got x: float32 \(4, 3\)"),
         (undeclared, {"a": x}, r"^train\.x does not fit the model 'mixes', got a: float32"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,113 @@
+"""Calls of a loss that return one value per row, for labels with or without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from influence.examples import labels as packing
+
+
+def labels_of(y: Any, output: str | None) -> Any:
+    """Return the labels of one output, without weights. `output` None means the only one.
+
+    Raises: ValueError if y has no labels for the output.
+    """
+    found = packing.labels(y)
+    if not isinstance(found, Mapping):
+        return found
+    if output is None and len(found) == 1:
+        return next(iter(found.values()))
+    if output not in found:
+        what = "one array of labels" if output is None else f"labels for the output {output!r}"
+        raise ValueError(f"y must have {what}, got labels for {sorted(found)}.")
+    return found[output]
+
+
+def weight_of(y: Any, output: str | None) -> Any:
+    """Return the sample weights (n,) of one output, or None without weights."""
+    found = packing.sample_weights(y)
+    if not isinstance(found, Mapping):
+        return found
+    return next(iter(found.values())) if output is None else found.get(output)
+
+
+def of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
+    """Return the value of a Keras loss for each row, (n,).
+
+    Args:
+      call: the loss as a function of labels and outputs.
+      own: True for Keras' own losses. They average over the last axis, so they would average
+        outputs (n,) over the examples. Some broadcast labels (n,) and outputs (n, 1) to (n, n).
+        Outputs and labels (n,) therefore get a second axis.
+      keeps_labels: True if labels stay unchanged. If it is False, labels are converted to the
+        dtype of the outputs.
+      y: the labels.
+      output: the model's outputs.
+    """
+    if not keeps_labels:
+        y = tf.cast(y, output.dtype)
+    if own and len(output.shape) == 1:
+        output = tf.expand_dims(output, -1)
+    if own and len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
+        y = tf.expand_dims(y, -1)
+    return _mean_over_rest(call(y, output))
+
+
+def of_callable(function: Callable, y: Any, output: Any) -> Any:
+    """Call a user's function. Integer labels get the outputs' dtype if it does not take them.
+
+    Keras does that with the labels of every compiled function.
+    """
+    try:
+        return function(y, output)
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError):
+        if not hasattr(y, "dtype") or tf.as_dtype(y.dtype).is_floating:
+            raise
+    return function(tf.cast(y, output.dtype), output)
+
+
+def as_keras_calls(function: Callable, y: Any, output: Any) -> Any:
+    """Call a user's compiled function as Keras does, and average the values of each row."""
+    y = tf.cast(y, output.dtype)
+    if abs(len(y.shape) - len(output.shape)) == 1:  # as Keras brings both to one rank
+        if len(y.shape) == 1 and output.shape[-1] == 1:
+            y = tf.expand_dims(y, -1)
+        elif len(output.shape) == 1 and y.shape[-1] == 1:
+            output = tf.expand_dims(output, -1)
+        elif len(y.shape) < len(output.shape) and output.shape[-1] == 1:
+            output = tf.squeeze(output, -1)
+        elif len(y.shape) > len(output.shape) and y.shape[-1] == 1:
+            y = tf.squeeze(y, -1)
+    return _mean_over_rest(function(y, output))
+
+
+def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
+    """Call a loss that overrides `__call__` for one row after another, (n,).
+
+    Its value for a batch may be anything. `validate` compares it with the mean over the rows.
+    """
+    loss = in_dtype(loss, output.dtype.name)
+
+    def of_row(part: Any) -> Any:
+        y, output = (tf.expand_dims(t, 0) for t in part)
+        return tf.reduce_mean(tf.cast(loss(y, output), output.dtype))
+
+    output = tf.reshape(output, tf.shape(output))  # otherwise the slope is a sparse IndexedSlices
+    return tf.vectorized_map(of_row, (tf.convert_to_tensor(y), output))
+
+
+def in_dtype(loss: keras.losses.Loss, dtype: str) -> keras.losses.Loss:
+    """Return a copy of a Keras loss that computes in `dtype`. Keras' default is float32."""
+    view = object.__new__(type(loss))  # copy.copy would serialise the loss
+    vars(view).update({**vars(loss), "_dtype": dtype})
+    return view
+
+
+def _mean_over_rest(values: Any) -> Any:
+    """Average the losses of each example over its time steps or pixels."""
+    rank = len(values.shape)
+    return values if rank <= 1 else tf.reduce_mean(values, axis=list(range(1, rank)))
