@@ -82,10 +82,8 @@ def test_mixed_precision_is_answered_in_float32(policy, expected):
     model.set_weights(weights)
     net = GenericNeuralNet(model)
     assert net.dtype == np.float32
-    assert net.notes == (
-        f"A float32 copy of the {policy} model: fit and theta change only the copy.",
-    )
-    assert net.notes[0] in repr(net)
+    note = f"A float32 copy of the {policy} model: fit and theta change only the copy."
+    assert net.notes == (note,) and note in repr(net)
     scores = Influence(model, (X, Y), **HOW).scores((X[:M], Y[:M]))
     np.testing.assert_allclose(scores, want, rtol=1e-3, atol=1e-6)
 
@@ -135,6 +133,10 @@ class Own(keras.Model):
         return {"width": self.width}
 
 
+def of_rows(*layers):
+    return keras.Sequential([keras.Input((3,)), *layers, L.Dense(1)])
+
+
 def of_sequences(*layers):
     return keras.Sequential([keras.Input((5, 3)), *layers, L.Dense(1)])
 
@@ -143,9 +145,8 @@ def nested():
     inner = keras.Sequential([keras.Input((3,)), L.Dense(2, "tanh"), L.Rescaling(0.5)])
     inputs, other = keras.Input((3,)), keras.Input((3,))
     h = L.Add()([inner(inputs), inner(other)])  # shared
-    return keras.Model(
-        [inputs, other], keras.ops.tanh(h)[:, :1] + keras.ops.cast(h[:, 1:], "float32")
-    )
+    last = keras.ops.cast(h[:, 1:], "float32")
+    return keras.Model([inputs, other], keras.ops.tanh(h)[:, :1] + last)
 
 
 def normalised():
@@ -176,12 +177,9 @@ MODELS = {
     "normalised": (normalised, X),
     "nested and shared": (nested, [X, 2 * X]),
     "frozen": (frozen, X),
-    "own layer": (lambda: keras.Sequential([keras.Input((3,)), Doubled(), L.Dense(1)]), X),
+    "own layer": (lambda: of_rows(Doubled()), X),
     "own model": (lambda: built(Own(3), X), X),
-    "lambda": (
-        lambda: keras.Sequential([keras.Input((3,)), L.Lambda(lambda t: t * 3), L.Dense(1)]),
-        X,
-    ),
+    "lambda": (lambda: of_rows(L.Lambda(lambda t: t * 3)), X),
     "recurrent": (lambda: of_sequences(L.Bidirectional(L.LSTM(2)), L.Dropout(0.1)), SERIES),
     "distributed": (lambda: of_sequences(L.TimeDistributed(L.Dense(2)), L.Flatten()), SERIES),
     "ids": (
@@ -239,7 +237,7 @@ class Unknown(keras.Model):
 
 def changed():
     model = keras.Sequential([keras.Input((3,)), L.Dense(2, name="first"), L.Dense(1)])
-    model.layers[0].call = lambda x: keras.ops.matmul(x, model.layers[0].kernel) + 7
+    model.layers[0].call = lambda x, **_: keras.ops.matmul(x, model.layers[0].kernel) + 7
     return model
 
 
@@ -258,7 +256,7 @@ def test_closed_forms_have_one_dtype():
     assert net.astype("float64") is net
     with pytest.raises(ValueError, match="^dtype must be float64 for MulticlassLogisticRegression"):
         net.astype("float32")
-    cnn = AllCNN((8, 8, 1), 2)
+    cnn = AllCNN()
     with pytest.raises(ValueError, match="^dtype must be float32 for AllCNN, got float64; Generic"):
         cnn.astype("float64")
 
