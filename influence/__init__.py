@@ -5,6 +5,7 @@ from influence.attack.targets import BEST_RULE, PAPER_RULE, Rule
 from influence.common.convergence import ConvergenceWarning, DivergenceError
 from influence.curvature.operators import GaussNewton, Hessian
 from influence.examples.examples import Examples
+from influence.examples.given import class_weights
 from influence.examples.stream import Stream
 from influence.models.cnn import AllCNN
 from influence.models.hinge import SmoothHinge
@@ -34,7 +35,7 @@ from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, lea
 from influence.truth.proximal import ProximalOptions, proximal_response
 from influence.truth.runs import RunOptions
 
-__all__ = ["Examples", "Stream", "GenericNeuralNet", "measurements", "check"]
+__all__ = ["Examples", "Stream", "class_weights", "GenericNeuralNet", "measurements", "check"]
 __all__ += ["ConvergenceWarning", "DivergenceError"]
 __all__ += ["AllCNN", "BinaryLogisticRegression", "MulticlassLogisticRegression", "SmoothHinge"]
 __all__ += ["TopLayer", "GaussNewton", "Hessian", "spectrum", "suggest_damping"]

@@ -42,8 +42,8 @@ def as_examples(
         kind = type(value).__name__
         kind += f" of {len(value)}" if isinstance(value, tuple | list) else ""
         raise TypeError(
-            f"{name} must be Examples(x, y), (x, y), (x, y, sample_weight) or a dataset of such "
-            f"batches, got {kind}."
+            f"{name} must be Examples(x, y), got {kind}; (x, y), (x, y, sample_weight) and a "
+            "dataset of such batches will do too."
         )
     x, y, *weight = value
     several = len(inputs) > 1

@@ -41,7 +41,7 @@ from influence.net.refused import (
     check_weights,
     watched_ids,
 )
-from influence.net.saved import is_path, load_model
+from influence.net.saved import is_saved, load_model
 
 # Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
 # products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
@@ -425,12 +425,12 @@ def checked(
     """
     if isinstance(net, keras.Model):
         net = GenericNeuralNet(net)
-    elif is_path(net):
+    elif is_saved(net):
         net = GenericNeuralNet.load(net)
     if not isinstance(net, GenericNeuralNet):
         raise TypeError(
-            "net must be a GenericNeuralNet, a compiled Keras model or the path of a saved one, "
-            f"got {type(net).__name__}."
+            f"net must be a GenericNeuralNet, got {type(net).__name__}; a compiled Keras model and "
+            "the path of a saved one will do too."
         )
     sets = {"train": train, "test": test}
     for name, examples in sets.items():

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from influence.net.inputs import declared, for_call
 from influence.net.preprocessing import compile_like
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -147,12 +148,13 @@ def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
     This finds changes of layers that are not in their configuration. Models whose inputs are not
     declared, or have an unknown size, are not checked.
     """
-    tensors = getattr(model, "inputs", None) or []
+    tensors = list(declared(model).values())
     if not tensors or any(None in t.shape[1:] or t.dtype == "string" for t in tensors):
         return
     rng = np.random.default_rng(0)
     rows = [rng.uniform(0, 1, (_PROBE_ROWS, *t.shape[1:])).astype(t.dtype) for t in tensors]
-    x = rows[0] if len(rows) == 1 else {t.name: row for t, row in zip(tensors, rows, strict=True)}
+    named = dict(zip(declared(model), rows, strict=True))
+    x = rows[0] if len(rows) == 1 else for_call(model, named)
     with keras.StatelessScope():
         pairs = zip(
             *(keras.tree.flatten(one(x, training=False)) for one in (model, copy)), strict=True

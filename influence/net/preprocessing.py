@@ -121,6 +121,10 @@ class Preparation:
         results = {name: _array(part, name) for name, part in zip(self.results, found, strict=True)}
         return results | {name: x[name] for name in self.passed}
 
+    def knows(self, examples: Examples) -> bool:
+        """Return True if this set was prepared before."""
+        return examples in self._known
+
     def applied(self, examples: Examples) -> Examples:
         """Return examples with prepared inputs. Examples that are prepared already are returned.
 

@@ -13,11 +13,15 @@ import keras
 
 # A message shows at most this many characters of Keras' own message.
 _SHOWN = 160
+_ENDINGS = (".keras", ".h5", ".hdf5")
 
 
-def is_path(value: object) -> bool:
-    """Return True for a text or a path object, which may name a saved model."""
-    return isinstance(value, str | os.PathLike)
+def is_saved(value: object) -> bool:
+    """Return True for a path that ends as a saved model's path does, or that exists."""
+    if not isinstance(value, str | os.PathLike):
+        return False
+    path = Path(value)
+    return path.suffix in _ENDINGS or path.exists()
 
 
 def load_model(
@@ -36,7 +40,7 @@ def load_model(
     Raises: FileNotFoundError for a missing file. TypeError or ValueError for another file, or a
       model that Keras cannot rebuild.
     """
-    if not is_path(path):
+    if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be the path of a saved model, got {type(path).__name__}.")
     file = Path(path)
     if not file.exists():
@@ -49,7 +53,7 @@ def load_model(
             "SavedModel has no layers, so save the model by model.save('model.keras')."
         )
     only_weights = file.name.endswith(".weights.h5")
-    if file.suffix not in (".keras", ".h5", ".hdf5"):
+    if file.suffix not in _ENDINGS:
         raise ValueError(f"path must end in .keras, .h5 or .weights.h5, got {file.name!r}.")
     if model is None and only_weights:
         raise ValueError(

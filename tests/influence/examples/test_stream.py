@@ -423,13 +423,11 @@ TYPE_ERRORS = [
     (lambda: slices(X).batch(5), r"batches \(x, y\), got a tuple of 1"),
     (lambda: As(lambda x, y: {"x": x, "y": y}), r"batches \(x, y\), got a dict"),
     (lambda: As(lambda x, y: (x, y, y, y)), r"batches \(x, y\), got a tuple of 4"),
-    (lambda: dataset((X, X), Y), "^x must be an array or a dict .* a tuple of 2"),
-    (lambda: As(lambda x, y: ([x, x], y)), "^x must be .* by input name, got a list"),
     (lambda: dataset(X, (Y, Y)), "^y must be an array of labels or a dict .* a tuple of 2"),
-    (lambda: dataset(np.full(N, "a"), Y), "^x must be a dense array of numbers, got"),
+    (lambda: dataset(X, np.full(N, "a")), "^y must be a dense array of numbers, got"),
     (ragged, "^x must be a dense array of numbers, got ndarray of dtype obj"),
     (lambda: As(sparse), "^x must be a dense array of numbers, got csr_matrix"),
-    (lambda: As(lambda x, y: ([[1], [2, 3]], y)), "^x must be an array or a dict"),
+    (lambda: As(lambda x, y: ([[1], [2, 3]], y)), "^x must be an array, or a dict or tuple"),
     (lambda: As(lambda x, y: (x, "label")), "^y must be a dense array of numbers"),
 ]
 
