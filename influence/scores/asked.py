@@ -103,7 +103,7 @@ class Asked:
         if not callable(self.reduce):
             total = self.test.sum_over(Total("gradient"), self.view, batch_size=size)
             return total / len(self.test) if self.reduce == "mean" else total
-        outputs = self.test.each_row(PerRow("outputs"), self.view, batch_size=size)
+        outputs = self.test.each_row(_outputs, self.view, batch_size=size)
         slopes = _slopes(self.reduce, self.view, self.test.y, outputs)
         pulled = self.view.measuring(_product)
         rows = Examples._trusted(self.test.x, slopes)
@@ -146,6 +146,11 @@ class Asked:
             f"belong to {', '.join(some)}{f' and {more} more' if more > 0 else ''}; leave_one_out "
             "and leave_group_out compute the actual changes."
         )
+
+
+def _outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Return the model's outputs for a batch. It is a question, as in influence.net.questions."""
+    return net.at(theta).outputs(x)
 
 
 def _product(slopes: Any, output: Any) -> Any:
