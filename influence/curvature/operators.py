@@ -56,8 +56,7 @@ class Curvature(LinearOperator):
         checkpoints: str | os.PathLike | None = None,
     ):
         net, _, _ = checked(net)
-        if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
-            raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
+        check_damping(damping)
         check_batch_size(batch_size)
         examples = net.given(examples, "examples")
         net.validate(examples, "examples")
@@ -253,6 +252,12 @@ def symmetrised(matrix: NDArray) -> NDArray:
             matrix[rows, columns] = mean
             matrix[columns, rows] = mean.T
     return matrix
+
+
+def check_damping(damping: Any) -> None:
+    """Raise ValueError if the damping is not a finite number >= 0."""
+    if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
+        raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
 
 
 def check_batch_size(batch_size: Any) -> None:

@@ -61,6 +61,20 @@ def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
     return fitting(VECTORS, numbers * net.dtype.itemsize, at_most)
 
 
+def sum_of_lengths(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> float:
+    """Return sum_is |p_is|^2 of a batch, which is its part of n times the trace of G.
+
+    It is a question. The net's weights must be in affine layers, and the loss convex.
+    """
+    layers = affine_layers(net, x)
+    single, rest = layers.parts(x, y, net.at(theta).theta_tensor())
+    total = float(np.square(rest, dtype=np.float64).sum())
+    for a, g in single:
+        lengths = np.square(a, dtype=np.float64).sum(1) * np.square(g, dtype=np.float64).sum((1, 2))
+        total += float(lengths.sum())
+    return total
+
+
 def sum_of_squares(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
     """Return sum_is p_is p_is' (d, d) of a batch. It is a question, as in influence.net.questions.
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from influence.common.progress import progress
-from influence.curvature.operators import Hessian, check_batch_size
+from influence.curvature.operators import (
+    Curvature,
+    GaussNewton,
+    Hessian,
+    check_batch_size,
+    check_damping,
+)
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet, checked
 from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Finding, Line, Report
+from influence.preflight.rows import sample
+from influence.solvers import CG
+from influence.solvers.plan import Planner
 from influence.solvers.spectrum import spectrum
 
 # The progress bar expects this many lines of the report.
@@ -21,31 +31,38 @@ _NUM_LINES = 13
 _RTOL = 1e-4
 # For d > 1024, `spectrum` makes at most about this many products for each end of the spectrum.
 _MOST_PRODUCTS = 512
+# The largest eigenvalue of a Gauss-Newton matrix is computed to a few per cent by this many steps.
+_LANCZOS_STEPS = 12
+# Derivatives are compared with differences on this many rows.
+_DERIVATIVE_ROWS = 512
 
 
 def check(
-    net: GenericNeuralNet,
-    train: Examples,
+    net: Any,
+    train: Any,
     *,
-    damping: float = 0.0,
-    test: Examples | None = None,
+    damping: float | None = None,
+    curvature: type[Curvature] | None = None,
+    test: Any = None,
     batch_size: int | None = None,
 ) -> Report:
     """Check the assumptions of influence functions for a net before scores are computed.
 
     The check tests three assumptions. The risk is a mean of per-example losses plus the penalty.
-    theta is a minimum of the risk. The risk's Hessian is right and invertible. Each line of the
-    report names a question, a value, its meaning and a remedy. If a line about the rows fails
-    (except the line about labels), derivatives are not checked.
+    theta is a minimum of the risk. Derivatives are right, and the matrix that `Influence` would use
+    is invertible. Each line of the report names a question, a value, its meaning and a remedy. If a
+    line about the rows fails (except the line about labels), derivatives are not checked.
 
-    The check takes about seven passes over the training set, the products of `spectrum` and at most
-    40 steps of CG on three vectors. `spectrum` takes d products if d <= 1024, else some hundreds.
-    The net does not change.
+    The check takes about seven passes over the training set, eight gradients and three products on
+    some rows, and at most 40 steps of CG on three vectors. For a Hessian it takes the products of
+    `spectrum` too: d products if d <= 1024, else some hundreds. A Gauss-Newton matrix with damping
+    has a known bound on its eigenvalues, so that 12 products are enough. The net does not change.
 
     Args:
-      net: the model, at the theta that will be explained.
-      train: the training set.
+      net: the model, at the theta that will be explained, in any form that `Influence` takes.
+      train: the training set, in any form that `fit` takes.
       damping: the damping that `Influence` will get.
+      curvature: the curvature that `Influence` will get.
       test: rows whose losses will be explained. None uses training rows instead.
       batch_size: number of rows in a batch, which bounds memory and never changes a result. None
         lets the net choose.
@@ -58,24 +75,21 @@ def check(
     net, _, _ = checked(net)
     train = net.given(train, "train")
     test = None if test is None else net.given(test, "test")
-    if not isinstance(damping, int | float | np.number) or not 0 <= float(damping) < np.inf:
-        raise ValueError(f"damping must be a number >= 0, got {damping!r}.")
+    if damping is not None:
+        check_damping(damping)
     check_batch_size(batch_size)
     if len(train) < 2:
         raise ValueError("train must have at least 2 rows to leave one out, got 1.")
-    lines = _lines(net, train, float(damping), test, batch_size)
+    options = {"damping": damping, "curvature": curvature, "batch_size": batch_size}
+    lines = _lines(net, train, test, options)
     return Report(tuple(progress(lines, "checking the net", _NUM_LINES)))
 
 
 def _lines(
-    net: GenericNeuralNet,
-    train: Examples,
-    damping: float,
-    test: Examples | None,
-    batch_size: int | None,
+    net: GenericNeuralNet, train: Examples, test: Examples | None, options: dict[str, Any]
 ) -> Iterator[Line]:
-    found = []
-    for line in _about_rows(net, train, test, batch_size):
+    found, size = [], options["batch_size"]
+    for line in _about_rows(net, train, test, size):
         found.append(line)
         yield line
     if any(line.verdict == "fail" and line.name != "labels" for line in found):
@@ -85,14 +99,20 @@ def _lines(
             "Mend those first and check again.",
         )
         return
-    A = Hessian(net, train, damping, batch_size=batch_size)
-    yield from hessian.derivatives(net, A)
+    some = train.take(sample(len(train), _DERIVATIVE_ROWS))
+    yield from hessian.derivatives(net, Hessian(net, some, batch_size=size))
+    # A given solver keeps the net's dtype.
+    A = Planner(net, train, solver=CG(), **options).operator
+    known = A.smallest_eigenvalue_bound
+    if known > 0 and isinstance(A, GaussNewton):
+        yield from hessian.bounded(A, _LANCZOS_STEPS)
+        yield hessian.stationary(net, A, test, 0.0)
+        return
     found = spectrum(A, rtol=_RTOL, max_products=_MOST_PRODUCTS)
     low, high = float(found.smallest[0]), float(found.largest[0])
     noise = 4 * np.sqrt(A.shape[0]) * float(np.finfo(net.dtype).eps) * max(high, 0.0)
-    known = A.smallest_eigenvalue_bound
     yield hessian.largest(found)
-    yield hessian.smallest(found, known, damping, noise)
+    yield hessian.smallest(found, known, A.damping, noise)
     yield hessian.precision(found, known, net.dtype)
     shift = 0.0 if low > noise else 2 * abs(low) + 1e-6 * abs(high)
     yield hessian.stationary(net, A, test, shift)

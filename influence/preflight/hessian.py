@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.curvature.operators import Hessian
+from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
@@ -15,6 +15,8 @@ from influence.net.tape import operations
 from influence.preflight.report import Finding, Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
+from influence.solvers.lanczos import krylov
+from influence.solvers.plan import FLOAT64_WEIGHTS
 from influence.solvers.spectrum import Spectrum
 
 # `derivatives` takes differences over these steps, in cube roots of the dtype's machine epsilon.
@@ -101,6 +103,52 @@ def _symmetry(gap: float, tolerance: float) -> Line:
         f"u'Hv and v'Hu differ by {gap:.1e} of |Hv|: this is no second derivative of any function, "
         "and no solver's answer means anything.",
         "Look for tf.custom_gradient or tf.stop_gradient in the model or loss.",
+    )
+
+
+def bounded(A: GaussNewton, steps: int) -> tuple[Line, Line, Line]:
+    """Report the ends of the spectrum of a matrix with a known positive bound.
+
+    The largest eigenvalue comes from `steps` steps of Lanczos' iteration. The smallest eigenvalue
+    is at least `A.smallest_eigenvalue_bound`.
+    """
+    Q, T = krylov(A, min(steps, A.shape[0]), block=1, seed=0)
+    values, vectors = np.linalg.eigh(T)
+    v = Q @ vectors[:, -1:]
+    value, bound = float(values[-1]), A.smallest_eigenvalue_bound
+    error = float(np.linalg.norm(A @ v.astype(A.dtype) - value * v))
+    condition = (value + error) / bound
+    lost = condition * float(np.finfo(A.dtype).eps)
+    end = Line(
+        "largest eigenvalue",
+        value,
+        "ok",
+        f"That of the Gauss-Newton matrix with damping, known to {error:.1g}; with the smallest it "
+        "sets how hard the system is.",
+    )
+    title = "smallest eigenvalue"
+    if A.damping:
+        least = Finding(title, bound).warn(
+            f"At least {bound:.3g}, of which {A.damping:.3g} is damping: scores are those of a "
+            "risk that holds the weights where they are.",
+            "Hold the scores against proximal refits with the same damping, not against plain "
+            "ones.",
+        )
+    else:
+        least = Finding(title, bound).ok(f"At least {bound:.3g}, by the penalty.")
+    says = f"{A.dtype} at condition number {condition:.1g} or less may lose {min(lost, 1):.1g}"
+    digits = Finding("precision", lost)
+    if lost < _ENOUGH_DIGITS:
+        return end, least, digits.ok(f"{says} of a score to rounding: little enough.")
+    return (
+        end,
+        least,
+        digits.warn(
+            f"{says} of a score to rounding.",
+            "Influence without a solver solves nets of this size in float64 by itself."
+            if A.shape[0] <= FLOAT64_WEIGHTS
+            else "Use more damping, or a penalty.",
+        ),
     )
 
 
@@ -195,7 +243,7 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
     )
 
 
-def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
+def stationary(net: GenericNeuralNet, A: Curvature, test: Examples | None, shift: float) -> Line:
     """Compare the loss changes from finishing the training with those from removing a row.
 
     A Newton step on the risk R approximates the rest of the training. This step changes loss j by
@@ -203,7 +251,7 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     grad loss_j . H^-1 grad L(z_i) / n. Sums of rows with random signs estimate the root mean square
     of these changes over rows i. Half of the signs are positive, so the penalty cancels out.
 
-    A is the damped Hessian over the training set. `shift` is added to the damping; it is positive
+    A is the damped matrix over the training set. `shift` is added to the damping; it is positive
     if A is not positive definite. If `test` is None, the losses of training rows are compared.
     """
     title = "stationary point"
@@ -211,7 +259,7 @@ def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: 
     g = net.risk_gradient(train, batch_size=A.batch_size)
     some, rng = train.take(sample(n, _ROWS)), np.random.default_rng(0)
     sums = [_signed_sum(net, some, rng.permutation(len(some))) for _ in range(_SIGNS)]
-    damped = Hessian(net, train, A.damping + shift, batch_size=A.batch_size)
+    damped = A.damped(A.damping + shift)
     solution = solve(damped, np.stack([g, *sums], 1), CG(_RTOL, max_iterations=_ITERATIONS))
     X = solution.x
     watched = some if test is None else test.take(sample(len(test), _ROWS))

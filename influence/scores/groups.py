@@ -33,8 +33,8 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.scores.asked import Asked
 from influence.scores.inverse import Inverse
-from influence.scores.plan import Plan
 from influence.solvers import Solution
+from influence.solvers.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)

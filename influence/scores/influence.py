@@ -18,9 +18,9 @@ from influence.scores import file, groups, relative
 from influence.scores.asked import Asked, Reduction
 from influence.scores.groups import GroupScores
 from influence.scores.inverse import Inverse
-from influence.scores.plan import Plan
 from influence.scores.relative import RelativeScores
 from influence.solvers import Prepared, Solution, Solver
+from influence.solvers.plan import Plan
 
 # For at least this many rows, one factorisation is faster than a solve for each row.
 _MANY_ROWS = 64

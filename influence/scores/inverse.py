@@ -14,9 +14,9 @@ from influence.curvature.operators import Curvature, Hessian, check_batch_size
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import PerRow
-from influence.scores.plan import Plan, Planner
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
+from influence.solvers.plan import Plan, Planner
 
 # At most this many right-hand sides are solved together. A long theta allows fewer.
 _MOST_TOGETHER = 512
@@ -50,7 +50,8 @@ class Inverse:
         if not isinstance(solver, Prepared | None):
             check_solver(solver)
         net, train, _ = checked(net, train)
-        self._planner = Planner(net, train, solver, damping, curvature, batch_size)
+        how: dict[str, Any] = {"damping": damping, "curvature": curvature}
+        self._planner = Planner(net, train, solver=solver, batch_size=batch_size, **how)
         self.net, self.train, self.batch_size = self._planner.net, train, batch_size
         self._solver = self._planner.solver
         if damping is not None or isinstance(solver, Prepared):

@@ -13,7 +13,7 @@ from influence.common.named_array import NamedArray
 from influence.examples.examples import Examples
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
-from influence.scores.plan import Plan
+from influence.solvers.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)

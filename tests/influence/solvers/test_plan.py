@@ -17,7 +17,7 @@ from influence import (
     Nystrom,
     prepare,
 )
-from influence.scores import plan
+from influence.solvers import plan
 from tests import oracles
 from tests.influence.problems import logistic, relative_error, sequential, tanh_net
 
@@ -175,7 +175,7 @@ def test_larger_nets_get_other_solvers(monkeypatch):
         double(model), found.plan.damping, data[0].astype(float), data[1], *rows(3, 1, "float64")
     )
     assert relative_error(found.scores(rows(3, 1))[:], wanted) < 1e-4
-    monkeypatch.setattr(plan, "_FLOAT64_WEIGHTS", 0)
+    monkeypatch.setattr(plan, "FLOAT64_WEIGHTS", 0)
     found = Influence(model, data).plan
     assert found.solver == EKFAC() and found.dtype == "float32"
 

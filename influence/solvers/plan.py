@@ -17,19 +17,27 @@ import scipy.linalg
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.memory import ACTIVATIONS, fitting
 from influence.curvature.layers import affine_layers
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
+from influence.curvature.roots import sum_of_lengths
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
-from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, Solver
+from influence.solvers.base import Prepared, Solver
+from influence.solvers.cg import CG
+from influence.solvers.direct import Direct
+from influence.solvers.ekfac import EKFAC
+from influence.solvers.nystrom import Nystrom
 from influence.solvers.spectrum import suggest_damping
 
 # The damping is this share of the mean eigenvalue (Grosse et al. 2023, appendix on damping).
 _SHARE = 0.1
-# This many random vectors estimate the mean eigenvalue if the matrix is not formed.
+# This many random vectors estimate the mean eigenvalue of a net without affine layers.
 _PROBES = 8
+# Memory holds this many arrays of the size of the layers' factors while a trace is computed.
+_COPIES = 4
 # The systems of nets with at most this many weights are solved in float64.
-_FLOAT64_WEIGHTS = 100_000
+FLOAT64_WEIGHTS = 100_000
 # `Direct` holds three d x d matrices. These may take this share of the machine's memory.
 _MEMORY_SHARE = 0.25
 # `Direct` is chosen if the matrix takes at most this many multiplications to form and factor.
@@ -91,10 +99,11 @@ class Planner:
         self,
         net: GenericNeuralNet,
         train: Examples,
-        solver: Solver | Prepared | None,
-        damping: float | None,
-        curvature: type[Curvature] | None,
-        batch_size: int | None,
+        *,
+        solver: Solver | Prepared | None = None,
+        damping: float | None = None,
+        curvature: type[Curvature] | None = None,
+        batch_size: int | None = None,
     ):
         if isinstance(solver, Prepared) and isinstance(solver.A, Curvature):
             curvature = type(solver.A) if curvature is None else curvature
@@ -137,8 +146,7 @@ class Planner:
             return self._for_convex(A)
         if self.curvature is Hessian:
             return A.damped(suggest_damping(A)), "the least that makes the matrix definite"
-        held = A.dense() if isinstance(self.solver, Direct) else None
-        mean = _mean_eigenvalue(A) if held is None else float(np.trace(held)) / len(held)
+        mean = mean_eigenvalue(A)
         if not mean > 0:
             raise ValueError(
                 f"loss must have curvature in the outputs, got {net.loss.name!r}, whose "
@@ -153,7 +161,7 @@ class Planner:
             enough = suggest_damping(A)
             if enough > damping:
                 damping, why = enough, "the least that makes the matrix definite"
-        return A.damped(damping, held), why
+        return A.damped(damping), why
 
     def _for_convex(self, A: Curvature) -> tuple[Curvature, str]:
         """Choose the damping of a Hessian that is positive semi-definite.
@@ -238,7 +246,7 @@ def _solver(
         return CG(), "the net has fast products in closed form"
     if _fits(net, train, by_roots):
         return Direct(), f"the {d:,} x {d:,} matrix fits into memory and is quick to form"
-    if d > _FLOAT64_WEIGHTS and net.loss.from_logits and _has_factors(net, train):
+    if d > FLOAT64_WEIGHTS and net.loss.from_logits and _has_factors(net, train):
         return EKFAC(), f"an approximation by layers, because {d:,} weights are too many for CG"
     if by_roots:
         sketched = CG(preconditioner=Nystrom(min(_SKETCH_RANK, d)))
@@ -264,7 +272,7 @@ def _fits(net: GenericNeuralNet, train: Examples, by_roots: bool) -> bool:
 
 def _is_small(net: GenericNeuralNet) -> bool:
     """Return True if the net's systems are solved in float64."""
-    return net.num_parameters <= _FLOAT64_WEIGHTS
+    return net.num_parameters <= FLOAT64_WEIGHTS
 
 
 def _memory() -> float:
@@ -290,16 +298,27 @@ def _in_precision(net: GenericNeuralNet, solver: Any) -> tuple[GenericNeuralNet,
     if type(net) is not GenericNeuralNet:
         return net, "the net's own, because its closed forms have one dtype"
     try:
-        return net.astype("float64"), f"a net of at most {_FLOAT64_WEIGHTS:,} weights"
+        return net.astype("float64"), f"a net of at most {FLOAT64_WEIGHTS:,} weights"
     except (TypeError, ValueError) as error:  # Keras cannot rebuild the model
         return net, f"the net's own, because a float64 copy failed: {error}"
 
 
-def _mean_eigenvalue(A: Curvature) -> float:
-    """Estimate trace(A) / d by products with random signs (Hutchinson 1990)."""
-    d = A.shape[0]
+def mean_eigenvalue(A: Curvature) -> float:
+    """Return trace(A) / d of an undamped Gauss-Newton matrix.
+
+    It is exact for affine layers, and if the penalty's curvature is diagonal. Otherwise products
+    with random signs estimate it (Hutchinson 1990).
+    """
+    net, d = A.net, A.shape[0]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (d, min(_PROBES, d))).astype(A.dtype)
-    return float(np.einsum("dk,dk->k", signs, A @ signs).mean()) / d
+    if not (net.loss.convex and _has_factors(net, A.examples)):
+        return float(np.einsum("dk,dk->k", signs, A @ signs).mean()) / d
+    layers = affine_layers(net, A.examples.take(slice(0, 2)).x)
+    at_most = net.rows_per_batch(A.examples)
+    rows = fitting(ACTIVATIONS, _COPIES * layers.numbers * net.dtype.itemsize, at_most)
+    total = A.examples.sum_over(sum_of_lengths, net, batch_size=A.batch_size or rows)
+    penalty = float(signs[:, 0] @ net.penalty_hvp(signs[:, 0]))
+    return (total / len(A.examples) + penalty) / d
 
 
 def training_damping(model: keras.Model) -> float | None:
