@@ -250,7 +250,9 @@ def predictions(
         "lissa": lissa,
     }
     found = {
-        how: Influence(net, train, solver=solver, damping=damping).scores(measured)
+        how: Influence(net, train, solver=solver, damping=damping, curvature=Hessian).scores(
+            measured
+        )
         for how, solver in solvers.items()
     }
     found["gauss_newton"] = Influence(

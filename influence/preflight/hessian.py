@@ -15,9 +15,8 @@ from influence.net.tape import operations
 from influence.preflight.report import Finding, Line
 from influence.preflight.rows import plain_inputs, sample
 from influence.solvers import CG, solve
-from influence.solvers.lanczos import krylov
 from influence.solvers.plan import FLOAT64_WEIGHTS
-from influence.solvers.spectrum import Spectrum
+from influence.solvers.spectrum import Spectrum, largest_eigenvalue
 
 # `derivatives` takes differences over these steps, in cube roots of the dtype's machine epsilon.
 # For a smooth function the best step is about 1.
@@ -112,11 +111,8 @@ def bounded(A: GaussNewton, steps: int) -> tuple[Line, Line, Line]:
     The largest eigenvalue comes from `steps` steps of Lanczos' iteration. The smallest eigenvalue
     is at least `A.smallest_eigenvalue_bound`.
     """
-    Q, T = krylov(A, min(steps, A.shape[0]), block=1, seed=0)
-    values, vectors = np.linalg.eigh(T)
-    v = Q @ vectors[:, -1:]
-    value, bound = float(values[-1]), A.smallest_eigenvalue_bound
-    error = float(np.linalg.norm(A @ v.astype(A.dtype) - value * v))
+    value, error = largest_eigenvalue(A, steps)
+    bound = A.smallest_eigenvalue_bound
     condition = (value + error) / bound
     lost = condition * float(np.finfo(A.dtype).eps)
     end = Line(

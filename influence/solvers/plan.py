@@ -111,7 +111,7 @@ class Planner:
         self._given, self._train, self._batch_size = net, train, batch_size
         self._damping = damping
         self._curvature_given = curvature is not None
-        open_question = not net.convex and (curvature is None or damping is None)
+        open_question = not _is_convex(net) and (curvature is None or damping is None)
         can_be = open_question and net.loss.convex and net.loss.from_logits
         self.affine = can_be and affine_in_theta(net, train)
         self.curvature, self._why_curvature = _curvature(net, curvature, self.affine)
@@ -140,7 +140,7 @@ class Planner:
         A = self.curvature(net, train, batch_size=size)
         if self._curvature_given and self.curvature is Hessian:
             return A, "none, because the Hessian was asked for"
-        if self._given.convex:
+        if _is_convex(self._given):
             return A, "none, because the risk is convex"
         if self.affine:
             return self._for_convex(A)
@@ -197,13 +197,18 @@ def _curvature(
 ) -> tuple[type[Curvature], str]:
     if given is not None:
         return given, _GIVEN
-    if net.convex:
+    if _is_convex(net):
         return Hessian, "the risk is convex"
     if affine:
         return Hessian, "the outputs are affine in theta and the loss is convex"
     if not net.loss.from_logits:
         return Hessian, "a Gauss-Newton matrix needs logits, and the loss takes probabilities"
     return GaussNewton, "the risk is not known to be convex, so its Hessian may be indefinite"
+
+
+def _is_convex(net: GenericNeuralNet) -> bool:
+    """Return True for the library's convex models. Only these have a closed form of the Hessian."""
+    return net.convex or type(net).hessian is not GenericNeuralNet.hessian
 
 
 def affine_in_theta(net: GenericNeuralNet, examples: Examples) -> bool:
@@ -242,7 +247,7 @@ def _solver(
     if given is not None:
         return given, _GIVEN
     d = net.num_parameters
-    if net.convex:
+    if _is_convex(net):
         return CG(), "the net has fast products in closed form"
     if _fits(net, train, by_roots):
         return Direct(), f"the {d:,} x {d:,} matrix fits into memory and is quick to form"

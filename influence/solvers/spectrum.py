@@ -25,6 +25,8 @@ _FEW = 1024
 # ARPACK stores at most this many vectors if k is small. ARPACK stores at least 32, even if 32
 # vectors exceed the memory budget. With more vectors it needs far fewer products.
 _LARGEST_BASIS = 256
+# This many steps of Lanczos' iteration give the largest eigenvalue to a few per cent.
+_LARGEST_STEPS = 12
 # The seed is fixed, so the same matrix always gives the same answer.
 _SEED = 0
 
@@ -137,6 +139,11 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin must lie between 0 and 1, got {margin}.")
+    known = float(getattr(A, "smallest_eigenvalue_bound", np.nan))
+    if known >= 0 and A.shape[0] > _FEW:  # the largest eigenvalue is enough
+        size = sum(largest_eigenvalue(A, _LARGEST_STEPS))
+        if size > 0:
+            return max(0.0, float((margin * size - known) / (1 - margin)))
     found = spectrum(A)
     if not found.converged:
         warn_unconverged(
@@ -145,7 +152,6 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
             "suggested may be too small; call spectrum with more max_products."
         )
     bounds = [found.smallest[0] - found.smallest_residuals[0]]
-    known = getattr(A, "smallest_eigenvalue_bound", np.nan)
     bound = max(bounds + ([known] if not np.isnan(known) else []))
     # Size is the largest |eigenvalue|, because the largest eigenvalue may be negative. For A = -I
     # the largest eigenvalue would give the damping 1, and A + I is 0.
@@ -159,6 +165,19 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
             "a loss that does not depend on theta."
         )
     return max(0.0, float((margin * size - bound) / (1 - margin)))
+
+
+def largest_eigenvalue(A: LinearOperator, steps: int) -> tuple[float, float]:
+    """Estimate the largest eigenvalue by Lanczos' iteration. Return it with its residual.
+
+    The estimate takes steps + 1 products. It is a Rayleigh quotient, so that it does not exceed the
+    largest eigenvalue.
+    """
+    Q, T = krylov(A, min(steps, A.shape[0]), block=1, seed=_SEED)
+    values, vectors = np.linalg.eigh(T)
+    v = Q @ vectors[:, -1:]
+    residual = A @ v.astype(A.dtype) - values[-1] * v
+    return float(values[-1]), float(np.linalg.norm(residual))
 
 
 def _top(product: Callable, d: int, k: int, rtol: float, max_products: int) -> NDArray:
