@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.attack.targets import BEST_RULE, Rule, Targets, check_targets, mean_size
 from influence.common.numbers import is_integer
+from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.net.minimum import TOLERANCE, check_at_minimum
 from influence.net.net import GenericNeuralNet, checked
@@ -228,7 +229,11 @@ def mean_s_test(
         if H is not None:
             g = test.sum_over(Total("gradient"), net) / len(test)
             return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
-    return Inverse(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
+    return (
+        Inverse(net, train, solver=solver or Direct(), curvature=Hessian)
+        .s_test(test)
+        .x.mean(axis=1)
+    )
 
 
 def _norms_of(
