@@ -44,6 +44,16 @@ def test_as_many_iterations_as_distinct_eigenvalues():
     assert solution.iterations.tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("seed", [579, 966, 1089, 1105, 1158, 1293])
+def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
+    """Three distinct eigenvalues take three iterations, and rounding at condition 1e6 a few more."""
+    rng = np.random.default_rng(seed)
+    A = symmetric(rng.choice([1e-3, 1.0, 1e3], 10), seed)
+    B = rng.standard_normal((10, 4)) * [1e-30, 1e-15, 1e-3, 1.0]
+    solution = solve(A, B, CG(1e-5))
+    assert solution.converged.all() and solution.iterations.max() <= 5
+
+
 def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
     matrix = matrix + 0.1 * np.eye(D)
     B = B * [1, 1e-6, 1e6, 1, 1]  # each column has its own target
