@@ -10,7 +10,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from influence.solvers.base import Prepared, prepare
+from influence.solvers.base import Prepared, prepare, unusual_exponent
 
 
 def check_preconditioner(preconditioner: Any) -> None:
@@ -77,7 +77,10 @@ def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], ND
             f"preconditioner must be positive definite, got {seen} from {name}; damp the matrix "
             "that it is prepared for, or prepare it for GaussNewton."
         )
-    return inverse
+    # A factor changes no step of CG. The inverse of a very small or large matrix is brought to the
+    # usual size, where the squares of its products neither overflow nor underflow.
+    exponent = unusual_exponent(tried)
+    return (lambda R: np.ldexp(inverse(R), -exponent)) if exponent else inverse
 
 
 def _check_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
