@@ -46,7 +46,7 @@ def test_as_many_iterations_as_distinct_eigenvalues():
 
 @pytest.mark.parametrize("seed", [579, 966, 1089, 1105, 1158, 1293])
 def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
-    """Three distinct eigenvalues take three iterations, and rounding at condition 1e6 a few more."""
+    """Three distinct eigenvalues take three iterations, and rounding a few more."""
     rng = np.random.default_rng(seed)
     A = symmetric(rng.choice([1e-3, 1.0, 1e3], 10), seed)
     B = rng.standard_normal((10, 4)) * [1e-30, 1e-15, 1e-3, 1.0]
