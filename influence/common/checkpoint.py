@@ -15,6 +15,8 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
+from influence_console import shown
+
 Arrays = Mapping[str, NDArray]
 
 # Each file holds its format and its checksum in the entry of this name.
@@ -64,7 +66,8 @@ def check_writable(folder: Path, name: str) -> Path:
             pass
     except OSError as error:
         raise ValueError(
-            f"{name} must be a folder that can be written to, got {folder} ({error.strerror})."
+            f"{name} must be a folder that can be written to, got {shown(folder)} "
+            f"({error.strerror})."
         ) from error
     return folder
 
@@ -91,7 +94,7 @@ def reserve(part: Path, needed: int, path: Path) -> None:
             os.pwrite(file.fileno(), last, needed - 1)
     except OSError as error:
         raise ValueError(
-            f"path must be where {needed:,} bytes can be written, got {str(path)!r} where {free:,} "
+            f"path must be where {needed:,} bytes can be written, got {shown(path)} where {free:,} "
             f"are free ({error.strerror}); make room, ask for less, or write elsewhere."
         ) from error
 
@@ -184,6 +187,6 @@ def _seal(path: Path, arrays: Arrays) -> NDArray:
 
 def _refused(path: Path, why: str) -> ValueError:
     return ValueError(
-        f"checkpoints must be files that this program wrote, got {path} {why}; delete it, and it "
-        "is computed again."
+        f"checkpoints must be files that this program wrote, got {shown(path)} {why}; delete it, "
+        "and it is computed again."
     )

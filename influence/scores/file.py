@@ -32,6 +32,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
+from influence_console import shown
 
 # The next lines name data sets and attributes of the file. _PER_TEST also gives dtypes.
 _TABLE, _S_TEST = "change_if_removed", "s_test"
@@ -390,7 +391,7 @@ def _opened(
     """
     if not path.is_file():  # reading a pipe or a device may never end
         kind = "folder" if path.is_dir() else "pipe or device"
-        raise ValueError(f"path must be a file, got the {kind} {path}.")
+        raise ValueError(f"path must be a file, got the {kind} {shown(path)}.")
     cause: Exception | None = None
     with ExitStack() as stack:
         try:
@@ -403,7 +404,7 @@ def _opened(
         if wrong:
             raise ValueError(
                 f"path must be free or hold scores of the same inputs as they were written, got "
-                f"{path} with {wrong}; give another path, or delete it."
+                f"{shown(path)} with {wrong}; give another path, or delete it."
             ) from cause
         yield file
 
@@ -486,8 +487,8 @@ def _sha_of_all(file: h5py.File) -> NDArray[np.uint8]:
 
 def _held(path: Path) -> ValueError:
     return ValueError(
-        f"path must be free, got {path}, which another process holds; wait for that process, or "
-        "give another path."
+        f"path must be free, got {shown(path)}, which another process holds; wait for that "
+        "process, or give another path."
     )
 
 

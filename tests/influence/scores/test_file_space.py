@@ -59,8 +59,8 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second, third, last = done.stdout.splitlines()
-    said = r"ValueError path must be where [\d,]+ bytes can be written, got 's\.h5\S*' where [\d,]+ are"
-    said += r" free \(File too large\); make room, ask for less, or write elsewhere\. "
+    said = r"ValueError path must be where [\d,]+ bytes can be written, got s\.h5\S* where [\d,]+"
+    said += r" are free \(File too large\); make room, ask for less, or write elsewhere\. "
     assert re.fullmatch(said + r"0 \[\]", first)
     assert second == "KeyboardInterrupt  7 ['s.h5.partial']"
     assert re.fullmatch(said + r"7 \['s\.h5\.partial'\]", third)
