@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 
 from influence import CG, Direct, DivergenceError, Examples, prepare
-from influence.attack.poison import (
-    PoisonOptions,
-    _Attack,
-    gradient_norms,
-    mean_s_test,
-    poison,
-)
+from influence.attack.poison import PoisonOptions, _Attack, gradient_norms, mean_s_test, poison
 from influence.attack.targets import PAPER_RULE, Rule, check_targets
 from tests.influence.attack import attacked
 from tests.influence.attack.attacked import RADIUS, by_refit, mean_loss, refitted_loss, replaced

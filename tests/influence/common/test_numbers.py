@@ -89,10 +89,7 @@ CASES = {
         ROWS,
         lambda a: tracin(P.net, TRAIN, TEST, a, thetas=[ONES], learning_rates=[1.0]),
     ),
-    "thetas of tracin": (
-        EYE,
-        lambda a: tracin(P.net, TRAIN, TEST, thetas=a, learning_rates=ONES),
-    ),
+    "thetas of tracin": (EYE, lambda a: tracin(P.net, TRAIN, TEST, thetas=a, learning_rates=ONES)),
     "learning_rates of tracin": (
         ONES,
         lambda a: tracin(P.net, TRAIN, TEST, thetas=EYE, learning_rates=a),
@@ -141,10 +138,7 @@ CASES = {
     "images of scaled": (np.ones((1, 2, 2, 3)), scaled),
     "rows of leverages": (ROWS, lambda a: P.net.leverages(TRAIN, a)),
     "gram of leverages": (np.eye(12), lambda a: P.net.leverages(TRAIN, gram=a)),
-    "rows of one_step_leave_one_out": (
-        ROWS,
-        lambda a: P.net.one_step_leave_one_out(TRAIN, a),
-    ),
+    "rows of one_step_leave_one_out": (ROWS, lambda a: P.net.one_step_leave_one_out(TRAIN, a)),
     "x of Design.times": (X, lambda a: P.net.design.times(a, ONES)),
     "thetas of Design.times": (ONES, lambda a: P.net.design.times(X, a)),
     "E of Design.transposed_times": (
@@ -196,10 +190,7 @@ for kind, net in NETS.items():
         f"y of losses, {kind}": (Y, lambda a, net=net: net.losses(X, a)),
         f"x of outputs, {kind}": (X, net.outputs),
         f"V of penalty_hvp, {kind}": (EYE, net.penalty_hvp),
-        f"thetas of risk_gradient, {kind}": (
-            EYE,
-            lambda a, net=net: net.risk_gradient(TRAIN, a),
-        ),
+        f"thetas of risk_gradient, {kind}": (EYE, lambda a, net=net: net.risk_gradient(TRAIN, a)),
         f"V of each_batch, {kind}": (
             np.ones((1, 5, 2)),
             lambda a, net=net: net.each_batch("hvp", X[None], Y[None], a),

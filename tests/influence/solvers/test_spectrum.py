@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator
 
-from influence import (
-    CG,
-    ConvergenceWarning,
-    DivergenceError,
-    Examples,
-    GaussNewton,
-    Hessian,
-    solve,
-)
+from influence import CG, ConvergenceWarning, DivergenceError, Examples, GaussNewton, Hessian, solve
 from influence.solvers.spectrum import spectrum, suggest_damping
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
