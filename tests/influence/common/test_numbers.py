@@ -56,122 +56,145 @@ def _theta(net, theta):
     net.theta = theta
 
 
-# "argument of a function": (a right value, the call with a wrong one).
-CASES = {
-    "x of Examples": (X, lambda a: Examples(a, Y)),
-    "y of Examples": (Y, lambda a: Examples(X, a)),
-    "rows of take": (ROWS, TRAIN.take),
-    "rows of without": (ROWS, TRAIN.without),
-    "rows of batches": (ROWS, lambda a: list(TRAIN.batches(2, a))),
-    "A of solve": (EYE, lambda a: solve(a, ONES, CG())),
-    "A of prepare": (EYE, lambda a: prepare(a, CG())),
-    "A of spectrum": (EYE, spectrum),
-    "A of suggest_damping": (EYE, suggest_damping),
-    "B of solve": (ONES, lambda a: solve(EYE, a, CG())),
-    "B of Prepared": (EYE, prepare(EYE, CG())),
-    "gradients of score_error_bound": (EYE, solve(EYE, ONES, CG()).score_error_bound),
-    "preconditioner of CG": (EYE, lambda a: CG(preconditioner=a)),
-    "V of Hessian @": (ONES, lambda a: Hessian(P.net, TRAIN) @ a),
-    "V of Hessian.matvec": (ONES, Hessian(P.net, TRAIN).matvec),
-    "V of GaussNewton.matmat": (EYE, GaussNewton(P.net, TRAIN).matmat),
-    "V of sampled": (
+# By a right value: "argument of a function", and the call with a wrong value.
+BY_VALUE = (
+    (
+        X,
+        {
+            "x of Examples": lambda a: Examples(a, Y),
+            "x of Design.times": lambda a: P.net.design.times(a, ONES),
+        },
+    ),
+    (
+        Y,
+        {
+            "y of Examples": lambda a: Examples(X, a),
+            "y of margin": lambda a: measurements.margin(a, np.ones((12, 1))),
+        },
+    ),
+    (
+        ROWS,
+        {
+            "rows of take": TRAIN.take,
+            "rows of without": TRAIN.without,
+            "rows of batches": lambda a: list(TRAIN.batches(2, a)),
+            "rows of scores": lambda a: INFLUENCE.scores(TEST, a),
+            "rows of group": lambda a: INFLUENCE.group(TEST, a),
+            "rows of relative": lambda a: INFLUENCE.relative(TEST, a),
+            "rows of write_scores": lambda a: INFLUENCE.write_scores("never.h5", TEST, a),
+            "rows of perturbation": lambda a: INFLUENCE.perturbation(TEST, a),
+            "rows of self_influence": INFLUENCE.self_influence,
+            "rows of parameters": INFLUENCE.parameters,
+            "rows of tracin": lambda a: tracin(
+                P.net, TRAIN, TEST, a, thetas=[ONES], learning_rates=[1.0]
+            ),
+            "rows of datainf": lambda a: datainf(P.net, TRAIN, TEST, a, damping=1.0),
+            "rows of leave_one_out": lambda a: leave_one_out(P.net, TRAIN, TEST, a),
+            "groups[0] of leave_group_out": lambda a: leave_group_out(P.net, TRAIN, TEST, [a]),
+            "groups['a'] of leave_group_out": lambda a: leave_group_out(
+                P.net, TRAIN, TEST, {"a": a}
+            ),
+            "rows of continued_training": lambda a: continued_training(
+                P.net, TRAIN, TEST, a, steps=1, rate=0.1
+            ),
+            "rows of proximal_response": lambda a: proximal_response(
+                P.net, TRAIN, TEST, a, damping=1.0
+            ),
+            "rows of poison": lambda a: poison(P.net, TRAIN, TEST, a, 1.0),
+            "rows of gradient_norms": lambda a: gradient_norms(P.net, TRAIN, TEST, a),
+            "rows of leverages": lambda a: P.net.leverages(TRAIN, a),
+            "rows of one_step_leave_one_out": lambda a: P.net.one_step_leave_one_out(TRAIN, a),
+            "among of with_others": lambda a: compare.with_others(0, a, 1, 0),
+        },
+    ),
+    (
+        EYE,
+        {
+            "A of solve": lambda a: solve(a, ONES, CG()),
+            "A of prepare": lambda a: prepare(a, CG()),
+            "A of spectrum": spectrum,
+            "A of suggest_damping": suggest_damping,
+            "B of Prepared": prepare(EYE, CG()),
+            "gradients of score_error_bound": solve(EYE, ONES, CG()).score_error_bound,
+            "preconditioner of CG": lambda a: CG(preconditioner=a),
+            "V of GaussNewton.matmat": GaussNewton(P.net, TRAIN).matmat,
+            "thetas of tracin": lambda a: tracin(P.net, TRAIN, TEST, thetas=a, learning_rates=ONES),
+            "V of Design.along": lambda a: P.net.design.along(X, np.ones((12, 1)), a),
+            "G of boxed_minimum": lambda a: box_qp.boxed_minimum(a, ONES, ONES),
+        },
+    ),
+    (
+        ONES,
+        {
+            "B of solve": lambda a: solve(EYE, a, CG()),
+            "V of Hessian @": lambda a: Hessian(P.net, TRAIN) @ a,
+            "V of Hessian.matvec": Hessian(P.net, TRAIN).matvec,
+            "learning_rates of tracin": lambda a: tracin(
+                P.net, TRAIN, TEST, thetas=EYE, learning_rates=a
+            ),
+            "damping of datainf": lambda a: datainf(P.net, TRAIN, TEST, damping=a),
+            "start of RefitOptions": lambda a: RefitOptions(start=a),
+            "mean of TopLayer": lambda a: TopLayer(HEAD, mean=a),
+            "scale of TopLayer": lambda a: TopLayer(HEAD, scale=a),
+            "thetas of Design.times": lambda a: P.net.design.times(X, a),
+            "b of boxed_minimum": lambda a: box_qp.boxed_minimum(EYE, a, ONES),
+            "start of boxed_minimum": lambda a: box_qp.boxed_minimum(EYE, ONES, a),
+            "theta of lbfgs": lambda a: lbfgs.minimise(lambda t: (t @ t, 2 * t), a, 1.0, 1),
+            "predicted of agreement": lambda a: compare.agreement(a, ONES),
+            "actual of agreement": lambda a: compare.agreement(ONES, a),
+            "scores of largest": lambda a: compare.largest(a, 1),
+            "values of largest_bars": lambda a: compare.largest_bars(None, ONES, a),
+            "actual of predicted_against_actual": lambda a: compare.predicted_against_actual(
+                None, a, ONES
+            ),
+            "predicted of predicted_against_actual": lambda a: compare.predicted_against_actual(
+                None, ONES, a
+            ),
+        },
+    ),
+    (
         np.ones((1, 5, 2)),
-        lambda a: Hessian(P.net, TRAIN).sampled(np.zeros((1, 1), int), a),
+        {"V of sampled": lambda a: Hessian(P.net, TRAIN).sampled(np.zeros((1, 1), int), a)},
     ),
-    "rows of scores": (ROWS, lambda a: INFLUENCE.scores(TEST, a)),
-    "rows of group": (ROWS, lambda a: INFLUENCE.group(TEST, a)),
-    "rows of relative": (ROWS, lambda a: INFLUENCE.relative(TEST, a)),
-    "rows of write_scores": (ROWS, lambda a: INFLUENCE.write_scores("never.h5", TEST, a)),
-    "rows of perturbation": (ROWS, lambda a: INFLUENCE.perturbation(TEST, a)),
-    "rows of self_influence": (ROWS, INFLUENCE.self_influence),
-    "rows of parameters": (ROWS, INFLUENCE.parameters),
-    "rows of tracin": (
-        ROWS,
-        lambda a: tracin(P.net, TRAIN, TEST, a, thetas=[ONES], learning_rates=[1.0]),
-    ),
-    "thetas of tracin": (EYE, lambda a: tracin(P.net, TRAIN, TEST, thetas=a, learning_rates=ONES)),
-    "learning_rates of tracin": (
-        ONES,
-        lambda a: tracin(P.net, TRAIN, TEST, thetas=EYE, learning_rates=a),
-    ),
-    "damping of datainf": (ONES, lambda a: datainf(P.net, TRAIN, TEST, damping=a)),
-    "rows of datainf": (ROWS, lambda a: datainf(P.net, TRAIN, TEST, a, damping=1.0)),
-    "rows of leave_one_out": (ROWS, lambda a: leave_one_out(P.net, TRAIN, TEST, a)),
-    "groups[0] of leave_group_out": (ROWS, lambda a: leave_group_out(P.net, TRAIN, TEST, [a])),
-    "groups['a'] of leave_group_out": (
-        ROWS,
-        lambda a: leave_group_out(P.net, TRAIN, TEST, {"a": a}),
-    ),
-    "start of RefitOptions": (ONES, lambda a: RefitOptions(start=a)),
-    "rows of continued_training": (
-        ROWS,
-        lambda a: continued_training(P.net, TRAIN, TEST, a, steps=1, rate=0.1),
-    ),
-    "rows of proximal_response": (
-        ROWS,
-        lambda a: proximal_response(P.net, TRAIN, TEST, a, damping=1.0),
-    ),
-    "tolerance of proximal_response": (
+    (
         np.ones(3),
-        lambda a: proximal_response(
-            P.net, TRAIN, TEST, ROWS, ProximalOptions(tolerance=a), damping=1.0
-        ),
+        {
+            "tolerance of proximal_response": lambda a: proximal_response(
+                P.net, TRAIN, TEST, ROWS, ProximalOptions(tolerance=a), damping=1.0
+            ),
+            "rough_tolerance of proximal_response": lambda a: proximal_response(
+                P.net, TRAIN, TEST, ROWS, ProximalOptions(rough_tolerance=a), damping=1.0
+            ),
+        },
     ),
-    "rough_tolerance of proximal_response": (
-        np.ones(3),
-        lambda a: proximal_response(
-            P.net, TRAIN, TEST, ROWS, ProximalOptions(rough_tolerance=a), damping=1.0
-        ),
-    ),
-    "rows of poison": (ROWS, lambda a: poison(P.net, TRAIN, TEST, a, 1.0)),
-    "inputs of poison": (
+    (
         X[ROWS],
-        lambda a: poison(P.net, TRAIN, TEST, ROWS, 1.0, options=PoisonOptions(inputs=a)),
+        {
+            "inputs of poison": lambda a: poison(
+                P.net, TRAIN, TEST, ROWS, 1.0, options=PoisonOptions(inputs=a)
+            ),
+            "inputs of gradient_norms": lambda a: gradient_norms(
+                P.net, TRAIN, TEST, ROWS, inputs=a
+            ),
+        },
     ),
-    "rows of gradient_norms": (ROWS, lambda a: gradient_norms(P.net, TRAIN, TEST, a)),
-    "inputs of gradient_norms": (
-        X[ROWS],
-        lambda a: gradient_norms(P.net, TRAIN, TEST, ROWS, inputs=a),
-    ),
-    "mean of TopLayer": (ONES, lambda a: TopLayer(HEAD, mean=a)),
-    "scale of TopLayer": (ONES, lambda a: TopLayer(HEAD, scale=a)),
-    "images of scaled": (np.ones((1, 2, 2, 3)), scaled),
-    "rows of leverages": (ROWS, lambda a: P.net.leverages(TRAIN, a)),
-    "gram of leverages": (np.eye(12), lambda a: P.net.leverages(TRAIN, gram=a)),
-    "rows of one_step_leave_one_out": (ROWS, lambda a: P.net.one_step_leave_one_out(TRAIN, a)),
-    "x of Design.times": (X, lambda a: P.net.design.times(a, ONES)),
-    "thetas of Design.times": (ONES, lambda a: P.net.design.times(X, a)),
-    "E of Design.transposed_times": (
+    (np.ones((1, 2, 2, 3)), {"images of scaled": scaled}),
+    (np.eye(12), {"gram of leverages": lambda a: P.net.leverages(TRAIN, gram=a)}),
+    (
         np.ones((12, 1, 1)),
-        lambda a: P.net.design.transposed_times(X, a),
+        {"E of Design.transposed_times": lambda a: P.net.design.transposed_times(X, a)},
     ),
-    "E of Design.along": (np.ones((12, 1)), lambda a: P.net.design.along(X, a, EYE)),
-    "V of Design.along": (EYE, lambda a: P.net.design.along(X, np.ones((12, 1)), a)),
-    "weights of Design.weighted_gram": (
+    (
         np.ones((12, 1)),
-        lambda a: P.net.design.weighted_gram(X, a),
+        {
+            "E of Design.along": lambda a: P.net.design.along(X, a, EYE),
+            "weights of Design.weighted_gram": lambda a: P.net.design.weighted_gram(X, a),
+            "output of margin": lambda a: measurements.margin(Y, a),
+            "output of logit": lambda a: measurements.logit(1)(Y, a),
+        },
     ),
-    "y of margin": (Y, lambda a: measurements.margin(a, np.ones((12, 1)))),
-    "output of margin": (np.ones((12, 1)), lambda a: measurements.margin(Y, a)),
-    "output of logit": (np.ones((12, 1)), lambda a: measurements.logit(1)(Y, a)),
-    "G of boxed_minimum": (EYE, lambda a: box_qp.boxed_minimum(a, ONES, ONES)),
-    "b of boxed_minimum": (ONES, lambda a: box_qp.boxed_minimum(EYE, a, ONES)),
-    "start of boxed_minimum": (ONES, lambda a: box_qp.boxed_minimum(EYE, ONES, a)),
-    "theta of lbfgs": (ONES, lambda a: lbfgs.minimise(lambda t: (t @ t, 2 * t), a, 1.0, 1)),
-    "predicted of agreement": (ONES, lambda a: compare.agreement(a, ONES)),
-    "actual of agreement": (ONES, lambda a: compare.agreement(ONES, a)),
-    "scores of largest": (ONES, lambda a: compare.largest(a, 1)),
-    "among of with_others": (ROWS, lambda a: compare.with_others(0, a, 1, 0)),
-    "values of largest_bars": (ONES, lambda a: compare.largest_bars(None, ONES, a)),
-    "actual of predicted_against_actual": (
-        ONES,
-        lambda a: compare.predicted_against_actual(None, a, ONES),
-    ),
-    "predicted of predicted_against_actual": (
-        ONES,
-        lambda a: compare.predicted_against_actual(None, ONES, a),
-    ),
-}
+)
+CASES = {case: (right, call) for right, calls in BY_VALUE for case, call in calls.items()}
 for name, right in (("thetas", EYE), ("first", EYE), ("tolerance", ONES), ("longest", ONES)):
     CASES[f"{name} of block_lbfgs"] = (
         right,

@@ -11,16 +11,6 @@ from tests.influence.solvers.matrices import counting
 D = 40
 
 
-@pytest.fixture(scope="module")
-def matrix():
-    return symmetric(np.geomspace(0.01, 1, D))
-
-
-@pytest.fixture(scope="module")
-def B():
-    return np.random.default_rng(1).standard_normal((D, 5))
-
-
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     d=st.integers(1, 12),
