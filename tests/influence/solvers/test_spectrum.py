@@ -76,6 +76,18 @@ def test_multiples_of_the_identity(path, matrix):
     assert found.converged
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e200, 1e300])
+def test_matrices_of_extreme_size(path, size):
+    """Check that residuals and the damping have the size of the matrix."""
+    A = symmetric(np.linspace(-1, 10, D))
+    found = spectrum(size * A)
+    assert found.converged and found.smallest[0] == pytest.approx(-size, rel=1e-9)
+    assert found.largest[0] == pytest.approx(10 * size, rel=1e-9)
+    residuals = [found.smallest_residuals[0] / size, found.largest_residuals[0] / size]
+    assert 0 < min(residuals) and max(residuals) < 1e-4
+    assert suggest_damping(size * A) / size == pytest.approx(suggest_damping(A), rel=1e-3)
+
+
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_small_matrices(d):
     values = np.arange(1.0, d + 1)
