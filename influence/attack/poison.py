@@ -228,12 +228,12 @@ def mean_s_test(
         H = net.hessian(train)
         if H is not None:
             g = test.sum_over(Total("gradient"), net) / len(test)
-            return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
-    return (
-        Inverse(net, train, solver=solver or Direct(), curvature=Hessian)
-        .s_test(test)
-        .x.mean(axis=1)
-    )
+            try:
+                return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
+            except np.linalg.LinAlgError:
+                pass  # `Direct` names a sufficient damping
+    inverse = Inverse(net, train, solver=solver or Direct(), curvature=Hessian)
+    return inverse.s_test(test).x.mean(axis=1)
 
 
 def _norms_of(
