@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from influence.net.graph import is_functional, nodes_of, replayed
 from influence.net.inputs import declared, for_call
 from influence.net.preprocessing import compile_like
 
@@ -65,14 +66,18 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
             config = _retyped(model.get_config(), dtype)
             changed = config != model.get_config()
             made[id(model)] = type(model).from_config(config) if changed else model
-        elif _is_graph(model):
-            made[id(model)] = keras.models.clone_model(
-                model,
-                input_tensors=keras.tree.map_structure(
-                    lambda tensor: _input(tensor, dtype), _inputs_of(model)
-                ),
-                clone_function=lambda layer: _rebuilt(layer, dtype, made),
+        elif _is_own(model) and isinstance(model, keras.Sequential):
+            layers = [_rebuilt(layer, dtype, made) for layer in model.layers]
+            first = [_input(tensor, dtype) for tensor in model.inputs]
+            made[id(model)] = keras.Sequential(first + layers, name=model.name)
+        elif _is_own(model) and is_functional(model):
+            inputs = keras.tree.map_structure(lambda t: _input(t, dtype), model.input)
+            new = map(id, keras.tree.flatten(model.input)), keras.tree.flatten(inputs)
+            tensors = replayed(
+                nodes_of(model), dict(zip(*new, strict=True)), lambda op: _rebuilt(op, dtype, made)
             )
+            outputs = keras.tree.map_structure(lambda t: tensors[id(t)], model.output)
+            made[id(model)] = keras.Model(inputs, outputs, name=model.name)
         elif isinstance(model, keras.layers.Lambda):
             options = _retyped(keras.Layer.get_config(model), dtype)
             shape = model._output_shape
@@ -87,18 +92,9 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
     return made[id(model)]
 
 
-def _is_graph(model: Any) -> bool:
-    """Return True for a functional or sequential model of Keras' own class."""
-    own = type(model).__module__.split(".")[0] == "keras"
-    return own and (isinstance(model, keras.Sequential) or hasattr(model, "_nodes_by_depth"))
-
-
-def _inputs_of(model: Any) -> Any:
-    """Return the declared inputs. A sequential model has one."""
-    if isinstance(model, keras.Sequential):
-        (tensor,) = model.inputs
-        return tensor
-    return model.input
+def _is_own(model: Any) -> bool:
+    """Return True for a model of one of Keras' own classes."""
+    return type(model).__module__.split(".")[0] == "keras"
 
 
 def _input(tensor: Any, dtype: str) -> Any:

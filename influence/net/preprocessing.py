@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from influence.examples.arrays import CHECK_ROWS
 from influence.examples.examples import Examples
 from influence.examples.tables import is_text
-from influence.net.inputs import aliases, declared, fits, is_functional
+from influence.net.graph import is_functional, is_input, nodes_of, replayed
+from influence.net.inputs import aliases, declared, fits
 
 # The first rows are prepared again, each by itself.
 _PROBE_ROWS = 8
@@ -90,7 +91,8 @@ class Preparation:
 
     def __repr__(self) -> str:
         """Show the names of the layers."""
-        return ", ".join(layer.name for layer in self.model.layers if not _is_input(layer))
+        layers = [layer.name for layer in self.model.layers]
+        return ", ".join(name for name in layers if name not in self.model.input_names)
 
     def __getstate__(self) -> dict:
         """Pickle everything except the prepared sets."""
@@ -189,8 +191,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
             f"{type(model).__name__}; apply the layer to the rows first, and give a model without "
             "it."
         )
-    depths = sorted(graph._nodes_by_depth, reverse=True)  # the inputs are deepest
-    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth]]
+    nodes = nodes_of(graph)
     front = _front(nodes)
     if not front:
         return None, model  # a lookup behind trainable weights
@@ -212,12 +213,9 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         names.append(name)
         shape = (None, *tensor.shape[1:])
         inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=name))
-    made = {id(tensor): new for tensor, new in zip(cut, inputs, strict=True)}
-    for node in nodes:
-        if id(node) not in front and not _is_input(node.operation):
-            arguments, options = node.arguments.fill_in(made)
-            outputs = keras.tree.flatten(node.operation(*arguments, **options))
-            made.update(zip(map(id, node.outputs), outputs, strict=True))
+    behind = [node for node in nodes if id(node) not in front]
+    made = dict(zip(map(id, cut), inputs, strict=True))
+    made = replayed(behind, made, lambda operation: operation)
     outputs = keras.tree.map_structure(lambda tensor: made[id(tensor)], graph._outputs_struct)
     rest = keras.Model(inputs, outputs, name=model.name)
     compile_like(rest, model)
@@ -238,7 +236,7 @@ def compile_like(copy: keras.Model, model: keras.Model) -> None:
     """Give a copy of a model the compiled loss and loss weights of the model."""
     compiled = getattr(model, "_compile_loss", None)
     if model.compiled and compiled is not None:
-        copy.compile(loss=model.loss, loss_weights=compiled._user_loss_weights)
+        copy.compile(optimizer="sgd", loss=model.loss, loss_weights=compiled._user_loss_weights)
 
 
 def _front(nodes: list[Any]) -> set[int]:
@@ -285,14 +283,10 @@ def _cut(nodes: list[Any], front: set[int]) -> list[Any]:
     for node in nodes:
         if id(node) in front:
             continue
-        if _is_input(node.operation):
+        if is_input(node):
             found.update({id(t): t for t in node.outputs})
         found.update({id(t): t for t in node.input_tensors if id(t) in of_front})
     return sorted(found.values(), key=lambda t: t.name)
-
-
-def _is_input(operation: Any) -> bool:
-    return isinstance(operation, keras.layers.InputLayer)
 
 
 def _tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:

@@ -23,7 +23,7 @@ L = keras.layers
 N, M, L2 = 24, 3, 0.05
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(N, 3)), RNG.normal(size=(N, 1))
-HOW = {"solver": Direct(), "damping": 1.0}
+HOW = {"solver": Direct(), "damping": 2.0}
 
 
 def square(y, z):
@@ -58,7 +58,7 @@ def expected():
     plain = small("float64", l2=0)
     weights = small("float32").get_weights()
     plain.set_weights(weights)
-    return weights, dense_scores(plain, square, (X, Y), (X[:M], Y[:M]), L2, damping=1.0)
+    return weights, dense_scores(plain, square, (X, Y), (X[:M], Y[:M]), L2, damping=2.0)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
@@ -71,8 +71,7 @@ def test_a_float64_copy_has_the_scores_of_a_dense_matrix(policy, expected):
     scores = Influence(net, (X, Y), **HOW).scores((X[:M], Y[:M]))
     np.testing.assert_allclose(scores, want, rtol=1e-9, atol=1e-14)
     again = GenericNeuralNet(model).astype("float64")
-    scores = Influence(again, (X, Y), **HOW).scores((X[:M], Y[:M]))
-    np.testing.assert_allclose(scores, want, rtol=1e-9, atol=1e-14)
+    np.testing.assert_array_equal(again.gradients(X, Y), net.gradients(X, Y))
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
