@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -82,6 +82,8 @@ class SeveralLosses(PerExampleLoss):
     adds: bool = False
     # The shapes of the outputs by the number of columns of z, from tracing the model.
     _shapes: dict[int, list[tuple]] = field(default_factory=dict, compare=False, repr=False)
+
+    takes_one_output: ClassVar[bool] = False
 
     @classmethod
     def of(cls, parts: list[PerExampleLoss], paths: tuple, adds: bool) -> SeveralLosses:
