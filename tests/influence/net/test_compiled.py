@@ -4,6 +4,8 @@ Values are compared with `model.evaluate` in one batch, gradients with a plain t
 compiled loss, and Hessian products with differences of this gradient.
 """
 
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -34,10 +36,13 @@ ZERO = tf.UnconnectedGradients.ZERO
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-    """Let Keras compute in float64; its losses would round to float32."""
+    """Let Keras' models and losses compute in float64."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     yield
-    keras.config.set_floatx("float32")
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
 
 
 def ending(units, activation=None, steps=None):
@@ -324,12 +329,16 @@ def test_gauss_newton_of_two_outputs():
     assert relative_error(got, expected) < ROUNDING
 
 
+@keras.saving.register_keras_serializable("test_compiled")
 class Adding(L.Layer):
     """Layer that adds a loss of its inputs, as a mean over rows or as a sum."""
 
-    def __init__(self, mean):
-        super().__init__()
+    def __init__(self, mean, **options):
+        super().__init__(**options)
         self.mean = mean
+
+    def get_config(self):
+        return {**super().get_config(), "mean": self.mean}
 
     def call(self, x):
         self.add_loss((keras.ops.mean if self.mean else keras.ops.sum)(keras.ops.sum(x**4, -1)))
@@ -349,6 +358,8 @@ def test_an_added_loss_that_is_a_mean_over_rows_belongs_to_each_row():
     y = Examples(X, CLASSES, WEIGHT).y
     alone = [net.losses(X[i : i + 1], y[i : i + 1])[0] for i in range(N)]
     np.testing.assert_allclose(net.losses(X, y), alone, rtol=ROUNDING)
+    again = pickle.loads(pickle.dumps(net))
+    assert relative_error(again.losses(X, y), alone) < ROUNDING
     without = GenericNeuralNet(net.model, CLASS)
     assert relative_error(without.losses(X, y), alone) < ROUNDING  # whoever gives the loss
 
@@ -370,8 +381,14 @@ def test_an_added_loss_that_is_a_sum_over_the_batch_is_refused():
         (
             ["mse", CLASS],
             None,
-            {"a": CLASSES, "c": PAIR},
-            r"^y must have labels for the output 'b'",
+            {"a": CLASSES},
+            r"^y must have labels for the output 'b', got labels for \['a'\]",
+        ),
+        (
+            ["mse", CLASS],
+            None,
+            BOTH | {"c": PAIR},
+            r"^y must have labels for the model's outputs \['b', 'a'\], got 'c'",
         ),
         (
             ["mse", CLASS],
@@ -386,6 +403,16 @@ def test_losses_and_labels_of_two_outputs_that_do_not_fit(loss, loss_weights, y,
     model.compile("sgd", loss, loss_weights=loss_weights)
     with pytest.raises(ValueError, match=message):
         GenericNeuralNet(model).validate(Examples(X, y), "train")
+
+
+def test_class_weights_as_weights_of_the_rows():
+    """Against the loss that a training step reports with `class_weight`."""
+    model, each = ending(3, "softmax"), {0: 0.5, 1: 2.0, 2: 3.0}
+    model.compile(keras.optimizers.SGD(0.0), CLASS, run_eagerly=True)
+    weight = np.array([each[c] for c in CLASSES])
+    net, examples = GenericNeuralNet(model), Examples(X, CLASSES, weight)
+    reported = model.train_on_batch(X, CLASSES, class_weight=each)
+    assert net.risk(examples) == pytest.approx(float(reported), rel=1e-6)
 
 
 def test_weights_by_which_keras_would_divide_are_refused():
