@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.attack.targets import BEST_RULE, Rule, Targets, check_targets, mean_size
 from influence.common.numbers import is_integer
 from influence.examples.examples import Examples, check_rows
+from influence.examples.labels import fields, is_packed
 from influence.net.minimum import TOLERANCE, check_at_minimum
 from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import PerRow, Total
@@ -427,6 +428,11 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
     _ = examples.x  # this raises for a stream, which has no x
+    if is_packed(examples.y):
+        raise ValueError(
+            f"{name} must have plain labels without sample_weight for an attack, got "
+            f"{sorted(fields(examples.y))}."
+        )
     probe = examples.take(slice(0, _PROBE_ROWS))
     seen = net.featured(probe)
     net.validate(examples if seen is probe else seen, name)

@@ -198,10 +198,11 @@ def _find(traced: FlatModel) -> tuple[Affine, ...]:
         layer = owners[id(weight)]
         layers[id(layer)] = layer
         parts.setdefault(id(layer), []).append((weight, np.arange(end - size, end)))
-    return tuple(_affine(layers[key], parts[key]) for key in layers)
+    return tuple(_affine(layers[key], parts[key], traced.loss.head) for key in layers)
 
 
-def _affine(layer: Any, parts: list) -> Affine:
+def _affine(layer: Any, parts: list, head: str | None) -> Affine:
+    """Locate the weights of a layer. `head` is the activation that the loss goes round, or None."""
     name = layer.name
     if not isinstance(layer, Dense | Conv2D):
         raise ValueError(
@@ -221,7 +222,8 @@ def _affine(layer: Any, parts: list) -> Affine:
             f"model must hold theta in kernels and biases for EK-FAC, got the weight "
             f"{other.name!r} of layer {name!r}; {_REMEDY}."
         )
-    if layer.activation not in (None, keras.activations.linear):
+    fused = getattr(layer.activation, "__name__", None)
+    if layer.activation not in (None, keras.activations.linear) and (not head or fused != head):
         activation = getattr(layer.activation, "__name__", repr(layer.activation))
         raise ValueError(
             f"model must keep activations in layers of their own for EK-FAC, got "
@@ -254,7 +256,8 @@ def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
     def recorder(call: Callable, seen: list) -> Callable:
         def recorded(inputs, *args, **kwargs):
             output = call(inputs, *args, **kwargs)
-            seen.append((inputs, output))
+            # An affine layer's own softmax or sigmoid at the model's end does not belong to it.
+            seen.append((inputs, getattr(output, "_keras_logits", output)))
             return output
 
         return recorded

@@ -137,7 +137,8 @@ def _input_specs(model: Any) -> Any:
     """Return TensorSpecs of a model's inputs, in their structure, or None if they are unknown."""
     try:
         if getattr(model, "inputs", None):
-            return keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), model.input)
+            inputs = _struct(model, "input")
+            return keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), inputs)
         shapes = dict(model._build_shapes_dict)
         (shape,) = shapes.values()
     except (AttributeError, TypeError, ValueError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -108,6 +108,9 @@ class PerExampleLoss:
     weighs_mean: bool = False
     compiled: bool = False
     whole: Any = None
+
+    # False if z holds several outputs or added losses.
+    takes_one_output: ClassVar[bool] = True
 
     def seen(self, raw: Any) -> Any:
         """Return z, what the loss takes from the model's output."""

@@ -23,6 +23,7 @@ from influence.common.memory import ACTIVATIONS, fitting
 from influence.common.numbers import numbers
 from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
+from influence.examples.labels import is_packed
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
 from influence.net.compiled import SeveralLosses, model_loss
@@ -327,6 +328,12 @@ class GenericNeuralNet(Derivatives):
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
+        if is_packed(examples.y) and type(self).losses is not Derivatives.losses:
+            raise ValueError(
+                f"{name} must have plain labels without sample_weight for "
+                f"{type(self).__name__}, whose closed forms take no others; "
+                "GenericNeuralNet(net.model, loss) takes them."
+            )
         check_weights(self.model)
         rows, probe = probe_of(examples)
         check_inputs(self.model, probe.x, name)

@@ -91,8 +91,8 @@ class Preparation:
 
     def __repr__(self) -> str:
         """Show the names of the layers."""
-        layers = [layer.name for layer in self.model.layers]
-        return ", ".join(name for name in layers if name not in self.model.input_names)
+        kinds = keras.layers.InputLayer
+        return ", ".join(layer.name for layer in self.model.layers if not isinstance(layer, kinds))
 
     def __getstate__(self) -> dict:
         """Pickle everything except the prepared sets."""
