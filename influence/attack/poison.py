@@ -24,9 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 from influence.attack.targets import BEST_RULE, Rule, Targets, check_targets, mean_size
 from influence.common.numbers import is_integer
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
 from influence.examples.labels import fields, is_packed
 from influence.net.minimum import TOLERANCE, check_at_minimum
-from influence.net.net import GenericNeuralNet, checked
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
@@ -119,9 +120,9 @@ class Poisoning:
 
 
 def poison(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     radius: float,
     *,
@@ -183,9 +184,9 @@ def poison(
 
 
 def gradient_norms(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     *,
     inputs: NDArray | None = None,

@@ -17,8 +17,8 @@ from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
 from influence.curvature.layers import affine_layers
-from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.given import Data
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import Total
 from influence.net.refused import check_weights
 
@@ -50,8 +50,8 @@ class Curvature(LinearOperator):
 
     def __init__(
         self,
-        net: GenericNeuralNet,
-        examples: Examples,
+        net: Net,
+        examples: Data,
         damping: float = 0.0,
         *,
         batch_size: int | None = None,

@@ -178,11 +178,12 @@ class Examples:
         """Read all rows of the dataset that was given as x."""
         if self.y is not None or sample_weight is not None:
             raise TypeError("y and sample_weight must be left out beside a dataset: it holds them.")
-        for name, part in zip(("x", "y"), whole(self.x, _MOST_ROWS), strict=True):
-            object.__setattr__(self, name, part)
-        for part in (*parts_of(self.x).values(), self.y):
+        x, y = whole(self.x, _MOST_ROWS)
+        check_weights(y)
+        for part in (*parts_of(x).values(), y):
             part.setflags(write=False)
-        check_weights(self.y)
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y)
 
     def __len__(self) -> int:
         """Return the number of rows, n."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
+import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.numbers import numbers
@@ -14,6 +16,8 @@ from influence.examples.examples import Examples
 from influence.examples.stream import Stream
 from influence.examples.tables import is_frame, is_series
 
+# These are the types of data that `as_examples` takes.
+Data = Examples | tuple | list | tf.data.Dataset | keras.utils.PyDataset
 # A dataset with at most this many entries of x is held in memory.
 _SMALL = 1 << 26
 
@@ -45,6 +49,7 @@ def as_examples(
             f"{name} must be Examples(x, y), got {kind}; (x, y), (x, y, sample_weight) and a "
             "dataset of such batches will do too."
         )
+    x: Any
     x, y, *weight = value
     several = len(inputs) > 1
     if several and isinstance(x, list | tuple) and len(x) == len(inputs):

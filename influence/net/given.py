@@ -75,7 +75,7 @@ def given(net: Any, value: Any, name: str) -> Examples:
     front = net.preparation
     inputs = declared(net.model) if front is None else front.given.declared
     examples = as_examples(value, name, tuple(inputs), outputs)
-    if net.preparation is None:
+    if front is None:
         for label, part in parts_of(examples.take([0]).x).items():
             if is_text(part):
                 numbers(part, f"{name}.{label}")  # this raises

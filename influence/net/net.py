@@ -413,6 +413,8 @@ class GenericNeuralNet(Derivatives):
         return self
 
 
+# These are the types that `checked` takes for a net.
+Net = GenericNeuralNet | keras.Model | str | os.PathLike
 _NOT_GIVEN: Any = object()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,8 +65,8 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
     """Rebuild a model, layer or operation with the dtype. `made` holds what was rebuilt before."""
     if id(model) not in made:
         if not isinstance(model, keras.Layer):
-            config = _retyped(model.get_config(), dtype)
-            changed = config != model.get_config()
+            config = _retyped(_config(model), dtype)
+            changed = config != _config(model)
             made[id(model)] = type(model).from_config(config) if changed else model
         elif _is_own(model) and isinstance(model, keras.Sequential):
             layers = [_rebuilt(layer, dtype, made) for layer in model.layers]
@@ -85,7 +87,7 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
                 model.function, shape, arguments=model.arguments, **options
             )
         else:
-            copy = type(model).from_config(_retyped(model.get_config(), dtype))
+            copy = type(model).from_config(_retyped(_config(model), dtype))
             if isinstance(model, keras.Model) and not copy.built:
                 copy.build_from_config(model.get_build_config())
             made[id(model)] = copy
@@ -101,6 +103,15 @@ def _input(tensor: Any, dtype: str) -> Any:
     kept = tensor.dtype if tensor.dtype not in _FLOATS else dtype
     shape = (None, *tensor.shape[1:])
     return keras.Input(batch_shape=shape, dtype=kept, sparse=tensor.sparse, name=tensor.name)
+
+
+def _config(layer: Any) -> dict:
+    """Return a layer's configuration, with its functions themselves instead of their code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        config = layer.get_config()
+    own = {key: getattr(layer, key, None) for key in config}
+    return config | {k: v for k, v in own.items() if isinstance(v, types.FunctionType)}
 
 
 def _retyped(config: Any, dtype: str) -> Any:
@@ -125,15 +136,21 @@ def _is_float(value: Any) -> bool:
 
 def _copy_state(model: keras.Model, copy: keras.Model) -> None:
     """Copy the weights, the states of random layers, and the flags that freeze weights."""
-    pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
-    for old, new in pairs:
+    layers = list(model._flatten_layers()), list(copy._flatten_layers())
+    if len(layers[0]) != len(layers[1]) or not copy.built:
+        raise ValueError("the copy has other layers, or cannot be built")
+    for old, new in zip(*layers, strict=True):
         new.trainable = old.trainable
+    if len(copy.variables) != len(model.variables):
+        raise ValueError(
+            f"the copy has {len(copy.variables)} variables instead of {len(model.variables)}"
+        )
     for old, new in zip(model.variables, copy.variables, strict=True):
         if old.shape != new.shape:
             raise ValueError(f"weight {old.path!r} has shape {new.shape} instead of {old.shape}")
         new.assign(old.numpy())
         new.trainable = old.trainable
-    for _, new in pairs:
+    for new in layers[1]:
         if hasattr(new, "finalize_state"):  # Normalization computes with values that follow
             new.finalize_state()
 

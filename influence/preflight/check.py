@@ -10,7 +10,8 @@ import tensorflow as tf
 from influence.common.progress import progress
 from influence.curvature.operators import Hessian, check_batch_size
 from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.given import Data
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Finding, Line, Report
 from influence.solvers.spectrum import spectrum
@@ -24,11 +25,11 @@ _MOST_PRODUCTS = 512
 
 
 def check(
-    net: GenericNeuralNet,
-    train: Examples,
+    net: Net,
+    train: Data,
     *,
     damping: float = 0.0,
-    test: Examples | None = None,
+    test: Data | None = None,
     batch_size: int | None = None,
 ) -> Report:
     """Check the assumptions of influence functions for a net before scores are computed.

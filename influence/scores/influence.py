@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
 from influence.curvature.operators import Curvature, Hessian
-from influence.examples.examples import Examples, check_differentiable, check_increasing
-from influence.net.net import GenericNeuralNet
+from influence.examples.examples import check_differentiable, check_increasing
+from influence.examples.given import Data
+from influence.net.net import Net
 from influence.scores import file, groups, relative
 from influence.scores.groups import GroupScores
 from influence.scores.inverse import Inverse
@@ -65,8 +66,10 @@ class Influence:
     the test loss rises without the row, so the row helped. s_test is H^-1 grad f.
 
     Args:
-      net: the model. Its current parameters theta are taken as the minimum of the training risk.
-      train: the training set.
+      net: the model, as a GenericNeuralNet, a compiled Keras model or the path of a saved one. Its
+        current parameters theta are taken as the minimum of the training risk.
+      train: the training set, as Examples or in any form that `fit` takes: (x, y),
+        (x, y, sample_weight) or a dataset. All methods take such forms too.
       solver: the solver that applies H^-1. The default CG() stops at a relative residual of 1e-6.
         It may be a solver that `prepare` returned for the same operator.
       damping: the number that multiplies I in H, >= 0. It is the same for every solver.
@@ -83,8 +86,8 @@ class Influence:
 
     def __init__(
         self,
-        net: GenericNeuralNet,
-        train: Examples,
+        net: Net,
+        train: Data,
         *,
         solver: Solver | Prepared = CG(),
         damping: float = 0.0,
@@ -102,7 +105,7 @@ class Influence:
         """The solver, prepared for this operator on first use and then cached."""
         return self.inverse.prepared
 
-    def s_test(self, test: Examples, *, measurement: Any = None) -> Solution:
+    def s_test(self, test: Data, *, measurement: Any = None) -> Solution:
         """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
         The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
@@ -118,7 +121,7 @@ class Influence:
         return self.inverse.s_test(test, view)
 
     def scores(
-        self, test: Examples, rows: ArrayLike | None = None, *, measurement: Any = None
+        self, test: Data, rows: ArrayLike | None = None, *, measurement: Any = None
     ) -> Scores:
         """Predict the change of each test loss if each training row is left out.
 
@@ -141,7 +144,7 @@ class Influence:
         changes = self.inverse.along(solution.x, self.train, rows).T
         return Scores(changes, rows, solution, measurement=name)
 
-    def adding(self, test: Examples, new: Examples, *, measurement: Any = None) -> AdditionScores:
+    def adding(self, test: Data, new: Data, *, measurement: Any = None) -> AdditionScores:
         """Predict the change of each test loss if each new row is added, one at a time.
 
         With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
@@ -164,7 +167,7 @@ class Influence:
         return AdditionScores(-self.inverse.along(solution.x, new).T, solution, name)
 
     def group(
-        self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None
+        self, test: Data, rows: ArrayLike, order: int = 1, *, measurement: Any = None
     ) -> GroupScores:
         """Predict the change of each test loss if all the rows are removed together.
 
@@ -194,7 +197,7 @@ class Influence:
 
     def relative(
         self,
-        test: Examples,
+        test: Data,
         rows: ArrayLike | None = None,
         kind: Literal["theta", "loss"] = "theta",
         *,
@@ -223,7 +226,7 @@ class Influence:
     def write_scores(
         self,
         path: str | Path,
-        test: Examples,
+        test: Data,
         rows: ArrayLike | None = None,
         *,
         measurement: Any = None,
@@ -266,7 +269,7 @@ class Influence:
         job = file.Job(self.inverse, view, name, test, rows, dtype)
         return file.write(job, Path(path))
 
-    def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
+    def perturbation(self, test: Data, rows: ArrayLike, *, measurement: Any = None) -> Any:
         """Predict the derivative of each test loss with respect to each training row's input.
 
         If x_i moves, the minimum of the risk moves by -H^-1 (d/dx_i grad loss_i) / n per unit. So

@@ -31,8 +31,9 @@ from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
 from influence.minimisers import block_lbfgs
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, Net
 from influence.net.questions import Total
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs
@@ -119,9 +120,9 @@ class _Search:
 
 
 def proximal_response(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     options: ProximalOptions = ProximalOptions(),
     *,

@@ -178,6 +178,7 @@ MODELS = {
     "frozen": (frozen, X),
     "own layer": (lambda: of_rows(Doubled()), X),
     "own model": (lambda: built(Own(3), X), X),
+    "own activation": (lambda: of_rows(L.Dense(2, activation=lambda t: tf.tanh(3 * t))), X),
     "lambda": (lambda: of_rows(L.Lambda(lambda t: t * 3)), X),
     "recurrent": (lambda: of_sequences(L.Bidirectional(L.LSTM(2)), L.Dropout(0.1)), SERIES),
     "distributed": (lambda: of_sequences(L.TimeDistributed(L.Dense(2)), L.Flatten()), SERIES),
@@ -243,6 +244,9 @@ def changed():
 def test_models_that_keras_cannot_rebuild():
     with pytest.raises(ValueError, match="^model must be one that Keras can rebuild .*'unknown'"):
         GenericNeuralNet(built(Unknown(1), X), "mse", dtype="float64")
+    constant = of_rows(L.Lambda(lambda t: t + tf.constant([1.0, 2.0, 3.0])))
+    with pytest.raises(ValueError, match="^model must be one that Keras can rebuild .*the copy h"):
+        GenericNeuralNet(constant, "mse", dtype="float64")
     with pytest.raises(ValueError, match="^model must be what its configuration says for a copy"):
         GenericNeuralNet(changed(), "mse", dtype="float64")
     for dtype in ("float16", "int32", "text", 3):
