@@ -119,7 +119,7 @@ def _is_plain(model: Any) -> bool:
     outputs = getattr(model, "outputs", None) or []
     if not own or len(outputs) != 1 or isinstance(_struct(model, "output"), list | tuple | dict):
         return False
-    last = getattr(getattr(outputs[0], "_keras_history", None), "operation", None)
+    last: Any = getattr(getattr(outputs[0], "_keras_history", None), "operation", None)
     linear = (None, keras.activations.linear)
     dense = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
     return isinstance(last, dense) and last.activation in linear

@@ -112,8 +112,8 @@ class PerExampleLoss:
     # False if z holds several outputs or added losses.
     takes_one_output: ClassVar[bool] = True
 
-    def seen(self, raw: Any) -> Any:
-        """Return z, what the loss takes from the model's output."""
+    def seen(self, raw: Any, added: Any = None) -> Any:
+        """Return z, what the loss takes from the model's output. `added` is for several losses."""
         return raw if self.head is None else peeled(raw)
 
     def shapes(self, raw: Any) -> Any:
@@ -167,6 +167,12 @@ class PerExampleLoss:
         weight = weight_of(y, self.output) if self.role != "measurement" else None
         found = [] if weight is None else [tf.cast(weight, dtype)]
         return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
+
+    def scaled(self, weight: float, output: str | None = None) -> PerExampleLoss:
+        """Return the loss times a loss weight, for the labels of one output."""
+        function: Any = self.function
+        function = replace(function, scale=weight, output=output)
+        return replace(self, function=function, scale=weight, output=output)
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels and weights that are not valid for this loss.
