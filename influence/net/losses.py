@@ -401,7 +401,8 @@ class _Weighed:
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
             z = tf.expand_dims(z, -1)  # Keras' cross-entropies recognise only the result itself
-        values = self.call(labels_of(y, self.output), activated(self.head, z))
+        labels = labels_of(y, self.output, several=not self.weighs)
+        values = self.call(labels, activated(self.head, z))
         weight = weight_of(y, self.output) if self.weighs else None
         if weight is not None:
             values *= tf.cast(weight, values.dtype)

@@ -269,7 +269,7 @@ REFUSED = {
         r"layer 'fused'; give it none and put keras\.layers\.Activation\('tanh'\) after it: theta",
     ),
     "fused softmax": (
-        lambda: net_of(L.Flatten, dense(3, activation="softmax", name="last"), loss=SPARSE),
+        lambda: net_of(L.Flatten, dense(3, activation="softmax", name="last"), loss="mse"),
         "^model must keep activations .* got activation='softmax' in layer 'last'",
     ),
     "batch normalisation": (
