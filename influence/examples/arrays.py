@@ -50,7 +50,7 @@ def check_one_input(x: Any, y: Any) -> None:
 
 
 class Fingerprint:
-    """SHA-256 of rows that are added in batches. It does not depend on the batch sizes."""
+    """SHA-256 of rows that are added in batches. The digest does not depend on batch sizes."""
 
     def __init__(self):
         self._parts: dict[str, Any] = {}

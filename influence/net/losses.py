@@ -136,11 +136,11 @@ class PerExampleLoss:
 
         H is the Hessian of the sum of the losses with respect to the outputs z. Let p be the
         predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For the sigmoid,
-        H u = p (1 - p) u. Both are divided by the number of values that Keras averages in a row. If
-        p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits in float32.
-        Two measures avoid this loss. For softmax, subtract from u its entry at the likeliest class.
-        This does not change H u, because H times a constant vector is zero. For the sigmoid,
-        compute 1 - p from the logits.
+        H u = p (1 - p) u. Both products are divided by the number of values that Keras averages in
+        a row. If p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits in
+        float32. Two measures keep the digits. For softmax, subtract from u its entry at the
+        likeliest class. This does not change H u, because H times a constant vector is zero. For
+        the sigmoid, compute 1 - p from the logits.
 
         Args:
           y: labels.
@@ -410,7 +410,7 @@ class _Weighed:
 
 
 def _compiled(model: Any) -> Any:
-    """Return the compiled loss of a model. It may be in a list or dict with one entry.
+    """Return the compiled loss of a model. The loss may be in a list or dict with one entry.
 
     Raises: ValueError if the list or dict does not have one entry.
     """

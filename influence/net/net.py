@@ -167,9 +167,9 @@ class GenericNeuralNet(Derivatives):
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """Return how many rows per batch fit in memory when `num_vectors` vectors multiply them.
+        """Return how many rows per batch fit into memory if `num_vectors` vectors are multiplied.
 
-        `dtype` is the argument of `directional`, if the pass calls `directional`.
+        `dtype` is the dtype in which `directional` computes, if the pass calls `directional`.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
