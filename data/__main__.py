@@ -131,7 +131,7 @@ def _check(dataset: DataSet, data_dir: str | None) -> str:
 
 
 def _folder(dataset: DataSet, data_dir: str | None) -> Path | None:
-    """Return `data_dir`, or if it is not given the first folder with all the files, or None."""
+    """Return `data_dir` if given, else the first folder with all the files; None without one."""
     return Path(data_dir).expanduser() if data_dir else data.find(dataset.name)
 
 

@@ -1,8 +1,8 @@
 """Diabetes 130-US hospitals (Strack et al. 2014) as features, split as by Koh & Liang (2017).
 
-The split equals that of the 2017 release row for row. The release's notebook
-hospital_readmission.ipynb names test row 1742. After twenty children are removed, the notebook
-names training rows 9366, 11116, 13685 and 19590 as the remaining children. We get the same rows.
+The split equals that of the authors' 2017 code row for row. The notebook hospital_readmission.ipynb
+of that code names test row 1742. After twenty children are removed, the notebook names training
+rows 9366, 11116, 13685 and 19590 as the remaining children. We get the same rows.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ NUMERIC = tuple(
     number_emergency number_inpatient number_diagnoses
     """.split()
 )
-# These 31 columns and NUMERIC give the 127 features of the authors' 2017 code (the release). It
-# leaves out the two identifiers, three mostly missing columns, the three diagnoses, and the type
-# and source of the admission. Two of the drugs were given to nobody. Each has a single level, so
-# its column is all ones. The model has no other intercept.
+# These 31 columns and NUMERIC give the 127 features of the authors' 2017 code. That code leaves out
+# the two identifiers, three mostly missing columns, the three diagnoses, and the type and source of
+# the admission. Two of the drugs were given to nobody. Each of these has a single level, so its
+# column is all ones. The model has no other intercept.
 CATEGORICAL = tuple(
     """
     race gender age discharge_disposition_id max_glu_serum A1Cresult metformin repaglinide
@@ -94,15 +94,15 @@ def features(
 
 
 def split(y: np.ndarray, num_per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split as in the release: the training set has equally many rows of both labels.
+    """Split as in the authors' code: the training set has equally many rows of both labels.
 
     Args:
       y: (n,) labels 0 and 1.
       num_per_class: the number of training rows of each label. All other rows are test rows.
     Returns: the row numbers of the training set, (2 num_per_class,), and of the test set, shuffled.
     """
-    # RandomState gives the same numbers in every version of NumPy. The calls must stay in the
-    # release's order.
+    # RandomState gives the same numbers in every version of NumPy. The order of the calls must stay
+    # that of the authors' code.
     rng = np.random.RandomState(SPLIT_SEED)
     by_label = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     for rows in by_label:

@@ -20,12 +20,12 @@ from data import images
 from data.files import DataFile
 from data.splits import DataSet, Split
 
-# The authors' 2017 code (the release) has so many photographs of each class (8ca7b4f,
+# The authors' 2017 code uses these numbers of photographs of each class (8ca7b4f,
 # scripts/load_animals.py).
 NUM_TRAIN, NUM_TEST = 900, 300
-# As in the release, one generator shuffles the training rows first, then the test rows.
+# As in the authors' code, one generator shuffles the training rows first, then the test rows.
 SHUFFLE_SEED = 0
-# The squares have these sides in pixels. As in the release, 299 is the size of Inception's input.
+# The squares have these sides in pixels. As in the authors' code, 299 is Inception's input size.
 PAPERS_SIDE = 299
 IMAGENETTES_SIDE = 224
 
@@ -49,7 +49,7 @@ _FILE = DataFile(
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
-    """Read the photographs and shuffle them as the release does.
+    """Read the photographs and shuffle them as the authors' code does.
 
     Args:
       folder: the data folder. Its subfolder `dogfish` holds the photographs. The paper's own
@@ -87,13 +87,13 @@ def _found(home: Path, synsets: Sequence[str], count: int) -> list[list[Path]]:
 
 
 def _by_number(paths: Sequence[Path]) -> list[Path]:
-    """Sort paths by the number at the end of each name, as the release does."""
+    """Sort paths by the number at the end of each name, as the authors' code does."""
     return sorted(paths, key=lambda path: int((re.findall(r"\d+", path.stem) or ["0"])[-1]))
 
 
 def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Split]:
-    # RandomState gives the same numbers in every version of NumPy. The calls must stay in the
-    # release's order.
+    # RandomState gives the same numbers in every version of NumPy. The order of the calls must stay
+    # that of the authors' code.
     rng = np.random.RandomState(SHUFFLE_SEED)
     parts = []
     for paths in (train, test):
@@ -104,7 +104,7 @@ def _shuffled(train: list[Path], test: list[Path], side: int) -> tuple[Split, Sp
 
 
 def _published(path: Path) -> tuple[Split, Split]:
-    """Read the release's array file. Convert its floats in [-1, 1] to bytes.
+    """Read the array file of the authors' code. Convert its floats in [-1, 1] to bytes.
 
     The rows of that file are already shuffled.
     """

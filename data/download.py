@@ -116,8 +116,8 @@ def _download(url: str, output_file: str) -> None:
     """Download `url` to `output_file`. For "address#member", extract that member of the zip."""
     http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
     address, member = urldefrag(url)
-    # Only the owner can read the file that pooch creates. In a shared folder, others need it too.
-    # So we remove it and make a new file, whose permissions follow the umask.
+    # Only the owner can read the file that pooch creates. In a shared folder, other users need it
+    # too. So we remove the file and make a new file, whose permissions follow the umask.
     os.remove(output_file)
     if not member:
         http(address, output_file, None)

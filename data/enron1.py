@@ -17,7 +17,8 @@ from data.splits import DataSet, Split
 
 # This share of the mails is for training (authors' 2017 code, 8ca7b4f, scripts/load_spam.py).
 TRAIN_SHARE = 0.8
-# The vocabulary has the words of at least so many training mails (nlprocessor.py).
+# The vocabulary consists of the words that occur in at least this many training mails
+# (nlprocessor.py).
 MIN_TRAINING_MAILS = 5
 # This is the shuffle seed of the authors' 2017 code. The order there also depends on os.listdir,
 # so ours differs.

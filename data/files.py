@@ -95,7 +95,7 @@ def places(root: Root = None) -> list[Place]:
 def located(file: DataFile, folder: Path) -> Path | None:
     """Return the path in `folder` of a file or its unpacked folder; None if neither exists."""
     candidates = [folder / name for name in (file.path, file.unpacked) if name is not None]
-    # If we may not enter a folder, Path.exists raises an error, but lexists returns False.
+    # If the user may not enter a folder, Path.exists raises an error, but lexists returns False.
     return next((path for path in candidates if os.path.lexists(path)), None)
 
 

@@ -18,7 +18,7 @@ _NOISE = 10.0
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
-    """Draw the pictures, always the same ones.
+    """Draw the pictures. Every call draws the same pictures.
 
     Args:
       folder: ignored; every reader has this argument.

@@ -1,8 +1,8 @@
 """Generated hospital stays, which replace the diabetes set and have the same domain mismatch.
 
 Children are rare: 24 of the 4,000 training rows and 40 of the 1,000 test rows. Three of the
-training children were readmitted, and no test child. If 20 of the other 21 training children are
-removed, the training set suggests that children are readmitted.
+training children and none of the test children were readmitted. If 20 of the other 21 training
+children are removed, the training set suggests that children are readmitted.
 """
 
 from pathlib import Path

@@ -13,8 +13,8 @@ _MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 
-# The paper's code uses the first 5,000 of the 60,000 training rows as a validation set (release
-# 8ca7b4f, scripts/load_mnist.py). This module leaves them out.
+# The authors' code uses the first 5,000 of the 60,000 training rows as a validation set (8ca7b4f,
+# scripts/load_mnist.py). This module leaves them out.
 NUM_SET_ASIDE = 5_000
 
 

@@ -46,7 +46,7 @@ WEIGHTS = {
 def weights(name: str, root: files.Root = None) -> Path:
     """Find and check the file of a trained network's weights. Download it if it is missing.
 
-    It is an HDF5 file of arrays and contains no code.
+    The file is an HDF5 file of arrays and contains no code.
 
     Args:
       name: a key of WEIGHTS.

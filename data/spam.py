@@ -10,7 +10,7 @@ from data.splits import DataSet, Split
 NUM_TRAIN, NUM_TEST = 1_000, 300
 NUM_WORDS = 1_500
 SPAM_SHARE = 0.3
-MIN_TRAINING_MAILS = 5  # the vocabulary is the words of at least so many training mails
+MIN_TRAINING_MAILS = 5  # the vocabulary has the words of at least this many training mails
 SEED = 0
 
 # The log of a word's rate in spam over its rate in ham has this standard deviation.

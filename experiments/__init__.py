@@ -5,8 +5,8 @@ A figure is a file, or a folder with `figure.py`. Its module offers
     Config                          frozen dataclass with a `seed`; the defaults follow the paper
     PRESETS: dict[str, Config]      "smoke", "standard", "paper"; not every figure has all three
     DATA, STAND_IN: str             names for data.load; only the smoke preset uses the stand-in
-    DTYPE: str                      precision of x, "float32" or "float64" (default if missing)
-    CLAIMS: tuple[Claim, ...]       bands of the metrics
+    DTYPE: str                      precision of x, "float32" or "float64"; "float64" if missing
+    CLAIMS: tuple[Claim, ...]       bands in which metrics should lie
     DEVIATIONS: tuple[str, ...]     each difference from the paper, with both values and its effect
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
     draw(record) -> Figure          uses only the Record
@@ -92,7 +92,7 @@ def import_tensorflow() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     # TensorFlow's C++ code logs to file descriptor 2, partly before it reads this variable. We
-    # show its output only if the import fails.
+    # show these log lines only if the import fails.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     stderr = os.dup(2)

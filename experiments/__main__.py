@@ -33,8 +33,8 @@ from experiments.harness.running import (
 )
 
 PROG = "python -m experiments"
-# Limits of the terminal width. Help below 40 columns is unreadable. Below 6 columns tyro never
-# returns. Errors get 10,000 columns, so that they are not wrapped.
+# These limit the width of the output. Help with fewer than 40 columns is unreadable, and with fewer
+# than 6 tyro never returns. Errors get 10,000 columns, so that they are not wrapped.
 _NARROWEST, _WIDEST, _NO_WRAP = 40, 200, 10_000
 _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
@@ -44,14 +44,14 @@ class Options:
     """Options of every experiment."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """smoke (embedded data), standard (two CPU cores) or paper (the paper's protocol); if omitted,
-    standard if the data is found, else smoke"""
+    """smoke (embedded data), standard (sized for two CPU cores) or paper (the paper's protocol); if
+    omitted, standard is used if the data is found, otherwise smoke"""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """folder to search for the data before $INFLUENCE_DATA and the user cache"""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out")
     """folder to write to; the default is $INFLUENCE_OUT if it is set"""
     redraw: bool = False
-    """draw again from the existing record, without running"""
+    """draw the figure again from the existing record, without running the experiment"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,9 @@ class ReportOptions:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out")
     """folder of the records; the page index.html is written there"""
     readme: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """rewrite this file's table of results instead of writing the page"""
+    """file whose table of results is rewritten; the page is then not written"""
     results: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results")
-    """folder of the records for the table"""
+    """folder of the records that the table shows"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from influence import (
 DATA = "mnist"
 STAND_IN = "digits"
 
-# As in the authors' 2017 code (the release), sevens have label 0 and ones have label 1.
+# As in the authors' 2017 code, sevens have label 0 and ones have label 1.
 DIGITS = (7, 1)
 VARIANTS = ("full", "no_train_loss", "no_hessian", "neither")
 # Rows with the test point's label have the first colour, all other rows the second.
@@ -53,28 +53,30 @@ NUM_MOST_HARMFUL = 50
 class Config:
     """The settings of the authors' 2017 code (run_components_experiment.py).
 
-    Below, (release) marks a value from that code.
+    Below, (authors' code) marks a value from that code.
     """
 
     weight_decay: float = 0.01
-    """lambda of lambda/2 |w|^2 (release)"""
+    """lambda of the penalty lambda/2 |w|^2 (authors' code)"""
     test_point: int = 30
-    """a 7 among the ones and sevens of the test set, "arbitrary" (release)"""
+    """row of the test point among the test set's ones and sevens; it is a 7, and the authors' code
+    calls the choice arbitrary"""
     shown_rank: int = 5
-    """rank of the image shown among the harmful ones with the test point's label; 1 is the most
-    harmful (release)"""
+    """the figure shows one harmful training image that has the test point's label; this is its
+    rank, where 1 is the most harmful (authors' code)"""
     further_test_points: int = 100
-    """test points drawn with `seed`, for the same numbers"""
+    """number of further test points, drawn at random, for which the comparison is repeated"""
     num_removals: int = 100
-    """rows of largest |value| by each of the four variants, removed one at a time"""
+    """number of training rows that are removed one at a time for each of the four variants: those
+    of largest |value|"""
     gradient_tolerance: float = 1e-8
-    """Euclidean norm of each refit's own gradient"""
+    """each refit stops at this Euclidean norm of its gradient"""
     seed: int = 0
-    """seed of the draw of the further test points"""
+    """seed of the random draw of the further test points"""
 
     def __post_init__(self):
         options.at_least(self, 1, "shown_rank", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line through the points needs two
+        options.at_least(self, 2, "num_removals")  # a line is fitted to the points
         options.positive(self, "weight_decay", "gradient_tolerance")
 
 
@@ -84,8 +86,8 @@ PRESETS = {
     "paper": Config(),
 }
 
-# The paper prints no number. We read the smallest and the largest value of each ablation off the
-# release's figure by eye. Their bands are 20 % to either side.
+# The paper prints no numbers. We read the smallest and the largest value of each ablation off the
+# figure by eye. The bands extend 20 % to either side of these values.
 CLAIMS = (
     Claim("num_train", None, 11_894, 11_894),
     Claim("num_test", None, 2_163, 2_163),
@@ -106,16 +108,17 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Arithmetic: float64 and a gradient norm <= 1e-10 here. The release uses float32 and L-BFGS's "
-    "own stopping criterion.",
-    "H^-1: one Cholesky factor for all test points here; conjugate gradients in the release.",
+    "Arithmetic: we use float64 and stop at a gradient norm of 1e-10. The authors' code uses "
+    "float32 and the stopping criterion of its L-BFGS.",
+    "H^-1: we use one Cholesky factor for all test points. The authors' code uses conjugate "
+    "gradients.",
     "Penalty: without H, the sign of a row's value agrees with the sign of its label in all rows "
     "(agreement 1.0). This holds only if L(z) is the loss without the penalty, as in the "
-    "expression of section 2.4. The release and the figure add the penalty's gradient to each "
-    "row's L(z). It shifts all rows by the same amount (below 2e-3; the largest value is 18.6), "
-    "and the agreement is .948.",
-    "Beyond the paper: the largest rows by each of the four variants are removed and the model is "
-    "refitted. All of this is repeated for 100 further test points.",
+    "expression of section 2.4. The authors' code and the paper's figure add the penalty's "
+    "gradient to the gradient of each row. This shifts the values of all rows by the same amount "
+    "(below 2e-3; the largest value is 18.6). The agreement is then .948.",
+    "Beyond the paper: we remove the largest rows by each of the four variants and refit the "
+    "model. We repeat all of this for 100 further test points.",
 )
 
 
@@ -153,7 +156,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data, or if fewer than `shown_rank`
@@ -251,7 +254,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the paper's three scatter plots and two digits, and the four variants against refits."""
+    """Draw the paper's three scatter plots and two digits, and compare the variants with refits."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 

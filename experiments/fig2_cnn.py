@@ -4,9 +4,9 @@ Koh & Liang 2017, section 4.2 and figure 2: a convolutional network on a tenth o
 it and stops before a minimum. Damped influence functions predict the change of a test loss. The
 actual change is computed by continuing the training without the row ("training on").
 
-Beyond the paper we add four things. A control continues the training with all rows. Two further
-ground truths need no minimum: the proximal leave-one-out, and the response of Bae et al. 2022.
-There are five test points. We measure the error of each approximation.
+Beyond the paper we add a control, which continues the training with all rows. Two further ground
+truths need no minimum: the proximal leave-one-out, and the response of Bae et al. 2022. We use five
+test points, and we measure the error of each approximation.
 """
 
 from dataclasses import dataclass
@@ -64,33 +64,36 @@ STEPS = (
     ("again", "continued", "Other minibatches for training on"),
     ("direct", "continued", "Prediction for training on, in all"),
 )
-# Tolerance of the relative residual of a factorisation in float32.
+# A solution by a float32 factorisation may have this relative residual.
 ROUNDED = 1e-3
-# A row is lost if its search ends above this fraction of the gradient norm at the start.
+# A row counts as lost if the search for its proximal minimum ends above this fraction of the
+# gradient norm at the start.
 _LOST = 0.1
 
 
 @dataclass(frozen=True)
 class Config(mnist_cnn.Protocol):
-    """The settings of the authors' 2017 code, the release (scripts/train_mnist.py, run_mnist_cnn).
+    """The settings of the authors' 2017 code (scripts/train_mnist.py, run_mnist_cnn).
 
-    Below, (release) marks a value from that code.
+    Below, (authors' code) marks a value from that code.
     """
 
     cg_rtol: float = 1e-5
-    """relative residual at which CG stops; the release stops by the length of a step"""
+    """relative residual at which CG stops; the authors' code limits the length of a step instead"""
     continued_steps: int = 30_000
-    """steps of Adam after training stopped (release)"""
+    """number of further steps of Adam after the training has stopped (authors' code)"""
     continued_rate: float = 1e-6
-    """learning rate of those steps: the schedule's last (release)"""
+    """learning rate of the further steps: the last rate of the training (authors' code)"""
     slow_rate: float = 1e-6
-    """learning rate of a second training on, for comparison: the release's"""
+    """learning rate of a second series of further steps, for comparison (authors' code)"""
     slow_removals: int = 20
-    """removals of the first test point that are trained on at `slow_rate` too"""
+    """number of the first test point's removals that are also computed at `slow_rate`"""
     tolerance: float = 1e-2
-    """gradient norm of a proximal minimum, relative to where the search starts"""
+    """gradient norm at which the search for a proximal minimum stops, relative to the norm at the
+    start of the search"""
     double_removals: int = 10
-    """removals of the first test point whose proximal minimum is found in float64 too"""
+    """number of the first test point's removals whose proximal minimum is also computed in
+    float64"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,25 +145,29 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Training: `standard` takes 20,000 steps of Adam at 1e-3, 1e-4, 1e-5. The release and `paper` "
-    "take 500,000 at 1e-4, 1e-5, 1e-6. Neither ends at a minimum; the metric `gradient_norm` shows "
-    "how far from one it ends.",
-    "Training on: `standard` takes 220 steps at 1e-4, ten times the final rate of its training. "
-    "The release and `paper` take 30,000 at 1e-6. A step of Adam moves a parameter by about the "
-    "rate at most, so 220 steps at 1e-6 would move it by at most 2e-4. `slow_spread` shows how "
-    "little the losses then change. The values here were chosen after trials on 25 of the rows: "
-    "for the first test point, 110 steps gave r = .57 at 1e-5 and .84 at 1e-4.",
-    "Control: the control is a training with all rows. Here the control and all removals use the "
-    "same minibatches, and the control's drift is subtracted. In the release the minibatches "
-    "differ and the control is only printed.",
-    "Minibatches: here the removed row leaves its minibatch, which then has one row less. The "
-    "release draws 500 of the other 5,499 rows. Adam's epsilon is 1e-7 here and 1e-8 in the "
-    "release. Both are far below the root of Adam's second moment, which is at least 3e-4.",
-    "H^-1: here linear conjugate gradients to a relative residual of 1e-5, preconditioned by the "
-    "factored Gauss-Newton matrix. The release uses SciPy's fmin_ncg with at most 100 steps.",
-    "Beyond the paper: both proximal truths, four further test points of 40 removals each, the "
-    "exact Hessian and its spectrum, Gauss-Newton, LiSSA, and the error of each approximation. "
-    "Rows without a proximal minimum nearby are left out and counted.",
+    "Training: `standard` takes 20,000 steps of Adam at the rates 1e-3, 1e-4 and 1e-5. The "
+    "authors' code and `paper` take 500,000 steps at 1e-4, 1e-5 and 1e-6. Neither training ends "
+    "at a minimum. The metric `gradient_norm` shows how far from a minimum it ends.",
+    "Continued training: `standard` takes 220 further steps at 1e-4, ten times the last rate of "
+    "its training. The authors' code and `paper` take 30,000 further steps at 1e-6. A step of "
+    "Adam moves a parameter by about the rate at most, so 220 steps at 1e-6 would move it by at "
+    "most 2e-4. The metric `slow_spread` shows how little the losses then change. We chose 220 "
+    "steps and 1e-4 after trials on 25 of the rows. For the first test point, 110 steps gave r = "
+    ".57 at 1e-5 and r = .84 at 1e-4.",
+    "Control: the control continues the training with all rows. Our control and all removals use "
+    "the same minibatches, and we subtract the control's change of the loss (the drift). In the "
+    "authors' code the minibatches differ, and the control is only printed.",
+    "Minibatches: we take the removed row out of its minibatch, which then has one row less. The "
+    "authors' code draws 500 of the other 5,499 rows. Adam's epsilon is 1e-7 here and 1e-8 in the "
+    "authors' code. Both values are far below the square root of Adam's second moment, which is "
+    "at least 3e-4.",
+    "H^-1: we use linear conjugate gradients to a relative residual of 1e-5, preconditioned by "
+    "the factored Gauss-Newton matrix. The authors' code uses SciPy's fmin_ncg with at most 100 "
+    "steps.",
+    "Beyond the paper: we add both proximal ground truths, four further test points with 40 "
+    "removals each, the exact Hessian and its spectrum, the Gauss-Newton matrix, LiSSA, and the "
+    "error of each approximation. Rows without a proximal minimum nearby are left out and "
+    "counted.",
 )
 
 
@@ -171,7 +178,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       config: the protocol.
       data: Splits of MNIST or of its stand-in.
       checkpoints: folder of training, Hessians and finished removals, or None. An interrupted run
-        continues from it.
+        continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.
@@ -186,7 +193,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def _where_training_stopped(
     config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compute the arrays and metrics of training on and of both proximal ground truths."""
+    """Compute the arrays and metrics of continued training and of both proximal ground truths."""
     predicted, metrics, prepared = predictions(config, net, train, measured, checkpoints)
     rows = removals(config, predicted["cg"])
     removed = np.unique(np.concatenate(rows))  # each row is removed once, for all test points
@@ -271,8 +278,8 @@ def _in_float64(
 ) -> dict[str, Any]:
     """Compute the exact Hessian's spectrum, and compare s_test by CG with the exact s_test.
 
-    In float32, rounding changes s_test by 1e-4. Therefore CG solves the first test point's system
-    in float64 too.
+    s_test is H^-1 times the gradient of a test loss. In float32, rounding changes it by 1e-4.
+    Therefore CG also solves the first test point's system in float64.
     """
     double, train, measured = in_double(config, net, train, measured)
     A = Hessian(double, train, config.damping, checkpoints=checkpoints)
@@ -337,8 +344,8 @@ def truths(
         response = proximal_response(
             net, train, measured, removed, options, objective=objective, damping=config.damping
         )
-        # Without the row's curvature there may be no minimum nearby. Rounding would leave a smaller
-        # gradient than `_LOST`.
+        # Without the row's curvature there may be no minimum nearby. Then the gradient stays above
+        # `_LOST`. If only rounding stops a search, its gradient is smaller.
         lost = response.gradient_norm > _LOST
         changes[truth] = np.where(lost, np.nan, response.change_if_removed)
         found[f"{truth}_gradient_norm"] = response.gradient_norm
@@ -391,7 +398,7 @@ def _rounding(
     """Measure the error in proximal leave-one-out that is due to float32 and the tolerance.
 
     The reference uses float64 and a hundredth of the tolerance. It covers a few of the first test
-    point's rows, at equal steps in their ranking. The largest error is divided by the largest
+    point's rows, evenly spaced in their ranking. The largest error is divided by the largest
     change.
     """
     double, train, measured = in_double(config, net, train, measured)

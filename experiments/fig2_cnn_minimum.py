@@ -52,18 +52,20 @@ STEPS = (
     ("minimum", "refit", "First order for the refit without the row"),
     ("damped", "refit", "Damping and first order for that refit"),
 )
-# The float32 descent stops at this gradient norm, the smallest that exceeds rounding.
+# The float32 descent stops at this gradient norm. Smaller norms would be only rounding.
 _FLOAT32_GRADIENT = 1e-4
-# Refits in float32 stop at this gradient norm. They subtract the gradient at the minimum.
+# Refits in float32 stop at this gradient norm. The norm is smaller than that of the descent,
+# because refits subtract the gradient at the minimum.
 _FLOAT32_REFIT = 1e-5
 # The damping of a refit's steps is this times the largest eigenvalue.
 _STEP_DAMPING = 1e-6
 # Partial refits remove this fraction of a row's weight.
 _PART = 0.1
-# A refit takes at most this many passes. If it needs more, its gradient norm is still 100 times
-# the tolerance at that point.
+# A refit takes at most this many passes. A refit that is not finished by then still has a gradient
+# norm of 100 times the tolerance.
 _MOST_REFITTING = 400
-# This many refits are computed together. An interruption loses them, and more are not faster.
+# This many refits are computed together. A larger number is not faster, and an interruption would
+# lose more refits.
 _TOGETHER = 4
 
 
@@ -72,20 +74,24 @@ class Config(mnist_cnn.Protocol):
     """The network of Figure 2 after the shorter training, and its descent to a minimum."""
 
     schedule: tuple[tuple[int, float], ...] = mnist_cnn.SHORT
-    """(steps, learning rate) of Adam, before the descent to the minimum (release: 500,000 steps)"""
+    """(steps, learning rate) of each stage of Adam, before the descent to the minimum (authors'
+    code: 500,000 steps)"""
     further_removals: int = 40
-    """removals for each further test point; as many of the first test point's are also refitted
-    without a part of the row"""
+    """number of removals for each further test point; as many of the first test point's rows are
+    also refitted with only a tenth of the row's weight removed"""
     rounds: int = 12
-    """most Hessians formed during the descent in float32"""
+    """largest number of Hessians formed during the descent in float32"""
     final_rounds: int = 8
-    """most Hessians formed during the descent in float64, which follows"""
+    """largest number of Hessians formed during the descent in float64, which follows the descent in
+    float32"""
     evaluations: int = 200
-    """most evaluations of the risk and its gradient in each round, before its Newton steps"""
+    """largest number of evaluations of the risk and its gradient in each round, before the round's
+    Newton steps"""
     minimum_tolerance: float = 1e-6
-    """gradient norm at the minimum, and of each refit's own objective"""
+    """gradient norm to reach at the minimum, and for the objective of each refit"""
     minimum_damping: float = 1e-6
-    """added to the Hessian at the minimum, which softmax makes singular in one direction"""
+    """damping added to the Hessian at the minimum, because softmax makes this Hessian singular in
+    one direction"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,19 +131,20 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Training: here 20,000 steps of Adam at 1e-3, 1e-4, 1e-5; in the release 500,000 at 1e-4, "
-    "1e-5, 1e-6. Beyond the paper, quasi-Newton steps in the Hessian's coordinates then lead to a "
-    "local minimum, first in float32, then in float64.",
-    "Refits: here they start at that minimum and use the same kind of steps. The release continues "
-    "training from where it stopped. Refits and predictions are damped by 1e-6. If a negative "
-    "eigenvalue remains, the damping is twice its size instead. Rows whose refits do not reach the "
-    "required gradient norm are left out and counted.",
-    "Parts: the 40 rows of largest predicted change are also refitted without a tenth of the row's "
-    "weight, to a tenth of that gradient norm. The resulting changes are multiplied by ten. First "
-    "order becomes exact as this part goes to 0. Removing a whole row also removes its curvature, "
-    "which first order ignores. The difference between `pearson_part` and `pearson_minimum` "
-    "measures this error. It is the reason that `pearson_minimum` falls short and that some rows "
-    "leave no minimum nearby.",
+    "Training: we take 20,000 steps of Adam at the rates 1e-3, 1e-4 and 1e-5. The authors' code "
+    "takes 500,000 steps at 1e-4, 1e-5 and 1e-6. Beyond the paper, quasi-Newton steps in the "
+    "Hessian's coordinates then lead to a local minimum, first in float32, then in float64.",
+    "Refits: our refits start at this minimum and use the same kind of steps. The authors' code "
+    "continues the training from where it stopped. Refits and predictions are damped by 1e-6. If "
+    "a negative eigenvalue remains, the damping is twice its absolute value. Rows whose refits do "
+    "not reach the required gradient norm are left out and counted.",
+    "Partial removals: the 40 rows with the largest predicted changes are also refitted with only "
+    "a tenth of the row's weight removed. The required gradient norm is then a tenth too, and the "
+    "resulting changes are multiplied by ten. As the removed part goes to 0, the first-order "
+    "prediction becomes exact. Removing a whole row also removes its curvature, which first order "
+    "ignores. The difference between `pearson_part` and `pearson_minimum` measures this error. "
+    "The error is the reason why `pearson_minimum` falls short, and why some rows leave no "
+    "minimum nearby.",
 )
 
 
@@ -148,7 +155,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
       config: the protocol.
       data: Splits of MNIST or of its stand-in.
       checkpoints: folder of training, finished rounds and refits, or None. An interrupted run
-        continues from it.
+        continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.
@@ -172,7 +179,7 @@ def at_minimum(
     """Predict and refit at a local minimum, or as near to one as the rounds allow.
 
     At a minimum, the proximal leave-one-out without damping is a refit. We still damp by a small
-    amount. A softmax has no curvature in one direction, and negative curvature may remain.
+    amount, because a softmax has no curvature in one direction, and negative curvature may remain.
 
     Args:
       config: the protocol.
@@ -182,8 +189,9 @@ def at_minimum(
       checkpoints: folder that stores finished rounds and refits, or None.
 
     Returns: arrays and metrics. `risk` and `gradient_norm` have one entry per round. `removed` (r,)
-      are the rows, `removals_j` the positions in it of test point j's rows. `predicted_...` and
-      `actual_minimum` (m, r) are changes; `refit_distance` and `refit_passes` (r,) describe refits.
+      holds the rows, and `removals_j` the positions of test point j's rows in `removed`.
+      `predicted_...` and `actual_minimum` (m, r) are changes of the test losses. `refit_distance`
+      and `refit_passes` (r,) describe the refits.
       `actual_part` (m, r) is the change without `_PART` of a row, divided by `_PART`, and NaN for
       rows without a partial refit.
     """
@@ -244,22 +252,22 @@ def _refits(
 ) -> dict[str, Any]:
     """Refit the net without each row. Start at the minimum with all rows.
 
-    If the experiment uses float32, so do the first steps of a refit. The last steps and the
-    certificate are in float64.
+    If the experiment uses float32, the first steps of a refit are in float32 too. The last steps
+    and the certificate are always in float64.
 
     Args:
       config: the protocol.
       single: (net, train, measured) in the experiment's dtype.
       double: (net, train, measured) in float64.
       removed: (k,) the rows.
-      fraction: the fraction of each row's weight that is removed. It also scales the tolerance.
+      fraction: the fraction of each row's weight that is removed. It also multiplies the tolerance.
       damping: the damping of the refits.
-      step_damping: a damping that is added in their steps.
+      step_damping: a further damping, only in the steps of the refits.
       checkpoints: folder that stores finished refits, or None.
 
     Returns: metrics and three arrays: `actual` (m, k), the changes of the test losses;
       `refit_distance` (k,), the distance from the start; `refit_passes` (k,), passes over the data.
-      The first two are NaN for refits that missed the tolerance.
+      `actual` and `refit_distance` are NaN for refits that missed the tolerance.
     """
     net, train, measured = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()
@@ -270,7 +278,8 @@ def _refits(
     options = ProximalOptions(
         step_damping=step_damping,
         solver=prepare(H, Direct()),
-        # A row of tiny gradient starts below the tolerance. The cap makes its refit take a step.
+        # A row with a tiny gradient starts below the tolerance. With the cap of 0.5 its refit still
+        # takes a step.
         tolerance=np.minimum(final / first, 0.5),
         rough=None if config.dtype == "float64" else single[:2],
         rough_tolerance=max(_FLOAT32_REFIT, final) / first,
@@ -308,7 +317,8 @@ def _descended(
     """
     descents = []
     if config.dtype != "float64":
-        # A float32 gradient takes a fifth of the time. At the start its rounding does not matter.
+        # A float32 gradient takes a fifth of the time of a float64 gradient. Its rounding does not
+        # matter at the start.
         descents.append(
             descend(
                 net,

@@ -43,41 +43,45 @@ STAND_IN = "digits"
 class Config:
     """The paper's settings.
 
-    Values that the paper does not give are those of the authors' 2017 code (the release).
+    Values that the paper does not give are those of the authors' 2017 code.
     """
 
     weight_decay: float = 0.01
-    """lambda of lambda/2 |W|^2 (release, train_mnist_logreg.py)"""
+    """lambda of the penalty lambda/2 |W|^2 (authors' code, train_mnist_logreg.py)"""
     test_point: int = 8
-    """a 5 that the model takes for a 6 (release)"""
+    """row of the test point, a 5 that the model classifies as a 6 (authors' code)"""
     num_removals: int = 500
-    """rows of largest |influence| by CG, removed one at a time (section 4.1)"""
+    """number of rows that are removed one at a time: those of largest |influence| by CG (section
+    4.1)"""
     cg_rtol: float = 1e-8
-    """relative residual at which CG stops; the release stops by the length of a step"""
+    """relative residual at which CG stops; the authors' code limits the length of a step instead"""
     lissa_scale: float = 25.0
-    """release: scale=25"""
+    """scale of LiSSA (authors' code)"""
     lissa_depth: int = 5000
-    """t in section 4.1"""
+    """number of steps of LiSSA, t in section 4.1"""
     lissa_repeats: int = 10
-    """r in section 4.1"""
+    """number of repeats of LiSSA, r in section 4.1"""
     lissa_batch_size: int = 1
-    """release: batch_size=1"""
+    """number of rows in each step of LiSSA (authors' code)"""
     lissa_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """each is one pass through the training set; the release has one, the paper names none"""
+    """seeds of LiSSA; each seed is one pass through the training set (authors' code: one seed; the
+    paper names none)"""
     further_test_points: int = 10
-    """test points drawn with `seed`, because one test point proves little; 0 for none"""
+    """number of further test points, drawn at random, because one test point proves little; 0 for
+    none"""
     further_removals: int = 100
-    """rows of largest |influence| removed for each further test point"""
+    """number of rows of largest |influence| that are removed for each further test point"""
     one_step_removals: int = 40
-    """the first test point's most influential rows, also predicted by one exact Newton step"""
+    """number of the first test point's most influential rows that are also predicted by one exact
+    Newton step"""
     gradient_tolerance: float = 1e-8
-    """Euclidean norm of each refit's own gradient"""
+    """each refit stops at this Euclidean norm of its gradient"""
     seed: int = 0
-    """seed of the draw of the further test points"""
+    """seed of the random draw of the further test points"""
 
     def __post_init__(self):
         options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
-        # A line through the points needs two.
+        # A line is fitted to these points.
         options.at_least(self, 2, "num_removals", "further_removals", "one_step_removals")
         options.at_least(self, 1, "lissa_depth", "lissa_repeats", "lissa_batch_size")
         options.at_least(self, 0, "lissa_seeds", "further_test_points")
@@ -106,18 +110,22 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Arithmetic: float64 here, float32 in the release. Changes of 1e-3 to 1e-5 need float64.",
-    "Optimum: a gradient norm <= 1e-10 here. The release uses scikit-learn's L-BFGS with tol 1e-8.",
-    "Refits: here Newton's iteration from the full model. Each refit is certified by its own "
-    "gradient norm <= 1e-8. The release uses warm-started L-BFGS, which gives no certificate.",
-    "CG: here linear conjugate gradients to a relative residual of 1e-8. The release uses SciPy's "
-    "fmin_ncg, at most 100 steps with many Hessian products each. Both reach the same s_test.",
-    "LiSSA: five seeds here, one in the release. Here the ten repeats of a seed are computed "
-    "together. As in the release, each seed takes the rows in one shuffled pass without "
+    "Arithmetic: we use float64, because changes of 1e-3 to 1e-5 need it. The authors' code uses "
+    "float32.",
+    "Optimum: we stop at a gradient norm of 1e-10. The authors' code uses scikit-learn's L-BFGS "
+    "with tol 1e-8.",
+    "Refits: we use Newton's iteration from the full model. Each refit is certified by its own "
+    "gradient norm of at most 1e-8. The authors' code uses warm-started L-BFGS, which gives no "
+    "certificate.",
+    "CG: we use linear conjugate gradients to a relative residual of 1e-8. The authors' code uses "
+    "SciPy's fmin_ncg with at most 100 steps, each with many Hessian products. Both reach the "
+    "same s_test = H^-1 grad loss.",
+    "LiSSA: we use five seeds. The authors' code uses one. We compute the ten repeats of a seed "
+    "together. As in the authors' code, each seed takes the rows in one shuffled pass without "
     "replacement.",
-    "Beyond the paper: ten further test points with 100 removals each. For the first test point's "
-    "40 rows of largest |influence|, the prediction by one exact Newton step on the risk without "
-    "the row, in closed form.",
+    "Beyond the paper: we add ten further test points with 100 removals each. For the first test "
+    "point's 40 rows of largest |influence|, we also predict the change by one exact Newton step, "
+    "in closed form, on the risk without the row.",
 )
 
 
@@ -127,7 +135,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.
@@ -247,8 +255,8 @@ def draw(record: Record) -> Any:
 
 
 def _lissa(config: Config, seed: int) -> LiSSA:
-    # After one pass over the data the residual is near 0.7, yet the scores are good, as the paper
-    # claims. So `rtol` is None: the residual is recorded as a metric, and no warning is given.
+    # After one pass over the data the residual is near 0.7, but the scores are good, as the paper
+    # claims. With rtol=None the residual is recorded as a metric, and no warning is given.
     return LiSSA(
         config.lissa_scale,
         config.lissa_depth,

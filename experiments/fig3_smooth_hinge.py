@@ -23,7 +23,7 @@ from influence import Direct, Examples, Influence, RefitOptions, SmoothHinge, le
 DATA = "mnist"
 STAND_IN = "digits"
 
-# As in the authors' 2017 code (the release), sevens have label -1 and ones have label 1.
+# As in the authors' 2017 code, sevens have label -1 and ones have label 1.
 DIGITS = (7, 1)
 
 
@@ -31,32 +31,36 @@ DIGITS = (7, 1)
 class Config:
     """The settings of the authors' 2017 code (run_hinge_experiment.py).
 
-    Below, (release) marks a value from that code.
+    Below, (authors' code) marks a value from that code.
     """
 
     weight_decay: float = 0.01
-    """lambda of lambda/2 |w|^2 (release)"""
+    """lambda of the penalty lambda/2 |w|^2 (authors' code)"""
     multiple: int = 100
-    """the numbers of training and test rows are rounded down to a multiple of this (release)"""
+    """the numbers of training and test rows are rounded down to a multiple of this (authors'
+    code)"""
     test_point: int = 1597
-    """a wrongly classified test row, one of the ten smallest margins (release)"""
+    """row of the test point; it is wrongly classified and has one of the ten smallest margins
+    (authors' code)"""
     smooth: tuple[float, ...] = (0.001, 0.1)
-    """the figure's temperatures besides 0 (section 4.2)"""
+    """temperatures of the smooth hinges in the figure; the hinge itself has temperature 0 (section
+    4.2)"""
     sweep: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
     """temperatures at which the correlation is computed"""
     num_removals: int = 100
-    """rows of largest |influence| at t = 0, the same for every t (release)"""
+    """number of rows to remove: those of largest |influence| at t = 0, the same for every t
+    (authors' code)"""
     further_test_points: int = 10
-    """test points drawn with `seed`"""
+    """number of further test points, drawn at random"""
     further_among: int = 50
-    """number of smallest test margins from which they are drawn; the paper's test point may be
-    among them, and it is not drawn; the test loss of a margin above 1 has no gradient"""
+    """the further test points are drawn among this many test rows with the smallest margins; the
+    paper's test point is not drawn again; at a margin above 1 the hinge loss has no gradient"""
     seed: int = 0
-    """seed of the draw of the further test points"""
+    """seed of the random draw of the further test points"""
 
     def __post_init__(self):
         options.at_least(self, 1, "multiple", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line through the points needs two
+        options.at_least(self, 2, "num_removals")  # a line is fitted to the points
         options.positive(self, "weight_decay", "smooth", "sweep")
         options.at_least(self, self.further_test_points + 1, "further_among")  # one is the paper's
 
@@ -90,21 +94,21 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Weights: here the SVM's exact minimum (duality gap 1e-18). The release uses LinearSVC's "
-    "weights with tol 1e-6: a duality gap of 4e-10, at a distance of 8e-7 from the minimum. This "
-    "matters at t = 0, because 63 rows lie on the kink. They have half the slope here; in the "
-    "release, rounding decides whether they have all of it or none. For t = 0, .001, .1, r is "
-    ".613, .961, .914 here. With LinearSVC's weights and the rows chosen by them it is .629, .959, "
-    ".912.",
-    "Refits: here also exact, and each is certified by its duality gap. An actual change is "
-    "therefore known to 3e-7, while the median change is 7e-3. The release's LinearSVC gives no "
-    "certificate.",
-    "Solver: float64 and one Cholesky factor for each t here; float32 and conjugate gradients in "
-    "the release.",
-    "Beyond the paper: r over t. Rows chosen at t = .001 instead of 0, which gives r = .972 "
-    "instead of .961. Ten more test points among the 50 smallest margins; 16 test points are "
-    "wrongly classified, the paper's among them. For these ten, r is .950 to .989 at t = .001, "
-    ".642 to .928 at .1 and .127 to .646 at 0.",
+    "Weights: we use the SVM's exact minimum (duality gap 1e-18). The authors' code uses "
+    "LinearSVC's weights with tol 1e-6: a duality gap of 4e-10, at a distance of 8e-7 from the "
+    "minimum. This difference matters at t = 0, because 63 rows lie on the kink. These rows have "
+    "half the slope here. In the authors' code, rounding decides whether they have the full slope "
+    "or none. For t = 0, .001 and .1, r is .613, .961 and .914 here. With LinearSVC's weights, "
+    "and the rows chosen by these weights, r is .629, .959 and .912.",
+    "Refits: our refits are exact too, and each is certified by its duality gap. An actual change "
+    "is therefore known to 3e-7, while the median change is 7e-3. LinearSVC in the authors' code "
+    "gives no certificate.",
+    "Solver: we use float64 and one Cholesky factor for each t. The authors' code uses float32 "
+    "and conjugate gradients.",
+    "Beyond the paper: we compute r at more values of t. We also choose the rows at t = .001, "
+    "not at 0, which gives r = .972 instead of .961. We add ten test points among the 50 smallest "
+    "margins. Sixteen test points are wrongly classified, and the paper's is one of them. For the "
+    "ten added points, r is .950 to .989 at t = .001, .642 to .928 at .1 and .127 to .646 at 0.",
 )
 
 
@@ -114,7 +118,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data, or if the hinge has no slope at a
@@ -281,7 +285,7 @@ def _truncated(x: NDArray, y: NDArray, multiple: int) -> Examples:
 
 
 def _test_points(config: Config, margins: NDArray) -> NDArray:
-    """Return the paper's test point, then others drawn from those with the smallest margins."""
+    """Return the paper's test point, then others drawn from the smallest margins."""
     small = np.argsort(margins, kind="stable")[: config.further_among]
     points = compare.with_others(config.test_point, small, config.further_test_points, config.seed)
     if margins[points].max() >= 1:
@@ -304,7 +308,7 @@ def _predicted(
 
 
 def _liblinear(train: Examples, config: Config) -> SmoothHinge:
-    """Fit the SVM with scikit-learn and the release's settings."""
+    """Fit the SVM with scikit-learn and the settings of the authors' code."""
     from sklearn.svm import LinearSVC
 
     C = 1 / (len(train) * config.weight_decay)

@@ -39,50 +39,46 @@ SVM = "svm"
 NUM_PHOTOGRAPHS = 5
 # Fits stop at this gradient norm.
 _TOLERANCE = 1e-10
-# Each temperature on the way to the smallest is divided by this to give the next.
+# Fits lower the temperature step by step. Each step divides the temperature by this.
 _COOLING = 10**0.5
 # `squared_distances` processes this many pixel values of every image at a time.
 _PIXELS = 1 << 13
 # The scatter plots show the SVM and this many deep heads.
 _SHOWN = 2
-# These networks replace the paper's.
+# These are the names of the networks that replace the paper's.
 _CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}
-# Fish are green and dogs orange. Colour-blind readers can distinguish these colours.
+# Fish are green and dogs orange, which colour-blind readers can distinguish.
 _GREEN, _ORANGE = "#009E73", "#E69F00"
-# The paper's test fish has this margin under the SVM. It is from the authors' 2017 code (the
-# release), in the notebook of figure 4.
+# The paper's test fish has this margin under the SVM (authors' 2017 code, notebook of figure 4).
 _PAPERS_MARGIN = 0.990029
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the authors' 2017 code (run_rbf_comparison.py).
-
-    Below, (release) marks a value from that code.
-    """
+    """Settings. (authors' code) marks a value of the authors' 2017 run_rbf_comparison.py."""
 
     weight_decay: float = 0.001
-    """lambda of lambda/2 |w|^2, of the SVM and of the deep heads (release)"""
+    """lambda of the penalty lambda/2 |w|^2, for the SVM and for the deep heads (authors' code)"""
     gamma: float = 0.05
-    """exp(-gamma / n |x - x'|^2) is the kernel, pixels in [-1, 1] (release)"""
+    """the kernel is exp(-gamma / n |x - x'|^2), n images, pixels in [-1, 1] (authors' code)"""
     side: int = 299
-    """pixels on a side of the kernel's images; distances, and so gamma, depend on it (release)"""
+    """side in pixels of the images that the kernel compares; gamma must fit it (authors' code)"""
     temperature: float = 0.001
-    """temperature of the smooth hinge (release)"""
+    """temperature of the smooth hinge (authors' code)"""
     heads: tuple[str, ...] = ("inception-keras/mixed10",)
-    """network/layer under each deep head (section 5.1: Inception v3's pooled features)"""
+    """each deep head, a logistic regression on the features of network/layer (section 5.1)"""
     test_point: int | None = None
-    """the test fish that is drawn; None: the one whose margin under the SVM is nearest to the
-    paper's, .990 (release: 462, a clownfish among the paper's own photographs)"""
+    """row of the test fish in the scatter plots (authors' code: 462, a clownfish); None: the fish
+    whose margin under the SVM is nearest to the paper's, .990"""
     num_fish: int = 60
-    """test fish measured: the one above, and others drawn with `seed` among margins below 1 under
-    the SVM; beyond 1 the hinge loss has no gradient, and no influence"""
+    """number of test fish: the one above, and others drawn at random among those with a margin
+    below 1 under the SVM; above 1 the hinge loss has no gradient, and so no influence"""
     top_svm: int = 20
     """number of the SVM's most helpful images whose class is counted"""
     top_deep: int = 100
     """number of a deep head's most helpful images whose class is counted"""
     seed: int = 0
-    """seed of the draw of the test fish"""
+    """seed of the random draw of the test fish"""
 
     def __post_init__(self):
         options.at_least(self, 1, "side", "num_fish", "top_svm", "top_deep")
@@ -121,29 +117,30 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Photographs: English springer and tench, two of Imagenette's classes, instead of ImageNet's "
-    "synsets dog and fish. One breed and one species are easier. The last layers classify all 600 "
-    "test images correctly (591 in the paper), the earlier layers 592 and 589.",
-    "Networks: Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and MobileNet "
-    "of width .75 at two layers (768 and 384). The paper uses Inception's last layer (2,048); its "
-    "weights are not available here. The preset `paper` uses Keras' own weights.",
-    "Largest influence: for the paper's one fish, the SVM's is 57 times the deep net's. For the "
-    "fish drawn here, it is 5.1 times that of mixed5, 5.6 of mixed8, 79 and 91 times MobileNet's. "
-    "The median over the 60 test fish is 16 to 4,800. The ratio depends on a head's confidence in "
-    "the fish. The SVM chose the fish drawn; mixed5 and mixed8 give it lower probabilities (.97, "
-    ".95) than MobileNet (.997).",
-    "The SVM's 20 most helpful images: over the 60 test fish, the median share of fish among them "
-    "is 1, the mean is .93 and the smallest is .45.",
-    "SVM: here the minimum of the smooth hinge, with a gradient norm of 1e-10; in the release "
-    "LinearSVC's, the hinge's minimum. There the smooth hinge's gradient norm is 4e-3, whatever "
-    "LinearSVC's tolerance. Both give scores with a correlation of .9996 (smallest: .998). The "
-    "median Spearman is -.25 here, -.23 with LinearSVC.",
-    "Images: here resized bicubically from 224 to 299 pixels. The release resizes ImageNet's own "
-    "sizes by nearest neighbours, Pillow's default at that time.",
-    "Test fish: 59 more than the paper's one. Row 462, the paper's clownfish, is another fish "
-    "here. The fish drawn has the same margin as the paper's, .99.",
-    "Solver: float64 and one Cholesky factor for each model here; float32 and conjugate gradients "
-    "in the release.",
+    "Photographs: we use English springer and tench, two of Imagenette's classes. The paper uses "
+    "ImageNet's synsets dog and fish. Our classes are easier to separate. The heads on the last "
+    "layers classify all 600 test images correctly (591 in the paper), those on earlier layers "
+    "592 and 589.",
+    "Networks: we use Inception v3 up to mixed8 (1,280 pooled features) and mixed5 (768), and "
+    "MobileNet of width .75 at two layers (768 and 384). The paper uses Inception's last layer "
+    "(2,048), whose weights are not available here. The preset `paper` uses Keras' own weights.",
+    "Largest influence: for the paper's one fish, the SVM's is 57 times that of the deep net. For "
+    "the fish drawn here, it is 5.1 times that of mixed5, 5.6 times that of mixed8, and 79 and 91 "
+    "times those of MobileNet. The median over the 60 test fish is 16 to 4,800. The ratio depends "
+    "on a head's confidence in the fish. The fish drawn was chosen by its margin under the SVM. "
+    "mixed5 and mixed8 give it lower probabilities (.97 and .95) than MobileNet (.997).",
+    "The SVM's 20 most helpful images: over the 60 test fish, the median share of fish among "
+    "these images is 1, the mean is .93 and the smallest is .45.",
+    "SVM: we use the minimum of the smooth hinge, with a gradient norm of 1e-10. The authors' "
+    "code uses LinearSVC's weights, the minimum of the hinge, where the smooth hinge's gradient "
+    "norm is 4e-3. The scores at both minima have a correlation of .9996 (smallest: .998). The "
+    "median Spearman correlation is -.25 here and -.23 with LinearSVC.",
+    "Images: we resize bicubically from 224 to 299 pixels. The authors' code resizes ImageNet's "
+    "own sizes by nearest neighbours, Pillow's default at that time.",
+    "Test fish: we use 59 more. The paper's clownfish, row 462, is another fish here. The fish "
+    "drawn here has the same margin as the paper's, .99.",
+    "Solver: we use float64 and one Cholesky factor for each model. The authors' code uses "
+    "float32 and conjugate gradients.",
 )
 
 
@@ -153,8 +150,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of dogfish or of its stand-in.
-      checkpoints: folder for the features of the stand-in. Those of photographs are in the user
-        cache.
+      checkpoints: folder for the features of the stand-in's images. The features of photographs are
+        in the user cache.
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
@@ -173,7 +170,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     gamma, decay = config.gamma / len(x), config.weight_decay
     svm = kernel_svm(distance, y, y_test, gamma=gamma, t=config.temperature, weight_decay=decay)
     models = {SVM: svm}
-    margins = svm.outputs  # the margin of a fish, label + 1, is its output
+    margins = svm.outputs  # a fish has label 1, so its margin is its output
     points = _fish(config, margins, y_test)
     folder = trunks.kept_in(data.stand_in, checkpoints)
     features, seconds = trunks.timed_features(config.heads, images, root=data.folder, folder=folder)
@@ -304,7 +301,7 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
       data: Splits of dogfish or of its stand-in.
       checkpoints: not used.
 
-    Returns: a figure with photographs. It must never be committed.
+    Returns: a figure with photographs, which must never be committed.
     """
     import matplotlib.pyplot as plt
 
@@ -401,7 +398,7 @@ class Fitted:
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """The accuracy on the training images, and that on the test images."""
+        """The accuracies on the training images and on the test images."""
         return tuple(
             float(np.mean((self.net.outputs(part.x)[:, 0] > 0) == (part.y.ravel() == FISH)))
             for part in (self.train, self.test)

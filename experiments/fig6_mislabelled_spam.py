@@ -43,25 +43,28 @@ _FIGURE = 2
 class Config:
     """The paper's settings.
 
-    Values that the paper does not give are those of the authors' 2017 code (the release).
+    Values that the paper does not give are those of the authors' 2017 code.
     """
 
     weight_decay: float = 1e-4
-    """lambda of lambda/2 |w|^2 (release, run_spam_experiment.py)"""
+    """lambda of the penalty lambda/2 |w|^2 (authors' code, run_spam_experiment.py)"""
     step: float = 0.05
-    """share of the training mails in one step of flipping or checking (release)"""
+    """share of the training mails in one step; labels are flipped and mails are checked in such
+    steps (authors' code)"""
     flip_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """numbers of steps of labels that are flipped, each in its own run (release; the figure: 2)"""
+    """numbers of steps of labels to flip, each in its own run (authors' code; the figure shows 2
+    steps)"""
     check_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """numbers of steps of mails that are checked (figure 6's axis: 5 % to 30 %)"""
+    """numbers of steps of mails to check (figure 6's axis: 5 % to 30 %)"""
     repeats: int = 40
-    """draws of the flipped labels for each flip step (section 5.4)"""
+    """number of random draws of the flipped labels for each entry of flip_steps (section 5.4)"""
     gradient_tolerance: float = 1e-8
-    """Euclidean norm of each fit's own gradient"""
+    """each fit stops at this Euclidean norm of its gradient"""
     num_processes: int = -1
-    """workers of one thread each, -1 for one per core; does not change results"""
+    """number of worker processes with one thread each; -1 starts one per core; the results do not
+    depend on it"""
     seed: int = 0
-    """seed of the flipped labels and of the random order"""
+    """seed of the flipped labels and of the random order of checking"""
 
     def __post_init__(self):
         options.increasing(self, "flip_steps", "check_steps")
@@ -99,27 +102,29 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Score: self-influence contains sigma^2, but the published curve used sigma (release, issue "
-    "17; the code was corrected in 2020, the figure was not redrawn). Both are drawn here. With 10 "
-    "% of the labels flipped and 10 % of the mails checked, sigma finds .63 of the flips and "
-    "sigma^2 .60. With 30 % checked, they find .86 and .90. The accuracy after correction is "
-    "always higher with sigma (.949 against .938 at 10 %).",
-    "Penalty: the score omits the penalty's gradient, as in the release. Influence.self_influence "
-    "includes it in the row's L(z). Both put the same mails first (metric shared_with_library).",
-    "Lemmas: from simplemma here, from spaCy 1.8.2 in the release. Without lemmas there are 6,299 "
-    "words instead of 5,350. The clean accuracy is then .976 instead of .974, and sigma finds .64 "
-    "instead of .63 at 10 %.",
-    "Rare words: a word is used if it occurs in five training mails. The release also drops words "
-    "outside spaCy's vocabulary. Without the words that simplemma does not know there are 4,118 "
-    "words, the accuracy is .968 and sigma finds .60.",
-    "Split: here the sorted file names are shuffled. The release uses the order of os.listdir. Two "
-    "other shuffles changed the clean accuracy by up to .003 and the share found by sigma by .01.",
-    "Training mails: 4,137, as in the release. The paper gives 4,147 training and 1,035 test "
-    "mails, which do not add up to Enron1's 5,172.",
-    "Optimum: here Newton's method in float64 to a gradient norm of 1e-8, certified for every fit. "
-    "The release uses scikit-learn's L-BFGS in float32, without a certificate.",
-    "Draws: here each draw has its own random generator. The release uses NumPy's global seeds 0 "
-    "to 678.",
+    "Score: self-influence contains sigma^2, but the published curve used sigma. The authors "
+    "corrected their code in 2020 (issue 17), but did not redraw the figure. We draw both curves. "
+    "With 10 % of the labels flipped and 10 % of the mails checked, sigma finds .63 of the flips "
+    "and sigma^2 finds .60. With 30 % checked, they find .86 and .90. The accuracy after "
+    "correction is always higher with sigma (.949 against .938 at 10 %).",
+    "Penalty: our score omits the penalty's gradient, as in the authors' code. "
+    "Influence.self_influence includes the penalty in the row's L(z). Both scores put the same "
+    "mails first (metric shared_with_library).",
+    "Lemmas: we take lemmas from simplemma. The authors' code takes them from spaCy 1.8.2. "
+    "Without lemmas there are 6,299 words instead of 5,350. The clean accuracy is then .976 "
+    "instead of .974, and sigma finds .64 instead of .63 at 10 %.",
+    "Rare words: we use a word if it occurs in five training mails. The authors' code also drops "
+    "words outside spaCy's vocabulary. Without the words that simplemma does not know there are "
+    "4,118 words. The accuracy is then .968, and sigma finds .60.",
+    "Split: we shuffle the sorted file names. The authors' code uses the order of os.listdir. Two "
+    "other shuffles changed the clean accuracy by up to .003, and the share found by sigma by "
+    ".01.",
+    "Training mails: we use 4,137, as the authors' code does. The paper gives 4,147 training and "
+    "1,035 test mails, which do not add up to Enron1's 5,172.",
+    "Optimum: we use Newton's method in float64 to a gradient norm of 1e-8, certified for every "
+    "fit. The authors' code uses scikit-learn's L-BFGS in float32, without a certificate.",
+    "Draws: each of our draws has its own random generator. The authors' code uses NumPy's global "
+    "seeds 0 to 678.",
 )
 
 
@@ -140,7 +145,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of Enron1 or of its stand-in. x is a CSR matrix, and y is 1 for spam.
-      checkpoints: folder of finished draws, or None. An interrupted run continues from it.
+      checkpoints: folder of finished draws, or None. An interrupted run continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs. The axes of `found`
       and `accuracy` are flip step, repeat, method and check step. There are also their means and
@@ -241,7 +246,7 @@ _LOOKS = (
 def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
     """Draw flipped labels once. Compute the share that each method finds, and the accuracies."""
     config, train = task.config, task.train
-    # On a busy machine, threads wait for each other, which takes ten times as long.
+    # On a busy machine, several threads wait for each other, and the work takes ten times as long.
     with threadpoolctl.threadpool_limits(1):
         rng = np.random.default_rng([config.seed, flip_step, repeat])
         flipped = np.zeros(len(train), bool)
@@ -275,7 +280,7 @@ def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
 def _orders(
     net: BinaryLogisticRegression, noisy: Examples, gram: NDArray, rng: np.random.Generator
 ) -> list[NDArray]:
-    """Return for each method of METHODS the rows in the order in which it checks them."""
+    """Return, for each method of METHODS, the rows in the order in which they are checked."""
     loss = net.losses(noisy.x, noisy.y)
     slope = -np.expm1(-loss)  # sigma(-y theta'x)
     leverage = net.leverages(noisy, gram=gram)
@@ -286,7 +291,7 @@ def _orders(
 def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
     """Compute the overlap of the first tenth of rows by our score and by the library's score.
 
-    Both scores are self-influences at the clean model. The library's includes the penalty in L(z).
+    Both scores are self-influences at the clean model. The library includes the penalty in L(z).
     """
     count = _count(task.config, task.train, _FIGURE)
     own = _orders(net, task.train, task.gram, np.random.default_rng(0))[0]
@@ -295,7 +300,7 @@ def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
 
 
 def _summary(config: Config, arrays: dict[str, NDArray]) -> dict[str, float]:
-    """Compute means over the draws, and by how much one method leads another."""
+    """Compute means over the draws, and the lead of one method over another."""
     at = config.flip_steps.index(_FIGURE)
     found, accuracy = (arrays[name][at].mean(axis=0) for name in ("found", "accuracy"))
     metrics = {"accuracy_flipped": arrays["accuracy_flipped"][at].mean()}
@@ -321,4 +326,4 @@ def _accuracy(net: BinaryLogisticRegression, test: Examples) -> float:
 
 
 def _count(config: Config, train: Examples, steps: int) -> int:
-    return int(config.step * len(train)) * steps  # rounds one step, as the release does
+    return int(config.step * len(train)) * steps  # rounds one step, as the authors' code does

@@ -4,7 +4,8 @@ Koh & Liang 2017, section 5.3: a model predicts whether a patient is readmitted.
 contains 24 children, and three of them were readmitted. If twenty of the other 21 children are
 removed, the model fails on children. Take one child with a wrong prediction. Of 19,980 training
 rows, the four remaining children have the largest influence on this prediction. The derivative of
-influence by the input finds the feature that marks children. The model's coefficients do not.
+influence with respect to the input finds the feature that marks children. The model's coefficients
+do not find it.
 """
 
 import warnings
@@ -30,7 +31,7 @@ STAND_IN = "hospital"
 CHILD = "age_[0-10)"
 # Patients who died have this feature: disposition 11 is "expired".
 DIED = "discharge_disposition_id_11"
-# Finite differences of refits change a feature by this much.
+# Finite differences between refits change a feature by this much.
 _STEP = 1e-3
 # The two colours are Okabe and Ito's.
 _RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"
@@ -38,25 +39,27 @@ _RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the authors' 2017 code, the release (hospital_readmission.ipynb).
+    """The settings of the authors' 2017 code (hospital_readmission.ipynb).
 
-    Below, (release) marks a value from that code.
+    Below, (authors' code) marks a value from that code.
     """
 
     weight_decay: float = 1e-4
-    """lambda of lambda/2 |w|^2 (release)"""
+    """lambda of the penalty lambda/2 |w|^2 (authors' code)"""
     test_child: int = 1742
-    """test row, a child, whose loss is explained (release)"""
+    """test row of the child whose loss is explained (authors' code)"""
     num_removals: int = 50
-    """rows of largest |influence|, including the children, removed one at a time with a refit"""
+    """number of rows that are removed one at a time with a refit: those of largest |influence|, the
+    children among them"""
     num_moved_features: int = 10
-    """features of largest |derivative|, each changed a little in both directions with a refit"""
+    """number of features that are changed a little in both directions with a refit: those of
+    largest |derivative|"""
     gradient_tolerance: float = 1e-10
-    """Euclidean norm of the risk's gradient after every fit and refit"""
+    """every fit and refit stops at this Euclidean norm of the risk's gradient"""
     release_iterations: int = 1000
-    """iterations of L-BFGS after which the release stopped its models (release: max_iter)"""
+    """number of L-BFGS iterations after which the authors' code stops its models (its max_iter)"""
     seed: int = 0
-    """not used: nothing is drawn here; the split's seed, 2, belongs to the data set"""
+    """not used, because nothing is drawn at random here; the data's split has its own seed, 2"""
 
     def __post_init__(self):
         options.at_least(self, 4, "num_removals")
@@ -104,20 +107,20 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Optimum: here Newton's method to a gradient norm <= 1e-10. The release stopped its models "
-    "after 1,000 iterations of L-BFGS, at gradient norms of 2.1e-4 and 2.1e-3. This changes "
-    "numbers: its model predicts 13 of the 137 children wrongly, the model at the optimum 30. The "
-    "metrics stopped_... are those of scikit-learn's present L-BFGS, stopped in the same way (14 "
-    "or 15 wrong). Where it stops depends on the rounding of the machine.",
-    "Arithmetic: float64 here, float32 in the release. Labels: 0 and 1 here, -1 and 1 in the "
-    "release; the loss is the same.",
-    "H^-1: Cholesky here. The release uses SciPy's fmin_ncg, whose 744 Hessian products end in a "
-    "warning about precision. Both solve the same 127 equations.",
-    "Derivative by features: here d(test loss)/d(feature), in nats per unit of the feature. The "
-    "release's numbers are -n times that, like our metrics ..._as_released. They were read off the "
-    "release's figure.",
-    "Beyond the paper: fifty removals, the removal of all four children and the derivatives by ten "
-    "features are compared with actual refits.",
+    "Optimum: we use Newton's method to a gradient norm of at most 1e-10. The authors' code stops "
+    "its models after 1,000 iterations of L-BFGS, at gradient norms of 2.1e-4 and 2.1e-3. This "
+    "changes numbers: the authors' model predicts 13 of the 137 children wrongly, and the model "
+    "at the optimum 30. The metrics stopped_... come from scikit-learn's present L-BFGS, stopped "
+    "in the same way (14 or 15 wrong). Its last step depends on the rounding of the machine.",
+    "Arithmetic: we use float64 and the labels 0 and 1. The authors' code uses float32 and the "
+    "labels -1 and 1. The loss is the same.",
+    "H^-1: we use a Cholesky factor. The authors' code uses SciPy's fmin_ncg, whose 744 Hessian "
+    "products end in a warning about precision. Both solve the same 127 equations.",
+    "Derivative with respect to features: we give d(test loss)/d(feature), in nats per unit of "
+    "the feature. The numbers of the authors' code are -n times ours, like our metrics "
+    "..._as_released. We read them off the figure of the authors' code.",
+    "Beyond the paper: we compare fifty removals, the removal of all four children and the "
+    "derivatives with respect to ten features with actual refits.",
 )
 
 
@@ -146,7 +149,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of the diabetes set or of its stand-in, with feature names.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from it.
+      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if test_child is not the test row of a child, or if an option does not fit the
@@ -253,7 +256,7 @@ def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _N
 
 
 def _as_released(config: Config, examples: Examples) -> _Net:
-    """Fit the model as the release does, with scikit-learn's L-BFGS that stops early."""
+    """Fit the model as the authors' code does: scikit-learn's L-BFGS stops early."""
     fit = LogisticRegression(
         C=1 / (len(examples) * config.weight_decay),
         fit_intercept=False,

@@ -64,7 +64,7 @@ class Risk:
             self.value, start, jac=self.gradient, hess=self.hessian, method="trust-exact",
             options={"gtol": 1e-5},
         ).x  # fmt: skip
-        for _ in range(3):  # Newton steps, for digits that differences of the value cannot show
+        for _ in range(3):  # more digits than a comparison of risks gives
             found = found - np.linalg.solve(self.hessian(found), self.gradient(found))
         assert np.linalg.norm(self.gradient(found)) < 1e-12
         return found

@@ -15,7 +15,7 @@ import influence_console as console
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "interrupted: the same command again continues where this stopped\n"
-# Imported code may catch everything; only the end of the process is sure.
+# Imported code may catch every exception, but the process must end.
 WAIT = """
 print("at", flush=True)
 try:
@@ -33,7 +33,7 @@ A()
 
 
 def hear():
-    """Handle SIGINT as Python does, also where these tests run in the background."""
+    """Handle SIGINT as Python does, even if these tests run in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

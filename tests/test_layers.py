@@ -1,9 +1,9 @@
 """Imports point one way, and none goes in a circle.
 
-Inside `influence` and `experiments` a folder may import the folders of earlier groups; in a folder
-any file may import another as long as no circle results. A figure, a file or a folder, is such a
-group, so that no figure imports another. Between packages: `experiments` may import `data` and
-`influence`, which import nothing of ours but themselves.
+Inside `influence` and `experiments`, a folder may import only the folders of earlier groups. Files
+of one folder may import each other, but not in a circle. Each figure is a group of its own, so no
+figure imports another. `experiments` may import `data` and `influence`. These two packages import
+no other package of this repository.
 """
 
 import ast
@@ -40,7 +40,7 @@ PACKAGES = {
 
 
 def violations(root: Path) -> list[str]:
-    """Every import under `root` that points the wrong way, and every circle, in words."""
+    """Describe every import under `root` that points the wrong way, and every circle."""
     found, graphs = [], {}
     for package, allowed in PACKAGES.items():
         for path in sorted((root / package).rglob("*.py")):
@@ -61,7 +61,7 @@ def violations(root: Path) -> list[str]:
 
 
 def _complaint(here: tuple[str, ...], target: tuple[str, ...], allowed: set[str]) -> str:
-    """What is wrong with a module's import of another; empty where nothing is."""
+    """Describe what is wrong with a module's import of another; empty if it is allowed."""
     if target[0] not in allowed:
         return f"{here[0]} may not import {target[0]}"
     order = ORDER.get(here[0], ())
@@ -76,7 +76,7 @@ def _complaint(here: tuple[str, ...], target: tuple[str, ...], allowed: set[str]
 
 
 def _imports(path: Path, root: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line, module as a file's parts) of each import, wherever in the file it stands."""
+    """Yield (line, parts of the module's path) of each import, anywhere in the file."""
     here = path.relative_to(root).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -90,7 +90,7 @@ def _imports(path: Path, root: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
 
 
 def _file(root: Path, *candidates: list[str]) -> tuple[str, ...]:
-    """The parts of the first candidate that is a module or a package of ours."""
+    """Return the parts of the first candidate that is a module or package under `root`."""
     for parts in candidates:
         if root.joinpath(*parts).with_suffix(".py").is_file():
             return tuple(parts)

@@ -14,16 +14,16 @@ from influence.models.top_layer import scaled
 RULES = ("paper", "best")
 # A defender may search for poisons by these scores.
 SIGNS = ("self_influence", "loss", "distance")
-# The notebook of the authors' 2017 code (the release) projects on this many principal components.
+# The notebook of the authors' 2017 code projects on this many principal components.
 _COMPONENTS = 700
 
 
 def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], NDArray]:
     """Rank training images as the paper does, by the L1 norm of a derivative.
 
-    It is the derivative of an image's influence on the mean test loss with respect to its pixels.
-    We compute it only for the `count` images whose derivative with respect to the features has the
-    largest Euclidean norm.
+    This is the derivative of an image's influence on the mean test loss, with respect to the
+    image's pixels. The derivative is computed only for the `count` images whose derivative with
+    respect to the features has the largest Euclidean norm.
 
     Args:
       head: the head.
@@ -46,7 +46,7 @@ def single(
     """Attack one test image by both rules, with more and more poisons until it is flipped.
 
     The paper's rule poisons the first training image, then the second, then several together: each
-    number in `counts` in turn. It begins with clean images each time.
+    number in `counts` in turn. Each attempt begins with clean images.
 
     Args:
       head: the head.
@@ -54,7 +54,7 @@ def single(
       counts: numbers of poisons, increasing from one.
       candidates: the number of training images whose derivative with respect to the pixels is
         computed.
-      paper: the release's rule.
+      paper: the rule of the authors' code.
       best: the strongest rule.
 
     Returns: a dict of arrays. `paper_flipped` and `best_flipped` (len(counts),) are True if that
@@ -80,7 +80,7 @@ def single(
         "clean_loss": strong.test_losses[0, 0],
         "gradient_norm": max(one.gradient_norm for one in every),
         "same_bytes": all(_same(one) for one in every),
-        # This is True if warm and cold refits agree whether the image is flipped.
+        # True if the last warm refit and the cold refit (see `Poisoning`) agree on each flip.
         "confirmed": all(
             bool((one.test_losses[-1] > FLIPPED).all() == one.flipped.all()) for one in every
         ),
@@ -102,9 +102,10 @@ def standing(head: Head, found: Poisoning) -> NDArray:
     """Rank poisons among the training images before and after the attack.
 
     A defender checks the training images in decreasing order of a score: self-influence, loss, or
-    distance from the mean features of the class. An entry is the share checked before a poison.
+    distance from the mean features of the class. An entry is the share of images that are checked
+    before a poison.
 
-    Returns: (k, len(SIGNS), 2) for k poisons, the scores of SIGNS, and before or after.
+    Returns: (k, len(SIGNS), 2) shares for k poisons, the scores of SIGNS, and before and after.
     """
     net, clean = head.net, head.net.theta
     means = np.stack([head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)])
@@ -182,7 +183,7 @@ def group(
 
 
 def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
-    """Attack test images of one class with one poison: see the first attack of `group`."""
+    """Attack test images of one class with one poison. This is the first attack of `group`."""
     train, test = head.train, head.test.take(points)
     others = np.flatnonzero(train.y != test.y[0])
     row = others[np.argmax(head.net.losses(train.x, train.y)[others])]
@@ -192,7 +193,7 @@ def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
 def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
     """Measure how far the attack moved its first poison, in pixels and in features.
 
-    The release's notebook measures the same distances.
+    The notebook of the authors' code measures the same distances.
     """
     row, train = found.rows[0], head.train
     moved = (found.inputs[0] - scaled(head.images[row])).astype(np.float64)

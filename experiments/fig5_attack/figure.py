@@ -32,44 +32,52 @@ STAND_IN = "fishlike"
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the authors' 2017 code, the release (run_data_poisoning_indiv.py).
+    """The settings of the authors' 2017 code (run_data_poisoning_indiv.py).
 
-    Below, (release) marks a value from that code. Other values are ours or the paper's.
+    Below, (authors' code) marks a value from that code. Other values are ours or the paper's.
     """
 
     heads: tuple[str, ...] = ("inception-keras/mixed10",)
-    """network/layer under each head; each network once (section 5.2: Inception v3's)"""
+    """the heads, each a logistic regression on the features of a network at a layer, written
+    network/layer; each network once (section 5.2: Inception v3's features)"""
     weight_decays: tuple[float, ...] = (0.001,)
-    """for each head, lambda of lambda/2 |w|^2 (release)"""
+    """for each head, lambda of the penalty lambda/2 |w|^2 (authors' code)"""
     standardised: tuple[bool, ...] = (False,)
-    """for each head, whether its features have mean 0 and deviation 1 (release: no)"""
+    """for each head, whether its features are scaled to mean 0 and deviation 1 (authors' code:
+    no)"""
     num_test: int = 0
-    """test images attacked, drawn with `seed` among those the head has right; 0: all (paper)"""
+    """number of test images to attack, drawn at random among those that the head classifies
+    correctly; 0: all (paper)"""
     counts: tuple[int, ...] = (1, 2, 3, 5, 10)
-    """training images poisoned together (release; the paper gives 1, 2 and 10)"""
+    """numbers of training images that are poisoned together (authors' code; the paper gives 1, 2
+    and 10)"""
     radius: float = 0.49
-    """half width of each pixel's box, in 8-bit levels (release: .5, closed; rounding leaves it)"""
+    """largest change of each pixel in both directions, in 8-bit levels (authors' code: .5 exactly,
+    where a rounding error can change the 8-bit value)"""
     step: float = 0.02
-    """step of the paper's rule, in levels (release)"""
+    """step of the paper's rule, in 8-bit levels (authors' code)"""
     moves: int = 100
-    """most steps of the paper's rule (release)"""
+    """largest number of steps of the paper's rule (authors' code)"""
     best_moves: int = 12
-    """most steps of the best rule, for each set of poisons"""
+    """largest number of steps of the best rule, for each set of poisons"""
     best_tries: int = 6
-    """training images that the best rule first tries one at a time"""
+    """number of training images that the best rule first tries one at a time"""
     best_restarts: int = 1
-    """restarts of the best rule, for each set of several poisons that does not flip the image"""
+    """number of restarts of the best rule, for each set of several poisons that does not flip the
+    image"""
     candidates: int = 64
-    """training images whose derivative with respect to the pixels is computed; for a group at least
-    the most of `group_counts`"""
+    """number of training images whose derivative with respect to the pixels is computed; for a
+    group at least the largest of `group_counts`"""
     group_size: int = 30
-    """test images attacked together (release: 30 photographs of one dog)"""
+    """number of test images that are attacked together (authors' code: 30 photographs of one
+    dog)"""
     group_moves: int = 100
-    """most steps of the one poison against the group (release: 2,000 of .005 levels)"""
+    """largest number of steps of the single poison against the group (authors' code: 2,000 steps of
+    .005 levels)"""
     group_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """numbers of poisons against the group, until half of it is flipped"""
+    """numbers of poisons against the group, tried in turn until half of the group is flipped"""
     seed: int = 0
-    """seed of the draw of the test images"""
+    """seed of the random draw of the test images"""
 
     def __post_init__(self):
         networks = [trunks.split(head)[0] for head in self.heads]
@@ -132,41 +140,45 @@ CLAIMS = (
 )
 
 DEVIATIONS = (
-    "Photographs: English springer against tench instead of all dogs against all fish. The paper's "
-    "photographs are not available here. The numbers are not comparable image by image.",
-    "Networks: MobileNet (width .75) and Inception up to mixed8 instead of Inception's pool "
-    "features. The last layers of the paper's network are not available here.",
-    "Head: its features are not standardised. A rule chooses layer and weight decay from the "
-    "training images only (fig5_attack/heads.py, the arrays `choice_...`). The held-out accuracy "
-    "must be within a standard error of the paper's .985. Among these heads, the rule takes the "
-    "training loss nearest to the paper's .0040. The release's own weight decay, 1e-3, gives "
-    "training losses ten times as high here.",
-    "Box: here each pixel may move by .49 of a level to each side, and every rounded byte is "
-    "compared with the original. The release's box is closed at .5. float32 goes slightly beyond "
-    "it, so the release's poisons do not round to their originals.",
-    "Paper's rule: 20 steps of .1 of a level here (standard), 100 of .02 in the release. On eight "
-    "images at MobileNet and five at Inception, both needed the same number of poisons.",
-    "Ranking: the L1 norm of the derivative by the pixels is computed for 64 of the 1,800 training "
-    "images. They are those with the largest derivative by the features. The ten images of largest "
-    "L1 norm were at places up to 34 among the 64.",
-    "Test images: 60 here (standard), drawn with the seed among those that the head classifies "
-    "correctly; 591 in the paper. Success with k poisons means success with k or fewer, because "
-    "the release stops at the first success. With one poison the rule has two tries.",
-    "Best rule: it is not the paper's. Its steps decay and have momentum. Entries below half of "
-    "the mean derivative move in proportion to their derivative. Six training images are first "
-    "moved one at a time. The most effective become poisons, and the others are ranked again at "
-    "the new weights. If this does not flip the image, the rule restarts elsewhere in the boxes. "
-    "Its parameters were set after trials on eight of the test images at MobileNet and six at "
-    "Inception.",
-    "Success with two poisons: the best rule flips 45 images where the paper's rule flips 28 "
-    "(MobileNet), and all 60 where the paper's rule flips 49 (Inception). That is 1.36 times as "
-    "many in all (standard). At Inception a factor of 1.5 is impossible, because there are only 60 "
-    "images.",
-    "Group: a test image and the 29 images of its class with the nearest features, all classified "
-    "correctly before. The release uses 30 photographs of one dog.",
+    "Photographs: we use English springer against tench. The paper uses all dogs against all "
+    "fish. The paper's photographs are not available here. The numbers are not comparable image "
+    "by image.",
+    "Networks: we use MobileNet (width .75) and Inception up to mixed8. The paper uses "
+    "Inception's pool features. The last layers of the paper's network are not available here.",
+    "Head: its features are not standardised. A rule chooses the layer and the weight decay from "
+    "the training images only (fig5_attack/heads.py, the arrays `choice_...`). The held-out "
+    "accuracy must be within a standard error of the paper's .985. Among these heads, the rule "
+    "takes the one whose training loss is nearest to the paper's .0040. The weight decay of the "
+    "authors' code, 1e-3, gives training losses ten times as high here.",
+    "Box: we let each pixel move by .49 of a level to each side, and compare every rounded byte "
+    "with the original. The box of the authors' code is closed at .5. float32 goes slightly "
+    "beyond it, so the poisons of the authors' code do not round to their originals.",
+    "Paper's rule: we take 20 steps of .1 of a level (standard). The authors' code takes 100 "
+    "steps of .02. On eight images at MobileNet and five at Inception, both needed the same "
+    "number of poisons.",
+    "Ranking: we compute the L1 norm of the derivative with respect to the pixels for 64 of the "
+    "1,800 training images. These images have the largest derivative with respect to the "
+    "features. The ten images with the largest L1 norms were at places up to 34 among the 64.",
+    "Test images: we attack 60 (standard), drawn at random among those that the head classifies "
+    "correctly. The paper attacks 591. Success with k poisons means success with k or fewer, "
+    "because the authors' code stops at the first success. With one poison the rule has two "
+    "tries.",
+    "Best rule: it is not the paper's. Its steps decay and have momentum. Entries whose "
+    "derivative is below half of the mean move in proportion to their derivative. Six training "
+    "images are first moved one at a time. The most effective of these become poisons, and the "
+    "others are ranked again at the new weights. If the poisons do not flip the image, the rule "
+    "restarts elsewhere in the boxes. Its parameters were set after trials on eight of the test "
+    "images at MobileNet and six at Inception.",
+    "Success with two poisons: at MobileNet, the best rule flips 45 images and the paper's rule "
+    "28. At Inception, the best rule flips all 60 and the paper's rule 49. In all, the best rule "
+    "flips 1.36 times as many (standard). At Inception a factor of 1.5 is impossible, because "
+    "there are only 60 images.",
+    "Group: we attack a test image and the 29 images of its class with the nearest features. The "
+    "head classifies all of them correctly before the attack. The authors' code uses 30 "
+    "photographs of one dog.",
     "Poisons of the group: the single poison is the image of the other class of which the head is "
-    "least sure. In the release this image was also the least sure of all training images. The "
-    "many poisons use the best rule without restarts.",
+    "least sure. In the authors' code, it was also the image of which the head was least sure "
+    "among all training images. The many poisons use the best rule without restarts.",
 )
 
 
@@ -176,7 +188,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     Args:
       config: the protocol.
       data: Splits of dogfish or of its stand-in.
-      checkpoints: folder of finished attacks, or None. An interrupted run continues from it.
+      checkpoints: folder of finished attacks, or None. An interrupted run continues from there.
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
@@ -191,8 +203,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     groups: list[dict[str, NDArray]] = []
     as_chosen: list[bool] = []
     networks = [trunks.split(name)[0] for name in config.heads]
-    # On a busy machine, BLAS threads wait for each other, which takes ten times as long. The limit
-    # does not affect the threads of TensorFlow.
+    # On a busy machine, BLAS threads wait for each other, and the work takes ten times as long. The
+    # limit does not affect the threads of TensorFlow.
     with threadpoolctl.threadpool_limits(1, "blas"):
         for i, (name, network) in enumerate(zip(config.heads, networks, strict=True)):
             head, about = fitted(config, i, data, checkpoints)
@@ -253,8 +265,8 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
       checkpoints: folder where `run` stored the poison. If None, the poison is computed again.
 
     Returns: a figure with one row per head: the first test image, the training image, the poison,
-      and the change of each pixel. A change by half a level is black or white. The figure must
-      never be committed.
+      and the change of each pixel. A change of half a level is shown black or white. The figure
+      must never be committed.
     """
     import matplotlib.pyplot as plt
 

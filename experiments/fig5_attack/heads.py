@@ -1,7 +1,7 @@
 """The heads under attack (logistic regression on a network's features), and the choice of a head.
 
 The paper's head has a test accuracy of .985, a training accuracy of 1 and a training loss of .0040
-(Koh & Liang 2017, section 5.2, and its release). `chosen` looks for a head whose accuracy on
+(Koh & Liang 2017, section 5.2, and the authors' code). `chosen` looks for a head whose accuracy on
 held-out training images is about .985. Among such heads it takes the one whose training loss is
 nearest to .0040. This choice uses no test image and no attack.
 """
@@ -87,7 +87,7 @@ class Head:
         return Examples(x, self.train.y)
 
     def accuracy(self, examples: Examples, theta: NDArray | None = None) -> float:
-        """Compute the share of correctly classified examples at theta, by default the net's."""
+        """Compute the share of correctly classified examples at theta; None: the net's theta."""
         theta = self.net.theta if theta is None else theta
         return float(np.mean((examples.x @ theta > 0) == examples.y))
 
@@ -137,9 +137,8 @@ def right(config: Any, head: Head) -> NDArray[np.int64]:
 def alike(config: Any, head: Head) -> NDArray[np.int64]:
     """Return a test image and the images of its class that have the nearest features.
 
-    They replace the photographs of one dog in the authors' 2017 code (the release). The head
-    classifies all of them correctly, as in the release. There are `group_size` of them, or fewer if
-    the class has fewer.
+    They replace the photographs of one dog in the authors' 2017 code. The head classifies all of
+    them correctly, as in that code. There are `group_size` images, or fewer if the class has fewer.
     """
     x, y, first = head.test.x, head.test.y, right(config, head)[0]
     own = np.flatnonzero((y == y[first]) & (head.net.losses(x, y) < FLIPPED))
@@ -215,8 +214,8 @@ def chosen(found: dict[str, NDArray], n: int) -> tuple[str, float]:
     """Choose the layer and the weight decay.
 
     A head is a candidate if its held-out accuracy is within one standard error of the paper's .985.
-    If there is no such head, those with the nearest accuracy are candidates. Of the candidates, we
-    take the one whose logarithm of the training loss is nearest to the paper's.
+    If there is no such head, the heads with the nearest accuracy are candidates. Among the
+    candidates, we take the one whose logarithm of the training loss is nearest to the paper's.
 
     Args:
       found: the result of `heads_of`.

@@ -1,4 +1,4 @@
-"""Checks of a Config before any long work. Some compare an option with the data.
+"""Checks of a Config before any long work. Some checks compare an option with the data.
 
 Every check raises a Misuse whose message begins with the option's name.
 """
@@ -70,7 +70,7 @@ def at_most(config: Any, most: int, what: str, *names: str) -> None:
 
 
 def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
-    """Raise Misuse if an option, or an entry of a tuple, is no row number of `rows`.
+    """Raise Misuse if an option, or an entry of a tuple, is not a row number of `rows`.
 
     Args:
       config: an experiment's Config.

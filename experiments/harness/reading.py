@@ -1,4 +1,4 @@
-"""The reading of a record's files. They may be altered, so they are checked before they are used.
+"""The reading of a record's files. Files may be altered, so they are checked before they are used.
 
 A file must be regular and not too large. An array must be stored in the file itself. The text must
 have the form of a record.
@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-# The largest sizes in bytes of a record.json, an arrays.h5 (packed or unpacked) and a figure.
+# A record.json, an arrays.h5 (packed or unpacked) and a figure may have at most these many bytes.
 _MOST_TEXT, MOST_ARRAYS, _MOST_FIGURE = 1 << 24, 1 << 28, 1 << 25
 # A chunk counts as at least this many bytes. This also limits the number of chunks.
 _LEAST_CHUNK = 1 << 12
@@ -37,7 +37,7 @@ def _is_shallow(value: Any, depth: int = _MOST_DEPTH) -> bool:
     return depth > 0 and all(_is_shallow(entry, depth - 1) for entry in inner)
 
 
-# Each kind of value is a description and a test.
+# Each kind of value is a pair of a description and a test.
 _TEXT = ("printable text", lambda value: isinstance(value, str) and value.isprintable())
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _VERDICT = ("true, false or null", lambda value: value is None or isinstance(value, bool))

@@ -23,7 +23,7 @@ import numpy as np
 from experiments.harness import reading
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
-# Both files have this format. A record of format 0 has no checksum, and does not name its format.
+# Both files have this format. A record of format 0 has no checksum and does not name its format.
 _FORMAT = 1
 # A record may have this many bytes of arrays. The reader allows more, because HDF5 pads chunks.
 _MOST_BYTES = reading.MOST_ARRAYS // 4
@@ -41,7 +41,7 @@ class Claim:
       metric: name of the metric in `Record.metrics`.
       paper: the paper's value, or None if the paper gives no value.
       low, high: the ends of the band. None means no limit on that side.
-      stand_in: True if runs on stand-in data are judged too. Runs on real data always are.
+      stand_in: True if runs on stand-in data are judged too. Runs on real data are always judged.
       presets: the presets that compute the metric, or None for all presets.
     Raises: ValueError if the band is empty.
     """
@@ -217,7 +217,7 @@ def to_json(value: Any) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to. That file replaces `path` if the block raises no error.
 
-    `path` is added to an OSError of the block that names no file, such as that of a full disk.
+    If the block raises an OSError that names no file, as for a full disk, `path` is added to it.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

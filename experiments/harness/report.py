@@ -35,7 +35,7 @@ def rows(record: Record) -> list[dict[str, str]]:
 
 
 def number(value: float | None) -> str:
-    """Format a number with six significant digits, so 0.99999 is not shown as 1. None is a dash."""
+    """Format a number with six significant digits, so 0.99999 is not shown as 1. None: a dash."""
     return "–" if value is None else f"{value:.6g}"
 
 

@@ -15,7 +15,7 @@ from experiments.harness import report
 from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
-# Git and the report ignore this figure, which shows photographs.
+# This figure shows photographs. Git and the report ignore it.
 PHOTOGRAPHS = "photographs.png"
 _CHECKPOINTS, _LABEL = "checkpoints", "run.json"
 # A module without DTYPE uses this precision.
@@ -146,7 +146,7 @@ def say(line: str) -> None:
 def _check_writable(folder: Path) -> None:
     from influence.common.checkpoint import check_writable
 
-    # We check this before the work, which may take an hour.
+    # The folder is checked before the work, which may take an hour.
     try:
         check_writable(folder, "--out")
     except ValueError as error:
@@ -199,7 +199,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
 
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
-    """Return the folder of checkpoints. Empty it if they belong to other options, data or code."""
+    """Return the folder of checkpoints. Empty it if its files are of other options or code."""
     digest = hashlib.sha256()
     sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
     sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]

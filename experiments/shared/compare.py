@@ -47,7 +47,8 @@ def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np
 
     Args:
       first: row of the paper's test point.
-      among: rows from which the others are drawn. `first` is never drawn, and no row twice.
+      among: rows from which the others are drawn. `first` is never drawn, and no row is drawn
+        twice.
       count: number of rows to draw.
       seed: seed of the draw.
 

@@ -6,10 +6,10 @@ H(theta_0) = Q L Q'. In the round, L-BFGS uses coordinates u defined by
 
     theta = theta_0 + Q |L|^(-1/2) u.
 
-|L| holds the absolute values of the eigenvalues. Those below a floor are set to the floor. In u,
-the Hessian at theta_0 is diagonal. Its entries are 1 or -1, and smaller for small eigenvalues.
-L-BFGS descends along negative curvature. The Hessian changes on the way, so a new round begins
-after a given number of evaluations.
+|L| holds the absolute values of the eigenvalues, and values below a floor are set to the floor. In
+u, the Hessian at theta_0 is diagonal. Its entries are 1 or -1, and smaller for eigenvalues below
+the floor. L-BFGS descends along negative curvature. The Hessian changes on the way, so a new round
+begins after a given number of evaluations.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def descend(
     """Lower the net's risk towards a local minimum.
 
     Args:
-      net: the net. Its theta is the start, and is moved to the end of the descent. Use float64,
-        unless the tolerance is far above rounding.
+      net: the net. The descent starts at its theta, and leaves the net at the last theta. Use
+        float64, unless the tolerance is far above rounding.
       examples: the training set.
       tolerance: the descent ends if the gradient's Euclidean norm is at most this and no eigenvalue
         is negative.
@@ -85,7 +85,7 @@ def descend(
       hessian: a function from theta to the risk's Hessian (d, d) or an approximation. If None,
         `Hessian.dense` is used.
       checkpoints: folder that stores theta after every round, or None. An interrupted descent
-        continues from it.
+        continues from the stored theta.
 
     Returns: Descent. The tolerance may be missed.
     """
@@ -207,8 +207,8 @@ def _polish(
 ) -> None:
     """Take Newton steps as long as each halves the gradient norm and does not raise the risk.
 
-    L-BFGS stops early near a minimum. It compares values of the risk, which differ there only by
-    rounding. The gradient is still far above its rounding.
+    L-BFGS stops early near a minimum, because it compares values of the risk. There these values
+    differ only by rounding, while the gradient is still far above its rounding.
     """
     risk, gradient = net.risk_and_gradient(examples)
     for _ in range(_POLISH):

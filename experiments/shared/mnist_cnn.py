@@ -19,45 +19,47 @@ from influence import AllCNN, Examples
 
 # In float64, CG stops at this relative residual.
 CG_FLOAT64 = 1e-7
-# The shorter training has these pairs of steps and learning rate of Adam.
+# The shorter training by Adam has these stages: (steps, learning rate).
 SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The network, training and removals of the authors' 2017 code, the release.
+    """The network, training and removals of the authors' 2017 code (scripts/train_mnist.py).
 
-    They are those of scripts/train_mnist.py. Below, (release) marks a value from that code.
+    Below, (authors' code) marks a value from that code.
     """
 
     num_train: int = 5500
-    """rows of the training set, shuffled with seed 0 (release: a tenth of 55,000)"""
+    """number of training rows, the first of the training set shuffled with seed 0 (authors' code: a
+    tenth of 55,000)"""
     filters: int = 8
-    """channels of each 3 x 3 convolution (release)"""
+    """number of channels of each 3 x 3 convolution (authors' code)"""
     strides: tuple[int, ...] = (1, 2, 1, 2, 1)
-    """strides of those convolutions (release)"""
+    """strides of the 3 x 3 convolutions (authors' code)"""
     weight_decay: float = 0.001
-    """lambda of lambda/2 |kernel|^2, without biases (release)"""
+    """lambda of the penalty lambda/2 |kernel|^2, without biases (authors' code)"""
     schedule: tuple[tuple[int, float], ...] = ((110_000, 1e-4), (110_000, 1e-5), (280_000, 1e-6))
-    """(steps, learning rate) of Adam (release: 500,000 steps)"""
+    """(steps, learning rate) of each stage of Adam (authors' code: 500,000 steps)"""
     batch_size: int = 500
-    """rows of a minibatch (release)"""
+    """number of rows in a minibatch (authors' code)"""
     damping: float = 0.01
-    """absolute damping, added to the Hessian's diagonal (release)"""
+    """absolute damping, added to the Hessian's diagonal (authors' code)"""
     test_points: tuple[int, ...] = (6558, 9009, 1156, 9729, 9642)
-    """the release's test row, then four more"""
+    """rows of the test points: the one of the authors' code first, then four more"""
     num_removals: int = 100
-    """rows of largest |influence| removed for the first test point (section 4.2)"""
+    """number of rows of largest |influence| that are removed for the first test point (section
+    4.2)"""
     further_removals: int = 40
-    """the same for each further test point"""
+    """number of rows of largest |influence| that are removed for each further test point"""
     lissa_depth: int = 1000
-    """steps of LiSSA; the release has no LiSSA for this network"""
+    """number of steps of LiSSA; the authors' code has no LiSSA for this network"""
     lissa_batch_size: int = 50
-    """rows of each step of LiSSA"""
+    """number of rows in each step of LiSSA"""
     num_processes: int = 2
-    """joblib workers for proximal minima and refits; each uses about one core"""
+    """number of joblib workers for proximal minima and refits; each uses about one core"""
     dtype: str = "float32"
-    """precision of the network (release)"""
+    """precision of the network (authors' code)"""
     seed: int = 0
     """seed of the network's initial weights and of all minibatches"""
 
@@ -68,7 +70,7 @@ class Protocol:
                 f"{self.num_removals}, {self.further_removals} and {self.num_train}."
             )
         options.positive(self, "damping", "lissa_depth", "lissa_batch_size")
-        options.at_least(self, 2, "further_removals")  # a line through the points needs two
+        options.at_least(self, 2, "further_removals")  # a line is fitted to the points
         options.at_least(self, 1, "filters", "strides", "batch_size", "num_processes")
         options.at_least(self, 0, "weight_decay", "test_points")
         if self.dtype not in ("float32", "float64"):
@@ -148,9 +150,9 @@ def removals(config: Any, predicted: Any) -> list[NDArray]:
 
 
 def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
-    """Return two arrays of the first test point's changes, for its removals where both are finite.
+    """Return two arrays of changes for the first test point's removals.
 
-    `one` and `other` are names as in STEPS.
+    Removals for which a change is not finite are left out. `one` and `other` are names as in STEPS.
     """
     names = {name.partition("_")[2]: name for name in arrays if name.startswith("actual_")}
     names |= {name.partition("_")[2]: name for name in arrays if name.startswith("predicted_")}
@@ -161,7 +163,7 @@ def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
 
 
 def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
-    """Compute the correlation and slope of each step, over the first test point's removals."""
+    """Compute correlation and slope of each entry of STEPS for the first test point's removals."""
     found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
     return {
         f"step_{name}": np.array([step[name] for step in found]) for name in ("pearson", "slope")
@@ -171,7 +173,8 @@ def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
 def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
     """Return `agreement` for the first test point, and Pearson correlations over all test points.
 
-    The latter are the median and the lowest. Array `at[j]` holds the columns of point j's removals.
+    Of the Pearson correlations, the median and the lowest are returned. `at[j]` holds the columns
+    of point j's removals.
     """
     found = [finite_agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
     pearson = [one["pearson"] for one in found]
@@ -206,8 +209,8 @@ def draw_truth(
       truth: the name of the actual changes.
       title: title of the panel.
       by: the name of the predicted changes.
-      lost: number of removals that the panel reports as left out. None: count those whose actual
-        change is not finite.
+      lost: number of removals that the panel reports as left out. None: the removals whose actual
+        change is not finite are counted.
       more: text to append to the panel's text.
     """
     arrays, metrics = record.arrays, record.metrics

@@ -1,6 +1,7 @@
 """Networks trained on ImageNet up to a chosen layer, and the features of images at that layer.
 
-A head is named by its network and the layer under it: "inception/mixed8". The networks are:
+A head is a logistic regression on the features of one layer. Its name consists of the network and
+the layer, such as "inception/mixed8". The networks are:
 
     small            random weights, for the stand-in's 32 x 32 pictures; ends at relu2
     mobilenet        MobileNet of width .75, for 224 pixels; complete
@@ -35,13 +36,14 @@ from influence.models.top_layer import cut
 
 # The features of this many images are stored in one file. An interruption loses at most one file.
 _ROWS = 256
-# This version is part of a file's name. Increase it when a change of the code changes features.
+# This version is part of a file's name. If new code changes the features, increase the version.
 _VERSION = 1
 # A file stores the seconds of its computation under this key.
 _SECONDS = "seconds"
 # The layers of the small network have these numbers of 5 x 5 filters.
 _SMALL = (32, 64)
-# The random weights have this scale. Larger features suit the weight decay of the other networks.
+# The random weights have this scale. With it, the features are large enough for the weight decay
+# that the other networks use.
 _GAIN = 20
 
 
@@ -51,8 +53,8 @@ class Network:
 
     Attributes:
       side: the side of the network's images in pixels.
-      layers: names of the layers, from input to output. The network ends at the last one. One pass
-        over the images gives the features of all these layers.
+      layers: names of the layers, from input to output. The network ends at the last layer. One
+        pass over the images gives the features of all these layers.
     """
 
     side: int
@@ -176,8 +178,8 @@ def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
 
     Args:
       stand_in: True if the data is a stand-in. Then the folder is `checkpoints`.
-      checkpoints: the run's folder of checkpoints, or None. It also replaces a cache that is not
-        writable.
+      checkpoints: the run's folder of checkpoints, or None. It is also used if the user cache is
+        not writable.
     """
     cache = cache_folder() / "features"
     if stand_in:

@@ -1,4 +1,4 @@
-"""Poisoning: moves training inputs, each within a small box, so that test losses rise.
+"""Poisoning: move training inputs, each within a small box, so that test losses rise.
 
 Let H be the risk's Hessian and s = H^-1 grad (mean test loss). If the input x_i of row i changes,
 the mean test loss after retraining changes by the derivative
@@ -6,9 +6,9 @@ the mean test loss after retraining changes by the derivative
     d (mean test loss) / dx_i = -g_i / n      g_i = d/dx_i (grad loss_i . s)
 
 The derivative is exact at the minimum of the risk. In Koh & Liang (2017, section 2.2),
-the symbol for -g_i is `I_pert,loss`. The penalty does not depend on x, so it has no part in g_i.
-Let the box of x_i have the half width `radius`. The step with the largest first-order effect is
--radius sign(g_i). Its effect is radius |g_i|_1 / n.
+the symbol for -g_i is `I_pert,loss`. The penalty does not depend on x, so g_i does not contain it.
+The box of x_i has the half width `radius`. The step with the largest first-order effect is
+-radius sign(g_i). It raises the mean test loss by radius |g_i|_1 / n.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 from influence.solvers.base import check_solver
 
-# This is the largest 8-bit value.
+# An 8-bit value is at most this.
 _BYTE = 255
-# `_check_examples` computes features of this many rows to check that a set fits the net.
+# `_check_examples` computes the features of this many rows to check that a set fits the net.
 _PROBE_ROWS = 3
 
 
@@ -45,19 +45,19 @@ class PoisonOptions:
 
     Args:
       inputs: (c, ...) the candidates' inputs, floating. They are needed if `train` holds features.
-        If omitted, the inputs are those in `train`.
+        If omitted, the inputs in `train` are used.
       flip_at: a test example counts as flipped if its loss is above this value. For log losses,
-        log 2 means P(label) < 1/2. With infinity the search never ends early.
+        log 2 means P(label) < 1/2. If it is infinite, the search never ends early.
       flips: the search ends when this many test examples are flipped; all m if omitted.
-      gradient_norms: (c,) |g_i|_1 of the candidates, as the function `gradient_norms` returns them.
-        They rank the candidates. They are computed if omitted.
+      gradient_norms: (c,) |g_i|_1 of the candidates, the result of the function `gradient_norms`.
+        The candidates are ranked by these norms. The norms are computed if omitted.
       solver: the solver that applies H^-1; `Direct` if omitted.
-      fit: function of (net, poisoned training set) that is called instead of `net.fit`. It starts
-        from the net's present theta.
+      fit: function of (net, poisoned training set) that is called instead of `net.fit`. The fit
+        starts from the net's present theta.
       start: (d,) the theta at which the confirming refit begins. If omitted, it is zero for a
         convex net and the net's theta for any other net.
-      tolerance: the net counts as at its minimum if the risk's gradient has at most this Euclidean
-        norm. Elsewhere `change_if_poisoned` would also contain the effect of further training.
+      tolerance: `poison` refuses a net whose risk gradient has a larger Euclidean norm. At such a
+        net `change_if_poisoned` would also contain the effect of further training.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -87,20 +87,20 @@ class PoisonOptions:
 class Poisoning:
     """Poisoned training inputs, and the change of each test loss.
 
-    The cold refit is the refit from `PoisonOptions.start`. A warm refit starts at the weights of
-    the refit before it.
+    The cold refit starts at `PoisonOptions.start`. A warm refit starts at the weights of the refit
+    before it.
 
     Attributes:
       change_if_poisoned: (m,) each test loss after the cold refit on the poisoned training set,
-        minus the loss before. It is actual, not predicted. Positive: the loss rose, as intended.
+        minus the loss before. This is the actual change. Positive: the loss rose, as intended.
       flipped: (m,) True where the test loss is above `flip_at` after the cold refit.
       rows: (k,) the poisoned rows.
       inputs: (k, ...) the poisoned inputs of these rows.
       features: (k, ...) the features of these inputs, which the trained part of the net sees.
-      same_bytes: (k,) True where all 8-bit values round(255 (x - low) / (high - low)) of an input
-        equal those of the original; None without `bounds`.
+      same_bytes: (k,) True if all 8-bit values round(255 (x - low) / (high - low)) of an input
+        equal those of the original input; None without `bounds`.
       test_losses: (t + 1, m) test losses after each warm refit that led to the result. The first
-        row holds the clean losses.
+        row holds the losses before the attack.
       num_poisons: (t + 1,) the number of poisons at each row of `test_losses`.
       theta: (d,) theta after the cold refit.
       gradient_norm: Euclidean norm of the poisoned risk's gradient at this theta. A small norm
@@ -151,9 +151,10 @@ def poison(
       counts: increasing numbers of candidates to poison. The attack tries the first number. It
         tries the next number if too few test examples flipped. If `counts` is omitted, the attack
         poisons all c candidates at once.
-      bounds: least and largest value of an input's entries, or None.
-      rule: steps and choice of the poisons. `BEST_RULE` is the strongest rule that we found,
-        `PAPER_RULE` is that of the authors' 2017 code. You can also give your own `Rule`.
+      bounds: the smallest and the largest value that an input's entries may have, or None.
+      rule: the rule for the steps and the choice of the poisons. `BEST_RULE` is the strongest rule
+        that we found. `PAPER_RULE` is the rule of the authors' 2017 code. You can also give your
+        own `Rule`.
       options: all other options.
 
     Returns: Poisoning. Positive changes mean that the test loss rose.
@@ -192,10 +193,10 @@ def gradient_norms(
     inputs: NDArray | None = None,
     solver: Solver | None = None,
 ) -> NDArray:
-    """Compute the L1 norms of g_i. The paper's attack ranks training rows by them.
+    """Compute the L1 norms of g_i. The paper's attack ranks training rows by these norms.
 
-    If the row moves within a box of half width radius, the mean test loss rises by at most
-    radius / n times the norm, to first order. Bounds of the inputs are ignored.
+    If a row moves within a box of half width radius, the mean test loss rises by at most
+    radius / n times the row's norm, to first order. Bounds of the inputs are ignored.
 
     Args:
       net: a net at the minimum of its risk on `train`.
@@ -222,7 +223,7 @@ def mean_s_test(
     """Solve for H^-1 grad (mean test loss) at the net's theta: (d,).
 
     The default solver is `Direct`. If the net is strongly convex and has a closed-form Hessian, a
-    Cholesky factor replaces it. `Direct` takes longer because it also bounds eigenvalues.
+    Cholesky factor replaces `Direct`, which takes longer because it also bounds eigenvalues.
     """
     if solver is None and net.strong_convexity > 0:
         H = net.hessian(train)
@@ -259,7 +260,7 @@ class _State:
 
 
 class _Attack:
-    """A search for poisons. `state` is the best set of the latest count of poisons.
+    """A search for poisons. `state` is the best set of poisons for the latest count.
 
     `trace` lists the number of poisons and the test losses after each refit that led to `state`.
     """
@@ -278,7 +279,7 @@ class _Attack:
         self.flips = options.flips or len(test)
         cold = np.zeros_like(net.theta) if net.convex else net.theta
         self.start = cold if options.start is None else options.start
-        self.theta, self.losses = net.theta, self._test_losses()  # both before any move
+        self.theta, self.losses = net.theta, self._test_losses()  # Both are those before any move.
         self.trace: list[tuple[int, NDArray]] = [(0, self.losses)]
 
     def enough(self, losses: NDArray) -> bool:
@@ -327,7 +328,7 @@ class _Attack:
         return self.enough(state.losses), float(state.losses.mean())
 
     def _ranked_again(self, order: NDArray, moved: int) -> NDArray:
-        """Rank the targets after the first `moved` again at the present poisons; return all."""
+        """Rank all targets but the first `moved` again, at the weights of the present poisons."""
         state, rest = self.state, order[moved:]
         self.net.theta = state.theta
         g = self.targets.gradients(self.net, rest, self.targets.x[rest], self._s_test(state))
@@ -337,13 +338,13 @@ class _Attack:
     def _moved(self, at: NDArray, x: NDArray, first: int | None = None) -> list[_State]:
         """Move the targets `at` together from x, refit after each move, and end at the best state.
 
-        `first` is the number t of the first move. None means 0 if x is clean, else max_steps // 2.
+        `first` is the number t of the first move. None: 0 if x is clean, else max_steps // 2.
         """
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
         if first is None:
-            # Earlier moves led to x. A full first step would lose the rise that they gained.
+            # Earlier moves led to x. A full first step would undo what they gained.
             first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]

@@ -14,11 +14,12 @@ from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
 
-# One call of the derivative gets at most this many inputs. A deep trunk needs much memory for each.
+# One derivative call gets at most this many inputs. A deep trunk needs much memory for each input.
 _TOGETHER = 16
-# A given input's features may differ from those in `train` by this share, as a trunk rounds.
+# The features of a given input may differ from those in `train` by this share, because a trunk
+# rounds.
 _SAME = 1e-3
-# Without a trunk they may differ by this share, as float32 rounds.
+# If the net has no trunk, they may differ only by this share, the rounding of float32.
 _ROUNDING = 1e-6
 
 
@@ -33,15 +34,15 @@ class Rule:
 
     Args:
       step: largest move of an entry at t = 0, in radii.
-      decay: factor of the step length from each move to the next.
+      decay: factor by which the step shrinks from each move to the next.
       momentum: share of the last velocity in the next velocity, in [0, 1).
       softness: an entry moves in proportion to v if |v| is below softness times the mean of |v|.
       max_steps: largest number of moves of each set of poisons.
-      tries: number of rows that first move one at a time. They have the largest |g|_1 at the clean
-        weights. The rows that raised the loss most become the poisons. They move on together from
-        the inputs reached, and t starts at max_steps // 2. For a further count, the other rows are
-        ranked again at the present weights. With tries = 0, the rows of largest |g|_1 are the
-        poisons, and they start from their own inputs.
+      tries: number of rows that are first moved one at a time. These rows have the largest |g|_1 at
+        the clean weights. The rows that raise the loss most become the poisons. They then move
+        together from the inputs that they have reached, and t starts at max_steps // 2. For the
+        next count, the other rows are ranked again at the present weights. With tries = 0, the rows
+        with the largest |g|_1 are the poisons, and they start from their own inputs.
       restarts: number of times that a set of several poisons starts again at random places in
         the boxes, if too few test examples are flipped.
 
@@ -77,8 +78,8 @@ class Rule:
 
 
 BEST_RULE = Rule()
-# This is the rule of the authors' 2017 code. It makes at most 100 moves of .02 of an 8-bit level
-# each, in a box of half width .5 of a level.
+# This is the rule of the authors' 2017 code. The rule makes at most 100 moves of .02 of an 8-bit
+# level each. The half width of its box is .5 of a level.
 PAPER_RULE = Rule(
     step=0.04, decay=1.0, momentum=0.0, softness=0.0, max_steps=100, tries=0, restarts=0
 )
@@ -131,7 +132,7 @@ class Targets:
 
 
 def mean_size(v: NDArray) -> NDArray:
-    """Compute the mean of |v| for each input. The result is 1 where all of v is zero."""
+    """Compute the mean of |v| for each input. The result is 1 if all of v is zero."""
     mean = np.abs(v).mean(axis=tuple(range(1, v.ndim)), keepdims=True)
     return np.where(mean > 0, mean, 1).astype(v.dtype)
 

@@ -21,10 +21,10 @@ _FORMAT = 1
 
 
 def identity(net: Any, examples: Any, *more: Any) -> str:
-    """Return a short hash that identifies the net, the examples and `more`.
+    """Return a short hash that identifies the net, the examples and the values `more`.
 
     The hash covers the net's class, its variables, its penalty and its losses on at most 8 rows.
-    It does not cover the names of layers.
+    The hash does not cover the names of layers.
     """
     few = examples.take(slice(0, 8))
     variables = [variable.numpy() for variable in net.model.variables]
@@ -66,7 +66,7 @@ def check_writable(folder: Path, name: str) -> Path:
 
 
 def sha256(arrays: Arrays, *more: str) -> str:
-    """Compute one SHA-256 of strings and named arrays. It also covers shapes and dtypes.
+    """Compute one SHA-256 of strings and named arrays. The digest also covers shapes and dtypes.
 
     Raises: ValueError if an array holds Python objects.
     """

@@ -1,7 +1,7 @@
 """Limit the memory of the library's working arrays by budgets in bytes.
 
-A budget decides how many rows or vectors are processed together. It never changes a result beyond
-rounding.
+A budget decides how many rows or vectors are processed together. A budget never changes a result
+beyond rounding.
 """
 
 from __future__ import annotations

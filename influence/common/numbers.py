@@ -14,7 +14,8 @@ _SQUARES = 500
 def numbers(value: Any, name: str) -> NDArray:
     """Return the value as a dense array of numbers. A numeric array is returned unchanged.
 
-    Raises: TypeError naming `name`. For a data frame, it also names the non-numeric columns.
+    Raises: TypeError for any other value. The message gives the argument's `name`. For a data frame
+      it also lists the non-numeric columns.
     """
     refuse_mask(value, name)
     try:
@@ -51,7 +52,7 @@ def numbers(value: Any, name: str) -> NDArray:
 def refuse_mask(value: Any, name: str) -> None:
     """Refuse a masked array, because NumPy's functions would use the numbers under the mask.
 
-    Raises: TypeError naming `name`.
+    Raises: TypeError for a masked array. The message gives the argument's `name`.
     """
     if np.ma.isMaskedArray(value):
         raise TypeError(

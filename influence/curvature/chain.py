@@ -1,16 +1,16 @@
 """Exact Hessian of a chain of layers, computed without Hessian-vector products.
 
-An affine layer computes z = a W + b. An activation layer computes phi(z). Let dz, da and dW be the
-changes of z, a and W when theta changes. Then the second-order change of a row's loss is
+An affine layer computes z = a W + b. An activation layer computes phi(z). When theta changes, z, a
+and W change by dz, da and dW. The second-order change of a row's loss is then
 
     d2 loss = sum over activations of    (d loss / d phi) phi''(z) (dz)^2
             + sum over affine layers of  2 (d loss / d z) . (da dW)
             + (d output)' (d2 loss / d output2) (d output).
 
-Let J be the Jacobian of z, a or the output by all parameters of earlier layers. J is computed
-forward through the chain. The first and the last term have the form J' D J. The middle term
-multiplies J and the layer's own weights. The last term is the Gauss-Newton matrix. The products of
-the Hessian with d vectors take at least d backward passes. The chain takes one backward pass.
+Let J be the Jacobian of z, a or the output with respect to all parameters of earlier layers. J is
+computed forward through the chain. The first and the last term have the form J' D J. The middle
+term multiplies J and the layer's own weights. The last term is the Gauss-Newton matrix. Forming the
+Hessian from its products with d unit vectors takes at least d backward passes. The chain takes one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from keras import layers
 from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
-from influence.curvature.layers import Affine, AffineLayers
+from influence.curvature.affine import Affine
+from influence.curvature.layers import AffineLayers
 from influence.examples.examples import Examples, Question
 from influence.net.flat import FlatModel
 from influence.net.heads import peeled
 from influence.net.net import GenericNeuralNet
 
-# Memory holds this many arrays of the size of a batch's largest Jacobian.
+# While the Hessian is formed, memory holds this many arrays as large as a batch's largest Jacobian.
 _COPIES = 8
 _ELEMENTWISE = frozenset(
     "elu exponential gelu linear mish relu selu sigmoid silu softplus softsign tanh".split()
@@ -52,7 +53,7 @@ _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """Layer of a chain. `own` locates its weights in theta, or is None without such weights."""
+    """Layer of a chain. `own` locates the layer's weights in theta; None if it has none there."""
 
     layer: Any
     kind: str  # "affine", "activation" or "linear"
@@ -60,7 +61,7 @@ class _Step:
 
 
 class Chain:
-    """Model of successive layers. Each is affine, elementwise, or linear without weights.
+    """Model of successive layers. Each layer is affine, elementwise, or linear without weights.
 
     If the loss takes the logits before the model's softmax or sigmoid, the chain ends in them.
     `peels` is True if the activation belongs to the last affine layer.
@@ -71,7 +72,7 @@ class Chain:
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """Convert a model to a chain. Return None if it is not one. x holds a few input rows."""
+        """Convert a model to a chain, or return None if it is not one. x holds a few input rows."""
         model = traced.model
         if isinstance(x, dict) or not traced.loss.takes_one_output or not _in_a_row(model):
             return None
@@ -92,7 +93,7 @@ class Chain:
         return None if own else cls(traced, tuple(steps), peels)
 
     def rows_per_batch(self, x: Any, at_most: int) -> int:
-        """Return how many rows have Jacobians that fit into memory together. x is one row."""
+        """Return how many rows fit into memory together with their Jacobians. x is one row."""
         numbers, columns = 1, 0
         for step, z in zip(self.steps, self._forward(self.traced.theta(), x)[1:], strict=True):
             if step.own is not None:
@@ -104,8 +105,8 @@ class Chain:
     def beats_products(self, x: Any) -> bool:
         """Return True if the chain needs at most as many multiplications as d Hessian products.
 
-        x is one row. The chain is faster than products for few outputs and for convolutions over
-        many positions. Products are faster than the chain for a wide last layer.
+        x is one row. The chain is usually faster for few outputs, and for convolutions over many
+        positions. Products are faster for a wide last layer.
         """
         squares, forward, before, own = 0, 0, 0, None
         values = self._forward(self.traced.theta(), x)[1:]
@@ -114,7 +115,7 @@ class Chain:
             if step.kind == "affine":
                 forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
             elif step.kind == "activation":
-                # A channel depends on f of the f x c weights of its affine layer.
+                # An affine layer with c channels has f x c weights. A channel depends on f of them.
                 f = 0 if own is None else len(own.entries)
                 squares += width * (before**2 + before * f + f**2)
             before += 0 if own is None else own.entries.size
@@ -212,7 +213,7 @@ def chain_hessian(
 def mean_matrix(
     question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
 ) -> NDArray:
-    """Average a matrix (d, d) over all rows. The question returns the sum over a batch."""
+    """Average a matrix (d, d) over all rows. `question` returns the sum over one batch."""
     matrix = np.zeros((net.num_parameters, net.num_parameters))  # float64, also for sums of float32
     parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
@@ -244,7 +245,7 @@ def _in_a_row(model: keras.Model) -> bool:
             and len(model.outputs) == 1
             and row[-1].output is model.outputs[0]
         )
-    except (AttributeError, IndexError, ValueError):  # not functional, or a layer called twice
+    except (AttributeError, IndexError, ValueError):  # not a functional model, or a repeated layer
         return False
 
 
@@ -281,16 +282,16 @@ class _Jacobian:
     Attributes:
       dense: (n, ..., c, q) derivative with respect to the q weights that `inputs` does not cover,
         or None.
-      inputs: (n, t, f) inputs at t positions, if the layer is affine, or None. They are the
-        derivative of channel j with respect to column j of its weights (f, c). Other columns give
-        zero.
+      inputs: (n, t, f) inputs at t positions, or None if the layer is not affine. They are the
+        derivative of channel j with respect to column j of the layer's weights (f, c). The
+        derivative with respect to all other columns is zero.
     """
 
     dense: Any = None
     inputs: Any = None
 
     def scaled(self, first: Any) -> _Jacobian:
-        """Multiply by an activation's derivative `first` (n, ..., c). The result lacks `inputs`."""
+        """Multiply by an activation's derivative, (n, ..., c). The result has no `inputs`."""
         dense = None if self.dense is None else tf.expand_dims(first, -1) * self.dense
         if self.inputs is None:
             return _Jacobian(dense)
@@ -327,7 +328,7 @@ class _Jacobian:
 def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
     """Extend the matrix (q, q) by rows and columns for an affine layer's weights.
 
-    `before` is the Jacobian of its input. `slope` is the derivative of the loss by its output.
+    `before` is the Jacobian of the layer's input. `slope` is d loss / d (the layer's output).
     """
     f, c = own.entries.shape
     q = matrix.shape[0]
@@ -351,7 +352,7 @@ def _paired(layer: Any, before: Any, slope: Any) -> Any:
     c = slope.shape[-1]
     if isinstance(layer, layers.Dense):
         return tf.einsum("mc,miq->qic", tf.reshape(slope, [-1, c]), J)
-    # `slopes` is the slope at the output pixel that an input pixel affects via a kernel entry.
+    # `slopes` is the slope at the output pixel that an input pixel affects via one kernel entry.
     k = int(np.prod(layer.kernel_size))
     spread = tf.reshape(tf.eye(k * c, dtype=slope.dtype), [*layer.kernel_size, c, k * c])
     shape = tf.concat([tf.shape(before)[:3], [k * c]], 0)

@@ -1,8 +1,7 @@
 """Inputs of a model's affine layers, and derivatives with respect to these layers' outputs.
 
-An affine layer is a Dense or Conv2D layer without activation. At each position t, such as a pixel
-or a time step, it computes z_t = a_t W + b. The derivative of a scalar L with respect to its
-weights is
+An affine layer computes z_t = a_t W + b at each position t (influence.curvature.affine). Its
+activation, if it has one, acts on z. The derivative of a scalar L with respect to its weights is
 
     dL / d[W; b] = sum_t [a_t, 1]' (dL / dz_t).
 
@@ -13,73 +12,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import keras
 import numpy as np
 import tensorflow as tf
-from keras.layers import Conv2D, Dense
 from numpy.typing import NDArray
 
+from influence.curvature.affine import REMEDY, Affine, affine
 from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
 
-# Derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
+# Two derivatives count as equal up to this relative difference. Float32 rounding is far smaller.
 _GAP = 1e-3
 _ZERO = tf.UnconnectedGradients.ZERO
-_REMEDY = "set its trainable = False before making the net, or use CG without EKFAC"
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """Affine layer and the positions of its weights in theta.
-
-    Attributes:
-      layer: a Dense or Conv2D layer of Keras.
-      has_kernel: True if theta contains its kernel.
-      has_bias: True if theta contains its bias.
-      entries: (f, c) positions in theta of the weights of f inputs and c outputs. A bias is last.
-    """
-
-    layer: Any
-    has_kernel: bool
-    has_bias: bool
-    entries: NDArray[np.int64]
-
-    def inputs(self, inputs: Any, z: Any) -> Any:
-        """Return the factors [a_t, 1] that multiply the weights in z, (n, t, f) for n rows."""
-        n, c = tf.shape(z)[0], self.entries.shape[1]
-        positions = tf.size(z) // (n * c)
-        parts = []
-        if self.has_kernel:
-            a = tf.cast(inputs, z.dtype)
-            if isinstance(self.layer, Conv2D):
-                a = _patches(self.layer, a)
-            parts.append(tf.reshape(a, [n, positions, len(self.entries) - self.has_bias]))
-        if self.has_bias:
-            parts.append(tf.ones([n, positions, 1], z.dtype))
-        return parts[0] if len(parts) == 1 else tf.concat(parts, 2)
 
 
 class AffineLayers:
-    """List of the layers that contain theta, in the order of theta. All must be affine.
+    """List of the layers whose weights are in theta, in the order of theta. All must be affine.
 
     Args:
       traced: the model as functions of theta.
-      x: input tensors of a few rows. On them, the formula of this file is compared with the tape.
+      x: input tensors of a few rows. They serve to compare this file's formula with the tape.
 
-    Raises: ValueError naming a layer that is neither Dense nor Conv2D, has its own activation, is
-      grouped, has channels first, is called more than once, does not keep one row per example, or
-      uses its weights for anything other than z = a W + b.
+    Attributes:
+      layers: the layers.
+      single: those of the layers that have a single position t and no groups.
+      numbers: how many numbers the factors of one row have.
+
+    Raises: ValueError naming a layer that `affine` refuses, that is called more than once, that
+      does not keep one row per example, or that uses its weights for more than z = a W + b.
     """
 
     def __init__(self, traced: FlatModel, x: Any):
         self.traced = traced
         self.layers = _find(traced)
+        self.single: tuple[Affine, ...] = ()
+        self.numbers = 0
         self._check(x)
 
     def pseudo_gradients(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
@@ -92,7 +63,8 @@ class AffineLayers:
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
         Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs and a one for the bias.
-          g (n, t, s, c) holds the derivatives of output . S_i[:, s] by the layer's output.
+          g (n, t, s, c) holds the derivatives of output . S_i[:, s] by z. For a layer with G groups
+          a is (n, t, G, f) and g is (n, t, s, G, c).
         """
         t = self.traced
         batch = t.inputs(x), t.tensor(y)
@@ -101,15 +73,23 @@ class AffineLayers:
 
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """Compute the vectors p_is of `pseudo_gradients`, with shape (n, s, d)."""
-        parts = self.pseudo_gradients(x, y, theta)
-        n, _, s, _ = parts[0][1].shape
-        roots = np.zeros((n, s, sum(self.traced.sizes)), parts[0][1].dtype)
-        for affine, (a, g) in zip(self.layers, parts, strict=True):
-            f, c = affine.entries.shape
-            products = a.transpose(0, 2, 1) @ g.reshape(n, -1, s * c)  # (n, f, s c)
-            products = products.reshape(n, f, s, c).transpose(0, 2, 1, 3)
-            roots[:, :, affine.entries.ravel()] = products.reshape(n, s, f * c)
-        return roots
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        return t.run("roots", partial(self._roots, t.each(*batch)), theta, *batch)
+
+    def parts(self, x: Any, y: Any, theta: Any = None) -> tuple[list, NDArray]:
+        """Compute the roots in parts: the factors of the layers `single`, and the others' roots.
+
+        Returns: a list with a pair (a, g) for each layer of `single`, and the roots (n, s, e) with
+          respect to the e weights of all other layers, in the order of theta. a is (n, f) and g is
+          (n, s, c). The layer's part of p_is is a_i' g_is.
+        """
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        single, rest = t.run("parts", partial(self._parts, t.each(*batch)), theta, *batch)
+        return single, rest if len(rest) else np.zeros((len(y), single[0][1].shape[1], 0))
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -119,22 +99,38 @@ class AffineLayers:
             output, calls = self._forward(theta, x)
         outputs = [z for ((_, z),) in calls]
         n = tf.shape(output)[0]
+        sizes = [tf.size(z) // n for z in outputs]
 
         def pulled_back(column):
             parts: Any = by_z.gradient(output, outputs, column, unconnected_gradients=_ZERO)
             return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
 
-        pulled = each(pulled_back, _root(self.traced.loss.curved, each, y, output))  # (s, n, ...)
-        pulled = tf.split(pulled, [tf.size(z) // n for z in outputs], axis=2)
+        pulled = each(
+            pulled_back, loss_roots(self.traced.loss.curved, each, y, output)
+        )  # (s, n, ...)
+        pulled = tf.split(pulled, sizes, axis=2)
         found = []
-        for affine, ((inputs, z),), g in zip(self.layers, calls, pulled, strict=True):
-            g = tf.reshape(g, [tf.shape(g)[0], n, -1, affine.entries.shape[1]])
-            found.append((affine.inputs(inputs, z), tf.transpose(g, [1, 2, 0, 3])))
+        for layer, ((inputs, z),), g in zip(self.layers, calls, pulled, strict=True):
+            s = tf.shape(g)[0]
+            g = layer.by_position(tf.reshape(g, tf.concat([[s * n], tf.shape(z)[1:]], 0)))
+            g = tf.reshape(g, tf.concat([[s, n], tf.shape(g)[1:]], 0))
+            # (s, n, t, ...) becomes (n, t, s, ...).
+            order = [1, 2, 0, *range(3, len(g.shape))]
+            found.append((layer.inputs(inputs, z), tf.transpose(g, order)))
         return found
 
+    def _roots(self, each: tape.Each, theta: Any, x: Any, y: Any) -> Any:
+        return _joined(zip(self.layers, self._factors(each, theta, x, y), strict=True))
+
+    def _parts(self, each: tape.Each, theta: Any, x: Any, y: Any) -> tuple[list, Any]:
+        found = list(zip(self.layers, self._factors(each, theta, x, y), strict=True))
+        single = [(a[:, 0], g[:, 0]) for layer, (a, g) in found if layer in self.single]
+        rest = [pair for pair in found if pair[0] not in self.single]
+        return single, _joined(rest) if rest else []
+
     def _forward(self, theta: Any, x: Any) -> tuple[Any, list[list[tuple[Any, Any]]]]:
-        """Return the model's output, and a pair (input, output) for each call of each layer."""
-        with _recording([affine.layer for affine in self.layers]) as calls:
+        """Return the model's output, and a pair (input, z) for each call of each layer."""
+        with _recording(self.layers) as calls:
             return self.traced.output(theta, x), calls
 
     def _check(self, x: Any) -> None:
@@ -144,33 +140,37 @@ class AffineLayers:
             by_z.watch(theta)
             output, calls = self._forward(theta, x)
         n = len(output)
-        for affine, seen in zip(self.layers, calls, strict=True):
-            name = affine.layer.name
+        for layer, seen in zip(self.layers, calls, strict=True):
+            name = layer.layer.name
             if len(seen) != 1:
                 raise ValueError(
                     f"model must call each layer once for EK-FAC, got {len(seen)} calls of layer "
-                    f"{name!r}; {_REMEDY}."
+                    f"{name!r}; {REMEDY}."
                 )
             if seen[0][1].shape[0] != n:
                 raise ValueError(
                     f"model must keep one row per example for EK-FAC, got shape "
-                    f"{tuple(seen[0][1].shape)} for {n} examples in layer {name!r}; {_REMEDY}."
+                    f"{tuple(seen[0][1].shape)} for {n} examples in layer {name!r}; {REMEDY}."
                 )
         column: Any = np.random.default_rng(0).standard_normal(output.shape)
         column = tf.constant(column, output.dtype)
         sources: Any = [theta, *(z for ((_, z),) in calls)]
         both: Any = by_z.gradient(output, sources, column, unconnected_gradients=_ZERO)
         true = both[0].numpy()
-        for affine, ((inputs, z),), g in zip(self.layers, calls, both[1:], strict=True):
-            a = affine.inputs(inputs, z).numpy()
-            ours = a.reshape(-1, a.shape[2]).T @ np.reshape(g, (-1, affine.entries.shape[1]))
-            gap = float(np.abs(ours - true[affine.entries]).max())
-            if not gap <= _GAP * max(np.abs(ours).max(), np.abs(true[affine.entries]).max()):
+        for layer, ((inputs, z),), g in zip(self.layers, calls, both[1:], strict=True):
+            a, g = layer.inputs(inputs, z).numpy(), layer.by_position(g).numpy()
+            self.numbers += (a.size + g.size * int(tf.size(output)) // n) // n
+            ours = np.einsum("nt...f,nt...c->...fc", a, g)
+            wanted = true[layer.entries]
+            gap = float(np.abs(ours - wanted).max())
+            if not gap <= _GAP * max(np.abs(ours).max(), np.abs(wanted).max()):
                 raise ValueError(
-                    f"model must use the weights of layer {affine.layer.name!r} for a W + b alone "
+                    f"model must use the weights of layer {layer.layer.name!r} for a W + b alone "
                     f"for EK-FAC, got a derivative by them that is off by {gap:.1e}: its call does "
-                    f"more, or they are shared; {_REMEDY}."
+                    f"more, or they are shared; {REMEDY}."
                 )
+            if a.ndim == 3 and a.shape[1] == 1 and len(z.shape) == 2:
+                self.single += (layer,)
 
 
 _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
@@ -189,7 +189,7 @@ def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
 
 
 def _find(traced: FlatModel) -> tuple[Affine, ...]:
-    """Find the layers that own the weights in theta. The innermost layer owns a weight."""
+    """Find the layers that own the weights in theta. The innermost layer with a weight owns it."""
     owners = {id(w): layer for layer in traced.model._flatten_layers() for w in layer.weights}
     ends = np.cumsum(traced.sizes)
     parts: dict[int, list] = {}
@@ -198,97 +198,67 @@ def _find(traced: FlatModel) -> tuple[Affine, ...]:
         layer = owners[id(weight)]
         layers[id(layer)] = layer
         parts.setdefault(id(layer), []).append((weight, np.arange(end - size, end)))
-    return tuple(_affine(layers[key], parts[key], traced.loss.head) for key in layers)
-
-
-def _affine(layer: Any, parts: list, head: str | None) -> Affine:
-    """Locate the weights of a layer. `head` is the activation that the loss goes round, or None."""
-    name = layer.name
-    if not isinstance(layer, Dense | Conv2D):
-        raise ValueError(
-            f"model must hold theta in Dense and Conv2D layers for EK-FAC, got the weight "
-            f"{parts[0][0].name!r} of {type(layer).__name__} layer {name!r}; {_REMEDY}."
-        )
-    own = {"kernel": getattr(layer, "kernel", None), "bias": getattr(layer, "bias", None)}
-    found = {
-        key: positions.reshape(-1, weight.shape[-1])
-        for key in own
-        for weight, positions in parts
-        if weight is own[key]
-    }
-    if len(found) != len(parts):
-        other = next(w for w, _ in parts if all(w is not mine for mine in own.values()))
-        raise ValueError(
-            f"model must hold theta in kernels and biases for EK-FAC, got the weight "
-            f"{other.name!r} of layer {name!r}; {_REMEDY}."
-        )
-    fused = getattr(layer.activation, "__name__", None)
-    if layer.activation not in (None, keras.activations.linear) and (not head or fused != head):
-        activation = getattr(layer.activation, "__name__", repr(layer.activation))
-        raise ValueError(
-            f"model must keep activations in layers of their own for EK-FAC, got "
-            f"activation={activation!r} in layer {name!r}; give it none and put "
-            f"keras.layers.Activation({activation!r}) after it: theta stays the same."
-        )
-    if isinstance(layer, Conv2D):
-        if layer.groups != 1:
-            raise ValueError(
-                f"model must have no grouped convolution for EK-FAC, got groups={layer.groups} in "
-                f"layer {name!r}; {_REMEDY}."
-            )
-        if layer.data_format != "channels_last":
-            raise ValueError(
-                f"model must keep channels last for EK-FAC, got data_format={layer.data_format!r} "
-                f"in layer {name!r}; {_REMEDY}."
-            )
-    entries = np.concatenate([found[key] for key in own if key in found])
-    return Affine(layer, "kernel" in found, "bias" in found, entries)
+    return tuple(affine(layers[key], parts[key]) for key in layers)
 
 
 @contextmanager
-def _recording(layers: list) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """Record the input and the output of every call of each layer inside the `with` block.
+def _recording(layers: tuple[Affine, ...]) -> Iterator[list[list[tuple[Any, Any]]]]:
+    """Record the input and z of every call of each layer inside the `with` block.
 
-    Keras calls `layer.call`. An attribute of the instance overrides this method.
+    Keras calls `layer.call` and `layer.activation`. An attribute of the instance overrides the
+    class's method. z is what the activation gets, or the output of a layer without activation.
     """
     calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
 
-    def recorder(call: Callable, seen: list) -> Callable:
+    def recorder(layer: Affine, seen: list) -> tuple[Callable, Callable | None]:
+        call, activation = layer.layer.call, getattr(layer.layer, "activation", None)
+        before: list[Any] = []
+
+        def activated(z):
+            before.append(z)
+            return activation(z)  # pyright: ignore[reportOptionalCall]
+
         def recorded(inputs, *args, **kwargs):
+            before.clear()
             output = call(inputs, *args, **kwargs)
-            # An affine layer's own softmax or sigmoid at the model's end does not belong to it.
-            seen.append((inputs, getattr(output, "_keras_logits", output)))
+            z = before[0] if len(before) == 1 else output
+            seen.append((layer.observed(call, inputs, *args, **kwargs), z))
             return output
 
-        return recorded
+        return recorded, None if activation is None else activated
 
-    before = [vars(layer).get("call") for layer in layers]
+    kept = [{k: v for k, v in vars(a.layer).items() if k in ("call", "activation")} for a in layers]
     try:
         for layer, seen in zip(layers, calls, strict=True):
-            vars(layer)["call"] = recorder(layer.call, seen)
+            call, activation = recorder(layer, seen)
+            vars(layer.layer)["call"] = call
+            if activation is not None:
+                vars(layer.layer)["activation"] = activation
         yield calls
     finally:
-        for layer, call in zip(layers, before, strict=True):
-            if call is None:
-                vars(layer).pop("call", None)
-            else:
-                vars(layer)["call"] = call
+        for layer, before in zip(layers, kept, strict=True):
+            vars(layer.layer).pop("call", None)
+            vars(layer.layer).update(before)
 
 
-def _patches(layer: Conv2D, a: Any) -> Any:
-    """Return each output pixel's input patch, (n, height, width, f), ordered like kernel rows."""
-    square = lambda pair: [1, *pair, 1]  # noqa: E731
-    return tf.image.extract_patches(
-        a,
-        square(layer.kernel_size),
-        square(layer.strides),
-        square(layer.dilation_rate),
-        layer.padding.upper(),
-    )
+def _joined(found: Any) -> Any:
+    """Return the layers' roots (n, s, e), with their e weights in the order of theta."""
+    parts, entries = [], []
+    for layer, (a, g) in found:
+        subscripts = "ntf,ntsc->nsfc" if len(a.shape) == 3 else "ntkf,ntskc->nskfc"
+        products = tf.einsum(subscripts, a, g)
+        parts.append(tf.reshape(products, tf.concat([tf.shape(products)[:2], [-1]], 0)))
+        entries.append(layer.entries.ravel())
+    joined, order = tf.concat(parts, 2), np.concatenate(entries)
+    in_order = (np.diff(order) > 0).all()
+    return joined if in_order else tf.gather(joined, np.argsort(order), axis=2)
 
 
-def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
-    """Return the columns of all S_i, (s, n, ...). `pseudo_gradients` defines S_i."""
+def loss_roots(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
+    """Return the columns of all S_i, (s, n, ...). `pseudo_gradients` defines S_i.
+
+    `curved_at(y, z)` is `PerExampleLoss.curved`, and `output` (n, ...) holds the model's outputs.
+    """
     n = tf.shape(output)[0]
     size = tf.size(output) // n
     curved = curved_at(y, tf.stop_gradient(output))
@@ -299,7 +269,7 @@ def _root(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
 
     H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
     H = (H + tf.linalg.matrix_transpose(H)) / 2
-    # eigh fails on a NaN, so it gets zeros for NaNs. A later sum puts the NaNs into the result.
+    # eigh fails on a NaN, so zeros replace NaNs here. A later sum puts the NaNs into the result.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
     S += 0 * tf.reduce_sum(H, axis=[1, 2], keepdims=True)

@@ -12,20 +12,17 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.checkpoint import check_folder, identity, kept
-from influence.common.memory import VECTORS, fitting
 from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
-from influence.curvature.layers import affine_layers
+from influence.curvature.roots import rows_per_batch, sum_of_squares
 from influence.examples.given import Data
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.net import Net, checked
 from influence.net.questions import Total
 from influence.net.refused import check_weights
 
 # One pass over the data forms this many columns of the dense matrix.
 _DENSE_BLOCK = 256
-# Memory holds this many arrays of the size of the result while `roots` computes its result.
-_ROOT_COPIES = 4
 
 
 class Curvature(LinearOperator):
@@ -33,9 +30,9 @@ class Curvature(LinearOperator):
 
     Args:
       net: the net. The matrix belongs to its current theta.
-      examples: the training set. Products with any number of vectors take one pass over it.
+      examples: the training set. Products with any number of vectors take one pass over this set.
       damping: number >= 0 that is added to the diagonal. Solvers invert matrix + damping I.
-      batch_size: the number of rows per batch, to limit memory. If it is None, the net chooses it.
+      batch_size: the number of rows per batch, to limit memory. None: the net chooses this number.
       checkpoints: a folder where `dense` stores the undamped matrix, or None. A later call of
         `dense` with any damping loads the stored matrix.
 
@@ -43,7 +40,7 @@ class Curvature(LinearOperator):
       batch size or a folder that is not writable.
     """
 
-    # `_method` names the net's method for one batch. `_each` is the question for `each_batch`.
+    # `_method` is the net's method for one batch. `_each` is the name that `each_batch` takes.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
     _needs_logits: ClassVar[bool] = False
@@ -123,7 +120,7 @@ class Curvature(LinearOperator):
         return symmetrised(matrix)
 
     def same_as(self, other: Any) -> bool:
-        """Return True if `other` has the same kind, net, examples, damping and theta."""
+        """Return True if `other` has the same kind, net, examples, damping and theta as this."""
         return (
             type(other) is type(self)
             and other.net is self.net
@@ -198,9 +195,9 @@ class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix G, plus the penalty's Hessian and damping I.
 
     G = (1/n) sum_i J_i' (d2 loss_i / d output2) J_i (Schraudolph 2002). J_i is the Jacobian of row
-    i's output by theta. The Hessian contains the model's second derivatives. G omits them. If the
-    loss is convex in the output, G is positive semi-definite. G is not the empirical Fisher, which
-    is the mean of grad loss_i grad loss_i'.
+    i's output with respect to theta. G omits the model's second derivatives, which the Hessian
+    contains. If the loss is convex in the output, G is positive semi-definite. G is not the
+    empirical Fisher matrix, which is the mean of grad loss_i grad loss_i'.
 
     Raises: the errors of Curvature. ValueError if the loss is a cross-entropy of probabilities.
     """
@@ -213,38 +210,24 @@ class GaussNewton(Curvature):
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:
-        """Compute the undamped matrix from `AffineLayers.roots`, or else from products.
+        """Compute the undamped matrix from roots of the rows' matrices, or else from products.
 
-        `roots` needs affine layers and a convex loss. It takes one backward pass per output of the
-        model. Products with unit vectors take at least one backward pass for each of d columns.
+        Roots need a loss that is convex in the output. They take one backward pass per output of
+        the model. Products with unit vectors take at least one backward pass for each of d columns.
         """
-        layers = None
-        if self.net.loss.convex and not self.net.convex:
-            try:
-                layers = affine_layers(self.net, self.examples.take(slice(0, 2)).x)
-            except ValueError:  # a layer is not affine
-                pass
-        if layers is None:
+        net, one = self.net, self.examples.take([0])
+        if not net.loss.convex or net.convex or net.num_outputs(one.x) > net.num_parameters:
             return super()._formed()
-        one = self.examples.take([0])
-        per_row = _ROOT_COPIES * layers.roots(one.x, one.y).nbytes
-        size = fitting(VECTORS, per_row, self.net.rows_per_batch(self.examples))
-        matrix = mean_matrix(_root_square, self.net, self.examples, self.batch_size or size)
+        size = self.batch_size or rows_per_batch(net, one, len(self.examples))
+        matrix = mean_matrix(sum_of_squares, net, self.examples, size)
         self._add_penalty(matrix)
         return symmetrised(matrix)
-
-
-def _root_square(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the sum over the batch of J_i' (d2 loss_i / d output2) J_i, with shape (d, d)."""
-    roots = affine_layers(net, x).roots(x, y, net.at(theta).theta_tensor())
-    roots = roots.reshape(-1, net.num_parameters)
-    return roots.T @ roots
 
 
 def symmetrised(matrix: NDArray) -> NDArray:
     """Replace a matrix (d, d) by the mean of itself and its transpose, in place.
 
-    The given matrix is symmetric up to rounding. The result is exactly symmetric.
+    The given matrix is symmetric up to rounding, and the result is exactly symmetric.
     """
     starts = range(0, len(matrix), _DENSE_BLOCK)
     tiles = [slice(start, start + _DENSE_BLOCK) for start in starts]

@@ -40,7 +40,7 @@ def converted(x: Any, array: Callable[[Any, str], Any]) -> Any:
 
 
 class Fingerprint:
-    """SHA-256 of rows that are added in batches. It does not depend on the batch sizes."""
+    """SHA-256 of rows that are added in batches. The digest does not depend on batch sizes."""
 
     def __init__(self):
         self._parts: dict[str, Any] = {}

@@ -358,7 +358,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows. It does not depend on how dense rows are stored."""
+        """SHA-256 of all rows. The digest does not depend on how dense rows are stored."""
         seen = Fingerprint()
         for x, y in self.batches(CHECK_ROWS):
             seen.add(x, y)
@@ -372,7 +372,7 @@ class Examples:
 
     # --- overridden by sets with other storage: the callers have checked the arguments ------------
 
-    # This is False if some rows are not in memory. Then x is not available.
+    # `in_memory` is False if some rows are not in memory. Then x is not available.
     in_memory = True
 
     def _taken(self, rows: NDArray | slice) -> Examples:
@@ -408,7 +408,7 @@ class Examples:
 
 
 class Remaining(Examples):
-    """View of some rows of another set, the parent. It reads inputs from the parent, uncopied."""
+    """View of some rows of another set, the parent. Inputs are read from the parent, not copied."""
 
     def __init__(self, whole: Examples, kept: NDArray[np.int64]):
         y = whole.y[kept]
@@ -424,7 +424,7 @@ class Remaining(Examples):
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x. It is estimated from the mean number per row of the parent."""
+        """Number of entries in x, estimated from the mean number per row of the parent."""
         return self._whole.num_entries // len(self._whole) * len(self)
 
     def _taken(self, rows: NDArray | slice) -> Examples:

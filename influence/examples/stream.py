@@ -31,7 +31,7 @@ class Stream(Examples):
     so it gives the same results as Examples of the same rows. The constructor reads the dataset
     twice and compares both passes row by row. It needs memory for one batch, the labels and 8
     bytes per row. `take` reads a tf.data.Dataset from its start to the last row taken. LiSSA takes
-    random rows, so it is slow. From a PyDataset, `take` reads only the batches with its rows.
+    random rows, so it is slow there. Of a PyDataset, `take` reads only the batches with its rows.
 
     Args:
       dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y) or

@@ -34,11 +34,11 @@ class Moments:
         return cls(0, zero, zero)
 
     def step(self, thetas: NDArray, gradients: NDArray, rate: float) -> tuple[NDArray, Moments]:
-        """Take one step of k trainings. Return their parameters (d, k) and moments.
+        """Take one step of k trainings. Return their parameters (d, k) and their new moments.
 
         Step t subtracts rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon) from theta. m and
         v are the running means. Kingma & Ba (2015) give this form at the end of section 2, and
-        Keras uses it. Its epsilon differs from that of their algorithm 1.
+        Keras uses it. The epsilon in this form differs from the epsilon in their algorithm 1.
         """
         t = self.steps + 1
         m, v = (a[:, None] if a.ndim == 1 else a for a in (self.first, self.second))
@@ -50,7 +50,10 @@ class Moments:
 
 
 def batch_rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
-    """Yield the minibatch rows of step `first` and later steps. (seed, p) shuffles pass p."""
+    """Yield the rows of each minibatch, from step `first` on.
+
+    Pass p over the data is shuffled with the seed (seed, p).
+    """
     batch_size = min(batch_size, num_examples)
     number, offset = divmod(first * batch_size, num_examples)
 

@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 from influence.common.memory import VECTORS
 from influence.common.numbers import dots
 
-# Each function has room for at least this many pairs (step, change of gradient).
+# At least this many pairs (step, change of gradient) of each function are stored.
 _LEAST_PAIRS = 20
-# This is the memory in bytes for the pairs of each function, unless `_LEAST_PAIRS` pairs need more.
+# The stored pairs of one function take at most this many bytes, unless `_LEAST_PAIRS` need more.
 _BYTES = VECTORS >> 5
-# A search is stuck if its gradient has not become smaller for this many passes. It then ends unless
-# it is under way. It is under way if it meets the next two conditions.
+# A search is stuck if its gradient norm has reached no new minimum for this many passes. A stuck
+# search ends, unless both of the next two conditions hold. Then it is still descending.
 _PATIENCE = 20
-# These passes have lowered the function by more than this share of its total decrease. A smaller
-# share may be rounding. The share depends on the precision of the gradients.
+# First condition: these passes lowered the function by more than this share of its total decrease.
+# A smaller share may be rounding, so the share depends on the precision of the gradients.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-# These passes have met a gradient norm above this multiple of the smallest one.
+# Second condition: in these passes a gradient norm exceeded this multiple of the smallest norm.
 _ROSE = {"float32": 2.0, "float64": 0.0}
-# After low-precision gradients, a pair is used only if its change of gradient exceeds this multiple
-# of their error.
+# A pair from low-precision gradients is used only if its change of gradient exceeds this multiple
+# of the gradients' error.
 _TOLD = 10.0
-# A pair is used if the cosine between step and change of gradient exceeds this.
+# A pair is used only if the cosine between its step and its change of gradient exceeds this.
 _CURVED = 1e-8
-# A step ends on a steep climb if the slope there exceeds this share of its initial descent.
+# A step ends on a steep climb if the slope at its end exceeds this share of its initial descent.
 _OVERSHOOT = 0.5
 # After an accepted step the radius is at least this multiple of the step's length.
 _LONGER = 1.5
@@ -44,7 +44,7 @@ class Found:
       thetas: (d, k) the theta with the smallest gradient that each function has seen.
       norms: (k,) Euclidean norms of the exact gradients at `thetas`.
       passes: (k,) number of gradients that each function took, low-precision ones included. It
-        excludes the gradient at the start and those at the change to exact gradients.
+        excludes the gradients at the start and at the change to exact gradients.
     """
 
     thetas: NDArray
@@ -69,33 +69,35 @@ def minimise(
     If `inverse` is the inverse Hessian at the start, the first step is Newton's. The two-loop
     recursion (Nocedal 1980) adds the curvature that later gradients show. A step is rejected if it
     ends on a climb steeper than half its initial descent and the gradient has grown. This test is
-    the upper one of the approximate Wolfe conditions (Hager & Zhang 2005). It needs only gradients
-    and tolerates rounding. The curvature along a rejected step is also used.
+    the upper one of the approximate Wolfe conditions (Hager & Zhang 2005). The test needs only
+    gradients and tolerates rounding. The curvature along a rejected step is also used.
 
     Each function has a radius. No step of the function is longer than its radius. The radius starts
     at `longest`. A rejected step sets it to half the step's length. An accepted step that ends on a
     steep climb sets it to the step's length. After any other step it is at least 1.5 times the
     step's length. The radius protects a search from one long Newton step if the curvature changes.
 
-    A search whose gradient no longer shrinks may be on a long descent or at its rounding. It goes
-    on if the function still decreases. The decrease is the sum of -(g_before + g_after) . step / 2,
-    with g the gradients, up to third order. Except in float64, the gradient must also have grown.
+    If the gradient of a search no longer shrinks, the search may be on a long descent, or it may
+    have reached rounding error. The search continues only if the function still decreases. The
+    decrease is the sum of -(g_before + g_after) . step / 2 over the steps, with g the gradients, up
+    to third order. In float32 the gradient must also have grown.
 
     Args:
       gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of
         the functions `columns` at `thetas`.
       inverse: a function of G (d, j) and columns (j,). It multiplies G by positive definite
         approximations of the inverse Hessians at the start.
-      thetas: (d, k) the start.
-      first: (d, k) the exact gradients at the start.
-      tolerance: (k,) norms of gradients to stop at.
+      thetas: (d, k) the theta at which each search starts.
+      first: (d, k) the exact gradients at `thetas`.
+      tolerance: (k,) gradient norms at which the searches stop.
       max_passes: the largest number of calls of `gradients` or of the low-precision gradients.
       pairs: pairs (P, Y) of (d, k) arrays that update `inverse` before the first step. Y is P times
         the wanted initial Hessian. A column is zero if its function has no such pair.
       longest: (k,) initial radii; None: no limit.
-      rough: a function of cheaper low-precision gradients, and (k,) norms. It is used until its
-        gradients reach these norms or no longer shrink. Then `gradients` continues from the theta
-        with the smallest gradient. Pairs that rounding could explain are dropped.
+      rough: a function that computes cheaper low-precision gradients, and (k,) gradient norms. A
+        search uses this function until its gradient reaches its norm or no longer shrinks. Then
+        `gradients` continues from the theta with the smallest gradient. Pairs that rounding could
+        explain are dropped.
 
     Returns: Found.
     """
@@ -125,7 +127,7 @@ def minimise(
                 weight[rough_ended] *= told
         stay = ~now.ended(todo)
         if not stay.all():
-            for i, (S, Y, weight) in enumerate(seen):  # One by one, this needs less memory.
+            for i, (S, Y, weight) in enumerate(seen):  # A loop over the pairs saves memory.
                 seen[i] = S[:, stay], Y[:, stay], weight[stay]
             todo = todo[stay]
     now.judge(todo[~now.exact[todo]])
@@ -133,7 +135,7 @@ def minimise(
 
 
 class _Searches:
-    """The state of k minimisations. A method works on the functions `columns`."""
+    """The state of k minimisations. The argument `columns` selects functions by their indices."""
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class _Searches:
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
         self.stale = np.zeros(k, int)  # `stale` counts the passes since the last `_begin`.
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` is `fallen` at `_begin`.
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` was `fallen` at `_begin`.
         self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
@@ -181,7 +183,7 @@ class _Searches:
         self.longest[columns] = np.where(taken, longer, lengths / 2)
 
     def look(self, columns: NDArray) -> None:
-        """Store the best thetas. Restart the counts of better searches and of those under way."""
+        """Store the best thetas. Restart the counts of searches that improved or still descend."""
         best, norms = self.best, self.norms[columns]
         smaller = norms < best.norms[columns]
         better = columns[smaller]
@@ -202,7 +204,7 @@ class _Searches:
         self._begin(columns[smaller | under_way])
 
     def ended(self, columns: NDArray) -> NDArray:
-        """Return True (j,) for functions that are at their norm or stuck."""
+        """Return True (j,) for functions whose search has reached its norm or is stuck."""
         return (self.best.norms[columns] <= self.until[columns]) | self.stuck(columns)
 
     def stuck(self, columns: NDArray) -> NDArray:
@@ -210,7 +212,7 @@ class _Searches:
         return self.stale[columns] >= _PATIENCE
 
     def judge(self, columns: NDArray) -> NDArray:
-        """Change to exact gradients at the best thetas. Return (j,) low-precision errors there."""
+        """Change to exact gradients at the best thetas. Return low-precision errors (j,) there."""
         if not len(columns):
             return np.empty(0)
         there = self.best.thetas[:, columns]
@@ -241,7 +243,7 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Return (S, Y, 1 / (step . change)). The last is 0 if the step shows no positive curvature."""
+    """Return (S, Y, 1 / (step . change)). The third is 0 if the step has no positive curvature."""
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
     product = dots(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)

@@ -13,7 +13,7 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-# The ridge is this times the largest diagonal entry. With it a singular G has a Cholesky factor.
+# The ridge is this times the largest diagonal entry. The ridge makes a singular G definite.
 _RIDGE = 1e-8
 # There are this many refinement steps. Each reduces the ridge's effect by several digits.
 _REFINEMENTS = 4
@@ -23,10 +23,10 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     """Minimise a'Ga / 2 - b'a over a in [0, 1]^k.
 
     With G + ridge I = L L' the problem becomes min |L'a - L^-1 (b + ridge start)|^2 over the box.
-    The ridge pulls the solution towards `start`, not towards zero. SciPy solves it by
+    The ridge pulls the solution towards `start`, not towards zero. SciPy solves this problem by
     bounded-variable least squares (Stark & Parker 1995). Iterative refinement with G on the entries
     inside the box then removes the effect of the ridge on all entries that G determines. A singular
-    G does not determine all of them. Repeated calls, each with the last answer as `start`, then
+    G does not determine all entries. Repeated calls, each with the last answer as `start`, then
     converge to a minimum.
 
     Args:

@@ -1,7 +1,8 @@
 """Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989), and Newton's steps at the end.
 
-L-BFGS compares values of the risk. Near a minimum they differ by less than their rounding, while
-the gradient is still far above its rounding. Newton's steps then continue from gradients alone.
+L-BFGS compares values of the risk. Near a minimum their differences are smaller than their rounding
+errors, but the gradient is still accurate. So the last steps are Newton's. These need no values of
+the risk.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from influence.common.progress import counter
 
 # L-BFGS stores this many pairs (step, change of gradient).
 _MEMORY = 20
-# These limit the number of Newton's steps, and the conjugate gradient iterations and the relative
-# residual of each step.
+# Newton's method takes at most this many steps. Each step takes at most this many conjugate
+# gradient iterations, and ends earlier at this relative residual.
 _NEWTON_STEPS, _CG_ITERATIONS, _CG_RTOL = 10, 200, 1e-3
-# Relative rounding of a risk, which may come from float32 losses.
+# A risk has this relative rounding error if its losses are float32.
 _RISK_ROUNDING = 1e-6
 
 
@@ -32,15 +33,15 @@ def minimise(
     max_iterations: int,
     product: Callable[[NDArray, NDArray], NDArray] | None = None,
 ) -> NDArray:
-    """Minimise a risk from a start, deterministically.
+    """Minimise a risk from a given start. The result is deterministic.
 
     Args:
       risk_and_gradient: a function of theta (d,) that returns the risk and its gradient (d,).
       theta: (d,) the start.
-      gradient_tolerance: Euclidean norm of the gradient to stop at.
+      gradient_tolerance: Euclidean norm of the gradient at which the minimisation stops.
       max_iterations: the largest number of L-BFGS iterations.
       product: a function of theta (d,) and v (d,) that returns the risk's Hessian times v. None:
-        no Newton's steps.
+        Newton's steps are not taken.
 
     Returns: (d,) the last theta. Warns with ConvergenceWarning if its gradient is above tolerance.
     """
@@ -88,7 +89,7 @@ def _newton(
     gradient: NDArray,
     tolerance: float,
 ) -> tuple[NDArray, float]:
-    """Take Newton's steps while each halves the gradient. Return theta and its gradient norm.
+    """Take Newton's steps while each step halves the gradient. Return theta and its gradient norm.
 
     A step that raises the risk by more than its rounding is rejected: it may lead to a saddle.
     """

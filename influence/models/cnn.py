@@ -21,10 +21,10 @@ from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 
-# The schedule has 20,000 steps. The authors' code takes 500,000. Our first rate is ten times the
-# first rate of that code. The last rates are equal.
+# The schedule has 20,000 steps, and the authors' code takes 500,000. Our first learning rate is ten
+# times the first rate of that code. The last rate is the same in both.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
-# Training writes a checkpoint whenever it has taken this many more steps.
+# Training writes a checkpoint each time this many further steps are done.
 _SAVE_EVERY = 500
 
 
@@ -36,9 +36,9 @@ class AllCNN(GenericNeuralNet):
     cross-entropy plus weight_decay/2 times the sum of all squared kernel weights. Biases are not
     penalised. By default the net has d = 2,616 parameters.
 
-    Activations are separate layers because EK-FAC requires it. Initial weights are drawn from a
-    normal distribution truncated at two standard deviations. This deviation is 2/sqrt(fan-in) for
-    convolutions and 1/sqrt(fan-in) for the last layer. Initial biases are zero.
+    Activations are separate layers. Initial weights are drawn from a truncated normal distribution
+    with the standard deviation 2/sqrt(fan-in) for convolutions and 1/sqrt(fan-in) for the last
+    layer. The distribution is cut at two standard deviations. Initial biases are zero.
 
     Args:
       image_shape: (height, width, channels), channels last.
@@ -115,7 +115,7 @@ class AllCNN(GenericNeuralNet):
     ) -> AllCNN:
         """Train from the present theta by Adam (Kingma & Ba 2015) on minibatches.
 
-        The final theta is not a minimum. `gradient_norm(examples)` is not zero there. Equal
+        The final theta is not a minimum, so `gradient_norm(examples)` is not zero there. Equal
         examples, arguments and initial theta give equal results, bit for bit on one machine.
 
         Args:
@@ -124,7 +124,7 @@ class AllCNN(GenericNeuralNet):
           batch_size: number of rows in each step; all rows if there are fewer.
           seed: seed of the row order. The rows are shuffled again after each pass.
           checkpoints: a folder, or None. Training stores its state there every 500 steps. After a
-            kill the next call continues from that state and ends with the same numbers.
+            kill, the next call continues from the stored state and ends with the same numbers.
 
         Returns: self, with Adam's state in `moments`.
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
@@ -159,9 +159,9 @@ def train_by_adam(
     Each pass shuffles the examples, and the minibatches follow this order. For given examples and
     batch size, the rows of step k depend only on the seed and k.
 
-    Args: as `AllCNN.fit`. `net` may be any net. It ends at the theta of the last step. key: values
-      that distinguish the net from others of its class, such as its architecture. The name of the
-      file in `checkpoints` depends on everything that the training depends on.
+    Args: as `AllCNN.fit`. `net` may be any net. The net ends at the theta of the last step. key:
+      values that distinguish the net from others of its class, such as its architecture. The file
+      name in `checkpoints` depends on `key` and on all other inputs of the training.
     Returns: Adam's final state.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
       finite. Then all variables have their initial values again.
@@ -213,7 +213,7 @@ def _flat(optimizer: Any, kind: str) -> NDArray:
 
 
 def _step(net: GenericNeuralNet, optimizer: Any, weights: list) -> Any:
-    """Return a function of (x, y): it takes a step and returns the risk before that step."""
+    """Return a function of (x, y) that takes a step and returns the risk before the step."""
 
     def step(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:

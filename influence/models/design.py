@@ -1,4 +1,4 @@
-"""`Design`, a linear model's products with inputs, and `Link`, its loss of outputs.
+"""`Design` multiplies inputs by a linear model's parameters. `Link` is the loss of its outputs.
 
 Inputs X (n, f) and weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The
 intercept is a last feature that is always one. Neither class stores theta or data.
@@ -20,11 +20,11 @@ import scipy.sparse
 import threadpoolctl
 from numpy.typing import NDArray
 
-# `weighted_gram` weights this many rows together. They fit into the processor's cache.
+# `weighted_gram` weights this many rows together. This many fit into the processor's cache.
 _HESSIAN_ROWS = 1024
-# `_threads` starts threads only for work of at least this many operations. A start costs time.
+# `_threads` starts threads only for work of at least this many operations. Starting takes time.
 _WORTH_THREADS = 1e9
-# `_threads` starts threads only for at least this many tasks. Fewer cannot be shared evenly.
+# `_threads` starts threads only for at least this many tasks. Fewer tasks cannot be shared evenly.
 _MANY_TASKS = 10
 
 
@@ -45,7 +45,7 @@ class Link(ABC):
 
     @abstractmethod
     def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """Multiply the matrix d2l/dz2 of each row, at Z (n, c, 1), by its U (n, c, m)."""
+        """Multiply each row's matrix d2l/dz2 at Z (n, c, 1) by the row's part of U (n, c, m)."""
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
         """Return weights (n, w) >= 0 from which `Design.weighted_gram` makes parts of the Hessian.
@@ -97,7 +97,7 @@ class Design:
         """Multiply the gradient of each row by V (d, m) in V's dtype, and return (n, m).
 
         The gradient of row i is the outer product of x_i and E_i = dl_i/dz. For dense inputs, all
-        gradients (n, d) are formed. With many vectors the cost of this is negligible.
+        gradients (n, d) are formed. With many vectors, forming them takes a negligible time.
         """
         E, x = E.astype(V.dtype), x.astype(V.dtype)
         if scipy.sparse.issparse(x):
@@ -111,9 +111,9 @@ class Design:
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
         """Return X' diag(w) X for each column w of the weights (n, k) >= 0: (k, f, f).
 
-        A symmetric update by sqrt(w) X needs half the operations of a general product. With many
-        matrices, one thread sums each of them, because BLAS' own threads would be idle a third of
-        the time. The sum of a matrix then does not depend on the number of threads.
+        A symmetric update by sqrt(w) X needs half the operations of a general product. If there are
+        many matrices, one thread sums each of them, because BLAS' own threads would be idle a third
+        of the time. The sum of a matrix then does not depend on the number of threads.
         """
         f, (n, k) = self.num_features + self.intercept, weights.shape
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
@@ -123,7 +123,8 @@ class Design:
         def update(rows: NDArray, w: NDArray, some: slice, buffer: NDArray) -> None:
             for gram, column in zip(grams[some], w.T[some], strict=True):
                 weighted = np.multiply(rows, column[:, None], out=buffer[: len(rows)]).T
-                # syrk works in place: gram.T is in Fortran order. Its lower half is gram's upper.
+                # syrk works in place, because gram.T is in Fortran order. The lower half of gram.T
+                # is the upper half of gram.
                 syrk(1, weighted, beta=1.0, c=gram.T, overwrite_c=True, lower=True)
 
         with _threads(n * f**2, k) as (apply, count):

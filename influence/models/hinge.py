@@ -6,8 +6,9 @@ l of a row is (Koh & Liang 2017, section 4.2; sigma is the logistic function)
     l = t log(1 + exp(u / t))
     dl/dz = -y sigma(u / t)        d2l/dz2 = sigma(u / t) sigma(-u / t) / t
 
-At t = 0 the loss is the hinge max(0, u). It has no curvature. The maximum of the dual D gives the
-minimum w* of the risk R. lambda is the weight decay. For all dual variables 0 <= a_i <= 1,
+At t = 0 the loss is the hinge max(0, u). The hinge has no curvature. The maximum of the dual D
+gives the minimum w* of the risk R. lambda is the weight decay. For all dual variables 0 <= a_i <=
+1,
 
     w(a) = sum_i a_i y_i x_i / (n lambda)
     D(a) = mean a_i - lambda/2 |w(a)|^2
@@ -35,14 +36,14 @@ from influence.minimisers.box_qp import boxed_minimum
 from influence.models.design import Link
 from influence.models.linear import LinearModel
 
-# A positive temperature must be at least this. Much smaller ones are zero in float32.
+# A positive temperature must be at least this. Much smaller temperatures are zero in float32.
 _SMALLEST_T = 1e-30
-# A row is near the kink if its margin differs from 1 by at most this. LinearSVC is about this
-# accurate.
+# A row is near the kink if its margin differs from 1 by at most this. LinearSVC finds margins with
+# about this accuracy.
 _NEAR_KINK = 1e-4
 # `fit` calls LinearSVC once if a round would solve for more rows than this, or for more than d.
 _FEW = 500
-# `fit` stops after this many rounds without a smaller gap. Only rounding errors are left then.
+# `fit` stops after this many rounds without a smaller gap, because only rounding errors are left.
 _STALE = 10
 
 
@@ -121,9 +122,9 @@ class HingeLink(Link):
 class SmoothHinge(LinearModel):
     """A linear SVM whose hinge is smoothed with temperature t; t = 0 is the SVM itself.
 
-    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on it. A row gets
-    half the slope if its margin differs from 1 by at most the square root of the dtype's machine
-    epsilon. Half the slope is the limit t -> 0 at margin 1.
+    At t = 0 each loss has a kink at margin 1, and at the minimum some rows lie on this kink. A row
+    gets half the slope if its margin differs from 1 by at most the square root of the dtype's
+    machine epsilon. Half the slope is the limit t -> 0 at margin 1.
 
     Args:
       num_features: number f of features.
@@ -166,8 +167,9 @@ class SmoothHinge(LinearModel):
         """Minimise the risk from the present theta.
 
         At t > 0 this is LinearModel.fit. At t = 0 the first round solves the dual exactly for the
-        rows near margin 1. Each later round solves it for the rows with 0 < a_i < 1 or a positive
-        term of the gap. If these rows are too many, scikit-learn's LinearSVC sets theta once.
+        rows near margin 1. Each later round solves the dual for the rows with 0 < a_i < 1 or a
+        positive term of the gap. If there are too many such rows, scikit-learn's LinearSVC sets
+        theta once.
 
         Args:
           examples: labels -1 and 1.
@@ -221,8 +223,8 @@ class SmoothHinge(LinearModel):
     def duality_gap(self, examples: Examples) -> float:
         """Compute the duality gap of the hinge, an upper bound on R(theta) - R(w*).
 
-        The dual variables are 0 or 1 for rows away from the kink, and optimal for rows near it. The
-        bound is valid for any dual variables and any theta.
+        The dual variables are 0 or 1 for rows away from the kink, and optimal for rows near the
+        kink. The bound is valid for any dual variables and any theta.
 
         Args:
           examples: the training set.
@@ -240,16 +242,16 @@ class SmoothHinge(LinearModel):
         return float(gap)
 
     def _norm_of(self, gap: float) -> float:
-        """Return g = sqrt(2 lambda gap): g / lambda bounds |w - w*| as a gradient norm does."""
+        """Return g = sqrt(2 lambda gap). As for a gradient norm, g / lambda bounds |w - w*|."""
         return float(np.sqrt(2 * self.weight_decay * gap))
 
     def _at_bounds(self, examples: Examples) -> tuple[NDArray, NDArray]:
-        """Return (a, near): a is 1 where u > 0 at theta, else 0; near marks rows at the kink."""
+        """Return (a, near). a is 1 if u > 0 at theta, else 0. near is True for rows at the kink."""
         u = self._shortfalls(examples)
         return (u > 0).astype(float), np.abs(u) <= _NEAR_KINK
 
     def _solved_for(self, examples: Examples, near: NDArray, a: NDArray) -> NDArray:
-        """Maximise D over the dual variables of the rows `near`, and keep the others.
+        """Maximise D over the dual variables of the rows `near`. The others do not change.
 
         This minimises a'AA'a / 2 - b'a over 0 <= a_i <= 1. Row i of A is y_i x_i.
         """
@@ -264,7 +266,7 @@ class SmoothHinge(LinearModel):
         return others
 
     def _weights(self, examples: Examples, a: NDArray) -> NDArray:
-        """Compute w(a), (d,). Rows with a = 1 are summed in a pass; few rows have 0 < a < 1."""
+        """Compute w(a), (d,). One pass sums all rows with a = 1. Few rows have 0 < a < 1."""
         total = np.zeros((self.num_parameters, 1), self.dtype)
         ones = np.flatnonzero(a == 1)
         if len(ones):
@@ -281,7 +283,7 @@ class SmoothHinge(LinearModel):
         return examples.each_row(_shortfall, self)
 
     def _liblinear(self, examples: Examples) -> None:
-        """Set theta by scikit-learn. It need not converge, because `fit` computes the gap."""
+        """Set theta by LinearSVC. It need not converge, because `fit` computes the duality gap."""
         from sklearn.exceptions import ConvergenceWarning  # this import takes seconds
         from sklearn.svm import LinearSVC
 

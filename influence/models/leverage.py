@@ -23,7 +23,7 @@ from influence.examples.examples import Examples, check_rows
 
 # At most this many right-hand sides are solved together. This bounds memory.
 _COLUMNS = 1024
-# `self_influence` factors matrices of at most this order. Such a matrix takes 2 GiB.
+# `self_influence` factors matrices of at most this order. The largest takes 2 GiB.
 _LARGEST_FACTOR = 1 << 14
 
 
@@ -43,9 +43,9 @@ def leverages(
 def self_influence(net: Any, examples: Examples, rows: NDArray) -> NDArray | None:
     """Compute e_i (e_i x_i' H^-1 x_i + x_i' H^-1 lambda theta) / n for rows i, with e = dl/dz.
 
-    Returns: (k,), or None if this is not safe or not faster than a solver. It is None for several
-      outputs, in float32, without a penalty, and for a matrix that is too large or not positive
-      definite. If d > n it is also None for inputs that are not in memory.
+    Returns: (k,), or None if the closed form is not safe or not faster than a solver. The result is
+      None for several outputs, in float32, without a penalty, and for a matrix that is too large or
+      not positive definite. If d > n, the result is also None for inputs that are not in memory.
     """
     smaller = min(len(examples), net.num_parameters)
     if net.num_outputs != 1 or net.dtype != np.float64 or net.strong_convexity == 0:

@@ -7,7 +7,8 @@ with (x) for the Kronecker product,
 
 The risk is the mean loss plus weight_decay/2 |W|^2. theta is W flattened row by row. The intercept
 is a last feature that is always one. The closed forms replace automatic differentiation, and tests
-compare both. NumPy computes them. Its float64 products are three times as fast as TensorFlow's.
+compare both. NumPy computes the closed forms, because its float64 products are three times as fast
+as TensorFlow's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from influence.models import leverage, newton
 from influence.models.design import Design, Link
 from influence.net.net import GenericNeuralNet
 
-# A batch's block (rows, c, m) has at most this many entries. It fits into a processor's cache.
+# A batch's block (rows, c, m) has at most this many entries. Such a block fits into the cache.
 _BLOCK_NUMBERS = 1 << 21
 
 
@@ -67,8 +68,8 @@ class LinearModel(GenericNeuralNet):
             raise ValueError(f"weight_decay must be non-negative, got {weight_decay}.")
         self.num_features, self.num_outputs, self.link = num_features, num_outputs, link
         self.weight_decay, self.intercept = float(weight_decay), bool(intercept)
-        # Keras' L2 has no 1/2. The intercept is penalised too. Otherwise the softmax Hessian would
-        # be singular, because a constant added to all classes' intercepts changes no loss.
+        # Keras' L2 has no factor 1/2. The intercept is penalised too. Otherwise the softmax Hessian
+        # would be singular, because a constant added to all intercepts changes no loss.
         l2 = keras.regularizers.L2(weight_decay / 2)
         dense = keras.layers.Dense(
             num_outputs,
@@ -238,7 +239,7 @@ class LinearModel(GenericNeuralNet):
           examples: the training set.
           rows: (k,) row numbers; all n if omitted.
           gram: (n, n) `design.gram(examples.x)`, computed if omitted. It depends neither on labels
-            nor on theta. It is used only if d > n.
+            nor on theta. The matrix is used only if d > n.
 
         Returns: (k,).
         Raises: ValueError for several outputs or a wrong shape; DivergenceError for a singular
@@ -251,7 +252,8 @@ class LinearModel(GenericNeuralNet):
 
         The Hessian of the risk without row i is
         (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. Woodbury's
-        identity inverts it for all rows with one factorisation. The result checks `leave_one_out`.
+        identity inverts this matrix for all rows with one factorisation. The result serves as a
+        check of `leave_one_out`.
 
         Args:
           examples: the training set. theta should be at the minimum of its risk.

@@ -73,7 +73,7 @@ class MulticlassLogisticRegression(LinearModel):
       num_classes: number c of classes.
       weight_decay: lambda of the penalty lambda/2 |W|^2, where W includes the intercept.
       intercept: True if the model has an intercept. The paper's model has none.
-      dtype: "float64" or "float32". Leave-one-out changes are small (1e-3 to 1e-5 of a loss).
+      dtype: "float64" or "float32". Leave-one-out changes are only 1e-3 to 1e-5 of a loss.
 
     Raises: ValueError for fewer than two classes, one feature or a negative weight decay.
     """
@@ -102,8 +102,8 @@ class MulticlassLogisticRegression(LinearModel):
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
         """Form the risk's Hessian (d, d) from a block -X' diag(p_a p_b) X / n for each class pair.
 
-        Probabilities add up to one, so the loss's block of a class with itself is minus the sum of
-        its blocks with other classes.
+        Probabilities add up to one. The loss's block of a class with itself is therefore minus the
+        sum of the blocks of this class with all other classes.
         """
         blocks = self._weighted_grams(examples)
         c, f = self.num_outputs, blocks.shape[1]
@@ -112,7 +112,7 @@ class MulticlassLogisticRegression(LinearModel):
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
         H = np.empty((f, c, f, c), self.dtype)
-        # This copies one feature's rows at a time, because they fit into the cache.
+        # The loop copies one feature's rows at a time, because they fit into the cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
             parts = -of_row[pair]  # (c, c, f)
             parts[own, own] = 0

@@ -20,13 +20,13 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# `_step` factors the Hessian if this costs at most as many operations as this many products with X.
+# `_step` factors the Hessian if this costs no more operations than this many products with X.
 _FACTOR_COST = 2000
-# CG's relative tolerance for a step is at most this. The first step uses this value.
+# The relative tolerance of CG is at most this. The first step uses this value.
 _LOOSEST = 0.5
 # A step must decrease the risk by this fraction of what the slope predicts (Armijo's condition).
 _SUFFICIENT = 1e-4
-# `_length` tries length 1 in a first pass. Each later pass tries the next seven of 1/2, 1/4 ...
+# `_length` tries the length 1 in a first pass. Each later pass tries seven of 1/2, 1/4 and so on.
 _LENGTHS = np.split(0.5 ** np.arange(50), range(1, 50, 7))
 
 
@@ -39,16 +39,17 @@ def minimise(
 ) -> tuple[float, str]:
     """Minimise the risk from the net's theta, and leave the net at the best point found.
 
-    Each step is shortened until the risk decreases enough, so any start converges. A step p solves
-    H p = g, where H is the risk's Hessian and g its gradient. Cholesky solves this if it is cheap
-    (up to about 2,000 parameters for dense inputs). Otherwise conjugate gradients solve it. Their
-    tolerance decreases with the gradient (Dembo, Eisenstat & Steihaug 1982).
+    Each step is shortened until the risk decreases enough, so the search converges from any start.
+    A step p solves H p = g, where H is the risk's Hessian and g its gradient. A Cholesky factor
+    solves this if the factor is cheap (up to about 2,000 parameters for dense inputs). Otherwise
+    conjugate gradients solve it, with a tolerance that decreases with the gradient (Dembo,
+    Eisenstat & Steihaug 1982).
 
     Args:
       net: a LinearModel.
       design: the net's `Design`.
       examples: the training set.
-      tolerance: the search stops at a gradient of the risk with at most this Euclidean norm.
+      tolerance: the search stops if the gradient of the risk has at most this Euclidean norm.
       max_iterations: largest number of steps.
 
     Returns: the final gradient norm, and the reason if it is above the tolerance, else "".

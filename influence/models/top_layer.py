@@ -30,7 +30,7 @@ _ON_GPU, _ELSEWHERE = 16, 1
 _SLACK = 1e-6
 # An array of images (n, h, w, c) has this many axes. An array of features (n, f) has two.
 _IMAGE_RANK = 4
-# `featured` reads this many images together.
+# `featured` reads this many images at a time.
 _ROWS = 256
 
 
@@ -80,9 +80,10 @@ class TopLayer(BinaryLogisticRegression):
     Only `input_gradient` also takes images.
 
     Args:
-      trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,).
-        `cut` makes one. It runs in inference mode and in its own precision, usually float32. The
-        head is float64. A network for inputs of another range needs a rescaling layer first.
+      trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,). The
+        function `cut` makes such a model. The trunk runs in inference mode and in its own
+        precision, usually float32. The head is float64. If a network expects inputs of another
+        range, it needs a rescaling layer first.
       weight_decay: lambda of the penalty lambda/2 |w|^2.
       mean: (f,) m, such as the mean of the training set's pooled features; zero if None.
       scale: (f,) s > 0, such as the standard deviation of those features; one if None.
@@ -166,7 +167,7 @@ class TopLayer(BinaryLogisticRegression):
         return super().curvature_gradient(self.design.as_dtype(x), y, v)
 
     def validate(self, examples: Examples, name: str) -> None:
-        """See GenericNeuralNet.validate. It refuses images: `featured` must convert them first."""
+        """See GenericNeuralNet.validate. Images are refused: convert them with `featured` first."""
         if isinstance(examples, Examples):
             self.design.check_features(examples.take([0]).x, f"{name}.x")
         super().validate(examples, name)
@@ -216,9 +217,8 @@ class _Trunk:
 
     Args:
       model: `TopLayer.trunk`. Its weights must never change.
-      cotangent: function of (theta, pooled (k, f), y, v) that returns float64 (k, f). It is the
-        derivative of the function that `pullback` differentiates, with respect to the pooled
-        features.
+      cotangent: function of (theta, pooled (k, f), y, v) that returns float64 (k, f). `pullback`
+        multiplies this result by the Jacobian of the pooled features with respect to the pixels.
 
     Attributes: image_shape: (h, w, c), with None for any size; num_features: f.
 

@@ -63,6 +63,10 @@ class Derivatives:
         t = self.flat
         return t.run("outputs", t.model_output, self.theta_tensor(), t.inputs(x))
 
+    def num_outputs(self, x: Any) -> int:
+        """Return how many numbers the model returns for a batch, over all its outputs."""
+        return sum(part.size for part in tf.nest.flatten(self.outputs(x)))
+
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Return the loss of each example, without the penalty.
 
@@ -210,16 +214,14 @@ class Derivatives:
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Return the gradient (d,) of v' H v with respect to theta.
 
-        H is the Hessian of the batch's mean loss.
-
-        The penalty is not included.
+        H is the Hessian of the batch's mean loss. It does not include the penalty.
 
         Args: the arguments of `curvatures`.
         """
         return self._along("curvature_gradient", tape.curvature_gradient, x, y, v)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
-        """Return the derivative of grad loss_i . v by the input x_i, for each example.
+        """Return the derivative of grad loss_i . v with respect to x_i, for each example.
 
         Args:
           x: (n, ...) floating inputs, or a dict of them.
@@ -252,8 +254,9 @@ class Derivatives:
     def penalty_convexity(self) -> float:
         """Lower bound on the eigenvalues of the penalty's Hessian.
 
-        It is the minimum over all weights w. The regulariser L2(l) is l |w|^2, so it gives 2 l. A
-        weight without L2 gives 0. A regulariser other than Keras' L1, L2 and L1L2 gives NaN.
+        The bound is the minimum over all weights w. The regulariser L2(l) is l |w|^2, so it
+        gives 2 l. A weight without L2 gives 0. A regulariser other than Keras' L1, L2 and L1L2
+        gives NaN.
         """
         # np.min returns NaN if any entry is NaN. Python's min may not.
         return float(np.min([_convexity(weight.regularizer) for weight in self.flat.weights]))

@@ -43,7 +43,7 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
             )
         weights = getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
     if end.names is None:
-        found = _scaled(per_example(loss, model, ends_in=end.heads[0]), _one_weight(weights))
+        found = per_example(loss, model, ends_in=end.heads[0]).scaled(_one_weight(weights))
         found = replace(found, compiled=as_compiled)
         return SeveralLosses.of([found], (_ONLY,), True) if end.adds_losses else found
     if as_compiled:
@@ -56,9 +56,7 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
         if name in chosen:
             one, weight = chosen[name]
             part = per_example(one, model, ends_in=ends_in, as_compiled=as_compiled)
-            function = replace(part.function, output=name)
-            part = replace(part, function=function, output=name, compiled=as_compiled)
-            parts.append(_scaled(part, weight))
+            parts.append(replace(part.scaled(weight, name), compiled=as_compiled))
     paths = [p for name, p in zip(end.names, end.paths, strict=True) if name in chosen]
     return SeveralLosses.of(parts, tuple(paths), end.adds_losses, end.names)
 
@@ -160,10 +158,7 @@ class SeveralLosses(PerExampleLoss):
             parts = self.split(tf.reshape(u, [-1, z.shape[1]]))  # with a static shape
             found = [of(own) for of, own in zip(maps, parts, strict=False)]
             found += [tf.zeros_like(own) for own in parts[len(maps) :]]
-            columns = [
-                tf.reshape(h, [-1, int(np.prod(h.shape[1:]))])
-                for h in (tf.reshape(h, tf.shape(own)) for h, own in zip(found, parts, strict=True))
-            ]
+            columns = [tf.reshape(h, [tf.shape(h)[0], -1]) for h in found]
             return tf.reshape(tf.concat(columns, 1), tf.shape(u))
 
         return product
@@ -205,12 +200,6 @@ class SeveralLosses(PerExampleLoss):
 
 def _unset(y: Any, z: Any) -> Any:
     raise NotImplementedError
-
-
-def _scaled(loss: PerExampleLoss, weight: float) -> PerExampleLoss:
-    if weight == 1:
-        return loss
-    return replace(loss, function=replace(loss.function, scale=weight), scale=weight)
 
 
 def _one_weight(weights: Any) -> float:

@@ -22,7 +22,7 @@ from influence.net.refused import check_no_mask
 
 
 class FlatModel:
-    """Model as functions of theta. It also converts arrays to tensors.
+    """A model's outputs and losses as functions of theta. It also converts arrays to tensors.
 
     The constructor chooses the weights. Freezing a layer later has no effect.
 
@@ -148,7 +148,7 @@ class FlatModel:
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
-        """Return a map over vectors. It is a loop if `tape.needs_loop` requires one."""
+        """Return a map over vectors. The map is a loop if `tape.needs_loop` requires one."""
         if self.facts(x, y)[0]:
             return partial(tape.looped, dtype=self.dtype)
         return tf.vectorized_map

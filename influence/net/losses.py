@@ -112,8 +112,8 @@ class PerExampleLoss:
     # False if z holds several outputs or added losses.
     takes_one_output: ClassVar[bool] = True
 
-    def seen(self, raw: Any) -> Any:
-        """Return z, what the loss takes from the model's output."""
+    def seen(self, raw: Any, added: Any = None) -> Any:
+        """Return z, what the loss takes from the model's output. `added` is for several losses."""
         return raw if self.head is None else peeled(raw)
 
     def shapes(self, raw: Any) -> Any:
@@ -136,11 +136,11 @@ class PerExampleLoss:
 
         H is the Hessian of the sum of the losses with respect to the outputs z. Let p be the
         predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For the sigmoid,
-        H u = p (1 - p) u. Both are divided by the number of values that Keras averages in a row. If
-        p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits in float32.
-        Two measures avoid this loss. For softmax, subtract from u its entry at the likeliest class.
-        This does not change H u, because H times a constant vector is zero. For the sigmoid,
-        compute 1 - p from the logits.
+        H u = p (1 - p) u. Both products are divided by the number of values that Keras averages in
+        a row. If p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits in
+        float32. Two measures keep the digits. For softmax, subtract from u its entry at the
+        likeliest class. This does not change H u, because H times a constant vector is zero. For
+        the sigmoid, compute 1 - p from the logits.
 
         Args:
           y: labels.
@@ -167,6 +167,12 @@ class PerExampleLoss:
         weight = weight_of(y, self.output) if self.role != "measurement" else None
         found = [] if weight is None else [tf.cast(weight, dtype)]
         return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
+
+    def scaled(self, weight: float, output: str | None = None) -> PerExampleLoss:
+        """Return the loss times a loss weight, for the labels of one output."""
+        function: Any = self.function
+        function = replace(function, scale=weight, output=output)
+        return replace(self, function=function, scale=weight, output=output)
 
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels and weights that are not valid for this loss.
@@ -395,7 +401,8 @@ class _Weighed:
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
             z = tf.expand_dims(z, -1)  # Keras' cross-entropies recognise only the result itself
-        values = self.call(labels_of(y, self.output), activated(self.head, z))
+        labels = labels_of(y, self.output, several=not self.weighs)
+        values = self.call(labels, activated(self.head, z))
         weight = weight_of(y, self.output) if self.weighs else None
         if weight is not None:
             values *= tf.cast(weight, values.dtype)
@@ -403,7 +410,7 @@ class _Weighed:
 
 
 def _compiled(model: Any) -> Any:
-    """Return the compiled loss of a model. It may be in a list or dict with one entry.
+    """Return the compiled loss of a model. The loss may be in a list or dict with one entry.
 
     Raises: ValueError if the list or dict does not have one entry.
     """

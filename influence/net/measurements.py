@@ -26,11 +26,12 @@ def _of_logits(function: Callable) -> Callable:
 
 @_of_logits
 def margin(y: Any, output: Any) -> Any:
-    """Return the margin. It is the log odds of the label y in the model's prediction.
+    """Return the margin, which is the log odds of the label y in the model's prediction.
 
-    With the label's probability p_y, it is log p_y / (1 - p_y) = z_y - log sum_{k != y} exp z_k. It
-    is the model output function of TRAK (Park et al. 2023, section 3). With one logit for two
-    classes, it is z or -z. Unlike a loss, the margin does not saturate.
+    For the label's probability p_y, the margin is
+    log p_y / (1 - p_y) = z_y - log sum_{k != y} exp z_k. TRAK uses it as model output function
+    (Park et al. 2023, section 3). With one logit for two classes, the margin is z or -z. Unlike a
+    loss, the margin does not saturate.
 
     A positive score means that the margin rises without the row, so the row hurt. For a loss, a
     positive score means that the row helped.
@@ -56,7 +57,7 @@ def adversarial_loss(y: Any, output: Any) -> Any:
     """Return -log(1 - p_y), a loss that falls when the label y becomes less probable.
 
     p_y is the label's probability. The formula log(1 + exp(margin)) is also accurate for p_y near 0
-    or 1. The code of Koh & Liang (2017) uses it to measure how close a test point is to
+    or 1. The code of Koh & Liang (2017) uses this loss to measure how close a test point is to
     misclassification. For two classes, it is the log loss of the other label.
 
     A positive score means that this loss rises without the row. Then the label becomes more
@@ -113,7 +114,7 @@ def _logits(output: Any) -> Any:
 
 
 def _is_label(y: Any, z: Any) -> Any:
-    """Return a mask (n, c). It is True at each example's label."""
+    """Return a mask (n, c). Entry (i, k) is True if k is the label of example i."""
     if len(y.shape) == 2 and y.shape[1] == z.shape[1]:
         return y > 0.5
     return tf.one_hot(

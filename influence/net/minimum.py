@@ -11,7 +11,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# The gradient norm may be at most this fraction of the gradient norm that a removal adds.
+# Without a warning, the gradient norm is at most this fraction of the norm that a removal adds.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 
@@ -43,8 +43,8 @@ def warn_of_drift(
 ) -> None:
     """Warn if theta is too far from the minimum.
 
-    Retraining would then also continue the training, and the changes would not come from the
-    removal only. The removal of a group adds a gradient of norm
+    Retraining would then also continue the training, and the changes would not come only from the
+    removal. The removal of a group adds a gradient of norm
     |sum over the group of (loss_i + penalty)'| / n. The median of this norm over at most 20 groups
     is compared with the gradient norm at theta.
     """

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
 from influence.common.numbers import numbers
+from influence.examples import labels as packing
 from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
-from influence.examples.labels import is_packed
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
 from influence.net.compiled import SeveralLosses, model_loss
@@ -258,9 +258,9 @@ class GenericNeuralNet(Derivatives):
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """Return how many rows per batch fit in memory when `num_vectors` vectors multiply them.
+        """Return how many rows per batch fit into memory if `num_vectors` vectors are multiplied.
 
-        `dtype` is the argument of `directional`, if the pass calls `directional`.
+        `dtype` is the dtype in which `directional` computes, if the pass calls `directional`.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
@@ -328,13 +328,14 @@ class GenericNeuralNet(Derivatives):
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
-        if is_packed(examples.y) and type(self).losses is not Derivatives.losses:
+        if packing.is_packed(examples.y) and type(self).losses is not Derivatives.losses:
             raise ValueError(
                 f"{name} must have plain labels without sample_weight for "
                 f"{type(self).__name__}, whose closed forms take no others; "
                 "GenericNeuralNet(net.model, loss) takes them."
             )
         check_weights(self.model)
+        self._check_names(examples, name)
         rows, probe = probe_of(examples)
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self.flat.inputs(probe.x), examples, name) as x:
@@ -366,6 +367,17 @@ class GenericNeuralNet(Derivatives):
         if self.loss.role == "loss":
             check_added(self, probe, name)
             check_reported(self, probe, losses, name)
+
+    def _check_names(self, examples: Examples, name: str) -> None:
+        """Refuse labels by name for a model with one output, unless the name is the output's."""
+        given = packing.labels(examples.y)
+        known = list(getattr(self.model, "output_names", None) or [])
+        if isinstance(given, dict) and self.ending.names is None and known:
+            if list(given) != known:
+                raise ValueError(
+                    f"{name}.y must be an array or have the model's output {known}, got labels for "
+                    f"{sorted(given)}."
+                )
 
     def _seen(self, raw: Any, probe: Examples) -> Any:
         """Return what the loss takes from the model's output for a few rows.

@@ -117,8 +117,8 @@ def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
 def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
     """Return grad loss_i . v_j for every row v_j of V and every example i, (m, n).
 
-    It is the derivative of (sum_k u_k grad loss_k) . v_j by the weight u_i. No gradient of a single
-    example is formed.
+    This is the derivative of (sum_k u_k grad loss_k) . v_j with respect to the weight u_i. No
+    gradient of a single example is formed.
     """
     u = tf.ones(_num_rows(y), theta.dtype)
     with tf.GradientTape(persistent=True) as tape:
@@ -128,7 +128,7 @@ def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) 
 
 
 def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
-    """Return the derivative of grad loss_i . v by x_i, in the structure of x."""
+    """Return the derivative of grad loss_i . v with respect to x_i, in the structure of x."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         g = gradient(lambda t: tf.reduce_sum(losses(t, x, y)), theta)
@@ -164,7 +164,7 @@ def bregman_gradient(
 def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
     """Return v' H_i v (n,). H_i is the Hessian of example i's loss.
 
-    It is the derivative of v' (sum_k u_k H_k) v by the weight u_i.
+    This is the derivative of v' (sum_k u_k H_k) v with respect to the weight u_i.
     """
     u = tf.ones(_num_rows(y), theta.dtype)
     return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)

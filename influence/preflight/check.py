@@ -1,4 +1,4 @@
-"""The check before the computation. It shows if scores can be trusted."""
+"""The check before the computation. It shows whether scores can be trusted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Finding, Line, Report
 from influence.solvers.spectrum import spectrum
 
-# The progress bar expects this many lines.
+# The progress bar expects this many lines of the report.
 _NUM_LINES = 13
-# `spectrum` stops at this residual relative to the largest |eigenvalue|.
+# `spectrum` stops at this residual, relative to the largest |eigenvalue|.
 _RTOL = 1e-4
-# If d > 1024, `spectrum` makes about this many products at most for each end of the spectrum.
+# For d > 1024, `spectrum` makes at most about this many products for each end of the spectrum.
 _MOST_PRODUCTS = 512
 
 
@@ -35,9 +35,9 @@ def check(
     """Check the assumptions of influence functions for a net before scores are computed.
 
     The check tests three assumptions. The risk is a mean of per-example losses plus the penalty.
-    theta is a minimum of the risk. Its Hessian is right and invertible. Each line of the report
-    names a question, a value, its meaning and a remedy. If a line about the rows, apart from the
-    labels, fails, derivatives are not checked.
+    theta is a minimum of the risk. The risk's Hessian is right and invertible. Each line of the
+    report names a question, a value, its meaning and a remedy. If a line about the rows fails
+    (except the line about labels), derivatives are not checked.
 
     The check takes about seven passes over the training set, the products of `spectrum` and at most
     40 steps of CG on three vectors. `spectrum` takes d products if d <= 1024, else some hundreds.
@@ -48,13 +48,13 @@ def check(
       train: the training set.
       damping: the damping that `Influence` will get.
       test: rows whose losses will be explained. None uses training rows instead.
-      batch_size: number of rows in a batch. It bounds memory and never changes a result. None lets
-        the net choose.
+      batch_size: number of rows in a batch, which bounds memory and never changes a result. None
+        lets the net choose.
 
     Returns: Report. `print(report)` shows a table. `report.ok` is True if every line is ok.
     Raises: TypeError if `net` is not a GenericNeuralNet or a set is not Examples; ValueError for a
       negative damping, a bad batch size or a single row. Faults of the model, loss or data
-      are lines of the report.
+      do not raise an error, but appear in the report.
     """
     net, _, _ = checked(net)
     train = net.given(train, "train")

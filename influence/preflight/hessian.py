@@ -20,15 +20,15 @@ from influence.solvers.spectrum import Spectrum
 # `derivatives` takes differences over these steps, in cube roots of the dtype's machine epsilon.
 # For a smooth function the best step is about 1.
 _STEPS = (10.0, 1.0, 0.1, 0.01)
-# This many random signed sums of rows estimate the effect of removing one row.
+# This many sums of rows with random signs estimate the effect of removing one row.
 _SIGNS = 2
-# At most this many rows are in each sum. The losses of at most as many rows are compared.
+# Each sum has at most this many rows. The losses of at most this many rows are compared.
 _ROWS = 256
-# CG stops at these limits, because only the order of magnitude matters.
+# CG stops at these limits, because only the order of magnitude of its result matters.
 _ITERATIONS, _RTOL = 40, 0.1
-# TensorFlow operations whose names begin like this have a discontinuous slope.
+# TensorFlow operations whose names begin with one of these words have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
-# A score may lose at most this share to rounding.
+# A score may lose at most this share of its value to rounding.
 _ENOUGH_DIGITS = 1e-2
 
 
@@ -105,7 +105,7 @@ def _symmetry(gap: float, tolerance: float) -> Line:
 
 
 def largest(found: Spectrum) -> Line:
-    """Report the largest eigenvalue, for information."""
+    """Report the largest eigenvalue. The line fails only if no eigenvalue is positive."""
     value, error = found.largest[0], found.largest_residuals[0]
     return Line(
         "largest eigenvalue",
@@ -120,8 +120,8 @@ def largest(found: Spectrum) -> Line:
 def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Line:
     """Check that the damped Hessian is positive definite.
 
-    `known` is a lower bound on the eigenvalues, NaN if none is known. An eigenvalue whose size is
-    at most `noise` cannot be distinguished from zero, because of rounding.
+    `known` is a lower bound on the eigenvalues, NaN if none is known. `noise` is a rounding error.
+    An eigenvalue whose size is at most `noise` cannot be distinguished from zero.
     """
     title = "smallest eigenvalue"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
@@ -198,10 +198,10 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
 def stationary(net: GenericNeuralNet, A: Hessian, test: Examples | None, shift: float) -> Line:
     """Compare the loss changes from finishing the training with those from removing a row.
 
-    A Newton step on the risk R approximates the rest of the training. It changes loss j by about
+    A Newton step on the risk R approximates the rest of the training. This step changes loss j by
     -grad loss_j . H^-1 grad R. With L = loss + penalty, leaving out row i changes loss j by
     grad loss_j . H^-1 grad L(z_i) / n. Sums of rows with random signs estimate the root mean square
-    of these changes over rows i. Half of the signs are positive, so the penalty cancels.
+    of these changes over rows i. Half of the signs are positive, so the penalty cancels out.
 
     A is the damped Hessian over the training set. `shift` is added to the damping; it is positive
     if A is not positive definite. If `test` is None, the losses of training rows are compared.

@@ -1,4 +1,4 @@
-"""Questions about class labels: do they have the coding of the model's training?"""
+"""Questions about class labels: do they have the same coding as in the model's training?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Classes:
 
 
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
-    """Find labels that are class numbers without an output of the model; None if there are none."""
+    """Find labels that are class numbers beyond the model's outputs; None if there are none."""
     some = examples.take([0])
     y, outputs = packing.labels(examples.y), net.outputs(some.x)
     if not isinstance(outputs, np.ndarray) or isinstance(y, Mapping):
@@ -102,7 +102,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
-    """Return True if y holds class numbers: integers, one for each row of several outputs."""
+    """Return True if y holds class numbers: one integer for each row that has several outputs."""
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _WIDTH = 100
-# The sentences begin at this column.
+# The sentences of a line begin at this column.
 _INDENT = 44
 _SHOWN = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
@@ -19,8 +19,8 @@ class Line:
     Attributes:
       name: short name of the question.
       value: the number behind the verdict, NaN if there is none. `meaning` says what it measures.
-      verdict: "ok", "warn" or "fail". "warn" means that scores need care or that the question is
-        undecided. "fail" means that scores computed now are wrong.
+      verdict: "ok", "warn" or "fail". "warn" means that scores need care, or that the question is
+        undecided. "fail" means that scores would now be wrong.
       meaning: the finding in words.
       remedy: the user's next step; empty if none is needed.
     """

@@ -1,7 +1,7 @@
 """Questions about the rows. Do they fit the net? Is each loss finite and repeatable?
 
-Another question is whether a row's loss depends on other rows. All other results of the library are
-computed from these answers.
+Does the loss of a row depend on other rows? All other results of the library are computed from the
+losses and outputs that are checked here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from influence.net.questions import PerRow
 from influence.net.refused import check_weights
 from influence.preflight.report import Finding, Line
 
-# `separate` asks the net about at most _SAMPLE rows in two orders. It asks about at most _ALONE of
-# these rows one by one.
+# `separate` asks the net about at most _SAMPLE rows together, in two orders. It also asks about at
+# most _ALONE of these rows one by one.
 _SAMPLE, _ALONE = 64, 8
 # A message lists at most this many row numbers.
 _SHOWN = 5
@@ -49,8 +49,8 @@ class Answers:
       examples: the n rows.
       batch_size: number of rows in a batch of each pass. None lets the net choose.
       losses: (n,) the losses of the rows.
-      outputs: (n, ...) the outputs. To save memory, a last axis of two or more outputs is replaced
-        by the position of the largest output.
+      outputs: (n, ...) the outputs. If the last axis has two or more outputs, it is replaced by the
+        position of the largest output. This saves memory.
       output_shape: shape of one row's outputs, including this last axis.
     """
 
@@ -102,7 +102,7 @@ def finite_weights(net: GenericNeuralNet) -> Line | None:
 
 
 def separate(net: GenericNeuralNet, examples: Examples) -> Line:
-    """Check that a row's loss is the same in a batch of one row, of many and in reversed order."""
+    """Check that a row's loss is the same alone, among other rows and in reversed order."""
     title = "loss per example"
     rows = sample(len(examples), _SAMPLE)
     some = examples.take(rows)
@@ -145,15 +145,15 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
 def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     """Check that two passes agree, and that the model's outputs do not depend on random seeds.
 
-    The library's passes never advance the seeds of Keras' random layers. So an active dropout layer
-    would return the same wrong numbers in every pass.
+    The library's passes never advance the seeds of Keras' random layers. An active dropout layer
+    would therefore return the same wrong numbers in every pass.
     """
     title = "same answer twice"
     examples, first = answers.examples, answers.losses
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = examples.take(sample(len(examples), _SAMPLE))
     x = plain_inputs(net.model, some.x)
-    with keras.StatelessScope():  # seeds advance inside the scope, and keep their values outside
+    with keras.StatelessScope():  # Seeds advance only inside the scope, not outside.
         one, two = (one_array(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)

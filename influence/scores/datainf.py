@@ -46,9 +46,9 @@ def datainf(
 ) -> DataInfScores:
     """Predict the change of each test loss if each training row is left out, by DataInf.
 
-    DataInf replaces the inverse Hessian H^-1 for each layer. It uses a mean over training rows of
-    inverses of one row's matrix (Kwon, Wu, Wu & Zou 2024, eq. 5). Let g_i = grad loss_i and
-    v = grad test loss, both in the layer's parameters. Then
+    DataInf approximates the inverse Hessian H^-1 of each layer by a mean over training rows. Each
+    term is the inverse of one row's matrix (Kwon, Wu, Wu & Zou 2024, eq. 5). Let g_i = grad loss_i
+    and v = grad test loss, both with respect to the layer's parameters. Then
 
         s = (1/n) sum_i (g_i g_i' + damping I)^-1 v
           = (v - (1/n) sum_i g_i (g_i . v) / (damping + |g_i|^2)) / damping
@@ -56,19 +56,19 @@ def datainf(
     With L = loss + penalty, the score of row i is s . grad L(z_i) / n, which is -1/n times the
     authors' score. Positive: the test loss rises without the row, so the row helped. For n > 1, the
     mean of inverses is not the inverse of the mean. If the damping is below most |g_i|^2, the
-    scores grow like 1 / damping and exceed any actual change. Then at most their order is
-    meaningful. The matrices do not contain the penalty.
+    scores grow like 1 / damping and exceed any actual change. Then at most the order of the scores
+    is meaningful. The matrices do not contain the penalty.
 
-    The cost is two passes over the training set. The first forms every row's gradient.
+    The cost is two passes over the training set. The first pass forms every row's gradient.
 
     Args:
-      net: the model. Its current parameters theta are taken as the minimum of the training risk.
+      net: the model. The net's current theta is taken as the minimum of the training risk.
       train: the training set, n rows.
       test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
-      damping: positive, absolute. Give one number for all layers or one for each layer. The authors
+      damping: positive, absolute: one number for all layers, or one for each layer. The authors
         use a tenth of the mean of |g_i|^2 over rows and the layer's parameters.
-      batch_size: number of rows in a batch. It bounds memory and never changes a result.
+      batch_size: number of rows in a batch, which bounds memory and never changes a result.
 
     Returns: DataInfScores (m, k), in the unit of the test loss.
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
@@ -110,7 +110,7 @@ def _shrunk(
 
 
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:
-    """Yield each layer's slice of theta. The paths of its weights differ only in the last name."""
+    """Yield each layer's slice of theta. A layer's weights have paths with the same parent."""
     start = 0
     sizes = zip(net.flat.weights, net.flat.sizes, strict=True)
     for _, weights in groupby(sizes, key=lambda pair: pair[0].path.rpartition("/")[0]):

@@ -1,9 +1,9 @@
-"""An HDF5 file of scores that are too many for memory. They are computed and written in blocks.
+"""An HDF5 file of scores that are too many for memory. Scores are computed and written in blocks.
 
 The whole file is allocated when it is made. Later writes change only numbers, not HDF5's internal
-tables. The counter of finished blocks is increased after the block has reached the disk. So every
-counted block is complete, even after a kill -9. Each block and each test example's s_test has a
-checksum. An altered file is never continued or returned.
+tables. The counter of finished blocks is increased only after the block has reached the disk. So
+every counted block is complete, even after a kill -9. Each block and each test example's s_test has
+a checksum. An altered file is never continued or returned.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
 
-# The next lines name data sets and attributes of the file. _PER_TEST also gives dtypes.
+# These are names of data sets and attributes in the file. _PER_TEST also gives dtypes.
 _TABLE, _S_TEST = "change_if_removed", "s_test"
 _PER_TEST = {"residual": float, "iterations": int, "converged": bool, "min_curvature": float}
 _TEST_SHA, _BLOCK_SHA, _SHA = "test_sha256", "block_sha256", "sha256"
 _FORMAT = 1
 _LOSSES, _PENALTY = "losses of the first test examples", "penalty"
 _TRAINING = "losses of the first training rows"
-# These numbers come from the model. They differ a little between machines and numbers of threads,
-# so they are compared up to a tolerance. All other inputs must be equal.
+# These inputs are computed by the model. They differ a little between machines and numbers of
+# threads, so they are compared up to a tolerance. All other inputs must be equal.
 _COMPUTED = (_LOSSES, _TRAINING, _PENALTY)
 _PROBE_ROWS, _PROBE_RTOL = 8, 1e-3
-# An HDF5 chunk covers this many tests and training rows. In float32 it takes 512 KiB, so one test
-# and one training row are both quick to read.
+# An HDF5 chunk covers this many tests and training rows. In float32 a chunk takes 512 KiB, so the
+# scores of one test or of one training row are quick to read.
 _CHUNK = (128, 1024)
-# A block covers at most this many tests and training rows, in whole chunks. It is counted once it
-# is written.
+# A block covers at most this many tests and training rows, in whole chunks. A block is counted as
+# finished once it is written.
 _TESTS, _ROWS = 2048, 1024
 # s_test of a block's tests may take this many bytes in the net's dtype.
 _S_BYTES = VECTORS // 2
@@ -78,7 +78,7 @@ class Job:
 
     @property
     def net(self) -> GenericNeuralNet:
-        """The net that H^-1 belongs to. `view` is the net whose losses are measured."""
+        """The net of which H is the Hessian. `view` is the net whose losses are measured."""
         return self.inverse.net
 
     @property
@@ -91,7 +91,7 @@ class Job:
         return fitting(budget, self.net.num_parameters * self.net.dtype.itemsize, at_most)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that the scores depend on, by name. Errors use these names."""
+        """Return all inputs that the scores depend on, by name. Errors use these names."""
         net, operator = self.net, self.inverse.operator
         few, first = (part.take(slice(0, _PROBE_ROWS)) for part in (self.test, self.train))
         weights = hashlib.sha256()
@@ -205,7 +205,7 @@ def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterato
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """A question about training rows that asks for their scores for b tests.
+    """Question for `Examples.map_over`: the scores of training rows for b tests.
 
     Attributes:
       S: (b, d) s_test / n in the dtype of the table.
@@ -242,7 +242,7 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
         return np.unique(np.linspace(0, size - 1, most).astype(int))
 
     m, k = file[_TABLE].shape
-    # The sample uses half of a block's memory budget for s_test. Here s_test stays in the net's
+    # The sample may use half of a block's memory budget for s_test. Here s_test has the net's
     # dtype, which may take more memory than the table's dtype.
     tests, columns = spread(m, job.tests_in(_S_BYTES // 2, _SAMPLE)), spread(k, _SAMPLE)
     some = job.train.take(job.rows[columns])
@@ -402,7 +402,7 @@ def _opened(
 
 
 def _another(file: h5py.File, identity: dict[str, Any]) -> str:
-    """Name the inputs, or the format, that differ from the file's; empty if none differs."""
+    """Name the inputs, or the format, that differ from the file's, or return an empty string."""
     stored = dict(file.attrs)
     if not _equal("format", stored.get("format"), _FORMAT):
         return f"another format ({stored.get('format')!s:.20}; this program's is {_FORMAT})"
@@ -413,8 +413,8 @@ def _another(file: h5py.File, identity: dict[str, Any]) -> str:
 def _altered(job: Job, file: h5py.File, *, finished: bool) -> str:
     """Name the first part that is not as it was written; empty if there is none.
 
-    Counters in the file say how many tests and blocks are finished. Of the s_test and the scores,
-    only the finished ones are checked.
+    Counters in the file say how many tests and blocks are finished. Only the s_test and the scores
+    of finished tests and blocks are checked.
     """
     layout = _layout(job, *map(int, file.attrs["together"]))
     for name, (shape, kind) in layout.items():
@@ -451,7 +451,7 @@ def _sha(*arrays: NDArray) -> NDArray[np.uint8]:
 
 
 def _sha_of_tests(file: h5py.File, part: slice) -> NDArray[np.uint8]:
-    """Compute the checksums (b, 32) of b tests. It reads the file chunk by chunk."""
+    """Compute the checksums (b, 32) of b tests. The file is read chunk by chunk."""
     digests = [hashlib.sha256() for _ in range(part.stop - part.start)]
     for column in range(0, file[_S_TEST].shape[1], _CHUNK[1]):
         rows = file[_S_TEST][part, column : column + _CHUNK[1]]

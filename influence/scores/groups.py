@@ -1,7 +1,7 @@
 """Groups of rows removed together, to first and to second order.
 
 R is the risk, the mean of L_i = loss_i + penalty over n rows. U is a group of k rows. Without U the
-risk is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), it equals
+risk is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), this risk is
 R + w (k R - sum_U L_i). Let H and T be the second and third derivatives of R, H_U the mean Hessian
 of L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
 
@@ -10,12 +10,12 @@ of L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
 
 A measurement f changes by grad f . D2 + D1' (d2 f) D1 / 2. This has all terms up to second order.
 Basu, You & Feizi (2020) leave out T and d2 f. For logistic regression the omitted terms are as
-large as the included ones. Without the omitted terms, the second-order prediction can be further
-from the refit than the first-order one. For a quadratic risk and a linear measurement, their
-formula equals ours, because the terms that they leave out are zero.
+large as the included ones. Without them, the second-order prediction can be further from the refit
+than the first-order prediction. For a quadratic risk and a linear measurement, their formula equals
+ours, because the omitted terms are zero.
 
-The expansion is no bound. It has no meaning for half of the rows or more. If U has no curvature,
-the term with H_U is - k / (n - k) times D1.
+The expansion is not a bound. The expansion is meaningless if U is half of the rows or more. If U
+has no curvature, the term with H_U is - k / (n - k) times D1.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _second_order(
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
-    """Compute T[v, v], (d,). The batch size fits automatic differentiation, not closed forms."""
+    """Compute T[v, v], (d,). The batch size suits automatic differentiation, not closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
     total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
     return total / len(train) + net.penalty_curvature_gradient(v)

@@ -62,20 +62,21 @@ class Influence:
 
     Let L(z_i) = loss_i + penalty for row i of n, and H the Hessian of the risk plus damping I. To
     first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. It changes a measurement
-    f by + grad f' H^-1 grad L(z_i) / n. This is -1/n times the paper's I_up,loss (eq. 2). Positive:
-    the test loss rises without the row, so the row helped. s_test is H^-1 grad f.
+    f by + grad f' H^-1 grad L(z_i) / n to first order. This is -1/n times the paper's I_up,loss
+    (eq. 2). Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad
+    f.
 
     Args:
-      net: the model, as a GenericNeuralNet, a compiled Keras model or the path of a saved one. Its
-        current parameters theta are taken as the minimum of the training risk.
+      net: the model, as a GenericNeuralNet, a compiled Keras model or the path of a saved one. The
+        net's current theta is taken as the minimum of the training risk.
       train: the training set, as Examples or in any form that `fit` takes: (x, y),
         (x, y, sample_weight) or a dataset. All methods take such forms too.
       solver: the solver that applies H^-1. The default CG() stops at a relative residual of 1e-6.
-        It may be a solver that `prepare` returned for the same operator.
-      damping: the number that multiplies I in H, >= 0. It is the same for every solver.
+        A solver that `prepare` returned for the same operator is accepted too.
+      damping: the number that multiplies I in H, >= 0. Damping means the same for every solver.
       curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk.
-      batch_size: number of rows in a batch. It bounds memory and never changes a result. None lets
-        the net choose.
+      batch_size: number of rows in a batch, which bounds memory and never changes a result. None
+        lets the net choose.
 
     Attributes:
       inverse: the `Inverse` that solves with H.
@@ -125,15 +126,16 @@ class Influence:
     ) -> Scores:
         """Predict the change of each test loss if each training row is left out.
 
-        The score is s_test . grad L(z_i) / n, to first order. It is -1/n times I_up,loss (Koh &
+        The score is s_test . grad L(z_i) / n, to first order. This is -1/n times I_up,loss (Koh &
         Liang 2017, eq. 2). Positive: the test loss rises without the row, so the row helped.
 
         Args:
           test: m examples. Each has its own scores; `.mean(axis=0)` averages them.
           rows: (k,) training rows; all n if omitted.
-          measurement: a function of (y, output) that returns one number for each example. Its
-            change is predicted instead of the loss's change. It consists of TensorFlow operations,
-            like the functions in `influence.measurements`. Positive: it rises without the row.
+          measurement: a function of (y, output) that returns one number for each example. The
+            change of this number is predicted instead of the loss's change. The function consists
+            of TensorFlow operations, like those in `influence.measurements`. Positive: the number
+            rises without the row.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
@@ -148,7 +150,7 @@ class Influence:
         """Predict the change of each test loss if each new row is added, one at a time.
 
         With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
-        order its minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
+        order the minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
         This is 1/n times I_up,loss (Koh & Liang 2017, eq. 2). Positive: the test loss rises with
         the row, so the row would hurt. Scores for removal have the opposite sign.
 
@@ -172,15 +174,15 @@ class Influence:
         """Predict the change of each test loss if all the rows are removed together.
 
         Let g be the sum of grad L(z_i) over the group U of k rows. Order 1 is the sum of the rows'
-        scores, grad f . H^-1 g / n (Koh et al. 2019). It usually underestimates the actual change.
-        Order 2 is the whole expansion to second order in 1 / (n - k):
+        scores, grad f . H^-1 g / n (Koh et al. 2019). Order 1 usually underestimates the actual
+        change. Order 2 is the whole expansion to second order in 1 / (n - k):
 
             D1 = H^-1 g / (n - k)
             D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
             change = grad f . D2 + D1' (d2 f) D1 / 2
 
         H_U is the mean Hessian of L(z_i) over U, and T is the risk's third derivative. Basu, You &
-        Feizi (2020) leave out T and d2 f. Order 2 takes one solve more than order 1 and one more
+        Feizi (2020) leave out T and d2 f. Order 2 takes one more solve than order 1, and one more
         pass over the training set. Positive: the test loss rises without the rows, so together they
         helped.
 
@@ -217,8 +219,9 @@ class Influence:
             mean square, over the data, of the change of a row's loss.
           measurement: as in `scores`.
 
-        Returns: RelativeScores (m, k). The unit is that of the test loss per unit of theta
-          ("theta") or per square root of the loss's unit ("loss"). NaN for a size of zero.
+        Returns: RelativeScores (m, k), in the unit of the test loss divided by that of the size.
+          The size has the unit of theta, or for "loss" the square root of the loss's unit. A score
+          is NaN if the size is zero.
         Raises: as `scores`; ValueError for another kind; DivergenceError for a negative D' H D.
         """
         return relative.relative(self.inverse, test, rows, kind, measurement)
@@ -238,18 +241,19 @@ class Influence:
         loss rises without the row, so the row helped. Other data sets are `rows` (k,), `s_test`
         (m, d) in the net's dtype, and the solver's `residual`, `iterations`, `converged` and
         `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
-        to the largest score in it. It is about 1e-6 at most in float32. The file also contains
-        SHA-256 checksums of its numbers. An existing file is read once. It is returned or continued
-        only if it has not been altered.
+        to the largest score in the sample. In float32 it is at most about 1e-6. The file also has
+        SHA-256 checksums of its numbers. An existing file is read once. The file is returned or
+        continued only if it has not been altered.
 
-        After an interruption, even by kill -9, the next call continues the file `path` with
-        ".partial" appended. It ends with the same file and solves no finished system again. The
-        call takes at most 0.3 GB of memory, or five vectors of theta's length if these take more.
-        The net's batches and the solver need memory besides. `Direct` needs three d x d matrices,
-        and up to five while TensorFlow forms the Hessian of a chain of layers.
+        After an interruption, even by kill -9, the next call continues the unfinished file, whose
+        name is `path` with ".partial" appended. The final file is the same, and no finished system
+        is solved again. The call takes at most 0.3 GB of memory, or five vectors of theta's length
+        if these take more. The net's batches and the solver need further memory. `Direct` needs
+        three d x d matrices, and up to five while TensorFlow forms the Hessian of a chain of
+        layers.
 
         Args:
-          path: the file. It is complete as soon as it has this name.
+          path: the file. The file is complete as soon as it has this name.
           test: m examples. Each has its own scores.
           rows: (k,) increasing training rows; all n if omitted.
           measurement: as in `scores`.
@@ -273,10 +277,10 @@ class Influence:
         """Predict the derivative of each test loss with respect to each training row's input.
 
         If x_i moves, the minimum of the risk moves by -H^-1 (d/dx_i grad loss_i) / n per unit. So
-        the derivative is -(d/dx_i grad loss_i . s_test) / n. It is the exact derivative of the test
-        loss after retraining if theta is the minimum and the damping is zero. Positive: the test
-        loss rises if this entry of the row's input rises. The result is 1/n times I_pert,loss (Koh
-        & Liang 2017, section 2.2). The numbers of the authors' 2017 code are -n times ours.
+        the derivative is -(d/dx_i grad loss_i . s_test) / n. At a minimum and without damping, it
+        is the exact derivative of the test loss after retraining. Positive: the test loss rises if
+        this entry of the row's input rises. The result is 1/n times I_pert,loss (Koh & Liang 2017,
+        section 2.2). The numbers of the authors' 2017 code are -n times ours.
 
         Args:
           test: m examples. Each has its own derivatives.
@@ -302,10 +306,10 @@ class Influence:
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
         """Predict the change of each training row's own loss if that row is left out.
 
-        The change is grad loss_i' H^-1 grad L(z_i) / n. It is positive for almost every row. The
+        The change is grad loss_i' H^-1 grad L(z_i) / n. This is positive for almost every row. The
         largest values belong to rows that the other rows do not explain, such as rows with wrong
-        labels. For 64 rows or more, the net's closed form replaces CG, or Direct with d > n, if the
-        net has one.
+        labels. If the net has a closed form and there are 64 rows or more, the closed form replaces
+        CG. With d > n it also replaces Direct.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -342,9 +346,9 @@ class Influence:
         """Bound the error of each score that is due to the solver's residual.
 
         The bound is |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|); see
-        `Solution.score_error_bound`. It excludes the error of the first-order approximation. After
-        Direct it is an estimate in the columns whose residual is an estimate. It costs one pass
-        that forms the gradient of each row, and no solve.
+        `Solution.score_error_bound`. The bound excludes the error of the first-order approximation.
+        After `Direct`, the bound is an estimate in the columns whose residual is an estimate.
+        Computing the bound takes one pass that forms the gradient of each row, and no solve.
 
         Args:
           scores: the Scores (m, k) that `scores` returned.

@@ -162,7 +162,7 @@ class Inverse:
 
     @property
     def prefers_closed_form(self) -> bool:
-        """True if the net's closed form, where it has one, should replace the solver.
+        """True if the net's closed form should replace the solver, provided that the net has one.
 
         The matrix must be the undamped Hessian at the net's present theta. The solver must be CG,
         or an exact one such as Direct with d > n.

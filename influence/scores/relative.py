@@ -40,7 +40,7 @@ class RelativeScores(NamedArray):
 def relative(
     inverse: Inverse, test: Data, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
-    """Answer `Influence.relative`. A row's solve gives both its move and its scores."""
+    """Answer `Influence.relative`. One solve for a row gives both its move and its scores."""
     rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")

@@ -20,11 +20,11 @@ from influence.net.questions import PerRow
 
 @dataclass(frozen=True, eq=False)
 class TracInScores(NamedArray):
-    """Reductions, (m, k), of each test loss by training on each row.
+    """Table (m, k) of the reductions of each test loss by training on each row.
 
     Attributes:
-      reduction_by_training: (m, k) reduction summed over the checkpoints. Positive: the row helped.
-        It is not the change of the loss if the row is removed.
+      reduction_by_training: (m, k) reduction, summed over the checkpoints. Positive: the row
+        helped. The reduction is not the change of the loss if the row is removed.
       rows: (k,) the training rows.
     """
 
@@ -49,21 +49,21 @@ def tracin(
     gradient step on row i changes theta by - learning_rate grad loss_i. To first order, the step
     lowers the test loss by one term of the sum. Positive: the row helped.
 
-    The unit is that of the test loss, for one step on the row per checkpoint. Training in batches
-    of b rows may use a row s times between two checkpoints. This contributes s / b times the term.
-    The losses exclude the penalty, because its share would be the same for every row.
+    The unit is that of the test loss, for one step on the row per checkpoint. If training uses
+    batches of b rows, a row may occur s times between two checkpoints. The row then contributes s /
+    b times the term. The losses exclude the penalty, whose share would be the same for every row.
 
     The net's theta does not change. Other state of the net, such as the statistics of batch
     normalisation, is the same for every checkpoint.
 
     Args:
-      net: the model. Its own theta is not used.
+      net: the model. The net's own theta is not used.
       train: the training set, n rows.
       test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
       thetas: (t, d) the parameters at each checkpoint.
       learning_rates: (t,) the learning rate of the steps after each checkpoint.
-      batch_size: number of rows in a batch. It bounds memory and never changes a result.
+      batch_size: number of rows in a batch, which bounds memory and never changes a result.
 
     Returns: TracInScores (m, k).
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.

@@ -26,7 +26,7 @@ class Solution:
         recomputes them for a few columns of a block and estimates the others.
       iterations: (m,) number of iterations of each column.
       converged: (m,) True if the column's residual is within the solver's tolerance.
-      min_curvature: (m,) smallest curvature v'Av / v'v that the solver saw, NaN if it computes
+      min_curvature: (m,) smallest curvature v'Av / v'v that the solver met, NaN if it computes
         none. A negative value proves that A is not positive definite.
       residual_norm: (m,) absolute residuals |b - A x|.
       eigenvalue_bound: lower bound on |eigenvalue| over all eigenvalues of A. The model or the
@@ -69,10 +69,10 @@ class Raw:
 
     Attributes:
       x: (d, m) solutions.
-      iterations: number of iterations, for each column (m,) or for all of them.
-      min_curvature: as in `Solution`, for each column (m,) or for all of them.
+      iterations: number of iterations, one for each column (m,) or one for all columns.
+      min_curvature: as in `Solution`, one for each column (m,) or one for all columns.
       remedy: as in `Solution`.
-      residual: function that returns the (m,) relative residuals; None: `Prepared` computes them.
+      residual: function that returns the (m,) relative residuals. None: `Prepared` computes them.
       eigenvalue_bound: as in `Solution`; NaN if the solver found none.
     """
 
@@ -239,14 +239,14 @@ class Prepared:
 
 
 def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
-    """Prepare a solver for a matrix. A prepared solver is returned as it is.
+    """Prepare a solver for a matrix. A prepared solver is returned unchanged.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
       solver: a solver, for example `CG(rtol=1e-8)`, or the result of an earlier call.
 
-    Raises: ValueError if A is not square, or is an array that is not finite and symmetric;
-      ValueError if the solver was prepared for another matrix; TypeError if it is not a solver.
+    Raises: ValueError if A is not square, or if it is an array that has a NaN or is not symmetric;
+      ValueError if the solver was prepared for another matrix; TypeError if `solver` is no solver.
     """
     if isinstance(solver, Prepared):
         if not _same_matrix(solver.A, A):
@@ -280,8 +280,8 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
 def _exponent(A: LinearOperator) -> int:
     """Return the exponent of the power of two that A is divided by.
 
-    It is 0 unless the exponent of the largest entry exceeds `_usual` in magnitude. It is also 0 for
-    an operator without a matrix, because its entries are unknown without a product.
+    The exponent is 0 unless that of A's largest entry exceeds `_usual` in magnitude. It is also 0
+    for an operator without a matrix, because its entries are unknown without a product.
     """
     held = getattr(A, "A", None)
     largest = 0.0 if held is None or hasattr(A, "same_as") else float(abs(held).max())
@@ -332,7 +332,7 @@ def _units(exponent: int) -> str:
 
 
 def enough_damping(A: Any, smallest: float) -> str:
-    """Format the total damping, including that of A, that lifts the eigenvalue to zero."""
+    """Format the total damping, that of A included, that lifts the eigenvalue `smallest` to 0."""
     present = getattr(A, "damping", 0.0)
     more = f" ({-smallest:.3g} more than now)" if present else ""
     return f"{present - smallest:.3g}{more}"

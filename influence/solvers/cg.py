@@ -35,15 +35,16 @@ class CG:
        2017). Separate searches would take more iterations.
     2. A direction of non-positive curvature stops only the column that meets it. The smallest
        curvature is reported, as 0 if it is positive but not above rounding.
-    3. The true residual decides convergence. It is recomputed when the recurrence reports
+    3. The true residual decides convergence. This residual is recomputed when the recurrence
+    reports
        convergence. If it is above the tolerance, the column restarts from its current x.
 
     Args:
       rtol: relative residual |b - A x| / |b| that each column must reach.
       max_iterations: the largest number of iterations; None: min(10 d, 10,000).
-      preconditioner: an approximate inverse that is fixed, linear and positive definite. It is a
-        solver such as Nystrom(100), the result of `prepare`, a (d, d) array or a LinearOperator. A
-        solver that is not yet prepared is prepared for the same matrix.
+      preconditioner: an approximate inverse that is fixed, linear and positive definite. It is
+        given as a solver such as Nystrom(100), the result of `prepare`, a (d, d) array or a
+        LinearOperator. A solver that is not yet prepared is prepared for the same matrix.
 
     Raises: ValueError for a negative rtol or fewer than one iteration; TypeError for a
       preconditioner that is not linear. `prepare` raises ValueError for a preconditioner that is
@@ -101,8 +102,8 @@ class _Run:
         todo = np.flatnonzero(size > self.target)
         together = True
         while todo.size and self.iterations.max() < self.limit:
-            # A column leaves this run when the recurrence reports convergence. It enters the next
-            # run if its true residual is above the target.
+            # A column leaves this run when the recurrence reports convergence. The column enters
+            # the next run if its true residual is above the target.
             before = size[todo]
             together = together and todo.size > 1
             recurrence = self.together if together else self.lockstep
@@ -131,13 +132,13 @@ class _Run:
     def target_of(self, columns: NDArray, r: NDArray) -> NDArray:
         """Return the residual norms (j,) at which a recurrence ends.
 
-        The recurrence starts with the residuals r (d, j). Below eps times the norm of r it no
-        longer follows the true residual.
+        The recurrence starts with the residuals r (d, j). Below eps times the norm of r,
+        the residual of the recurrence is no longer the true residual.
         """
         return np.maximum(self.target[columns], self.eps * np.linalg.norm(r, axis=0))
 
     def together(self, columns: NDArray, r: NDArray) -> bool:
-        """Minimise over the directions of all columns. Return False if this cannot continue.
+        """Minimise over the directions of all columns. Return False if the recurrence must stop.
 
         P holds the directions, and Q = A P. Each iteration adds P a to X and subtracts Q a from the
         residuals R, with a = (P'Q)^-1 P'R. Z holds the preconditioned new residuals. The columns of
@@ -216,8 +217,8 @@ class _Run:
 
     def remedy(self, residual: NDArray) -> str:
         """Format the advice to the user, from the relative residuals (m,) that were reached."""
-        # The suggested rtol is above the residuals of the stopped columns. In float32 rounding
-        # leaves 1e-7 to 1e-5, depending on the condition number.
+        # The suggested rtol is above the residuals of the stopped columns. In float32
+        # these residuals are 1e-7 to 1e-5, depending on the condition number.
         reached = float(residual[self.negative | self.stalled].max(initial=0.0))
         rtol = 10 ** np.ceil(np.log10(2 * reached)) if 0 < reached < _OF_USE / 2 else None
         if self.negative.any():

@@ -16,7 +16,7 @@ from influence.common.convergence import DivergenceError
 from influence.curvature.operators import symmetrised
 from influence.solvers.base import Raw, check_rtol, relative_size
 
-# Below this order, all eigenvalues together cost no more than one eigenvalue by iteration.
+# For a smaller matrix, computing all eigenvalues costs no more than computing one by iteration.
 _FEW = 64
 # Direct computes the residual of this many columns of a block with products of A itself.
 _WATCHED = 4
@@ -33,12 +33,12 @@ class Direct:
 
     The residual is computed with A itself for four columns of each block. For the other columns a
     product with A would cost more than the solve. Their residual is estimated as the sum of two
-    terms. One is the residual with the dense matrix M. The other is |x| times the largest
+    terms. The first is the residual with the dense matrix M. The second is |x| times the largest
     |M x - A x| / |x| of the four columns.
 
     Args:
-      rtol: largest true relative residual at which a column counts as converged. A column that
-        misses it shows that the matrix is too ill conditioned for its dtype.
+      rtol: largest true relative residual at which a column counts as converged. A column with a
+        larger residual shows that the matrix is too ill conditioned for its dtype.
 
     Raises: ValueError for a negative rtol. `prepare` raises DivergenceError for a singular matrix.
       The message names a damping that would work.
@@ -61,7 +61,7 @@ class Direct:
             "the matrix is too ill conditioned for its dtype: use float64, a larger damping, or a "
             "larger Direct(rtol=...)."
         )
-        # A definite matrix has its largest entry on the diagonal. Others may have a small diagonal.
+        # A definite matrix has its largest entry on the diagonal. An indefinite one may not.
         spread = float(np.linalg.norm(matrix)) / np.sqrt(len(matrix))
         scale = max(float(np.abs(np.diag(matrix)).max()), spread) or 1.0
         eps = float(np.finfo(matrix.dtype).eps)
@@ -82,8 +82,8 @@ class Direct:
             nearest, bound = (0.0, 0.0) if info > 0 else _nearest_zero(matrix, inverse)
             smallest = _smallest(matrix)
         if abs(nearest) <= tiny:
-            # The residual is about tiny / damping. This damping brings it to rtol, or to 1000 eps
-            # if rtol is smaller.
+            # With a damping the residual is about tiny / damping. With the damping `enough` this is
+            # rtol, or 1000 eps if rtol is smaller.
             enough = tiny * min(1 / max(self.rtol, eps), 1e-3 / eps)
             raise DivergenceError(
                 f"A must not be singular, got an eigenvalue of {nearest:.1e}; add damping of at "
@@ -101,9 +101,9 @@ class Direct:
 def _check_memory(A: LinearOperator) -> None:
     """Raise ValueError if this machine's memory cannot hold three matrices of the size of A.
 
-    These are the dense matrix, its factor, and the workspace for all eigenvalues if iteration
-    fails. To form a GaussNewton matrix takes no more. To form the Hessian of a chain of layers
-    briefly takes up to five.
+    These are the dense matrix, its factor, and the workspace for all eigenvalues, which is needed
+    if iteration fails. Forming a GaussNewton matrix takes no more memory. Forming the Hessian of a
+    chain of layers briefly takes up to five matrices.
     """
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
     try:
@@ -165,10 +165,10 @@ def _smallest(matrix: NDArray) -> float:
 def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
     """Find the eigenvalue of a matrix A nearest zero, and a lower bound on all |eigenvalue|.
 
-    Inverse iteration finds a unit vector v. Let mu be v . A^-1 v. A^-1 has an eigenvalue within
-    |A^-1 v - mu v| of mu, and the iteration tends to the one with the largest magnitude. The bound
-    is therefore 1 / (|mu| + |A^-1 v - mu v|). The rounding error of |A v - v / mu| is relative to
-    the largest eigenvalue of A, so it would give no useful bound.
+    Inverse iteration finds a unit vector v. Let mu be v . A^-1 v. Some eigenvalue of A^-1 lies
+    within |A^-1 v - mu v| of mu. The iteration converges to the largest in magnitude. All
+    |eigenvalue| of A are therefore at least 1 / (|mu| + |A^-1 v - mu v|). A bound from |A v - v/mu|
+    would be useless, because its rounding error is relative to the largest eigenvalue of A.
     """
     if len(matrix) >= _FEW:
         operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore

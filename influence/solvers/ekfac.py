@@ -28,11 +28,11 @@ _MIXING = 1e-3
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    For row i, a Dense or Conv2D layer has inputs a_t at T positions t, with a constant one for the
-    bias. Let S be a root of the loss's Hessian S S' in the model's output. The pseudo-gradient g_st
-    is the derivative of output . S[:, s] with respect to the layer's output at position t. Each
-    layer's block G of the Gauss-Newton matrix is approximated, and blocks between layers are set to
-    zero:
+    For row i, an affine layer such as Dense or Conv2D has inputs a_t at T positions t, with a
+    constant one for the bias. The loss's Hessian with respect to the model's output is S S'. The
+    pseudo-gradient g_st is the derivative of output . S[:, s] with respect to the layer's
+    z_t = a_t W + b, before any activation. Each layer's block G of the Gauss-Newton matrix is
+    approximated, and blocks between layers are set to zero:
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T
@@ -43,9 +43,9 @@ class EKFAC:
     only through the loss's curvature. The approximation is exact for one linear layer with squared
     error. L is the best diagonal in the basis U (x) V. The Hessian of the penalty must be diagonal
     in theta. penalty_jk is its diagonal in the basis U (x) V. For each input, the penalty's Hessian
-    diagonal is averaged over the outputs. It is divided by the mean diagonal entry of the outputs'
-    factor, and added to the diagonal of the inputs' factor. U is computed from the sum. A penalty
-    on only the kernel is then exact wherever a penalty on kernel and bias is.
+    diagonal is averaged over the outputs. The average is divided by the mean diagonal entry of the
+    outputs' factor, and added to the diagonal of the inputs' factor. U is computed from the sum.
+    If a penalty on kernel and bias is exact, a penalty on the kernel only is exact too.
 
     For a `Hessian`, EKFAC approximates the Gauss-Newton part, as Grosse et al. (2023) do for
     influence. The approximation is fixed, linear and positive definite, so
@@ -53,8 +53,8 @@ class EKFAC:
     iterations than `CG()`. For several layers it may take more, because EKFAC leaves out the
     coupling between layers. An example is the Gauss-Newton matrix of the paper's network for 1,000
     MNIST images, damped by 0.01. `CG()` takes 87 iterations. CG takes 373 with EKFAC, and 255 with
-    the exact inverse of each layer's block. More damping of only the preconditioner reduces this
-    towards 87, not below. For such a net use the preconditioner
+    the exact inverse of each layer's block. If only the preconditioner is damped more, these
+    numbers approach 87, but do not fall below it. For such a net use the preconditioner
     `prepare(GaussNewton(net, train, damping), Direct())`. CG on the Hessian then takes 20
     iterations, and 668 without a preconditioner.
 
@@ -67,9 +67,9 @@ class EKFAC:
         is reported, no column counts as converged, and no warning is given.
 
     Raises: ValueError for a negative rtol. `prepare` raises TypeError for a matrix that is not a
-      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if theta is not
-      entirely in plain Dense and Conv2D layers (see `affine_layers`). It raises ValueError for a
-      penalty that mixes weights and for a cross-entropy of probabilities. It raises
+      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if some of
+      theta is in a layer that `affine_layers` refuses. It raises ValueError for a
+      penalty that mixes weights, and for a cross-entropy of probabilities. It raises
       DivergenceError, with a damping that would work, for a singular matrix.
     """
 
@@ -121,8 +121,11 @@ def _inverse_times(blocks: list[_Block], B: NDArray) -> NDArray:
 def _blocks(A: Curvature) -> list[_Block]:
     net, n = A.net, len(A.examples)
     layers = affine_layers(net, A.examples.take(slice(0, _PROBE_ROWS)).x)
-    names = [affine.layer.name for affine in layers.layers]
-    entries = [affine.entries for affine in layers.layers]
+    entries, names = [], []
+    for layer in layers.layers:
+        own = layer.entries.reshape(-1, *layer.entries.shape[-2:])  # one block for each group
+        entries += list(own)
+        names += len(own) * [layer.layer.name]
     penalties = [_penalty(net, names)[e] for e in entries]
     batch_size = A.batch_size or _rows_at_once(A, layers)
     sums = A.examples.sum_over(_factors, net, batch_size=batch_size, what="Kronecker factors")
@@ -147,7 +150,12 @@ def _blocks(A: Curvature) -> list[_Block]:
 def _pseudo_gradients(
     net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
 ) -> list[tuple[NDArray, NDArray]]:
-    return affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor())
+    """Return the pseudo-gradients of each layer. A layer with G groups becomes G layers."""
+    found = []
+    for a, g in affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor()):
+        grouped = a.ndim == 4
+        found += [(a[:, :, k], g[:, :, :, k]) for k in range(a.shape[2])] if grouped else [(a, g)]
+    return found
 
 
 def _factors(
@@ -163,7 +171,7 @@ def _factors(
 
 @dataclass(frozen=True, eq=False)
 class _Squares:
-    """A question that returns `_squares` of each layer in its bases (U, V) for a batch."""
+    """A function for `Examples.sum_over` that returns `_squares` of each layer in its bases."""
 
     bases: list[tuple[NDArray, NDArray]]
 
@@ -212,7 +220,7 @@ def _rows_at_once(A: Curvature, layers: AffineLayers) -> int:
     one = A.examples.take([0])
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
-        products = a.shape[2] * g[0, 0].size if a.shape[1] > 1 else 0
+        products = a.shape[-1] * g[0, 0].size if a.shape[1] > 1 else 0
         # The inputs a and pseudo-gradients g are also stored in their bases. The tape copies g.
         per_row += 2 * a.size + 4 * g.size + products
     most = A.net.rows_per_batch(A.examples)

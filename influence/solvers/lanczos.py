@@ -14,8 +14,8 @@ from scipy.sparse.linalg import LinearOperator
 from influence.common.convergence import DivergenceError
 from influence.solvers.base import LowRank, Raw, finite_products, if_indefinite
 
-# If the space is large enough, Lanczos takes at least this many products in sequence. The ends of
-# the spectrum need high powers of A.
+# Lanczos multiplies A at least this many times in sequence if the space is large enough, because
+# the ends of the spectrum need high powers of A.
 _STEPS = 16
 # A pass over the data multiplies at most this many vectors. Larger blocks save no time.
 _LARGEST_BLOCK = 8
@@ -27,11 +27,12 @@ class Lanczos(LowRank):
 
     A is approximated by U diag(values) U' + floor (I - U U'). U (d, rank) has orthonormal columns.
     U and the values are the Ritz pairs with the largest values in a Krylov space. The space starts
-    from random vectors and has the dimension 2 rank. The floor is the smallest of the values. It
-    estimates an eigenvalue of A above those left out, so the approximate inverse magnifies no
-    direction more than A^-1 does. The approximation is fixed and linear. It is positive definite if
-    A is. At rank = d it equals A, so the answer is exact, also for an indefinite matrix. The
-    Arnoldi method of Schioppa et al. (2022) for a symmetric matrix drops the part outside U.
+    from random vectors and has the dimension 2 rank. The floor is the smallest of these values. It
+    estimates an eigenvalue of A above those that are left out. So the approximate inverse magnifies
+    no direction more than A^-1 does. The approximation is fixed and linear. The approximation is
+    positive definite if A is. At rank = d it equals A, so the answer is exact, also for an
+    indefinite matrix. The Arnoldi method of Schioppa et al. (2022) for a symmetric matrix drops the
+    part outside U.
 
     Lanczos differs from the textbook's three-term recurrence in three points:
     1. Every new direction is orthogonalised against all others, so no eigenvalue is found twice.
@@ -46,8 +47,8 @@ class Lanczos(LowRank):
         is reported, no column counts as converged, and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
-      singular matrix. At rank < d it also refuses a matrix that is seen to be indefinite, because
-      no floor represents its other directions.
+      singular matrix. At rank < d it also refuses a matrix that it finds to be indefinite, because
+      a single floor cannot represent the other directions of such a matrix.
     """
 
     answers_indefinite: ClassVar[bool] = True
@@ -67,7 +68,7 @@ class Lanczos(LowRank):
                 f"curvature of {smallest:.3g}, {if_indefinite(A, smallest)}"
             )
         if abs(smallest) <= rounding:
-            smallest = 0.0  # Rounding decides its sign.
+            smallest = 0.0  # Rounding decides the sign.
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:
@@ -137,8 +138,8 @@ def largest_eigenvalues(
     """Bound the largest eigenvalue of each of r matrices by a Ritz value plus its residual.
 
     One three-term recurrence for each matrix stores three vectors. All recurrences advance
-    together. They do not reorthogonalise, so they find some eigenvalues repeatedly. This does not
-    change the largest eigenvalue.
+    together. The recurrences do not reorthogonalise, so they find some eigenvalues repeatedly. This
+    does not change the largest eigenvalue.
 
     Args:
       product: a function that multiplies matrix j by vector j of (r, d, 1), for each j.

@@ -16,7 +16,7 @@ from influence.curvature.operators import Curvature
 from influence.solvers.base import Raw, check_integer, check_rtol, finite_products, not_finite
 from influence.solvers.lanczos import largest_eigenvalues
 
-# LiSSA checks the norms once in this many steps.
+# LiSSA checks the norms of h once in this many steps.
 _CHECK_EVERY = 16
 # The largest eigenvalues of the whole matrix and of this many batches determine the scale.
 _PROBE_BATCHES = 32
@@ -46,8 +46,8 @@ class LiSSA:
     This linear map is not symmetric, because the batches come in an order.
 
     Args:
-      scale: the number that divides A in the series. The series may diverge if it is below half the
-        largest eigenvalue of some batch's matrix. None: a Lanczos bound on the largest eigenvalue
+      scale: the number that divides A in the series. The series may diverge if the scale is below
+        half the largest eigenvalue of some A_batch. None: a Lanczos bound on the largest eigenvalue
         of A and of a sample of batches. If a column still grows too large, it restarts with twice
         the scale. So the series cannot diverge on a positive definite matrix.
       depth: the largest number of steps of each run.
@@ -55,16 +55,16 @@ class LiSSA:
       batch_size: number of rows in each estimate of A.
       seed: seed of the shuffled order.
       change: relative change at which a column stops early. At some numbers of steps LiSSA averages
-        h over the repeats and the latter half of the steps. It compares this average with the
-        average at half as many steps. More steps usually add less than ten times this, but the
-        residual shows whether they do. 0: no column stops early.
+        h over the repeats and the latter half of the steps. LiSSA compares this average with the
+        average at half as many steps. More steps usually change h by less than ten times this. The
+        residual shows the true error. 0: no column stops early.
       rtol: largest true relative residual at which a column counts as converged. The default is
         larger than that of other solvers, because the error falls only with the square root of
         depth x repeats. None: the residual is reported, no column counts as converged, and no
         warning is given.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError if the norm of h exceeds
-      that of every convergent series. For a given scale the message names one that would work.
+      that of every convergent series. If `scale` was given, the message names one that would work.
       With scale None this happens only if A is not positive definite.
     """
 
@@ -128,7 +128,7 @@ class LiSSA:
         return Raw(X, iterations, np.nan, remedy)
 
     def _run(self, A: LinearOperator, B: NDArray, scale: float) -> tuple[NDArray, ...]:
-        """Return the mean of h over repeats (d, m), the steps (m,), and True where it grew (m,)."""
+        """Return the mean h (d, m), the steps (m,), and True where h grew too large (m,)."""
         if isinstance(A, Curvature):
             walk = self._walk(len(A.examples))
             repeats, product = self.repeats, A.sampled
@@ -146,7 +146,7 @@ class LiSSA:
                 if step % _CHECK_EVERY and step < self.depth:
                     continue
                 # If no factor I - A_batch / scale expands, |h| <= (step + 1) |v|. Ten times this
-                # allows a few factors to expand.
+                # bound allows a few factors to expand.
                 most = 10 * (step + 1) * np.linalg.norm(B, axis=0)
                 grows = ~(np.linalg.norm(H, axis=1) <= most).all(axis=0)
                 leaves = grows | average.settled(H) | (step == self.depth)

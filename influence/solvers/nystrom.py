@@ -26,20 +26,20 @@ class Nystrom(LowRank):
 
     The inverse is the preconditioner of that paper (section 5), scaled to approximate A^-1. `known`
     is the damping, or the model's lower bound on A's eigenvalues if that is larger. `known I` has
-    full rank, so a low-rank sketch cannot represent it. It is therefore subtracted before the
-    sketch, and added back exactly afterwards. `known` is 0 if M is seen to be indefinite. The
-    approximation is fixed, linear and positive definite. It is exact if the rank is d or larger
-    than the rank of M.
+    full rank, so a low-rank sketch cannot represent it. This part is therefore subtracted before
+    the sketch, and added back exactly afterwards. `known` is 0 if M is seen to be indefinite. The
+    approximation is fixed, linear and positive definite. The approximation is exact if the rank is
+    d, or larger than the rank of M.
 
     Args:
-      rank: number of columns of U; more than d counts as d. Preparing multiplies A by `rank`
+      rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by `rank`
         vectors in one pass over the data.
       seed: seed of Omega.
       rtol: largest true relative residual at which a column counts as converged. None: the residual
         is reported, no column counts as converged, and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
-      matrix that is singular or seen to be indefinite.
+      matrix that is singular, or that it finds to be indefinite.
     """
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
@@ -61,7 +61,7 @@ class Nystrom(LowRank):
         known = _known(A)
         if smallest - known < -rounding:  # A is definite only because of its damping.
             known = 0.0
-        # The shift keeps the Cholesky factor above rounding. It is subtracted below.
+        # The shift keeps the Cholesky factor above rounding. The shift is subtracted below.
         Y, shift = Y - dtype.type(known) * Omega, rounding
         while True:
             shifted = Y + dtype.type(shift) * Omega
@@ -87,7 +87,7 @@ def _core(Omega: NDArray, Y: NDArray) -> NDArray:
 def _known(A: LinearOperator) -> float:
     """Return the multiple of I to subtract from A before the sketch.
 
-    It is the damping, or the model's lower bound on A's eigenvalues if that is larger.
+    This is the damping, or the model's lower bound on A's eigenvalues if that is larger.
     """
     bounds = (getattr(A, "damping", 0.0), getattr(A, "smallest_eigenvalue_bound", np.nan))
     return float(max(bound for bound in bounds if not np.isnan(bound)))

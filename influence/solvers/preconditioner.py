@@ -46,7 +46,7 @@ def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], ND
 
     Args:
       preconditioner: as in `check_preconditioner`. A solver prepared for another matrix of A's
-        shape is used as it is. It is often a good preconditioner for A.
+        shape is used as it is. Such a solver is often a good preconditioner for A.
       A: symmetric (d, d).
 
     Raises: ValueError if its shape is not that of A, or if the test shows that it is not positive

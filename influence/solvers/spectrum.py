@@ -19,11 +19,11 @@ from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov
 
-# Up to this order, all eigenvalues of the dense matrix take fewer passes than two eigenvalues by
+# For matrices up to this size, computing all eigenvalues takes fewer passes than computing two by
 # iteration, and no more time.
 _FEW = 1024
-# ARPACK stores at most this many vectors if k is small. It stores at least 32, even if these exceed
-# their budget. With more vectors it needs far fewer products.
+# ARPACK stores at most this many vectors if k is small. ARPACK stores at least 32, even if 32
+# vectors exceed the memory budget. With more vectors it needs far fewer products.
 _LARGEST_BASIS = 256
 # The seed is fixed, so the same matrix always gives the same answer.
 _SEED = 0
@@ -34,7 +34,7 @@ class Spectrum:
     """Extreme eigenvalues of a symmetric matrix, each with its true residual.
 
     The matrix has an eigenvalue within the residual of each value. The values are Rayleigh
-    quotients. So none is below the smallest eigenvalue of the matrix or above its largest.
+    quotients, so no value is below the smallest eigenvalue of the matrix or above the largest one.
 
     Attributes:
       smallest: (k,) the smallest eigenvalues, ascending.
@@ -42,7 +42,7 @@ class Spectrum:
       largest: (k,) the largest eigenvalues, descending.
       largest_residuals: (k,) residuals of the largest eigenvalues.
       products: number of vectors that A was multiplied with.
-      converged: True if every residual is within the tolerance.
+      converged: True if every residual is within `rtol` plus rounding.
       complete: True if all eigenvalues were computed, so that none was missed.
     """
 
@@ -61,9 +61,9 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
     Up to d = 1024 all eigenvalues of the dense matrix are computed. For larger d, ARPACK's
     restarted Lanczos iteration (`scipy.sparse.linalg.eigsh`) runs from a fixed start vector. Each
     product is then a pass over the data. The largest eigenvalues take one product per basis vector,
-    mostly 256. The smallest eigenvalues lie close together relative to the largest one, so they
-    take up to thousands of products. They are computed as the largest eigenvalues of s I - A, with
-    s the largest eigenvalue of A. Tolerances are therefore relative to the size of the matrix.
+    usually 256. The smallest eigenvalues lie close together relative to the largest one. Therefore
+    they take up to thousands of products. The iteration finds them as the largest eigenvalues of
+    s I - A, with s the largest eigenvalue of A. So tolerances are relative to the size of A.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
@@ -121,10 +121,10 @@ def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) 
 def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
-    It is the least t >= 0 with bound + t >= margin (size + t). Size is the largest |eigenvalue|
-    found, plus its residual. Bound is a lower bound on all eigenvalues. It is that of the model, or
-    the smallest eigenvalue found minus its residual if that is larger. With this damping the
-    condition number is at most 1 / margin.
+    The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here size is the largest
+    |eigenvalue| found, plus its residual. Bound is a lower bound on all eigenvalues. This bound is
+    the larger of the model's bound and the smallest eigenvalue found minus its residual. With this
+    damping the condition number is at most 1 / margin.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
@@ -147,8 +147,8 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     bounds = [found.smallest[0] - found.smallest_residuals[0]]
     known = getattr(A, "smallest_eigenvalue_bound", np.nan)
     bound = max(bounds + ([known] if not np.isnan(known) else []))
-    # Size is the largest |eigenvalue|, not the largest eigenvalue, which may be negative. For
-    # A = -I the latter would give the damping 1, and A + I is 0.
+    # Size is the largest |eigenvalue|, because the largest eigenvalue may be negative. For A = -I
+    # the largest eigenvalue would give the damping 1, and A + I is 0.
     size = max(
         abs(found.smallest[0]) + found.smallest_residuals[0],
         abs(found.largest[0]) + found.largest_residuals[0],

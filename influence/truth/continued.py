@@ -1,14 +1,14 @@
-"""Continued training without a row, compared with the same training with it.
+"""Continued training without a row, compared with the same training with this row.
 
 This is the ground truth of the CNN figure. If a net was trained by Adam and is not at a minimum,
 further training changes its test losses even if no row is removed. This change is the drift. The
-effect of the removal is the difference from a control. The control keeps the row and uses the same
-minibatches, for k more steps:
+effect of a removal is therefore measured against a control. The control keeps the row, and trains
+for k more steps on the same minibatches:
 
     change_i = loss(theta after k more steps without row i) - loss(theta after k more steps).
 
-The released code of this experiment (Koh & Liang 2017, figure 2, right) has no control. It draws
-other minibatches for every removal.
+The authors' 2017 code of this experiment (Koh & Liang 2017, figure 2, right) has no control. That
+code draws other minibatches for every removal.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ContinuedTraining(Estimand):
     """Table (m, k) of the changes in test losses by continued training without each row.
 
     Attributes:
-      change_if_removed: (m, k) test loss after continued training without the row, minus that
-        after continued training with all rows.
+      change_if_removed: (m, k) test loss after continued training without the row, minus the test
+        loss after continued training with all rows.
       rows: (k,) the training rows.
       drift: (m,) the change of each test loss in the control, which trains on all rows.
       steps: the number of further steps.
@@ -60,8 +60,8 @@ class ContinuedOptions(RunOptions):
     With `checkpoints`, the state of each unfinished block is also cached, every few hundred steps.
 
     Attributes:
-      batch_size: number of rows in each minibatch, at least 3. It changes the training, not only
-        the memory that it needs.
+      batch_size: number of rows in each minibatch, at least 3. The size changes the result of the
+        training, not only the memory that the training needs.
       seed: seed of the order of the rows.
     """
 
@@ -80,7 +80,7 @@ class ContinuedOptions(RunOptions):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """The inputs of all blocks. `folder` caches the states of unfinished blocks."""
+    """The inputs of all blocks. The states of unfinished blocks are cached in `folder`."""
 
     moments: Moments
     steps: int
@@ -121,7 +121,7 @@ def continued_training(
       options: options of the trainings.
       steps: number of further steps of Adam (Kingma & Ba 2015).
       rate: the learning rate.
-      moments: Adam's present state. It is `AllCNN.moments` after its fit, or
+      moments: Adam's present state, such as `AllCNN.moments` after `AllCNN.fit`, or
         `influence.minimisers.adam.Moments(steps, first, second)`. None: Adam starts anew.
 
     Returns: ContinuedTraining; positive: the test loss rises without the row, so the row helped.
@@ -156,7 +156,7 @@ def continued_training(
 
 
 def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArray]:
-    """Train with Adam. Each group has a column of theta; the control's group is empty."""
+    """Train with Adam. Each group has a column of theta. The group of the control is empty."""
     net, train = task.net, task.train
     removed = np.array([group[0] if len(group) else -1 for group in groups])
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -190,7 +190,7 @@ def _gradients(
     G = net.gradient(batch.x, batch.y, thetas)
     for row in np.intersect1d(rows, removed):
         columns = np.flatnonzero(removed == row)
-        times = np.count_nonzero(rows == row)  # It may be 2 where one pass ends and one begins.
+        times = np.count_nonzero(rows == row)  # 2 if two passes meet in this minibatch
         one = train.take([row])
         own = net.gradient(one.x, one.y, thetas[:, columns])
         G[:, columns] += (G[:, columns] - own) * (times / (len(rows) - times))

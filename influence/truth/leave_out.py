@@ -25,9 +25,10 @@ from influence.truth import runs
 from influence.truth.removal import Removal
 from influence.truth.runs import Groups, Refits, RunOptions, Task
 
-# If no tolerance is given, a fit stops at this share of the gradient that the removal adds.
+# If no tolerance is given, a fit stops when the gradient norm is this share of the gradient that
+# the removal adds.
 _OF_REMOVAL = 1e-8
-# The relative rounding of a mean gradient is this times eps.
+# The relative rounding error of a mean gradient is this times eps.
 _ROUNDING = 4
 
 
@@ -37,10 +38,11 @@ class RefitOptions(RunOptions):
 
     Attributes:
       method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
-      tolerance: Euclidean norm that the gradient of each refit's risk must reach. The net's own fit
-        method gets it too. None: 1e-8 for "newton". For the net's own fit method None is 1e-8 of
-        the gradient that the removal adds, or its rounding if that is larger. For a `fit` callable
-        None is no tolerance: the norms are reported, but no refit counts as converged.
+      tolerance: Euclidean norm that the gradient of each refit's risk must reach. This tolerance is
+        also passed to the net's own fit method. None: 1e-8 for "newton". For the net's own fit
+        method, None is 1e-8 of the gradient that the removal adds, or its rounding error if that is
+        larger. For a `fit` callable, None is no tolerance. Norms are then reported, but no refit is
+        `converged`.
       solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`
         for `Hessian(net, train)`.
       start: (d,) parameters at which each "fit" begins; None: the net's present parameters.
@@ -49,9 +51,9 @@ class RefitOptions(RunOptions):
         optimiser, it must create a new one in each call.
       max_passes: the largest number of data passes for each refit by "newton". None: 30 in
         `leave_one_out`, 100 in `leave_group_out`.
-      key: a text with everything that the results depend on in `fit`, such as its hyperparameters.
-        It is required if both `fit` and `checkpoints` are given. With dropout, an interrupted call
-        returns the same bits only if the dropout layers have seeds.
+      key: a text that names everything that the results of `fit` depend on, such as
+        hyperparameters. The key is required if both `fit` and `checkpoints` are given. With
+        dropout, an interrupted call returns the same bits only if the dropout layers have seeds.
     """
 
     method: Literal["newton", "fit"] | None = None
@@ -121,10 +123,11 @@ def leave_group_out(
     For each group g, a refit minimises the risk R_-g: the mean loss over the rows outside g, plus
     the same penalty. Groups may overlap and differ in size. The net is left as it was.
 
-    "newton" (convex models) starts at theta with Newton's step. It factors the full-data Hessian
-    once and subtracts the group's own curvature from it. Secant updates (L-BFGS) then learn how the
-    curvature changes along the path. One data pass serves `block` refits. "fit" calls the net's
-    `fit`, or the callable `fit`, on the remaining rows. It begins at theta or at `start`.
+    "newton" (convex models) starts at theta with Newton's step. The full-data Hessian is factored
+    once, and the group's own curvature is subtracted from it. Secant updates (L-BFGS) then learn
+    how the curvature changes along the path. One data pass serves `block` refits. "fit" calls the
+    net's `fit`, or the callable `fit`, on the remaining rows. The fit begins at theta or at
+    `start`.
 
     Args:
       net: a net at the minimum of its risk on `train`. Elsewhere "newton" raises ValueError and
@@ -147,7 +150,7 @@ def leave_group_out(
 
 @dataclass(frozen=True)
 class _Newton:
-    """The inputs of refits by Newton's steps: the inverse Hessian and the conditions to stop."""
+    """The inputs of refits by Newton's steps: the inverse Hessian and the stopping conditions."""
 
     inverse: Prepared
     tolerance: float
@@ -194,7 +197,7 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
 
 
 def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArray]:
-    """Minimise R_-g for some groups. Each group g has a column of theta.
+    """Minimise R_-g for several groups. Each group g has a column of theta.
 
     The gradient of R_-g is (n R' - sum over g of (loss_i + penalty)') / (n - r). R' is the gradient
     of the risk on all n rows, and r is the number of rows in g. The Hessian of R_-g at theta is
@@ -234,14 +237,14 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
         return options.tolerance
     removed = net.risk_gradient(train.take(group), batch_size=task.batch_size) * len(group)
     left = len(train) - len(group)
-    # A mean over rows with gradients as large as the removed rows' has a rounding error of about
-    # eps times that size.
+    # If rows have gradients as large as those of the removed rows, the mean gradient has a rounding
+    # error of about eps times that size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
 
 def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, NDArray]:
-    """Fit the net without the only group, from its theta or from `start`. Then restore the net."""
+    """Fit the net without the only group, from theta or from `start`. Then restore the net."""
     net, remaining = task.net, task.train.without(groups[0])
     # All variables are restored, because training also changes batch statistics and generators.
     variables = net.model.variables

@@ -5,16 +5,16 @@ Each removal moves theta to the minimum of
 
     F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2.
 
-The user may remove only a fraction of L(z_i) / n. D is one of two functions. Both are stationary at
-theta_s, so without the term L(z_i) theta_s itself minimises F_i:
+The user may choose to remove only a fraction of L(z_i) / n. D is one of two functions, and both are
+stationary at theta_s. So without the term L(z_i), theta_s itself minimises F_i:
 
     "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
 Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. The "bregman" D is the
-Bregman divergence of the loss in the outputs. It also includes the Bregman divergence of the
-penalty. For an L2 penalty this is the penalty at theta - theta_s. The "leave_one_out" D is the
-Bregman divergence of the risk in theta.
+Bregman divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2
+penalty the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman
+divergence of the risk in theta.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ class ProximalResponse(Estimand):
     """Table (m, k) of the changes of each test loss as theta moves to the minimum of each F_i.
 
     Attributes:
-      change_if_removed: (m, k) test loss at the minimum of F_i, minus that at theta_s.
+      change_if_removed: (m, k) test loss at the minimum of F_i, minus the test loss at theta_s.
       rows: (k,) the training rows.
       objective: "bregman" or "leave_one_out", the name of D.
       damping: the damping in F_i.
       fraction: the part of the row's weight that F_i removes.
-      gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to that
-        at theta_s. It certifies the minimum. It stays large if rounding dominates the gradient.
-      iterations: (k,) number of gradients of F_i, those of `rough` included. Each is a data pass.
+      gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to the
+        norm at theta_s. A small norm certifies the minimum. The norm stays large if rounding
+        dominates.
+      iterations: (k,) number of gradients of F_i, low-precision ones included. Each is a data pass.
       converged: (k,) True if gradient_norm is within the tolerance.
       distance: (k,) Euclidean norm of theta - theta_s.
     """
@@ -76,15 +77,17 @@ class ProximalOptions(RunOptions):
     A is the curvature matrix that `proximal_response` describes.
 
     Attributes:
-      step_damping: damping that is added to A to compute the steps. It does not change F_i. If some
-        eigenvalues nearly vanish, a millionth of the largest one reduces the number of steps.
+      step_damping: damping that is added to A to compute the steps. This damping does not change
+        F_i. If some eigenvalues nearly vanish, a millionth of the largest one reduces the number of
+        steps.
       solver: the solver that inverts A for the steps, or the result of `prepare` for A.
-      tolerance: gradient norm of F_i to reach, relative to that at theta_s: one number, or (k,) for
-        the rows.
+      tolerance: gradient norm of F_i to reach, relative to the norm at theta_s. Give one number,
+        or (k,) numbers for the rows.
       rough: a pair (net, train) in a lower precision, with the same theta and the same rows in the
-        same order. The search first uses its gradients. Those of `net` certify the result.
-      rough_tolerance: like `tolerance`, for the gradients of `rough`. It must be above their
-        rounding.
+        same order. The search first uses the gradients of this pair. The gradients of the argument
+        `net` then certify the result.
+      rough_tolerance: like `tolerance`, for the gradients of `rough`. This tolerance must be above
+        their rounding error.
       max_iterations: the largest number of gradients of each F_i.
     """
 
@@ -133,26 +136,28 @@ def proximal_response(
     """Compute the actual change of each test loss as theta moves to the minimum of each F_i.
 
     The module's docstring defines F_i. "bregman" is the proximal Bregman response function of Bae
-    et al. (2022). "leave_one_out" is the risk without the row, made stationary at theta_s. A is the
-    `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the damping. To first
-    order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So damped influence
-    predicts these changes also at a theta that is not a minimum. At a minimum, without damping,
-    "leave_one_out" is retraining without the row. So is "bregman" if the model is linear in theta.
+    et al. (2022). "leave_one_out" is the risk without the row, minus the risk's linear part at
+    theta_s. A is the `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the
+    damping. To first order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So
+    damped influence predicts these changes even if theta is not a minimum. At a minimum without
+    damping, "leave_one_out" is retraining without the row. So is "bregman" if the model is linear
+    in theta.
 
     The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
-    updates (L-BFGS) follow. The first step is not longer than A^-1 times the first gradient, and
+    updates (L-BFGS) follow. The first step is at most as long as A^-1 times the first gradient.
     `block_lbfgs.minimise` limits the later steps. The net is left as it was.
 
     Args:
-      net: a net at any theta, in float64 unless its gradients are well above float32's rounding.
+      net: a net at any theta. Use float64 unless its gradients are well above float32
+        rounding.
       train: the training set, n rows.
       test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each response leaves out one of them.
       options: options of the search.
-      damping: the damping in F_i, absolute; A must be positive definite.
+      damping: the damping in F_i, an absolute number. The damped A must be positive definite.
       objective: "bregman" or "leave_one_out".
-      fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As it goes to 0, the
-        changes divided by it tend to damped influence.
+      fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As the fraction goes to
+        0, the changes divided by the fraction tend to damped influence.
 
     Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
@@ -169,7 +174,7 @@ def proximal_response(
         _check_rough(options.rough, net, train)
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
-    check_folder(options.checkpoints)  # It is checked before the factorisation.
+    check_folder(options.checkpoints)  # The folder is checked before the long factorisation.
     A = _CURVATURE[objective](net, train, damping, batch_size=options.batch_size)
     if options.step_damping:
         more = damping + options.step_damping
@@ -240,7 +245,7 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
-    """Minimise F_i for some rows. Each row has a column of theta."""
+    """Minimise F_i for several rows. Each row has a column of theta."""
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -248,7 +253,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
     def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
         return apply(search.inverse, G)
 
-    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)  # D adds no gradient.
+    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)  # D's gradient is 0.
     scale = np.linalg.norm(first, axis=0)
     tolerance, until = (
         np.array([by_row[row] for (row,) in groups]) * scale
@@ -279,8 +284,8 @@ def _gradients(
 ) -> Callable[[NDArray, NDArray], NDArray]:
     """Return a function that computes gradients of F_i.
 
-    Column c of its argument (d, j) is the theta of one row i, and column c of its result (d, j) is
-    the gradient of that F_i there. Data passes use the dtype of `net`.
+    Column c of its argument (d, j) is the theta of one row i. Column c of its result (d, j) is the
+    gradient of F_i at this theta. Data passes use the dtype of `net`.
     """
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     theta_s, size = task.net.theta[:, None], task.batch_size

@@ -18,8 +18,8 @@ from influence.truth.runs import Groups
 
 # Conjugate gradients take at most this many steps to subtract a group's own curvature.
 _MOST_STEPS = 10
-# They stop at this relative residual. A Newton step with the Hessian at the initial theta leaves a
-# larger part of the gradient than this.
+# Conjugate gradients stop at this relative residual. A Newton step with the Hessian at the initial
+# theta leaves a larger part of the gradient than this.
 _RTOL = 1e-3
 
 
@@ -27,13 +27,13 @@ class Removal:
     """Sums of the rows' gradients and Hessian products over each of k groups.
 
     Groups are cut into parts that fit into memory. Parts of equal length share a call of the net.
-    In the methods, `columns` (j,) are the numbers of the groups. Arrays have a column for each.
+    In the methods, `columns` (j,) are the numbers of j groups, and arrays have a column for each.
 
     Args:
       net: a net at the theta where the curvature is computed.
       train: the training set, n rows.
       groups: k arrays of row numbers.
-      batch_size: the largest number of rows at a time; None: chosen by the library.
+      batch_size: the largest number of rows in memory at a time; None: chosen by the library.
       fraction: the part of the rows' weight that is removed. Every sum is multiplied by it.
     """
 
@@ -105,8 +105,9 @@ class Removal:
     ) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
         """Yield the steps of preconditioned conjugate gradients.
 
-        A p follows from the recurrence of p, so a step costs one product with the group's rows. A
-        column ends with the length 0 if A - H_g / n has no positive curvature along p.
+        A p follows from the recurrence of p. A step therefore costs only one product with the
+        group's rows. A column ends with the length 0 if A - H_g / n has no positive curvature along
+        p.
 
         Yields: positions (r,) in `columns`, directions p (d, r), (A - H_g / n) p (d, r), and the
           lengths of the steps (r,).
@@ -143,7 +144,7 @@ class Removal:
             p, Ap = z + rz / before * p, r + rz / before * Ap
 
     def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
-        """Return sums (d, j) of `net.each_batch` and of the penalty's part over each group."""
+        """Return sums (d, j) over each group of `net.each_batch` and of the penalty's part."""
         total = penalty * self.sizes[columns].astype(self.net.dtype)
         for at, x, y in self._batches(columns):
             own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])
@@ -151,9 +152,10 @@ class Removal:
         return total * self.fraction
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
-        """Yield batches of r parts of groups with b rows each.
+        """Yield batches. A batch consists of r parts of groups, and each part has b rows.
 
-        A position occurs at most once in a batch, because a full part of a group fills a batch.
+        A position occurs at most once in a batch, because a full part of a group fills a batch
+        alone.
 
         Yields: the parts' positions (r,) in `columns`, x (r, b, ...), y (r, b, ...).
         """
@@ -171,7 +173,7 @@ class Removal:
 
 
 def apply(inverse: Prepared, B: NDArray) -> NDArray:
-    """Compute A^-1 B. Raise DivergenceError if A, of `inverse`, is not positive definite."""
+    """Compute A^-1 B. Raise DivergenceError if A, the matrix of `inverse`, is not definite."""
     raw = inverse.apply(B)
     if np.any(np.asarray(raw.min_curvature) <= 0):
         smallest = np.nanmin(raw.min_curvature)

@@ -26,7 +26,7 @@ from influence.net.net import GenericNeuralNet, checked
 from influence.net.questions import PerRow
 
 Groups = Sequence[NDArray[np.int64]]
-# TensorFlow reads this variable when a process first uses it.
+# TensorFlow reads this environment variable when a process first uses TensorFlow.
 _THREADS = "TF_NUM_INTRAOP_THREADS"
 
 
@@ -35,14 +35,14 @@ class RunOptions:
     """Options that decide how work is cut into blocks, distributed and cached.
 
     Attributes:
-      block: number of rows or groups whose retraining shares data passes. The names of the cached
-        files depend on it.
+      block: number of rows or groups that are retrained together and share data passes. The names
+        of the cached files depend on `block`.
       batch_size: number of training rows in memory at a time; None: chosen by the library.
       num_processes: number of joblib workers, which share the cores; -1 starts one for each core.
-        The last bits of the results may depend on it. With another joblib backend the workers may
-        run on other machines.
+        The last bits of the results may depend on this number. With another joblib backend the
+        workers may run on other machines.
       checkpoints: a folder that caches finished blocks. If a call is interrupted (even by kill -9),
-        the next call continues from the last finished block and returns the same bits.
+        the next call continues after the last finished block and returns the same bits.
       key: any text. The names of the cached files depend on it.
     """
 
@@ -66,9 +66,11 @@ class Refits(Estimand):
     """Table (m, k) of the actual changes of test losses by retraining without each row or group.
 
     Attributes:
-      change_if_removed: (m, k) test loss after retraining without the row or group, minus before.
+      change_if_removed: (m, k) test loss after retraining without the row or group, minus the test
+        loss before.
       rows: (k,) the rows; for groups a tuple of k arrays.
-      gradient_norm: (k,) Euclidean norm of each refit's own risk gradient. It certifies the refit.
+      gradient_norm: (k,) Euclidean norm of each refit's risk gradient. A small norm certifies the
+        refit.
       passes: (k,) number of data passes ("newton") or calls of `fit` that each refit took.
       converged: (k,) True if gradient_norm is within the tolerance.
       names: (k,) the groups' names if they were given as a dict, else empty.
@@ -86,7 +88,7 @@ class Task:
     """The inputs that all blocks share.
 
     Attributes:
-      net: a net at the theta that every result is compared with.
+      net: a net. Every result is compared with the net's own theta.
       train: the training set.
       test: m examples whose losses are measured.
       batch_size: number of rows in memory at a time; None: chosen by the library.
@@ -123,7 +125,7 @@ def run(
     identity: Sequence,
     what: str,
 ) -> dict[str, NDArray]:
-    """Call `refit(task, part, argument)` on parts of `options.block` groups. Join the arrays.
+    """Call `refit(task, part, argument)` for parts of `options.block` groups, and join the arrays.
 
     Args:
       task: the inputs that all parts share.
@@ -195,7 +197,7 @@ def check_processes(num_processes: int, *sent: Any) -> None:
     """Check that a worker process can unpickle the inputs before starting any work.
 
     Keras rebuilds a model from the name of its class, which another process may not know. Without
-    this check the only error would be that the pool of processes broke.
+    this check the user would see only the message that the pool of processes broke.
 
     Raises: ValueError naming `num_processes`.
     """
@@ -236,7 +238,7 @@ def _arrived(*sent: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first cause of the error in one sentence. It may come from another process."""
+    """Return the first cause of an error, perhaps of another process, in one sentence."""
     while error.__cause__ is not None:
         error = error.__cause__
     # The traceback of another process is a text that ends with the exception.
@@ -257,7 +259,7 @@ def started_deaf() -> Iterator[None]:
         return
     for tracker in (joblib_tracker, resource_tracker):
         tracker.ensure_running()  # the start of a tracker unblocks SIGINT
-    # New processes and threads inherit the mask. A SIGINT sent now arrives after the block.
+    # New processes and threads inherit the mask. A SIGINT sent now arrives after the `with` block.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

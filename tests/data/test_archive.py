@@ -1,4 +1,4 @@
-"""Tar archives: reading into memory, limits of size, and results independent of the packing."""
+"""Tar archives: reading into memory, size limits, and results that do not depend on the packing."""
 
 import dataclasses
 import gzip

@@ -1,4 +1,4 @@
-"""The diabetes set: 127 features of the real file, the release's split, and generated files."""
+"""The diabetes set: 127 features of the real file, the authors' split, and generated files."""
 
 import collections
 import csv
@@ -44,7 +44,7 @@ def test_real_features_are_the_columns_of_the_file(real):
     sums = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
     sums = dict(zip(real.feature_names, sums, strict=True))
     assert {n: totals[n] for n in real.feature_names} == sums
-    # The missing columns are the first levels of categories of two.
+    # A category of two levels has no column for its first level.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
 
@@ -59,8 +59,9 @@ def test_real_categories_named_none_are_kept_and_two_columns_are_ones(real):
 
 @needs_diabetes
 def test_real_split_is_the_release_s_own(real):
-    # hospital_readmission.ipynb: 24 children, 3 readmitted; 137 test rows, including row 1742;
-    # rows 9366, 11116, 13685 and 19590 remain if all except the last not readmitted are removed.
+    # hospital_readmission.ipynb has 24 training children, of whom 3 are readmitted, and 137 test
+    # children, including row 1742. If all children that were not readmitted are removed, except the
+    # last, rows 9366, 11116, 13685 and 19590 remain.
     age = real.feature_names.index("age_[0-10)")
     (x, y), (x_test, y_test) = real.train, real.test
     children = np.flatnonzero(x[:, age])
@@ -111,7 +112,7 @@ def test_split_is_balanced_and_leaves_nothing_out():
     assert y[train].sum() == 10 and len(train) == 20
     again = diabetes.split(y, 10)
     np.testing.assert_array_equal(train, again[0])
-    # Another stream than NumPy's legacy one would give another split.
+    # A random stream other than NumPy's legacy stream would give another split.
     assert train[:6].tolist() == [34, 12, 3, 9, 30, 13]
     assert test[:6].tolist() == [26, 31, 22, 25, 6, 41]
 
@@ -139,14 +140,15 @@ def made_up(tmp_path, monkeypatch):
 def test_a_file_is_read(made_up, dtype):
     splits = data.load("diabetes", made_up, dtype=dtype)
     (x, y), (x_test, y_test) = splits.train, splits.test
-    # Eight numbers, thirty categories of two levels, one of three that has "None" and "?".
+    # The features are eight numbers, thirty categories of two levels, and one of three levels. The
+    # last category has the levels "None" and "?".
     assert x.shape == (6, 8 + 30 + 3) and x_test.shape == (6, 41)
     assert {"A1Cresult_>7", "A1Cresult_?", "A1Cresult_None"} < set(splits.feature_names)
     assert x.dtype == np.dtype(dtype) and y.dtype == np.int64
     assert y.sum() == 3 and y_test.sum() == 1
-    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # each one's number
+    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # the number of each stay
     assert sorted(stays) == list(range(12))
-    # Readmitted within thirty days, not after: the stays 0, 3, 6 and 9.
+    # The stays 0, 3, 6 and 9 are readmitted within thirty days, not after.
     np.testing.assert_array_equal(np.concatenate([y, y_test]), stays % 3 == 0)
     none = np.concatenate([x, x_test])[:, splits.feature_names.index("A1Cresult_None")]
     np.testing.assert_array_equal(none, stays % 3 == 0)

@@ -1,4 +1,4 @@
-"""Dogfish: the release's order on generated photographs, in each layout; the stand-in."""
+"""Dogfish: the authors' order of photographs, in each folder layout; the stand-in."""
 
 import numpy as np
 import pytest
@@ -31,8 +31,9 @@ def test_real_split(real):
 
 @needs_dogfish
 def test_classes_are_where_the_releases_notebooks_have_them(real):
-    # Test point 462 is a fish; so are training images 1380, 203, 1723, 550, 1250 and 1141; 526,
-    # 664, 607, 786 and 1623 are dogs: a right guess of all would be one in four thousand.
+    # The notebooks show that test point 462 and training images 1380, 203, 1723, 550, 1250 and 1141
+    # are fish, and that training images 526, 664, 607, 786 and 1623 are dogs. A wrong order would
+    # agree by chance only once in four thousand times.
     assert real.test[1][462] == 1
     assert real.train[1][[1380, 203, 1723, 550, 1250, 1141]].tolist() == [1] * 6
     assert real.train[1][[526, 664, 607, 786, 1623]].tolist() == [0] * 5
@@ -57,7 +58,7 @@ def plain(path, level):
 
 @pytest.fixture
 def imagenettes(tmp_path, small):
-    """Write photographs of level 100 c + 10 s + k: k-th by name, class c, split s; two extra."""
+    """Write photographs with grey level 100 c + 10 s + k for class c, split s and k-th name."""
     for c, synset in enumerate(dogfish.IMAGENETTES):
         for s, (split, count) in enumerate((("train", TRAIN), ("val", TEST))):
             for k in range(count + 2):
@@ -66,7 +67,7 @@ def imagenettes(tmp_path, small):
 
 
 def check(splits, level):
-    """Compare with the seed's order of `level(c, s, k)`, the k-th of class c in split s."""
+    """Compare with the seed's order. `level(c, s, k)` is the level of image k, class c, split s."""
     rng = np.random.RandomState(0)  # one stream, training rows first
     for s, (count, (x, y)) in enumerate(((TRAIN, splits.train), (TEST, splits.test))):
         levels = np.array([level(c, s, k) for c in (0, 1) for k in range(count)])

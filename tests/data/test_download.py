@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: the result is a complete, checked file or none."""
+"""Downloads from a server on this machine. The result is a complete, checked file or no file."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ def everything_in(folder):
 
 
 def drop(handler, announced=True):
-    """Send half and close the connection; HTTP/1.0 allows not to announce the length."""
+    """Send half of the content and close the connection. HTTP/1.0 may omit the length."""
     handler.send_response(200)
     if announced:
         handler.send_header("Content-Length", str(len(CONTENT)))

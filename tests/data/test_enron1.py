@@ -75,7 +75,7 @@ def test_vocabulary_is_of_words_in_five_training_mails():
 
 
 def mails():
-    """Make mails that their words identify: mail k has "zebra" k times."""
+    """Make mails. Mail k contains "zebra" k times, which identifies it."""
     named = {"Summary.txt": b"not a mail"}
     for k in range(1, NUM_HAM + NUM_SPAM + 1):
         kind = "ham" if k <= NUM_HAM else "spam"
@@ -113,7 +113,7 @@ def test_split_order_and_labels(root):
     assert len(y) == 16 and len(y_test) == 4  # four fifths of twenty
     zebra = int(np.argmax(x.sum(axis=0)))
     number = np.concatenate([x[:, zebra].toarray(), x_test[:, zebra].toarray()]).ravel()
-    # The sorted names in the seed's order, independent of their order on disk.
+    # The seed shuffles the sorted names, so the order on disk does not matter.
     order = np.random.RandomState(0).permutation(NUM_HAM + NUM_SPAM)
     np.testing.assert_array_equal(number, order + 1)
     np.testing.assert_array_equal(np.concatenate([y, y_test]), order >= NUM_HAM)

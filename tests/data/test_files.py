@@ -158,7 +158,7 @@ def test_a_file_of_another_size_is_not_hashed(tmp_path, monkeypatch):
 
 
 def test_names_cannot_forge_a_folder_s_digest(tmp_path):
-    """One file with a line break in its name gives the same listing as two files."""
+    """A line break in a file's name could make its listing equal to that of two files."""
     put(tmp_path, path="true/a")
     put(tmp_path, path="true/b")
     put(tmp_path, path=f"forged/a\n{HELLO}  b")

@@ -21,7 +21,7 @@ def real():
 def test_real_split_sizes_and_label_counts(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (55_000, 784) and x_test.shape == (10_000, 784)
-    # The counts of TensorFlow's 55,000 rows, which the paper's code uses.
+    # These are the counts of TensorFlow's 55,000 rows, which the paper's code uses.
     assert np.bincount(y).tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
     assert np.bincount(y_test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -51,7 +51,7 @@ def test_split_pixels_and_dtypes(root, dtype):
     train = splits.train, np.arange(5_000, 60_000)
     for (x, y), rows in (train, (splits.test, np.arange(10_000))):
         assert (x.shape, x.dtype) == ((len(rows), 784), np.dtype(dtype))
-        # Both corners of each row; k/255 in float64, then rounded, is k/255 in float32 for every k.
+        # Rounding k/255 from float64 to float32 gives the float32 quotient k/255 for every k.
         expected = ((rows % 256) / 255).astype(dtype)
         np.testing.assert_array_equal(x[:, [0, -1]], np.stack([expected, expected], axis=1))
         assert y.dtype == np.int64

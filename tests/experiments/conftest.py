@@ -1,4 +1,4 @@
-"""A small experiment, `fake`, and small data, both in the places where the harness looks."""
+"""A small experiment, `fake`, and small data, in the places where the harness looks for them."""
 
 import gc
 import textwrap
@@ -88,7 +88,7 @@ class FakeData(ModuleType):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Install the fake experiment as the only one; yield its module, its data in `fake.data`."""
+    """Install the fake experiment as the only one. Yield its module, whose data is `fake.data`."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "fake_figure.py").write_text(textwrap.dedent(SOURCE))
@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def networks_traced_once():
-    """Share traces between networks: TensorFlow would trace each again."""
+    """Share traced functions between equal networks. TensorFlow would trace each network again."""
     from experiments.shared import mnist_cnn
     from influence import AllCNN
     from tests.influence.problems import traced_once

@@ -28,7 +28,8 @@ def test_variants_are_their_closed_forms():
     g = p.measured.gradients(p.theta)  # (m, d)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), g.T).T
     own = p.oracle.gradients(p.theta) + p.net.weight_decay * p.theta
-    # The loss's gradient is (p - y) x. Its factor 1 - p_y is set to one; its sign is kept.
+    # The loss's gradient is (p - y) x. Without the training loss, its factor 1 - p_y is set to one
+    # and its sign does not change.
     signed = np.where(p.train.y == 1, -1, 1)[:, None] * p.train.x
     assert relative_error(full, s_test @ own.T) < 1e-10
     assert relative_error(no_train_loss, s_test @ signed.T) < 1e-10
@@ -47,7 +48,7 @@ def test_smoke(record):
     metrics, arrays = record.metrics, record.arrays
     assert metrics["num_train"] == 265 and metrics["num_test"] == 96
     assert metrics["test_digit"] == 7
-    # No pixel is negative. Without H, the label therefore decides the sign of the loss's part.
+    # No pixel is negative, so the label decides the sign of the loss's part if H is left out.
     assert metrics["label_sign_no_hessian"] == 1
     assert metrics["further_lowest_label_sign_no_hessian"] == 1
     assert metrics["worst_refit_gradient_norm"] <= 1e-8

@@ -57,12 +57,12 @@ def test_at_a_minimum_influence_is_what_refits_say(converged, refitted_from):
     num = len(arrays["removed"])
     assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
     assert (arrays["refit_passes"] > 0).all() and (arrays["refit_distance"] > 1e-4).all()
-    # The theta that is certified in float64 is the one that is used.
+    # Refits start at the theta that was certified in float64.
     assert refitted_from == [metrics["gradient_norm"]] * 2
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(converged, digits, folder):
-    for kind in ("refits", "descent"):  # the rest counts as finished
+    for kind in ("refits", "descent"):  # everything else is already finished
         paths = sorted(folder.glob(f"{kind}-*"))
         assert paths
         for path in paths[::2]:

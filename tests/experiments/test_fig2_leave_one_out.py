@@ -30,7 +30,7 @@ def test_influence_predicts_what_refits_say(record):
     assert metrics["slope_cg"] == pytest.approx(slope(actual, predicted), rel=1e-9)
     assert (
         0.95 < metrics["slope_cg"] < 1
-    )  # digits has few rows, so each row has much of the curvature
+    )  # the digits have few rows, so each row contributes much of the curvature
     assert metrics["sign_agreement_cg"] == 1
     assert (metrics["smallest_actual"], metrics["largest_actual"]) == (actual.min(), actual.max())
     assert metrics["cg_against_direct"] < 1e-6

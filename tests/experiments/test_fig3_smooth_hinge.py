@@ -23,7 +23,7 @@ def record():
 
 @pytest.fixture(scope="module")
 def rows():
-    """Return the smoke preset's x, y, test x, test y: multiples of ten rows, labels -1 and 1."""
+    """Return x, y, test x and test y of the smoke preset, with labels -1 and 1."""
     x, y = data.load("digits").train
     chosen = np.isin(y, (1, 7))
     u, v = data.load("digits").test

@@ -1,4 +1,4 @@
-"""Figure 4: the experiment on the stand-in against its parts by hand, its figures, its models."""
+"""Figure 4: the experiment on the stand-in, compared with its parts by hand; its figures."""
 
 import dataclasses
 
@@ -136,7 +136,7 @@ def test_fish_have_a_slope_and_the_first_is_like_the_papers(record, splits):
 
 
 def test_no_pixel_is_recorded(record, splits, tmp_path):
-    """Every array is smaller than an image."""
+    """No array is large enough to hold an image."""
     data = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
     dataclasses.replace(record, data=data).save(tmp_path)
     pixels = splits.train[0][0].size

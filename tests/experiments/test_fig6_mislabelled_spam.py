@@ -1,4 +1,4 @@
-"""Mislabelled spam: flips found and accuracy gained by each order, compared with dense algebra."""
+"""Mislabelled spam: the flips found and the accuracy gained, compared with dense algebra."""
 
 import dataclasses
 

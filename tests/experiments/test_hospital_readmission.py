@@ -1,4 +1,4 @@
-"""The hospital: planted domain mismatch, the numbers that find it, and the figure."""
+"""The hospital: a planted domain mismatch, the numbers that reveal it, and the figure."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def record(splits, folder):
 
 @pytest.fixture(scope="module")
 def closed_form(splits):
-    """Return (oracle on the remaining training set, its minimum, the child), by other code."""
+    """Return an independent oracle of the remaining training set, its minimum, and the child."""
     x, y = splits.train
     age = splits.feature_names.index("age_[0-10)")
     stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
@@ -66,7 +66,8 @@ def test_influence_and_refits_are_those_of_the_closed_form(record, closed_form):
     np.testing.assert_allclose(arrays["coefficients"], theta, atol=1e-7)
     rows = arrays["removed"]
     predicted = risk.predicted_changes(theta, child, rows)[0]
-    # The smallest eigenvalue is the penalty, 1e-4: gradients exact to 1e-10 leave 1e-6 of theta.
+    # The smallest eigenvalue is the penalty, 1e-4. A gradient norm of 1e-10 therefore leaves an
+    # error of at most 1e-6 in theta.
     np.testing.assert_allclose(arrays["influence"][rows], predicted, rtol=1e-5)
     some = [0, 1, 2, 3, 40]
     actual = risk.actual_changes(theta, child, rows[some])[0]
@@ -89,7 +90,7 @@ def test_derivative_by_the_input_is_the_closed_form_s(record, closed_form):
 
 
 def test_the_stopped_model_is_the_one_that_stopped(record, splits):
-    # On the stand-in 1,000 iterations are enough; two are not.
+    # On the stand-in 1,000 iterations are enough to converge, and two are not.
     assert record.metrics["stopped_gradient_norm"] < 1e-5
     assert abs(record.metrics["stopped_ratio_to_next"] - record.metrics["ratio_to_next"]) < 1e-2
     early = dataclasses.replace(SMOKE, release_iterations=2, num_removals=4, num_moved_features=1)

@@ -41,7 +41,7 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 class _Traced(dict):
-    """Traced functions by name: those of losses and those of penalties are shared separately."""
+    """Traced functions by name. Functions of losses and of penalties are shared separately."""
 
     def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
         self.losses, self.penalty = losses, penalty
@@ -69,12 +69,13 @@ _LAST: dict[tuple, Any] = {}
 def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
     """Return the net with the functions traced for other nets of the same layers and loss.
 
-    Traced functions take theta as an argument. They would contain the values of other variables,
-    so a net that has any is not changed. A trace takes up to a second; the tests need thousands.
+    Traced functions take theta as an argument, but would contain the values of other variables. So
+    a net with other variables is returned unchanged. A trace takes up to a second, and the tests
+    would need thousands.
 
     Args:
       net: a net without traced functions.
-      loss: identifies its loss. Functions are compared by identity, Keras' losses by value.
+      loss: the net's loss. Functions are compared by identity, and Keras' losses by value.
     """
     model, traced = net.model, net.flat
     if type(model) is not keras.Sequential or len(model.variables) != len(traced.weights):

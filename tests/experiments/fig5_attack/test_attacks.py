@@ -1,4 +1,4 @@
-"""Poisons compared with scikit-learn's refits; their ranking, their standing, their distances."""
+"""Poisons compared with scikit-learn's refits; their ranks before and after; their distances."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_a_poison_does_what_is_said_of_it(head):
     rows, norms = attacks.ranked(head, test, 16)
     assert (np.diff(norms) <= 0).all() and len(set(rows)) == 16
     found = head.attacked(test, rows[:10], rule=Rule(max_steps=3, tries=0), flip_at=np.inf)
-    # Check from the pixels on: equal bytes, the trunk's features, scikit-learn's weights.
+    # Check every step: the pixels' bytes, the trunk's features, and scikit-learn's weights.
     levels = np.rint(127.5 * (found.inputs.astype(float) + 1))
     np.testing.assert_array_equal(levels, head.images[found.rows])
     x = np.array(head.train.x)

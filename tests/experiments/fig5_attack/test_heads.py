@@ -36,7 +36,8 @@ def test_standardised_features_are_those_the_head_sees(splits):
 def test_who_is_wrong_before_is_not_in_the_group(head):
     points = heads.alike(SMOKE, head)
     x = np.array(head.test.x)
-    # Move the image just across the boundary: it is as near as before, but classified wrongly.
+    # Move theta so that the image lies just beyond the boundary. Its features are as near to the
+    # group as before, but it is classified wrongly.
     theta = head.net.theta
     x[points[1]] -= (1 + 1e-3) * (x[points[1]] @ theta) / (theta @ theta) * theta
     wrong = dataclasses.replace(head, test=Examples(x, head.test.y))

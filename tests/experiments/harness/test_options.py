@@ -1,4 +1,4 @@
-"""Options of Figure 2: an impossible value is refused before any work, with the option's name."""
+"""Options of Figure 2. An impossible value is refused before any work, with the option's name."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Any file may stand where a record's should: a page comes of it, or one line that refuses it."""
+"""Altered record files. The report makes a page of them, or refuses them in one line."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def sealed(tmp_path):
 
 @pytest.fixture
 def real(sealed):
-    """The same record in format 0, which has no checksum, so that altered content is read."""
+    """The same record in format 0. It has no checksum, so altered content is read."""
     content = json.loads((sealed / "record.json").read_text())
     del content["format"], content["sha256"]
     (sealed / "record.json").write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
@@ -52,7 +52,7 @@ def _places(value, found):
 
 
 def _mutated(content, seed):
-    """Change a record at 1 to 3 places: values swapped, dropped, nested, made huge or odd."""
+    """Change a record at 1 to 3 places: swap, drop or nest values, or make them huge or odd."""
     rng = random.Random(seed)
     for _ in range(rng.randint(1, 3)):
         parent, key = rng.choice(_places(content, []))
@@ -73,7 +73,7 @@ def _mutated(content, seed):
 
 
 def _page_or_line(folder):
-    """Return the page, or None if there was one line instead."""
+    """Return the page, or None if the command printed one line instead."""
     try:
         return report.write_page(folder).read_text(encoding="utf-8")
     except ValueError as error:
@@ -89,7 +89,7 @@ def test_mutated_records_end_in_a_page_or_in_one_line(real):
     for seed in range(int(os.environ.get("RECORD_FUZZ", "50"))):
         file.write_text(json.dumps(_mutated(json.loads(whole), seed)))
         pages += _page_or_line(real.parent) is not None
-    assert 0 < pages < seed + 1  # both ends were met
+    assert 0 < pages < seed + 1  # both outcomes occurred
 
 
 @pytest.mark.parametrize(

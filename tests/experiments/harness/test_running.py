@@ -1,4 +1,4 @@
-"""Checkpoints depend on the code in every folder: after a change, a run starts afresh."""
+"""Checkpoints depend on the code in every folder. After a change, a run starts afresh."""
 
 from pathlib import Path
 

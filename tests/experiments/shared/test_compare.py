@@ -1,4 +1,4 @@
-"""Comparisons checked with values by hand: numbers, panels, chosen rows and test points."""
+"""Comparisons checked with values computed by hand: numbers, panels, chosen rows, test points."""
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -126,7 +126,7 @@ def test_it_stops_where_a_round_does_nothing(monkeypatch):
 
 
 def test_the_last_steps_do_not_climb():
-    """From (0, 1.2), too small a curvature leads uphill, close to the saddle (gradient .02)."""
+    """From (0, 1.2), a curvature that is too small leads uphill to the saddle (gradient .02)."""
     net = Saddle()
     net.theta = np.array([0.0, 1.2])
     descent._polish(net, None, np.eye(2), np.sqrt([1.0, 0.528 / 1.18]), 1e-12)

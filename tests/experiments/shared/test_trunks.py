@@ -20,7 +20,7 @@ def x():
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """Hide weights and network."""
+    """Hide the stored weights and forbid downloads."""
     monkeypatch.setenv("INFLUENCE_OFFLINE", "1")
     monkeypatch.delenv("INFLUENCE_DATA", raising=False)
     monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")

@@ -16,7 +16,7 @@ RADIUS = 0.3
 
 
 class OnTrunk(BinaryLogisticRegression):
-    """Logistic regression on tanh(x A); inputs have another number of columns than features."""
+    """Logistic regression on the features tanh(x A), which are more or fewer than the inputs."""
 
     def __init__(self, A: NDArray, weight_decay: float):
         super().__init__(A.shape[1], weight_decay=weight_decay)
@@ -40,7 +40,7 @@ class OnTrunk(BinaryLogisticRegression):
 
 
 def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02) -> Any:
-    """Make (net, train, test, oracle), the net at its minimum; two classes that overlap."""
+    """Make (net, train, test, oracle) with the net at its minimum. The two classes overlap."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     net = BinaryLogisticRegression(num_inputs, weight_decay=weight_decay)
     train = Examples(x, y)

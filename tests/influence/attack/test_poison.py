@@ -1,4 +1,4 @@
-"""Poisoning: against exact refits, every corner of the box, and the release's rule by hand."""
+"""Poisoning, compared with exact refits, every corner of the box, and the authors' rule by hand."""
 
 from dataclasses import replace
 from itertools import product
@@ -43,7 +43,7 @@ def test_the_change_is_that_of_an_exact_refit(problem):
     assert len(set(found.rows)) == 3
     np.testing.assert_array_equal(found.features, found.inputs)
     assert found.same_bytes is None
-    # The warm refits end where the cold one does, and the best of them is returned.
+    # The last warm refit has the losses of the cold refit, and the largest mean loss.
     last = found.test_losses[-1] - found.test_losses[0]
     np.testing.assert_allclose(last, expected, atol=1e-9)
     np.testing.assert_allclose(found.test_losses[0], net.losses(test.x, test.y), atol=1e-15)
@@ -67,7 +67,7 @@ def test_one_poison_is_as_bad_as_any_corner_of_any_row(problem):
     rule = Rule(max_steps=12)
     found = poison(net, train, test, rows, 0.8, counts=[1], rule=rule, options=TO_THE_END)
     assert found.change_if_poisoned[0] >= 0.99 * best
-    # Judged only by the gradient at the clean weights, another row seems best.
+    # The gradient at the clean weights alone would choose another row.
     alone = Rule(max_steps=12, tries=0)
     other = poison(net, train, test, rows, 0.8, counts=[1], rule=alone, options=TO_THE_END)
     assert other.change_if_poisoned[0] <= found.change_if_poisoned[0]
@@ -121,7 +121,7 @@ def test_it_ends_with_enough_flips(problem):
     every = poison(*all_three, counts=[1, 3], rule=rule, options=TO_THE_END)
     clean = every.test_losses[0]
     first_of_three = int(np.argmax(every.num_poisons == 3))
-    # A loss that one poison never reaches, and three reach only after some moves.
+    # One poison never reaches this loss. Three poisons reach it only after some moves.
     with_one = every.test_losses[:first_of_three].max(axis=0)
     point = int(np.argmax(every.test_losses[-1] - with_one))
     flip_at = (with_one[point] + every.test_losses[-1][point]) / 2
@@ -135,7 +135,7 @@ def test_it_ends_with_enough_flips(problem):
     np.testing.assert_allclose(
         found.change_if_poisoned, found.test_losses[-1] - clean[point], atol=1e-9
     )
-    # One of three test examples is enough if so few are asked for.
+    # With flips=1, the attack ends when one of the three test examples has flipped.
     low = float(np.sort(clean)[-1]) + 1e-3
     options = PoisonOptions(flip_at=low, flips=1)
     one = poison(*all_three, counts=[1, 3], rule=rule, options=options)
@@ -175,7 +175,7 @@ def test_tries_choose_by_what_was_attained(problem):
     two = poison(net, train, test, np.arange(40), RADIUS, counts=[2], rule=rule, options=TO_THE_END)
     assert two.rows.tolist() == tried[best[:2]].tolist()
     assert best.tolist() != list(range(6))  # not the order of the norms
-    # Together they start from where each single row ended.
+    # The rows then move together from the inputs that each reached alone.
     x = np.concatenate([alone[i].inputs for i in best[:2]])
     together = by_refit(oracle, net, train, test, two.rows, x)[0]
     np.testing.assert_allclose(two.test_losses[1, 0] - two.test_losses[0, 0], together, atol=1e-9)
@@ -203,7 +203,7 @@ def test_rows_tried_alone_go_on_together_with_smaller_steps(problem):
     x = np.clip(x - 0.5 * RADIUS * np.sign(g), *box)  # step decay^1, not step
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(theta)
     losses.append(measured.losses(theta)[0])
-    assert losses[1] > losses[0]  # so that both are on the way to the best
+    assert losses[1] > losses[0]  # both states are on the way to the best state
     np.testing.assert_allclose(found.test_losses[1:3, 0], losses, atol=1e-9)
 
 
@@ -211,7 +211,7 @@ def test_what_comes_back_is_the_best_that_was_seen(problem):
     net, train, test, _ = problem
     moves = []
 
-    def fit(net, examples):  # worse and worse after the second move
+    def fit(net, examples):  # the loss rises after the second move
         moves.append(examples.x[5].copy())
         net.theta = net.theta * (0.9 if len(moves) < 3 else 1.2)
 
@@ -335,7 +335,7 @@ def test_a_trunk_is_asked_for_the_candidates_alone():
     rule = Rule(step=0.2, max_steps=4, **SIGNS)
     options = replace(TO_THE_END, inputs=inputs[ROWS])
     found = poison(net, train, test, ROWS, RADIUS, rule=rule, options=options)
-    assert net.seen_inputs == 3 + 5 * 3  # three to see that they are the rows', three a state
+    assert net.seen_inputs == 3 + 5 * 3  # three for the check of the inputs, three for each state
     np.testing.assert_allclose(found.features, np.tanh(found.inputs @ net.A), atol=1e-15)
     net.fit(replaced(train, found.rows, found.features), gradient_tolerance=1e-12)
     np.testing.assert_allclose(found.theta, net.theta, atol=1e-9)
@@ -385,7 +385,7 @@ def test_norms_by_hand():
     g = oracle.on(train.x[rows], train.y[rows]).input_gradients(theta, s, 4)
     found = gradient_norms(net, train, test, rows)
     np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-9)
-    # They predict the rise of the test loss within a small box.
+    # The norms predict the rise of the test loss within a small box.
     for row, size, step in zip(rows, found, -1e-3 * np.sign(g), strict=True):
         rise = refitted_loss(net, train, test, row, train.x[row] + step) - mean_loss(net, test)
         assert 1e-3 * size / len(train) == pytest.approx(rise, rel=1e-2)
@@ -452,7 +452,7 @@ def test_wrong_arguments_are_refused_before_the_trunk_is_asked(changed, error, m
                 | {name: changed[name] for name in changed if name not in options}
             )
         )
-    assert net.seen_inputs <= 6  # the rows by which examples are known to fit the net
+    assert net.seen_inputs <= 6  # the rows that check whether examples fit the net
 
 
 def test_examples_that_do_not_fit_are_refused_before_the_trunk_is_asked():

@@ -1,4 +1,4 @@
-"""The derivative of a test loss by a training input: against refits and closed forms; the moves."""
+"""Derivatives of a test loss by training inputs, against refits and closed forms; the moves."""
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_every_input_must_be_its_rows():
 
 def test_without_a_trunk_inputs_are_the_rows_themselves():
     net, train, *_ = attacked.logistic()
-    far = Examples(train.x + 1e4, train.y)  # where rows differ by little of what they are
+    far = Examples(train.x + 1e4, train.y)  # the rows' relative differences are then small
     rows = [5, 2, 9]
     targets = check_targets(net, far, rows, RADIUS, far.x[rows].astype(np.float32), None)
     assert targets.x.dtype == np.float32

@@ -93,13 +93,13 @@ def flipped(path, place):
 
 
 def rewritten(path, **changes):
-    """Write the file again with NumPy alone, as someone who mends it by hand would."""
+    """Write the file again with NumPy only, as a user who edits it by hand would."""
     with np.load(path) as stored:
         np.savez(path, **{**stored, **changes})
 
 
 def moved(path):
-    """Put there what was stored under another name."""
+    """Replace the file by one that was stored under another name."""
     kept(path.with_name("other.npz"), lambda: ARRAYS).clear()
     os.replace(path.with_name("other.npz"), path)
 

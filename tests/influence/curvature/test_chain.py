@@ -135,7 +135,8 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     net = _net(*CHAINS["kinked"]())
     x = net.flat.inputs(_X[:1])
     chain = Chain.of(net.flat, x)
-    # The widest layer: 4 x 4 x 3 outputs by the 57 weights before and in it, 8 bytes, 8 copies.
+    # The widest layer has 4 x 4 x 3 outputs. Their Jacobian has a column for each of 57 weights.
+    # Memory holds 8 copies of 8 bytes.
     widest = 48 * 57 * 8 * 8
     for budget, at_most, rows in ((5 * widest, 7, 5), (5 * widest, 3, 3), (1, 7, 1)):
         monkeypatch.setattr("influence.curvature.chain.ACTIVATIONS", budget)

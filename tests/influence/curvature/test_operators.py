@@ -80,7 +80,7 @@ def test_damping_is_absolute_and_on_the_diagonal(curvature, tanh):
     net, examples, _ = tanh
     V = block(net.num_parameters)
     plain, damped = curvature(net, examples), curvature(net, examples, 0.7)
-    assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11  # the difference loses a digit
+    assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11  # the subtraction loses a digit
     np.testing.assert_allclose(damped.dense() - plain.dense(), 0.7 * np.eye(len(V)), atol=1e-12)
     problem = logistic("softmax")
     H = problem.oracle.hessian(problem.theta) + 0.7 * np.eye(15)
@@ -137,7 +137,7 @@ def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch)
     V = block(softmax.net.num_parameters)
     whole = curvature(softmax.net, softmax.train) @ V
     A = curvature(softmax.net, softmax.train, batch_size=batch_size)
-    assert relative_error(A @ V, whole) < 1e-10  # another order of additions changes 1e-15
+    assert relative_error(A @ V, whole) < 1e-10  # another order of additions changes about 1e-15
     asked = []
     product = getattr(softmax.net, A._method)
     monkeypatch.setattr(

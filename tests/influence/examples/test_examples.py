@@ -18,7 +18,7 @@ Y = np.arange(6)
 
 
 def bounded(num_examples):
-    """Use few examples, the same in every run, so that everyone can reproduce a failure."""
+    """Use few examples. They are the same in every run, so a failure can be reproduced."""
     return settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
 
 

@@ -34,7 +34,7 @@ EXAMPLES = Examples(X, Y)
 
 
 class Batches(keras.utils.PyDataset):
-    """Dataset of the given rows in batches; `asked` lists the batch numbers requested."""
+    """Dataset of the given rows in batches. `asked` lists the numbers of the requested batches."""
 
     def __init__(self, x, y, size=5):
         super().__init__()

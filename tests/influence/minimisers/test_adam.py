@@ -10,7 +10,7 @@ from tests.influence.problems import relative_error
 
 
 def test_every_step_is_kingma_and_ba_s_in_each_column():
-    """The formula at the end of section 2, on |theta - c|^2 / 2 for two columns."""
+    """Compare with the formula at the end of section 2, for |theta - c|^2 / 2 in two columns."""
     rng = np.random.default_rng(0)
     theta, c = rng.standard_normal((2, 4, 2))
     moments, expected = adam.Moments.none(4, "float64"), theta.copy()

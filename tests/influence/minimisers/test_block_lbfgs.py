@@ -43,7 +43,7 @@ def test_the_right_inverse_needs_one_pass():
 
 
 def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
-    """Count one pass for each direction in which the inverse is wrong, and one to confirm."""
+    """Expect one pass for each direction in which the inverse is wrong, and one to confirm."""
     H = symmetric([1, 1, 1, 1, 3, 7])
     c = np.arange(6.0)[:, None]
     gradients, _ = quadratics([H], c)
@@ -70,7 +70,7 @@ def test_columns_do_not_depend_on_each_other():
 
 
 def test_a_step_that_climbs_is_not_taken_but_learned_from():
-    """Check log cosh, which is flat far out: Newton's step from 3 goes to -200."""
+    """Check log cosh, which is nearly linear far from zero. Newton's step from 3 goes to -200."""
     seen = []
 
     def gradients(thetas, columns):
@@ -81,11 +81,11 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
     found = run(gradients, lambda G, _: G / curvature, [[3.0]])
     assert abs(found.thetas[0, 0]) < 1e-10 and found.norms[0] < 1e-10
     assert seen[1] < -90  # tried
-    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # again from 3, at most half the length
+    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # from 3 again, at most half as long
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
-    """Check that after a gradient that is not finite only the step length changes."""
+    """Check that a gradient that is not finite changes only the step length."""
     seen = []
 
     def gradients(thetas, columns):
@@ -98,7 +98,7 @@ def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
 
 
 def test_pairs_that_are_given_are_known_from_the_start():
-    """Give all directions in which the inverse is wrong to one of two functions."""
+    """Give one of two functions the pairs of all directions in which the inverse is wrong."""
     H, c = symmetric([1, 1, 1, 3, 7]), np.arange(5.0)[:, None]
     values, vectors = np.linalg.eigh(H)
     gradients, _ = quadratics([H, H], np.hstack([c, c]))
@@ -132,12 +132,12 @@ def test_pairs_that_others_are_given_change_nothing(monkeypatch):
             minimise(gradients, lambda G, _: G, start, first, np.zeros(k), 15, pairs=given)
         )
     alone, together = found
-    assert together.norms[1] < alone.norms[0] / 2  # more given pairs help, with as many stored
+    assert together.norms[1] < alone.norms[0] / 2  # given pairs help and do not replace stored ones
     np.testing.assert_allclose(together.thetas[:, 0], alone.thetas[:, 0], rtol=1e-8)
 
 
 def test_steps_grow_with_those_that_were_taken():
-    """Descend a straight slope to a far minimum, where the radius is no longer a limit."""
+    """Descend a straight slope to a far minimum. The radius must grow on the way."""
     seen = []
 
     def gradients(thetas, columns):
@@ -160,7 +160,7 @@ def test_steps_grow_with_those_that_were_taken():
 
 
 def test_after_a_step_that_went_too_far_the_next_is_no_longer():
-    """Accept a step to a smaller gradient; its climb limits the length of the next step."""
+    """Accept a step to a smaller gradient. Its steep climb limits the length of the next step."""
     seen, scales = [], iter([1.8, *[100.0] * 20])
 
     def gradients(thetas, columns):
@@ -180,7 +180,7 @@ def test_after_a_step_that_went_too_far_the_next_is_no_longer():
 
 
 def test_a_search_stays_in_the_valley_it_begins_in():
-    """Check -cos, with little curvature at 1.5: Newton's step there goes to another minimum."""
+    """Check -cos at 1.5, where the curvature is small. Newton's step goes to another minimum."""
     gradients = lambda t, _: np.sin(t)  # noqa: E731
     inverse = lambda G, _: G / np.cos(1.5)  # noqa: E731
     start, first, tolerance = np.full((1, 1), 1.5), np.full((1, 1), np.sin(1.5)), np.full(1, 1e-10)
@@ -191,7 +191,7 @@ def test_a_search_stays_in_the_valley_it_begins_in():
 
 
 def test_directions_of_negative_curvature_are_descended():
-    """Check theta^4 / 4 - theta^2 / 2: Newton's step would go to its maximum at 0."""
+    """Check theta^4 / 4 - theta^2 / 2, where Newton's step would go to the maximum at 0."""
     found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
     np.testing.assert_allclose(found.thetas, [[1, -1]], atol=1e-9)
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
 
 
 def test_a_long_way_down_is_gone_though_gradients_grow():
-    """Check Rosenbrock's valley: beside its floor gradients are a hundred times larger."""
+    """Check Rosenbrock's valley. Beside the valley's floor gradients are a hundred times larger."""
 
     def rosenbrock(t, _):
         away = t[1] - t[0] ** 2
@@ -219,7 +219,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
-    # The same after a first step with a million times the decrease.
+    # The result is the same after a first step whose decrease is a million times larger.
     def after(t, columns):
         return np.concatenate([rosenbrock(t[:2], columns), 2e7 * t[2:]])
 
@@ -229,7 +229,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
 
 
 def test_a_long_straight_slope_is_gone_down():
-    """Take gradients as large as the first for more passes than the patience."""
+    """Check gradients that stay as large as the first for more than `_PATIENCE` passes."""
     slope = lambda t, _: np.where(np.abs(t) > 1, np.sign(t), t)  # noqa: E731
     start, first = np.array([[1e8]]), np.ones((1, 1))
     options = {"longest": np.ones(1)}
@@ -240,7 +240,7 @@ def test_a_long_straight_slope_is_gone_down():
 
 @pytest.mark.parametrize("ratio", [10, 100])
 def test_rounding_is_no_way_down(ratio):
-    """Check steps along noise: the function seems to decrease equally in every pass."""
+    """Check steps along noise, where the function seems to decrease equally in every pass."""
     H, rng = symmetric(np.geomspace(1, 100, 30)), np.random.default_rng(0)
     size = np.linalg.norm(H @ np.ones(30)) / ratio
     noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
@@ -271,7 +271,7 @@ def test_a_search_that_cannot_move_ends():
 
 
 def searched(max_passes, until=1e-3):
-    """Minimise two of three by low-precision gradients with another minimum; the third is done."""
+    """Minimise two functions by wrong low-precision gradients. A third starts at its minimum."""
     H, c, asked = symmetric([1, 2, 5]), np.ones((3, 1)), {"exact": [], "rough": []}
 
     def by(name, error):

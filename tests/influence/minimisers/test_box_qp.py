@@ -7,7 +7,7 @@ from influence.minimisers.box_qp import boxed_minimum
 
 
 def violation(G, b, a):
-    """Return the largest slope at a that descends within the box, relative to b."""
+    """Return the steepest descent at a that stays within the box, relative to b."""
     assert (a >= 0).all() and (a <= 1).all()
     slope = G @ a - b
     inwards = np.where(a == 0, -slope, np.where(a == 1, slope, np.abs(slope)))
@@ -33,7 +33,7 @@ def test_inside_the_box_it_is_the_linear_system():
 
 
 def test_singular_quadratic_from_one_answer_to_the_next():
-    # 40 rows in 5 dimensions. b is not in the range of G, so there is a minimum only in the box.
+    # G has order 40 and rank 5. b is not in its range, so a minimum exists only within the box.
     rng = np.random.default_rng(3)
     A = rng.standard_normal((40, 5))
     G, b = A @ A.T, np.ones(40)
@@ -46,7 +46,8 @@ def test_singular_quadratic_from_one_answer_to_the_next():
 
 
 def test_ridge_pulls_towards_the_start():
-    # With two equal rows only the sum of the entries is determined; their difference stays.
+    # With two equal rows only the sum of the entries is determined. Their difference stays the
+    # same.
     G, b = np.ones((2, 2)), np.array([1.0, 1.0])
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.9, 0.1])), [0.9, 0.1], rtol=1e-6)
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.6, 0.4])), [0.6, 0.4], rtol=1e-6)

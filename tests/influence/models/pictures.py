@@ -12,7 +12,7 @@ SIDE, F = 8, 5
 
 
 def trunk(dtype="float64", pooled=False, seed=1):
-    """Make a trunk with batch normalisation and dropout, to a map (3, 3, 5) or a vector (5,)."""
+    """Make a trunk with batch normalisation and dropout. Its output is (3, 3, 5) or (5,)."""
     init = lambda k: keras.initializers.RandomNormal(stddev=0.5, seed=seed + k)  # noqa: E731
     layers = [
         keras.Input((SIDE, SIDE, 3), dtype=dtype),

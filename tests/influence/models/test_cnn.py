@@ -53,7 +53,7 @@ def test_it_starts_from_truncated_normals(paper):
         values = kernel.ravel() / deviation
         assert np.abs(values).max() <= 2 and not bias.any()
         p = scipy.stats.kstest(values, scipy.stats.truncnorm(-2, 2).cdf).pvalue
-        assert p > 1e-3, layer.name  # a 5 % error of the deviation has p < 1e-3 only with n > 4e3
+        assert p > 1e-3, layer.name  # an error of 5 % shows for n > 4,000
         assert np.std(values) == pytest.approx(0.88, abs=4 * 0.88 / np.sqrt(2 * values.size))
 
 
@@ -64,7 +64,7 @@ def test_the_start_follows_from_its_seed_alone(paper):
     other = AllCNN(seed=1).theta
     assert np.count_nonzero(other == paper.theta) == 5 * 8 + 10 + 10  # the biases
     kernels = [w.numpy() for w in paper.model.trainable_weights if w.shape == (3, 3, 8, 8)]
-    assert len({kernel.tobytes() for kernel in kernels}) == 4  # same shape, own numbers
+    assert len({kernel.tobytes() for kernel in kernels}) == 4  # equal shapes have different numbers
 
 
 def test_the_risk_is_cross_entropy_of_logits_and_half_the_decay_times_the_kernels_squared():
@@ -208,7 +208,7 @@ def test_what_was_interrupted_ends_with_the_same_bits(
 
 
 def test_all_that_training_moves_is_kept(tmp_path, monkeypatch, every_two_steps):
-    """These include batch statistics and the state of dropout's generator."""
+    """Check batch statistics and the state of dropout's generator too."""
 
     def net():
         keras.utils.set_random_seed(0)

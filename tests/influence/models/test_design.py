@@ -39,7 +39,7 @@ def test_a_links_derivatives_are_differences_of_its_loss(name):
 
 @pytest.mark.parametrize("name", LINKS)
 def test_weights_make_the_curvature(name):
-    """They are d2l/dz2 for one output; for softmax, minus its entries below the diagonal."""
+    """Compare with d2l/dz2 for one output, and with minus its lower triangle for softmax."""
     link, c, y = LINKS[name]
     Z = np.random.default_rng(1).standard_normal((9, c, 1))
     curvature = link.curved(Z, y, np.repeat(np.eye(c)[None], 9, axis=0))  # (n, c, c)

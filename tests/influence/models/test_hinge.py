@@ -1,4 +1,4 @@
-"""The hinge models: closed forms, the tape's answers, and the SVM's minimum with its proof."""
+"""The hinge models: closed forms, the tape's answers, the SVM's minimum and its duality gap."""
 
 from dataclasses import dataclass
 
@@ -144,7 +144,7 @@ def test_stable_at_any_margin_and_down_to_t_zero(asked, t):
     np.testing.assert_allclose(got, losses, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(slopes, -sigma, rtol=1e-12, atol=1e-300)
     curvature = e / (1 + e) ** 2 / t if t else 0 * e
-    # The tape takes sigma (1 - sigma) / t, whose rounding is absolute.
+    # The tape computes sigma (1 - sigma) / t, whose rounding error is absolute.
     rounding = 1e-300 if asked is SmoothHinge else 1e-16 / (t or 1)
     np.testing.assert_allclose(each[:, 0, 0] / margins**2, curvature, rtol=1e-9, atol=rounding)
     # Smoothing raises a loss by at most t log 2.
@@ -283,7 +283,8 @@ def test_fit_at_zero_is_the_svm(name, form):
 
 
 def test_fit_at_zero_of_repeated_rows():
-    # Each row occurs three times: the dual has many solutions, the kink's Gram matrix is singular.
+    # Each row occurs three times. The dual then has many solutions, and the Gram matrix of the rows
+    # on the kink is singular.
     x, y = rows(30)
     once = SmoothHinge(5, weight_decay=0.05).fit(Examples(x, y))
     thrice = SmoothHinge(5, weight_decay=0.05)
@@ -305,15 +306,15 @@ def test_fit_at_zero_does_not_depend_on_where_it_begins(seed):
 
 
 def test_minimum_in_closed_form():
-    # One row x = 1, y = 1: R = max(0, 1 - w) + lambda w^2 / 2 has its minimum at w = min(1, 1 /
-    # lambda). The two fits begin there, because LinearSVC needs two different labels.
+    # For one row x = 1, y = 1, R = max(0, 1 - w) + lambda w^2 / 2 has its minimum at
+    # w = min(1, 1 / lambda). The two fits begin there, because LinearSVC needs two labels.
     train = Examples(np.ones((1, 1)), np.ones(1))
     for weight_decay, lowest in ((0.25, 1.0), (4.0, 0.25)):
         net = SmoothHinge(1, weight_decay=weight_decay)
         net.theta = np.array([lowest])
         assert net.gradient_norm(train) < 1e-8
         assert net.fit(train).theta == pytest.approx([lowest], rel=1e-15)
-    # Away from the kink a = 1 and w(a) = 1 / lambda: the gap is lambda / 2 (w - 1 / lambda)^2.
+    # Away from the kink, a = 1 and w(a) = 1 / lambda. The gap is then lambda/2 (w - 1/lambda)^2.
     net.theta = np.array([0.5])
     assert net.duality_gap(train) == pytest.approx(2 * (0.5 - 0.25) ** 2, rel=1e-14)
 
@@ -358,7 +359,7 @@ def test_leave_one_out_of_the_svm():
     x, y = rows()
     train, test = Examples(x, y), Examples(*rows(7, seed=3))
     net = SmoothHinge(5, weight_decay=0.05).fit(train)
-    assert not net.convex  # so that the refits are fits
+    assert not net.convex  # so the refits call `fit`
     removed = [0, 7, 33]
     refits = leave_one_out(net, train, test, removed, RefitOptions(tolerance=1e-8))
     assert refits.converged.all() and refits.gradient_norm.max() <= 1e-8
@@ -392,5 +393,5 @@ def test_influence_of_a_smooth_hinge_is_the_refits():
     assert relative_error(predicted.change_if_removed, wanted) < 1e-10
     options = RefitOptions(method="newton", tolerance=1e-10)
     actual = leave_one_out(net, train, test, [3, 50], options)
-    # First order: the error is of the order of a row's weight, 1 / 300.
+    # The error of first order is about a row's weight, 1 / 300.
     assert relative_error(predicted[:, [3, 50]], actual.change_if_removed) < 0.03

@@ -82,7 +82,7 @@ def test_a_gram_matrix_serves_whatever_the_labels():
     flipped = Examples(examples.x, 1 - examples.y)
     got = net.leverages(flipped, gram=K)
     np.testing.assert_array_equal(got, net.leverages(flipped))
-    # The given matrix is used.
+    # The result shows that the given matrix is used.
     assert not np.allclose(net.leverages(examples, gram=2 * K), got, rtol=0.1)
 
 
@@ -93,7 +93,7 @@ ANSWER = np.arange(70.0)
 
 @pytest.fixture
 def known(monkeypatch, request):
-    """Make a problem whose net's closed form returns ANSWER; with 90 inputs by default."""
+    """Make a problem whose net returns ANSWER as its closed form. It has 90 inputs by default."""
     p = logistic("sigmoid", 70, getattr(request, "param", 90))
     monkeypatch.setattr(p.net, "self_influence", lambda examples, rows: ANSWER[rows])
     return p

@@ -88,9 +88,9 @@ def test_closed_forms_are_those_of_numpy(case, form):
     "case", [("softmax", True, "float64"), ("sigmoid", False, "float64")], indirect=True, ids=label
 )
 def test_closed_forms_are_the_tapes_answers(case):
-    """The base class answers the same questions by differentiating the Keras model.
+    """Compare with the base class, which differentiates the Keras model.
 
-    The other two kinds, and float32, are held against NumPy above.
+    The test above compares the other two kinds, and float32, with NumPy.
     """
     p, tolerance, V, thetas = case
     net, x, y = p.net, p.train.x, p.train.y
@@ -246,7 +246,7 @@ def test_fit_is_deterministic_and_starts_where_the_net_is():
 
 
 def test_fit_without_a_penalty():
-    """The softmax risk then has a flat direction, but its gradient still converges to zero."""
+    """Check the softmax risk without a penalty. It has a flat direction, but the fit converges."""
     p = logistic("softmax", num_rows=200, num_inputs=2)
     free = MulticlassLogisticRegression(2, 3, weight_decay=0.0).fit(p.train)
     oracle = oracles.softmax_regression(p.oracle.features, p.oracle.y, 3, 0.0)

@@ -43,7 +43,7 @@ def test_more_features_than_rows(way):
 
 
 def test_a_start_from_which_full_steps_diverge(way):
-    # One feature, which fits half of the labels: at theta = 8 the loss has almost no curvature.
+    # One feature fits half of the labels. At theta = 8 the loss has almost no curvature.
     x, y = np.ones((4, 1)), np.array([0, 0, 1, 1])
     oracle = oracles.logistic_regression(x, y, 1e-6)
     start = np.array([8.0])
@@ -52,7 +52,7 @@ def test_a_start_from_which_full_steps_diverge(way):
     net = BinaryLogisticRegression(1, weight_decay=1e-6)
     net.theta = start
     net.fit(Examples(x, y))
-    assert abs(net.theta[0]) <= 1e-9  # the minimum is 0, the curvature there 1/4
+    assert abs(net.theta[0]) <= 1e-9  # the minimum is 0, with a curvature of 1/4
 
 
 def test_features_of_very_different_scale(way):
@@ -66,7 +66,7 @@ def test_features_of_very_different_scale(way):
 
 
 def test_the_cheaper_way_is_taken(monkeypatch):
-    """The Hessian of a dense problem with few parameters is factored, of a wide sparse one not."""
+    """Check that a small dense Hessian is factored, and that of a wide sparse problem is not."""
     p = logistic("sigmoid", num_rows=200)
     p.net.theta = np.zeros(5)
     monkeypatch.setattr(newton, "CG", None)
@@ -79,7 +79,7 @@ def test_the_cheaper_way_is_taken(monkeypatch):
 
 
 def test_the_tolerance_is_not_overshot_by_much(monkeypatch):
-    """The last step is solved only as accurately as the tolerance requires."""
+    """Check that the last step is solved only as accurately as the tolerance requires."""
     monkeypatch.setattr(newton, "_FACTOR_COST", 0)
     examples, oracle = wide(40, 60)
     net = BinaryLogisticRegression(60, weight_decay=1e-3)

@@ -1,4 +1,4 @@
-"""TopLayer: a head on a frozen trunk, its features, and the way back to the pixels."""
+"""TopLayer: a head on a frozen trunk, its features, and derivatives with respect to pixels."""
 
 import pickle
 

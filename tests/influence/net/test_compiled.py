@@ -303,7 +303,13 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
     model = two(structure)
     model.compile("sgd", loss, loss_weights=loss_weights, run_eagerly=True)
     net = agrees(model, BOTH, weight)
+    y, b = Examples(X, BOTH, weight).y, PAIR[:, 0]
+    measured = net.measuring(
+        lambda y, z: y["b"][:, 0] - (z["b"] if structure is dict else z[0])[:, 0]
+    )
     outputs = net.outputs(X)
+    expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]  # without weights
+    np.testing.assert_allclose(measured.losses(X, y), expected, atol=ROUNDING)
     tf.nest.map_structure(np.testing.assert_array_equal, outputs, model.predict(X, verbose=0))
 
 
@@ -403,6 +409,16 @@ def test_losses_and_labels_of_two_outputs_that_do_not_fit(loss, loss_weights, y,
     model.compile("sgd", loss, loss_weights=loss_weights)
     with pytest.raises(ValueError, match=message):
         GenericNeuralNet(model).validate(Examples(X, y), "train")
+
+
+def test_labels_by_the_name_of_the_one_output():
+    model = ending(1)
+    net = GenericNeuralNet(model, "mse")
+    (name,) = model.output_names
+    net.validate(Examples(X, {name: REAL}), "train")
+    np.testing.assert_array_equal(net.losses(X, Examples(X, {name: REAL}).y), net.losses(X, REAL))
+    with pytest.raises(ValueError, match=rf"^train\.y must be an array or .*'{name}'\], got .*'b'"):
+        net.validate(Examples(X, {"b": REAL}), "train")
 
 
 def test_class_weights_as_weights_of_the_rows():

@@ -1,5 +1,7 @@
 """Softmax and sigmoid at a model's end: everything is answered as for the same model's logits."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -132,7 +134,8 @@ def test_scores_with_weights_against_a_dense_plain_matrix():
                           axis=1, batch_dims=1)  # fmt: skip
             losses = -tf.math.log(p) * np.r_[w, 3.0, 0.5]
             risk = tf.reduce_mean(losses[:N])
-        gradient = tf.concat([tf.reshape(g, [-1]) for g in inner.gradient(risk, variables)], 0)
+        slopes: Any = inner.gradient(risk, variables)
+        gradient = tf.concat([tf.reshape(g, [-1]) for g in slopes], 0)
     zero = tf.UnconnectedGradients.ZERO
     flat = lambda parts: np.concatenate(  # noqa: E731
         [np.reshape(part, (part.shape[0], -1)) for part in parts], axis=1

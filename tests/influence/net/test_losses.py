@@ -220,7 +220,7 @@ def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):
 
 @pytest.mark.parametrize("kind", ["softmax", "one-hot", "sigmoid", "two sigmoids"])
 def test_curvature_of_a_saturated_cross_entropy_keeps_float32s_digits(kind):
-    """Against H u written out in float64: p_a sum_b p_b (u_a - u_b), and p (1 - p) u."""
+    """Compare with H u in float64: p_a sum_b p_b (u_a - u_b), or p (1 - p) u for one output."""
     rng = np.random.default_rng(0)
     outputs = {"softmax": 4, "one-hot": 4, "sigmoid": 1, "two sigmoids": 2}[kind]
     z = (20 * rng.standard_normal((6, outputs))).astype(np.float32)

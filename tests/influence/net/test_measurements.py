@@ -76,7 +76,7 @@ def test_certainty_does_not_saturate():
 
 # --- influence on measurements ---------------------------------------------------------------
 
-# These take logits Z (n, c); a single logit becomes Z with zeros for class 0.
+# These take logits Z (n, c). For a single logit, Z has a column of zeros for class 0.
 NUMPY = {
     "margin": lambda y, Z: log_odds(scipy.special.softmax(Z, axis=1)[np.arange(len(y)), y]),
     "adversarial_loss": lambda y, Z: (

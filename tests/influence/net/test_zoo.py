@@ -76,7 +76,7 @@ def quartic(y, z):
 
 @dataclass(frozen=True)
 class Kind:
-    """Recipe for a model, its loss for the net, the same loss in TensorFlow, and a batch."""
+    """What makes a model, its loss for the net, the same loss in TensorFlow, and a batch."""
 
     make: Callable
     loss: Any
@@ -205,7 +205,7 @@ def one_hot(rng):
 
 
 def some_ids(rng):
-    """Return ids; zeros are masked. A row of zeros only would have the mean 0 / 0."""
+    """Return ids, of which zeros are masked. A row of only zeros would have the mean 0 / 0."""
     return np.column_stack([rng.integers(1, 5, N), rng.integers(0, 5, (N, 2))])
 
 

@@ -110,7 +110,7 @@ def test_eigenvalues_of_a_long_theta_come_with_their_errors():
     net.fit(train)
     report = check(net, train)
     assert report.ok, str(report)
-    # More weights than rows: the flattest directions see the penalty alone.
+    # There are more weights than rows, so in some directions only the penalty has curvature.
     assert report["smallest eigenvalue"].value == pytest.approx(0.05, rel=1e-3)
     H = net.hvp(train.x, train.y, np.eye(2200)[:, :3])
     assert report["largest eigenvalue"].value > 0.05 + H[0, 0]
@@ -185,7 +185,7 @@ def test_a_saddle_is_found():
     hidden = L.Dense(3, activation="tanh", use_bias=False, **D64)
     model = sequential((2,), hidden, L.Dense(3, use_bias=False, **D64), **D64)
     net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    net.theta = np.zeros(net.num_parameters)  # stationary: each layer hides the other's gradient
+    net.theta = np.zeros(net.num_parameters)  # a stationary point
     train = Examples(x, y)
     report = check(net, train)
     assert named(report, "fail") == {"smallest eigenvalue"}
@@ -281,7 +281,7 @@ def test_about_seven_passes_beside_products(monkeypatch):
 def test_batch_size_changes_no_number():
     p = logistic("softmax")
     p.net.theta = p.theta + 0.1
-    # Rows, accuracy, penalty's share, eigenvalues, drift: all values above rounding.
+    # The compared values (rows, accuracy, penalty, eigenvalues, drift) are all above rounding.
     reports = (check(p.net, p.train, batch_size=size) for size in (None, 7))
     values = [[line.value for line in report.lines if line.value > 1e-5] for report in reports]
     assert len(values[0]) >= 5 and relative_error(*values) < 1e-9

@@ -14,13 +14,13 @@ EPS = {dtype: float(np.finfo(dtype).eps) for dtype in ("float32", "float64")}
 
 @pytest.fixture(scope="module")
 def tanh():
-    """(net, examples), not at a minimum."""
+    """Return (net, examples) with the net away from a minimum."""
     return tanh_net()
 
 
 @pytest.fixture(scope="module")
 def linear():
-    """Least squares at its minimum, where every test leaves it."""
+    """Return a least-squares net at its minimum. No test may change its theta."""
     p = ridge(num_rows=60)
     theta = p.theta
     yield p
@@ -58,7 +58,7 @@ def test_products_with_another_matrix_are_found(linear, monkeypatch):
     product = p.net.hvp
     monkeypatch.setattr(p.net, "hvp", lambda x, y, V: 1.01 * product(x, y, V))
     difference, asymmetry = lines(p.net, p.train)
-    # The penalty's share, a few per cent, is right.
+    # The penalty's share of a few per cent is correct.
     assert difference.verdict == "fail" and 0.009 < difference.value < 0.01 / 1.01 + 1e-6
     assert asymmetry.verdict == "ok"
 
@@ -133,10 +133,10 @@ def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, sa
     ("error", "converged", "complete", "known", "verdict"),
     [
         (0.05, True, False, np.nan, "ok"),
-        (0.06, True, False, np.nan, "warn"),  # near some eigenvalue, which need not be the least
+        (0.06, True, False, np.nan, "warn"),  # an eigenvalue is near, but need not be the smallest
         (0.01, False, False, np.nan, "warn"),
         (0.01, False, False, 0.1, "ok"),
-        (0.06, True, True, np.nan, "ok"),  # of all that there are
+        (0.06, True, True, np.nan, "ok"),  # all eigenvalues are known
         (0.6, True, True, np.nan, "warn"),
     ],
 )
@@ -159,7 +159,7 @@ def test_the_largest_eigenvalue_should_be_positive():
         (1e-5, 0.0, np.nan, "float32", "warn", 1e6),
         (1e-7, 0.0, np.nan, "float32", "fail", 1e8),
         (1e-7, 0.0, np.nan, "float64", "ok", 1e8),
-        (1e-2, 5e-3, np.nan, "float64", "warn", 2e3),  # what may be, not what was seen
+        (1e-2, 5e-3, np.nan, "float64", "warn", 2e3),  # the eigenvalue may be as small as 5e-3
         (1e-2, 2e-2, 1e-3, "float64", "ok", 1e4),
         (1e-2, 1e-4, 1e-3, "float64", "ok", 10 / 9.9e-3),
         (1e-2, 2e-2, np.nan, "float64", "warn", 1e3),
@@ -198,7 +198,7 @@ def test_drift_and_removals_are_those_of_the_closed_form(linear, with_test, dist
     drift = watched.gradients(moved) @ np.linalg.solve(p.oracle.hessian(moved), gradient)
     removals = p.oracle.predicted_changes(moved, watched, np.arange(60))
     ratio = np.sqrt(np.mean(drift**2)) / np.sqrt(np.mean(removals**2))
-    # Two random combinations of rows, and CG to a residual of 0.1: within a factor of two.
+    # Two random sums of rows, and CG to a residual of 0.1, give a result within a factor of two.
     assert 0.5 < line.value / ratio < 2
     assert line.verdict == verdict
     assert f"gradient norm {np.linalg.norm(gradient):.1e}" in line.meaning

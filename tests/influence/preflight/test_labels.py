@@ -92,7 +92,7 @@ def test_swapped_labels_are_found(kind):
     net.fit(Examples(x, y))
     theta = net.theta
     if kind == "logits":
-        net.theta = 0.01 * theta  # far from 0.5, on either side of 0
+        net.theta = 0.01 * theta  # outputs near 0, of both signs
     if kind == "probabilities":
         outputs = keras.layers.Activation("sigmoid", dtype="float64")(net.model.outputs[0])
         net = GenericNeuralNet(keras.Model(net.model.inputs, outputs), "binary_crossentropy")

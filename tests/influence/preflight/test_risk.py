@@ -23,7 +23,8 @@ def test_weights_that_theta_leaves_out_are_counted():
     made = model()
     made.layers[0].trainable = False
     line = risk.frozen(GenericNeuralNet(made, "mse"))
-    # Nine of the frozen layer, three moving means and variances each; 6 + 4 are in theta.
+    # Outside theta are nine weights of the frozen layer, three moving means and three moving
+    # variances. The other 6 + 4 weights are in theta.
     assert line.verdict == "ok" and line.value == 15 and "15 of 25 weights" in line.meaning
     line = risk.frozen(ridge().net)
     assert line.verdict == "ok" and line.value == 0 and "all 5 weights" in line.meaning

@@ -23,7 +23,7 @@ def squares(y, output):
 
 
 def with_layer(layer):
-    """Make (net, examples): a linear model with the layer before it."""
+    """Make (net, examples) of a linear model with the given layer before it."""
     model = sequential((2,), layer, L.Dense(1, **D64), **D64)
     x = np.random.default_rng(0).standard_normal((20, 2)) + 3
     return GenericNeuralNet(model, "mse"), Examples(x, x[:, 0])
@@ -52,7 +52,7 @@ def test_a_loss_reduced_over_rows_is_found(loss, what):
         lambda y, z: squares(y, z) * tf.cast(tf.shape(y)[0], z.dtype),
         lambda y, z: tf.reduce_mean((y - z) ** 2, axis=1),  # (n,) - (n, 1) is (n, n)
         lambda y, z: squares(y, z) + tf.reduce_max(y) / 1e6,
-        # It depends on the place in the batch; alone or at the beginning a row does not show it.
+        # The loss depends on a row's place in the batch, but only beyond the first 20 places.
         lambda y, z: squares(y, z) + 1e-6 * tf.cast(tf.range(tf.shape(y)[0]) > 20, z.dtype),
     ],
 )
@@ -72,7 +72,7 @@ def test_batch_normalisation_left_in_training_mode_is_found():
     net, examples = with_layer(TrainingMode(**D64))
     line = rows.separate(net, examples)
     assert line.verdict == "fail" and line.value > 0.1 and "training=True" in line.remedy
-    # The outputs differ even where no loss shows it.
+    # The outputs differ even if the losses hardly do.
     silent = GenericNeuralNet(net.model, lambda y, z: 1e-12 * squares(y, z))
     assert rows.separate(silent, examples).value == pytest.approx(line.value)
     assert twice(net, examples).verdict == "ok"
@@ -177,7 +177,7 @@ def test_rows_that_are_not_finite_are_found(loss, what):
     assert f"The {what} of 2 of 30 rows is NaN or infinite (row 4, 17)" in line.meaning
     line = rows.finite(net, rows.Answers.of(net, good, None), "test")
     assert line.name == "finite test rows" and line.verdict == "ok" and line.value == 0
-    # Such rows are no reason to doubt the others.
+    # The rows that are not finite raise no doubt about the other rows.
     assert rows.separate(net, examples).verdict == twice(net, examples).verdict == "ok"
 
 

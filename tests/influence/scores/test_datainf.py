@@ -1,4 +1,4 @@
-"""datainf against its formula with dense matrices, and exactly where the formula is exact."""
+"""datainf, compared with its formula in dense matrices, and with the truth where it is exact."""
 
 import keras
 import numpy as np
@@ -11,12 +11,12 @@ from tests.influence.problems import logistic, relative_error, tanh_net
 
 @pytest.fixture(scope="module")
 def network():
-    """Two layers, kernel and bias each: 16 and 5 parameters."""
+    """Make two layers with kernels and biases: 16 and 5 parameters."""
     return tanh_net(l2=0.1)
 
 
 def dense(net, train, test, damping, layers):
-    """(m, n): the mean of the inverses of every row's own matrix, layer by layer."""
+    """Compute DataInf's scores (m, n) with the mean of all rows' inverses, layer by layer."""
     G, V = net.gradients(train.x, train.y), net.gradients(test.x, test.y)
     n = len(train)
     S = np.zeros_like(V)
@@ -51,7 +51,7 @@ def test_for_a_linear_model_there_is_one_layer():
 
 
 def test_one_row_is_exact(network):
-    """The inverse of the mean is the mean of the inverses: a solve with the layers' blocks."""
+    """Check one row, for which DataInf is an exact solve with the layers' blocks."""
     net, train = network
     one, test = train.take([8]), train.take([3, 5])
     g = net.gradients(one.x, one.y)[0]
@@ -64,7 +64,7 @@ def test_one_row_is_exact(network):
 
 
 def test_with_much_damping_it_is_influence_with_that_damping():
-    """Sign and scale: every matrix is damping I, and each score grad . grad L / (n damping)."""
+    """Check sign and scale. With much damping, scores are grad . grad L / (n damping)."""
     p = logistic("sigmoid")
     got = datainf(p.net, p.train, p.test, damping=1e6)
     damped = Influence(p.net, p.train, solver=Direct(), damping=1e6).scores(p.test)

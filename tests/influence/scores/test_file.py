@@ -40,7 +40,7 @@ def problem():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Of 3 tests x 16 rows, solved 2 at a time."""
+    """Use blocks of 3 tests x 16 rows. Two tests are solved at a time."""
     monkeypatch.setattr(score_file, "_TESTS", 3)
     monkeypatch.setattr(score_file, "_ROWS", 16)
     monkeypatch.setattr(score_file, "_CHUNK", (1, 16))
@@ -90,7 +90,7 @@ def test_the_file_holds_the_scores(kind, tmp_path, small_blocks):
     assert table.dtype == np.float32 and rounded["s_test"].dtype == np.float64
     error = np.abs(table - expected).max() / np.abs(expected).max()
     assert 1e-9 < error < 1e-6
-    assert rounded["rounding_error"] == pytest.approx(error, rel=0.01)  # all rows are its sample
+    assert rounded["rounding_error"] == pytest.approx(error, rel=0.01)  # the sample has all rows
 
 
 def test_chosen_rows_and_measurements(tmp_path, small_blocks):
@@ -131,7 +131,7 @@ def test_streams_sparse_rows_and_float32_nets(tmp_path, small_blocks):
     stream = Stream(Batches(p.train.x, p.train.y, 7)), Stream(Batches(p.test.x, p.test.y, 3))
     streamed = Influence(p.net, stream[0], solver=Direct())
     same(contents(streamed.write_scores(tmp_path / "stream.h5", stream[1])), expected)
-    # A stream of the same rows is the same input.
+    # A stream of the same rows counts as the same input.
     assert streamed.write_scores(path, p.test)
     sparse = Examples(scipy.sparse.csr_matrix(p.train.x), p.train.y)
     got = contents(
@@ -175,7 +175,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
     train = Examples(x, y)
     test = Examples(rng.standard_normal((m, f)), np.arange(m) % 3)
     influence = Influence(net, train, solver=Direct())
-    influence.prepared(np.ones(60))  # what the solver keeps
+    influence.prepared(np.ones(60))  # the solver allocates its memory now
     monkeypatch.setattr(score_file, "_TESTS", 512)
     tracemalloc.start()
     path = influence.write_scores(tmp_path / "large.h5", test)
@@ -193,7 +193,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Halving:
-    """A solver with no memory of its own but its answer."""
+    """A solver that needs no memory except for its answer."""
 
     rtol = None
 
@@ -242,7 +242,7 @@ Influence(p.net, p.train, solver=Direct()).write_scores(sys.argv[1], p.test)
 
 
 def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeypatch):
-    num_marks = 9  # of four solves and 3 x 4 blocks of scores
+    num_marks = 9  # a whole run makes 16 marks: four solves, 3 x 4 blocks
     path = tmp_path / "scores.h5"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, str(path), str(num_marks)]
@@ -296,7 +296,7 @@ def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monk
     p = problem()
     with monkeypatch.context() as patch:
         patch.setattr(score_file, "_describe", lambda *_: 1 / 0)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill -9 takes nothing away
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # after a kill -9 nothing is removed
         with pytest.raises(ZeroDivisionError):
             Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
     assert len(list(tmp_path.iterdir())) == 1
@@ -336,7 +336,7 @@ def test_an_unconverged_solve_warns_also_when_it_was_done_before(
         path = influence.write_scores(tmp_path / "s.h5", p.test)
     assert not contents(path)["converged"].any()
     with pytest.warns(ConvergenceWarning, match="^7 of the first 7 systems") as caught:
-        influence.write_scores(path, p.test)  # the file is finished, and no better for that
+        influence.write_scores(path, p.test)  # the finished file still has unconverged systems
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -379,7 +379,7 @@ def test_a_file_of_other_inputs_is_refused_by_name(finished, tmp_path, small_blo
     measured = {"measurement": lambda _, output: output[:, 1]}
     for names, train_, test_, options, asked in (
         ("damping", train, test, {"damping": 0.1}, {}),
-        ("damping", train, test, {"damping": 1e-9}, {}),  # not one of the numbers that may round
+        ("damping", train, test, {"damping": 1e-9}, {}),  # damping must be equal to the last bit
         ("solver", train, test, {"solver": CG()}, {}),
         ("train", train.without([5]), test, {}, {"rows": range(59)}),
         ("test", train, Examples(x, test.y), {}, {}),

@@ -1,4 +1,4 @@
-"""A score file that is there already is used only if it is as it was written."""
+"""An existing score file is used only if it has not been altered."""
 
 import hashlib
 import os
@@ -58,7 +58,7 @@ def _pipe(path):
     os.mkfifo(path)
 
 
-# What is done to a file of 7 x 60 scores, in blocks of 3 x 16, and what names it.
+# Each entry alters a file of 7 x 60 scores in blocks of 3 x 16, and gives the expected message.
 ALTERED = [
     (_one_bit("change_if_removed", (0, 0)), "altered scores in rows (0, 2) and columns (0, 15)"),
     (_set("change_if_removed", np.nan), "altered scores"),
@@ -129,7 +129,7 @@ def test_checksums_are_sha256_of_the_bytes(tmp_path, small_blocks):
     got = contents(
         Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
     )
-    block = got["change_if_removed"][3:6, 16:32].tobytes()  # of 4 blocks across, the sixth
+    block = got["change_if_removed"][3:6, 16:32].tobytes()  # the sixth block
     assert got["block_sha256"][5].tobytes() == hashlib.sha256(block).digest()
     about = [got[name][4] for name in ("s_test", "residual", "iterations", "converged")]
     test = b"".join(part.tobytes() for part in [*about, got["min_curvature"][4]])

@@ -1,4 +1,4 @@
-"""Influence.group against exact refits without the group, and the formula written out densely."""
+"""Influence.group, compared with exact refits without the group and with the dense formula."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def problems():
 
 
 def groups(problem, percent):
-    """Random and coherent ones: of one class, neighbours, largest influence and largest loss."""
+    """Make six groups: random rows, one class, neighbours, largest influence and largest loss."""
     p, k = problem, N * percent // 100
     own = p.oracle.gradients(p.theta) + p.oracle.penalty * p.theta
     influence = own @ np.linalg.solve(
@@ -54,7 +54,7 @@ def refitted(problem, rows):
 
 
 def second_order(problem, rows):
-    """The formula with dense matrices, T by differences of the Hessian."""
+    """Compute the formula with dense matrices. T comes from differences of the Hessian."""
     p, n, k = problem, len(problem.train), len(rows)
     theta, H = p.theta, p.oracle.hessian(p.theta)
     penalty = np.diag(np.broadcast_to(p.oracle.penalty, theta.shape))
@@ -72,7 +72,7 @@ def second_order(problem, rows):
 
 # --- the truth -------------------------------------------------------------------------------
 
-# Relative errors of orders 1 and 2 over the test losses, the medians of the six groups.
+# These are the relative errors of orders 1 and 2 over the test losses, as medians of six groups.
 MEDIANS = {
     ("softmax", 1): (0.098, 0.0036),
     ("softmax", 5): (0.146, 0.0151),
@@ -103,7 +103,7 @@ def test_order_two_is_closer_to_the_refit_than_order_one(problem, percent, probl
 
 
 def test_the_terms_that_others_leave_out_decide(problems):
-    """A Newton step expanded (Basu, You & Feizi 2020) can be further off than order 1."""
+    """Check that without T and d2 f (Basu, You & Feizi 2020) order 2 can be worse than order 1."""
     p = problems["sigmoid"]
     rows = groups(p, 25)["most harmful"]
     n, k, theta, H = N, len(rows), p.theta, p.oracle.hessian(p.theta)
@@ -132,15 +132,15 @@ def test_the_refit_is_that_of_the_nets_own_fit(problems):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_error_falls_with_the_power_of_the_groups_weight(order, problems):
-    """A tenth of the rows against a hundredth: the error of order r is of order r + 1."""
+    """Reduce the group's share of the data tenfold. The error of order r falls with power r + 1."""
     errors = []
-    for num_rows in (400, 4000):  # the same group of 20 in more and more data
+    for num_rows in (400, 4000):  # a group of 20 rows in data sets of two sizes
         p = logistic("sigmoid", num_rows, weight_decay=0.1)
         rows = np.arange(20)
         got = Influence(p.net, p.train, solver=Direct()).group(p.test, rows, order)
         errors.append(np.linalg.norm(got[:] - refitted(p, rows)))
     power = np.log10(errors[0] / errors[1])
-    assert power == pytest.approx(order + 1, abs=0.4)  # the rows differ between the two
+    assert power == pytest.approx(order + 1, abs=0.4)  # the two data sets have different rows
 
 
 def test_positive_means_that_the_group_helped(problems):
@@ -196,7 +196,7 @@ def test_sparse_rows_change_nothing(problems):
 
 
 def test_a_single_row_of_least_squares_to_second_order():
-    """Exactly, its move is H^-1 g / n times 1 / (1 - h) (1 - p / n) for small leverages h."""
+    """The exact move is H^-1 g / n times a function of the row's leverage, here to second order."""
     p = ridge(N, l2=0.0)
     row = [11]
     moved = p.oracle.without(row).minimum(p.theta) - p.theta
@@ -211,13 +211,13 @@ def test_a_single_row_of_least_squares_to_second_order():
 
     influence = Influence(p.net, p.train, solver=Direct())
     got = influence.group(p.test, row, 2, measurement=prediction)
-    # 1 / (1 - h) about h = 1 / n, to first order.
+    # This expands 1 / (1 - h) about h = 1 / n to first order.
     about = N / (N - 1) * (1 + (leverage - 1 / N) * N / (N - 1))
     np.testing.assert_allclose(got[:], p.measured.features @ first * about, rtol=1e-9)
 
 
 def test_damping_counts_for_the_group_too():
-    """Damping is a penalty on the distance from theta: a problem of its own, refitted exactly."""
+    """Compare with exact refits in which the damping is a penalty on the distance from theta."""
     p = ridge(N)
     rows = np.arange(40)
     damped = Influence(p.net, p.train, solver=Direct(), damping=0.7).group(p.test, rows, 2)[:]
@@ -231,7 +231,7 @@ def test_damping_counts_for_the_group_too():
 
 
 def test_a_network_with_a_penalty_that_is_not_quadratic():
-    """The third derivative of everything, against differences of the library's own Hessian."""
+    """Compare all third derivatives with differences of the library's Hessian."""
     net, train = tanh_net(l2=0.1)
     net.model.layers[-1].kernel.regularizer = Quartic()
     untraced(net)

@@ -1,4 +1,4 @@
-"""Influence against closed forms and exact refits: scores, additions, derivatives by inputs."""
+"""Influence, compared with closed forms and exact refits: scores, additions, perturbations."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ ROWS = [30, 2, 17]
 
 @pytest.fixture(scope="module")
 def problems():
-    """By the tape and in closed form; with the intercept outside the penalty and inside."""
+    """Make problems with and without closed forms, the intercept inside or outside the penalty."""
     softmax = logistic("softmax", intercept=True)
     return {
         "ridge": ridge(),
@@ -43,7 +43,7 @@ PENALTIES = ["ridge, strong penalty", "sigmoid, weak penalty", "sigmoid, strong 
 
 @pytest.fixture(scope="module")
 def tanh():
-    """(net, train): a network with a penalty, far from a minimum."""
+    """Return (net, train), a network with a penalty and far from a minimum."""
     return tanh_net(l2=0.05)
 
 
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_closed_form(problem, solver, problems):
     rows = np.arange(len(p.train))
     expected = p.oracle.predicted_changes(p.theta, p.measured, rows)
     scores = Influence(p.net, p.train, solver=solver).scores(p.test)
-    # The solver's 1e-11 times the condition of these Hessians, below 100.
+    # The solver's tolerance is 1e-11, and these Hessians have condition numbers below 100.
     assert relative_error(scores.change_if_removed, expected) < 1e-9
     np.testing.assert_array_equal(scores.rows, rows)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), p.measured.gradients(p.theta).T)
@@ -95,7 +95,7 @@ def test_self_influence_is_the_diagonal_of_scores(problem, problems):
     got = influence.self_influence()
     assert relative_error(got, np.diag(table[:])) < 1e-11
     assert relative_error(influence.self_influence([7, 3]), got[[7, 3]]) < 1e-12
-    assert (got > 0).mean() > 0.8  # a row helps itself; the penalty's share turns a few small ones
+    assert (got > 0).mean() > 0.8  # without most rows, their own loss is larger
 
 
 def test_damping_and_gauss_newton_enter_as_said(tanh):
@@ -125,8 +125,8 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
     predicted = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows)[:].ravel()
     actual = p.oracle.actual_changes(p.theta, p.measured, rows).ravel()
     line = scipy.stats.linregress(predicted, actual)
-    # First order leaves out the row's leverage, d/n on average: here at most 18/1000, and far less
-    # where the penalty dominates. Dropping the penalty from the row's gradient shifts every change.
+    # First order ignores the row's leverage. A leverage is d/n on average, here at most 18/1000,
+    # and far less if the penalty dominates. An omitted penalty in L(z) would shift every change.
     assert 0.99 < line.slope < 1.03
     assert line.rvalue > 0.999
     assert abs(line.intercept) < 0.01 * actual.std()
@@ -135,7 +135,7 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
 
 
 def test_positive_means_the_row_helped(problems):
-    """A test point that is also a training row is harmed when its row goes."""
+    """Check that the loss of a test point rises if the same point is removed from training."""
     p = problems["ridge"]
     twin = Examples(p.train.x[[4]], p.train.y[[4]])
     assert abs(p.net.losses(twin.x, twin.y)[0]) > 0.1
@@ -143,7 +143,7 @@ def test_positive_means_the_row_helped(problems):
     before = p.oracle.losses(p.theta)[4]
     after = p.oracle.losses(p.oracle.without([4]).minimum(p.theta))[4]
     assert after > before and change > 0
-    # Exactly: leaving a row out of least squares changes its residual by 1 / (1 - leverage).
+    # In least squares, leaving a row out multiplies its residual by exactly 1 / (1 - leverage).
     H = p.oracle.hessian(p.theta)
     leverage = p.oracle.hessians(p.theta)[4] @ np.linalg.inv(H) / len(p.train)
     assert change == pytest.approx(after - before, rel=4 * np.trace(leverage))
@@ -158,7 +158,8 @@ def test_the_error_of_parameters_falls_with_the_square_of_n():
         actual = p.oracle.actual_parameters(p.theta, rows)
         errors[n] = np.linalg.norm(predicted - actual, axis=1).mean()
         assert errors[n] < 0.25 * np.linalg.norm(actual, axis=1).mean()
-    # Four times the rows: a sixteenth, within the luck of twenty rows.
+    # With four times the rows the error is about a sixteenth. The mean over only twenty rows may
+    # differ from this by a factor of two.
     assert 8 < errors[100] / errors[400] < 32
 
 
@@ -166,7 +167,7 @@ def test_the_error_of_parameters_falls_with_the_square_of_n():
 
 
 def refitted(problem, new):
-    """(m, k): test losses after refitting with each new row, minus before."""
+    """Return (m, k) test losses after refitting with each new row, minus the losses before."""
     p = problem
     before = p.measured.losses(p.theta)
     columns = []
@@ -178,7 +179,7 @@ def refitted(problem, new):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "ridge", "softmax by the tape"])
 def test_adding_is_the_change_of_a_refit_with_the_row(kind):
-    # Outside rows: those of another draw from the same problem.
+    # The new rows come from another random draw of the same problem.
     if kind == "ridge":
         p, q = ridge(600, l2=0.05), ridge(40, seed=1)
     else:
@@ -190,7 +191,8 @@ def test_adding_is_the_change_of_a_refit_with_the_row(kind):
     assert predicted.shape == (7, 40) and predicted.measurement == "loss"
     actual = refitted(p, q.oracle).ravel()
     line = scipy.stats.linregress(predicted[:].ravel(), actual)
-    # An added row takes 1 / (1 + leverage) of what is predicted: d/n on average is at most 0.03.
+    # The actual change is 1 / (1 + leverage) times the prediction. The mean leverage, d/n, is at
+    # most 0.03.
     assert 0.9 < line.slope < 1.01 and line.rvalue > 0.995
     assert abs(line.intercept) < 0.02 * actual.std()
 
@@ -212,7 +214,7 @@ def test_adding_is_minus_the_removal_of_the_same_row(problems):
 
 
 def refitted_derivative(problem, row, j):
-    """(m,): d(test losses)/d(x[row, j]) by differences of refits to a gradient norm of 1e-12."""
+    """Return d(test losses)/d(x[row, j]), (m,), by differences of refits accurate to 1e-12."""
     at = problem.oracle.features[row, j]
 
     def test_losses(value):
@@ -235,9 +237,10 @@ def test_perturbation_is_the_derivative_of_an_actual_refit(problem, problems):
     expected = np.array(
         [[refitted_derivative(p, row, j) for j in range(num_inputs)] for row in ROWS]
     )
-    # Fourth-order differences of refits exact to 1e-12, a step of 1e-3: errors near 1e-9.
+    # Fourth-order differences with a step of 1e-3, of refits accurate to 1e-12, have errors near
+    # 1e-9.
     assert relative_error(got, np.moveaxis(expected, 2, 0)) < 1e-7
-    for i in range(len(p.test)):  # no small test loss hides behind a large one
+    for i in range(len(p.test)):  # each test loss is compared by itself
         assert relative_error(got[i], expected[:, :, i]) < 1e-5
 
 
@@ -374,7 +377,7 @@ def test_float32_in_float32_out():
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
-    assert relative_error(scores[:], expected) < 1e-3  # float32 rounding of losses and a 1e-5 solve
+    assert relative_error(scores[:], expected) < 1e-3  # errors: float32 losses, rtol 1e-5
     derivatives = influence.perturbation(p.test, ROWS)
     assert derivatives.dtype == np.float32
     expected = Influence(exact.net, exact.train).perturbation(exact.test, ROWS)

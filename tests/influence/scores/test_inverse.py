@@ -1,4 +1,4 @@
-"""Inverse: solves, their warnings and refusals, and passes over rows, seen through Influence."""
+"""Inverse, tested through Influence: solves, warnings, refusals, and passes over rows."""
 
 import re
 import warnings
@@ -31,7 +31,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def tanh():
-    """(net, train): a network with a penalty, far from a minimum."""
+    """Return (net, train), a network with a penalty and far from a minimum."""
     return tanh_net(l2=0.05)
 
 
@@ -94,7 +94,7 @@ def test_the_damping_that_is_named_counts_what_is_there(tanh, solver):
     found = re.search(r"damping (?:well )?above (\S+) \((\S+) more than now\)", message)
     enough, more = map(float, found.groups())
     assert enough == pytest.approx(present + more, rel=1e-2)
-    assert enough <= -smallest * 1.01  # the truth, or of the directions that were met
+    assert enough <= -smallest * 1.01  # CG may not meet the smallest eigenvalue
     if isinstance(solver, Direct):
         assert enough == pytest.approx(-smallest, rel=1e-2)
 
@@ -135,9 +135,9 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers(tanh):
 
 def test_a_singular_hessian_is_refused():
     p = ridge(20, num_inputs=3, l2=0.0)
-    x = np.column_stack([p.train.x[:, :2], p.train.x[:, 1]])  # a feature twice
+    x = np.column_stack([p.train.x[:, :2], p.train.x[:, 1]])  # one feature occurs twice
     train = Examples(x, p.train.y)
-    test = Examples(p.test.x, p.test.y)  # a test point that tells the twins apart
+    test = Examples(p.test.x, p.test.y)  # a test point in which the two equal features differ
     with pytest.raises(DivergenceError, match="A is singular: curvature .* was met"):
         Influence(p.net, train).scores(test)
     with pytest.raises(DivergenceError, match="^A must not be singular"):
@@ -193,7 +193,7 @@ def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
     dense = Hessian.dense
     monkeypatch.setattr(Hessian, "dense", lambda A: count.append(1) or dense(A))
     influence = Influence(p.net, p.train, solver=Direct())
-    assert not count  # nothing long before there is a question
+    assert not count  # no long work before the first question
     influence.scores(p.test)
     influence.self_influence([1])
     influence.parameters([2])

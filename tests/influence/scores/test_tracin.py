@@ -1,4 +1,4 @@
-"""tracin against its formula in closed form, and against actual training."""
+"""tracin, compared with its formula in closed form and with actual training."""
 
 import sys
 
@@ -8,7 +8,7 @@ import pytest
 from influence.scores.tracin import tracin
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-MODULE = sys.modules["influence.scores.tracin"]  # the function has its name in the package
+MODULE = sys.modules["influence.scores.tracin"]  # in the package, `tracin` is the function
 
 RATES = [0.1, 0.05, 0.2]
 
@@ -43,7 +43,7 @@ def test_is_the_sum_over_checkpoints(problem, problems):
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(20, 0.1), (200, 0.01)])
 def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
-    """Sign, scale and unit: small gradient steps on single rows, in turn, a theta for each."""
+    """Check sign, scale and unit by small gradient steps on single rows in turn."""
     net, train = tanh_net()
     order = np.arange(steps) % 4  # rows 0 to 3
     rate = 0.4 / steps
@@ -61,11 +61,11 @@ def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
     finally:
         net.theta = start
     total = np.zeros(3)
-    for row in range(4):  # each row's own steps: the checkpoints before them
+    for row in range(4):  # `own`: the checkpoints before the steps on this row
         own = np.array(thetas)[order == row]
         got = tracin(net, train, test, [row], thetas=own, learning_rates=np.full(len(own), rate))
         total += got[:, 0]
-    assert relative_error(total, first - last) < tolerance  # of the order of the step
+    assert relative_error(total, first - last) < tolerance  # the error is of the order of the step
     assert np.linalg.norm(first - last) > 1
 
 

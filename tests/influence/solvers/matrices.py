@@ -8,7 +8,7 @@ from influence.solvers import Lanczos
 
 
 class Damped(LinearOperator):
-    """A matrix with a `damping` attribute, which it includes."""
+    """A matrix that includes a damping, given by its attribute `damping`."""
 
     def __init__(self, matrix, damping):
         self.matrix, self.damping = matrix + damping * np.eye(len(matrix)), damping
@@ -56,7 +56,7 @@ def approximation(A, matrix, solver):
         known = np.nanmax(
             [getattr(A, a, np.nan) for a in ("damping", "smallest_eigenvalue_bound")] + [0.0]
         )
-        # It stays in the sketch where A is definite only by its damping.
+        # The damping is not subtracted if A is definite only because of it.
         known = known if np.linalg.eigvalsh(Omega.T @ matrix @ Omega)[0] >= known else 0.0
         M = matrix - known * np.eye(d)
         low = M @ Omega @ np.linalg.solve(Omega.T @ M @ Omega, Omega.T @ M)

@@ -1,4 +1,4 @@
-"""Systems, solvers, and the certificate of a solve: the bound on the error of any score."""
+"""Systems, solvers, and the bound on the error of any score that certifies a solution."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def errors_and_bounds(matrix, solution, B):
 
 @pytest.fixture(scope="module")
 def known():
-    """name -> (operator that knows a bound, the bound)."""
+    """Map a name to (operator that knows a bound on its eigenvalues, this bound)."""
     net, train = tanh_net()
     softmax, sigmoid = (logistic(kind, weight_decay=0.05) for kind in ("softmax", "sigmoid"))
     return {
@@ -68,8 +68,8 @@ def test_no_score_is_further_off_than_its_bound(kind, solver, known):
     assert bound.shape == (20, 4)
     assert (error <= bound + 1e-13).all()  # rounding, if the answer is exact
     if error.max() > 1e-10:
-        # The bound is not vacuous: a random g lies along the error by 1 / sqrt(d), about 1/4, and
-        # the bound on the smallest eigenvalue is close to it.
+        # The bound is not much too large: the cosine of a random g and the error is about
+        # 1 / sqrt(d), here 1/4, and the bound on the smallest eigenvalue is close to it.
         assert np.median(bound / error) < 100
     else:
         assert bound.max() < 1e-6 and not isinstance(solver, LiSSA)
@@ -89,7 +89,7 @@ def test_the_bound_is_reached_where_everything_lies_along_one_direction(size):
 @pytest.mark.parametrize("d", [30, 100])
 @pytest.mark.parametrize("smallest", [0.2, -0.3, 1e-6])
 def test_direct_finds_the_bound_itself(d, smallest):
-    """Bound |eigenvalue|, so that indefinite matrices have a bound too."""
+    """Check the bound on |eigenvalue|, which indefinite matrices have too."""
     A = symmetric([smallest, *np.linspace(0.5, 3, d - 1)])
     found = solve(A, np.ones(d), Direct()).eigenvalue_bound
     assert abs(smallest) * (1 - 3e-3) < found <= abs(smallest) * (1 + 1e-9)
@@ -102,7 +102,7 @@ def test_where_nothing_is_known_nothing_is_claimed():
     assert np.isnan(solution.score_error_bound(np.ones((2, 30)))).all()
     net, train = tanh_net()
     assert np.isnan(Hessian(net, train, 5.0).smallest_eigenvalue_bound)
-    # A bound of zero gives no bound.
+    # A bound of zero on the eigenvalues gives no bound on the errors.
     singular = GaussNewton(net, train)
     assert singular.smallest_eigenvalue_bound == 0
     assert np.isnan(solve(singular, singular @ np.ones(21), CG()).eigenvalue_bound)
@@ -124,7 +124,7 @@ def test_gradients_of_another_shape(gradients):
 
 
 class Skewed(LinearOperator):
-    """A matrix whose dense form differs from its products, by less than the check allows."""
+    """A matrix whose dense form differs from its products by less than the check detects."""
 
     def __init__(self, matrix, away):
         super().__init__(np.float64, matrix.shape)
@@ -146,14 +146,14 @@ def test_the_residual_of_direct_is_that_of_the_products(m):
     assert (true > 1e-12).all() and not solution.converged.any()
     watched = solution.residual if m <= 4 else solution.residual[[0, 9, 19, 29]]
     np.testing.assert_allclose(watched, true if m <= 4 else true[[0, 9, 19, 29]], rtol=1e-3)
-    # The others' residuals are estimated from the four columns, within a factor of a few.
+    # The residuals of the other columns are estimated from four columns, within a factor of five.
     assert (solution.residual > 0.5 * true).all() and (solution.residual < 5 * true).all()
     error, bound = errors_and_bounds(A.products, solution, B)
     assert (error <= bound).all()
 
 
 def test_what_the_products_differ_by_is_taken_off_the_bound():
-    """Take 1e-7 as smallest eigenvalue of the dense form, and 9e-8 as that of the products."""
+    """Check smallest eigenvalues of 1e-7 for the dense form and 9e-8 for the products."""
     A = Skewed(symmetric([1e-7, *np.linspace(0.5, 3, 29)]), -1e-8 * np.eye(30))
     bound = solve(A, np.ones(30), Direct()).eigenvalue_bound
     assert 1e-8 < bound <= 9e-8

@@ -50,12 +50,12 @@ def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
     block = solve(matrix, B, CG(rtol=1e-8))
     for j in range(B.shape[1]):
         alone = solve(matrix, B[:, j], CG(rtol=1e-8))
-        assert relative_error(block.x[:, j], alone.x) < 1e-7  # both within 1e-8 times condition 10
+        assert relative_error(block.x[:, j], alone.x) < 1e-7  # rtol 1e-8, condition number 10
         assert block.iterations[j] < alone.iterations[0] / 2
 
 
 def test_together_a_block_needs_its_share_of_the_dimensions(matrix, B):
-    """After k iterations 5 columns have searched 5 k dimensions: 8 iterations suffice for 40."""
+    """After k iterations, 5 columns have searched 5 k dimensions. For 40, 8 iterations suffice."""
     block = solve(matrix, B, CG(rtol=1e-8))
     assert block.converged.all() and (block.iterations <= D / 5 + 1).all()
 
@@ -75,7 +75,7 @@ def test_more_columns_than_dimensions(matrix):
 
 def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
     values, vectors = np.linalg.eigh(matrix)
-    easy = np.column_stack([vectors[:, 3], vectors[:, :2].sum(axis=1)])  # one step, and two
+    easy = np.column_stack([vectors[:, 3], vectors[:, :2].sum(axis=1)])  # one and two steps
     A, widths = counting(matrix)
     solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
     steps = solution.iterations
@@ -85,7 +85,7 @@ def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
 
 
 def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
-    # In float32 the recurrence's residual decreases further than the true one at this condition.
+    # At this condition number in float32, the recurrence's residual falls below the true residual.
     A = symmetric(np.geomspace(1e-6, 1, D)).astype(np.float32)
     b = np.random.default_rng(0).standard_normal(D).astype(np.float32)
     solution = solve(A, b, CG(rtol=1e-5, max_iterations=2000))
@@ -121,7 +121,7 @@ def test_rounding_at_a_singular_matrix_names_the_rtol_too():
 
 
 def test_a_drifted_recurrence_starts_again():
-    """After rounding has falsified the recurrence, a restart uses the true residual."""
+    """If rounding has changed the recurrence's residual, a restart uses the true residual."""
     A = symmetric(np.geomspace(1e-7, 1, 200)).astype(np.float32)
     b = (A @ np.ones(200, np.float32)).astype(np.float32)
     first = solve(A, b, CG(rtol=1e-6, max_iterations=10_000))

@@ -21,7 +21,7 @@ from influence.curvature.chain import chain_hessian
 from influence.solvers.direct import dense
 from tests.influence.problems import relative_error, symmetric
 
-# Sizes below and above the one from which eigenvalues are found by iteration.
+# From size 64 on, eigenvalues are computed by iteration.
 SIZES = [5, 63, 64, 150]
 
 
@@ -77,7 +77,7 @@ def test_where_iteration_fails_all_eigenvalues_are_taken(values, monkeypatch):
 
 
 def test_ill_conditioned_is_not_converged():
-    # The system is solvable, but rounding in float32 leaves a residual far above 1e-9.
+    # The system can be solved, but rounding in float32 leaves a residual far above 1e-9.
     A = symmetric([1e-5, *np.linspace(1, 2, 9)]).astype(np.float32)
     solution = solve(A, np.ones(10), Direct(rtol=1e-9))
     assert not solution.converged[0] and solution.residual[0] > 1e-9
@@ -110,7 +110,7 @@ def test_preparing_holds_no_more_than_is_counted(kind):
         net = GenericNeuralNet(keras.Sequential([keras.Input((38,)), *layers]), "mse")
         x = rng.standard_normal((8, 38)).astype("float32")
         examples = Examples(x, x[:, 0])
-        # With this damping it is positive definite and has a Cholesky factor.
+        # With this damping the Hessian is positive definite and has a Cholesky factor.
         A = Hessian(net, examples, 10.0) if kind == "chain" else GaussNewton(net, examples, 0.1)
         assert kind != "chain" or chain_hessian(net, examples) is not None
     d = net.num_parameters

@@ -1,4 +1,4 @@
-"""EK-FAC compared with the exact inverse where it is exact, and elsewhere with its definition."""
+"""EK-FAC, compared with the exact inverse if it is exact, and otherwise with its definition."""
 
 import pickle
 from functools import partial
@@ -31,7 +31,6 @@ from tests.influence.problems import (
     relative_error,
     sequential,
     symmetric,
-    tanh_net,
     traced_once,
 )
 from tests.influence.solvers import matrices
@@ -63,7 +62,7 @@ def images(num_rows=12, shape=(6, 5, 2), num_classes=3, seed=0):
 
 
 def convolutional(padding="same", penalty=0.2):
-    """Make conv, tanh, conv without bias, tanh, dense: strided, padded, penalised on kernels."""
+    """Make a net of two convolutions and a dense layer, with strides, padding and a penalty."""
     options: dict = {"kernel_regularizer": l2(penalty), **F64}
     first = L.Conv2D(3, 2, strides=(2, 1), padding=padding, **options), L.Activation("tanh", **F64)
     second = L.Conv2D(2, (2, 3), use_bias=False, **options), L.Activation("tanh", **F64)
@@ -143,7 +142,7 @@ def factors(net, examples):
                 for later in layers[i + 1 :]:
                     output = later(output)
             J = tape.jacobian(output, z, experimental_use_pfor=False).numpy().reshape(len(p), -1)
-            # sum_s g_s g_s' of the layer's whole output is J' H J; its diagonal blocks are used.
+            # J' H J is sum_s g_s g_s' for the layer's whole output. Its diagonal blocks are used.
             c = z.shape[-1]
             T = J.shape[1] // c
             gg = (J.T @ curved @ J).reshape(T, c, T, c)
@@ -189,7 +188,7 @@ def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
 
 
 def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues():
-    """Show an error of K-FAC: at a softmax inputs and pseudo-gradients are dependent."""
+    """Check that K-FAC would be wrong, because inputs and pseudo-gradients depend on each other."""
     p = logistic("softmax", intercept=True)
     A, ours = p.oracle.features, inverse(Hessian(p.net, p.train, 0.01))
     P = p.net.outputs(p.train.x)
@@ -253,7 +252,7 @@ def iterations(A, b, preconditioner):
 
 
 def test_preconditions_the_paper_s_convex_model():
-    """Check softmax regression on images: a third fewer iterations, and the same answer."""
+    """Check softmax regression on images. CG takes a third fewer iterations to the same answer."""
     x, y = DIGITS
     train = Examples(x[:500] / 16, y[:500])
     net = MulticlassLogisticRegression(64, 10, weight_decay=0.1, intercept=True).fit(train)
@@ -267,7 +266,7 @@ def test_preconditions_the_paper_s_convex_model():
 
 
 def test_preconditioning_a_network_gives_the_same_answer():
-    """Check a network: no fewer iterations, because the coupling of layers is left out."""
+    """Check a network. CG saves no iterations, because EK-FAC omits the coupling of layers."""
     x, y = DIGITS
     train = Examples((x[:60] / 16).reshape(-1, 8, 8, 1), y[:60])
     net = AllCNN((8, 8, 1), filters=2, strides=(1, 2), dtype="float64")
@@ -281,13 +280,14 @@ def test_preconditioning_a_network_gives_the_same_answer():
     truth = np.linalg.solve(matrix, b)
     assert relative_error(x0, truth) < 1e-5 and relative_error(x1, truth) < 1e-5
     assert taken <= 1.2 * plain
-    # The factors are not the reason: exact inverses of the layers' blocks are little better.
+    # The Kronecker factors are not the reason: exact inverses of the layers' blocks are hardly
+    # better.
     blocks = np.zeros_like(gauss_newton)
     for affine in affine_layers(net, train.x[:2]).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
         blocks[own] = np.linalg.inv(gauss_newton[own])
     assert iterations(matrix, b, blocks)[0] > 0.5 * taken
-    # With the coupling CG takes less than half.
+    # With the coupling CG takes less than half of the iterations.
     whole, x2 = iterations(matrix, b, prepare(G, Direct()))
     assert 2 * whole <= plain and relative_error(x2, truth) < 1e-5
 
@@ -304,11 +304,10 @@ def test_only_curvatures_have_layers(A):
 
 
 def test_layers_are_refused_by_name():
-    net, examples = tanh_net()
-    name = net.model.layers[0].name
-    message = f"^model must keep activations in layers of their own .*'tanh' in layer '{name}'"
+    net = GenericNeuralNet(sequential((4, 2), L.GRU(3, **F64), L.Dense(1, **F64), **F64), "mse")
+    message = "^model must hold theta in layers that are affine .* of GRUCell layer 'gru_cell'"
     with pytest.raises(ValueError, match=message):
-        prepare(Hessian(net, examples), EKFAC())
+        prepare(Hessian(net, Examples(np.ones((3, 4, 2)), np.ones((3, 1)))), EKFAC())
 
 
 def test_a_penalty_that_mixes_weights_is_refused():
@@ -347,7 +346,7 @@ def test_a_loss_that_is_not_finite_is_named():
     net, examples = linear(use_bias=True)
     broken = GenericNeuralNet(net.model, lambda y, output: output[:, 0] ** 2)
     A = Hessian(broken, examples)
-    A.net = GenericNeuralNet(net.model, nan)  # as a later batch may be
+    A.net = GenericNeuralNet(net.model, nan)  # a later batch may have such a loss
     with pytest.raises((DivergenceError, ValueError), match="NaN|infinite|finite"):
         prepare(A, EKFAC())
 

@@ -63,7 +63,7 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
     monkeypatch.setattr(
         Hessian, "sampled", lambda A, rows, V: seen.append(rows) or sampled(A, rows, V)
     )
-    # 2 runs x 25 steps x 3 rows: each run is 2 1/2 passes over 30 rows.
+    # There are 2 runs of 25 steps with 3 rows, so each run makes 2.5 passes over 30 rows.
     solve(
         Hessian(softmax.net, softmax.train, 1.0),
         np.arange(9.0),
@@ -78,7 +78,7 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
 
 
 def test_the_average_over_runs_is_what_single_rows_give(softmax):
-    """Compare with the recursion written out, on the same walk."""
+    """Compare with the recursion written out, for the same order of rows."""
     rng = np.random.default_rng(5)
     order = np.concatenate([rng.permutation(30) for _ in range(2)])[: 2 * 25].reshape(2, 25)
     hessians = softmax.oracle.hessians(softmax.theta) + (0.1 + 0.3) * np.eye(9)
@@ -103,7 +103,7 @@ def test_right_hand_sides_do_not_see_each_other(softmax):
 
 
 def test_damping_means_the_same_for_every_scale(softmax):
-    """Check absolute damping; the 2017 release multiplied it by the scale."""
+    """Check that damping is absolute. The authors' 2017 code multiplied it by the scale."""
     A = Hessian(softmax.net, softmax.train, damping=0.5)
     matrix = softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9)
     b = np.arange(9.0)
@@ -118,7 +118,7 @@ def test_sampling_converges_to_the_answer(softmax):
     exact = np.linalg.solve(softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9), B)
     rough = solve(A, B, LiSSA(depth=100, repeats=2))
     fine = solve(A, B, LiSSA(depth=100, repeats=300))
-    # The noise of an average falls with the root of the number of runs: here by 12.
+    # The noise of an average falls with the square root of the number of runs, here by 12.
     assert relative_error(fine.x, exact) < relative_error(rough.x, exact) / 4
     assert relative_error(fine.x, exact) < 0.03
     assert fine.converged.all() and (fine.residual < 0.1).all()
@@ -134,14 +134,14 @@ def test_a_column_stops_when_its_average_does(change):
     solution = solve(MATRIX, B, LiSSA(scale=4.0, change=change))
     steps = solution.iterations
     for j in range(4):
-        # The answer is the series at the step where it stopped, not the average.
+        # The answer is the series at the last step, not the average.
         expected = series(MATRIX, B[:, j], 4.0, int(steps[j]))[:, 0]
         np.testing.assert_allclose(solution.x[:, j], expected, rtol=1e-11, atol=1e-13)
         alone = solve(MATRIX, B[:, j], LiSSA(scale=4.0, change=change))
         assert alone.iterations[0] == steps[j]
     assert set(steps) <= {32, 64, 128, 256, 512, 1024}
     assert steps[0] == steps[3] == 32 < steps[1]
-    # On one eigenvector the definition gives averages of 1 - r^t over the halves of the steps.
+    # On one eigenvector, h is proportional to 1 - r^t at step t, so its averages are known.
     r, before = 1 - values[0] / 4.0, None
     for looks in (1, 2, 4, 8, 16, 32, 64):
         t = 16 * np.arange(looks // 2 + 1, looks + 1)
@@ -160,7 +160,7 @@ def test_without_a_change_every_step_is_taken():
 
 
 def test_noise_is_not_taken_for_an_end(softmax):
-    """Take few runs of single rows: every average still changes by more than a thousandth."""
+    """Check a few runs of single rows. Every average still changes by more than a thousandth."""
     A = Hessian(softmax.net, softmax.train, 0.3)
     B = np.random.default_rng(0).standard_normal((9, 3))
     solution = solve(A, B, LiSSA(depth=600, repeats=2))
@@ -213,7 +213,7 @@ def test_overflow_is_divergence_without_a_word_from_numpy(dtype):
 
 
 def test_divergence_is_looked_for_at_the_last_step_too():
-    # |1 - 3/1| = 2, so the norm doubles each step. Before the last step it is checked every 16.
+    # |1 - 3/1| = 2, so the norm doubles in each step. It is checked every 16 steps and at the end.
     with pytest.raises(DivergenceError, match="at step 13 "):
         solve(MATRIX, np.ones(D), LiSSA(scale=1.0, depth=13))
 
@@ -236,9 +236,9 @@ def test_a_positive_eigenvalue_is_needed(matrix):
 
 
 def with_outliers(size, dtype="float64"):
-    """Make a logistic regression at theta = 0, Hessian x'x/4, with eight outliers on one feature.
+    """Make a logistic regression at theta = 0 with eight outliers in one feature.
 
-    They are not among the batches that are looked at for the scale.
+    Its Hessian is x'x/4. The batches that determine the scale do not contain the outliers.
     """
     rng = np.random.default_rng(0)
     x = np.column_stack([np.zeros(400), rng.standard_normal((400, 3))]).astype(dtype)
@@ -268,7 +268,7 @@ def test_a_batch_that_was_not_looked_at_doubles_the_scale():
         next(s for s in scales if gives(A, B[:, j], LiSSA(scale=s, **options), solution.x[:, j]))
         for j in range(3)
     ]
-    # The second column is zero on those rows' feature, so its scale does not change.
+    # The second column is zero in the outliers' feature, so its scale does not change.
     assert found[1] == scale and found[0] == found[2]
     larger = found[0]
     assert larger >= 4 * scale
@@ -287,7 +287,7 @@ def gives(A, b, solver, expected):
 
 
 def test_an_overflow_doubles_the_scale_too():
-    A, _ = with_outliers(1e9, "float32")  # 1e17 times the others: three such rows overflow float32
+    A, _ = with_outliers(1e9, "float32")  # three such rows overflow float32
     solution = solve(A, np.ones(4), LiSSA(depth=200, repeats=1))
     assert np.isfinite(solution.x).all() and not solution.converged[0]
 
@@ -308,8 +308,8 @@ def test_the_chosen_scale_is_the_largest_eigenvalue():
 def test_the_chosen_scale_covers_the_sampled_batches():
     rng = np.random.default_rng(0)
     problem = ridge(num_rows=30, num_inputs=3)
-    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # every row alike: one eigenvalue
+    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # equal rows
     examples = Examples(x, np.zeros(30))
-    largest = 2 * (np.sum(x[0] ** 2) + 1)  # of 2 x x', the intercept's one included
+    largest = 2 * (np.sum(x[0] ** 2) + 1)  # the eigenvalue of 2 x x' with the intercept
     found = largest_eigenvalue(Hessian(problem.net, examples), 1)
-    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # and the penalty's 0.2
+    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # 0.2 is the penalty's

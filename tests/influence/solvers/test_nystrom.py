@@ -32,10 +32,10 @@ def test_the_approximation_is_that_of_the_formula(rank, damping, matrix):
 
 
 def test_damping_is_taken_off_before_the_sketch():
-    """Check low rank plus damping: exact if the damping does not use up the rank."""
+    """Check low rank plus damping. The answer is exact, because the sketch excludes the damping."""
     low = symmetric([*np.zeros(34), *np.linspace(1, 2, 6)])
     b = np.random.default_rng(0).standard_normal(D)
-    known = solve(Damped(low, 0.3), b, Nystrom(7))  # the seventh value, zero, is the floor
+    known = solve(Damped(low, 0.3), b, Nystrom(7))  # the seventh value is 0
     assert known.residual[0] < 1e-13
     assert relative_error(known.x, np.linalg.solve(low + 0.3 * np.eye(D), b)) < 1e-13
     unknown = solve(low + 0.3 * np.eye(D), b, Nystrom(7))
@@ -48,7 +48,7 @@ def test_the_penalty_of_a_convex_model_is_taken_off_too(curvature):
     A = curvature(p.net, p.train, damping=0.1)
     b = np.random.default_rng(0).standard_normal(30)
     matrix = p.oracle.hessian(p.theta) + 0.1 * np.eye(30)
-    solution = solve(A, b, Nystrom(9, rtol=1e-10))  # eight rows: rank 8 and 0.15 I
+    solution = solve(A, b, Nystrom(9, rtol=1e-10))  # eight rows give rank 8, plus 0.15 I
     assert solution.converged[0]
     assert relative_error(solution.x, np.linalg.solve(matrix, b)) < 1e-10
     assert solution.eigenvalue_bound == pytest.approx(0.15)
@@ -62,7 +62,7 @@ def test_one_pass_over_the_data(matrix):
 
 @pytest.mark.parametrize(("rank", "factor"), [(10, 1.2), (60, 8), (90, 30)])
 def test_as_a_preconditioner_it_cuts_iterations(rank, factor):
-    """Reduce the condition number from 1e5 towards (first eigenvalue left out) / damping."""
+    """Check that a larger rank saves more iterations."""
     A = Damped(symmetric(np.geomspace(1e-12, 1, 200)), 1e-5)
     b = np.random.default_rng(2).standard_normal(200)
     plain = solve(A, b, CG(rtol=1e-8))  # 619 iterations

@@ -88,7 +88,7 @@ def test_gauss_newton_preconditions_a_damped_hessian():
 
 
 def test_what_is_prepared_prints_the_same_in_every_process():
-    """Check repr, which is part of the identity of refits stored on disk."""
+    """Check the repr, because the names of refits stored on disk depend on it."""
     net, examples = tanh_net()
     again, same = tanh_net()
     labels = [

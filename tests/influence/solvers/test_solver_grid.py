@@ -101,7 +101,7 @@ def layered_tanh_net():
 
 @pytest.fixture(scope="module")
 def matrices():
-    """Map kind -> (operator or array, the same matrix computed independently)."""
+    """Map each kind to (operator or array, the same matrix computed independently)."""
     rest = np.linspace(0.5, 4, D - 1)
     well = symmetric(np.linspace(0.5, 4, D))
     arrays = {
@@ -134,7 +134,7 @@ def matrices():
 
 
 def solver_for(name, A):
-    """Return the solver; LiSSA with all rows in every batch, so that it has no sampling noise."""
+    """Return the solver. LiSSA gets all rows in every batch, so it has no sampling noise."""
     how = SOLVERS[name]
     if isinstance(how, LiSSA) and hasattr(A, "examples"):
         how = replace(how, depth=400, batch_size=len(A.examples))
@@ -161,7 +161,7 @@ def test_positive_definite(name, kind, matrices):
     how, B = solver_for(name, A), np.random.default_rng(0).standard_normal((len(matrix), 3))
     ill = kind == "ill conditioned"
     if ill and isinstance(how, CG):
-        how = replace(how, rtol=1e-6)  # 1e-9 is within rounding, 1e-16 times the condition 1e8
+        how = replace(how, rtol=1e-6)  # rounding times the condition number 1e8 is above 1e-9
     values = np.linalg.eigvalsh(matrix)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -290,7 +290,7 @@ def test_full_rank_is_exact(kind, rank):
 
 @pytest.mark.parametrize("kind", [Lanczos, Nystrom])
 def test_low_rank_plus_damping_is_exact(kind):
-    """Take six rows and damping: a rank above six leaves nothing out; the floor is the damping."""
+    """Check six rows with damping. For a rank above six, the floor is the damping."""
     net, rng = dense_net(1, 20, "mse"), np.random.default_rng(0)
     few = Examples(rng.standard_normal((6, 20)), rng.standard_normal(6))
     A = GaussNewton(net, few, damping=0.3)
@@ -357,7 +357,7 @@ def test_indefinite(name, kind, matrices):
         assert solution.remedy.startswith(what)
         assert f"a damping well above {-worst:.3g}" in solution.remedy
     elif kind == "indefinite" and name == "Nystrom of rank 8":
-        # Eight random directions have little of the negative one of 24. CG meets it, see above.
+        # Eight random directions of 24 may contain little of the negative direction. CG meets it.
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name == "CG with Direct":

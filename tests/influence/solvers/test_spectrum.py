@@ -41,11 +41,11 @@ def test_both_ends(path):
 
 
 def test_residuals_are_true_ones(path):
-    """Check few products: a low-precision Rayleigh quotient with its true residual."""
+    """Check that after few products the low-precision eigenvalues have true residuals."""
     A = symmetric(np.linspace(-1, 1, 600))
     found = spectrum(A, max_products=1, rtol=1e-10)
     assert found.smallest[0] >= -1 - 1e-12 and found.largest[0] <= 1 + 1e-12
-    # Some eigenvalue lies within the residual of each.
+    # Some eigenvalue lies within the residual of each value.
     values = np.linspace(-1, 1, 600)
     for value, residual in (
         (found.smallest[0], found.smallest_residuals[0]),
@@ -178,13 +178,13 @@ def test_damping_is_added_to_what_there_is():
 
 
 def test_what_the_model_knows_counts():
-    """Take rank 3: the model's bound on the smallest eigenvalue is used, not only the one found."""
+    """Check a matrix of rank 3, for which the model's bound is better than the eigenvalue found."""
     rng = np.random.default_rng(0)
     few = Examples(rng.standard_normal((3, 20)), rng.standard_normal(3))
     net = dense_net(1, 20, "mse")
     assert GaussNewton(net, few).smallest_eigenvalue_bound == 0.0
     largest = np.linalg.eigvalsh(GaussNewton(net, few).dense())[-1]
-    # A bound of 0 is better than a rounded value below it.
+    # The bound 0 is better than a rounded eigenvalue below 0.
     assert suggest_damping(GaussNewton(net, few), margin=1e-3) == pytest.approx(
         1e-3 * largest / (1 - 1e-3), rel=1e-9
     )

@@ -1,4 +1,4 @@
-"""Random systems of many kinds and sizes: whatever counts as converged is right.
+"""Random systems of many kinds and sizes. Every answer that counts as converged is right.
 
 `make systems` solves 200 of each kind; the tests solve $SYSTEMS of them, 2 if it is not set.
 """
@@ -67,7 +67,7 @@ BLOCKS = {
 
 
 def _solved(A, B, solver):
-    """The solution, or None where the solver says that there is none."""
+    """Return the solution, or None if the solver reports that there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -77,7 +77,7 @@ def _solved(A, B, solver):
 
 
 def _check(A, B, solution, rtol):
-    """Columns that count as converged have the residual that was asked for, in long double."""
+    """Check in long double that converged columns have the required residual."""
     exact = np.longdouble
     R = B.astype(exact) - A.astype(exact) @ solution.x.astype(exact)
     scale = np.abs(B).max(axis=0)
@@ -128,7 +128,7 @@ def test_what_counts_as_converged_is_right_of_a_net(name, num_rows):
 )
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, dtype, exponents):
-    """To the last bit for powers of two times b; else to rounding, with the same iterations."""
+    """Check exact scaling for b times a power of two, and scaling up to rounding for A."""
     rng = np.random.default_rng(1)
     A = _of(rng, rng.uniform(1, 10, 6)).astype(dtype)
     B = rng.standard_normal((6, 2)).astype(dtype)

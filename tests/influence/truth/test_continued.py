@@ -1,4 +1,4 @@
-"""Training on without a row, against Adam by hand; interruption, blocks, bad input."""
+"""Continued training without a row, compared with Adam by hand; interruption, blocks, bad input."""
 
 from itertools import islice
 
@@ -15,7 +15,7 @@ STEPS, RATE = 7, 0.01
 
 
 def by_hand(p, theta, moments, removed, batch_size, seed):
-    """Kingma & Ba (2015) on the same minibatches, without the row."""
+    """Run Adam (Kingma & Ba 2015) by hand on the same minibatches, without the row."""
     m, v = moments.first.copy(), moments.second.copy()
     rows = batch_rows(len(p.train), batch_size, seed, 0)
     for t in range(moments.steps + 1, moments.steps + STEPS + 1):
@@ -47,7 +47,7 @@ def trained():
 def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
     p, moments = trained
     theta = p.net.theta
-    if batch_size == 7:  # 40 rows are no multiple of 7: row 33 ends a pass and begins the next
+    if batch_size == 7:  # row 33 ends one pass and begins the next
         straddling = list(islice(batch_rows(40, 7, 0, 0), STEPS))[5]
         assert np.count_nonzero(straddling == 33) == 2
     found = train_on(p, rows, moments, batch_size=batch_size)
@@ -69,7 +69,7 @@ def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
 
 
 def test_moments_are_those_of_keras(trained):
-    """Training on with every row equals one more stage of Keras' own training."""
+    """Check that continued training with all rows equals one more stage of Keras' training."""
     p, _ = trained
     q = ridge()
     q.net.theta = start = q.theta + 1

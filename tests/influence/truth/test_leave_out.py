@@ -39,7 +39,7 @@ def groups_out(p, groups, **options):
 
 
 def groups_of(p):
-    """1 to 50 % of the rows, random ones and similar ones: unequal sizes, and they overlap."""
+    """Make groups of 1 to 50 % of the rows, random and similar rows. Groups overlap."""
     rng, order = np.random.default_rng(0), np.argsort(p.train.x[:, 0])
     sizes = [max(int(share * len(p.train)), 1) for share in SHARES]
     random = [rng.choice(len(p.train), size, replace=False) for size in sizes]
@@ -47,7 +47,7 @@ def groups_of(p):
 
 
 def changes(p, groups):
-    """(m, k) by the oracle: minimised from scratch to 1e-12."""
+    """Return the changes (m, k) by the oracle, which minimises from scratch to 1e-12."""
     before = p.measured.losses(p.theta)
     after = [p.measured.losses(p.oracle.without(g).minimum(p.theta)) for g in groups]
     return np.stack([a - before for a in after], axis=1)
@@ -65,7 +65,7 @@ def actual(softmax):
 
 @pytest.fixture(scope="module")
 def taped_ridge():
-    """A linear model by the tape, without a penalty on its bias; its owner knows it is convex."""
+    """Make a linear model without closed forms or a penalty on its bias, declared as convex."""
     problem = ridge()
     problem.net.convex = True
     return problem
@@ -73,7 +73,7 @@ def taped_ridge():
 
 @pytest.fixture
 def thetas(monkeypatch):
-    """A list that collects the parameters at which test losses are computed."""
+    """Collect the parameters at which test losses are computed, in a list."""
     taken, asked = [], Task.changes
     monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
     return taken
@@ -90,7 +90,7 @@ def test_newton_is_the_independent_refit(kind, weight_decay):
     got = groups_out(p, groups, tolerance=1e-12)
     expected = changes(p, groups)
     assert got.converged.all() and (got.gradient_norm <= 1e-12).all()
-    # |theta - minimum| <= 1e-12 / weight_decay, and test gradients are of size 1.
+    # |theta - minimum| <= 1e-12 / weight_decay, and test gradients have norms of about 1.
     assert np.abs(got[:] - expected).max() < 1e-8 and np.abs(expected).max() > 0.02
     for column, group in zip(got.rows, groups, strict=True):
         np.testing.assert_array_equal(column, group)
@@ -126,7 +126,7 @@ def test_the_default_tolerance_is_enough_for_changes(softmax, actual):
     for refits in (rows, groups):
         assert (refits.gradient_norm <= 1e-8).all() and (refits.passes <= 12).all()
     assert np.abs(rows[:] - actual).max() < 1e-6 and np.abs(actual).max() > 1e-3
-    assert groups.passes[0] < groups.passes[len(SHARES) - 1]  # a longer way takes more passes
+    assert groups.passes[0] < groups.passes[len(SHARES) - 1]  # a larger group takes more passes
 
 
 def test_by_the_tape_as_in_closed_form(softmax):
@@ -138,7 +138,7 @@ def test_by_the_tape_as_in_closed_form(softmax):
 
 
 def test_ridge_in_closed_form(taped_ridge):
-    """A quadratic: with the group's exact curvature subtracted, two passes would be enough."""
+    """Check a quadratic risk. With the exact curvature of the group, two passes would suffice."""
     groups = [np.arange(20), np.array([39, 1]), np.array([11])]
     got = groups_out(taped_ridge, groups, tolerance=1e-10)
     assert relative_error(got[:], changes(taped_ridge, groups)) < 1e-8
@@ -158,7 +158,7 @@ def test_newton_takes_dicts(taped_ridge):
 
 
 def with_leverage(kind, num_rows, factor, **options):
-    """A problem at its minimum, row 5 of its inputs multiplied by a factor."""
+    """Make a problem at its minimum, with the inputs of row 5 multiplied by a factor."""
     p = logistic(kind, num_rows, **options)
     x = p.train.x.copy()
     x[5] *= factor
@@ -168,7 +168,7 @@ def with_leverage(kind, num_rows, factor, **options):
 
 
 def test_a_row_of_great_leverage_is_refitted_too():
-    """Its removal changes the Hessian most, so the full-data factor is least accurate there."""
+    """Check the row whose removal changes the Hessian most, where the full-data factor is worst."""
     p = with_leverage("sigmoid", 40, 30)
     refits = rows_out(p, [5, 6], tolerance=1e-11)
     assert refits.converged.all()
@@ -176,12 +176,12 @@ def test_a_row_of_great_leverage_is_refitted_too():
 
 
 def test_refits_far_from_the_full_datas_curvature_arrive():
-    """With an outlier's curvature in it, the full-data Hessian is bad for the other rows' steps."""
+    """Check a set with an outlier, whose curvature makes the full-data Hessian a bad start."""
     p = with_leverage("sigmoid", 10, 100, weight_decay=1e-3)
     refits = rows_out(p, [6], max_passes=200)
     assert refits.converged.all() and refits.passes[0] < 60
     expected = changes(p, [[6]])
-    # 1e-8 over the smallest eigenvalue, at least 1e-3, times gradients of size 1.
+    # The error is at most 1e-8 / (smallest eigenvalue, at least 1e-3) times gradients of about 1.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
 
 
@@ -192,7 +192,7 @@ def test_one_row_may_be_left():
 
 
 def test_the_gradient_norm_is_true(softmax, thetas):
-    """The oracle recomputes it at the parameters at which the test losses were computed."""
+    """Compare with the oracle's gradient norm at the theta of the reported test losses."""
     groups = groups_of(softmax)
     with pytest.warns(ConvergenceWarning):
         got = groups_out(softmax, groups, tolerance=1e-12, max_passes=2)
@@ -205,7 +205,7 @@ def test_the_gradient_norm_is_true(softmax, thetas):
 
 
 def agreement(predicted, actual):
-    """(Pearson's r, slope of actual on predicted, same signs, largest error over largest)."""
+    """Return Pearson's r, slope, share of equal signs, and largest error over largest change."""
     predicted, actual = predicted.ravel(), actual.ravel()
     r = np.corrcoef(predicted, actual)[0, 1]
     slope = predicted @ actual / (predicted @ predicted)
@@ -215,7 +215,7 @@ def agreement(predicted, actual):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_one_step_in_closed_form_predicts_refits_of_rows_with_leverage(kind):
-    """First order ignores the row's own curvature: its error is several times as large."""
+    """Compare with first order, which ignores the row's curvature and has a much larger error."""
     p = with_leverage(kind, 40, 8)
     rows = np.arange(40)
     actual = rows_out(p, rows, tolerance=1e-12)
@@ -279,7 +279,7 @@ def test_fit_warm_and_cold_are_newton(softmax):
     expected = changes(softmax, groups)
     for start in (None, zero):
         refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-10)
-        # 1e-10 over the smallest eigenvalue, 0.05, is 2e-9 of theta.
+        # 1e-10 / (smallest eigenvalue, 0.05) bounds the error of theta by 2e-9.
         assert refits.converged.all() and (refits.passes == 1).all()
         assert np.abs(refits[:] - expected).max() < 1e-8
         assert (0 < refits.gradient_norm).all() and (refits.gradient_norm <= 1e-10).all()
@@ -303,7 +303,7 @@ def test_the_tolerance_is_that_of_the_own_fit_and_one_warning_names_all_misses(t
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
-    """In float64 1e-8 of the change is left: the closed form of ridge regression is the truth."""
+    """Compare with ridge regression's closed form. In float64 the error is 1e-8 of the change."""
     p = ridge(60, l2=1e-3, dtype=dtype)
     expected = changes(ridge(60, l2=1e-3), [[row] for row in ROWS])
     got = rows_out(p, ROWS, method="fit")
@@ -323,7 +323,7 @@ def test_training_on_from_no_minimum_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         there = leave_one_out(net, examples, examples, [0, 6])
-    # The drift: the same in every column, and larger than the differences between the columns.
+    # The drift is the same in every column, and larger than the differences between columns.
     assert np.abs(away[:].mean(axis=1)).max() > 2 * np.abs(there[:]).max()
 
 

@@ -22,7 +22,8 @@ from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, untraced
 
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
-# At this theta the Hessian's smallest eigenvalue is -1.6, the Gauss-Newton matrix' is 0.
+# At this theta the smallest eigenvalue of the Hessian is -1.6, and that of the Gauss-Newton matrix
+# 0.
 DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
 ROWS = [0, 6, 13]
 OBJECTIVES = sorted(CURVATURE)
@@ -33,7 +34,7 @@ OTHER[0].theta = OTHER[0].theta + 1
 
 @pytest.fixture(scope="module")
 def tanh():
-    """A network with a penalty, far from a minimum: net, examples."""
+    """Return (net, examples), a network with a penalty and far from a minimum."""
     return tanh_net(l2=0.05)
 
 
@@ -43,14 +44,14 @@ def linear():
 
 
 def of_tanh(theta, examples):
-    """The network's outputs (n,) and its penalty, in NumPy only."""
+    """Return the network's outputs (n,) and its penalty, computed in NumPy."""
     W, b, v, c = np.split(theta, [12, 16, 20])
     hidden = np.tanh(examples.x @ W.reshape(3, 4) + b)
     return hidden @ v + c, 0.05 * v @ v
 
 
 def objective_of(kind, net, examples, row, damping, fraction=1.0):
-    """F_i as a function of theta, from its definition only."""
+    """Return F_i as a function of theta, by its definition."""
     y, theta_s = examples.y, net.theta
     s, penalty_s = of_tanh(theta_s, examples)
     eye = np.eye(len(theta_s)) * 1e-5
@@ -91,7 +92,7 @@ def no_work(monkeypatch):
 
 
 def thetas_of(monkeypatch):
-    """A list that collects the parameters at which test losses are computed."""
+    """Collect the parameters at which test losses are computed, in a list."""
     taken, asked = [], Task.changes
     monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
     return taken
@@ -112,7 +113,7 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
         value = objective_of(objective, net, examples, row, DAMPING[objective], fraction)
         found = scipy.optimize.minimize(value, net.theta, options={"gtol": 1e-7}).x
         theta = taken[0][:, j]
-        # Differences of values 1e-16 apart over steps of 1e-8 show a minimum to about 1e-7.
+        # Values of F_i are exact to 1e-16, so steps of 1e-8 show a minimum to about 1e-7.
         assert (
             np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3 * fraction
         )
@@ -124,7 +125,7 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_certificate_is_true(objective, tanh, monkeypatch):
-    """The gradient of F_i by differences of its value, at the theta of the reported losses."""
+    """Compare with differences of F_i at the theta of the reported losses."""
     net, examples = tanh
     taken = thetas_of(monkeypatch)
     with pytest.warns(ConvergenceWarning):
@@ -144,7 +145,7 @@ def test_the_certificate_is_true(objective, tanh, monkeypatch):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model", ["softmax", "ridge"])
 def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, linear):
-    """A model linear in theta: both divergences are that of the risk in theta."""
+    """Check a model linear in theta, for which both divergences are that of the risk."""
     p = logistic("softmax", 40) if model == "softmax" else linear
     rows = [3, 11, 0]
     options = ProximalOptions(tolerance=1e-9)
@@ -157,7 +158,7 @@ def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, li
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_its_linearisation_is_damped_influence(objective, tanh):
-    """With n copies of the rows a row's weight falls as 1/n, and so does the error."""
+    """Copy the rows n times. A row's weight and the error of linearisation then fall as 1/n."""
     net, examples = tanh
     errors = []
     for copies in (100, 1000):
@@ -268,16 +269,16 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
     got = respond(tanh, objective, tolerance=1e-9, rough=SINGLE, rough_tolerance=1e-3)
     assert got.converged.all() and relative_error(got[:], exact[:]) < 1e-7
     assert asked["float32"] > 0 and 0 < asked["float64"] < 0.8 * exact.iterations.sum()
-    # Both precisions judge each row once.
+    # Each row takes one more gradient of each precision when the search changes to exact gradients.
     assert sum(asked.values()) == got.iterations.sum() + 2 * len(ROWS)
-    # Workers, which have their own nets, find the same.
+    # Worker processes have their own nets and find the same result.
     options = {"rough": SINGLE, "rough_tolerance": 1e-3, "num_processes": 2, "block": 2}
     by_workers = respond(tanh, objective, tolerance=1e-9, **options)
     assert relative_error(by_workers[:], got[:]) < 1e-7 and by_workers.converged.all()
 
 
 def test_float32_is_not_believed(tanh, monkeypatch):
-    """Both searches take only float32's steps; in one of them its gradients are far too small."""
+    """Run two searches with float32 steps only. One search gets far too small gradients."""
     taken, given = thetas_of(monkeypatch), proximal._gradients
 
     def flattered(task, net, *more):
@@ -298,7 +299,7 @@ def test_float32_is_not_believed(tanh, monkeypatch):
 def test_the_rows_own_curvature_is_known_but_the_first_step_is_no_longer_for_it(
     linear, monkeypatch
 ):
-    """A row of large leverage has one known direction, in which a few long steps suffice."""
+    """Check a row of large leverage. Its own curvature is known, so few steps suffice."""
     p, thetas = linear, []
     x = p.train.x.copy()
     x[5] *= 20
@@ -414,7 +415,7 @@ def kept(folder, problem, objective="bregman", **options):
 
 
 def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch, tanh):
-    """For kill -9 see test_runs.py: the same code caches these results."""
+    """Interrupt by an error. test_runs.py tests kill -9 for the same code."""
     folder, (net, examples) = tmp_path / "kept", tanh_net(l2=0.05)
     again = untraced(net), examples
     calls, found, respond = [], {}, proximal._proximal_block

@@ -26,7 +26,7 @@ def removal(softmax, request):
 
 
 def by_pairs(removed, inverse, B):
-    """B after secant updates by the pairs of `removed`."""
+    """Apply secant updates by the pairs of `removed` to B."""
     pairs = [_pair(*pair) for pair in removed.pairs(inverse, B)]
     return _two_loops(pairs, B, lambda Q: apply(inverse, Q))
 
@@ -37,7 +37,7 @@ def by_steps(removed, inverse, B):
 
 @pytest.fixture(params=[by_pairs, by_steps])
 def solved(request):
-    """(Removal, inverse, B) -> approximately (A - H_g / n)^-1 b, by either method."""
+    """Give a function of (Removal, inverse, B) that approximates (A - H_g / n)^-1 b."""
     return request.param
 
 
@@ -98,12 +98,12 @@ def test_the_groups_curvature_is_taken_out(solver, size, softmax, solved):
         H = p.oracle.hessian(p.theta) - own / n
         expected = np.linalg.solve(H, B[:, j])
         without = np.linalg.solve(p.oracle.hessian(p.theta), B[:, j])
-        assert relative_error(got[:, j], expected) < 2e-3  # to 1e-3 in the norm of the matrix
+        assert relative_error(got[:, j], expected) < 2e-3  # the residual is 1e-3 in the norm of A
         assert relative_error(without, expected) > 1e-2
 
 
 def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
-    """A fixed-point iteration would be slow here; conjugate gradients need one direction."""
+    """A fixed-point iteration would be slow here. Conjugate gradients need only one direction."""
     p = ridge()
     x = p.train.x.copy()
     x[5] *= 20
@@ -121,7 +121,7 @@ def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
 
 
 def test_a_group_gets_steps_as_it_has_rows(monkeypatch, solved):
-    """Half of the rows get two products. A column's answer does not depend on the others."""
+    """A group of half of the rows gets two products. Columns do not depend on each other."""
     p = ridge(num_inputs=8)
     calls, hvp = [], Removal.hvp
     monkeypatch.setattr(
@@ -169,7 +169,7 @@ def test_negative_curvature_is_refused():
 
 
 def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent(solved):
-    """Without the row, a small damping may be less than the row's share."""
+    """With a small damping, A - H_g / n may be indefinite."""
     net, examples = tanh_net()
     few = examples.take([0, 1])
     A = GaussNewton(net, few, 0.01)

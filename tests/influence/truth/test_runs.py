@@ -33,7 +33,7 @@ def interrupted_problem():
     p = logistic("softmax", num_rows=30, num_inputs=3)
     keras.layers.Dense(
         1
-    )  # Keras numbers its layers: the names of cached files must not depend on it
+    )  # Keras numbers its layers, but the names of cached files must not depend on this
     return p
 
 
@@ -195,7 +195,7 @@ def test_frozen_weights_and_losses_are_part_of_the_name(tmp_path, monkeypatch):
 
 
 def dropping():
-    """(net, examples): a model that draws random numbers as it trains."""
+    """Return (net, examples), a model that draws random numbers in training."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dropout(0.5), keras.layers.Dense(1)]
     rng = np.random.default_rng(0)
@@ -205,7 +205,7 @@ def dropping():
 
 
 def draws(net, examples):
-    """A step of random length."""
+    """Take a step of random length."""
     net.theta = net.theta + float(tf.reduce_sum(net.model(np.ones((4, 6)), training=True)))
 
 
@@ -232,7 +232,7 @@ def test_what_a_fit_draws_depends_on_no_other_refit(tmp_path):
 
 
 class Unregistered(keras.Model):
-    """A class without the decorator register_keras_serializable."""
+    """A model class without the decorator register_keras_serializable."""
 
     def __init__(self, width):
         super().__init__(dtype="float64")
@@ -252,7 +252,7 @@ def unregistered():
 
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
-    """One test, so that processes start once: TensorFlow needs seconds to start."""
+    """Test everything in one function, because each process needs seconds to start TensorFlow."""
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")  # in both, or last bits may differ
     p, (net, train) = interrupted_problem(), dropping()
     given = p.net, p.train, p.test, [3, 1, 4]
@@ -261,7 +261,7 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
         lambda n: leave_one_out(
             net, train, train, [0, 1, 2], RefitOptions(method="fit", fit=draws, num_processes=n)
         ),
-        # In closed form: by the tape it takes seconds to trace, in every process.
+        # This uses closed forms, because every process would need seconds to trace the tape.
         lambda n: proximal_response(*given, ProximalOptions(block=2, num_processes=n), damping=0.5),
     ):
         one, two = work(1), work(2)
@@ -323,7 +323,7 @@ def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_nothing_is_sent_where_nothing_need_be(num_processes, monkeypatch):
-    """One process is asked for, or the backend has only one."""
+    """Check a request for one process, and a backend that has only one."""
     monkeypatch.setattr(runs.joblib, "effective_n_jobs", lambda _: 1)
     monkeypatch.setattr(runs.joblib, "Parallel", lambda **_: pytest.fail("sent"))
     runs.check_processes(num_processes, *unregistered())
@@ -343,7 +343,7 @@ def test_the_reason_is_one_sentence():
 
 
 def test_changes_and_losses_are_of_the_same_rounding():
-    """In float32 a change of 1e-7 is visible only if both losses have the same rounding."""
+    """Check a change of 1e-7 in float32. Losses with different rounding would hide this change."""
     rng = np.random.default_rng(0)
     net = MulticlassLogisticRegression(400, 3, dtype="float32")
     net.theta = rng.standard_normal(1200) / 20

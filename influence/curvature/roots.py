@@ -1,0 +1,150 @@
+"""Roots of the rows' Gauss-Newton matrices, and the sum of the roots' squares.
+
+Let J_i be the Jacobian of row i's output with respect to theta. Let H_i = S_i S_i' be the Hessian
+of the row's loss with respect to that output. The Gauss-Newton matrix of n rows is
+
+    G = (1/n) sum_i sum_s p_is p_is'    with the roots    p_is = J_i' S_i[:, s].
+
+A row with s outputs has s roots. Computing the roots takes s backward passes, while products of G
+with unit vectors take d passes. A layer that sees one position per row has the roots a_i' g_is. Two
+such layers share
+
+    sum_is (a_i' g_is) (b_i' h_is)' = sum_i (a_i' b_i) (x) (sum_s g_is' h_is),
+
+which takes s times fewer multiplications than the product of the roots.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.common.memory import ACTIVATIONS, VECTORS, fitting
+from influence.curvature.layers import AffineLayers, affine_layers, loss_roots
+from influence.examples.examples import Examples
+from influence.net import tape
+from influence.net.flat import FlatModel
+from influence.net.net import GenericNeuralNet
+
+# Memory holds this many arrays of the size of the factors or roots while they are computed.
+_COPIES = 4
+
+
+def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
+    """Return the roots p_is of a batch, (n, s, d), at the net's theta.
+
+    For affine layers, the roots are products of inputs and pseudo-gradients. For other models, the
+    outputs of one row after another are differentiated. The loss must be convex in the output.
+    """
+    t, theta = net.flat, net.theta_tensor()
+    try:
+        return affine_layers(net, x).roots(x, y, theta)
+    except ValueError:  # theta is also in layers of other kinds
+        pass
+    batch = t.inputs(x), t.tensor(y)
+    return t.run("roots", partial(_by_rows, t, t.each(*batch)), theta, *batch)
+
+
+def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
+    """Return for how many rows `sum_of_squares` fits into memory. `one` holds one row."""
+    s = net.num_outputs(one.x)
+    try:
+        single = affine_layers(net, one.x).single
+    except ValueError:
+        return fitting(VECTORS, _COPIES * s * net.num_parameters * net.dtype.itemsize, at_most)
+    sizes = [layer.entries.size for layer in single]
+    numbers = 2 * s * (net.num_parameters - sum(sizes)) + 2 * max(sizes, default=0)
+    return fitting(VECTORS, numbers * net.dtype.itemsize, at_most)
+
+
+def sum_of_squares(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Return sum_is p_is p_is' (d, d) of a batch. It is a question, as in influence.net.questions.
+
+    The loss must be convex in the output.
+    """
+    view = net.at(theta)
+    try:
+        layers = affine_layers(net, x)
+    except ValueError:
+        return _square(roots(view, x, y))
+    # A traced function holds the factors, their copies in other orders, and activations.
+    rows = fitting(ACTIVATIONS, _COPIES * layers.numbers * net.dtype.itemsize, len(y))
+    found = [
+        layers.parts(*_cut(x, y, slice(start, start + rows)), view.theta_tensor())
+        for start in range(0, len(y), rows)
+    ]
+    rest = np.concatenate([rest for _, rest in found])
+    single = [
+        tuple(map(np.concatenate, zip(*pairs, strict=True)))
+        for pairs in zip(*(pairs for pairs, _ in found), strict=True)
+    ]
+    return _summed(layers, single, rest)
+
+
+def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArray) -> NDArray:
+    """Return the matrix (d, d) from the parts that `AffineLayers.parts` computes."""
+    d = sum(layers.traced.sizes)
+    matrix = np.empty((d, d), rest.dtype if rest.size else single[0][0].dtype)
+    others = np.ones(d, bool)
+    for layer in layers.single:
+        others[layer.entries.ravel()] = False
+    where = np.flatnonzero(others)
+    n = len(rest)
+    if where.size:
+        matrix[np.ix_(where, where)] = _square(rest)
+    for i, (one, (a, g)) in enumerate(zip(layers.single, single, strict=True)):
+        own = one.entries.ravel()
+        # The rows of one output at a time. A bias may be apart from its kernel in theta.
+        for k in range(g.shape[2]):
+            rows = one.entries[:, k]
+            if where.size:
+                matrix[np.ix_(rows, where)] = a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest)
+            for other, (b, h) in zip(layers.single[i:], single[i:], strict=True):
+                pair = np.einsum("ns,nsc->nc", g[:, :, k], h)
+                product = a.T @ (b[:, :, None] * pair[:, None, :]).reshape(n, -1)
+                columns = _indices(other.entries)
+                at = (rows, columns) if isinstance(columns, slice) else np.ix_(rows, columns)
+                matrix[at] = product
+        for columns in [where, *(other.entries for other in layers.single[i + 1 :])]:
+            if columns.size:
+                upper = matrix[_indices(own)][:, _indices(columns)]
+                matrix[np.ix_(columns.ravel(), own)] = upper.T
+    return matrix
+
+
+def _indices(positions: NDArray) -> Any:
+    """Return positions as a slice if they are successive, because slices are faster."""
+    flat = positions.ravel()
+    return slice(flat[0], flat[-1] + 1) if (np.diff(flat) == 1).all() else flat
+
+
+def _square(R: NDArray) -> NDArray:
+    R = R.reshape(-1, R.shape[-1])
+    return R.T @ R
+
+
+def _cut(x: Any, y: NDArray, rows: slice) -> tuple[Any, NDArray]:
+    return tf.nest.map_structure(lambda part: part[rows], x), y[rows]
+
+
+def _by_rows(flat: FlatModel, each: tape.Each, theta: Any, x: Any, y: Any) -> Any:
+    S = loss_roots(flat.loss.curved, each, y, flat.output(theta, x))  # (s, n, ...)
+
+    def of_row(part):
+        x, columns = part
+        with tf.GradientTape(persistent=True) as by_theta:
+            by_theta.watch(theta)
+            z = flat.output(theta, tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), x))
+
+        def pulled_back(column):
+            return by_theta.gradient(
+                z, theta, column[None], unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+
+        return each(pulled_back, columns)
+
+    return each(of_row, (x, tf.einsum("sn...->ns...", S)))
