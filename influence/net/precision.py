@@ -89,7 +89,7 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
         else:
             copy = type(model).from_config(_retyped(_config(model), dtype))
             if isinstance(model, keras.Model) and not copy.built:
-                copy.build_from_config(model.get_build_config())
+                copy(_zeros((model.get_build_config() or {}).get("input_shape"), dtype))
             made[id(model)] = copy
     return made[id(model)]
 
@@ -103,6 +103,17 @@ def _input(tensor: Any, dtype: str) -> Any:
     kept = tensor.dtype if tensor.dtype not in _FLOATS else dtype
     shape = (None, *tensor.shape[1:])
     return keras.Input(batch_shape=shape, dtype=kept, sparse=tensor.sparse, name=tensor.name)
+
+
+def _zeros(shape: Any, dtype: str) -> Any:
+    """Return one row of zeros of the inputs with which a subclassed model was built."""
+    if isinstance(shape, dict):
+        return {name: _zeros(part, dtype) for name, part in shape.items()}
+    if shape and isinstance(shape[0], tuple | list):
+        return [_zeros(part, dtype) for part in shape]
+    if not shape or None in shape[1:]:
+        raise ValueError(f"it was built with the input shape {shape}; call it on a batch")
+    return np.zeros((1, *shape[1:]), dtype)
 
 
 def _config(layer: Any) -> dict:

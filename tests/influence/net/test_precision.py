@@ -126,7 +126,7 @@ class Own(keras.Model):
         self.width, self.one, self.two = width, L.Dense(width, "tanh"), L.Dense(1)
 
     def call(self, x):
-        return self.two(self.one(x))
+        return self.two(self.one(x if self.width < 4 else x[0] + x[1]))
 
     def get_config(self):
         return {"width": self.width}
@@ -178,6 +178,7 @@ MODELS = {
     "frozen": (frozen, X),
     "own layer": (lambda: of_rows(Doubled()), X),
     "own model": (lambda: built(Own(3), X), X),
+    "own model of two inputs": (lambda: built(Own(4), [X, 2 * X]), [X, 2 * X]),
     "own activation": (lambda: of_rows(L.Dense(2, activation=lambda t: tf.tanh(3 * t))), X),
     "lambda": (lambda: of_rows(L.Lambda(lambda t: t * 3)), X),
     "recurrent": (lambda: of_sequences(L.Bidirectional(L.LSTM(2)), L.Dropout(0.1)), SERIES),
