@@ -49,8 +49,8 @@ def as_examples(
             f"{name} must be Examples(x, y), got {kind}; (x, y), (x, y, sample_weight) and a "
             "dataset of such batches will do too."
         )
-    x: Any
-    x, y, *weight = value
+    x, y = _untyped(value[0]), value[1]
+    weight = list(value[2:])
     several = len(inputs) > 1
     if several and isinstance(x, list | tuple) and len(x) == len(inputs):
         x = dict(zip(inputs, x, strict=True))
@@ -103,6 +103,10 @@ def class_weights(y: ArrayLike, class_weight: Mapping[int, float]) -> NDArray[np
     for name, weight in class_weight.items():
         weights[classes == name] = weight
     return weights
+
+
+def _untyped(value: Any) -> Any:
+    return value
 
 
 def _are_rows(y: Any) -> bool:

@@ -71,6 +71,7 @@ class Preparation:
 
     Args:
       model: a functional model from some of the given inputs to the results of the lookups.
+      used: the names of these inputs, in their order.
       results: the names that the rest gives to the results, in their order.
       passed: the names of the given inputs that the rest takes itself.
       given: the inputs of the whole model.
@@ -82,11 +83,13 @@ class Preparation:
     def __init__(
         self,
         model: keras.Model,
+        used: tuple[Any, ...],
         results: tuple[str, ...],
         passed: tuple[str, ...],
         given: Given,
     ):
-        self.model, self.results, self.passed, self.given = model, results, passed, given
+        self.model, self.used, self.results, self.passed = model, used, results, passed
+        self.given = given
         self._known: WeakKeyDictionary[Examples, Examples] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -112,12 +115,11 @@ class Preparation:
         Raises: TypeError or ValueError if the layers cannot take x.
         """
         x = self.given.named(x)
-        used = [tensor.name for tensor in self.model.inputs]
-        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in used]
+        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in self.used]
         try:
             found = self.model(tensors, training=False)
         except (TypeError, ValueError, tf.errors.OpError) as error:
-            got = ", ".join(f"{name}: {np.asarray(x[name]).dtype}" for name in used)
+            got = ", ".join(f"{name}: {np.asarray(x[name]).dtype}" for name in self.used)
             raise ValueError(f"x does not fit the layers {self!r}, got {got}.") from error
         found = found if isinstance(found, list | tuple) else [found]
         results = {name: _array(part, name) for name, part in zip(self.results, found, strict=True)}
@@ -158,7 +160,7 @@ class Preparation:
                 one, all_ = _dense(part), _dense(among[name])
                 sizes = zip(one.shape, all_.shape, strict=True)
                 extra = [(0, most - size) for size, most in sizes]
-                if not np.array_equal(np.pad(one, extra), all_):
+                if not np.allclose(np.pad(one, extra), all_, rtol=1e-5):
                     raise ValueError(
                         f"model must prepare each row by itself, got another {name!r} for row "
                         f"{row} alone than among {len(given)} rows, by the layers {self!r}."
@@ -196,7 +198,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     if not front:
         return None, model  # a lookup behind trainable weights
     for node in nodes:
-        if id(node) in front and node.operation.trainable_variables:
+        if id(node) in front and _trains(node.operation):
             raise ValueError(
                 f"model must keep its lookup layers apart from its weights, got both in layer "
                 f"{node.operation.name!r} of {model.name!r}; call its layers one by one."
@@ -211,8 +213,10 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         while name in names or (id(tensor) not in name_of and (name in wanted or name in other)):
             name += "_"
         names.append(name)
-        shape = (None, *tensor.shape[1:])
-        inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=name))
+        shape, dtype = (None, *tensor.shape[1:]), tensor.dtype
+        if "float" in dtype and id(tensor) not in name_of:
+            dtype = model.trainable_weights[0].dtype  # as the next layer would cast it
+        inputs.append(keras.Input(batch_shape=shape, dtype=dtype, name=name))
     behind = [node for node in nodes if id(node) not in front]
     made = dict(zip(map(id, cut), inputs, strict=True))
     made = replayed(behind, made, lambda operation: operation)
@@ -222,14 +226,13 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     pairs = list(zip(names, cut, strict=True))
     results = {name: tensor for name, tensor in pairs if id(tensor) not in name_of}
     before = {id(tensor) for node in nodes if id(node) in front for tensor in node.outputs}
-    lookups = keras.Model(
-        [tensor for tensor in graph.inputs if id(tensor) in before],
-        list(results.values()),
-        name=f"{model.name}_lookups",
-    )
+    used = [tensor for tensor in graph.inputs if id(tensor) in before]
+    lookups = keras.Model(used, list(results.values()), name=f"{model.name}_lookups")
     shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in wanted.items()}
     passed = tuple(name for name in names if name not in results)
-    return Preparation(lookups, tuple(results), passed, Given(shapes, other)), rest
+    given = Given(shapes, other)
+    names_used = tuple(name_of[id(tensor)] for tensor in used)
+    return Preparation(lookups, names_used, tuple(results), passed, given), rest
 
 
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
@@ -251,7 +254,7 @@ def _front(nodes: list[Any]) -> set[int]:
         if id(node) not in behind:
             before = [is_behind_weights(made_by[id(t)]) for t in node.input_tensors]
             behind[id(node)] = any(before) or any(
-                made_by[id(t)].operation.trainable_variables for t in node.input_tensors
+                _trains(made_by[id(t)].operation) for t in node.input_tensors
             )
         return behind[id(node)]
 
@@ -269,6 +272,11 @@ def _front(nodes: list[Any]) -> set[int]:
         if looks and not is_behind_weights(node):
             add(node)
     return front
+
+
+def _trains(operation: Any) -> bool:
+    """Return True for a layer with trainable weights. Other operations have no weights."""
+    return bool(getattr(operation, "trainable_variables", ()))
 
 
 def _looks_up(operation: Any) -> bool:

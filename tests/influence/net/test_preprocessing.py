@@ -311,3 +311,14 @@ def test_check_takes_a_table(table):
     report = check(table[0], (TABLE, Y))
     assert report["train fits the net"].verdict == "ok"
     assert report["Hessian = differences"].verdict == "ok"
+
+
+def test_lookups_in_front_of_float64_weights_and_after_operations():
+    inputs = keras.Input((1,), dtype="int64")
+    shifted = keras.ops.add(inputs, 5)  # an operation without weights, which is no layer
+    encoded = L.CategoryEncoding(90, output_mode="one_hot")(shifted)
+    model = keras.Model(inputs, head(dtype="float64")(encoded))
+    model.compile("sgd", from_logits())
+    features = one_hot(ZIPS + 5, np.arange(90))
+    scores = Influence(model, (ZIPS, Y), **HOW).scores((ZIPS[:M], Y[:M]))
+    np.testing.assert_allclose(scores, expected(features, model.get_weights()), rtol=1e-8)
