@@ -24,7 +24,7 @@ from influence.examples.arrays import (
     label_parts,
     parts_of,
 )
-from influence.examples.labels import check_weights, is_packed, packed
+from influence.examples.labels import check_weights, is_packed, packed, sample_weights
 
 
 def check_rows(rows: ArrayLike, num_examples: int, name: str = "rows") -> NDArray[np.int64]:
@@ -131,6 +131,7 @@ class Examples:
     Attributes:
       y: the labels (n, ...). Labels by output name and labels with weights are one structured
         array (n,) instead. `influence.examples.labels` lists its fields.
+      sample_weight: the weights (n,), a dict of them by output name, or None.
 
     Raises: TypeError if an array is not numeric. ValueError if the set is empty, if arrays differ
       in length, if an array contains a NaN or infinity, or if weights are negative or all zero. The
@@ -380,6 +381,10 @@ class Examples:
             if isinstance(part, np.ndarray):
                 part.setflags(write=False)
         return self
+
+
+# The default of the argument is an attribute of the class, which would hide the weights.
+setattr(Examples, "sample_weight", property(lambda examples: sample_weights(examples.y)))  # noqa: B010
 
 
 class Remaining(Examples):

@@ -190,7 +190,9 @@ class PerExampleLoss:
                 f"{self.name!r} with reduction='mean_with_sample_weight'; use "
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
-        y, called = labels_of(y, self.output), f"{name}.y"
+        y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
+        if isinstance(y, Mapping):  # a function of all outputs
+            return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
             wrong = ~np.isin(y, self.labels)

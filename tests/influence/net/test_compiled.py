@@ -309,6 +309,7 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
     )
     outputs = net.outputs(X)
     expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]  # without weights
+    measured.validate(Examples(X, BOTH, weight), "test")
     np.testing.assert_allclose(measured.losses(X, y), expected, atol=ROUNDING)
     tf.nest.map_structure(np.testing.assert_array_equal, outputs, model.predict(X, verbose=0))
 
