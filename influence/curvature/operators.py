@@ -216,7 +216,7 @@ class GaussNewton(Curvature):
         the model. Products with unit vectors take at least one backward pass for each of d columns.
         """
         net, one = self.net, self.examples.take([0])
-        if not net.loss.convex or net.convex or net.num_outputs(one.x) > net.num_parameters:
+        if not net.loss.convex or net.convex or net.output_size(one.x) > net.num_parameters:
             return super()._formed()
         size = self.batch_size or rows_per_batch(net, one, len(self.examples))
         matrix = mean_matrix(sum_of_squares, net, self.examples, size)

@@ -49,12 +49,11 @@ def as_examples(
             f"{name} must be Examples(x, y), got {kind}; (x, y), (x, y, sample_weight) and a "
             "dataset of such batches will do too."
         )
-    x, y = _untyped(value[0]), value[1]
-    weight = list(value[2:])
+    x, y, *weight = value
     several = len(inputs) > 1
     if several and isinstance(x, list | tuple) and len(x) == len(inputs):
         x = dict(zip(inputs, x, strict=True))
-    elif several and is_frame(x) and all(key in x.columns for key in inputs):
+    elif several and is_frame(x) and all(key in getattr(x, "columns", ()) for key in inputs):
         x = {key: x[key] for key in inputs}
     elif several and isinstance(x, Mapping) and all(key in x for key in inputs):
         x = {key: x[key] for key in inputs}  # as `fit`, which leaves out other columns
@@ -103,10 +102,6 @@ def class_weights(y: ArrayLike, class_weight: Mapping[int, float]) -> NDArray[np
     for name, weight in class_weight.items():
         weights[classes == name] = weight
     return weights
-
-
-def _untyped(value: Any) -> Any:
-    return value
 
 
 def _are_rows(y: Any) -> bool:

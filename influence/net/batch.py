@@ -63,7 +63,7 @@ class Derivatives:
         t = self.flat
         return t.run("outputs", t.model_output, self.theta_tensor(), t.inputs(x))
 
-    def num_outputs(self, x: Any) -> int:
+    def output_size(self, x: Any) -> int:
         """Return how many numbers the model returns for a batch, over all its outputs."""
         return sum(part.size for part in tf.nest.flatten(self.outputs(x)))
 

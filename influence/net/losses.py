@@ -74,6 +74,10 @@ class PerExampleLoss:
     probabilities. The other losses that take probabilities (focal losses, Kullback-Leibler, and
     class numbers with `ignore_class`) get the activated logits, with Keras' clipping at 1e-7.
 
+    Keras rounds the outputs of a float64 model to the dtype of its loss, which is float32 unless
+    the loss has `dtype="float64"`. It then does not recognise the activation and clips
+    probabilities at 1e-7. The two losses agree up to rounding for larger probabilities.
+
     Attributes:
       name: the name of the loss in messages.
       function: the function (y, z) -> (n,) tensor. It multiplies by sample weights in y.
@@ -190,7 +194,9 @@ class PerExampleLoss:
                 f"{self.name!r} with reduction='mean_with_sample_weight'; use "
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
-        y, called = labels_of(y, self.output), f"{name}.y"
+        y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
+        if isinstance(y, Mapping):  # a function of all outputs
+            return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
             wrong = ~np.isin(y, self.labels)

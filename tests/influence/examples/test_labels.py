@@ -40,6 +40,10 @@ def test_labels_and_weights_are_found_again_in_every_subset_of_rows():
     again = Examples(X + 1, weighted.y)  # as where the inputs alone are replaced
     np.testing.assert_array_equal(sample_weights(again.y), W)
     assert "sample_weight" in repr(weighted)
+    read: Any = weighted.without([0])  # pyright takes the name for an argument only
+    np.testing.assert_array_equal(read.sample_weight, W[1:])
+    read = Examples(X, W)
+    assert read.sample_weight is None
 
 
 def test_the_fingerprint_covers_names_and_weights():

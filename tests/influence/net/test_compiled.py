@@ -176,6 +176,17 @@ def test_time_steps_of_a_softmax_layer_and_a_graph_of_keras():
     assert agrees(model, STEPS).loss.head == "softmax"
 
 
+def test_a_weight_multiplies_the_mean_over_a_rows_time_steps():
+    """Keras itself refuses weights (n,) beside losses (n, T)."""
+    model = ending(3, "softmax", steps=4)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    net, examples = GenericNeuralNet(model), Examples(X, STEPS, WEIGHT)
+    net.validate(examples, "train")
+    p = np.take_along_axis(model(X).numpy(), STEPS[:, :, None], axis=2)[:, :, 0]
+    expected = -WEIGHT * np.log(p).mean(axis=1)
+    np.testing.assert_allclose(net.losses(X, examples.y), expected, rtol=ROUNDING)
+
+
 def test_ctc_has_second_derivatives():
     """Against the sum over all alignments, written out: TensorFlow computes in float32."""
     model = ending(3, steps=4)
@@ -309,6 +320,7 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
     )
     outputs = net.outputs(X)
     expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]  # without weights
+    measured.validate(Examples(X, BOTH, weight), "test")
     np.testing.assert_allclose(measured.losses(X, y), expected, atol=ROUNDING)
     tf.nest.map_structure(np.testing.assert_array_equal, outputs, model.predict(X, verbose=0))
 
