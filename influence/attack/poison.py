@@ -25,8 +25,10 @@ from influence.attack.targets import BEST_RULE, Rule, Targets, check_targets, me
 from influence.common.numbers import is_integer
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
+from influence.examples.labels import fields, is_packed
 from influence.net.minimum import TOLERANCE, check_at_minimum
-from influence.net.net import GenericNeuralNet, checked
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
@@ -119,9 +121,9 @@ class Poisoning:
 
 
 def poison(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     radius: float,
     *,
@@ -184,9 +186,9 @@ def poison(
 
 
 def gradient_norms(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     *,
     inputs: NDArray | None = None,
@@ -433,6 +435,11 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
     _ = examples.x  # this raises for a stream, which has no x
+    if is_packed(examples.y):
+        raise ValueError(
+            f"{name} must have plain labels without sample_weight for an attack, got "
+            f"{sorted(fields(examples.y))}."
+        )
     probe = examples.take(slice(0, _PROBE_ROWS))
     seen = net.featured(probe)
     net.validate(examples if seen is probe else seen, name)

@@ -31,6 +31,7 @@ from influence.curvature.affine import Affine
 from influence.curvature.layers import AffineLayers
 from influence.examples.examples import Examples, Question
 from influence.net.flat import FlatModel
+from influence.net.heads import peeled
 from influence.net.net import GenericNeuralNet
 
 # While the Hessian is formed, memory holds this many arrays as large as a batch's largest Jacobian.
@@ -46,6 +47,7 @@ _LINEAR = (
     layers.AveragePooling2D,
     layers.GlobalAveragePooling2D,
 )
+_HEADS = (layers.Activation, layers.Softmax)
 _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 
@@ -54,15 +56,19 @@ class _Step:
     """Layer of a chain. `own` locates the layer's weights in theta; None if it has none there."""
 
     layer: Any
-    kind: str  # "affine", "activation", "linear" or "head"
+    kind: str  # "affine", "activation" or "linear"
     own: Affine | None = None
 
 
 class Chain:
-    """Model of successive layers. Each layer is affine, elementwise, or linear without weights."""
+    """Model of successive layers. Each layer is affine, elementwise, or linear without weights.
 
-    def __init__(self, traced: FlatModel, steps: tuple[_Step, ...]):
-        self.traced, self.steps = traced, steps
+    If the loss takes the logits before the model's softmax or sigmoid, the chain ends in them.
+    `peels` is True if the activation belongs to the last affine layer.
+    """
+
+    def __init__(self, traced: FlatModel, steps: tuple[_Step, ...], peels: bool = False):
+        self.traced, self.steps, self.peels = traced, steps, peels
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
@@ -74,15 +80,17 @@ class Chain:
             own = {id(affine.layer): affine for affine in AffineLayers(traced, x).layers}
         except ValueError:  # theta is in other layers too
             return None
-        steps = []
+        steps, peels = [], False
         for layer in model.layers:
-            if type(layer) in _IDENTITY:
+            head = traced.loss.head if layer is model.layers[-1] else None
+            if type(layer) in _IDENTITY or (head and type(layer) in _HEADS):
                 continue
-            kind = _kind(layer, traced.loss.head if layer is model.layers[-1] else None)
+            kind = _kind(layer, head)
+            peels = head is not None
             if kind is None or layer.compute_dtype != traced.dtype.name:
                 return None
             steps.append(_Step(layer, kind, own.pop(id(layer), None)))
-        return None if own else cls(traced, tuple(steps))
+        return None if own else cls(traced, tuple(steps), peels)
 
     def rows_per_batch(self, x: Any, at_most: int) -> int:
         """Return how many rows fit into memory together with their Jacobians. x is one row."""
@@ -142,7 +150,8 @@ class Chain:
         with keras.StatelessScope(state_mapping=mapping):
             for step in self.steps:
                 values.append(step.layer(values[-1]))
-        values[-1] = t.loss.seen(values[-1])
+        # A loss goes round an activation that it recognises, so its slope here would be zero.
+        values[-1] = peeled(values[-1]) if self.peels else tf.identity(values[-1])
         return values
 
     def _hessian(self, theta: Any, x: Any, y: Any) -> Any:
@@ -248,7 +257,8 @@ def _kind(layer: Any, head: str | None = None) -> str | None:
     channels_last = getattr(layer, "data_format", None) in (None, "channels_last")
     kind = type(layer)  # a subclass may compute anything
     if kind in (layers.Dense, layers.Conv2D):
-        plain = layer.activation is keras.activations.linear and channels_last
+        fused = getattr(layer.activation, "__name__", None)
+        plain = channels_last and (layer.activation is keras.activations.linear or fused == head)
         # TensorFlow has no transpose of a dilated convolution on a CPU.
         if kind is layers.Conv2D:
             plain = plain and layer.groups == 1 and max(layer.dilation_rate) == 1

@@ -17,8 +17,8 @@ from influence.common.numbers import is_integer, numbers
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
 from influence.curvature.roots import rows_per_batch, sum_of_squares
-from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.given import Data
+from influence.net.net import Net, checked
 from influence.net.questions import Total
 from influence.net.refused import check_weights
 
@@ -48,8 +48,8 @@ class Curvature(LinearOperator):
 
     def __init__(
         self,
-        net: GenericNeuralNet,
-        examples: Examples,
+        net: Net,
+        examples: Data,
         damping: float = 0.0,
         *,
         batch_size: int | None = None,
@@ -105,7 +105,8 @@ class Curvature(LinearOperator):
         """
         self.check_theta()
         V = numbers(V, "V")
-        products = self.net.each_batch(self._each, *self.examples.stacked(rows), V)
+        x, y = self.examples.stacked(rows)
+        products = self.net.each_batch(self._each, x, y, V)
         num_batches, d, num_vectors = V.shape
         flat = np.moveaxis(V, 1, 0).reshape(d, -1)
         penalty = self.net.penalty_hvp(flat).reshape(d, num_batches, num_vectors)
@@ -238,7 +239,7 @@ class GaussNewton(Curvature):
         the model. Products with unit vectors take at least one backward pass for each of d columns.
         """
         net, one = self.net, self.examples.take([0])
-        if not net.loss.convex or net.convex or net.outputs(one.x).size > net.num_parameters:
+        if not net.loss.convex or net.convex or net.output_size(one.x) > net.num_parameters:
             return super()._formed()
         size = self.batch_size or rows_per_batch(net, one, len(self.examples))
         matrix = mean_matrix(sum_of_squares, net, self.examples, size)

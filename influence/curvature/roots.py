@@ -51,7 +51,7 @@ def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
 
 def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
     """Return for how many rows `sum_of_squares` fits into memory. `one` holds one row."""
-    s = net.outputs(one.x).size
+    s = net.output_size(one.x)
     try:
         single = affine_layers(net, one.x).single
     except ValueError:

@@ -24,7 +24,7 @@ from influence.examples.arrays import (
     parts_of,
 )
 from influence.examples.dataset import is_dataset, whole
-from influence.examples.labels import check_weights, is_packed, packed
+from influence.examples.labels import check_weights, is_packed, packed, sample_weights
 from influence.examples.tables import readable, structured
 
 
@@ -139,11 +139,12 @@ class Examples:
     Attributes:
       y: the labels (n, ...). Labels by output name and labels with weights are one structured
         array (n,) instead. `influence.examples.labels` lists its fields.
+      sample_weight: the weights (n,), a dict of them by output name, or None.
 
     Raises: TypeError if an array of inputs holds neither numbers nor strings, if labels are not
-      numbers, or for a dataset in place of x. ValueError if the set is empty, if arrays differ
-      in length, if an array contains a NaN or infinity, or if weights are negative or all zero. The
-      message names the array.
+      numbers or are missing, or for labels beside a dataset. ValueError if the set is empty, if
+      arrays differ in length, if an array contains a NaN or infinity, or if weights are negative or
+      all zero. The message names the array. The errors of Stream for a dataset.
     """
 
     x: Any
@@ -178,11 +179,12 @@ class Examples:
         """Read all rows of the dataset that was given as x."""
         if self.y is not None or sample_weight is not None:
             raise TypeError("y and sample_weight must be left out beside a dataset: it holds them.")
-        for name, part in zip(("x", "y"), whole(self.x, _MOST_ROWS), strict=True):
-            object.__setattr__(self, name, part)
-        for part in (*parts_of(self.x).values(), self.y):
+        x, y = whole(self.x, _MOST_ROWS)
+        check_weights(y)
+        for part in (*parts_of(x).values(), y):
             part.setflags(write=False)
-        check_weights(self.y)
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y)
 
     def __len__(self) -> int:
         """Return the number of rows, n."""
@@ -404,6 +406,10 @@ class Examples:
             if isinstance(part, np.ndarray):
                 part.setflags(write=False)
         return self
+
+
+# The default of the argument is an attribute of the class, which would hide the weights.
+setattr(Examples, "sample_weight", property(lambda examples: sample_weights(examples.y)))  # noqa: B010
 
 
 class Remaining(Examples):

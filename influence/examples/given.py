@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
+import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.numbers import numbers
@@ -14,6 +16,8 @@ from influence.examples.examples import Examples
 from influence.examples.stream import Stream
 from influence.examples.tables import is_frame, is_series
 
+# These are the types of data that `as_examples` takes.
+Data = Examples | tuple | list | tf.data.Dataset | keras.utils.PyDataset
 # A dataset with at most this many entries of x is held in memory.
 _SMALL = 1 << 26
 
@@ -49,7 +53,7 @@ def as_examples(
     several = len(inputs) > 1
     if several and isinstance(x, list | tuple) and len(x) == len(inputs):
         x = dict(zip(inputs, x, strict=True))
-    elif several and is_frame(x) and all(key in x.columns for key in inputs):
+    elif several and is_frame(x) and all(key in getattr(x, "columns", ()) for key in inputs):
         x = {key: x[key] for key in inputs}
     elif several and isinstance(x, Mapping) and all(key in x for key in inputs):
         x = {key: x[key] for key in inputs}  # as `fit`, which leaves out other columns

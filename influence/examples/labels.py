@@ -67,7 +67,7 @@ def is_packed(y: Any) -> bool:
 
 def fields(y: NDArray) -> dict[str, NDArray]:
     """Return views of the arrays that y holds, by field name. Plain labels have the name `y`."""
-    return {name: y[name] for name in y.dtype.names} if is_packed(y) else {PLAIN: y}
+    return {PLAIN: y} if y.dtype.names is None else {name: y[name] for name in y.dtype.names}
 
 
 def labels(y: Any) -> Any:

@@ -64,6 +64,10 @@ class Derivatives:
         t = self.flat
         return t.run("outputs", t.model_output, self.theta_tensor(), t.inputs(x))
 
+    def output_size(self, x: Any) -> int:
+        """Return how many numbers the model returns for a batch, over all its outputs."""
+        return sum(part.size for part in tf.nest.flatten(self.outputs(x)))
+
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Return the loss of each example, without the penalty.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -43,7 +43,7 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
             )
         weights = getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
     if end.names is None:
-        found = _scaled(per_example(loss, model, ends_in=end.heads[0]), _one_weight(weights))
+        found = per_example(loss, model, ends_in=end.heads[0]).scaled(_one_weight(weights))
         found = replace(found, compiled=as_compiled)
         return SeveralLosses.of([found], (_ONLY,), True) if end.adds_losses else found
     if as_compiled:
@@ -56,11 +56,9 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
         if name in chosen:
             one, weight = chosen[name]
             part = per_example(one, model, ends_in=ends_in, as_compiled=as_compiled)
-            function = replace(part.function, output=name)
-            part = replace(part, function=function, output=name, compiled=as_compiled)
-            parts.append(_scaled(part, weight))
+            parts.append(replace(part.scaled(weight, name), compiled=as_compiled))
     paths = [p for name, p in zip(end.names, end.paths, strict=True) if name in chosen]
-    return SeveralLosses.of(parts, tuple(paths), end.adds_losses)
+    return SeveralLosses.of(parts, tuple(paths), end.adds_losses, end.names)
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,22 @@ class SeveralLosses(PerExampleLoss):
       parts: the loss of each output.
       paths: the key of each part's output in what the model returns. None means the output itself.
       adds: True if z has a column of added losses.
+      names: the names of all outputs of the model, also of those without a loss.
     """
 
     parts: tuple[PerExampleLoss, ...] = ()
     paths: tuple[Any, ...] = ()
     adds: bool = False
+    names: tuple[str, ...] = ()
     # The shapes of the outputs by the number of columns of z, from tracing the model.
     _shapes: dict[int, list[tuple]] = field(default_factory=dict, compare=False, repr=False)
 
+    takes_one_output: ClassVar[bool] = False
+
     @classmethod
-    def of(cls, parts: list[PerExampleLoss], paths: tuple, adds: bool) -> SeveralLosses:
+    def of(
+        cls, parts: list[PerExampleLoss], paths: tuple, adds: bool, names: tuple[str, ...] = ()
+    ) -> SeveralLosses:
         """Make the sum of these parts."""
         name = parts[0].name
         if len(parts) > 1:
@@ -96,6 +100,7 @@ class SeveralLosses(PerExampleLoss):
             parts=tuple(parts),
             paths=paths,
             adds=adds,
+            names=names,
             compiled=parts[0].compiled,
         )
         object.__setattr__(found, "function", found._sum)
@@ -153,10 +158,7 @@ class SeveralLosses(PerExampleLoss):
             parts = self.split(tf.reshape(u, [-1, z.shape[1]]))  # with a static shape
             found = [of(own) for of, own in zip(maps, parts, strict=False)]
             found += [tf.zeros_like(own) for own in parts[len(maps) :]]
-            columns = [
-                tf.reshape(h, [-1, int(np.prod(h.shape[1:]))])
-                for h in (tf.reshape(h, tf.shape(own)) for h, own in zip(found, parts, strict=True))
-            ]
+            columns = [tf.reshape(h, [tf.shape(h)[0], -1]) for h in found]
             return tf.reshape(tf.concat(columns, 1), tf.shape(u))
 
         return product
@@ -173,10 +175,17 @@ class SeveralLosses(PerExampleLoss):
             part.check_logits(what)
 
     def _check_named(self, y: Any) -> None:
-        names = [part.output for part in self.parts]
-        if len(names) > 1 and not isinstance(labels(y), Mapping):
+        given = labels(y)
+        if len(self.parts) > 1 and not isinstance(given, Mapping):
             raise ValueError(
-                f"y must have a dict of labels by the model's outputs {names}, got one array."
+                f"y must have a dict of labels by the model's outputs {list(self.names)}, got one "
+                "array."
+            )
+        named = isinstance(given, Mapping) and self.names
+        wrong = [name for name in given if name not in self.names] if named else []
+        if wrong:
+            raise ValueError(
+                f"y must have labels for the model's outputs {list(self.names)}, got {wrong[0]!r}."
             )
 
     def _sum(self, y: Any, z: Any) -> Any:
@@ -191,12 +200,6 @@ class SeveralLosses(PerExampleLoss):
 
 def _unset(y: Any, z: Any) -> Any:
     raise NotImplementedError
-
-
-def _scaled(loss: PerExampleLoss, weight: float) -> PerExampleLoss:
-    if weight == 1:
-        return loss
-    return replace(loss, function=replace(loss.function, scale=weight), scale=weight)
 
 
 def _one_weight(weights: Any) -> float:

@@ -12,6 +12,7 @@ from influence.examples.arrays import parts_of
 from influence.examples.examples import Examples
 from influence.examples.given import as_examples
 from influence.examples.tables import is_text
+from influence.net.heads import Ending
 from influence.net.inputs import declared
 from influence.net.precision import computes_in_half, recast
 from influence.net.preprocessing import Preparation, split
@@ -71,11 +72,11 @@ def checked_dtype(dtype: Any) -> str | None:
 
 def given(net: Any, value: Any, name: str) -> Examples:
     """Return data as Examples for a net. `GenericNeuralNet.given` says more."""
-    outputs = getattr(net.model, "output_names", None) or ()
+    outputs = getattr(net, "ending", Ending()).names or ()
     front = net.preparation
     inputs = declared(net.model) if front is None else front.given.declared
     examples = as_examples(value, name, tuple(inputs), outputs)
-    if net.preparation is None:
+    if front is None:
         for label, part in parts_of(examples.take([0]).x).items():
             if is_text(part):
                 numbers(part, f"{name}.{label}")  # this raises

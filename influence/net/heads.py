@@ -17,6 +17,12 @@ _ACTIVATIONS = {
     "Sigmoid": ("sigmoid", keras.activations.sigmoid),
 }
 _FUNCTIONS = dict(_ACTIVATIONS.values())
+_WITH_ACTIVATION = (
+    keras.layers.Dense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Activation,
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,11 @@ def ending(model: Any) -> Ending:
 
     A model whose inputs have unknown shapes is not traced. It counts as a model without heads.
     """
-    if model is None or _is_plain(model):
+    if model is None:
         return Ending()
+    known = _by_layers(model)
+    if known is not None:
+        return known
     specs = _input_specs(model)
     found = []
 
@@ -105,8 +114,8 @@ def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...
     return None, ()
 
 
-def _is_plain(model: Any) -> bool:
-    """Return True if the layers show that the one output is no softmax and that nothing is added.
+def _by_layers(model: Any) -> Ending | None:
+    """Return facts about a model with one output if its layers show them, else None.
 
     The usual models are recognised without a trace, which can take a second.
     """
@@ -118,11 +127,18 @@ def _is_plain(model: Any) -> bool:
     )
     outputs = getattr(model, "outputs", None) or []
     if not own or len(outputs) != 1 or isinstance(_struct(model, "output"), list | tuple | dict):
-        return False
-    last = getattr(getattr(outputs[0], "_keras_history", None), "operation", None)
-    linear = (None, keras.activations.linear)
-    dense = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
-    return isinstance(last, dense) and last.activation in linear
+        return None
+    last: Any = getattr(getattr(outputs[0], "_keras_history", None), "operation", None)
+    if type(last) is keras.layers.Softmax and last.axis == -1:
+        return Ending(heads=("softmax",))
+    if type(last) not in _WITH_ACTIVATION:
+        return None
+    if last.activation in (None, keras.activations.linear):
+        return Ending()
+    for name, function in _FUNCTIONS.items():
+        if last.activation is function:
+            return Ending(heads=(name,))
+    return None
 
 
 def _struct(model: Any, which: str) -> Any:
@@ -137,7 +153,8 @@ def _input_specs(model: Any) -> Any:
     """Return TensorSpecs of a model's inputs, in their structure, or None if they are unknown."""
     try:
         if getattr(model, "inputs", None):
-            return keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), model.input)
+            inputs = _struct(model, "input")
+            return keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), inputs)
         shapes = dict(model._build_shapes_dict)
         (shape,) = shapes.values()
     except (AttributeError, TypeError, ValueError):

@@ -7,11 +7,6 @@ from typing import Any
 import keras
 
 
-def is_functional(model: Any) -> bool:
-    """Return True for a functional model, whose layers form a known graph."""
-    return hasattr(model, "_nodes_by_depth")
-
-
 def declared(model: keras.Model) -> dict[Any, Any]:
     """Return the declared inputs of a functional or sequential model, else an empty dict."""
     found = getattr(model, "inputs", None) or []

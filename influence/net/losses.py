@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -74,6 +74,10 @@ class PerExampleLoss:
     probabilities. The other losses that take probabilities (focal losses, Kullback-Leibler, and
     class numbers with `ignore_class`) get the activated logits, with Keras' clipping at 1e-7.
 
+    Keras rounds the outputs of a float64 model to the dtype of its loss, which is float32 unless
+    the loss has `dtype="float64"`. It then does not recognise the activation and clips
+    probabilities at 1e-7. The two losses agree up to rounding for larger probabilities.
+
     Attributes:
       name: the name of the loss in messages.
       function: the function (y, z) -> (n,) tensor. It multiplies by sample weights in y.
@@ -109,8 +113,11 @@ class PerExampleLoss:
     compiled: bool = False
     whole: Any = None
 
-    def seen(self, raw: Any) -> Any:
-        """Return z, what the loss takes from the model's output."""
+    # False if z holds several outputs or added losses.
+    takes_one_output: ClassVar[bool] = True
+
+    def seen(self, raw: Any, added: Any = None) -> Any:
+        """Return z, what the loss takes from the model's output. `added` is for several losses."""
         return raw if self.head is None else peeled(raw)
 
     def shapes(self, raw: Any) -> Any:
@@ -165,6 +172,12 @@ class PerExampleLoss:
         found = [] if weight is None else [tf.cast(weight, dtype)]
         return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
 
+    def scaled(self, weight: float, output: str | None = None) -> PerExampleLoss:
+        """Return the loss times a loss weight, for the labels of one output."""
+        function: Any = self.function
+        function = replace(function, scale=weight, output=output)
+        return replace(self, function=function, scale=weight, output=output)
+
     def check_labels(self, y: np.ndarray, output_shape: tuple, name: str) -> None:
         """Refuse labels and weights that are not valid for this loss.
 
@@ -181,7 +194,9 @@ class PerExampleLoss:
                 f"{self.name!r} with reduction='mean_with_sample_weight'; use "
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
-        y, called = labels_of(y, self.output), f"{name}.y"
+        y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
+        if isinstance(y, Mapping):  # a function of all outputs
+            return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
             wrong = ~np.isin(y, self.labels)
@@ -392,7 +407,8 @@ class _Weighed:
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
             z = tf.expand_dims(z, -1)  # Keras' cross-entropies recognise only the result itself
-        values = self.call(labels_of(y, self.output), activated(self.head, z))
+        labels = labels_of(y, self.output, several=not self.weighs)
+        values = self.call(labels, activated(self.head, z))
         weight = weight_of(y, self.output) if self.weighs else None
         if weight is not None:
             values *= tf.cast(weight, values.dtype)
@@ -400,7 +416,7 @@ class _Weighed:
 
 
 def _compiled(model: Any) -> Any:
-    """Return the compiled loss of a model. It may be in a list or dict with one entry.
+    """Return the compiled loss of a model. The loss may be in a list or dict with one entry.
 
     Raises: ValueError if the list or dict does not have one entry.
     """

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, fitting
 from influence.common.numbers import numbers
+from influence.examples import labels as packing
 from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
 from influence.minimisers import lbfgs
@@ -327,7 +328,14 @@ class GenericNeuralNet(Derivatives):
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
+        if packing.is_packed(examples.y) and type(self).losses is not Derivatives.losses:
+            raise ValueError(
+                f"{name} must have plain labels without sample_weight for "
+                f"{type(self).__name__}, whose closed forms take no others; "
+                "GenericNeuralNet(net.model, loss) takes them."
+            )
         check_weights(self.model)
+        self._check_names(examples, name)
         rows, probe = probe_of(examples)
         check_inputs(self.model, probe.x, name)
         with watched_ids(self.model, self.flat.inputs(probe.x), examples, name) as x:
@@ -359,6 +367,17 @@ class GenericNeuralNet(Derivatives):
         if self.loss.role == "loss":
             check_added(self, probe, name)
             check_reported(self, probe, losses, name)
+
+    def _check_names(self, examples: Examples, name: str) -> None:
+        """Refuse labels by name for a model with one output, unless the name is the output's."""
+        given = packing.labels(examples.y)
+        known = list(getattr(self.model, "output_names", None) or [])
+        if isinstance(given, dict) and self.ending.names is None and known:
+            if list(given) != known:
+                raise ValueError(
+                    f"{name}.y must be an array or have the model's output {known}, got labels for "
+                    f"{sorted(given)}."
+                )
 
     def _seen(self, raw: Any, probe: Examples) -> Any:
         """Return what the loss takes from the model's output for a few rows.
@@ -406,6 +425,8 @@ class GenericNeuralNet(Derivatives):
         return self
 
 
+# These are the types that `checked` takes for a net.
+Net = GenericNeuralNet | keras.Model | str | os.PathLike
 _NOT_GIVEN: Any = object()
 
 

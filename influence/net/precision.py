@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from influence.net.graph import is_functional, nodes_of, replayed
 from influence.net.inputs import declared, for_call
 from influence.net.preprocessing import compile_like
 
@@ -62,17 +65,21 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
     """Rebuild a model, layer or operation with the dtype. `made` holds what was rebuilt before."""
     if id(model) not in made:
         if not isinstance(model, keras.Layer):
-            config = _retyped(model.get_config(), dtype)
-            changed = config != model.get_config()
+            config = _retyped(_config(model), dtype)
+            changed = config != _config(model)
             made[id(model)] = type(model).from_config(config) if changed else model
-        elif _is_graph(model):
-            made[id(model)] = keras.models.clone_model(
-                model,
-                input_tensors=keras.tree.map_structure(
-                    lambda tensor: _input(tensor, dtype), _inputs_of(model)
-                ),
-                clone_function=lambda layer: _rebuilt(layer, dtype, made),
+        elif _is_own(model) and isinstance(model, keras.Sequential):
+            layers = [_rebuilt(layer, dtype, made) for layer in model.layers]
+            first = [_input(tensor, dtype) for tensor in model.inputs]
+            made[id(model)] = keras.Sequential(first + layers, name=model.name)
+        elif _is_own(model) and is_functional(model):
+            inputs = keras.tree.map_structure(lambda t: _input(t, dtype), model.input)
+            new = map(id, keras.tree.flatten(model.input)), keras.tree.flatten(inputs)
+            tensors = replayed(
+                nodes_of(model), dict(zip(*new, strict=True)), lambda op: _rebuilt(op, dtype, made)
             )
+            outputs = keras.tree.map_structure(lambda t: tensors[id(t)], model.output)
+            made[id(model)] = keras.Model(inputs, outputs, name=model.name)
         elif isinstance(model, keras.layers.Lambda):
             options = _retyped(keras.Layer.get_config(model), dtype)
             shape = model._output_shape
@@ -80,31 +87,42 @@ def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
                 model.function, shape, arguments=model.arguments, **options
             )
         else:
-            copy = type(model).from_config(_retyped(model.get_config(), dtype))
+            copy = type(model).from_config(_retyped(_config(model), dtype))
             if isinstance(model, keras.Model) and not copy.built:
-                copy.build_from_config(model.get_build_config())
+                copy(_zeros((model.get_build_config() or {}).get("input_shape"), dtype))
             made[id(model)] = copy
     return made[id(model)]
 
 
-def _is_graph(model: Any) -> bool:
-    """Return True for a functional or sequential model of Keras' own class."""
-    own = type(model).__module__.split(".")[0] == "keras"
-    return own and (isinstance(model, keras.Sequential) or hasattr(model, "_nodes_by_depth"))
-
-
-def _inputs_of(model: Any) -> Any:
-    """Return the declared inputs. A sequential model has one."""
-    if isinstance(model, keras.Sequential):
-        (tensor,) = model.inputs
-        return tensor
-    return model.input
+def _is_own(model: Any) -> bool:
+    """Return True for a model of one of Keras' own classes."""
+    return type(model).__module__.split(".")[0] == "keras"
 
 
 def _input(tensor: Any, dtype: str) -> Any:
     kept = tensor.dtype if tensor.dtype not in _FLOATS else dtype
     shape = (None, *tensor.shape[1:])
     return keras.Input(batch_shape=shape, dtype=kept, sparse=tensor.sparse, name=tensor.name)
+
+
+def _zeros(shape: Any, dtype: str) -> Any:
+    """Return one row of zeros of the inputs with which a subclassed model was built."""
+    if isinstance(shape, dict):
+        return {name: _zeros(part, dtype) for name, part in shape.items()}
+    if shape and isinstance(shape[0], tuple | list):
+        return [_zeros(part, dtype) for part in shape]
+    if not shape or None in shape[1:]:
+        raise ValueError(f"it was built with the input shape {shape}; call it on a batch")
+    return np.zeros((1, *shape[1:]), dtype)
+
+
+def _config(layer: Any) -> dict:
+    """Return a layer's configuration, with its functions themselves instead of their code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        config = layer.get_config()
+    own = {key: getattr(layer, key, None) for key in config}
+    return config | {k: v for k, v in own.items() if isinstance(v, types.FunctionType)}
 
 
 def _retyped(config: Any, dtype: str) -> Any:
@@ -129,15 +147,21 @@ def _is_float(value: Any) -> bool:
 
 def _copy_state(model: keras.Model, copy: keras.Model) -> None:
     """Copy the weights, the states of random layers, and the flags that freeze weights."""
-    pairs = list(zip(model._flatten_layers(), copy._flatten_layers(), strict=True))
-    for old, new in pairs:
+    layers = list(model._flatten_layers()), list(copy._flatten_layers())
+    if len(layers[0]) != len(layers[1]) or not copy.built:
+        raise ValueError("the copy has other layers, or cannot be built")
+    for old, new in zip(*layers, strict=True):
         new.trainable = old.trainable
+    if len(copy.variables) != len(model.variables):
+        raise ValueError(
+            f"the copy has {len(copy.variables)} variables instead of {len(model.variables)}"
+        )
     for old, new in zip(model.variables, copy.variables, strict=True):
         if old.shape != new.shape:
             raise ValueError(f"weight {old.path!r} has shape {new.shape} instead of {old.shape}")
         new.assign(old.numpy())
         new.trainable = old.trainable
-    for _, new in pairs:
+    for new in layers[1]:
         if hasattr(new, "finalize_state"):  # Normalization computes with values that follow
             new.finalize_state()
 

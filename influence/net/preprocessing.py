@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from influence.examples.arrays import CHECK_ROWS
 from influence.examples.examples import Examples
 from influence.examples.tables import is_text
-from influence.net.inputs import aliases, declared, fits, is_functional
+from influence.net.graph import is_functional, is_input, nodes_of, replayed
+from influence.net.inputs import aliases, declared, fits
 
 # The first rows are prepared again, each by itself.
 _PROBE_ROWS = 8
@@ -70,6 +71,7 @@ class Preparation:
 
     Args:
       model: a functional model from some of the given inputs to the results of the lookups.
+      used: the names of these inputs, in their order.
       results: the names that the rest gives to the results, in their order.
       passed: the names of the given inputs that the rest takes itself.
       given: the inputs of the whole model.
@@ -81,16 +83,19 @@ class Preparation:
     def __init__(
         self,
         model: keras.Model,
+        used: tuple[Any, ...],
         results: tuple[str, ...],
         passed: tuple[str, ...],
         given: Given,
     ):
-        self.model, self.results, self.passed, self.given = model, results, passed, given
+        self.model, self.used, self.results, self.passed = model, used, results, passed
+        self.given = given
         self._known: WeakKeyDictionary[Examples, Examples] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         """Show the names of the layers."""
-        return ", ".join(layer.name for layer in self.model.layers if not _is_input(layer))
+        kinds = keras.layers.InputLayer
+        return ", ".join(layer.name for layer in self.model.layers if not isinstance(layer, kinds))
 
     def __getstate__(self) -> dict:
         """Pickle everything except the prepared sets."""
@@ -110,12 +115,11 @@ class Preparation:
         Raises: TypeError or ValueError if the layers cannot take x.
         """
         x = self.given.named(x)
-        used = [tensor.name for tensor in self.model.inputs]
-        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in used]
+        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in self.used]
         try:
             found = self.model(tensors, training=False)
         except (TypeError, ValueError, tf.errors.OpError) as error:
-            got = ", ".join(f"{name}: {np.asarray(x[name]).dtype}" for name in used)
+            got = ", ".join(f"{name}: {np.asarray(x[name]).dtype}" for name in self.used)
             raise ValueError(f"x does not fit the layers {self!r}, got {got}.") from error
         found = found if isinstance(found, list | tuple) else [found]
         results = {name: _array(part, name) for name, part in zip(self.results, found, strict=True)}
@@ -156,7 +160,7 @@ class Preparation:
                 one, all_ = _dense(part), _dense(among[name])
                 sizes = zip(one.shape, all_.shape, strict=True)
                 extra = [(0, most - size) for size, most in sizes]
-                if not np.array_equal(np.pad(one, extra), all_):
+                if not np.allclose(np.pad(one, extra), all_, rtol=1e-5):
                     raise ValueError(
                         f"model must prepare each row by itself, got another {name!r} for row "
                         f"{row} alone than among {len(given)} rows, by the layers {self!r}."
@@ -189,13 +193,12 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
             f"{type(model).__name__}; apply the layer to the rows first, and give a model without "
             "it."
         )
-    depths = sorted(graph._nodes_by_depth, reverse=True)  # the inputs are deepest
-    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth]]
+    nodes = nodes_of(graph)
     front = _front(nodes)
     if not front:
         return None, model  # a lookup behind trainable weights
     for node in nodes:
-        if id(node) in front and node.operation.trainable_variables:
+        if id(node) in front and _trains(node.operation):
             raise ValueError(
                 f"model must keep its lookup layers apart from its weights, got both in layer "
                 f"{node.operation.name!r} of {model.name!r}; call its layers one by one."
@@ -210,35 +213,33 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         while name in names or (id(tensor) not in name_of and (name in wanted or name in other)):
             name += "_"
         names.append(name)
-        shape = (None, *tensor.shape[1:])
-        inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=name))
-    made = {id(tensor): new for tensor, new in zip(cut, inputs, strict=True)}
-    for node in nodes:
-        if id(node) not in front and not _is_input(node.operation):
-            arguments, options = node.arguments.fill_in(made)
-            outputs = keras.tree.flatten(node.operation(*arguments, **options))
-            made.update(zip(map(id, node.outputs), outputs, strict=True))
+        shape, dtype = (None, *tensor.shape[1:]), tensor.dtype
+        if "float" in dtype and id(tensor) not in name_of:
+            dtype = model.trainable_weights[0].dtype  # as the next layer would cast it
+        inputs.append(keras.Input(batch_shape=shape, dtype=dtype, name=name))
+    behind = [node for node in nodes if id(node) not in front]
+    made = dict(zip(map(id, cut), inputs, strict=True))
+    made = replayed(behind, made, lambda operation: operation)
     outputs = keras.tree.map_structure(lambda tensor: made[id(tensor)], graph._outputs_struct)
     rest = keras.Model(inputs, outputs, name=model.name)
     compile_like(rest, model)
     pairs = list(zip(names, cut, strict=True))
     results = {name: tensor for name, tensor in pairs if id(tensor) not in name_of}
     before = {id(tensor) for node in nodes if id(node) in front for tensor in node.outputs}
-    lookups = keras.Model(
-        [tensor for tensor in graph.inputs if id(tensor) in before],
-        list(results.values()),
-        name=f"{model.name}_lookups",
-    )
+    used = [tensor for tensor in graph.inputs if id(tensor) in before]
+    lookups = keras.Model(used, list(results.values()), name=f"{model.name}_lookups")
     shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in wanted.items()}
     passed = tuple(name for name in names if name not in results)
-    return Preparation(lookups, tuple(results), passed, Given(shapes, other)), rest
+    given = Given(shapes, other)
+    names_used = tuple(name_of[id(tensor)] for tensor in used)
+    return Preparation(lookups, names_used, tuple(results), passed, given), rest
 
 
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
     """Give a copy of a model the compiled loss and loss weights of the model."""
     compiled = getattr(model, "_compile_loss", None)
     if model.compiled and compiled is not None:
-        copy.compile(loss=model.loss, loss_weights=compiled._user_loss_weights)
+        copy.compile(optimizer="sgd", loss=model.loss, loss_weights=compiled._user_loss_weights)
 
 
 def _front(nodes: list[Any]) -> set[int]:
@@ -253,7 +254,7 @@ def _front(nodes: list[Any]) -> set[int]:
         if id(node) not in behind:
             before = [is_behind_weights(made_by[id(t)]) for t in node.input_tensors]
             behind[id(node)] = any(before) or any(
-                made_by[id(t)].operation.trainable_variables for t in node.input_tensors
+                _trains(made_by[id(t)].operation) for t in node.input_tensors
             )
         return behind[id(node)]
 
@@ -273,6 +274,11 @@ def _front(nodes: list[Any]) -> set[int]:
     return front
 
 
+def _trains(operation: Any) -> bool:
+    """Return True for a layer with trainable weights. Other operations have no weights."""
+    return bool(getattr(operation, "trainable_variables", ()))
+
+
 def _looks_up(operation: Any) -> bool:
     inner = operation._flatten_layers() if isinstance(operation, keras.Layer) else ()
     return any(isinstance(layer, _LOOKUPS) for layer in inner)
@@ -285,14 +291,10 @@ def _cut(nodes: list[Any], front: set[int]) -> list[Any]:
     for node in nodes:
         if id(node) in front:
             continue
-        if _is_input(node.operation):
+        if is_input(node):
             found.update({id(t): t for t in node.outputs})
         found.update({id(t): t for t in node.input_tensors if id(t) in of_front})
     return sorted(found.values(), key=lambda t: t.name)
-
-
-def _is_input(operation: Any) -> bool:
-    return isinstance(operation, keras.layers.InputLayer)
 
 
 def _tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:

@@ -141,8 +141,8 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
         parts = x if isinstance(x, dict) else {"x": x}
         got = ", ".join(f"{key}: {part.dtype.name} {part.shape}" for key, part in parts.items())
         raise ValueError(f"{name}.x does not fit the model {model.name!r}, got {got}.") from error
-    tensors = list(output.values()) if isinstance(output, dict) else output
-    tensors = tensors if isinstance(tensors, list | tuple) else [tensors]
+    several = list(output.values()) if isinstance(output, dict) else output
+    tensors = list(several) if isinstance(several, list | tuple) else [several]
     if not tensors or not all(tf.is_tensor(tensor) for tensor in tensors):
         kinds = ", ".join(sorted({type(tensor).__name__ for tensor in tensors}))
         raise ValueError(

@@ -11,8 +11,10 @@ import tensorflow as tf
 from influence.examples import labels as packing
 
 
-def labels_of(y: Any, output: str | None) -> Any:
+def labels_of(y: Any, output: str | None, several: bool = False) -> Any:
     """Return the labels of one output, without weights. `output` None means the only one.
+
+    With `several`, labels of several outputs are returned as a dict.
 
     Raises: ValueError if y has no labels for the output.
     """
@@ -21,6 +23,8 @@ def labels_of(y: Any, output: str | None) -> Any:
         return found
     if output is None and len(found) == 1:
         return next(iter(found.values()))
+    if several:
+        return found
     if output not in found:
         what = "one array of labels" if output is None else f"labels for the output {output!r}"
         raise ValueError(f"y must have {what}, got labels for {sorted(found)}.")

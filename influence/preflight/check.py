@@ -17,7 +17,8 @@ from influence.curvature.operators import (
     check_damping,
 )
 from influence.examples.examples import Examples
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.given import Data
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Finding, Line, Report
 from influence.preflight.rows import sample
@@ -38,12 +39,12 @@ _DERIVATIVE_ROWS = 512
 
 
 def check(
-    net: Any,
-    train: Any,
+    net: Net,
+    train: Data,
     *,
     damping: float | None = None,
     curvature: type[Curvature] | None = None,
-    test: Any = None,
+    test: Data = None,
     batch_size: int | None = None,
 ) -> Report:
     """Check the assumptions of influence functions for a net before scores are computed.

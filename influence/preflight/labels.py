@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from influence.examples import labels as packing
 from influence.examples.examples import Examples
 from influence.net.losses import PerExampleLoss
 from influence.net.net import GenericNeuralNet
@@ -38,7 +40,10 @@ class _Classes:
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
     """Find labels that are class numbers beyond the model's outputs; None if there are none."""
     some = examples.take([0])
-    y, shape = np.asarray(examples.y), net.outputs(some.x).shape[1:]
+    y, outputs = packing.labels(examples.y), net.outputs(some.x)
+    if not isinstance(outputs, np.ndarray) or isinstance(y, Mapping):
+        return None
+    y, shape = np.asarray(y), outputs.shape[1:]
     if not _are_numbers(y, shape):
         return None
     low, high, c = int(y.min()), int(y.max()), shape[-1]
@@ -104,7 +109,10 @@ def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
 
 
 def _classes(loss: PerExampleLoss, answers: Answers) -> _Classes | None:
-    y, shape = np.asarray(answers.examples.y), answers.output_shape
+    y, shape = packing.labels(answers.examples.y), answers.output_shape
+    if isinstance(y, Mapping):
+        return None
+    y = np.asarray(y)
     numbers = _are_numbers(y, shape)
     one_hot = y.shape[1:] == shape and shape[-1:] > (1,) and _are_one_hot(y)
     if numbers or one_hot:

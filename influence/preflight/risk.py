@@ -34,7 +34,10 @@ def penalty(net: GenericNeuralNet, mean_loss: float) -> Line:
     """Check that the net's penalty is everything that training minimised besides the losses."""
     model, value = net.model, net.penalty()
     title = "penalty"
-    by_keras = float(sum(np.asarray(part) for part in model.losses))
+    # `model.losses` would also hold what the last call of the model added by `add_loss`.
+    by_keras = float(
+        sum(np.asarray(w.regularizer(w)) for w in model.trainable_weights if w.regularizer)
+    )
     share = value / (abs(mean_loss) + abs(value)) if value else 0.0
     if abs(by_keras - value) > rounding(net.dtype) * (abs(by_keras) + abs(value)):
         return Finding(title, share).fail(

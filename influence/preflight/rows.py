@@ -71,9 +71,10 @@ class Answers:
 def _losses_and_outputs(
     net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
 ) -> tuple[NDArray, NDArray, tuple[int, ...]]:
-    outputs = net.at(theta).outputs(x)
+    raw = net.at(theta).outputs(x)
+    outputs = one_array(raw)
     shape = outputs.shape[1:]
-    if shape and shape[-1] > 1:
+    if shape and shape[-1] > 1 and outputs is raw:
         outputs = outputs.argmax(axis=-1)
     return net.at(theta).losses(x, y), outputs, shape
 
@@ -115,12 +116,12 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
         )
     reverse = some.take(np.arange(len(rows))[::-1])
     few = [some.take([row]) for row in range(min(_ALONE, len(rows)))]
-    outputs = net.outputs(some.x)
+    outputs = one_array(net.outputs(some.x))
     alone = np.concatenate([net.losses(one.x, one.y) for one in few])
-    outputs_alone = np.concatenate([net.outputs(one.x) for one in few])
+    outputs_alone = np.concatenate([one_array(net.outputs(one.x)) for one in few])
     # Outputs are compared too, because the loss of a well fitted row hardly changes with them.
     size = _largest(outputs)
-    reversed_ = net.outputs(reverse.x)[::-1], net.losses(reverse.x, reverse.y)[::-1]
+    reversed_ = one_array(net.outputs(reverse.x))[::-1], net.losses(reverse.x, reverse.y)[::-1]
     gap = max(
         _gap(outputs_alone, outputs[: len(few)], size),
         _gap(reversed_[0], outputs, size),
@@ -152,8 +153,8 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = examples.take(sample(len(examples), _SAMPLE))
     x = plain_inputs(net.model, some.x)
-    with keras.StatelessScope():  # seeds advance inside the scope, and keep their values outside
-        one, two = (np.asarray(net.model(x, training=False)) for _ in range(2))
+    with keras.StatelessScope():  # Seeds advance only inside the scope, not outside.
+        one, two = (one_array(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)
     if gap > rounding(net.dtype):
@@ -232,6 +233,16 @@ def _gap(one: NDArray, two: NDArray, size: float) -> float:
     finite = np.isfinite(one) & np.isfinite(two)
     gap = _largest(one[finite] - two[finite])
     return gap / size if gap else 0.0
+
+
+def one_array(outputs: Any) -> NDArray:
+    """Return one output as it is, and several outputs as one array (n, ...) side by side."""
+    if isinstance(outputs, Mapping):
+        outputs = [outputs[name] for name in sorted(outputs)]
+    if isinstance(outputs, list | tuple):
+        parts = [np.asarray(part) for part in outputs]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+    return np.asarray(outputs)
 
 
 def plain_inputs(model: keras.Model, x: Any) -> Any:

@@ -15,8 +15,9 @@ from influence.common.memory import VECTORS, fitting
 from influence.common.named_array import Estimand
 from influence.common.numbers import numbers
 from influence.curvature.operators import check_batch_size
-from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.examples import check_rows
+from influence.examples.given import Data
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import PerRow
 
 
@@ -35,9 +36,9 @@ class DataInfScores(Estimand):
 
 
 def datainf(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike | None = None,
     *,
     damping: ArrayLike,

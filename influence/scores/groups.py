@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.named_array import NamedArray
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.scores.asked import Asked
@@ -60,7 +61,7 @@ class GroupScores(NamedArray):
 
 
 def group(
-    inverse: Inverse, test: Examples, rows: ArrayLike, order: int, measurement: Any
+    inverse: Inverse, test: Data, rows: ArrayLike, order: int, measurement: Any
 ) -> GroupScores:
     """Answer `Influence.group` by the formulas of this module."""
     n = len(inverse.train)

@@ -13,7 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.named_array import Estimand, NamedArray
 from influence.curvature.operators import Curvature
-from influence.examples.examples import Examples, check_differentiable, check_increasing
+from influence.examples.examples import check_differentiable, check_increasing
+from influence.examples.given import Data
+from influence.net.net import Net
 from influence.scores import file, groups, relative
 from influence.scores.asked import Asked, Reduction
 from influence.scores.groups import GroupScores
@@ -99,8 +101,8 @@ class Influence:
 
     def __init__(
         self,
-        net: Any,
-        train: Any,
+        net: Net,
+        train: Data,
         *,
         solver: Solver | Prepared | None = None,
         damping: float | None = None,
@@ -127,7 +129,7 @@ class Influence:
         """The solver, prepared for this operator on first use and then cached."""
         return self.inverse.prepared
 
-    def s_test(self, test: Any, *, measurement: Any = None, reduce: Reduction = None) -> Solution:
+    def s_test(self, test: Data, *, measurement: Any = None, reduce: Reduction = None) -> Solution:
         """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
         The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
@@ -144,7 +146,7 @@ class Influence:
 
     def scores(
         self,
-        test: Any,
+        test: Data,
         rows: ArrayLike | None = None,
         *,
         measurement: Any = None,
@@ -178,7 +180,7 @@ class Influence:
         return Scores(changes, rows, solution, self.plan, measurement=asked.name)
 
     def adding(
-        self, test: Any, new: Any, *, measurement: Any = None, reduce: Reduction = None
+        self, test: Data, new: Data, *, measurement: Any = None, reduce: Reduction = None
     ) -> AdditionScores:
         """Predict the change of each test loss if each new row is added, one at a time.
 
@@ -204,7 +206,7 @@ class Influence:
         return AdditionScores(changes, solution, asked.name, self.plan)
 
     def group(
-        self, test: Examples, rows: ArrayLike, order: int = 1, *, measurement: Any = None
+        self, test: Data, rows: ArrayLike, order: int = 1, *, measurement: Any = None
     ) -> GroupScores:
         """Predict the change of each test loss if all the rows are removed together.
 
@@ -234,7 +236,7 @@ class Influence:
 
     def relative(
         self,
-        test: Examples,
+        test: Data,
         rows: ArrayLike | None = None,
         kind: Literal["theta", "loss"] = "theta",
         *,
@@ -264,7 +266,7 @@ class Influence:
     def write_scores(
         self,
         path: str | Path,
-        test: Examples,
+        test: Data,
         rows: ArrayLike | None = None,
         *,
         measurement: Any = None,
@@ -308,7 +310,7 @@ class Influence:
         job = file.Job(self.inverse, view, name, test, rows, dtype)
         return file.write(job, Path(path))
 
-    def perturbation(self, test: Examples, rows: ArrayLike, *, measurement: Any = None) -> Any:
+    def perturbation(self, test: Data, rows: ArrayLike, *, measurement: Any = None) -> Any:
         """Predict the derivative of each test loss with respect to each training row's input.
 
         If x_i moves, the minimum of the risk moves by -H^-1 (d/dx_i grad loss_i) / n per unit. So

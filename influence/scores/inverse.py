@@ -12,7 +12,8 @@ from influence.common.convergence import DivergenceError, warn_unconverged
 from influence.common.memory import VECTORS, fitting
 from influence.curvature.operators import Curvature, Hessian, check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.given import Data
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import PerRow
 from influence.solvers import CG, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
@@ -34,8 +35,8 @@ class Inverse:
 
     def __init__(
         self,
-        net: Any,
-        train: Any,
+        net: Net,
+        train: Data,
         *,
         solver: Solver | Prepared | None = None,
         damping: float | None = None,
@@ -97,7 +98,7 @@ class Inverse:
         return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
 
     def measured(
-        self, test: Any, measurement: Any = None
+        self, test: Data, measurement: Any = None
     ) -> tuple[GenericNeuralNet, str, Examples]:
         """Return the net whose losses are the measurement's values, its name, and the test set.
 

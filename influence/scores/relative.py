@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError
 from influence.common.named_array import NamedArray
-from influence.examples.examples import Examples
+from influence.examples.given import Data
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
 from influence.solvers.plan import Plan
@@ -41,7 +41,7 @@ class RelativeScores(NamedArray):
 
 
 def relative(
-    inverse: Inverse, test: Examples, rows: ArrayLike | None, kind: str, measurement: Any
+    inverse: Inverse, test: Data, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
     """Answer `Influence.relative`. One solve for a row gives both its move and its scores."""
     rows = inverse.rows(rows)

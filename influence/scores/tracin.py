@@ -12,8 +12,9 @@ from influence.common.named_array import NamedArray
 from influence.common.numbers import numbers
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
-from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet, checked
+from influence.examples.examples import check_rows
+from influence.examples.given import Data
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import PerRow
 
 
@@ -32,9 +33,9 @@ class TracInScores(NamedArray):
 
 
 def tracin(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike | None = None,
     *,
     thetas: ArrayLike,

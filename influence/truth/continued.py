@@ -25,8 +25,9 @@ from influence.common.named_array import Estimand
 from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
 from influence.minimisers.adam import Moments, batch_rows
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, Net
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
 
@@ -96,9 +97,9 @@ class _Plan:
 
 
 def continued_training(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     options: ContinuedOptions = ContinuedOptions(),
     *,

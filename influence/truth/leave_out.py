@@ -16,9 +16,10 @@ from influence.common.convergence import ConvergenceWarning, warn_unconverged
 from influence.common.numbers import numbers
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
 from influence.minimisers import block_lbfgs
 from influence.net.minimum import TOLERANCE, check_at_minimum, warn_of_drift
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, Net
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs
 from influence.truth.removal import Removal
@@ -82,9 +83,9 @@ class RefitOptions(RunOptions):
 
 
 def leave_one_out(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     options: RefitOptions = RefitOptions(),
 ) -> Refits:
@@ -111,9 +112,9 @@ def leave_one_out(
 
 
 def leave_group_out(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     groups: Sequence[ArrayLike] | Mapping[str, ArrayLike],
     options: RefitOptions = RefitOptions(),
 ) -> Refits:

@@ -20,7 +20,7 @@ divergence of the risk in theta.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +32,9 @@ from influence.common.named_array import Estimand
 from influence.common.numbers import numbers
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
+from influence.examples.given import Data
 from influence.minimisers import block_lbfgs
-from influence.net.net import GenericNeuralNet
+from influence.net.net import GenericNeuralNet, Net
 from influence.net.questions import Total
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs
@@ -123,9 +124,9 @@ class _Search:
 
 
 def proximal_response(
-    net: GenericNeuralNet,
-    train: Examples,
-    test: Examples,
+    net: Net,
+    train: Data,
+    test: Data,
     rows: ArrayLike,
     options: ProximalOptions = ProximalOptions(),
     *,
@@ -171,7 +172,7 @@ def proximal_response(
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
     if options.rough is not None:
-        _check_rough(options.rough, net, train)
+        options = replace(options, rough=_checked_rough(options.rough, net, train))
     if objective not in _CURVATURE:
         raise ValueError(f"objective must be 'bregman' or 'leave_one_out', got {objective!r}.")
     check_folder(options.checkpoints)  # The folder is checked before the long factorisation.
@@ -225,11 +226,13 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
     return np.broadcast_to(found, (num_rows,))
 
 
-def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
+def _checked_rough(
+    rough: Any, net: GenericNeuralNet, train: Examples
+) -> tuple[GenericNeuralNet, Examples]:
     """Raise TypeError or ValueError if `rough` has another theta, other targets or other sizes."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
-            pass
+            examples = other.given(examples, "rough")
         case _:
             raise TypeError(f"rough must be (GenericNeuralNet, Examples) or None, got {rough!r}.")
     other.validate(examples, "rough")
@@ -242,6 +245,7 @@ def _check_rough(rough: Any, net: GenericNeuralNet, train: Examples) -> None:
         raise ValueError("rough must have the training set's rows in its order, got other targets.")
     if not np.array_equal(other.theta, net.theta.astype(other.dtype)):
         raise ValueError("rough must be at the theta of net, got another; set its theta.")
+    return other, examples
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pandas
 import pytest
-import scipy.special
 
 from experiments.harness import report
-from influence import GenericNeuralNet
+from influence import GenericNeuralNet, Influence
 
 ROOT = Path(__file__).resolve().parents[2]
 README, RESULTS = ROOT / "README.md", ROOT / "results"
@@ -48,17 +48,27 @@ def test_the_wrong_labels_in_the_readme_are_found():
 
 
 @pytest.mark.parametrize("kind", ["sequential", "functional"])
-def test_the_model_without_softmax_in_the_readme_is_the_same_model(kind):
+def test_the_copy_in_the_readme_is_the_same_model(kind):
     layers = [keras.layers.Dense(4, "tanh"), keras.layers.Dense(3, "softmax")]
     model = keras.Sequential([keras.Input((2,)), *layers])
     if kind == "functional":
         given = keras.Input((2,))
         model = keras.Model(given, layers[1](layers[0](given)))
+    model.compile("sgd", "sparse_categorical_crossentropy")
     x = np.random.default_rng(0).standard_normal((5, 2))
     before = model(x.astype("float32")).numpy()
-    net = run("from_config(", model=model, keras=keras, GenericNeuralNet=GenericNeuralNet)["net"]
+    net = run('dtype="float64"', model=model, GenericNeuralNet=GenericNeuralNet)["net"]
     assert net.dtype == "float64" and net.loss.from_logits
-    np.testing.assert_allclose(scipy.special.softmax(net.outputs(x), axis=1), before, atol=1e-6)
+    np.testing.assert_allclose(net.outputs(x), before, atol=1e-6)
+
+
+def test_the_table_in_the_readme_is_taken():
+    inputs = {name: keras.Input((1,), name=name) for name in ("age", "income")}
+    model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Add()(list(inputs.values()))))
+    model.compile("sgd", "mse")
+    frame = pandas.DataFrame(np.random.default_rng(0).standard_normal((20, 2)), columns=[*inputs])
+    names = {"model": model, "frame": frame, "labels": frame["age"], "Influence": Influence}
+    run("(frame, labels)", **names)  # raises if it is refused
 
 
 @needs_results

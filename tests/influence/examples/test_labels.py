@@ -1,6 +1,7 @@
 """Labels by output name and sample weights, packed into one array with a row per example."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ def test_labels_and_weights_are_found_again_in_every_subset_of_rows():
     again = Examples(X + 1, weighted.y)  # as where the inputs alone are replaced
     np.testing.assert_array_equal(sample_weights(again.y), W)
     assert "sample_weight" in repr(weighted)
+    read: Any = weighted.without([0])  # pyright takes the name for an argument only
+    np.testing.assert_array_equal(read.sample_weight, W[1:])
+    read = Examples(X, W)
+    assert read.sample_weight is None
 
 
 def test_the_fingerprint_covers_names_and_weights():
@@ -57,7 +62,8 @@ def test_the_fingerprint_covers_names_and_weights():
 
 def test_a_stream_reads_weights_and_labels_by_name():
     weight = np.where(np.arange(N) < 3, 0.0, W)  # the first batch has no weight above 0
-    stream = Stream(tf.data.Dataset.from_tensor_slices((X, Y, weight)).batch(3))
+    rows: Any = (X, Y, weight)
+    stream = Stream(tf.data.Dataset.from_tensor_slices(rows).batch(3))
     same = Examples(X, Y, weight)
     assert stream.fingerprint == same.fingerprint
     np.testing.assert_array_equal(stream.y, same.y.astype(stream.y.dtype))

@@ -259,7 +259,7 @@ LOGITS = {"from_logits": True}
             lambda: subclassed(adding_loss, "adds"),
             "mse",
             REAL,
-            "^model must add losses that are a mean over the rows .* got by add_loss .* in 'adds' for",
+            "^model must add losses that are a mean over the rows .* by add_loss .* in 'adds' for",
         ),
         (
             lambda: subclassed(mixing_rows, "mixes"),

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from influence import Direct, GenericNeuralNet, Influence
+from influence import GenericNeuralNet, Influence
 from tests.influence.dense_scores import dense_scores
 from tests.influence.net.test_precision import HOW, L2, M, X, Y, small, square
 
@@ -19,7 +19,7 @@ def saved(tmp_path_factory):
     model.save_weights(folder / "model.weights.h5")
     plain = small("float64", l2=0)
     plain.set_weights(model.get_weights())
-    return folder, dense_scores(plain, square, (X, Y), (X[:M], Y[:M]), L2, damping=1.0)
+    return folder, dense_scores(plain, square, (X, Y), (X[:M], Y[:M]), L2, damping=2.0)
 
 
 @pytest.mark.parametrize("name", ["model.keras", "model.h5", "model.weights.h5"])
@@ -37,7 +37,7 @@ def test_a_saved_model_has_the_scores_of_a_dense_matrix(saved, name):
 def test_a_path_is_a_net(saved):
     folder, want = saved
     for path in (str(folder / "model.keras"), folder / "model.h5"):
-        scores = Influence(path, (X, Y), solver=Direct(), damping=1.0).scores((X[:M], Y[:M]))
+        scores = Influence(path, (X, Y), **HOW).scores((X[:M], Y[:M]))
         np.testing.assert_allclose(scores, want, rtol=1e-3, atol=1e-6)
 
 

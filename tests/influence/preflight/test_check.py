@@ -296,15 +296,15 @@ def test_a_stream_is_asked_like_arrays():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("net", None), {}, TypeError, r"^net must be a GenericNeuralNet, got str\.$"),
-        ((None, "rows"), {}, TypeError, r"^train must be Examples\(x, y\), got str\.$"),
+        (("net", None), {}, TypeError, r"^net must be a GenericNeuralNet, got str;"),
+        ((None, "rows"), {}, TypeError, r"^train must be Examples\(x, y\), got str;"),
         (
             (None, tf.data.Dataset.range(3)),
             {},
             TypeError,
-            r"^train must be Examples\(x, y\), got \w+; wrap it: influence\.Stream",
+            r"^dataset must give batches \(x, y\), got a int64",
         ),
-        ((None, None), {"test": 3}, TypeError, r"^test must be Examples\(x, y\), got int\.$"),
+        ((None, None), {"test": 3}, TypeError, r"^test must be Examples\(x, y\), got int;"),
         ((None, None), {"damping": -1}, ValueError, "^damping must be a number >= 0, got -1"),
         ((None, None), {"damping": "1"}, ValueError, "^damping must be a number >= 0, got '1'"),
         ((None, None), {"batch_size": 0}, ValueError, "^batch_size must be a positive integer or"),

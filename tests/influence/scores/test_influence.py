@@ -461,7 +461,7 @@ def test_bad_rows_are_refused_before_any_work(rows, error, message, problems, mo
 @pytest.mark.parametrize(
     ("examples", "error", "message"),
     [
-        ((np.ones((4, 5)), Y), TypeError, r"^{} must be Examples\(x, y\), got tuple"),
+        ((np.ones((4, 5)),), TypeError, r"^{} must be Examples\(x, y\), got tuple of 1; \(x, y\)"),
         (Examples(np.ones((4, 3)), Y), ValueError, r"^{}\.x must have rows of shape \(5,\)"),
         (Examples(np.ones((4, 5)), Y - 1), ValueError, r"^{}\.y must hold class numbers 0 to 2,"),
     ],
