@@ -323,7 +323,8 @@ def per_example(
     if _is_keras_own(loss):
         head, logits = _head(loss, {}, ends_in)
         function = ctc_loss if loss is keras.losses.ctc else partial(of_rows, loss, True, True)
-        return _weighed(PerExampleLoss(name, function, loss, logits, role=role, head=head), True)
+        facts = {"role": role, "head": head, "plain": True}  # a function has its default options
+        return _weighed(PerExampleLoss(name, function, loss, logits, **facts), True)
     takes_logits = getattr(loss, "takes_logits", False)
     function = partial(as_keras_calls if as_compiled else of_callable, loss)
     found = PerExampleLoss(name, function, role=role, head=ends_in if takes_logits else None)
