@@ -119,13 +119,11 @@ LOSSES = [
     (K.Poisson(**F8), 1, "softplus", POSITIVE),
     (K.BinaryCrossentropy(**F8), 1, "sigmoid", BITS),
     (K.BinaryCrossentropy(from_logits=True, **F8), 1, "sigmoid", BITS[:, 0]),
-    (K.BinaryCrossentropy(from_logits=True, **F8), 1, None, BITS[:, 0]),
     (K.BinaryCrossentropy(label_smoothing=0.1, **F8), 3, "sigmoid", ONE_HOT.astype(int)),
     (K.BinaryCrossentropy(**F8), 3, "softmax", ONE_HOT),
     (K.BinaryFocalCrossentropy(**F8), 1, "sigmoid", BITS),
     (K.BinaryFocalCrossentropy(from_logits=True, **F8), 1, "sigmoid", BITS),
     (K.CategoricalCrossentropy(**F8), 3, "softmax", ONE_HOT),
-    (K.CategoricalCrossentropy(**F8), 3, "sigmoid", ONE_HOT),
     (K.CategoricalFocalCrossentropy(**F8), 3, "softmax", ONE_HOT),
     (K.SparseCategoricalCrossentropy(**F8), 3, "softmax", CLASSES),
     (K.SparseCategoricalCrossentropy(from_logits=True, **F8), 3, "softmax", CLASSES[:, None]),
@@ -189,13 +187,13 @@ def test_a_weight_multiplies_the_mean_over_a_rows_time_steps():
 
 def test_ctc_has_second_derivatives():
     """Against the sum over all alignments, written out: TensorFlow computes in float32."""
-    model = ending(3, steps=4)
+    model = ending(3, steps=3)
     model.compile("sgd", K.CTC(), run_eagerly=True)
     net = agrees(model, WORDS, WEIGHT, exact=1e-5, differences=5e-3)
 
     def brute(z):
         total = []
-        paths = np.stack(np.meshgrid(*[range(3)] * 4, indexing="ij"), -1).reshape(-1, 4)
+        paths = np.stack(np.meshgrid(*[range(3)] * 3, indexing="ij"), -1).reshape(-1, 3)
         for word, row in zip(WORDS, tf.unstack(z), strict=True):
             wanted = [c for c in word if c]
             own = []
@@ -204,7 +202,7 @@ def test_ctc_has_second_derivatives():
                 if [c for c in collapsed if c] == wanted:
                     own.append(path)
             log_p = tf.gather(tf.nn.log_softmax(row), np.array(own), axis=1, batch_dims=0)
-            each = tf.reduce_sum(tf.stack([log_p[t, :, t] for t in range(4)]), axis=0)
+            each = tf.reduce_sum(tf.stack([log_p[t, :, t] for t in range(3)]), axis=0)
             total.append(-tf.reduce_logsumexp(each))
         return tf.reduce_mean(WEIGHT * tf.stack(total))
 

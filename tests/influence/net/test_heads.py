@@ -76,7 +76,6 @@ SPARSE = ("sparse_categorical_crossentropy", K.SparseCategoricalCrossentropy(fro
 BINARY = ("binary_crossentropy", K.BinaryCrossentropy(from_logits=True))
 ENDS = {
     "fused softmax": (sequential(3, activation="softmax"), sequential(3), SPARSE, CLASSES),
-    "Softmax": (sequential(3, L.Softmax(**F8)), sequential(3), SPARSE, CLASSES),
     "Activation": (sequential(1, L.Activation("sigmoid", **F8)), sequential(1), BINARY, BITS),
     "functional": (functional(3, "softmax"), functional(3, None), SPARSE, CLASSES),
 }
@@ -176,6 +175,15 @@ def test_a_subclassed_model_that_ends_in_a_function():
 def test_what_a_loss_takes_from_a_softmax(loss, head, from_logits):
     found = GenericNeuralNet(ENDS["fused softmax"][0], loss).loss
     assert (found.head, found.from_logits) == (head, from_logits)
+
+
+def test_a_softmax_layer_is_read_off_the_layers():
+    net = GenericNeuralNet(sequential(3, L.Softmax(**F8)), SPARSE[0])
+    other = GenericNeuralNet(ENDS["fused softmax"][0], SPARSE[0])
+    assert net.loss.head == "softmax"
+    V = np.ones((net.num_parameters, 1))
+    got, expected = (n.gauss_newton_product(X, CLASSES, V) for n in (net, other))
+    assert relative_error(got, expected) < ROUNDING
 
 
 def test_probabilities_without_a_known_softmax_are_refused_where_logits_are_needed():
