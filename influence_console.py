@@ -120,8 +120,8 @@ def unwritten(error: BaseException | None, folder: os.PathLike | None = None) ->
                 path = why = ""
             if why:
                 return one_line(
-                    f"{path or folder or 'a file'} could not be written ({why}); make room or "
-                    "allow it, and the same command again continues where this stopped."
+                    f"{shown(path or folder or 'a file')} could not be written ({why}); make room "
+                    "or allow it, and the same command again continues where this stopped."
                 )
         error = error.__cause__ or error.__context__
     return None
@@ -136,6 +136,12 @@ def in_one_line(parser):
         USAGE, f"{parser.prog}: {one_line(message)} (--help says more)\n"
     )
     return parser
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path for a message: unchanged, or by `repr` if it has control characters."""
+    text = os.fspath(path)
+    return text if text.isprintable() else repr(text)
 
 
 def one_line(text: str) -> str:

@@ -107,10 +107,10 @@ def _fetch(dataset: DataSet, data_dir: str | None) -> str:
     folder = _folder(dataset, data_dir)
     if folder is not None and not files.missing(dataset.files, folder):
         files.verify(dataset.files, folder)
-        return f"already in {folder}"
+        return f"already in {console.shown(folder)}"
     folder = folder or files.cache_folder()
     download.fetch(dataset.files, folder)
-    return f"downloaded to {folder}"
+    return f"downloaded to {console.shown(folder)}"
 
 
 def _check(dataset: DataSet, data_dir: str | None) -> str:
@@ -126,7 +126,7 @@ def _check(dataset: DataSet, data_dir: str | None) -> str:
         f"{split} x {x.shape} y {y.shape}"
         for split, (x, y) in (("train", splits.train), ("test", splits.test))
     )
-    where = f" in {folder}" if dataset.files else ""
+    where = f" in {console.shown(folder)}" if dataset.files else ""
     return f"good{where}: {shapes}, SHA-256 {splits.sha256}"
 
 

@@ -8,6 +8,8 @@ import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from influence_console import shown
+
 # An archive may have this many bytes of headers and padding in addition to its files.
 _MOST_OVERHEAD = 1 << 26
 
@@ -28,7 +30,7 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
         with gzip.open(path) as stream:
             unpacked = stream.read(num_bytes + _MOST_OVERHEAD + 1)
         if len(unpacked) > num_bytes + _MOST_OVERHEAD:
-            raise ValueError(f"{path}: expected {num_bytes:,} bytes of files, found more.")
+            raise ValueError(f"{shown(path)}: expected {num_bytes:,} bytes of files, found more.")
         found, total = {}, 0
         with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
@@ -37,12 +39,16 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
                     continue
                 total += member.size  # the size of a sparse member includes its holes
                 if total > num_bytes:
-                    raise ValueError(f"{path}: expected {num_bytes:,} bytes of files, found more.")
+                    raise ValueError(
+                        f"{shown(path)}: expected {num_bytes:,} bytes of files, found more."
+                    )
                 content = archive.extractfile(member)
                 assert content is not None  # regular
                 found[_printable("/".join(parts), path)] = content.read()
     except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
-        raise ValueError(f"{path}: expected a gzipped tar archive, found: {error}") from error
+        raise ValueError(
+            f"{shown(path)}: expected a gzipped tar archive, found: {error}"
+        ) from error
     return dict(sorted(found.items()))
 
 
@@ -83,7 +89,7 @@ def check_plain(path: Path) -> os.stat_result:
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise ValueError(
-            f"{path}: expected a regular file, found {kind}; put the file itself there."
+            f"{shown(path)}: expected a regular file, found {kind}; put the file itself there."
         )
     return status
 
@@ -104,6 +110,7 @@ def _printable(name: str, path: Path) -> str:
     """
     if not name.isprintable():
         raise ValueError(
-            f"{path}: expected file names without control characters, found {name!r}; rename it."
+            f"{shown(path)}: expected file names without control characters, found {name!r}; "
+            "rename it."
         )
     return name

@@ -19,6 +19,7 @@ import numpy as np
 from data import images
 from data.files import DataFile
 from data.splits import DataSet, Split
+from influence_console import shown
 
 # The authors' 2017 code uses these numbers of photographs of each class (8ca7b4f,
 # scripts/load_animals.py).
@@ -115,12 +116,12 @@ def _published(path: Path) -> tuple[Split, Split]:
                 x, y = arrays[f"X_{split}"], arrays[f"Y_{split}"].astype(np.int64)
         except (KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{path}: expected arrays X_{split} and Y_{split}, found: {error}."
+                f"{shown(path)}: expected arrays X_{split} and Y_{split}, found: {error}."
             ) from error
         shape = (2 * count, PAPERS_SIDE, PAPERS_SIDE, 3)
         if x.shape != shape or sorted(y.tolist()) != [0] * count + [1] * count:
             raise ValueError(
-                f"{path}: expected X_{split} {shape} with {count} labels of each class in "
+                f"{shown(path)}: expected X_{split} {shape} with {count} labels of each class in "
                 f"Y_{split}, found {x.shape} with labels {np.unique(y, return_counts=True)}."
             )
         pixels = np.empty(shape, np.uint8)
@@ -131,8 +132,8 @@ def _published(path: Path) -> tuple[Split, Split]:
                 np.abs(levels - nearest).max() < 1e-3 and 0 <= nearest.min() <= nearest.max() < 256
             ):
                 raise ValueError(
-                    f"{path}: expected X_{split} to be bytes scaled to [-1, 1], found values from "
-                    f"{values.min():.4g} to {values.max():.4g} that are none."
+                    f"{shown(path)}: expected X_{split} to be bytes scaled to [-1, 1], found "
+                    f"values from {values.min():.4g} to {values.max():.4g} that are none."
                 )
             to[:] = nearest
         parts.append((pixels, y))

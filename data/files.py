@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pooch
 
 from data.archive import check_plain, names_below, read_tar
+from influence_console import shown
 
 Root = str | os.PathLike[str] | None
 _MD5 = "md5:"  # prefix of an MD5 digest, as in pooch
@@ -84,8 +85,8 @@ def places(root: Root = None) -> list[Place]:
         folder = Path(os.environ["INFLUENCE_DATA"]).expanduser()
         if not folder.is_dir():  # otherwise a typing error would look like missing data
             raise ValueError(
-                f"INFLUENCE_DATA must be a folder, there is none at {folder}; unset it to use the "
-                "user cache."
+                f"INFLUENCE_DATA must be a folder, there is none at {shown(folder)}; unset it to "
+                "use the user cache."
             )
         found.append(Place("$INFLUENCE_DATA", folder))
     found.append(Place("user cache", cache_folder()))
@@ -162,7 +163,7 @@ def explain_missing(name: str, files: Sequence[DataFile], root: Root, why: str) 
             state = "no such folder"
         else:
             state = "lacks " + ", ".join(file.path for file in missing(files, folder))
-        lines.append(f"  {setting} {folder}: {state}")
+        lines.append(f"  {setting} {shown(folder)}: {state}")
     lines += ["Download:", *(f"  {line}" for line in why.splitlines())]
     lines.append(
         "To use it, put these files into one of those folders, or into a new one named "
@@ -199,8 +200,9 @@ def verify_at(file: DataFile, path: Path) -> str:
         size = sum(status.st_size for status in statuses(path).values())
         if file.digests and size > _MOST_TIMES * file.size + _MOST_MORE:
             raise ValueError(
-                f"{path} is not the file it should be: expected {_known_by(file)}, found {size:,} "
-                "bytes. It was left untouched: move it away or replace it, then try again."
+                f"{shown(path)} is not the file it should be: expected {_known_by(file)}, "
+                f"found {size:,} bytes. It was left untouched: move it away or replace it, then "
+                "try again."
             )
         digest = sha256_of(path)
     if not file.digests or digest in file.digests:
@@ -211,8 +213,8 @@ def verify_at(file: DataFile, path: Path) -> str:
     of = "files of " if file.unpacked is not None else ""
     guess = " It looks truncated." if size < file.size else ""
     raise ValueError(
-        f"{path} is not the file it should be: expected {of}{_known_by(file)}, found {size:,} "
-        f"bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
+        f"{shown(path)} is not the file it should be: expected {of}{_known_by(file)}, found "
+        f"{size:,} bytes with SHA-256 {digest}.{guess} It was left untouched: move it away or "
         "replace it, then try again."
     )
 

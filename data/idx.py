@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from influence_console import shown
+
 _UNSIGNED_BYTE = 0x08
 
 
@@ -34,23 +36,27 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             # checksum. We ask for no more, because a small file may unpack to terabytes.
             values = stream.read(num_values + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
+        raise ValueError(f"{shown(path)}: expected a complete gzip file, found: {error}") from error
 
     if len(header) < header_size:
         raise ValueError(
-            f"{path}: expected an idx header of {header_size} bytes, "
+            f"{shown(path)}: expected an idx header of {header_size} bytes, "
             f"found {len(header)} bytes in all."
         )
     magic, *dimensions = struct.unpack(f">{1 + len(shape)}I", header)
     expected_magic = _UNSIGNED_BYTE << 8 | len(shape)
     if magic != expected_magic:
         raise ValueError(
-            f"{path}: expected the idx magic number 0x{expected_magic:08x} (unsigned "
+            f"{shown(path)}: expected the idx magic number 0x{expected_magic:08x} (unsigned "
             f"bytes, {len(shape)} dimensions), found 0x{magic:08x}."
         )
     if tuple(dimensions) != tuple(shape):
-        raise ValueError(f"{path}: expected dimensions {tuple(shape)}, found {tuple(dimensions)}.")
+        raise ValueError(
+            f"{shown(path)}: expected dimensions {tuple(shape)}, found {tuple(dimensions)}."
+        )
     if len(values) != num_values:
         found = "more" if len(values) > num_values else f"{len(values):,}"
-        raise ValueError(f"{path}: expected {num_values:,} bytes after the header, found {found}.")
+        raise ValueError(
+            f"{shown(path)}: expected {num_values:,} bytes after the header, found {found}."
+        )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)

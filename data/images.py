@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from influence_console import shown
+
 SUFFIXES = (".jpeg", ".jpg", ".png")
 # A file may have either format, whatever its suffix. One of ImageNet's .JPEG files is a PNG.
 _FORMATS = ("JPEG", "PNG")
@@ -86,7 +88,7 @@ def _decoded(path: Path) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk failed, not the photograph
         raise ValueError(
-            f"{path}: expected a whole JPEG or PNG photograph, found: {error}. It was left "
+            f"{shown(path)}: expected a whole JPEG or PNG photograph, found: {error}. It was left "
             "untouched: replace it, or move it away and the next one by name takes its place."
         ) from error
 

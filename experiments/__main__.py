@@ -120,10 +120,10 @@ def _report(rest: Sequence[str]) -> int:
     options = _parsed(ReportOptions(out=_default_out()), rest, "report")
     for name, folder in (("--out", options.out), ("--results", options.results)):
         if folder.exists() and not folder.is_dir():
-            raise Misuse(f"{name} must be a folder of records, {folder} is a file.")
+            raise Misuse(f"{name} must be a folder of records, {console.shown(folder)} is a file.")
     try:
         if options.readme is None:
-            print(f"report written to {report.write_page(options.out)}")
+            print(f"report written to {console.shown(report.write_page(options.out))}")
             return 0
         text = report.with_table(options.readme.read_text(encoding="utf-8"), options.results)
         with replacing(options.readme) as partial:
@@ -131,7 +131,7 @@ def _report(rest: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         line = console.unwritten(error)
         raise Misuse(str(error)) if line is None else Unwritten(line) from error
-    print(f"{options.readme}: table written from {options.results}")
+    print(f"{console.shown(options.readme)}: table written from {console.shown(options.results)}")
     return 0
 
 
@@ -272,7 +272,9 @@ def _check(options: Options) -> None:
     folder = options.data_dir
     if folder is not None and not folder.expanduser().is_dir():
         there = (
-            f"{folder} is a file" if folder.expanduser().exists() else f"there is none at {folder}"
+            f"{console.shown(folder)} is a file"
+            if folder.expanduser().exists()
+            else f"there is none at {console.shown(folder)}"
         )
         raise Misuse(f"--data-dir must be a folder, {there}.")
 

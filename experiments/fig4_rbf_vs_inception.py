@@ -321,14 +321,8 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
         axes[0, 0].imshow(data.test[0][arrays["test_fish"][0]])
         axes[0, 0].set_title("test fish")
         for (i, what, chosen), line in zip(rows, axes, strict=True):
-            line[1].text(
-                -0.08,
-                0.5,
-                f"{_named(names[i])}\nmost {what}",
-                ha="right",
-                va="center",
-                transform=line[1].transAxes,
-            )
+            label = f"{_named(names[i])}\nmost {what}"
+            line[1].text(-0.08, 0.5, label, ha="right", va="center", transform=line[1].transAxes)
             for axis, row in zip(line[1:], chosen, strict=True):
                 axis.imshow(x[row])
                 axis.set_title(f"{('dog', 'fish')[y[row]]} {row}: {arrays['score'][i, row]:+.1e}")

@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 
 from experiments.harness import reading
+from influence_console import shown
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
 # Both files have this format. A record of format 0 has no checksum and does not name its format.
@@ -95,6 +96,8 @@ class Record:
       arrays: dict of arrays, from which the figure is drawn. Texts are stored as bytes.
       claims: one verdict per claim, from `Claim.judge`.
       provenance: seed, commit, versions, cpu_count, resumed, seconds, peak_rss_mb.
+      has_checksum: False if the record was read from files of format 0, so that alterations cannot
+        be detected. `save` always writes a checksum.
     """
 
     experiment: str = ""
@@ -105,6 +108,7 @@ class Record:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    has_checksum: bool = True
 
     @classmethod
     def of(cls, *, metrics: Mapping[str, float], arrays: Mapping[str, Any]) -> "Record":
@@ -150,7 +154,11 @@ class Record:
           the record; OSError if the folder cannot be written to.
         """
         text = to_json(
-            {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
+            {
+                f.name: getattr(self, f.name)
+                for f in dataclasses.fields(self)
+                if f.name not in ("arrays", "has_checksum")
+            }
         )
         content = json.loads(text)
         reading.check(content)
@@ -181,7 +189,9 @@ class Record:
         """
         for name in (RECORD, ARRAYS):
             if not os.path.lexists(folder / name):
-                raise FileNotFoundError(f"folder must hold {RECORD} and {ARRAYS}, got {folder}.")
+                raise FileNotFoundError(
+                    f"folder must hold {RECORD} and {ARRAYS}, got {shown(folder)}."
+                )
         try:
             content = reading.text(folder / RECORD)
             packed = reading.contents(folder / ARRAYS, reading.MOST_ARRAYS)
@@ -194,10 +204,10 @@ class Record:
             content.pop("format", None)
             reading.check(content)
             content["metrics"] = {k: _or(v, math.nan) for k, v in content["metrics"].items()}
-            return cls(**content, arrays=reading.arrays(packed))
+            return cls(**content, arrays=reading.arrays(packed), has_checksum=bool(sealed))
         except (ValueError, OSError, RecursionError) as error:
             raise ValueError(
-                f"folder must hold a record as this program writes it, {folder} does not "
+                f"folder must hold a record as this program writes it, {shown(folder)} does not "
                 f"({error!s:.400}); run the experiment again."
             ) from error
 

@@ -9,6 +9,7 @@ import jinja2
 import experiments
 from experiments.harness import reading
 from experiments.harness.record import RECORD, Record, replacing
+from influence_console import shown
 
 FIGURE = "figure.png"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -48,7 +49,9 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
     Raises: FileNotFoundError if there is no such folder; ValueError if a record cannot be read.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder must hold experiments' records, {folder} does not exist.")
+        raise FileNotFoundError(
+            f"folder must hold experiments' records, {shown(folder)} does not exist."
+        )
     order = list(experiments.MODULES)
     pairs = [(path.parent, Record.load(path.parent)) for path in folder.glob(f"*/{RECORD}")]
     return sorted(

@@ -134,7 +134,9 @@ def redraw(job: Job) -> bool:
     with writing_to(job.folder):
         _draw(job.module, record, job.folder)
     print(_verdicts(record, job.module))
-    print(f"{job.folder}: record.json, arrays.h5, figure.png, figure.pdf", flush=True)
+    print(
+        f"{console.shown(job.folder)}: record.json, arrays.h5, figure.png, figure.pdf", flush=True
+    )
     return record.holds
 
 
@@ -209,10 +211,10 @@ def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
     checkpoints = job.folder / _CHECKPOINTS
     label = checkpoints / _LABEL
     if label.is_file() and label.read_text(encoding="utf-8") == key:
-        say(f"continuing the run interrupted in {job.folder}")
+        say(f"continuing the run interrupted in {console.shown(job.folder)}")
         return checkpoints
     if checkpoints.exists():
-        say(f"{checkpoints} is of other options, data or code: starting afresh")
+        say(f"{console.shown(checkpoints)} is of other options, data or code: starting afresh")
         shutil.rmtree(checkpoints)
     checkpoints.mkdir()
     with replacing(label) as partial:

@@ -7,6 +7,8 @@ import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 
+from influence.common.numbers import numbers
+
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
     """Measure how well predicted changes agree with actual changes in order, scale and sign.
@@ -19,6 +21,7 @@ def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
       predicted on actual, sign_agreement (the fraction of equal signs) and largest_difference (the
       largest absolute difference).
     """
+    predicted, actual = numbers(predicted, "predicted"), numbers(actual, "actual")
     line = scipy.stats.linregress(actual, predicted)
     return {
         "pearson": float(line.rvalue),
@@ -39,7 +42,7 @@ def largest(scores: NDArray, count: int) -> NDArray[np.int64]:
 
     Returns: (..., count) positions. Among equal scores, the earlier position comes first.
     """
-    return np.argsort(-np.abs(scores), axis=-1, kind="stable")[..., :count]
+    return np.argsort(-np.abs(numbers(scores, "scores")), axis=-1, kind="stable")[..., :count]
 
 
 def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np.int64]:
@@ -55,6 +58,7 @@ def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np
     Returns: (1 + count,) rows; `first` comes first.
     Raises: ValueError if `among` has fewer than `count` other rows.
     """
+    among = numbers(among, "among")
     others = among[among != first]
     if count > len(others):
         raise ValueError(f"count must be at most {len(others)}, the other points, got {count}.")
@@ -69,6 +73,7 @@ def predicted_against_actual(axis: Any, actual: NDArray, predicted: NDArray) -> 
       actual: (k,) actual changes of the test loss in nats.
       predicted: (k,) predicted changes in nats.
     """
+    predicted, actual = numbers(predicted, "predicted"), numbers(actual, "actual")
     reach = 1.08 * max(np.abs(actual).max(), np.abs(predicted).max(), np.finfo(float).tiny)
     axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=1)
     axis.scatter(actual, predicted, s=10, alpha=0.6, color="#0072B2", linewidths=0, zorder=2)
@@ -96,6 +101,7 @@ def largest_bars(
 
     Returns: the positions in `values` of the bars, from the top. Bar i has the y coordinate i.
     """
+    values = numbers(values, "values")
     order = np.argsort(-np.abs(values), kind="stable")[:count]
     colours = ["#D55E00" if name == marked else "#0072B2" for name in names[order]]
     axis.barh(np.arange(len(order)), values[order], color=colours, height=0.7)

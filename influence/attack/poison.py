@@ -229,7 +229,10 @@ def mean_s_test(
         H = net.hessian(train)
         if H is not None:
             g = test.sum_over(Total("gradient"), net) / len(test)
-            return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
+            try:
+                return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
+            except np.linalg.LinAlgError:
+                pass  # `Direct` names a sufficient damping
     return Inverse(net, train, solver=solver or Direct()).s_test(test).x.mean(axis=1)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +15,15 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
+from influence_console import shown
+
 Arrays = Mapping[str, NDArray]
 
 # Each file holds its format and its checksum in the entry of this name.
 _SEAL = "format and sha256"
 _FORMAT = 1
+# Systems count the space of a file in units of this many bytes.
+_STAT_BLOCK = 512
 
 
 def identity(net: Any, examples: Any, *more: Any) -> str:
@@ -60,9 +66,37 @@ def check_writable(folder: Path, name: str) -> Path:
             pass
     except OSError as error:
         raise ValueError(
-            f"{name} must be a folder that can be written to, got {folder} ({error.strerror})."
+            f"{name} must be a folder that can be written to, got {shown(folder)} "
+            f"({error.strerror})."
         ) from error
     return folder
+
+
+def reserve(part: Path, needed: int, path: Path) -> None:
+    """Reserve `needed` bytes on the disk for an existing file. HDF5 may crash on a full disk.
+
+    Args:
+      part: the file. The bytes that it holds are not changed.
+      needed: its size, in bytes.
+      path: the name in the error message.
+
+    Raises: ValueError naming `path` if the disk, or a limit of the system, does not allow this.
+    """
+    free = shutil.disk_usage(part.parent).free + part.stat().st_blocks * _STAT_BLOCK
+    try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with open(part, "r+b", buffering=0) as file:
+            if hasattr(os, "posix_fallocate"):  # macOS does not have it
+                os.posix_fallocate(file.fileno(), 0, needed)
+            # A limit of the process is met only by a write.
+            last = os.pread(file.fileno(), 1, needed - 1) or b"\0"
+            os.pwrite(file.fileno(), last, needed - 1)
+    except OSError as error:
+        raise ValueError(
+            f"path must be where {needed:,} bytes can be written, got {shown(path)} where {free:,} "
+            f"are free ({error.strerror}); make room, ask for less, or write elsewhere."
+        ) from error
 
 
 def sha256(arrays: Arrays, *more: str) -> str:
@@ -153,6 +187,6 @@ def _seal(path: Path, arrays: Arrays) -> NDArray:
 
 def _refused(path: Path, why: str) -> ValueError:
     return ValueError(
-        f"checkpoints must be files that this program wrote, got {path} {why}; delete it, and it "
-        "is computed again."
+        f"checkpoints must be files that this program wrote, got {shown(path)} {why}; delete it, "
+        "and it is computed again."
     )

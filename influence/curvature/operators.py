@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.checkpoint import check_folder, identity, kept
-from influence.common.numbers import is_integer
+from influence.common.numbers import is_integer, numbers
 from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
 from influence.curvature.roots import rows_per_batch, sum_of_squares
@@ -91,6 +91,7 @@ class Curvature(LinearOperator):
         Returns: the products, (r, d, m).
         """
         self.check_theta()
+        V = numbers(V, "V")
         products = self.net.each_batch(self._each, *self.examples.stacked(rows), V)
         num_batches, d, num_vectors = V.shape
         flat = np.moveaxis(V, 1, 0).reshape(d, -1)
@@ -129,9 +130,15 @@ class Curvature(LinearOperator):
             and np.array_equal(other._theta, self._theta)
         )
 
+    def dot(self, x: Any) -> Any:
+        """Multiply the matrix by x. SciPy's own method would ignore the mask of a masked x."""
+        if not isinstance(x, LinearOperator):
+            numbers(x, "V")
+        return super().dot(x)
+
     def _matmat(self, V: NDArray) -> NDArray:
         self.check_theta()
-        V = np.asarray(V, self.dtype)
+        V = numbers(V, "V").astype(self.dtype, copy=False)
         return self._undamped(V) + self.damping * V
 
     def _undamped(self, V: NDArray) -> NDArray:

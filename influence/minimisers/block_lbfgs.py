@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.memory import VECTORS
-from influence.common.numbers import dots
+from influence.common.numbers import dots, numbers
 
 # At least this many pairs (step, change of gradient) of each function are stored.
 _LEAST_PAIRS = 20
@@ -101,6 +101,9 @@ def minimise(
 
     Returns: Found.
     """
+    thetas, first = numbers(thetas, "thetas"), numbers(first, "first")
+    tolerance = numbers(tolerance, "tolerance")
+    longest = longest if longest is None else numbers(longest, "longest")
     now = _Searches(gradients, thetas, first, tolerance, longest, rough)
     most = max(_BYTES // (2 * thetas.itemsize * len(thetas)), _LEAST_PAIRS)
     todo = np.flatnonzero(now.norms > tolerance)

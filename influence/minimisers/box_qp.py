@@ -13,6 +13,8 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
+from influence.common.numbers import numbers
+
 # The ridge is this times the largest diagonal entry. The ridge makes a singular G definite.
 _RIDGE = 1e-8
 # There are this many refinement steps. Each reduces the ridge's effect by several digits.
@@ -38,6 +40,7 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     Raises: ValueError for other shapes, a `start` outside the box, or a G whose diagonal has no
       positive entry; numpy.linalg.LinAlgError for a G with a negative eigenvalue.
     """
+    G, b, start = numbers(G, "G"), numbers(b, "b"), numbers(start, "start")
     k = len(b)
     if G.shape != (k, k) or start.shape != (k,):
         raise ValueError(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, cg
 
 from influence.common.convergence import warn_unconverged
+from influence.common.numbers import numbers
 from influence.common.progress import counter
 
 # L-BFGS stores this many pairs (step, change of gradient).
@@ -55,7 +56,7 @@ def minimise(
     with counter("fitting, data passes") as bar:
         found = scipy.optimize.minimize(
             at,
-            theta.astype(np.float64),
+            numbers(theta, "theta").astype(np.float64),
             jac=True,
             method="L-BFGS-B",
             options={

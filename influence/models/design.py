@@ -20,6 +20,8 @@ import scipy.sparse
 import threadpoolctl
 from numpy.typing import NDArray
 
+from influence.common.numbers import numbers
+
 # `weighted_gram` weights this many rows together. This many fit into the processor's cache.
 _HESSIAN_ROWS = 1024
 # `_threads` starts threads only for work of at least this many operations. Starting takes time.
@@ -79,7 +81,8 @@ class Design:
     def times(self, x: Any, thetas: NDArray) -> NDArray:
         """Return the outputs (n, c, k) of inputs x (n, f) at parameters (d,) or (d, k)."""
         # NumPy does not use BLAS for a strided W, such as one column of a block.
-        W = np.ascontiguousarray(thetas).reshape(-1, self.num_outputs * thetas[0].size)
+        thetas = np.ascontiguousarray(numbers(thetas, "thetas"))
+        W = thetas.reshape(-1, self.num_outputs * thetas[0].size)
         Z = self.as_dtype(x) @ W[: self.num_features]
         if self.intercept:
             Z += W[self.num_features]
@@ -87,7 +90,7 @@ class Design:
 
     def transposed_times(self, x: Any, E: NDArray) -> NDArray:
         """Return X' E, (d, k), for E (n, c, k)."""
-        flat = E.reshape(len(E), -1)
+        flat = numbers(E, "E").reshape(len(E), -1)
         G = self.as_dtype(x).T @ flat
         if self.intercept:
             G = np.vstack([G, flat.sum(axis=0)])
@@ -99,7 +102,7 @@ class Design:
         The gradient of row i is the outer product of x_i and E_i = dl_i/dz. For dense inputs, all
         gradients (n, d) are formed. With many vectors, forming them takes a negligible time.
         """
-        E, x = E.astype(V.dtype), x.astype(V.dtype)
+        E, x = numbers(E, "E").astype(numbers(V, "V").dtype), x.astype(V.dtype)
         if scipy.sparse.issparse(x):
             W = V.reshape(-1, self.num_outputs * V.shape[1])
             U = x @ W[: self.num_features]
@@ -115,7 +118,7 @@ class Design:
         many matrices, one thread sums each of them, because BLAS' own threads would be idle a third
         of the time. The sum of a matrix then does not depend on the number of threads.
         """
-        f, (n, k) = self.num_features + self.intercept, weights.shape
+        f, (n, k) = self.num_features + self.intercept, numbers(weights, "weights").shape
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
         grams = np.zeros((k, f, f), self.dtype)
         roots = np.sqrt(weights)
@@ -152,6 +155,7 @@ class Design:
         Raises: as `check_features`.
         """
         self.check_features(x, "x")
+        numbers(x.data if scipy.sparse.issparse(x) else x, "x")
         return x if x.dtype == self.dtype else x.astype(self.dtype)
 
     def check_features(self, x: Any, name: str) -> None:

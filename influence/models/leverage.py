@@ -19,6 +19,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError
+from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_rows
 
 # At most this many right-hand sides are solved together. This bounds memory.
@@ -34,7 +35,7 @@ def leverages(
     if net.num_outputs != 1:
         raise ValueError(f"model must have one output, got {net.num_outputs}.")
     n = len(examples)
-    if gram is not None and gram.shape != (n, n):
+    if gram is not None and numbers(gram, "gram").shape != (n, n):
         raise ValueError(f"gram must have shape ({n}, {n}), got {gram.shape}.")
     rows = np.arange(n) if rows is None else check_rows(rows, n)
     return _quadratics(net, examples, rows, gram)[0]
@@ -67,7 +68,10 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
     n, c, theta, weight_decay = len(examples), net.num_outputs, net.theta, net.strong_convexity
     H = net.hessian(examples) * (n / (n - 1))
     H[np.diag_indices_from(H)] -= weight_decay / (n - 1)
-    factor = scipy.linalg.cho_factor(H)
+    try:
+        factor = scipy.linalg.cho_factor(H)
+    except np.linalg.LinAlgError as error:
+        raise _not_definite(net) from error
     gradient = net.risk_gradient(examples) - net.penalty_gradient()
     chosen = examples.take(rows)
     own = net.gradients(chosen.x, chosen.y)
@@ -93,10 +97,14 @@ def _quadratics(
             return _by_parameters(net, examples, rows)
         return _by_rows(net, examples, rows, gram)
     except np.linalg.LinAlgError as error:
-        raise DivergenceError(
-            "the Hessian must be positive definite, got a singular one; use a weight_decay above "
-            f"{net.strong_convexity}."
-        ) from error
+        raise _not_definite(net) from error
+
+
+def _not_definite(net: Any) -> DivergenceError:
+    return DivergenceError(
+        "the Hessian must be positive definite, got a singular one; use a weight_decay above "
+        f"{net.strong_convexity}."
+    )
 
 
 def _by_parameters(net: Any, examples: Examples, rows: NDArray) -> tuple[NDArray, NDArray]:

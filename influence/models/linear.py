@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import ACTIVATIONS, VECTORS, fitting
+from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_differentiable
 from influence.models import leverage, newton
 from influence.models.design import Design, Link
@@ -90,37 +91,37 @@ class LinearModel(GenericNeuralNet):
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """See GenericNeuralNet.losses."""
-        values = self.link.loss(self._outputs(x, thetas), np.asarray(y))
+        values = self.link.loss(self._outputs(x, thetas), numbers(y, "y"))
         return values[:, 0] if thetas is None else values
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """See GenericNeuralNet.gradient; this returns X' dl/dz / n."""
-        E = self.link.slope(self._outputs(x, thetas), np.asarray(y))
+        E = self.link.slope(self._outputs(x, thetas), numbers(y, "y"))
         G = self.design.transposed_times(x, E) / len(E)
         return G[:, 0] if thetas is None else G
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
         """See GenericNeuralNet.loss_and_gradient."""
-        Z, y = self._outputs(x), np.asarray(y)
+        Z, y = self._outputs(x), numbers(y, "y")
         gradient = self.design.transposed_times(x, self.link.slope(Z, y))[:, 0] / len(y)
         return float(self.link.loss(Z, y).mean(dtype=np.float64)), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
         """See GenericNeuralNet.gradients; row i is x_i (x) dl_i/dz."""
         rows = self.design.with_one(self.design.dense(x))
-        E = self.link.slope(self._outputs(x), np.asarray(y))[:, :, 0]
+        E = self.link.slope(self._outputs(x), numbers(y, "y"))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
         """See GenericNeuralNet.bregman_gradient; X' (dl/dz - dl/dz at the net's theta) / n."""
-        y = np.asarray(y)
+        y = numbers(y, "y")
         E = self.link.slope(self._outputs(x, thetas), y) - self.link.slope(self._outputs(x), y)
         return self.design.transposed_times(x, E) / len(E)
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """See GenericNeuralNet.hvp; this returns X' (d2l/dz2) X V / n."""
         U = self.design.times(x, self._columns(V))
-        C = self.link.curved(self._outputs(x), np.asarray(y), U)
+        C = self.link.curved(self._outputs(x), numbers(y, "y"), U)
         product = self.design.transposed_times(x, C) / len(U)
         return product if np.ndim(V) == 2 else product[:, 0]
 
@@ -129,10 +130,13 @@ class LinearModel(GenericNeuralNet):
 
     def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
         """See GenericNeuralNet.each_batch."""
-        num_batches, batch_size = np.shape(y)[:2]
-        flat, y = np.reshape(x, (num_batches * batch_size, -1)), np.reshape(y, -1)
+        x, y = numbers(x, "x"), numbers(y, "y")
+        num_batches, batch_size = y.shape[:2]
+        flat, y = x.reshape(num_batches * batch_size, -1), y.ravel()
         rows = self.design.with_one(self.design.dense(flat)).reshape(num_batches, batch_size, -1)
-        W = np.asarray(V, self.dtype).reshape(num_batches, rows.shape[2], -1)  # (r, f, c m)
+        W = (
+            numbers(V, "V").astype(self.dtype, copy=False).reshape(num_batches, rows.shape[2], -1)
+        )  # (r, f, c m)
         U = (rows @ W).reshape(len(flat), self.num_outputs, -1)
         if question == "gradient":
             E = self.link.slope(U, y)
@@ -145,7 +149,7 @@ class LinearModel(GenericNeuralNet):
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """See GenericNeuralNet.directional; this returns sum_c (dl/dz)_c (X V)_c."""
-        E = self.link.slope(self._outputs(x), np.asarray(y))[:, :, 0]
+        E = self.link.slope(self._outputs(x), numbers(y, "y"))[:, :, 0]
         if dtype is not None and np.dtype(dtype) != self.dtype:
             along = self.design.along(x, E, self._columns(V, dtype))
         else:
@@ -157,7 +161,7 @@ class LinearModel(GenericNeuralNet):
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        return self._input_gradient(self.theta, x, np.asarray(y), v)
+        return self._input_gradient(self.theta, x, numbers(y, "y"), v)
 
     def _input_gradient(self, theta: NDArray, x: Any, y: NDArray, v: NDArray) -> NDArray:
         """Return `input_gradient` at any theta, without its checks."""
@@ -181,7 +185,7 @@ class LinearModel(GenericNeuralNet):
 
     def penalty_hvp(self, V: NDArray) -> NDArray:
         """See GenericNeuralNet.penalty_hvp; this returns weight_decay V."""
-        return self.weight_decay * V
+        return self.weight_decay * numbers(V, "V")
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
         """Form the Hessian (d, d) for one output: X' diag(d2l/dz2) X / n + weight_decay I."""
@@ -266,7 +270,7 @@ class LinearModel(GenericNeuralNet):
     # --- inside -----------------------------------------------------------------------------------
 
     def _columns(self, V: NDArray, dtype: Any = None) -> NDArray:
-        V = np.asarray(V, dtype or self.dtype)
+        V = numbers(V, "V").astype(dtype or self.dtype, copy=False)
         if V.ndim not in (1, 2) or V.shape[0] != self.num_parameters:
             raise ValueError(
                 f"V must have shape ({self.num_parameters},) or ({self.num_parameters}, m), "

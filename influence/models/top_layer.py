@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.numbers import numbers
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression
@@ -44,7 +45,7 @@ def scaled(images: Any, dtype: Any = "float32") -> NDArray:
     Returns: floats in [-1, 1], of the same shape.
     Raises: TypeError for another dtype, ValueError for numbers out of range.
     """
-    images = np.asarray(images)
+    images = numbers(images, "images")
     _check_range(images)
     return _floats(images, dtype)
 
@@ -153,6 +154,7 @@ class TopLayer(BinaryLogisticRegression):
         if not _are_images(x):
             return super().input_gradient(x, y, v)
         check_differentiable(x)
+        v = numbers(v, "v")
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
         self._check_shape(x)
@@ -194,7 +196,7 @@ class TopLayer(BinaryLogisticRegression):
     def _vector(self, value: ArrayLike | None, name: str, default: float) -> NDArray:
         if value is None:
             return np.full(self.num_features, default)
-        vector = np.array(value, np.float64)
+        vector = numbers(value, name).astype(np.float64)
         if vector.shape != (self.num_features,) or not np.isfinite(vector).all():
             raise ValueError(
                 f"{name} must be {self.num_features} finite numbers, one a feature, got shape "

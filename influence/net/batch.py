@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.numbers import numbers
 from influence.examples.examples import check_differentiable
 from influence.net import tape
 from influence.net.flat import FlatModel, like
@@ -122,7 +123,7 @@ class Derivatives:
         Returns: the products or gradients, (r, d, m), without the penalty.
         Raises: ValueError for another question, or if `gauss_newton_product` refuses the loss.
         """
-        t = self.flat
+        t, V = self.flat, numbers(V, "V")
         x, y = t.inputs(x), t.tensor(y)
         each = t.each(*tf.nest.map_structure(lambda part: part[0], (x, y)))
         if question == "gradient":

@@ -173,17 +173,17 @@ class FlatModel:
         """Return the current weights as one vector (d,)."""
         return tf.concat([tf.reshape(w.value, [-1]) for w in self.weights], 0)
 
-    def tensor(self, array: Any) -> Any:
+    def tensor(self, array: Any, name: str = "y") -> Any:
         """Convert to a dense tensor. Floats get theta's dtype. Integers keep their dtype.
 
         Labels that are packed with weights or by output name become a dict of tensors.
+
+        Raises: TypeError naming `name` if the array is not one of numbers.
         """
         if is_packed(array):
             parts = fields(array).items()
-            return {name: self.tensor(np.ascontiguousarray(part)) for name, part in parts}
-        if scipy.sparse.issparse(array):
-            array = array.toarray()
-        array = np.asarray(array)
+            return {key: self.tensor(np.ascontiguousarray(part), name) for key, part in parts}
+        array = numbers(array.toarray() if scipy.sparse.issparse(array) else array, name)
         return tf.convert_to_tensor(
             array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
         )
@@ -193,7 +193,9 @@ class FlatModel:
         if self.preparation is not None and not self.preparation.gave(x):
             x = self.preparation(x)
         x = named(self.model, x)
-        return {k: self.tensor(v) for k, v in x.items()} if isinstance(x, dict) else self.tensor(x)
+        if isinstance(x, dict):
+            return {key: self.tensor(value, f"x[{key!r}]") for key, value in x.items()}
+        return self.tensor(x, "x")
 
     def rows(self, V: Any, name: str) -> Any:
         """Convert columns (d, m) or a vector (d,) to rows (m, d). Maps run over rows.

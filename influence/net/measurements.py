@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from influence.common.numbers import numbers
+
 
 def _of_logits(function: Callable) -> Callable:
     """Mark a function that needs logits. A model with probabilities is then refused."""
@@ -43,7 +45,7 @@ def margin(y: Any, output: Any) -> Any:
     Returns: the margins (n,), in nats.
     Raises: ValueError for outputs of another shape.
     """
-    z = _logits(output)
+    z, y = _logits(output), _tensor(y, "y")
     if z.shape[1] == 1:
         return tf.where(tf.reshape(y, [-1]) > 0, z[:, 0], -z[:, 0])
     label = _is_label(y, z)
@@ -104,8 +106,13 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
     return _of_logits(measurement)
 
 
+def _tensor(value: Any, name: str) -> Any:
+    return value if tf.is_tensor(value) else tf.constant(numbers(value, name))
+
+
 def _logits(output: Any) -> Any:
     """Return the output with shape (n, c), or (n, 1) for one logit."""
+    output = _tensor(output, "output")
     if len(output.shape) == 1:
         output = tf.expand_dims(output, 1)
     if len(output.shape) != 2:

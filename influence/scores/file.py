@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.checkpoint import check_writable, sha256
+from influence.common.checkpoint import check_writable, reserve, sha256
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import VECTORS, fitting
 from influence.common.progress import progress
@@ -32,6 +32,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
+from influence_console import shown
 
 # These are names of data sets and attributes in the file. _PER_TEST also gives dtypes.
 _TABLE, _S_TEST = "change_if_removed", "s_test"
@@ -52,6 +53,8 @@ _CHUNK = (128, 1024)
 _TESTS, _ROWS = 2048, 1024
 # s_test of a block's tests may take this many bytes in the net's dtype.
 _S_BYTES = VECTORS // 2
+# HDF5's own tables of a small file take less than this.
+_TABLES_BYTES = 1 << 15
 # The rounding error is measured on at most this many tests and training rows.
 _SAMPLE = 64
 
@@ -125,6 +128,7 @@ def write(job: Job, path: Path) -> Path:
     if not partial.exists():
         _create(job, partial, identity)
     with _opened(job, partial, "r+", identity) as file:
+        reserve(partial, partial.stat().st_size, path)
         _solve(job, file)
         _multiply(job, file)
         file["rounding_error"][()] = _rounding_error(job, file)
@@ -263,7 +267,6 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
     Raises: ValueError if the disk is too small or not writable, or if another process holds the
       file.
     """
-    m, k, d, s_dtype = len(job.test), len(job.rows), job.net.num_parameters, job.net.dtype
     check_writable(path.parent, "path's parent")
     # The name is always the same. After a kill -9 here, the next call overwrites the file.
     unfinished = path.with_name(path.name + ".new")
@@ -275,18 +278,14 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
         except OSError:  # HDF5 cannot read an unfinished file
             pass
     unfinished.unlink(missing_ok=True)
-    needed = m * (k * np.dtype(job.dtype).itemsize + d * s_dtype.itemsize)
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise ValueError(
-            f"path must be where {needed / 1e9:.1f} GB are free, for {m} x {k} scores and s_test, "
-            f"got {path.parent} with {free / 1e9:.1f}; ask for fewer rows, or write elsewhere."
-        )
     tests = job.tests_in(_S_BYTES, _TESTS)
     tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if one fits
+    layout = _layout(job, tests, _ROWS)
     try:
+        unfinished.touch()
+        reserve(unfinished, _bytes(layout), path)
         with h5py.File(unfinished, "w") as file:
-            for name, (shape, kind) in _layout(job, tests, _ROWS).items():
+            for name, (shape, kind) in layout.items():
                 if name in (_TABLE, _S_TEST):
                     _allocate(file, name, shape, kind)
                 else:
@@ -301,6 +300,15 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _bytes(layout: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
+    """Estimate the bytes of the file: whole chunks, and a little more for HDF5's own tables."""
+    total = _TABLES_BYTES
+    for shape, kind in layout.values():
+        whole = [-(-n // c) * c for n, c in zip(shape, map(min, _CHUNK, shape), strict=False)]
+        total += kind.itemsize * math.prod([*whole, *shape[2:]])
+    return total + total // 100
 
 
 def _layout(job: Job, tests: int, columns: int) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -383,7 +391,7 @@ def _opened(
     """
     if not path.is_file():  # reading a pipe or a device may never end
         kind = "folder" if path.is_dir() else "pipe or device"
-        raise ValueError(f"path must be a file, got the {kind} {path}.")
+        raise ValueError(f"path must be a file, got the {kind} {shown(path)}.")
     cause: Exception | None = None
     with ExitStack() as stack:
         try:
@@ -396,7 +404,7 @@ def _opened(
         if wrong:
             raise ValueError(
                 f"path must be free or hold scores of the same inputs as they were written, got "
-                f"{path} with {wrong}; give another path, or delete it."
+                f"{shown(path)} with {wrong}; give another path, or delete it."
             ) from cause
         yield file
 
@@ -479,8 +487,8 @@ def _sha_of_all(file: h5py.File) -> NDArray[np.uint8]:
 
 def _held(path: Path) -> ValueError:
     return ValueError(
-        f"path must be free, got {path}, which another process holds; wait for that process, or "
-        "give another path."
+        f"path must be free, got {shown(path)}, which another process holds; wait for that "
+        "process, or give another path."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,6 +82,16 @@ class Raw:
     remedy: str = ""
     residual: Callable[[], NDArray] | None = None
     eigenvalue_bound: float = np.nan
+
+    def from_units(self, exponent: int) -> Raw:
+        """Return the result for A from the result for A / 2 ** exponent."""
+        return replace(
+            self,
+            x=np.ldexp(self.x, -exponent),
+            min_curvature=np.ldexp(self.min_curvature, exponent),
+            remedy=self.remedy + _units(exponent),
+            eigenvalue_bound=float(np.ldexp(self.eigenvalue_bound, exponent)),
+        )
 
 
 class Solver(Protocol):
@@ -203,7 +213,7 @@ class Prepared:
         block, exponents = scaled(columns.astype(wide, copy=False), _usual(dtype))
         block = block.astype(dtype, copy=False)
         A = in_units(self.A, self.exponent)
-        with _said_in_units(self.exponent):
+        with said_in_units(self.exponent):
             raw = self.apply(block)
         m = block.shape[1]
         residual = raw.residual() if raw.residual else relative_residual(A, raw.x, block)
@@ -258,7 +268,7 @@ def prepare(A: Any, solver: Solver | Prepared) -> Prepared:
     check_solver(solver)
     operator = as_symmetric(A)
     exponent = _exponent(operator)
-    with _said_in_units(exponent):
+    with said_in_units(exponent):
         return Prepared(operator, solver, solver.prepare(in_units(operator, exponent)), exponent)
 
 
@@ -280,13 +290,18 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
 def _exponent(A: LinearOperator) -> int:
     """Return the exponent of the power of two that A is divided by.
 
-    The exponent is 0 unless that of A's largest entry exceeds `_usual` in magnitude. It is also 0
-    for an operator without a matrix, because its entries are unknown without a product.
+    It is 0 for an operator without a matrix, because its entries are unknown without a product.
+    Each solver then takes the exponent from its first product, if it needs one.
     """
     held = getattr(A, "A", None)
-    largest = 0.0 if held is None or hasattr(A, "same_as") else float(abs(held).max())
+    return 0 if held is None or hasattr(A, "same_as") else unusual_exponent(held)
+
+
+def unusual_exponent(values: Any) -> int:
+    """Return the exponent of the largest |entry| of an array, or 0 if it needs no rescaling."""
+    largest = float(abs(values).max())
     exponent = int(np.frexp(largest)[1]) if 0 < largest < np.inf else 0
-    return exponent if abs(exponent) > _usual(A.dtype) else 0
+    return exponent if abs(exponent) > _usual(values.dtype) else 0
 
 
 def _usual(dtype: Any) -> int:
@@ -319,7 +334,7 @@ class _Scaled(LinearOperator):
 
 
 @contextmanager
-def _said_in_units(exponent: int) -> Iterator[None]:
+def said_in_units(exponent: int) -> Iterator[None]:
     """Add the unit 2 ** exponent to the message of a DivergenceError in this context."""
     try:
         yield

@@ -20,8 +20,8 @@ from influence.solvers.preconditioner import check_preconditioner, inverse_of
 _MOST_ITERATIONS = 10_000
 # The remedy suggests no larger rtol than this.
 _OF_USE = 1e-2
-# If the largest residual is not halved in this many block iterations, CG solves the columns one by
-# one.
+# If the largest residual is not halved in this many block iterations, or in half of all iterations
+# that are allowed, CG solves the columns one by one.
 _PATIENCE = 100
 
 
@@ -144,7 +144,7 @@ class _Run:
         residuals R, with a = (P'Q)^-1 P'R. Z holds the preconditioned new residuals. The columns of
         Z - P (P'Q)^-1 Q'Z span the next P.
         """
-        smallest, since = np.inf, 0
+        smallest, since, patience = np.inf, 0, min(_PATIENCE, self.limit // 2)
         target = self.target_of(columns, r)
         P = _independent(self.inverse(r))
         while columns.size and P.size and self.iterations.max() < self.limit:
@@ -157,9 +157,12 @@ class _Run:
             found = scipy.linalg.eigvalsh(T, check_finite=False)
             if found[0] <= self.eps * max(self.largest, found[-1]):
                 return False  # `lockstep` then finds the column that meets this curvature.
+            try:
+                factor = scipy.linalg.cho_factor(T, check_finite=False)
+            except np.linalg.LinAlgError:  # Rounding hides an eigenvalue of a few eps.
+                return False
             self.largest = max(self.largest, float(found[-1]))
             self.curvature[columns] = np.minimum(self.curvature[columns], found[0])
-            factor = scipy.linalg.cho_factor(T, check_finite=False)
             a = scipy.linalg.cho_solve(factor, P.T @ r, check_finite=False)
             self.X[:, columns] += P @ a
             r = r - Q @ a
@@ -169,7 +172,7 @@ class _Run:
             columns, r, target = columns[keep], r[:, keep], target[keep]
             since = 0 if norms.max() < smallest / 2 else since + 1
             smallest = min(smallest, norms.max())
-            if since > _PATIENCE:
+            if since > patience:
                 return False
             if columns.size:
                 Z = self.inverse(r)
@@ -242,13 +245,21 @@ class _Run:
 
 
 def _independent(Z: NDArray) -> NDArray:
-    """Return an orthonormal basis of the space that Z's columns (d, m) span, up to rounding."""
+    """Return an orthonormal basis of the space that Z's columns (d, m) span, up to rounding.
+
+    Z'Z is fast to compute, but its rounding hides singular values below sqrt(eps) of the largest.
+    If it has small eigenvalues, an SVD separates small directions from rounding. CG stalls without
+    the small ones, because its residuals are then not orthogonal to all earlier directions.
+    """
     size = np.linalg.norm(Z, axis=0)
     Z = Z[:, size > 0] / size[size > 0]
+    if not Z.size or not np.isfinite(Z).all():
+        return Z[:, :0]
+    eps = np.finfo(Z.dtype).eps
     few = len(Z) < Z.shape[1]  # If so, Z Z' is smaller than Z'Z.
     gram = (Z @ Z.T if few else Z.T @ Z).astype(np.float64)
-    values, vectors = scipy.linalg.eigh(gram, check_finite=False) if Z.size else (size[:0], gram)
-    kept = values > np.sqrt(np.finfo(Z.dtype).eps) * values.max(initial=0.0)
-    if few and Z.size:
-        return vectors[:, kept].astype(Z.dtype)
-    return Z @ (vectors[:, kept] / np.sqrt(values[kept])).astype(Z.dtype)
+    values, vectors = scipy.linalg.eigh(gram, check_finite=False)
+    if values[0] > np.sqrt(eps) * values[-1]:
+        return vectors.astype(Z.dtype) if few else Z @ (vectors / np.sqrt(values)).astype(Z.dtype)
+    U, sizes, _ = scipy.linalg.svd(Z, full_matrices=False, check_finite=False)
+    return U[:, sizes > eps**0.75 * sizes[0]]

@@ -14,7 +14,14 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.common.convergence import DivergenceError
 from influence.curvature.operators import symmetrised
-from influence.solvers.base import Raw, check_rtol, relative_size
+from influence.solvers.base import (
+    Raw,
+    check_rtol,
+    in_units,
+    relative_size,
+    said_in_units,
+    unusual_exponent,
+)
 
 # For a smaller matrix, computing all eigenvalues costs no more than computing one by iteration.
 _FEW = 64
@@ -56,6 +63,15 @@ class Direct:
         """Form the dense matrix, compare it with A's products, and factor it."""
         _check_memory(A)
         matrix = dense(A)
+        exponent = unusual_exponent(matrix)
+        if not exponent:
+            return self._factored(A, matrix)
+        with said_in_units(exponent):
+            apply = self._factored(in_units(A, exponent), np.ldexp(matrix, -exponent))
+        return lambda B: apply(B).from_units(exponent)
+
+    def _factored(self, A: LinearOperator, matrix: NDArray) -> Callable[[NDArray], Raw]:
+        """Factor the dense matrix of A, whose squares neither overflow nor underflow."""
         away = _check_products(A, matrix)
         remedy = (
             "the matrix is too ill conditioned for its dtype: use float64, a larger damping, or a "

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
-from influence.solvers.base import LowRank, Raw, finite_products, if_indefinite
+from influence.solvers.base import (
+    LowRank,
+    Raw,
+    finite_products,
+    if_indefinite,
+    unusual_exponent,
+)
 
 # Lanczos multiplies A at least this many times in sequence if the space is large enough, because
 # the ends of the spectrum need high powers of A.
@@ -110,6 +116,7 @@ def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDAr
         new = finite_products(A, new, "Lanczos")
         T[:end, done:end] = Q[:, :end].T @ new
         T[done:end, :done] = T[:done, done:end].T
+        new = np.ldexp(new, -unusual_exponent(new))  # `_orthonormal` takes squares.
         done = end
     return Q, (T + T.T) / 2
 
@@ -151,10 +158,14 @@ def largest_eigenvalues(
     r, d = start.shape
     steps = min(steps, d)
     T = np.zeros((r, steps, steps))
+    exponent = 0
     before, left = np.zeros_like(start), np.zeros(r)
     q = start / np.linalg.norm(start, axis=1, keepdims=True)
     for k in range(steps):
         w = product(q[:, :, None])[:, :, 0]
+        if k == 0:
+            exponent = unusual_exponent(w)
+        w = np.ldexp(w, -exponent) if exponent else w
         size = np.linalg.norm(w, axis=1)
         T[:, k, k] = np.einsum("rd,rd->r", q, w)
         w = w - T[:, k, k, None].astype(w.dtype) * q - left[:, None].astype(w.dtype) * before
@@ -167,4 +178,5 @@ def largest_eigenvalues(
             T[:, k, k + 1] = T[:, k + 1, k] = left
     finite = np.isfinite(T).all(axis=(1, 2)) & np.isfinite(left)
     ritz, vectors = np.linalg.eigh(np.where(finite[:, None, None], T, 0))
-    return np.where(finite, ritz[:, -1] + left * np.abs(vectors[:, -1, -1]), np.nan)
+    found = np.where(finite, ritz[:, -1] + left * np.abs(vectors[:, -1, -1]), np.nan)
+    return np.ldexp(found, exponent)

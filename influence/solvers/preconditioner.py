@@ -10,7 +10,8 @@ import scipy.sparse
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from influence.solvers.base import Prepared, prepare
+from influence.common.numbers import numbers
+from influence.solvers.base import Prepared, prepare, unusual_exponent
 
 
 def check_preconditioner(preconditioner: Any) -> None:
@@ -32,12 +33,17 @@ def check_preconditioner(preconditioner: Any) -> None:
                 f"preconditioner must be fixed, linear and positive definite, got {solver!r}: "
                 f"{reason}; use Nystrom, Lanczos, EKFAC or Direct."
             )
-    elif not scipy.sparse.issparse(solver) and (
-        not isinstance(solver, np.ndarray | LinearOperator) or solver.ndim != 2
-    ):
+        return
+    sparse = scipy.sparse.issparse(solver)
+    if sparse or isinstance(solver, np.ndarray):
+        numbers(solver.data if sparse else solver, "preconditioner")
+    elif not isinstance(solver, LinearOperator):
+        solver = None
+    if getattr(solver, "ndim", 0) != 2:
         raise TypeError(
             "preconditioner must be a solver such as Nystrom(100), what prepare returned, or a "
-            f"(d, d) array or LinearOperator that approximates the inverse, got {solver!r}."
+            f"(d, d) array or LinearOperator that approximates the inverse, got "
+            f"{preconditioner!r}."
         )
 
 
@@ -77,7 +83,10 @@ def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], ND
             f"preconditioner must be positive definite, got {seen} from {name}; damp the matrix "
             "that it is prepared for, or prepare it for GaussNewton."
         )
-    return inverse
+    # A factor changes no step of CG. The inverse of a very small or large matrix is brought to the
+    # usual size, where the squares of its products neither overflow nor underflow.
+    exponent = unusual_exponent(tried)
+    return (lambda R: np.ldexp(inverse(R), -exponent)) if exponent else inverse
 
 
 def _check_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

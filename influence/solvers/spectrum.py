@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import VECTORS
-from influence.common.numbers import is_integer
+from influence.common.numbers import is_integer, norms
 from influence.common.progress import counter
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
@@ -179,4 +179,4 @@ def _quotients(product: Callable, V: NDArray) -> tuple[NDArray, NDArray]:
     V = V / np.linalg.norm(V, axis=0)
     AV = product(V)
     values = np.einsum("dk,dk->k", V, AV)
-    return values, np.linalg.norm(AV - values * V, axis=0)
+    return values, norms(AV - values * V)

@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.checkpoint import check_folder
 from influence.common.convergence import warn_unconverged
 from influence.common.named_array import Estimand
+from influence.common.numbers import numbers
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
@@ -216,7 +217,7 @@ def proximal_response(
 
 def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
     """Check the tolerances and return one for each row."""
-    found = np.asarray(given, float)
+    found = numbers(given, name).astype(float)
     if found.shape not in ((), (num_rows,)) or not (found > 0).all():
         raise ValueError(
             f"{name} must be positive, of shape () or ({num_rows},), got shape {found.shape}"

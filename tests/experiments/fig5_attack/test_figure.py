@@ -16,11 +16,6 @@ SMOKE = fig5.PRESETS["smoke"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
 def record(splits, folder):
     result = fig5.run(SMOKE, splits, checkpoints=folder)
     return dataclasses.replace(result, config=dataclasses.asdict(SMOKE))

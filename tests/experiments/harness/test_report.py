@@ -1,5 +1,6 @@
 import base64
 import html
+import json
 
 import pytest
 
@@ -117,3 +118,17 @@ def test_broken_record_is_named(tmp_path, capsys):
 )
 def test_number(value, text):
     assert report.number(value) == text
+
+
+def test_page_says_that_a_record_has_no_checksum(tmp_path):
+    _save(tmp_path / "fig2-paper")
+    _save(tmp_path / "fig1-paper", experiment="fig1")
+    path = tmp_path / "fig1-paper" / "record.json"
+    content = json.loads(path.read_text())
+    del content["format"], content["sha256"]
+    path.write_text(json.dumps(content))
+    before = path.read_bytes()
+    page = report.write_page(tmp_path).read_text()
+    assert page.count("This record has no checksum") == 1
+    assert page.index('id="fig1-paper"') < page.index("no checksum") < page.index('id="fig2-paper"')
+    assert path.read_bytes() == before

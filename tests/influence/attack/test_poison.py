@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 
 from influence import CG, Direct, DivergenceError, Examples, prepare
-from influence.attack.poison import (
-    PoisonOptions,
-    _Attack,
-    gradient_norms,
-    mean_s_test,
-    poison,
-)
+from influence.attack.poison import PoisonOptions, _Attack, gradient_norms, mean_s_test, poison
 from influence.attack.targets import PAPER_RULE, Rule, check_targets
 from tests.influence.attack import attacked
 from tests.influence.attack.attacked import RADIUS, by_refit, mean_loss, refitted_loss, replaced
@@ -369,10 +363,11 @@ def test_s_test_by_any_solver(make):
         np.testing.assert_allclose(mean_s_test(net, train, test, solver), expected, rtol=1e-7)
 
 
-def test_a_singular_hessian_is_named():
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-30])  # rounding hides the smaller one
+def test_a_singular_hessian_is_named(weight_decay):
     net, train, test, _ = attacked.logistic(weight_decay=0.02)
-    flat = attacked.BinaryLogisticRegression(5, weight_decay=0.0)
-    double = [Examples(np.c_[part.x, np.zeros(len(part))], part.y) for part in (train, test)]
+    flat = attacked.BinaryLogisticRegression(8, weight_decay=weight_decay)
+    double = [Examples(np.c_[part.x, part.x], part.y) for part in (train, test)]
     with pytest.raises(DivergenceError, match="A must not be singular"):
         mean_s_test(flat, *double)
 

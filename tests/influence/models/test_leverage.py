@@ -86,6 +86,13 @@ def test_a_gram_matrix_serves_whatever_the_labels():
     assert not np.allclose(net.leverages(examples, gram=2 * K), got, rtol=0.1)
 
 
+def test_one_step_names_a_singular_hessian():
+    net, examples, _ = problem(30, 4, weight_decay=0.0)
+    examples = Examples(examples.x * [1, 0, 1, 1], examples.y)
+    with pytest.raises(DivergenceError, match="use a weight_decay above 0.0"):
+        net.one_step_leave_one_out(examples, [0])
+
+
 # --- when Influence asks for it ----------------------------------------------------------------
 
 ANSWER = np.arange(70.0)

@@ -11,16 +11,6 @@ from tests.influence.solvers.matrices import counting
 D = 40
 
 
-@pytest.fixture(scope="module")
-def matrix():
-    return symmetric(np.geomspace(0.01, 1, D))
-
-
-@pytest.fixture(scope="module")
-def B():
-    return np.random.default_rng(1).standard_normal((D, 5))
-
-
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     d=st.integers(1, 12),
@@ -42,6 +32,16 @@ def test_as_many_iterations_as_distinct_eigenvalues():
     A = symmetric(np.repeat([1.0, 2.0, 5.0], [10, 20, 10]))
     solution = solve(A, np.random.default_rng(0).standard_normal((D, 3)), CG(rtol=1e-10))
     assert solution.iterations.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("seed", [579, 966, 1089, 1105, 1158, 1293])
+def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
+    """Three distinct eigenvalues take three iterations, and rounding a few more."""
+    rng = np.random.default_rng(seed)
+    A = symmetric(rng.choice([1e-3, 1.0, 1e3], 10), seed)
+    B = rng.standard_normal((10, 4)) * [1e-30, 1e-15, 1e-3, 1.0]
+    solution = solve(A, B, CG(1e-5))
+    assert solution.converged.all() and solution.iterations.max() <= 5
 
 
 def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):

@@ -14,12 +14,7 @@ from influence import (
     solve,
 )
 from influence.solvers.lissa import largest_eigenvalue
-from tests.influence.problems import (
-    logistic,
-    relative_error,
-    ridge,
-    symmetric,
-)
+from tests.influence.problems import logistic, relative_error, ridge, symmetric
 
 D = 8
 MATRIX = symmetric(np.linspace(0.2, 3, D))

@@ -7,17 +7,6 @@ from tests.influence.problems import logistic, relative_error, symmetric
 from tests.influence.solvers.matrices import Damped, approximation, counting, inverse
 
 D = 40
-SPECTRUM = np.geomspace(1e-2, 1, D)
-
-
-@pytest.fixture(scope="module")
-def matrix():
-    return symmetric(SPECTRUM)
-
-
-@pytest.fixture(scope="module")
-def B():
-    return np.random.default_rng(1).standard_normal((D, 3))
 
 
 # --- what is inverted ------------------------------------------------------------------------

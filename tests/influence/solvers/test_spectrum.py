@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator
 
-from influence import (
-    CG,
-    ConvergenceWarning,
-    DivergenceError,
-    Examples,
-    GaussNewton,
-    Hessian,
-    solve,
-)
+from influence import CG, ConvergenceWarning, DivergenceError, Examples, GaussNewton, Hessian, solve
 from influence.solvers.spectrum import spectrum, suggest_damping
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
@@ -82,6 +74,18 @@ def test_multiples_of_the_identity(path, matrix):
     np.testing.assert_allclose(found.smallest, matrix[0, 0], atol=1e-14)
     np.testing.assert_allclose(found.largest, matrix[0, 0], atol=1e-14)
     assert found.converged
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e200, 1e300])
+def test_matrices_of_extreme_size(path, size):
+    """Check that residuals and the damping have the size of the matrix."""
+    A = symmetric(np.linspace(-1, 10, D))
+    found = spectrum(size * A)
+    assert found.converged and found.smallest[0] == pytest.approx(-size, rel=1e-9)
+    assert found.largest[0] == pytest.approx(10 * size, rel=1e-9)
+    residuals = [found.smallest_residuals[0] / size, found.largest_residuals[0] / size]
+    assert 0 < min(residuals) and max(residuals) < 1e-4
+    assert suggest_damping(size * A) / size == pytest.approx(suggest_damping(A), rel=1e-3)
 
 
 @pytest.mark.parametrize("d", [1, 2, 5])

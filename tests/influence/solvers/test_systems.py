@@ -1,6 +1,7 @@
 """Random systems of many kinds and sizes. Every answer that counts as converged is right.
 
-`make systems` solves 200 of each kind; the tests solve $SYSTEMS of them, 2 if it is not set.
+`make systems` solves 200 of each kind; the tests solve $SYSTEMS of them, 2 if it is not set. The
+first has the seed $SYSTEMS_FROM, or 0.
 """
 
 import os
@@ -9,21 +10,26 @@ import warnings
 import numpy as np
 import pytest
 import scipy.sparse
+from scipy.sparse.linalg import LinearOperator
 
 from influence import (
     CG,
     EKFAC,
     Direct,
     DivergenceError,
+    Examples,
     GaussNewton,
     Lanczos,
     LiSSA,
+    MulticlassLogisticRegression,
     Nystrom,
     solve,
 )
 from tests.influence.problems import logistic
 
-COUNT = int(os.environ.get("SYSTEMS", "2"))
+COUNT, FIRST = int(os.environ.get("SYSTEMS", "2")), int(os.environ.get("SYSTEMS_FROM", "0"))
+# CG stalled in blocks of these seeds, or met an error of SciPy.
+SEEDS = sorted({*range(FIRST, FIRST + COUNT), 51, 63, 154, 175, 176, 193})
 EXACT = {
     "CG": CG(1e-5),
     "CG preconditioned": CG(1e-5, preconditioner=Nystrom(5)),
@@ -94,7 +100,7 @@ def _check(A, B, solution, rtol):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_what_counts_as_converged_is_right(name, kind, block, dtype):
-    for seed in range(COUNT):
+    for seed in SEEDS:
         rng = np.random.default_rng([seed, list(KINDS).index(kind)])
         d = 1 if kind == "d = 1" else int(rng.integers(2, 12))
         A, B = KINDS[kind](rng, d).astype(dtype), BLOCKS[block](rng, d).astype(dtype)
@@ -107,31 +113,58 @@ def test_what_counts_as_converged_is_right(name, kind, block, dtype):
             assert solution is not None and solution.converged.all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 12])
+INPUTS = {
+    "one row": lambda rng: rng.standard_normal((1, 5)),
+    "few rows": lambda rng: rng.standard_normal((3, 5)),
+    "many rows": lambda rng: rng.standard_normal((12, 5)),
+    "equal and zero rows": lambda rng: rng.standard_normal((4, 5))[[0, 0, 0, 1, 2, 3]] * _ZEROS,
+    "features of all sizes": lambda rng: rng.standard_normal((12, 5)) * [1e-9, 1e-3, 1, 30, 1e3],
+    "large": lambda rng: rng.standard_normal((12, 5)) * 1e90,
+    "small": lambda rng: rng.standard_normal((12, 5)) * 1e-90,
+}
+_ZEROS = np.array([[1.0]] * 4 + [[0.0]] * 2)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", [*SOLVERS, "EKFAC"])
-def test_what_counts_as_converged_is_right_of_a_net(name, num_rows):
-    p = logistic("softmax", num_rows=num_rows)
+def test_what_counts_as_converged_is_right_of_a_net(name, inputs):
+    p = logistic("softmax")
     solver = SOLVERS.get(name, EKFAC(rtol=0.1))
-    H = GaussNewton(p.net, p.train)
-    A, B = H.dense(), np.random.default_rng(0).standard_normal((H.shape[0], 3)) * [1e-30, 1, 1e30]
-    solution = _solved(H, B, solver)
-    if solution is not None:
-        _check(A, B, solution, solver.rtol)
+    for seed in range(FIRST, FIRST + min(COUNT, 20)):  # LiSSA takes longer here
+        rng = np.random.default_rng([seed, list(INPUTS).index(inputs)])
+        x = INPUTS[inputs](rng)
+        p.net.theta = rng.standard_normal(15) / np.abs(x).max()
+        H = GaussNewton(p.net, Examples(x, rng.integers(3, size=len(x))), rng.choice([0.0, 1e-3]))
+        A, B = H.dense(), rng.standard_normal((15, 3)) * [1e-30, 1, 1e30]
+        solution = _solved(H, B, solver)
+        if solution is not None:
+            _check(A, B, solution, solver.rtol)
 
 
 # --- sizes --------------------------------------------------------------------------------------
 
 
+class Products(LinearOperator):
+    """A matrix that is known only through its products."""
+
+    def __init__(self, matrix):
+        self._matrix = matrix
+        super().__init__(matrix.dtype, matrix.shape)
+
+    def _matmat(self, V):
+        return self._matrix @ V
+
+
 @pytest.mark.parametrize(
-    ("dtype", "exponents"),
-    [("float32", (-100, -60, 60, 100)), ("float64", (-980, -500, 500, 980))],
+    ("dtype", "exponents"), [("float32", (-100, -60, 60, 100)), ("float64", (-980, -500, 500, 980))]
 )
+@pytest.mark.parametrize("held", [np.asarray, Products], ids=["array", "operator"])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, dtype, exponents):
+def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, exponents):
     """Check exact scaling for b times a power of two, and scaling up to rounding for A."""
     rng = np.random.default_rng(1)
-    A = _of(rng, rng.uniform(1, 10, 6)).astype(dtype)
-    B = rng.standard_normal((6, 2)).astype(dtype)
+    A = _of(rng, rng.uniform(1, 10, 24)).astype(dtype)
+    B = rng.standard_normal((24, 2)).astype(dtype)
     solver, eps = SOLVERS[name], np.finfo(dtype).eps
     expected = solve(A, B, solver)
     for exponent in exponents:
@@ -140,8 +173,10 @@ def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, dtype, exponen
         for field in ("residual", "iterations", "converged", "min_curvature"):
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
         for a, b in ((exponent, 0), (exponent, exponent // 2)):
-            found = solve(np.ldexp(A, a), np.ldexp(B, b), solver)
-            np.testing.assert_allclose(np.ldexp(found.x, a - b), expected.x, rtol=500 * eps)
+            found = solve(held(np.ldexp(A, a)), np.ldexp(B, b), solver)
+            # Rounding is relative to the largest entry, because Q mixes all of them.
+            gap = np.abs(np.ldexp(found.x, a - b) - expected.x).max(axis=0)
+            assert (gap <= 50 * eps * np.abs(expected.x).max(axis=0)).all()
             np.testing.assert_allclose(found.residual, expected.residual, rtol=1e-3, atol=20 * eps)
             np.testing.assert_array_equal(found.iterations, expected.iterations)
             np.testing.assert_array_equal(found.converged, expected.converged)
@@ -151,6 +186,28 @@ def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, dtype, exponen
     found = solve(A, B * B.dtype.type(s), solver)
     np.testing.assert_allclose(found.x / s, expected.x, rtol=2e-3)
     assert (found.converged == expected.converged).all()
+
+
+@pytest.mark.parametrize("exponent", [-460, 460])
+@pytest.mark.parametrize("name", [*SOLVERS, "EKFAC"])
+def test_inputs_of_any_size_give_the_same_answer(name, exponent):
+    """With inputs s x, weights theta / s and s^2 times the penalty, the matrix is s^2 times."""
+    solver, b = SOLVERS.get(name, EKFAC(rtol=0.1)), np.linspace(1, 2, 15)
+    x, y = np.random.default_rng(0).standard_normal((12, 5)), np.arange(12) % 3
+    found = []
+    for power in (0, exponent):
+        weight_decay = float(np.ldexp(0.01, 2 * power))
+        net = MulticlassLogisticRegression(5, 3, weight_decay=weight_decay)
+        net.theta = np.ldexp(np.linspace(-1, 1, 15), -power)
+        A = GaussNewton(net, Examples(np.ldexp(x, power), y))
+        solution = solve(A, b, solver)
+        exact = np.linalg.solve(np.ldexp(A.dense(), -2 * power), b)
+        found.append((np.ldexp(solution.x, 2 * power), solution.residual[0], solution.iterations))
+        if solution.converged and name in (*EXACT, "Lanczos, full rank", "Nystrom, full rank"):
+            assert np.abs(found[-1][0] - exact).max() < 1e-5 * np.abs(exact).max()
+    assert np.abs(found[1][0] - found[0][0]).max() < 1e-10 * np.abs(found[0][0]).max()
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3, abs=1e-12)
+    assert found[1][2] == found[0][2]
 
 
 def test_a_solution_that_the_dtype_cannot_hold_is_refused():
@@ -177,27 +234,6 @@ def test_sparse_integer_and_boolean_matrices(solver):
     for held in (scipy.sparse.csr_matrix(A), scipy.sparse.coo_array(A), A.astype(int)):
         np.testing.assert_allclose(solve(held, b, solver).x, [1, 0.5, 0.25], rtol=1e-2)
     np.testing.assert_allclose(solve(np.eye(3, dtype=bool), b, solver).x, b, rtol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (np.ma.masked_array(np.ones(3), [True, False, False]), "without a mask, got a masked one"),
-        (np.array([1j, 0, 0]), "of numbers, got dtype complex128"),
-        (np.array([1, None, 2], dtype=object), "of numbers, got dtype object"),
-        (np.array(["1", "2", "3"]), "of numbers, got dtype <U1 of strings"),
-        (np.array(["2020-01-01"] * 3, "datetime64[D]"), "of numbers, got dtype datetime64"),
-    ],
-    ids=["masked", "complex", "object", "string", "datetime"],
-)
-def test_other_arrays_are_refused_by_name(wrong, message):
-    with pytest.raises(TypeError, match=f"^B must be an array {message}"):
-        solve(np.eye(3), wrong, CG())
-    square = wrong[:, None] * np.ones(3, int) if wrong.dtype.kind == "c" else wrong[[[0] * 3] * 3]
-    with pytest.raises(TypeError, match=f"^A must be an array {message}"):
-        solve(square, np.ones(3), CG())
-    with pytest.raises(TypeError, match=f"^gradients must be an array {message}"):
-        solve(np.eye(3), np.ones(3), CG()).score_error_bound(wrong[None])
 
 
 def test_a_sparse_matrix_is_checked_as_an_array_is():

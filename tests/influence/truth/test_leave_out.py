@@ -21,7 +21,6 @@ from influence import (
     prepare,
 )
 from influence.truth import leave_out as module
-from influence.truth import runs
 from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
@@ -51,11 +50,6 @@ def changes(p, groups):
     before = p.measured.losses(p.theta)
     after = [p.measured.losses(p.oracle.without(g).minimum(p.theta)) for g in groups]
     return np.stack([a - before for a in after], axis=1)
-
-
-@pytest.fixture(scope="module")
-def softmax():
-    return logistic("softmax", N, intercept=True)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +310,9 @@ def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
 
 
 def test_training_on_from_no_minimum_is_warned_of():
-    net, examples = tanh_net(l2=0.05)
+    # The penalty would remove more hidden units. A minimum without them is flat: along flat
+    # directions rounding hides a gradient above the tolerance.
+    net, examples = tanh_net(hidden=2, l2=0.05)
     with pytest.warns(ConvergenceWarning, match="^net is at a gradient norm of .* go on with the"):
         away = leave_one_out(net, examples, examples, [0, 6])
     net.fit(examples)
@@ -427,81 +423,6 @@ def test_a_net_that_is_not_at_its_minimum_is_refused():
         "the tolerance 1.0e-08; call net.fit",
     ):
         rows_out(p, [0])
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    monkeypatch.setattr(Direct, "prepare", lambda *_: pytest.fail("the work had begun"))
-    monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("the work had begun"))
-
-
-Y = np.zeros(4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"net": "net"}, TypeError, "^net must be a GenericNeuralNet, got str"),
-        ({"train": (1, 2)}, TypeError, r"^train must be Examples\(x, y\), got tuple"),
-        ({"test": (1, 2)}, TypeError, r"^test must be Examples\(x, y\), got tuple"),
-        ({"train": Examples(np.ones((4, 2)), Y)}, ValueError, r"^train\.x must have rows of shape"),
-        ({"test": Examples(np.ones((4, 5)), Y + 3)}, ValueError, r"^test\.y must hold class numb"),
-        ({"train": Examples(np.ones((1, 5)), Y[:1])}, ValueError, "^train must have at least 2 ro"),
-        ({"rows": [60]}, IndexError, r"^rows must lie in \[0, 60\), got 60"),
-        ({"rows": [2, 2]}, ValueError, "^rows must name each row once, got 2 twice"),
-        ({"rows": []}, ValueError, "^rows must be a one-dimensional, non-empty list"),
-        ({"rows": np.ones(60, bool)}, TypeError, "^rows must be integers, got dtype bool"),
-    ],
-)
-def test_bad_inputs_are_refused_before_any_work(arguments, error, message, softmax, no_work):
-    given = {"net": softmax.net, "train": softmax.train, "test": softmax.test, "rows": [0]}
-    with pytest.raises(error, match=message):
-        leave_one_out(**{**given, **arguments})
-    if "rows" not in arguments:
-        with pytest.raises(error, match=message):
-            leave_group_out(*{**given, **arguments, "rows": [[0]]}.values())
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"method": "sgd"}, ValueError, "^method must be 'newton' or 'fit', got 'sgd'"),
-        ({"tolerance": 0.0}, ValueError, r"^tolerance must be positive, got 0\.0"),
-        ({"tolerance": np.nan}, ValueError, "^tolerance must be positive, got nan"),
-        ({"start": np.zeros(3)}, ValueError, r"^start must have shape \(18,\), got \(3,\)"),
-        ({"start": np.full(18, np.nan)}, ValueError, "^start must be finite"),
-        ({"max_passes": 0}, ValueError, "^max_passes must be at least 1, got 0"),
-        ({"solver": "cg"}, TypeError, r"^solver must be a solver such as CG\(\)"),
-        ({"fit": print, "checkpoints": "folder"}, ValueError, "^key must say what `fit` does when"),
-    ],
-)
-def test_bad_options_are_refused_before_any_work(options, error, message, softmax, no_work):
-    with pytest.raises(error, match=message):
-        rows_out(softmax, [0], **options)
-
-
-@pytest.mark.parametrize(
-    ("groups", "error", "message"),
-    [
-        ([], ValueError, "^groups must hold at least one group of rows, got none"),
-        ({}, ValueError, "^groups must hold at least one group of rows, got none"),
-        (3, TypeError, "^groups must be a list of arrays of row numbers or a dict .* got int"),
-        ("ab", TypeError, "^groups must be a list of arrays of row numbers .* got str"),
-        (iter([[1]]), TypeError, "^groups must be a list of arrays of row numbers"),
-        ([1, 2], ValueError, r"^groups\[0\] must be a one-dimensional, .* got 1; use \[1\]"),
-        ([[1], []], ValueError, r"^groups\[1\] must be a one-dimensional, non-empty list"),
-        ({"a": [1], "b": []}, ValueError, r"^groups\['b'\] must be a one-dimensional, non-empty"),
-        ([[0, N]], IndexError, rf"^groups\[0\] must lie in \[0, {N}\), got {N} at position 1"),
-        ([[-1]], IndexError, r"^groups\[0\] must lie in \[0, 60\), got -1"),
-        ([[1, 2, 1]], ValueError, r"^groups\[0\] must name each row once, got 1 twice"),
-        ([[0.0]], TypeError, r"^groups\[0\] must be integers, got dtype float64"),
-        ([np.ones(N, bool)], TypeError, r"^groups\[0\] must be integers, got dtype bool"),
-        ({"all": range(N)}, ValueError, r"^groups\['all'\] must leave a row to train on, got all"),
-    ],
-)
-def test_bad_groups_are_refused_before_any_work(groups, error, message, softmax, no_work):
-    with pytest.raises(error, match=message):
-        groups_out(softmax, groups)
 
 
 def test_newton_is_for_convex_nets():

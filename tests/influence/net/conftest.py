@@ -1,0 +1,36 @@
+"""A small network with its losses and gradients by a plain tape."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.influence.problems import tanh_net
+
+
+def squares(y, output):
+    return tf.reduce_sum((tf.reshape(y, [-1, 1]) - output) ** 2, axis=1)
+
+
+@pytest.fixture(scope="module")
+def tanh():
+    """Return a network, examples, plain losses and gradients as functions, and vectors V."""
+    net, examples = tanh_net()
+    twin, _ = tanh_net()  # its theta changes here, so that the net's never does
+
+    def losses(theta, x=examples.x):
+        twin.theta = theta
+        return squares(examples.y, twin.model(x)).numpy()
+
+    def gradients(theta, x=examples.x):
+        """Return d/dtheta of the mean loss, and d/dx of each loss at its own x."""
+        twin.theta = theta
+        x = tf.constant(x)
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            values = squares(examples.y, twin.model(x))
+            mean, total = tf.reduce_mean(values), tf.reduce_sum(values)
+        by_theta = [np.ravel(g) for g in tape.gradient(mean, twin.model.trainable_weights)]
+        return np.concatenate(by_theta), tape.gradient(total, x).numpy()
+
+    V = np.random.default_rng(1).standard_normal((net.num_parameters, 2))
+    return net, examples, losses, gradients, V
