@@ -92,7 +92,8 @@ class Curvature(LinearOperator):
         """
         self.check_theta()
         V = numbers(V, "V")
-        products = self.net.each_batch(self._each, *self.examples.stacked(rows), V)
+        x, y = self.examples.stacked(rows)
+        products = self.net.each_batch(self._each, x, y, V)
         num_batches, d, num_vectors = V.shape
         flat = np.moveaxis(V, 1, 0).reshape(d, -1)
         penalty = self.net.penalty_hvp(flat).reshape(d, num_batches, num_vectors)
