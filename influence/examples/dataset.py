@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,18 +80,21 @@ def check_kind(dataset: Any) -> None:
         raise ValueError("dataset must end, got an infinite one; use .take(n), or no .repeat().")
 
 
-def batches_of(dataset: Any, numbers: NDArray | None = None) -> Iterator[Batch]:
+def batches_of(
+    dataset: Any, numbers: NDArray | None = None, outputs: Sequence[str] = ()
+) -> Iterator[Batch]:
     """Yield the dataset's batches in order. Check that inputs, row shapes and dtypes agree.
 
     Args:
       dataset: an object that `check_kind` accepts.
       numbers: (b,) increasing numbers of the batches to read, or None for all batches.
+      outputs: the names of the model's outputs, for batches with a tuple of labels.
 
     Raises: TypeError or ValueError if an element is not a batch (x, y) of arrays of numbers.
     """
     count, first = 0, None
     for element in _elements(dataset, numbers):
-        batch = _batch(element, count)
+        batch = _batch(element, count, outputs)
         first = first or batch
         _check_alike(batch, first, count)
         count += len(batch.y)
@@ -142,7 +145,7 @@ def _elements(dataset: Any, numbers: NDArray | None) -> Iterable[Any]:
     return (element for i, element in upto if i in wanted)
 
 
-def _batch(element: Any, first_row: int) -> Batch:
+def _batch(element: Any, first_row: int, outputs: Sequence[str]) -> Batch:
     """Convert an element of the dataset to a Batch.
 
     Raises: TypeError or ValueError if the element is not a batch (x, y).
@@ -157,6 +160,10 @@ def _batch(element: Any, first_row: int) -> Batch:
                 f"x must be an array, or a dict or tuple of arrays, got {_kind(x)}; {_REMEDY}."
             )
         x = dict(enumerate(x))
+    if isinstance(y, tuple | list) and len(y) == len(outputs) > 1:
+        y = dict(zip(outputs, y, strict=True))
+        if isinstance(weight, tuple | list):
+            weight = dict(zip(outputs, weight, strict=True))
     if isinstance(y, tuple | list):
         raise TypeError(
             f"y must be an array of labels or a dict of arrays by output name, got {_kind(y)}; "

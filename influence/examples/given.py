@@ -40,7 +40,7 @@ def as_examples(
     if isinstance(value, Examples):
         return value
     if is_dataset(value):
-        stream = Stream(value)
+        stream = Stream(value, outputs=outputs)
         return stream.take(slice(None)) if stream.num_entries <= _SMALL else stream
     if not isinstance(value, tuple | list) or len(value) not in (2, 3) or not _are_rows(value[1]):
         kind = type(value).__name__

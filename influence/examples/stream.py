@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -36,8 +36,9 @@ class Stream(Examples):
     Args:
       dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y) or
         (x, y, sample_weight), as for `fit`. x is an array, or a dict or tuple with one array per
-        model input. y is an array of labels or a dict of them by output name.
+        model input. y is an array of labels, or a dict of them by output name, or a tuple of them.
       max_rows: the maximum number of rows. A dataset with more rows is refused as infinite.
+      outputs: the names of the model's outputs, for a tuple of labels.
 
     Attributes:
       y: (n, ...) labels, as in Examples. Above 64 MiB, a temporary file on disk holds them.
@@ -47,11 +48,17 @@ class Stream(Examples):
       different shapes. ValueError if a shuffle or augmentation changes rows between passes.
     """
 
-    def __init__(self, dataset: tf.data.Dataset | keras.utils.PyDataset, *, max_rows: int = 10**7):
+    def __init__(
+        self,
+        dataset: tf.data.Dataset | keras.utils.PyDataset,
+        *,
+        max_rows: int = 10**7,
+        outputs: Sequence[str] = (),
+    ):
         if not is_integer(max_rows, 1):
             raise ValueError(f"max_rows must be a positive integer, got {max_rows!r}.")
         check_kind(dataset)
-        self._dataset = dataset
+        self._dataset, self._outputs = dataset, tuple(outputs)
         hashes = self._first_pass(max_rows)
         if isinstance(dataset, keras.utils.PyDataset):
             dataset.on_epoch_end()  # Keras' own datasets shuffle in this method
@@ -117,7 +124,7 @@ class Stream(Examples):
         """Store labels, fingerprint and first rows. Return a hash of each row, (n,)."""
         seen, hashes, starts, first = Fingerprint(), [], [0], []
         with tempfile.TemporaryFile() as file:
-            batches = checked(batches_of(self._dataset), max_rows)
+            batches = checked(batches_of(self._dataset, outputs=self._outputs), max_rows)
             for batch in progress(batches, "reading the stream"):
                 seen.add(batch.x, batch.y)
                 hashes.append(row_hashes(batch))
@@ -144,7 +151,7 @@ class Stream(Examples):
     def _second_pass(self, expected: NDArray[np.int64]) -> None:
         """Read the dataset again. Raise ValueError if rows differ from the first pass."""
         count = 0
-        batches = batches_of(self._dataset)
+        batches = batches_of(self._dataset, outputs=self._outputs)
         for batch in progress(batches, "reading the stream again", len(self._starts) - 1):
             got = row_hashes(batch)
             before = expected[count : count + len(got)]
@@ -179,7 +186,7 @@ class Stream(Examples):
         of_batch = np.searchsorted(self._starts, rows, "right") - 1
         numbers, begins = np.unique(of_batch, return_index=True)
         count = 0
-        found = batches_of(self._dataset, numbers)
+        found = batches_of(self._dataset, numbers, self._outputs)
         for number, wanted, batch in zip(numbers, np.split(rows, begins[1:]), found, strict=False):
             inside = wanted - self._starts[number]
             whole = len(batch.y) == self._starts[number + 1] - self._starts[number]

@@ -16,6 +16,7 @@ from influence.common.convergence import DivergenceError
 from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.examples import Examples
+from influence.examples.given import Data
 from influence.minimisers.adam import BETA_1, BETA_2, EPSILON, Moments, batch_rows
 from influence.net.net import GenericNeuralNet
 
@@ -106,7 +107,7 @@ class AllCNN(GenericNeuralNet):
 
     def fit(
         self,
-        examples: Examples,
+        examples: Data,
         *,
         schedule: Sequence[tuple[int, float]] = _SCHEDULE,
         batch_size: int = 500,

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import warn_unconverged
 from influence.examples.examples import Examples
+from influence.examples.given import Data
 from influence.minimisers.box_qp import boxed_minimum
 from influence.models.design import Link
 from influence.models.linear import LinearModel
@@ -162,7 +163,7 @@ class SmoothHinge(LinearModel):
     # --- the minimum at t = 0, and its proof ----------------------------------------------------
 
     def fit(
-        self, examples: Examples, *, gradient_tolerance: float = 1e-8, max_iterations: int = 10_000
+        self, examples: Data, *, gradient_tolerance: float = 1e-8, max_iterations: int = 10_000
     ) -> SmoothHinge:
         """Minimise the risk from the present theta.
 

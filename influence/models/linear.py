@@ -23,6 +23,7 @@ from influence.common.convergence import warn_unconverged
 from influence.common.memory import ACTIVATIONS, VECTORS, fitting
 from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_differentiable
+from influence.examples.given import Data
 from influence.models import leverage, newton
 from influence.models.design import Design, Link
 from influence.net.net import GenericNeuralNet
@@ -204,7 +205,7 @@ class LinearModel(GenericNeuralNet):
     # --- fitting and oracles --------------------------------------------------------------------
 
     def fit(
-        self, examples: Examples, *, gradient_tolerance: float = 1e-10, max_iterations: int = 1000
+        self, examples: Data, *, gradient_tolerance: float = 1e-10, max_iterations: int = 1000
     ) -> LinearModel:
         """Minimise the risk by Newton's method from the present theta, without randomness.
 

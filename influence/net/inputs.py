@@ -55,12 +55,13 @@ def for_call(model: keras.Model, x: Any) -> Any:
     if not wanted and all(isinstance(key, int) for key in x):
         return [x[key] for key in sorted(x)]
     try:
-        by_name = isinstance(model.input, dict)
-    except (AttributeError, ValueError):
-        by_name = True
-    if by_name or not wanted or set(x) != set(wanted):
+        structure = model.input
+    except (AttributeError, ValueError):  # a sequential model has one input
+        structure = None
+    if isinstance(structure, dict) or not wanted or set(x) != set(wanted):
         return x
-    return [x[name] for name in wanted]
+    parts = [x[name] for name in wanted]
+    return parts if isinstance(structure, list | tuple) else parts[0]
 
 
 def fits(shape: tuple, wanted: tuple) -> bool:

@@ -24,6 +24,7 @@ from influence.common.numbers import numbers
 from influence.examples import labels as packing
 from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
+from influence.examples.given import Data
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
 from influence.net.compiled import SeveralLosses, model_loss
@@ -271,7 +272,7 @@ class GenericNeuralNet(Derivatives):
             most = min(most, _FLOAT32_ROWS)
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
-    def risk(self, examples: Examples, batch_size: int | None = None) -> float:
+    def risk(self, examples: Data, batch_size: int | None = None) -> float:
         """Return R(theta) = mean_i loss_i + penalty over all examples, in any form of data."""
         examples = self.given(examples, "examples")
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)
@@ -399,7 +400,7 @@ class GenericNeuralNet(Derivatives):
         return z
 
     def fit(
-        self, examples: Examples, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000
+        self, examples: Data, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000
     ) -> GenericNeuralNet:
         """Minimise the risk on all rows by L-BFGS from the current theta, deterministically.
 

@@ -177,8 +177,7 @@ def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
         return
     rng = np.random.default_rng(0)
     rows = [rng.uniform(0, 1, (_PROBE_ROWS, *t.shape[1:])).astype(t.dtype) for t in tensors]
-    named = dict(zip(declared(model), rows, strict=True))
-    x = rows[0] if len(rows) == 1 else for_call(model, named)
+    x = for_call(model, dict(zip(declared(model), rows, strict=True)))
     with keras.StatelessScope():
         pairs = zip(
             *(keras.tree.flatten(one(x, training=False)) for one in (model, copy)), strict=True

@@ -212,7 +212,7 @@ BATCH_SIZE = "^batch_size must be a positive integer or None"
 @pytest.mark.parametrize(
     ("net", "examples", "options", "error", "message"),
     [
-        ("model", None, {}, TypeError, r"^net must be a GenericNeuralNet, got str\.$"),
+        ("model", None, {}, TypeError, "^net must be a GenericNeuralNet, got str;"),
         (None, "rows", {}, TypeError, r"^examples must be Examples\(x, y\), got str"),
         (None, None, {"damping": -1e-9}, ValueError, r"^damping must be a number >= 0, got -1e-09"),
         (None, None, {"damping": np.nan}, ValueError, "^damping must be a number >= 0, got nan"),

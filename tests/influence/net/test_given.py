@@ -325,3 +325,19 @@ def test_bad_class_weights(y, weights, error, message):
 def test_class_weights_of_one_hot_labels():
     y = np.eye(3)[[0, 2, 1, 2]]
     assert influence.class_weights(y, {2: 4.0, 0: 0.5}).tolist() == [0.5, 4.0, 1.0, 4.0]
+
+
+def test_a_list_of_labels_belongs_to_the_outputs_in_their_order():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, [L.Dense(1, name="v")(inputs), L.Dense(1, name="u")(inputs)])
+    model.compile("sgd", ["mse", keras.losses.BinaryCrossentropy(from_logits=True)], [1.0, 0.5])
+    real, weights = B + 2, [W, W[::-1]]
+    reported = model.evaluate(A, [real, Y], sample_weight=weights, batch_size=N, verbose=0)[0]
+    net = GenericNeuralNet(model)
+    for data in (
+        (A, [real, Y], weights),
+        (A, {"v": real, "u": Y}, {"v": W, "u": W[::-1]}),
+        slices(A, (real, Y), (W, W[::-1])),
+    ):
+        assert net.risk(data) == pytest.approx(reported, rel=1e-5)

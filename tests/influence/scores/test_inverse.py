@@ -234,7 +234,8 @@ Y = np.zeros(4)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"net": "model.keras"}, TypeError, "^net must be a GenericNeuralNet, got str"),
+        ({"net": "model"}, TypeError, "^net must be a GenericNeuralNet, got str"),
+        ({"net": "a.keras"}, FileNotFoundError, "^path must be a file of a saved model, got a.ker"),
         ({"train": (1, 2)}, TypeError, r"^train must be Examples\(x, y\), got tuple"),
         ({"train": Examples(np.ones((4, 3)), Y)}, ValueError, r"^train\.x must have rows of shape"),
         ({"train": Examples(np.ones((4, 5)), Y + 3)}, ValueError, r"^train\.y must hold class num"),
