@@ -13,12 +13,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from influence.common.memory import fitting
+from influence.examples.arrays import parts_of
 from influence.examples.examples import Examples
 from influence.examples.labels import labels, sample_weights
 from influence.net.rowwise import in_dtype
 
 # The checks read at most this many rows, and at most this many of them one by one.
 _ROWS, _ALONE = 32, 3
+# Rows with many entries are fewer, so that they take at most _BYTES, but never less than _FEWEST.
+_BYTES, _FEWEST = 1 << 20, 4
 # Losses are equal if they differ by at most this fraction. Float32 rounding is far smaller.
 _RTOL = 1e-3
 
@@ -33,8 +37,12 @@ def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
     if examples not in _PROBES:
         n = len(examples)
         rows = np.arange(n)
-        if n > _ROWS:
-            rows = np.sort(np.random.default_rng(0).choice(n, _ROWS, replace=False))
+        parts = parts_of(examples.take([0]).x).values()
+        # A sparse row is measured by its entries.
+        row_bytes = sum(getattr(part, "nbytes", 8 * part.size) for part in parts)
+        some = max(_FEWEST, fitting(_BYTES, row_bytes, _ROWS))
+        if n > some:
+            rows = np.sort(np.random.default_rng(0).choice(n, some, replace=False))
         _PROBES[examples] = rows, examples.take(rows)
     return _PROBES[examples]
 

@@ -123,15 +123,15 @@ def bounded(A: GaussNewton, steps: int) -> tuple[Line, Line, Line]:
         "sets how hard the system is.",
     )
     title = "smallest eigenvalue"
-    if A.damping:
+    found = f"At least {bound:.3g}, of which {A.damping:.3g} is damping"
+    if A.damping > bound / 2:
         least = Finding(title, bound).warn(
-            f"At least {bound:.3g}, of which {A.damping:.3g} is damping: scores are those of a "
-            "risk that holds the weights where they are.",
+            f"{found}: scores are those of a risk that holds the weights where they are.",
             "Hold the scores against proximal refits with the same damping, not against plain "
             "ones.",
         )
     else:
-        least = Finding(title, bound).ok(f"At least {bound:.3g}, by the penalty.")
+        least = Finding(title, bound).ok(f"{found}. The penalty gives the rest.")
     says = f"{A.dtype} at condition number {condition:.1g} or less may lose {min(lost, 1):.1g}"
     digits = Finding("precision", lost)
     if lost < _ENOUGH_DIGITS:

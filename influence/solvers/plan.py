@@ -23,6 +23,7 @@ from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.curvature.roots import sum_of_lengths
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
+from influence.net.refused import check_weights
 from influence.solvers.base import Prepared, Solver
 from influence.solvers.cg import CG
 from influence.solvers.direct import Direct
@@ -109,6 +110,7 @@ class Planner:
             curvature = type(solver.A) if curvature is None else curvature
             damping = solver.A.damping if damping is None else damping
         self._given, self._train, self._batch_size = net, train, batch_size
+        self._theta = net.theta
         self._damping = damping
         self._curvature_given = curvature is not None
         open_question = not _is_convex(net) and (curvature is None or damping is None)
@@ -183,10 +185,9 @@ class Planner:
         )
 
     def check_theta(self) -> None:
-        """Raise RuntimeError if the given net's theta has changed since its copy was made."""
-        if self.net is not self._given and not np.array_equal(
-            self.net.theta, self._given.theta.astype(self.net.dtype)
-        ):
+        """Raise RuntimeError if the given net's theta has changed."""
+        if not np.array_equal(self._theta, self._given.theta):
+            check_weights(self._given.model)  # a NaN is not equal to itself
             raise RuntimeError(
                 "theta has changed since this Influence was made; make a new one for the new theta."
             )

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse
 import tensorflow as tf
 
-from influence import CG, Direct, Examples, GaussNewton, Influence
+from influence import CG, Direct, Examples, GaussNewton, Hessian, Influence
 from influence.net.measurements import margin
 from tests.influence.problems import (
     logistic,
@@ -235,7 +235,7 @@ def test_a_network_with_a_penalty_that_is_not_quadratic():
     net, train = tanh_net(l2=0.1)
     net.model.layers[-1].kernel.regularizer = Quartic()
     untraced(net)
-    influence = Influence(net, train, solver=Direct(), damping=20.0)
+    influence = Influence(net, train, solver=Direct(), damping=20.0, curvature=Hessian)
     rows, test = np.array([4, 9, 1]), train.take([0, 5])
     got = influence.group(test, rows, 2)
     n, k, theta = len(train), 3, net.theta

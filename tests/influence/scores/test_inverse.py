@@ -87,8 +87,9 @@ def test_the_damping_that_is_named_counts_what_is_there(tanh, solver):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            Influence(net, train, solver=solver, damping=present).scores(train.take([0]))
-        message = str(caught[-1].message)
+            how = {"solver": solver, "damping": present, "curvature": Hessian}
+            Influence(net, train, **how).scores(train.take([0]))
+        message = " ".join(str(warning.message) for warning in caught)
     except DivergenceError as error:
         message = str(error)
     found = re.search(r"damping (?:well )?above (\S+) \((\S+) more than now\)", message)
@@ -102,8 +103,9 @@ def test_the_damping_that_is_named_counts_what_is_there(tanh, solver):
 def test_direct_answers_for_an_indefinite_matrix_though_rounding_misses_rtol(tanh):
     net, train = tanh
     with pytest.warns(ConvergenceWarning) as caught:
-        Influence(net, train, solver=Direct(rtol=1e-30)).scores(train.take([0]))
-    first, second = (str(warning.message) for warning in caught)
+        influence = Influence(net, train, solver=Direct(rtol=1e-30), curvature=Hessian)
+        influence.scores(train.take([0]))
+    first, second = (str(warning.message) for warning in caught[:2])
     assert "Direct left a relative residual of" in first and "larger Direct(rtol=" in first
     assert "the matrix is indefinite" in second
 
@@ -116,20 +118,22 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers(tanh):
         r"^CG left a relative residual of .* \(rtol 1\.0e-06\) in \d+ of 20 systems for the test "
         "gradients: A is not positive definite: negative curvature -.* was met.*GaussNewton"
     )
+    by_cg = Influence(net, train, solver=CG(), curvature=Hessian)
     with pytest.raises(DivergenceError, match=message):
-        Influence(net, train).scores(train)
+        by_cg.scores(train)
     with pytest.raises(DivergenceError, match="systems for the rows' gradients: A is not positive"):
-        Influence(net, train).self_influence()
+        by_cg.self_influence()
     with pytest.raises(DivergenceError, match="systems for the rows' gradients: A is not positive"):
-        Influence(net, train).parameters(np.arange(20))
+        by_cg.parameters(np.arange(20))
     message = "Direct solved for the test gradients, but the matrix is indefinite .* seen -"
     with pytest.warns(ConvergenceWarning, match=message):
-        scores = Influence(net, train, solver=Direct()).scores(train)
+        scores = Influence(net, train, solver=Direct(), curvature=Hessian).scores(train)
     G = net.gradients(train.x, train.y)
     own = G + net.penalty_gradient()
     assert relative_error(scores[:], G @ np.linalg.solve(H, own.T) / 20) < 1e-10
     np.testing.assert_allclose(scores.solution.min_curvature, np.linalg.eigvalsh(H)[0], rtol=1e-9)
-    damped = Influence(net, train, damping=-2 * np.linalg.eigvalsh(H)[0]).scores(train)
+    damping = -2 * np.linalg.eigvalsh(H)[0]
+    damped = Influence(net, train, solver=CG(), damping=damping, curvature=Hessian).scores(train)
     assert damped.solution.converged.all() and (damped.solution.min_curvature > 0).all()
 
 
@@ -139,9 +143,9 @@ def test_a_singular_hessian_is_refused():
     train = Examples(x, p.train.y)
     test = Examples(p.test.x, p.test.y)  # a test point in which the two equal features differ
     with pytest.raises(DivergenceError, match="A is singular: curvature .* was met"):
-        Influence(p.net, train).scores(test)
+        Influence(p.net, train, solver=CG(), curvature=Hessian).scores(test)
     with pytest.raises(DivergenceError, match="^A must not be singular"):
-        Influence(p.net, train, solver=Direct()).scores(test)
+        Influence(p.net, train, solver=Direct(), curvature=Hessian).scores(test)
 
 
 def test_too_few_iterations_warn_where_the_library_was_called(problems):
@@ -205,24 +209,24 @@ def test_what_is_prepared_for_something_else_is_refused(problems):
     other = through_keras(logistic("softmax", intercept=True))
     moved = prepare(Hessian(other.net, p.train), CG())
     other.net.theta = other.theta + 1
-    for net, prepared in (
-        (p.net, prepare(Hessian(p.net, p.train, damping=0.1), CG())),
+    for net, prepared, *options in (
+        (p.net, prepare(Hessian(p.net, p.train, damping=0.1), CG()), {"damping": 0.2}),
         (p.net, prepare(Hessian(p.net, p.train.take(np.arange(30))), CG())),
         (p.net, prepare(Hessian(problems["softmax"].net, p.train), CG())),
-        (p.net, prepare(GaussNewton(p.net, p.train), CG())),
+        (p.net, prepare(GaussNewton(p.net, p.train), CG()), {"curvature": Hessian}),
         (p.net, prepare(np.eye(18), CG())),
         (p.net, prepare(np.eye(5), CG())),
         (other.net, moved),
     ):
         with pytest.raises(ValueError, match="^solver must be prepared for this matrix, got one"):
-            Influence(net, p.train, solver=prepared)
+            Influence(net, p.train, solver=prepared, **(options[0] if options else {}))
 
 
 def test_scores_belong_to_the_theta_they_were_made_at():
     p = ridge()
     influence = Influence(p.net, p.train)
     p.net.theta = p.theta + 1
-    with pytest.raises(RuntimeError, match="^theta has changed since this operator was made"):
+    with pytest.raises(RuntimeError, match="^theta has changed since this Influence was made"):
         influence.scores(p.test)
 
 

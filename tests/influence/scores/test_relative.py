@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from influence import CG, ConvergenceWarning, Direct, DivergenceError, Examples, Influence
+from influence import CG, ConvergenceWarning, Direct, DivergenceError, Examples, Hessian, Influence
 from influence.net.measurements import margin
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
@@ -115,7 +115,7 @@ def test_a_row_that_moves_nothing_has_no_direction():
 
 def test_a_saddle_has_no_size_of_loss():
     net, train = tanh_net()
-    influence = Influence(net, train, solver=Direct())
+    influence = Influence(net, train, solver=Direct(), curvature=Hessian)
     with (
         pytest.warns(ConvergenceWarning, match="the matrix is indefinite"),
         pytest.raises(DivergenceError, match="^kind must be 'theta' where the matrix is not pos"),
