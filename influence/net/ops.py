@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import gen_image_ops, gen_math_ops, gen_nn_ops
@@ -174,6 +175,25 @@ def _may_broadcast(x: Any, y: Any) -> bool:
     return all(size in (None, 1) for size in y[:-2])
 
 
+def _pow(original: Callable) -> Callable:
+    """Compute small integer powers by products.
+
+    TensorFlow's k-th derivative of x^y contains the factors y - k + 1 and x^(y - k). Their product
+    is 0 times infinity for y = k - 1 and x = 0, so that the third derivative of x^2 is NaN at 0.
+    """
+
+    def power(x, y, name=None):
+        exponent = tf.get_static_value(y) if tf.is_tensor(y) else y
+        if np.ndim(exponent) or exponent not in (1, 2, 3, 4):
+            return original(x, y, name=name)
+        x = tf.convert_to_tensor(x)
+        powers = {1: tf.identity, 2: tf.square, 3: lambda x: x * tf.square(x)}
+        powers[4] = lambda x: tf.square(tf.square(x))
+        return powers[int(exponent)](x)
+
+    return power
+
+
 def _ctc_loss(original: Callable) -> Callable:
     def ctc_loss(*arguments: Any, **options: Any) -> Any:
         raise NotImplementedError(
@@ -192,6 +212,7 @@ _REPLACED: list[tuple[Any, str, Callable]] = [
     *((gen_image_ops, f"resize_{name}", _resize) for name in _IMAGES),
     (gen_image_ops, "scale_and_translate", _scale_and_translate),
     (gen_math_ops, "batch_mat_mul_v2", _batch_matmul),
+    (gen_math_ops, "_pow", _pow),
     (tf.nn, "ctc_loss", _ctc_loss),
 ]
 

@@ -192,11 +192,13 @@ _add_resize("Resizing, pad", lambda: L.Resizing(9, 4, pad_to_aspect_ratio=True))
 _add("CenterCrop", lambda: L.CenterCrop(4, 4), IMAGE)
 _add_resize("CenterCrop, larger", lambda: L.CenterCrop(8, 9))
 
-ACTIVATIONS = """softsign celu elu exponential gelu glu hard_shrink hard_sigmoid hard_silu hard_tanh
+ACTIVATIONS = """softsign celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh
 leaky_relu linear log_sigmoid log_softmax mish relu relu6 selu sigmoid silu softmax soft_shrink
 softplus sparse_plus sparse_sigmoid sparsemax squareplus tanh tanh_shrink""".split()
 for name in ACTIVATIONS:
     _add(f"Activation, {name}", lambda a=name: L.Activation(a), VECTOR)
+
+_add("Lambda, glu", lambda: L.Lambda(keras.activations.glu, output_shape=(3,)), VECTOR)
 
 # Vectors.
 for name, arguments in {

@@ -1,6 +1,7 @@
 """Tests of replaced and refused operations against NumPy and finite differences."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -149,6 +150,28 @@ def test_replacements_have_the_values_of_tensorflow_and_both_derivatives(name):
     assert relative_error(np.sum(first * v), along) < 1e-8
     true = oracles.central_difference(slope, x, v)
     assert relative_error(second, true) < 1e-8
+
+
+@pytest.mark.parametrize("exponent", [1, 2, 3, 4])
+def test_powers_of_zero_have_all_derivatives(exponent):
+    """The expected values are the factorials of x^k, whose k-th derivative is k!."""
+    x: Any = tf.constant([0.0, 2.0], tf.float64)
+    zero = tf.UnconnectedGradients.ZERO
+    functions: list[Any] = [lambda x: x**exponent]
+    for _ in range(3):
+
+        def slope(x, function=functions[-1]):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                total = tf.reduce_sum(function(x))
+            return tape.gradient(total, x, unconnected_gradients=zero)
+
+        functions.append(slope)
+    with ops.exact():
+        for k, function in enumerate(functions):
+            factor = math.perm(exponent, k)
+            expected = factor * x.numpy() ** max(exponent - k, 0)
+            assert np.array_equal(function(x), expected)
 
 
 def test_images_of_integers_are_resized_by_tensorflow():
