@@ -5,7 +5,7 @@
 `make layers` calls this. Each layer runs twice, with oneDNN's operations and without them. The
 process asks every question 20 times in float32, with two threads. Without oneDNN it also asks once
 in float64. FILE gets one JSON line for each run. Runs that FILE already contains are skipped, so
-an interrupted grid continues.
+an interrupted grid continues. A run has failed if the plain model raised an error; it is repeated.
 
 The expected values come from `tests.oracles`: first derivatives from a plain tape in float64, row
 by row; Hessian products from central differences of the plain gradient.
@@ -167,7 +167,8 @@ def main(file: Path, names: list[str]) -> int:
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []
-    done = {(r["layer"], r["onednn"]): r["status"] for r in map(json.loads, lines)}
+    runs = [run for run in map(json.loads, lines) if run["status"] != "failed"]
+    done = {(run["layer"], run["onednn"]): run["status"] for run in runs}
     for name in names or KINDS:
         if (name, onednn) in done:
             continue

@@ -232,9 +232,6 @@ for name in ("Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", 
     KINDS[name] = Kind(merged(getattr(L, name), VECTOR), VECTOR)
 KINDS["Dot"] = Kind(merged(lambda: L.Dot(axes=(2, 2)), SEQUENCE), SEQUENCE)
 KINDS["Discretization"] = Kind(classified(lambda: L.Discretization([-1.0, 0, 1])), VECTOR)
-KINDS["Discretization, one_hot"] = Kind(
-    classified(lambda: L.Discretization([-1.0, 0, 1], output_mode="multi_hot")), VECTOR
-)
 
 # Sequences.
 for name, arguments in {
@@ -242,7 +239,7 @@ for name, arguments in {
     "Conv1DTranspose": (3, 3, 2),
     "SeparableConv1D": (3, 3),
     "DepthwiseConv1D": (3,),
-    "AveragePooling1D": (),
+    "AveragePooling1D": (2,),
     "MaxPooling1D": (),
     "GlobalAveragePooling1D": (),
     "GlobalMaxPooling1D": (),
@@ -255,7 +252,7 @@ for name, arguments in {
     _add(name, lambda n=name, a=arguments: getattr(L, n)(*a), SEQUENCE)
 _add("LayerNormalization of rank 3", L.LayerNormalization, SEQUENCE)
 _add("Softmax of rank 3", lambda: L.Softmax(axis=1), SEQUENCE)
-_add("EinsumDense of rank 3", lambda: L.EinsumDense("ntf,fgh->ntgh", (None, 2, 3)), SEQUENCE)
+_add("EinsumDense of rank 3", lambda: L.EinsumDense("ntf,fgh->ntgh", (12, 2, 3)), SEQUENCE)
 _add("TimeDistributed", lambda: L.TimeDistributed(L.Dense(2, activation="tanh")), SEQUENCE)
 KINDS["Masking"] = Kind(masking, SEQUENCE)
 KINDS["Embedding"] = Kind(words(lambda: L.Embedding(7, 3)), None)
@@ -273,7 +270,7 @@ for name, arguments in {
     "Conv2DTranspose": (3, 3, 2),
     "SeparableConv2D": (3, 3),
     "DepthwiseConv2D": (3,),
-    "AveragePooling2D": (),
+    "AveragePooling2D": (2,),
     "MaxPooling2D": (),
     "GlobalAveragePooling2D": (),
     "GlobalMaxPooling2D": (),
@@ -301,7 +298,7 @@ for name, arguments in {
 }.items():
     _add(name, lambda n=name, a=arguments: getattr(L, n)(*a), VOLUME)
 _add("MaxPooling3D", L.MaxPooling3D, VOLUME, twin=through(_largest_3d, VOLUME))
-_add("AveragePooling3D", L.AveragePooling3D, VOLUME, twin=through(_mean_3d, VOLUME))
+_add("AveragePooling3D", lambda: L.AveragePooling3D(2), VOLUME, twin=through(_mean_3d, VOLUME))
 
 # Layers that change images at random in training and keep them in inference.
 for name, arguments in {
