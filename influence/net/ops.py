@@ -214,6 +214,8 @@ _REPLACED: list[tuple[Any, str, Callable]] = [
     (gen_math_ops, "batch_mat_mul_v2", _batch_matmul),
     (gen_math_ops, "_pow", _pow),
     (tf.nn, "ctc_loss", _ctc_loss),
+    # TensorFlow's function fails in a graph, and Keras calls it for `keras.RematScope`.
+    (tf, "recompute_grad", lambda original: lambda f: f),
 ]
 
 

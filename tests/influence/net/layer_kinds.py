@@ -98,8 +98,8 @@ def words(layer: Callable[[], Any]) -> Callable:
 
 
 def masking() -> keras.Model:
-    x = keras.Input(SEQUENCE)
-    return _ended(x, L.LSTM(3, unroll=True)(L.Masking()(x)))
+    x = keras.Input((4, 3))
+    return _ended(x, L.LSTM(2, unroll=True)(L.Masking()(x)))
 
 
 def classified(layer: Callable[[], Any]) -> Callable:
@@ -254,7 +254,7 @@ _add("LayerNormalization of rank 3", L.LayerNormalization, SEQUENCE)
 _add("Softmax of rank 3", lambda: L.Softmax(axis=1), SEQUENCE)
 _add("EinsumDense of rank 3", lambda: L.EinsumDense("ntf,fgh->ntgh", (12, 2, 3)), SEQUENCE)
 _add("TimeDistributed", lambda: L.TimeDistributed(L.Dense(2, activation="tanh")), SEQUENCE)
-KINDS["Masking"] = Kind(masking, SEQUENCE)
+KINDS["Masking"] = Kind(masking, (4, 3))
 KINDS["Embedding"] = Kind(words(lambda: L.Embedding(7, 3)), None)
 KINDS["ReversibleEmbedding"] = Kind(reversible, None)
 KINDS["CategoryEncoding"] = Kind(words(lambda: L.CategoryEncoding(7, "multi_hot")), None)

@@ -174,6 +174,18 @@ def test_powers_of_zero_have_all_derivatives(exponent):
             assert np.array_equal(function(x), expected)
 
 
+def test_layers_whose_activations_are_computed_again():
+    """TensorFlow's function for `keras.RematScope` fails in a graph."""
+    plain = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
+    with keras.RematScope(mode="full"):
+        again = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
+    again.set_weights(plain.get_weights())
+    x, y = IMAGES[0, 0], np.arange(4, dtype="float32")
+    v = np.random.default_rng(4).standard_normal(plain.count_params())
+    expected, got = (GenericNeuralNet(model, "mse").hvp(x, y, v) for model in (plain, again))
+    assert np.linalg.norm(expected) > 0.1 and relative_error(got, expected) < 1e-6
+
+
 def test_images_of_integers_are_resized_by_tensorflow():
     images = tf.constant(IMAGES * 255, tf.uint8)
     for method in ("bilinear", "nearest"):
