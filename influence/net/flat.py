@@ -168,9 +168,9 @@ class FlatModel:
             rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
             # TensorFlow warns of repeated traces of one function, so this lambda is a new function.
             losses = tf.function(lambda *tensors: self.losses(*tensors), autograph=False)
-            graphs = [
-                losses.get_concrete_function(self.theta(), *batch).graph for batch in (row, rows)
-            ]
+            theta = self.theta()
+            with ops.exact():
+                graphs = [losses.get_concrete_function(theta, *b).graph for b in (row, rows)]
             self._check(graphs[0])
             one, two = (_numbers(graph) for graph in graphs)
             self._seen = tape.needs_loop(graphs[0]), max(two - one, 1)

@@ -5,7 +5,7 @@
 `make layers` calls this. Each layer runs twice, with oneDNN's operations and without them. The
 process asks every question 20 times in float32, with two threads. Without oneDNN it also asks once
 in float64. FILE gets one JSON line for each run. Runs that FILE already contains are skipped, so
-an interrupted grid continues.
+an interrupted grid continues. A run has failed if the plain model raised an error; it is repeated.
 
 The expected values come from `tests.oracles`: first derivatives from a plain tape in float64, row
 by row; Hessian products from central differences of the plain gradient.
@@ -71,7 +71,7 @@ def expected(kind: Kind, x: Any, y: Any, V: Any) -> dict[str, Any]:
     x = x if kind.shape is None else x.astype("float64")
     dense = oracles.dense_derivatives(model, squares, x, y)
     theta = np.concatenate([np.ravel(w.numpy()) for w in model.trainable_weights])
-    step = 0.5 if kind.rounds else 1e-4
+    step = 0.5 if kind.rounds else 1e-6  # kinks of a relu are rarely this near
 
     def products(x, y):
         at = oracles.plain_gradient_at(model, squares, x, y)
@@ -167,7 +167,8 @@ def main(file: Path, names: list[str]) -> int:
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []
-    done = {(r["layer"], r["onednn"]): r["status"] for r in map(json.loads, lines)}
+    runs = [run for run in map(json.loads, lines) if run["status"] != "failed"]
+    done = {(run["layer"], run["onednn"]): run["status"] for run in runs}
     for name in names or KINDS:
         if (name, onednn) in done:
             continue

@@ -1,11 +1,13 @@
 """Tests of replaced and refused operations against NumPy and finite differences."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -89,8 +91,8 @@ def test_no_product_has_the_shapes_that_onednn_computes_wrongly(shapes, known):
 
 
 @pytest.mark.parametrize(
-    "name", ["UpSampling2D, bilinear", "Resizing, bicubic", "Resizing, antialias",
-             "Resizing, nearest", "Resizing, area", "Activation, softsign"],
+    "name", ["UpSampling2D, bilinear", "Resizing, bicubic",
+             "Resizing, pad", "Activation, softsign"],
 )  # fmt: skip
 def test_layers_whose_derivatives_tensorflow_cuts_or_lacks(name):
     found = measured(name, repeats=1)
@@ -131,21 +133,66 @@ def test_replacements_have_the_values_of_tensorflow_and_both_derivatives(name):
         with tf.GradientTape() as tape:
             tape.watch(x)
             total = tf.reduce_sum(value(x) ** 3)
-        return tape.gradient(total, x)
+        gradient: Any = tape.gradient(total, x)
+        return gradient.numpy()
 
     v = np.random.default_rng(2).standard_normal(x.shape) / 10
     with tf.GradientTape() as tape:
-        variable = tf.constant(x)
+        variable: Any = tf.constant(x)
         tape.watch(variable)
         with tf.GradientTape() as inner:
             inner.watch(variable)
             total = tf.reduce_sum(value(variable) ** 3)
-        first = inner.gradient(total, variable)
-    second = tape.gradient(first, variable, output_gradients=tf.constant(v)).numpy()
+        first: Any = inner.gradient(total, variable)
+    direction: Any = tf.constant(v)
+    second: Any = tape.gradient(first, variable, output_gradients=direction)
     along = oracles.central_difference(lambda x: np.sum(value(x) ** 3), x, v)
     assert relative_error(np.sum(first * v), along) < 1e-8
-    true = oracles.central_difference(lambda x: slope(x).numpy(), x, v)
+    true = oracles.central_difference(slope, x, v)
     assert relative_error(second, true) < 1e-8
+
+
+@pytest.mark.parametrize("exponent", [1, 2, 3, 4])
+def test_powers_of_zero_have_all_derivatives(exponent):
+    """The expected values are the factorials of x^k, whose k-th derivative is k!."""
+    x: Any = tf.constant([0.0, 2.0], tf.float64)
+    zero = tf.UnconnectedGradients.ZERO
+    functions: list[Any] = [lambda x: x**exponent]
+    for _ in range(3):
+
+        def slope(x, function=functions[-1]):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                total = tf.reduce_sum(function(x))
+            return tape.gradient(total, x, unconnected_gradients=zero)
+
+        functions.append(slope)
+    with ops.exact():
+        for k, function in enumerate(functions):
+            factor = math.perm(exponent, k)
+            expected = factor * x.numpy() ** max(exponent - k, 0)
+            assert np.array_equal(function(x), expected)
+
+
+def test_layers_whose_activations_are_computed_again():
+    """TensorFlow's function for `keras.RematScope` fails in a graph."""
+    plain = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
+    with keras.RematScope(mode="full"):
+        again = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
+    again.set_weights(plain.get_weights())
+    x, y = IMAGES[0, 0], np.arange(4, dtype="float32")
+    v = np.random.default_rng(4).standard_normal(plain.count_params())
+    expected, got = (GenericNeuralNet(model, "mse").hvp(x, y, v) for model in (plain, again))
+    assert np.linalg.norm(expected) > 0.1 and relative_error(got, expected) < 1e-6
+
+
+def test_images_of_integers_are_resized_by_tensorflow():
+    images = tf.constant(IMAGES * 255, tf.uint8)
+    for method in ("bilinear", "nearest"):
+        expected = tf.image.resize(images, (7, 3), method)
+        with ops.exact():
+            got = tf.image.resize(images, (7, 3), method)
+        assert got.dtype == expected.dtype and np.array_equal(got, expected)
 
 
 def test_tensorflow_is_unchanged_outside_the_block_and_in_other_threads():
@@ -181,10 +228,10 @@ def test_tensorflow_is_unchanged_outside_the_block_and_in_other_threads():
 
 # --- refusals -------------------------------------------------------------------------------------
 
-_IDENTITY = tf.constant([[1.0, 0, 0, 0, 1, 0, 0, 0]])
+_IDENTITY: Any = tf.constant([[1.0, 0, 0, 0, 1, 0, 0, 0]])
 REFUSED = {
     "ImageProjectiveTransformV3": lambda x: keras.ops.image.affine_transform(
-        x, tf.tile(_IDENTITY, [tf.shape(x)[0], 1])
+        x, tf.repeat(_IDENTITY, tf.shape(x)[0], axis=0)
     ),
     "LRN": tf.nn.local_response_normalization,
     "Softsign": lambda x: tf.raw_ops.Softsign(features=x),
@@ -255,6 +302,21 @@ def test_a_loss_that_stops_gradients_is_refused():
     net = GenericNeuralNet(sequential((3,), L.Dense(1)), loss)
     with pytest.raises(NotImplementedError, match="model and loss must not stop gradients"):
         net.validate(Examples(np.ones((2, 3), "float32"), np.zeros(2, "float32")), "train")
+
+
+def test_a_loss_with_a_replaced_function():
+    loss = lambda y, z: tf.nn.softsign(z[:, 0] - y) ** 2  # noqa: E731
+    model = sequential((3,), L.Dense(1))
+    net = GenericNeuralNet(model, loss)
+    x, y = IMAGES[0, 0, :, :], np.arange(4, dtype="float32")
+    net.validate(Examples(x, y), "train")
+    v = np.random.default_rng(3).standard_normal(net.num_parameters)
+    z = x.astype("float64") @ model.layers[-1].kernel.numpy()[:, 0] - y
+    # The second derivative of (z / (1 + |z|))^2.
+    curvature = 2 / (1 + abs(z)) ** 4 - 4 * abs(z) / (1 + abs(z)) ** 4
+    ones = oracles.with_ones(x.astype("float64"))
+    true = ones.T @ (curvature * (ones @ v)) / 4
+    assert relative_error(net.hvp(x, y, v), true) < 1e-5
 
 
 def test_ctc_is_refused():
