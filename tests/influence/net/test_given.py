@@ -132,13 +132,13 @@ def forms(model):
 def test_every_form_of_two_inputs_has_the_scores_of_a_dense_matrix(unnamed):
     model, net, expected, _ = unnamed
     for form, train, test in forms(model):
-        scores = Influence(net, train, solver=Direct(), damping=1.0).scores(test)
+        scores = Influence(net, train, solver=Direct(), damping=1.0, curvature=Hessian).scores(test)
         np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-13, err_msg=form)
 
 
 def test_two_rows_of_two_inputs_are_inputs(unnamed):
     _, net, expected, _ = unnamed
-    scores = Influence(net, ([A, B], Y), solver=Direct(), damping=1.0)
+    scores = Influence(net, ([A, B], Y), solver=Direct(), damping=1.0, curvature=Hessian)
     got = scores.scores(([A[:2], B[:2]], Y[:2]))
     np.testing.assert_allclose(got, expected[:2], rtol=1e-9, atol=1e-13)
 
@@ -147,7 +147,7 @@ def test_sample_weights_in_the_third_place(unnamed):
     model, net, _, expected = unnamed
     train, test = ([A, B], Y, W), ([A[:M], B[:M]], Y[:M], W[:M])
     for form in (train, slices((A, B), Y, W), Batches((A, B), Y, W), Examples([A, B], Y, W)):
-        scores = Influence(net, form, solver=Direct(), damping=1.0).scores(test)
+        scores = Influence(net, form, solver=Direct(), damping=1.0, curvature=Hessian).scores(test)
         np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-13)
     reported = in_float32(model).evaluate([A, B], Y, sample_weight=W, batch_size=7, verbose=0)
     assert net.risk(train) == pytest.approx(reported, rel=1e-5)  # Keras sums in float32

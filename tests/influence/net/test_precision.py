@@ -11,6 +11,7 @@ from influence import (
     AllCNN,
     Direct,
     GenericNeuralNet,
+    Hessian,
     Influence,
     MulticlassLogisticRegression,
     check,
@@ -23,7 +24,7 @@ L = keras.layers
 N, M, L2 = 24, 3, 0.05
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(N, 3)), RNG.normal(size=(N, 1))
-HOW = {"solver": Direct(), "damping": 2.0}
+HOW = {"solver": Direct(), "damping": 2.0, "curvature": Hessian}
 
 
 def square(y, z):

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import tensorflow as tf
 
-from influence import Direct, Examples, GenericNeuralNet, Influence, Stream, check
+from influence import Direct, Examples, GenericNeuralNet, Hessian, Influence, Stream, check
 from influence.net.preprocessing import split
 from tests.influence.dense_scores import dense_scores
 
@@ -22,7 +22,7 @@ Y = (RNG.random(N) < 0.4).astype(int)
 TABLE = pandas.DataFrame({"job": JOBS, "age": AGES, "zip": ZIPS})
 WORDS = np.array("buy now cheap pills dear friend hello meeting".split())
 MAILS = np.array([" ".join(RNG.choice(WORDS, 1 + i % 5)) for i in range(N)], object)
-HOW = {"solver": Direct(), "damping": 0.1}
+HOW = {"solver": Direct(), "damping": 0.1, "curvature": Hessian}
 
 
 def from_logits():
@@ -203,7 +203,8 @@ def test_padding_that_no_output_depends_on_is_taken():
     net = GenericNeuralNet(model)
     net.flat.weights[0].regularizer = keras.regularizers.L2(L2)  # as dense_scores has it
     want = dense_scores(plain, cross_entropy, (ids, y), (ids[:M], y[:M]), L2, damping=1.0)
-    found = Influence(net, (MAILS, Y), solver=Direct(), damping=1.0).scores((MAILS[:M], Y[:M]))
+    how = {"solver": Direct(), "damping": 1.0, "curvature": Hessian}
+    found = Influence(net, (MAILS, Y), **how).scores((MAILS[:M], Y[:M]))
     np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-7)
 
 

@@ -437,10 +437,11 @@ def test_negative_curvature_reaches_the_user_without_a_tolerance_too():
     smallest = np.linalg.eigvalsh(Hessian(net, train).dense())[0]
     message = f"^Lanczos solved for the test gradients, but .* seen {smallest:.3g}"
     with pytest.warns(ConvergenceWarning, match=message) as caught:
-        Influence(net, train, solver=Lanczos(1000)).scores(train)
+        Influence(net, train, solver=Lanczos(1000), curvature=Hessian).scores(train)
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():  # no warning without negative curvature
         warnings.simplefilter("error")
         for solver in (Lanczos(5), Nystrom(5)):
-            scores = Influence(net, train, solver=solver, damping=-2 * smallest).scores(train)
+            how = {"damping": -2 * smallest, "curvature": Hessian}
+            scores = Influence(net, train, solver=solver, **how).scores(train)
             assert not scores.solution.converged.any()
