@@ -26,7 +26,7 @@ _BYTES, _FEWEST = 1 << 20, 4
 # Losses are equal if they differ by at most this fraction. Float32 rounding is far smaller.
 _RTOL = 1e-3
 
-_PROBES: WeakKeyDictionary[Examples, tuple[NDArray, Examples]] = WeakKeyDictionary()
+_PROBES: WeakKeyDictionary[Examples, tuple[NDArray, Examples | None]] = WeakKeyDictionary()
 
 
 def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
@@ -43,8 +43,10 @@ def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
         some = max(_FEWEST, fitting(_BYTES, row_bytes, _ROWS))
         if n > some:
             rows = np.sort(np.random.default_rng(0).choice(n, some, replace=False))
-        _PROBES[examples] = rows, examples.take(rows)
-    return _PROBES[examples]
+        # Rows in memory are taken again, because they may be large.
+        _PROBES[examples] = rows, None if examples.in_memory else examples.take(rows)
+    rows, probe = _PROBES[examples]
+    return rows, examples.take(rows) if probe is None else probe
 
 
 def check_apart(
