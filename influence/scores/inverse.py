@@ -95,6 +95,7 @@ class Inverse:
 
     def rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
         """Check training row numbers, (k,); None means all n."""
+        self._planner.check_theta()
         return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
 
     def measured(

@@ -239,12 +239,14 @@ for kind, net in NETS.items():
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_not_an_array_of_numbers_is_refused_by_name(case, kind):
+    if (case, kind) == ("x of Examples", "string"):
+        pytest.skip("Examples hold strings for lookup layers")
     right, call = CASES[case]
     name = case.split(" of ")[0]
     with pytest.raises(TypeError) as raised:
         call(WRONG[kind](np.asarray(right)))
     message = str(raised.value)
-    # LinearModel checks thetas in one place with other vectors.
+    # LinearModel checks `thetas`, `V` and `v` in one function, so its message may name V or v.
     names = (name, "V", "v") if name in ("thetas", "V", "v") else (name,)
     assert message.startswith(tuple(f"{n} must be " for n in names)) and "\n" not in message
     got = {"masked": "masked", "object": "dtype object", "string": "dtype <U"}.get(kind, kind)
