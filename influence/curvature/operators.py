@@ -18,7 +18,7 @@ from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
 from influence.curvature.roots import rows_per_batch, sum_of_squares
 from influence.examples.given import Data
-from influence.net.net import Net, checked
+from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import Total
 from influence.net.refused import check_weights
 
@@ -183,6 +183,9 @@ class Curvature(LinearOperator):
     def _add_penalty(self, matrix: NDArray) -> None:
         """Add the penalty's Hessian to a matrix (d, d), in place."""
         d = len(matrix)
+        by_weights = type(self.net).penalty_hvp is GenericNeuralNet.penalty_hvp
+        if by_weights and all(weight.regularizer is None for weight in self.net.flat.weights):
+            return
         for start in range(0, d, _DENSE_BLOCK):
             units = np.eye(d, min(_DENSE_BLOCK, d - start), k=-start, dtype=self.dtype)
             matrix[:, start : start + units.shape[1]] += self.net.penalty_hvp(units)

@@ -58,7 +58,8 @@ def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
         return fitting(VECTORS, _COPIES * s * net.num_parameters * net.dtype.itemsize, at_most)
     sizes = [layer.entries.size for layer in single]
     numbers = 2 * s * (net.num_parameters - sum(sizes)) + 2 * max(sizes, default=0)
-    return fitting(VECTORS, numbers * net.dtype.itemsize, at_most)
+    # Each batch writes the whole matrix, so few large batches are faster.
+    return fitting(ACTIVATIONS, numbers * net.dtype.itemsize, at_most)
 
 
 def sum_of_lengths(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> float:
@@ -107,33 +108,27 @@ def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArr
     for layer in layers.single:
         others[layer.entries.ravel()] = False
     where = np.flatnonzero(others)
-    n = len(rest)
     if where.size:
         matrix[np.ix_(where, where)] = _square(rest)
     for i, (one, (a, g)) in enumerate(zip(layers.single, single, strict=True)):
-        own = one.entries.ravel()
-        # The rows of one output at a time. A bias may be apart from its kernel in theta.
-        for k in range(g.shape[2]):
+        for k in range(g.shape[2]):  # the weights of one output at a time
             rows = one.entries[:, k]
             if where.size:
-                matrix[np.ix_(rows, where)] = a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest)
+                _set(matrix, rows, where, a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest))
             for other, (b, h) in zip(layers.single[i:], single[i:], strict=True):
-                pair = np.einsum("ns,nsc->nc", g[:, :, k], h)
-                product = a.T @ (b[:, :, None] * pair[:, None, :]).reshape(n, -1)
-                columns = _indices(other.entries)
-                at = (rows, columns) if isinstance(columns, slice) else np.ix_(rows, columns)
-                matrix[at] = product
-        for columns in [where, *(other.entries for other in layers.single[i + 1 :])]:
-            if columns.size:
-                upper = matrix[_indices(own)][:, _indices(columns)]
-                matrix[np.ix_(columns.ravel(), own)] = upper.T
+                first = k if other is one else 0  # the matrix is symmetric
+                pairs = np.einsum("ns,nsc->nc", g[:, :, k], h[:, :, first:])
+                product = a.T @ (pairs[:, :, None] * b[:, None, :]).reshape(len(b), -1)
+                product = product.reshape(len(rows), -1, b.shape[1]).transpose(0, 2, 1)
+                columns = other.entries[:, first:].ravel()
+                _set(matrix, rows, columns, product.reshape(len(rows), -1))
     return matrix
 
 
-def _indices(positions: NDArray) -> Any:
-    """Return positions as a slice if they are successive, because slices are faster."""
-    flat = positions.ravel()
-    return slice(flat[0], flat[-1] + 1) if (np.diff(flat) == 1).all() else flat
+def _set(matrix: NDArray, rows: NDArray, columns: NDArray, block: NDArray) -> None:
+    """Write a block and its transpose into a symmetric matrix."""
+    matrix[np.ix_(rows, columns)] = block
+    matrix[np.ix_(columns, rows)] = block.T
 
 
 def _square(R: NDArray) -> NDArray:

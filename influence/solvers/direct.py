@@ -25,6 +25,8 @@ from influence.solvers.base import (
 
 # For a smaller matrix, computing all eigenvalues costs no more than computing one by iteration.
 _FEW = 64
+# Above this order, an eigenvalue is not searched for if the matrix has a known bound.
+_MANY = 4096
 # Direct computes the residual of this many columns of a block with products of A itself.
 _WATCHED = 4
 
@@ -86,10 +88,14 @@ class Direct:
             factor: Any = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
             factor = None
+        known = float(getattr(A, "smallest_eigenvalue_bound", np.nan))
         if factor is not None:
             inverse = lambda B: scipy.linalg.cho_solve(factor, B, check_finite=False)  # noqa: E731
-            nearest, bound = _nearest_zero(matrix, inverse)
-            smallest = nearest
+            if len(matrix) > _MANY and known > tiny:  # the search would take as long as factoring
+                nearest, bound, smallest = known, known, np.nan
+            else:
+                nearest, bound = _nearest_zero(matrix, inverse)
+                smallest = nearest
         else:
             sytrf, sytrs = scipy.linalg.get_lapack_funcs(("sytrf", "sytrs"), (matrix,))
             ldl, pivots, info = sytrf(matrix, lower=1)

@@ -149,7 +149,8 @@ class Planner:
             return self._for_convex(A)
         if self.curvature is Hessian:
             return A.damped(suggest_damping(A)), "the least that makes the matrix definite"
-        mean = mean_eigenvalue(A)
+        held = A.dense() if isinstance(self.solver, Direct) else None
+        mean = mean_eigenvalue(A) if held is None else float(np.trace(held)) / len(held)
         if not mean > 0:
             raise ValueError(
                 f"loss must have curvature in the outputs, got {net.loss.name!r}, whose "
@@ -164,7 +165,7 @@ class Planner:
             enough = suggest_damping(A)
             if enough > damping:
                 damping, why = enough, "the least that makes the matrix definite"
-        return A.damped(damping), why
+        return A.damped(damping, held), why
 
     def _for_convex(self, A: Curvature) -> tuple[Curvature, str]:
         """Choose the damping of a Hessian that is positive semi-definite.
