@@ -33,7 +33,7 @@ _RTOL = 1e-4
 # For d > 1024, `spectrum` makes at most about this many products for each end of the spectrum.
 _MOST_PRODUCTS = 512
 # The largest eigenvalue of a Gauss-Newton matrix is computed to a few per cent by this many steps.
-_LANCZOS_STEPS = 12
+_LANCZOS_STEPS = 6
 # Derivatives are compared with differences on this many rows.
 _DERIVATIVE_ROWS = 512
 
@@ -55,9 +55,9 @@ def check(
     line about the rows fails (except the line about labels), derivatives are not checked.
 
     The check takes about seven passes over the training set, eight gradients and three products on
-    some rows, and at most 40 steps of CG on three vectors. For a Hessian it takes the products of
+    some rows, and at most 20 steps of CG on three vectors. For a Hessian it takes the products of
     `spectrum` too: d products if d <= 1024, else some hundreds. A Gauss-Newton matrix with damping
-    has a known bound on its eigenvalues, so that 12 products are enough. The net does not change.
+    has a known bound on its eigenvalues, so that 7 products are enough. The net does not change.
 
     Args:
       net: the model, at the theta that will be explained, in any form that `Influence` takes.

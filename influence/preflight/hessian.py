@@ -26,7 +26,7 @@ _SIGNS = 2
 # Each sum has at most this many rows. The losses of at most this many rows are compared.
 _ROWS = 256
 # CG stops at these limits, because only the order of magnitude of its result matters.
-_ITERATIONS, _RTOL = 40, 0.1
+_ITERATIONS, _RTOL = 20, 0.3
 # TensorFlow operations whose names begin with one of these words have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
 # A score may lose at most this share of its value to rounding.
