@@ -123,6 +123,7 @@ def test_attributes_say_what_it_is(tmp_path):
         assert file.attrs["solver"] == repr(CG(rtol=1e-9)) and file.attrs["damping"] == 0.5
         assert file.attrs["train"] == p.train.fingerprint
         assert (file.attrs["net"], file.attrs["curvature"]) == (type(p.net).__name__, "Hessian")
+        assert file.attrs["plan"].startswith("Plan: Hessian (")
         assert file["change_if_removed"].chunks == (7, 60)
 
 
