@@ -360,7 +360,7 @@ class Influence:
                 return closed_form
         changes = np.empty(len(rows), self.net.dtype)
         for at, G_loss, G in self.inverse.row_gradients(rows):
-            X = self.inverse.solve(G, "the rows' gradients").x
+            X = self.inverse.solve(G, "the rows' gradients", measure=False).x
             changes[at] = np.einsum("di,di->i", G_loss, X)
         return changes / len(self.train)
 
@@ -375,7 +375,7 @@ class Influence:
         rows = self.inverse.rows(rows)
         moves = np.empty((len(rows), self.net.num_parameters), self.net.dtype)
         for at, _, G in self.inverse.row_gradients(rows):
-            moves[at] = self.inverse.solve(G, "the rows' gradients").x.T
+            moves[at] = self.inverse.solve(G, "the rows' gradients", measure=False).x.T
         moves /= len(self.train)
         return moves
 

@@ -114,14 +114,14 @@ class Inverse:
         view.validate(test, "test")
         return view, view.loss.name, test
 
-    def solve(self, B: NDArray, what: str) -> Solution:
+    def solve(self, B: NDArray, what: str, *, measure: bool = True) -> Solution:
         """Solve for right-hand sides B (d, m), and warn of a doubtful answer.
 
-        Messages call the right-hand sides `what`.
+        Messages call the right-hand sides `what`. `measure` is that of `Prepared`.
 
         Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
-        solution = self.prepared(B)
+        solution = self.prepared(B, measure=measure)
         name, rtol = type(self.solver).__name__, self.solver.rtol
         if rtol is not None and not solution.converged.all():
             worst = int(np.argmax(np.where(solution.converged, -np.inf, solution.residual)))

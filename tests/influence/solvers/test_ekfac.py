@@ -17,6 +17,7 @@ from influence import (
     GaussNewton,
     GenericNeuralNet,
     Hessian,
+    Influence,
     MulticlassLogisticRegression,
     prepare,
     solve,
@@ -359,3 +360,18 @@ def test_theta_must_not_have_moved():
     for question in (lambda: prepare(A, EKFAC()), lambda: prepared(np.ones(net.num_parameters))):
         with pytest.raises(RuntimeError, match="^theta has changed"):
             question()
+
+
+def test_self_influence_takes_no_products_for_residuals(monkeypatch):
+    net, examples = linear(use_bias=True)
+    influence = Influence(net, examples, solver=EKFAC(), damping=0.1)
+    G = net.gradients(examples.x, examples.y)
+    H = Hessian(net, examples, 0.1).dense()
+    own = G + net.penalty_gradient()
+    expected = np.einsum("id,id->i", G, np.linalg.solve(H, own.T).T) / len(G)
+    prepared = influence.prepared
+    monkeypatch.setattr(GaussNewton, "_undamped", None)  # calling a product would be an error
+    monkeypatch.setattr(Hessian, "_undamped", None)
+    assert np.isnan(prepared(own.T, measure=False).residual).all()
+    # EK-FAC is exact for one layer and squared error.
+    assert relative_error(influence.self_influence(), expected) < 1e-10
