@@ -69,7 +69,20 @@ class AffineLayers:
         t = self.traced
         batch = t.inputs(x), t.tensor(y)
         theta = t.theta() if theta is None else theta
-        return t.run("pseudo gradients", partial(self._factors, t.each(*batch)), theta, *batch)
+        found = partial(self._factors, self._columns, t.each(*batch))
+        return t.run("pseudo gradients", found, theta, *batch)
+
+    def gradient_factors(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
+        """Compute the two factors of each row's loss gradient, for every layer.
+
+        Returns: pairs (a, g) as in `pseudo_gradients`, with s = 1. A layer's part of row i's
+          gradient is sum_t a_it' g_i1t.
+        """
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        found = partial(self._factors, self._slopes, t.each(*batch))
+        return t.run("gradient factors", found, theta, *batch)
 
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """Compute the vectors p_is of `pseudo_gradients`, with shape (n, s, d)."""
@@ -93,7 +106,18 @@ class AffineLayers:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _factors(self, each: tape.Each, theta: Any, x: Any, y: Any) -> list[tuple[Any, Any]]:
+    def _slopes(self, each: tape.Each, y: Any, output: Any) -> Any:
+        """Return the derivative of each row's loss by its output, (1, n, ...)."""
+        total = lambda z: tf.reduce_sum(self.traced.loss.function(y, z))  # noqa: E731
+        return tape.gradient(total, tf.stop_gradient(output))[None]
+
+    def _columns(self, each: tape.Each, y: Any, output: Any) -> Any:
+        return loss_roots(self.traced.loss.curved, each, y, output)
+
+    def _factors(
+        self, columns: Callable, each: tape.Each, theta: Any, x: Any, y: Any
+    ) -> list[tuple[Any, Any]]:
+        """Pull `columns(each, y, output)` (s, n, ...) back to every layer's z."""
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
             output, calls = self._forward(theta, x)
@@ -105,9 +129,7 @@ class AffineLayers:
             parts: Any = by_z.gradient(output, outputs, column, unconnected_gradients=_ZERO)
             return tf.concat([tf.reshape(g, [n, -1]) for g in parts], 1)
 
-        pulled = each(
-            pulled_back, loss_roots(self.traced.loss.curved, each, y, output)
-        )  # (s, n, ...)
+        pulled = each(pulled_back, columns(each, y, output))  # (s, n, ...)
         pulled = tf.split(pulled, sizes, axis=2)
         found = []
         for layer, ((inputs, z),), g in zip(self.layers, calls, pulled, strict=True):
@@ -120,10 +142,12 @@ class AffineLayers:
         return found
 
     def _roots(self, each: tape.Each, theta: Any, x: Any, y: Any) -> Any:
-        return _joined(zip(self.layers, self._factors(each, theta, x, y), strict=True))
+        return _joined(
+            zip(self.layers, self._factors(self._columns, each, theta, x, y), strict=True)
+        )
 
     def _parts(self, each: tape.Each, theta: Any, x: Any, y: Any) -> tuple[list, Any]:
-        found = list(zip(self.layers, self._factors(each, theta, x, y), strict=True))
+        found = list(zip(self.layers, self._factors(self._columns, each, theta, x, y), strict=True))
         single = [(a[:, 0], g[:, 0]) for layer, (a, g) in found if layer in self.single]
         rest = [pair for pair in found if pair[0] not in self.single]
         return single, _joined(rest) if rest else []

@@ -183,6 +183,23 @@ class Inverse:
             yield order[start : start + len(block)], G, G + penalty
             start += len(block)
 
+    def row_lengths(self, rows: NDArray) -> NDArray | None:
+        """Compute grad loss_i . H^-1 grad L(z_i) of training rows, (k,), without a solve per row.
+
+        Returns: None if the solver has no shorter way than a solve, as all but EKFAC.
+        """
+        prepared = self.prepared
+        question = getattr(prepared.apply, "row_lengths", None)
+        if question is None or prepared.exponent:
+            return None
+        how: dict[str, Any] = {"rows": rows, "batch_size": self.batch_size or question.rows}
+        found = self.train.each_row(question, self.net, **how, what="self-influence")
+        pull = self.net.penalty_gradient()
+        if pull.any():
+            s = self.solve(pull, "the penalty's gradient", measure=False).x
+            found += self.train.each_row(PerRow("directional", s), self.net, **how)
+        return found.astype(self.net.dtype)
+
     @property
     def prefers_closed_form(self) -> bool:
         """True if the net's closed form should replace the solver, provided that the net has one.

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
 from influence.common.memory import VECTORS, fitting
-from influence.curvature.layers import AffineLayers, affine_layers
+from influence.curvature.layers import affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
 from influence.solvers.base import Raw, check_rtol
@@ -88,7 +88,7 @@ class EKFAC:
         A.check_theta()
         A.net.loss.check_logits()
         blocks = _blocks(A)
-        return lambda B: Raw(_inverse_times(blocks, B), 1, np.nan, _REMEDY)
+        return _Applied(blocks, RowLengths(blocks, _rows_of(A)))
 
 
 _REMEDY = "EK-FAC is an approximation, layer by layer: use CG or Direct, or more damping."
@@ -103,6 +103,52 @@ class _Block:
     U: NDArray  # (f, f) eigenvectors of the inputs' factor
     V: NDArray  # (c, c) eigenvectors of the outputs' factor
     eigenvalues: NDArray  # (f, c)
+
+
+@dataclass(frozen=True, eq=False)
+class RowLengths:
+    """A question that returns g_i' A^-1 g_i (n,) for the loss gradients g_i of a batch's rows.
+
+    A gradient's part in a layer is sum_t a_t' g_t, or sum_t (a_t U)' (g_t V) in the bases (U, V).
+    So no gradient is formed for a layer of one position.
+
+    Args:
+      blocks: the blocks of the inverse.
+      rows: the number of rows per batch that fits into memory.
+    """
+
+    blocks: list[_Block]
+    rows: int
+
+    def __call__(self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Return the lengths for one batch."""
+        layers = affine_layers(net, x)
+        pairs = _ungrouped(layers.gradient_factors(x, y, net.at(theta).theta_tensor()))
+        total = np.zeros(len(y))
+        for block, (a, g) in zip(self.blocks, pairs, strict=True):
+            a, g = _times(a, block.U), _times(g[:, :, 0], block.V)
+            if a.shape[1] == 1:
+                each = (np.square(a[:, 0]) @ (1 / block.eigenvalues)) * np.square(g[:, 0])
+                total += each.sum(axis=1)
+            else:
+                P = a.transpose(0, 2, 1) @ g  # (n, f, c)
+                total += (np.square(P) / block.eigenvalues).sum(axis=(1, 2))
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Applied:
+    """The prepared inverse: a function of right-hand sides (d, m).
+
+    Attributes:
+      row_lengths: a question for the self-influence of rows.
+    """
+
+    blocks: list[_Block]
+    row_lengths: RowLengths
+
+    def __call__(self, B: NDArray) -> Raw:
+        return Raw(_inverse_times(self.blocks, B), 1, np.nan, _REMEDY)
 
 
 def _inverse_times(blocks: list[_Block], B: NDArray) -> NDArray:
@@ -127,7 +173,7 @@ def _blocks(A: Curvature) -> list[_Block]:
         entries += list(own)
         names += len(own) * [layer.layer.name]
     penalties = [_penalty(net, names)[e] for e in entries]
-    batch_size = A.batch_size or _rows_at_once(A, layers)
+    batch_size = _rows_of(A)
     sums = A.examples.sum_over(_factors, net, batch_size=batch_size, what="Kronecker factors")
     factors = list(zip(sums[::2], sums[1::2], strict=True))
     _check_finite(names, factors)
@@ -150,9 +196,14 @@ def _blocks(A: Curvature) -> list[_Block]:
 def _pseudo_gradients(
     net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray
 ) -> list[tuple[NDArray, NDArray]]:
-    """Return the pseudo-gradients of each layer. A layer with G groups becomes G layers."""
+    theta_tensor = net.at(theta).theta_tensor()
+    return _ungrouped(affine_layers(net, x).pseudo_gradients(x, y, theta_tensor))
+
+
+def _ungrouped(pairs: list[tuple[NDArray, NDArray]]) -> list[tuple[NDArray, NDArray]]:
+    """Return the factors of each layer. A layer with G groups becomes G layers."""
     found = []
-    for a, g in affine_layers(net, x).pseudo_gradients(x, y, net.at(theta).theta_tensor()):
+    for a, g in pairs:
         grouped = a.ndim == 4
         found += [(a[:, :, k], g[:, :, :, k]) for k in range(a.shape[2])] if grouped else [(a, g)]
     return found
@@ -215,9 +266,12 @@ def _squares(a: NDArray, g: NDArray) -> NDArray:
     return np.square(P, out=P).sum(axis=0).reshape(f, *g.shape[2:]).sum(axis=1)
 
 
-def _rows_at_once(A: Curvature, layers: AffineLayers) -> int:
+def _rows_of(A: Curvature) -> int:
     """Choose the number of rows in a batch from the memory that one row takes."""
+    if A.batch_size is not None:
+        return A.batch_size
     one = A.examples.take([0])
+    layers = affine_layers(A.net, A.examples.take(slice(0, _PROBE_ROWS)).x)
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
         products = a.shape[-1] * g[0, 0].size if a.shape[1] > 1 else 0

@@ -375,3 +375,29 @@ def test_self_influence_takes_no_products_for_residuals(monkeypatch):
     assert np.isnan(prepared(own.T, measure=False).residual).all()
     # EK-FAC is exact for one layer and squared error.
     assert relative_error(influence.self_influence(), expected) < 1e-10
+
+
+@pytest.mark.parametrize("make", [convolutional, lambda: tanh_layers(penalty=0.1)])
+def test_self_influence_by_factors_is_that_of_solves(make):
+    net, rows = make(), np.array([7, 2, 5])
+    train = images() if len(net.model.input_shape) == 4 else tanh_rows()
+    influence = Influence(net, train, solver=EKFAC(), damping=0.3)
+    G = net.gradients(train.x, train.y)
+    own = G + net.penalty_gradient()
+    expected = np.einsum("id,id->i", G, influence.prepared(own.T).x.T) / len(G)
+    assert relative_error(influence.self_influence(), expected) < 1e-10
+    assert relative_error(influence.self_influence(rows), expected[rows]) < 1e-10
+
+
+def tanh_rows():
+    rng = np.random.default_rng(3)
+    return Examples(rng.standard_normal((15, 4)), rng.standard_normal((15, 2)))
+
+
+def tanh_layers(penalty):
+    """Make a net of a normalisation and two dense layers, the first with its activation."""
+    options: dict = {"kernel_regularizer": l2(penalty), **F64}
+    layers = L.Dense(5, activation="tanh", **options), L.LayerNormalization(**F64)
+    net = GenericNeuralNet(sequential((4,), *layers, L.Dense(2, **options), **F64), "mse")
+    net.theta = np.random.default_rng(2).standard_normal(net.num_parameters)
+    return net
