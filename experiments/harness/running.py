@@ -36,7 +36,7 @@ class Unwritten(Exception):
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raise Unwritten if the block cannot write a file in `folder`.
+    """Raise Unwritten if the `with` block cannot write a file in `folder`.
 
     Args:
       folder: the folder to which the block writes.

@@ -218,7 +218,7 @@ def mean_matrix(
     parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
         matrix += part
-        del part  # the next part needs its memory
+        del part  # free the memory of this part before the next one is computed
     matrix /= len(examples)
     return matrix.astype(net.dtype, copy=False)
 

@@ -216,7 +216,10 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
-        """Return a view of the net that may cache results for its theta and batch in `memo`."""
+        """Return a view of the net that may cache results in `memo`.
+
+        Use the view for one batch and one theta only.
+        """
         view = copy.copy(self)
         view.memo = memo
         return view

@@ -112,7 +112,7 @@ def check_added(net: Any, probe: Examples, name: str) -> None:
 def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> None:
     """Refuse a loss whose mean over rows is not what Keras reports for these rows.
 
-    This holds for a compiled loss, and for a Keras loss that overrides `__call__`.
+    Only a compiled loss, and a Keras loss that overrides `__call__`, are checked.
 
     Raises: ValueError with both values.
     """

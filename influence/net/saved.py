@@ -17,7 +17,7 @@ _ENDINGS = (".keras", ".h5", ".hdf5")
 
 
 def is_saved(value: object) -> bool:
-    """Return True for a path that ends as a saved model's path does, or that exists."""
+    """Return True if the path exists or ends in .keras, .h5 or .hdf5."""
     if not isinstance(value, str | os.PathLike):
         return False
     path = Path(value)

@@ -51,7 +51,7 @@ def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
     np.testing.assert_allclose(found.thetas, c, atol=1e-9)
     assert found.passes[0] < 14
     by_chord = np.zeros((6, 1))
-    for _ in range(14):  # steps without updates diverge with this inverse
+    for _ in range(14):  # without secant updates, steps with this inverse (the identity) diverge
         by_chord = by_chord - gradients(by_chord, np.array([0]))
     assert np.abs(by_chord - c).max() > 1e6
 
@@ -303,7 +303,9 @@ def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
     columns = sum(asked["exact"] + asked["rough"], [])
     assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 4
     assert 2 not in columns
-    found, _ = searched(500, until=0.0)  # low-precision gradients that shrink no more
+    # The low-precision gradients never reach the norm 0. The search leaves them when they no longer
+    # shrink.
+    found, _ = searched(500, until=0.0)
     assert (found.norms <= 1e-9).all()
 
 

@@ -60,7 +60,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
         "losses": (net.losses(x, y), oracle.losses(theta)),
         "losses at": (net.losses(x, y, thetas), np.stack([oracle.losses(t) for t in at], 1)),
         "gradients": (net.gradients(x, y), each),
-        # Outputs are linear in theta.
+        # Outputs are linear in theta, so the Bregman gradient is the difference of two gradients.
         "bregman": (net.bregman_gradient(x, y, thetas), means - each.mean(axis=0)[:, None]),
         "gradient": (net.gradient(x, y), each.mean(axis=0)),
         "gradient at": (net.gradient(x, y, thetas), means),

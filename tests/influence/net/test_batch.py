@@ -64,7 +64,10 @@ def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
 
 @pytest.mark.parametrize("kind", ["tanh", "conv"])
 def test_bregman_gradient_against_differences_of_the_divergence(kind):
-    """Compare with D = loss at f - loss at s - slope at s . (f - s), from outputs f and s."""
+    """Compare the gradient with finite differences of D = loss(f) - loss(s) - loss'(s) . (f - s).
+
+    Here f are the outputs at the given thetas, and s the outputs at the net's own theta.
+    """
     rng, f8 = np.random.default_rng(3), {"dtype": "float64"}
     if kind == "conv":
         x = rng.standard_normal((4, 5, 5, 2))

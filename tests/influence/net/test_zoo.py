@@ -1,8 +1,9 @@
 """Tests of many Keras layers and losses against derivatives taken without the library.
 
 Each model is small, with weights far from a minimum. The expected values come from TensorFlow's
-tape on the plain model: first derivatives example by example, the Hessian row by row. For layers
-with wrong second derivatives in TensorFlow, they are central differences of the plain gradient.
+tape on the plain model: first derivatives example by example, the Hessian row by row. Where
+TensorFlow's second derivatives of a layer are wrong, the expected second derivatives are central
+differences of first derivatives on the plain model.
 """
 
 from collections.abc import Callable

@@ -64,7 +64,10 @@ def test_one_row_is_exact(network):
 
 
 def test_with_much_damping_it_is_influence_with_that_damping():
-    """Check sign and scale. With much damping, scores are grad . grad L / (n damping)."""
+    """Check sign and scale. With much damping, a score is g . grad L(z_i) / (n damping).
+
+    Here g is the gradient of the test loss, and L is a training row's loss plus the penalty.
+    """
     p = logistic("sigmoid")
     got = datainf(p.net, p.train, p.test, damping=1e6)
     damped = Influence(p.net, p.train, solver=Direct(), damping=1e6).scores(p.test)

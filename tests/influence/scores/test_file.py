@@ -42,7 +42,10 @@ def problem():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Use blocks of 3 tests x 16 rows. Two tests are solved at a time."""
+    """Use blocks of 3 test examples and 16 training rows.
+
+    The solver takes two test examples at a time.
+    """
     monkeypatch.setattr(score_file, "_TESTS", 3)
     monkeypatch.setattr(score_file, "_ROWS", 16)
     monkeypatch.setattr(score_file, "_CHUNK", (1, 16))

@@ -1,4 +1,4 @@
-"""The plan chooses what the caller leaves out, and scores follow the matrix that it names."""
+"""Tests of the plan. It chooses what the caller leaves out. Scores use the matrix that it names."""
 
 import keras
 import numpy as np
