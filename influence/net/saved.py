@@ -66,7 +66,7 @@ def load_model(
             _check_loss(model)
             return model
         model.load_weights(file)
-    except Exception as error:  # Keras raises many kinds
+    except Exception as error:  # Keras raises errors of many types
         reason = " ".join(str(error).split())
         if reason.startswith("Keras saves"):
             remedy = "pass its loss"
@@ -102,7 +102,7 @@ def _loaded(file: Path, compiled: bool) -> keras.Model:
 
 
 def _check_loss(model: keras.Model) -> None:
-    """Refuse a compiled loss that Keras saves without its option."""
+    """Refuse Huber as a compiled loss, because Keras saves it without its delta."""
     if any(type(part) is keras.losses.Huber for part in keras.tree.flatten(model.loss)):
         raise ValueError("Keras saves Huber without its delta; pass loss=keras.losses.Huber(delta)")
 
