@@ -1,4 +1,4 @@
-"""Derivatives and penalties of one batch."""
+"""Tests of derivatives and penalties of one batch."""
 
 import keras
 import numpy as np
@@ -127,7 +127,7 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
 
 
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
-    """Check that no second trace occurs; it would change the last bits of a result."""
+    """Check that no second trace occurs. A second trace would change the last bits of results."""
     net, examples = tanh_net()
     untraced(net)
     for num, size in ((1, 20), (3, 1), (2, 7)):

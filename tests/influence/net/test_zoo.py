@@ -77,7 +77,7 @@ def quartic(y, z):
 
 @dataclass(frozen=True)
 class Kind:
-    """What makes a model, its loss for the net, the same loss in TensorFlow, and a batch."""
+    """Recipe for a model, its loss for the net, the same loss in TensorFlow, and a batch."""
 
     make: Callable
     loss: Any
@@ -155,7 +155,8 @@ def masked_ids():
 
 
 def steps():
-    # It is unrolled, since a loop takes many seconds to trace; "recurrent" is a loop.
+    # The layer is unrolled, because TensorFlow traces a loop slowly. The case "recurrent" has a
+    # loop.
     lstm = L.LSTM(2, return_sequences=True, unroll=True)
     return sequential((2, 2), lstm, L.Dense(3))
 
@@ -206,7 +207,7 @@ def one_hot(rng):
 
 
 def some_ids(rng):
-    """Return ids, of which zeros are masked. A row of only zeros would have the mean 0 / 0."""
+    """Return ids. Zeros are masked. No row has only zeros, because its mean would be 0 / 0."""
     return np.column_stack([rng.integers(1, 5, N), rng.integers(0, 5, (N, 2))])
 
 
@@ -402,7 +403,7 @@ def test_input_gradients(case):
 
 
 def test_scores(case):
-    """Compare CG and Direct with the dense matrix, damped until it is positive definite."""
+    """Compare CG and Direct with the dense matrix. The damping makes it positive definite."""
     net, train = case.net, Examples(case.x, case.y)
     H = case.hessian + net.penalty_hvp(np.eye(net.num_parameters))
     values = scipy.linalg.eigvalsh(H)

@@ -106,7 +106,10 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
 
 
 def test_redundant_directions_of_a_convex_risk_do_not_matter():
-    """Softmax regression without a penalty: adding a vector to all classes changes nothing."""
+    """Use softmax regression without a penalty.
+
+    The risk does not change if the same vector is added to the weights of all classes.
+    """
     x, y = rows(60, dtype="float64")
     model = sequential((4,), L.Dense(3, **F64), **F64)
     model.compile("adam", logits())
