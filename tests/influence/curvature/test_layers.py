@@ -168,7 +168,7 @@ def test_layers_in_between_and_frozen_ones():
     hidden = conv(3, 2), tanh, L.MaxPooling2D, L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh
     net = net_of(*first, *hidden, dense(3), before=freeze)
     x, y = data(6, 5, 2)
-    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # only the bias
+    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # theta has only the bias
     check(net, x, y)
 
 

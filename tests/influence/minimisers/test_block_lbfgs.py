@@ -80,8 +80,8 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
     curvature = 1 / np.cosh(3.0) ** 2
     found = run(gradients, lambda G, _: G / curvature, [[3.0]])
     assert abs(found.thetas[0, 0]) < 1e-10 and found.norms[0] < 1e-10
-    assert seen[1] < -90  # tried
-    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # from 3 again, at most half as long
+    assert seen[1] < -90  # the first step is much too long
+    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # the second step is at most half as long
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
@@ -215,7 +215,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
         away = t[1] - t[0] ** 2
         return np.stack([2 * (t[0] - 1) - 400 * t[0] * away, 200 * away])
 
-    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # on its floor, at the far end
+    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # a point far along the valley's floor
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
@@ -255,7 +255,7 @@ def test_rounding_is_no_way_down(ratio):
 
 
 def test_a_search_that_cannot_move_ends():
-    start = np.full((1, 1), 1000, np.float32)  # its last digit is larger than a step
+    start = np.full((1, 1), 1000, np.float32)  # rounding of 1000 exceeds a step
     first = np.full((1, 1), 1e-6, np.float32)
     stuck = minimise(lambda t, _: first, lambda G, _: G, start, first, np.zeros(1), 300)
     asked = []

@@ -211,7 +211,7 @@ def test_labels_in_range(loss, y):
         ("binary_crossentropy", False),  # this loss takes probabilities
         (K.BinaryFocalCrossentropy(from_logits=True), False),
         ("cosine_similarity", False),
-        (lambda y, output: output[:, 0] ** 2, False),  # it is convex, but does not say so
+        (lambda y, output: output[:, 0] ** 2, False),  # this convex loss does not declare it
     ],
 )
 def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):

@@ -269,7 +269,7 @@ class Case:
     y: Any
     by_autodiff: bool
     dense: oracles.Dense
-    hessian: np.ndarray  # of the mean loss
+    hessian: np.ndarray  # the Hessian of the mean loss
     V: np.ndarray
 
     @property

@@ -212,7 +212,8 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     net = MulticlassLogisticRegression(f, 3)
     x, y = rng.standard_normal((m, f)), np.arange(m) % 3
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
-    assert influence.operator.shape == (net.num_parameters,) * 2  # it holds a copy of theta
+    # The operator holds a copy of theta, so it is made before memory is measured.
+    assert influence.operator.shape == (net.num_parameters,) * 2
     monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # 17 vectors
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Systems, solvers, and the bound on the error of any score that certifies a solution."""
+"""Tests of systems and solvers, and of the bound on the error of scores from a solution."""
 
 from dataclasses import replace
 
@@ -241,11 +241,11 @@ def test_solvers_are_values():
 )
 def test_solvers_say_what_they_are(solver, exact, indefinite):
     assert (is_exact(solver), answers_indefinite(solver)) == (exact, indefinite)
-    assert is_exact(replace(solver, rtol=0.5)) == exact  # whatever the rtol
+    assert is_exact(replace(solver, rtol=0.5)) == exact  # rtol has no influence
 
 
 class Own:
-    """A user's solver, without the class attributes."""
+    """Solver of a user, without the class attributes `exact` and `answers_indefinite`."""
 
     rtol = 1e-3
 

@@ -146,7 +146,8 @@ def test_iterations_are_bounded_by_ten_times_the_dimension():
 def test_curvature_is_the_smallest_rayleigh_quotient_met(matrix):
     values, vectors = np.linalg.eigh(matrix)
     solution = solve(matrix, vectors[:, [7, 20]], CG())
-    np.testing.assert_allclose(solution.min_curvature, values[7], rtol=1e-10)  # in any direction
+    # The smallest curvature over all search directions is reported for each column.
+    np.testing.assert_allclose(solution.min_curvature, values[7], rtol=1e-10)
     alone = solve(matrix, vectors[:, 20], CG())
     np.testing.assert_allclose(alone.min_curvature, values[20], rtol=1e-10)
 
@@ -195,7 +196,7 @@ def test_singular_is_said_unless_the_system_has_a_solution():
     assert exact_zero.remedy.startswith("A is singular: curvature 0 was met")
     rounded_zero = solve(np.diag([1.0, 1e-20]), [1.0, 1.0], CG())
     assert rounded_zero.min_curvature[0] == 0 and not rounded_zero.converged[0]
-    assert np.abs(rounded_zero.x).max() < 10  # not 1e20
+    assert np.abs(rounded_zero.x).max() < 10  # the exact solution has an entry 1e20
     assert solution.remedy.startswith("A is singular: curvature")
 
 

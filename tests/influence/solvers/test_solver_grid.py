@@ -55,7 +55,8 @@ SOLVERS = {
     "EKFAC": EKFAC(),
     "CG with EKFAC": replace(_CG, preconditioner=EKFAC()),
 }
-EXACT = ("Direct", "Lanczos", "Nystrom")  # at full rank
+# These solvers are exact. Lanczos and Nystrom have the full rank here.
+EXACT = ("Direct", "Lanczos", "Nystrom")
 # A tuple, because the tests' order must not depend on the hash seed of each worker.
 APPROXIMATE = ("Lanczos of rank 8", "Nystrom of rank 8", "EKFAC")
 REMEDIES = {"Lanczos": "Lanczos of rank 8", "Nystrom": "Nystrom of rank 8", "EKFAC": "EK-FAC is an"}
@@ -186,7 +187,7 @@ def test_positive_definite(name, kind, matrices):
         assert solution.remedy.startswith(REMEDIES[name.split()[0]])
         assert (np.einsum("ij,ij->j", B, solution.x) > 0).all()
         assert (solution.residual < 3).all()
-        if name != "EKFAC":  # its formula is in test_ekfac.py
+        if name != "EKFAC":  # test_ekfac.py tests EKFAC's formula
             expected = np.linalg.solve(approximation(A, matrix, how), B)
             assert relative_error(solution.x, expected) < 1e-6
         return
@@ -440,7 +441,7 @@ def test_negative_curvature_reaches_the_user_without_a_tolerance_too():
         Influence(net, train, solver=Lanczos(1000), curvature=Hessian).scores(train)
     found = [warning for warning in caught if warning.category is ConvergenceWarning]
     assert [warning.filename for warning in found] == [__file__]
-    with warnings.catch_warnings():  # no warning without negative curvature
+    with warnings.catch_warnings():  # no warning is expected without negative curvature
         warnings.simplefilter("error", ConvergenceWarning)
         for solver in (Lanczos(5), Nystrom(5)):
             how = {"damping": -2 * smallest, "curvature": Hessian}

@@ -192,7 +192,8 @@ def test_influence_is_the_derivative_by_the_fraction(objective, tanh):
 
 
 def test_a_row_without_gradient_stays():
-    net, examples = tanh_net()  # without a penalty: a perfectly fitted row has no gradient
+    # The net has no penalty, so a perfectly fitted row has the gradient 0.
+    net, examples = tanh_net()
     theta, y = net.theta, examples.y.copy()
     theta[16:] = y[4] = 0  # the output is zero for every input
     net.theta, fitted = theta, Examples(examples.x, y)
