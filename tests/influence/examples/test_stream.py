@@ -272,7 +272,7 @@ def test_only_one_batch_is_in_memory():
     net = dense_net(2, 1024, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                     l2=0.1, dtype="float32")  # fmt: skip
     V = np.ones((net.num_parameters, 2), np.float32)
-    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # traced before memory is measured
+    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # this traces before memory is measured
     tracemalloc.start()
     stream = Stream(flat)
     Hessian(net, stream, batch_size=100) @ V

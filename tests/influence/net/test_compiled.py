@@ -102,7 +102,7 @@ def agrees(model, y, weight=None, *, loss=None, exact=ROUNDING, differences=DIFF
     return net
 
 
-F8 = {"dtype": "float64"}  # otherwise Keras rounds to float32
+F8 = {"dtype": "float64"}  # without this, Keras rounds to float32
 LOSSES = [
     (K.MeanSquaredError(**F8), 1, None, REAL),
     (K.MeanSquaredError(**F8), 1, None, REAL[:, 0]),

@@ -39,7 +39,7 @@ def test_layers_that_killed_the_process(tmp_path):
     assert done.returncode == 0
 
 
-PRODUCTS = {  # shapes of x and y, and whether they are transposed
+PRODUCTS = {  # the shapes of x and y, and True for a factor that is transposed
     "rank 2": ((3, 1, 5, 4), (4, 2), False, False),
     "rank 3": ((3, 1, 5, 4), (1, 4, 2), False, False),
     "rank 4": ((3, 1, 5, 4), (1, 1, 2, 4), False, True),

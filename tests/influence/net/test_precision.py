@@ -205,7 +205,7 @@ def test_layers_keep_their_outputs_and_weights(name):
     for one, two in zip(copy.weights, model.weights, strict=True):
         assert one.dtype == ("float64" if two.dtype == "float32" else two.dtype)
         assert np.array_equal(one.numpy(), two.numpy())
-    for weight in copy.trainable_weights:  # a step that float32 would lose changes the output
+    for weight in copy.trainable_weights:  # float32 would lose such a small change of a weight
         weight.assign_add(np.full(weight.shape, 1e-10))
     moved = np.asarray(copy(x, training=False))
     recast_again = recast(model, "float64")

@@ -345,15 +345,16 @@ def test_other_derivatives_where_maps_must_loop():
     losses = elsewhere(net, partial(net.losses, x, y))
     theta, h = net.theta, 1e-3
     near, far = (losses(theta + t * v) + losses(theta - t * v) for t in (h, 2 * h))
-    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)  # rounding error: 1e-16 / h^2
+    # The rounding error is about 1e-16 / h^2.
+    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)
     assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
     one = np.random.default_rng(9).standard_normal(x.shape)
 
-    def mixed(x):  # derivative of the losses along v in theta
+    def mixed(x):  # returns the derivative of the losses along v in theta
         here = elsewhere(net, lambda: net.losses(x, y))
         return (here(theta + h * v) - here(theta - h * v)) / (2 * h)
 
-    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # second order: error h^2
+    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # the error is of order h^2
     got = np.sum(net.input_gradient(x, y, v) * one, axis=(1, 2))
     assert relative_error(got, slope) < 1e-4
 
@@ -431,4 +432,5 @@ def test_float32_models_answer_in_float32():
     ):
         got = question(net)
         assert got.dtype == np.float32
-        assert relative_error(got, question(exact)) < 1e-4  # 6e-8 times a few hundred additions
+        # Rounding is 6e-8 for each of a few hundred additions.
+        assert relative_error(got, question(exact)) < 1e-4

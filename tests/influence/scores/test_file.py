@@ -214,7 +214,7 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
     # The operator holds a copy of theta, so it is made before memory is measured.
     assert influence.operator.shape == (net.num_parameters,) * 2
-    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # 17 vectors
+    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # room for 17 vectors
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()
     influence.write_scores(tmp_path / "long.h5", Examples(x, y))
@@ -272,7 +272,8 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
 @pytest.mark.parametrize("num_marks", range(0, 16, 3))
 def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blocks, monkeypatch):
     p = problem()
-    influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)  # 4 rows: 16 / 4
+    # The batches have 4 rows, because blocks of 16 rows must consist of whole batches.
+    influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
     marks, mark = [], score_file._mark
 

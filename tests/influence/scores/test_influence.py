@@ -1,4 +1,4 @@
-"""Influence, compared with closed forms and exact refits: scores, additions, perturbations."""
+"""Compare scores, additions and perturbations of Influence with closed forms and exact refits."""
 
 import os
 import subprocess
@@ -378,7 +378,8 @@ def test_float32_in_float32_out():
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
-    assert relative_error(scores[:], expected) < 1e-3  # errors: float32 losses, rtol 1e-5
+    # The errors come from losses in float32 and from rtol = 1e-5.
+    assert relative_error(scores[:], expected) < 1e-3
     derivatives = influence.perturbation(p.test, ROWS)
     assert derivatives.dtype == np.float32
     expected = Influence(exact.net, exact.train).perturbation(exact.test, ROWS)

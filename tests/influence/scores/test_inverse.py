@@ -1,4 +1,4 @@
-"""Inverse, tested through Influence: solves, warnings, refusals, and passes over rows."""
+"""Test Inverse through Influence: solves, warnings, refusals, and passes over rows."""
 
 import re
 import warnings

@@ -134,7 +134,7 @@ def test_redundant_directions_of_a_convex_risk_do_not_matter():
 def test_the_training_sets_the_damping_where_it_is_known(rate, momentum, total):
     model, (x, y) = small(), rows()
     model.compile(keras.optimizers.SGD(rate, momentum=momentum), logits())
-    model.fit(x, y, batch_size=10, epochs=3, verbose=0)  # 12 steps
+    model.fit(x, y, batch_size=10, epochs=3, verbose=0)  # this takes 12 steps
     found = Influence(model, (x, y)).plan
     assert found.damping == pytest.approx(1 / total, rel=1e-6)
     assert "learning rate x steps" in repr(found)

@@ -1,4 +1,4 @@
-"""Every solver on every kind of matrix, compared with an independent dense factorisation."""
+"""Compare every solver on every kind of matrix with an independent dense factorisation."""
 
 import re
 import warnings
@@ -298,7 +298,8 @@ def test_low_rank_plus_damping_is_exact(kind):
     b = rng.standard_normal(21)
     solution = solve(A, b, kind(9, rtol=1e-10))
     assert relative_error(solution.x, np.linalg.solve(A.dense(), b)) < 1e-10
-    assert solution.converged[0] and solution.eigenvalue_bound == 0.3  # GaussNewton knows
+    # GaussNewton knows that no eigenvalue is below the damping.
+    assert solution.converged[0] and solution.eigenvalue_bound == 0.3
 
 
 @pytest.mark.parametrize("rank", [1, 3, 10, 33])
@@ -308,8 +309,11 @@ def test_low_rank_is_fixed_linear_and_positive_definite(kind, rank):
     M, solution = inverse(A, kind(rank)), solve(A, B, kind(rank))
     np.testing.assert_allclose(M, M.T, atol=1e-12 * np.abs(M).max())
     values = np.linalg.eigvalsh(M)
-    assert values[0] >= 1 - 1e-9  # no approximation is above A
-    if kind is Lanczos:  # the floor is above what is left out
+    # A's largest eigenvalue is 1. No eigenvalue of an approximation of A is larger.
+    assert values[0] >= 1 - 1e-9
+    # Lanczos replaces the eigenvalues that it leaves out by a floor. The floor must not be much
+    # smaller than the largest of these eigenvalues.
+    if kind is Lanczos:
         assert values[-1] <= 1 / SPECTRUM[40 - rank - 1] * 1.5
     np.testing.assert_allclose(solution.x, M @ B, rtol=1e-9, atol=1e-11)
     np.testing.assert_array_equal(solution.x, solve(A, B, kind(rank)).x)
@@ -345,14 +349,14 @@ def test_indefinite(name, kind, matrices):
         assert solution.converged.all() and (solution.residual < 1e-12).all()
         assert relative_error(solution.x, np.linalg.solve(matrix, B)) < 1e-11
         np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-10)
-    elif name == "EKFAC":  # the inverse of the Gauss-Newton part, which is definite
+    elif name == "EKFAC":  # EKFAC inverts the Gauss-Newton part, which is definite
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name in ("CG", "CG with EKFAC") or (kind == "indefinite" and name == "CG with Nystrom"):
         solution = solve(A, B, how)
         stopped, worst = ~solution.converged, solution.min_curvature.min()
         assert stopped.any() and (solution.residual[stopped] > 1e-3).all()
-        assert smallest * (1 + 1e-9) <= worst < 0  # a Rayleigh quotient
+        assert smallest * (1 + 1e-9) <= worst < 0  # the curvature is a Rayleigh quotient
         assert np.isfinite(solution.x).all()
         what = f"A is not positive definite: negative curvature {worst:.3g} was met"
         assert solution.remedy.startswith(what)

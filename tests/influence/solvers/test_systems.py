@@ -52,7 +52,8 @@ def _of(rng, values):
 
 def _rows(rng, d):
     X = rng.standard_normal((2 * d, d))
-    X[::3], X[1::4], X[:, -1] = X[0], 0, 0  # equal rows, rows of zeros, a feature that is zero
+    # Some rows are equal, some are zero, and the last feature is zero.
+    X[::3], X[1::4], X[:, -1] = X[0], 0, 0
     return X.T @ X / len(X)
 
 
