@@ -16,7 +16,7 @@ def ctc_loss(y: Any, z: Any) -> Any:
 
     TensorFlow's function has no second derivative. This function writes out the forward recursion
     over the T steps. Let l be the labels with blanks around each of them, and p_t the softmax of
-    z_t. The bracket is 1 if its condition holds, else 0:
+    z_t. The bracket [...] is 1 if the condition inside it holds, else 0:
 
         a_t(s) = p_t(l_s) (a_{t-1}(s) + a_{t-1}(s - 1) + [l_s differs from l_{s-2}] a_{t-1}(s - 2))
 

@@ -31,7 +31,7 @@ import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import gen_image_ops, gen_math_ops, gen_nn_ops
 
-# Its attribute `blocks` is the number of `exact` blocks that surround the thread's current call.
+# `_THREAD.blocks` is the number of `exact` blocks that surround the thread's current call.
 _THREAD = threading.local()
 
 # --- replacements ---------------------------------------------------------------------------------
