@@ -90,7 +90,7 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
         "CG": lambda: CG(rtol, limit),
         "CG after EK-FAC": lambda: CG(rtol, limit, EKFAC()),
     }
-    if chain_hessian(net, train.take([0])) is None:  # it would take d products
+    if chain_hessian(net, train.take([0])) is None:  # forming the matrix would take d products
         del ways["Direct"]
     runs = []
     for method, make in ways.items():

@@ -8,7 +8,8 @@ import numpy as np
 from benchmarks.problem import Problem
 from influence import CG, Influence, LiSSA
 
-SCALE, BATCH_SIZE = 25.0, 1  # for Figure 2 in the authors' 2017 code
+# The authors' 2017 code uses these values for Figure 2.
+SCALE, BATCH_SIZE = 25.0, 1
 _EXACT = 1e-10  # relative residual of the reference solution
 
 

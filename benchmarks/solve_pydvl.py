@@ -95,7 +95,7 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
     tolerance, rank = setting["tolerance"], setting["preconditioner_rank"]
     loss = torch.nn.functional.cross_entropy
     E = torch.softmax(model(x_test).detach(), dim=1) - torch.nn.functional.one_hot(y_test, c)
-    norms = (x_test.norm(dim=1) * E.norm(dim=1)).tolist()  # of the test gradients
+    norms = (x_test.norm(dim=1) * E.norm(dim=1)).tolist()  # norms of the test gradients
 
     def cg(**options: Any) -> Any:
         return CgInfluence(

@@ -100,7 +100,8 @@ def _fetch_one(file: DataFile, target: Path) -> None:
                 None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,
-                # pooch's annotation differs from the arguments that it documents and passes.
+                # pooch calls `downloader` with the arguments that its documentation names. Its type
+                # annotation of `downloader` names others.
                 downloader=download,  # pyright: ignore[reportArgumentType]
             )
             return

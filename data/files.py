@@ -269,7 +269,10 @@ def _verified_digest(file: DataFile, folder: Path) -> str:
 
 
 def _known_by(file: DataFile) -> str:
-    """Return the size and digests of a file, or its `contents` if any content is accepted."""
+    """Describe the expected file.
+
+    The description is the size and the digests, or `contents` if the file has no digests.
+    """
     if not file.digests:
         return file.contents
     return f"{file.size:,} bytes with {' or '.join(map(_named, file.digests))}"

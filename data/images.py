@@ -19,7 +19,10 @@ _FORMATS = ("JPEG", "PNG")
 
 
 def photographs(folder: Path) -> list[Path]:
-    """List the files of a folder whose suffix is in SUFFIXES, sorted, without hidden files."""
+    """List, in sorted order, the files in a folder that have a suffix of SUFFIXES.
+
+    Hidden files are left out.
+    """
     if not folder.is_dir():
         return []
     return sorted(

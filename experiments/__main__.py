@@ -186,7 +186,10 @@ def _one(command: str, rest: Sequence[str]) -> int:
 
 
 def _parsed(default: Any, words: Sequence[str], command: str, about: str | None = None) -> Any:
-    """Parse the words into options. `default` is a dataclass of options or of such dataclasses."""
+    """Parse the words into options.
+
+    The fields of the dataclass `default` are options, or dataclasses whose fields are options.
+    """
     _refuse_empty(words)
     _refuse_unknown(words, [f"--{name.replace('_', '-')}" for name in _names(default)])
     asked = any(word in ("-h", "--help") for word in words)

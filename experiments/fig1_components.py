@@ -265,7 +265,7 @@ def draw(record: Record) -> Any:
         figure = plt.figure(figsize=(6.75, 4.7), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
         axes = above.subplots(1, 3, sharey=True)
-        order = np.random.default_rng(0).permutation(len(full))  # no label hides the other
+        order = np.random.default_rng(0).permutation(len(full))  # neither class hides the other
         colours = np.where(same, _SAME, _OTHER)[order]
         for axis, value, name in zip(axes, arrays["values"][1:], VARIANTS[1:], strict=True):
             axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)

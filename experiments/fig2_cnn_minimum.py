@@ -116,7 +116,7 @@ PRESETS = {
         minimum_damping=1e-3,
         num_processes=1,
     ),
-    "standard": Config(),  # its float32 descent ends at a gradient norm near 1e-3
+    "standard": Config(),  # the descent in float32 ends at a gradient norm near 1e-3
 }
 
 CLAIMS = (

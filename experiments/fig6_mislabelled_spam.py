@@ -291,7 +291,8 @@ def _orders(
 def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
     """Compute the overlap of the first tenth of rows by our score and by the library's score.
 
-    Both scores are self-influences at the clean model. The library includes the penalty in L(z).
+    Both scores are self-influences at the clean model. The library's score uses the gradient of a
+    row's loss plus the penalty. Our score uses the gradient of the loss alone.
     """
     count = _count(task.config, task.train, _FIGURE)
     own = _orders(net, task.train, task.gram, np.random.default_rng(0))[0]

@@ -134,7 +134,7 @@ class _Hospital:
         self.test_children = np.flatnonzero(self.test.x[:, self.age])
         options.one_of(config, self.test_children, "the test row of a child", "test_child")
         options.at_most(config, len(self.names), "features", "num_moved_features")
-        self.child = self.test.take([config.test_child])  # whose loss is explained
+        self.child = self.test.take([config.test_child])  # the run explains this child's loss
         is_child = self.everyone.x[:, self.age] == 1
         self.num_before = np.count_nonzero(is_child)
         self.train = self.everyone.without(np.flatnonzero(is_child & (self.everyone.y == 0))[:-1])
@@ -264,7 +264,7 @@ def _as_released(config: Config, examples: Examples) -> _Net:
         max_iter=config.release_iterations,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it must stop early
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the fit must stop early
         # The rounding of sparse products does not depend on the number of cores.
         fit.fit(scipy.sparse.csr_array(examples.x), examples.y)
     net = _Net(examples.x.shape[1], weight_decay=config.weight_decay)
@@ -284,7 +284,7 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
     metrics, arrays = {}, {}
     for suffix, model, examples in (("_before", before, at.everyone), ("", net, at.train)):
         losses = model.losses(at.test.x, at.test.y)
-        probability = np.exp(-losses[at.test_children])  # of the true label
+        probability = np.exp(-losses[at.test_children])  # probability of the true label
         arrays[f"probability_correct{suffix}"] = probability
         for name, rows in (("train", examples), ("test", at.test)):
             right = (model.outputs(rows.x)[:, 0] > 0) == rows.y

@@ -237,7 +237,10 @@ def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
 
 
 def plain_gradient_at(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
-    """Return theta -> the plain gradient there, traced once; the model's weights are restored."""
+    """Return the function theta -> plain gradient at theta.
+
+    It is traced once. Each call restores the model's weights.
+    """
     weights = model.trainable_weights
     ends = np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1]
     here = tf.function(lambda: plain_gradient(model, loss, x, y), autograph=False)

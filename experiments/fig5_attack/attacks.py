@@ -264,7 +264,7 @@ def over_all(
             [one[f"{rule}_flipped"][:, counts.index(2)].sum() for rule in RULES] for one in every
         ]
         for name, (paper, best) in zip(("", *networks), (np.sum(two, axis=0), *two), strict=True):
-            end = f"_{name}" if name else ""  # no name: all heads together
+            end = f"_{name}" if name else ""  # "" is the name of all heads together
             metrics[f"times_as_many_by_best_rule_with_2{end}"] = best / max(paper, 1)
     if 10 in counts:
         shares = flipped["paper"].mean(axis=0)

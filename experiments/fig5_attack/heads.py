@@ -174,7 +174,7 @@ def heads_of(
 
     Args:
       network: name of the network.
-      data: Splits of photographs.
+      data: the photographs, as a `data.Splits` (training and test set).
       seed: seed of the division of the training images.
       folder: folder that stores features, or None.
       checkpoints: folder that stores the result, or None.

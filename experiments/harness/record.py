@@ -251,7 +251,7 @@ def provenance(seed: int) -> Iterator[dict[str, Any]]:
     """
     facts: dict[str, Any] = {
         "seed": seed,
-        "commit": commit(),  # at the start: the code may be edited during the run
+        "commit": commit(),  # read it first, because the code may change during the run
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),

@@ -36,7 +36,7 @@ class Unwritten(Exception):
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raise Unwritten if the block cannot write a file in `folder`.
+    """Raise Unwritten if the `with` block cannot write a file in `folder`.
 
     Args:
       folder: the folder to which the block writes.
@@ -95,8 +95,9 @@ def run(job: Job) -> bool:
     _check_writable(job.folder)
     with writing_to(job.folder):
         _compute_and_save(job)
-    holds = redraw(job)  # from the files, as --redraw does
-    shutil.rmtree(job.folder / _CHECKPOINTS)  # only now, in case the figure could not be written
+    holds = redraw(job)  # this reads the files, as --redraw does
+    # Checkpoints are deleted last. They are still needed if the figure cannot be written.
+    shutil.rmtree(job.folder / _CHECKPOINTS)
     return holds
 
 

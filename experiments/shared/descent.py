@@ -76,7 +76,7 @@ def descend(
 
     Args:
       net: the net. The descent starts at its theta, and leaves the net at the last theta. Use
-        float64, unless the tolerance is far above rounding.
+        float64, unless the tolerance is far above the rounding error.
       examples: the training set.
       tolerance: the descent ends if the gradient's Euclidean norm is at most this and no eigenvalue
         is negative.

@@ -100,8 +100,9 @@ class Poisoning:
       features: (k, ...) the features of these inputs, which the trained part of the net sees.
       same_bytes: (k,) True if all 8-bit values round(255 (x - low) / (high - low)) of an input
         equal those of the original input; None without `bounds`.
-      test_losses: (t + 1, m) test losses after each warm refit that led to the result. The first
-        row holds the losses before the attack.
+      test_losses: (t + 1, m) test losses before the attack (first row) and after each of t warm
+        refits. Refits of discarded attempts are left out. If the attack begins with several rows,
+        the refits that try single rows are left out too.
       num_poisons: (t + 1,) the number of poisons at each row of `test_losses`.
       theta: (d,) theta after the cold refit.
       gradient_norm: Euclidean norm of the poisoned risk's gradient at this theta. A small norm

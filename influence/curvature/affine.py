@@ -1,9 +1,9 @@
 """Layers that are affine in their own weights, and the inputs that multiply these weights.
 
 At each position t, such as a pixel or a time step, an affine layer computes z_t = a_t W + b. Its
-activation, if it has one, acts on z. Some layers have separate weights for G groups of channels.
-These are grouped and depthwise convolutions, and normalisations with a scale W and an offset b,
-where each channel is a group.
+activation, if the layer has one, acts on z. Some layers have separate weights for G groups of
+channels. Such layers are grouped and depthwise convolutions, and normalisations with a scale W and
+an offset b. In a normalisation, each channel is a group.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Affine:
       has_kernel: True if theta contains its kernel W.
       has_bias: True if theta contains its bias b.
       entries: (f, c) positions in theta of the weights of f inputs and c outputs, or (G, f, c) for
-        G groups. A bias is last among the inputs.
+        G groups. A bias counts as the last input.
       expanded: function from the layer's input to the factors a_t. Up to a reshape, the last axes
-        of its result are positions t, groups and inputs f.
-      outputs: function that reorders z (n, ...), or a derivative with respect to z. The axes of its
-        result are positions, groups and outputs.
+        of the result are positions t, groups and inputs f.
+      outputs: function that reorders z (n, ...), or a derivative with respect to z. The axes of the
+        result are rows, positions, groups and outputs.
     """
 
     layer: Any
@@ -100,7 +100,8 @@ def affine(layer: Any, parts: list[tuple[Any, NDArray]]) -> Affine:
 
     Args:
       layer: a Keras layer.
-      parts: its weights in theta, each with its positions in theta (size,).
+      parts: a pair for each of the layer's weights that theta contains. The pair is the weight and
+        the positions (size,) of its entries in theta.
 
     Raises: ValueError naming the layer if it is of another kind, or has an unusual form.
     """
@@ -163,7 +164,7 @@ def _kind(layer: Any) -> tuple[Callable, Callable, Callable] | None:
 def _rank(layer: Any) -> int:
     try:
         return len(layer.input.shape)
-    except (AttributeError, ValueError):  # a layer that was called directly
+    except (AttributeError, ValueError):  # the layer is not part of a functional model
         return 0
 
 
@@ -222,7 +223,7 @@ def _patches(layer: Any, a: Any) -> Any:
         return tf.raw_ops.ExtractVolumePatches(
             input=a, ksizes=[1, *kernel, 1], strides=[1, *strides, 1], padding=padding.upper()
         )
-    if len(kernel) == 1:  # one row of pixels
+    if len(kernel) == 1:  # treat the sequence as an image with one row of pixels
         if padding == "causal":
             a = tf.pad(a, [[0, 0], [rates[0] * (kernel[0] - 1), 0], [0, 0]])
             padding = "valid"

@@ -78,7 +78,7 @@ class Chain:
             return None
         try:
             own = {id(affine.layer): affine for affine in AffineLayers(traced, x).layers}
-        except ValueError:  # theta is in other layers too
+        except ValueError:  # some weights of theta are in layers that are not affine
             return None
         steps, peels = [], False
         for layer in model.layers:
@@ -214,11 +214,12 @@ def mean_matrix(
     question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
 ) -> NDArray:
     """Average a matrix (d, d) over all rows. `question` returns the sum over one batch."""
-    matrix = np.zeros((net.num_parameters, net.num_parameters))  # float64, also for sums of float32
+    # The sums are in float64, even if the net is in float32.
+    matrix = np.zeros((net.num_parameters, net.num_parameters))
     parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
         matrix += part
-        del part  # the next part needs its memory
+        del part  # free the memory of this part before the next one is computed
     matrix /= len(examples)
     return matrix.astype(net.dtype, copy=False)
 

@@ -1,7 +1,8 @@
 """Inputs of a model's affine layers, and derivatives with respect to these layers' outputs.
 
 An affine layer computes z_t = a_t W + b at each position t (influence.curvature.affine). Its
-activation, if it has one, acts on z. The derivative of a scalar L with respect to its weights is
+activation, if the layer has one, acts on z. The derivative of a scalar L with respect to the
+layer's weights is
 
     dL / d[W; b] = sum_t [a_t, 1]' (dL / dz_t).
 
@@ -35,12 +36,12 @@ class AffineLayers:
 
     Args:
       traced: the model as functions of theta.
-      x: input tensors of a few rows. They serve to compare this file's formula with the tape.
+      x: input tensors of a few rows. For these rows, the formula above is compared with the tape.
 
     Attributes:
       layers: the layers.
       single: those of the layers that have a single position t and no groups.
-      numbers: how many numbers the factors of one row have.
+      numbers: the total size of the two factors of one row, over all layers.
 
     Raises: ValueError naming a layer that `affine` refuses, that is called more than once, that
       does not keep one row per example, or that uses its weights for more than z = a W + b.
@@ -62,9 +63,9 @@ class AffineLayers:
         method returns these a and g. Negative eigenvalues of H_i are replaced by zero.
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
-        Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs and a one for the bias.
-          g (n, t, s, c) holds the derivatives of output . S_i[:, s] by z. For a layer with G groups
-          a is (n, t, G, f) and g is (n, t, s, G, c).
+        Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs, and 1 for the bias. g
+          (n, t, s, c) holds the derivatives of output . S_i[:, s] with respect to z. For a layer
+          with G groups a is (n, t, G, f) and g is (n, t, s, G, c).
         """
         t = self.traced
         batch = t.inputs(x), t.tensor(y)
@@ -229,8 +230,9 @@ def _find(traced: FlatModel) -> tuple[Affine, ...]:
 def _recording(layers: tuple[Affine, ...]) -> Iterator[list[list[tuple[Any, Any]]]]:
     """Record the input and z of every call of each layer inside the `with` block.
 
-    Keras calls `layer.call` and `layer.activation`. An attribute of the instance overrides the
-    class's method. z is what the activation gets, or the output of a layer without activation.
+    Keras calls `layer.call` and `layer.activation`. The recording functions are attributes of the
+    instance with these names, which override the class's methods. z is the input of the activation,
+    or the output of a layer without activation.
     """
     calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
 
@@ -279,7 +281,7 @@ def _joined(found: Any) -> Any:
 
 
 def loss_roots(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
-    """Return the columns of all S_i, (s, n, ...). `pseudo_gradients` defines S_i.
+    """Return the columns of all S_i, (s, n, ...). `AffineLayers.pseudo_gradients` defines S_i.
 
     `curved_at(y, z)` is `PerExampleLoss.curved`, and `output` (n, ...) holds the model's outputs.
     """

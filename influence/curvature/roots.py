@@ -6,12 +6,13 @@ of the row's loss with respect to that output. The Gauss-Newton matrix of n rows
     G = (1/n) sum_i sum_s p_is p_is'    with the roots    p_is = J_i' S_i[:, s].
 
 A row with s outputs has s roots. Computing the roots takes s backward passes, while products of G
-with unit vectors take d passes. A layer that sees one position per row has the roots a_i' g_is. Two
-such layers share
+with unit vectors take d passes. In a layer with one position per row, the root is a_i' g_is, with
+the factors of influence.curvature.layers. The block of G that belongs to two such layers, with the
+factors a, g and b, h, is up to the factor 1/n
 
-    sum_is (a_i' g_is) (b_i' h_is)' = sum_i (a_i' b_i) (x) (sum_s g_is' h_is),
+    sum_is (a_i' g_is) (b_i' h_is)' = sum_i (a_i' b_i) (x) (sum_s g_is' h_is).
 
-which takes s times fewer multiplications than the product of the roots.
+(x) is the Kronecker product. The right side takes s times fewer multiplications than the left side.
 """
 
 from __future__ import annotations
@@ -37,20 +38,24 @@ _COPIES = 4
 def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
     """Return the roots p_is of a batch, (n, s, d), at the net's theta.
 
-    For affine layers, the roots are products of inputs and pseudo-gradients. For other models, the
-    outputs of one row after another are differentiated. The loss must be convex in the output.
+    If all layers are affine, the roots are products of inputs and pseudo-gradients. For other
+    models, TensorFlow differentiates the outputs of one row after another. The loss must be convex
+    in the output.
     """
     t, theta = net.flat, net.theta_tensor()
     try:
         return affine_layers(net, x).roots(x, y, theta)
-    except ValueError:  # theta is also in layers of other kinds
+    except ValueError:  # some weights of theta are in layers that are not affine
         pass
     batch = t.inputs(x), t.tensor(y)
     return t.run("roots", partial(_by_rows, t, t.each(*batch)), theta, *batch)
 
 
 def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
-    """Return for how many rows `sum_of_squares` fits into memory. `one` holds one row."""
+    """Return the number of rows for which `sum_of_squares` fits into memory.
+
+    `one` holds one row.
+    """
     s = net.output_size(one.x)
     try:
         single = affine_layers(net, one.x).single
@@ -65,7 +70,8 @@ def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
 def sum_of_lengths(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> float:
     """Return sum_is |p_is|^2 of a batch, which is its part of n times the trace of G.
 
-    It is a question. The net's weights must be in affine layers, and the loss convex.
+    It is a question, as in influence.net.questions. All weights of theta must be in affine layers,
+    and the loss must be convex in the output.
     """
     layers = affine_layers(net, x)
     single, rest = layers.parts(x, y, net.at(theta).theta_tensor())
@@ -111,7 +117,7 @@ def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArr
     if where.size:
         matrix[np.ix_(where, where)] = _square(rest)
     for i, (one, (a, g)) in enumerate(zip(layers.single, single, strict=True)):
-        for k in range(g.shape[2]):  # the weights of one output at a time
+        for k in range(g.shape[2]):  # each step fills the matrix's rows for the weights of output k
             rows = one.entries[:, k]
             if where.size:
                 _set(matrix, rows, where, a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest))

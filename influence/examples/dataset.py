@@ -23,7 +23,7 @@ _REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to mak
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one batch. Its x is an array or a dict of arrays, and its y is an array."""
+    """Rows of one batch. `x` is an array or a dict of arrays, and `y` is an array."""
 
     x: Any
     y: NDArray
@@ -127,7 +127,7 @@ def row_hashes(batch: Batch) -> NDArray[np.int64]:
 
 
 def _bytes(row: Any) -> bytes:
-    """Return the bytes of one row. A row of strings gives its text, and not its addresses."""
+    """Return the bytes of one row. For strings, use their text, not their memory addresses."""
     array = np.asarray(row)
     return repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes()
 
@@ -184,7 +184,7 @@ def _array(value: Any, name: str) -> NDArray:
     refuse_mask(value, name)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # rows of different lengths
+    except (TypeError, ValueError):  # the rows have different lengths
         array = np.empty(0, object)
     if is_text(array) and name != "y":
         array = array.astype(object)

@@ -31,9 +31,11 @@ def as_examples(
       value: Examples, a tuple or list (x, y) or (x, y, sample_weight), or a dataset of such
         batches. A dataset must give the same rows in every pass. A small one is read into memory.
       name: the argument's name in error messages.
-      inputs: the names of the model's inputs, if it declares them. They are needed for two rows of
-        two inputs, and for a data frame with one column per input.
-      outputs: the names of the model's outputs, if it has several. They name a list of labels.
+      inputs: the names of the model's inputs, if the model declares them. The names show whether a
+        list x of two arrays holds two inputs or two rows. They also select the columns of a data
+        frame with one column per input.
+      outputs: the names of the model's outputs, if the model has several. They name the entries of
+        a list y.
 
     Raises: TypeError naming `name` for another kind of data. The errors of Examples and Stream.
     """
@@ -56,7 +58,7 @@ def as_examples(
     elif several and is_frame(x) and all(key in getattr(x, "columns", ()) for key in inputs):
         x = {key: x[key] for key in inputs}
     elif several and isinstance(x, Mapping) and all(key in x for key in inputs):
-        x = {key: x[key] for key in inputs}  # as `fit`, which leaves out other columns
+        x = {key: x[key] for key in inputs}  # `fit` leaves out other entries too
     elif is_series(x):
         x = np.asarray(x)[:, None]
     if len(outputs) > 1 and isinstance(y, list | tuple) and len(y) == len(outputs):

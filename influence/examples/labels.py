@@ -6,7 +6,7 @@ weights, are packed into one NumPy structured array (n,). Its fields are
 - `y`, or the names of the outputs: the labels,
 - `sample_weight`, or `sample_weight/NAME` for the output NAME: the weights (n,).
 
-Slices, fancy indices and concatenations of rows therefore treat all of them alike.
+A slice, a fancy index or a concatenation of rows therefore applies to all labels and weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from influence.common.numbers import numbers
 
 # The name of the labels that were given without a name.
 PLAIN = "y"
-# The weights' field. The weights of one output have the output's name after a slash.
+# This is the name of the field of weights. For the weights of one output, a slash and the output's
+# name follow.
 WEIGHT = "sample_weight"
 
 
@@ -34,8 +35,8 @@ def packed(y: Any, sample_weight: Any = None) -> Any:
       sample_weight: (n,) weights >= 0, or a dict of them by output name. None means no weights.
 
     Raises: TypeError if an array is not numeric. ValueError for an empty dict, names that are not
-      text or do not agree, or lengths that differ. The values of weights are left to
-      `check_weights`.
+      text or do not agree, or lengths that differ. Only `check_weights` checks the values of
+      weights.
     """
     if is_packed(y):
         if sample_weight is not None:
@@ -112,7 +113,7 @@ def called(name: str) -> str:
 
 
 def check_weights(y: NDArray) -> None:
-    """Refuse sample weights that are not finite and >= 0, or that are all zero.
+    """Refuse sample weights if one is negative or not finite, or if all are zero.
 
     Raises: ValueError naming the weights and a row.
     """

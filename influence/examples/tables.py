@@ -25,7 +25,7 @@ def structured(x: Any, y: Any) -> Any:
 
     Args:
       x: the inputs.
-      y: the labels, whose length tells a list of inputs from a list of rows.
+      y: the labels. Their length distinguishes a list of inputs from a list of rows.
     """
     if is_frame(x):
         columns = {str(name): _plain(x[name]) for name in x.columns}
@@ -87,19 +87,19 @@ def is_series(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a pandas series of numbers as an array of these numbers, and of others as objects."""
+    """Return a pandas series as an array: of numbers if it holds only numbers, else of objects."""
     if is_frame(value) or not is_series(value):
         return value
     kind = getattr(value.dtype, "kind", "O")
     if isinstance(value.dtype, np.dtype) or kind not in "biuf" or value.isna().any():
         return np.asarray(value)
-    return value.to_numpy(value.dtype.numpy_dtype)  # such as pandas' own Int64
+    return value.to_numpy(value.dtype.numpy_dtype)  # this is for pandas' own dtypes, such as Int64
 
 
 def _array(value: Any) -> NDArray | None:
     try:
         return np.asarray(value)
-    except ValueError:  # rows of unlike lengths
+    except ValueError:  # the rows have different lengths
         return None
 
 

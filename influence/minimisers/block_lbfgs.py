@@ -78,9 +78,9 @@ def minimise(
     step's length. The radius protects a search from one long Newton step if the curvature changes.
 
     If the gradient of a search no longer shrinks, the search may be on a long descent, or it may
-    have reached rounding error. The search continues only if the function still decreases. The
-    decrease is the sum of -(g_before + g_after) . step / 2 over the steps, with g the gradients, up
-    to third order. In float32 the gradient must also have grown.
+    have reached rounding error. In this case, the search continues only if the function still
+    decreases. The decrease is the sum of -(g_before + g_after) . step / 2 over the steps, with g
+    the gradients, up to third order. In float32 the gradient must also have grown.
 
     Args:
       gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of

@@ -247,8 +247,8 @@ class LinearModel(GenericNeuralNet):
             nor on theta. The matrix is used only if d > n.
 
         Returns: (k,).
-        Raises: ValueError for several outputs or a wrong shape; DivergenceError for a singular
-          Hessian.
+        Raises: ValueError if the model has several outputs or if `gram` is not (n, n).
+          DivergenceError if the Hessian is singular.
         """
         return leverage.leverages(self, examples, rows, gram)
 

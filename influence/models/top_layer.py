@@ -131,7 +131,7 @@ class TopLayer(BinaryLogisticRegression):
         return self._standardised(self._trunk.pooled(x))
 
     def featured(self, examples: Examples) -> Examples:
-        """Replace images by their features. Examples of features are returned unchanged."""
+        """Replace images by features. Return `examples` unchanged if they already hold features."""
         if not _are_images(examples.take([0]).x):
             return examples
         return Examples(examples.each_row(_features, self, batch_size=_ROWS), examples.y)

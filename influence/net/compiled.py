@@ -14,7 +14,7 @@ from influence.examples.labels import labels
 from influence.net.heads import Ending
 from influence.net.losses import PerExampleLoss, per_example
 
-# Labels give the loss weights of a model with one output this path.
+# This is the path of the output of a model that returns one tensor.
 _ONLY = None
 
 
@@ -49,7 +49,7 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
     if as_compiled:
         loss = getattr(model, "loss", None)
         if loss is None:
-            return per_example(None, model)  # says that the loss is missing
+            return per_example(None, model)  # raises ValueError, because the loss is missing
     chosen = _by_output(loss, weights, end)
     parts = []
     for name, ends_in in zip(end.names, end.heads, strict=True):
@@ -65,13 +65,14 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
 class SeveralLosses(PerExampleLoss):
     """Sum of the losses of several outputs, and of what a row adds by `add_loss`.
 
-    z has one row per example. It holds the outputs, or their logits, side by side. A last column
-    holds the added loss. It is an output with the loss z, so its curvature does not belong to the
-    Gauss-Newton matrix.
+    z has one row per example. It holds the outputs, or their logits, side by side. If rows add
+    losses by `add_loss`, the last column of z holds the added losses. The total is linear in this
+    column, so the column contributes nothing to the Gauss-Newton matrix.
 
     Attributes:
       parts: the loss of each output.
-      paths: the key of each part's output in what the model returns. None means the output itself.
+      paths: for each part, the key of its output in the list or dict that the model returns. The
+        key is None if the model returns one tensor.
       adds: True if z has a column of added losses.
       names: the names of all outputs of the model, also of those without a loss.
     """
@@ -80,7 +81,7 @@ class SeveralLosses(PerExampleLoss):
     paths: tuple[Any, ...] = ()
     adds: bool = False
     names: tuple[str, ...] = ()
-    # The shapes of the outputs by the number of columns of z, from tracing the model.
+    # `seen` stores the shapes of the outputs here, by the number of columns of z.
     _shapes: dict[int, list[tuple]] = field(default_factory=dict, compare=False, repr=False)
 
     takes_one_output: ClassVar[bool] = False
@@ -89,7 +90,7 @@ class SeveralLosses(PerExampleLoss):
     def of(
         cls, parts: list[PerExampleLoss], paths: tuple, adds: bool, names: tuple[str, ...] = ()
     ) -> SeveralLosses:
-        """Make the sum of these parts."""
+        """Make the sum of the losses `parts`. The other arguments are attributes of the sum."""
         name = parts[0].name
         if len(parts) > 1:
             name = ", ".join(f"{part.output}: {part.name}" for part in parts)
@@ -112,12 +113,12 @@ class SeveralLosses(PerExampleLoss):
         return all(part.convex for part in self.parts)
 
     def seen(self, raw: Any, added: Any = None) -> Any:
-        """Return z (n, ...), from what the model returns and the losses (n,) that rows add."""
+        """Return z, made from the model's outputs `raw` and the added losses `added` (n,)."""
         found = [
             part.seen(output) for part, output in zip(self.parts, self._outputs(raw), strict=True)
         ]
         shapes = [tuple(z.shape[1:]) for z in found]
-        sizes = [int(np.prod(shape)) for shape in shapes]  # raises TypeError for an unknown size
+        sizes = [int(np.prod(shape)) for shape in shapes]  # an unknown size raises TypeError
         columns = [
             tf.reshape(tf.cast(z, found[0].dtype), [-1, size])
             for z, size in zip(found, sizes, strict=True)
@@ -155,7 +156,7 @@ class SeveralLosses(PerExampleLoss):
         maps = [part.curved(y, own) for part, own in zip(self.parts, self.split(z), strict=False)]
 
         def product(u: Any) -> Any:
-            parts = self.split(tf.reshape(u, [-1, z.shape[1]]))  # with a static shape
+            parts = self.split(tf.reshape(u, [-1, z.shape[1]]))  # `split` needs a static shape
             found = [of(own) for of, own in zip(maps, parts, strict=False)]
             found += [tf.zeros_like(own) for own in parts[len(maps) :]]
             columns = [tf.reshape(h, [tf.shape(h)[0], -1]) for h in found]
@@ -164,7 +165,10 @@ class SeveralLosses(PerExampleLoss):
         return product
 
     def check_labels(self, y: np.ndarray, output_shape: Any, name: str) -> None:
-        """Refuse labels that are not valid for an output's loss. `output_shape` is a list."""
+        """Refuse labels that are not valid for an output's loss.
+
+        `output_shape` lists the shapes of the outputs that have a loss.
+        """
         self._check_named(y)
         for part, shape in zip(self.parts, output_shape, strict=True):
             part.check_labels(y, shape, name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# The logarithm of a probability that is zero. Infinities would give NaN in the derivatives.
+# This number replaces the logarithm of zero. An infinity would give NaN in the derivatives.
 _IMPOSSIBLE = -1e30
 _BLANK = 0
 
@@ -14,8 +14,9 @@ _BLANK = 0
 def ctc_loss(y: Any, z: Any) -> Any:
     """Return -log p(y | z) for each row, as `keras.losses.ctc` does.
 
-    TensorFlow's function has no second derivative. Here the forward recursion over the T steps is
-    written out. Let l be the labels with blanks around each of them, and p_t the softmax of z_t:
+    TensorFlow's function has no second derivative. This function writes out the forward recursion
+    over the T steps. Let l be the labels with blanks around each of them, and p_t the softmax of
+    z_t. The bracket [...] is 1 if the condition inside it holds, else 0:
 
         a_t(s) = p_t(l_s) (a_{t-1}(s) + a_{t-1}(s - 1) + [l_s differs from l_{s-2}] a_{t-1}(s - 2))
 
@@ -25,7 +26,7 @@ def ctc_loss(y: Any, z: Any) -> Any:
       y: (n, m) class numbers. Class 0 is the blank and ends shorter labels.
       z: (n, T, c) logits.
 
-    Returns: the losses (n,), in nats. A row with more labels than steps can hold gets 1e30.
+    Returns: the losses (n,), in nats. A row whose labels do not fit into T steps has the loss 1e30.
     """
     y = tf.cast(y, tf.int32)
     n, m = tf.shape(y)[0], y.shape[1]
@@ -47,14 +48,14 @@ def ctc_loss(y: Any, z: Any) -> Any:
         before = tf.concat([none[:, :1], a[:, :-1]], 1)
         over = tf.where(skips, tf.concat([none[:, :2], a[:, :-2]], 1), none)
         a = log_p[:, t] + _log_sum(tf.stack([a, before, over]), 0)
-        a = tf.maximum(a, none)  # sums of impossible logarithms do not grow
+        a = tf.maximum(a, none)  # this keeps sums of _IMPOSSIBLE from growing
     last = 2 * tf.reduce_sum(tf.cast(y != _BLANK, tf.int32), axis=1)[:, None]
     place = tf.range(2 * m + 1)[None]
     return -_log_sum(tf.where((place == last) | (place == last - 1), a, none), 1)
 
 
 def _log_sum(values: Any, axis: int) -> Any:
-    """Return log sum exp. Its derivative has no NaN if all values are impossible."""
+    """Return log sum exp. The derivative has no NaN, even if all values are _IMPOSSIBLE."""
     top = tf.stop_gradient(tf.reduce_max(values, axis=axis, keepdims=True))
     total = tf.reduce_sum(tf.exp(values - top), axis=axis)
     return tf.squeeze(top, axis) + tf.math.log(total)

@@ -73,8 +73,8 @@ class FlatModel:
     def output(self, theta: Any, x: Any) -> Any:
         """Return what the loss takes from the model's output.
 
-        It is the output itself, the logits before its softmax or sigmoid, or several outputs side
-        by side (n, ...). `loss.function` and `loss.curved` take the same.
+        This is the output itself, the logits before the output's softmax or sigmoid, or several
+        outputs side by side (n, ...). `loss.function` and `loss.curved` take the same tensor as z.
         """
         raw, added = self.called(theta, x)
         if not self.adds:
@@ -179,8 +179,8 @@ class FlatModel:
     def _check(self, graph: Any, by_inputs: bool = False) -> None:
         """Refuse losses that TensorFlow differentiates wrongly, from their graph.
 
-        `by_inputs` asks about first derivatives by all arguments, and not about second derivatives
-        by theta, which is the first argument.
+        With `by_inputs`, check the first derivatives with respect to all arguments. Without it,
+        check the second derivatives with respect to theta, which is the first argument.
         """
         names = [layer.name for layer in self.model._flatten_layers()]
         sources = graph.inputs if by_inputs else graph.inputs[:1]

@@ -1,4 +1,4 @@
-"""What a net makes of the model and of the data that it is given."""
+"""Conversion of a caller's model and data to the forms that a net uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from influence.net.precision import computes_in_half, recast
 from influence.net.preprocessing import Preparation, split
 from influence.net.refused import check_built
 
-# The output of a row alone and among longer rows may differ by this fraction of its size.
+# A row's output alone and its output among longer rows may differ by this relative amount.
 _PADDING_RTOL = 1e-3
 
 
@@ -71,7 +71,7 @@ def checked_dtype(dtype: Any) -> str | None:
 
 
 def given(net: Any, value: Any, name: str) -> Examples:
-    """Return data as Examples for a net. `GenericNeuralNet.given` says more."""
+    """Return data as Examples for a net, as `GenericNeuralNet.given` describes."""
     outputs = getattr(net, "ending", Ending()).names or ()
     front = net.preparation
     inputs = declared(net.model) if front is None else front.given.declared
@@ -79,7 +79,7 @@ def given(net: Any, value: Any, name: str) -> Examples:
     if front is None:
         for label, part in parts_of(examples.take([0]).x).items():
             if is_text(part):
-                numbers(part, f"{name}.{label}")  # this raises
+                numbers(part, f"{name}.{label}")  # `numbers` raises TypeError for strings
         return examples
     known = front.knows(examples)
     try:

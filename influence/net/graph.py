@@ -19,8 +19,11 @@ def is_input(node: Any) -> bool:
 
 
 def nodes_of(model: Any) -> list[Any]:
-    """Return the calls of layers in a functional model. A call follows those it depends on."""
-    depths = sorted(model._nodes_by_depth, reverse=True)  # the inputs are deepest
+    """Return the calls of layers in a functional model.
+
+    Each call comes after the calls whose results it uses.
+    """
+    depths = sorted(model._nodes_by_depth, reverse=True)  # the inputs have the largest depth
     return [node for depth in depths for node in model._nodes_by_depth[depth]]
 
 
@@ -31,10 +34,11 @@ def replayed(
 
     Args:
       nodes: the calls, in the order of `nodes_of`. InputLayers are left out.
-      made: the new tensor for the id of each old tensor that the calls begin with.
+      made: a dict from the ids of old tensors to new tensors. It has an entry for each tensor that
+        the calls take as input and do not make themselves.
       operation_of: function from a layer of the model to the layer that is called instead.
 
-    Returns: `made`, with the new tensors for all results of the calls.
+    Returns: a copy of `made` with further entries for all results of the calls.
     """
     made = dict(made)
     for node in nodes:

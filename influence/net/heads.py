@@ -1,7 +1,7 @@
 """Softmax or sigmoid at a model's end, and the logits before it.
 
-Keras' cross-entropies go round a softmax or sigmoid that they recognise on the output tensor. They
-then take its logits, whatever `from_logits` says. This file recognises the same tensors.
+Keras' cross-entropies recognise an output tensor that a softmax or sigmoid made. They then use the
+logits before this activation, whatever `from_logits` says. This file recognises the same tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Ending:
 def ending(model: Any) -> Ending:
     """Trace a model in inference mode and return facts about its outputs.
 
-    A model whose inputs have unknown shapes is not traced. It counts as a model without heads.
+    A model whose inputs have unknown shapes is not traced. Its outputs count as outputs without an
+    activation at the end.
     """
     if model is None:
         return Ending()
@@ -66,13 +67,14 @@ def ending(model: Any) -> Ending:
     if specs is not None:
         try:
             tf.function(call, autograph=False).get_concrete_function(specs)
-        except (TypeError, ValueError, tf.errors.OpError):  # `validate` asks with true inputs
+        # `GenericNeuralNet.validate` later calls the model on real inputs and reports the error.
+        except (TypeError, ValueError, tf.errors.OpError):
             pass
     return found[0] if found else Ending()
 
 
 def head(output: Any) -> str | None:
-    """Return "softmax" or "sigmoid" if the tensor is the result of one, else None."""
+    """Return "softmax" or "sigmoid" if this activation made the tensor, else None."""
     if tf.is_symbolic_tensor(output):
         kind = output.op.type
         if kind in _ACTIVATIONS:
@@ -117,7 +119,7 @@ def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...
 def _by_layers(model: Any) -> Ending | None:
     """Return facts about a model with one output if its layers show them, else None.
 
-    The usual models are recognised without a trace, which can take a second.
+    This function recognises the usual models without a trace. A trace can take a second.
     """
     own = all(
         type(layer).__module__.split(".")[0] == "keras"

@@ -1,4 +1,4 @@
-"""Names of a model's inputs. Inputs may be given by position, or by the name of their layer."""
+"""Names of a model's inputs. A caller may name an input by its position or by its layer's name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def for_call(model: keras.Model, x: Any) -> Any:
 def fits(shape: tuple, wanted: tuple) -> bool:
     """Return True if Keras takes rows of this shape for an input that declares `wanted`.
 
-    A size of None takes any size. Keras adds or removes a last axis of one entry.
+    A size None in `wanted` takes any size. If it is needed, Keras adds or removes a last axis of
+    length 1.
     """
     for trial in (shape, (*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
         pairs = zip(wanted, trial, strict=False)

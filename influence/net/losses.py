@@ -60,7 +60,7 @@ _FROM_LOGITS = (
     *_PROBABILITIES,
     keras.losses.categorical_crossentropy,
     keras.losses.categorical_focal_crossentropy,
-    keras.losses.kl_divergence,  # a cross-entropy for one-hot labels
+    keras.losses.kl_divergence,  # for one-hot labels, this is a cross-entropy
 )
 
 
@@ -75,8 +75,9 @@ class PerExampleLoss:
     class numbers with `ignore_class`) get the activated logits, with Keras' clipping at 1e-7.
 
     Keras rounds the outputs of a float64 model to the dtype of its loss, which is float32 unless
-    the loss has `dtype="float64"`. It then does not recognise the activation and clips
-    probabilities at 1e-7. The two losses agree up to rounding for larger probabilities.
+    the loss has `dtype="float64"`. After the rounding, Keras does not recognise the activation and
+    clips probabilities at 1e-7. For larger probabilities, Keras' loss and this loss agree up to
+    rounding.
 
     Attributes:
       name: the name of the loss in messages.
@@ -94,7 +95,8 @@ class PerExampleLoss:
       ignored: the class whose rows and pixels the loss ignores, or None.
       weighs_mean: True if Keras divides by the sum of the sample weights.
       compiled: True if the loss is the one with which the model was compiled.
-      whole: a Keras loss that overrides `__call__`, so it may do anything to a batch, or None.
+      whole: the Keras loss if it overrides `__call__`, else None. Such a loss may combine the rows
+        of a batch in any way.
     """
 
     name: str
@@ -117,7 +119,7 @@ class PerExampleLoss:
     takes_one_output: ClassVar[bool] = True
 
     def seen(self, raw: Any, added: Any = None) -> Any:
-        """Return z, what the loss takes from the model's output. `added` is for several losses."""
+        """Return z from the model's output `raw`. Only SeveralLosses uses `added`."""
         return raw if self.head is None else peeled(raw)
 
     def shapes(self, raw: Any) -> Any:
@@ -195,7 +197,7 @@ class PerExampleLoss:
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
         y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
-        if isinstance(y, Mapping):  # a function of all outputs
+        if isinstance(y, Mapping):  # these are the labels of a measurement of several outputs
             return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
@@ -323,7 +325,8 @@ def per_example(
     if _is_keras_own(loss):
         head, logits = _head(loss, {}, ends_in)
         function = ctc_loss if loss is keras.losses.ctc else partial(of_rows, loss, True, True)
-        facts = {"role": role, "head": head, "plain": True}  # a function has its default options
+        # A loss function, unlike a loss object, always has its default options.
+        facts = {"role": role, "head": head, "plain": True}
         return _weighed(PerExampleLoss(name, function, loss, logits, **facts), True)
     takes_logits = getattr(loss, "takes_logits", False)
     function = partial(as_keras_calls if as_compiled else of_callable, loss)
@@ -371,8 +374,9 @@ def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExa
 def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | None, bool]:
     """Return (head, from_logits) of a Keras loss on an output that ends in an activation.
 
-    Keras' cross-entropies go round the activation whatever `from_logits` says. With
-    `ignore_class`, and for other losses, Keras takes the output as `from_logits` says.
+    Keras' cross-entropies use the logits before the activation, whatever `from_logits` says. With
+    `ignore_class`, and for other losses, `from_logits` decides whether Keras takes the output for
+    logits or for probabilities.
     """
     says = function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False))
     if ends_in is None or function not in _FROM_LOGITS:
@@ -407,7 +411,9 @@ class _Weighed:
 
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
-            z = tf.expand_dims(z, -1)  # Keras' cross-entropies recognise only the result itself
+            # `of_rows` adds this axis to outputs (n,). If `of_rows` added the axis after the
+            # activation, Keras would not recognise the activation.
+            z = tf.expand_dims(z, -1)
         labels = labels_of(y, self.output, several=not self.weighs)
         values = self.call(labels, activated(self.head, z))
         weight = weight_of(y, self.output) if self.weighs else None

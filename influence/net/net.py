@@ -169,18 +169,18 @@ class GenericNeuralNet(Derivatives):
     def measuring(self, measurement: Any) -> GenericNeuralNet:
         """Return the same model at the same theta, with a measurement in place of its loss.
 
-        A measurement is not multiplied by sample weights, like the `metrics` of Keras. It takes
-        what the model returns, and logits if it needs them and the model ends in a softmax or
-        sigmoid. Of a model with several outputs, it takes the labels and the outputs as Keras holds
-        them, a dict of labels by output name and a list or dict of outputs.
+        Like the `metrics` of Keras, a measurement is not multiplied by sample weights. It takes the
+        model's output. If the measurement needs logits and the model ends in a softmax or sigmoid,
+        it takes the logits. For a model with several outputs, it takes a dict of labels by output
+        name, and the list or dict of outputs that the model returns.
 
         Args:
           measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or
             its name.
 
         Returns: a net that shares this net's model, weights, theta and penalty.
-        Raises: TypeError or ValueError for another kind of measurement. ValueError if it needs
-          logits, but this net's loss takes probabilities.
+        Raises: TypeError or ValueError for another kind of measurement. ValueError if the
+          measurement needs logits, but this net's loss takes probabilities.
         """
         takes_logits = getattr(measurement, "takes_logits", False)
         several = self.ending.names is not None
@@ -216,7 +216,10 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
-        """Return a view of the net that may cache results for its theta and batch in `memo`."""
+        """Return a view of the net that may cache results in `memo`.
+
+        Use the view for one batch and one theta only.
+        """
         view = copy.copy(self)
         view.memo = memo
         return view

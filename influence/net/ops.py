@@ -11,9 +11,9 @@ TensorFlow 2.21 has three kinds of faults that would reach an influence function
    factor has the shape (p, 1, m, k), and all leading dimensions of the right factor are 1.
    `tf.vectorized_map` makes such products of a Dense layer that it applies to one row.
 
-`exact` replaces these functions by others with the same values up to rounding. What it cannot
-replace, `check_operations` refuses. It also finds the original operations in a `tf.function` that
-was traced outside an `exact` block.
+`exact` replaces these functions by others with the same values up to rounding. `check_operations`
+refuses the operations that `exact` cannot replace. It also refuses the original operations in a
+`tf.function` that was traced outside an `exact` block.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import gen_image_ops, gen_math_ops, gen_nn_ops
 
-# This holds how many `exact` blocks the thread is in.
+# `_THREAD.blocks` is the number of `exact` blocks that surround the thread's current call.
 _THREAD = threading.local()
 
 # --- replacements ---------------------------------------------------------------------------------
 
 
 def _moments(original: Callable) -> Callable:
-    """TensorFlow stops the gradient at the mean inside the variance.
+    """Compute mean and variance without stopping a gradient.
 
-    The variance's first derivative with respect to the mean is zero, but its second derivative is
-    not zero. Hessians of layer or group normalisation would be wrong without an error.
+    TensorFlow stops the gradient at the mean inside the variance. The variance's first derivative
+    with respect to the mean is zero, but its second derivative is not zero. Hessians of layer or
+    group normalisation would be wrong without an error.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -137,14 +138,14 @@ def _on_axis(matrix: Any, x: Any, axis: int) -> Any:
 
 
 def _batch_matmul(original: Callable) -> Callable:
-    """Compute products that oneDNN computes wrongly without broadcasting (see the module)."""
+    """Avoid broadcasting in the products that oneDNN computes wrongly (fault 3 above)."""
 
     def batch_mat_mul(x, y, adj_x=False, adj_y=False, *arguments, **options):
         x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
         if x.dtype.is_complex or not _may_broadcast(x.shape, y.shape):
             return original(x, y, adj_x, adj_y, *arguments, **options)
         if all(size == 1 for size in y.shape[:-2]):
-            # All rows of x meet the same matrix, so this is one product of two matrices.
+            # The same matrix y multiplies all rows of x, so this is one product of two matrices.
             x = tf.linalg.matrix_transpose(x) if adj_x else x
             y = tf.reshape(y, tf.shape(y)[-2:])
             rows = tf.reshape(x, [-1, x.shape[-1] or tf.shape(x)[-1]])
@@ -165,10 +166,11 @@ def _batch_matmul(original: Callable) -> Callable:
 
 
 def _may_broadcast(x: Any, y: Any) -> bool:
-    """Return True unless the shapes show that oneDNN computes the product of x and y correctly.
+    """Return True if oneDNN may compute the product of x and y wrongly, judged by their shapes.
 
     oneDNN is wrong only for x of shape (p, 1, m, k) and y of shape (k, n), (1, k, n) or
-    (1, 1, k, n). Among 500 random products of 3 to 6 dimensions, no other was wrong.
+    (1, 1, k, n). Among 500 random products of 3 to 6 dimensions, no other was wrong. An unknown
+    size may be any size. Shapes of unknown rank count as harmless.
     """
     if x.rank != 4 or y.rank is None or x[1] not in (None, 1) or x[0] == 1:
         return False
@@ -264,8 +266,8 @@ def _in_blocks(original: Callable, replacement: Callable) -> Callable:
 
 # --- refusals -------------------------------------------------------------------------------------
 
-# Operations whose first derivative TensorFlow 2.21 cuts or computes wrongly, and the inputs with
-# respect to which it does so. None means all inputs.
+# TensorFlow 2.21 cuts or miscomputes the first derivatives of these operations with respect to the
+# inputs at these positions. None means all inputs.
 _Inputs = dict[str, tuple[int, ...] | None]
 _WRONG_FIRST: _Inputs = {
     "Betainc": (0, 1),
@@ -278,7 +280,7 @@ _WRONG_FIRST: _Inputs = {
         """.split()
     ),
 }
-# Operations with a first derivative, but without a correct second derivative.
+# These operations have a correct first derivative, but no correct second derivative.
 _WRONG_SECOND: _Inputs = {
     "Igamma": (0,),
     "Igammac": (0,),
@@ -301,13 +303,13 @@ def check_operations(
 ) -> None:
     """Refuse a function whose derivatives TensorFlow would cut, lack or compute wrongly.
 
-    An operation counts if the sources change its input, and if it changes the result.
+    An operation is checked only if its input depends on the sources and the result depends on it.
 
     Args:
       graph: the traced function.
       sources: the arguments of the derivative, tensors of the graph.
       layers: the names of the model's layers, for the message.
-      twice: False if only first derivatives are asked for.
+      twice: False if only first derivatives are needed.
 
     Raises: NotImplementedError naming the operation and its layer.
     """
@@ -379,7 +381,7 @@ def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
     if op.type in wrong:
         positions = wrong[op.type]
         return positions is None or any(i in positions for i in inputs)
-    if not twice:  # a graph of a gradient contains operations that have none
+    if not twice:  # the graph of a gradient contains operations that have no gradient themselves
         return False
     try:
         ops.get_gradient_function(op)
@@ -409,7 +411,7 @@ _TRUSTED = (_TENSORFLOW, os.path.dirname(os.path.dirname(os.path.abspath(__file_
 
 
 def _layer(path: str, layers: Iterable[str]) -> str:
-    """Return " in layer 'name'" for the innermost layer in an operation's path, or nothing."""
+    """Return " in layer 'name'" for the innermost layer in an operation's path, or ""."""
     layers = set(layers)
     for part in reversed(path.split("/")):
         for name in (part, re.sub(r"_\d+$", "", part)):

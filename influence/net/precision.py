@@ -17,7 +17,8 @@ from influence.net.preprocessing import compile_like
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _HALF = ("float16", "bfloat16")
-# A copy must give the outputs of the model up to this fraction of their size.
+# The outputs of a copy may differ from those of the model by this relative amount. It depends on
+# the dtypes in which both compute.
 _AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3}
 _PROBE_ROWS = 3
 
@@ -62,7 +63,10 @@ def recast(model: keras.Model, dtype: str) -> keras.Model:
 
 
 def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
-    """Rebuild a model, layer or operation with the dtype. `made` holds what was rebuilt before."""
+    """Rebuild a model, layer or operation with the dtype.
+
+    `made` contains all objects that were rebuilt before, by the ids of the original objects.
+    """
     if id(model) not in made:
         if not isinstance(model, keras.Layer):
             config = _retyped(_config(model), dtype)
@@ -117,7 +121,7 @@ def _zeros(shape: Any, dtype: str) -> Any:
 
 
 def _config(layer: Any) -> dict:
-    """Return a layer's configuration, with its functions themselves instead of their code."""
+    """Return a layer's configuration, with function objects in place of serialised functions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
         config = layer.get_config()
@@ -162,15 +166,17 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
         new.assign(old.numpy())
         new.trainable = old.trainable
     for new in layers[1]:
-        if hasattr(new, "finalize_state"):  # Normalization computes with values that follow
+        # Normalization computes with values that it derives from its variables.
+        if hasattr(new, "finalize_state"):
             new.finalize_state()
 
 
 def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
     """Refuse a copy with other outputs than the model, for a few rows of random inputs.
 
-    This finds changes of layers that are not in their configuration. Models whose inputs are not
-    declared, or have an unknown size, are not checked.
+    The configuration of a layer does not contain changes that a user made to the layer later. These
+    changes are found here. Models whose inputs are not declared, or have an unknown size, are not
+    checked.
     """
     tensors = list(declared(model).values())
     if not tensors or any(None in t.shape[1:] or t.dtype == "string" for t in tensors):
@@ -197,7 +203,7 @@ def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
 
 @contextmanager
 def _policy(dtype: str) -> Iterator[None]:
-    """Let layers that are made inside the block without a dtype have this one."""
+    """Give this dtype to all layers that the `with` block makes without a dtype."""
     before = keras.config.dtype_policy(), keras.config.floatx()
     keras.config.set_dtype_policy(dtype)
     keras.config.set_floatx(dtype)

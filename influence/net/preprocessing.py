@@ -23,9 +23,10 @@ from influence.examples.tables import is_text
 from influence.net.graph import is_functional, is_input, nodes_of, replayed
 from influence.net.inputs import aliases, declared, fits
 
-# The first rows are prepared again, each by itself.
+# As a check, this many first rows are prepared a second time, each alone.
 _PROBE_ROWS = 8
-# These layers take numbers too, but only look them up. The layers of strings are found by dtype.
+# These layers look up their inputs, which may be numbers. A layer that takes or returns strings is
+# found by the dtype of its tensors.
 _LOOKUPS = (
     keras.layers.CategoryEncoding,
     keras.layers.Discretization,
@@ -73,11 +74,12 @@ class Preparation:
       model: a functional model from some of the given inputs to the results of the lookups.
       used: the names of these inputs, in their order.
       results: the names that the rest gives to the results, in their order.
-      passed: the names of the given inputs that the rest takes itself.
+      passed: the names of the given inputs that the rest takes unchanged.
       given: the inputs of the whole model.
 
-    A call with given inputs returns a dict of arrays by the names of the rest's inputs. No result
-    has the name of a given input. So `gave` can tell both kinds apart.
+    The rest is the model behind the lookup layers. A call with given inputs returns the inputs of
+    the rest, as a dict of arrays by name. No result has the name of a given input, so that `gave`
+    can distinguish prepared inputs from given inputs.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Preparation:
         self.__dict__.update(state, _known=WeakKeyDictionary())
 
     def gave(self, x: Any) -> bool:
-        """Return True if x holds the inputs of the rest, and not given inputs."""
+        """Return True if x holds prepared inputs, which the rest takes, and not given inputs."""
         return isinstance(x, dict) and set(x) == {*self.results, *self.passed}
 
     def __call__(self, x: Any) -> dict[str, Any]:
@@ -130,12 +132,11 @@ class Preparation:
         return examples in self._known
 
     def applied(self, examples: Examples) -> Examples:
-        """Return examples with prepared inputs. Examples that are prepared already are returned.
+        """Return examples with prepared inputs. Prepared examples are returned unchanged.
 
-        A set is prepared once, and then found again.
+        Each set is prepared only once. The prepared set is cached.
 
-        Raises: TypeError or ValueError if the layers cannot take x, or give row 0 other inputs
-          alone than among other rows.
+        Raises: TypeError or ValueError if the layers cannot take x.
         """
         if self.gave(examples.take([0]).x):
             return examples
@@ -146,12 +147,14 @@ class Preparation:
         return self._known[examples]
 
     def padding(self, given: Examples, prepared: Examples) -> Any:
-        """Return x of the shortest of some rows, prepared by itself, or None if no row is padded.
+        """Prepare the first rows one by one, and return the shortest row that `prepared` pads.
 
         TextVectorization without `output_sequence_length` pads each batch to its longest row.
 
-        Returns: (row, x) with the row number and its inputs (1, ...), without padding.
-        Raises: ValueError if a row has other inputs by itself, apart from zeros at the end.
+        Returns: (row, x) with the row number and its inputs (1, ...), without padding. None if no
+          row is padded.
+        Raises: ValueError if the inputs of a row that is prepared alone differ from its inputs in
+          `prepared`, apart from zeros at the end.
         """
         found, fewest = None, np.inf
         for row in range(min(len(given), _PROBE_ROWS)):
@@ -178,8 +181,9 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
 
     Returns: (Preparation, rest). The rest shares the layers and weights of the model, its compiled
       loss and the names of its outputs. (None, model) for a model without such layers.
-    Raises: ValueError naming the layer if the model cannot be cut. This is so for a subclassed
-      model, and for a layer that has trainable weights and contains lookup layers.
+    Raises: ValueError naming the layer if the model cannot be cut. A subclassed model cannot be
+      cut. A model in which one layer contains both lookup layers and trainable weights cannot be
+      cut either.
     """
     looking = [layer for layer in model._flatten_layers() if isinstance(layer, _LOOKUPS)]
     graph = getattr(model, "_functional", None) or model
@@ -196,7 +200,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     nodes = nodes_of(graph)
     front = _front(nodes)
     if not front:
-        return None, model  # a lookup behind trainable weights
+        return None, model  # all lookups depend on trainable weights
     for node in nodes:
         if id(node) in front and _trains(node.operation):
             raise ValueError(
@@ -215,7 +219,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         names.append(name)
         shape, dtype = (None, *tensor.shape[1:]), tensor.dtype
         if "float" in dtype and id(tensor) not in name_of:
-            dtype = model.trainable_weights[0].dtype  # as the next layer would cast it
+            dtype = model.trainable_weights[0].dtype  # the next layer would cast to this dtype
         inputs.append(keras.Input(batch_shape=shape, dtype=dtype, name=name))
     behind = [node for node in nodes if id(node) not in front]
     made = dict(zip(map(id, cut), inputs, strict=True))
@@ -245,7 +249,7 @@ def compile_like(copy: keras.Model, model: keras.Model) -> None:
 def _front(nodes: list[Any]) -> set[int]:
     """Return the ids of the nodes of lookup layers, and of all nodes that these depend on.
 
-    A lookup of something that depends on trainable weights is left out.
+    Lookup layers whose inputs depend on trainable weights are left out.
     """
     made_by = {id(t): node for node in nodes for t in node.outputs}
     behind: dict[int, bool] = {}

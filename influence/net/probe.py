@@ -1,6 +1,6 @@
 """Checks on a few rows of the whole set.
 
-Each row must have a loss of its own, and the mean over rows must be what Keras reports.
+The loss of a row must not depend on other rows, and the mean over rows must be what Keras reports.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from influence.examples.examples import Examples
 from influence.examples.labels import labels, sample_weights
 from influence.net.rowwise import in_dtype
 
-# The checks read at most this many rows, and at most this many of them one by one.
+# The checks read at most _ROWS rows, and at most _ALONE of them one by one.
 _ROWS, _ALONE = 32, 3
-# Rows with many entries are fewer, so that they take at most _BYTES, but never less than _FEWEST.
+# If _ROWS rows take more than _BYTES, fewer rows are read, but at least _FEWEST.
 _BYTES, _FEWEST = 1 << 20, 4
 # Losses are equal if they differ by at most this fraction. Float32 rounding is far smaller.
 _RTOL = 1e-3
@@ -32,18 +32,18 @@ _PROBES: WeakKeyDictionary[Examples, tuple[NDArray, Examples | None]] = WeakKeyD
 def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
     """Return the numbers of a few rows, in ascending order, and these rows.
 
-    They are drawn from the whole set, the same rows in every call.
+    The rows are drawn at random from the whole set. Every call returns the same rows.
     """
     if examples not in _PROBES:
         n = len(examples)
         rows = np.arange(n)
         parts = parts_of(examples.take([0]).x).values()
-        # A sparse row is measured by its entries.
+        # A sparse row counts as 8 bytes for each stored entry.
         row_bytes = sum(getattr(part, "nbytes", 8 * part.size) for part in parts)
         some = max(_FEWEST, fitting(_BYTES, row_bytes, _ROWS))
         if n > some:
             rows = np.sort(np.random.default_rng(0).choice(n, some, replace=False))
-        # Rows in memory are taken again, because they may be large.
+        # Rows of a set in memory are not cached, because they may be large.
         _PROBES[examples] = rows, None if examples.in_memory else examples.take(rows)
     rows, probe = _PROBES[examples]
     return rows, examples.take(rows) if probe is None else probe
@@ -72,7 +72,7 @@ def check_apart(
     for batch in batches:
         some = probe.take(batch)
         again = net.losses(some.x, some.y)
-        known = finite[batch] & np.isfinite(again)  # `check` names a row of infinite loss
+        known = finite[batch] & np.isfinite(again)  # influence.preflight reports the other rows
         gaps = np.abs(np.where(known, again, 0) - np.where(known, losses[batch], 0))
         if not gaps.max() > _RTOL * size:
             continue
@@ -89,7 +89,7 @@ def check_apart(
 
 
 def check_added(net: Any, probe: Examples, name: str) -> None:
-    """Refuse losses added by `add_loss` that are no mean over the rows of the batch.
+    """Refuse losses added by `add_loss` that are not a mean over the rows of the batch.
 
     Raises: ValueError with the added loss of a batch, and the mean over its rows.
     """
@@ -112,7 +112,7 @@ def check_added(net: Any, probe: Examples, name: str) -> None:
 def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> None:
     """Refuse a loss whose mean over rows is not what Keras reports for these rows.
 
-    This holds for a compiled loss, and for a Keras loss that overrides `__call__`.
+    Only a compiled loss, and a Keras loss that overrides `__call__`, are checked.
 
     Raises: ValueError with both values.
     """
@@ -126,7 +126,8 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
             continue
         own = float(np.mean(losses[:count], dtype=np.float64))
         if abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
-            # Keras takes weights for weights of time steps if there are as many steps as rows.
+            # If there are as many time steps as rows, Keras applies the weights of the rows to the
+            # steps. So one number of rows at which both values agree is enough.
             if sample_weights(probe.y) is not None:
                 return
         else:
@@ -141,7 +142,7 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
 
 
 def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
-    """Return what Keras adds up for a batch, without the weights' regularisers.
+    """Return the loss that Keras reports for a batch, without the weights' regularisers.
 
     Returns: the number, or None if Keras refuses to evaluate this batch.
     """

@@ -12,7 +12,7 @@ from influence.examples import labels as packing
 
 
 def labels_of(y: Any, output: str | None, several: bool = False) -> Any:
-    """Return the labels of one output, without weights. `output` None means the only one.
+    """Return the labels of one output, without weights. None means the only output.
 
     With `several`, labels of several outputs are returned as a dict.
 
@@ -45,7 +45,8 @@ def of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) 
     Args:
       call: the loss as a function of labels and outputs.
       own: True for Keras' own losses. They average over the last axis, so they would average
-        outputs (n,) over the examples. Some broadcast labels (n,) and outputs (n, 1) to (n, n).
+        outputs (n,) over the examples. Some of them broadcast labels (n,) and outputs (n, 1) to
+        (n, n).
         Outputs and labels (n,) therefore get a second axis.
       keeps_labels: True if labels stay unchanged. If it is False, labels are converted to the
         dtype of the outputs.
@@ -62,9 +63,9 @@ def of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) 
 
 
 def of_callable(function: Callable, y: Any, output: Any) -> Any:
-    """Call a user's function. Integer labels get the outputs' dtype if it does not take them.
+    """Call a user's function. If it refuses integer labels, cast them to the outputs' dtype.
 
-    Keras does that with the labels of every compiled function.
+    Keras casts the labels of every compiled function in this way.
     """
     try:
         return function(y, output)
@@ -77,7 +78,7 @@ def of_callable(function: Callable, y: Any, output: Any) -> Any:
 def as_keras_calls(function: Callable, y: Any, output: Any) -> Any:
     """Call a user's compiled function as Keras does, and average the values of each row."""
     y = tf.cast(y, output.dtype)
-    if abs(len(y.shape) - len(output.shape)) == 1:  # as Keras brings both to one rank
+    if abs(len(y.shape) - len(output.shape)) == 1:  # Keras gives both the same rank in this way
         if len(y.shape) == 1 and output.shape[-1] == 1:
             y = tf.expand_dims(y, -1)
         elif len(output.shape) == 1 and y.shape[-1] == 1:
@@ -92,7 +93,8 @@ def as_keras_calls(function: Callable, y: Any, output: Any) -> Any:
 def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
     """Call a loss that overrides `__call__` for one row after another, (n,).
 
-    Its value for a batch may be anything. `validate` compares it with the mean over the rows.
+    The loss's value for a whole batch may be anything. `GenericNeuralNet.validate` compares this
+    value with the mean over the rows.
     """
     loss = in_dtype(loss, output.dtype.name)
 
@@ -100,7 +102,8 @@ def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
         y, output = (tf.expand_dims(t, 0) for t in part)
         return tf.reduce_mean(tf.cast(loss(y, output), output.dtype))
 
-    output = tf.reshape(output, tf.shape(output))  # otherwise the slope is a sparse IndexedSlices
+    # Without this reshape, the gradient would be an IndexedSlices and not a tensor.
+    output = tf.reshape(output, tf.shape(output))
     return tf.vectorized_map(of_row, (tf.convert_to_tensor(y), output))
 
 

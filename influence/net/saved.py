@@ -17,7 +17,7 @@ _ENDINGS = (".keras", ".h5", ".hdf5")
 
 
 def is_saved(value: object) -> bool:
-    """Return True for a path that ends as a saved model's path does, or that exists."""
+    """Return True if the path exists or ends in .keras, .h5 or .hdf5."""
     if not isinstance(value, str | os.PathLike):
         return False
     path = Path(value)
@@ -66,7 +66,7 @@ def load_model(
             _check_loss(model)
             return model
         model.load_weights(file)
-    except Exception as error:  # Keras raises many kinds
+    except Exception as error:  # Keras raises errors of many types
         reason = " ".join(str(error).split())
         if reason.startswith("Keras saves"):
             remedy = "pass its loss"
@@ -102,7 +102,7 @@ def _loaded(file: Path, compiled: bool) -> keras.Model:
 
 
 def _check_loss(model: keras.Model) -> None:
-    """Refuse a compiled loss that Keras saves without its option."""
+    """Refuse Huber as a compiled loss, because Keras saves it without its delta."""
     if any(type(part) is keras.losses.Huber for part in keras.tree.flatten(model.loss)):
         raise ValueError("Keras saves Huber without its delta; pass loss=keras.losses.Huber(delta)")
 

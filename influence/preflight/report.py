@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The lines of a check, in the order of the questions. `str` makes a table of them.
+    """The lines of a check, in the order of the questions. `str` makes a table of the lines.
 
     Attributes:
       lines: one Line for each question.

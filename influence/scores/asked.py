@@ -1,4 +1,4 @@
-"""What scores measure on the test set: each row's loss, or one number of many rows."""
+"""Quantities that scores measure on the test set: each row's loss, or one number of all rows."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ Reduction = Literal["mean", "sum"] | Callable[[Any, Any], Any] | None
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Question about a test set. Its m numbers are f_1, ..., f_m.
+    """Question about a test set. It asks for m numbers f_1, ..., f_m.
+
+    Without `reduce`, each test row has one number. With `reduce`, the whole set has one, and m = 1.
 
     Args:
-      inverse: the inverse that belongs to the net.
+      inverse: the `Inverse` of the net's curvature matrix.
       test: the test set, in any form that `Influence.scores` takes.
       measurement: as in `Influence.scores`.
       reduce: as in `Influence.scores`.
@@ -127,7 +129,7 @@ class Asked:
 
         Args:
           changes: (m, k) predicted changes.
-          rows: (k,) what is removed, for the message.
+          rows: (k,) names of the removed rows or groups, for the message.
         """
         present = self.present()
         if present is None:
@@ -154,14 +156,14 @@ def _outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 def _product(slopes: Any, output: Any) -> Any:
-    """Return sum_c slopes_ic output_ic for each row i, whose gradient is J_i' slopes_i."""
+    """Return sum_c slopes_ic output_ic for each row i. Its gradient is J_i' slopes_i."""
     product = tf.cast(slopes, output.dtype) * output
     rank = len(product.shape)
     return tf.reduce_sum(product, axis=list(range(1, rank))) if rank > 1 else product
 
 
 def _slopes(function: Callable, view: GenericNeuralNet, y: NDArray, outputs: NDArray) -> NDArray:
-    """Return the derivative of function(y, outputs) by the outputs, in their shape.
+    """Return the derivative of function(y, outputs) with respect to the outputs, in their shape.
 
     Raises: ValueError if the function's value is not one number or not differentiable.
     """

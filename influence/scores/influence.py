@@ -252,8 +252,9 @@ class Influence:
         Args:
           test: m examples. Each has its own scores.
           rows: (k,) training rows; all n if omitted. Each row needs a solve.
-          kind: "theta" or "loss". If H is the Fisher information, the size for "loss" is the root
-            mean square, over the data, of the change of a row's loss.
+          kind: the size, "theta" or "loss". If H is the Fisher information, the removal changes the
+            loss of every row of the data. The size for "loss" is then the root mean square of these
+            changes.
           measurement: as in `scores`.
 
         Returns: RelativeScores (m, k), in the unit of the test loss divided by that of the size.
@@ -283,11 +284,11 @@ class Influence:
         continued only if it has not been altered.
 
         After an interruption, even by kill -9, the next call continues the unfinished file, whose
-        name is `path` with ".partial" appended. The final file is the same, and no finished system
-        is solved again. The call takes at most 0.3 GB of memory, or five vectors of theta's length
-        if these take more. The net's batches and the solver need further memory. `Direct` needs
-        three d x d matrices, and up to five while TensorFlow forms the Hessian of a chain of
-        layers.
+        name is `path` with ".partial" appended. The final file is the same as without an
+        interruption. No linear system whose solution is already stored is solved again. The call
+        takes at most 0.3 GB of memory, or five vectors of theta's length if these take more. The
+        net's batches and the solver need further memory. `Direct` needs three d x d matrices, and
+        up to five while TensorFlow forms the Hessian of a chain of layers.
 
         Args:
           path: the file. The file is complete as soon as it has this name.

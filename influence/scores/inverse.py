@@ -56,9 +56,10 @@ class Inverse:
         self.net, self.train, self.batch_size = self._planner.net, train, batch_size
         self._solver = self._planner.solver
         if damping is not None or isinstance(solver, Prepared):
-            operator = self.operator  # raises for a wrong damping
+            operator = self.operator  # the operator raises ValueError for a wrong damping
             if isinstance(solver, Prepared):
-                prepare(operator, solver)  # raises if it is for another matrix
+                # `prepare` raises ValueError if `solver` was prepared for another matrix.
+                prepare(operator, solver)
 
     @property
     def operator(self) -> Curvature:

@@ -36,8 +36,7 @@ class CG:
     2. A direction of non-positive curvature stops only the column that meets it. The smallest
        curvature is reported, as 0 if it is positive but not above rounding.
     3. The true residual decides convergence. This residual is recomputed when the recurrence
-    reports
-       convergence. If it is above the tolerance, the column restarts from its current x.
+       reports convergence. If it is above the tolerance, the column restarts from its current x.
 
     Args:
       rtol: relative residual |b - A x| / |b| that each column must reach.

@@ -62,7 +62,10 @@ class Direct:
         check_rtol(self.rtol)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Form the dense matrix, compare it with A's products, and factor it."""
+        """Form the dense matrix of A, check it, and factor it.
+
+        The check requires that the matrix and A give the same products with random vectors.
+        """
         _check_memory(A)
         matrix = dense(A)
         exponent = unusual_exponent(matrix)

@@ -54,10 +54,10 @@ class LiSSA:
       repeats: number of runs to average.
       batch_size: number of rows in each estimate of A.
       seed: seed of the shuffled order.
-      change: relative change at which a column stops early. At some numbers of steps LiSSA averages
-        h over the repeats and the latter half of the steps. LiSSA compares this average with the
-        average at half as many steps. More steps usually change h by less than ten times this. The
-        residual shows the true error. 0: no column stops early.
+      change: relative change at which a column stops early. From time to time LiSSA averages h over
+        the repeats and the latter half of the steps. LiSSA compares this average with the average
+        at half as many steps. After an early stop, more steps usually change h by less than ten
+        times `change`. The residual shows the true error. 0: no column stops early.
       rtol: largest true relative residual at which a column counts as converged. The default is
         larger than that of other solvers, because the error falls only with the square root of
         depth x repeats. None: the residual is reported, no column counts as converged, and no
@@ -104,7 +104,7 @@ class LiSSA:
         return lambda B: self._solve(A, B, scale)
 
     def _solve(self, A: LinearOperator, B: NDArray, scale: float) -> Raw:
-        """Run the series. Restart columns that grow too large with twice the scale."""
+        """Run the series. If a column grows too large, restart it with twice the scale."""
         X, iterations = np.empty_like(B), np.empty(B.shape[1], int)
         columns = np.arange(B.shape[1])
         for _ in range(_MOST_DOUBLINGS):

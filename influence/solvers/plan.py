@@ -47,12 +47,13 @@ _DIRECT_WORK = 2e12
 # A matrix that is formed from one product for each column may have at most this order.
 _FEW_PRODUCTS = 1024
 _SKETCH_RANK = 50
-# A singular matrix gets this damping, times the square root of the machine epsilon.
+# A singular matrix gets the damping _REDUNDANT sqrt(eps) times its largest diagonal entry. eps is
+# the machine epsilon.
 _REDUNDANT = 1e-2
 # A net's outputs count as affine in theta up to this relative difference.
 _AFFINE_RTOL = {"float32": 1e-3, "float64": 1e-8}
 _AFFINE_ROWS = 16
-# A learning-rate schedule is summed over at most this many of its steps.
+# The sum of a learning-rate schedule is estimated from at most this many of its steps.
 _SCHEDULE_STEPS = 1000
 
 
@@ -85,13 +86,13 @@ _GIVEN = "given"
 
 
 class Planner:
-    """Chooser of what the caller did not give. The damping is chosen on first use.
+    """Chooser of the options that the caller did not give. The damping is chosen on first use.
 
     Args: the arguments of `Influence`. None for solver, damping or curvature leaves the choice to
       this class. Other values are used as they are.
 
     Attributes:
-      net: the net of the systems, a float64 copy of the given net if the plan says so.
+      net: the net whose matrix the solver inverts. It is the given net or a float64 copy of it.
       affine: True if the outputs are affine in theta and the loss is convex in the outputs.
       curvature: the class of the matrix.
       solver: the solver, prepared or not.
@@ -175,7 +176,8 @@ class Planner:
         """
         if not isinstance(self.solver, Direct):
             return A, "none, because the risk is convex"
-        # The outputs are affine in theta, so both matrices are equal. This one is formed faster.
+        # The outputs are affine in theta, so the Hessian equals the Gauss-Newton matrix, which is
+        # formed faster.
         held = GaussNewton(self.net, self._train, batch_size=self._batch_size).dense()
         largest = float(np.abs(np.diag(held)).max())
         smallest = float(scipy.linalg.eigvalsh(held, subset_by_index=[0, 0])[0])
@@ -189,7 +191,7 @@ class Planner:
     def check_theta(self) -> None:
         """Raise RuntimeError if the given net's theta has changed."""
         if self._digest != _digest(self._given):
-            check_weights(self._given.model)  # a NaN is not equal to itself
+            check_weights(self._given.model)  # raises ValueError if a weight is NaN or infinite
             raise RuntimeError(
                 "theta has changed since this Influence was made; make a new one for the new theta."
             )

@@ -1,1 +1,1 @@
-"""Actual loss changes: retraining without rows, and related methods."""
+"""Methods that measure how losses actually change: retraining without rows, and related ones."""

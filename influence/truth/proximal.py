@@ -84,9 +84,10 @@ class ProximalOptions(RunOptions):
       solver: the solver that inverts A for the steps, or the result of `prepare` for A.
       tolerance: gradient norm of F_i to reach, relative to the norm at theta_s. Give one number,
         or (k,) numbers for the rows.
-      rough: a pair (net, train) in a lower precision, with the same theta and the same rows in the
-        same order. The search first uses the gradients of this pair. The gradients of the argument
-        `net` then certify the result.
+      rough: a pair (net, train) in a lower precision. It has the theta of the argument `net` of
+        `proximal_response`, and the rows of the argument `train` in the same order. The search
+        first uses the gradients of this pair. The gradients of the argument `net` then certify the
+        result.
       rough_tolerance: like `tolerance`, for the gradients of `rough`. This tolerance must be above
         their rounding error.
       max_iterations: the largest number of gradients of each F_i.

@@ -111,6 +111,7 @@ def test_in_words(part):
     assert text.startswith("s_test of test point 0, 100 images, d = ")
     assert "| x | no | | | | no |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {7, 6}  # the table of methods and the table of iterations
+    # The table of methods has 7 bars per line, the table of iterations 6.
+    assert widths == {7, 6}
     plain = part["cg_iterations"]["Hessian"]["none"]
     assert f"| Hessian | {plain} (1) |" in text

@@ -23,8 +23,8 @@ EXACT = [
     (PYDVL, "one by one", {}, 1e-5),
     (PYDVL, "direct", {}, 1e-12),
     (PYDVL, "LiSSA", LISSA, 1e-7),
-    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # it adds a shift for stability
-    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # its eigenvectors have a tolerance of 1e-6
+    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # pyDVL adds a shift for stability
+    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # pyDVL's eigenvectors have a tolerance of 1e-6
     (PYDVL, "EK-FAC", {}, None),
     (CAPTUM, "naive", {}, 1e-12),
     (CAPTUM, "Arnoldi", {"rank": DISTINCT}, 1e-8),

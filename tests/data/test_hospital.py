@@ -1,4 +1,7 @@
-"""The generated hospital stays: the same on every machine, marked as a stand-in."""
+"""Tests of the generated hospital stays.
+
+They are the same on every machine and are marked as a stand-in.
+"""
 
 import numpy as np
 import pytest

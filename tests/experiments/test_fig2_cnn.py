@@ -79,7 +79,8 @@ def test_metrics_are_of_the_arrays(record):
     for truth in ("proximal", "bregman"):
         assert arrays[f"{truth}_gradient_norm"].max() <= SMALL.tolerance
         assert metrics[f"{truth}_lost"] == 0
-    assert metrics["proximal_float32_error"] < 0.05  # only the tolerance: the net is in float64
+    # The net is in float64, so this error comes only from the tolerance.
+    assert metrics["proximal_float32_error"] < 0.05
     assert arrays["drift"].shape == (2,) and (arrays["drift"] != 0).all()
     assert 0 < metrics["slow_spread"] < 0.2 * np.std(arrays["actual_continued"][0, first])
 

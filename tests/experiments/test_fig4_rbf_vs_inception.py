@@ -302,7 +302,7 @@ def test_the_linear_svms_inner_products_are_the_kernel(images, labels):
 
 @pytest.mark.parametrize("t", [1e-3, 3.0])
 def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
-    """The risk in the coefficients c of z = K c: mean softplus(t) + lambda/2 c' K c."""
+    """Write the risk in the coefficients c of z = K c: mean softplus(t) + lambda/2 c' K c."""
     model, distance = svm(images, labels, t)
     assert model.gradient_norm < 1e-10
     K, s = np.exp(-0.02 * distance[:N]), 2 * labels[0] - 1

@@ -114,7 +114,7 @@ def test_continues_where_it_was_interrupted(few, of_few, tmp_path, monkeypatch):
         fig6.run(SMALL, few, checkpoints=tmp_path)
     done[:] = []
     again = fig6.run(SMALL, few, checkpoints=tmp_path)
-    assert done == [(2, 1)]  # only the last of four draws
+    assert done == [(2, 1)]  # only the last of four draws is computed again
     assert again.metrics == of_few.metrics
     for name, array in of_few.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], array)

@@ -57,7 +57,8 @@ def test_standing(head):
     where = attacks.standing(head, found)
     np.testing.assert_array_equal(head.net.theta, before)
     assert where.shape == (1, 3, 2)
-    assert where[0, attacks.SIGNS.index("loss"), 0] == 0  # its loss is the largest
+    # The poisoned row has the largest loss, so no image is checked before it.
+    assert where[0, attacks.SIGNS.index("loss"), 0] == 0
     means = [head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)]
     far = [np.linalg.norm(x - means[y]) for x, y in zip(head.train.x, head.train.y, strict=True)]
     assert where[0, 2, 0] == np.sum(np.array(far) > far[row]) / len(far)

@@ -16,7 +16,10 @@ RADIUS = 0.3
 
 
 class OnTrunk(BinaryLogisticRegression):
-    """Logistic regression on the features tanh(x A), which are more or fewer than the inputs."""
+    """Logistic regression on the features tanh(x A).
+
+    The number of features differs from the number of inputs.
+    """
 
     def __init__(self, A: NDArray, weight_decay: float):
         super().__init__(A.shape[1], weight_decay=weight_decay)

@@ -168,7 +168,7 @@ def test_tries_choose_by_what_was_attained(problem):
     np.testing.assert_allclose(one.change_if_poisoned[0], changes[best[0]], rtol=1e-9)
     two = poison(net, train, test, np.arange(40), RADIUS, counts=[2], rule=rule, options=TO_THE_END)
     assert two.rows.tolist() == tried[best[:2]].tolist()
-    assert best.tolist() != list(range(6))  # not the order of the norms
+    assert best.tolist() != list(range(6))  # the order differs from that of the norms
     # The rows then move together from the inputs that each reached alone.
     x = np.concatenate([alone[i].inputs for i in best[:2]])
     together = by_refit(oracle, net, train, test, two.rows, x)[0]
@@ -216,7 +216,7 @@ def test_what_comes_back_is_the_best_that_was_seen(problem):
     np.testing.assert_array_equal(found.inputs[0], moves[1])
     np.testing.assert_array_equal(moves[5], moves[1])
     assert len(found.test_losses) == 3
-    np.testing.assert_allclose(found.theta, 1.2 * start)  # it began at `start`
+    np.testing.assert_allclose(found.theta, 1.2 * start)  # the fit began at `start`
 
 
 def test_candidates_in_any_order(problem):
@@ -260,7 +260,7 @@ def test_more_poisons_are_ranked_at_the_weights_reached(problem):
     found = poison(net, train, test, np.arange(40), 0.8, counts=[1, 3], **options)
     assert found.rows.tolist() == [one.rows[0], *order[:2]]
     clean = np.argsort(-gradient_norms(net, train, test, np.arange(40)))
-    assert found.rows.tolist() != clean[:3].tolist()  # so the second ranking matters
+    assert found.rows.tolist() != clean[:3].tolist()  # the second ranking changes the result
 
 
 def test_restarts_begin_anywhere_in_the_box_and_the_best_is_kept(problem):
@@ -393,7 +393,7 @@ def test_norms_through_a_trunk_are_by_the_inputs():
     s = mean_s_test(net, train, test, CG(1e-12))
     g = net.input_gradient(inputs[rows], train.y[rows], s)
     np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-6)
-    assert (found != gradient_norms(net, train, test, rows)).all()  # those by the features
+    assert (found != gradient_norms(net, train, test, rows)).all()  # these are by features
 
 
 # --- what is refused ------------------------------------------------------------------------------

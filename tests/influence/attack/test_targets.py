@@ -124,7 +124,7 @@ def test_wrong_targets_are_refused(changed, error, message):
 
 def test_every_input_must_be_its_rows():
     net, train, _, inputs = attacked.on_trunk()
-    rows = np.arange(1, 40)  # in more than two parts
+    rows = np.arange(1, 40)  # the check reads these rows in more than two parts
     check_targets(net, train, rows, RADIUS, inputs[rows], None)
     check_targets(net, train, rows, RADIUS, inputs[rows].astype(np.float32), None)
     for one, other in ((1, 2), (17, 30), (37, 36)):

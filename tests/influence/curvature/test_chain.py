@@ -1,4 +1,4 @@
-"""Hessians of chains compared with the tape's products, for every kind of layer."""
+"""Tests of Hessians of chains against the tape's products, for every kind of layer."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.influence.problems import sequential, traced_once
 
 
 class _Float64:
-    """Keras' layers in float64."""
+    """Namespace of Keras' layers in float64."""
 
     def __getattr__(self, name):
         return partial(getattr(keras.layers, name), dtype="float64")

@@ -1,4 +1,4 @@
-"""The factors of affine layers, compared with the Gauss-Newton matrix of the dense Jacobian."""
+"""Tests of the factors of affine layers against the Gauss-Newton matrix of a dense Jacobian."""
 
 import keras
 import numpy as np
@@ -62,7 +62,7 @@ def gauss_newton(net, x, y):
     p = np.full((N, parts[0][1].shape[2], net.num_parameters), np.nan)
     for affine, (a, g) in zip(layers.layers, parts, strict=True):
         for i, s in np.ndindex(p.shape[:2]):
-            at = zip(a[i], g[i, :, s], strict=True)  # positions
+            at = zip(a[i], g[i, :, s], strict=True)  # one pair for each position
             p[i, s, affine.entries] = sum(a[..., :, None] * g[..., None, :] for a, g in at)
     assert relative_error(layers.roots(x, y), p) < 1e-12
     return np.einsum("isd,ise->de", p, p) / N
@@ -168,7 +168,7 @@ def test_layers_in_between_and_frozen_ones():
     hidden = conv(3, 2), tanh, L.MaxPooling2D, L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh
     net = net_of(*first, *hidden, dense(3), before=freeze)
     x, y = data(6, 5, 2)
-    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # only the bias
+    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # theta has only the bias
     check(net, x, y)
 
 
@@ -278,7 +278,7 @@ def test_roots_of_other_layers_come_row_by_row(case, monkeypatch):
 
 def test_the_dense_matrix_of_another_loss_comes_from_products():
     x, _ = data(4)
-    # This loss has an indefinite Gauss-Newton matrix; a root has no negative part.
+    # This loss has an indefinite Gauss-Newton matrix, which no sum of squares of roots can equal.
     net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
     A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
     assert np.linalg.eigvalsh(A.dense())[0] < -1e-3

@@ -122,7 +122,8 @@ def test_dense_is_put_together_from_blocks(d, monkeypatch):
     net = dense_net(d, 63, "mse")
     rng = np.random.default_rng(0)
     examples = Examples(rng.standard_normal((9, 63)), rng.standard_normal((9, d)))
-    A = GaussNewton(net, examples)  # 64 d columns: more than one block of 256 if d = 5
+    # A has 64 d columns. If d = 5, these are more than one block of 256.
+    A = GaussNewton(net, examples)
     x = oracles.with_ones(examples.x)
     H = np.kron(2 * x.T @ x / 9, np.eye(d)) / d  # Keras' "mse" averages over outputs
     assert relative_error(A.dense(), H) < ROUNDING
@@ -200,7 +201,7 @@ def test_float32_in_float32_out(curvature):
     A = curvature(problem.net, problem.train, 0.1)
     V = block(5)
     assert A.dtype == (A @ V).dtype == A.dense().dtype == np.float32
-    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # float32 rounding
+    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # rounding in float32 has this size
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -299,6 +300,6 @@ def test_a_kept_matrix_is_formed_once_for_every_damping(kind, tmp_path, monkeypa
     again = kind(net, examples, 0.1, checkpoints=tmp_path).dense()
     assert not formed
     np.testing.assert_allclose(again, expected - 0.2 * np.eye(len(expected)), atol=1e-14)
-    net.theta = net.theta + 1e-9  # another theta: the stored matrix must not be used
+    net.theta = net.theta + 1e-9  # the matrix stored for the old theta must not be used
     kind(net, examples, 0.1, checkpoints=tmp_path).dense()
     assert formed == [1]

@@ -60,7 +60,7 @@ def test_what_is_left_of_a_memmap_stays_on_disk(tmp_path):
     kept = np.delete(np.arange(3000), [0, 3, 2999])
     assert len(left) == 2997 and left.y.tolist() == kept.tolist() and not left.y.flags.writeable
     assert sum(sums) == 500 * kept.sum() and sum(few) == 500 * kept[::7].sum()
-    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # read from disk on access
+    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # each access reads from disk
     np.testing.assert_array_equal(left.take([5, 0]).x["a"][:, 0], kept[[5, 0]])
     assert left.num_entries == 2997 * 501
     x = {name: part[kept] for name, part in examples.x.items()}
@@ -214,7 +214,7 @@ def test_what_a_question_keeps_is_computed_once_for_each_theta_and_batch():
     expected = (2 * X[:, 0]) ** 2
     for _ in range(3):
         np.testing.assert_array_equal(examples.each_row(question, net), expected)
-    assert question.computed == 2  # six rows in batches of at most four: two batches
+    assert question.computed == 2  # six rows give two batches of at most four
     np.testing.assert_array_equal(examples.each_row(question, net, np.array([1.0])), expected / 4)
     assert question.computed == 4
     examples.each_row(question, net)  # only the last theta is cached

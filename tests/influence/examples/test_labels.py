@@ -1,4 +1,4 @@
-"""Labels by output name and sample weights, packed into one array with a row per example."""
+"""Tests of labels by output name and sample weights, which are packed into one array."""
 
 import pickle
 from typing import Any
@@ -37,7 +37,7 @@ def test_labels_and_weights_are_found_again_in_every_subset_of_rows():
     weighted = Examples(X, Y["digit"], sample_weight=W[:, None])
     np.testing.assert_array_equal(labels(weighted.y), Y["digit"])
     np.testing.assert_array_equal(sample_weights(weighted.y), W)
-    again = Examples(X + 1, weighted.y)  # as where the inputs alone are replaced
+    again = Examples(X + 1, weighted.y)  # only the inputs are replaced
     np.testing.assert_array_equal(sample_weights(again.y), W)
     assert "sample_weight" in repr(weighted)
     read: Any = weighted.without([0])  # pyright takes the name for an argument only
@@ -61,7 +61,7 @@ def test_the_fingerprint_covers_names_and_weights():
 
 
 def test_a_stream_reads_weights_and_labels_by_name():
-    weight = np.where(np.arange(N) < 3, 0.0, W)  # the first batch has no weight above 0
+    weight = np.where(np.arange(N) < 3, 0.0, W)  # all weights of the first batch are 0
     rows: Any = (X, Y, weight)
     stream = Stream(tf.data.Dataset.from_tensor_slices(rows).batch(3))
     same = Examples(X, Y, weight)

@@ -255,7 +255,7 @@ def test_self_influence_of_more_parameters_than_rows_needs_no_inputs_in_memory()
     p = logistic("sigmoid", num_rows=80, num_inputs=100, weight_decay=0.5)
     expected = Influence(p.net, p.train).self_influence()
     got = Influence(p.net, as_stream(p.train)).self_influence()
-    np.testing.assert_allclose(got, expected, rtol=1e-5)  # CG's rtol is 1e-6
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # CG's relative tolerance is 1e-6
 
 
 def test_only_one_batch_is_in_memory():
@@ -272,7 +272,7 @@ def test_only_one_batch_is_in_memory():
     net = dense_net(2, 1024, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                     l2=0.1, dtype="float32")  # fmt: skip
     V = np.ones((net.num_parameters, 2), np.float32)
-    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # traced before memory is measured
+    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # this traces before memory is measured
     tracemalloc.start()
     stream = Stream(flat)
     Hessian(net, stream, batch_size=100) @ V

@@ -51,7 +51,7 @@ def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
     np.testing.assert_allclose(found.thetas, c, atol=1e-9)
     assert found.passes[0] < 14
     by_chord = np.zeros((6, 1))
-    for _ in range(14):  # steps without updates diverge with this inverse
+    for _ in range(14):  # without secant updates, steps with this inverse (the identity) diverge
         by_chord = by_chord - gradients(by_chord, np.array([0]))
     assert np.abs(by_chord - c).max() > 1e6
 
@@ -80,8 +80,8 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
     curvature = 1 / np.cosh(3.0) ** 2
     found = run(gradients, lambda G, _: G / curvature, [[3.0]])
     assert abs(found.thetas[0, 0]) < 1e-10 and found.norms[0] < 1e-10
-    assert seen[1] < -90  # tried
-    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # from 3 again, at most half as long
+    assert seen[1] < -90  # the first step is much too long
+    assert 0 < 3 - seen[2] <= (3 - seen[1]) / 2  # the second step is at most half as long
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
@@ -215,7 +215,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
         away = t[1] - t[0] ** 2
         return np.stack([2 * (t[0] - 1) - 400 * t[0] * away, 200 * away])
 
-    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # on its floor, at the far end
+    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # a point far along the valley's floor
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
@@ -255,7 +255,7 @@ def test_rounding_is_no_way_down(ratio):
 
 
 def test_a_search_that_cannot_move_ends():
-    start = np.full((1, 1), 1000, np.float32)  # its last digit is larger than a step
+    start = np.full((1, 1), 1000, np.float32)  # rounding of 1000 exceeds a step
     first = np.full((1, 1), 1e-6, np.float32)
     stuck = minimise(lambda t, _: first, lambda G, _: G, start, first, np.zeros(1), 300)
     asked = []
@@ -303,7 +303,9 @@ def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
     columns = sum(asked["exact"] + asked["rough"], [])
     assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 4
     assert 2 not in columns
-    found, _ = searched(500, until=0.0)  # low-precision gradients that shrink no more
+    # The low-precision gradients never reach the norm 0. The search leaves them when they no longer
+    # shrink.
+    found, _ = searched(500, until=0.0)
     assert (found.norms <= 1e-9).all()
 
 

@@ -85,7 +85,8 @@ def test_closed_forms_are_those_of_numpy(case, form):
     net, x, y, V = case
     A = (oracles.with_ones(x) if net.intercept else x).astype(float)
     theta = net.theta.astype(float)
-    oracle = Hinge(A, y, 0.05, net.t or 1e-9)  # at 1e-9 the smooth hinge is the hinge off the kink
+    # With t = 1e-9, the smooth hinge equals the hinge away from the kink.
+    oracle = Hinge(A, y, 0.05, net.t or 1e-9)
     assert np.abs(1 - y * (A @ theta)).min() > 1e-3
     each, data = oracle.gradients(theta), oracle.hessian(theta) - 0.05 * np.eye(len(theta))
     assert (data == 0).all() == (net.t == 0)
@@ -359,7 +360,7 @@ def test_leave_one_out_of_the_svm():
     x, y = rows()
     train, test = Examples(x, y), Examples(*rows(7, seed=3))
     net = SmoothHinge(5, weight_decay=0.05).fit(train)
-    assert not net.convex  # so the refits call `fit`
+    assert not net.convex  # the refits of such a net call `fit`
     removed = [0, 7, 33]
     refits = leave_one_out(net, train, test, removed, RefitOptions(tolerance=1e-8))
     assert refits.converged.all() and refits.gradient_norm.max() <= 1e-8

@@ -50,7 +50,8 @@ def test_leverages_and_self_influence_are_those_of_the_definition(shape, interce
     influence = Influence(net, examples, solver=Direct())
     assert relative_error(influence.self_influence(), expected) < ROUNDING  # the closed form
     one_by_one = [influence.self_influence(rows) for rows in np.split(np.arange(70), [60])]
-    assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING  # by the solver
+    # For fewer than 64 rows, the solver computes the values.
+    assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING
 
 
 def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():

@@ -60,7 +60,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
         "losses": (net.losses(x, y), oracle.losses(theta)),
         "losses at": (net.losses(x, y, thetas), np.stack([oracle.losses(t) for t in at], 1)),
         "gradients": (net.gradients(x, y), each),
-        # Outputs are linear in theta.
+        # Outputs are linear in theta, so the Bregman gradient is the difference of two gradients.
         "bregman": (net.bregman_gradient(x, y, thetas), means - each.mean(axis=0)[:, None]),
         "gradient": (net.gradient(x, y), each.mean(axis=0)),
         "gradient at": (net.gradient(x, y, thetas), means),
@@ -140,7 +140,7 @@ def test_outputs_are_cached_for_a_theta_and_change_no_bit(kind, form, monkeypatc
         for method in ("hvp", "directional", "gauss_newton_product", "bregman_gradient"):
             ask = examples.each_row if method == "directional" else examples.sum_over
             question = (PerRow if method == "directional" else Total)(method, V)
-            expected = question(view, None, examples.x, examples.y)  # without a cache
+            expected = question(view, None, examples.x, examples.y)  # this uses no cache
             asked.clear()
             np.testing.assert_array_equal(ask(question, net, theta), expected)
             assert len(asked) == (2 if method == "hvp" else 1)  # X theta is computed once
@@ -263,7 +263,7 @@ def test_one_step_is_newtons_on_the_risk_without_the_row(kind, intercept, form):
     p = logistic(kind, intercept=intercept)
     rows = [4, 0, 33]
     examples = Examples(FORMATS[form](p.train.x), p.train.y)
-    for shift in (0.0, 0.1):  # at the minimum, and away from it
+    for shift in (0.0, 0.1):  # the net is at the minimum, then away from it
         p.net.theta = p.theta + shift
         got = p.net.one_step_leave_one_out(examples, rows)
         expected = []

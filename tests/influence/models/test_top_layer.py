@@ -75,7 +75,7 @@ def test_cut_ends_at_a_layer_and_shares_its_weights():
 def test_pickled_with_its_trunk():
     net, images, _ = problem(3)
     expected = net.features(images)
-    again = pickle.loads(reduction.dumps(net))  # as joblib sends it to its workers
+    again = pickle.loads(reduction.dumps(net))  # joblib sends nets in this way
     assert relative_error(again.features(images), expected) < 1e-12
     np.testing.assert_array_equal(again.theta, net.theta)
 

@@ -1,4 +1,4 @@
-"""A small network with its losses and gradients by a plain tape."""
+"""Fixture of a small network, with losses and gradients that a plain tape computes."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def squares(y, output):
 def tanh():
     """Return a network, examples, plain losses and gradients as functions, and vectors V."""
     net, examples = tanh_net()
-    twin, _ = tanh_net()  # its theta changes here, so that the net's never does
+    twin, _ = tanh_net()  # the functions below change the twin's theta, so the net's stays
 
     def losses(theta, x=examples.x):
         twin.theta = theta

@@ -1,4 +1,4 @@
-"""Every layer of `layer_kinds` against a plain tape in float64, each in a process of its own.
+"""Compare every layer of `layer_kinds` with a plain tape in float64, each in its own process.
 
     python -m tests.influence.net.layer_grid FILE [NAME ...]
 
@@ -140,7 +140,7 @@ def in_a_process(name: str) -> dict[str, Any]:
     """Return `measured(name)` from a child process, or how the child died."""
     reading, writing = os.pipe()
     child = os.fork()
-    if child == 0:  # TensorFlow has run no operation yet, so a copy of the process may start it
+    if child == 0:  # the parent has run no TensorFlow operation, so its copy can use TensorFlow
         os.close(reading)
         import signal
 

@@ -140,7 +140,10 @@ def _pooled_3d(reduce: Any) -> Any:
 
 
 def _in_float32(layer: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a layer that casts to float32 and back, as TensorFlow resizes no other floats."""
+    """Return a function that makes a resizing layer with casts to float32 and back.
+
+    TensorFlow resizes only float32 images.
+    """
 
     def call(x):
         return keras.ops.cast(layer()(keras.ops.cast(x, "float32")), x.dtype)
@@ -149,7 +152,10 @@ def _in_float32(layer: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _mean_of_areas() -> Any:
-    """Return a layer that resizes images of IMAGE to 4 x 9 pixels by means over areas."""
+    """Return a layer that resizes images of shape IMAGE to 4 x 9 pixels.
+
+    Each new pixel is the mean over its area of the old image.
+    """
 
     def matrix(old, new):
         low, high = np.arange(new)[:, None] * old / new, np.arange(1, new + 1)[:, None] * old / new

@@ -1,4 +1,4 @@
-"""Derivatives and penalties of one batch."""
+"""Tests of derivatives and penalties of one batch."""
 
 import keras
 import numpy as np
@@ -64,7 +64,10 @@ def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
 
 @pytest.mark.parametrize("kind", ["tanh", "conv"])
 def test_bregman_gradient_against_differences_of_the_divergence(kind):
-    """Compare with D = loss at f - loss at s - slope at s . (f - s), from outputs f and s."""
+    """Compare the gradient with finite differences of D = loss(f) - loss(s) - loss'(s) . (f - s).
+
+    Here f are the outputs at the given thetas, and s the outputs at the net's own theta.
+    """
     rng, f8 = np.random.default_rng(3), {"dtype": "float64"}
     if kind == "conv":
         x = rng.standard_normal((4, 5, 5, 2))
@@ -124,7 +127,7 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
 
 
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
-    """Check that no second trace occurs; it would change the last bits of a result."""
+    """Check that no second trace occurs. A second trace would change the last bits of results."""
     net, examples = tanh_net()
     untraced(net)
     for num, size in ((1, 20), (3, 1), (2, 7)):

@@ -1,4 +1,4 @@
-"""The risk of a compiled model against what Keras' `evaluate` reports for the whole set.
+"""Tests of the risk of a compiled model against what Keras reports for the whole set.
 
 Values are compared with `model.evaluate` in one batch, gradients with a plain tape of Keras' own
 compiled loss, and Hessian products with differences of this gradient.
@@ -25,7 +25,7 @@ CLASSES, BITS = RNG.integers(0, 3, N), RNG.integers(0, 2, (N, 1))
 ONE_HOT = np.eye(3)[CLASSES]
 STEPS = RNG.integers(0, 3, (N, 4))
 WORDS = RNG.integers(1, 3, (N, 2)) * (RNG.random((N, 2)) < 0.8)
-WORDS = -np.sort(-WORDS, axis=1)  # class 0 ends a word
+WORDS = -np.sort(-WORDS, axis=1)  # zeros fill the end of a shorter word
 ROUNDING = 1e-12
 # Keras' mask divides by the number of valid labels plus 1e-7.
 EPSILON = 1e-7
@@ -46,7 +46,7 @@ def float64():
 
 
 def ending(units, activation=None, steps=None):
-    """Return a model with a hidden layer, which ends in an activation."""
+    """Return a model with a hidden layer and an activation at its end."""
     x = keras.Input((3,), dtype="float64")
     hidden = L.Dense(2, activation="tanh")(x)
     if steps:
@@ -102,7 +102,7 @@ def agrees(model, y, weight=None, *, loss=None, exact=ROUNDING, differences=DIFF
     return net
 
 
-F8 = {"dtype": "float64"}  # otherwise Keras rounds to float32
+F8 = {"dtype": "float64"}  # without this, Keras rounds to float32
 LOSSES = [
     (K.MeanSquaredError(**F8), 1, None, REAL),
     (K.MeanSquaredError(**F8), 1, None, REAL[:, 0]),
@@ -112,7 +112,7 @@ LOSSES = [
     (K.CosineSimilarity(**F8), 2, None, PAIR),
     (K.Huber(delta=0.5, **F8), 1, None, REAL),
     (K.LogCosh(**F8), 1, None, BITS),
-    (K.Hinge(**F8), 1, None, BITS),  # integer labels beside float outputs
+    (K.Hinge(**F8), 1, None, BITS),  # labels are integers and outputs are floats
     (K.SquaredHinge(**F8), 1, None, 2 * BITS - 1),
     (K.CategoricalHinge(**F8), 3, None, ONE_HOT),
     (K.KLDivergence(**F8), 3, "softmax", ONE_HOT),
@@ -149,7 +149,7 @@ def test_every_loss_with_sample_weights_is_the_one_that_keras_reports(loss, unit
 
 
 def test_every_loss_of_keras_is_tried():
-    """Circle pairs rows; CTC has a test of its own."""
+    """Expect two exceptions: Circle compares rows in pairs, and CTC has its own test."""
     names = {n for n, c in vars(K).items() if isinstance(c, type) and issubclass(c, K.Loss)}
     tried = {type(loss).__name__ for loss, *_ in LOSSES}
     assert names - tried == {"Loss", "Circle", "CTC"}
@@ -175,7 +175,7 @@ def test_time_steps_of_a_softmax_layer_and_a_graph_of_keras():
 
 
 def test_a_weight_multiplies_the_mean_over_a_rows_time_steps():
-    """Keras itself refuses weights (n,) beside losses (n, T)."""
+    """Compare with NumPy. Keras refuses weights (n,) for losses (n, T)."""
     model = ending(3, "softmax", steps=4)
     model.compile("sgd", "sparse_categorical_crossentropy")
     net, examples = GenericNeuralNet(model), Examples(X, STEPS, WEIGHT)
@@ -186,7 +186,7 @@ def test_a_weight_multiplies_the_mean_over_a_rows_time_steps():
 
 
 def test_ctc_has_second_derivatives():
-    """Against the sum over all alignments, written out: TensorFlow computes in float32."""
+    """Compare with the sum over all alignments. TensorFlow's own CTC computes in float32."""
     model = ending(3, steps=3)
     model.compile("sgd", K.CTC(), run_eagerly=True)
     net = agrees(model, WORDS, WEIGHT, exact=1e-5, differences=5e-3)
@@ -317,14 +317,14 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
         lambda y, z: y["b"][:, 0] - (z["b"] if structure is dict else z[0])[:, 0]
     )
     outputs = net.outputs(X)
-    expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]  # without weights
+    expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]  # weights are ignored
     measured.validate(Examples(X, BOTH, weight), "test")
     np.testing.assert_allclose(measured.losses(X, y), expected, atol=ROUNDING)
     tf.nest.map_structure(np.testing.assert_array_equal, outputs, model.predict(X, verbose=0))
 
 
 def test_gauss_newton_of_two_outputs():
-    """Against J' H J of each output, from a plain tape in float64, with the rows' weights."""
+    """Compare with J' H J of each output, times the rows' weights, by a plain tape in float64."""
     model = two(list)
     model.compile("sgd", ["mse", CLASS], loss_weights=[0.2, 3.0])
     net, y = GenericNeuralNet(model), Examples(X, BOTH, WEIGHT).y
@@ -335,7 +335,7 @@ def test_gauss_newton_of_two_outputs():
     expected = np.zeros((net.num_parameters, net.num_parameters))
     p = tf.nn.softmax(a).numpy()
     for output, H in (
-        (b, 0.2 * np.broadcast_to(np.eye(2), (N, 2, 2))),  # mean of two squares
+        (b, 0.2 * np.broadcast_to(np.eye(2), (N, 2, 2))),  # b's loss is the mean of two squares
         (a, 3 * (p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None])),
     ):
         parts = tape.jacobian(output, [w.value for w in model.trainable_weights], ZERO)
@@ -377,7 +377,8 @@ def test_an_added_loss_that_is_a_mean_over_rows_belongs_to_each_row():
     again = pickle.loads(pickle.dumps(net))
     assert relative_error(again.losses(X, y), alone) < ROUNDING
     without = GenericNeuralNet(net.model, CLASS)
-    assert relative_error(without.losses(X, y), alone) < ROUNDING  # whoever gives the loss
+    # Added losses also count if the caller gives the loss.
+    assert relative_error(without.losses(X, y), alone) < ROUNDING
 
 
 def test_an_added_loss_that_is_a_sum_over_the_batch_is_refused():
@@ -432,7 +433,7 @@ def test_labels_by_the_name_of_the_one_output():
 
 
 def test_class_weights_as_weights_of_the_rows():
-    """Against the loss that a training step reports with `class_weight`."""
+    """Compare with the loss that a training step reports with `class_weight`."""
     model, each = ending(3, "softmax"), {0: 0.5, 1: 2.0, 2: 3.0}
     model.compile(keras.optimizers.SGD(0.0), CLASS, run_eagerly=True)
     weight = np.array([each[c] for c in CLASSES])

@@ -1,4 +1,4 @@
-"""Data in every form that `fit` takes, and Keras models in place of nets."""
+"""Tests of data in every form that `fit` takes, and of Keras models in place of nets."""
 
 import keras
 import numpy as np
@@ -50,7 +50,7 @@ def two_inputs(names=(None, None), l2=L2, dtype="float64"):
 
 
 def in_float32(model):
-    """Return a copy that Keras can evaluate: its own sum of a float64 penalty fails."""
+    """Return a float32 copy. Keras fails to add the penalty of a float64 model to its loss."""
     copy = two_inputs(dtype="float32")
     copy.set_weights(model.get_weights())
     return copy
@@ -105,7 +105,7 @@ def named(model, a, b, by):
 
 
 def forms(model):
-    """Yield the name and (train, test) of each form, which all hold the same rows."""
+    """Yield the name of each form, and (train, test) in this form. All hold the same rows."""
     layer = lambda tensor: tensor._keras_history[0].name  # noqa: E731
     tensor = lambda tensor: tensor.name  # noqa: E731
     a, b, y = A[:M], B[:M], Y[:M]
@@ -158,7 +158,7 @@ def test_class_weights_are_those_of_fit(unnamed):
     weights = class_weights(Y, {0: 0.3, 1: 5.0})
     fitted = in_float32(model).fit(
         [A, B], Y, class_weight={0: 0.3, 1: 5.0}, batch_size=N, verbose=0
-    )  # the loss of the only batch is computed before the step
+    )  # Keras computes the loss of the only batch before the step
     assert net.risk(([A, B], Y, weights)) == pytest.approx(fitted.history["loss"][0], rel=1e-5)
 
 
@@ -249,7 +249,7 @@ def test_every_question_takes_a_keras_model_for_a_net(tmp_path):
         lambda: datainf(model, train, test, damping=1.0),
         lambda: poison(model, train, test, [0], 0.1),
     )
-    for question in questions:  # the model's loss is asked for, so it is taken as a net
+    for question in questions:  # the error about the loss shows that the model is taken as a net
         with pytest.raises(ValueError, match="^loss must be given for a model that is not"):
             question()
     model.compile("sgd", "mse")
@@ -259,7 +259,7 @@ def test_every_question_takes_a_keras_model_for_a_net(tmp_path):
 
 
 def _responses(x, y, theta, rows, loss):
-    """Return the changes at the minimum of R(theta) - L(z_i, theta) / n, which is a quadratic."""
+    """Return the changes at the minimum of the quadratic function R(theta) - L(z_i, theta) / n."""
     n = len(x)
     found = []
     for i in rows:

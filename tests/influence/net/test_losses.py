@@ -65,13 +65,13 @@ BINARY = K.BinaryCrossentropy(from_logits=True)
         (K.CategoricalCrossentropy(from_logits=True), np.eye(3)[CLASSES], LOGITS, LOG_SOFTMAX),
         (Quartic(), LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
         (quartic, LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
-        (  # a class for each of two time steps, averaged for each example
+        (  # each row has two time steps with one class each, whose losses are averaged
             SPARSE,
             np.stack([CLASSES, CLASSES], axis=1),
             np.stack([LOGITS, LOGITS + 3], axis=1),
             LOG_SOFTMAX,
         ),
-        (  # a class for each of 2 x 3 pixels
+        (  # each row has 2 x 3 pixels with one class each
             SPARSE,
             np.broadcast_to(CLASSES[:, None, None], (N, 2, 3)),
             np.broadcast_to(LOGITS[:, None, None], (N, 2, 3, 3)),
@@ -208,10 +208,10 @@ def test_labels_in_range(loss, y):
         (SPARSE, True),
         (K.BinaryCrossentropy(from_logits=True, label_smoothing=0.1), True),
         (K.CategoricalCrossentropy(from_logits=True), True),
-        ("binary_crossentropy", False),  # takes probabilities
+        ("binary_crossentropy", False),  # this loss takes probabilities
         (K.BinaryFocalCrossentropy(from_logits=True), False),
         ("cosine_similarity", False),
-        (lambda y, output: output[:, 0] ** 2, False),  # convex, but not declared
+        (lambda y, output: output[:, 0] ** 2, False),  # this convex loss does not declare it
     ],
 )
 def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):

@@ -115,7 +115,7 @@ def test_scores_are_the_measurements_slope_along_the_change(problem, name, probl
     expected = np.stack([slope(move) for move in moves], axis=1)
     scores = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows, measurement=OURS[name])
     assert scores.measurement == name
-    assert relative_error(scores[:], expected) < 1e-8  # the error of finite differences
+    assert relative_error(scores[:], expected) < 1e-8  # finite differences have this error
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -184,7 +184,7 @@ def test_labels_of_an_svm():
     net.fit(train)
     influence = Influence(net, train, solver=Direct())
     moves = influence.parameters([3, 8])
-    expected = (train.y[:, None] * train.x) @ moves.T  # change of y x w with w
+    expected = (train.y[:, None] * train.x) @ moves.T  # the change of y x w if w moves
     got = influence.scores(train, [3, 8], measurement=margin)
     assert relative_error(got[:], expected) < 1e-11
 

@@ -1,4 +1,4 @@
-"""Copies of models in float64 and float32, against models that are built in that dtype."""
+"""Tests of copies in float64 and float32 against models that are built in that dtype."""
 
 import pickle
 
@@ -32,7 +32,7 @@ def square(y, z):
 
 
 def small(policy, l2=L2):
-    """Return a model whose layers have a dtype policy, as a user builds it under a global one."""
+    """Return a model that is built while `policy` is the global dtype policy."""
     keras.utils.set_random_seed(0)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -109,7 +109,7 @@ def test_a_copy_and_the_model_change_apart():
 
 
 class Doubled(L.Layer):
-    """A layer of a user, without `get_config` arguments, that makes a layer of its own."""
+    """Layer of a user that creates an inner layer. It has no `get_config` of its own."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -120,7 +120,7 @@ class Doubled(L.Layer):
 
 
 class Own(keras.Model):
-    """A subclassed model of a user with a `get_config`."""
+    """Subclassed model of a user with a `get_config`."""
 
     def __init__(self, width, **options):
         super().__init__(**options)
@@ -144,7 +144,7 @@ def of_sequences(*layers):
 def nested():
     inner = keras.Sequential([keras.Input((3,)), L.Dense(2, "tanh"), L.Rescaling(0.5)])
     inputs, other = keras.Input((3,)), keras.Input((3,))
-    h = L.Add()([inner(inputs), inner(other)])  # shared
+    h = L.Add()([inner(inputs), inner(other)])  # both calls share the weights
     last = keras.ops.cast(h[:, 1:], "float32")
     return keras.Model([inputs, other], keras.ops.tanh(h)[:, :1] + last)
 
@@ -205,7 +205,7 @@ def test_layers_keep_their_outputs_and_weights(name):
     for one, two in zip(copy.weights, model.weights, strict=True):
         assert one.dtype == ("float64" if two.dtype == "float32" else two.dtype)
         assert np.array_equal(one.numpy(), two.numpy())
-    for weight in copy.trainable_weights:  # a step that float32 would lose changes the output
+    for weight in copy.trainable_weights:  # float32 would lose such a small change of a weight
         weight.assign_add(np.full(weight.shape, 1e-10))
     moved = np.asarray(copy(x, training=False))
     recast_again = recast(model, "float64")

@@ -1,4 +1,7 @@
-"""Lookup layers in front of the weights: they run once, and scores are those of the rest."""
+"""Tests of lookup layers in front of the weights.
+
+The lookup layers run once, and the scores are those of the model behind them.
+"""
 
 import pickle
 
@@ -54,7 +57,7 @@ def one_hot(values, vocabulary):
 
 @pytest.fixture(scope="module")
 def table():
-    """A functional model of a table with strings, and its hand-made features."""
+    """Return a functional model of a table with strings, and hand-made features of the table."""
     inputs = {
         "job": keras.Input((1,), dtype="string", name="job"),
         "age": keras.Input((1,), name="age"),
@@ -201,7 +204,7 @@ def test_padding_that_no_output_depends_on_is_taken():
     plain.set_weights(model.get_weights())
     y = Y.astype(float)
     net = GenericNeuralNet(model)
-    net.flat.weights[0].regularizer = keras.regularizers.L2(L2)  # as dense_scores has it
+    net.flat.weights[0].regularizer = keras.regularizers.L2(L2)  # dense_scores gets it too
     want = dense_scores(plain, cross_entropy, (ids, y), (ids[:M], y[:M]), L2, damping=1.0)
     how = {"solver": Direct(), "damping": 1.0, "curvature": Hessian}
     found = Influence(net, (MAILS, Y), **how).scores((MAILS[:M], Y[:M]))
@@ -234,7 +237,8 @@ def test_rescaling_stays_in_the_net():
     scores = Influence(model, (x, Y), **HOW)
     want = expected(x * 0.1 - 1, model.get_weights())
     np.testing.assert_allclose(scores.scores((x[:M], Y[:M])), want, rtol=2e-4, atol=1e-7)
-    assert scores.perturbation((x[:M], Y[:M]), [0]).shape == (M, 1, 2)  # by the given inputs
+    # The derivatives are with respect to the given x, before the rescaling.
+    assert scores.perturbation((x[:M], Y[:M]), [0]).shape == (M, 1, 2)
 
 
 def test_a_nested_front_and_an_integer_front():
@@ -316,7 +320,7 @@ def test_check_takes_a_table(table):
 
 def test_lookups_in_front_of_float64_weights_and_after_operations():
     inputs = keras.Input((1,), dtype="int64")
-    shifted = keras.ops.add(inputs, 5)  # an operation without weights, which is no layer
+    shifted = keras.ops.add(inputs, 5)  # an operation that is not a layer
     encoded = L.CategoryEncoding(90, output_mode="one_hot")(shifted)
     model = keras.Model(inputs, head(dtype="float64")(encoded))
     model.compile("sgd", from_logits())

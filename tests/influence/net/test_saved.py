@@ -1,4 +1,4 @@
-"""Models from files."""
+"""Tests of models that are loaded from files."""
 
 import keras
 import numpy as np

@@ -1,8 +1,9 @@
 """Tests of many Keras layers and losses against derivatives taken without the library.
 
 Each model is small, with weights far from a minimum. The expected values come from TensorFlow's
-tape on the plain model: first derivatives example by example, the Hessian row by row. For layers
-with wrong second derivatives in TensorFlow, they are central differences of the plain gradient.
+tape on the plain model: first derivatives example by example, the Hessian row by row. Where
+TensorFlow's second derivatives of a layer are wrong, the expected second derivatives are central
+differences of first derivatives on the plain model.
 """
 
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def quartic(y, z):
 
 @dataclass(frozen=True)
 class Kind:
-    """What makes a model, its loss for the net, the same loss in TensorFlow, and a batch."""
+    """Recipe for a model, its loss for the net, the same loss in TensorFlow, and a batch."""
 
     make: Callable
     loss: Any
@@ -154,7 +155,8 @@ def masked_ids():
 
 
 def steps():
-    # It is unrolled, since a loop takes many seconds to trace; "recurrent" is a loop.
+    # The layer is unrolled, because TensorFlow traces a loop slowly. The case "recurrent" has a
+    # loop.
     lstm = L.LSTM(2, return_sequences=True, unroll=True)
     return sequential((2, 2), lstm, L.Dense(3))
 
@@ -205,7 +207,7 @@ def one_hot(rng):
 
 
 def some_ids(rng):
-    """Return ids, of which zeros are masked. A row of only zeros would have the mean 0 / 0."""
+    """Return ids. Zeros are masked. No row has only zeros, because its mean would be 0 / 0."""
     return np.column_stack([rng.integers(1, 5, N), rng.integers(0, 5, (N, 2))])
 
 
@@ -267,7 +269,7 @@ class Case:
     y: Any
     by_autodiff: bool
     dense: oracles.Dense
-    hessian: np.ndarray  # of the mean loss
+    hessian: np.ndarray  # the Hessian of the mean loss
     V: np.ndarray
 
     @property
@@ -343,15 +345,16 @@ def test_other_derivatives_where_maps_must_loop():
     losses = elsewhere(net, partial(net.losses, x, y))
     theta, h = net.theta, 1e-3
     near, far = (losses(theta + t * v) + losses(theta - t * v) for t in (h, 2 * h))
-    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)  # rounding error: 1e-16 / h^2
+    # The rounding error is about 1e-16 / h^2.
+    expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)
     assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
     one = np.random.default_rng(9).standard_normal(x.shape)
 
-    def mixed(x):  # derivative of the losses along v in theta
+    def mixed(x):  # returns the derivative of the losses along v in theta
         here = elsewhere(net, lambda: net.losses(x, y))
         return (here(theta + h * v) - here(theta - h * v)) / (2 * h)
 
-    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # second order: error h^2
+    slope = (mixed(x + h * one) - mixed(x - h * one)) / (2 * h)  # the error is of order h^2
     got = np.sum(net.input_gradient(x, y, v) * one, axis=(1, 2))
     assert relative_error(got, slope) < 1e-4
 
@@ -401,7 +404,7 @@ def test_input_gradients(case):
 
 
 def test_scores(case):
-    """Compare CG and Direct with the dense matrix, damped until it is positive definite."""
+    """Compare CG and Direct with the dense matrix. The damping makes it positive definite."""
     net, train = case.net, Examples(case.x, case.y)
     H = case.hessian + net.penalty_hvp(np.eye(net.num_parameters))
     values = scipy.linalg.eigvalsh(H)
@@ -429,4 +432,5 @@ def test_float32_models_answer_in_float32():
     ):
         got = question(net)
         assert got.dtype == np.float32
-        assert relative_error(got, question(exact)) < 1e-4  # 6e-8 times a few hundred additions
+        # Rounding is 6e-8 for each of a few hundred additions.
+        assert relative_error(got, question(exact)) < 1e-4

@@ -1,4 +1,7 @@
-"""One question about many rows needs one system; impossible predictions are named."""
+"""Tests of questions about a whole test set.
+
+A question about many rows needs one linear system. Impossible predictions cause a warning.
+"""
 
 import keras
 import numpy as np

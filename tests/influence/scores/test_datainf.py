@@ -1,4 +1,4 @@
-"""datainf, compared with its formula in dense matrices, and with the truth where it is exact."""
+"""Compare datainf with its formula in dense matrices, and with the truth where it is exact."""
 
 import keras
 import numpy as np
@@ -64,7 +64,10 @@ def test_one_row_is_exact(network):
 
 
 def test_with_much_damping_it_is_influence_with_that_damping():
-    """Check sign and scale. With much damping, scores are grad . grad L / (n damping)."""
+    """Check sign and scale. With much damping, a score is g . grad L(z_i) / (n damping).
+
+    Here g is the gradient of the test loss, and L is a training row's loss plus the penalty.
+    """
     p = logistic("sigmoid")
     got = datainf(p.net, p.train, p.test, damping=1e6)
     damped = Influence(p.net, p.train, solver=Direct(), damping=1e6).scores(p.test)
@@ -100,7 +103,8 @@ def test_layers_are_keras_layers():
     net = GenericNeuralNet(keras.Model(inputs, outputs), "mse")
     rng = np.random.default_rng(0)
     train = Examples(rng.standard_normal((6, 4, 2)), rng.standard_normal(6))
-    got = datainf(net, train, train, damping=(0.3, 0.1))  # 2 x 3 + 3 x 3 + 3, then 3
+    # The two layers have 2 x 3 + 3 x 3 + 3 and 3 weights.
+    got = datainf(net, train, train, damping=(0.3, 0.1))
     expected = dense(net, train, train, (0.3, 0.1), (slice(0, 18), slice(18, 21)))
     assert relative_error(got[:], expected) < 1e-10
 

@@ -42,7 +42,10 @@ def problem():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Use blocks of 3 tests x 16 rows. Two tests are solved at a time."""
+    """Use blocks of 3 test examples and 16 training rows.
+
+    The solver takes two test examples at a time.
+    """
     monkeypatch.setattr(score_file, "_TESTS", 3)
     monkeypatch.setattr(score_file, "_ROWS", 16)
     monkeypatch.setattr(score_file, "_CHUNK", (1, 16))
@@ -210,8 +213,9 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     net = MulticlassLogisticRegression(f, 3)
     x, y = rng.standard_normal((m, f)), np.arange(m) % 3
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
-    assert influence.operator.shape == (net.num_parameters,) * 2  # it holds a copy of theta
-    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # 17 vectors
+    # The operator holds a copy of theta, so it is made before memory is measured.
+    assert influence.operator.shape == (net.num_parameters,) * 2
+    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # room for 17 vectors
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()
     influence.write_scores(tmp_path / "long.h5", Examples(x, y))
@@ -269,7 +273,8 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
 @pytest.mark.parametrize("num_marks", range(0, 16, 3))
 def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blocks, monkeypatch):
     p = problem()
-    influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)  # 4 rows: 16 / 4
+    # The batches have 4 rows, because blocks of 16 rows must consist of whole batches.
+    influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
     marks, mark = [], score_file._mark
 

@@ -1,4 +1,4 @@
-"""A score file on a disk that fills up, or under a limit on the size of files."""
+"""Tests of a score file on a disk that fills up, or under a limit on the size of files."""
 
 import os
 import re
@@ -72,7 +72,7 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
 
 
 def test_the_space_of_the_file_is_reserved(tmp_path):
-    """A file that is only extended takes no blocks of the disk before it is written."""
+    """Check the reserved blocks. A file that is only extended has no blocks before a write."""
     path = tmp_path / "part"
     path.write_bytes(b"kept")
     checkpoint.reserve(path, 1 << 20, path)

@@ -1,4 +1,4 @@
-"""Influence.group, compared with exact refits without the group and with the dense formula."""
+"""Compare Influence.group with exact refits without the group and with the dense formula."""
 
 import keras
 import numpy as np
@@ -196,7 +196,7 @@ def test_sparse_rows_change_nothing(problems):
 
 
 def test_a_single_row_of_least_squares_to_second_order():
-    """The exact move is H^-1 g / n times a function of the row's leverage, here to second order."""
+    """Compare with the exact move to second order: H^-1 g / n times a function of the leverage."""
     p = ridge(N, l2=0.0)
     row = [11]
     moved = p.oracle.without(row).minimum(p.theta) - p.theta

@@ -1,4 +1,4 @@
-"""Influence, compared with closed forms and exact refits: scores, additions, perturbations."""
+"""Compare scores, additions and perturbations of Influence with closed forms and exact refits."""
 
 import os
 import subprocess
@@ -95,7 +95,8 @@ def test_self_influence_is_the_diagonal_of_scores(problem, problems):
     got = influence.self_influence()
     assert relative_error(got, np.diag(table[:])) < 1e-11
     assert relative_error(influence.self_influence([7, 3]), got[[7, 3]]) < 1e-12
-    assert (got > 0).mean() > 0.8  # without most rows, their own loss is larger
+    # The own loss of most rows is larger if they are left out.
+    assert (got > 0).mean() > 0.8
 
 
 def test_damping_and_gauss_newton_enter_as_said(tanh):
@@ -377,7 +378,8 @@ def test_float32_in_float32_out():
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
-    assert relative_error(scores[:], expected) < 1e-3  # errors: float32 losses, rtol 1e-5
+    # The errors come from losses in float32 and from rtol = 1e-5.
+    assert relative_error(scores[:], expected) < 1e-3
     derivatives = influence.perturbation(p.test, ROWS)
     assert derivatives.dtype == np.float32
     expected = Influence(exact.net, exact.train).perturbation(exact.test, ROWS)

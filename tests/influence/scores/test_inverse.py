@@ -1,4 +1,4 @@
-"""Inverse, tested through Influence: solves, warnings, refusals, and passes over rows."""
+"""Test Inverse through Influence: solves, warnings, refusals, and passes over rows."""
 
 import re
 import warnings
@@ -197,7 +197,7 @@ def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
     dense = Hessian.dense
     monkeypatch.setattr(Hessian, "dense", lambda A: count.append(1) or dense(A))
     influence = Influence(p.net, p.train, solver=Direct())
-    assert not count  # no long work before the first question
+    assert not count  # the matrix is not formed before the first question
     influence.scores(p.test)
     influence.self_influence([1])
     influence.parameters([2])

@@ -1,4 +1,4 @@
-"""Influence.relative against its definition by closed forms."""
+"""Compare Influence.relative with its definition in closed form."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,8 @@ def test_blocks_and_batches_change_nothing(problems, monkeypatch):
 def test_a_row_that_moves_nothing_has_no_direction():
     p = ridge(l2=0.0)
     x, y = p.train.x.copy(), p.train.y.copy()
-    y[3] = (np.append(x[3], 1) @ p.theta).item()  # exactly on the fit, so its gradient is zero
+    # The label is exactly on the fit, so the gradient of the row is zero.
+    y[3] = (np.append(x[3], 1) @ p.theta).item()
     influence = Influence(p.net, Examples(x, y), solver=Direct())
     g = p.net.gradients(x[[3]], y[[3]])
     if np.any(g):  # rounding may leave a gradient

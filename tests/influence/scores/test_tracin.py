@@ -1,4 +1,4 @@
-"""tracin, compared with its formula in closed form and with actual training."""
+"""Compare tracin with its formula in closed form and with actual training."""
 
 import sys
 
@@ -45,7 +45,7 @@ def test_is_the_sum_over_checkpoints(problem, problems):
 def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
     """Check sign, scale and unit by small gradient steps on single rows in turn."""
     net, train = tanh_net()
-    order = np.arange(steps) % 4  # rows 0 to 3
+    order = np.arange(steps) % 4  # the steps are on rows 0 to 3 in turn
     rate = 0.4 / steps
     test = train.take([10, 11, 12])
     first = net.losses(test.x, test.y)
@@ -61,11 +61,12 @@ def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
     finally:
         net.theta = start
     total = np.zeros(3)
-    for row in range(4):  # `own`: the checkpoints before the steps on this row
+    for row in range(4):  # `own` holds the checkpoints before the steps on this row
         own = np.array(thetas)[order == row]
         got = tracin(net, train, test, [row], thetas=own, learning_rates=np.full(len(own), rate))
         total += got[:, 0]
-    assert relative_error(total, first - last) < tolerance  # the error is of the order of the step
+    # The error is proportional to the size of a step.
+    assert relative_error(total, first - last) < tolerance
     assert np.linalg.norm(first - last) > 1
 
 

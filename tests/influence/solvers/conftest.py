@@ -12,5 +12,5 @@ def matrix():
 
 @pytest.fixture(scope="module")
 def B():
-    """Five right-hand sides of that order."""
+    """Five right-hand sides for `matrix`: (40, 5)."""
     return np.random.default_rng(1).standard_normal((40, 5))

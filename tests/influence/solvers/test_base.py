@@ -1,4 +1,4 @@
-"""Systems, solvers, and the bound on the error of any score that certifies a solution."""
+"""Tests of systems and solvers, and of the bound on the error of scores from a solution."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def test_no_score_is_further_off_than_its_bound(kind, solver, known):
     solution = solve(A, B, solver)
     error, bound = errors_and_bounds(matrix, solution, B)
     assert bound.shape == (20, 4)
-    assert (error <= bound + 1e-13).all()  # rounding, if the answer is exact
+    assert (error <= bound + 1e-13).all()  # 1e-13 allows for rounding
     if error.max() > 1e-10:
         # The bound is not much too large: the cosine of a random g and the error is about
         # 1 / sqrt(d), here 1/4, and the bound on the smallest eigenvalue is close to it.
@@ -80,7 +80,7 @@ def test_the_bound_is_reached_where_everything_lies_along_one_direction(size):
     A = symmetric(np.linspace(0.2, 3, 30))
     values, vectors = np.linalg.eigh(A)
     exact = solve(A, np.ones((30, 1)), Direct())
-    step = size * vectors[:, :1]  # an error along the smallest eigenvalue's vector
+    step = size * vectors[:, :1]  # the error is along the eigenvector of the smallest eigenvalue
     moved = replace(exact, x=exact.x + step, residual_norm=np.linalg.norm(A @ step, axis=0))
     error = np.abs(vectors[:, :1].T @ (moved.x - exact.x))
     np.testing.assert_allclose(error, moved.score_error_bound(vectors[:, :1].T), rtol=2e-3)
@@ -241,11 +241,11 @@ def test_solvers_are_values():
 )
 def test_solvers_say_what_they_are(solver, exact, indefinite):
     assert (is_exact(solver), answers_indefinite(solver)) == (exact, indefinite)
-    assert is_exact(replace(solver, rtol=0.5)) == exact  # whatever the rtol
+    assert is_exact(replace(solver, rtol=0.5)) == exact  # rtol has no influence
 
 
 class Own:
-    """A user's solver, without the class attributes."""
+    """Solver of a user, without the class attributes `exact` and `answers_indefinite`."""
 
     rtol = 1e-3
 

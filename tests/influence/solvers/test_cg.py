@@ -36,7 +36,7 @@ def test_as_many_iterations_as_distinct_eigenvalues():
 
 @pytest.mark.parametrize("seed", [579, 966, 1089, 1105, 1158, 1293])
 def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
-    """Three distinct eigenvalues take three iterations, and rounding a few more."""
+    """Use three distinct eigenvalues. They take three iterations, and a few more with rounding."""
     rng = np.random.default_rng(seed)
     A = symmetric(rng.choice([1e-3, 1.0, 1e3], 10), seed)
     B = rng.standard_normal((10, 4)) * [1e-30, 1e-15, 1e-3, 1.0]
@@ -50,7 +50,8 @@ def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
     block = solve(matrix, B, CG(rtol=1e-8))
     for j in range(B.shape[1]):
         alone = solve(matrix, B[:, j], CG(rtol=1e-8))
-        assert relative_error(block.x[:, j], alone.x) < 1e-7  # rtol 1e-8, condition number 10
+        # rtol is 1e-8, and the matrix has the condition number 10.
+        assert relative_error(block.x[:, j], alone.x) < 1e-7
         assert block.iterations[j] < alone.iterations[0] / 2
 
 
@@ -75,7 +76,8 @@ def test_more_columns_than_dimensions(matrix):
 
 def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
     values, vectors = np.linalg.eigh(matrix)
-    easy = np.column_stack([vectors[:, 3], vectors[:, :2].sum(axis=1)])  # one and two steps
+    # The columns need one step and two steps.
+    easy = np.column_stack([vectors[:, 3], vectors[:, :2].sum(axis=1)])
     A, widths = counting(matrix)
     solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
     steps = solution.iterations
@@ -90,7 +92,8 @@ def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
     b = np.random.default_rng(0).standard_normal(D).astype(np.float32)
     solution = solve(A, b, CG(rtol=1e-5, max_iterations=2000))
     true = np.linalg.norm(b - A @ solution.x) / np.linalg.norm(b)
-    assert solution.residual[0] == pytest.approx(true, rel=0.05)  # float32 products of a large x
+    # The products of A with a large x are rounded to float32.
+    assert solution.residual[0] == pytest.approx(true, rel=0.05)
     assert solution.converged[0] == (solution.residual[0] <= 1e-5)
     if not solution.converged[0]:
         assert solution.remedy
@@ -121,7 +124,7 @@ def test_rounding_at_a_singular_matrix_names_the_rtol_too():
 
 
 def test_a_drifted_recurrence_starts_again():
-    """If rounding has changed the recurrence's residual, a restart uses the true residual."""
+    """Check that a restart uses the true residual if rounding has changed the recurrence's."""
     A = symmetric(np.geomspace(1e-7, 1, 200)).astype(np.float32)
     b = (A @ np.ones(200, np.float32)).astype(np.float32)
     first = solve(A, b, CG(rtol=1e-6, max_iterations=10_000))
@@ -146,7 +149,8 @@ def test_iterations_are_bounded_by_ten_times_the_dimension():
 def test_curvature_is_the_smallest_rayleigh_quotient_met(matrix):
     values, vectors = np.linalg.eigh(matrix)
     solution = solve(matrix, vectors[:, [7, 20]], CG())
-    np.testing.assert_allclose(solution.min_curvature, values[7], rtol=1e-10)  # in any direction
+    # The smallest curvature over all search directions is reported for each column.
+    np.testing.assert_allclose(solution.min_curvature, values[7], rtol=1e-10)
     alone = solve(matrix, vectors[:, 20], CG())
     np.testing.assert_allclose(alone.min_curvature, values[20], rtol=1e-10)
 
@@ -195,7 +199,7 @@ def test_singular_is_said_unless_the_system_has_a_solution():
     assert exact_zero.remedy.startswith("A is singular: curvature 0 was met")
     rounded_zero = solve(np.diag([1.0, 1e-20]), [1.0, 1.0], CG())
     assert rounded_zero.min_curvature[0] == 0 and not rounded_zero.converged[0]
-    assert np.abs(rounded_zero.x).max() < 10  # not 1e20
+    assert np.abs(rounded_zero.x).max() < 10  # the exact solution has an entry 1e20
     assert solution.remedy.startswith("A is singular: curvature")
 
 
@@ -210,7 +214,7 @@ def test_with_more_iterations_than_dimensions(dtype):
     eps = np.finfo(dtype).eps
     assert relative_error(solution.x, np.linalg.solve(A, b)) < 100 * eps
     assert (solution.residual < 100 * eps).all()
-    if not solution.converged.all():  # unless the residual rounded to zero
+    if not solution.converged.all():  # a residual that rounds to zero counts as converged
         assert "rounding stopped CG above rtol" in solution.remedy
     assert (solution.iterations < 1000).all()
 

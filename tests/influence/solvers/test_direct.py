@@ -35,7 +35,8 @@ def test_answer_residual_and_smallest_eigenvalue(d, negative):
     assert relative_error(solution.x, np.linalg.solve(A, B)) < rounding
     assert solution.converged.all() and (solution.residual < rounding / 10).all()
     smallest = np.linalg.eigvalsh(A)[0]
-    np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-3)  # ARPACK's tolerance
+    # ARPACK has the tolerance 1e-3.
+    np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-3)
 
 
 @pytest.mark.parametrize("d", SIZES)
@@ -57,7 +58,8 @@ def test_singular_names_a_damping_that_works(matrix):
     found = re.search(r"damping of at least (\S+),", str(info.value))
     assert found is not None
     damping = float(found[1])
-    assert 0 < damping < 1e-6  # far below the matrix's own eigenvalues
+    # The damping is far below the nonzero eigenvalues, which are at least 0.5.
+    assert 0 < damping < 1e-6
     b = np.random.default_rng(0).standard_normal(9)
     assert solve(matrix + damping * np.eye(9), b, Direct()).converged.all()
 
@@ -82,7 +84,8 @@ def test_ill_conditioned_is_not_converged():
     solution = solve(A, np.ones(10), Direct(rtol=1e-9))
     assert not solution.converged[0] and solution.residual[0] > 1e-9
     assert solution.remedy.startswith("the matrix is too ill conditioned for its dtype: use float6")
-    assert solution.min_curvature[0] == pytest.approx(1e-5, rel=0.05)  # 1e-7 of the largest
+    # An error of 1e-7 of the largest eigenvalue is 2 % of the smallest.
+    assert solution.min_curvature[0] == pytest.approx(1e-5, rel=0.05)
 
 
 def test_a_matrix_that_memory_cannot_hold_is_refused_before_any_product():
@@ -115,7 +118,7 @@ def test_preparing_holds_no_more_than_is_counted(kind):
         assert kind != "chain" or chain_hessian(net, examples) is not None
     d = net.num_parameters
     assert 1190 < d < 1210
-    prepare(A, Direct())  # traced
+    prepare(A, Direct())  # this call traces the functions
     tracemalloc.start()
     prepare(A, Direct())
     peak = tracemalloc.get_traced_memory()[1]

@@ -1,4 +1,4 @@
-"""EK-FAC, compared with the exact inverse if it is exact, and otherwise with its definition."""
+"""Compare EK-FAC with the exact inverse where EK-FAC is exact, else with EK-FAC's definition."""
 
 import pickle
 from functools import partial
@@ -92,7 +92,7 @@ def test_one_linear_layer_with_squared_error_is_exact(use_bias, penalty):
     B = np.random.default_rng(2).standard_normal((net.num_parameters, 3))
     for A in (Hessian(net, examples), GaussNewton(net, examples), GaussNewton(net, examples, 0.1)):
         solution = solve(A, B, EKFAC(rtol=1e-8))
-        assert relative_error(solution.x, solve(A, B, Direct()).x) < 1e-10  # required 1e-8
+        assert relative_error(solution.x, solve(A, B, Direct()).x) < 1e-10  # 1e-8 is required
         assert solution.converged.all() and not solution.remedy
         assert relative_error(solve(A, B[:, 0], EKFAC()).x, solution.x[:, 0]) < 1e-12
 
@@ -200,7 +200,7 @@ def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues
     K = np.kron(U, V)
     corrected = np.diag(K.T @ p.oracle.hessian(p.theta) @ K)
     assert relative_error(ours, (K / (corrected + 0.01)) @ K.T) < 1e-9
-    product = np.kron(a, s) + 0.05  # the weight decay
+    product = np.kron(a, s) + 0.05  # the weight decay is 0.05
     assert relative_error(ours, (K / (product + 0.01)) @ K.T) > 0.02
     assert relative_error(product, corrected) > 0.02
 
@@ -216,7 +216,8 @@ def test_batch_size_and_row_order_change_nothing(batch_size, monkeypatch):
     for rows in (examples, shuffled):
         A = GaussNewton(net, rows, 0.1, batch_size=batch_size)
         assert relative_error(inverse(A), whole) < 1e-11
-    monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)  # one row at a time
+    # With so little memory, EKFAC takes one row at a time.
+    monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)
     assert relative_error(inverse(GaussNewton(net, examples, 0.1)), whole) < 1e-11
 
 
@@ -331,7 +332,7 @@ def test_probabilities_are_refused():
 
 
 def test_a_singular_matrix_is_named_with_a_damping_that_works():
-    net, examples = linear(use_bias=True, num_rows=3)  # 5 inputs
+    net, examples = linear(use_bias=True, num_rows=3)  # three rows are fewer than the 5 inputs
     message = "^A must be positive definite for EKFAC, got an eigenvalue of .* in layer 'dense"
     with pytest.raises(DivergenceError, match=message) as info:
         prepare(Hessian(net, examples), EKFAC())

@@ -19,7 +19,8 @@ def test_full_rank_is_exact_on_an_indefinite_matrix(B):
     assert relative_error(solution.x, np.linalg.solve(A, B)) < 1e-11
     assert solution.converged.all()
     np.testing.assert_allclose(solution.min_curvature, -0.7, rtol=1e-10)
-    assert solution.eigenvalue_bound == pytest.approx(0.2, rel=1e-10)  # in size
+    # The bound is on the absolute values of the eigenvalues.
+    assert solution.eigenvalue_bound == pytest.approx(0.2, rel=1e-10)
 
 
 def test_the_approximation_is_that_of_the_formula():

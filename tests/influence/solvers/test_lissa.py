@@ -65,7 +65,7 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
         LiSSA(scale=10.0, depth=25, repeats=2, batch_size=3),
     )
     assert len(seen) == 25 and seen[0].shape == (2, 3)
-    walk = np.stack(seen, axis=1).reshape(-1)  # run after run
+    walk = np.stack(seen, axis=1).reshape(-1)  # all rows of one run, then all of the next
     counts = np.bincount(walk, minlength=30)
     assert counts.tolist() == [5] * 30
     np.testing.assert_array_equal(np.sort(walk[:30]), np.arange(30))
@@ -183,7 +183,7 @@ def test_divergence_is_named_with_a_scale_that_works():
     with pytest.raises(DivergenceError, match="^LiSSA diverges at step 16 with scale 1;") as error:
         solve(MATRIX, np.ones(D), LiSSA(scale=1.0))
     scale = scale_named_in(str(error.value))
-    assert 3 <= scale < 3.3  # the largest eigenvalue
+    assert 3 <= scale < 3.3  # the largest eigenvalue is 3
     solution = solve(MATRIX, np.ones(D), LiSSA(scale=scale, change=0.0))
     assert solution.converged[0] and solution.residual[0] < 1e-12
 
@@ -282,7 +282,7 @@ def gives(A, b, solver, expected):
 
 
 def test_an_overflow_doubles_the_scale_too():
-    A, _ = with_outliers(1e9, "float32")  # three such rows overflow float32
+    A, _ = with_outliers(1e9, "float32")  # a batch with three such rows overflows float32
     solution = solve(A, np.ones(4), LiSSA(depth=200, repeats=1))
     assert np.isfinite(solution.x).all() and not solution.converged[0]
 
@@ -303,8 +303,8 @@ def test_the_chosen_scale_is_the_largest_eigenvalue():
 def test_the_chosen_scale_covers_the_sampled_batches():
     rng = np.random.default_rng(0)
     problem = ridge(num_rows=30, num_inputs=3)
-    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # equal rows
+    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # all rows are equal
     examples = Examples(x, np.zeros(30))
-    largest = 2 * (np.sum(x[0] ** 2) + 1)  # the eigenvalue of 2 x x' with the intercept
+    largest = 2 * (np.sum(x[0] ** 2) + 1)  # the eigenvalue of 2 x x', with the intercept in x
     found = largest_eigenvalue(Hessian(problem.net, examples), 1)
-    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # 0.2 is the penalty's
+    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # the penalty adds 0.2

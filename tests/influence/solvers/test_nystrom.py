@@ -24,7 +24,7 @@ def test_damping_is_taken_off_before_the_sketch():
     """Check low rank plus damping. The answer is exact, because the sketch excludes the damping."""
     low = symmetric([*np.zeros(34), *np.linspace(1, 2, 6)])
     b = np.random.default_rng(0).standard_normal(D)
-    known = solve(Damped(low, 0.3), b, Nystrom(7))  # the seventh value is 0
+    known = solve(Damped(low, 0.3), b, Nystrom(7))  # the seventh eigenvalue of the sketch is 0
     assert known.residual[0] < 1e-13
     assert relative_error(known.x, np.linalg.solve(low + 0.3 * np.eye(D), b)) < 1e-13
     unknown = solve(low + 0.3 * np.eye(D), b, Nystrom(7))
@@ -37,7 +37,8 @@ def test_the_penalty_of_a_convex_model_is_taken_off_too(curvature):
     A = curvature(p.net, p.train, damping=0.1)
     b = np.random.default_rng(0).standard_normal(30)
     matrix = p.oracle.hessian(p.theta) + 0.1 * np.eye(30)
-    solution = solve(A, b, Nystrom(9, rtol=1e-10))  # eight rows give rank 8, plus 0.15 I
+    # The matrix is 0.15 I plus a matrix of rank 8, from eight rows.
+    solution = solve(A, b, Nystrom(9, rtol=1e-10))
     assert solution.converged[0]
     assert relative_error(solution.x, np.linalg.solve(matrix, b)) < 1e-10
     assert solution.eigenvalue_bound == pytest.approx(0.15)
@@ -54,11 +55,13 @@ def test_as_a_preconditioner_it_cuts_iterations(rank, factor):
     """Check that a larger rank saves more iterations."""
     A = Damped(symmetric(np.geomspace(1e-12, 1, 200)), 1e-5)
     b = np.random.default_rng(2).standard_normal(200)
-    plain = solve(A, b, CG(rtol=1e-8))  # 619 iterations
-    better = solve(A, b, CG(rtol=1e-8, preconditioner=Nystrom(rank)))  # 472, 50, 11
+    plain = solve(A, b, CG(rtol=1e-8))  # this takes 619 iterations
+    # For the three ranks, this takes 472, 50 and 11 iterations.
+    better = solve(A, b, CG(rtol=1e-8, preconditioner=Nystrom(rank)))
     assert plain.converged[0] and better.converged[0]
     assert plain.iterations[0] > factor * better.iterations[0]
-    assert relative_error(better.x, np.linalg.solve(A.matrix, b)) < 1e-3  # 1e-8 times 1e5
+    # The bound is rtol 1e-8 times the condition number 1e5.
+    assert relative_error(better.x, np.linalg.solve(A.matrix, b)) < 1e-3
 
 
 # --- definite by its damping alone -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The plan chooses what the caller leaves out, and scores follow the matrix that it names."""
+"""Tests of the plan. It chooses what the caller leaves out. Scores use the matrix that it names."""
 
 import keras
 import numpy as np
@@ -106,7 +106,10 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
 
 
 def test_redundant_directions_of_a_convex_risk_do_not_matter():
-    """Softmax regression without a penalty: adding a vector to all classes changes nothing."""
+    """Use softmax regression without a penalty.
+
+    The risk does not change if the same vector is added to the weights of all classes.
+    """
     x, y = rows(60, dtype="float64")
     model = sequential((4,), L.Dense(3, **F64), **F64)
     model.compile("adam", logits())
@@ -131,7 +134,7 @@ def test_redundant_directions_of_a_convex_risk_do_not_matter():
 def test_the_training_sets_the_damping_where_it_is_known(rate, momentum, total):
     model, (x, y) = small(), rows()
     model.compile(keras.optimizers.SGD(rate, momentum=momentum), logits())
-    model.fit(x, y, batch_size=10, epochs=3, verbose=0)  # 12 steps
+    model.fit(x, y, batch_size=10, epochs=3, verbose=0)  # this takes 12 steps
     found = Influence(model, (x, y)).plan
     assert found.damping == pytest.approx(1 / total, rel=1e-6)
     assert "learning rate x steps" in repr(found)

@@ -1,4 +1,4 @@
-"""Every solver on every kind of matrix, compared with an independent dense factorisation."""
+"""Compare every solver on every kind of matrix with an independent dense factorisation."""
 
 import re
 import warnings
@@ -55,7 +55,8 @@ SOLVERS = {
     "EKFAC": EKFAC(),
     "CG with EKFAC": replace(_CG, preconditioner=EKFAC()),
 }
-EXACT = ("Direct", "Lanczos", "Nystrom")  # at full rank
+# These solvers are exact. Lanczos and Nystrom have the full rank here.
+EXACT = ("Direct", "Lanczos", "Nystrom")
 # A tuple, because the tests' order must not depend on the hash seed of each worker.
 APPROXIMATE = ("Lanczos of rank 8", "Nystrom of rank 8", "EKFAC")
 REMEDIES = {"Lanczos": "Lanczos of rank 8", "Nystrom": "Nystrom of rank 8", "EKFAC": "EK-FAC is an"}
@@ -186,7 +187,7 @@ def test_positive_definite(name, kind, matrices):
         assert solution.remedy.startswith(REMEDIES[name.split()[0]])
         assert (np.einsum("ij,ij->j", B, solution.x) > 0).all()
         assert (solution.residual < 3).all()
-        if name != "EKFAC":  # its formula is in test_ekfac.py
+        if name != "EKFAC":  # test_ekfac.py tests EKFAC's formula
             expected = np.linalg.solve(approximation(A, matrix, how), B)
             assert relative_error(solution.x, expected) < 1e-6
         return
@@ -297,7 +298,8 @@ def test_low_rank_plus_damping_is_exact(kind):
     b = rng.standard_normal(21)
     solution = solve(A, b, kind(9, rtol=1e-10))
     assert relative_error(solution.x, np.linalg.solve(A.dense(), b)) < 1e-10
-    assert solution.converged[0] and solution.eigenvalue_bound == 0.3  # GaussNewton knows
+    # GaussNewton knows that no eigenvalue is below the damping.
+    assert solution.converged[0] and solution.eigenvalue_bound == 0.3
 
 
 @pytest.mark.parametrize("rank", [1, 3, 10, 33])
@@ -307,8 +309,11 @@ def test_low_rank_is_fixed_linear_and_positive_definite(kind, rank):
     M, solution = inverse(A, kind(rank)), solve(A, B, kind(rank))
     np.testing.assert_allclose(M, M.T, atol=1e-12 * np.abs(M).max())
     values = np.linalg.eigvalsh(M)
-    assert values[0] >= 1 - 1e-9  # no approximation is above A
-    if kind is Lanczos:  # the floor is above what is left out
+    # A's largest eigenvalue is 1. No eigenvalue of an approximation of A is larger.
+    assert values[0] >= 1 - 1e-9
+    # Lanczos replaces the eigenvalues that it leaves out by a floor. The floor must not be much
+    # smaller than the largest of these eigenvalues.
+    if kind is Lanczos:
         assert values[-1] <= 1 / SPECTRUM[40 - rank - 1] * 1.5
     np.testing.assert_allclose(solution.x, M @ B, rtol=1e-9, atol=1e-11)
     np.testing.assert_array_equal(solution.x, solve(A, B, kind(rank)).x)
@@ -344,14 +349,14 @@ def test_indefinite(name, kind, matrices):
         assert solution.converged.all() and (solution.residual < 1e-12).all()
         assert relative_error(solution.x, np.linalg.solve(matrix, B)) < 1e-11
         np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-10)
-    elif name == "EKFAC":  # the inverse of the Gauss-Newton part, which is definite
+    elif name == "EKFAC":  # EKFAC inverts the Gauss-Newton part, which is definite
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name in ("CG", "CG with EKFAC") or (kind == "indefinite" and name == "CG with Nystrom"):
         solution = solve(A, B, how)
         stopped, worst = ~solution.converged, solution.min_curvature.min()
         assert stopped.any() and (solution.residual[stopped] > 1e-3).all()
-        assert smallest * (1 + 1e-9) <= worst < 0  # a Rayleigh quotient
+        assert smallest * (1 + 1e-9) <= worst < 0  # the curvature is a Rayleigh quotient
         assert np.isfinite(solution.x).all()
         what = f"A is not positive definite: negative curvature {worst:.3g} was met"
         assert solution.remedy.startswith(what)
@@ -440,7 +445,7 @@ def test_negative_curvature_reaches_the_user_without_a_tolerance_too():
         Influence(net, train, solver=Lanczos(1000), curvature=Hessian).scores(train)
     found = [warning for warning in caught if warning.category is ConvergenceWarning]
     assert [warning.filename for warning in found] == [__file__]
-    with warnings.catch_warnings():  # no warning without negative curvature
+    with warnings.catch_warnings():  # no warning is expected without negative curvature
         warnings.simplefilter("error", ConvergenceWarning)
         for solver in (Lanczos(5), Nystrom(5)):
             how = {"damping": -2 * smallest, "curvature": Hessian}

@@ -139,7 +139,8 @@ def test_the_damping_suggested_makes_it_definite_and_less_does_not(path, margin)
     values = np.linalg.eigvalsh(A + damping * np.eye(D))
     assert values[0] > 0 and values[-1] / values[0] <= 1 / margin * (1 + 1e-6)
     exact = (margin * 4 + 0.3) / (1 - margin)
-    assert exact * (1 - 1e-12) <= damping < exact + 5e-6 * 4  # at most the residuals are added
+    # At most the residuals are added to the exact value.
+    assert exact * (1 - 1e-12) <= damping < exact + 5e-6 * 4
     assert solve(A + damping * np.eye(D), np.ones(D), CG(max_iterations=5000)).converged.all()
     below = A + (0.3 - 1e-3) * np.eye(D)
     assert suggest_damping(below, margin=margin) > 0

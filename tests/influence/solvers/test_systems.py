@@ -52,7 +52,8 @@ def _of(rng, values):
 
 def _rows(rng, d):
     X = rng.standard_normal((2 * d, d))
-    X[::3], X[1::4], X[:, -1] = X[0], 0, 0  # equal rows, rows of zeros, a feature that is zero
+    # Some rows are equal, some are zero, and the last feature is zero.
+    X[::3], X[1::4], X[:, -1] = X[0], 0, 0
     return X.T @ X / len(X)
 
 
@@ -191,7 +192,7 @@ def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, e
 @pytest.mark.parametrize("exponent", [-460, 460])
 @pytest.mark.parametrize("name", [*SOLVERS, "EKFAC"])
 def test_inputs_of_any_size_give_the_same_answer(name, exponent):
-    """With inputs s x, weights theta / s and s^2 times the penalty, the matrix is s^2 times."""
+    """Use inputs s x, weights theta / s and s^2 times the penalty. This multiplies A by s^2."""
     solver, b = SOLVERS.get(name, EKFAC(rtol=0.1)), np.linspace(1, 2, 15)
     x, y = np.random.default_rng(0).standard_normal((12, 5)), np.arange(12) % 3
     found = []

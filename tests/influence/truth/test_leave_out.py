@@ -233,7 +233,8 @@ def test_blocks_batches_and_solvers_change_nothing(name, value, softmax):
     groups = groups_of(softmax)
     expected = groups_out(softmax, groups, tolerance=1e-12)
     got = groups_out(softmax, groups, tolerance=1e-12, **{name: value})
-    assert np.abs(got[:] - expected[:]).max() < 1e-10  # both within 1e-12 / 0.05 of the minimum
+    # Both are within 1e-12 / 0.05 of the minimum.
+    assert np.abs(got[:] - expected[:]).max() < 1e-10
 
 
 def test_row_order_permutes_the_refits(softmax):
@@ -341,7 +342,8 @@ def test_fit_is_called_on_the_remaining_rows_from_the_start(softmax):
     np.testing.assert_allclose(refits[:], np.stack([expected, expected], axis=1), rtol=1e-12)
     norms = [np.linalg.norm(softmax.oracle.without(group).gradient(at)) for group in groups]
     np.testing.assert_allclose(refits.gradient_norm, norms, rtol=1e-12)
-    assert not refits.converged.any()  # without a tolerance norms are reported but not judged
+    # Without a tolerance, norms are reported but not judged.
+    assert not refits.converged.any()
     np.testing.assert_array_equal(softmax.theta, before)
 
 

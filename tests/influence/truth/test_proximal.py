@@ -22,12 +22,13 @@ from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, untraced
 
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
-# At this theta the smallest eigenvalue of the Hessian is -1.6, and that of the Gauss-Newton matrix
-# 0.
+# At this theta the smallest eigenvalue of the Hessian is -1.6. The smallest eigenvalue of the
+# Gauss-Newton matrix is 0.
 DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
 ROWS = [0, 6, 13]
 OBJECTIVES = sorted(CURVATURE)
-SINGLE = tanh_net(l2=0.05, dtype="float32")  # the problem of `tanh` in float32
+# The net and the examples of the fixture `tanh` below, in float32.
+SINGLE = tanh_net(l2=0.05, dtype="float32")
 OTHER = tanh_net(l2=0.05, dtype="float32")
 OTHER[0].theta = OTHER[0].theta + 1
 
@@ -191,7 +192,8 @@ def test_influence_is_the_derivative_by_the_fraction(objective, tanh):
 
 
 def test_a_row_without_gradient_stays():
-    net, examples = tanh_net()  # without a penalty: a perfectly fitted row has no gradient
+    # The net has no penalty, so a perfectly fitted row has the gradient 0.
+    net, examples = tanh_net()
     theta, y = net.theta, examples.y.copy()
     theta[16:] = y[4] = 0  # the output is zero for every input
     net.theta, fitted = theta, Examples(examples.x, y)

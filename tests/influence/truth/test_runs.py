@@ -189,7 +189,7 @@ def test_frozen_weights_and_losses_are_part_of_the_name(tmp_path, monkeypatch):
 
     assert run(keras.losses.Huber(delta=0.5)) == 1
     assert run(keras.losses.Huber(delta=0.5)) == 0
-    assert run(keras.losses.Huber(delta=0.7)) == 1  # of the same name
+    assert run(keras.losses.Huber(delta=0.7)) == 1  # the loss has the same name
     model.layers[0].bias.assign([0.5, 0.5])
     assert run(keras.losses.Huber(delta=0.5)) == 1
 
@@ -253,7 +253,8 @@ def unregistered():
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
     """Test everything in one function, because each process needs seconds to start TensorFlow."""
-    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")  # in both, or last bits may differ
+    # Both processes use one thread. Otherwise the last bits may differ.
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
     p, (net, train) = interrupted_problem(), dropping()
     given = p.net, p.train, p.test, [3, 1, 4]
     for work in (
