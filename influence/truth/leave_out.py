@@ -27,7 +27,7 @@ from influence.truth.runs import Groups, Refits, RunOptions, Task
 
 # If no tolerance is given, a fit stops when the gradient norm is this share of the gradient that
 # the removal adds.
-_OF_REMOVAL = 1e-8
+_OF_REMOVAL = 1e-9
 # The relative rounding error of a mean gradient is this times eps.
 _ROUNDING = 4
 
@@ -40,7 +40,7 @@ class RefitOptions(RunOptions):
       method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
       tolerance: Euclidean norm that the gradient of each refit's risk must reach. This tolerance is
         also passed to the net's own fit method. None: 1e-8 for "newton". For the net's own fit
-        method, None is 1e-8 of the gradient that the removal adds, or its rounding error if that is
+        method, None is 1e-9 of the gradient that the removal adds, or its rounding error if that is
         larger. For a `fit` callable, None is no tolerance. Norms are then reported, but no refit is
         `converged`.
       solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`

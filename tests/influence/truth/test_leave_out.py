@@ -431,3 +431,13 @@ def test_newton_is_for_convex_nets():
     net, examples = tanh_net()
     with pytest.raises(ValueError, match="^method must be 'fit' for GenericNeuralNet, which is"):
         leave_one_out(net, examples, examples, [0], RefitOptions(method="newton"))
+
+
+@pytest.mark.parametrize("make", [ridge, lambda: through_keras(logistic("softmax"))])
+def test_own_fits_reach_eight_digits_of_each_change_by_default(make):
+    p, rows = make(), np.arange(8)
+    refits = leave_one_out(p.net, p.train, p.test, rows)
+    expected = changes(p, rows[:, None])
+    errors = np.abs(refits[:] - expected).max(axis=0)
+    assert refits.converged.all()
+    assert (errors < 1e-8 * np.abs(expected).max(axis=0)).all()
