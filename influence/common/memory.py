@@ -6,6 +6,8 @@ beyond rounding.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 # The activations and derivatives of one batch may take this many bytes.
@@ -14,6 +16,14 @@ ACTIVATIONS = 1 << 30
 VECTORS = 1 << 28
 # The cache of a net at one theta and batch size stops growing beyond this many bytes.
 CACHE = 1 << 28
+
+
+def of_machine() -> int | None:
+    """Return the bytes of this machine's memory, or None if the system does not report them."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def fitting(budget: float, bytes_each: float, at_most: int) -> int:

@@ -103,7 +103,11 @@ def _lines(
     some = train.take(sample(len(train), _DERIVATIVE_ROWS))
     yield from hessian.derivatives(net, Hessian(net, some, batch_size=size))
     # A given solver keeps the net's dtype.
-    A = Planner(net, train, solver=CG(), **options).operator
+    try:
+        A = Planner(net, train, solver=CG(), **options).operator
+    except ValueError as error:
+        yield Finding("curvature").fail(str(error), "Scores have no meaning without a curvature.")
+        return
     known = A.smallest_eigenvalue_bound
     if known > 0 and isinstance(A, GaussNewton):
         yield from hessian.bounded(A, _LANCZOS_STEPS)

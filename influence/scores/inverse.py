@@ -10,7 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.common.convergence import DivergenceError, warn_unconverged
 from influence.common.memory import VECTORS, fitting
-from influence.curvature.operators import Curvature, Hessian, check_batch_size
+from influence.curvature.operators import (
+    Curvature,
+    Hessian,
+    check_batch_size,
+    check_damping,
+)
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.net.net import GenericNeuralNet, Net, checked
@@ -55,11 +60,11 @@ class Inverse:
         self._planner = Planner(net, train, solver=solver, batch_size=batch_size, **how)
         self.net, self.train, self.batch_size = self._planner.net, train, batch_size
         self._solver = self._planner.solver
-        if damping is not None or isinstance(solver, Prepared):
-            operator = self.operator  # the operator raises ValueError for a wrong damping
-            if isinstance(solver, Prepared):
-                # `prepare` raises ValueError if `solver` was prepared for another matrix.
-                prepare(operator, solver)
+        if damping is not None:
+            check_damping(damping)
+        if isinstance(solver, Prepared):
+            # `prepare` raises ValueError if `solver` was prepared for another matrix.
+            prepare(self.operator, solver)
 
     @property
     def operator(self) -> Curvature:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.common.convergence import DivergenceError
+from influence.common.memory import of_machine
 from influence.curvature.operators import symmetrised
 from influence.solvers.base import (
     Raw,
@@ -131,11 +131,8 @@ def _check_memory(A: LinearOperator) -> None:
     chain of layers briefly takes up to five matrices.
     """
     needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
-    try:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # This system does not report its memory.
-        return
-    if needed > there:
+    there = of_machine()
+    if there is not None and needed > there:
         raise ValueError(
             f"A must be small enough to be factored, got d = {A.shape[0]}, which takes "
             f"{needed / 1e9:.0f} GB of this machine's {there / 1e9:.0f}; use CG, or freeze layers."

@@ -7,7 +7,6 @@ score is computed.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,7 @@ import scipy.linalg
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from influence.common.memory import ACTIVATIONS, fitting
+from influence.common.memory import ACTIVATIONS, fitting, of_machine
 from influence.curvature.layers import affine_layers
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.curvature.roots import sum_of_lengths
@@ -42,6 +41,8 @@ _COPIES = 4
 FLOAT64_WEIGHTS = 100_000
 # `Direct` holds three d x d matrices. These may take this share of the machine's memory.
 _MEMORY_SHARE = 0.25
+# A machine that does not report its memory counts as having this many bytes.
+_USUAL_MEMORY = 8e9
 # `Direct` is chosen if the matrix takes at most this many multiplications to form and factor.
 _DIRECT_WORK = 2e12
 # A matrix that is formed from one product for each column may have at most this order.
@@ -140,10 +141,12 @@ class Planner:
     def _chosen(self) -> tuple[Curvature, str]:
         net, train, size = self.net, self._train, self._batch_size
         if self._damping is not None:
-            return self.curvature(net, train, self._damping, batch_size=size), _GIVEN
+            A = self.curvature(net, train, self._damping, batch_size=size)
+            return A.damped(A.damping, self._formed_by_roots()), _GIVEN
         A = self.curvature(net, train, batch_size=size)
         if self._curvature_given and self.curvature is Hessian:
-            return A, "none, because the Hessian was asked for"
+            why = "none, because the Hessian was asked for"
+            return A.damped(0.0, self._formed_by_roots()), why
         if _is_convex(self._given):
             return A, "none, because the risk is convex"
         if self.affine:
@@ -163,7 +166,7 @@ class Planner:
         if known is not None:
             damping, why = known, "1 / (learning rate x steps) of the training (Bae et al. 2022)"
         if not net.loss.convex:
-            enough = suggest_damping(A)
+            enough = suggest_damping(A if held is None else held)
             if enough > damping:
                 damping, why = enough, "the least that makes the matrix definite"
         return A.damped(damping, held), why
@@ -174,11 +177,9 @@ class Planner:
         If theta has redundant directions, a very small damping replaces the pseudo-inverse. The
         gradients of training rows have no part in these directions, so that scores do not change.
         """
-        if not isinstance(self.solver, Direct):
+        held = self._formed_by_roots()
+        if held is None:
             return A, "none, because the risk is convex"
-        # The outputs are affine in theta, so the Hessian equals the Gauss-Newton matrix, which is
-        # formed faster.
-        held = GaussNewton(self.net, self._train, batch_size=self._batch_size).dense()
         largest = float(np.abs(np.diag(held)).max())
         smallest = float(scipy.linalg.eigvalsh(held, subset_by_index=[0, 0])[0])
         eps = float(np.finfo(held.dtype).eps)
@@ -187,6 +188,15 @@ class Planner:
         return A.damped(np.sqrt(eps) * _REDUNDANT * largest, held), (
             "very small, because theta has redundant directions"
         )
+
+    def _formed_by_roots(self) -> NDArray | None:
+        """Form the undamped matrix if the solver needs it and the outputs are affine.
+
+        The Hessian then equals the Gauss-Newton matrix, which is formed faster.
+        """
+        if not (self.affine and isinstance(self.solver, Direct)):
+            return None
+        return GaussNewton(self.net, self._train, batch_size=self._batch_size).dense()
 
     def check_theta(self) -> None:
         """Raise RuntimeError if the given net's theta has changed."""
@@ -206,6 +216,8 @@ def _curvature(
     net: GenericNeuralNet, given: type[Curvature] | None, affine: bool
 ) -> tuple[type[Curvature], str]:
     if given is not None:
+        if issubclass(given, GaussNewton):
+            net.loss.check_logits()
         return given, _GIVEN
     if _is_convex(net):
         return Hessian, "the risk is convex"
@@ -271,10 +283,9 @@ def _solver(
 
 def _fits(net: GenericNeuralNet, train: Examples, by_roots: bool) -> bool:
     n, d, itemsize = len(train), net.num_parameters, 8 if _is_small(net) else net.dtype.itemsize
-    if 3 * d**2 * itemsize > _MEMORY_SHARE * _memory():
+    if 3 * d**2 * itemsize > _MEMORY_SHARE * (of_machine() or _USUAL_MEMORY):
         return False
-    one = train.take([0])
-    s = int(sum(np.size(part) for part in tf.nest.flatten(net.outputs(one.x))))
+    s = net.output_size(train.take([0]).x)
     if not (by_roots and net.loss.convex) or s > d:
         return d <= _FEW_PRODUCTS
     single = 0
@@ -288,13 +299,6 @@ def _fits(net: GenericNeuralNet, train: Examples, by_roots: bool) -> bool:
 def _is_small(net: GenericNeuralNet) -> bool:
     """Return True if the net's systems are solved in float64."""
     return net.num_parameters <= FLOAT64_WEIGHTS
-
-
-def _memory() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # This system does not report its memory.
-        return 8e9
 
 
 def _has_factors(net: GenericNeuralNet, train: Examples) -> bool:

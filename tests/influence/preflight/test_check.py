@@ -198,6 +198,13 @@ def test_a_saddle_is_found():
     assert named(damped, "fail") == set() and named(damped, "warn") == {"smallest eigenvalue"}
 
 
+def test_a_loss_without_curvature_is_a_line():
+    net, train = tanh_net()
+    report = check(GenericNeuralNet(net.model, "mae"), train)
+    assert report["curvature"].verdict == "fail"
+    assert "must have curvature in the outputs" in report["curvature"].meaning
+
+
 def test_the_way_to_the_minimum_is_that_of_a_shifted_hessian_at_a_saddle():
     net, train = tanh_net()
     A = Hessian(net, train)
