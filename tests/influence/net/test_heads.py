@@ -61,15 +61,7 @@ def subclassed(units, activation):
     return filled(model)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def float64():
-    """Let Keras' models and losses compute in float64."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 SPARSE = ("sparse_categorical_crossentropy", K.SparseCategoricalCrossentropy(from_logits=True))
