@@ -16,6 +16,7 @@ from influence.net.net import GenericNeuralNet
 from influence.preflight.check import check
 from influence.scores.datainf import datainf
 from influence.scores.influence import Influence, Scores
+from influence.scores.out_of_sample import LeaveOneOutOutputs, leave_one_out_outputs
 from influence.scores.tracin import tracin
 from influence.solvers import (
     CG,
@@ -42,6 +43,7 @@ __all__ += ["TopLayer", "GaussNewton", "Hessian", "spectrum", "suggest_damping"]
 __all__ += ["CG", "Direct", "EKFAC", "Lanczos", "LiSSA", "Nystrom"]
 __all__ += ["Prepared", "Solution", "prepare", "solve"]
 __all__ += ["Influence", "Scores", "datainf", "tracin"]
+__all__ += ["LeaveOneOutOutputs", "leave_one_out_outputs"]
 __all__ += ["Refits", "RefitOptions", "RunOptions", "leave_group_out", "leave_one_out"]
 __all__ += ["ContinuedOptions", "ProximalOptions", "continued_training", "proximal_response"]
 __all__ += ["BEST_RULE", "PAPER_RULE", "PoisonOptions", "Rule", "poison"]

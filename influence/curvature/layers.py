@@ -85,6 +85,18 @@ class AffineLayers:
         found = partial(self._factors, self._slopes, t.each(*batch))
         return t.run("gradient factors", found, theta, *batch)
 
+    def jacobian_factors(self, x: Any, y: Any, theta: Any = None) -> list[tuple[NDArray, NDArray]]:
+        """Compute the two factors of the Jacobian of each row's outputs, for every layer.
+
+        Returns: pairs (a, g) as in `pseudo_gradients`. The index s counts the outputs. The labels y
+          do not enter.
+        """
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        found = partial(self._factors, unit_columns, t.each(*batch))
+        return t.run("jacobian factors", found, theta, *batch)
+
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """Compute the vectors p_is of `pseudo_gradients`, with shape (n, s, d)."""
         t = self.traced
@@ -99,11 +111,14 @@ class AffineLayers:
           respect to the e weights of all other layers, in the order of theta. a is (n, f) and g is
           (n, s, c). The layer's part of p_is is a_i' g_is.
         """
-        t = self.traced
-        batch = t.inputs(x), t.tensor(y)
-        theta = t.theta() if theta is None else theta
-        single, rest = t.run("parts", partial(self._parts, t.each(*batch)), theta, *batch)
-        return single, rest if len(rest) else np.zeros((len(y), single[0][1].shape[1], 0))
+        return self._in_parts("parts", self._columns, x, y, theta)
+
+    def jacobian_parts(self, x: Any, y: Any, theta: Any = None) -> tuple[list, NDArray]:
+        """Compute the Jacobian J_i of each row's outputs in parts, as `parts` returns roots.
+
+        The s-th row of J_i takes the place of the root p_is. The labels y do not enter.
+        """
+        return self._in_parts("jacobian parts", unit_columns, x, y, theta)
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -112,13 +127,26 @@ class AffineLayers:
         total = lambda z: tf.reduce_sum(self.traced.loss.function(y, z))  # noqa: E731
         return tape.gradient(total, tf.stop_gradient(output))[None]
 
+    def _in_parts(
+        self, name: str, columns: Callable, x: Any, y: Any, theta: Any
+    ) -> tuple[list, NDArray]:
+        t = self.traced
+        batch = t.inputs(x), t.tensor(y)
+        theta = t.theta() if theta is None else theta
+        found = partial(self._parts, columns, t.each(*batch))
+        single, rest = t.run(name, found, theta, *batch)
+        return single, rest if len(rest) else np.zeros((len(y), single[0][1].shape[1], 0))
+
     def _columns(self, each: tape.Each, y: Any, output: Any) -> Any:
         return loss_roots(self.traced.loss.curved, each, y, output)
 
     def _factors(
         self, columns: Callable, each: tape.Each, theta: Any, x: Any, y: Any
     ) -> list[tuple[Any, Any]]:
-        """Pull `columns(each, y, output)` (s, n, ...) back to every layer's z."""
+        """Pull `columns(each, y, output)` (s, n, ...) back to every layer's z.
+
+        `columns` is `_columns`, `_slopes` or `unit_columns`.
+        """
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
             output, calls = self._forward(theta, x)
@@ -147,8 +175,10 @@ class AffineLayers:
             zip(self.layers, self._factors(self._columns, each, theta, x, y), strict=True)
         )
 
-    def _parts(self, each: tape.Each, theta: Any, x: Any, y: Any) -> tuple[list, Any]:
-        found = list(zip(self.layers, self._factors(self._columns, each, theta, x, y), strict=True))
+    def _parts(
+        self, columns: Callable, each: tape.Each, theta: Any, x: Any, y: Any
+    ) -> tuple[list, Any]:
+        found = list(zip(self.layers, self._factors(columns, each, theta, x, y), strict=True))
         single = [(a[:, 0], g[:, 0]) for layer, (a, g) in found if layer in self.single]
         rest = [pair for pair in found if pair[0] not in self.single]
         return single, _joined(rest) if rest else []
@@ -280,21 +310,22 @@ def _joined(found: Any) -> Any:
     return joined if in_order else tf.gather(joined, np.argsort(order), axis=2)
 
 
+def unit_columns(each: tape.Each, y: Any, output: Any) -> Any:
+    """Return the unit vectors of the c outputs for each of n rows, (c, n, ...)."""
+    n = tf.shape(output)[0]
+    size = tf.size(output) // n
+    units = tf.eye(size, dtype=output.dtype)[:, None, :]
+    shape = tf.concat([[size], tf.shape(output)], 0)
+    return tf.reshape(tf.broadcast_to(units, [size, n, size]), shape)
+
+
 def loss_roots(curved_at: Callable, each: tape.Each, y: Any, output: Any) -> Any:
     """Return the columns of all S_i, (s, n, ...). `AffineLayers.pseudo_gradients` defines S_i.
 
     `curved_at(y, z)` is `PerExampleLoss.curved`, and `output` (n, ...) holds the model's outputs.
     """
-    n = tf.shape(output)[0]
-    size = tf.size(output) // n
-    curved = curved_at(y, tf.stop_gradient(output))
-
-    def column(unit):
-        along = tf.reshape(tf.broadcast_to(unit, [n, size]), tf.shape(output))
-        return tf.reshape(curved(along), [n, size])
-
-    H = tf.transpose(each(column, tf.eye(size, dtype=output.dtype)), [1, 0, 2])
-    H = (H + tf.linalg.matrix_transpose(H)) / 2
+    size = tf.size(output) // tf.shape(output)[0]
+    H = tape.output_hessians(curved_at(y, tf.stop_gradient(output)), each, output)
     # eigh fails on a NaN, so zeros replace NaNs here. A later sum puts the NaNs into the result.
     values, vectors = tf.linalg.eigh(tf.where(tf.math.is_finite(H), H, tf.zeros_like(H)))
     S = vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]

@@ -125,6 +125,13 @@ class Curvature(LinearOperator):
         matrix[np.diag_indices_from(matrix)] += self.damping
         return matrix
 
+    def remaining(self, share: float) -> NDArray:
+        """Return the dense matrix (d, d) less `share` x (Hessian of the penalty + damping I)."""
+        matrix = self.dense()
+        self._add_penalty(matrix, -share)
+        matrix[np.diag_indices_from(matrix)] -= share * self.damping
+        return matrix
+
     def _formed(self) -> NDArray:
         """Compute the undamped matrix (d, d) from its products with unit vectors."""
         d = self.shape[0]
@@ -180,15 +187,15 @@ class Curvature(LinearOperator):
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
 
-    def _add_penalty(self, matrix: NDArray) -> None:
-        """Add the penalty's Hessian to a matrix (d, d), in place."""
+    def _add_penalty(self, matrix: NDArray, factor: float = 1.0) -> None:
+        """Add `factor` times the penalty's Hessian to a matrix (d, d), in place."""
         d = len(matrix)
         by_weights = type(self.net).penalty_hvp is GenericNeuralNet.penalty_hvp
         if by_weights and all(weight.regularizer is None for weight in self.net.flat.weights):
             return
         for start in range(0, d, _DENSE_BLOCK):
             units = np.eye(d, min(_DENSE_BLOCK, d - start), k=-start, dtype=self.dtype)
-            matrix[:, start : start + units.shape[1]] += self.net.penalty_hvp(units)
+            matrix[:, start : start + units.shape[1]] += factor * self.net.penalty_hvp(units)
 
 
 class Hessian(Curvature):

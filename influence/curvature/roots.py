@@ -17,6 +17,7 @@ factors a, g and b, h, is up to the factor 1/n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.memory import ACTIVATIONS, VECTORS, fitting
-from influence.curvature.layers import AffineLayers, affine_layers, loss_roots
+from influence.curvature.layers import AffineLayers, affine_layers, loss_roots, unit_columns
 from influence.examples.examples import Examples
 from influence.net import tape
 from influence.net.flat import FlatModel
 from influence.net.net import GenericNeuralNet
+
+Part = tuple[NDArray, NDArray, NDArray]
 
 # Memory holds this many arrays of the size of the factors or roots while they are computed.
 _COPIES = 4
@@ -48,7 +51,43 @@ def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
     except ValueError:  # some weights of theta are in layers that are not affine
         pass
     batch = t.inputs(x), t.tensor(y)
-    return t.run("roots", partial(_by_rows, t, t.each(*batch)), theta, *batch)
+    columns = partial(loss_roots, t.loss.curved)
+    return t.run("roots", partial(_by_rows, t, columns, t.each(*batch)), theta, *batch)
+
+
+def jacobian_parts(net: GenericNeuralNet, x: Any, y: NDArray) -> tuple[list[Part], NDArray]:
+    """Return the Jacobian J_i of each row's c outputs, in parts, at the net's theta.
+
+    In a layer with one position per row, J_i is a_i' g_is for output s, with the factors of
+    influence.curvature.layers.
+
+    Returns: a triple (entries, a, g) for each such layer, and an array (n, c, e) with the other e
+      columns of J_i, in the order of theta. `entries` (f, k) are the layer's positions in theta. a
+      is (n, f) and g is (n, c, k).
+    """
+    t, theta = net.flat, net.theta_tensor()
+    try:
+        layers = affine_layers(net, x)
+    except ValueError:
+        batch = t.inputs(x), t.tensor(y)
+        found = partial(_by_rows, t, unit_columns, t.each(*batch))
+        return [], t.run("jacobians", found, theta, *batch)
+    factors, rest = layers.jacobian_parts(x, y, theta)
+    pairs = zip(layers.single, factors, strict=True)
+    return [(layer.entries, a, g) for layer, (a, g) in pairs], rest
+
+
+def joined(parts: list[Part], rest: NDArray) -> NDArray:
+    """Return the Jacobians (n, c, d) whose parts `jacobian_parts` returned."""
+    n, c, e = rest.shape
+    d = e + sum(entries.size for entries, _, _ in parts)
+    J = np.empty((n, c, d), rest.dtype)
+    others = np.ones(d, bool)
+    for entries, a, g in parts:
+        others[entries.ravel()] = False
+        J[:, :, entries.ravel()] = np.einsum("nf,nck->ncfk", a, g).reshape(n, c, -1)
+    J[:, :, others] = rest
+    return J
 
 
 def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
@@ -146,8 +185,10 @@ def _cut(x: Any, y: NDArray, rows: slice) -> tuple[Any, NDArray]:
     return tf.nest.map_structure(lambda part: part[rows], x), y[rows]
 
 
-def _by_rows(flat: FlatModel, each: tape.Each, theta: Any, x: Any, y: Any) -> Any:
-    S = loss_roots(flat.loss.curved, each, y, flat.output(theta, x))  # (s, n, ...)
+def _by_rows(
+    flat: FlatModel, columns: Callable, each: tape.Each, theta: Any, x: Any, y: Any
+) -> Any:
+    S = columns(each, y, flat.output(theta, x))  # (s, n, ...)
 
     def of_row(part):
         x, columns = part

@@ -57,6 +57,22 @@ class Link(ABC):
         return self.curved(Z, y, np.ones_like(Z))[:, :, 0]
 
 
+class Product(Link):
+    """The loss y . z with labels y (n, c). Its gradient by theta is J' y, with J = dz/dtheta."""
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        return np.einsum("nc,nck->nk", y, Z)
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope."""
+        return np.broadcast_to(y[:, :, None], Z.shape)
+
+    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
+        """See Link.curved."""
+        return np.zeros_like(U)
+
+
 @dataclass(frozen=True)
 class Design:
     """Products of dense or sparse inputs X (n, f) with parameters.

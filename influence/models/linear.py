@@ -13,6 +13,7 @@ as TensorFlow's.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import keras
@@ -25,7 +26,7 @@ from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_differentiable
 from influence.examples.given import Data
 from influence.models import leverage, newton
-from influence.models.design import Design, Link
+from influence.models.design import Design, Link, Product
 from influence.net.net import GenericNeuralNet
 
 # A batch's block (rows, c, m) has at most this many entries. Such a block fits into the cache.
@@ -156,6 +157,26 @@ class LinearModel(GenericNeuralNet):
         else:
             along = np.einsum("nc,ncm->nm", E, self.design.times(x, self._columns(V)))
         return along if np.ndim(V) == 2 else along[:, 0]
+
+    def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
+        """See GenericNeuralNet.output_terms."""
+        Z, y = self._outputs(x), numbers(y, "y")
+        units = np.repeat(np.eye(self.num_outputs, dtype=Z.dtype)[None], len(Z), axis=0)
+        return Z[:, :, 0], self.link.slope(Z, y)[:, :, 0], self.link.curved(Z, y, units)
+
+    def output_moves(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """See GenericNeuralNet.output_moves; this returns the outputs at v."""
+        return self.design.times(x, self._columns(v))[:, :, 0]
+
+    def pulling(self) -> LinearModel:
+        """See GenericNeuralNet.pulling."""
+        view = copy.copy(self)
+        view.link, view.memo = Product(), None
+        return view
+
+    def losses_of(self, x: Any, y: Any, z: NDArray) -> NDArray:
+        """See GenericNeuralNet.losses_of."""
+        return self.link.loss(z.reshape(len(z), -1, 1), numbers(y, "y"))[:, 0]
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """See GenericNeuralNet.input_gradient; this returns v dl/dz + W (d2l/dz2) x v."""

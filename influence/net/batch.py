@@ -205,6 +205,59 @@ class Derivatives:
         rows = self._mapped("directional", tape.directional, x, y, self.flat.rows(V, "V"))
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
+    def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
+        """Return each row's c outputs, and its loss's derivatives with respect to them.
+
+        The outputs are those that the loss takes. For a softmax or sigmoid they are the logits, and
+        several outputs stand side by side. Outputs of other shapes are flattened.
+
+        Returns: z (n, c), the slopes d loss / dz (n, c), and the Hessians d2 loss / dz2 (n, c, c).
+        """
+        t = self.flat
+
+        def terms(losses, each, theta, x, y):
+            return tape.output_terms(t.output, t.loss.function, t.loss.curved, each, theta, x, y)
+
+        return self._mapped("output_terms", terms, x, y)
+
+    def output_moves(self, x: Any, y: Any, v: NDArray) -> NDArray:
+        """Return J_i v, (n, c): the derivative of each row's outputs along a direction v (d,).
+
+        The outputs are those of `output_terms`. The labels y do not enter.
+        """
+        t = self.flat
+
+        def moves(losses, theta, x, y, v):
+            z = t.output(theta, x)
+            u = tf.zeros_like(z)
+            with tf.GradientTape() as by_u:
+                by_u.watch(u)
+                pulled = tape.gradient(lambda theta: tf.reduce_sum(u * t.output(theta, x)), theta)
+            along = by_u.gradient(
+                pulled, u, output_gradients=v, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            return tf.reshape(along, [tf.shape(z)[0], -1])
+
+        return self._along("output_moves", moves, x, y, v)
+
+    def seen_shape(self, x: Any) -> tuple[int, ...]:
+        """Return the shape of a row's outputs in the form that the loss takes, before flattening.
+
+        x holds at least one row.
+        """
+        t = self.flat
+        row = tf.nest.map_structure(lambda part: part[:1], t.inputs(x))
+        return t.run("z", t.output, self.theta_tensor(), row).shape[1:]
+
+    def losses_of(self, x: Any, y: Any, z: NDArray) -> NDArray:
+        """Return the loss (n,) of outputs z (n, c) in place of the model's, as in `output_terms`.
+
+        The inputs x give the shape of the outputs only, and may have another number of rows.
+        """
+        t = self.flat
+        found = t.tensor(z.reshape(len(z), *self.seen_shape(x)))
+        return t.run("losses_of", lambda z, y: t.loss.function(y, z), found, t.tensor(y))
+
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Return v' H_i v (n,) for every example i, in one pass.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -199,6 +200,17 @@ class GenericNeuralNet(Derivatives):
         view.ending = self.ending
         view.flat = FlatModel(self.model, loss, self.flat.weights, self.preparation)
         view.preparation, view.notes = self.preparation, self.notes
+        return view
+
+    def pulling(self) -> GenericNeuralNet:
+        """Return the same model at the same theta, with the loss y . z of labels y (n, c).
+
+        z (n, c) are the outputs that the net's loss takes, as in `output_terms`. The gradient of
+        row i's loss is J_i' y_i, where J_i is the Jacobian of z_i with respect to theta.
+        """
+        view = copy.copy(self)
+        view.loss = replace(self.loss, function=_product, keras_function=None, plain=False)
+        view.flat = FlatModel(self.model, view.loss, self.flat.weights, self.preparation)
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
@@ -463,3 +475,8 @@ def checked(
             sets[name] = net.given(examples, name)
             net.validate(sets[name], name)
     return net, sets["train"], sets["test"]
+
+
+def _product(y: Any, z: Any) -> Any:
+    """Return y_i . z_i for each row i."""
+    return tf.reduce_sum(tf.reshape(z, tf.shape(y)) * tf.cast(y, z.dtype), axis=1)

@@ -120,6 +120,39 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
     return tape.gradient(along, x, unconnected_gradients=_ZERO)
 
 
+def output_terms(
+    output: Callable, loss: Callable, curved: Callable, each: Each, theta: Any, x: Any, y: Any
+) -> tuple[Any, Any, Any]:
+    """Return each row's outputs z (n, c), and the loss's slope (n, c) and Hessian (n, c, c) by z.
+
+    `curved(y, z)` is `PerExampleLoss.curved`. Outputs of other shapes are flattened.
+    """
+    z = output(theta, x)
+    slope = gradient(lambda z: tf.reduce_sum(loss(y, z)), z)
+    n, size = tf.shape(z)[0], tf.size(z) // tf.shape(z)[0]
+    return (
+        tf.reshape(z, [n, size]),
+        tf.reshape(slope, [n, size]),
+        output_hessians(curved(y, z), each, z),
+    )
+
+
+def output_hessians(product: Callable, each: Each, z: Any) -> Any:
+    """Return the Hessian (n, c, c) of each row's loss by its c outputs.
+
+    `product(u)` multiplies the Hessians of all rows by u, which has the shape of the outputs z.
+    """
+    n = tf.shape(z)[0]
+    size = tf.size(z) // n
+
+    def column(unit):
+        along = tf.reshape(tf.broadcast_to(unit, [n, size]), tf.shape(z))
+        return tf.reshape(product(along), [n, size])
+
+    H = tf.transpose(each(column, tf.eye(size, dtype=z.dtype)), [1, 0, 2])
+    return (H + tf.linalg.matrix_transpose(H)) / 2
+
+
 def bregman_gradient(
     output: Callable, loss: Callable, each: Each, theta: Any, x: Any, y: Any, thetas: Any
 ) -> Any:

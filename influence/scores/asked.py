@@ -93,6 +93,33 @@ class Asked:
             name = f"{reduce} {name}"
         return cls(inverse, view, name, test, reduce)
 
+    def approximation(self) -> str:
+        """Return how changes are predicted.
+
+        A question with `reduce` takes one system to first order, and one for each output of each
+        test row by one step. So only `Inverse`'s argument chooses one step for it.
+
+        Raises: ValueError if one step was asked for a function of all outputs.
+        """
+        how = self.inverse.plan.approximation
+        if how == "first_order" or self.reduce is None:
+            return how
+        if self.inverse.approximation is None:
+            return "first_order"
+        if callable(self.reduce):
+            raise ValueError(
+                "approximation must be 'first_order' if reduce is a function, got 'one_step'; use "
+                "reduce='mean' or 'sum', or another Influence for this question."
+            )
+        return how
+
+    def joined(self, changes: NDArray) -> NDArray:
+        """Return the changes of the m numbers asked for, from those of each test row."""
+        if self.reduce is None:
+            return changes
+        total = changes.sum(axis=0, keepdims=True)
+        return total / len(changes) if self.reduce == "mean" else total
+
     def s_test(self) -> Solution:
         """Compute H^-1 grad f for each of the m numbers: `x` is (d, m)."""
         if self.reduce is None:

@@ -21,7 +21,7 @@ has no curvature, the term with H_U is - k / (n - k) times D1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,8 +34,15 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.scores.asked import Asked
 from influence.scores.inverse import Inverse
+from influence.scores.one_step import OneStep
 from influence.solvers import Solution
 from influence.solvers.plan import Plan
+
+Order = Literal[1, 2, "one_step"]
+# Without a choice by the caller, one step is taken for at most this many outputs of a group.
+_MOST_OUTPUTS = 2000
+# One step takes at most this many rows.
+_MOST_ROWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +53,7 @@ class GroupScores(NamedArray):
       change_if_removed_together: (m,) change of each test loss. Positive: the loss rises without
         the rows, so together they helped.
       rows: (k,) the training rows of the group.
-      order: 1 or 2.
+      order: 1, 2 or "one_step".
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
       plan: the curvature, damping, solver and precision that were used.
@@ -54,20 +61,20 @@ class GroupScores(NamedArray):
 
     change_if_removed_together: NDArray
     rows: NDArray[np.int64]
-    order: int
+    order: Order
     solution: Solution
     measurement: str = "loss"
     plan: Plan | None = None
 
 
 def group(
-    inverse: Inverse, test: Data, rows: ArrayLike, order: int, measurement: Any
+    inverse: Inverse, test: Data, rows: ArrayLike, order: Order | None, measurement: Any
 ) -> GroupScores:
     """Answer `Influence.group` by the formulas of this module."""
     n = len(inverse.train)
     rows = check_rows(rows, n)
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}.")
+    if order not in (1, 2, "one_step", None):
+        raise ValueError(f"order must be 1, 2, 'one_step' or None, got {order!r}.")
     if len(rows) == n:
         raise ValueError(f"rows must leave at least one example, got all {n}.")
     if order == 2 and 2 * len(rows) >= n:
@@ -80,6 +87,7 @@ def group(
             "order must be 1 with GaussNewton, got 2: the second order is that of the risk itself; "
             "use Hessian, with a damping if it is indefinite."
         )
+    order = _order(inverse, len(rows), order)
     asked = Asked.of(inverse, test, measurement, None)
     view, test = asked.view, asked.test
     chosen = inverse.train.take(rows)
@@ -87,10 +95,29 @@ def group(
     solution = inverse.s_test(test, view)
     if order == 1:
         change = solution.x.T @ gradient / n
+    elif order == "one_step":
+        change = OneStep(inverse).group(view, test, rows)
     else:
         change = _second_order(inverse, view, test, chosen, gradient, solution.x)
     asked.warn_of_impossible(change[:, None], [f"the group of {len(rows)} rows"])
     return GroupScores(change, rows, order, solution, asked.name, inverse.plan)
+
+
+def _order(inverse: Inverse, k: int, given: Order | None) -> Order:
+    """Return the order for a group of k rows. None is replaced by the plan's, if k allows it."""
+    if given in (1, 2):
+        return given
+    if given is None and inverse.plan.approximation == "first_order":
+        return 1
+    outputs = k * inverse.net.output_size(inverse.train.take([0]).x)
+    if given is None:
+        return "one_step" if outputs <= _MOST_OUTPUTS else 1
+    if k > _MOST_ROWS or outputs > _MOST_OUTPUTS * 5:
+        raise ValueError(
+            f"rows must be at most {_MOST_ROWS} with at most {_MOST_OUTPUTS * 5} outputs for one "
+            f"step, got {k} rows with {outputs}; use order=1, or leave_group_out."
+        )
+    return "one_step"
 
 
 def _second_order(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ from influence.net.net import Net
 from influence.scores import file, groups, relative
 from influence.scores.asked import Asked, Reduction
 from influence.scores.groups import GroupScores
-from influence.scores.inverse import Inverse
+from influence.scores.inverse import Approximation, Inverse
+from influence.scores.one_step import OneStep, leverage_of_largest, warn_without_step
 from influence.scores.relative import RelativeScores
 from influence.solvers import Prepared, Solution, Solver
 from influence.solvers.plan import Plan
@@ -39,10 +40,16 @@ class Scores(Estimand):
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
       plan: the curvature, damping, solver and precision that were used.
+      approximation: "first_order" or "one_step", the way in which the changes were predicted.
+      leverage: (k,) the share of a row's own curvature in the risk's (influence.scores.one_step).
+        The error of first order is about as large. Without one step only the rows of the largest
+        scores have one, if it is quick to compute, and the others have NaN.
     """
 
     solution: Solution
     plan: Plan | None = None
+    approximation: str = "first_order"
+    leverage: NDArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +98,9 @@ class Influence:
       curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk, or None.
       batch_size: number of rows in a batch, which bounds memory and never changes a result. None
         lets the net choose.
+      approximation: "one_step" to take a row's own curvature out with it, "first_order" to keep it,
+        as Koh & Liang do, or None. None means one step if the mean leverage of the rows is above
+        .05 and the leverages are quick to compute. `scores` and `group` use it.
 
     Attributes:
       inverse: the `Inverse` that solves with H.
@@ -108,9 +118,16 @@ class Influence:
         damping: float | None = None,
         curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
+        approximation: Approximation | None = None,
     ):
         self.inverse = Inverse(
-            net, train, solver=solver, damping=damping, curvature=curvature, batch_size=batch_size
+            net,
+            train,
+            solver=solver,
+            damping=damping,
+            curvature=curvature,
+            batch_size=batch_size,
+            approximation=approximation,
         )
         self.net, self.train, self.batch_size = self.inverse.net, self.inverse.train, batch_size
 
@@ -154,9 +171,12 @@ class Influence:
     ) -> Scores:
         """Predict the change of each test loss if each training row is left out.
 
-        The score is s_test . grad L(z_i) / n, to first order. This is -1/n times I_up,loss (Koh &
-        Liang 2017, eq. 2). Positive: the test loss rises without the row, so the row helped.
-        Warns if a loss that cannot fall below 0 is predicted to do so.
+        To first order the score is s_test . grad L(z_i) / n. This is -1/n times I_up,loss (Koh &
+        Liang 2017, eq. 2). By one step the row's own curvature is taken out too, and the score is
+        the test loss at the moved outputs less the loss now (influence.scores.one_step); a question
+        with `reduce` is answered to first order unless one step is asked for by name. Positive: the
+        test loss rises without the row, so the row helped. Warns if a loss that cannot fall below 0
+        is predicted to do so, and if a row scored to first order has a leverage above .1.
 
         Args:
           test: m examples, in any form that `fit` takes. Each has its own scores.
@@ -174,10 +194,30 @@ class Influence:
         """
         rows = self.inverse.rows(rows)
         asked = Asked.of(self.inverse, test, measurement, reduce)
+        how = asked.approximation()
         solution = asked.s_test()
-        changes = self.inverse.along(solution.x, self.train, rows).T
+        if how == "one_step":
+            removed = self._one_step.rows(rows)
+            changes = asked.joined(self._one_step.changes(asked.view, asked.test, removed))
+            leverage = removed.leverage
+            warn_without_step(rows[removed.without_step])
+        else:
+            changes = self.inverse.along(solution.x, self.train, rows).T
+            leverage = leverage_of_largest(self.inverse, rows, changes)
         asked.warn_of_impossible(changes, [f"training row {row}" for row in rows])
-        return Scores(changes, rows, solution, self.plan, measurement=asked.name)
+        return Scores(
+            changes,
+            rows,
+            solution,
+            self.plan,
+            approximation=how,
+            leverage=leverage,
+            measurement=asked.name,
+        )
+
+    @cached_property
+    def _one_step(self) -> OneStep:
+        return OneStep(self.inverse)
 
     def adding(
         self, test: Data, new: Data, *, measurement: Any = None, reduce: Reduction = None
@@ -206,7 +246,12 @@ class Influence:
         return AdditionScores(changes, solution, asked.name, self.plan)
 
     def group(
-        self, test: Data, rows: ArrayLike, order: int = 1, *, measurement: Any = None
+        self,
+        test: Data,
+        rows: ArrayLike,
+        order: Literal[1, 2, "one_step"] | None = None,
+        *,
+        measurement: Any = None,
     ) -> GroupScores:
         """Predict the change of each test loss if all the rows are removed together.
 
@@ -220,13 +265,15 @@ class Influence:
 
         H_U is the mean Hessian of L(z_i) over U, and T is the risk's third derivative. Basu, You &
         Feizi (2020) leave out T and d2 f. Order 2 takes one more solve than order 1, and one more
-        pass over the training set. Positive: the test loss rises without the rows, so together they
-        helped.
+        pass over the training set. "one_step" is one Newton step on the risk without the group. It
+        takes a system for each output of each row (influence.scores.one_step). Positive: the test
+        loss rises without the rows, so together they helped.
 
         Args:
           test: m examples. Each has its own score.
           rows: (k,) training rows. Order 2 needs fewer than half of all n.
-          order: 1 or 2. Order 2 needs `Hessian` as curvature.
+          order: 1, 2, "one_step" or None. Order 2 needs `Hessian` as curvature. None means one step
+            if `plan` names it and the group's rows have at most 2,000 outputs, else order 1.
           measurement: as in `scores`.
 
         Returns: GroupScores (m,), in the unit of the test loss.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,15 +22,27 @@ from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.net.net import GenericNeuralNet, Net, checked
 from influence.net.questions import PerRow
-from influence.solvers import CG, Prepared, Solution, Solver, prepare
+from influence.solvers import CG, EKFAC, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
-from influence.solvers.plan import Plan, Planner
+from influence.solvers.plan import Plan, Planner, fits_in_memory, is_convex
 
 # At most this many right-hand sides are solved together. A long theta allows fewer.
 _MOST_TOGETHER = 512
+# One step is planned if the mean leverage is above this.
+WORTH_A_STEP = 0.05
+# One step is not planned for more outputs than this. Each test row takes a system for each output.
+MOST_OUTPUTS = 64
+# The effective dimension is estimated from this many random vectors.
+_PROBES = 8
+# A Gram matrix of the rows' outputs has at most this order.
+_LARGEST_GRAM = 10_000
 # Each right-hand side needs this many vectors: its gradient, itself, the solution, the solution's
 # product with H, and the residual.
 _COPIES = 5
+
+
+Approximation = Literal["first_order", "one_step"]
+Blocks = Literal["dense", "gram", "factors", "solves"]
 
 
 class Inverse:
@@ -47,8 +61,13 @@ class Inverse:
         damping: float | None = None,
         curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
+        approximation: Approximation | None = None,
     ):
         check_batch_size(batch_size)
+        if approximation not in (None, "first_order", "one_step"):
+            raise ValueError(
+                f"approximation must be 'first_order', 'one_step' or None, got {approximation!r}."
+            )
         if curvature is not None and not (
             isinstance(curvature, type) and issubclass(curvature, Curvature)
         ):
@@ -60,6 +79,7 @@ class Inverse:
         self._planner = Planner(net, train, solver=solver, batch_size=batch_size, **how)
         self.net, self.train, self.batch_size = self._planner.net, train, batch_size
         self._solver = self._planner.solver
+        self.approximation = approximation
         if damping is not None:
             check_damping(damping)
         if isinstance(solver, Prepared):
@@ -76,10 +96,81 @@ class Inverse:
         """The class of `operator`."""
         return self._planner.curvature
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
-        """The choice of curvature, damping, solver and precision. It is made on first use."""
-        return self._planner.plan
+        """The choice of curvature, damping, solver, precision and approximation, on first use."""
+        known = self.approximation
+        how, why = (known, "given") if known is not None else self._planned()
+        plan = self._planner.plan
+        return replace(plan, approximation=how, reasons=(*plan.reasons[:4], why))
+
+    def _planned(self) -> tuple[Approximation, str]:
+        """Choose between first order and one step, before any score is computed.
+
+        The error of first order is of the size of the rows' leverages (influence.scores.one_step).
+        Their mean is the effective dimension divided by n, which is at most d / n.
+        """
+        net, n, d = self.net, len(self.train), self.net.num_parameters
+        if not self.train.in_memory:
+            return "first_order", "the training rows are not in memory"
+        if not (net.loss.convex and net.loss.from_logits):
+            return "first_order", "the loss is not known to be convex in logits"
+        if self.curvature is Hessian and not self._is_convex:
+            return "first_order", "the Hessian of this net may be indefinite"
+        if d <= WORTH_A_STEP * n:
+            return "first_order", f"the mean leverage is at most {d / n:.1g}"
+        c = net.output_size(self.train.take([0]).x)
+        if c > MOST_OUTPUTS:
+            return "first_order", f"one step takes a system for each of {c} outputs"
+        if self.blocks_by == "factors":
+            return "first_order", "EK-FAC's own error is about as large as a row's leverage"
+        if self.blocks_by == "solves":
+            return "first_order", "one step takes a solve for each output of each training row"
+        mean = self._effective_dimension() / n
+        if mean <= WORTH_A_STEP:
+            return "first_order", f"the mean leverage is at most {mean:.1g}"
+        return "one_step", f"the mean leverage, and so the error of first order, is {mean:.1g}"
+
+    def _effective_dimension(self) -> float:
+        """Estimate tr(A^-1 G), the sum of all leverages. G is A without penalty and damping.
+
+        Random probes v estimate tr(G) by the mean of v' G v (Hutchinson 1990). A bound follows
+        without a solve: x / (x + a) is concave, so tr(G (G + a I)^-1) <= tr(G) / (tr(G) / d + a).
+        The bound is returned if it is small. Else the mean of v' A^-1 G v is.
+        """
+        A, net = self.operator, self.net
+        d, weakest = A.shape[0], np.nan_to_num(net.penalty_convexity) + A.damping
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (d, _PROBES)).astype(A.dtype)
+        curved = A @ signs - net.penalty_hvp(signs) - A.damping * signs
+        trace = float(np.einsum("dk,dk->k", signs, curved, dtype=np.float64).mean())
+        bound = trace / (trace / d + weakest) if trace > 0 else 0.0
+        if bound <= WORTH_A_STEP * len(self.train):
+            return bound
+        X = self.solve(signs, "an estimate of the mean leverage", measure=False).x
+        return float(np.einsum("dk,dk->k", X, curved, dtype=np.float64).mean())
+
+    @property
+    def _is_convex(self) -> bool:
+        return is_convex(self.net) or self._planner.affine
+
+    @cached_property
+    def blocks_by(self) -> Blocks:
+        """The way to compute the output blocks K_i of rows (influence.curvature.blocks).
+
+        It is "factors" for EKFAC. It is "dense" if a dense matrix fits, or "gram" if a matrix for
+        the rows' outputs does. Otherwise the solver must solve for each output of each row.
+        """
+        if isinstance(self.solver, EKFAC):
+            return "factors"
+        net, rows = self.net, len(self.train)
+        order = rows * net.output_size(self.train.take([0]).x)
+        if is_convex(net) or self._planner.fits:
+            if fits_in_memory(net.num_parameters, net.dtype):
+                return "dense"
+            size = order * net.num_parameters * net.dtype.itemsize
+            if order <= _LARGEST_GRAM and fits_in_memory(int(np.sqrt(size / 8)), net.dtype):
+                return "gram"
+        return "solves"
 
     @property
     def prepared(self) -> Prepared:

@@ -88,7 +88,8 @@ class EKFAC:
         A.check_theta()
         A.net.loss.check_logits()
         blocks = _blocks(A)
-        return _Applied(blocks, RowLengths(blocks, _rows_of(A)))
+        rows = _rows_of(A)
+        return _Applied(blocks, RowLengths(blocks, rows), OutputBlocks(blocks, rows))
 
 
 _REMEDY = "EK-FAC is an approximation, layer by layer: use CG or Direct, or more damping."
@@ -137,15 +138,47 @@ class RowLengths:
 
 
 @dataclass(frozen=True, eq=False)
+class OutputBlocks:
+    """A question that returns J_i A^-1 J_i' (n, c, c) for the Jacobians J_i of a batch's c outputs.
+
+    In the bases (U, V) of a layer with one position, each row needs two small products.
+
+    Args: as in RowLengths.
+    """
+
+    blocks: list[_Block]
+    rows: int
+
+    def __call__(self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Return the blocks for one batch."""
+        layers = affine_layers(net, x)
+        pairs = _ungrouped(layers.jacobian_factors(x, y, net.at(theta).theta_tensor()))
+        total: Any = 0.0
+        for block, (a, g) in zip(self.blocks, pairs, strict=True):
+            a, g = _times(a, block.U), _times(g, block.V)  # (n, t, f) and (n, t, c, k)
+            if a.shape[1] == 1:
+                weights = np.square(a[:, 0]) @ (1 / block.eigenvalues)  # (n, k)
+                total = total + (g[:, 0] * weights[:, None]) @ g[:, 0].transpose(0, 2, 1)
+            else:
+                P = np.einsum("ntf,ntck->ncfk", a, g, optimize=True)
+                P /= np.sqrt(block.eigenvalues)
+                P = P.reshape(*P.shape[:2], -1)
+                total = total + P @ P.transpose(0, 2, 1)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
 class _Applied:
     """The prepared inverse: a function of right-hand sides (d, m).
 
     Attributes:
       row_lengths: a question for the self-influence of rows.
+      output_blocks: a question for the leverage of rows.
     """
 
     blocks: list[_Block]
     row_lengths: RowLengths
+    output_blocks: OutputBlocks
 
     def __call__(self, B: NDArray) -> Raw:
         return Raw(_inverse_times(self.blocks, B), 1, np.nan, _REMEDY)

@@ -67,19 +67,23 @@ class Plan:
       damping: the number that multiplies I in the matrix.
       solver: the hyperparameters of the solver of (curvature + damping I) x = b.
       dtype: the precision of the systems, "float32" or "float64".
-      reasons: one reason each for curvature, damping, solver and dtype.
+      reasons: one reason each for curvature, damping, solver, dtype and approximation.
+      approximation: "first_order" or "one_step", the way to predict what a removal does
+        (influence.scores.one_step).
     """
 
     curvature: str
     damping: float
     solver: Any
     dtype: str
-    reasons: tuple[str, str, str, str]
+    reasons: tuple[str, ...]
+    approximation: str = "first_order"
 
     def __repr__(self) -> str:
         """Show each choice with its reason in brackets."""
         choices = (self.curvature, f"damping {self.damping:.3g}", repr(self.solver), self.dtype)
-        parts = [f"{choice} ({why})" for choice, why in zip(choices, self.reasons, strict=True)]
+        choices += (self.approximation.replace("_", " "),)
+        parts = [f"{choice} ({why})" for choice, why in zip(choices, self.reasons, strict=False)]
         return f"Plan: {', '.join(parts)}"
 
 
@@ -116,13 +120,18 @@ class Planner:
         self._digest = _digest(net)
         self._damping = damping
         self._curvature_given = curvature is not None
-        open_question = not _is_convex(net) and (curvature is None or damping is None)
+        open_question = not is_convex(net) and (curvature is None or damping is None)
         can_be = open_question and net.loss.convex and net.loss.from_logits
         self.affine = can_be and affine_in_theta(net, train)
         self.curvature, self._why_curvature = _curvature(net, curvature, self.affine)
-        by_roots = self.affine or self.curvature is GaussNewton
+        self._by_roots = by_roots = self.affine or self.curvature is GaussNewton
         self.solver, self._why_solver = _solver(net, train, by_roots, solver)
         self.net, self._why_dtype = _in_precision(net, solver)
+
+    @cached_property
+    def fits(self) -> bool:
+        """True if the matrix fits into memory and is quick to form and factor."""
+        return _fits(self.net, self._train, self._by_roots)
 
     @cached_property
     def operator(self) -> Curvature:
@@ -147,7 +156,7 @@ class Planner:
         if self._curvature_given and self.curvature is Hessian:
             why = "none, because the Hessian was asked for"
             return A.damped(0.0, self._formed_by_roots()), why
-        if _is_convex(self._given):
+        if is_convex(self._given):
             return A, "none, because the risk is convex"
         if self.affine:
             return self._for_convex(A)
@@ -219,7 +228,7 @@ def _curvature(
         if issubclass(given, GaussNewton):
             net.loss.check_logits()
         return given, _GIVEN
-    if _is_convex(net):
+    if is_convex(net):
         return Hessian, "the risk is convex"
     if affine:
         return Hessian, "the outputs are affine in theta and the loss is convex"
@@ -228,7 +237,7 @@ def _curvature(
     return GaussNewton, "the risk is not known to be convex, so its Hessian may be indefinite"
 
 
-def _is_convex(net: GenericNeuralNet) -> bool:
+def is_convex(net: GenericNeuralNet) -> bool:
     """Return True for the library's convex models. Only these have a closed form of the Hessian."""
     return net.convex or type(net).hessian is not GenericNeuralNet.hessian
 
@@ -269,7 +278,7 @@ def _solver(
     if given is not None:
         return given, _GIVEN
     d = net.num_parameters
-    if _is_convex(net):
+    if is_convex(net):
         return CG(), "the net has fast products in closed form"
     if _fits(net, train, by_roots):
         return Direct(), f"the {d:,} x {d:,} matrix fits into memory and is quick to form"
@@ -281,9 +290,14 @@ def _solver(
     return CG(), "the matrix is too large to form"
 
 
+def fits_in_memory(d: int, dtype: np.dtype) -> bool:
+    """Return True if three d x d matrices take at most a quarter of the machine's memory."""
+    return 3 * d**2 * dtype.itemsize <= _MEMORY_SHARE * (of_machine() or _USUAL_MEMORY)
+
+
 def _fits(net: GenericNeuralNet, train: Examples, by_roots: bool) -> bool:
-    n, d, itemsize = len(train), net.num_parameters, 8 if _is_small(net) else net.dtype.itemsize
-    if 3 * d**2 * itemsize > _MEMORY_SHARE * (of_machine() or _USUAL_MEMORY):
+    n, d = len(train), net.num_parameters
+    if not fits_in_memory(d, np.dtype(np.float64) if _is_small(net) else net.dtype):
         return False
     s = net.output_size(train.take([0]).x)
     if not (by_roots and net.loss.convex) or s > d:

@@ -1,0 +1,176 @@
+"""Output blocks K_i = J_i M^-1 J_i' of single rows, for a matrix M whose inverse is known.
+
+J_i (c, d) is the Jacobian of row i's c outputs with respect to theta. With S_i, the Hessian of the
+row's loss by its outputs, tr(S_i K_i) / n is the row's leverage. For one output and squared error
+it is the leverage of linear regression.
+
+In a layer with one position per row, J_i is a_i' g_is (influence.curvature.roots). Two such layers
+with the factors a, g and b, h add
+
+    sum_kl g_isk h_itl (a_i' B_kl b_i)
+
+to entry (s, t) of K_i. B_kl (f, f') is the part of M^-1 of the k-th output of the first layer and
+of the l-th output of the second. So a row costs one product with M^-1, and not one for each output.
+A last layer with c outputs takes c (c + 1) / 2 products of its inputs with blocks of M^-1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from influence.common.convergence import DivergenceError
+from influence.common.memory import ACTIVATIONS, fitting
+from influence.curvature.operators import Curvature
+from influence.curvature.roots import Part, jacobian_parts, joined
+
+# Memory holds this many arrays (rows, d) while blocks are computed.
+_COPIES = 3
+
+
+class DenseBlocks:
+    """Question that returns K_i (n, c, c) of a batch. Its matrix M is dense and positive definite.
+
+    Removing rows of the total weight `share` x n leaves (n R - sum L_i) / (n - k), whose penalty
+    and damping are those of R. So M is A - share x (Hessian of the penalty + damping I), where A is
+    the damped curvature matrix of all rows.
+
+    Args:
+      A: the curvature matrix, which is formed and inverted here.
+      share: the fraction of the rows that is removed, 1 / n for single rows.
+
+    Attributes:
+      inverse: M^-1, (d, d).
+
+    Raises: DivergenceError if M is not positive definite.
+    """
+
+    def __init__(self, A: Curvature, share: float):
+        matrix = A.remaining(share).astype(np.float64, copy=False)
+        potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+        # The transpose is in Fortran order, which LAPACK overwrites instead of copying.
+        factor, info = potrf(matrix.T, lower=1, overwrite_a=1, clean=0)
+        if info != 0:
+            raise DivergenceError(
+                "A must be positive definite to take out a row's own curvature, got one that is "
+                "singular or indefinite; use more damping, or approximation='first_order'."
+            )
+        lower, _ = potri(factor, lower=1, overwrite_c=1)
+        self.inverse = _mirrored(lower)
+        self._order: NDArray | None = None
+        self._ordered: NDArray | None = None
+        self.rows = fitting(ACTIVATIONS, _COPIES * len(matrix) * matrix.itemsize, len(A.examples))
+
+    def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Return the blocks of one batch."""
+        parts, rest = jacobian_parts(net.at(theta), x, y)
+        e = rest.shape[2]
+        B = self._in_order_of(parts)
+        half = (rest @ B[:e, :e]) @ rest.transpose(0, 2, 1) / 2
+        start = e
+        for number, (entries, a, g) in enumerate(parts):
+            f, width = entries.shape
+            for k in range(width):
+                # M^-1 is symmetric, so the columns of earlier outputs are left out.
+                P = a @ B[start : start + f, start:]
+                own = np.einsum("nce,ne->nc", rest, a @ B[start : start + f, :e])
+                at = 0
+                for other, (_, b, h) in enumerate(parts[number:]):
+                    h = h if other else h[:, :, k:]
+                    Q = P[:, at : at + b.shape[1] * h.shape[2]]
+                    along = np.einsum("nlf,nf->nl", Q.reshape(len(a), -1, b.shape[1]), b)
+                    if not other:  # the block (k, k) is added twice below
+                        along[:, 0] /= 2
+                    own += np.einsum("ncl,nl->nc", h, along)
+                    at += Q.shape[1]
+                half += g[:, :, k, None] * own[:, None, :]
+                start += f
+        return half + half.transpose(0, 2, 1)
+
+    def solve(self, B: NDArray) -> NDArray:
+        """Return M^-1 B, (d, m)."""
+        return self.inverse @ B
+
+    def _in_order_of(self, parts: list[Part]) -> NDArray:
+        """Return M^-1 with the weights of each output of each layer side by side, last."""
+        d = len(self.inverse)
+        last = [entries.T.ravel() for entries, _, _ in parts]
+        order = np.concatenate([np.setdiff1d(np.arange(d), np.concatenate(last or [[]])), *last])
+        order = order.astype(np.int64)
+        if self._order is None or not np.array_equal(self._order, order):
+            in_order = np.array_equal(order, np.arange(d))
+            self._ordered = self.inverse if in_order else self.inverse[np.ix_(order, order)]
+            self._order = order
+        assert self._ordered is not None
+        return self._ordered
+
+
+class GramBlocks:
+    """Blocks K_i of all rows of a training set, for fewer rows than weights.
+
+    Let D be the diagonal of the Hessian of penalty and damping. J (n c, d) stacks the J_i, S is
+    block diagonal with blocks S_i, and Q = J D^-1 J'. Then M = J' S J / n + D, and by Woodbury's
+    identity, with C = S^(1/2) Q S^(1/2) + n I,
+
+        J M^-1 J' = Q - Q S^(1/2) C^-1 S^(1/2) Q.
+
+    All J_i are held in memory.
+
+    Args:
+      A: the curvature matrix. Its penalty must be diagonal, with positive entries.
+      share: as in DenseBlocks.
+      roots: (n, c, c) the square roots of the S_i.
+
+    Attributes:
+      blocks: (n, c, c) the K_i.
+    """
+
+    def __init__(self, A: Curvature, share: float, roots: NDArray):
+        n, c, _ = roots.shape
+        diagonal = (1 - share) * (A.net.penalty_hvp(np.ones(A.shape[0], A.dtype)) + A.damping)
+        if not diagonal.min() > 0:
+            raise DivergenceError(
+                "A must have a penalty on all weights, or damping, to take out a row's own "
+                "curvature with fewer rows than weights, got a weight with neither; add damping, "
+                "or use approximation='first_order'."
+            )
+        self._scaled = A.examples.each_row(jacobians, A.net).reshape(n * c, -1)
+        self._scaled /= np.sqrt(diagonal)
+        self._diagonal = diagonal[:, None]
+        Q = self._scaled @ self._scaled.T
+        left = np.einsum("iab,ibr->iar", roots, Q.reshape(n, c, n * c)).reshape(n * c, n * c)
+        C = np.einsum("rib,iba->ria", left.reshape(n * c, n, c), roots).reshape(n * c, n * c)
+        C[np.diag_indices_from(C)] += n
+        self._roots, self._factor = roots, scipy.linalg.cho_factor(C, lower=True)
+        half = scipy.linalg.solve_triangular(self._factor[0], left, lower=True)  # (n c, n c)
+        half = half.reshape(n * c, n, c)
+        own = Q.reshape(n, c, n, c)[np.arange(n), :, np.arange(n)]
+        self.blocks = own - np.einsum("ria,rib->iab", half, half)
+
+    def solve(self, B: NDArray) -> NDArray:
+        """Return M^-1 B, (d, m), which is D^-1 (B - J' S^(1/2) C^-1 S^(1/2) J D^-1 B)."""
+        n, c, _ = self._roots.shape
+        root = np.sqrt(self._diagonal)
+        along = (self._scaled @ (B / root)).reshape(n, c, -1)
+        inner = scipy.linalg.cho_solve(self._factor, (self._roots @ along).reshape(n * c, -1))
+        back = (self._roots @ inner.reshape(n, c, -1)).reshape(n * c, -1)
+        return (B / root - self._scaled.T @ back) / root
+
+
+def jacobians(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Return the Jacobians (n, c, d) of a batch, as a question (influence.net.questions)."""
+    return joined(*jacobian_parts(net.at(theta), x, y))
+
+
+def _mirrored(lower: NDArray) -> NDArray:
+    """Copy the lower triangle of a matrix (d, d) to the upper one, in place, by tiles."""
+    step = 1024
+    for start in range(0, len(lower), step):
+        rows = slice(start, start + step)
+        tile = np.tril(lower[rows, rows])
+        lower[rows, rows] = tile + np.tril(tile, -1).T
+        lower[:start, rows] = lower[rows, :start].T
+    return lower

@@ -1,0 +1,330 @@
+"""One Newton step without a row: its own curvature is taken out together with its gradient.
+
+R is the risk of n rows, A its damped curvature matrix, and L_i = loss_i + penalty. J_i (c, d) is
+the Jacobian of row i's outputs z_i with respect to theta. g_i and S_i are the slope and Hessian of
+its loss by z_i. Without row i the risk is (n R - L_i) / (n - 1), with the same penalty and damping.
+So with
+
+    M = A - (Hessian of the penalty + damping I) / n        K_ij = J_i M^-1 J_j'
+    p = the penalty's gradient                              q_i = J_i M^-1 p
+
+one Newton step from theta, which is a minimum of R, moves theta by M^-1 (J_i' r_i + p / n), where
+
+    r_i = (n I - S_i K_ii)^-1 (g_i + S_i q_i / n)
+
+by Woodbury's identity (approximate leave-one-out: Beirami et al. 2017; Rad & Maleki 2020). The
+outputs of row j move by K_ji r_i + q_j / n. The change of a test loss is the loss at the moved
+outputs minus the loss here. For outputs that are affine in theta this is exact after one Newton
+step, and for squared error without approximation: (y - f) / (1 - h) with the leverage h. First
+order keeps the row's curvature: r_i = g_i / n, and uses the slope of the test loss.
+
+    leverage_i = tr(S_i K_ii) / n
+
+The error of first order is of the leverage's size. The leverages add up to the effective dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from influence.common.convergence import warn_user
+from influence.common.memory import ACTIVATIONS, VECTORS, fitting
+from influence.curvature.blocks import DenseBlocks, GramBlocks, jacobians
+from influence.examples.examples import Examples
+from influence.net.questions import PerRow
+from influence.scores.inverse import MOST_OUTPUTS, Inverse
+from influence.solvers import EKFAC
+from influence.solvers.base import is_exact
+
+# A row whose curvature is this share of all curvature in a direction leaves none behind.
+_WHOLE = 1 - 1e-8
+# A warning names at most this many rows.
+_NAMED = 3
+# To first order, this many of the rows with the largest scores get their leverage.
+_WATCHED = 16
+# Such a row is warned of if its leverage is above this.
+_LARGE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """Rows' vectors r_i, (k, c), and what they are made from, for k training rows.
+
+    Attributes:
+      rows: (k,) the training rows.
+      z, slopes: (k, c) outputs and slopes of the losses.
+      curved: (k, c, c) Hessians S_i of the losses by the outputs.
+      blocks: (k, c, c) the K_ii.
+      pulls: (k, c) the q_i.
+      r: (k, c). A row without a step has the r of first order.
+      leverage: (k,).
+      without_step: (k,) True for rows that carry all curvature in some direction.
+    """
+
+    rows: NDArray
+    z: NDArray
+    slopes: NDArray
+    curved: NDArray
+    blocks: NDArray
+    pulls: NDArray
+    r: NDArray
+    leverage: NDArray
+    without_step: NDArray
+
+
+class OneStep:
+    """The step of this module for one `Inverse`. The rows' blocks are computed once.
+
+    Args:
+      inverse: the inverse of the damped curvature matrix.
+
+    Raises: ValueError for a training set that is not in memory, or a loss without logits.
+    """
+
+    def __init__(self, inverse: Inverse):
+        if not inverse.train.in_memory:
+            raise ValueError(
+                "approximation must be 'first_order' for a training set on disk, got 'one_step'; "
+                "use train.take(slice(None)) if its rows fit into memory."
+            )
+        inverse.net.loss.check_logits("one step")
+        self.inverse, self.n = inverse, len(inverse.train)
+
+    @cached_property
+    def _pull(self) -> NDArray:
+        return self.inverse.net.penalty_gradient()
+
+    @cached_property
+    def _matrix(self) -> DenseBlocks | GramBlocks | None:
+        operator = self.inverse.operator
+        if self.inverse.blocks_by == "dense":
+            return DenseBlocks(operator, 1 / self.n)
+        if self.inverse.blocks_by == "gram":
+            _, _, S = self._terms(np.arange(self.n))
+            return GramBlocks(operator, 1 / self.n, _roots(S))
+        return None
+
+    def solve(self, B: NDArray) -> NDArray:
+        """Return M^-1 B, (d, m). Solvers without a dense matrix use A in place of M."""
+        if self._matrix is not None:
+            return self._matrix.solve(B)
+        return self.inverse.solve(B, "the Jacobians of outputs", measure=False).x
+
+    def rows(self, rows: NDArray) -> Removed:
+        """Return the vectors of k training rows."""
+        if len(rows) == self.n and np.array_equal(rows, np.arange(self.n)):
+            return self._all
+        return self._removed(rows)
+
+    @cached_property
+    def _all(self) -> Removed:
+        return self._removed(np.arange(self.n))
+
+    def _removed(self, rows: NDArray) -> Removed:
+        z, slopes, curved = self._terms(rows)
+        blocks = self._blocks(rows).astype(np.float64)
+        pulls = np.zeros_like(slopes)
+        if self._pull.any():
+            along = PerRow("output_moves", self.solve(self._pull[:, None])[:, 0])
+            pulls = self.inverse.train.each_row(along, self.inverse.net, rows=rows)
+        right, n = slopes + np.einsum("kab,kb->ka", curved, pulls) / self.n, self.n
+        S = _roots(curved)
+        shares = np.linalg.eigvalsh(S @ blocks @ S.transpose(0, 2, 1) / n)[:, -1]
+        whole = ~(shares < _WHOLE)
+        matrix = n * np.eye(z.shape[1]) - curved @ blocks
+        matrix[whole] = n * np.eye(z.shape[1])
+        r = np.linalg.solve(matrix, right[:, :, None])[:, :, 0]
+        leverage = np.einsum("kab,kba->k", curved, blocks) / n
+        return Removed(rows, z, slopes, curved, blocks, pulls, r, leverage, whole)
+
+    def _terms(self, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+        """Return z (k, c), slopes (k, c) and Hessians (k, c, c) of training rows, in float64."""
+        return split_terms(self.inverse.train.each_row(output_terms, self.inverse.net, rows=rows))
+
+    def _blocks(self, rows: NDArray) -> NDArray:
+        inverse, matrix = self.inverse, self._matrix
+        if isinstance(matrix, GramBlocks):
+            return matrix.blocks[rows]
+        question: Any = matrix
+        if self.inverse.blocks_by == "factors":
+            question = inverse.prepared.apply.output_blocks  # pyright: ignore[reportFunctionMemberAccess]
+        if question is not None:
+            size = inverse.batch_size or question.rows
+            how: dict[str, Any] = {"rows": rows, "batch_size": size, "what": "leverage of rows"}
+            return inverse.train.each_row(question, inverse.net, **how)
+        order, found = np.argsort(rows), None
+        c = inverse.net.output_size(inverse.train.take([0]).x)
+        start, size = 0, max(inverse.block_size // c, 1)
+        how = {"batch_size": size, "what": "solving for the outputs of rows"}
+        for J in inverse.train.map_over(jacobians, inverse.net, None, rows[order], **how):
+            X = self.solve(J.reshape(-1, J.shape[2]).T).reshape(J.shape[2], *J.shape[:2])
+            found = np.empty((len(rows), *J.shape[1:2] * 2)) if found is None else found
+            found[order[start : start + len(J)]] = np.einsum("nad,dnb->nab", J, X)
+            start += len(J)
+        assert found is not None
+        return found
+
+    def without(self, rows: NDArray) -> dict[str, NDArray]:
+        """Return k training rows' outputs, losses and leverage, each without the row itself.
+
+        Returns: a dict with "logits" (k, c), "losses" (k,), "leverage" (k,), and "without_step"
+          (k,), which is True for a row whose outputs moved to first order only.
+        """
+        removed, net = self.rows(rows), self.inverse.net
+        moved = removed.z + np.einsum("kab,kb->ka", removed.blocks, removed.r)
+        moved += removed.pulls / self.n
+        chosen = self.inverse.train.take(rows)
+        losses = net.losses_of(chosen.x, chosen.y, moved.astype(net.dtype))
+        return {
+            "logits": moved,
+            "losses": losses.astype(np.float64),
+            "leverage": removed.leverage,
+            "without_step": removed.without_step,
+        }
+
+    def changes(self, view: Any, test: Examples, removed: Removed) -> NDArray:
+        """Return the change (m, k) of each of m test losses without each of k rows.
+
+        `view` is the net whose losses are measured.
+        """
+        inverse, net, n = self.inverse, self.inverse.net, self.n
+        d, c = net.num_parameters, view.output_size(test.take([0]).x)
+        size = fitting(VECTORS, c * d * net.dtype.itemsize, max(inverse.block_size // c, 1))
+        pulling, found = net.pulling(), np.empty((len(test), len(removed.rows)))
+        r = Examples._trusted(inverse.train.take(removed.rows).x, removed.r.astype(net.dtype))
+        terms = test.each_row(output_terms, view, batch_size=inverse.batch_size)
+        z = split_terms(terms)[0]
+        start = 0
+        for J in test.map_over(jacobians, view, batch_size=size):
+            part = slice(start, start + len(J))
+            X = self.solve(J.reshape(-1, d).T)
+            ask = PerRow("directional", X.astype(net.dtype))
+            moves = r.each_row(ask, pulling, batch_size=inverse.batch_size)  # (k, b c)
+            moves = (moves + self._pull @ X / n).reshape(len(moves), *J.shape[:2])
+            found[part] = _loss_changes(view, test.take(part), z[part], moves)
+            start += len(J)
+        return found
+
+    def group(self, view: Any, test: Examples, rows: NDArray) -> NDArray:
+        """Return the change (m,) of each test loss without all k rows together.
+
+        The step is that of the module with all rows of the group as one: the blocks K_ij of its k c
+        outputs form one matrix, and M leaves out k / n of penalty and damping.
+        """
+        inverse, net, n, k = self.inverse, self.inverse.net, self.n, len(rows)
+        J = np.concatenate(list(inverse.train.map_over(jacobians, net, None, np.sort(rows))))
+        J = J.reshape(-1, J.shape[2])
+        _, slopes, S = self._terms(np.sort(rows))
+        solve = self.solve
+        if self.inverse.blocks_by == "dense":
+            solve = DenseBlocks(inverse.operator, k / n).solve
+        right = np.column_stack([J.T, self._pull])
+        found = np.column_stack([solve(part) for part in _columns(right, inverse.block_size)])
+        X, s = found[:, :-1].astype(np.float64), found[:, -1].astype(np.float64)
+        c = S.shape[1]
+
+        def curved(V):
+            return (S @ V.reshape(k, c, -1)).reshape(k * c, -1)
+
+        matrix = n * np.eye(k * c) - curved(J @ X)
+        right = slopes.reshape(-1, 1) + curved((J @ s)[:, None]) * k / n
+        move = X @ np.linalg.solve(matrix, right)[:, 0] + k / n * s
+        ask = PerRow("output_moves", move.astype(net.dtype))
+        moves = test.each_row(ask, view, batch_size=inverse.batch_size)
+        terms = test.each_row(output_terms, view, batch_size=inverse.batch_size)
+        return _loss_changes(view, test, split_terms(terms)[0], moves[None])[:, 0]
+
+
+def leverage_of_largest(inverse: Inverse, rows: NDArray, changes: NDArray) -> NDArray | None:
+    """Compute the leverage of the rows of the largest scores, and warn of a large one.
+
+    Args:
+      inverse: the inverse of the damped curvature matrix.
+      rows: (k,) the training rows.
+      changes: (m, k) their scores to first order.
+
+    Returns: (k,) with NaN for the other rows, or None if a leverage takes more than a quick solve.
+    """
+    net = inverse.net
+    quick = is_exact(inverse.solver) or isinstance(inverse.solver, EKFAC)
+    if not (quick and inverse.train.in_memory and net.loss.convex and net.loss.from_logits):
+        return None
+    if net.output_size(inverse.train.take([0]).x) > MOST_OUTPUTS or not len(changes):
+        return None
+    largest = np.argsort(-np.abs(changes), axis=1)[:, :_WATCHED]
+    at = np.unique(largest.T.ravel()[:_WATCHED])
+    chosen = inverse.train.take(rows[at])
+    J = np.concatenate(list(chosen.map_over(jacobians, net, batch_size=inverse.batch_size)))
+    X = inverse.prepared(J.reshape(-1, J.shape[2]).T, measure=False).x
+    K = np.einsum("kad,dkb->kab", J, X.reshape(J.shape[2], *J.shape[:2]))
+    _, _, S = split_terms(chosen.each_row(output_terms, net, batch_size=inverse.batch_size))
+    leverage = np.full(len(rows), np.nan)
+    leverage[at] = np.einsum("kab,kba->k", S, K) / len(inverse.train)
+    large = at[leverage[at] > _LARGE]
+    if len(large):
+        worst = large[np.argsort(-leverage[large])]
+        some = ", ".join(f"{rows[j]} ({leverage[j]:.2g})" for j in worst[:_NAMED])
+        warn_user(
+            f"{len(large)} of the {len(at)} training rows with the largest scores have a leverage "
+            f"above {_LARGE}, such as rows {some}: to first order their scores are wrong by about "
+            "as much; use Influence(..., approximation='one_step')."
+        )
+    return leverage
+
+
+def warn_without_step(bad: NDArray) -> None:
+    """Warn of training rows (b,) that one step cannot remove, so that first order was used."""
+    if len(bad):
+        some = ", ".join(map(str, bad[:_NAMED]))
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        warn_user(
+            f"training rows {some}{more} carry all curvature in some direction, so one step "
+            "without them has no meaning and they were removed to first order; use more damping, "
+            "or leave_one_out."
+        )
+
+
+def _loss_changes(view: Any, test: Examples, z: NDArray, moves: NDArray) -> NDArray:
+    """Return the change (m, k) of the losses of m tests if their outputs z (m, c) move.
+
+    `moves` (k, m, c) holds k moves.
+    """
+    m, k = len(test), len(moves)
+    before = view.losses_of(test.x, test.y, z).astype(np.float64)
+    found = np.empty((m, k))
+    rows = fitting(ACTIVATIONS, 16 * max(z.size, 1) * z.itemsize, k)
+    for start in range(0, k, rows):
+        moved = (z + moves[start : start + rows]).astype(z.dtype)
+        count = len(moved)
+        y = test.y[np.tile(np.arange(m), count)]
+        after = view.losses_of(test.x, y, moved.reshape(count * m, -1))
+        found[:, start : start + count] = after.reshape(count, m).T - before[:, None]
+    return found
+
+
+def output_terms(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+    """Return z, slopes and Hessians of a batch side by side, (n, 2 c + c^2)."""
+    z, slopes, S = net.at(theta).output_terms(x, y)
+    return np.concatenate([z, slopes, S.reshape(len(z), -1)], axis=1)
+
+
+def split_terms(found: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Split the answers of `output_terms`: z (n, c), slopes (n, c), Hessians (n, c, c), float64."""
+    c = int(np.sqrt(found.shape[1] + 1)) - 1  # there are (c + 1)^2 - 1 columns
+    z, slopes, S = np.split(found.astype(np.float64), [c, 2 * c], axis=1)
+    return z, slopes, S.reshape(-1, c, c)
+
+
+def _roots(S: NDArray) -> NDArray:
+    """Return the symmetric square roots of matrices (k, c, c). Negative eigenvalues become 0."""
+    values, vectors = np.linalg.eigh(S)
+    return vectors * np.sqrt(np.maximum(values, 0))[:, None, :] @ vectors.transpose(0, 2, 1)
+
+
+def _columns(B: NDArray, size: int) -> list[NDArray]:
+    return [B[:, start : start + size] for start in range(0, B.shape[1], size)]

@@ -1,0 +1,126 @@
+"""Approximate leave-one-out: each training row's outputs had it not been trained on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import ArrayLike, NDArray
+
+from influence.common.checkpoint import check_folder, identity, kept
+from influence.curvature.operators import Curvature
+from influence.examples.given import Data
+from influence.net.compiled import SeveralLosses
+from influence.net.heads import activated
+from influence.net.net import Net
+from influence.scores.inverse import Inverse
+from influence.scores.one_step import OneStep, warn_without_step
+from influence.solvers import Prepared, Solver
+from influence.solvers.plan import Plan
+
+# An interrupted call continues after the last finished block of this many rows.
+_STORED_ROWS = 1 << 12
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveOneOutOutputs:
+    """Outputs of k training rows as if each had not been trained on.
+
+    Attributes:
+      outputs: (k, ...) the model's outputs for each row without this row, such as probabilities. A
+        model with several outputs gives a dict of them by name.
+      logits: (k, c) the same outputs as the loss takes them: before a last softmax or sigmoid, and
+        several outputs side by side.
+      losses: (k,) the loss of each row at these outputs, in nats for log losses. Their mean
+        estimates the mean loss of new rows.
+      leverage: (k,) the share of a row's own curvature in the risk's.
+      rows: (k,) the training rows.
+      plan: the curvature, damping, solver and precision that were used.
+    """
+
+    outputs: Any
+    logits: NDArray
+    losses: NDArray
+    leverage: NDArray
+    rows: NDArray[np.int64]
+    plan: Plan
+
+
+def leave_one_out_outputs(
+    net: Net,
+    train: Data,
+    rows: ArrayLike | None = None,
+    *,
+    solver: Solver | Prepared | None = None,
+    damping: float | None = None,
+    curvature: type[Curvature] | None = None,
+    batch_size: int | None = None,
+    checkpoints: str | os.PathLike | None = None,
+) -> LeaveOneOutOutputs:
+    """Compute each training row's outputs had it not been trained on, without retraining.
+
+    z_i + K_ii r_i + q_i / n in the notation of `influence.scores.one_step`: one Newton step from a
+    minimum of the risk (approximate leave-one-out: Rad & Maleki 2020). For squared error, and
+    outputs that are affine in theta, it is exact: y - (y - f) / (1 - h) with the leverage h. For
+    other losses, a row of leverage near or above 1 still moves too little.
+
+    Args:
+      net: a net, a compiled Keras model, or the path of a saved one, at a minimum of its risk.
+      train: the training set, n rows in memory.
+      rows: (k,) training rows; all n if omitted.
+      solver: as in `Influence`, like the next three.
+      damping: the number that multiplies I in the curvature matrix, or None.
+      curvature: `Hessian`, `GaussNewton` or None.
+      batch_size: number of rows in a batch, or None.
+      checkpoints: a folder where finished blocks of rows are stored, or None. An interrupted call
+        continues from there.
+
+    Returns: LeaveOneOutOutputs.
+    Raises: TypeError or ValueError naming the argument that is wrong, such as a training set on
+      disk or a loss of probabilities. DivergenceError for a matrix that is not definite.
+    """
+    inverse = Inverse(
+        net,
+        train,
+        solver=solver,
+        damping=damping,
+        curvature=curvature,
+        batch_size=batch_size,
+        approximation="one_step",
+    )
+    folder = check_folder(checkpoints)
+    chosen, step = inverse.rows(rows), OneStep(inverse)
+    size, name = max(len(chosen), 1), ""
+    if folder is not None:
+        A, size = inverse.operator, _STORED_ROWS
+        what = type(A).__name__, A.damping, repr(inverse.solver), chosen
+        name = f"leave-one-out-{identity(inverse.net, inverse.train, what)}"
+    found = [
+        kept(
+            None if folder is None else folder / f"{name}-{start}.npz",
+            lambda start=start: step.without(chosen[start : start + size]),
+        )
+        for start in range(0, len(chosen), size)
+    ]
+    logits, losses, leverage, without_step = (
+        np.concatenate([part[key] for part in found])
+        for key in ("logits", "losses", "leverage", "without_step")
+    )
+    warn_without_step(chosen[without_step])
+    outputs = _as_returned(inverse.net, inverse.train.take([0]).x, logits)
+    return LeaveOneOutOutputs(outputs, logits, losses, leverage, chosen, inverse.plan)
+
+
+def _as_returned(net: Any, x: Any, z: NDArray) -> Any:
+    """Return outputs z (k, c) in the form in which the model returns them."""
+    found = tf.constant(z.reshape(len(z), *net.seen_shape(x)))
+    if not isinstance(net.loss, SeveralLosses):
+        return activated(net.loss.head, found).numpy()
+    parts = [
+        (part.output, activated(part.head, own).numpy())
+        for part, own in zip(net.loss.parts, net.loss.split(found), strict=False)
+    ]
+    return parts[0][1] if len(parts) == 1 else dict(parts)
