@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from influence.common.convergence import DivergenceError
 from influence.common.memory import ACTIVATIONS, fitting
 from influence.curvature.operators import Curvature
-from influence.curvature.roots import Part, jacobian_parts, joined
+from influence.curvature.roots import jacobian_parts, joined
 
 # Memory holds this many arrays (rows, d) while blocks are computed.
 _COPIES = 3
+# A batch has at most this many rows, whose products then fit into the processor's cache.
+_ROWS = 1024
 
 
 class DenseBlocks:
@@ -60,32 +62,32 @@ class DenseBlocks:
             )
         lower, _ = potri(factor, lower=1, overwrite_c=1)
         self.inverse = _mirrored(lower)
-        self._order: NDArray | None = None
-        self._ordered: NDArray | None = None
-        self.rows = fitting(ACTIVATIONS, _COPIES * len(matrix) * matrix.itemsize, len(A.examples))
+        self.rows = fitting(ACTIVATIONS, _COPIES * len(matrix) * matrix.itemsize, _ROWS)
+        self._ordered: _Ordered | None = None
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
         """Return the blocks of one batch."""
         parts, rest = jacobian_parts(net.at(theta), x, y)
-        e = rest.shape[2]
-        B = self._in_order_of(parts)
+        if self._ordered is None:
+            self._ordered = _Ordered(self.inverse, [entries for entries, _, _ in parts])
+        B, e = self._ordered.inverse, rest.shape[2]
         half = (rest @ B[:e, :e]) @ rest.transpose(0, 2, 1) / 2
         start = e
         for number, (entries, a, g) in enumerate(parts):
             f, width = entries.shape
+            later = e + sum(some.size for some, _, _ in parts[: number + 1])
             for k in range(width):
-                # M^-1 is symmetric, so the columns of earlier outputs are left out.
-                P = a @ B[start : start + f, start:]
-                own = np.einsum("nce,ne->nc", rest, a @ B[start : start + f, :e])
-                at = 0
-                for other, (_, b, h) in enumerate(parts[number:]):
-                    h = h if other else h[:, :, k:]
-                    Q = P[:, at : at + b.shape[1] * h.shape[2]]
-                    along = np.einsum("nlf,nf->nl", Q.reshape(len(a), -1, b.shape[1]), b)
-                    if not other:  # the block (k, k) is added twice below
-                        along[:, 0] /= 2
-                    own += np.einsum("ncl,nl->nc", h, along)
-                    at += Q.shape[1]
+                rows = B[start : start + f]
+                own = np.einsum("nce,ne->nc", rest, a @ rows[:, :e])
+                within = [_quadratic(T, a) for T in self._ordered.triangles[number][k]]
+                within[0] /= 2  # the block (k, k) is added twice below
+                own += np.einsum("ncl,ln->nc", g[:, :, k:], np.stack(within))
+                at = later
+                for _, b, h in parts[number + 1 :]:
+                    size = b.shape[1] * h.shape[2]
+                    Q = (a @ rows[:, at : at + size]).reshape(len(a), -1, b.shape[1])
+                    own += np.einsum("ncl,nl->nc", h, np.einsum("nlf,nf->nl", Q, b))
+                    at += size
                 half += g[:, :, k, None] * own[:, None, :]
                 start += f
         return half + half.transpose(0, 2, 1)
@@ -94,18 +96,49 @@ class DenseBlocks:
         """Return M^-1 B, (d, m)."""
         return self.inverse @ B
 
-    def _in_order_of(self, parts: list[Part]) -> NDArray:
-        """Return M^-1 with the weights of each output of each layer side by side, last."""
-        d = len(self.inverse)
-        last = [entries.T.ravel() for entries, _, _ in parts]
-        order = np.concatenate([np.setdiff1d(np.arange(d), np.concatenate(last or [[]])), *last])
-        order = order.astype(np.int64)
-        if self._order is None or not np.array_equal(self._order, order):
-            in_order = np.array_equal(order, np.arange(d))
-            self._ordered = self.inverse if in_order else self.inverse[np.ix_(order, order)]
-            self._order = order
-        assert self._ordered is not None
-        return self._ordered
+
+class _Ordered:
+    """An inverse (d, d), with the weights of each output of each layer side by side, last.
+
+    Args:
+      inverse: the inverse, in the order of theta.
+      layers: the positions (f, k) in theta of each layer's weights.
+
+    Attributes:
+      inverse: the inverse in the new order.
+      triangles: for each layer, each output k, and each output l from k on, a lower triangular T
+        (f, f) with a' T a = a' B_kl a for all a. It needs half the operations of B_kl.
+    """
+
+    def __init__(self, inverse: NDArray, layers: list[NDArray]):
+        last = [entries.T.ravel() for entries in layers]
+        others = np.setdiff1d(np.arange(len(inverse)), np.concatenate([*last, []]))
+        order = np.concatenate([others, *last]).astype(np.int64)
+        in_order = np.array_equal(order, np.arange(len(inverse)))
+        self.inverse = inverse if in_order else inverse[np.ix_(order, order)]
+        self.triangles: list[list[list[NDArray]]] = []
+        start = len(others)
+        for entries in layers:
+            f, width = entries.shape
+            at = [slice(start + k * f, start + (k + 1) * f) for k in range(width)]
+            self.triangles.append(
+                [[_triangle(self.inverse[at[k], at[j]]) for j in range(k, width)]
+                 for k in range(width)]
+            )  # fmt: skip
+            start += entries.size
+
+
+def _triangle(B: NDArray) -> NDArray:
+    """Return the lower triangular T with a' T a = a' B a for all a."""
+    T = np.tril(B + B.T, -1)
+    T[np.diag_indices_from(T)] = np.diag(B)
+    return np.asfortranarray(T)
+
+
+def _quadratic(T: NDArray, a: NDArray) -> NDArray:
+    """Return a_i' T a_i for each row of a (n, f)."""
+    product = scipy.linalg.blas.dtrmm(1.0, T, a.T, lower=1)
+    return np.einsum("nf,nf->n", product.T, a)
 
 
 class GramBlocks:

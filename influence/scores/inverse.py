@@ -118,7 +118,7 @@ class Inverse:
         if self.curvature is Hessian and not self._is_convex:
             return "first_order", "the Hessian of this net may be indefinite"
         if d <= WORTH_A_STEP * n:
-            return "first_order", f"the mean leverage is at most {d / n:.1g}"
+            return "first_order", f"the mean leverage is at most {d / n:.2g}"
         c = net.output_size(self.train.take([0]).x)
         if c > MOST_OUTPUTS:
             return "first_order", f"one step takes a system for each of {c} outputs"
@@ -128,8 +128,8 @@ class Inverse:
             return "first_order", "one step takes a solve for each output of each training row"
         mean = self._effective_dimension() / n
         if mean <= WORTH_A_STEP:
-            return "first_order", f"the mean leverage is at most {mean:.1g}"
-        return "one_step", f"the mean leverage, and so the error of first order, is {mean:.1g}"
+            return "first_order", f"the mean leverage is at most {mean:.2g}"
+        return "one_step", f"the mean leverage, and so the error of first order, is {mean:.2g}"
 
     def _effective_dimension(self) -> float:
         """Estimate tr(A^-1 G), the sum of all leverages. G is A without penalty and damping.

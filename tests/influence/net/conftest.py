@@ -1,6 +1,5 @@
 """Fixture of a small network, with losses and gradients that a plain tape computes."""
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -35,14 +34,3 @@ def tanh():
 
     V = np.random.default_rng(1).standard_normal((net.num_parameters, 2))
     return net, examples, losses, gradients, V
-
-
-@pytest.fixture(scope="module")
-def float64():
-    """Let Keras' models and losses compute in float64."""
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])

@@ -1,0 +1,15 @@
+"""Fixtures that tests of several folders use."""
+
+import keras
+import pytest
+
+
+@pytest.fixture(scope="module")
+def float64():
+    """Let Keras' models and losses compute in float64."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
