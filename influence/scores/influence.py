@@ -322,10 +322,10 @@ class Influence:
     ) -> Path:
         """Write `scores` that are too many for memory to an HDF5 file, block by block.
 
-        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n. Positive: the test
-        loss rises without the row, so the row helped. Other data sets are `rows` (k,), `s_test`
-        (m, d) in the net's dtype, and the solver's `residual`, `iterations`, `converged` and
-        `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
+        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n, which is first order
+        whatever the plan. Positive: the test loss rises without the row, so the row helped. Other
+        data sets are `rows` (k,), `s_test` (m, d) in the net's dtype, and the solver's `residual`,
+        `iterations`, `converged` and `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
         to the largest score in the sample. In float32 it is at most about 1e-6. The file also has
         SHA-256 checksums of its numbers. An existing file is read once. The file is returned or
         continued only if it has not been altered.
@@ -391,7 +391,8 @@ class Influence:
     def self_influence(self, rows: ArrayLike | None = None) -> NDArray:
         """Predict the change of each training row's own loss if that row is left out.
 
-        The change is grad loss_i' H^-1 grad L(z_i) / n. This is positive for almost every row. The
+        To first order, the change is grad loss_i' H^-1 grad L(z_i) / n. `leave_one_out_outputs`
+        gives the losses after one Newton step. The change is positive for almost every row. The
         largest values belong to rows that the other rows do not explain, such as rows with wrong
         labels. If the net has a closed form and there are 64 rows or more, the closed form replaces
         CG. With d > n it also replaces Direct.
