@@ -14,7 +14,7 @@ from tests.influence.problems import logistic, relative_error, ridge, sequential
 
 
 def influence(p):
-    return Influence(p.net, p.train, solver=Direct())
+    return Influence(p.net, p.train, solver=Direct(), approximation="first_order")
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

@@ -100,7 +100,7 @@ def test_the_file_holds_the_scores(kind, tmp_path, small_blocks):
 
 def test_chosen_rows_and_measurements(tmp_path, small_blocks):
     p = problem()
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), approximation="first_order")
     rows = [*range(1, 40, 2), 59]
 
     def top(_, output):

@@ -278,8 +278,8 @@ def penalty_hessian(net):
 @pytest.mark.parametrize(
     ("rows", "order", "error", "message"),
     [
-        ([0], 3, ValueError, "^order must be 1 or 2, got 3"),
-        ([0], "2", ValueError, "^order must be 1 or 2, got '2'"),
+        ([0], 3, ValueError, "^order must be 1, 2, 'one_step' or None, got 3"),
+        ([0], "2", ValueError, "^order must be 1, 2, 'one_step' or None, got '2'"),
         (np.arange(40), 1, ValueError, "^rows must leave at least one example, got all 40"),
         (np.arange(20), 2, ValueError, "^rows must be fewer than half .* order 2, got 20 of 40"),
         ([40], 1, IndexError, r"^rows must lie in \[0, 40\), got 40"),

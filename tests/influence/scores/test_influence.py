@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_closed_form(problem, solver, problems):
     p = problems[problem]
     rows = np.arange(len(p.train))
     expected = p.oracle.predicted_changes(p.theta, p.measured, rows)
-    scores = Influence(p.net, p.train, solver=solver).scores(p.test)
+    scores = Influence(p.net, p.train, solver=solver, approximation="first_order").scores(p.test)
     # The solver's tolerance is 1e-11, and these Hessians have condition numbers below 100.
     assert relative_error(scores.change_if_removed, expected) < 1e-9
     np.testing.assert_array_equal(scores.rows, rows)
@@ -90,7 +90,7 @@ def test_parameters_are_those_of_the_closed_form(problem, problems):
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_self_influence_is_the_diagonal_of_scores(problem, problems):
     p = problems[problem]
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), approximation="first_order")
     table = influence.scores(p.train)
     got = influence.self_influence()
     assert relative_error(got, np.diag(table[:])) < 1e-11
@@ -105,7 +105,8 @@ def test_damping_and_gauss_newton_enter_as_said(tanh):
     test = Examples(train.x[:3] + 0.1, train.y[:3])
     own = net.gradients(train.x, train.y) + net.penalty_gradient()
     expected = net.gradients(test.x, test.y) @ np.linalg.solve(G, own.T) / len(train)
-    influence = Influence(net, train, solver=CG(rtol=1e-11), damping=0.3, curvature=GaussNewton)
+    how = {"damping": 0.3, "curvature": GaussNewton, "approximation": "first_order"}
+    influence = Influence(net, train, solver=CG(rtol=1e-11), **how)
     assert relative_error(influence.scores(test)[:], expected) < 1e-8
 
 
@@ -200,7 +201,7 @@ def test_adding_is_the_change_of_a_refit_with_the_row(kind):
 
 def test_adding_is_minus_the_removal_of_the_same_row(problems):
     p = problems["softmax"]
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), approximation="first_order")
     rows = [3, 50, 8]
     again = p.train.take(rows)
     for measurement in (None, margin):
@@ -374,7 +375,7 @@ def test_float32_in_float32_out():
     exact = ridge()
     expected = exact.oracle.predicted_changes(exact.theta, exact.measured, np.arange(40))
     p = ridge(dtype="float32")
-    influence = Influence(p.net, p.train, solver=CG(rtol=1e-5))
+    influence = Influence(p.net, p.train, solver=CG(rtol=1e-5), approximation="first_order")
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32

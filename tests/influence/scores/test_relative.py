@@ -72,7 +72,7 @@ def test_outliers_no_longer_come_first():
     x[7], y[7] = 3 * x[7], y[7] - 20
     oracle = p.oracle.on(np.column_stack([x, np.ones(60)]), y)
     p.net.theta = oracle.minimum(p.theta)
-    influence = Influence(p.net, Examples(x, y), solver=Direct())
+    influence = Influence(p.net, Examples(x, y), solver=Direct(), approximation="first_order")
     assert (np.abs(influence.scores(p.test)).argmax(axis=1) == 7).sum() == 6
     for kind in ("theta", "loss"):
         relative = np.abs(influence.relative(p.test, kind=kind))
@@ -82,7 +82,7 @@ def test_outliers_no_longer_come_first():
 
 def test_a_measurement_in_place_of_the_loss(problems):
     p = problems["softmax"]
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), approximation="first_order")
     got = influence.relative(p.test, ROWS, measurement=margin)
     scores = influence.scores(p.test, ROWS, measurement=margin)
     assert got.measurement == "margin"

@@ -65,7 +65,7 @@ def expected(model, damping, x, y, x_test, y_test):
 
 def test_a_net_that_is_not_convex_gets_damped_gauss_newton_in_float64():
     model, (x, y), (x_test, y_test) = small(), rows(), rows(5, 1)
-    scores = Influence(model, (x, y)).scores((x_test, y_test))
+    scores = Influence(model, (x, y), approximation="first_order").scores((x_test, y_test))
     found = scores.plan
     wanted = expected(double(model), None, x.astype(float), y, x_test.astype(float), y_test)
     assert relative_error(scores[:], wanted) < 1e-9
@@ -99,7 +99,7 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
     # The same model without closed forms: the outputs are affine in theta.
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     net = GenericNeuralNet(p.net.model, loss)
-    ours = Influence(net, p.train)
+    ours = Influence(net, p.train, approximation="first_order")
     wanted = p.oracle.predicted_changes(p.net.theta, p.measured, np.arange(len(p.train)))
     assert (ours.plan.curvature, ours.plan.damping) == ("Hessian", 0)
     assert relative_error(ours.scores(p.test)[:], wanted) < 1e-9
@@ -115,7 +115,7 @@ def test_redundant_directions_of_a_convex_risk_do_not_matter():
     model.compile("adam", logits())
     net = GenericNeuralNet(model)
     net.fit(Examples(x, y), gradient_tolerance=1e-9)
-    scores = Influence(net, (x, y)).scores((x[:3], y[:3]))
+    scores = Influence(net, (x, y), approximation="first_order").scores((x[:3], y[:3]))
     at = oracles.dense_derivatives(model, log_loss, x, y)
     H = oracles.dense_hessian(model, log_loss, x, y)
     wanted = at.gradients[:3] @ np.linalg.pinv(H, 1e-10, hermitian=True) @ at.gradients.T / len(x)
