@@ -29,9 +29,9 @@ def run(problem: Problem, *, point: int, depth: int, repeats: int) -> dict[str, 
     test = problem.test["float64"].take([point])
     solver = LiSSA(SCALE, depth, repeats, BATCH_SIZE, change=0.0, rtol=None)
     begun = time.perf_counter()
-    solution = Influence(net, train, solver=solver).s_test(test)
+    solution = Influence(net, train, solver=solver, approximation="first_order").s_test(test)
     seconds = time.perf_counter() - begun
-    exact = Influence(net, train, solver=CG(_EXACT))
+    exact = Influence(net, train, solver=CG(_EXACT), approximation="first_order")
     both = np.column_stack([solution.x, exact.s_test(test).x])
     scores = exact.inverse.along(both, train)
     return {

@@ -61,5 +61,5 @@ def _tasks(
 def _scores(net: GenericNeuralNet, problem: Problem, dtype: str, s_test: NDArray) -> Any:
     """Make a call that returns (n, m) scores: the work of `Influence.scores` for a given s_test."""
     train = problem.train[dtype]
-    inverse, s = Influence(net, train).inverse, s_test.astype(dtype)
+    inverse, s = Influence(net, train, approximation="first_order").inverse, s_test.astype(dtype)
     return lambda: inverse.along(s, train)

@@ -56,7 +56,8 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
     def solve() -> tuple[NDArray, dict[str, Any]]:
         with warnings.catch_warnings():  # the parent judges the residual
             warnings.simplefilter("ignore", ConvergenceWarning)
-            solution = Influence(net, train, solver=solver).s_test(test)
+            influence = Influence(net, train, solver=solver, approximation="first_order")
+            solution = influence.s_test(test)
         return solution.x, {"iterations": int(np.max(solution.iterations))}
 
     return solve

@@ -172,7 +172,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     )
     measured = test.take(points)
     net = BinaryLogisticRegression(train.x.shape[1], weight_decay=config.weight_decay).fit(train)
-    influence = Influence(net, train, solver=Direct())
+    influence = Influence(net, train, solver=Direct(), approximation="first_order")
     values = variants(influence, measured)  # (4, m, n)
     same_label = train.y == measured.y[:, None]  # (m, n)
     first = values[:, 0]

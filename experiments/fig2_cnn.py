@@ -247,18 +247,16 @@ def predictions(
         "direct": direct,
         "lissa": lissa,
     }
-    found = {
-        how: Influence(net, train, solver=solver, damping=damping, curvature=Hessian).scores(
-            measured
-        )
-        for how, solver in solvers.items()
-    }
-    found["gauss_newton"] = Influence(
-        net, train, solver=gauss_newton, damping=damping, curvature=GaussNewton
-    ).scores(measured)
+
+    def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
+        how: dict[str, Any] = {"curvature": curvature, "approximation": "first_order"}
+        return Influence(net, train, solver=solver, damping=damping, **how).scores(measured)
+
+    found = {how: scores(solver, damping) for how, solver in solvers.items()}
+    found["gauss_newton"] = scores(gauss_newton, damping, GaussNewton)
     doubled = prepare(Hessian(net, train, 2 * damping, checkpoints=checkpoints), Direct(ROUNDED))
-    found["doubled"] = Influence(net, train, solver=doubled, damping=2 * damping).scores(measured)
-    predicted = {how: scores.change_if_removed for how, scores in found.items()}
+    found["doubled"] = scores(doubled, 2 * damping)
+    predicted = {how: part.change_if_removed for how, part in found.items()}
     metrics = {
         "cg_iterations": found["cg"].solution.iterations.max(),
         "cg_residual": found["cg"].solution.residual.max(),

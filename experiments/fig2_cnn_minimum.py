@@ -362,8 +362,8 @@ def _predicted(
     """
 
     def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
-        influence = Influence(net, train, solver=solver, damping=damping, curvature=curvature)
-        return influence.scores(measured)
+        how: dict[str, Any] = {"curvature": curvature, "approximation": "first_order"}
+        return Influence(net, train, solver=solver, damping=damping, **how).scores(measured)
 
     G = GaussNewton(net, train, A.damping, checkpoints=checkpoints)
     gauss_newton = prepare(G, Direct())

@@ -154,9 +154,13 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     )
     measured = test.take(points)
 
-    by_cg = Influence(net, train, solver=CG(rtol=config.cg_rtol)).scores(measured)
     direct = prepare(Hessian(net, train), Direct())
-    by_direct = Influence(net, train, solver=direct).s_test(measured)
+
+    def influence(solver: Any) -> Influence:
+        return Influence(net, train, solver=solver, approximation="first_order")
+
+    by_cg = influence(CG(rtol=config.cg_rtol)).scores(measured)
+    by_direct = influence(direct).s_test(measured)
     error = np.linalg.norm(by_cg.solution.x - by_direct.x, axis=0) / np.linalg.norm(
         by_direct.x, axis=0
     )
@@ -172,7 +176,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     ]
     actual = refits[0][0]
     runs = [
-        Influence(net, train, solver=_lissa(config, seed)).scores(test.take(points[:1]), rows[0])
+        influence(_lissa(config, seed)).scores(test.take(points[:1]), rows[0])
         for seed in config.lissa_seeds
     ]
     by_lissa = np.array([run[0] for run in runs])

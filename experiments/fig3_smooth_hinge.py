@@ -302,9 +302,8 @@ def _predicted(
 ) -> NDArray:
     """Predict changes (t, m, n) with the smooth hinge of each t, all at the weights theta."""
     nets = [_at(theta, t, config) for t in ts]
-    return np.stack(
-        [Influence(net, train, solver=Direct()).scores(measured).change_if_removed for net in nets]
-    )
+    of_nets = [Influence(net, train, solver=Direct(), approximation="first_order") for net in nets]
+    return np.stack([influence.scores(measured).change_if_removed for influence in of_nets])
 
 
 def _liblinear(train: Examples, config: Config) -> SmoothHinge:

@@ -377,7 +377,7 @@ class Fitted:
 
         A positive change means that the image helped.
         """
-        influence = Influence(self.net, self.train, solver=Direct())
+        influence = Influence(self.net, self.train, solver=Direct(), approximation="first_order")
         return influence.scores(self.test.take(points)).change_if_removed
 
     @property

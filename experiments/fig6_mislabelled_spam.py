@@ -296,7 +296,8 @@ def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
     """
     count = _count(task.config, task.train, _FIGURE)
     own = _orders(net, task.train, task.gram, np.random.default_rng(0))[0]
-    library = np.argsort(-Influence(net, task.train).self_influence(), kind="stable")
+    influence = Influence(net, task.train, approximation="first_order")
+    library = np.argsort(-influence.self_influence(), kind="stable")
     return len(np.intersect1d(own[:count], library[:count])) / count
 
 

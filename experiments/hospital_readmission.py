@@ -297,7 +297,7 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
             f"probability_correct{suffix}": np.exp(-_loss(at, model)),
         }
     flipped = (arrays["probability_correct_before"] >= 0.5) & (arrays["probability_correct"] < 0.5)
-    influence = Influence(net, at.train, solver=Direct())
+    influence = Influence(net, at.train, solver=Direct(), approximation="first_order")
     scores = influence.scores(at.child)[0]
     derivative = influence.perturbation(at.child, at.children)[0]  # (children, features)
     explained, size = derivative[~at.readmitted][0], np.abs(derivative)

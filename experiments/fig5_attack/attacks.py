@@ -115,7 +115,7 @@ def standing(head: Head, found: Poisoning) -> NDArray:
         for j, (train, theta) in enumerate(states):
             net.theta = theta
             scores = (
-                Influence(net, train).self_influence(),
+                Influence(net, train, approximation="first_order").self_influence(),
                 net.losses(train.x, train.y),
                 np.linalg.norm(train.x - means[train.y], axis=1),
             )

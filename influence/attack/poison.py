@@ -235,7 +235,8 @@ def mean_s_test(
                 return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
             except np.linalg.LinAlgError:
                 pass  # `Direct` names a sufficient damping
-    inverse = Inverse(net, train, solver=solver or Direct(), curvature=Hessian)
+    how: dict[str, Any] = {"curvature": Hessian, "approximation": "first_order"}
+    inverse = Inverse(net, train, solver=solver or Direct(), **how)
     return inverse.s_test(test).x.mean(axis=1)
 
 
