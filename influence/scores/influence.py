@@ -325,10 +325,10 @@ class Influence:
         The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n, which is first order
         whatever the plan. Positive: the test loss rises without the row, so the row helped. Other
         data sets are `rows` (k,), `s_test` (m, d) in the net's dtype, and the solver's `residual`,
-        `iterations`, `converged` and `min_curvature` (m,). `rounding_error` is the largest error in a sample of scores, relative
-        to the largest score in the sample. In float32 it is at most about 1e-6. The file also has
-        SHA-256 checksums of its numbers. An existing file is read once. The file is returned or
-        continued only if it has not been altered.
+        `iterations`, `converged` and `min_curvature` (m,). `rounding_error` is the largest error in
+        a sample of scores, relative to the largest score in the sample. In float32 it is at most
+        about 1e-6. The file also has SHA-256 checksums of its numbers. An existing file is read
+        once. The file is returned or continued only if it has not been altered.
 
         After an interruption, even by kill -9, the next call continues the unfinished file, whose
         name is `path` with ".partial" appended. The final file is the same as without an
