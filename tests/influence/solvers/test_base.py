@@ -1,7 +1,6 @@
 """Tests of systems and solvers, and of the bound on the error of scores from a solution."""
 
 from dataclasses import replace
-from typing import Any
 
 import keras
 import numpy as np
@@ -359,7 +358,7 @@ def test_penalties_that_are_not_known_bound_nothing():
 @pytest.mark.parametrize("problem", ["softmax", "sigmoid", "ridge"])
 def test_scores_come_with_a_bound(problem):
     p = ridge(l2=0.1) if problem == "ridge" else logistic(problem)
-    options: dict[str, Any] = {"approximation": "first_order"}
+    options = {"approximation": "first_order"}
     if problem == "ridge":
         options |= {"curvature": GaussNewton, "damping": 0.1}
     exact = Influence(p.net, p.train, solver=Direct(), **options).scores(p.test, [7, 3, 11])
