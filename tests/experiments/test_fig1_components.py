@@ -23,7 +23,7 @@ def record():
 
 def test_variants_are_their_closed_forms():
     p = logistic("sigmoid")
-    influence = Influence(p.net, p.train, solver=Direct())
+    influence = Influence(p.net, p.train, solver=Direct(), approximation="first_order")
     full, no_train_loss, no_hessian, neither = fig1.variants(influence, p.test)
     g = p.measured.gradients(p.theta)  # (m, d)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), g.T).T
