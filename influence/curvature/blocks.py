@@ -43,6 +43,7 @@ class DenseBlocks:
     Args:
       A: the curvature matrix, which is formed and inverted here.
       share: the fraction of the rows that is removed, 1 / n for single rows.
+      dense: the dense matrix of A if it is known, or None.
 
     Attributes:
       inverse: M^-1, (d, d).
@@ -50,8 +51,8 @@ class DenseBlocks:
     Raises: DivergenceError if M is not positive definite.
     """
 
-    def __init__(self, A: Curvature, share: float):
-        matrix = A.remaining(share).astype(np.float64, copy=False)
+    def __init__(self, A: Curvature, share: float, dense: NDArray | None = None):
+        matrix = A.remaining(share, dense).astype(np.float64, copy=False)
         potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
         # The transpose is in Fortran order, which LAPACK overwrites instead of copying.
         factor, info = potrf(matrix.T, lower=1, overwrite_a=1, clean=0)

@@ -125,9 +125,12 @@ class Curvature(LinearOperator):
         matrix[np.diag_indices_from(matrix)] += self.damping
         return matrix
 
-    def remaining(self, share: float) -> NDArray:
-        """Return the dense matrix (d, d) less `share` x (Hessian of the penalty + damping I)."""
-        matrix = self.dense()
+    def remaining(self, share: float, dense: NDArray | None = None) -> NDArray:
+        """Return the dense matrix (d, d) less `share` x (Hessian of the penalty + damping I).
+
+        `dense` is the dense matrix if the caller has it. It is copied.
+        """
+        matrix = self.dense() if dense is None else dense.copy()
         self._add_penalty(matrix, -share)
         matrix[np.diag_indices_from(matrix)] -= share * self.damping
         return matrix

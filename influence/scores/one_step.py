@@ -101,13 +101,19 @@ class OneStep:
 
     @cached_property
     def _matrix(self) -> DenseBlocks | GramBlocks | None:
-        operator = self.inverse.operator
         if self.inverse.blocks_by == "dense":
-            return DenseBlocks(operator, 1 / self.n)
+            return self._dense(1)
         if self.inverse.blocks_by == "gram":
             _, _, S = self._terms(np.arange(self.n))
-            return GramBlocks(operator, 1 / self.n, _roots(S))
+            return GramBlocks(self.inverse.operator, 1 / self.n, _roots(S))
         return None
+
+    def _dense(self, k: int) -> DenseBlocks:
+        """Return the inverse of M for k removed rows. `Direct` has formed its matrix already."""
+        known = None
+        if is_exact(self.inverse.solver):
+            known = getattr(self.inverse.prepared.apply, "matrix", None)
+        return DenseBlocks(self.inverse.operator, k / self.n, known)
 
     def solve(self, B: NDArray) -> NDArray:
         """Return M^-1 B, (d, m). Solvers without a dense matrix use A in place of M."""
@@ -222,7 +228,7 @@ class OneStep:
         _, slopes, S = self._terms(np.sort(rows))
         solve = self.solve
         if self.inverse.blocks_by == "dense":
-            solve = DenseBlocks(inverse.operator, k / n).solve
+            solve = self._dense(k).solve
         right = np.column_stack([J.T, self._pull])
         found = np.column_stack([solve(part) for part in _columns(right, inverse.block_size)])
         X, s = found[:, :-1].astype(np.float64), found[:, -1].astype(np.float64)

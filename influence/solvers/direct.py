@@ -120,7 +120,24 @@ class Direct:
             residual = lambda: _residual(A, matrix, X, B)  # noqa: E731
             return Raw(X, 1, smallest, remedy, residual, bound - tiny - away)
 
-        return apply
+        return Factored(matrix, apply)
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """The prepared inverse: a function of right-hand sides (d, m).
+
+    Attributes:
+      matrix: the dense matrix (d, d).
+      solve: the function.
+    """
+
+    matrix: NDArray
+    solve: Callable[[NDArray], Raw]
+
+    def __call__(self, B: NDArray) -> Raw:
+        """Solve for right-hand sides."""
+        return self.solve(B)
 
 
 def _check_memory(A: LinearOperator) -> None:

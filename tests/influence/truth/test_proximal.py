@@ -157,6 +157,11 @@ def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, li
         assert relative_error(got[:], leave_one_out(p.net, p.train, p.test, rows)[:]) < 1e-5
 
 
+def first_order(net, train, objective):
+    how = {"damping": DAMPING[objective], "curvature": CURVATURE[objective]}
+    return Influence(net, train, solver=Direct(), approximation="first_order", **how)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_its_linearisation_is_damped_influence(objective, tanh):
     """Copy the rows n times. A row's weight and the error of linearisation then fall as 1/n."""
@@ -165,9 +170,7 @@ def test_its_linearisation_is_damped_influence(objective, tanh):
     for copies in (100, 1000):
         many = Examples(np.tile(examples.x, (copies, 1)), np.tile(examples.y, copies))
         got = respond((net, many), objective, test=examples, tolerance=1e-7)
-        predicted = Influence(
-            net, many, solver=Direct(), damping=DAMPING[objective], curvature=CURVATURE[objective]
-        ).scores(examples, ROWS)
+        predicted = first_order(net, many, objective).scores(examples, ROWS)
         slope = np.sum(got[:] * predicted[:]) / np.sum(predicted[:] ** 2)
         assert abs(slope - 1) < 0.2 / copies
         errors.append(relative_error(got[:], predicted[:]))
@@ -178,9 +181,7 @@ def test_its_linearisation_is_damped_influence(objective, tanh):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_influence_is_the_derivative_by_the_fraction(objective, tanh):
     net, examples = tanh
-    predicted = Influence(
-        net, examples, solver=Direct(), damping=DAMPING[objective], curvature=CURVATURE[objective]
-    ).scores(examples, ROWS)[:]
+    predicted = first_order(net, examples, objective).scores(examples, ROWS)[:]
     errors = [
         relative_error(
             respond(tanh, objective, fraction=fraction, tolerance=1e-8)[:] / fraction, predicted
