@@ -1,4 +1,4 @@
-"""Draw docs/leverage.png: what first order and one step miss, against the leverage of a row.
+"""Compute docs/leverage.csv and docs/leverage.png: what first order and one step miss.
 
     INFLUENCE_DATA=... python docs/leverage.py
 
@@ -10,6 +10,7 @@ losses on the predicted changes, through the origin. A slope of 1 is right.
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from influence import (
 )
 
 ROWS, TESTS, SEED = 40, 20, 0
+# The figure begins at this leverage.
+_LEAST = 1e-4
 HEAD = "mobilenet/conv_pw_13_relu"
 DECAYS = {
     "Digits, 10 classes, 500 rows": (1e-1, 1e-2, 1e-3, 1e-4),
@@ -46,7 +49,7 @@ COLORS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7")
 
 
 def main() -> None:
-    """Compute all slopes, and draw them."""
+    """Compute all slopes, write them, and draw them."""
     found = {}
     for name, (train, test, outputs) in sets().items():
         parts = [slopes(train, test, outputs, decay) for decay in DECAYS[name]]
@@ -59,6 +62,11 @@ def main() -> None:
                 medians = np.median(first[there]), np.median(one[there])
                 print(f"  leverage {low} to {high}: {there.sum()} rows, first order "
                       f"{medians[0]:.3f}, one step {medians[1]:.3f}")  # fmt: skip
+    with Path(__file__).with_name("leverage.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("model", "leverage", "slope of first order", "slope of one step"))
+        for name, values in found.items():
+            writer.writerows((name, *(f"{value:.6g}" for value in row)) for row in values.T)
     draw(found).savefig(Path(__file__).with_name("leverage.png"), dpi=200)
 
 
@@ -122,14 +130,15 @@ def draw(found: dict[str, NDArray]) -> Any:
             axis.scatter(values[0], values[which], s=9, color=color, alpha=0.7, label=name, lw=0)
         axis.axhline(1, color="0.4", linewidth=0.8)
         axis.set_xscale("log")
+        axis.set_xlim(_LEAST, 5)  # to the left, all slopes are 1
         axis.set_yscale("log")
         axis.set_title(title, fontsize=9.5, loc="left")
         axis.set_xlabel("Leverage of the removed row", fontsize=9)
         axis.tick_params(labelsize=8)
     h = np.geomspace(1e-4, 0.97, 200)
     axes[0].plot(h, 1 / (1 - h), color="0.4", linewidth=0.8, linestyle="--")
-    axes[0].annotate("1 / (1 - leverage)", (0.5, 2.1), fontsize=7.5, color="0.3",
-                     xytext=(-75, 12), textcoords="offset points")  # fmt: skip
+    axes[0].annotate("1 / (1 - leverage)", (0.9, 10), fontsize=7.5, color="0.3", ha="right",
+                     xytext=(-6, 0), textcoords="offset points")  # fmt: skip
     axes[0].set_ylabel("Actual / predicted change (slope)", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
                   fontsize=8, frameon=False)  # fmt: skip
