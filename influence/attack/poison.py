@@ -163,7 +163,7 @@ def poison(
     Raises: TypeError, ValueError or IndexError naming the argument, before any long computation;
       ValueError for a net that is not at its minimum.
     """
-    net, _, _ = checked(net)
+    net = checked(net)[0].uncut()
     train, test = net.given(train, "train"), net.given(test, "test")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a Rule such as BEST_RULE or PAPER_RULE, got {rule!r}.")
@@ -211,7 +211,7 @@ def gradient_norms(
     Returns: (c,), in the unit of the loss per unit of the input.
     Raises: as `poison`.
     """
-    net, _, _ = checked(net)
+    net = checked(net)[0].uncut()
     train, test = net.given(train, "train"), net.given(test, "test")
     _check_examples(net, train, "train")
     _check_examples(net, test, "test")

@@ -16,6 +16,9 @@ ACTIVATIONS = 1 << 30
 VECTORS = 1 << 28
 # The cache of a net at one theta and batch size stops growing beyond this many bytes.
 CACHE = 1 << 28
+# The features of one set of rows behind a frozen trunk may take this many bytes in memory. Larger
+# features are held in a temporary file on disk.
+FEATURES = 1 << 30
 
 
 def of_machine() -> int | None:

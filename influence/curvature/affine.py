@@ -147,7 +147,7 @@ def _kind(layer: Any) -> tuple[Callable, Callable, Callable] | None:
         return _matrix, lambda ids: tf.one_hot(tf.cast(ids, tf.int32), layer.input_dim), _same
     if isinstance(layer, _NORMALISATIONS):
         axis = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
-        weights = [w for w in layer.trainable_weights if len(w.shape) == 1]
+        weights = [w for w in layer._trainable_variables if len(w.shape) == 1]
         last = len(axis) == 1 and (axis[0] == -1 or _rank(layer) == axis[0] + 1)
         return (_each_channel, _same, _same) if last and weights else None
     if getattr(layer, "data_format", None) != "channels_last":

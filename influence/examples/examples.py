@@ -354,8 +354,9 @@ class Examples:
         return found
 
     def __getstate__(self) -> dict:
-        """Pickle everything except the cache."""
-        return {name: value for name, value in self.__dict__.items() if name != "_cached"}
+        """Pickle everything except the caches."""
+        caches = ("_cached", "_featured")
+        return {name: value for name, value in self.__dict__.items() if name not in caches}
 
     @property
     def fingerprint(self) -> str:

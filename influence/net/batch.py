@@ -124,7 +124,7 @@ class Derivatives:
         Raises: ValueError for another question, or if `gauss_newton_product` refuses the loss.
         """
         t, V = self.flat, numbers(V, "V")
-        x, y = t.inputs(x), t.tensor(y)
+        x, y = t.stacked_inputs(x), t.tensor(y)
         each = t.each(*tf.nest.map_structure(lambda part: part[0], (x, y)))
         if question == "gradient":
             at = partial(tape.gradient_each, t.losses, each)
@@ -288,7 +288,9 @@ class Derivatives:
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        return self._along("input_gradient", tape.input_gradient, x, y, v)
+        trunk = self.flat.trunk
+        t = self.flat if trunk is None or trunk.gave(x) else self.flat.uncut
+        return self._along("input_gradient", tape.input_gradient, x, y, v, t)
 
     # --- the penalty, which needs no data ---------------------------------------------------------
 
@@ -345,9 +347,11 @@ class Derivatives:
 
         return t.run("penalty_curvature_gradient", at, self.theta_tensor(), t.rows(v, "v")[0])
 
-    def _along(self, name: str, function: Callable, x: Any, y: Any, v: NDArray) -> Any:
+    def _along(
+        self, name: str, function: Callable, x: Any, y: Any, v: NDArray, flat: Any = None
+    ) -> Any:
         """Run `function(losses, theta, x, y, v)` for one direction v (d,)."""
-        t = self.flat
+        t = flat or self.flat
         batch = t.inputs(x), t.tensor(y)
         t.facts(*batch)  # refuses losses that TensorFlow differentiates wrongly
         tensors = self.theta_tensor(), *batch, t.rows(v, "v")[0]

@@ -19,6 +19,7 @@ from influence.net.inputs import for_call, named
 from influence.net.losses import PerExampleLoss
 from influence.net.preprocessing import Preparation
 from influence.net.refused import check_no_mask
+from influence.net.trunk import Parts, Trunk
 
 
 class FlatModel:
@@ -27,21 +28,17 @@ class FlatModel:
     The constructor chooses the weights. Freezing a layer later has no effect.
 
     Args:
-      model: a Keras model that `check_model` accepts.
+      parts: the model, the weights that form theta, and a frozen trunk in front of them.
       loss: the model's per-example loss.
-      weights: the variables that form theta, or None for the model's trainable weights.
       preparation: lookup layers that stand in front of the model, or None.
+
+    Attributes:
+      model: the model behind the trunk. It takes features.
+      trunk: the trunk, or None.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        loss: PerExampleLoss,
-        weights: Any = None,
-        preparation: Preparation | None = None,
-    ):
-        self.model, self.loss, self.preparation = model, loss, preparation
-        self.weights = tuple(model.trainable_weights if weights is None else weights)
+    def __init__(self, parts: Parts, loss: PerExampleLoss, preparation: Preparation | None = None):
+        self.parts, self.loss, self.preparation = parts, loss, preparation
         self.sizes = [int(np.prod(w.shape)) for w in self.weights]
         self.dtype = np.dtype(self.weights[0].dtype)
         self._functions: dict[str, Any] = {}
@@ -50,18 +47,42 @@ class FlatModel:
         # must then be called for one row after another.
         self.adds = bool(getattr(loss, "adds", False))
         self._loops: bool | None = None
+        self._uncut: FlatModel | None = None
+
+    @property
+    def model(self) -> keras.Model:
+        """The model behind the trunk."""
+        return self.parts.rest
+
+    @property
+    def trunk(self) -> Trunk | None:
+        """The trunk in front of the model, or None."""
+        return self.parts.trunk
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """The variables that form theta."""
+        return self.parts.weights
+
+    @property
+    def uncut(self) -> FlatModel:
+        """The whole model as functions of theta, with its own inputs in place of features."""
+        if self.trunk is None:
+            return self
+        if self._uncut is None:
+            self._uncut = FlatModel(self.parts.uncut(), self.loss, self.preparation)
+        return self._uncut
 
     def __getstate__(self) -> dict:
         """Pickle the model and the loss without the traced functions."""
-        drawn = [state.numpy() for state in _generators(self.model)]
-        return {**self.__dict__, "weights": (), "_functions": {}, "_drawn": drawn}
+        drawn = [state.numpy() for state in _generators(self.parts.whole)]
+        return {**self.__dict__, "_functions": {}, "_uncut": None, "_drawn": drawn}
 
     def __setstate__(self, state: dict) -> None:
-        """Find the weights in the restored model, and restore its random states."""
+        """Restore the model's random states."""
         drawn = state.pop("_drawn")
         self.__dict__.update(state)
-        self.weights = tuple(self.model.trainable_weights)
-        for generator, value in zip(_generators(self.model), drawn, strict=True):
+        for generator, value in zip(_generators(self.parts.whole), drawn, strict=True):
             generator.assign(value)
 
     # --- functions of theta, used by tape -----------------------------------------------------
@@ -120,6 +141,10 @@ class FlatModel:
         for weight, part in zip(self.weights, tf.split(theta, self.sizes), strict=True):
             if weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
+        own = set(map(id, self.weights))
+        for weight in self.parts.whole.trainable_weights:  # the others add a constant
+            if id(weight) not in own and weight.regularizer is not None:
+                total += tf.cast(weight.regularizer(weight.value), theta.dtype)
         return total
 
     # --- execution --------------------------------------------------------------------------------
@@ -208,13 +233,32 @@ class FlatModel:
         )
 
     def inputs(self, x: Any) -> Any:
-        """Convert inputs to one tensor, or to a dict of tensors by the model's own names."""
-        if self.preparation is not None and not self.preparation.gave(x):
+        """Convert inputs to one tensor, or to a dict of tensors by the model's own names.
+
+        The trunk runs for inputs that are no features.
+        """
+        is_feature = self.trunk is not None and self.trunk.gave(x)
+        if self.preparation is not None and not is_feature and not self.preparation.gave(x):
             x = self.preparation(x)
+        if self.trunk is not None:
+            x = x if is_feature else self.trunk(x)
+            if len(x) == 1:
+                (x,) = x.values()
         x = named(self.model, x)
         if isinstance(x, dict):
             return {key: self.tensor(value, f"x[{key!r}]") for key, value in x.items()}
         return self.tensor(x, "x")
+
+    def stacked_inputs(self, x: Any) -> Any:
+        """Convert inputs (r, b, ...) of r batches as `inputs` converts those of one batch."""
+        if self.trunk is None or self.trunk.gave(x):
+            return self.inputs(x)
+        parts = x.values() if isinstance(x, dict) else [x]
+        r, b = np.shape(next(iter(parts)))[:2]
+        joined = tf.nest.map_structure(lambda part: np.reshape(part, (r * b, *part.shape[2:])), x)
+        return tf.nest.map_structure(
+            lambda part: tf.reshape(part, (r, b, *part.shape[1:])), self.inputs(joined)
+        )
 
     def rows(self, V: Any, name: str) -> Any:
         """Convert columns (d, m) or a vector (d,) to rows (m, d). Maps run over rows.

@@ -4,48 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 
 from influence.common.numbers import numbers
 from influence.examples.arrays import parts_of
 from influence.examples.examples import Examples
+from influence.examples.featured import Featured, inputs_of
 from influence.examples.given import as_examples
 from influence.examples.tables import is_text
 from influence.net.heads import Ending
 from influence.net.inputs import declared
-from influence.net.precision import computes_in_half, recast
+from influence.net.precision import computes_in_half
 from influence.net.preprocessing import Preparation, split
 from influence.net.refused import check_built
+from influence.net.trunk import Parts
 
 # A row's output alone and its output among longer rows may differ by this relative amount.
 _PADDING_RTOL = 1e-3
 
 
 def trained_part(
-    model: Any, dtype: Any = None
-) -> tuple[Preparation | None, keras.Model, tuple[str, ...]]:
-    """Return the lookup layers in front of a model, the model behind them, and notes.
+    model: Any, dtype: Any = None, layers: Any = None
+) -> tuple[Preparation | None, Parts, tuple[str, ...]]:
+    """Return the lookup layers in front of a model, the parts behind them, and notes.
 
     Args:
       model: a built Keras model.
       dtype: "float32" or "float64" for a copy in this dtype. None means the model itself, and a
         float32 copy for a model of mixed precision.
+      layers: names of the layers whose weights form theta, or None for all trainable weights.
 
-    Returns: (preparation or None, model, notes). Each note is a sentence about what was done.
-    Raises: TypeError or ValueError for another model or dtype. The errors of `split` and `recast`.
+    Returns: (preparation or None, parts, notes). Each note is a sentence about what was done.
+    Raises: TypeError or ValueError for another model, dtype or layers. The errors of `split` and
+      `recast`.
     """
-    check_built(model)
+    check_built(model, layers is None)
     wanted, notes = checked_dtype(dtype), []
     preparation, model = split(model)
     if preparation is not None:
         notes.append(f"Applied once to each set, before the net: {preparation!r}.")
-    half = computes_in_half(model)
+    parts = Parts.of(model, layers)
+    if parts.trunk is not None:
+        notes.append(f"Run once for each row, before theta: {parts.trunk!r}.")
+    half = computes_in_half(parts.rest, parts.weights)
     wanted = wanted or ("float32" if half else None)
-    if wanted and (half or wanted != str(model.trainable_weights[0].dtype)):
-        model = recast(model, wanted)
+    if wanted and (half or wanted != str(parts.weights[0].dtype)):
+        parts = parts.astype(wanted)
         notes.append(copied(wanted, half))
-    return preparation, model, tuple(notes)
+    return preparation, parts, tuple(notes)
 
 
 def copied(dtype: str, policy: str | None = None) -> str:
@@ -73,14 +79,19 @@ def checked_dtype(dtype: Any) -> str | None:
 def given(net: Any, value: Any, name: str) -> Examples:
     """Return data as Examples for a net, as `GenericNeuralNet.given` describes."""
     outputs = getattr(net, "ending", Ending()).names or ()
-    front = net.preparation
+    front, trunk = net.preparation, net.flat.trunk
+    if isinstance(value, Examples):
+        value = inputs_of(value) if trunk is None else value
+        known = isinstance(value, Featured) or (trunk and trunk.gave(value.take([0]).x))
+        if trunk is not None and known:
+            return trunk.applied(value)
     inputs = declared(net.model) if front is None else front.given.declared
     examples = as_examples(value, name, tuple(inputs), outputs)
     if front is None:
         for label, part in parts_of(examples.take([0]).x).items():
             if is_text(part):
                 numbers(part, f"{name}.{label}")  # `numbers` raises TypeError for strings
-        return examples
+        return examples if trunk is None else trunk.applied(examples)
     known = front.knows(examples)
     try:
         prepared = front.applied(examples)
@@ -90,7 +101,7 @@ def given(net: Any, value: Any, name: str) -> Examples:
         raise type(error)(f"{name}.{error}") from error
     if prepared is not examples and not known:
         _check_padding(net, examples, prepared, name)
-    return prepared
+    return prepared if trunk is None else trunk.applied(prepared)
 
 
 def _check_padding(net: Any, examples: Examples, prepared: Examples, name: str) -> None:

@@ -25,6 +25,7 @@ from influence.common.numbers import numbers
 from influence.examples import labels as packing
 from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
+from influence.examples.featured import Featured
 from influence.examples.given import Data
 from influence.minimisers import lbfgs
 from influence.net.batch import Derivatives
@@ -33,7 +34,6 @@ from influence.net.flat import FlatModel
 from influence.net.given import checked_dtype, copied, given, trained_part
 from influence.net.heads import activated, ending
 from influence.net.losses import per_example
-from influence.net.precision import recast
 from influence.net.preprocessing import Preparation
 from influence.net.probe import check_added, check_apart, check_reported, leaves, probe_of
 from influence.net.questions import Total, loss_sum
@@ -59,13 +59,21 @@ class GenericNeuralNet(Derivatives):
 
     Args:
       model: any built `keras.Model` with one floating dtype for its trainable weights. To keep
-        weights out of theta, freeze their layers (`layer.trainable = False`) before this call.
+        weights out of theta, freeze their layers (`layer.trainable = False`) before this call, or
+        name the other layers by `layers`.
       loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations. A
         model with several outputs takes a list or dict of them, as `compile` does. None means the
         compiled loss with its loss weights.
       dtype: "float32" or "float64" for a copy of the model that computes in this dtype, with
         copies of the weights. None means the model itself, and a float32 copy for a model of mixed
         precision.
+      layers: names of the layers whose weights form theta, whatever their `trainable` flags. None
+        means all trainable weights. The flags do not change.
+
+    Layers in front of theta that depend on no weight of theta are the trunk, such as a frozen
+    MobileNet in front of a head. A trunk with a matrix or a kernel runs once for each row of a set.
+    Its features are cached with the set, in memory or on disk (`Featured`). The trunk computes in
+    its own dtype, also in a copy. Only models that are Sequential or functional have a trunk.
 
     Lookup layers of strings, such as TextVectorization, and the layers before them are not part of
     the net's model. They are applied once to each set of examples.
@@ -86,13 +94,15 @@ class GenericNeuralNet(Derivatives):
     preparation: Preparation | None = None
     notes: tuple[str, ...] = ()
 
-    def __init__(self, model: keras.Model, loss: Any = None, *, dtype: Any = None):
-        self.preparation, model, self.notes = trained_part(model, dtype)
-        check_model(model)
-        self.model = model
-        self.ending = ending(model)
-        self.loss = model_loss(loss, model, self.ending)
-        self.flat = FlatModel(model, self.loss, preparation=self.preparation)
+    def __init__(
+        self, model: keras.Model, loss: Any = None, *, dtype: Any = None, layers: Any = None
+    ):
+        self.preparation, parts, self.notes = trained_part(model, dtype, layers)
+        check_model(parts.rest, parts.weights)
+        self.model = parts.whole
+        self.ending = ending(parts.rest)
+        self.loss = model_loss(loss, self.model, self.ending)
+        self.flat = FlatModel(parts, self.loss, self.preparation)
         self.dtype = self.flat.dtype
 
     def __repr__(self) -> str:
@@ -145,8 +155,8 @@ class GenericNeuralNet(Derivatives):
                 f"GenericNeuralNet(net.model, net.loss, dtype={wanted!r}) has no closed forms."
             )
         view = copy.copy(self)
-        view.model = recast(self.model, str(wanted))
-        view.flat = FlatModel(view.model, self.loss, preparation=self.preparation)
+        parts = self.flat.parts.astype(str(wanted))
+        view.model, view.flat = parts.whole, FlatModel(parts, self.loss, self.preparation)
         view.dtype, view.fixed, view.memo = view.flat.dtype, None, None
         view.notes += (copied(str(wanted)),)
         if self.fixed is not None:
@@ -198,7 +208,7 @@ class GenericNeuralNet(Derivatives):
         view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
         view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
         view.ending = self.ending
-        view.flat = FlatModel(self.model, loss, self.flat.weights, self.preparation)
+        view.flat = FlatModel(self.flat.parts, loss, self.preparation)
         view.preparation, view.notes = self.preparation, self.notes
         return view
 
@@ -227,6 +237,14 @@ class GenericNeuralNet(Derivatives):
         view.fixed = self._checked_theta(theta)
         return view
 
+    def uncut(self) -> GenericNeuralNet:
+        """Return a view of the net that runs all layers in each pass, also those of the trunk."""
+        if self.flat.trunk is None:
+            return self
+        view = copy.copy(self)
+        view.flat = self.flat.uncut
+        return view
+
     def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
         """Return a view of the net that may cache results in `memo`.
 
@@ -246,7 +264,7 @@ class GenericNeuralNet(Derivatives):
 
     @property
     def theta(self) -> NDArray:
-        """Trainable weights as one vector (d,), in the order of `model.trainable_weights`."""
+        """The weights as one vector (d,), in the order of the model's weights."""
         if self.fixed is not None:
             return self.fixed
         return np.concatenate([np.ravel(w.numpy()) for w in self.flat.weights])
@@ -352,10 +370,15 @@ class GenericNeuralNet(Derivatives):
             )
         check_weights(self.model)
         self._check_names(examples, name)
+        model, trunk = self.flat.model, self.flat.trunk
+        if isinstance(examples, Featured):
+            self._check_trunk(examples, name)
         rows, probe = probe_of(examples)
-        check_inputs(self.model, probe.x, name)
-        with watched_ids(self.model, self.flat.inputs(probe.x), examples, name) as x:
-            raw = check_output(self.model, x, name)
+        if trunk is not None and not trunk.gave(probe.x):
+            probe = Examples._trusted(trunk(probe.x), probe.y)
+        check_inputs(model, probe.x, name)
+        with watched_ids(model, self.flat.inputs(probe.x), examples, name) as x:
+            raw = check_output(model, x, name)
         shapes = [tuple(t.shape) for t in leaves(raw)]
         shape = ", ".join(map(str, shapes))
         labels = {key: part[: len(probe)] for key, part in label_parts(probe.y).items()}
@@ -383,6 +406,16 @@ class GenericNeuralNet(Derivatives):
         if self.loss.role == "loss":
             check_added(self, probe, name)
             check_reported(self, probe, losses, name)
+
+    def _check_trunk(self, examples: Featured, name: str) -> None:
+        """Refuse inputs that do not fit the trunk, or whose features depend on other rows."""
+        given = examples.given
+        check_inputs(self.model, given.take([0]).x, name)
+        if any(isinstance(part, keras.layers.Embedding) for part in self.model._flatten_layers()):
+            few = self.flat.uncut.inputs(probe_of(given)[1].x)
+            with watched_ids(self.model, few, given, name) as x:
+                check_output(self.model, x, name)
+        examples.trunk.check_rows(examples, name)
 
     def _check_names(self, examples: Examples, name: str) -> None:
         """Refuse labels by name for a model with one output, unless the name is the output's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,12 @@ _AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3
 _PROBE_ROWS = 3
 
 
-def computes_in_half(model: keras.Model) -> str | None:
-    """Return the dtype policy of a float32 model that computes in float16 or bfloat16, or None."""
-    if {str(w.dtype) for w in model.trainable_weights} != {"float32"}:
+def computes_in_half(model: keras.Model, weights: Sequence[Any]) -> str | None:
+    """Return the dtype policy of a model that computes in float16 or bfloat16, or None.
+
+    Only a model whose theta, the `weights`, is stored in float32 has such a policy.
+    """
+    if {str(weight.dtype) for weight in weights} != {"float32"}:
         return None
     for layer in model._flatten_layers():
         if str(layer.compute_dtype) in _HALF:

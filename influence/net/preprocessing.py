@@ -117,7 +117,7 @@ class Preparation:
         Raises: TypeError or ValueError if the layers cannot take x.
         """
         x = self.given.named(x)
-        tensors = [_tensor(x[name], name, *self.given.declared[name]) for name in self.used]
+        tensors = [declared_tensor(x[name], name, *self.given.declared[name]) for name in self.used]
         try:
             found = self.model(tensors, training=False)
         except (TypeError, ValueError, tf.errors.OpError) as error:
@@ -301,7 +301,7 @@ def _cut(nodes: list[Any], front: set[int]) -> list[Any]:
     return sorted(found.values(), key=lambda t: t.name)
 
 
-def _tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:
+def declared_tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:
     """Convert the given array of an input to a tensor of its declared rank and dtype."""
     array = value.toarray() if scipy.sparse.issparse(value) else np.asarray(value)
     shape = array.shape[1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,16 +22,18 @@ from influence.net.inputs import aliases, declared, fits, for_call, named
 _SHOWN = 5
 
 
-def check_model(model: Any) -> None:
+def check_model(model: keras.Model, weights: Sequence[Any]) -> None:
     """Refuse a model whose risk would differ from what its user expects.
 
-    Raises: TypeError for anything except a Keras model, for trainable weights of several dtypes, or
-      for a dtype other than float32 and float64. ValueError for a model that is unbuilt, has no
-      trainable weight, has one of Keras' activity regularisers, or computes in another dtype than
-      its weights'.
+    Args:
+      model: the model, without its frozen trunk.
+      weights: the weights that form theta.
+
+    Raises: TypeError for weights of several dtypes, or for a dtype other than float32 and float64.
+      ValueError for a model that has one of Keras' activity regularisers, or computes in another
+      dtype than its weights'.
     """
-    check_built(model)
-    dtypes = sorted({str(w.dtype) for w in model.trainable_weights})
+    dtypes = sorted({str(weight.dtype) for weight in weights})
     if len(dtypes) > 1:
         raise TypeError(f"model must have trainable weights of one dtype, got {', '.join(dtypes)}.")
     if dtypes[0] not in ("float32", "float64"):
@@ -62,8 +64,8 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_built(model: Any) -> None:
-    """Refuse anything except a built Keras model with a trainable weight.
+def check_built(model: Any, trainable: bool = True) -> None:
+    """Refuse anything except a built Keras model, with a trainable weight if `trainable` is True.
 
     Raises: TypeError or ValueError naming the model.
     """
@@ -73,7 +75,7 @@ def check_built(model: Any) -> None:
         raise ValueError(
             f"model must be built, got the unbuilt {model.name!r}; call it on a batch first."
         )
-    if not model.trainable_weights:
+    if trainable and not model.trainable_weights:
         raise ValueError(
             f"model must have a trainable weight, got none in {model.name!r}; "
             "set trainable = True on the layers that theta should hold."

@@ -70,7 +70,7 @@ def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
         f"A product with the Hessian differs by {gap:.1e} of its size from central differences of "
         "the gradient"
     )
-    kinks = _kinks(net.model, train) if net.dtype.itemsize < 8 else []
+    kinks = _kinks(net.flat.model, train) if net.dtype.itemsize < 8 else []
     if kinks:
         return Finding(title, gap).warn(
             f"{found}. The steps that {net.dtype} needs cross kinks ({', '.join(kinks)}), which "

@@ -15,6 +15,8 @@ def frozen(net: GenericNeuralNet) -> Line:
     title = "frozen weights"
     total = sum(int(np.prod(w.shape)) for w in model.weights)
     trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
+    if net.flat.parts.chosen:
+        trainable = net.num_parameters
     if trainable != net.num_parameters:
         return Finding(title, total - net.num_parameters).fail(
             f"The net's theta has {net.num_parameters} weights, but {trainable} of the model's are "
@@ -53,7 +55,7 @@ def penalty(net: GenericNeuralNet, mean_loss: float) -> Line:
             "Express it by kernel_regularizer=keras.regularizers.L2(...) on the layers instead, "
             "and train again.",
         )
-    bound = [w.path for w in model.trainable_weights if getattr(w, "constraint", None) is not None]
+    bound = [w.path for w in net.flat.weights if getattr(w, "constraint", None) is not None]
     if bound:
         return Finding(title, share).warn(
             f"The weights {', '.join(bound[:3])} are constrained: at a constrained minimum the "

@@ -16,6 +16,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
+from influence.examples.featured import inputs_of
 from influence.net.inputs import for_call, named
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
@@ -151,7 +152,7 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     title = "same answer twice"
     examples, first = answers.examples, answers.losses
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
-    some = examples.take(sample(len(examples), _SAMPLE))
+    some = inputs_of(examples).take(sample(len(examples), _SAMPLE))
     x = plain_inputs(net.model, some.x)
     with keras.StatelessScope():  # Seeds advance only inside the scope, not outside.
         one, two = (one_array(net.model(x, training=False)) for _ in range(2))

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.named_array import Estimand, NamedArray
 from influence.curvature.operators import Curvature
 from influence.examples.examples import check_differentiable, check_increasing
+from influence.examples.featured import inputs_of
 from influence.examples.given import Data
 from influence.net.net import Net
 from influence.scores import file, groups, relative
@@ -376,7 +377,7 @@ class Influence:
           several inputs, a dict of such arrays.
         Raises: TypeError for integer inputs, which have no derivative; otherwise as `scores`.
         """
-        chosen = self.train.take(self.inverse.rows(rows))
+        chosen = inputs_of(self.train).take(self.inverse.rows(rows))
         check_differentiable(chosen.x)
         S = self.s_test(test, measurement=measurement).x
         question = partial(_input_gradients, S=S)

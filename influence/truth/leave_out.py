@@ -16,6 +16,7 @@ from influence.common.convergence import ConvergenceWarning, warn_unconverged
 from influence.common.numbers import numbers
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
+from influence.examples.featured import inputs_of
 from influence.examples.given import Data
 from influence.minimisers import block_lbfgs
 from influence.net.minimum import TOLERANCE, check_at_minimum, warn_of_drift
@@ -246,6 +247,10 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
 def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, NDArray]:
     """Fit the net without the only group, from theta or from `start`. Then restore the net."""
     net, remaining = task.net, task.train.without(groups[0])
+    fit, trunk = options.fit or type(net).fit, task.net.flat.trunk
+    # A fit that is not ours may call the Keras model, which takes inputs and not features.
+    foreign = fit is not GenericNeuralNet.fit
+    rows = inputs_of(task.train).without(groups[0]) if foreign else remaining
     # All variables are restored, because training also changes batch statistics and generators.
     variables = net.model.variables
     before = [variable.numpy() for variable in variables]
@@ -258,7 +263,9 @@ def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, N
         with warnings.catch_warnings():
             if own:  # `_retrained` gives one warning for all refits
                 warnings.simplefilter("ignore", ConvergenceWarning)
-            (options.fit or type(net).fit)(net, remaining, **arguments)
+            fit(net, rows, **arguments)
+        if foreign and trunk is not None:
+            trunk.check_weights()
         change = task.losses() - losses
         norm = net.gradient_norm(remaining, task.batch_size)
     finally:

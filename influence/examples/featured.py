@@ -1,0 +1,158 @@
+"""Sets of examples with the features of a frozen trunk in place of their inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from influence.common.convergence import warn_user
+from influence.common.memory import FEATURES
+from influence.common.progress import progress
+from influence.examples.examples import Examples, Remaining
+
+# The trunk gets this many rows for each entry of the progress bar.
+_ROWS = 256
+# A temporary file is written only if the disk has this many times its size free.
+_SPARE = 1.25
+
+
+class Featured(Examples):
+    """View of another set that holds features phi(x) in place of the inputs x.
+
+    The features are computed once, when they are first read, and cached. `memory.FEATURES` bytes
+    may be in memory. A temporary file on disk holds larger features. If the disk is too small, a
+    warning says so, and every pass computes the features again.
+
+    Args:
+      given: the rows with the inputs that the trunk takes.
+      trunk: the trunk. `trunk(x)` returns the features of a batch as a dict of arrays (n, ...), and
+        `trunk.digest` identifies the trunk's weights.
+
+    Attributes:
+      given, trunk: the arguments.
+      where: "memory", "disk" or "nowhere", the place of the features; None before the first use.
+      checked: True once a caller has found that the features of a row depend on this row only.
+    """
+
+    def __init__(self, given: Examples, trunk: Any):
+        object.__setattr__(self, "y", given.y)
+        self.given, self.trunk = given, trunk
+        self.where: str | None = None
+        self.checked = False
+        self._features: dict[str, NDArray] = {}
+
+    def __repr__(self) -> str:
+        """Show the given set, without computing features."""
+        return f"{type(self).__name__}({self.given!r}, in {self.where})"
+
+    @property
+    def x(self) -> Any:
+        """Features of all rows, a dict of arrays (n, ...).
+
+        Raises: TypeError if the features fit neither into memory nor on the disk.
+        """
+        if not self.in_memory:
+            raise TypeError(
+                "x of rows whose features fit neither into memory nor on the disk is not held; use "
+                "batches(size)."
+            )
+        return self._features
+
+    @property
+    def in_memory(self) -> bool:
+        """True if the features are cached. The first use computes them."""
+        if self.where is None:
+            self._compute()
+        return self.where != "nowhere"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the given rows and of the trunk's weights."""
+        both = f"{self.given.fingerprint} {self.trunk.digest}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of the features."""
+        parts = (self.x if self.in_memory else self.take([0]).x).values()
+        return sum(int(np.prod(part.shape[1:])) for part in parts) * len(self)
+
+    # --- overridden methods of Examples ---------------------------------------------------------
+
+    def _taken(self, rows: NDArray | slice) -> Examples:
+        if self.in_memory:
+            return super()._taken(rows)
+        part = self.given._taken(rows)
+        return Examples._trusted(self.trunk(part.x), part.y)
+
+    def _remaining(self, kept: NDArray[np.int64]) -> Examples:
+        return super()._remaining(kept) if self.in_memory else Remaining(self, kept)
+
+    def _read(self, size: int, rows: NDArray[np.int64] | None) -> Iterator[tuple[Any, NDArray]]:
+        if self.in_memory:
+            yield from super()._read(size, rows)
+        else:
+            for x, y in self.given._read(size, rows):
+                yield self.trunk(x), y
+
+    def _compute(self) -> None:
+        """Compute the features of all rows, unless there is no place for them."""
+        start, total = 0, -(-len(self) // _ROWS)
+        for x, y in progress(self.given.batches(_ROWS), "features of the frozen layers", total):
+            found = self.trunk(x)
+            if not start:
+                self.where, empty = _place(found, len(self))
+                if self.where == "nowhere":
+                    return
+                self._features = {name: empty(part) for name, part in found.items()}
+            for name, part in found.items():
+                self._features[name][start : start + len(y)] = part
+            start += len(y)
+        for part in self._features.values():
+            part.setflags(write=False)
+
+
+def featured(given: Examples, trunk: Any) -> Featured:
+    """Return the set with the trunk's features. The latest such set of each given set is cached."""
+    known = given.__dict__.get("_featured")
+    if known is None or not trunk.same_as(known.trunk):
+        known = Featured(given, trunk)
+        object.__setattr__(given, "_featured", known)
+    return known
+
+
+def inputs_of(examples: Examples) -> Examples:
+    """Return the rows with the inputs that were given, if the set holds features of them."""
+    return examples.given if isinstance(examples, Featured) else examples
+
+
+def _place(found: dict[str, NDArray], num_rows: int) -> tuple[str, Callable[[NDArray], NDArray]]:
+    """Choose the place of the features of all rows, from the features of some rows.
+
+    Returns: the place, and a function that allocates an array (n, ...) there.
+    """
+    bytes_each = [part.dtype.itemsize * int(np.prod(part.shape[1:])) for part in found.values()]
+    needed = num_rows * sum(bytes_each)
+    if needed <= FEATURES:
+        return "memory", lambda part: np.empty((num_rows, *part.shape[1:]), part.dtype)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed * _SPARE <= free:
+        return "disk", lambda part: _on_disk((num_rows, *part.shape[1:]), part.dtype)
+    warn_user(
+        f"The features of {num_rows:,} rows need {needed:,} bytes. Memory may hold {FEATURES:,} of "
+        f"them, and {tempfile.gettempdir()} has {free:,} bytes free, so every pass "
+        "runs the frozen layers again. Set TMPDIR to a larger disk, or choose a later layer."
+    )
+    return "nowhere", np.empty_like
+
+
+def _on_disk(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+    """Allocate an array in a temporary file. The file is deleted with the array."""
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype, "w+", shape=shape)
