@@ -9,6 +9,7 @@ from sklearn.svm import LinearSVC
 
 import data
 from experiments import fig3_smooth_hinge as fig3
+from experiments.harness.claims import failed
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
 
@@ -58,8 +59,8 @@ def test_smoke(record):
         assert arrays["pearson"][k, 0] == pytest.approx(expected, rel=1e-12)
         if t in (0, 0.001, 0.1):
             assert metrics[f"pearson_t{t:g}"] == pytest.approx(expected, rel=1e-12)
-    claimed = {claim.metric for claim in fig3.CLAIMS}
-    assert claimed <= metrics.keys()
+    assert {claim.metric for claim in fig3.CLAIMS} <= metrics.keys()
+    assert failed(fig3, "smoke", metrics) == []
 
 
 def test_actual_changes_are_those_of_linear_svc(record, rows):
