@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from experiments.harness import options
 from experiments.harness.record import Record
 from experiments.hospital_readmission import claims
-from experiments.shared.compare import agreement, largest_bars
+from experiments.shared.compare import agreement, largest_bars, letter
 from influence import BinaryLogisticRegression as _Net
 from influence import Direct, Examples, Influence, RefitOptions, leave_one_out
 
@@ -149,51 +149,110 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the influences on the child, the derivatives by feature, and the coefficients."""
+    """Draw the most influential rows, the children's predictions, derivatives and coefficients.
+
+    A record of real data is drawn beside what the notebook of the authors' code prints.
+    """
     import matplotlib.pyplot as plt
 
-    arrays, influence = record.arrays, record.arrays["influence"]
-    children, readmitted = arrays["children"], arrays["readmitted"]
+    arrays, real = record.arrays, not record.data.get("stand_in", True)
+    stays = arrays["children"][~arrays["readmitted"]][0]
     names = np.char.replace(arrays["feature_names"].astype(str), "_disposition_id", "")
     with plt.rc_context({"font.size": 7.5, "axes.titlesize": 8, "legend.frameon": False}):
-        figure = plt.figure(figsize=(6.75, 5.6), layout="constrained")
-        grid = figure.add_gridspec(2, 2, height_ratios=(2, 3))
-        axis = figure.add_subplot(grid[0, :])
-        others = np.setdiff1d(np.arange(len(influence)), children)
-        axis.plot(others, influence[others], ".", color=_GREY, markersize=1.5, rasterized=True)
-        for rows, marker, colour, label in (
-            (children[readmitted], "v", _RED, "a child, readmitted"),
-            (children[~readmitted], "^", _BLUE, "a child, not readmitted"),
-        ):
-            axis.plot(rows, influence[rows], marker, color=colour, markersize=6, label=label)
-        axis.plot([], [], ".", color=_GREY, markersize=4, label="anyone else")
-        axis.plot(
-            arrays["removed"],
-            arrays["removed_actual"],
-            "k_",
-            markersize=6,
-            label=f"removed and refitted ({len(arrays['removed'])} rows)",
+        figure, axes = plt.subplots(
+            2, 2, figsize=(6.75, 6.2), layout="constrained", height_ratios=(1, 1.1)
         )
-        axis.set(xlabel="Training row", ylabel="Change of the child's\nloss if removed (nats)")
-        axis.margins(x=0.01, y=0.1)
-        axis.legend(loc="upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
-
-        axis, stays = figure.add_subplot(grid[1, 0]), children[~readmitted][0]
-        order = largest_bars(axis, names, arrays["derivative"][~readmitted][0], marked=CHILD)
+        rows, children, features, coefficients = axes.ravel()
+        _draw_rows(rows, arrays, published=real)
+        _draw_children(children, arrays, published=real)
+        # As in the authors' code, the derivative is -n times that of the loss.
+        derivative = -len(arrays["influence"]) * arrays["derivative"][~arrays["readmitted"]][0]
+        order = largest_bars(features, names, derivative, marked=CHILD)
         k, places = np.nonzero(arrays["moved"][:, None] == order)
-        axis.plot(arrays["moved_actual"][k], places, "k|", markersize=7, label="refitted")
-        axis.set(
-            title=f"Features of row {stays} (20 largest)",
-            xlabel="Change of the child's loss\nfor each unit added (nats)",
+        refitted = -len(arrays["influence"]) * arrays["moved_actual"][k]
+        features.plot(refitted, places, "k|", markersize=7, label="refitted")
+        features.set(
+            title=f"Features of row {stays} at the optimum",
+            xlabel="$-n$ times the change of the child's loss\nfor each unit added (nats)",
         )
-        axis.legend(loc="lower right", handletextpad=0.2)
-        axis = figure.add_subplot(grid[1, 1])
-        largest_bars(axis, names, arrays["coefficients"], marked=CHILD)
-        axis.set(
-            title="Coefficients (20 largest)",
+        features.legend(loc="lower right", handletextpad=0.2)
+        largest_bars(coefficients, names, arrays["coefficients"], marked=CHILD)
+        coefficients.set(
+            title="Coefficients at the optimum",
             xlabel="Change of the log-odds of\nbeing readmitted for each unit",
         )
+        for name, axis in zip("abcd", axes.ravel(), strict=True):
+            letter(axis, name)
     return figure
+
+
+def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
+    """Draw the ten most harmful and the ten most helpful rows of the model stopped as released."""
+    influence, children = arrays["stopped_influence"], arrays["children"]
+    order = np.argsort(influence, kind="stable")
+    rows = np.concatenate([order[:10], order[:-11:-1]])
+    places = np.arange(len(rows))
+    colours = [_RED if row in children else _BLUE for row in rows]
+    axis.barh(places, influence[rows], color=colours, height=0.7)
+    if published:
+        listed = dict(zip(claims.HARMFUL + claims.HELPFUL, claims.INFLUENCES, strict=True))
+        known = [
+            (listed[row], place) for row, place in zip(rows, places, strict=True) if row in listed
+        ]
+        axis.plot(*zip(*known, strict=True), "|", color="black", markersize=8)
+    axis.set_yticks(places, rows)
+    axis.tick_params(axis="y", labelsize=6)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.axvline(0, color="0.6", linewidth=0.6)
+    axis.set(
+        title="Most influential rows, stopped as released",
+        xlabel="Predicted change of the child's loss\nif the row is removed (nats)",
+        ylabel="Training row",
+    )
+    # These handles are not in the axis' data, so they stay out of its limits.
+    handles = [_patch(_RED, "a child"), _patch(_BLUE, "anyone else")]
+    if published:
+        handles.append(_mark("|", "black", "published"))
+    axis.legend(handles=handles, loc="center right", handlelength=1)
+
+
+def _draw_children(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
+    """Draw P(correct) of every test child, ours against published or, without it, before."""
+    before, after = arrays["probability_correct_before"], arrays["probability_correct"]
+    axis.axhline(0.5, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
+    if published:
+        rows, printed, printed_after = claims.published_children().T
+        if not np.array_equal(rows, arrays["test_children"]):
+            raise ValueError("test_children must be the published ones, in their order.")
+        for key, colour, marker, label in (
+            ("stopped_probability_correct_before", _GREY, ".", "before the removal"),
+            ("stopped_probability_correct", _RED, "o", "after it, stopped as released"),
+            ("probability_correct", _BLUE, "x", "after it, at the optimum"),
+        ):
+            given = printed if key.endswith("before") else printed_after
+            axis.plot(given, arrays[key], marker, color=colour, label=label, markersize=3,
+                      markeredgewidth=0.7, fillstyle="none")  # fmt: skip
+        axis.plot([0.2, 1], [0.2, 1], color="0.6", linewidth=0.8, zorder=0)
+        axis.axvline(0.5, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
+        axis.set_xlabel("P(correct) as published")
+    else:
+        axis.plot(before, after, "o", color=_RED, markersize=3, fillstyle="none")
+        axis.set_xlabel("P(correct) before the removal")
+    axis.set(title=f"The {len(before)} test children", ylabel="P(correct), ours")
+    if published:
+        axis.legend(loc="upper left", handletextpad=0.2)
+
+
+def _patch(colour: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour, label=label)
+
+
+def _mark(marker: str, colour: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=label)
 
 
 def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _Net:
