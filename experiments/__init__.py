@@ -6,7 +6,11 @@ A figure is a file, or a folder with `figure.py`. Its module offers
     PRESETS: dict[str, Config]      "smoke", "standard", "paper"; not every figure has all three
     DATA, STAND_IN: str             names for data.load; only the smoke preset uses the stand-in
     DTYPE: str                      precision of x, "float32" or "float64"; "float64" if missing
-    CLAIMS: tuple[Claim, ...]       bands in which metrics should lie
+    CLAIMS: tuple[Claim, ...]       sentences about metrics, with the paper's values and bands
+    CHECKS: tuple[Check, ...]       invariants of every run on any data
+    CONDITIONS: dict[str, str]      SHORTENED or STAND_IN for presets that differ from the paper;
+                                    optional
+    FINDING: str                    the result in a few words, with metrics in braces
     DEVIATIONS: tuple[str, ...]     each difference from the paper, with both values and its effect
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
     draw(record) -> Figure          uses only the Record
@@ -40,11 +44,20 @@ MODULES = {
     "fig2-cnn": "fig2_cnn",
     "fig2-cnn-minimum": "fig2_cnn_minimum",
     "fig3": "fig3_smooth_hinge",
-    "fig4": "fig4_rbf_vs_inception",
+    "fig4": "fig4_rbf_vs_inception.figure",
     "fig5": "fig5_attack.figure",
     "fig6": "fig6_mislabelled_spam",
-    "hospital": "hospital_readmission",
+    "hospital": "hospital_readmission.figure",
 }
+
+# Committed records may bear the former name of an experiment and its preset. This dict maps it to
+# the present name.
+_FORMER = {("fig2-cnn", "converged"): ("fig2-cnn-minimum", "standard")}
+
+
+def present(command: str, preset: str) -> tuple[str, str]:
+    """Return the present command and preset of a record, whose names may be former ones."""
+    return _FORMER.get((command, preset), (command, preset))
 
 
 def summaries() -> dict[str, str]:

@@ -19,7 +19,7 @@ import tyro
 
 import experiments
 import influence_console as console
-from experiments.harness import report
+from experiments.harness import claims, report
 from experiments.harness.record import replacing
 from experiments.harness.running import (
     SMOKE,
@@ -61,9 +61,18 @@ class ReportOptions:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out")
     """folder of the records; the page index.html is written there"""
     readme: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """file whose table of results is rewritten; the page is then not written"""
+    """file whose table of results is rewritten, together with README.md in the folder of --results;
+    the page is then not written"""
     results: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results")
-    """folder of the records that the table shows"""
+    """folder of the records that the tables show"""
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeOptions:
+    """Options of judging finished runs again."""
+
+    results: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results")
+    """folder of the records; only their claims are written anew, from their own metrics"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,10 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list(rest)
         if command == "report":
             return _report(rest)
+        if command == "judge":
+            return _judge(rest)
         if command == "all":
             return _all(rest)
         if command not in experiments.summaries():
-            known = ", ".join(["list", "all", "report", *experiments.summaries()])
+            known = ", ".join(["list", "all", "report", "judge", *experiments.summaries()])
             command, wrong = "", command
             raise Misuse(f"the command comes first and must be one of {known}, got {wrong!r}.")
         return _one(command, rest)
@@ -101,11 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list(rest: Sequence[str]) -> int:
     if rest:
         raise Misuse(f"list takes no options, got {' '.join(rest)!r}.")
-    print(f"usage: {PROG} {{COMMAND,all,report,list}} [--preset NAME] [--data-dir DIR] [--out DIR]")
+    print(
+        f"usage: {PROG} {{COMMAND,all,report,judge,list}} [--preset NAME] [--data-dir DIR] "
+        "[--out DIR]"
+    )
     print(f"       {PROG} COMMAND --help     shows an experiment's own options\n")
     summaries = experiments.summaries() | {
         "all": "Every experiment above, one after the other.",
         "report": "All records as one page, or as the README's table (report --help).",
+        "judge": "Judge finished runs by the present claims, without running (judge --help).",
     }
     for command, summary in summaries.items():
         print(f"  {command:{_width(summaries)}}{summary}")
@@ -126,8 +141,13 @@ def _report(rest: Sequence[str]) -> int:
             print(f"report written to {console.shown(report.write_page(options.out))}")
             return 0
         text = report.with_table(options.readme.read_text(encoding="utf-8"), options.results)
-        with replacing(options.readme) as partial:
-            partial.write_text(text, encoding="utf-8")
+        pages = {
+            options.results / "README.md": report.long_table(options.results),
+            options.readme: text,
+        }
+        for path, page in pages.items():
+            with replacing(path) as partial:
+                partial.write_text(page, encoding="utf-8")
     except (OSError, ValueError) as error:
         line = console.unwritten(error)
         raise Misuse(str(error)) if line is None else Unwritten(line) from error
@@ -135,15 +155,33 @@ def _report(rest: Sequence[str]) -> int:
     return 0
 
 
+def _judge(rest: Sequence[str]) -> int:
+    options = _parsed(JudgeOptions(), rest, "judge")
+    if options.results.exists() and not options.results.is_dir():
+        raise Misuse(
+            f"--results must be a folder of records, {console.shown(options.results)} is a file."
+        )
+    try:
+        for line in report.judge_all(options.results):
+            print(line)
+    except (OSError, ValueError) as error:
+        line = console.unwritten(error)
+        raise Misuse(str(error)) if line is None else Unwritten(line) from error
+    return 0
+
+
 def _all(rest: Sequence[str]) -> int:
     options = _parsed(Options(out=_default_out()), rest, "all")
     _check(options)
-    statuses = {}
+    statuses, checks, compared = {}, 0, False
     for command in experiments.summaries():
         try:
             module = experiments.load(command)
             preset = _preset(command, module, options)
-            statuses[command] = _do(command, module, options, preset, module.PRESETS[preset])
+            job = _job(command, module, options, preset, module.PRESETS[preset])
+            statuses[command] = _do(dataclasses.replace(job, brief=preset == SMOKE), options)
+            checks += len(claims.of_preset(module.CHECKS, preset))
+            compared |= preset != SMOKE
         except Misuse as error:
             print(f"{command}: {error}", file=sys.stderr)
             statuses[command] = 2
@@ -152,10 +190,24 @@ def _all(rest: Sequence[str]) -> int:
         except Exception:  # one broken experiment must not hide the others
             traceback.print_exc()
             statuses[command] = 1
-    words = ["every claim holds", "FALLS SHORT or broke, see above", "could not be run, see above"]
-    for command, status in statuses.items():
-        print(f"{command:{_width(statuses)}}{words[status]}")
+    for status, words in ((1, "fell short or broke"), (2, "could not be run")):
+        names = [command for command, found in statuses.items() if found == status]
+        if names:
+            print(f"{', '.join(names)} {words}, see above")
+    bad = any(statuses.values())
+    print(_summary(len(statuses), None if bad else checks, compared=compared))
     return max(statuses.values(), default=0)
+
+
+def _summary(ran: int, checks: int | None, *, compared: bool) -> str:
+    """Say what `all` did; checks is None if something went wrong."""
+    said = f"{ran} experiments" if checks is None else f"{ran} ran, {checks} checks passed"
+    if compared:
+        return f"{said}."
+    return (
+        f"{said}, nothing compared with the paper; for that: python -m data fetch mnist, then "
+        f"{PROG} fig2 --preset paper"
+    )
 
 
 def _one(command: str, rest: Sequence[str]) -> int:
@@ -182,7 +234,7 @@ def _one(command: str, rest: Sequence[str]) -> int:
         command,
         f"{about}of {', '.join(module.PRESETS)}.",
     )
-    return _do(command, module, parsed.run, preset, parsed.config)
+    return _do(_job(command, module, parsed.run, preset, parsed.config), parsed.run)
 
 
 def _parsed(default: Any, words: Sequence[str], command: str, about: str | None = None) -> Any:
@@ -299,8 +351,11 @@ def _preset(command: str, module: ModuleType, options: Options) -> str:
     return options.preset
 
 
-def _do(command: str, module: ModuleType, options: Options, preset: str, config: Any) -> int:
-    job = Job(command, module, preset, config, options.data_dir, options.out)
+def _job(command: str, module: ModuleType, options: Options, preset: str, config: Any) -> Job:
+    return Job(command, module, preset, config, options.data_dir, options.out)
+
+
+def _do(job: Job, options: Options) -> int:
     return 0 if (redraw if options.redraw else run)(job) else 1
 
 

@@ -19,9 +19,10 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from experiments.harness import options
-from experiments.harness.record import Claim, Record
+from experiments.harness.claims import RELEASED, Check, Claim, Published
+from experiments.harness.record import Record
 from experiments.harness.running import Misuse
-from experiments.shared.compare import agreement, largest, rounded_down, with_others
+from experiments.shared.compare import agreement, largest, letter, rounded, with_others
 from influence import (
     BinaryLogisticRegression,
     Direct,
@@ -86,25 +87,96 @@ PRESETS = {
     "paper": Config(),
 }
 
-# The paper prints no numbers. We read the smallest and the largest value of each ablation off the
-# figure by eye. The bands extend 20 % to either side of these values.
+_SIGNS = Published("section 2.4 and figure 1", words="all of the label help, all others harm")
+_HARMFUL = Published("section 2.4 and figure 1", words="some of the label harm")
+
+
+def _read(metric: str, sentence: str, value: float) -> Claim:
+    # The paper prints no number. The values are read off the figure by eye, to a fifth.
+    published = Published("figure 1, read by eye", value, abs(value) / 5)
+    return Claim(metric, f"{sentence}, n times the predicted change in nats", published)
+
+
 CLAIMS = (
-    Claim("num_train", None, 11_894, 11_894),
-    Claim("num_test", None, 2_163, 2_163),
-    Claim("smallest_no_train_loss", -150, -180, -120),
-    Claim("largest_no_train_loss", 200, 160, 240),
-    Claim("smallest_no_hessian", -15, -18, -12),
-    Claim("largest_no_hessian", 20, 16, 24),
-    Claim("smallest_neither", -20, -24, -16),
-    Claim("largest_neither", 25, 20, 30),
-    Claim("label_sign_no_hessian", None, 0.99, 1.0),
-    Claim("same_label_among_most_harmful", None, 1, NUM_MOST_HARMFUL),
-    Claim("further_fewest_same_label_among_most_harmful", None, 1, NUM_MOST_HARMFUL),
-    Claim("further_lowest_label_sign_no_hessian", None, 0.99, 1.0),
-    Claim("actual_pearson_full", None, 0.999, 1.0),
-    Claim("actual_slope_full", None, 0.95, 1.02),
-    Claim("actual_pearson_best_ablation", None, None, 0.7),
-    Claim("worst_refit_gradient_norm", None, 0.0, 1e-8, stand_in=True),
+    Claim(
+        "label_sign_no_hessian",
+        "Share of the training images whose value without H has the sign of its label",
+        _SIGNS,
+        0.99,
+        1.0,
+        headline="without H, share of images whose sign is that of their label",
+    ),
+    Claim(
+        "same_label_among_most_harmful",
+        f"Images of the test image's label among the {NUM_MOST_HARMFUL} most harmful ones, in full",
+        _HARMFUL,
+        1,
+        NUM_MOST_HARMFUL,
+        headline=f"in full, sevens among the {NUM_MOST_HARMFUL} images that harm a 7 most",
+    ),
+    Claim(
+        "shown_row",
+        "Training row of the harmful 7 that the figure shows, the fifth most harmful of its label",
+        Published(
+            "fig1_influence_components.ipynb, its image compared by eye with row 2989",
+            kind=RELEASED,
+            words="a struck 7",
+        ),
+        2989,
+        2989,
+    ),
+    _read("smallest_no_train_loss", "Smallest value without training loss", -150),
+    _read("largest_no_train_loss", "Largest value without training loss", 200),
+    _read("smallest_no_hessian", "Smallest value without H", -15),
+    _read("largest_no_hessian", "Largest value without H", 20),
+    _read("smallest_neither", "Smallest value without either", -20),
+    _read("largest_neither", "Largest value without either", 25),
+    Claim(
+        "further_fewest_same_label_among_most_harmful",
+        "The fewest such images over 100 further test images",
+        None,
+        1,
+        NUM_MOST_HARMFUL,
+    ),
+    Claim(
+        "further_lowest_label_sign_no_hessian",
+        "The smallest such share without H over 100 further test images",
+        None,
+        0.99,
+        1.0,
+    ),
+    Claim(
+        "actual_pearson_full",
+        "Correlation of influence in full with actual changes of refits",
+        None,
+        0.999,
+        1.0,
+        headline="r with refits: in full, the best ablation",
+    ),
+    Claim(
+        "actual_pearson_best_ablation",
+        "Correlation of the best ablation with actual changes of refits",
+        None,
+        None,
+        0.7,
+        headline="r with refits: in full, the best ablation",
+    ),
+    Claim(
+        "actual_slope_full",
+        "Slope of influence in full on actual changes of refits",
+        None,
+        0.95,
+        1.02,
+    ),
+)
+CHECKS = (
+    Check("num_train", 11_894, 11_894, presets=("standard", "paper")),
+    Check("num_test", 2_163, 2_163, presets=("standard", "paper")),
+    Check("worst_refit_gradient_norm", 0.0, 1e-8),
+)
+FINDING = (
+    "r = {actual_pearson_full} predicted against actual in full, {actual_pearson_best_ablation} by "
+    "the best ablation"
 )
 
 DEVIATIONS = (
@@ -115,8 +187,11 @@ DEVIATIONS = (
     "Penalty: without H, the sign of a row's value agrees with the sign of its label in all rows "
     "(agreement 1.0). This holds only if L(z) is the loss without the penalty, as in the "
     "expression of section 2.4. The authors' code and the paper's figure add the penalty's "
-    "gradient to the gradient of each row. This shifts the values of all rows by the same amount "
-    "(below 2e-3; the largest value is 18.6). The agreement is then .948.",
+    "gradient to the gradient of each row. This shifts the values of all rows by the same amount, "
+    "a ten-thousandth of the largest value. The agreement is then the metric "
+    "label_sign_no_hessian_with_penalty.",
+    "Ranges: the paper prints no number of this figure. We read the smallest and largest values "
+    "off it by eye, to a fifth.",
     "Beyond the paper: we remove the largest rows by each of the four variants and refit the "
     "model. We repeat all of this for 100 further test points.",
 )
@@ -261,9 +336,9 @@ def draw(record: Record) -> Any:
     arrays, metrics = record.arrays, record.metrics
     digit, shown = int(metrics["test_digit"]), int(metrics["shown_row"])
     full, same = arrays["values"][0], arrays["same_label"]
-    with plt.rc_context({"font.size": 8, "axes.titlesize": 9}):
-        figure = plt.figure(figsize=(6.75, 4.7), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 8.5, "legend.frameon": False}):
+        figure = plt.figure(figsize=(6.75, 5.0), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
         axes = above.subplots(1, 3, sharey=True)
         order = np.random.default_rng(0).permutation(len(full))  # neither class hides the other
         colours = np.where(same, _SAME, _OTHER)[order]
@@ -273,16 +348,18 @@ def draw(record: Record) -> Any:
             axis.scatter(value[order], full[order], c=colours, s=5, linewidths=0, rasterized=True)
             axis.plot(value[shown], full[shown], "ko", markersize=6, fillstyle="none")
             title = _LOOKS[name][2]
-            axis.set(title=title[0].upper() + title[1:], xlabel="$n$ × predicted change (nats)")
+            axis.set_title(title[0].upper() + title[1:])
             axis.text(
                 0.04,
                 0.96,
-                f"r = {rounded_down(metrics[f'pearson_{name}'])}",
+                f"r = {rounded(metrics[f'pearson_{name}'])}",
                 transform=axis.transAxes,
                 va="top",
             )
             axis.locator_params(nbins=5)
-        axes[0].set_ylabel("In full:\n$n$ × predicted change (nats)")
+        axes[0].set_ylabel("In full: $n$ × predicted change\nof the test loss (nats)")
+        # Without its factors the value is no change of a loss, so it has no unit.
+        axes[1].set_xlabel("The same expression without these factors")
         others = [d for d in DIGITS if d != digit]
         looks: list[dict[str, Any]] = [
             {"color": _SAME, "label": f"a {digit}, as the test image"},
@@ -290,31 +367,46 @@ def draw(record: Record) -> Any:
             {"color": "black", "fillstyle": "none", "label": "the harmful image below"},
         ]
         marks = [Line2D([], [], linestyle="", marker="o", markersize=4, **look) for look in looks]
-        above.legend(handles=marks, loc="outside upper center", ncols=3, frameon=False)
+        above.legend(handles=marks, loc="outside upper center", ncols=3)
 
-        test, harmful, axis = below.subplots(1, 3, width_ratios=[0.7, 0.7, 1])
+        test, harmful, axis = below.subplots(1, 3, width_ratios=[0.75, 0.75, 1.5])
         for image, name, title in (
             (test, "test_image", f"Test image: a {digit}"),
             (harmful, "harmful_image", f"A {digit} that harms it"),
         ):
             image.imshow(arrays[name], cmap="gray_r", interpolation="nearest")
             image.set(title=title, xticks=[], yticks=[])
-        actual = arrays["actual"]
-        reach = 1.08 * np.abs(actual).max()
-        axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=0)
-        for k in (1, 2, 3, 0):  # draw the full influence last, on top
-            marker, colour, label = _LOOKS[VARIANTS[k]]
-            pearson = rounded_down(metrics[f"actual_pearson_{VARIANTS[k]}"])
-            axis.scatter(actual, arrays["values"][k][arrays["rows"]], s=9, marker=marker,
-                         color=colour, linewidths=0, label=f"{label},\nr = {pearson}")  # fmt: skip
-        axis.set(
-            title="Removed and refitted",
-            xlabel="$n$ × actual change (nats)",
-            ylabel="$n$ × predicted change (nats)",
-        )
-        axis.locator_params(nbins=5)
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handletextpad=0.1)
+        _draw_refits(axis, record)
+        for name, panel in zip("abcdef", (*axes, test, harmful, axis), strict=True):
+            letter(panel, name)
     return figure
+
+
+def _draw_refits(axis: Any, record: Record) -> None:
+    """Draw the four variants against the actual changes of refits."""
+    arrays, metrics = record.arrays, record.metrics
+    actual = arrays["actual"]
+    reach = 1.08 * np.abs(actual).max()
+    axis.plot([-reach, reach], [-reach, reach], color="0.6", linewidth=0.8, zorder=0)
+    for k in (1, 2, 3, 0):  # draw the full influence last, on top
+        marker, colour, label = _LOOKS[VARIANTS[k]]
+        pearson = rounded(metrics[f"actual_pearson_{VARIANTS[k]}"])
+        axis.scatter(
+            actual,
+            arrays["values"][k][arrays["rows"]],
+            s=9,
+            marker=marker,
+            color=colour,
+            linewidths=0,
+            label=f"{label},\nr = {pearson}",
+        )
+    axis.set(
+        title="Removed and refitted",
+        xlabel="$n$ × actual change (nats)",
+        ylabel="$n$ × predicted change",
+    )
+    axis.locator_params(nbins=5)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.1, fontsize=7)
 
 
 def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int:

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from experiments import load
 from experiments.harness import options
-from experiments.harness.record import Claim, Record
+from experiments.harness.claims import RELEASED, SHORTENED, Check, Claim, Published
+from experiments.harness.record import Record
+from experiments.shared import compare
 from influence import BinaryLogisticRegression, Examples, Influence
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
@@ -85,20 +87,99 @@ PRESETS = {
     "paper": Config(),
 }
 
+# The published curves of figure 6 at 5, 10, ..., 30 % checked, read off the notebook's figure: the
+# share of flips found to .01, the accuracy to .002.
+_PUBLISHED = {
+    ("found", "published"): (0.42, 0.62, 0.72, 0.79, 0.83, 0.86),
+    ("found", "loss"): (0.35, 0.52, 0.62, 0.70, 0.75, 0.79),
+    ("found", "random"): (0.05, 0.10, 0.15, 0.20, 0.25, 0.30),
+    ("accuracy", "published"): (0.938, 0.955, 0.963, 0.967, 0.970, 0.972),
+    ("accuracy", "loss"): (0.912, 0.932, 0.943, 0.951, 0.955, 0.960),
+    ("accuracy", "random"): (0.894, 0.898, 0.902, 0.907, 0.912, 0.916),
+}
+_PERCENT = (5, 10, 15, 20, 25, 30)
+_SOURCE = "figure 6, read off fig6_input_checking.ipynb"
+_ORDERS = {"published": "self-influence as published", "loss": "training loss", "random": "chance"}
+_MEASURES = {"found": "Share of the flips found", "accuracy": "Test accuracy"}
+# The headlines show these two budgets.
+_TOLD = (10, 30)
+
+
+def _accuracy_of(value: float) -> Published:
+    """A published accuracy. Two binomial standard errors over 1,035 mails are its uncertainty."""
+    return Published(_SOURCE, value, 2 * (value * (1 - value) / 1035) ** 0.5, RELEASED)
+
+
+def _point(measure: str, method: str, percent: int, value: float) -> Claim:
+    told = method == "published" and percent in _TOLD
+    what = {"found": "share of flips found", "accuracy": "test accuracy"}[measure]
+    return Claim(
+        f"{measure}_{method}_{percent}",
+        f"{_MEASURES[measure]} with {percent} % checked, by {_ORDERS[method]}",
+        Published(_SOURCE, value, None, RELEASED) if measure == "found" else _accuracy_of(value),
+        headline=f"{what} with 10 and 30 % checked, as published" if told else "",
+    )
+
+
 CLAIMS = (
-    Claim("accuracy_clean", 0.976, 0.96, 0.985),
-    Claim("accuracy_flipped", 0.888, 0.86, 0.92),
-    Claim("found_published_10", 0.62, 0.55, 0.72),
-    Claim("found_published_30", 0.86, 0.80, 1.0),
-    Claim("found_influence_10", None, 0.50, 0.72),
-    Claim("found_random_10", 0.10, 0.08, 0.12, stand_in=True),
-    Claim("least_lead_of_published_over_loss", 0.07, 0.0, 1.0, stand_in=True),
-    Claim("least_lead_of_influence_over_loss", None, 0.0, 1.0, stand_in=True),
-    Claim("least_lead_of_loss_over_random", 0.30, 0.0, 1.0, stand_in=True),
-    Claim("accuracy_published_10", 0.955, 0.94, 0.97),
-    Claim("accuracy_published_30", 0.972, 0.957, 0.987),
-    Claim("shared_with_library", None, 0.99, 1.0, stand_in=True),
-    Claim("worst_gradient_norm", None, 0.0, 1e-8, stand_in=True),
+    *(
+        _point(measure, method, percent, value)
+        for (measure, method), values in _PUBLISHED.items()
+        for percent, value in zip(_PERCENT, values, strict=True)
+    ),
+    Claim("accuracy_clean", "Test accuracy with no label flipped", _accuracy_of(0.976)),
+    Claim("accuracy_flipped", "Test accuracy with the flips, nothing checked", _accuracy_of(0.888)),
+    Claim(
+        "least_lead_of_published_over_loss",
+        "Smallest lead in flips found of influence as published over loss, 10 % flipped",
+        Published(_SOURCE, 0.07, None, RELEASED),
+    ),
+    Claim(
+        "least_lead_of_loss_over_random",
+        "Smallest lead in flips found of loss over chance, 10 % flipped",
+        Published(_SOURCE, 0.30, None, RELEASED),
+    ),
+    Claim(
+        "found_influence_10",
+        "Share of the flips found with 10 % checked, by the corrected score",
+        None,
+        0.50,
+        0.72,
+        headline="share of flips found with 10 % checked, corrected score",
+    ),
+    Claim(
+        "least_lead_of_influence_over_loss",
+        "Smallest lead in flips found of the corrected score over loss, 10 % flipped",
+        None,
+        0.0,
+        1.0,
+        headline="smallest lead in flips found of the corrected score over loss: 10 % flipped, "
+        "any share flipped",
+    ),
+    Claim(
+        "least_lead_of_influence_over_loss_at_any_flip_rate",
+        "The same over all flip rates. From 15 % flipped on, loss finds more in the first 5 % "
+        "checked",
+        None,
+        0.0,
+        1.0,
+        presets=("paper",),
+        headline="smallest lead in flips found of the corrected score over loss: 10 % flipped, "
+        "any share flipped",
+    ),
+)
+CHECKS = (
+    Check("found_random_10", 0.08, 0.12),
+    Check("least_lead_of_published_over_loss", 0.0, 1.0),
+    Check("least_lead_of_influence_over_loss", 0.0, 1.0),
+    Check("least_lead_of_loss_over_random", 0.0, 1.0),
+    Check("shared_with_library", 0.99, 1.0),
+    Check("worst_gradient_norm", 0.0, 1e-8),
+)
+CONDITIONS = {"standard": SHORTENED}
+FINDING = (
+    "self-influence finds a share of {found_influence_10} of the flips in a tenth of the mails, "
+    "loss {found_loss_10} and chance {found_random_10}"
 )
 
 DEVIATIONS = (
@@ -192,46 +273,106 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the paper's two panels: test accuracy and flips found against the share checked."""
+    """Draw the paper's two panels and, with several flip rates, the lead of influence over loss.
+
+    The published curves are thin and grey. A record of stand-in data has none.
+    """
     import matplotlib.pyplot as plt
 
     arrays, metrics = record.arrays, record.metrics
     at = arrays["flip_steps"].tolist().index(_FIGURE)
-    figure, axes = plt.subplots(1, 2, figsize=(6.75, 3.2), layout="constrained")
-    checked = 100 * arrays["checked_share"]
-    for axis, name, scale in zip(axes, ("accuracy", "found"), (1, 100), strict=True):
-        means, errors = (scale * arrays[f"{name}_{kind}"][at] for kind in ("mean", "error"))
-        for mean, error, (label, color, marker) in zip(means, errors, _LOOKS, strict=True):
-            axis.errorbar(checked, mean, error, label=label, color=color, marker=marker,
-                          markersize=4, linewidth=1.2, capsize=2)  # fmt: skip
-        axis.set(xlabel="Training mails checked (%)", xticks=np.round(checked))
-    lines = (("clean", "no label flipped", "--", 3), ("flipped", "flipped, none checked", ":", -9))
-    for name, text, style, points in lines:
-        level = metrics[f"accuracy_{name}"]
-        axes[0].axhline(level, color="0.3", linestyle=style, linewidth=1)
-        axes[0].annotate(
-            text,
-            (checked[-1], level),
-            xytext=(0, points),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7.5,
-            color="0.3",
+    several = len(arrays["flip_steps"]) > 1
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 8.5}):
+        figure, axes = plt.subplots(
+            1, 2 + several, figsize=(6.75, 2.9), layout="constrained", squeeze=False
         )
-    axes[0].margins(y=0.12)
-    axes[0].set_ylabel("Test accuracy")
-    axes[1].set(ylabel="Flipped labels found (%)", ylim=(0, 100))
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-    )
-    share, draws = 100 * arrays["flipped_share"][at], arrays["accuracy_flipped"].shape[1]
-    title = f"{share:.0f} % of training labels flipped: mean and standard error of {draws} draws"
-    figure.suptitle(title, fontsize=9.5)
+        (accuracy, found, *others) = axes[0]
+        checked = np.append(0, 100 * arrays["checked_share"])
+        for axis, name, scale in ((accuracy, "accuracy", 1), (found, "found", 100)):
+            means, errors = (scale * arrays[f"{name}_{kind}"][at] for kind in ("mean", "error"))
+            # With nothing checked, no flip is found, and the accuracy is that of the flipped model.
+            start = metrics["accuracy_flipped"] if name == "accuracy" else 0.0
+            if not record.data.get("stand_in", True):
+                _draw_published(axis, name, scale)
+            for mean, error, (label, color, marker) in zip(means, errors, _LOOKS, strict=True):
+                axis.errorbar(checked, np.append(start, mean), np.append(0, error), label=label,
+                              color=color, marker=marker, markersize=3.5, linewidth=1.2, capsize=2,
+                              markevery=slice(1, None), zorder=2)  # fmt: skip
+            axis.set(xlabel="Mails checked (%)", xticks=np.round(checked))
+        for name, text, style in (
+            ("clean", "no label flipped", "--"),
+            ("flipped", "flipped, none checked", ":"),
+        ):
+            level = metrics[f"accuracy_{name}"]
+            accuracy.axhline(level, color="0.3", linestyle=style, linewidth=1, zorder=0)
+            accuracy.annotate(
+                text,
+                (checked[-1], level),
+                xytext=(0, 3 if name == "clean" else -9),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7,
+                color="0.3",
+            )
+        accuracy.margins(y=0.12)
+        accuracy.set_ylabel("Test accuracy")
+        found.set(ylabel="Flips found (%)", ylim=(0, 100))
+        share, draws = 100 * arrays["flipped_share"][at], arrays["accuracy_flipped"].shape[1]
+        titles = [f"{share:.0f} % flipped, {draws} draws"] * 2
+        if several:
+            _draw_leads(others[0], arrays)
+            titles.append("Other shares flipped")
+        for letter, axis, title in zip("abc", axes[0], titles, strict=False):
+            axis.set_title(title)
+            compare.letter(axis, letter)
+        handles, labels = found.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        figure.legend(
+            once.values(), once.keys(), loc="outside lower center", ncols=5, frameon=False,
+            fontsize=7, columnspacing=1.2, handlelength=1.6,
+        )  # fmt: skip
     return figure
+
+
+def _draw_published(axis: Any, name: str, scale: float) -> None:
+    """Draw the published curves of one measure. The first has the label of all three."""
+    label = "published curves"
+    for (measure, _), values in _PUBLISHED.items():
+        if measure == name:
+            curve = scale * np.array(values)
+            axis.plot(_PERCENT, curve, color="0.55", linewidth=0.9, zorder=1, label=label)
+            label = None
+
+
+def _draw_leads(axis: Any, arrays: Any) -> None:
+    """Draw how many more flips influence finds than loss, over the share of labels flipped."""
+    import seaborn
+
+    found = 100 * arrays["found"]  # (flip step, repeat, method, check step)
+    lead = found[:, :, METHODS.index("influence")] - found[:, :, METHODS.index("loss")]
+    error = lead.std(axis=1, ddof=1) / np.sqrt(lead.shape[1])
+    flipped, checked = 100 * arrays["flipped_share"], 100 * arrays["checked_share"]
+    colours = seaborn.color_palette("viridis", len(checked))
+    for j in range(len(checked)):
+        axis.errorbar(flipped, lead[..., j].mean(axis=1), error[:, j], color=colours[j], marker=".",
+                      linewidth=1.1, capsize=1.5, label=f"{checked[j]:.0f} %")  # fmt: skip
+    axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    axis.set(
+        xlabel="Labels flipped (%)",
+        ylabel="Lead of $\\sigma^2$ over loss (points)",
+        xticks=np.round(flipped),
+    )
+    axis.set_ylim(top=1.45 * lead.mean(axis=1).max())  # room for the legend
+    axis.legend(
+        title="mails checked",
+        loc="upper center",
+        frameon=False,
+        fontsize=6.5,
+        title_fontsize=6.5,
+        ncols=3,
+        columnspacing=0.8,
+        handlelength=1.2,
+    )
 
 
 # Each method of METHODS has a label, a colour and a marker.

@@ -16,10 +16,11 @@ import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
+from experiments.fig5_attack import claims
 from experiments.fig5_attack.attacks import RULES, SIGNS, group, of_group, over_all, single
 from experiments.fig5_attack.heads import LEVEL, Head, alike, chosen, fitted, heads_of, right
 from experiments.harness import options
-from experiments.harness.record import Claim, Record
+from experiments.harness.record import Record
 from experiments.shared import trunks
 from influence.attack.poison import Rule
 from influence.common.checkpoint import kept
@@ -119,67 +120,9 @@ PRESETS = {
     ),
     "paper": Config(),
 }  # fmt: skip
-
-_HERE, _THERE = ("standard",), ("paper",)
-CLAIMS = (
-    Claim("best_flipped_10_mobilenet", 0.998, 0.95, 1.0, presets=_HERE),
-    Claim("best_flipped_2_inception", 0.77, 0.40, 1.0, presets=_HERE),
-    Claim("times_as_many_by_best_rule_with_2_mobilenet", None, 1.5, None, presets=_HERE),
-    Claim("gain_from_1_to_10_by_papers_rule", 0.43, 0.1, 1.0, presets=("standard", "paper")),
-    Claim("group_half_flipped", None, 1.0, 1.0, presets=_HERE),
-    Claim("confirmed_by_cold_refit", None, 1.0, 1.0, stand_in=True),
-    Claim("byte_equal", None, 1.0, 1.0, stand_in=True),
-    Claim("worst_gradient_norm", None, 0.0, 1e-9, stand_in=True),
-    Claim("heads_as_chosen", None, 1.0, 1.0, presets=_HERE),
-    Claim("test_accuracy_mobilenet", 0.985, 0.97, 0.995, presets=_HERE),
-    Claim("test_accuracy_inception", 0.985, 0.97, 0.995, presets=_HERE),
-    Claim("paper_flipped_1_inception-keras", 0.57, 0.45, 0.70, presets=_THERE),
-    Claim("paper_flipped_2_inception-keras", 0.77, 0.65, 0.90, presets=_THERE),
-    Claim("paper_flipped_10_inception-keras", 0.998, 0.95, 1.0, presets=_THERE),
-    Claim("test_accuracy_inception-keras", 0.985, 0.97, 0.995, presets=_THERE),
-)
-
-DEVIATIONS = (
-    "Photographs: we use English springer against tench. The paper uses all dogs against all "
-    "fish. The paper's photographs are not available here. The numbers are not comparable image "
-    "by image.",
-    "Networks: we use MobileNet (width .75) and Inception up to mixed8. The paper uses "
-    "Inception's pool features. The last layers of the paper's network are not available here.",
-    "Head: its features are not standardised. A rule chooses the layer and the weight decay from "
-    "the training images only (fig5_attack/heads.py, the arrays `choice_...`). The held-out "
-    "accuracy must be within a standard error of the paper's .985. Among these heads, the rule "
-    "takes the one whose training loss is nearest to the paper's .0040. The weight decay of the "
-    "authors' code, 1e-3, gives training losses ten times as high here.",
-    "Box: we let each pixel move by .49 of a level to each side, and compare every rounded byte "
-    "with the original. The box of the authors' code is closed at .5. float32 goes slightly "
-    "beyond it, so the poisons of the authors' code do not round to their originals.",
-    "Paper's rule: we take 20 steps of .1 of a level (standard). The authors' code takes 100 "
-    "steps of .02. On eight images at MobileNet and five at Inception, both needed the same "
-    "number of poisons.",
-    "Ranking: we compute the L1 norm of the derivative with respect to the pixels for 64 of the "
-    "1,800 training images. These images have the largest derivative with respect to the "
-    "features. The ten images with the largest L1 norms were at places up to 34 among the 64.",
-    "Test images: we attack 60 (standard), drawn at random among those that the head classifies "
-    "correctly. The paper attacks 591. Success with k poisons means success with k or fewer, "
-    "because the authors' code stops at the first success. With one poison the rule has two "
-    "tries.",
-    "Best rule: it is not the paper's. Its steps decay and have momentum. Entries whose "
-    "derivative is below half of the mean move in proportion to their derivative. Six training "
-    "images are first moved one at a time. The most effective of these become poisons, and the "
-    "others are ranked again at the new weights. If the poisons do not flip the image, the rule "
-    "restarts elsewhere in the boxes. Its parameters were set after trials on eight of the test "
-    "images at MobileNet and six at Inception.",
-    "Success with two poisons: at MobileNet, the best rule flips 45 images and the paper's rule "
-    "28. At Inception, the best rule flips all 60 and the paper's rule 49. In all, the best rule "
-    "flips 1.36 times as many (standard). At Inception a factor of 1.5 is impossible, because "
-    "there are only 60 images.",
-    "Group: we attack a test image and the 29 images of its class with the nearest features. The "
-    "head classifies all of them correctly before the attack. The authors' code uses 30 "
-    "photographs of one dog.",
-    "Poisons of the group: the single poison is the image of the other class of which the head is "
-    "least sure. In the authors' code, it was also the image of which the head was least sure "
-    "among all training images. The many poisons use the best rule without restarts.",
-)
+CLAIMS, CHECKS = claims.CLAIMS, claims.CHECKS
+FINDING, DEVIATIONS = claims.FINDING, claims.DEVIATIONS
+CONDITIONS = claims.CONDITIONS
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:

@@ -18,6 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from experiments.harness.claims import NOT_COMPARABLE, NOT_REPRODUCED, OURS, PAPER
+
 # A record.json, an arrays.h5 (packed or unpacked) and a figure may have at most these many bytes.
 _MOST_TEXT, MOST_ARRAYS, _MOST_FIGURE = 1 << 24, 1 << 28, 1 << 25
 # A chunk counts as at least this many bytes. This also limits the number of chunks.
@@ -43,6 +45,11 @@ _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _VERDICT = ("true, false or null", lambda value: value is None or isinstance(value, bool))
 _NUMBER = ("a finite number or null", lambda value: value is None or _is_number(value))
 _PLAIN = (f"nested at most {_MOST_DEPTH} deep", _is_shallow)
+# These are the texts and the numbers of a claim.
+_TEXTS = ("metric", "sentence", "words", "source", "kind", "verdict", "headline")
+_NUMBERS = ("paper", "low", "high", "value")
+# A claim of formats 0 and 1 has these keys.
+_OLD_CLAIM = {"metric", "holds", *_NUMBERS}
 # This is the form of a record. A dict must have exactly these keys. If one key is `...`, any other
 # keys are allowed, their values must be of its kind, and no key is required. A list may have any
 # number of entries of its one kind.
@@ -53,8 +60,9 @@ _RECORD = {
     "data": {"name": _TEXT, "stand_in": _FLAG, "sha256": _TEXT},
     "metrics": {...: _NUMBER},
     "claims": [
-        {"metric": _TEXT, "holds": _VERDICT}
-        | dict.fromkeys(("paper", "low", "high", "value"), _NUMBER)
+        {"holds": _VERDICT, "interval": [_NUMBER]}
+        | dict.fromkeys(_TEXTS, _TEXT)
+        | dict.fromkeys(_NUMBERS, _NUMBER)
     ],
     "provenance": {"versions": {...: _TEXT}, ...: _PLAIN},
 }
@@ -86,6 +94,31 @@ def check(value: Any, kind: Any = _RECORD, name: str = "record") -> None:
     elif isinstance(kind, dict):
         for key, entry in value.items():
             check(entry, kind.get(key, kind.get(...)), f"{name}[{reprlib.repr(key)}]")
+
+
+def with_sentences(content: dict[str, Any]) -> None:
+    """Complete the claims of a record of formats 0 and 1, which have no sentences.
+
+    The metric's name replaces the sentence. The verdict says only if the metric lies in its band.
+
+    Args:
+      content: the record, as read from record.json. It is changed in place. A claim of another form
+        is left as it is, so that `check` refuses it.
+    """
+    claims = content.get("claims")
+    for claim in claims if isinstance(claims, list) else ():
+        if isinstance(claim, dict) and claim.keys() == _OLD_CLAIM:
+            known = claim["paper"] is not None
+            missed = known and claim["holds"] is False
+            claim.update(
+                sentence=claim["metric"],
+                words="",
+                source="",
+                kind=PAPER if known else OURS,
+                interval=[],
+                verdict=NOT_REPRODUCED if missed else NOT_COMPARABLE,
+                headline="",
+            )
 
 
 def contents(path: Path, most: int) -> bytes:

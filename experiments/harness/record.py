@@ -24,64 +24,15 @@ from experiments.harness import reading
 from influence_console import shown
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
-# Both files have this format. A record of format 0 has no checksum and does not name its format.
-_FORMAT = 1
+# Both files have this format. Format 1 has claims without sentences. Format 0 has also no checksum
+# and does not name its format.
+_FORMAT, _OLD_FORMAT = 2, 1
 # A record may have this many bytes of arrays. The reader allows more, because HDF5 pads chunks.
 _MOST_BYTES = reading.MOST_ARRAYS // 4
 _ROOT = Path(__file__).resolve().parents[2]
 # The results depend on these files.
 _CODE = ("influence", "experiments", "data", "requirements.txt")
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A band for one metric. The paper's result is reproduced if low <= metric <= high.
-
-    Args:
-      metric: name of the metric in `Record.metrics`.
-      paper: the paper's value, or None if the paper gives no value.
-      low, high: the ends of the band. None means no limit on that side.
-      stand_in: True if runs on stand-in data are judged too. Runs on real data are always judged.
-      presets: the presets that compute the metric, or None for all presets.
-    Raises: ValueError if the band is empty.
-    """
-
-    metric: str
-    paper: float | None
-    low: float | None
-    high: float | None
-    stand_in: bool = False
-    presets: tuple[str, ...] | None = None
-
-    def __post_init__(self):
-        if not (_or(self.low, -math.inf) <= _or(self.high, math.inf)):
-            raise ValueError(
-                f"low must not exceed high, got {self.low} and {self.high} for {self.metric}."
-            )
-
-    def judge(self, metrics: Mapping[str, float], *, stand_in: bool) -> dict[str, Any]:
-        """Compare a run's metric with the band.
-
-        Args:
-          metrics: the run's metrics.
-          stand_in: True if the run used stand-in data.
-        Returns: the verdict, a dict with the keys metric, paper, low, high, value and holds. holds
-          is None if the claim is not judged. If the metric is missing, NaN or infinite, value is
-          None and a judged claim does not hold.
-        """
-        value = metrics.get(self.metric, math.nan)
-        within = _or(self.low, -math.inf) <= value <= _or(self.high, math.inf)
-        judged = self.stand_in or not stand_in
-        verdict = {
-            "metric": self.metric,
-            "paper": self.paper,
-            "low": self.low,
-            "high": self.high,
-            "value": value,
-            "holds": math.isfinite(value) and within if judged else None,
-        }
-        return _plain(verdict, "claim")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +45,7 @@ class Record:
       data: the name, stand_in and sha256 of the Splits.
       metrics: dict of numbers. The claims judge some of them.
       arrays: dict of arrays, from which the figure is drawn. Texts are stored as bytes.
-      claims: one verdict per claim, from `Claim.judge`.
+      claims: one verdict per claim, from `Claim.judge` of `harness.claims`.
       provenance: seed, commit, versions, cpu_count, resumed, seconds, peak_rss_mb.
       has_checksum: False if the record was read from files of format 0, so that alterations cannot
         be detected. `save` always writes a checksum.
@@ -153,15 +104,7 @@ class Record:
         Raises: TypeError if a value cannot be written as JSON; ValueError if `load` would refuse
           the record; OSError if the folder cannot be written to.
         """
-        text = to_json(
-            {
-                f.name: getattr(self, f.name)
-                for f in dataclasses.fields(self)
-                if f.name not in ("arrays", "has_checksum")
-            }
-        )
-        content = json.loads(text)
-        reading.check(content)
+        content = self._content()
         folder.mkdir(parents=True, exist_ok=True)
         # The file is made in memory, because HDF5 ends the process if it cannot write a file.
         with h5py.File(ARRAYS, "w", driver="core", backing_store=False) as file:
@@ -170,12 +113,34 @@ class Record:
                 file.create_dataset(name, data=array, track_times=False, **packing)
             file.flush()
             image = file.id.get_file_image()
-        content["format"] = _FORMAT
-        content["sha256"] = _checksum(content, image)
         # Both files are written before either replaces an older one.
         with replacing(folder / ARRAYS) as arrays, replacing(folder / RECORD) as record:
             arrays.write_bytes(image)
-            record.write_text(to_json(content), encoding="utf-8")
+            record.write_text(_sealed(content, image), encoding="utf-8")
+
+    def save_claims(self, folder: Path) -> None:
+        """Write record.json anew beside the arrays.h5 that this record was loaded from.
+
+        Args:
+          folder: the folder from which `load` read this record.
+        Raises: as `load` and `save`; ValueError if the folder holds another record.
+        """
+        there = Record.load(folder)
+        image = reading.contents(folder / ARRAYS, reading.MOST_ARRAYS)
+        claims = dataclasses.replace(self, claims=there.claims)._content()
+        if claims != there._content():
+            raise ValueError(f"only claims may differ from the record in {shown(folder)}.")
+        with replacing(folder / RECORD) as record:
+            record.write_text(_sealed(self._content(), image), encoding="utf-8")
+
+    def _content(self) -> dict[str, Any]:
+        names = [f.name for f in dataclasses.fields(self)]
+        text = to_json(
+            {name: getattr(self, name) for name in names if name not in ("arrays", "has_checksum")}
+        )
+        content = json.loads(text)
+        reading.check(content)
+        return content
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
@@ -197,11 +162,14 @@ class Record:
             packed = reading.contents(folder / ARRAYS, reading.MOST_ARRAYS)
             sealed = {"format", "sha256"} & content.keys()
             sha256, version = content.pop("sha256", None), content.get("format")
-            if sealed and (type(version) is not int or version != _FORMAT):
-                raise ValueError(f"its format must be {_FORMAT}, got {version!r:.20}")
+            if sealed and (type(version) is not int or version not in (_OLD_FORMAT, _FORMAT)):
+                raise ValueError(
+                    f"its format must be {_OLD_FORMAT} or {_FORMAT}, got {version!r:.20}"
+                )
             if sealed and sha256 != _checksum(content, packed):
                 raise ValueError(f"its checksum is another: {RECORD} or {ARRAYS} was altered")
-            content.pop("format", None)
+            if content.pop("format", 0) != _FORMAT:
+                reading.with_sentences(content)
             reading.check(content)
             content["metrics"] = {k: _or(v, math.nan) for k, v in content["metrics"].items()}
             return cls(**content, arrays=reading.arrays(packed), has_checksum=bool(sealed))
@@ -297,6 +265,12 @@ def _peak_rss_mb() -> int:
 def _checksum(content: dict[str, Any], arrays: bytes) -> str:
     """Compute the SHA-256 of a record.json without its checksum, followed by an arrays.h5."""
     return hashlib.sha256(to_json(content).encode() + arrays).hexdigest()
+
+
+def _sealed(content: dict[str, Any], arrays: bytes) -> str:
+    """Return the text of record.json with its format and checksum."""
+    content = content | {"format": _FORMAT}
+    return to_json(content | {"sha256": _checksum(content, arrays)})
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import influence_console as console
-from experiments.harness import report
+from experiments.harness import claims, report
 from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
@@ -62,6 +63,7 @@ class Job:
       config: the preset's Config, or one that differs from it in some options.
       data_dir: folder to search first for the data, or None.
       out: folder that contains, or will contain, `folder`.
+      brief: True if a run on stand-in data should print only its result, in one line.
     """
 
     command: str
@@ -70,6 +72,7 @@ class Job:
     config: Any
     data_dir: Path | None
     out: Path
+    brief: bool = False
 
     @property
     def folder(self) -> Path:
@@ -86,7 +89,7 @@ def run(job: Job) -> bool:
 
     Args:
       job: the experiment.
-    Returns: True if every judged claim holds.
+    Returns: True if every claim that is compared holds and every check passes.
     Raises: Misuse if the folder is not writable, the data is missing, or an option does not fit the
       size of the data; Unwritten if a file cannot be written.
     """
@@ -123,7 +126,7 @@ def redraw(job: Job) -> bool:
 
     Args:
       job: the experiment.
-    Returns: True if every judged claim holds.
+    Returns: True if every claim that is compared holds and every check passes.
     Raises: Misuse if there is no record or the folder cannot be written to; Unwritten if a file
       cannot be written.
     """
@@ -134,11 +137,13 @@ def redraw(job: Job) -> bool:
     _check_writable(job.folder)
     with writing_to(job.folder):
         _draw(job.module, record, job.folder)
-    print(_verdicts(record, job.module))
-    print(
-        f"{console.shown(job.folder)}: record.json, arrays.h5, figure.png, figure.pdf", flush=True
-    )
-    return record.holds
+    if record.data["stand_in"]:
+        say(f"{job.command}: {_finding(record, job.module)}")
+    else:
+        say(_verdicts(record, job.module))
+    if not job.brief:
+        say(f"{console.shown(job.folder)}: record.json, arrays.h5, figure.png, figure.pdf")
+    return record.holds and not claims.failed(job.module, job.preset, record.metrics)
 
 
 def say(line: str) -> None:
@@ -171,7 +176,8 @@ def _compute(job: Job) -> tuple[Record, Any]:
     module = job.module
     name = module.STAND_IN if job.preset == SMOKE else module.DATA
     with provenance(job.config.seed) as facts:
-        say(f"{job.command}: reading {name}")
+        if not job.brief:
+            say(f"{job.command}: reading {name}")
         try:
             splits = data.load(name, job.data_dir, dtype=getattr(module, "DTYPE", _DTYPE))
         except (OSError, ValueError) as error:
@@ -181,7 +187,8 @@ def _compute(job: Job) -> tuple[Record, Any]:
         about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
         checkpoints = _checkpoints(job, about)
         facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is only a part
-        say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
+        if not job.brief:
+            say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
         keras.backend.clear_session()  # discard the state of earlier experiments
         keras.utils.set_random_seed(job.config.seed)
         result = module.run(job.config, splits, checkpoints=checkpoints)
@@ -191,11 +198,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
         preset=job.preset,
         config=dataclasses.asdict(job.config),
         data=about,
-        claims=[
-            claim.judge(result.metrics, stand_in=splits.stand_in)
-            for claim in module.CLAIMS
-            if claim.presets is None or job.preset in claim.presets
-        ],
+        claims=claims.judged(module, job.preset, result.metrics, stand_in=splits.stand_in),
         provenance=facts,
     )
     return record, splits
@@ -246,11 +249,37 @@ def _write(figure: Any, *paths: Path) -> None:
 
 
 def _verdicts(record: Record, module: ModuleType) -> str:
-    head = ("metric", "ours", "paper", "band", "verdict")
-    lines = [head] + [tuple(row[key] for key in head) for row in report.rows(record)]
+    """Return a table of the claims. A sentence is long, so it comes last."""
+    head = {"verdict": "verdict", "ours": "ours", "paper": "paper", "band": "band"}
+    lines = [tuple(row[key] for key in head) for row in (head, *report.rows(record))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    said = ["claim", *(claim["sentence"] for claim in record.claims)]
+    rows = (
+        "  ".join([*map(str.ljust, line, widths), words])
+        for line, words in zip(lines, said, strict=True)
+    )
     title = f"\n{record.experiment}, preset {record.preset}"
-    if record.data["stand_in"]:
-        title += f", on stand-in data: {record.data['name']}, not {module.DATA}"
-    rows = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n  ".join([title, *rows])
+    return "\n  ".join([title, *rows, f"{_checked(record, module)}."])
+
+
+def _finding(record: Record, module: ModuleType) -> str:
+    """Say the result on stand-in data in one line, without the paper's values."""
+    found = re.sub(  # a metric's name may have a dot, so str.format does not serve
+        r"\{(.+?)\}", lambda name: report.number(record.metrics[name[1]]), module.FINDING
+    )
+    where = f"on {record.data['name']}, a stand-in for {module.DATA}"
+    return f"{found} {where}; {_checked(record, module)}"
+
+
+def _checked(record: Record, module: ModuleType) -> str:
+    every = claims.of_preset(module.CHECKS, record.preset)
+    bad = claims.failed(module, record.preset, record.metrics)
+    said = f"{len(every) - len(bad)} {'check' if len(every) - len(bad) == 1 else 'checks'} passed"
+    if not bad:
+        return said
+    wrong = (
+        f"{check.metric} = {report.number(record.metrics.get(check.metric))}, not within "
+        f"{check.low} to {check.high}"
+        for check in bad
+    )
+    return f"{said}, {len(bad)} FAILED: {'; '.join(wrong)}"

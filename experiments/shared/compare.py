@@ -1,6 +1,5 @@
 """Comparisons of predicted with actual changes, by summary statistics and in plots."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -114,9 +113,21 @@ def largest_bars(
     return order
 
 
-def rounded_down(correlation: float) -> str:
-    """Format a correlation rounded down, with enough digits to differ from 1: 0.99999, 0.86."""
+def letter(axis: Any, name: str) -> None:
+    """Write the bold letter of a panel above its upper left corner."""
+    axis.annotate(
+        name, (0, 1), xycoords="axes fraction", xytext=(-4, 4), textcoords="offset points",
+        ha="right", va="bottom", fontweight="bold", fontsize=9, annotation_clip=False,
+    )  # fmt: skip
+
+
+def rounded(correlation: float) -> str:
+    """Format a correlation with two decimals, and more where it would be shown as 1: 0.99999.
+
+    A correlation below 1 is never rounded to 1: from 0.9999995 on, 0.999999 is shown.
+    """
     digits = 2
-    while digits < 6 and correlation > 1 - 10.0**-digits:
+    while digits < 6 and float(f"{correlation:.{digits}f}") >= 1:
         digits += 1
-    return f"{math.floor(correlation * 10**digits) / 10**digits:.{digits}f}"
+    shown = f"{correlation:.{digits}f}"
+    return "0.999999" if correlation < 1 <= float(shown) else shown

@@ -27,8 +27,9 @@ from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.examples.labels import fields, is_packed
+from influence.net.checked import Net, checked
 from influence.net.minimum import TOLERANCE, check_at_minimum
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver

@@ -18,7 +18,8 @@ from influence.common.progress import progress
 from influence.curvature.chain import chain_hessian, mean_matrix
 from influence.curvature.roots import rows_per_batch, sum_of_squares
 from influence.examples.given import Data
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.checked import Net, checked
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import Total
 from influence.net.refused import check_weights
 

@@ -104,18 +104,20 @@ class Featured(Examples):
     def _compute(self) -> None:
         """Compute the features of all rows, unless there is no place for them."""
         start, total = 0, -(-len(self) // _ROWS)
+        where, features = None, {}
         for x, y in progress(self.given.batches(_ROWS), "features of the frozen layers", total):
             found = self.trunk(x)
             if not start:
-                self.where, empty = _place(found, len(self))
-                if self.where == "nowhere":
-                    return
-                self._features = {name: empty(part) for name, part in found.items()}
+                where, empty = _place(found, len(self))
+                if where == "nowhere":
+                    break
+                features = {name: empty(part) for name, part in found.items()}
             for name, part in found.items():
-                self._features[name][start : start + len(y)] = part
+                features[name][start : start + len(y)] = part
             start += len(y)
-        for part in self._features.values():
+        for part in features.values():
             part.setflags(write=False)
+        self.where, self._features = where, features  # last, in case of an interruption
 
 
 def featured(given: Examples, trunk: Any) -> Featured:

@@ -106,6 +106,16 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
     return _of_logits(measurement)
 
 
+def product(y: Any, output: Any) -> Any:
+    """Return y_i . output_i for each row i, with slopes y in place of labels.
+
+    Its gradient is J_i' y_i, where J_i is the Jacobian of the row's outputs. The outputs are
+    reshaped to the shape of y.
+    """
+    both = tf.cast(y, output.dtype) * tf.reshape(output, tf.shape(y))
+    return tf.reduce_sum(tf.reshape(both, [tf.shape(y)[0], -1]), axis=1)
+
+
 def _tensor(value: Any, name: str) -> Any:
     return value if tf.is_tensor(value) else tf.constant(numbers(value, name))
 

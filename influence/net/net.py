@@ -34,6 +34,7 @@ from influence.net.flat import FlatModel
 from influence.net.given import checked_dtype, copied, given, trained_part
 from influence.net.heads import activated, ending
 from influence.net.losses import per_example
+from influence.net.measurements import product
 from influence.net.preprocessing import Preparation
 from influence.net.probe import check_added, check_apart, check_reported, leaves, probe_of
 from influence.net.questions import Total, loss_sum
@@ -44,7 +45,7 @@ from influence.net.refused import (
     check_weights,
     watched_ids,
 )
-from influence.net.saved import is_saved, load_model
+from influence.net.saved import load_model
 
 # Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
 # products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
@@ -205,12 +206,7 @@ class GenericNeuralNet(Derivatives):
             )
         if takes_logits and loss.head is None:
             self.loss.check_logits(f"the measurement {loss.name!r}")
-        view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
-        view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
-        view.ending = self.ending
-        view.flat = FlatModel(self.flat.parts, loss, self.preparation)
-        view.preparation, view.notes = self.preparation, self.notes
-        return view
+        return self._with_loss(loss)
 
     def pulling(self) -> GenericNeuralNet:
         """Return the same model at the same theta, with the loss y . z of labels y (n, c).
@@ -218,9 +214,15 @@ class GenericNeuralNet(Derivatives):
         z (n, c) are the outputs that the net's loss takes, as in `output_terms`. The gradient of
         row i's loss is J_i' y_i, where J_i is the Jacobian of z_i with respect to theta.
         """
-        view = copy.copy(self)
-        view.loss = replace(self.loss, function=_product, keras_function=None, plain=False)
-        view.flat = FlatModel(self.model, view.loss, self.flat.weights, self.preparation)
+        loss = replace(self.loss, function=product, keras_function=None, plain=False)
+        return self._with_loss(loss)
+
+    def _with_loss(self, loss: Any) -> GenericNeuralNet:
+        view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
+        view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
+        view.ending = self.ending
+        view.flat = FlatModel(self.flat.parts, loss, self.preparation)
+        view.preparation, view.notes = self.preparation, self.notes
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
@@ -472,44 +474,3 @@ class GenericNeuralNet(Derivatives):
 
         self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations, product)
         return self
-
-
-# These are the types that `checked` takes for a net.
-Net = GenericNeuralNet | keras.Model | str | os.PathLike
-_NOT_GIVEN: Any = object()
-
-
-def checked(
-    net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN
-) -> tuple[GenericNeuralNet, Examples, Examples]:
-    """Return a net and sets of examples for what a caller gave, and refuse what does not fit.
-
-    Args:
-      net: a GenericNeuralNet, a compiled Keras model, or the path of a saved one.
-      train: data in any form that `GenericNeuralNet.given` takes. The caller may omit it.
-      test: the same.
-
-    Returns: (net, train, test). An omitted set is returned as it came.
-    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet`, of its method
-      `given`, and of `GenericNeuralNet.validate`.
-    """
-    if isinstance(net, keras.Model):
-        net = GenericNeuralNet(net)
-    elif is_saved(net):
-        net = GenericNeuralNet.load(net)
-    if not isinstance(net, GenericNeuralNet):
-        raise TypeError(
-            f"net must be a GenericNeuralNet, got {type(net).__name__}; a compiled Keras model and "
-            "the path of a saved one will do too."
-        )
-    sets = {"train": train, "test": test}
-    for name, examples in sets.items():
-        if examples is not _NOT_GIVEN:
-            sets[name] = net.given(examples, name)
-            net.validate(sets[name], name)
-    return net, sets["train"], sets["test"]
-
-
-def _product(y: Any, z: Any) -> Any:
-    """Return y_i . z_i for each row i."""
-    return tf.reduce_sum(tf.reshape(z, tf.shape(y)) * tf.cast(y, z.dtype), axis=1)

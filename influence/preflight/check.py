@@ -18,7 +18,8 @@ from influence.curvature.operators import (
 )
 from influence.examples.examples import Examples
 from influence.examples.given import Data
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.checked import Net, checked
+from influence.net.net import GenericNeuralNet
 from influence.preflight import hessian, labels, risk, rows
 from influence.preflight.report import Finding, Line, Report
 from influence.preflight.rows import sample

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from influence.common.convergence import warn_user
 from influence.examples.examples import Examples
+from influence.net.measurements import product
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
@@ -134,7 +135,7 @@ class Asked:
             return total / len(self.test) if self.reduce == "mean" else total
         outputs = self.test.each_row(_outputs, self.view, batch_size=size)
         slopes = _slopes(self.reduce, self.view, self.test.y, outputs)
-        pulled = self.view.measuring(_product)
+        pulled = self.view.measuring(product)
         rows = Examples._trusted(self.test.x, slopes)
         return rows.sum_over(Total("gradient"), pulled, batch_size=size)
 
@@ -180,13 +181,6 @@ class Asked:
 def _outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
     """Return the model's outputs for a batch. It is a question, as in influence.net.questions."""
     return net.at(theta).outputs(x)
-
-
-def _product(slopes: Any, output: Any) -> Any:
-    """Return sum_c slopes_ic output_ic for each row i. Its gradient is J_i' slopes_i."""
-    product = tf.cast(slopes, output.dtype) * output
-    rank = len(product.shape)
-    return tf.reduce_sum(product, axis=list(range(1, rank))) if rank > 1 else product
 
 
 def _slopes(function: Callable, view: GenericNeuralNet, y: NDArray, outputs: NDArray) -> NDArray:

@@ -17,7 +17,8 @@ from influence.common.numbers import numbers
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import check_rows
 from influence.examples.given import Data
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.checked import Net, checked
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
 

@@ -16,7 +16,7 @@ from influence.curvature.operators import Curvature
 from influence.examples.examples import check_differentiable, check_increasing
 from influence.examples.featured import inputs_of
 from influence.examples.given import Data
-from influence.net.net import Net
+from influence.net.checked import Net
 from influence.scores import file, groups, relative
 from influence.scores.asked import Asked, Reduction
 from influence.scores.groups import GroupScores

@@ -20,7 +20,8 @@ from influence.curvature.operators import (
 )
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.checked import Net, checked
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.solvers import CG, EKFAC, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact

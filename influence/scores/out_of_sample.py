@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.checkpoint import check_folder, identity, kept
 from influence.curvature.operators import Curvature
 from influence.examples.given import Data
+from influence.net.checked import Net
 from influence.net.compiled import SeveralLosses
 from influence.net.heads import activated
-from influence.net.net import Net
 from influence.scores.inverse import Inverse
 from influence.scores.one_step import OneStep, warn_without_step
 from influence.solvers import Prepared, Solver

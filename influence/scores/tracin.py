@@ -14,7 +14,8 @@ from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import check_rows
 from influence.examples.given import Data
-from influence.net.net import GenericNeuralNet, Net, checked
+from influence.net.checked import Net, checked
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
 

@@ -27,7 +27,8 @@ from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.minimisers.adam import Moments, batch_rows
-from influence.net.net import GenericNeuralNet, Net
+from influence.net.checked import Net
+from influence.net.net import GenericNeuralNet
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
 

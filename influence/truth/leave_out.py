@@ -19,8 +19,9 @@ from influence.examples.examples import Examples, check_rows
 from influence.examples.featured import inputs_of
 from influence.examples.given import Data
 from influence.minimisers import block_lbfgs
+from influence.net.checked import Net
 from influence.net.minimum import TOLERANCE, check_at_minimum, warn_of_drift
-from influence.net.net import GenericNeuralNet, Net
+from influence.net.net import GenericNeuralNet
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs
 from influence.truth.removal import Removal

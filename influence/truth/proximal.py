@@ -34,7 +34,8 @@ from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.minimisers import block_lbfgs
-from influence.net.net import GenericNeuralNet, Net
+from influence.net.checked import Net
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import Total
 from influence.solvers import Direct, Prepared, Solver, prepare
 from influence.truth import runs

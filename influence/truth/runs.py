@@ -22,7 +22,8 @@ from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
 from influence.examples.examples import Examples, check_rows
-from influence.net.net import GenericNeuralNet, checked
+from influence.net.checked import checked
+from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
 Groups = Sequence[NDArray[np.int64]]

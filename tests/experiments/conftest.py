@@ -21,7 +21,8 @@ SOURCE = '''
     import numpy as np
     from matplotlib.figure import Figure
 
-    from experiments.harness.record import Claim, Record
+    from experiments.harness.claims import Check, Claim, Published
+    from experiments.harness.record import Record
 
     @dataclass(frozen=True)
     class Config:
@@ -39,9 +40,10 @@ SOURCE = '''
     PRESETS = {"smoke": Config(num=2), "standard": Config(), "paper": Config(num=9)}
     DATA, STAND_IN = "mnist", "digits"
     CLAIMS = (
-        Claim("shift", 0.125, -1.0, 1.0),
-        Claim("everywhere", None, None, 1.0, stand_in=True),
+        Claim("shift", "The shift of the mean", Published("figure 9", 0.125, 1.125)),
     )
+    CHECKS = (Check("everywhere", None, 1.0),)
+    FINDING = "a mean of {mean}"
     DEVIATIONS = ("we <fake> it; the paper did not",)
     SEEN = []
 

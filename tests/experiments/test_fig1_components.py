@@ -8,6 +8,7 @@ import pytest
 
 import data
 from experiments import fig1_components as fig1
+from experiments.harness.claims import failed
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
 from influence import Direct, Influence
@@ -64,8 +65,8 @@ def test_smoke(record):
         assert arrays["pearson"][k, 0] == pytest.approx(expected, rel=1e-12)
     assert set(np.argsort(-np.abs(arrays["values"][2]))[:20]) <= set(arrays["rows"])
     assert metrics["num_removed"] == len(arrays["rows"]) == len(arrays["actual"]) < 80
-    claimed = {claim.metric for claim in fig1.CLAIMS}
-    assert claimed <= metrics.keys()
+    assert {claim.metric for claim in fig1.CLAIMS} <= metrics.keys()
+    assert failed(fig1, "smoke", metrics) == []
 
 
 def test_shown_image_is_the_fifth_most_harmful_of_its_label(record):

@@ -9,6 +9,7 @@ from sklearn.svm import LinearSVC
 
 import data
 from experiments import fig3_smooth_hinge as fig3
+from experiments.harness.claims import failed
 from experiments.harness.record import Record
 from experiments.harness.running import Misuse
 
@@ -58,8 +59,13 @@ def test_smoke(record):
         assert arrays["pearson"][k, 0] == pytest.approx(expected, rel=1e-12)
         if t in (0, 0.001, 0.1):
             assert metrics[f"pearson_t{t:g}"] == pytest.approx(expected, rel=1e-12)
-    claimed = {claim.metric for claim in fig3.CLAIMS}
-    assert claimed <= metrics.keys()
+    assert {claim.metric for claim in fig3.CLAIMS} <= metrics.keys()
+    assert failed(fig3, "smoke", metrics) == []
+    actual, predicted = arrays["actual"], arrays["predicted"][5]
+    assert metrics["actual_beyond_papers_axes"] == np.sum(np.abs(actual) > 0.025) > 0
+    inside = np.abs(actual) <= 0.025
+    expected = np.corrcoef(actual[inside], predicted[inside])[0, 1]
+    assert metrics["pearson_inside_papers_axes_t0.1"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_actual_changes_are_those_of_linear_svc(record, rows):
@@ -143,11 +149,28 @@ def test_draw(record):
                       "The losses", "Predicted and actual, over t"]  # fmt: skip
     for axis, k in zip(figure.axes, (0, 3, 5), strict=False):
         drawn = np.asarray(axis.collections[0].get_offsets())
+        assert axis.get_xlim()[1] >= np.abs(drawn[:, 0]).max()
+        assert axis.get_ylim()[1] >= np.abs(drawn[:, 1]).max()
+        assert "published" not in axis.texts[0].get_text()  # nothing published on a stand-in
         expected = np.column_stack([record.arrays["actual"], record.arrays["predicted"][k]])
         np.testing.assert_allclose(drawn, expected)
     # At s = 1 the hinge is zero, and each smooth hinge is t log 2.
     at_one = [np.interp(1.0, *line.get_data()) for line in figure.axes[3].lines]
-    np.testing.assert_allclose(at_one, [0, 1e-3 * np.log(2), 0.1 * np.log(2)], atol=1e-15)
+    expected = np.array([0, 1e-3, 0.01, 0.1]) * np.log(2)
+    np.testing.assert_allclose(at_one, expected, atol=1e-15)
+    plt.close(figure)
+
+
+def test_draw_beside_the_published_values(record):
+    real = dataclasses.replace(record, data={"name": "mnist", "stand_in": False, "sha256": ""})
+    figure = fig3.draw(real)
+    said = [axis.texts[0].get_text() for axis in figure.axes[:3]]
+    assert [text.split("\n")[1] for text in said] == [
+        "published 0.63", "published 0.95", "published 0.91"
+    ]  # fmt: skip
+    for axis in figure.axes[:3]:
+        ends = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"]
+        assert ends == [-0.025, 0.025]
     plt.close(figure)
 
 

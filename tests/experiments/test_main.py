@@ -32,15 +32,19 @@ def test_a_run_leaves_a_whole_record_and_its_figures(fake, capsys):
     assert record["preset"] == "paper"
     assert record["config"]["num"] == 9
     assert record["data"] == {"name": "mnist", "stand_in": False, "sha256": "5a" * 32}
-    assert record["claims"][0] == {
-        "metric": "shift", "paper": 0.125, "low": -1.0, "high": 1.0, "value": 0.0, "holds": True,
-    }  # fmt: skip
+    assert record["claims"] == [
+        {
+            "metric": "shift", "sentence": "The shift of the mean", "paper": 0.125, "words": "",
+            "source": "figure 9", "kind": "paper", "low": -1.0, "high": 1.25, "value": 0.0,
+            "interval": [], "holds": True, "verdict": "reproduced", "headline": "",
+        }
+    ]  # fmt: skip
     assert record["provenance"]["seed"] == 3
     assert record["provenance"]["resumed"] is False
     printed = capsys.readouterr().out
     assert "fake: running preset paper, seed 3" in printed
-    assert "shift       0     0.125  -1 to 1    holds" in printed
-    assert "everywhere  0     –      at most 1  holds" in printed
+    assert "reproduced  0     0.125  -1 to 1.25  The shift of the mean\n" in printed
+    assert "\n  1 check passed.\n" in printed
     assert f"out{os.sep}fake-paper: record.json" in printed
 
 
@@ -57,24 +61,49 @@ def test_the_run_is_seeded_from_its_config_alone(fake):
 
 
 def test_exit_status_1_when_a_claim_falls_short(fake, capsys):
-    assert main(["fake", "--preset", "paper", "--shift", "1.5"]) == 1
-    assert "FALLS SHORT" in capsys.readouterr().out
+    assert main(["fake", "--preset", "paper", "--shift", "-1.5"]) == 1
+    assert "not reproduced  -1.5" in capsys.readouterr().out
+
+
+def test_exit_status_1_when_a_check_fails(fake, capsys):
+    assert main(["fake", "--preset", "paper", "--shift", "1.125"]) == 1
+    printed = capsys.readouterr().out
+    assert "reproduced  1.12" in printed and "not reproduced" not in printed
+    assert "0 checks passed, 1 FAILED: everywhere = 1.12, not within None to 1.0." in printed
 
 
 def test_nan_falls_short(fake):
     assert main(["fake", "--preset", "paper", "--shift", "nan"]) == 1
 
 
-def test_the_stand_in_is_judged_by_its_own_claims_only(fake, capsys):
+def test_a_stand_in_is_checked_and_never_compared(fake, capsys):
     assert main(["fake", "--preset", "smoke", "--shift", "-5"]) == 0
-    assert "not judged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("fake: a mean")]
+    mean = _record(next(Path("out").glob("*")))["metrics"]["mean"]
+    assert line == f"fake: a mean of {mean:.3g} on digits, a stand-in for mnist; 1 check passed"
+    assert "0.125" not in printed and "reproduced" not in printed  # neither value nor band
     assert main(["fake", "--preset", "smoke", "--shift", "5"]) == 1
+
+
+def test_all_says_one_line_for_each_stand_in_and_what_was_not_done(fake, monkeypatch, capsys):
+    names = {"first": "fake_figure", "second": "fake_figure"}
+    monkeypatch.setattr(experiments, "MODULES", names)
+    assert main(["all", "--preset", "smoke"]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("first: a mean of ") and second.startswith("second: a mean of ")
+    assert last == (
+        "2 ran, 2 checks passed, nothing compared with the paper; for that: "
+        "python -m data fetch mnist, then python -m experiments fig2 --preset paper"
+    )
+    assert main(["all", "--preset", "paper"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 ran, 2 checks passed."
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fig99"], "must be one of list, all, report, fake, got 'fig99'"),
+        (["fig99"], "must be one of list, all, report, judge, fake, got 'fig99'"),
         (["absent"], "got 'absent'"),
         (["--preset", "smoke", "fake"], "the command comes first"),
         (["fake", "--preset", "smok"], "--preset must be one of smoke, standard, paper"),
@@ -153,7 +182,7 @@ def test_stand_in_is_marked_in_figure_and_verdicts(fake, capsys, monkeypatch):
     monkeypatch.setattr(fake, "draw", lambda record: drawn.append(draw(record)) or drawn[-1])
     main(["fake", "--preset", "smoke"])
     assert [text.get_text() for text in drawn[0].texts] == ["stand-in data: digits, not mnist"]
-    assert "on stand-in data: digits, not mnist" in capsys.readouterr().out
+    assert "on digits, a stand-in for mnist" in capsys.readouterr().out
     main(["fake", "--preset", "paper"])
     assert drawn[1].texts == []
     assert "stand-in" not in capsys.readouterr().out
@@ -234,7 +263,7 @@ def test_all_goes_on_after_what_goes_wrong(fake, monkeypatch, capsys):
     assert len(calls) == 3
     captured = capsys.readouterr()
     assert "broken on purpose" in captured.err
-    assert "first     FALLS SHORT or broke, see above\nsecond    every claim" in captured.out
+    assert "first fell short or broke, see above\n3 experiments, nothing" in captured.out
     fake.data.found = False
     assert main(["all", "--preset", "paper"]) == 2
 

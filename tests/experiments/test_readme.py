@@ -22,6 +22,8 @@ def test_readme_says_what_the_records_say():
     if report.BEGIN not in text:
         pytest.skip(f"README.md has no {report.BEGIN} yet")
     assert text == report.with_table(text, RESULTS), "README.md is out of date: run `make readme`"
+    long = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert long == report.long_table(RESULTS), "results/README.md is out of date: run `make readme`"
 
 
 def run(part: str, **names):

@@ -220,7 +220,7 @@ def test_only_a_png_is_put_into_the_page(real, put, reason):
 
 def test_the_checksum_is_that_of_both_files(sealed):
     content = json.loads((sealed / "record.json").read_text())
-    assert content["format"] == 1
+    assert content["format"] == 2
     claimed = content.pop("sha256")
     text = json.dumps(content, sort_keys=True, indent=2) + "\n"
     arrays = (sealed / "arrays.h5").read_bytes()
@@ -232,8 +232,8 @@ def test_the_checksum_is_that_of_both_files(sealed):
     [
         ("record.json", b'"seed": 0', b'"seed": 1', "checksum is another"),
         ("record.json", b'"holds": true', b'"holds": null', "checksum is another"),
-        ("record.json", b'"format": 1', b'"format": 2', "format must be 1, got 2"),
-        ("record.json", b'"format": 1,', b"", "format must be 1, got None"),
+        ("record.json", b'"format": 2', b'"format": 3', "format must be 1 or 2, got 3"),
+        ("record.json", b'"format": 2,', b"", "format must be 1 or 2, got None"),
         ("record.json", b'"sha256"', b'"sha255"', "checksum is another"),
         ("arrays.h5", b"\x00", b"\x01", "checksum is another"),
     ],

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from experiments.harness import record as record_module
-from experiments.harness.record import Claim, Record, commit, provenance, replacing, to_json
+from experiments.harness.claims import Claim, Published
+from experiments.harness.record import Record, commit, provenance, replacing, to_json
 
 ARRAYS = {
     "actual": np.linspace(0, 1, 1000).reshape(50, 20),
@@ -30,7 +32,7 @@ def _record(arrays=ARRAYS, **changes):
         preset="paper",
         config={"seed": 0, "damping": 0.01, "seeds": (0, 1), "rows": None},
         data={"name": "mnist", "stand_in": False, "sha256": "00"},
-        claims=[Claim("pearson", 0.86, 0.0, None).judge(made.metrics, stand_in=False)],
+        claims=[Claim("pearson", "r", Published("2", 0.3)).judge(made.metrics)],
         provenance={"seed": 0, "commit": "abc"},
         **changes,
     )
@@ -130,44 +132,45 @@ def test_load_names_what_is_missing_or_broken(tmp_path):
         Record.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "value", "holds"),
-    [
-        (0.9, 1.0, 0.95, True),
-        (0.9, 1.0, 0.9, True),  # the band includes its ends
-        (0.9, 1.0, 1.0, True),
-        (0.9, 1.0, 0.89, False),
-        (0.9, 1.0, 1.01, False),
-        (None, 1e-6, -5.0, True),
-        (0.9, None, 1e9, True),
-        (0.9, 1.0, math.nan, False),
-        (None, None, math.nan, False),
-        (0.9, None, math.inf, False),  # an infinite value never holds
-    ],
-)
-def test_claim_holds_within_its_band(low, high, value, holds):
-    verdict = Claim("r", None, low, high).judge({"r": value}, stand_in=False)
-    assert verdict["holds"] is holds
-    assert verdict["value"] == (value if math.isfinite(value) else None)
+def _as_format_1(folder):
+    """Rewrite a record as an earlier version wrote it: claims have no sentences."""
+    content = json.loads((folder / "record.json").read_text())
+    keys = ("metric", "paper", "low", "high", "value", "holds")
+    content["claims"] = [{key: claim[key] for key in keys} for claim in content["claims"]]
+    content["format"] = 1
+    del content["sha256"]
+    packed = to_json(content).encode() + (folder / "arrays.h5").read_bytes()
+    text = to_json(content | {"sha256": hashlib.sha256(packed).hexdigest()})
+    (folder / "record.json").write_text(text)
 
 
-def test_claim_falls_short_where_its_metric_is_missing():
-    verdict = Claim("r", 0.86, 0.8, 1.0).judge({}, stand_in=False)
-    assert verdict == {
-        "metric": "r", "paper": 0.86, "low": 0.8, "high": 1.0, "value": None, "holds": False,
-    }  # fmt: skip
+def test_records_of_format_1_are_read(tmp_path):
+    _record().save(tmp_path)
+    _as_format_1(tmp_path)
+    loaded = Record.load(tmp_path)
+    (claim,) = loaded.claims
+    assert claim["sentence"] == claim["metric"] == "pearson" and claim["kind"] == "paper"
+    assert (claim["holds"], claim["verdict"]) == (True, "not comparable")
+    assert loaded.has_checksum and loaded.metrics["pearson"] == 0.1 + 0.2
 
 
-def test_claim_on_real_data_is_not_judged_on_a_stand_in():
-    assert Claim("r", None, 2, 3).judge({"r": 0.0}, stand_in=True)["holds"] is None
-    assert Claim("r", None, 2, 3, stand_in=True).judge({"r": 0.0}, stand_in=True)["holds"] is False
-    assert Claim("r", None, 2, 3, stand_in=True).judge({"r": 2.5}, stand_in=False)["holds"] is True
-
-
-@pytest.mark.parametrize(("low", "high"), [(1.0, 0.9), (math.nan, 1.0), (0.0, math.nan)])
-def test_claim_must_have_a_band(low, high):
-    with pytest.raises(ValueError, match="low must not exceed high"):
-        Claim("r", None, low, high)
+def test_claims_are_saved_beside_the_same_metrics_and_arrays(tmp_path):
+    _record().save(tmp_path)
+    _as_format_1(tmp_path)
+    before = json.loads((tmp_path / "record.json").read_text())
+    packed = (tmp_path / "arrays.h5").read_bytes()
+    loaded = Record.load(tmp_path)
+    new = Claim("pearson", "r of two", Published("2", 0.5)).judge(loaded.metrics)
+    dataclasses.replace(loaded, claims=[new]).save_claims(tmp_path)
+    after = json.loads((tmp_path / "record.json").read_text())
+    changed = {key for key in after if after[key] != before[key]}
+    assert changed == {"claims", "format", "sha256"} and after["claims"] == [new]
+    assert (tmp_path / "arrays.h5").read_bytes() == packed
+    assert Record.load(tmp_path).claims == [new]
+    other = dataclasses.replace(loaded, metrics={"pearson": 1.0})
+    with pytest.raises(ValueError, match="only claims may differ"):
+        other.save_claims(tmp_path)
+    assert json.loads((tmp_path / "record.json").read_text()) == after
 
 
 def test_record_holds_unless_a_claim_falls_short():

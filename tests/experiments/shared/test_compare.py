@@ -77,17 +77,21 @@ def test_largest_bars(axis):
     ("correlation", "text"),
     [
         (0.86, "0.86"),
-        (0.8699, "0.86"),
+        (0.366, "0.37"),
+        (0.8699, "0.87"),
+        (0.995, "0.99"),  # the float is below .995
+        (0.9951, "0.995"),
         (0.999, "0.999"),
         (0.99999, "0.99999"),
-        (0.9999915, "0.999991"),
+        (0.9999915, "0.99999"),
+        (0.999996, "0.999996"),
         (1 - 1e-9, "0.999999"),
         (1.0, "1.000000"),
-        (-0.123, "-0.13"),
+        (-0.126, "-0.13"),
     ],
 )
-def test_rounded_down(correlation, text):
-    assert compare.rounded_down(correlation) == text
+def test_rounded(correlation, text):
+    assert compare.rounded(correlation) == text
 
 
 def test_largest_by_size_of_either_sign():

@@ -17,7 +17,8 @@ from influence.curvature.operators import GaussNewton, Hessian
 from influence.examples import featured
 from influence.examples.examples import Examples
 from influence.examples.stream import Stream
-from influence.net.net import GenericNeuralNet, checked
+from influence.net.checked import checked
+from influence.net.net import GenericNeuralNet
 from influence.scores.influence import Influence
 from influence.solvers import CG, EKFAC, Direct
 from influence.truth.leave_out import RefitOptions, leave_one_out

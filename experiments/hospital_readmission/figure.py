@@ -20,8 +20,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from experiments.harness import options
-from experiments.harness.record import Claim, Record
-from experiments.shared.compare import agreement, largest_bars
+from experiments.harness.record import Record
+from experiments.hospital_readmission import claims
+from experiments.shared.compare import agreement, largest_bars, letter
 from influence import BinaryLogisticRegression as _Net
 from influence import Direct, Examples, Influence, RefitOptions, leave_one_out
 
@@ -68,60 +69,8 @@ class Config:
 
 
 PRESETS = {"smoke": Config(test_child=13), "standard": Config(), "paper": Config()}
-
-CLAIMS = (
-    Claim("num_features", 127, 127, 127),
-    Claim("num_train", 19_980, 19_980, 19_980),
-    Claim("train_children_before", 24, 24, 24, stand_in=True),
-    Claim("train_children", 4, 4, 4, stand_in=True),
-    Claim("train_children_readmitted", 3, 3, 3, stand_in=True),
-    Claim("test_children", 137, 137, 137),
-    Claim("test_children_wrong_before", 0, 0, 0, stand_in=True),
-    Claim("test_children_flipped", 13, 5, 40),
-    Claim("stopped_test_children_flipped", 13, 5, 40),
-    Claim("probability_correct_before", 0.73701, 0.70, 0.77),
-    Claim("probability_correct", 0.465439, 0.35, 0.50),
-    Claim("children_among_largest", 4, 4, 4, stand_in=True),
-    Claim("children_of_expected_sign", 4, 4, 4, stand_in=True),
-    Claim("influence_readmitted_1", -0.117462, -0.14, -0.10),
-    Claim("influence_readmitted_2", -0.082582, -0.10, -0.065),
-    Claim("influence_readmitted_3", -0.118896, -0.14, -0.10),
-    Claim("influence_not_readmitted_1", 0.079363, 0.06, 0.12),
-    Claim("ratio_to_next", 27.2, 10, None, stand_in=True),
-    Claim("children_sign_agreement", None, 1, 1, stand_in=True),
-    Claim("removals_slope", None, 0.85, 1.05),
-    Claim("removals_pearson", None, 0.99, 1.0),
-    Claim("child_feature_rank", 1, 1, 1, stand_in=True),
-    Claim("child_feature_worst_rank_in_size", None, 1, 10, stand_in=True),
-    Claim("child_feature_as_released", 1730, 1200, 2600),
-    Claim("died_feature_as_released", -3250, -4300, -2200),
-    Claim("worst_derivative_error", None, 0.0, 1e-5, stand_in=True),
-    Claim("coefficients_larger", 14, 8, 20),
-    Claim("test_accuracy_before", 0.681212, 0.676, 0.686),
-    Claim("test_accuracy", 0.681347, 0.676, 0.686),
-    Claim("test_loss_before", 0.65299, 0.648, 0.658),
-    Claim("test_loss", 0.653814, 0.649, 0.659),
-    Claim("gradient_norm_before", None, 0.0, 1e-10, stand_in=True),
-    Claim("gradient_norm", None, 0.0, 1e-10, stand_in=True),
-    Claim("worst_refit_gradient_norm", None, 0.0, 1e-10, stand_in=True),
-)
-
-DEVIATIONS = (
-    "Optimum: we use Newton's method to a gradient norm of at most 1e-10. The authors' code stops "
-    "its models after 1,000 iterations of L-BFGS, at gradient norms of 2.1e-4 and 2.1e-3. This "
-    "changes numbers: the authors' model predicts 13 of the 137 children wrongly, and the model "
-    "at the optimum 30. The metrics stopped_... come from scikit-learn's present L-BFGS, stopped "
-    "in the same way (14 or 15 wrong). Its last step depends on the rounding of the machine.",
-    "Arithmetic: we use float64 and the labels 0 and 1. The authors' code uses float32 and the "
-    "labels -1 and 1. The loss is the same.",
-    "H^-1: we use a Cholesky factor. The authors' code uses SciPy's fmin_ncg, whose 744 Hessian "
-    "products end in a warning about precision. Both solve the same 127 equations.",
-    "Derivative with respect to features: we give d(test loss)/d(feature), in nats per unit of "
-    "the feature. The numbers of the authors' code are -n times ours, like our metrics "
-    "..._as_released. We read them off the figure of the authors' code.",
-    "Beyond the paper: we compare fifty removals, the removal of all four children and the "
-    "derivatives with respect to ten features with actual refits.",
-)
+CLAIMS, CHECKS = claims.CLAIMS, claims.CHECKS
+FINDING, DEVIATIONS = claims.FINDING, claims.DEVIATIONS
 
 
 class _Hospital:
@@ -182,6 +131,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
         "children_sign_agreement": as_predicted.mean(),
         "all_children_predicted": influence[at.children].sum(),
         "all_children_actual": all_four,
+        "all_children_predicted_share": influence[at.children].sum() / all_four,
         "worst_derivative_error": np.max(np.abs(derivative[moved] / actual - 1)),
         "worst_refit_gradient_norm": refits.gradient_norm.max(),
     }
@@ -199,51 +149,110 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the influences on the child, the derivatives by feature, and the coefficients."""
+    """Draw the most influential rows, the children's predictions, derivatives and coefficients.
+
+    A record of real data is drawn beside what the notebook of the authors' code prints.
+    """
     import matplotlib.pyplot as plt
 
-    arrays, influence = record.arrays, record.arrays["influence"]
-    children, readmitted = arrays["children"], arrays["readmitted"]
+    arrays, real = record.arrays, not record.data.get("stand_in", True)
+    stays = arrays["children"][~arrays["readmitted"]][0]
     names = np.char.replace(arrays["feature_names"].astype(str), "_disposition_id", "")
     with plt.rc_context({"font.size": 7.5, "axes.titlesize": 8, "legend.frameon": False}):
-        figure = plt.figure(figsize=(6.75, 5.6), layout="constrained")
-        grid = figure.add_gridspec(2, 2, height_ratios=(2, 3))
-        axis = figure.add_subplot(grid[0, :])
-        others = np.setdiff1d(np.arange(len(influence)), children)
-        axis.plot(others, influence[others], ".", color=_GREY, markersize=1.5, rasterized=True)
-        for rows, marker, colour, label in (
-            (children[readmitted], "v", _RED, "a child, readmitted"),
-            (children[~readmitted], "^", _BLUE, "a child, not readmitted"),
-        ):
-            axis.plot(rows, influence[rows], marker, color=colour, markersize=6, label=label)
-        axis.plot([], [], ".", color=_GREY, markersize=4, label="anyone else")
-        axis.plot(
-            arrays["removed"],
-            arrays["removed_actual"],
-            "k_",
-            markersize=6,
-            label=f"removed and refitted ({len(arrays['removed'])} rows)",
+        figure, axes = plt.subplots(
+            2, 2, figsize=(6.75, 6.2), layout="constrained", height_ratios=(1, 1.1)
         )
-        axis.set(xlabel="Training row", ylabel="Change of the child's\nloss if removed (nats)")
-        axis.margins(x=0.01, y=0.1)
-        axis.legend(loc="upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
-
-        axis, stays = figure.add_subplot(grid[1, 0]), children[~readmitted][0]
-        order = largest_bars(axis, names, arrays["derivative"][~readmitted][0], marked=CHILD)
+        rows, children, features, coefficients = axes.ravel()
+        _draw_rows(rows, arrays, published=real)
+        _draw_children(children, arrays, published=real)
+        # As in the authors' code, the derivative is -n times that of the loss.
+        derivative = -len(arrays["influence"]) * arrays["derivative"][~arrays["readmitted"]][0]
+        order = largest_bars(features, names, derivative, marked=CHILD)
         k, places = np.nonzero(arrays["moved"][:, None] == order)
-        axis.plot(arrays["moved_actual"][k], places, "k|", markersize=7, label="refitted")
-        axis.set(
-            title=f"Features of row {stays} (20 largest)",
-            xlabel="Change of the child's loss\nfor each unit added (nats)",
+        refitted = -len(arrays["influence"]) * arrays["moved_actual"][k]
+        features.plot(refitted, places, "k|", markersize=7, label="refitted")
+        features.set(
+            title=f"Features of row {stays} at the optimum",
+            xlabel="$-n$ times the change of the child's loss\nfor each unit added (nats)",
         )
-        axis.legend(loc="lower right", handletextpad=0.2)
-        axis = figure.add_subplot(grid[1, 1])
-        largest_bars(axis, names, arrays["coefficients"], marked=CHILD)
-        axis.set(
-            title="Coefficients (20 largest)",
+        features.legend(loc="lower right", handletextpad=0.2)
+        largest_bars(coefficients, names, arrays["coefficients"], marked=CHILD)
+        coefficients.set(
+            title="Coefficients at the optimum",
             xlabel="Change of the log-odds of\nbeing readmitted for each unit",
         )
+        for name, axis in zip("abcd", axes.ravel(), strict=True):
+            letter(axis, name)
     return figure
+
+
+def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
+    """Draw the ten most harmful and the ten most helpful rows of the model stopped as released."""
+    influence, children = arrays["stopped_influence"], arrays["children"]
+    order = np.argsort(influence, kind="stable")
+    rows = np.concatenate([order[:10], order[:-11:-1]])
+    places = np.arange(len(rows))
+    colours = [_RED if row in children else _BLUE for row in rows]
+    axis.barh(places, influence[rows], color=colours, height=0.7)
+    if published:
+        listed = dict(zip(claims.HARMFUL + claims.HELPFUL, claims.INFLUENCES, strict=True))
+        known = [
+            (listed[row], place) for row, place in zip(rows, places, strict=True) if row in listed
+        ]
+        axis.plot(*zip(*known, strict=True), "|", color="black", markersize=8)
+    axis.set_yticks(places, rows)
+    axis.tick_params(axis="y", labelsize=6)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.axvline(0, color="0.6", linewidth=0.6)
+    axis.set(
+        title="Most influential rows, stopped as released",
+        xlabel="Predicted change of the child's loss\nif the row is removed (nats)",
+        ylabel="Training row",
+    )
+    # These handles are not in the axis' data, so they stay out of its limits.
+    handles = [_patch(_RED, "a child"), _patch(_BLUE, "anyone else")]
+    if published:
+        handles.append(_mark("|", "black", "published"))
+    axis.legend(handles=handles, loc="center right", handlelength=1)
+
+
+def _draw_children(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
+    """Draw P(correct) of every test child, ours against published or, without it, before."""
+    before, after = arrays["probability_correct_before"], arrays["probability_correct"]
+    axis.axhline(0.5, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
+    if published:
+        rows, printed, printed_after = claims.published_children().T
+        if not np.array_equal(rows, arrays["test_children"]):
+            raise ValueError("test_children must be the published ones, in their order.")
+        for key, colour, marker, label in (
+            ("stopped_probability_correct_before", _GREY, ".", "before the removal"),
+            ("stopped_probability_correct", _RED, "o", "after it, stopped as released"),
+            ("probability_correct", _BLUE, "x", "after it, at the optimum"),
+        ):
+            given = printed if key.endswith("before") else printed_after
+            axis.plot(given, arrays[key], marker, color=colour, label=label, markersize=3,
+                      markeredgewidth=0.7, fillstyle="none")  # fmt: skip
+        axis.plot([0.2, 1], [0.2, 1], color="0.6", linewidth=0.8, zorder=0)
+        axis.axvline(0.5, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
+        axis.set_xlabel("P(correct) as published")
+    else:
+        axis.plot(before, after, "o", color=_RED, markersize=3, fillstyle="none")
+        axis.set_xlabel("P(correct) before the removal")
+    axis.set(title=f"The {len(before)} test children", ylabel="P(correct), ours")
+    if published:
+        axis.legend(loc="upper left", handletextpad=0.2)
+
+
+def _patch(colour: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour, label=label)
+
+
+def _mark(marker: str, colour: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=label)
 
 
 def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _Net:
@@ -317,6 +326,7 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
     for what, which in (("readmitted", at.readmitted), ("not_readmitted", ~at.readmitted)):
         numbered = enumerate(of_children[which], start=1)
         metrics |= {f"influence_{what}_{number}": score for number, score in numbered}
+    metrics |= _beside_the_notebook(at, arrays, scores)
     arrays |= {
         "flipped": at.test_children[flipped],
         "influence": scores,
@@ -324,6 +334,35 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
         "coefficients": net.theta,
     }
     return metrics, arrays
+
+
+def _beside_the_notebook(
+    at: _Hospital, arrays: dict[str, NDArray], scores: NDArray
+) -> dict[str, float]:
+    """Compare with the notebook of the authors' code row by row: children, then training rows.
+
+    The stand-in has other rows, so there the metrics have no meaning. They are never judged.
+    """
+    rows, before, after = claims.published_children().T
+    known = np.flatnonzero(np.isin(at.test_children, rows))
+    there = np.searchsorted(rows, at.test_children[known])
+    metrics: dict[str, float] = {}
+    for suffix, printed in (("_before", before), ("", after)):
+        apart = arrays[f"probability_correct{suffix}"][known] / printed[there] - 1
+        metrics[f"worst_probability{suffix}"] = np.abs(apart).max(initial=0.0)
+    wrong = at.test_children[arrays["probability_correct"] < 0.5]
+    metrics["published_flips_among_ours"] = np.isin(rows[after < 0.5], wrong).sum()
+    order = np.argsort(scores, kind="stable")
+    places = {"harmful": (order, claims.HARMFUL), "helpful": (order[::-1], claims.HELPFUL)}
+    for which, (found, printed) in places.items():
+        metrics[f"published_{which}_in_place"] = np.sum(found[: len(printed)] == printed)
+    listed = np.array(claims.HARMFUL + claims.HELPFUL)
+    if listed.max() < len(scores):
+        apart = scores[listed] / claims.INFLUENCES - 1
+        metrics["worst_printed_influence"] = np.abs(apart).max()
+    else:
+        metrics["worst_printed_influence"] = np.nan
+    return metrics
 
 
 def _refitted_derivative(config: Config, at: _Hospital, net: _Net, column: int) -> float:

@@ -13,9 +13,9 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 import data
 from data.images import resized
-from experiments import fig4_rbf_vs_inception as fig4
-from experiments.fig4_rbf_vs_inception import deep_head, kernel_svm, squared_distances
-from experiments.harness.record import Record
+from experiments.fig4_rbf_vs_inception import figure as fig4
+from experiments.fig4_rbf_vs_inception.models import deep_head, kernel_svm, squared_distances
+from experiments.harness.claims import failed, of_preset
 from experiments.harness.running import Misuse
 from experiments.shared import trunks
 from tests import oracles
@@ -47,7 +47,8 @@ def test_smoke(record, splits):
     assert [name.decode() for name in arrays["models"]] == NAMES
     assert arrays["score"].shape == (3, 200) and arrays["spearman"].shape == (3, 10)
     assert (splits.test[1][arrays["test_fish"]] == 1).all()
-    assert {claim.metric for claim in fig4.CLAIMS} <= metrics.keys()
+    assert {claim.metric for claim in of_preset(fig4.CLAIMS, "smoke")} <= metrics.keys()
+    assert failed(fig4, "smoke", metrics) == []
     assert metrics["test_accuracy_svm"] > 0.75 and metrics["lowest_test_accuracy_deep"] > 0.65
 
 
@@ -103,6 +104,19 @@ def test_metrics_are_those_of_the_arrays(record):
     assert metrics["same_class_in_top_svm"] == pytest.approx(share)
     median = 1 - np.median(arrays["dogs_in_top"][0]) / SMOKE.top_svm
     assert metrics["median_same_class_in_top_svm"] == pytest.approx(median)
+    of_class = np.where(arrays["labels"] == 1, 1, -1) * np.sign(arrays["score"][0])
+    by_size = np.argsort(-np.abs(arrays["score"][0]))
+    share = np.mean(of_class[by_size[:100]] == 1)
+    assert metrics["sign_of_class_in_largest_svm_of_test_point"] == pytest.approx(share)
+    helpful = np.argsort(-arrays["score"][0])[:100]
+    share = arrays["labels"][helpful].mean()
+    assert metrics["same_class_in_top_100_svm_of_test_point"] == pytest.approx(share)
+    assert metrics["median_same_class_in_top_100_svm"] == np.median(arrays["same_class"])
+    first = 1 + arrays["rank_of_first_dog"][1:, 0]
+    assert metrics["earliest_first_dog_of_test_point"] == first.min()
+    assert metrics["latest_first_dog_of_test_point"] == first.max()
+    sure = [metrics[f"probability_of_test_point_{name}"] for name in NAMES[1:]]
+    assert metrics["lowest_probability_of_test_point"] == min(sure)
     assert 0 < metrics["features_seconds"] < 300 and metrics["photographs_side"] == 32
     for i in range(3):
         helpful = arrays["most_helpful"][i]
@@ -163,11 +177,22 @@ def test_draw(record):
     assert titles[:3] == ["RBF SVM on pixels", "Small, relu2", "Small, relu1"]
     arrays = record.arrays
     for i, axis in enumerate(figure.axes[:3]):
-        drawn = [np.asarray(part.get_offsets()) for part in axis.collections]
-        for label, points in zip((0, 1), drawn, strict=True):  # dogs, fish
-            which = arrays["labels"] == label
-            expected = np.column_stack([arrays["distance"][which], arrays["score"][i, which]])
-            np.testing.assert_allclose(points, expected)
+        low, high = axis.get_ylim()
+        assert low == -high
+        scale = 10.0 ** -np.floor(np.log10(1.25 * np.quantile(np.abs(arrays["score"][i]), 0.995)))
+        within, beyond = (np.asarray(part.get_offsets()) for part in axis.collections)
+        score = scale * arrays["score"][i]
+        is_beyond = np.abs(score) > high
+        for drawn, which in ((within, ~is_beyond), (beyond, is_beyond)):
+            expected = np.column_stack([arrays["distance"], np.clip(score, low, high)])[which]
+            np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0))
+        said = [text.get_text() for text in axis.texts if "beyond" in text.get_text()]
+        assert bool(said) == is_beyond.any()
+        colours = axis.collections[0].get_facecolors()
+        is_fish = arrays["labels"][~is_beyond].sum()
+        assert sorted(np.unique(colours, axis=0, return_counts=True)[1]) == sorted(
+            [is_fish, np.sum(~is_beyond) - is_fish]
+        )
     assert not any(axis.images for axis in figure.axes)
     medians = [line.get_xdata()[0] for line in figure.axes[3].lines[:3]]
     np.testing.assert_allclose(medians, np.median(arrays["spearman"], axis=1))
@@ -259,8 +284,6 @@ def test_the_papers_preset_is_the_papers():
     assert config.heads == ("inception-keras/mixed10",) and config.test_point == 462
     assert (config.weight_decay, config.gamma, config.temperature) == (0.001, 0.05, 0.001)
     assert config.side == 299
-    seen = Record.of(metrics={"num_train": 1800}, arrays={})
-    assert fig4.CLAIMS[0].judge(seen.metrics, stand_in=False)["holds"]
 
 
 @pytest.fixture(scope="module")
