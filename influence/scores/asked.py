@@ -18,6 +18,7 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.scores.inverse import Inverse
 from influence.solvers import Solution
+from influence.solvers.plan import Plan
 
 # These losses cannot fall below 0.
 _NONNEGATIVE = (
@@ -94,25 +95,24 @@ class Asked:
             name = f"{reduce} {name}"
         return cls(inverse, view, name, test, reduce)
 
-    def approximation(self) -> str:
-        """Return how changes are predicted.
+    @property
+    def plan(self) -> Plan:
+        """The plan for this question.
 
         A question with `reduce` takes one system to first order, and one for each output of each
         test row by one step. So only `Inverse`'s argument chooses one step for it.
 
         Raises: ValueError if one step was asked for a function of all outputs.
         """
-        how = self.inverse.plan.approximation
-        if how == "first_order" or self.reduce is None:
-            return how
-        if self.inverse.approximation is None:
-            return "first_order"
-        if callable(self.reduce):
+        if self.reduce is not None and self.inverse.approximation is None:
+            return self.inverse.first_order_plan
+        plan = self.inverse.plan
+        if plan.approximation == "one_step" and callable(self.reduce):
             raise ValueError(
                 "approximation must be 'first_order' if reduce is a function, got 'one_step'; use "
                 "reduce='mean' or 'sum', or another Influence for this question."
             )
-        return how
+        return plan
 
     def joined(self, changes: NDArray) -> NDArray:
         """Return the changes of the m numbers asked for, from those of each test row."""

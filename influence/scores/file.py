@@ -292,7 +292,7 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
                     file[name] = np.zeros(shape, kind)
             file["rows"][:] = job.rows
             _describe(file, len(job.train))
-            file.attrs.update(identity, plan=repr(job.inverse.plan))
+            file.attrs.update(identity, plan=repr(job.inverse.first_order_plan))
             file.attrs["together"] = tests, _ROWS
             file.attrs["format"] = _FORMAT
             file.attrs[_SHA] = _sha_of_description(file)

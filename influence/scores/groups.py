@@ -100,7 +100,8 @@ def group(
     else:
         change = _second_order(inverse, view, test, chosen, gradient, solution.x)
     asked.warn_of_impossible(change[:, None], [f"the group of {len(rows)} rows"])
-    return GroupScores(change, rows, order, solution, asked.name, inverse.plan)
+    plan = inverse.plan if order == "one_step" else inverse.first_order_plan
+    return GroupScores(change, rows, order, solution, asked.name, plan)
 
 
 def _order(inverse: Inverse, k: int, given: Order | None) -> Order:

@@ -101,7 +101,9 @@ class Influence:
         lets the net choose.
       approximation: "one_step" to take a row's own curvature out with it, "first_order" to keep it,
         as Koh & Liang do, or None. None means one step if the mean leverage of the rows is above
-        .05 and the leverages are quick to compute. `scores` and `group` use it.
+        .05 and the leverages are quick to compute; a training set on disk, and a given solver that
+        approximates H, get first order. `scores` and `group` use it. All other questions, and score
+        files, are first order.
 
     Attributes:
       inverse: the `Inverse` that solves with H.
@@ -195,11 +197,12 @@ class Influence:
         """
         rows = self.inverse.rows(rows)
         asked = Asked.of(self.inverse, test, measurement, reduce)
-        how = asked.approximation()
+        plan = asked.plan
         solution = asked.s_test()
-        if how == "one_step":
+        if plan.approximation == "one_step":
             removed = self._one_step.rows(rows)
             changes = asked.joined(self._one_step.changes(asked.view, asked.test, removed))
+            changes = changes.astype(self.net.dtype, copy=False)
             leverage = removed.leverage
             warn_without_step(rows[removed.without_step])
         else:
@@ -210,8 +213,8 @@ class Influence:
             changes,
             rows,
             solution,
-            self.plan,
-            approximation=how,
+            plan,
+            approximation=plan.approximation,
             leverage=leverage,
             measurement=asked.name,
         )
@@ -228,7 +231,7 @@ class Influence:
         With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
         order the minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
         This is 1/n times I_up,loss (Koh & Liang 2017, eq. 2). Positive: the test loss rises with
-        the row, so the row would hurt. Scores for removal have the opposite sign.
+        the row, so the row would hurt. Scores for removal to first order have the opposite sign.
 
         Args:
           test: m examples. Each has its own scores.
@@ -244,7 +247,7 @@ class Influence:
         self.net.validate(new, "new")
         solution = asked.s_test()
         changes = -self.inverse.along(solution.x, new).T
-        return AdditionScores(changes, solution, asked.name, self.plan)
+        return AdditionScores(changes, solution, asked.name, self.inverse.first_order_plan)
 
     def group(
         self,
@@ -443,13 +446,15 @@ class Influence:
         Args:
           scores: the Scores (m, k) that `scores` returned.
 
-        Returns: (m, k) in the unit of the scores; NaN if no bound on H's eigenvalues is known. A
-          bound is known for the convex models, for GaussNewton with damping or a penalty on all
-          weights, and after Direct.
+        Returns: (m, k) in the unit of the scores; NaN for scores by one step, and if no bound on
+          H's eigenvalues is known. A bound is known for the convex models, for GaussNewton with
+          damping or a penalty on all weights, and after Direct.
         Raises: RuntimeError if theta has changed since this Influence was made.
         """
         self.operator.check_theta()
-        bounds = np.empty(scores.shape)
+        bounds = np.full(scores.shape, np.nan)
+        if getattr(scores, "approximation", "") == "one_step":
+            return bounds
         for at, _, G in self.inverse.row_gradients(scores.rows):
             bounds[:, at] = scores.solution.score_error_bound(G.T).T
         return bounds / len(self.train)

@@ -105,6 +105,12 @@ class Inverse:
         plan = self._planner.plan
         return replace(plan, approximation=how, reasons=(*plan.reasons[:4], why))
 
+    @property
+    def first_order_plan(self) -> Plan:
+        """The plan of a question that is always answered to first order. It takes no estimate."""
+        plan, why = self._planner.plan, "this question is answered to first order only"
+        return replace(plan, approximation="first_order", reasons=(*plan.reasons[:4], why))
+
     def _planned(self) -> tuple[Approximation, str]:
         """Choose between first order and one step, before any score is computed.
 
@@ -118,12 +124,16 @@ class Inverse:
             return "first_order", "the loss is not known to be convex in logits"
         if self.curvature is Hessian and not self._is_convex:
             return "first_order", "the Hessian of this net may be indefinite"
+        if self._planner.solver_given and not (
+            is_exact(self.solver) or isinstance(self.solver, CG)
+        ):
+            return "first_order", "the given solver approximates the matrix"
         if d <= WORTH_A_STEP * n:
             return "first_order", f"the mean leverage is at most {d / n:.2g}"
         c = net.output_size(self.train.take([0]).x)
         if c > MOST_OUTPUTS:
             return "first_order", f"one step takes a system for each of {c} outputs"
-        if self.blocks_by == "factors":
+        if isinstance(self.solver, EKFAC):
             return "first_order", "EK-FAC's own error is about as large as a row's leverage"
         if self.blocks_by == "solves":
             return "first_order", "one step takes a solve for each output of each training row"
@@ -141,13 +151,14 @@ class Inverse:
         """
         A, net = self.operator, self.net
         d, weakest = A.shape[0], np.nan_to_num(net.penalty_convexity) + A.damping
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (d, _PROBES)).astype(A.dtype)
+        count = min(_PROBES, self.block_size)
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (d, count)).astype(A.dtype)
         curved = A @ signs - net.penalty_hvp(signs) - A.damping * signs
         trace = float(np.einsum("dk,dk->k", signs, curved, dtype=np.float64).mean())
         bound = trace / (trace / d + weakest) if trace > 0 else 0.0
         if bound <= WORTH_A_STEP * len(self.train):
             return bound
-        X = self.solve(signs, "an estimate of the mean leverage", measure=False).x
+        X = self.prepared(signs, measure=False).x
         return float(np.einsum("dk,dk->k", X, curved, dtype=np.float64).mean())
 
     @property

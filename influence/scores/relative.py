@@ -63,4 +63,6 @@ def relative(
         )
     length = np.sqrt(squared)
     ratios = np.divide(table, length, out=np.full_like(table, np.nan), where=length > 0)
-    return RelativeScores(ratios, rows, length / len(inverse.train), kind, name, inverse.plan)
+    return RelativeScores(
+        ratios, rows, length / len(inverse.train), kind, name, inverse.first_order_plan
+    )

@@ -101,6 +101,7 @@ class Planner:
       affine: True if the outputs are affine in theta and the loss is convex in the outputs.
       curvature: the class of the matrix.
       solver: the solver, prepared or not.
+      solver_given: True if the caller chose the solver.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Planner:
         self._given, self._train, self._batch_size = net, train, batch_size
         self._digest = _digest(net)
         self._damping = damping
-        self._curvature_given = curvature is not None
+        self._curvature_given, self.solver_given = curvature is not None, solver is not None
         open_question = not is_convex(net) and (curvature is None or damping is None)
         can_be = open_question and net.loss.convex and net.loss.from_logits
         self.affine = can_be and affine_in_theta(net, train)

@@ -89,13 +89,14 @@ def expected(kind: Kind, x: Any, y: Any, V: Any) -> dict[str, Any]:
 
 
 def answers(net: GenericNeuralNet, x: Any, y: Any, V: Any) -> dict[str, Any]:
-    pairs = x[:2, None], y[:2, None]
+    one = tf.nest.map_structure(lambda part: part[:1], x)
+    pairs = tf.nest.map_structure(lambda part: part[:2, None], x), y[:2, None]
     return {
         "gradients": net.gradients(x, y),
         "directional": net.directional(x, y, V),
-        "directional of one row": net.directional(x[:1], y[:1], V),
+        "directional of one row": net.directional(one, y[:1], V),
         "hvp": net.hvp(x, y, V),
-        "hvp of one row": net.hvp(x[:1], y[:1], V),
+        "hvp of one row": net.hvp(one, y[:1], V),
         "gauss_newton": net.gauss_newton_product(x, y, V),
         "hvp of batches": net.each_batch("hvp", *pairs, np.stack([V, V])),
     }
@@ -121,7 +122,10 @@ def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str
         for dtype, model, times in runs:
             net = GenericNeuralNet(model, "mse")
             rows = x if kind.shape is None else x.astype(dtype)
-            net.validate(Examples(rows, y.astype(dtype)), "train")
+            # Lookup layers in front of the weights are applied once.
+            examples = net.given(Examples(rows, y.astype(dtype)), "train")
+            net.validate(examples, "train")
+            rows = examples.x
             for _ in range(times):
                 for question, got in answers(net, rows, y.astype(dtype), V).items():
                     scale = max(np.linalg.norm(true[question]), 1e-3)
@@ -129,7 +133,7 @@ def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str
                     key = f"{question}, {dtype}"
                     # NaN is larger than any error.
                     errors[key] = np.inf if np.isnan(error) else max(error, errors.get(key, 0))
-    except (NotImplementedError, ValueError, TypeError, tf.errors.OpError) as error:
+    except (NotImplementedError, ValueError, tf.errors.OpError) as error:
         return {"status": "refused", "message": f"{type(error).__name__}: {error}"[:300]}
     limits = {d: max(limit, ROUNDED) if kind.rounds else limit for d, limit in LIMITS.items()}
     bad = [key for key, error in errors.items() if not error <= limits[key.split(", ")[1]]]
@@ -163,7 +167,10 @@ def in_a_process(name: str) -> dict[str, Any]:
 
 
 def main(file: Path, names: list[str]) -> int:
-    """Run the layers of `names`, or all. Return the number of layers that were wrong or died."""
+    """Run the layers of `names`, or all. Return the number of layers whose status is not right.
+
+    Every layer of `layer_kinds` has an answer, so a refusal counts as a failure too.
+    """
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines() if file.exists() else []
@@ -179,7 +186,7 @@ def main(file: Path, names: list[str]) -> int:
             stream.write(json.dumps(found) + "\n")
         done[name, onednn] = found["status"]
         print(f"{name:32s} oneDNN {onednn!s:5s} {found['status']}", flush=True)
-    return sum(status not in ("right", "refused") for status in done.values())
+    return sum(status != "right" for status in done.values())
 
 
 if __name__ == "__main__":

@@ -89,10 +89,14 @@ def attending(layer: Callable[[], Any]) -> Callable:
     return make
 
 
-def words(layer: Callable[[], Any]) -> Callable:
+def words(*layers: Callable[[], Any]) -> Callable:
+    """Return the recipe of a model that applies layers to five word numbers."""
+
     def make():
-        x = keras.Input((5,), dtype="int32")
-        return _ended(x, layer()(x))
+        x = h = keras.Input((5,), dtype="int32")
+        for layer in layers:
+            h = layer()(h)
+        return _ended(x, h)
 
     return make
 
@@ -267,9 +271,9 @@ KINDS["Masking"] = Kind(masking, (4, 3))
 KINDS["Embedding"] = Kind(words(lambda: L.Embedding(7, 3)), None)
 KINDS["ReversibleEmbedding"] = Kind(reversible, None)
 KINDS["CategoryEncoding"] = Kind(words(lambda: L.CategoryEncoding(7, "multi_hot")), None)
-KINDS["Hashing"] = Kind(words(lambda: keras.Sequential([L.Hashing(4), L.Embedding(4, 2)])), None)
+KINDS["Hashing"] = Kind(words(lambda: L.Hashing(4), lambda: L.Embedding(4, 2)), None)
 KINDS["IntegerLookup"] = Kind(
-    words(lambda: keras.Sequential([L.IntegerLookup(vocabulary=[1, 2, 3]), L.Embedding(5, 2)])),
+    words(lambda: L.IntegerLookup(vocabulary=[1, 2, 3]), lambda: L.Embedding(5, 2)),
     None,
 )
 

@@ -196,7 +196,7 @@ def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
     p, count = problems["softmax"], []
     dense = Hessian.dense
     monkeypatch.setattr(Hessian, "dense", lambda A: count.append(1) or dense(A))
-    influence = Influence(p.net, p.train, solver=Direct(), approximation="first_order")
+    influence = Influence(p.net, p.train, solver=Direct())
     assert not count  # the matrix is not formed before the first question
     influence.scores(p.test)
     influence.self_influence([1])
