@@ -9,7 +9,8 @@ The self-influence of a mail x with label y in {-1, 1} is
     sigma(-y theta'x)^2 x' H^-1 x
 
 Here sigma is the logistic function and H the Hessian. The code of the published figure omitted the
-square. The authors corrected this error in 2020. We draw both versions.
+square. The authors corrected this error in 2020. We draw both versions. A fourth score is ours: the
+margin of the given label at the mail's output without the mail, by one Newton step.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from influence.truth.runs import started_deaf
 DATA = "enron1"
 STAND_IN = "spam"
 
-METHODS = ("influence", "published", "loss", "random")
+METHODS = ("influence", "published", "loss", "random", "out_of_sample")
 # The figure and the claims use this flip step, which is 10 % of the labels.
 _FIGURE = 2
 
@@ -167,6 +168,22 @@ CLAIMS = (
         headline="smallest lead in flips found of the corrected score over loss: 10 % flipped, "
         "any share flipped",
     ),
+    Claim(
+        "found_out_of_sample_10",
+        "Share of the flips found with 10 % checked, by the margin out of sample",
+        None,
+        0.62,
+        0.72,
+        headline="share of flips found with 10 and 30 % checked, by the margin out of sample",
+    ),
+    Claim(
+        "found_out_of_sample_30",
+        "Share of the flips found with 30 % checked, by the margin out of sample",
+        None,
+        0.92,
+        1.0,
+        headline="share of flips found with 10 and 30 % checked, by the margin out of sample",
+    ),
 )
 CHECKS = (
     Check("found_random_10", 0.08, 0.12),
@@ -204,6 +221,8 @@ DEVIATIONS = (
     "1,035 test mails, which do not add up to Enron1's 5,172.",
     "Optimum: we use Newton's method in float64 to a gradient norm of 1e-8, certified for every "
     "fit. The authors' code uses scikit-learn's L-BFGS in float32, without a certificate.",
+    "Beyond the paper: a fourth score, the margin of the given label at the mail's output without "
+    "the mail, by one Newton step. It omits the penalty's gradient too.",
     "Draws: each of our draws has its own random generator. The authors' code uses NumPy's global "
     "seeds 0 to 678.",
 )
@@ -381,6 +400,7 @@ _LOOKS = (
     ("influence, $\\sigma$ (as published)", "#56B4E9", "s"),
     ("training loss", "#D55E00", "^"),
     ("random", "0.5", "v"),
+    ("margin out of sample", "#009E73", "D"),
 )
 
 
@@ -426,7 +446,12 @@ def _orders(
     slope = -np.expm1(-loss)  # sigma(-y theta'x)
     leverage = net.leverages(noisy, gram=gram)
     scores = (slope**2 * leverage, slope * leverage, loss)
-    return [*(np.argsort(-s, kind="stable") for s in scores), rng.permutation(len(noisy))]
+    orders = [np.argsort(-s, kind="stable") for s in scores]
+    # This is z_i + K_i (n - s_i K_i)^-1 g_i of influence.scores.one_step, with the K_i that
+    # `leverages` returns, g_i = slope and s_i = slope (1 - slope).
+    margin = -np.log(np.expm1(loss))
+    margin -= leverage * slope / (len(noisy) - slope * (1 - slope) * leverage)
+    return [*orders, rng.permutation(len(noisy)), np.argsort(margin, kind="stable")]
 
 
 def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
@@ -452,7 +477,8 @@ def _summary(config: Config, arrays: dict[str, NDArray]) -> dict[str, float]:
         metrics[f"found_{method}_{percent}"] = found[i, j]
         metrics[f"accuracy_{method}_{percent}"] = accuracy[i, j]
     by_rate = arrays["found"].mean(axis=1)
-    for first, second in (("published", "loss"), ("influence", "loss"), ("loss", "random")):
+    pairs = ("published", "loss"), ("influence", "loss"), ("loss", "random")
+    for first, second in (*pairs, ("out_of_sample", "influence"), ("out_of_sample", "loss")):
         i, j = METHODS.index(first), METHODS.index(second)
         name = f"lead_of_{first}_over_{second}"
         metrics[f"least_{name}"] = (found[i] - found[j]).min()
