@@ -449,7 +449,7 @@ def _orders(
     orders = [np.argsort(-s, kind="stable") for s in scores]
     # This is z_i + K_i (n - s_i K_i)^-1 g_i of influence.scores.one_step, with the K_i that
     # `leverages` returns, g_i = slope and s_i = slope (1 - slope).
-    margin = -np.log(np.expm1(loss))
+    margin = net.outputs(noisy.x)[:, 0] * np.where(noisy.y == 1, 1, -1)
     margin -= leverage * slope / (len(noisy) - slope * (1 - slope) * leverage)
     return [*orders, rng.permutation(len(noisy)), np.argsort(margin, kind="stable")]
 
