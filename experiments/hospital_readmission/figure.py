@@ -240,7 +240,7 @@ def _draw_children(axis: Any, arrays: dict[str, NDArray], *, published: bool) ->
         axis.set_xlabel("P(correct) before the removal")
     axis.set(title=f"The {len(before)} test children", ylabel="P(correct), ours")
     if published:
-        axis.legend(loc="lower right", handletextpad=0.2)
+        axis.legend(loc="upper left", handletextpad=0.1, fontsize=6.5)
 
 
 def _patch(colour: str, label: str) -> Any:
