@@ -33,6 +33,19 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     return parts[0], parts[1]
 
 
+def pictures(count: int, seed: int) -> Split:
+    """Draw further pictures, for example to train a network before it sees the data set.
+
+    Args:
+      count: number of pictures, half of them fish.
+      seed: seed of the draw. SEED gives pictures of the data set.
+    Returns: (x, y), in the form of `read`.
+    """
+    rng = np.random.RandomState(seed)
+    y = rng.permutation(count) % 2
+    return _pictures(rng, y), y.astype(np.int64)
+
+
 def _pictures(rng: np.random.RandomState, y: np.ndarray) -> np.ndarray:
     n = len(y)
     v, u = np.mgrid[:SIDE, :SIDE] / SIDE  # down, across

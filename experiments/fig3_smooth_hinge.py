@@ -345,6 +345,9 @@ def _draw_changes(axis: Any, arrays: Any, t: float, *, published: bool) -> None:
     if published and t in _PUBLISHED:
         said += f"\npublished {compare.rounded(_PUBLISHED[t])}"
     axis.text(0.04, 0.96, said, transform=axis.transAxes, va="top")
+    if published and t == max(_PUBLISHED):
+        end = " the published axes end"
+        axis.text(_AXES, -tall, end, rotation=90, ha="right", va="bottom", fontsize=6.5)
 
 
 def _draw_over_t(axis: Any, arrays: Any) -> None:

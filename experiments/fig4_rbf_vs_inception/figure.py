@@ -93,7 +93,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(side=32, heads=("small/relu2", "small/relu1"), num_fish=10, top_deep=50),
+    "smoke": Config(side=32, heads=("learnt/relu2", "small/relu2"), num_fish=10, top_deep=50),
     "standard": Config(
         heads=(
             "inception/mixed8",

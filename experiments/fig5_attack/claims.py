@@ -1,7 +1,5 @@
 """What Figure 5 claims, and how our run differs from the authors'."""
 
-from typing import Any
-
 from experiments.harness.claims import RELEASED, Check, Claim, Published, Sample
 from experiments.harness.claims import STAND_IN as OTHER_IMAGES
 
@@ -32,43 +30,37 @@ def _flips(network: str, name: str, presets: tuple[str, ...]) -> list[Claim]:
     ]
 
 
-def _group_claims(network: str, name: str) -> list[Claim]:
-    def one(metric: str, sentence: str, value: float, headline: str = "", **more: Any) -> Claim:
-        published = Published(_KODA, value, kind=RELEASED, **more)
-        return Claim(
+def _group_claims() -> list[Claim]:
+    """Claims about the attack on thirty images, each at both heads."""
+    one_flips = "of 30 test images, those that one poisoned image flips: Inception v3, MobileNet"
+    half = "poisoned images that flip half of 30 test images: Inception v3, MobileNet"
+    return [
+        Claim(
             f"group_{metric}_{network}",
             f"{sentence}, {name}",
-            published,
+            Published(_KODA, value, kind=RELEASED),
             presets=_HERE,
             headline=headline,
         )
-
-    return [
-        one(
-            "one_flipped",
-            "Of 30 test images, those that one poisoned training image flips",
-            16,
-            f"flipped by one image, of 30, {name}",
-        ),
-        one(
-            "poisons_for_most",
-            "Poisoned training images that flip half of 30 test images",
-            1,
-            f"images that flip half of 30, {name}",
-        ),
-        one("one_loss_before", "Mean loss of the 30 images before the attack", 0.0350197),
-        one("one_loss_after", "Mean loss of the 30 images after one image is poisoned", 1.35992),
-        one("one_train_accuracy", "Training accuracy after the attack", 0.999444),
-        one("one_rank_in_loss", "Training images with a larger loss than the single poison's", 0),
-    ]
+        for metric, sentence, value, headline in (
+            ("one_flipped", "Of 30 test images, those that one poisoned training image flips", 16,
+             one_flips),
+            ("poisons_for_most", "Poisoned training images that flip half of 30 test images", 1,
+             half),
+            ("one_loss_before", "Mean loss of the 30 images before the attack", 0.0350197, ""),
+            ("one_loss_after", "Mean loss of the 30 images, one image poisoned", 1.35992, ""),
+            ("one_train_accuracy", "Training accuracy after the attack", 0.999444, ""),
+            ("one_rank_in_loss", "Training images with a larger loss than the poison's", 0, ""),
+        )
+        for network, name in (("inception", "Inception v3 to mixed4"), ("mobilenet", "MobileNet"))
+    ]  # fmt: skip
 
 
 CLAIMS = (
     *_flips("inception", "Inception v3 to mixed4", _HERE),
     *_flips("mobilenet", "MobileNet", _HERE),
     *_flips("inception-keras", "Inception v3", _THERE),
-    *_group_claims("inception", "Inception v3 to mixed4"),
-    *_group_claims("mobilenet", "MobileNet"),
+    *_group_claims(),
     Claim(
         "gain_from_1_to_10_by_papers_rule",
         "Share flipped with ten images minus share flipped with one, the paper's rule, all heads",

@@ -220,16 +220,15 @@ def _paper(claim: dict[str, Any]) -> str:
 
 
 def _ours(claim: dict[str, Any]) -> str:
-    ends = ", ".join(number(end) for end in claim["interval"])
+    ends = ", ".join(f"{end:.2g}" for end in claim["interval"] if end is not None)
     return number(claim["value"]) + (f" [{ends}]" if ends else "")
 
 
 def _band(low: float | None, high: float | None) -> str:
-    if low is not None and high is not None:
-        return number(low) if low == high else f"{number(low)} to {number(high)}"
-    if low is not None:
-        return f"at least {number(low)}"
-    return "any" if high is None else f"at most {number(high)}"
+    ends = ["" if end is None else f"{end:,.5g}" for end in (low, high)]
+    if all(ends):
+        return ends[0] if low == high else " to ".join(ends)
+    return f"at least {ends[0]}" if ends[0] else f"at most {ends[1]}" if ends[1] else "any"
 
 
 def _headlines(records: list[tuple[Path, Record]]) -> list[dict[str, str]]:
@@ -269,7 +268,9 @@ def _joint(some: list[dict[str, Any]]) -> str:
     if len(set(words)) == 1:
         return words[0]
     held = [word for word, claim in zip(words, some, strict=True) if claim["holds"]]
-    return f"{len(held)} of {len(some)}: {held[0]}" if held else NOT_REPRODUCED
+    if not held:
+        return NOT_REPRODUCED
+    return MISSED if MISSED in words else f"{len(held)} of {len(some)} {held[0]}"
 
 
 def _counts(records: list[tuple[Path, Record]]) -> str:

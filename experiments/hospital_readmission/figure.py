@@ -1,11 +1,11 @@
-"""Domain mismatch: the training rows and the feature behind wrong predictions for children.
+"""Section 5.3: the training rows and the feature behind wrong predictions for children.
 
-Koh & Liang 2017, section 5.3: a model predicts whether a patient is readmitted. Its training set
-contains 24 children, and three of them were readmitted. If twenty of the other 21 children are
-removed, the model fails on children. Take one child with a wrong prediction. Of 19,980 training
-rows, the four remaining children have the largest influence on this prediction. The derivative of
-influence with respect to the input finds the feature that marks children. The model's coefficients
-do not find it.
+Koh & Liang 2017, section 5.3, domain mismatch: a model predicts whether a patient is readmitted.
+Its training set contains 24 children, and three of them were readmitted. If twenty of the other 21
+children are removed, the model fails on children. Take one child with a wrong prediction. Of 19,980
+training rows, the four remaining children have the largest influence on this prediction. The
+derivative of influence with respect to the input finds the feature that marks children. The model's
+coefficients do not find it.
 """
 
 import warnings
@@ -172,7 +172,7 @@ def draw(record: Record) -> Any:
         refitted = -len(arrays["influence"]) * arrays["moved_actual"][k]
         features.plot(refitted, places, "k|", markersize=7, label="refitted")
         features.set(
-            title=f"Features of row {stays} at the optimum",
+            title=f"Row {stays}, at the optimum",
             xlabel="$-n$ times the change of the child's loss\nfor each unit added (nats)",
         )
         features.legend(loc="lower right", handletextpad=0.2)
@@ -205,15 +205,15 @@ def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> Non
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.axvline(0, color="0.6", linewidth=0.6)
     axis.set(
-        title="Most influential rows, stopped as released",
-        xlabel="Predicted change of the child's loss\nif the row is removed (nats)",
+        title="Largest influences",
+        xlabel="Predicted change of the loss if\nremoved (nats), stopped as released",
         ylabel="Training row",
     )
     # These handles are not in the axis' data, so they stay out of its limits.
     handles = [_patch(_RED, "a child"), _patch(_BLUE, "anyone else")]
     if published:
         handles.append(_mark("|", "black", "published"))
-    axis.legend(handles=handles, loc="center right", handlelength=1)
+    axis.legend(handles=handles, loc="lower left", handlelength=1)
 
 
 def _draw_children(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
@@ -240,7 +240,7 @@ def _draw_children(axis: Any, arrays: dict[str, NDArray], *, published: bool) ->
         axis.set_xlabel("P(correct) before the removal")
     axis.set(title=f"The {len(before)} test children", ylabel="P(correct), ours")
     if published:
-        axis.legend(loc="upper left", handletextpad=0.2)
+        axis.legend(loc="upper left", handletextpad=0.1, fontsize=6.5)
 
 
 def _patch(colour: str, label: str) -> Any:

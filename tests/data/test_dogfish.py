@@ -6,6 +6,7 @@ from PIL import Image
 
 import data
 from data import dogfish, images
+from data import fishlike as generated
 from tests.data.real import found
 
 REAL, needs_dogfish = found("dogfish")
@@ -199,3 +200,13 @@ def test_stand_in_is_pictures_of_two_kinds(fishlike):
     assert np.bincount(y).tolist() == [100, 100] and np.bincount(y_test).tolist() == [40, 40]
     assert x.std(axis=(1, 2, 3)).min() > 5  # none is empty
     assert len(np.unique(x.reshape(200, -1), axis=0)) == 200
+
+
+def test_further_pictures_are_drawn_like_those_of_the_stand_in(fishlike):
+    x, y = generated.pictures(200, generated.SEED)
+    np.testing.assert_array_equal(x, fishlike.train[0])
+    np.testing.assert_array_equal(y, fishlike.train[1])
+    other, labels = generated.pictures(60, generated.SEED + 1)
+    assert np.bincount(labels).tolist() == [30, 30]
+    seen = {picture.tobytes() for picture in (*x, *fishlike.test[0])}
+    assert not any(picture.tobytes() in seen for picture in other)

@@ -59,7 +59,7 @@ def test_distances_and_scores_of_the_test_point(record, splits):
     distance = np.linalg.norm(flat - shown, axis=1)
     np.testing.assert_allclose(record.arrays["distance"], distance, rtol=1e-12)
     images = np.concatenate([x, x_test])
-    phi = trunks.features(["small/relu2"], images, root=None, folder=None)["small/relu2"]
+    phi = trunks.features(["learnt/relu2"], images, root=None, folder=None)["learnt/relu2"]
     head = deep_head(phi, y, y_test, weight_decay=SMOKE.weight_decay)
     scores = head.scores(record.arrays["test_fish"])
     np.testing.assert_allclose(record.arrays["score"][1], scores[0], rtol=1e-6, atol=1e-12)
@@ -68,13 +68,13 @@ def test_distances_and_scores_of_the_test_point(record, splits):
     order = np.argsort(-scores, axis=1)
     dogs = [np.sum(y[rows[: SMOKE.top_deep]] == 0) for rows in order]
     assert record.arrays["dogs_in_top"][1].tolist() == dogs
-    assert record.metrics["median_dogs_in_top_small/relu2"] == np.median(dogs)
+    assert record.metrics["median_dogs_in_top_learnt/relu2"] == np.median(dogs)
     first = [int(np.flatnonzero(y[rows] == 0)[0]) for rows in order]
     assert record.arrays["rank_of_first_dog"][1].tolist() == first
     largest = np.abs(scores).max(axis=1)
     np.testing.assert_allclose(record.arrays["largest_influence"][1], largest, rtol=1e-6)
     z = phi[200 + point(record)] @ head.net.theta
-    sure = record.metrics["probability_of_test_point_small/relu2"]
+    sure = record.metrics["probability_of_test_point_learnt/relu2"]
     assert sure == pytest.approx(1 / (1 + np.exp(-z)), rel=1e-6)
 
 
@@ -165,7 +165,8 @@ def test_interruption_loses_nothing(splits, record, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(fig4, "deep_head", stopped)
         fig4.run(SMOKE, splits, checkpoints=tmp_path)
-    assert len(list(tmp_path.glob("small-*.npz"))) == 2
+    for network in ("learnt", "small"):
+        assert len(list(tmp_path.glob(f"{network}-*.npz"))) == 2
     again = fig4.run(SMOKE, splits, checkpoints=tmp_path)
     for name, array in record.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], array)
@@ -174,7 +175,7 @@ def test_interruption_loses_nothing(splits, record, tmp_path, monkeypatch):
 def test_draw(record):
     figure = fig4.draw(record)
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[:3] == ["RBF SVM on pixels", "Small, relu2", "Small, relu1"]
+    assert titles[:3] == ["RBF SVM on pixels", "Learnt, relu2", "Small, relu2"]
     arrays = record.arrays
     for i, axis in enumerate(figure.axes[:3]):
         low, high = axis.get_ylim()
@@ -275,7 +276,7 @@ def test_missing_weights_are_said_before_any_work(splits, monkeypatch):
 
     monkeypatch.setattr(trunks, "check", missing)
     monkeypatch.setattr(fig4, "squared_distances", None)
-    with pytest.raises(Misuse, match="small/relu2"):
+    with pytest.raises(Misuse, match="learnt/relu2"):
         fig4.run(SMOKE, splits)
 
 

@@ -73,7 +73,7 @@ def test_the_long_table_has_every_claim_of_every_record(tmp_path):
     assert second.splitlines()[2:] == [
         "| claim | the paper's | ours | band | verdict | metric | source |",
         "|---|---|---|---|---|---|---|",
-        "| Correlation | 0.86 | 0.853 [0.79, 0.898] | 0.774 to 0.946 | reproduced | `pearson` "
+        "| Correlation | 0.86 | 0.853 [0.79, 0.9] | 0.774 to 0.946 | reproduced | `pearson` "
         "| 4.1 |",
         "| Slope | y = x | 0.5 | at least 0.985 | not reproduced | `slope` | 4.1 |",
         "| Lost \\| rows | – | 0.25 | at most 0.5 | beyond the paper | `lost` |  |",
@@ -88,8 +88,8 @@ def test_the_short_table_has_a_row_per_headline_of_the_fullest_record(tmp_path):
     assert report.short_table(tmp_path).splitlines() == [
         "| paper | what | the paper's | ours | |",
         "|---|---|---|---|---|",
-        "| Figure 2, left and middle | r | 0.86 / y = x | 0.853 [0.79, 0.898] / 0.5 "
-        "| 1 of 2: reproduced |",
+        "| Figure 2, left and middle | r | 0.86 / y = x | 0.853 [0.79, 0.9] / 0.5 "
+        "| 1 of 2 reproduced |",
         "| Figure 2, left and middle | rows lost | – | 0.25 | beyond the paper |",
         "",
         "All claims: 1 not reproduced, 1 reproduced, 1 beyond the paper, 1 beyond the paper; "

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 import data
-from data import files, images
+from data import files, fishlike, images
 from experiments.harness.running import Misuse
 from experiments.shared import trunks
 from influence import TopLayer
@@ -108,7 +109,9 @@ def test_where_features_are_kept(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("head", ["vgg/block5", "small", "small/", "/relu1"])
 def test_heads_that_are_none(head):
-    with pytest.raises(ValueError, match=r"named network/layer .* of small, mobilenet, .*got '"):
+    with pytest.raises(
+        ValueError, match=r"named network/layer .* of small, learnt, mobilenet, .*got '"
+    ):
         trunks.split(head)
 
 
@@ -151,3 +154,16 @@ def test_trained_networks_tell_dogs_from_fish(head, width):
     means = [phi[y[rows] == c].mean(axis=0) for c in (0, 1)]
     nearer = np.argmin([np.linalg.norm(phi - mean, axis=1) for mean in means], axis=0)
     assert np.mean(nearer == y[rows]) > 0.95
+
+
+def test_the_learnt_network_tells_pictures_apart_that_it_never_saw():
+    x, y = fishlike.pictures(300, seed=9)
+    heads = ["learnt/relu2", "small/relu2"]
+    found = trunks.features(heads, x, root=None, folder=None)
+    right = {}
+    for head, phi in found.items():
+        model = LogisticRegression(max_iter=1000).fit(phi[:200], y[:200])
+        right[head] = model.score(phi[200:], y[200:])
+    assert right["learnt/relu2"] > 0.9 > right["small/relu2"]
+    again = trunks.features(heads[:1], x, root=None, folder=None)["learnt/relu2"]
+    np.testing.assert_array_equal(again, found["learnt/relu2"])
