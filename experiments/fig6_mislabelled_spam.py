@@ -391,16 +391,8 @@ def _draw_leads(axis: Any, arrays: Any) -> None:
         xticks=np.round(flipped),
     )
     axis.set_ylim(top=1.45 * lead.mean(axis=1).max())  # room for the legend
-    axis.legend(
-        title="mails checked",
-        loc="upper center",
-        frameon=False,
-        fontsize=6.5,
-        title_fontsize=6.5,
-        ncols=3,
-        columnspacing=0.8,
-        handlelength=1.2,
-    )
+    small = {"fontsize": 6.5, "title_fontsize": 6.5, "columnspacing": 0.8, "handlelength": 1.2}
+    axis.legend(title="mails checked", loc="upper center", frameon=False, ncols=3, **small)
 
 
 # Each method of METHODS has a label, a colour and a marker.
