@@ -19,6 +19,7 @@ from experiments.harness.record import Record
 from experiments.shared.compare import (
     agreement,
     largest,
+    letter,
     predicted_against_actual,
     rounded,
     with_others,
@@ -274,34 +275,55 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw predicted against actual changes, with the line y = x, in one panel per solver."""
+    """Draw predicted against actual changes for two solvers, and the errors of two approximations.
+
+    LiSSA's panel shows the seed of median correlation. The third panel shows the rows that are also
+    predicted by one Newton step.
+    """
     import matplotlib.pyplot as plt
 
-    arrays, metrics = record.arrays, record.metrics
-    figure, axes = plt.subplots(
-        1, 2, figsize=(6.75, 3.4), sharex=True, sharey=True, layout="constrained"
-    )
+    arrays = record.arrays
+    actual, runs = arrays["actual"], arrays["predicted_lissa"]
+    order = np.argsort([np.corrcoef(run, actual)[0, 1] for run in runs])
+    median = order[len(order) // 2]
     panels = (
-        ("Conjugate gradients", arrays["predicted_cg"], metrics["pearson_cg"]),
-        (
-            "LiSSA",
-            arrays["predicted_lissa"][0],
-            np.corrcoef(arrays["predicted_lissa"][0], arrays["actual"])[0, 1],
-        ),
+        ("Conjugate gradients", arrays["predicted_cg"]),
+        (f"LiSSA (median of {len(runs)} seeds)", runs[median]),
     )
-    for axis, (title, predicted, pearson) in zip(axes, panels, strict=True):
-        predicted_against_actual(axis, arrays["actual"], predicted)
-        axis.set_title(title)
-        axis.text(0.05, 0.95, f"r = {rounded(pearson)}", transform=axis.transAxes, va="top")
-    axes[1].set_ylabel("")
-    figure.supxlabel(
-        f"One exact Newton step without the row, {len(arrays['predicted_one_step'])} rows: "
-        f"slope {metrics['slope_one_step']:.4f}, "
-        f"largest error {metrics['largest_error_one_step']:.1e} of the largest change",
-        fontsize=8,
-        color="0.35",
-    )
+    with plt.rc_context({"font.size": 8, "axes.titlesize": 8.5}):
+        figure, axes = plt.subplots(1, 3, figsize=(6.75, 2.5), layout="constrained")
+        for axis, (title, predicted) in zip(axes, panels, strict=False):
+            predicted_against_actual(axis, actual, predicted)
+            axis.set_title(title)
+            pearson = agreement(predicted, actual)["pearson"]
+            axis.text(0.05, 0.95, f"r = {rounded(pearson)}", transform=axis.transAxes, va="top")
+        axes[1].set_ylabel("")
+        _draw_errors(axes[2], arrays)
+        for axis, name in zip(axes, "abc", strict=True):
+            letter(axis, name)
     return figure
+
+
+def _draw_errors(axis: Any, arrays: Any) -> None:
+    """Draw the error of first order and of one Newton step, over the actual change."""
+    step = arrays["predicted_one_step"]
+    actual = arrays["actual"][: len(step)]
+    first = arrays["predicted_cg"][: len(step)]
+    for predicted, name, color, marker in (
+        (first, "first order", "#D55E00", "o"),
+        (step, "one step", "#0072B2", "D"),
+    ):
+        found = agreement(predicted, actual)
+        share = 100 * found["largest_difference"] / np.abs(actual).max()
+        label = f"{name}: slope {found['slope']:.4f},\nlargest error {share:.2g} %"
+        axis.scatter(actual, 1e4 * (predicted - actual), s=9, color=color, marker=marker,
+                     label=label, linewidths=0)  # fmt: skip
+    axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    axis.set(xlabel="Actual change (nats)", ylabel="Predicted - actual (1e-4 nats)")
+    axis.set_title(f"The {len(step)} largest rows")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.6 * (high - low))  # room for the legend
+    axis.legend(loc="upper center", frameon=False, fontsize=6.5, handletextpad=0.2)
 
 
 def _lissa(config: Config, seed: int) -> LiSSA:
