@@ -59,7 +59,7 @@ def test_the_published_points_are_claims_of_their_own():
 
 def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
     arrays, metrics = record.arrays, record.metrics
-    assert arrays["found"].shape == arrays["accuracy"].shape == (1, 2, 4, 6)
+    assert arrays["found"].shape == arrays["accuracy"].shape == (1, 2, 5, 6)
     assert arrays["accuracy_flipped"].shape == (1, 2)
     np.testing.assert_allclose(arrays["flipped_share"], [0.1])
     np.testing.assert_allclose(arrays["checked_share"], 0.05 * np.arange(1, 7))
@@ -99,7 +99,13 @@ def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
     sigma = 1 / (1 + np.exp((2 * noisy - 1) * (x @ theta)))
     leverage = np.diag(x @ np.linalg.inv(risk.hessian(theta)) @ x.T)
     scores = (sigma**2 * leverage, sigma * leverage, risk.losses(theta))
-    orders = [np.argsort(-score) for score in scores] + [rng.permutation(40)]
+    # One Newton step without the mail's loss, in full: its gradient and its curvature leave.
+    H, signs, margins = risk.hessian(theta), 2 * noisy - 1, np.empty(40)
+    for i, own in enumerate(x):
+        without = H - sigma[i] * (1 - sigma[i]) * np.outer(own, own) / 40
+        move = np.linalg.solve(without, -signs[i] * sigma[i] * own / 40)
+        margins[i] = signs[i] * own @ (theta + move)
+    orders = [np.argsort(-score) for score in scores] + [rng.permutation(40), np.argsort(margins)]
     for i, order in enumerate(orders):
         for j, count in enumerate((4, 12)):
             checked = order[:count]
@@ -154,7 +160,7 @@ def test_figure_shows_the_records_numbers(record):
     left, right = figure.axes
     for axis, name, scale in ((left, "accuracy", 1), (right, "found", 100)):
         start = record.metrics["accuracy_flipped"] if name == "accuracy" else 0
-        assert len(axis.containers) == 4
+        assert len(axis.containers) == 5
         for j, (x, y) in enumerate(_drawn(axis).values()):
             np.testing.assert_allclose(x, [0, 5, 10, 15, 20, 25, 30])
             np.testing.assert_allclose(y[1:], scale * record.arrays[f"{name}_mean"][0, j])
@@ -174,7 +180,7 @@ def test_figure_of_several_flip_rates_beside_the_published_curves(record):
     rng = np.random.default_rng(0)
     arrays = dict(record.arrays)
     for name in ("found", "accuracy"):
-        arrays[name] = rng.uniform(size=(3, 5, 4, 6))
+        arrays[name] = rng.uniform(size=(3, 5, 5, 6))
         arrays[f"{name}_mean"] = arrays[name].mean(axis=1)
         arrays[f"{name}_error"] = arrays[name].std(axis=1, ddof=1) / np.sqrt(5)
     arrays |= {"flip_steps": np.array([1, 2, 3]), "flipped_share": np.array([0.05, 0.1, 0.15])}
