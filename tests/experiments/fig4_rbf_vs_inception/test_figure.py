@@ -14,6 +14,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 import data
 from data.images import resized
 from experiments.fig4_rbf_vs_inception import figure as fig4
+from experiments.fig4_rbf_vs_inception import models
 from experiments.fig4_rbf_vs_inception.models import deep_head, kernel_svm, squared_distances
 from experiments.harness.claims import failed, of_preset
 from experiments.harness.running import Misuse
@@ -301,7 +302,7 @@ def labels(images):
 
 @pytest.mark.parametrize("block", [7, 1 << 13])
 def test_distances_are_exact(images, block, monkeypatch):
-    monkeypatch.setattr(fig4, "_PIXELS", block)
+    monkeypatch.setattr(models, "_PIXELS", block)
     flat = images.reshape(N + M, -1) / 127.5 - 1
     expected = ((flat[:, None] - flat[None, :N]) ** 2).sum(axis=2)
     got = squared_distances(images[:N], images)
