@@ -47,7 +47,7 @@ def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
         return affine_layers(net, x).roots(x, y, theta)
     except ValueError:  # some weights of theta are in layers that are not affine
         pass
-    batch = t.inputs(x), t.tensor(y)
+    batch = t.batch(x, y, weighed=True)
     return t.run("roots", partial(_by_rows, t, t.each(*batch)), theta, *batch)
 
 
