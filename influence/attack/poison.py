@@ -31,6 +31,7 @@ from influence.net.checked import Net, checked
 from influence.net.minimum import TOLERANCE, check_at_minimum
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
+from influence.net.refused import check_no_masses
 from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 from influence.solvers.base import check_solver
@@ -438,6 +439,7 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
     _ = examples.x  # this raises for a stream, which has no x
+    check_no_masses(net, "an attack")
     if is_packed(examples.y):
         raise ValueError(
             f"{name} must have plain labels without sample_weight for an attack, got "

@@ -131,7 +131,7 @@ class Chain:
         """
         t = self.traced
         theta = t.theta() if theta is None else theta
-        matrix = t.run("chain", self._hessian, theta, t.inputs(x), t.tensor(y))
+        matrix = t.run("chain", self._hessian, theta, *t.batch(x, y, weighed=True))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
         if np.array_equal(order, np.arange(len(order))):  # the usual case makes no copy
             return matrix
@@ -213,14 +213,17 @@ def chain_hessian(
 def mean_matrix(
     question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
 ) -> NDArray:
-    """Average a matrix (d, d) over all rows. `question` returns the sum over one batch."""
+    """Average a matrix (d, d) over all rows. `question` returns the sum over one batch.
+
+    Rows count by their masses.
+    """
     # The sums are in float64, even if the net is in float32.
     matrix = np.zeros((net.num_parameters, net.num_parameters))
     parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
         matrix += part
         del part  # free the memory of this part before the next one is computed
-    matrix /= len(examples)
+    matrix /= net.mass(examples)
     return matrix.astype(net.dtype, copy=False)
 
 

@@ -59,7 +59,8 @@ class AffineLayers:
 
         Let J_i be the Jacobian of row i's output with respect to theta. Let H_i = S_i S_i' be the
         loss's Hessian with respect to that output. Let p_is = J_i' S_i[:, s]. The Gauss-Newton
-        matrix is (1/n) sum_i sum_s p_is p_is'. A layer's part of p_is is sum_t a_it' g_its. The
+        matrix is (1/n) sum_i sum_s p_is p_is'. For a masked loss, H_i contains the mass v_i, and
+        the factor is 1 / sum_i v_i. A layer's part of p_is is sum_t a_it' g_its. The
         method returns these a and g. Negative eigenvalues of H_i are replaced by zero.
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
@@ -68,7 +69,7 @@ class AffineLayers:
           with G groups a is (n, t, G, f) and g is (n, t, s, G, c).
         """
         t = self.traced
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y, weighed=True)
         theta = t.theta() if theta is None else theta
         found = partial(self._factors, self._columns, t.each(*batch))
         return t.run("pseudo gradients", found, theta, *batch)
@@ -80,7 +81,7 @@ class AffineLayers:
           gradient is sum_t a_it' g_i1t.
         """
         t = self.traced
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y)
         theta = t.theta() if theta is None else theta
         found = partial(self._factors, self._slopes, t.each(*batch))
         return t.run("gradient factors", found, theta, *batch)
@@ -92,7 +93,7 @@ class AffineLayers:
           do not enter.
         """
         t = self.traced
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y)
         theta = t.theta() if theta is None else theta
         found = partial(self._factors, unit_columns, t.each(*batch))
         return t.run("jacobian factors", found, theta, *batch)
@@ -100,7 +101,7 @@ class AffineLayers:
     def roots(self, x: Any, y: Any, theta: Any = None) -> NDArray:
         """Compute the vectors p_is of `pseudo_gradients`, with shape (n, s, d)."""
         t = self.traced
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y, weighed=True)
         theta = t.theta() if theta is None else theta
         return t.run("roots", partial(self._roots, t.each(*batch)), theta, *batch)
 
@@ -131,7 +132,7 @@ class AffineLayers:
         self, name: str, columns: Callable, x: Any, y: Any, theta: Any
     ) -> tuple[list, NDArray]:
         t = self.traced
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y, weighed=True)
         theta = t.theta() if theta is None else theta
         found = partial(self._parts, columns, t.each(*batch))
         single, rest = t.run(name, found, theta, *batch)

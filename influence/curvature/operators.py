@@ -108,6 +108,8 @@ class Curvature(LinearOperator):
         V = numbers(V, "V")
         x, y = self.examples.stacked(rows)
         products = self.net.each_batch(self._each, x, y, V)
+        if self.net.loss.has_masses:
+            products *= len(self.examples) / self.net.mass(self.examples)
         num_batches, d, num_vectors = V.shape
         flat = np.moveaxis(V, 1, 0).reshape(d, -1)
         penalty = self.net.penalty_hvp(flat).reshape(d, num_batches, num_vectors)
@@ -170,7 +172,7 @@ class Curvature(LinearOperator):
 
     def _undamped(self, V: NDArray) -> NDArray:
         total = self.examples.sum_over(Total(self._method, V), self.net, batch_size=self.batch_size)
-        return total / len(self.examples) + self.net.penalty_hvp(V)
+        return total / (self.net.mass(self.examples) or 1) + self.net.penalty_hvp(V)
 
     def _adjoint(self) -> Curvature:
         return self

@@ -50,7 +50,7 @@ def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
         return affine_layers(net, x).roots(x, y, theta)
     except ValueError:  # some weights of theta are in layers that are not affine
         pass
-    batch = t.inputs(x), t.tensor(y)
+    batch = t.batch(x, y, weighed=True)
     columns = partial(loss_roots, t.loss.curved)
     return t.run("roots", partial(_by_rows, t, columns, t.each(*batch)), theta, *batch)
 
@@ -69,7 +69,7 @@ def jacobian_parts(net: GenericNeuralNet, x: Any, y: NDArray) -> tuple[list[Part
     try:
         layers = affine_layers(net, x)
     except ValueError:
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y)
         found = partial(_by_rows, t, unit_columns, t.each(*batch))
         return [], t.run("jacobians", found, theta, *batch)
     factors, rest = layers.jacobian_parts(x, y, theta)

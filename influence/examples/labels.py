@@ -24,6 +24,9 @@ PLAIN = "y"
 # This is the name of the field of weights. For the weights of one output, a slash and the output's
 # name follow.
 WEIGHT = "sample_weight"
+# The labels of a batch have a field of this name if the loss masks positions. It holds the weights
+# of the positions of each row, (n, ...). Sets of examples do not have this field.
+POSITIONS = "sample_weight of positions"
 
 
 def packed(y: Any, sample_weight: Any = None) -> Any:
@@ -81,7 +84,7 @@ def labels(y: Any) -> Any:
         y = fields(y)
     if not isinstance(y, Mapping):
         return y
-    found = {name: part for name, part in y.items() if not is_weight(name)}
+    found = {name: p for name, p in y.items() if not is_weight(name) and name != POSITIONS}
     return found[PLAIN] if list(found) == [PLAIN] else found
 
 
@@ -98,6 +101,11 @@ def sample_weights(y: Any) -> Any:
     if not found or list(found) == [WEIGHT]:
         return found.get(WEIGHT)
     return {name.removeprefix(f"{WEIGHT}/"): part for name, part in found.items()}
+
+
+def positions(y: Any) -> Any:
+    """Return the weights of the positions in a batch of labels, or None without them."""
+    return y.get(POSITIONS) if isinstance(y, Mapping) else None
 
 
 def is_weight(name: str) -> bool:
@@ -136,7 +144,7 @@ def _labels(y: Any) -> dict[str, NDArray]:
     if not y:
         raise ValueError("y must hold at least one array, got an empty dict.")
     for name in y:
-        if not isinstance(name, str) or not name or is_weight(name):
+        if not isinstance(name, str) or not name or is_weight(name) or name == POSITIONS:
             raise ValueError(
                 f"y must have the names of the model's outputs, got the key {name!r}; a name is "
                 f"text and does not begin with {WEIGHT!r}."

@@ -26,6 +26,10 @@ from influence.net.losses import PerExampleLoss
 class Derivatives:
     """Base class of GenericNeuralNet. It computes losses, outputs and derivatives of one batch.
 
+    If the loss masks positions, row i has the mass v_i, its number of valid positions. Its loss is
+    the mean over them. A batch's mean loss, and the mean of derivatives over rows, is then
+    (1/n) sum_i v_i loss_i for a batch of n rows. Without masks all v_i are 1.
+
     Attributes:
       model: the Keras model.
       flat: the model as functions of a flat vector theta.
@@ -34,6 +38,7 @@ class Derivatives:
       convex: True if the risk is known to be smooth and strictly convex in theta.
       fixed: (d,) theta of a view that `at` made. If it is None, theta is the model's weights.
       memo: the cache of a view for the current batch. If it is None, nothing is cached.
+      weighs: False for a view whose means over rows leave out the masses v_i.
     """
 
     model: keras.Model
@@ -43,6 +48,7 @@ class Derivatives:
     convex = False
     fixed: NDArray | None = None
     memo: dict[str, NDArray] | None = None
+    weighs = True
 
     @property
     def num_parameters(self) -> int:
@@ -68,6 +74,19 @@ class Derivatives:
         """Return how many numbers the model returns for a batch, over all its outputs."""
         return sum(part.size for part in tf.nest.flatten(self.outputs(x)))
 
+    def masses(self, x: Any, y: Any) -> NDArray[np.float64]:
+        """Return the masses v_i (n,): each row's number of valid positions, or 1 without masks."""
+        if not self.loss.has_masses:
+            return np.ones(len(y))
+        valid = self.flat.valid(self.flat.inputs(x), self.flat.tensor(y)).numpy()
+        return valid.reshape(len(valid), -1).sum(axis=1, dtype=np.float64)
+
+    def times_masses(self, table: NDArray, x: Any, y: Any) -> NDArray:
+        """Multiply each row of a table (n, m) by its mass, in place. Return the table."""
+        if self.loss.has_masses:
+            table *= self.masses(x, y)[:, None]
+        return table
+
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """Return the loss of each example, without the penalty.
 
@@ -89,7 +108,7 @@ class Derivatives:
         def mean_gradient(theta, x, y):
             return tape.gradient(tape.mean_loss(self.flat.losses, x, y), theta)
 
-        return self._at("gradient", mean_gradient, thetas, x, y)
+        return self._at("gradient", mean_gradient, thetas, x, y, weighed=True)
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
         """Return the batch's mean loss and its gradient (d,), without the penalty."""
@@ -98,7 +117,8 @@ class Derivatives:
             return tape.value_and_gradient(tape.mean_loss(self.flat.losses, x, y), theta)
 
         t = self.flat
-        loss, gradient = t.run("both", both, self.theta_tensor(), t.inputs(x), t.tensor(y))
+        batch = t.batch(x, y, weighed=self.weighs)
+        loss, gradient = t.run("both", both, self.theta_tensor(), *batch)
         return float(loss), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
@@ -124,7 +144,7 @@ class Derivatives:
         Raises: ValueError for another question, or if `gauss_newton_product` refuses the loss.
         """
         t, V = self.flat, numbers(V, "V")
-        x, y = t.stacked_inputs(x), t.tensor(y)
+        x, y = t.batches(x, y, weighed=self.weighs)
         each = t.each(*tf.nest.map_structure(lambda part: part[0], (x, y)))
         if question == "gradient":
             at = partial(tape.gradient_each, t.losses, each)
@@ -161,7 +181,8 @@ class Derivatives:
             output, loss = self.flat.output, self.loss.function
             return tape.bregman_gradient(output, loss, each, theta, x, y, thetas)
 
-        return self._mapped("bregman", gradients, x, y, self.flat.rows(thetas, "thetas")).T
+        rows = self.flat.rows(thetas, "thetas")
+        return self._mapped("bregman", gradients, x, y, rows, weighed=True).T
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Multiply the Hessian of the batch's mean loss by m vectors, in one pass.
@@ -171,7 +192,7 @@ class Derivatives:
         Args: x and y of `losses`, and vectors V (d, m) or one vector (d,).
         Returns: the products, in the shape of V.
         """
-        return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V")), V)
+        return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V"), weighed=True), V)
 
     def gauss_newton_product(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Multiply the batch's generalised Gauss-Newton matrix (Schraudolph 2002) by m vectors.
@@ -188,7 +209,8 @@ class Derivatives:
         def products(losses, each, theta, x, y, V):
             return tape.gauss_newton(self.flat.output, self.loss.curved, each, theta, x, y, V)
 
-        return like(self._mapped("gauss_newton", products, x, y, self.flat.rows(V, "V")), V)
+        rows = self.flat.rows(V, "V")
+        return like(self._mapped("gauss_newton", products, x, y, rows, weighed=True), V)
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """Return grad loss_i . v_j for every example i and every vector v_j, in one pass.
@@ -272,7 +294,7 @@ class Derivatives:
 
         Args: the arguments of `curvatures`.
         """
-        return self._along("curvature_gradient", tape.curvature_gradient, x, y, v)
+        return self._along("curvature_gradient", tape.curvature_gradient, x, y, v, weighed=True)
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> Any:
         """Return the derivative of grad loss_i . v with respect to x_i, for each example.
@@ -290,7 +312,7 @@ class Derivatives:
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
         trunk = self.flat.trunk
         t = self.flat if trunk is None or trunk.gave(x) else self.flat.uncut
-        return self._along("input_gradient", tape.input_gradient, x, y, v, t)
+        return self._along("input_gradient", tape.input_gradient, x, y, v, flat=t)
 
     # --- the penalty, which needs no data ---------------------------------------------------------
 
@@ -348,32 +370,62 @@ class Derivatives:
         return t.run("penalty_curvature_gradient", at, self.theta_tensor(), t.rows(v, "v")[0])
 
     def _along(
-        self, name: str, function: Callable, x: Any, y: Any, v: NDArray, flat: Any = None
+        self,
+        name: str,
+        function: Callable,
+        x: Any,
+        y: Any,
+        v: NDArray,
+        *,
+        weighed: bool = False,
+        flat: Any = None,
     ) -> Any:
         """Run `function(losses, theta, x, y, v)` for one direction v (d,)."""
         t = flat or self.flat
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y, weighed=weighed and self.weighs)
         t.facts(*batch)  # refuses losses that TensorFlow differentiates wrongly
         tensors = self.theta_tensor(), *batch, t.rows(v, "v")[0]
         return t.run(name, partial(function, t.losses), *tensors)
 
-    def _mapped(self, name: str, function: Callable, x: Any, y: Any, *tensors: Any) -> Any:
-        """Run `function(losses, each, theta, x, y, *tensors)`. `each` is a map over vectors."""
+    def _mapped(
+        self,
+        name: str,
+        function: Callable,
+        x: Any,
+        y: Any,
+        *tensors: Any,
+        weighed: bool = False,
+    ) -> Any:
+        """Run `function(losses, each, theta, x, y, *tensors)`. `each` is a map over vectors.
+
+        With `weighed`, each row's loss is multiplied by its mass.
+        """
         t = self.flat
-        batch = t.inputs(x), t.tensor(y)
+        batch = t.batch(x, y, weighed=weighed and self.weighs)
         each = t.each(*batch)
         return t.run(name, partial(function, t.losses, each), self.theta_tensor(), *batch, *tensors)
 
-    def _at(self, name: str, function: Callable, thetas: NDArray | None, x: Any, y: Any) -> Any:
+    def _at(
+        self,
+        name: str,
+        function: Callable,
+        thetas: NDArray | None,
+        x: Any,
+        y: Any,
+        *,
+        weighed: bool = False,
+    ) -> Any:
         """Run `function(theta, x, y)` at the net's theta, or at each column of `thetas`."""
         t = self.flat
         if thetas is None:
-            return t.run(name, function, self.theta_tensor(), t.inputs(x), t.tensor(y))
+            batch = t.batch(x, y, weighed=weighed and self.weighs)
+            return t.run(name, function, self.theta_tensor(), *batch)
 
         def at_each(losses, each, theta, x, y, thetas):
             return each(lambda theta: function(theta, x, y), thetas)
 
-        return self._mapped(f"{name} at", at_each, x, y, t.rows(thetas, "thetas")).T
+        rows = t.rows(thetas, "thetas")
+        return self._mapped(f"{name} at", at_each, x, y, rows, weighed=weighed).T
 
 
 def _convexity(regularizer: Any) -> float:

@@ -44,4 +44,9 @@ def checked(
         if examples is not _NOT_GIVEN:
             sets[name] = net.given(examples, name)
             net.validate(sets[name], name)
+            if name == "train" and not net.mass(sets[name]):
+                raise ValueError(
+                    f"train must have a valid position, got {len(sets[name])} rows that are masked "
+                    "or ignored throughout."
+                )
     return net, sets["train"], sets["test"]

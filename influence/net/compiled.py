@@ -45,7 +45,24 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
     if end.names is None:
         found = per_example(loss, model, ends_in=end.heads[0]).scaled(_one_weight(weights))
         found = replace(found, compiled=as_compiled)
-        return SeveralLosses.of([found], (_ONLY,), True) if end.adds_losses else found
+        if end.masks and (end.adds_losses or not found.by_position):
+            what = "add_loss" if end.adds_losses else repr(found.name)
+            raise ValueError(
+                f"model must not mask its output, got a mask from {model.name!r} with {what}: "
+                "Keras divides such a loss by the number of valid positions. The library can do so "
+                "for a Keras loss or a compiled function, with one number for each position and "
+                "reduction='sum_over_batch_size'; use such a loss, or end in a layer that consumes "
+                "the mask, such as pooling."
+            )
+        if end.adds_losses:
+            return SeveralLosses.of([found], (_ONLY,), True)
+        return replace(found, masked=end.masks)
+    if end.masks:
+        raise ValueError(
+            f"model must not mask its outputs if there are several, got a mask from {model.name!r} "
+            f"with the outputs {list(end.names)}: Keras divides the loss of each output by its own "
+            "number of valid positions; end in layers that consume the mask, such as pooling."
+        )
     if as_compiled:
         loss = getattr(model, "loss", None)
         if loss is None:
@@ -98,7 +115,7 @@ class SeveralLosses(PerExampleLoss):
             name,
             _unset,
             from_logits=all(part.from_logits for part in parts),
-            parts=tuple(parts),
+            parts=tuple(replace(part, by_position=False) for part in parts),
             paths=paths,
             adds=adds,
             names=names,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
-from influence.examples.labels import fields, is_packed
+from influence.examples.labels import PLAIN, POSITIONS, fields, is_packed, labels
 from influence.net import ops, tape
 from influence.net.inputs import for_call, named
 from influence.net.losses import PerExampleLoss
@@ -48,6 +49,8 @@ class FlatModel:
         self.adds = bool(getattr(loss, "adds", False))
         self._loops: bool | None = None
         self._uncut: FlatModel | None = None
+        # The masses of the rows of each set of examples, as `GenericNeuralNet.row_masses` returns.
+        self.row_masses: WeakKeyDictionary[Any, NDArray] = WeakKeyDictionary()
 
     @property
     def model(self) -> keras.Model:
@@ -76,12 +79,14 @@ class FlatModel:
     def __getstate__(self) -> dict:
         """Pickle the model and the loss without the traced functions."""
         drawn = [state.numpy() for state in _generators(self.parts.whole)]
-        return {**self.__dict__, "_functions": {}, "_uncut": None, "_drawn": drawn}
+        empty = {"_functions": {}, "_uncut": None, "row_masses": None}
+        return {**self.__dict__, **empty, "_drawn": drawn}
 
     def __setstate__(self, state: dict) -> None:
         """Restore the model's random states."""
         drawn = state.pop("_drawn")
         self.__dict__.update(state)
+        self.row_masses = WeakKeyDictionary()
         for generator, value in zip(_generators(self.parts.whole), drawn, strict=True):
             generator.assign(value)
 
@@ -115,7 +120,8 @@ class FlatModel:
         scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
         with scope, ops.exact():
             raw = self.model(for_call(self.model, x), training=False)
-        check_no_mask(self.model, keras.tree.flatten(raw))
+        if not self.loss.masked:
+            check_no_mask(self.model, keras.tree.flatten(raw))
         return raw, scope.losses
 
     def added(self, theta: Any, x: Any) -> Any:
@@ -175,6 +181,12 @@ class FlatModel:
                 raise ops.no_derivative(error) from error
             if name == "losses":
                 self._check(concrete.graph)
+            if name == "mask" and ops.depends(concrete.graph, concrete.graph.inputs[0]):
+                raise ValueError(
+                    "model must mask positions by its inputs alone, got a mask of "
+                    f"{self.model.name!r} that depends on trainable weights: the number of valid "
+                    "positions would change with theta; put the Masking layer before them."
+                )
             if name == "input_gradient":
                 self._check(concrete.graph, by_inputs=True)
             self._functions[key] = concrete
@@ -249,16 +261,46 @@ class FlatModel:
             return {key: self.tensor(value, f"x[{key!r}]") for key, value in x.items()}
         return self.tensor(x, "x")
 
-    def stacked_inputs(self, x: Any) -> Any:
-        """Convert inputs (r, b, ...) of r batches as `inputs` converts those of one batch."""
-        if self.trunk is None or self.trunk.gave(x):
-            return self.inputs(x)
-        parts = x.values() if isinstance(x, dict) else [x]
-        r, b = np.shape(next(iter(parts)))[:2]
-        joined = tf.nest.map_structure(lambda part: np.reshape(part, (r * b, *part.shape[2:])), x)
-        return tf.nest.map_structure(
-            lambda part: tf.reshape(part, (r, b, *part.shape[1:])), self.inputs(joined)
-        )
+    def batch(self, x: Any, y: Any, *, weighed: bool = False) -> tuple[Any, Any]:
+        """Convert the inputs and labels of a batch to tensors.
+
+        For a loss that masks positions, the labels get the weights of all positions. A valid
+        position has the weight 1 / v_i, where v_i is the number of valid positions of its row. The
+        losses are then the means over these positions. With `weighed`, it has the weight 1, so that
+        row i's loss is multiplied by v_i.
+        """
+        x, y = self.inputs(x), self.tensor(y)
+        if not self.loss.has_masses:
+            return x, y
+        valid = self.valid(x, y)
+        if not weighed:
+            counts = tf.reduce_sum(valid, axis=list(range(1, len(valid.shape))), keepdims=True)
+            valid = tf.math.divide_no_nan(valid, counts)
+        return x, {**(y if isinstance(y, dict) else {PLAIN: y}), POSITIONS: valid}
+
+    def batches(self, x: Any, y: Any, *, weighed: bool = False) -> tuple[Any, Any]:
+        """Convert r batches of b rows, (r, b, ...) arrays, as `batch` does."""
+        r, b = y.shape[:2]
+        x, y = tf.nest.map_structure(lambda part: part.reshape(r * b, *part.shape[2:]), (x, y))
+        found = self.batch(x, y, weighed=weighed)
+        return tf.nest.map_structure(lambda t: tf.reshape(t, [r, b, *t.shape[1:]]), found)
+
+    def valid(self, x: Any, y: Any) -> Any:
+        """Return 1 for each valid position of a batch of tensors and 0 for the others, (n, ...)."""
+        found = []
+        if self.loss.masked:
+            found.append(tf.constant(self.run("mask", self._mask, self.theta(), x)))
+        if self.loss.ignored is not None:
+            own = labels(y)
+            own = next(iter(own.values())) if isinstance(own, dict) else own
+            own = tf.cast(own, tf.float64) != float(self.loss.ignored)
+            if found and len(own.shape) == len(found[0].shape) + 1:  # labels (n, T, 1)
+                own = tf.squeeze(own, -1)
+            found.append(tf.cast(own, self.dtype))
+        return found[0] if len(found) == 1 else found[0] * found[1]
+
+    def _mask(self, theta: Any, x: Any) -> Any:
+        return tf.cast(self.called(theta, x)[0]._keras_mask, self.dtype)
 
     def rows(self, V: Any, name: str) -> Any:
         """Convert columns (d, m) or a vector (d,) to rows (m, d). Maps run over rows.

@@ -34,12 +34,14 @@ class Ending:
       paths: for each output, its key in the list or dict.
       heads: for each output, the name of the activation that it ends in, or None.
       adds_losses: True if the model calls `add_loss` or has an activity regulariser.
+      masks: True if an output has a mask.
     """
 
     names: tuple[str, ...] | None = None
     paths: tuple[Any, ...] = ()
     heads: tuple[str | None, ...] = (None,)
     adds_losses: bool = False
+    masks: bool = False
 
 
 def ending(model: Any) -> Ending:
@@ -61,7 +63,8 @@ def ending(model: Any) -> Ending:
             raw = model(x, training=False)
         names, paths = _names(model, raw)
         tensors = [raw] if names is None else [raw[path] for path in paths]
-        found.append(Ending(names, paths, tuple(map(head, tensors)), bool(scope.losses)))
+        masks = any(getattr(tensor, "_keras_mask", None) is not None for tensor in tensors)
+        found.append(Ending(names, paths, tuple(map(head, tensors)), bool(scope.losses), masks))
         return tf.constant(0)
 
     if specs is not None:
@@ -124,7 +127,8 @@ def _by_layers(model: Any) -> Ending | None:
     own = all(
         type(layer).__module__.split(".")[0] == "keras"
         and getattr(layer, "activity_regularizer", None) is None
-        and not isinstance(layer, keras.layers.ActivityRegularization)
+        and not isinstance(layer, keras.layers.ActivityRegularization | keras.layers.Masking)
+        and not getattr(layer, "mask_zero", False)
         for layer in model._flatten_layers()
     )
     outputs = getattr(model, "outputs", None) or []

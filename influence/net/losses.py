@@ -4,6 +4,15 @@ A row's loss is w_i loss_i, as in Keras' `fit` and `evaluate`. w_i is the row's 
 the loss weight of `compile`. Both are 1 if they are not given. Keras divides the sum over a batch
 by the number of rows, and not by the sum of the weights. So the risk is mean_i w_i loss_i +
 penalty.
+
+A mask of the model's output, or `ignore_class` of the loss, leaves v_i positions of row i valid.
+Keras then divides the sum over a batch by the number of its valid positions. So the risk is
+
+    sum_i v_i w_i loss_i / sum_i v_i + penalty
+
+and loss_i is the mean over the row's own valid positions, or 0 if it has none. The sums are over
+the whole set, as in `model.evaluate` with all rows in one batch. With smaller batches, Keras
+averages the batches' ratios, which depends on how the rows are cut.
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from influence.examples import labels as packing
 from influence.net import measurements, tape
 from influence.net.ctc import ctc_loss
 from influence.net.heads import activated, peeled
@@ -93,6 +103,8 @@ class PerExampleLoss:
       scale: the loss weight of `compile`.
       output: the name of the output in the labels, or None for a model with one output.
       ignored: the class whose rows and pixels the loss ignores, or None.
+      masked: True if the model masks its output.
+      by_position: True if a mask or an ignored class can be answered, by weights of positions.
       weighs_mean: True if Keras divides by the sum of the sample weights.
       compiled: True if the loss is the one with which the model was compiled.
       whole: the Keras loss if it overrides `__call__`, else None. Such a loss may combine the rows
@@ -111,6 +123,8 @@ class PerExampleLoss:
     scale: float = 1.0
     output: str | None = None
     ignored: Any = None
+    masked: bool = False
+    by_position: bool = False
     weighs_mean: bool = False
     compiled: bool = False
     whole: Any = None
@@ -129,6 +143,11 @@ class PerExampleLoss:
     def heads(self, z: Any, raw: Any) -> list[tuple[str, Any, Any]]:
         """Return (activation, logits, output) for each output that ends in an activation."""
         return [] if self.head is None else [(self.head, z, raw)]
+
+    @property
+    def has_masses(self) -> bool:
+        """True if the risk weighs rows by their valid positions."""
+        return self.by_position and (self.masked or self.ignored is not None)
 
     @property
     def convex(self) -> bool:
@@ -156,10 +175,13 @@ class PerExampleLoss:
         if not (self.from_logits and self.plain):
             return by_tape
         if self.keras_function is keras.losses.binary_crossentropy:
-            outputs = tf.cast(tf.size(z) // tf.shape(z)[0], z.dtype)
-            # The weights are divided by `outputs`, because Keras averages the loss over a row's
-            # outputs.
-            weights = tf.sigmoid(z) * tf.sigmoid(-z) / outputs
+            # Keras averages over the outputs of a position, and then over a row's positions.
+            positions = packing.positions(y)
+            weights = tf.sigmoid(z) * tf.sigmoid(-z)
+            if positions is None:
+                weights /= tf.cast(tf.size(z) // tf.shape(z)[0], z.dtype)
+            else:
+                weights *= tf.expand_dims(positions, -1) / tf.cast(tf.shape(z)[-1], z.dtype)
             for factor in self._factors(y, z.dtype):
                 weights *= tf.reshape(factor, [-1] + [1] * (len(z.shape) - 1))
             return lambda u: weights * u
@@ -206,15 +228,14 @@ class PerExampleLoss:
                 row = np.argwhere(wrong)[0][0]
                 what = " or ".join(map(str, self.labels))
                 raise ValueError(f"{called} must hold labels {what}, got {y[row]} in row {row}.")
-        if self.ignored is not None:
-            void = np.argwhere(y == self.ignored)
-            if len(void):
-                raise ValueError(
-                    f"{called} must hold no class that the loss ignores, got {self.ignored} in row "
-                    f"{void[0][0]}: Keras then divides by the number of labels in the batch that "
-                    "are not ignored, so the risk is no mean over examples; leave out such rows, "
-                    "or give a loss that divides each row by its own number of labels."
-                )
+        void = np.zeros(y.shape, bool) if self.ignored is None else y == self.ignored
+        if void.any() and not self.by_position:
+            raise ValueError(
+                f"{called} must hold no class that the loss ignores, got {self.ignored} in row "
+                f"{np.argwhere(void)[0][0]}: the library counts valid labels only for one output "
+                "without add_loss, whose loss has reduction='sum_over_batch_size'; leave out such "
+                "rows."
+            )
         if self.keras_function in _CLASS_NUMBERS:
             num_classes = output_shape[-1]
             if y.dtype.kind not in "iub" and (y != np.round(y)).any():
@@ -224,7 +245,7 @@ class PerExampleLoss:
             low, high, what = 0, 1, "labels in [0, 1]"
         else:
             return
-        outside = (y < low) | (y > high)
+        outside = ((y < low) | (y > high)) & ~void
         if outside.any():
             row = np.argwhere(outside)[0][0]
             raise ValueError(f"{called} must hold {what}, got {y[row]} in row {row}.")
@@ -368,7 +389,8 @@ def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExa
         weighs_mean=loss.reduction == "mean_with_sample_weight",
         whole=loss if overrides else None,
     )
-    return _weighed(found, True)
+    found = _weighed(found, True)
+    return replace(found, by_position=found.by_position and loss.reduction not in (None, "none"))
 
 
 def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | None, bool]:
@@ -388,7 +410,10 @@ def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | No
 def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
     """Let a loss multiply by sample weights, and apply the activation to its logits."""
     head = loss.head if activate else None
-    return replace(loss, function=_Weighed(loss.function, head, None, loss.role != "measurement"))
+    by_position = getattr(loss.function, "func", None) in (of_rows, as_keras_calls)
+    weighs = loss.role != "measurement"
+    function = _Weighed(loss.function, head, None, weighs, by_position=by_position)
+    return replace(loss, function=function, by_position=by_position)
 
 
 @dataclass(frozen=True)
@@ -401,13 +426,15 @@ class _Weighed:
       output: the name of the output in the labels, or None.
       weighs: True if sample weights count.
       scale: the loss weight.
+      by_position: True if `call` takes the weights of positions.
     """
 
-    call: Callable[[Any, Any], Any]
+    call: Callable[..., Any]
     head: str | None
     output: str | None
     weighs: bool
     scale: float = 1.0
+    by_position: bool = False
 
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
@@ -415,7 +442,9 @@ class _Weighed:
             # activation, Keras would not recognise the activation.
             z = tf.expand_dims(z, -1)
         labels = labels_of(y, self.output, several=not self.weighs)
-        values = self.call(labels, activated(self.head, z))
+        positions = packing.positions(y) if self.by_position else None
+        more = () if positions is None else (positions,)
+        values = self.call(labels, activated(self.head, z), *more)
         weight = weight_of(y, self.output) if self.weighs else None
         if weight is not None:
             values *= tf.cast(weight, values.dtype)

@@ -50,8 +50,9 @@ def warn_of_drift(
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]
-    own = [net.risk_gradient(train.take(g), batch_size=batch_size) * len(g) for g in some]
-    added = np.median(np.linalg.norm(own, axis=1)) / len(train)
+    sets = [train.take(group) for group in some]
+    own = [net.risk_gradient(s, batch_size=batch_size) * net.mass(s) for s in sets]
+    added = np.median(np.linalg.norm(own, axis=1)) / net.mass(train)
     if norm > _DRIFT * added:
         warn_unconverged(
             f"net is at a gradient norm of {norm:.1e}, where a removal adds {added:.1e}: fits from "

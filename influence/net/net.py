@@ -37,7 +37,7 @@ from influence.net.losses import per_example
 from influence.net.measurements import product
 from influence.net.preprocessing import Preparation
 from influence.net.probe import check_added, check_apart, check_reported, leaves, probe_of
-from influence.net.questions import Total, loss_sum
+from influence.net.questions import PerRow, Total, loss_sum
 from influence.net.refused import (
     check_inputs,
     check_model,
@@ -209,20 +209,19 @@ class GenericNeuralNet(Derivatives):
         return self._with_loss(loss)
 
     def pulling(self) -> GenericNeuralNet:
-        """Return the same model at the same theta, with the loss y . z of labels y (n, c).
+        """Return the same model with the loss y . z of labels y (n, c) and outputs z (n, c).
 
-        z (n, c) are the outputs that the net's loss takes, as in `output_terms`. The gradient of
-        row i's loss is J_i' y_i, where J_i is the Jacobian of z_i with respect to theta.
+        z is that of `output_terms`. The gradient of row i's loss is J_i' y_i, with J_i = dz/dtheta.
         """
         loss = replace(self.loss, function=product, keras_function=None, plain=False)
         return self._with_loss(loss)
 
     def _with_loss(self, loss: Any) -> GenericNeuralNet:
         view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
-        view.model, view.loss, view.dtype, view.fixed = self.model, loss, self.dtype, self.fixed
-        view.ending = self.ending
+        view.model, view.dtype, view.fixed = self.model, self.dtype, self.fixed
+        view.loss = loss = replace(loss, masked=self.ending.masks)
         view.flat = FlatModel(self.flat.parts, loss, self.preparation)
-        view.preparation, view.notes = self.preparation, self.notes
+        view.preparation, view.notes, view.ending = self.preparation, self.notes, self.ending
         return view
 
     def at(self, theta: NDArray | None) -> GenericNeuralNet:
@@ -245,6 +244,12 @@ class GenericNeuralNet(Derivatives):
             return self
         view = copy.copy(self)
         view.flat = self.flat.uncut
+        return view
+
+    def by_row(self) -> GenericNeuralNet:
+        """Return a view for test rows. Its means over rows count each row once, without masses."""
+        view = copy.copy(self)
+        view.weighs = False
         return view
 
     def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
@@ -299,7 +304,7 @@ class GenericNeuralNet(Derivatives):
         `dtype` is the dtype in which `directional` computes, if the pass calls `directional`.
         """
         first = examples.take([0])
-        loop, per_row = self.flat.facts(self.flat.inputs(first.x), self.flat.tensor(first.y))
+        loop, per_row = self.flat.facts(*self.flat.batch(first.x, first.y))
         # A loop holds four passes in memory. A vectorised map holds two, and two for each vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         most = len(examples)
@@ -307,11 +312,29 @@ class GenericNeuralNet(Derivatives):
             most = min(most, _FLOAT32_ROWS)
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
+    def row_masses(self, examples: Examples) -> NDArray[np.float64]:
+        """Return the `masses` v_i of all rows, (n,). They are cached.
+
+        The removal of row i removes the share v_i / sum_j v_j of the penalty.
+        """
+        if examples not in self.flat.row_masses:
+            self.flat.row_masses[examples] = examples.each_row(PerRow("masses"), self)
+        return self.flat.row_masses[examples]
+
+    def mass(self, examples: Examples) -> float:
+        """Return sum_i v_i, by which the risk divides. It is the number of rows without masks."""
+        masked = self.loss.has_masses and self.weighs
+        return float(self.row_masses(examples).sum()) if masked else len(examples)
+
     def risk(self, examples: Data, batch_size: int | None = None) -> float:
-        """Return R(theta) = mean_i loss_i + penalty over all examples, in any form of data."""
+        """Return R(theta) = mean_i loss_i + penalty over all examples, in any form of data.
+
+        If positions are masked, the mean is sum_i v_i loss_i / sum_i v_i, with the masses v_i of
+        `row_masses`. This is what `model.evaluate` reports for all rows in one batch.
+        """
         examples = self.given(examples, "examples")
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)
-        return float(total) / len(examples) + self.penalty()
+        return float(total) / (self.mass(examples) or 1) + self.penalty()
 
     def risk_gradient(
         self, examples: Examples, thetas: NDArray | None = None, batch_size: int | None = None
@@ -319,7 +342,7 @@ class GenericNeuralNet(Derivatives):
         """Return the risk's gradient (d,), or (d, k) at other parameters `thetas` (d, k)."""
         question = Total("gradient") if thetas is None else Total("gradient", thetas)
         total = examples.sum_over(question, self, batch_size=batch_size)
-        return total / len(examples) + self.penalty_gradient(thetas)
+        return total / (self.mass(examples) or 1) + self.penalty_gradient(thetas)
 
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
         """Return the Euclidean norm of the risk's gradient, which is zero at a minimum.
@@ -334,7 +357,7 @@ class GenericNeuralNet(Derivatives):
     ) -> tuple[float, NDArray]:
         """Return R(theta) and its gradient (d,), from one pass."""
         loss, gradient = examples.sum_over(Total("loss_and_gradient"), self, batch_size=batch_size)
-        n = len(examples)
+        n = self.mass(examples) or 1
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
@@ -358,8 +381,7 @@ class GenericNeuralNet(Derivatives):
         Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
           labels of the wrong shape, for labels or embedding ids out of range, or for a loss that
           is not one number per example, depends on other rows or is not the mean that Keras
-          reports. ValueError for a model that masks its output, or with weights that are not
-          finite.
+          reports. ValueError for a model with weights that are not finite.
         """
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
@@ -388,7 +410,8 @@ class GenericNeuralNet(Derivatives):
         try:
             self.loss.check_labels(examples.y, self.loss.shapes(raw), name)
             z = self._seen(raw, probe)
-            differentiable = self.loss.is_differentiable(self.flat.tensor(probe.y), z)
+            y = self.flat.batch(probe.x, probe.y)[1]
+            differentiable = self.loss.is_differentiable(y, z)
             losses = self.losses(probe.x, probe.y)
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
             if str(error).startswith((f"{name}.", "model must", "y must have", "loss must")):
@@ -470,7 +493,7 @@ class GenericNeuralNet(Derivatives):
 
         def product(theta: NDArray, v: NDArray) -> NDArray:
             total = examples.sum_over(Total("hvp", v[:, None]), self, theta)[:, 0]
-            return total / len(examples) + self.at(theta).penalty_hvp(v)
+            return total / self.mass(examples) + self.at(theta).penalty_hvp(v)
 
         self.theta = lbfgs.minimise(at, self.theta, gradient_tolerance, max_iterations, product)
         return self

@@ -328,6 +328,19 @@ def check_operations(
         )
 
 
+def depends(graph: Any, source: Any) -> bool:
+    """Return True if an output of a traced function may depend on the input tensor `source`."""
+    seen, open_ = set(), [tensor.op for tensor in graph.outputs]
+    while open_:
+        op = open_.pop()
+        if op is source.op:
+            return True
+        if op not in seen:
+            seen.add(op)
+            open_ += [tensor.op for tensor in op.inputs]
+    return False
+
+
 def no_derivative(error: LookupError) -> NotImplementedError:
     """Return the error for an operation that TensorFlow's tape could not differentiate."""
     return NotImplementedError(

@@ -124,7 +124,7 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
         reported = _reported(net, compiled, probe.take(np.arange(count)))
         if reported is None or not np.isfinite(reported) or not np.isfinite(losses[:count]).all():
             continue
-        own = float(np.mean(losses[:count], dtype=np.float64))
+        own = _mean(net, probe, losses, count)
         if abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
             # If there are as many time steps as rows, Keras applies the weights of the rows to the
             # steps. So one number of rows at which both values agree is enough.
@@ -139,6 +139,15 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
             f"reports {reported:.4g} for {count} rows of {name} together, and the mean over each "
             f"of them alone is {own:.4g}; a loss that is normalised by the batch would do that."
         )
+
+
+def _mean(net: Any, probe: Examples, losses: NDArray, count: int) -> float:
+    """Return the mean of the first losses, by which rows count by their masses."""
+    if not net.loss.has_masses:
+        return float(np.mean(losses[:count], dtype=np.float64))
+    some = probe.take(np.arange(count))
+    masses = net.masses(some.x, some.y)
+    return float(masses @ losses[:count]) / max(masses.sum(), 1)
 
 
 def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
@@ -157,6 +166,9 @@ def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
         for part in (labels(some.y), sample_weights(some.y))
     )
     names = net.ending.names
+    if net.loss.masked and weight is not None and not isinstance(weight, Mapping):
+        # Otherwise Keras would apply the weights to time steps, or fail.
+        weight = tf.reshape(weight, [-1] + [1] * (len(raw._keras_mask.shape) - 1))
     if isinstance(weight, Mapping):
         weight = {name: weight.get(name) for name in names}
         weight = weight if isinstance(raw, dict) else list(weight.values())

@@ -58,5 +58,8 @@ class Total(PerRow):
 
 
 def loss_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> float:
-    """Return the sum of a batch's losses in float64, without the penalty."""
-    return net.at(theta).losses(x, y).sum(dtype=np.float64)
+    """Return the sum of a batch's losses in float64, without the penalty. Rows count by masses."""
+    losses = net.at(theta).losses(x, y)
+    if net.loss.has_masses:
+        return float(net.masses(x, y) @ losses)
+    return losses.sum(dtype=np.float64)

@@ -133,8 +133,8 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
     """Return what the model returns for a few rows x, in inference mode, without side effects.
 
-    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model masks an
-      output, or does not return a tensor or a flat list or dict of tensors.
+    Raises: ValueError naming `name` if the model cannot take x. ValueError if the model does not
+      return a tensor or a flat list or dict of tensors.
     """
     try:
         with keras.StatelessScope(collect_losses=True), ops.exact():
@@ -151,20 +151,31 @@ def check_output(model: keras.Model, x: Any, name: str) -> Any:
             f"model must return a tensor, or a list or dict of tensors, got a "
             f"{type(output).__name__} of {kinds or 'nothing'} from {model.name!r}."
         )
-    check_no_mask(model, tensors)
     return output
 
 
 def check_no_mask(model: keras.Model, outputs: list[Any]) -> None:
-    """Refuse outputs with a mask.
+    """Refuse outputs with a mask that was not known before the model ran.
 
     Raises: ValueError naming the model.
     """
     if any(getattr(tensor, "_keras_mask", None) is not None for tensor in outputs):
         raise ValueError(
-            f"model must not mask its output, got a mask from {model.name!r}: Keras divides such a "
-            "loss by the number of unmasked steps in the whole batch, so it is no mean over "
-            "examples; end in a layer that consumes the mask, such as pooling."
+            f"model must not mask its output, got a mask from {model.name!r} that was found only "
+            "when it ran; give its inputs known shapes, or end in a layer that consumes the mask, "
+            "such as pooling."
+        )
+
+
+def check_no_masses(net: Any, what: str) -> None:
+    """Refuse a loss that masks positions, for a method that does not count them.
+
+    Raises: ValueError naming the method `what`.
+    """
+    if net.loss.has_masses:
+        raise ValueError(
+            f"net must not mask positions or ignore a class for {what}, got {net.loss.name!r}; "
+            "leave_one_out and Influence.scores take such a net."
         )
 
 

@@ -39,7 +39,9 @@ def weight_of(y: Any, output: str | None) -> Any:
     return next(iter(found.values())) if output is None else found.get(output)
 
 
-def of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) -> Any:
+def of_rows(
+    call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any, positions: Any = None
+) -> Any:
     """Return the value of a Keras loss for each row, (n,).
 
     Args:
@@ -52,6 +54,8 @@ def of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) 
         dtype of the outputs.
       y: the labels.
       output: the model's outputs.
+      positions: (n, ...) the weights of a row's time steps or pixels in its sum. None means the
+        mean over all of them.
     """
     if not keeps_labels:
         y = tf.cast(y, output.dtype)
@@ -59,7 +63,7 @@ def of_rows(call: Callable, own: bool, keeps_labels: bool, y: Any, output: Any) 
         output = tf.expand_dims(output, -1)
     if own and len(output.shape) == len(y.shape) + 1 and output.shape[-1] == 1:
         y = tf.expand_dims(y, -1)
-    return _mean_over_rest(call(y, output))
+    return _over_positions(call(y, output), positions)
 
 
 def of_callable(function: Callable, y: Any, output: Any) -> Any:
@@ -75,8 +79,11 @@ def of_callable(function: Callable, y: Any, output: Any) -> Any:
     return function(tf.cast(y, output.dtype), output)
 
 
-def as_keras_calls(function: Callable, y: Any, output: Any) -> Any:
-    """Call a user's compiled function as Keras does, and average the values of each row."""
+def as_keras_calls(function: Callable, y: Any, output: Any, positions: Any = None) -> Any:
+    """Call a user's compiled function as Keras does, and average the values of each row.
+
+    `positions` is that of `of_rows`.
+    """
     y = tf.cast(y, output.dtype)
     if abs(len(y.shape) - len(output.shape)) == 1:  # Keras gives both the same rank in this way
         if len(y.shape) == 1 and output.shape[-1] == 1:
@@ -87,7 +94,7 @@ def as_keras_calls(function: Callable, y: Any, output: Any) -> Any:
             output = tf.squeeze(output, -1)
         elif len(y.shape) > len(output.shape) and y.shape[-1] == 1:
             y = tf.squeeze(y, -1)
-    return _mean_over_rest(function(y, output))
+    return _over_positions(function(y, output), positions)
 
 
 def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
@@ -114,7 +121,20 @@ def in_dtype(loss: keras.losses.Loss, dtype: str) -> keras.losses.Loss:
     return view
 
 
-def _mean_over_rest(values: Any) -> Any:
-    """Average the losses of each example over its time steps or pixels."""
+def _over_positions(values: Any, positions: Any) -> Any:
+    """Average the losses of each example over its time steps or pixels, or sum them by weights.
+
+    Raises: ValueError if there is not one weight for each loss.
+    """
     rank = len(values.shape)
+    if positions is not None:
+        if len(positions.shape) == rank + 1 and positions.shape[-1] == 1:
+            positions = tf.squeeze(positions, -1)
+        if len(positions.shape) != rank:
+            raise ValueError(
+                "loss must give one number for each masked position, of shape "
+                f"{tuple(positions.shape)}, got shape {tuple(values.shape)}."
+            )
+        weighed = values * tf.cast(positions, values.dtype)
+        return weighed if rank == 1 else tf.reduce_sum(weighed, axis=list(range(1, rank)))
     return values if rank <= 1 else tf.reduce_mean(values, axis=list(range(1, rank)))

@@ -262,7 +262,8 @@ def stationary(net: GenericNeuralNet, A: Curvature, test: Examples | None, shift
     along = PerRow("directional", X)
     changes = watched.each_row(along, net, batch_size=A.batch_size)
     by_column = np.sqrt(np.mean(np.square(changes, dtype=np.float64), axis=0))
-    drift, removal = float(by_column[0]), float(np.sqrt(np.mean(by_column[1:] ** 2))) / n
+    drift, removal = float(by_column[0]), float(np.sqrt(np.mean(by_column[1:] ** 2)))
+    removal /= net.mass(train)
     ratio = drift / removal if removal else (np.inf if drift else 0.0)
     found = (
         f"gradient norm {np.linalg.norm(g):.1e}. Finishing the training would change "

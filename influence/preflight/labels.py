@@ -46,6 +46,7 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
     y, shape = np.asarray(y), outputs.shape[1:]
     if not _are_numbers(y, shape):
         return None
+    y = y[y != net.loss.ignored] if net.loss.has_masses and net.loss.ignored is not None else y
     low, high, c = int(y.min()), int(y.max()), shape[-1]
     if 0 <= low and high < c:
         return None
@@ -126,7 +127,8 @@ def classes_of(loss: PerExampleLoss, answers: Answers) -> Classes | None:
     one_hot = y.shape[1:] == shape and shape[-1:] > (1,) and _are_one_hot(y)
     if numbers or one_hot:
         labels = np.ravel(y if numbers else y.argmax(axis=-1)).astype(int)
-        return Classes(labels, np.ravel(answers.outputs), shape[-1])
+        valid = labels != loss.ignored if loss.ignored is not None else np.ones(len(labels), bool)
+        return Classes(labels[valid], np.ravel(answers.outputs)[valid], shape[-1])
     one_bit = y.size == len(y) and int(np.prod(shape)) == 1
     threshold = threshold_of(loss, y) if one_bit else None
     if threshold is None:

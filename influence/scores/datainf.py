@@ -84,11 +84,14 @@ def datainf(
     size = batch_size or fitting(VECTORS, net.num_parameters * net.dtype.itemsize, n)
     V = test.each_row(PerRow("gradients"), net, batch_size=size)
     question = partial(_shrunk, V=V, layers=layers, dampings=dampings)
-    S = V - train.sum_over(question, net, batch_size=size, what="row gradients") / n
+    mass = net.mass(train)
+    S = V - train.sum_over(question, net, batch_size=size, what="row gradients") / mass
     for part, own in zip(layers, dampings, strict=True):
         S[:, part] /= own
     along = train.each_row(PerRow("directional", S.T), net, rows=asked, batch_size=batch_size)
-    changes = (along + net.penalty_gradient() @ S.T).T / n
+    changes = (along + net.penalty_gradient() @ S.T).T / mass
+    if net.loss.has_masses:
+        changes *= net.row_masses(train)[rows]
     return DataInfScores(changes, rows, tuple(map(float, dampings)))
 
 
@@ -101,11 +104,17 @@ def _shrunk(
     layers: list[slice],
     dampings: NDArray,
 ) -> NDArray:
-    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch for each layer and v in V: (m, d)."""
+    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch for each layer and v in V: (m, d).
+
+    Rows count by their masses.
+    """
     G, total = net.at(theta).gradients(x, y), np.empty_like(V)
+    masses = net.masses(x, y) if net.loss.has_masses else None
     for part, own in zip(layers, dampings, strict=True):
         g = G[:, part]
         weights = V[:, part] @ g.T / (own + np.einsum("id,id->i", g, g))
+        if masses is not None:
+            weights *= masses
         total[:, part] = weights @ g
     return total
 

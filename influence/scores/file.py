@@ -212,7 +212,7 @@ class _Scores:
     """Question for `Examples.map_over`: the scores of training rows for b tests.
 
     Attributes:
-      S: (b, d) s_test / n in the dtype of the table.
+      S: (b, d) s_test / n in the dtype of the table; with masks n is the sum of masses.
       constant: (b,) s_test . grad penalty / n, the penalty's part of each score.
     """
 
@@ -221,19 +221,19 @@ class _Scores:
 
     @staticmethod
     def of(job: Job, file: h5py.File, part: slice) -> _Scores:
-        n, penalty = len(job.train), job.net.penalty_gradient()
+        n, penalty = job.inverse.mass, job.net.penalty_gradient()
         S = np.empty((part.stop - part.start, len(penalty)), job.dtype)
         constant = np.empty(len(S), job.dtype)
         for start in range(0, len(S), _CHUNK[0]):  # a loop avoids a second copy of all of S
             rows = slice(start, min(start + _CHUNK[0], len(S)))
-            exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop]
-            exact /= n
+            exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop] / n
             S[rows], constant[rows] = exact, exact @ penalty
         return _Scores(S, constant)
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
         """Return the scores of one batch of training rows: (rows, b)."""
-        return net.at(theta).directional(x, y, self.S.T, dtype=self.S.dtype) + self.constant
+        along = net.at(theta).directional(x, y, self.S.T, dtype=self.S.dtype)
+        return net.times_masses(along + self.constant, x, y)
 
 
 def _rounding_error(job: Job, file: h5py.File) -> float:
@@ -252,7 +252,7 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
     some = job.train.take(job.rows[columns])
     S = file[_S_TEST][tests].T
     exact = job.net.directional(some.x, some.y, S) + job.net.penalty_gradient() @ S
-    exact = exact.T / len(job.train)
+    exact = job.net.times_masses(exact, some.x, some.y).T / job.inverse.mass
     got = np.stack([file[_TABLE][test][columns] for test in tests])
     scale = np.abs(exact).max()
     return float(np.abs(got - exact).max() / scale) if scale else 0.0

@@ -16,6 +16,9 @@ ours, because the omitted terms are zero.
 
 The expansion is not a bound. The expansion is meaningless if U is half of the rows or more. If U
 has no curvature, the term with H_U is - k / (n - k) times D1.
+
+If positions are masked, row i counts v_i times, where v_i is its number of valid positions. Then n
+and k are sums of v_i, and the means over rows and the sum g have the weights v_i.
 """
 
 from __future__ import annotations
@@ -91,10 +94,16 @@ def group(
     asked = Asked.of(inverse, test, measurement, None)
     view, test = asked.view, asked.test
     chosen = inverse.train.take(rows)
-    gradient = len(rows) * inverse.net.risk_gradient(chosen, batch_size=inverse.batch_size)
+    k = inverse.net.mass(chosen)
+    if k == inverse.mass or (order == 2 and 2 * k >= inverse.mass):
+        raise ValueError(
+            f"rows must leave {'more than half of the' if order == 2 else 'some'} valid positions "
+            f"for order {order}, got {k:.0f} of {inverse.mass:.0f} in the group."
+        )
+    gradient = k * inverse.net.risk_gradient(chosen, batch_size=inverse.batch_size)
     solution = inverse.s_test(test, view)
     if order == 1:
-        change = solution.x.T @ gradient / n
+        change = solution.x.T @ gradient / inverse.mass
     elif order == "one_step":
         change = OneStep(inverse).group(view, test, rows)
     else:
@@ -131,7 +140,7 @@ def _second_order(
 ) -> NDArray:
     """Compute the changes (m,) to second order. Only D1 needs a solve, as S is H^-1 grad f."""
     net, train, size = inverse.net, inverse.train, inverse.batch_size
-    n, k = len(train), len(chosen)
+    n, k = inverse.mass, net.mass(chosen)
     first = gradient / (n - k)  # this is H D1
     D1 = inverse.solve(first[:, None], "the group's gradient").x[:, 0]
     own = Hessian(net, chosen, inverse.operator.damping, batch_size=size) @ D1
@@ -145,4 +154,4 @@ def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None)
     """Compute T[v, v], (d,). The batch size suits automatic differentiation, not closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
     total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
-    return total / len(train) + net.penalty_curvature_gradient(v)
+    return total / net.mass(train) + net.penalty_curvature_gradient(v)

@@ -78,7 +78,8 @@ class Influence:
     first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. It changes a measurement
     f by + grad f' H^-1 grad L(z_i) / n to first order. This is -1/n times the paper's I_up,loss
     (eq. 2). Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad
-    f.
+    f. If the loss masks positions, v_i / sum_j v_j replaces 1 / n here and in all methods. v_i is
+    row i's number of valid positions.
 
     Without options the class chooses what the caller leaves out, before any score is computed, and
     says why in `plan`. A risk that is known to be convex gets its Hessian without damping. Every
@@ -190,7 +191,8 @@ class Influence:
             rises without the row.
           reduce: "mean" or "sum" for one question about the mean or sum over all test examples, or
             a function (y, outputs) of all labels and outputs that returns one number, such as a
-            difference between two groups. Such a question needs one system, and m is 1.
+            difference between two groups. Such a question needs one system, and m is 1. The mean
+            and the sum count each row once, also if positions are masked.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
@@ -388,7 +390,11 @@ class Influence:
         found = list(chosen.map_over(question, self.net, **how))
 
         def joined(*parts):
-            return np.concatenate(parts, axis=1) / -len(self.train)
+            slopes = np.concatenate(parts, axis=1) / -self.inverse.mass
+            if self.net.loss.has_masses:
+                masses = self.net.row_masses(chosen)
+                slopes *= masses.reshape(1, -1, *[1] * (slopes.ndim - 2))
+            return slopes
 
         return tf.nest.map_structure(joined, *found)
 
@@ -413,12 +419,12 @@ class Influence:
                 return closed_form
         by_factors = self.inverse.row_lengths(rows)
         if by_factors is not None:
-            return by_factors / len(self.train)
+            return by_factors / self.inverse.mass
         changes = np.empty(len(rows), self.net.dtype)
         for at, G_loss, G in self.inverse.row_gradients(rows):
             X = self.inverse.solve(G, "the rows' gradients", measure=False).x
             changes[at] = np.einsum("di,di->i", G_loss, X)
-        return changes / len(self.train)
+        return changes / self.inverse.mass
 
     def parameters(self, rows: ArrayLike) -> NDArray:
         """Predict the change of theta, + H^-1 grad L(z_i) / n, if each training row is left out.
@@ -432,7 +438,7 @@ class Influence:
         moves = np.empty((len(rows), self.net.num_parameters), self.net.dtype)
         for at, _, G in self.inverse.row_gradients(rows):
             moves[at] = self.inverse.solve(G, "the rows' gradients", measure=False).x.T
-        moves /= len(self.train)
+        moves /= self.inverse.mass
         return moves
 
     def error_bound(self, scores: Any) -> NDArray:
@@ -457,7 +463,7 @@ class Influence:
             return bounds
         for at, _, G in self.inverse.row_gradients(scores.rows):
             bounds[:, at] = scores.solution.score_error_bound(G.T).T
-        return bounds / len(self.train)
+        return bounds / self.inverse.mass
 
 
 def _input_gradients(net: Any, theta: NDArray | None, x: Any, y: NDArray, S: NDArray) -> Any:

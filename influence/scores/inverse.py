@@ -50,7 +50,8 @@ class Inverse:
     """The inverse H^-1 of one net and one training set. The arguments are those of `Influence`.
 
     With L = loss + penalty, removing row i moves theta by + H^-1 grad L(z_i) / n to first order
-    (Koh & Liang 2017, section 2.1). This class does all solves that scores need.
+    (Koh & Liang 2017, section 2.1). If positions are masked, the risk weighs row i by its mass v_i,
+    and v_i / sum_j v_j replaces 1 / n. This class does all solves that scores need.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class Inverse:
         net, n, d = self.net, len(self.train), self.net.num_parameters
         if not self.train.in_memory:
             return "first_order", "the training rows are not in memory"
+        if net.loss.has_masses:
+            return "first_order", "the loss masks positions"
         if not (net.loss.convex and net.loss.from_logits):
             return "first_order", "the loss is not known to be convex in logits"
         if self.curvature is Hessian and not self._is_convex:
@@ -197,6 +200,11 @@ class Inverse:
         return self._solver.solver if isinstance(self._solver, Prepared) else self._solver
 
     @property
+    def mass(self) -> float:
+        """The number by which the risk divides: n, or the sum of the masses if there are masks."""
+        return self.net.mass(self.train)
+
+    @property
     def block_size(self) -> int:
         """The number of right-hand sides that are solved together."""
         per_vector = _COPIES * self.net.num_parameters * self.net.dtype.itemsize
@@ -218,10 +226,10 @@ class Inverse:
         test = self.net.given(test, "test")
         self.net.validate(test, "test")
         if measurement is None:
-            return self.net, "loss", test
+            return self.net.by_row(), "loss", test
         view = self.net.measuring(measurement)
         view.validate(test, "test")
-        return view, view.loss.name, test
+        return view.by_row(), view.loss.name, test
 
     def solve(self, B: NDArray, what: str, *, measure: bool = True) -> Solution:
         """Solve for right-hand sides B (d, m), and warn of a doubtful answer.
@@ -276,24 +284,31 @@ class Inverse:
             rows = None  # this avoids a copy of sparse rows
         question = PerRow("directional", S)
         changes = examples.each_row(question, self.net, rows=rows, batch_size=self.batch_size)
-        return (changes + self.net.penalty_gradient() @ S) / len(self.train)
+        changes = changes + self.net.penalty_gradient() @ S
+        if self.net.loss.has_masses:
+            masses = self.net.row_masses(examples)
+            changes *= (masses if rows is None else masses[rows])[:, None]
+        return changes / self.mass
 
     def row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
         """Yield gradients of training rows (k,), which may be in any order, in blocks.
 
-        Yields: (at, grad loss, grad L) for each block. The block holds rows[at]. Both gradients are
-          (d, b), one column for each row. L = loss + penalty.
+        Yields: (at, grad loss, v grad L) for each block. The block holds rows[at]. Both gradients
+          are (d, b), one column for each row. L = loss + penalty, and v is the row's mass.
         """
         penalty = self.net.penalty_gradient()[:, None]
         order, start = np.argsort(rows), 0
         how: dict[str, Any] = {"batch_size": self.block_size, "what": "solving for training rows"}
         for block in self.train.map_over(PerRow("gradients"), self.net, None, rows[order], **how):
-            G = block.T
-            yield order[start : start + len(block)], G, G + penalty
+            G, at = block.T, order[start : start + len(block)]
+            pull = G + penalty
+            if self.net.loss.has_masses:
+                pull *= self.net.row_masses(self.train)[rows[at]]
+            yield at, G, pull
             start += len(block)
 
     def row_lengths(self, rows: NDArray) -> NDArray | None:
-        """Compute grad loss_i . H^-1 grad L(z_i) of training rows, (k,), without a solve per row.
+        """Compute v_i grad loss_i . H^-1 grad L(z_i) of training rows, (k,), with few solves.
 
         Returns: None if the solver has no shorter way than a solve, as all but EKFAC.
         """
@@ -307,6 +322,8 @@ class Inverse:
         if pull.any():
             s = self.solve(pull, "the penalty's gradient", measure=False).x
             found += self.train.each_row(PerRow("directional", s), self.net, **how)
+        if self.net.loss.has_masses:
+            found = found * self.net.row_masses(self.train)[rows]
         return found.astype(self.net.dtype)
 
     @property

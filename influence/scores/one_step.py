@@ -92,6 +92,12 @@ class OneStep:
                 "approximation must be 'first_order' for a training set on disk, got 'one_step'; "
                 "use train.take(slice(None)) if its rows fit into memory."
             )
+        if inverse.net.loss.has_masses:
+            raise ValueError(
+                "approximation must be 'first_order' for a loss that masks or ignores positions, "
+                f"got 'one_step' with {inverse.net.loss.name!r}; leave_one_out computes the actual "
+                "changes."
+            )
         inverse.net.loss.check_logits("one step")
         self.inverse, self.n = inverse, len(inverse.train)
 
@@ -259,6 +265,8 @@ def leverage_of_largest(inverse: Inverse, rows: NDArray, changes: NDArray) -> ND
     net = inverse.net
     quick = is_exact(inverse.solver) or isinstance(inverse.solver, EKFAC)
     if not (quick and inverse.train.in_memory and net.loss.convex and net.loss.from_logits):
+        return None
+    if net.loss.has_masses:
         return None
     if net.output_size(inverse.train.take([0]).x) > MOST_OUTPUTS or not len(changes):
         return None

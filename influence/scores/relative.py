@@ -51,7 +51,7 @@ def relative(
     V = test.each_row(PerRow("gradients"), view, batch_size=inverse.block_size)  # (m, d)
     table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
     for at, _, G in inverse.row_gradients(rows):
-        X = inverse.solve(G, "the rows' gradients", measure=False).x  # n times D
+        X = inverse.solve(G, "the rows' gradients", measure=False).x  # the mass of the set times D
         table[:, at] = V @ X
         squared[at] = np.einsum("di,di->i", X, X if kind == "theta" else G)
     if (squared < 0).any():
@@ -63,6 +63,5 @@ def relative(
         )
     length = np.sqrt(squared)
     ratios = np.divide(table, length, out=np.full_like(table, np.nan), where=length > 0)
-    return RelativeScores(
-        ratios, rows, length / len(inverse.train), kind, name, inverse.first_order_plan
-    )
+    lengths, plan = length / inverse.mass, inverse.first_order_plan
+    return RelativeScores(ratios, rows, lengths, kind, name, plan)

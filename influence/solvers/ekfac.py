@@ -231,7 +231,7 @@ def _inverse_times(blocks: list[_Block], B: NDArray) -> NDArray:
 
 
 def _blocks(A: Curvature) -> list[_Block]:
-    net, n = A.net, len(A.examples)
+    net, n, mass = A.net, len(A.examples), A.net.mass(A.examples)
     layers = affine_layers(net, A.examples.take(slice(0, _PROBE_ROWS)).x)
     entries, names = [], []
     for layer in layers.layers:
@@ -244,7 +244,7 @@ def _blocks(A: Curvature) -> list[_Block]:
     factors = list(zip(sums[::2], sums[1::2], strict=True))
     _check_finite(names, factors)
     bases = [
-        _bases(inputs / n, outputs / n, penalty)
+        _bases(inputs / n, outputs / mass, penalty)
         for (inputs, outputs), penalty in zip(factors, penalties, strict=True)
     ]
     what = "eigenvalues of Kronecker factors"
@@ -253,7 +253,7 @@ def _blocks(A: Curvature) -> list[_Block]:
     for name, where, (U, V), square, penalty in zip(
         names, entries, bases, squares, penalties, strict=True
     ):
-        values = square / n + (U**2).T @ penalty @ V**2 + A.damping
+        values = square / mass + (U**2).T @ penalty @ V**2 + A.damping
         blocks.append(_Block(name, where, *(part.astype(A.dtype) for part in (U, V, values))))
     _check_definite(blocks, float(np.finfo(A.dtype).eps))
     return blocks

@@ -352,7 +352,7 @@ def mean_eigenvalue(A: Curvature) -> float:
     rows = fitting(ACTIVATIONS, _COPIES * layers.numbers * net.dtype.itemsize, at_most)
     total = A.examples.sum_over(sum_of_lengths, net, batch_size=A.batch_size or rows)
     penalty = float(signs[:, 0] @ net.penalty_hvp(signs[:, 0]))
-    return (total / len(A.examples) + penalty) / d
+    return (total / net.mass(A.examples) + penalty) / d
 
 
 def training_damping(model: keras.Model) -> float | None:

@@ -29,6 +29,7 @@ from influence.examples.given import Data
 from influence.minimisers.adam import Moments, batch_rows
 from influence.net.checked import Net
 from influence.net.net import GenericNeuralNet
+from influence.net.refused import check_no_masses
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
 
@@ -130,6 +131,7 @@ def continued_training(
       for parameters that are not finite.
     """
     net, train, test = runs.check(net, train, test)
+    check_no_masses(net, "continued_training")
     rows = check_rows(rows, len(train))
     if not is_integer(steps, 1):
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")

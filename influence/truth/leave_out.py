@@ -123,7 +123,8 @@ def leave_group_out(
     """Compute the actual change of each test loss after retraining without each group of rows.
 
     For each group g, a refit minimises the risk R_-g: the mean loss over the rows outside g, plus
-    the same penalty. Groups may overlap and differ in size. The net is left as it was.
+    the same penalty. If positions are masked, the mean is over the valid positions of these rows.
+    Groups may overlap and differ in size. The net is left as it was.
 
     "newton" (convex models) starts at theta with Newton's step. The full-data Hessian is factored
     once, and the group's own curvature is subtracted from it. Secant updates (L-BFGS) then learn
@@ -168,6 +169,8 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
         )
     if start is not None and np.shape(start) != (net.num_parameters,):
         raise ValueError(f"start must have shape ({net.num_parameters},), got {np.shape(start)}.")
+    if net.loss.has_masses:
+        runs.check_masses(groups, net.row_masses(train))
     check_folder(options.checkpoints)
     runs.check_processes(options.num_processes, net, options.fit)
     method = options.method or ("newton" if net.convex else "fit")
@@ -202,12 +205,14 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
     """Minimise R_-g for several groups. Each group g has a column of theta.
 
     The gradient of R_-g is (n R' - sum over g of (loss_i + penalty)') / (n - r). R' is the gradient
-    of the risk on all n rows, and r is the number of rows in g. The Hessian of R_-g at theta is
+    of the risk on all n rows, and r is the number of rows in g. If positions are masked, both are
+    sums of masses. The Hessian of R_-g at theta is
     n / (n - r) times the matrix that `Removal.solve` inverts.
     """
-    net, train, n = task.net, task.train, len(task.train)
+    net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size)
-    share = ((n - removed.sizes) / n).astype(net.dtype)
+    n = removed.whole
+    share = ((n - removed.masses) / n).astype(net.dtype)
 
     def gradients(thetas: NDArray, columns: NDArray) -> NDArray:
         whole = net.risk_gradient(train, thetas, task.batch_size)
@@ -237,8 +242,10 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
         return np.nan
     if options.tolerance is not None:
         return options.tolerance
-    removed = net.risk_gradient(train.take(group), batch_size=task.batch_size) * len(group)
-    left = len(train) - len(group)
+    chosen = train.take(group)
+    mass = net.mass(chosen)
+    removed = net.risk_gradient(chosen, batch_size=task.batch_size) * mass
+    left = net.mass(train) - mass
     # If rows have gradients as large as those of the removed rows, the mean gradient has a rounding
     # error of about eps times that size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))

@@ -11,6 +11,8 @@ stationary at theta_s. So without the term L(z_i), theta_s itself minimises F_i:
     "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
+If positions are masked, the weight v_i / sum_j v_j of row i replaces 1/n.
+
 Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. The "bregman" D is the
 Bregman divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2
 penalty the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman
@@ -259,7 +261,8 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
     def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
         return apply(search.inverse, G)
 
-    first = -removed.gradients(thetas, np.arange(len(groups))) / len(train)  # D's gradient is 0.
+    # The gradient of D is 0.
+    first = -removed.gradients(thetas, np.arange(len(groups))) / removed.whole
     scale = np.linalg.norm(first, axis=0)
     tolerance, until = (
         np.array([by_row[row] for (row,) in groups]) * scale
@@ -301,7 +304,7 @@ def _gradients(
 
         def divergence(thetas: NDArray) -> NDArray:
             total = train.sum_over(Total("bregman_gradient", thetas), net, batch_size=size)
-            return total / len(train) + net.penalty_gradient(thetas) - before
+            return total / net.mass(train) + net.penalty_gradient(thetas) - before
     else:
         before = net.risk_gradient(train, net.theta[:, None], size)
 
@@ -310,7 +313,7 @@ def _gradients(
 
     def gradients(thetas: NDArray, columns: NDArray) -> NDArray:
         there = thetas.astype(net.dtype)
-        own = removed.gradients(there, columns) / len(train)
+        own = removed.gradients(there, columns) / removed.whole
         return divergence(there) - own + search.damping * (thetas - theta_s)
 
     return gradients

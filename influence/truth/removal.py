@@ -26,6 +26,8 @@ _RTOL = 1e-3
 class Removal:
     """Sums of the rows' gradients and Hessian products over each of k groups.
 
+    If positions are masked, each row counts by its mass v_i, and n is the sum of all masses.
+
     Groups are cut into parts that fit into memory. Parts of equal length share a call of the net.
     In the methods, `columns` (j,) are the numbers of j groups, and arrays have a column for each.
 
@@ -47,6 +49,12 @@ class Removal:
     ):
         self.net, self.train, self.groups, self.fraction = net, train, groups, fraction
         self.sizes = np.array([len(group) for group in groups])
+        # The risk is a mean over `whole` rows, of which group g holds `masses[g]`. Without masks
+        # these are numbers of rows.
+        self.whole, self.masses = net.mass(train), self.sizes
+        if net.loss.has_masses:
+            rows = net.row_masses(train)
+            self.masses = np.array([rows[group].sum() for group in groups])
         first = train.take([0]).x
         parts = first.values() if isinstance(first, dict) else (first,)
         row = sum(int(np.prod(part.shape[1:])) * part.dtype.itemsize for part in parts)
@@ -112,8 +120,8 @@ class Removal:
         Yields: positions (r,) in `columns`, directions p (d, r), (A - H_g / n) p (d, r), and the
           lengths of the steps (r,).
         """
-        n = len(self.train)
-        limit = np.clip(n // self.sizes[columns], 1, _MOST_STEPS)
+        n = self.whole
+        limit = np.clip(len(self.train) // self.sizes[columns], 1, _MOST_STEPS)
         at = np.flatnonzero(B.any(axis=0))  # These columns are not solved yet.
         if not len(at):
             return
@@ -145,7 +153,7 @@ class Removal:
 
     def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
         """Return sums (d, j) over each group of `net.each_batch` and of the penalty's part."""
-        total = penalty * self.sizes[columns].astype(self.net.dtype)
+        total = penalty * self.masses[columns].astype(self.net.dtype)
         for at, x, y in self._batches(columns):
             own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])
             total[:, at] += own[:, :, 0].T * y.shape[1]

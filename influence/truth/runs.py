@@ -194,6 +194,19 @@ def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
     return tuple(groups) if named else (), checked
 
 
+def check_masses(groups: Groups, masses: NDArray) -> None:
+    """Refuse a group without which no row has a valid position.
+
+    Raises: ValueError naming the group.
+    """
+    for number, group in enumerate(groups):
+        if masses[group].sum() == masses.sum():
+            raise ValueError(
+                f"groups[{number}] must leave a valid position to train on, got all "
+                f"{masses.sum():.0f} of them in its rows."
+            )
+
+
 def check_processes(num_processes: int, *sent: Any) -> None:
     """Check that a worker process can unpickle the inputs before starting any work.
 
