@@ -7,12 +7,14 @@ This module imports little, because Ctrl-C is not yet handled during its imports
 """
 
 import errno
+import importlib
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import IO
 
 USAGE, OUTPUT, INTERRUPTED = 2, 74, 130
 # The system reports these errors for a full disk, a quota, a size limit or a read-only device.
@@ -22,21 +24,38 @@ _LINE = "interrupted: the same command again continues where this stopped"
 _stderr = 2
 
 
-def begin(package: str) -> None:
+def begin(package: str) -> bool:
     """Make Ctrl-C during the imports of `python -m package` print one line and end the process.
 
     A process that only imports the package is not changed.
 
     Args:
       package: the name of the package. Its __init__.py calls this before its other imports.
+
+    Returns: True if the process runs `python -m package`.
     """
-    global _stderr
     # argv[0] is "-m" while Python looks for the module to run.
     following = dict(zip(sys.orig_argv, sys.orig_argv[1:], strict=False)).get("-m")
-    if sys.argv[:1] == ["-m"] and following == package:
-        _open_standard_descriptors()
-        _stderr = os.dup(2)
-        _on_interrupt(_leave)
+    command = sys.argv[:1] == ["-m"] and following == package
+    if command:
+        _begin()
+    return command
+
+
+def influence() -> None:
+    """Run the command `influence`, which is `python -m influence`."""
+    _begin()
+    import_tensorflow()
+    from influence.__main__ import main
+
+    run(main)
+
+
+def _begin() -> None:
+    global _stderr
+    _open_standard_descriptors()
+    _stderr = os.dup(2)
+    _on_interrupt(_leave)
 
 
 @contextmanager
@@ -53,6 +72,12 @@ def importing() -> Iterator[None]:
     finally:
         if ours:
             _on_interrupt(_raise)
+
+
+def import_tensorflow() -> None:
+    """Import TensorFlow without its log lines about the processor and the missing GPU."""
+    with importing(), _quiet():
+        importlib.import_module("tensorflow")
 
 
 def run(main: Callable[[], int]) -> None:
@@ -148,6 +173,35 @@ def one_line(text: str) -> str:
     """Return the text on one line, without control characters."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # TensorFlow's C++ code logs to file descriptor 2, partly before it reads this variable. We
+    # show these log lines only if the import fails.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with _held() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _held() -> IO[bytes]:
+    import tempfile
+
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:  # no temporary folder can be written to, for example on a full disk
+        return open(os.devnull, "w+b")
 
 
 class _Output(io.FileIO):

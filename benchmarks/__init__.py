@@ -6,7 +6,5 @@ console.begin(__name__)
 
 import importlib.util
 
-from experiments import import_tensorflow
-
 if importlib.util.find_spec("tensorflow"):  # the peers' environment has no TensorFlow
-    import_tensorflow()
+    console.import_tensorflow()

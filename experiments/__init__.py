@@ -24,14 +24,8 @@ console.begin(__name__)
 
 import ast
 import importlib
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import IO
 
 # This dict maps each command to its module, in the order of lists, runs and reports.
 MODULES = {
@@ -72,7 +66,7 @@ def load(command: str) -> ModuleType:
     """
     if command not in MODULES or _source(MODULES[command]) is None:
         raise ValueError(f"command must be one of {', '.join(summaries())}, got {command!r}.")
-    import_tensorflow()
+    console.import_tensorflow()
     with console.importing():
         return importlib.import_module(f"{__name__}.{MODULES[command]}")
 
@@ -81,36 +75,3 @@ def _source(module: str) -> Path | None:
     file = Path(*module.split(".")).with_suffix(".py")
     candidates = (Path(folder) / file for folder in __path__)
     return next((path for path in candidates if path.is_file()), None)
-
-
-def import_tensorflow() -> None:
-    """Import TensorFlow without its log lines about the processor and the missing GPU."""
-    with console.importing(), _quiet():
-        importlib.import_module("tensorflow")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # TensorFlow's C++ code logs to file descriptor 2, partly before it reads this variable. We
-    # show these log lines only if the import fails.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with _held() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-def _held() -> IO[bytes]:
-    try:
-        return tempfile.TemporaryFile()
-    except OSError:  # no temporary folder can be written to, for example on a full disk
-        return open(os.devnull, "w+b")
