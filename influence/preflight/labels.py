@@ -29,7 +29,7 @@ _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class _Classes:
+class Classes:
     """Labels `y` (n,) and predictions `predicted` (n,), as class numbers from 0."""
 
     y: NDArray
@@ -59,7 +59,7 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
     """Check the coding of labels that are in range, by comparing them with the predictions."""
-    classes = _classes(net.loss, train)
+    classes = classes_of(net.loss, train)
     if classes is None:
         return Finding(_TITLE).ok("The labels are no classes; nothing to compare them to.")
     c = classes.num_classes
@@ -84,13 +84,13 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
             "If the classes were counted from 1, subtract 1 and train a model with an output less; "
             "else nothing trains those outputs but the penalty: leave them out.",
         )
-    other = _classes(net.loss, test) if test is not None else None
+    other = classes_of(net.loss, test) if test is not None else None
     if other is not None and len(new := np.setdiff1d(other.y, classes.y)):
         return Finding(_TITLE, len(new)).warn(
             f"Test rows have class {', '.join(map(str, new[:_SHOWN]))}, which no training row has.",
             "Compare the two sets' coding of the labels.",
         )
-    guess, mean = float(np.log(c)), float(train.losses.mean())
+    guess, mean = float(np.log(c)), _mean_without_weights(train)
     if net.loss.keras_function in _LOG_LOSSES and mean > guess:
         return Finding(_TITLE, mean).warn(
             f"The mean training loss, {mean:.3g} nats, is above the {guess:.3g} of "
@@ -101,6 +101,14 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
     return Finding(_TITLE, accuracy).ok(f"{predicted[0].upper()}{predicted[1:]}.")
 
 
+def _mean_without_weights(answers: Answers) -> float:
+    """Return the mean loss. Sample weights average it, but do not multiply it."""
+    weights = packing.sample_weights(answers.examples.y)
+    if not isinstance(weights, np.ndarray):
+        return float(answers.losses.mean())
+    return float(answers.losses.sum() / weights.sum())
+
+
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
     """Return True if y holds class numbers: one integer for each row that has several outputs."""
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
@@ -108,7 +116,8 @@ def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)
 
 
-def _classes(loss: PerExampleLoss, answers: Answers) -> _Classes | None:
+def classes_of(loss: PerExampleLoss, answers: Answers) -> Classes | None:
+    """Return labels and predictions as class numbers, or None if the labels are no classes."""
     y, shape = packing.labels(answers.examples.y), answers.output_shape
     if isinstance(y, Mapping):
         return None
@@ -117,20 +126,20 @@ def _classes(loss: PerExampleLoss, answers: Answers) -> _Classes | None:
     one_hot = y.shape[1:] == shape and shape[-1:] > (1,) and _are_one_hot(y)
     if numbers or one_hot:
         labels = np.ravel(y if numbers else y.argmax(axis=-1)).astype(int)
-        return _Classes(labels, np.ravel(answers.outputs), shape[-1])
+        return Classes(labels, np.ravel(answers.outputs), shape[-1])
     one_bit = y.size == len(y) and int(np.prod(shape)) == 1
-    threshold = _threshold(loss, y) if one_bit else None
+    threshold = threshold_of(loss, y) if one_bit else None
     if threshold is None:
         return None
     larger = np.ravel(y > (y.min() + y.max()) / 2)
-    return _Classes(larger, np.ravel(answers.outputs) > threshold, 2)
+    return Classes(larger, np.ravel(answers.outputs) > threshold, 2)
 
 
 def _are_one_hot(y: NDArray) -> bool:
     return bool(((y == 0) | (y == 1)).all() and (y.sum(axis=-1) == 1).all())
 
 
-def _threshold(loss: PerExampleLoss, y: NDArray) -> float | None:
+def threshold_of(loss: PerExampleLoss, y: NDArray) -> float | None:
     """Return the output above which a model predicts the larger of two labels; None if unknown."""
     values = set(np.unique(y[: 1 << 16]).tolist())
     if len(values) != 2:

@@ -154,3 +154,12 @@ def test_a_class_for_every_step_counts_every_step():
     line = plausible(net, Examples(x, y))
     assert y.shape == (60, 2) and seen == 3
     assert "50% of the rows' labels are the predicted class" in line.meaning.lower()
+
+
+def test_sample_weights_do_not_make_a_loss_look_like_guessing():
+    net, x, y = softmax()
+    net.fit(Examples(x, y))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    net = GenericNeuralNet(net.model, loss)
+    line = plausible(net, Examples(x, y, np.full(len(y), 1000.0)))
+    assert line.verdict == "ok"
