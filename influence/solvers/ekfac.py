@@ -16,7 +16,7 @@ from influence.common.memory import VECTORS, fitting
 from influence.curvature.layers import affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
-from influence.solvers.base import Raw, check_rtol
+from influence.solvers.base import Prepared, Raw, check_rtol
 
 _PROBE_ROWS = 2
 # EKFAC refuses a penalty whose off-diagonal curvature exceeds this share of its largest diagonal
@@ -89,6 +89,35 @@ class EKFAC:
         A.net.loss.check_logits()
         blocks = _blocks(A)
         return _Applied(blocks, RowLengths(blocks, _rows_of(A)))
+
+
+def factors_of(prepared: Prepared) -> dict[str, NDArray]:
+    """Return the bases and eigenvalues of a prepared EKFAC as named arrays, to store them.
+
+    Raises: TypeError for another solver.
+    """
+    if not isinstance(prepared.apply, _Applied):
+        raise TypeError(f"prepared must be a prepared EKFAC, got {prepared!r}.")
+    found: dict[str, NDArray] = {}
+    for number, block in enumerate(prepared.apply.blocks):
+        found[f"{number} name"] = np.array(block.name)
+        parts = (("entries", block.entries), ("U", block.U), ("V", block.V))
+        found |= {f"{number} {key}": part for key, part in parts}
+        found[f"{number} eigenvalues"] = block.eigenvalues
+    return found
+
+
+def prepared_from(A: Curvature, solver: EKFAC, factors: dict[str, NDArray]) -> Prepared:
+    """Return the prepared EKFAC whose factors `factors_of` returned for the same matrix A."""
+    count = len({key.split()[0] for key in factors})
+    blocks = [
+        _Block(
+            str(factors[f"{number} name"]),
+            *(factors[f"{number} {key}"] for key in ("entries", "U", "V", "eigenvalues")),
+        )
+        for number in range(count)
+    ]
+    return Prepared(A, solver, _Applied(blocks, RowLengths(blocks, _rows_of(A))))
 
 
 _REMEDY = "EK-FAC is an approximation, layer by layer: use CG or Direct, or more damping."
