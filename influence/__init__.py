@@ -1,5 +1,10 @@
 """Influence functions for Keras models. They tell which training rows caused a prediction."""
 
+import influence_console as console
+
+if console.begin(__name__):
+    console.import_tensorflow()
+
 from influence.attack.poison import PoisonOptions, poison
 from influence.attack.targets import BEST_RULE, PAPER_RULE, Rule
 from influence.common.convergence import ConvergenceWarning, DivergenceError
@@ -30,6 +35,11 @@ from influence.solvers import (
     solve,
 )
 from influence.solvers.spectrum import spectrum, suggest_damping
+from influence.tool.audit import Audit, audit
+from influence.tool.correct import Correction, correct
+from influence.tool.explain import Explanation, explain
+from influence.tool.subject import QuestionOptions
+from influence.tool.verify import Verification, verify
 from influence.truth.continued import ContinuedOptions, continued_training
 from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
@@ -44,4 +54,6 @@ __all__ += ["Prepared", "Solution", "prepare", "solve"]
 __all__ += ["Influence", "Scores", "datainf", "tracin"]
 __all__ += ["Refits", "RefitOptions", "RunOptions", "leave_group_out", "leave_one_out"]
 __all__ += ["ContinuedOptions", "ProximalOptions", "continued_training", "proximal_response"]
+__all__ += ["Audit", "Correction", "Explanation", "QuestionOptions", "Verification"]
+__all__ += ["audit", "correct", "explain", "verify"]
 __all__ += ["BEST_RULE", "PAPER_RULE", "PoisonOptions", "Rule", "poison"]

@@ -27,6 +27,7 @@ ORDER = {
         {"solvers"},
         {"scores", "truth", "models", "preflight"},
         {"attack"},
+        {"tool"},
         {"__init__"},
         {"__main__"},
     ),
@@ -35,6 +36,7 @@ ORDER = {
 PACKAGES = {
     "experiments": {"experiments", "data", "influence"},
     "data": {"data"},
+    "examples": {"examples", "data", "influence"},
     "influence": {"influence"},
 }
 

@@ -1,0 +1,256 @@
+"""One run of a command: read, answer, and write the page, the CSV file and run.toml."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from influence.tool.answer import Answer, write_text
+from influence.tool.audit import audit
+from influence.tool.check import Verdict, checked
+from influence.tool.correct import correct
+from influence.tool.explain import explain
+from influence.tool.index import index
+from influence.tool.model import function_of, is_function, read_model
+from influence.tool.read import Reading, read
+from influence.tool.rows import Rows
+from influence.tool.subject import Loaded, QuestionOptions, on_disk
+from influence.tool.verify import verify
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+COMMANDS = ("explain", "audit", "verify", "check", "index")
+RUN, CHECKPOINTS = "run.toml", "checkpoints"
+_VERSIONS = ("keras", "numpy", "scipy", "tensorflow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that determines a run. run.toml holds it.
+
+    Attributes:
+      command: one of `COMMANDS`.
+      model: MODEL, as `read_model` takes it.
+      data: DATA, as `read` takes it.
+      test: the test rows, as `read` takes them, or None.
+      loss: a Keras loss's name or `module:function`, for a model that was not compiled.
+      reading: options of the reading of DATA.
+      asked: arguments of the question, such as `top`.
+      damping: the damping, or None.
+      batch_size: rows in memory at a time, or None.
+      check: False to skip the check.
+      index: the folder that `index` fills and the other commands read, or None.
+      content: SHA-256 of model, data and test rows. A replay refuses others.
+    """
+
+    command: str
+    model: str
+    data: str
+    test: str | None = None
+    loss: str | None = None
+    reading: Reading = Reading()
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    damping: float | None = None
+    batch_size: int | None = None
+    check: bool = True
+    index: str | None = None
+    content: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run gave.
+
+    Attributes:
+      answer: the answer.
+      files: the files that were written, by kind: page, csv, run.
+    """
+
+    answer: Answer
+    files: dict[str, Path]
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 if the check says that numbers should not be trusted, else 0."""
+        return int(isinstance(self.answer, Verdict) and not self.answer.trusted)
+
+
+def run(request: Request, out: Path) -> Result:
+    """Answer a question and write the page, the CSV file and run.toml to a folder.
+
+    Results of an unfinished run are kept in the folder, and the same request goes on from them.
+
+    Args:
+      request: the question.
+      out: the folder to write to. It is created if it is missing.
+
+    Raises: ValueError, TypeError, IndexError or OSError that says what is wrong and what would
+      work; DivergenceError if the model has no answer.
+    """
+    with on_disk(out / CHECKPOINTS) as folder:
+        loaded, rows, test, content = _read(request)
+        if request.content and dict(request.content) != content:
+            changed = [k for k in content if content[k] != request.content.get(k)]
+            raise ValueError(
+                f"a replay must have the files of the run, but {' and '.join(changed)} changed "
+                "since; run the command itself for the new ones."
+            )
+        options = QuestionOptions(
+            damping=request.damping,
+            batch_size=request.batch_size,
+            check=request.check,
+            index=None if request.index is None else Path(request.index),
+            checkpoints=folder,
+        )
+        answer = _answer(request, loaded, rows, test, options)
+        name = request.command
+        files = {"page": answer.to_html(out / f"{name}.html")}
+        files["csv"] = answer.to_csv(out / f"{name}.csv")
+        files["run"] = out / RUN
+        write_text(files["run"], to_toml(request, content))
+    return Result(answer, files)
+
+
+def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
+    loss: Any = request.loss
+    if loss is not None and is_function(loss):
+        loss = function_of(loss, "--loss")
+    with named("MODEL", request.model):
+        model = read_model(request.model, compiled=loss is None)
+    loaded = Loaded.of(model, loss)
+    with named("DATA", request.data):
+        rows, test = read(request.data, loaded.wanted, request.reading)
+    if request.test is not None:
+        with named("--test", request.test):
+            test, _ = read(request.test, loaded.wanted, request.reading, like=rows)
+    weights = [variable.numpy().tobytes() for variable in loaded.net.model.variables]
+    if loaded.trunk is not None:
+        weights += [variable.numpy().tobytes() for variable in loaded.trunk.variables]
+    content = {"model": hashlib.sha256(b"".join(weights)).hexdigest(), "data": rows.content}
+    if test is not None:
+        content["test"] = test.content
+    return loaded, rows, test, content
+
+
+@contextmanager
+def named(argument: str, text: str):
+    """Name the argument in errors that a person's own function raises in the `with` block."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{argument} must be a function that returns, got {text!r}, which raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _answer(
+    request: Request, loaded: Loaded, rows: Rows, test: Rows | None, options: QuestionOptions
+) -> Answer:
+    asked = dict(request.asked)
+    if request.command == "verify":
+        edited, fit = asked.pop("csv", None), asked.pop("fit", None)
+        if edited is not None:
+            return correct(loaded, rows, test, edits=edited, options=options)  # type: ignore
+        function = None if fit is None else function_of(fit, "--fit")
+        return verify(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
+    if request.command == "index":
+        return index(loaded, rows, test, folder=str(request.index), options=options)  # type: ignore
+    ask: Callable[..., Answer] = {"explain": explain, "audit": audit, "check": checked}[
+        request.command
+    ]
+    return ask(loaded, rows, test, options=options, **asked)
+
+
+# --- run.toml -----------------------------------------------------------------------------------
+
+
+def to_toml(request: Request, content: Mapping[str, str]) -> str:
+    """Return a request as TOML, with the versions of the libraries."""
+    plain = asdict(request)
+    reading, asked = plain.pop("reading"), plain.pop("asked")
+    plain.pop("content")
+    classes = reading.pop("class_weight", None)
+    tables = {"reading": reading, "class_weight": classes or {}, "asked": asked}
+    tables |= {"content": dict(content), "versions": _versions()}
+    lines = ["# The same numbers again: python -m influence replay run.toml", *_lines(plain)]
+    for name, table in tables.items():
+        if any(value is not None for value in table.values()):
+            lines += ["", f"[{name}]", *_lines(table)]
+    return "\n".join(lines) + "\n"
+
+
+def from_toml(path: Path) -> Request:
+    """Read a request from a file that `to_toml` wrote.
+
+    Raises: ValueError that names the file and what is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(f"replay must get a run.toml, got {str(path)!r} ({reason}).") from error
+    try:
+        found = tomllib.loads(text)
+        found.pop("versions", None)
+        classes = found.pop("class_weight", None)
+        reading: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in found.pop("reading", {}).items()
+        }
+        request = Request(**found, reading=Reading(**reading, class_weight=classes))
+    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"replay must get a run.toml that a run wrote, got {str(path)!r} "
+            f"({' '.join(str(error).split())})."
+        ) from error
+    if request.command not in COMMANDS:
+        raise ValueError(
+            f"replay must get a command of {', '.join(COMMANDS)}, got {request.command!r}."
+        )
+    return request
+
+
+def _lines(table: Mapping[str, Any]) -> list[str]:
+    return [f"{_key(k)} = {_value(value)}" for k, value in table.items() if value is not None]
+
+
+def _key(name: str) -> str:
+    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return name if bare else _string(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return _string(str(value))
+
+
+def _string(text: str) -> str:
+    """Return a TOML string. JSON's escapes are TOML's, apart from those of surrogate pairs."""
+    parts = [
+        json.dumps(c)[1:-1] if ord(c) < 0x7F else c if c.isprintable() else f"\\U{ord(c):08X}"
+        for c in text.encode("utf-8", "replace").decode("utf-8")
+    ]
+    return '"' + "".join(parts) + '"'
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _VERSIONS:
+        found[name] = metadata.version(name)
+    return found

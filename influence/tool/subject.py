@@ -1,0 +1,357 @@
+"""A trained model with its rows: everything that a question needs, computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from influence.common import checkpoint
+from influence.common.progress import progress
+from influence.curvature.operators import Curvature, GaussNewton, Hessian
+from influence.examples.examples import Examples
+from influence.net.net import GenericNeuralNet, Net
+from influence.net.saved import is_saved, load_model
+from influence.preflight.check import check
+from influence.preflight.report import Line, Report
+from influence.scores.influence import Influence
+from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, prepare
+from influence.solvers.ekfac import factors_of, prepared_from
+from influence.solvers.plan import Plan
+from influence.tool.model import cut_frozen
+from influence.tool.predictions import Predictions
+from influence.tool.rows import Rows, Wanted
+from influence.tool.store import Store, name_of, texts
+
+# Kept results of another number are not used. It rises if the same inputs give other results.
+_FORMAT = 1
+# The frozen layers are run for this many rows at a time, and each part is kept.
+_PART = 256
+# A matrix above this size is not kept for an interrupted run. `index` keeps it at any size.
+_MOST_BYTES = 1 << 30
+_CURVATURES: dict[str, type[Curvature]] = {"Hessian": Hessian, "GaussNewton": GaussNewton}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """QuestionOptions of every question.
+
+    Attributes:
+      loss: the loss, for a model that was not compiled.
+      damping: the number that multiplies I in the matrix; None: the library chooses it.
+      batch_size: number of rows in memory at a time; None: the library chooses it.
+      check: False to skip the check before the computation.
+      index: a folder that `index` filled, or None.
+      checkpoints: a folder for the results of an unfinished run, or None.
+    """
+
+    loss: Any = None
+    damping: float | None = None
+    batch_size: int | None = None
+    check: bool = True
+    index: Path | None = None
+    checkpoints: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that was read.
+
+    Attributes:
+      net: the net. If the first layers are frozen, it is the rest of the model.
+      trunk: the frozen first layers, or None.
+      wanted: what the whole model takes.
+    """
+
+    net: GenericNeuralNet
+    trunk: keras.Model | None
+    wanted: Wanted
+
+    @classmethod
+    def of(cls, model: Net, loss: Any = None) -> Loaded:
+        """Return the net of a model, of a saved model's path, or of a net.
+
+        Raises: TypeError or ValueError for another kind of model, or one that the library refuses.
+        """
+        if is_saved(model):
+            model = load_model(model, compiled=loss is None)  # type: ignore[arg-type]
+        if isinstance(model, GenericNeuralNet):
+            return cls(model, None, Wanted.by(None, model))
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                "model must be a Keras model, a GenericNeuralNet or the path of a saved model, got "
+                f"{type(model).__name__}."
+            )
+        trunk, rest = cut_frozen(model)
+        if trunk is None:
+            net = GenericNeuralNet(model, loss)
+            return cls(net, None, Wanted.by(None, net))
+        net = GenericNeuralNet(rest, loss)
+        return cls(net, trunk, Wanted.by(model, net))
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A net, its training rows and perhaps test rows.
+
+    Attributes:
+      loaded: the model.
+      train_rows: the training rows as a person knows them.
+      test_rows: the test rows, or None.
+      train: the training rows as the net takes them.
+      test: the test rows as the net takes them. Without test rows these are the training rows.
+      options: the options of the question.
+    """
+
+    loaded: Loaded
+    train_rows: Rows
+    test_rows: Rows | None
+    train: Examples
+    test: Examples
+    options: QuestionOptions
+
+    @classmethod
+    def of(
+        cls, model: Any, train: Any, test: Any = None, options: QuestionOptions = QuestionOptions()
+    ) -> Subject:
+        """Check a model and its data, and compute the features of frozen layers.
+
+        Args:
+          model: a Keras model, a net, the path of a saved model, or Loaded.
+          train: the training rows, as Rows or in any form that `fit` takes.
+          test: the test rows, or None.
+          options: options of the question.
+
+        Raises: TypeError or ValueError that names the argument that is wrong.
+        """
+        loaded = model if isinstance(model, Loaded) else Loaded.of(model, options.loss)
+        rows = Rows.of(train, loaded.wanted, "train")
+        of_test = None if test is None else Rows.of(test, loaded.wanted, "test")
+        if of_test is not None and not of_test.classes:
+            of_test = replace(of_test, classes=rows.classes)
+        store = Store(options.index, options.checkpoints)
+        examples = _examples(loaded, rows, store)
+        tested = examples if of_test is None else _examples(loaded, of_test, store)
+        for name, part in (("train", examples), ("test", tested)):
+            loaded.net.validate(part, name)
+        return cls(loaded, rows, of_test, examples, tested, options)
+
+    @property
+    def net(self) -> GenericNeuralNet:
+        """The net as the model's own dtype has it."""
+        return self.loaded.net
+
+    @property
+    def shown_test(self) -> Rows:
+        """The rows that are explained: test rows, or training rows if there are no test rows."""
+        return self.train_rows if self.test_rows is None else self.test_rows
+
+    @property
+    def store(self) -> Store:
+        """The folders of kept results."""
+        return Store(self.options.index, self.options.checkpoints)
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the net, the training rows and the options that the factors depend on."""
+        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT)
+
+    @cached_property
+    def of_train(self) -> Predictions:
+        """The predictions of all training rows."""
+        return Predictions.of(self.net, self.train, self.options.batch_size)
+
+    @cached_property
+    def of_test(self) -> Predictions:
+        """The predictions of all test rows."""
+        if self.test is self.train:
+            return self.of_train
+        return Predictions.of(self.net, self.test, self.options.batch_size)
+
+    # --- the factored matrix ------------------------------------------------------------------
+
+    @cached_property
+    def influence(self) -> Influence:
+        """The scores' matrix and solver. What a folder holds of them is not computed again."""
+        return self._planned[0]
+
+    @property
+    def plan(self) -> Plan:
+        """The curvature, damping, solver and precision that are used, and the reasons."""
+        return self._planned[1]
+
+    @cached_property
+    def _planned(self) -> tuple[Influence, Plan]:
+        size = self.options.batch_size
+        name = f"plan-{self.key}"
+        found = self.store.find(name)
+        plan = None if found is None else _plan_of(found)
+        if plan is not None:
+            return self._from(plan), plan
+        influence = Influence(self.net, self.train, damping=self.options.damping, batch_size=size)
+        plan = influence.plan
+        if self.store.work is None or not _can_be_kept(plan.solver):
+            return influence, plan
+        self.store.kept(name, lambda: _arrays_of(plan))
+        return self._from(plan, influence), plan
+
+    def _from(self, plan: Plan, fresh: Influence | None = None) -> Influence:
+        """Return the Influence of a plan. Its factors are loaded, or computed and kept."""
+        if fresh is not None:
+            A = fresh.operator
+        else:
+            net = self.net if plan.dtype == self.net.dtype.name else self.net.astype(plan.dtype)
+            kind = _CURVATURES[plan.curvature]
+            A = kind(net, self.train, plan.damping, batch_size=self.options.batch_size)
+        solver: Any = plan.solver
+        if isinstance(solver, Direct):
+            solver = self._direct(A, solver)
+        elif isinstance(solver, EKFAC):
+            made = lambda: factors_of(prepare(A, solver))  # noqa: E731
+            solver = prepared_from(A, solver, self.store.kept(f"factors-{self.key}", made))
+        elif fresh is not None:
+            return fresh
+        return Influence(
+            A.net,
+            self.train,
+            solver=solver,
+            damping=plan.damping,
+            curvature=type(A),
+            batch_size=self.options.batch_size,
+        )
+
+    def _direct(self, A: Curvature, solver: Direct) -> Prepared:
+        store = self.store
+        if store.work != store.index and A.shape[0] ** 2 * A.dtype.itemsize > _MOST_BYTES:
+            store = Store(store.index)
+        found = store.kept(f"matrix-{self.key}", lambda: {"damped": A.dense()})["damped"]
+        found[np.diag_indices_from(found)] -= A.damping  # `damped` takes the undamped matrix
+        return prepare(A.damped(A.damping, found), solver)
+
+    # --- the check ----------------------------------------------------------------------------
+
+    @cached_property
+    def report(self) -> Report | None:
+        """The lines of the check before the computation, or None if it is skipped."""
+        if not self.options.check:
+            return None
+        found = self.store.kept(f"check-{self.key}", self._checked)
+        return Report(
+            tuple(
+                Line(str(name), float(value), str(verdict), str(meaning), str(remedy))  # type: ignore
+                for name, value, verdict, meaning, remedy in zip(
+                    *(found[key] for key in ("name", "value", "verdict", "meaning", "remedy")),
+                    strict=True,
+                )
+            )
+        )
+
+    def _checked(self) -> dict[str, NDArray]:
+        how: dict[str, Any] = {"batch_size": self.options.batch_size}
+        lines = check(self.net, self.train, damping=self.options.damping, **how).lines
+        found = {
+            key: texts([getattr(line, key) for line in lines])
+            for key in ("name", "verdict", "meaning", "remedy")
+        }
+        return found | {"value": np.array([line.value for line in lines], float)}
+
+    @property
+    def at_minimum(self) -> bool:
+        """True if the check found that theta is the minimum of the risk."""
+        if self.report is None:
+            return False
+        return any(
+            line.name == "stationary point" and line.verdict == "ok" for line in self.report.lines
+        )
+
+
+def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
+    """Return rows as the net takes them. Frozen layers are run once, and features are kept."""
+    if loaded.trunk is None:
+        return loaded.net.given(rows.examples, rows.argument)
+    trunk = loaded.trunk
+    weights = [variable.numpy() for variable in trunk.variables]
+    shapes = [(layer.name, type(layer).__name__) for layer in trunk.layers]
+    name = name_of("features", weights, shapes, rows.content)
+    starts = range(0, len(rows), _PART)
+    parts = [store.find(f"{name}-{start}") for start in starts]
+    missing = [start for start, part in zip(starts, parts, strict=True) if part is None]
+    if missing:
+        for start, x in progress(
+            _batches(rows, missing), "features of the frozen layers", len(missing)
+        ):
+            parts[start // _PART] = store.kept(
+                f"{name}-{start}", lambda x=x: {"features": _features(trunk, x)}
+            )
+    found = np.concatenate([part["features"] for part in parts if part is not None])
+    if rows.labels is None:
+        return Examples(found, rows.examples.y)
+    return Examples(found, rows.labels, rows.weights)
+
+
+def _batches(rows: Rows, starts: list[int]) -> Iterator[tuple[int, Any]]:
+    wanted = np.concatenate([np.arange(s, min(s + _PART, len(rows))) for s in starts])
+    batches = rows.examples.batches(_PART, wanted)
+    for start, (x, _) in zip(starts, batches, strict=True):
+        yield start, x
+
+
+def _features(trunk: keras.Model, x: NDArray) -> NDArray:
+    pieces = [np.asarray(trunk(x[k : k + 32], training=False)) for k in range(0, len(x), 32)]
+    return np.concatenate(pieces)
+
+
+def _can_be_kept(solver: Any) -> bool:
+    return isinstance(solver, Direct | EKFAC | CG)
+
+
+def _arrays_of(plan: Plan) -> dict[str, NDArray]:
+    return {
+        "curvature": np.array(plan.curvature),
+        "damping": np.array(plan.damping),
+        "dtype": np.array(plan.dtype),
+        "solver": np.array(repr(plan.solver)),
+        "rank": np.array(getattr(getattr(plan.solver, "preconditioner", None), "rank", 0)),
+        "reasons": texts(list(plan.reasons)),
+    }
+
+
+def _plan_of(found: dict[str, NDArray]) -> Plan | None:
+    """Return a stored plan, or None if this version of the library chooses no such solver."""
+    rank = int(found["rank"])
+    known = [Direct(), EKFAC(), CG(), *([CG(preconditioner=Nystrom(rank))] if rank else [])]
+    solver = next((solver for solver in known if repr(solver) == str(found["solver"])), None)
+    if solver is None:
+        return None
+    one, two, three, four = map(str, found["reasons"])
+    return Plan(
+        str(found["curvature"]),
+        float(found["damping"]),
+        solver,
+        str(found["dtype"]),
+        (one, two, three, four),
+    )
+
+
+@contextmanager
+def on_disk(folder: Path | None) -> Iterator[Path | None]:
+    """Create a folder for an unfinished run, and remove its files when the block has finished."""
+    if folder is None:
+        yield None
+        return
+    checkpoint.check_writable(folder, "out")
+    yield folder
+    for file in folder.glob("*.npz"):
+        file.unlink(missing_ok=True)
+    for left in sorted(folder.rglob("*"), reverse=True):
+        if left.is_dir():
+            left.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
