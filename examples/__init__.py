@@ -1,0 +1,50 @@
+"""Models and data of five usual kinds, from nothing to the pages of `python -m influence`.
+
+`python -m examples NAME` makes the data, trains the model, and asks explain, check, audit and
+verify. Each question is one command, which is printed first. Every example runs on small data that
+come with this repository. With `--data DIR` it runs on real data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+# The modules of the examples, by the name on the command line.
+NAMES = ("images", "photographs", "table", "mails", "regression")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trained model and its data, as `python -m influence` takes them.
+
+    Attributes:
+      model: the file of the model.
+      data: the file or folder of the training rows, or of all rows.
+      options: further options that every command needs, such as `--target`.
+      test: the file or folder of the test rows; None if `data` has them too.
+    """
+
+    model: Path
+    data: Path
+    options: tuple[str, ...] = ()
+    test: Path | None = None
+
+    def words(self, command: str) -> list[str]:
+        """Return the words of a command about this model, without `python -m influence`."""
+        found = [command, str(self.model), str(self.data), *self.options]
+        if self.test is not None and command != "audit":
+            found += ["--test", str(self.test)]
+        return found
+
+
+def maker(name: str) -> Callable[[Path, Path | None], Trial]:
+    """Return the function (out, data folder or None) that makes an example.
+
+    Raises: ValueError for an unknown name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"the example must be one of {', '.join(NAMES)}, got {name!r}")
+    return import_module(f"{__name__}.{name}").make

@@ -1,0 +1,50 @@
+"""`python -m examples NAME`: make an example and ask `python -m influence` four questions."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import influence_console as console
+from examples import NAMES, maker
+
+# So many refits tell how far the scores hold, in a minute or two.
+_REMOVE = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+      arguments: the words after `python -m examples`. If None, they are taken from sys.argv.
+
+    Returns: 0, or the status of the last command that found wrong input.
+    """
+    parser = console.in_one_line(
+        argparse.ArgumentParser(prog="python -m examples", description=__doc__, allow_abbrev=False)
+    )
+    parser.add_argument("name", choices=NAMES, help="the example")
+    parser.add_argument("--data", type=Path, help="the folder of the real data (default: small)")
+    parser.add_argument("--out", type=Path, default=Path("examples-out"), help="where to write")
+    options = parser.parse_args(arguments)
+    console.import_tensorflow()
+    from influence.__main__ import main as ask
+
+    out = options.out / options.name
+    trial = maker(options.name)(out, options.data)
+    status = 0
+    for command in ("explain", "check", "audit", "verify"):
+        words = [*trial.words(command), "--out", str(out / command)]
+        if command == "verify":
+            words += ["--remove", str(_REMOVE)]
+        print(f"\n$ python -m influence {shlex.join(words)}\n", flush=True)
+        found = ask(words)
+        # `check` ends with 1 if numbers should not be trusted. That is an answer.
+        status = found if found > 1 else status
+    return status
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,56 @@
+"""Each example on its small data, through the commands that a person types."""
+
+import json
+
+import pytest
+
+from examples import NAMES, maker
+from influence.__main__ import main
+
+KINDS = {"images": "image", "photographs": "image", "table": "table", "mails": "text"}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def trial(request, tmp_path_factory):
+    return request.param, maker(request.param)(tmp_path_factory.mktemp(request.param), None)
+
+
+def asked(trial, command, tmp_path, capsys, *more):
+    words = [*trial.words(command), *more, "--json", "--out", str(tmp_path / command)]
+    status = main([*words, "--index", str(tmp_path / "index")])
+    said = capsys.readouterr()
+    assert said.err == ""
+    return status, json.loads(said.out)
+
+
+@pytest.mark.slow
+def test_the_four_questions_are_answered(trial, tmp_path, capsys):
+    name, made = trial
+    status, found = asked(made, "explain", tmp_path, capsys, "--wrong", "2", "--top", "3")
+    assert status == 0
+    assert len(found["test"]) == 2 and len(found["rows"]) == 12
+    assert all(row["change_if_removed"] for row in found["rows"])
+    assert all(about["residual"] < 1e-4 for about in found["test"])
+    page = (tmp_path / "explain" / "explain.html").read_text(encoding="utf-8")
+    marks = {"image": "data:image/png", "table": 'class="cells"', "text": 'class="text"'}
+    assert marks[KINDS.get(name, "table")] in page
+
+    status, found = asked(made, "check", tmp_path, capsys)
+    assert status == int(not found["trusted"])
+    assert {row["check"] for row in found["rows"]} >= {"labels", "stationary point"}
+
+    status, found = asked(made, "audit", tmp_path, capsys, "--top", "10")
+    assert status == 0
+    own = [row["self_influence"] for row in found["rows"]]
+    assert own == sorted(own, reverse=True) and own[0] > 0
+
+    status, found = asked(made, "verify", tmp_path, capsys, "--remove", "4", "--wrong", "2")
+    assert status == 0
+    agreement = found["agreement"]["all"]
+    assert agreement["pearson"] > 0.8 and agreement["sign"] > 0.7
+    assert 0.5 < agreement["slope"] < 2
+
+
+def test_an_unknown_example_is_named():
+    with pytest.raises(ValueError, match="the example must be one of images, photographs"):
+        maker("what")
