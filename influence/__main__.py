@@ -369,6 +369,8 @@ def _say(result: Result, as_json: bool) -> None:
         print(f"\nThe page is {console.shown(result.files['page'])}")
         for name, about in (("csv", "the table"), ("run", "to run it again")):
             print(f"         {console.shown(result.files[name])}  ({about})")
+        if result.hint:
+            print(result.hint)
     if result.status:
         raise _Untrusted
 

@@ -21,7 +21,8 @@ from influence.tool.index import index
 from influence.tool.model import function_of, is_function, read_model
 from influence.tool.read import Reading, read
 from influence.tool.rows import Rows
-from influence.tool.subject import Loaded, QuestionOptions, on_disk
+from influence.tool.store import Store
+from influence.tool.subject import Loaded, QuestionOptions, features_are_kept, on_disk
 from influence.tool.verify import verify
 
 if sys.version_info >= (3, 11):
@@ -31,6 +32,7 @@ else:
 
 COMMANDS = ("explain", "audit", "verify", "check", "index")
 RUN, CHECKPOINTS = "run.toml", "checkpoints"
+_HINT = "The command index keeps the features of the frozen layers for the next question."
 _VERSIONS = ("keras", "numpy", "scipy", "tensorflow")
 
 
@@ -74,10 +76,12 @@ class Result:
     Attributes:
       answer: the answer.
       files: the files that were written, by kind: page, csv, run.
+      hint: advice for the next run, or an empty string.
     """
 
     answer: Answer
     files: dict[str, Path]
+    hint: str = ""
 
     @property
     def status(self) -> int:
@@ -112,13 +116,14 @@ def run(request: Request, out: Path) -> Result:
             index=None if request.index is None else Path(request.index),
             checkpoints=folder,
         )
+        hint = "" if features_are_kept(loaded, rows, Store(options.index)) else _HINT
         answer = _answer(request, loaded, rows, test, options)
         name = request.command
         files = {"page": answer.to_html(out / f"{name}.html")}
         files["csv"] = answer.to_csv(out / f"{name}.csv")
         files["run"] = out / RUN
         write_text(files["run"], to_toml(request, content))
-    return Result(answer, files)
+    return Result(answer, files, "" if request.command == "index" else hint)
 
 
 def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:

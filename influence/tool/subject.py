@@ -276,10 +276,7 @@ def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
     """Return rows as the net takes them. Frozen layers are run once, and features are kept."""
     if loaded.trunk is None:
         return loaded.net.given(rows.examples, rows.argument)
-    trunk = loaded.trunk
-    weights = [variable.numpy() for variable in trunk.variables]
-    shapes = [(layer.name, type(layer).__name__) for layer in trunk.layers]
-    name = name_of("features", weights, shapes, rows.content)
+    trunk, name = loaded.trunk, _features_name(loaded.trunk, rows)
     starts = range(0, len(rows), _PART)
     parts = [store.find(f"{name}-{start}") for start in starts]
     missing = [start for start, part in zip(starts, parts, strict=True) if part is None]
@@ -294,6 +291,19 @@ def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
     if rows.labels is None:
         return Examples(found, rows.examples.y)
     return Examples(found, rows.labels, rows.weights)
+
+
+def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:
+    """Return True if no frozen layer must be run for these rows."""
+    if loaded.trunk is None:
+        return True
+    return store.find(f"{_features_name(loaded.trunk, rows)}-0") is not None
+
+
+def _features_name(trunk: keras.Model, rows: Rows) -> str:
+    weights = [variable.numpy() for variable in trunk.variables]
+    shapes = [(layer.name, type(layer).__name__) for layer in trunk.layers]
+    return name_of("features", weights, shapes, rows.content)
 
 
 def _batches(rows: Rows, starts: list[int]) -> Iterator[tuple[int, Any]]:
