@@ -55,6 +55,10 @@ _HEADLINES: dict[str, tuple[str, str]] = {
 }
 
 
+# If these lines are not ok, they concern a small part of each number.
+_NOTES = ("Hessian = differences", "precision")
+
+
 @dataclass(frozen=True)
 class Alert:
     """One thing that a reader must know before the numbers.
@@ -73,10 +77,16 @@ class Alert:
     remedy: str = ""
 
 
-def of_report(report: Report | None) -> list[Alert]:
-    """Return an alert for each line of a check that is not ok."""
+def of_report(report: Report | None, plan: Plan | None = None) -> list[Alert]:
+    """Return an alert for each line of a check that is not ok.
+
+    The check computes in the net's dtype. If the plan solves in float64, the line about the
+    precision of the net's dtype is left out.
+    """
     lines = () if report is None else report.lines
-    return [of_line(line) for line in lines if line.verdict != "ok"]
+    exact = plan is not None and plan.dtype == "float64"
+    found = [line for line in lines if line.verdict != "ok"]
+    return [of_line(line) for line in found if not (exact and line.name == "precision")]
 
 
 def of_line(line: Line) -> Alert:
@@ -90,6 +100,8 @@ def of_line(line: Line) -> Alert:
     headline = _HEADLINES.get(line.name, ("", ""))[0 if fails else 1] or usual
     # Away from a minimum the scores still rank the rows (Bae et al. 2022).
     level: Level = "stop" if fails and not headline.startswith(ORDER_NOT_SIZE) else "care"
+    if line.name in _NOTES and not fails:
+        level = "note"
     return Alert(level, headline, line.meaning, line.remedy)
 
 

@@ -169,7 +169,7 @@ def audit(
         order = np.argsort(-own, kind="stable")
         suspects = order[: min(top, len(order))]
         suggested = _suggested(subject, suspects) if subject.of_train.of_classes else {}
-    found = alerts.of_report(report) + alerts.of_plan(subject.plan) + heard.alerts
+    found = alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
     if not subject.of_train.of_classes:
         found.append(
             alerts.Alert(

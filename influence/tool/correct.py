@@ -205,7 +205,7 @@ def correct(
             influence.prepared,
             batch_size=options.batch_size,
         )
-    said = alerts.of_report(report) + alerts.of_plan(subject.plan) + heard.alerts
+    said = alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
     after = Predictions.of(influence.net.at(response.theta), subject.test).accuracy
     before = subject.of_test.accuracy
     accuracy = None if before is None or after is None else (before, after)

@@ -243,7 +243,7 @@ def explain(
         helpful, harmful = extremes(scores, top)
         shown = np.unique(np.concatenate([*helpful, *harmful, np.zeros(0, int)]).astype(int))
         bounds = _bounds(subject, scores, shown) if len(shown) else {}
-    found += alerts.of_report(report) + alerts.of_plan(subject.plan) + heard.alerts
+    found += alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
     if subject.test_rows is None:
         found.append(
             alerts.Alert(

@@ -98,6 +98,8 @@ def index(
         subject = Subject.of(model, train, test, options)
         report = subject.report
         subject.influence.prepared  # noqa: B018 - forms, factors and keeps the matrix
-    found = alerts.merged(alerts.of_report(report) + alerts.of_plan(subject.plan) + heard.alerts)
+    found = alerts.merged(
+        alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
+    )
     files = {file.name: file.stat().st_size for file in folder.glob("*.npz")}
     return Index(subject, found, folder, files)

@@ -34,6 +34,8 @@ USUAL_REMOVE = 30
 _SERIES = 6
 # From this Pearson correlation on the order holds, and within this factor of slope 1 the sizes do.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
+# A proximal response takes at most this many data passes.
+_PASSES = 100
 _RETRAINED = "retraining without the row, to the minimum of the risk"
 _OWN = "retraining without the row by your own function"
 _PROXIMAL = (
@@ -53,6 +55,7 @@ class Verification(Answer):
         were drawn at random.
       predicted, actual: (m, k) changes of the test losses. Positive: the row helped.
       converged: (k,) True if the row's refit reached its tolerance.
+      left: (k,) share of the removal's gradient that the refit left, NaN if it is not known.
       truth: how the actual changes were computed, in words.
       why: how the test rows were chosen.
     """
@@ -63,6 +66,7 @@ class Verification(Answer):
     predicted: NDArray
     actual: NDArray
     converged: NDArray
+    left: NDArray
     truth: str
     why: str
 
@@ -98,6 +102,7 @@ class Verification(Answer):
                 "predicted": value_of(self.predicted[i, j]),
                 "actual": value_of(self.actual[i, j]),
                 "converged": bool(self.converged[j]),
+                "gradient_left": value_of(self.left[j]),
             }
             for i, row in enumerate(self.test_rows)
             for j, other in enumerate(self.rows)
@@ -217,31 +222,34 @@ def verify(
     # Whether the sizes hold is measured here, so alerts that doubt them are left out.
     said = [
         alert
-        for alert in alerts.of_report(report) + heard.alerts
+        for alert in alerts.of_report(report, subject.plan) + heard.alerts
         if not alert.headline.startswith(alerts.ORDER_NOT_SIZE)
     ]
+    left = np.full(len(removed), np.nan) if found.left is None else found.left
     answer = Verification(
         subject,
         (),
-        chosen,
-        removed,
-        largest,
-        predicted,
-        found.changes,
-        found.converged,
-        found.words,
-        why,
+        test_rows=chosen,
+        rows=removed,
+        chosen=largest,
+        predicted=predicted,
+        actual=found.changes,
+        converged=found.converged,
+        left=left,
+        truth=found.words,
+        why=why,
     )
     return replace(answer, alerts=alerts.merged([*_of_agreement(answer), *said]))
 
 
 @dataclass(frozen=True, eq=False)
 class _Actual:
-    """Actual changes (m, k), which of the k refits converged, and how they were computed."""
+    """Actual changes (m, k), the state of the k refits, and how they were computed."""
 
     changes: NDArray
     converged: NDArray
     words: str
+    left: NDArray | None = None
 
 
 def draw_rows(scores: Scores, count: int) -> tuple[NDArray[np.int64], int]:
@@ -284,12 +292,12 @@ def _actual(
         subject.train,
         test,
         removed,
-        ProximalOptions(solver=influence.prepared, **kept),
+        ProximalOptions(solver=influence.prepared, max_iterations=_PASSES, **kept),
         damping=subject.plan.damping,
         objective="leave_one_out" if hessian else "bregman",
     )
     words = _RETRAINED if subject.at_minimum else _PROXIMAL
-    return _Actual(found.change_if_removed, found.converged, words)
+    return _Actual(found.change_if_removed, found.converged, words, found.gradient_norm)
 
 
 def _fitting(fit: Callable[..., Any]) -> Callable[[GenericNeuralNet, Examples], Any]:
@@ -367,5 +375,10 @@ def _of_agreement(answer: Verification) -> list[alerts.Alert]:
     if not answer.converged.all():
         count = int(np.count_nonzero(~answer.converged))
         head = f"{count} of {len(answer.rows)} refits did not reach their tolerance."
-        found.append(alerts.Alert("care", head, "Their actual changes are not exact."))
+        share = np.median(answer.left[~answer.converged])
+        detail = "Their actual changes are not exact. "
+        if np.isfinite(share):
+            detail += f"Half of them left at least {share:.0%} of the gradient to be removed. "
+        detail += "Where a model has kinks, such as those of ReLU, a refit may end at one."
+        found.append(alerts.Alert("care", head, detail))
     return found

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -25,6 +26,8 @@ def place(problem, tmp_path_factory):
     (x, y), (x_test, y_test) = problem.train, problem.test
     np.savez(folder / "d.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
     softmax_model(2 * problem.theta).save(folder / "unfinished.keras")
+    raw = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    raw.save(folder / "raw.keras")
     return folder
 
 
@@ -139,6 +142,15 @@ def test_an_altered_index_is_refused(ask, tmp_path):
     assert status == 2 and file.name in err and "delete it" in err
 
 
+def test_a_loss_can_be_given_as_a_function(ask, place):
+    (place / "losses.py").write_text(
+        "import keras\nl = keras.losses.SparseCategoricalCrossentropy(from_logits=True)\n"
+        "def loss(y, z):\n    return l.call(y, z)\n"
+    )
+    status, out, _ = ask("check", "raw.keras", "d.npz", "--loss", "losses.py:loss", "--json")
+    assert status == 1 and json.loads(out)["rows"]  # its weights are random, so it is not trusted
+
+
 def test_verify_says_how_far_the_scores_hold(ask, problem):
     status, out, _ = ask("verify", "m.keras", "d.npz", "--remove", 4, "--test-rows", 5, "--json")
     found = json.loads(out)
@@ -191,6 +203,7 @@ def test_an_unfinished_run_is_continued(ask, tmp_path, monkeypatch):
         (["verify", "m.keras", "d.npz", "--remove", "1"], "--remove must be at least 2, got 1"),
         (["verify", "m.keras", "d.npz", "--csv", "gone.csv"], "--csv must be a file that audit"),
         (["verify", "m.keras", "d.npz", "--fit", "gone:f"], "--fit must be module:function"),
+        (["check", "raw.keras", "d.npz"], "--loss must be"),
         (["check", "bad.py:fails", "d.npz"], "MODEL must be a function that returns, got"),
         (["replay", "gone.toml"], "replay must get a run.toml, got 'gone.toml' (No such file"),
         (["replay", "d.npz"], "replay must get a run.toml, got 'd.npz'"),

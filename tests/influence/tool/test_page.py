@@ -3,9 +3,11 @@ import re
 import numpy as np
 import pytest
 
-from influence.preflight.report import Line
+from influence.preflight.report import Line, Report
+from influence.solvers import Direct
+from influence.solvers.plan import Plan
 from influence.tool import page as pages
-from influence.tool.alerts import ORDER_NOT_SIZE, Alert, merged, of_line
+from influence.tool.alerts import ORDER_NOT_SIZE, Alert, merged, of_line, of_report
 from influence.tool.answer import as_text_cell
 from influence.tool.chart import Point, scatter
 from influence.tool.page import Chart, Column, Gallery, Page, Section, Table, render
@@ -147,6 +149,10 @@ def test_lines_of_a_check_become_plain_words():
     assert fails.level == "care" and fails.headline.startswith(ORDER_NOT_SIZE)
     assert fails.detail == "meaning" and fails.remedy == "remedy"
     assert of_line(Line("labels", 9.0, "fail", "m")).level == "stop"
+    assert of_line(Line("precision", 0.1, "warn", "m")).level == "note"
+    report = Report((Line("precision", 0.1, "warn", "m"), Line("labels", 1.0, "ok", "m")))
+    plan = Plan("Hessian", 0.0, Direct(), "float64", ("", "", "", ""))
+    assert len(of_report(report)) == 1 and of_report(report, plan) == [] == of_report(None)
     assert of_line(Line("a new check", 9.0, "warn", "m")).headline == (
         "The check 'a new check' asks for care."
     )
