@@ -1,8 +1,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -287,3 +289,32 @@ def test_the_installed_command_is_the_same(place):
                           timeout=120, check=False)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python -m influence COMMAND MODEL DATA")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_process_is_one_line_and_the_next_run_goes_on(place, tmp_path):
+    words = [sys.executable, "-m", "influence", "verify", "m.keras", "d.npz", "--remove", "40"]
+    words += ["--test-rows", "2", "--out", str(tmp_path / "o"), "--index", str(tmp_path / "i")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    how: dict = {"cwd": place, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    # Python ignores SIGINT in the background of some shells.
+    running = subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **how,
+    )
+    checkpoints = tmp_path / "o" / "checkpoints"
+    for _ in range(600):
+        if list(checkpoints.glob("matrix-*.npz")) or running.poll() is not None:
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err == "interrupted: the same command again continues where this stopped\n"
+    kept = {file.name: file.stat().st_mtime_ns for file in checkpoints.glob("*.npz")}
+    assert any(name.startswith("matrix-") for name in kept)
+    done = subprocess.run(words, stdout=subprocess.PIPE, timeout=120, check=False, **how)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not checkpoints.exists() and (tmp_path / "o" / "verify.html").exists()
