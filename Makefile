@@ -48,7 +48,7 @@ readme: $(VENV)/installed ## update the README's table from results/*/record.jso
 	@$(BIN)/python -m experiments report --readme README.md --results results
 
 clean: ## remove generated files, except .venv and results
-	@rm -rf out build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf out examples-out influence-out build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # If .venv has no pip, its creation was interrupted: create it again.

@@ -168,7 +168,7 @@ def load(path: str | os.PathLike) -> dict[str, NDArray]:
     if path.exists() and not path.is_file():  # reading a pipe may never end
         raise _refused(path, "that is no regular file")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         seal = arrays.pop(_SEAL, np.array(("none", "")))
     except Exception as error:  # altered bytes cause a dozen types of error

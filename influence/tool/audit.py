@@ -138,7 +138,6 @@ class Audit(Answer):
 def audit(
     model: Net,
     train: Data | Rows,
-    test: Data | Rows | None = None,
     *,
     top: int = USUAL_TOP,
     options: QuestionOptions = QuestionOptions(),
@@ -153,7 +152,6 @@ def audit(
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: not used. It is taken so that all questions take the same arguments.
       top: number of rows on the page, and of rows with a suggested label.
       options: options of the computation.
 

@@ -176,9 +176,9 @@ def _answer(
         return verify(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     if request.command == "index":
         return index(loaded, rows, test, folder=str(request.index), options=options)  # type: ignore
-    ask: Callable[..., Answer] = {"explain": explain, "audit": audit, "check": checked}[
-        request.command
-    ]
+    if request.command == "audit":
+        return audit(loaded, rows, options=options, **asked)  # type: ignore[arg-type]
+    ask: Callable[..., Answer] = explain if request.command == "explain" else checked
     return ask(loaded, rows, test, options=options, **asked)
 
 

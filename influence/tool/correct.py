@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,19 +212,17 @@ def correct(
     answer = Correction(
         subject,
         (),
-        found,
-        predicted,
-        response,
-        accuracy,
-        subject.at_minimum and not subject.plan.damping,
+        edits=found,
+        predicted=predicted,
+        response=response,
+        accuracy=accuracy,
+        at_minimum=subject.at_minimum and not subject.plan.damping,
     )
     said += _of_gain(answer)
     if of_rows is subject.shown_test:
         head = "No test rows were given. The gain is measured on the training rows themselves."
         said.append(alerts.Alert("note", head, "It counts the old labels as right."))
-    return Correction(
-        subject, alerts.merged(said), found, predicted, response, accuracy, answer.at_minimum
-    )
+    return replace(answer, alerts=alerts.merged(said))
 
 
 def _of_gain(answer: Correction) -> list[alerts.Alert]:

@@ -1,6 +1,7 @@
 """A small experiment, `fake`, and small data, in the places where the harness looks for them."""
 
 import gc
+import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -107,9 +108,9 @@ def fake(tmp_path, monkeypatch):
     (folder / "fake_figure.py").write_text(textwrap.dedent(SOURCE))
     monkeypatch.setattr(experiments, "MODULES", {"fake": "fake_figure", "absent": "no_such"})
     monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(folder)])
-    monkeypatch.delitem(experiments.sys.modules, "experiments.fake_figure", raising=False)
+    monkeypatch.delitem(sys.modules, "experiments.fake_figure", raising=False)
     package = FakeData("data")
-    monkeypatch.setitem(experiments.sys.modules, "data", package)
+    monkeypatch.setitem(sys.modules, "data", package)
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
     monkeypatch.setattr(
         gc, "collect", lambda *_: 0
@@ -118,7 +119,7 @@ def fake(tmp_path, monkeypatch):
     module = experiments.load("fake")
     module.data = package
     yield module
-    experiments.sys.modules.pop("experiments.fake_figure", None)
+    sys.modules.pop("experiments.fake_figure", None)
 
 
 @pytest.fixture(scope="session")

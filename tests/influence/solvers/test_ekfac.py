@@ -24,7 +24,7 @@ from influence import (
 )
 from influence.curvature.layers import affine_layers
 from influence.models.cnn import AllCNN
-from influence.solvers.ekfac import EKFAC
+from influence.solvers.ekfac import EKFAC, factors_of, prepared_from
 from tests import oracles
 from tests.influence.problems import (
     dense_net,
@@ -402,3 +402,18 @@ def tanh_layers(penalty):
     net = GenericNeuralNet(sequential((4,), *layers, L.Dense(2, **options), **F64), "mse")
     net.theta = np.random.default_rng(2).standard_normal(net.num_parameters)
     return net
+
+
+def test_stored_factors_give_the_same_inverse():
+    net, train = linear(use_bias=True, kernel_penalty=0.3, bias_penalty=0.3)
+    A = GaussNewton(net, train, 0.1)
+    made = prepare(A, EKFAC())
+    again = prepared_from(A, EKFAC(), factors_of(made))
+    B = np.random.default_rng(0).standard_normal((net.num_parameters, 3))
+    np.testing.assert_array_equal(again(B).x, made(B).x)
+    influences = [
+        Influence(net, train, solver=p, damping=0.1).self_influence() for p in (made, again)
+    ]
+    np.testing.assert_array_equal(*influences)
+    with pytest.raises(TypeError, match="prepared must be a prepared EKFAC"):
+        factors_of(prepare(A, Direct()))

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from influence import Examples, QuestionOptions, audit, correct
+from influence.tool.correct import _relabelled
 from tests.influence.problems import ridge
 
 NO_CHECK = QuestionOptions(check=False)
@@ -67,6 +68,19 @@ def test_weights_of_rows_stay_with_an_edit(problem):
     weights[7] = 1e-12
     none = correct(problem.model, (x, y, weights), problem.test, edits={7: 0}, options=NO_CHECK)
     assert abs(none.actual_gain) < 1e-6 < abs(found.actual_gain)
+
+
+def test_new_labels_keep_the_form_of_the_old_ones():
+    x = np.zeros((3, 2))
+    one_hot = _relabelled(Examples(x, np.eye(3, dtype=np.float32)), [2.0, 0.0, 1.0])
+    np.testing.assert_array_equal(one_hot.y, np.eye(3)[[2, 0, 1]])
+    signs = _relabelled(Examples(x, np.array([-1, 1, 1])), [1.0, 0.0, 1.0])
+    np.testing.assert_array_equal(signs.y, [1, -1, 1])
+    column = _relabelled(Examples(x, np.zeros((3, 1))), [0.5, 1.0, 2.0])
+    np.testing.assert_array_equal(column.y, [[0.5], [1.0], [2.0]])
+    weighted = _relabelled(Examples(x, np.array([0, 1, 2]), np.arange(3.0)), [2.0, 2.0, 0.0])
+    np.testing.assert_array_equal(weighted.y["y"], [2, 2, 0])
+    np.testing.assert_array_equal(weighted.sample_weight, [0, 1, 2])
 
 
 @pytest.mark.parametrize(
