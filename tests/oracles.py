@@ -78,6 +78,12 @@ class Risk:
         """Return each test loss's derivative along the predicted change of theta: (m, k)."""
         return test.gradients(theta) @ self.predicted_parameters(theta, rows).T
 
+    def one_step_changes(self, theta: NDArray, test: Risk, rows: Any) -> NDArray:
+        """Return each test loss after one Newton step without each row, less the loss: (m, k)."""
+        rests = [self.without([row]) for row in rows]
+        after = [theta - np.linalg.solve(r.hessian(theta), r.gradient(theta)) for r in rests]
+        return np.stack([test.losses(t) - test.losses(theta) for t in after], axis=1)
+
     def actual_parameters(self, theta: NDArray, rows: Any) -> NDArray:
         """Return theta refitted without each row, minus theta: (k, d)."""
         return np.stack([self.without([row]).minimum(theta) - theta for row in rows])

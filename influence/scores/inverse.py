@@ -179,7 +179,7 @@ class Inverse:
             return "factors"
         net, rows = self.net, len(self.train)
         order = rows * net.output_size(self.train.take([0]).x)
-        if is_convex(net) or self._planner.fits:
+        if is_convex(net) or self._planner.fits or is_exact(self.solver):
             if fits_in_memory(net.num_parameters, net.dtype):
                 return "dense"
             size = order * net.num_parameters * net.dtype.itemsize

@@ -311,8 +311,9 @@ def label_of(known: Any, rows: Rows, row: int, predicted: bool = False) -> str:
 def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
     """Return the choices of the computation with their reasons, as facts of a page."""
     plan = subject.plan
-    names = ("Matrix", "Damping", "Solver", "Precision")
+    names = ("Matrix", "Damping", "Solver", "Precision", "Approximation")
     choices = (plan.curvature, f"{plan.damping:.3g}", repr(plan.solver), plan.dtype)
+    choices += (plan.approximation.replace("_", " "),)
     pairs = zip(names, choices, plan.reasons, strict=True)
     return [(name, f"{choice} ({why})") for name, choice, why in pairs]
 

@@ -226,6 +226,7 @@ class Subject:
             damping=plan.damping,
             curvature=type(A),
             batch_size=self.options.batch_size,
+            approximation="one_step" if plan.approximation == "one_step" else "first_order",
         )
 
     def _direct(self, A: Curvature, solver: Direct) -> Prepared:
@@ -331,6 +332,7 @@ def _arrays_of(plan: Plan) -> dict[str, NDArray]:
         "solver": np.array(repr(plan.solver)),
         "rank": np.array(getattr(getattr(plan.solver, "preconditioner", None), "rank", 0)),
         "reasons": texts(list(plan.reasons)),
+        "approximation": np.array(plan.approximation),
     }
 
 
@@ -341,13 +343,13 @@ def _plan_of(found: dict[str, NDArray]) -> Plan | None:
     solver = next((solver for solver in known if repr(solver) == str(found["solver"])), None)
     if solver is None:
         return None
-    one, two, three, four = map(str, found["reasons"])
     return Plan(
         str(found["curvature"]),
         float(found["damping"]),
         solver,
         str(found["dtype"]),
-        (one, two, three, four),
+        tuple(map(str, found["reasons"])),
+        str(found["approximation"]),
     )
 
 

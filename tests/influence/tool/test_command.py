@@ -68,7 +68,7 @@ def test_explain_writes_a_page_a_table_and_a_run(ask, problem, tmp_path):
     assert "The page is" in out and "helped most" in out
     assert sorted(os.listdir(tmp_path / "out")) == ["explain.csv", "explain.html", "run.toml"]
     rows = rows_of(tmp_path / "out" / "explain.csv")
-    expected = problem.risk.predicted_changes(problem.theta, problem.measured, np.arange(45))
+    expected = problem.risk.one_step_changes(problem.theta, problem.measured, np.arange(45))
     for row in rows:
         change = expected[int(row["test_row"]), int(row["train_row"])]
         assert float(row["change_if_removed"]) == pytest.approx(change, rel=1e-4)

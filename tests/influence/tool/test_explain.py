@@ -22,7 +22,7 @@ def explanation(problem):
 
 def test_scores_and_shown_rows_are_those_of_dense_algebra(problem, explanation):
     every = np.arange(45)
-    expected = problem.risk.predicted_changes(problem.theta, problem.measured, every)[[2, 5, 9]]
+    expected = problem.risk.one_step_changes(problem.theta, problem.measured, every)[[2, 5, 9]]
     np.testing.assert_allclose(explanation.scores, expected, rtol=1e-4, atol=1e-7)
     for k in range(3):
         order = np.argsort(-expected[k])
@@ -75,7 +75,7 @@ def test_a_regression_explains_the_largest_losses():
     found = explain(p.net, p.train, p.test, wrong=2, top=3)
     losses = p.measured.losses(p.theta)
     np.testing.assert_array_equal(found.rows, np.argsort(-losses)[:2])
-    expected = p.oracle.predicted_changes(p.theta, p.measured, np.arange(40))[found.rows]
+    expected = p.oracle.one_step_changes(p.theta, p.measured, np.arange(40))[found.rows]
     np.testing.assert_allclose(found.scores, expected, rtol=1e-6, atol=1e-9)
     assert "2 with the largest losses" in found.summary[0]
     assert found.numbers()["test"][0]["confidence"] is None

@@ -17,7 +17,7 @@ def found(problem):
 def test_at_a_minimum_the_actual_changes_are_those_of_exact_refits(problem, found):
     actual = problem.risk.actual_changes(problem.theta, problem.measured, found.rows)[[2, 5]]
     np.testing.assert_allclose(found.actual, actual, rtol=2e-4, atol=1e-6)
-    predicted = problem.risk.predicted_changes(problem.theta, problem.measured, found.rows)
+    predicted = problem.risk.one_step_changes(problem.theta, problem.measured, found.rows)
     np.testing.assert_allclose(found.predicted, predicted[[2, 5]], rtol=1e-4, atol=1e-7)
     assert found.converged.all()
     assert found.truth.startswith("retraining without the row")
