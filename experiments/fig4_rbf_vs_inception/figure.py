@@ -231,7 +231,7 @@ def draw(record: Record) -> Any:
     """Draw influence over distance for one test fish, and three summaries of all test fish."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MultipleLocator
 
     arrays = record.arrays
     names = [name.decode() for name in arrays["models"]]
@@ -262,7 +262,9 @@ def draw(record: Record) -> Any:
         strips[0].axvline(0, color="0.6", linewidth=0.8, zorder=0)
         strips[1].set_xlim(left=0)
         strips[2].set_xscale("log")
-        strips[2].xaxis.set_major_locator(LogLocator(numticks=6))
+        locators = (MultipleLocator(0.2), MultipleLocator(20), LogLocator(1000))
+        for axis, ticks in zip(strips, locators, strict=True):
+            axis.xaxis.set_major_locator(ticks)
         if not record.data.get("stand_in", True):  # the harness marks stand-in data
             figure.supxlabel(_said(record, names[1:]), fontsize=7, color="0.35")
     return figure
@@ -321,7 +323,7 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
 def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
     """Draw influence over distance. The axis is symmetric, and neither class hides the other."""
     fish, score = arrays["labels"] == FISH, arrays["score"][i]
-    reach = _ROOM * np.quantile(np.abs(score), _QUANTILE)
+    reach = max(_ROOM * np.quantile(np.abs(score), _QUANTILE), np.finfo(float).tiny)
     power = int(np.floor(np.log10(reach)))
     shown, scale = np.clip(score, -reach, reach), 10.0**-power
     beyond = np.abs(score) > reach

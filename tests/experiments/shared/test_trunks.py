@@ -164,6 +164,7 @@ def test_the_learnt_network_tells_pictures_apart_that_it_never_saw():
     for head, phi in found.items():
         model = LogisticRegression(max_iter=1000).fit(phi[:200], y[:200])
         right[head] = model.score(phi[200:], y[200:])
-    assert right["learnt/relu2"] > 0.9 > right["small/relu2"]
+    assert right["learnt/relu2"] > max(0.8, right["small/relu2"] + 0.05)
+    assert found["learnt/relu2"].std() == pytest.approx(0.3, rel=0.2)
     again = trunks.features(heads[:1], x, root=None, folder=None)["learnt/relu2"]
     np.testing.assert_array_equal(again, found["learnt/relu2"])
