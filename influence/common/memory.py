@@ -29,6 +29,24 @@ def of_machine() -> int | None:
         return None
 
 
+def check_fits(needed: float, what: str, remedy: str) -> None:
+    """Refuse work that needs more memory than this machine has, before it starts.
+
+    Args:
+      needed: bytes that the work holds at a time.
+      what: the argument and what it must be, such as "rank must be small enough".
+      remedy: what would work.
+
+    Raises: ValueError with both sizes.
+    """
+    there = of_machine()
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{what}, got one that takes {needed / 1e9:,.0f} GB of this machine's "
+            f"{there / 1e9:,.0f}; {remedy}."
+        )
+
+
 def fitting(budget: float, bytes_each: float, at_most: int) -> int:
     """Return how many items of `bytes_each` bytes fit into `budget`, from 1 to `at_most`."""
     return int(np.clip(budget // max(bytes_each, 1), 1, at_most))

@@ -106,6 +106,7 @@ class _Memos:
     def __init__(self, net: Any, theta: NDArray, size: int):
         self._flat, self._theta, self.size = weakref.ref(net.flat), theta.copy(), size
         self._of_batch: list[dict[str, NDArray]] | None = []
+        self._held = 0
 
     def belongs_to(self, net: Any, theta: NDArray) -> bool:
         return self._flat() is net.flat and np.array_equal(self._theta, theta)
@@ -113,8 +114,12 @@ class _Memos:
     def of_batch(self, number: int) -> dict[str, NDArray] | None:
         """Return the dict of a batch. Return None once all dicts together exceed the budget."""
         if self._of_batch is not None and number == len(self._of_batch):
-            held = sum(array.nbytes for memo in self._of_batch for array in memo.values())
-            self._of_batch = [*self._of_batch, {}] if held <= CACHE else None
+            if number:
+                self._held += sum(array.nbytes for array in self._of_batch[-1].values())
+            if self._held <= CACHE:
+                self._of_batch.append({})
+            else:
+                self._of_batch = None
         return None if self._of_batch is None else self._of_batch[number]
 
 

@@ -108,12 +108,12 @@ class HingeLink(Link):
             inside = np.where(np.abs(u) <= _kink_width(u.dtype), 0.5, u > 0).astype(Z.dtype)
         return -_signs(Z, y) * inside
 
-    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """See Link.curved; zero at t = 0."""
+    def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.curvature; zero at t = 0."""
         if self.t == 0:
-            return np.zeros_like(U)
+            return np.zeros_like(Z)
         v = self.shortfall(Z, y) / self.t
-        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t * U
+        return scipy.special.expit(v) * scipy.special.expit(-v) / self.t
 
     def shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
         """Return u = 1 - y z with Z's shape: 1 minus each margin."""

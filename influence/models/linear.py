@@ -14,7 +14,7 @@ as TensorFlow's.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -116,15 +116,14 @@ class LinearModel(GenericNeuralNet):
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
         """See GenericNeuralNet.bregman_gradient; X' (dl/dz - dl/dz at the net's theta) / n."""
-        y = numbers(y, "y")
-        E = self.link.slope(self._outputs(x, thetas), y) - self.link.slope(self._outputs(x), y)
+        E = self.link.slope(self._outputs(x, thetas), numbers(y, "y")) - self._slope(x, y)
         return self.design.transposed_times(x, E) / len(E)
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """See GenericNeuralNet.hvp; this returns X' (d2l/dz2) X V / n."""
-        U = self.design.times(x, self._columns(V))
-        C = self.link.curved(self._outputs(x), numbers(y, "y"), U)
-        product = self.design.transposed_times(x, C) / len(U)
+        K = self._curvature(x, y)
+        curved = lambda U, rows: self.link.multiplied(K[rows], U)  # noqa: E731
+        product = self.design.there_and_back(x, self._columns(V), curved) / len(K)
         return product if np.ndim(V) == 2 else product[:, 0]
 
     # Outputs are linear in theta, so the Gauss-Newton matrix is the Hessian.
@@ -151,7 +150,7 @@ class LinearModel(GenericNeuralNet):
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
         """See GenericNeuralNet.directional; this returns sum_c (dl/dz)_c (X V)_c."""
-        E = self.link.slope(self._outputs(x), numbers(y, "y"))[:, :, 0]
+        E = self._slope(x, y)[:, :, 0]
         if dtype is not None and np.dtype(dtype) != self.dtype:
             along = self.design.along(x, E, self._columns(V, dtype))
         else:
@@ -302,13 +301,25 @@ class LinearModel(GenericNeuralNet):
 
     def _outputs(self, x: Any, thetas: NDArray | None = None) -> NDArray:
         """Return the outputs (n, c, k) at parameters (d, k), or (n, c, 1) at the net's theta."""
-        if thetas is not None:
-            return self.design.times(x, self._columns(thetas))
+        return self.design.times(x, self.theta if thetas is None else self._columns(thetas))
+
+    def _slope(self, x: Any, y: Any) -> NDArray:
+        """Return dl/dz (n, c, 1) at the net's theta. It is cached while theta stays."""
+        return self._at_theta("slope", x, y)
+
+    def _curvature(self, x: Any, y: Any) -> NDArray:
+        """Return `link.curvature` at the net's theta. It is cached while theta stays."""
+        return self._at_theta("curvature", x, y)
+
+    def _at_theta(self, name: Literal["slope", "curvature"], x: Any, y: Any) -> NDArray:
+        """Return a derivative of the link. A cache gets both of them from the same outputs."""
+        if self.memo is not None and name in self.memo:
+            return self.memo[name]
+        Z, y = self._outputs(x), numbers(y, "y")
         if self.memo is None:
-            return self.design.times(x, self.theta)
-        if "outputs" not in self.memo:
-            self.memo["outputs"] = self.design.times(x, self.theta)
-        return self.memo["outputs"]
+            return getattr(self.link, name)(Z, y)
+        self.memo.update(slope=self.link.slope(Z, y), curvature=self.link.curvature(Z, y))
+        return self.memo[name]
 
     def _weighted_grams(self, examples: Examples) -> NDArray:
         """Return X' diag(w) X / n for each column w of the link's weights at theta: (k, f, f)."""

@@ -32,11 +32,14 @@ class Softmax(Link):
         E[np.arange(len(E)), y.astype(int).ravel()] -= 1
         return E
 
-    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """See Link.curved."""
-        P = _softmax(Z)
-        U = U - np.einsum("nc,ncm->nm", P[:, :, 0], U)[:, None, :]
-        U *= P
+    def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
+        """Return the probabilities p, (n, c, 1)."""
+        return _softmax(Z)
+
+    def multiplied(self, K: NDArray, U: NDArray) -> NDArray:
+        """See Link.multiplied; p u - p p'u for the probabilities p in K."""
+        U = U - np.einsum("nc,ncm->nm", K[:, :, 0], U)[:, None, :]
+        U *= K
         return U
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
@@ -59,10 +62,10 @@ class Sigmoid(Link):
         """See Link.slope."""
         return scipy.special.expit(Z) - y.reshape(-1, 1, 1).astype(Z.dtype)
 
-    def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """See Link.curved."""
+    def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.curvature; this is p (1 - p)."""
         P = scipy.special.expit(Z)
-        return P * (1 - P) * U
+        return P * (1 - P)
 
 
 class MulticlassLogisticRegression(LinearModel):

@@ -219,7 +219,8 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         names.append(name)
         shape, dtype = (None, *tensor.shape[1:]), tensor.dtype
         if "float" in dtype and id(tensor) not in name_of:
-            dtype = model.trainable_weights[0].dtype  # the next layer would cast to this dtype
+            # The next layer would cast to this dtype.
+            dtype = (model.trainable_weights or model.weights)[0].dtype
         inputs.append(keras.Input(batch_shape=shape, dtype=dtype, name=name))
     behind = [node for node in nodes if id(node) not in front]
     made = dict(zip(map(id, cut), inputs, strict=True))

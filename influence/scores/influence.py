@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
+from influence.common.memory import check_fits
 from influence.common.named_array import Estimand, NamedArray
 from influence.curvature.operators import Curvature
 from influence.examples.examples import check_differentiable, check_increasing
@@ -200,6 +201,13 @@ class Influence:
         rows = self.inverse.rows(rows)
         asked = Asked.of(self.inverse, test, measurement, reduce)
         plan = asked.plan
+        m, size = len(asked.test) if reduce is None else 1, self.net.dtype.itemsize
+        check_fits(
+            # The joined table and its blocks, and the right-hand sides, s_test and a solver's copy.
+            (2.0 * m * len(rows) + 3.0 * m * self.net.num_parameters) * size,
+            f"test must have scores that fit into memory, for {m:,} x {len(rows):,} pairs",
+            "use write_scores, which writes them to a file block by block, or fewer test examples",
+        )
         solution = asked.s_test()
         if plan.approximation == "one_step":
             removed = self._one_step.rows(rows)

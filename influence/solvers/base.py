@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from influence.common.convergence import DivergenceError
+from influence.common.memory import check_fits
 from influence.common.numbers import is_integer, norms, numbers, scaled
 
 
@@ -137,6 +138,15 @@ class LowRank:
         check_integer("rank", self.rank, 1)
         check_integer("seed", self.seed, 0)
         check_rtol(self.rtol, optional=True)
+
+    def _check_memory(self, d: int, vectors: int, dtype: np.dtype) -> None:
+        """Raise ValueError if this machine's memory cannot hold so many vectors (d,)."""
+        name = type(self).__name__
+        check_fits(
+            float(vectors) * d * dtype.itemsize,
+            f"rank must be small enough for {name} of a matrix with d = {d:,}",
+            f"use a rank below {self.rank}, or EKFAC, or fewer weights in theta",
+        )
 
     def _inverse(
         self, U: NDArray, values: NDArray, floor: NDArray, curvature: float, bound: float = np.nan

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from influence.common.convergence import DivergenceError
-from influence.common.memory import of_machine
+from influence.common.memory import check_fits
 from influence.curvature.operators import symmetrised
 from influence.solvers.base import (
     Raw,
@@ -147,13 +147,12 @@ def _check_memory(A: LinearOperator) -> None:
     if iteration fails. Forming a GaussNewton matrix takes no more memory. Forming the Hessian of a
     chain of layers briefly takes up to five matrices.
     """
-    needed = 3 * A.shape[0] ** 2 * np.dtype(A.dtype).itemsize
-    there = of_machine()
-    if there is not None and needed > there:
-        raise ValueError(
-            f"A must be small enough to be factored, got d = {A.shape[0]}, which takes "
-            f"{needed / 1e9:.0f} GB of this machine's {there / 1e9:.0f}; use CG, or freeze layers."
-        )
+    d = A.shape[0]
+    check_fits(
+        3 * d**2 * np.dtype(A.dtype).itemsize,
+        f"A must be small enough to be factored, with d = {d:,}",
+        "use CG or EKFAC, or fewer weights by GenericNeuralNet(model, layers=[...])",
+    )
 
 
 def _check_products(A: LinearOperator, matrix: NDArray) -> float:

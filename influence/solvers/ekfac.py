@@ -11,8 +11,9 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from influence.common.checkpoint import identity, kept
 from influence.common.convergence import DivergenceError
-from influence.common.memory import VECTORS, fitting
+from influence.common.memory import VECTORS, check_fits, fitting
 from influence.curvature.layers import affine_layers
 from influence.curvature.operators import Curvature
 from influence.net.net import GenericNeuralNet
@@ -60,7 +61,9 @@ class EKFAC:
 
     Preparing takes two passes over the data, each with one backward pass per model output. It also
     computes the eigenvectors of each layer's factors. Solving takes no pass. A layer with f inputs
-    and c outputs stores f^2 + c^2 + f c numbers.
+    and c outputs stores f^2 + c^2 + f c numbers. If the operator has a folder `checkpoints`, the
+    sums over each pass are stored there. A later call with any damping, also after an interruption,
+    takes them from the folder.
 
     Args:
       rtol: largest true relative residual at which a column counts as converged. None: the residual
@@ -239,16 +242,26 @@ def _blocks(A: Curvature) -> list[_Block]:
         entries += list(own)
         names += len(own) * [layer.layer.name]
     penalties = [_penalty(net, names)[e] for e in entries]
+    _check_memory(entries)
     batch_size = _rows_of(A)
-    sums = A.examples.sum_over(_factors, net, batch_size=batch_size, what="Kronecker factors")
-    factors = list(zip(sums[::2], sums[1::2], strict=True))
-    _check_finite(names, factors)
-    bases = [
-        _bases(inputs / n, outputs / mass, penalty)
-        for (inputs, outputs), penalty in zip(factors, penalties, strict=True)
-    ]
-    what = "eigenvalues of Kronecker factors"
-    squares = A.examples.sum_over(_Squares(bases), net, batch_size=batch_size, what=what)
+    how: dict[str, Any] = {"batch_size": batch_size, "what": "Kronecker factors"}
+
+    def diagonals() -> list[NDArray]:
+        """Return the bases of all layers, and then the sums of squares in these bases."""
+        sums = _kept(A, "factors", lambda: A.examples.sum_over(_factors, net, **how))
+        factors = list(zip(sums[::2], sums[1::2], strict=True))
+        _check_finite(names, factors)
+        bases = [
+            _bases(inputs / n, outputs / mass, penalty)
+            for (inputs, outputs), penalty in zip(factors, penalties, strict=True)
+        ]
+        how["what"] = "eigenvalues of Kronecker factors"
+        squares = A.examples.sum_over(_Squares(bases), net, **how)
+        return [*(part for pair in bases for part in pair), *squares]
+
+    found = _kept(A, "diagonals", diagonals)
+    ends = 2 * len(entries)
+    bases, squares = list(zip(found[:ends:2], found[1:ends:2], strict=True)), found[ends:]
     blocks = []
     for name, where, (U, V), square, penalty in zip(
         names, entries, bases, squares, penalties, strict=True
@@ -257,6 +270,29 @@ def _blocks(A: Curvature) -> list[_Block]:
         blocks.append(_Block(name, where, *(part.astype(A.dtype) for part in (U, V, values))))
     _check_definite(blocks, float(np.finfo(A.dtype).eps))
     return blocks
+
+
+def _kept(A: Curvature, what: str, compute: Callable[[], Any]) -> list[NDArray]:
+    """Return the arrays of a pass, from the folder `A.checkpoints` if an earlier call stored them.
+
+    The arrays do not depend on the damping.
+    """
+    path = None
+    if A.checkpoints is not None:
+        path = A.checkpoints / f"ekfac-{what}-{identity(A.net, A.examples)}.npz"
+    found = kept(path, lambda: {str(k): part for k, part in enumerate(compute())})
+    return [found[str(number)] for number in range(len(found))]
+
+
+def _check_memory(entries: list[NDArray]) -> None:
+    """Raise ValueError if this machine's memory cannot hold the factors and bases of all layers."""
+    numbers = sum(3 * (f**2 + c**2) + 3 * f * c for f, c in (where.shape for where in entries))
+    worst = max((max(where.shape) for where in entries), default=0)
+    check_fits(
+        8.0 * numbers,
+        f"A must have factors that fit into memory for EKFAC, the largest of order {worst:,}",
+        "use CG, or leave the widest layers out of theta by GenericNeuralNet(model, layers=[...])",
+    )
 
 
 def _pseudo_gradients(

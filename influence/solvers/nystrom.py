@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from influence.common.convergence import DivergenceError
+from influence.common.memory import VECTORS, fitting
 from influence.solvers.base import LowRank, Raw, finite_products, if_indefinite
 from influence.solvers.lanczos import singular
+
+# A product of A with m vectors may hold this many arrays (d, m).
+_COPIES = 4
+# A Gaussian array with at least this many times as many rows as columns is almost orthogonal.
+_TALL = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Nystrom(LowRank):
 
     Args:
       rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by `rank`
-        vectors in one pass over the data.
+        vectors. They share a pass over the data if they fit into `memory.VECTORS`. Preparing holds
+        at most two arrays (d, rank), besides those of the products.
       seed: seed of Omega.
       rtol: largest true relative residual at which a column counts as converged. None: the residual
         is reported, no column counts as converged, and no warning is given.
@@ -43,16 +50,23 @@ class Nystrom(LowRank):
     """
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the sketch A Omega and the approximation."""
+        """Compute the sketch A Omega and the approximation.
+
+        Apart from products with A, memory holds at most two arrays (d, rank) at a time.
+        """
         d = A.shape[0]
         rank = min(self.rank, d)
         dtype = np.result_type(A.dtype, np.float32)
-        rng = np.random.default_rng(self.seed)
-        Omega = np.linalg.qr(rng.standard_normal((d, rank)))[0].astype(dtype)
-        Y = finite_products(A, Omega, "Nystrom")
-        size = float(np.linalg.norm(Y, 2))
+        self._check_memory(d, 2 * rank, dtype)
+        Omega = _orthonormal(np.random.default_rng(self.seed), d, rank, dtype)
+        Y = np.empty((d, rank), dtype, order="F")
+        block = fitting(VECTORS, _COPIES * d * dtype.itemsize, rank)
+        for start in range(0, rank, block):
+            some = slice(start, start + block)
+            Y[:, some] = finite_products(A, Omega[:, some], "Nystrom")
+        size = float(np.sqrt(np.linalg.eigvalsh(_gram(Y, Y))[-1]))
         rounding = float(np.finfo(dtype).eps * np.sqrt(d) * size)
-        smallest = float(np.linalg.eigvalsh(_core(Omega, Y))[0])
+        smallest = float(np.linalg.eigvalsh(_gram(Omega, Y))[0])
         if smallest < -rounding:
             raise DivergenceError(
                 f"Nystrom needs a positive definite A, met a negative curvature of {smallest:.3g}, "
@@ -62,26 +76,55 @@ class Nystrom(LowRank):
         if smallest - known < -rounding:  # A is definite only because of its damping.
             known = 0.0
         # The shift keeps the Cholesky factor above rounding. The shift is subtracted below.
-        Y, shift = Y - dtype.type(known) * Omega, rounding
+        shift = rounding
+        _add(Y, shift - known, Omega)
         while True:
-            shifted = Y + dtype.type(shift) * Omega
             try:
-                L = np.linalg.cholesky(_core(Omega, shifted))
+                L = np.linalg.cholesky(_gram(Omega, Y))
                 break
             except np.linalg.LinAlgError:
-                shift = max(10 * shift, float(np.finfo(dtype).tiny))
-        half = scipy.linalg.solve_triangular(L, shifted.T, lower=True).T
-        U, sigma, _ = scipy.linalg.svd(half, full_matrices=False)
+                more = max(10 * shift, float(np.finfo(dtype).tiny)) - shift
+                shift += more
+                _add(Y, more, Omega)
+        del Omega
+        trsm = scipy.linalg.get_blas_funcs("trsm", (Y,))
+        half = trsm(1.0, L.astype(dtype), Y, side=1, lower=1, trans_a=1, overwrite_b=1)
+        Q, R = scipy.linalg.qr(half, mode="economic", overwrite_a=True, check_finite=False)
+        del Y, half
+        W, sigma, _ = scipy.linalg.svd(R)
         values = np.maximum(sigma**2 - shift, 0) + known
         if values[-1] <= rounding:
             raise singular(float(values[-1]), rounding)
         values = values.astype(dtype)[:, None]
-        return self._inverse(U, values, values[-1], smallest)
+        return self._inverse(Q @ W, values, values[-1], smallest)
 
 
-def _core(Omega: NDArray, Y: NDArray) -> NDArray:
-    core = Omega.T @ Y
+def _orthonormal(rng: np.random.Generator, d: int, rank: int, dtype: np.dtype) -> NDArray:
+    """Draw a random array (d, rank) with orthonormal columns.
+
+    The columns of a tall Gaussian array are almost orthogonal, so that Cholesky's factor of their
+    products is accurate. It orthonormalises them in place.
+    """
+    Omega = rng.standard_normal((d, rank), dtype=dtype.type)
+    if d < _TALL * rank:
+        return np.linalg.qr(Omega)[0]
+    trsm = scipy.linalg.get_blas_funcs("trsm", (Omega,))
+    for _ in range(2):  # The second pass removes the rounding error of the first pass.
+        L = np.linalg.cholesky(_gram(Omega, Omega)).astype(dtype)
+        Omega = trsm(1.0, L, Omega.T, lower=1, overwrite_b=1).T
+    return Omega
+
+
+def _gram(X: NDArray, Y: NDArray) -> NDArray:
+    """Return the symmetric part of X'Y."""
+    core = X.T @ Y
     return (core + core.T) / 2
+
+
+def _add(Y: NDArray, factor: float, X: NDArray) -> None:
+    """Add factor X to Y in place, without a copy of X."""
+    for column in range(Y.shape[1]):
+        Y[:, column] += Y.dtype.type(factor) * X[:, column]
 
 
 def _known(A: LinearOperator) -> float:

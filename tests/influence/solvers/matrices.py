@@ -42,14 +42,15 @@ def inverse(A, solver):
 def approximation(A, matrix, solver):
     """Form U diag(values) U' + floor (I - U U'), which Lanczos or Nystrom inverts."""
     rng, d, rank = np.random.default_rng(solver.seed), len(matrix), solver.rank
-    if isinstance(solver, Lanczos):  # one vector per pass, as for ranks up to 15
+    if isinstance(solver, Lanczos):  # one vector per pass, as for ranks up to 21
         w, Q = rng.standard_normal(d), np.zeros((d, 0))
-        for _ in range(2 * rank):
+        for _ in range(rank + 10):
             for _ in range(2):
                 w = w - Q @ (Q.T @ w)
             w = w / np.linalg.norm(w)
             Q, w = np.column_stack([Q, w]), matrix @ w
         values, S = np.linalg.eigh(Q.T @ matrix @ Q)
+        floor = max(values[-rank], values[-((rank + 11) // 2)])  # the middle of the space
         U, values = Q @ S[:, -rank:], values[-rank:]
     else:
         Omega = np.linalg.qr(rng.standard_normal((d, rank)))[0]
@@ -62,4 +63,5 @@ def approximation(A, matrix, solver):
         low = M @ Omega @ np.linalg.solve(Omega.T @ M @ Omega, Omega.T @ M)
         values, U = np.linalg.eigh((low + low.T) / 2)
         U, values = U[:, -rank:], values[-rank:] + known
-    return (U * values) @ U.T + values[0] * (np.eye(d) - U @ U.T)
+        floor = values[0]
+    return (U * values) @ U.T + floor * (np.eye(d) - U @ U.T)

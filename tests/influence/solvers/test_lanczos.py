@@ -43,7 +43,7 @@ def test_as_a_preconditioner_it_cuts_iterations(B):
     A = symmetric(np.geomspace(1e-4, 1, 200)) + 1e-5 * np.eye(200)
     b = np.random.default_rng(2).standard_normal(200)
     plain = solve(A, b, CG(rtol=1e-8))
-    better = solve(A, b, CG(rtol=1e-8, preconditioner=Lanczos(60)))
+    better = solve(A, b, CG(rtol=1e-8, preconditioner=Lanczos(110)))
     assert plain.converged[0] and better.converged[0]
     assert better.iterations[0] < plain.iterations[0] / 3
     assert relative_error(better.x, np.linalg.solve(A, b)) < 1e-4
@@ -53,8 +53,8 @@ def test_as_a_preconditioner_it_cuts_iterations(B):
 
 
 def test_passes_over_the_data_are_shared(matrix):
-    for rank, block, passes in ((4, 1, 8), (16, 2, 16), (64, 8, 16), (80, 8, 20)):
-        A, widths = counting(symmetric(np.linspace(1, 2, 200)) if rank >= 64 else matrix)
+    for rank, block, passes in ((4, 1, 14), (22, 2, 16), (70, 5, 16), (150, 8, 20)):
+        A, widths = counting(symmetric(np.linspace(1, 2, 200)) if rank >= 22 else matrix)
         prepare(A, Lanczos(rank))
         assert widths == [block] * passes
 
