@@ -29,13 +29,14 @@ _STAT_BLOCK = 512
 def identity(net: Any, examples: Any, *more: Any) -> str:
     """Return a short hash that identifies the net, the examples and the values `more`.
 
-    The hash covers the net's class, its variables, its penalty and its losses on at most 8 rows.
-    The hash does not cover the names of layers.
+    The hash covers the net's class, its weights, its penalty and its losses on at most 8 rows. It
+    covers neither the names of layers nor the states of random generators, which Keras draws anew
+    when it loads a model with Dropout.
     """
     few = examples.take(slice(0, 8))
-    variables = [variable.numpy() for variable in net.model.variables]
+    weights = [weight.numpy() for weight in net.model.weights]
     answers = net.theta, net.losses(few.x, few.y), net.penalty(), net.penalty_gradient()
-    return joblib.hash((type(net).__name__, variables, answers, examples.fingerprint, more))[:16]
+    return joblib.hash((type(net).__name__, weights, answers, examples.fingerprint, more))[:16]
 
 
 def check_folder(checkpoints: str | os.PathLike | None) -> Path | None:

@@ -85,9 +85,10 @@ class Audit(Answer):
         n, total = len(self.order), float(np.sum(np.abs(self.self_influence))) or 1.0
         few = max(n // 100, 1)
         share = float(np.sum(np.abs(self.self_influence[self.order[:few]]))) / total
+        first = "The first row has" if few == 1 else f"The first {few:,} rows have"
         found = [
-            f"Check the labels of {n:,} training rows in this order. The first {few:,} rows have "
-            f"{share:.0%} of all self-influence.",
+            f"Check the labels of {n:,} training rows in this order. {first} {share:.0%} of all "
+            "self-influence.",
         ]
         known = self.subject.of_train
         if known.of_classes:

@@ -141,9 +141,8 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
     if request.test is not None:
         with named("--test", request.test):
             test, _ = read(request.test, loaded.wanted, request.reading, like=rows)
-    weights = [variable.numpy().tobytes() for variable in loaded.net.model.variables]
-    if loaded.trunk is not None:
-        weights += [variable.numpy().tobytes() for variable in loaded.trunk.variables]
+    parts = [loaded.net.model, *(() if loaded.trunk is None else (loaded.trunk,))]
+    weights = [weight.numpy().tobytes() for part in parts for weight in part.weights]
     content = {"model": hashlib.sha256(b"".join(weights)).hexdigest(), "data": rows.content}
     if test is not None:
         content["test"] = test.content

@@ -118,7 +118,7 @@ def cut_frozen(model: keras.Model) -> tuple[keras.Model | None, keras.Model]:
             moving.update(map(id, node.outputs))
             behind.append(node)
     front = [node for node in nodes if node not in behind and not is_input(node)]
-    if not any(getattr(node.operation, "weights", ()) for node in front):
+    if not any(_is_costly(node.operation) for node in front):
         return None, model
     cut = {id(t): t for node in behind for t in node.input_tensors if id(t) not in moving}
     ends = keras.tree.flatten(graph._outputs_struct)
@@ -134,3 +134,10 @@ def cut_frozen(model: keras.Model) -> tuple[keras.Model | None, keras.Model]:
     rest = keras.Model(start, outputs, name=model.name)
     compile_like(rest, model)
     return trunk, rest
+
+
+def _is_costly(operation: Any) -> bool:
+    """Return True for a layer with weights, apart from Normalization, which takes no time."""
+    return bool(getattr(operation, "weights", ())) and not isinstance(
+        operation, keras.layers.Normalization
+    )

@@ -303,7 +303,8 @@ def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:
 
 
 def _features_name(trunk: keras.Model, rows: Rows) -> str:
-    weights = [variable.numpy() for variable in trunk.variables]
+    # Variables would include the state of Dropout's generator, which each loading draws anew.
+    weights = [weight.numpy() for weight in trunk.weights]
     shapes = [(layer.name, type(layer).__name__) for layer in trunk.layers]
     return name_of("features", weights, shapes, rows.content)
 

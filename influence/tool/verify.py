@@ -33,10 +33,16 @@ from influence.truth.proximal import ProximalOptions, proximal_response
 USUAL_REMOVE = 30
 # The chart has at most this many series. Each has a colour.
 _SERIES = 6
-# From this Pearson correlation on the order holds, and within this factor of slope 1 the sizes do.
+# From this rank correlation on the order holds. The sizes do if the Pearson correlation passes it
+# too and the slope is within this factor of 1.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
+# The gradient norm that a refit must reach, relative to that of the removal: for a convex risk, and
+# for a network. A network's changes hardly move below, and its kinks may keep it from less.
+_CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
 # A proximal response takes at most this many data passes.
-_PASSES = 100
+_PASSES = 30
+# This many rows are refitted together. An interrupted run goes on after each block.
+_BLOCK = 5
 _RETRAINED = "retraining without the row, to the minimum of the risk"
 _OWN = "retraining without the row by your own function"
 _PROXIMAL = (
@@ -293,7 +299,13 @@ def _actual(
         subject.train,
         test,
         removed,
-        ProximalOptions(solver=influence.prepared, max_iterations=_PASSES, **kept),
+        ProximalOptions(
+            solver=influence.prepared,
+            tolerance=_CONVEX_TOLERANCE if hessian else _TOLERANCE,
+            max_iterations=_PASSES,
+            block=_BLOCK,
+            **kept,
+        ),
         damping=subject.plan.damping,
         objective="leave_one_out" if hessian else "bregman",
     )
@@ -349,16 +361,18 @@ def words(found: dict[str, float]) -> str:
 
 def verdict(found: dict[str, float]) -> str:
     """Say in one sentence what of the scores holds."""
-    r, slope = found["pearson"], found["slope"]
-    if not np.isfinite(r):
+    pearson, order, slope = found["pearson"], found["spearman"], found["slope"]
+    if not np.isfinite(pearson):
         return "Nothing can be said, because the changes are all equal."
-    if r < _ORDER_FAILS:
+    if order < _ORDER_FAILS:
         return "The scores do not predict the actual changes of this model. Do not use them."
-    if r < _ORDER_HOLDS:
+    if order < _ORDER_HOLDS:
         return "The scores hold roughly. Use the order of the rows with care, and not the sizes."
-    if 1 / _SIZE_HOLDS <= slope <= _SIZE_HOLDS:
+    if pearson >= _ORDER_HOLDS and 1 / _SIZE_HOLDS <= slope <= _SIZE_HOLDS:
         return "The scores hold: the order and the sizes of the changes."
-    times = f"{slope:.2g} times as large as" if slope > 0 else "opposite to"
+    if 1 / _SIZE_HOLDS <= slope <= _SIZE_HOLDS:
+        return "Use the order, not the size. The actual changes scatter around the predicted ones."
+    times = f"about {slope:.2g} times as large as" if slope > 0 else "opposite to"
     return f"Use the order, not the size. The actual changes are {times} the predicted ones."
 
 

@@ -48,9 +48,15 @@ def test_the_four_questions_are_answered(trial, tmp_path, capsys):
     status, found = asked(made, "verify", tmp_path, capsys, "--remove", "4", "--wrong", "2")
     assert status == 0
     agreement = found["agreement"]["all"]
-    # The small regression has 97 weights for 120 rows: one row bends the net, and first order errs.
-    assert agreement["pearson"] > (0.5 if name == "regression" else 0.8)
-    assert agreement["sign"] > 0.7 and 0.3 < agreement["slope"] < 3
+    # With more weights than these few rows support, one row bends the net, and first order errs.
+    # `verify` must say so, in its first line, and not only when all is well.
+    if name in ("mails", "regression"):
+        assert agreement["pearson"] > 0.5
+    else:
+        assert agreement["pearson"] > 0.8 and agreement["sign"] > 0.7
+        assert 0.3 < agreement["slope"] < 3
+    whole = found["summary"][0].startswith("The scores hold: the order and the sizes")
+    assert not whole or (agreement["pearson"] >= 0.8 and agreement["spearman"] >= 0.8)
 
 
 def test_an_unknown_example_is_named():

@@ -39,7 +39,9 @@ def test_frozen_layers_are_cut_off_and_nothing_else_changes():
 
 
 def test_a_model_without_frozen_first_layers_is_not_cut():
-    for model in (frozen(trainable=True), softmax_model()):
+    scaled = keras.layers.Normalization(mean=1.0, variance=4.0)
+    normalised = keras.Sequential([keras.Input((4,)), scaled, keras.layers.Dense(3)])
+    for model in (frozen(trainable=True), softmax_model(), normalised):
         trunk, rest = cut_frozen(model)
         assert trunk is None and rest is model
 
@@ -71,6 +73,20 @@ def test_frozen_layers_run_once_and_the_scores_stay_the_same(tmp_path, monkeypat
     monkeypatch.setattr(module, "_features", forbidden)
     again = Subject.of(whole, (x, y), None, options)
     np.testing.assert_array_equal(again.train.x, cut.subject.train.x)
+
+
+def test_a_model_with_dropout_has_the_same_key_each_time_it_is_loaded(tmp_path):
+    for trainable in (False, True):
+        path = tmp_path / f"{trainable}.keras"
+        frozen(trainable).save(path)
+        rng = np.random.default_rng(0)
+        rows = (rng.random((12, 8, 8, 1)).astype(np.float32), rng.integers(0, 3, 12))
+        keys, names = set(), set()
+        for _ in range(2):
+            options = QuestionOptions(checkpoints=tmp_path / str(trainable))
+            keys.add(Subject.of(str(path), rows, None, options).key)
+            names |= {file.name for file in (tmp_path / str(trainable)).glob("*.npz")}
+        assert len(keys) == 1 and len(names) == (not trainable)
 
 
 def test_a_saved_model_and_a_function_are_read(tmp_path, monkeypatch):

@@ -108,19 +108,21 @@ def test_an_interrupted_run_goes_on_with_its_refits(problem, found, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pearson", "slope", "says"),
+    ("pearson", "order", "slope", "says"),
     [
-        (0.99, 1.0, "The scores hold: the order and the sizes"),
-        (0.95, 6.5, "Use the order, not the size. The actual changes are 6.5 times as large as"),
-        (0.9, 0.2, "Use the order, not the size"),
-        (0.7, 1.0, "hold roughly"),
-        (0.1, 1.0, "do not predict"),
-        (-0.9, -1.0, "do not predict"),
-        (float("nan"), 1.0, "Nothing can be said"),
+        (0.99, 0.98, 1.0, "The scores hold: the order and the sizes"),
+        (0.95, 0.9, 6.5, "Use the order, not the size. The actual changes are about 6.5 times as"),
+        (0.65, 0.99, 4.6, "Use the order, not the size. The actual changes are about 4.6 times as"),
+        (0.65, 0.99, 1.0, "Use the order, not the size. The actual changes scatter"),
+        (0.9, 0.9, 0.2, "Use the order, not the size"),
+        (0.9, 0.7, 1.0, "hold roughly"),
+        (0.9, 0.1, 1.0, "do not predict"),
+        (-0.9, -0.9, -1.0, "do not predict"),
+        (float("nan"), 1.0, 1.0, "Nothing can be said"),
     ],
 )
-def test_the_verdict_is_in_plain_words(pearson, slope, says):
-    assert says in verdict({"pearson": pearson, "spearman": 0, "slope": slope, "sign": 1})
+def test_the_verdict_is_in_plain_words(pearson, order, slope, says):
+    assert says in verdict({"pearson": pearson, "spearman": order, "slope": slope, "sign": 1})
 
 
 def test_changes_that_are_all_equal_have_no_agreement():
