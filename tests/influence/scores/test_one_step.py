@@ -7,9 +7,11 @@ import scipy.special
 import tensorflow as tf
 from sklearn.datasets import load_diabetes, load_digits
 
+import data
 from influence import (
     CG,
     EKFAC,
+    BinaryLogisticRegression,
     Direct,
     Examples,
     GaussNewton,
@@ -109,6 +111,26 @@ def test_outputs_without_a_row_are_the_textbooks_for_least_squares():
     np.testing.assert_allclose(found.outputs[:, 0], wanted, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found.leverage, leverage, rtol=1e-10)
     np.testing.assert_allclose(found.losses, ((y - fitted) / (1 - leverage)) ** 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["digits", "spam"])
+def test_losses_without_a_row_are_those_of_refits(kind, digits):
+    if kind == "digits":
+        train, rows = digits[0], np.union1d(digits[2], np.arange(20))
+        net = MulticlassLogisticRegression(64, 10, weight_decay=1e-2).fit(train)
+    else:
+        x, y = data.load("spam").train
+        train, rows = Examples(x[:200], y[:200]), np.arange(40)
+        net = BinaryLogisticRegression(x.shape[1], weight_decay=1e-3).fit(train)
+    found = leave_one_out_outputs(net, train, rows)
+    own = train.take(rows)
+    before = net.losses(own.x, own.y)
+    actual = np.diag(np.asarray(leave_one_out(net, train, own, rows)))
+    predicted = found.losses - before
+    assert found.leverage.max() > 0.3
+    assert np.corrcoef(predicted, actual)[0, 1] > 0.99
+    assert 0.95 < np.polyfit(predicted, actual, 1)[0] < 1.15
+    assert (np.sign(predicted) == np.sign(actual)).all()
 
 
 def ridge(x, y, decay, weights):
