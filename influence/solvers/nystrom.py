@@ -64,7 +64,11 @@ class Nystrom(LowRank):
         for start in range(0, rank, block):
             some = slice(start, start + block)
             Y[:, some] = finite_products(A, Omega[:, some], "Nystrom")
-        size = float(np.sqrt(np.linalg.eigvalsh(_gram(Y, Y))[-1]))
+        # Powers of two keep the squares of very large or small entries within the dtype.
+        exponent = int(np.frexp(max(Y.max(), -Y.min()))[1])
+        np.ldexp(Y, -exponent, out=Y)
+        size = float(np.ldexp(np.sqrt(np.linalg.eigvalsh(_gram(Y, Y))[-1]), exponent))
+        np.ldexp(Y, exponent, out=Y)
         rounding = float(np.finfo(dtype).eps * np.sqrt(d) * size)
         smallest = float(np.linalg.eigvalsh(_gram(Omega, Y))[0])
         if smallest < -rounding:
