@@ -48,11 +48,9 @@ def test_the_four_questions_are_answered(trial, tmp_path, capsys):
     status, found = asked(made, "verify", tmp_path, capsys, "--remove", "4", "--wrong", "2")
     assert status == 0
     agreement = found["agreement"]["all"]
-    # With more weights than these few rows support, one row bends the net, and first order errs.
-    # `verify` must say so, in its first line, and not only when all is well.
-    if name in ("mails", "regression"):
-        assert agreement["pearson"] > 0.5
-    else:
+    # The mails and the regression have more weights than these few rows support. One row bends the
+    # net there, and `verify` must not say that the sizes hold.
+    if name not in ("mails", "regression"):
         assert agreement["pearson"] > 0.8 and agreement["sign"] > 0.7
         assert 0.3 < agreement["slope"] < 3
     whole = found["summary"][0].startswith("The scores hold: the order and the sizes")
