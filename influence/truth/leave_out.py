@@ -183,7 +183,9 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
     else:
         warn_of_drift(net, train, groups, task.batch_size)
         options = replace(options, block=1)
-        refit, plan, identity = _fit_block, options, (tolerance, start)
+        # A fit may draw dropout from the states of the model's random generators.
+        states = [variable.numpy() for variable in net.model.variables]
+        refit, plan, identity = _fit_block, options, (tolerance, start, states)
     found = runs.run(
         task, refit, groups, plan, options, identity=(method, *identity), what="refits without rows"
     )
