@@ -137,7 +137,7 @@ class Inverse:
         if c > MOST_OUTPUTS:
             return "first_order", f"one step takes a system for each of {c} outputs"
         if isinstance(self.solver, EKFAC):
-            return "first_order", "EK-FAC's own error is about as large as a row's leverage"
+            return "first_order", "EK-FAC approximates the matrix"
         if self.blocks_by == "solves":
             return "first_order", "one step takes a solve for each output of each training row"
         mean = self._effective_dimension() / n

@@ -129,9 +129,10 @@ class OneStep:
 
     def rows(self, rows: NDArray) -> Removed:
         """Return the vectors of k training rows."""
-        if len(rows) == self.n and np.array_equal(rows, np.arange(self.n)):
-            return self._all
-        return self._removed(rows)
+        return self._all if self._are_all(rows) else self._removed(rows)
+
+    def _are_all(self, rows: NDArray) -> bool:
+        return len(rows) == self.n and np.array_equal(rows, np.arange(self.n))
 
     @cached_property
     def _all(self) -> Removed:
@@ -156,7 +157,8 @@ class OneStep:
 
     def _terms(self, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """Return z (k, c), slopes (k, c) and Hessians (k, c, c) of training rows, in float64."""
-        return split_terms(self.inverse.train.each_row(output_terms, self.inverse.net, rows=rows))
+        how: dict[str, Any] = {"rows": rows, "batch_size": self.inverse.batch_size}
+        return split_terms(self.inverse.train.each_row(output_terms, self.inverse.net, **how))
 
     def _blocks(self, rows: NDArray) -> NDArray:
         inverse, matrix = self.inverse, self._matrix
@@ -208,7 +210,9 @@ class OneStep:
         d, c = net.num_parameters, view.output_size(test.take([0]).x)
         size = fitting(VECTORS, c * d * net.dtype.itemsize, max(inverse.block_size // c, 1))
         pulling, found = net.pulling(), np.empty((len(test), len(removed.rows)))
-        r = Examples._trusted(inverse.train.take(removed.rows).x, removed.r.astype(net.dtype))
+        train = inverse.train  # all rows are not copied
+        chosen = train if self._are_all(removed.rows) else train.take(removed.rows)
+        r = Examples._trusted(chosen.x, removed.r.astype(net.dtype))
         terms = test.each_row(output_terms, view, batch_size=inverse.batch_size)
         z = split_terms(terms)[0]
         start = 0
