@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.convergence import warn_user
+from influence.common.convergence import DivergenceError, warn_user
 from influence.common.memory import ACTIVATIONS, VECTORS, fitting
 from influence.curvature.blocks import DenseBlocks, GramBlocks, jacobians
 from influence.examples.examples import Examples
@@ -247,7 +247,17 @@ class OneStep:
         def curved(V):
             return (S @ V.reshape(k, c, -1)).reshape(k * c, -1)
 
-        matrix = n * np.eye(k * c) - curved(J @ X)
+        K = J @ X
+        root = _roots(S)
+        half = (root @ K.reshape(k, c, -1)).reshape(k * c, k, c)
+        half = np.einsum("rkc,kcd->rkd", half, root)
+        if not np.linalg.eigvalsh(half.reshape(k * c, -1))[-1] / n < _WHOLE:
+            raise DivergenceError(
+                f"rows must leave curvature in every direction for one step, got a group of {k} "
+                "that holds all of it in some direction; use order=1, more damping, or "
+                "leave_group_out."
+            )
+        matrix = n * np.eye(k * c) - curved(K)
         right = slopes.reshape(-1, 1) + curved((J @ s)[:, None]) * k / n
         move = X @ np.linalg.solve(matrix, right)[:, 0] + k / n * s
         ask = PerRow("output_moves", move.astype(net.dtype))

@@ -13,6 +13,7 @@ from influence import (
     EKFAC,
     BinaryLogisticRegression,
     Direct,
+    DivergenceError,
     Examples,
     GaussNewton,
     GenericNeuralNet,
@@ -436,6 +437,20 @@ def test_a_row_that_alone_fixes_a_weight_is_named():
     with pytest.warns(UserWarning, match="rows 3 carry all curvature"):
         found = leave_one_out_outputs(net, (x, np.array([[0.4], [0.6], [0.2], [1.9]])))
     assert found.leverage[3] == pytest.approx(1) and np.isfinite(found.outputs).all()
+
+
+def test_a_group_that_alone_fixes_a_weight_is_refused_by_name():
+    x = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    model = keras.Sequential(
+        [keras.Input((2,), dtype="float64"), keras.layers.Dense(1, use_bias=False, dtype="float64")]
+    )
+    model.compile(loss="mse")
+    net, train = GenericNeuralNet(model), (x, np.array([[0.4], [0.6], [0.2], [1.9]]))
+    net.theta = np.array([0.5, 1.05])
+    influence = Influence(net, train)
+    with pytest.raises(DivergenceError, match="rows must leave curvature in every direction"):
+        influence.group(train, [2, 3], "one_step")
+    assert np.isfinite(np.asarray(influence.group(train, [1, 3], "one_step"))).all()
 
 
 def test_outputs_continue_after_an_interruption(tmp_path, digits, monkeypatch):
