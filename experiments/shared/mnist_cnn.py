@@ -256,9 +256,11 @@ def draw_steps(axis: Any, record: Record, steps: tuple[tuple[str, str, str], ...
     arrays = record.arrays
     axis.axis("off")
     rows = []
-    for (one, other, label), r, slope in zip(
-        steps, arrays["step_pearson"], arrays["step_slope"], strict=True
-    ):
+    for one, other, label in steps:
+        if f"predicted_{one}" not in arrays and f"actual_{one}" not in arrays:
+            continue  # the record is older than this approximation
+        found = agreement(*both_sides(arrays, one, other))
+        r, slope = found["pearson"], found["slope"]
         if one == "lissa" and "lissa_residual" in record.metrics:
             label += f" (residual {record.metrics['lissa_residual']:.1f})"
         num = len(both_sides(arrays, one, other)[0])

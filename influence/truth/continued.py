@@ -13,6 +13,7 @@ code draws other minibatches for every removal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +49,15 @@ class ContinuedTraining(Estimand):
       drift: (m,) the change of each test loss in the control, which trains on all rows.
       steps: the number of further steps.
       rate: the learning rate.
+      at: (p,) the smaller numbers of steps after which the changes were also measured.
+      changes_at: (p, m, k) `change_if_removed` after each of these numbers of steps.
     """
 
     drift: NDArray
     steps: int
     rate: float
+    at: tuple[int, ...]
+    changes_at: NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,7 @@ class _Plan:
 
     moments: Moments
     steps: int
+    at: tuple[int, ...]
     rate: float
     batch_size: int
     seed: int
@@ -95,7 +101,7 @@ class _Plan:
     def identity(self) -> tuple:
         """The inputs of the training, except its task and its groups."""
         start = self.moments.steps, self.moments.first, self.moments.second
-        return "continued", start, self.steps, self.rate, self.batch_size, self.seed
+        return "continued", start, self.steps, self.at, self.rate, self.batch_size, self.seed
 
 
 def continued_training(
@@ -108,6 +114,7 @@ def continued_training(
     steps: int,
     rate: float,
     moments: Moments | None = None,
+    at: Sequence[int] = (),
 ) -> ContinuedTraining:
     """Compute the change of each test loss by continued training without each row.
 
@@ -125,6 +132,7 @@ def continued_training(
       rate: the learning rate.
       moments: Adam's present state, such as `AllCNN.moments` after `AllCNN.fit`, or
         `influence.minimisers.adam.Moments(steps, first, second)`. None: Adam starts anew.
+      at: increasing numbers of steps, below `steps`, after which the changes are also measured.
 
     Returns: ContinuedTraining; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
@@ -137,6 +145,11 @@ def continued_training(
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     if not (np.isfinite(rate) and rate > 0):
         raise ValueError(f"rate must be positive, got {rate}.")
+    at = tuple(at)
+    if not all(is_integer(one, 1) and one < steps for one in at) or list(at) != sorted({*at}):
+        raise ValueError(
+            f"at must be increasing positive integers below steps, {steps}, got {list(at)}."
+        )
     moments = Moments.none(net.num_parameters, net.dtype) if moments is None else moments
     if np.shape(moments.first) != (net.num_parameters,):
         raise ValueError(
@@ -144,7 +157,7 @@ def continued_training(
         )
     folder, batch_size = check_folder(options.checkpoints), int(options.batch_size or 0)
     runs.check_processes(options.num_processes, net)
-    plan = _Plan(moments, int(steps), float(rate), batch_size, options.seed, folder)
+    plan = _Plan(moments, int(steps), at, float(rate), batch_size, options.seed, folder)
     found = runs.run(
         Task(net, train, test),
         _continued_block,
@@ -154,8 +167,9 @@ def continued_training(
         identity=plan.identity,
         what="continued training",
     )
-    drift, changes = found["change"][:, 0], found["change"][:, 1:]
-    return ContinuedTraining(changes - drift[:, None], rows, drift, plan.steps, plan.rate)
+    changes = found["change"][..., 1:] - found["change"][..., :1]  # the control comes first
+    drift = found["change"][-1, :, 0]
+    return ContinuedTraining(changes[-1], rows, drift, plan.steps, plan.rate, at, changes[:-1])
 
 
 def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArray]:
@@ -164,11 +178,12 @@ def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArr
     removed = np.array([group[0] if len(group) else -1 for group in groups])
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
     moments, done, path = plan.moments, 0, None
+    changes = np.full((len(plan.at) + 1, len(task.test), len(groups)), np.nan)
     if plan.folder is not None:
         path = plan.folder / f"continued-{task.identity(groups, plan.identity)}.npz"
         if path.exists():
             state = load(path)
-            thetas, done = state["thetas"], int(state["done"])
+            thetas, done, changes = state["thetas"], int(state["done"]), state["changes"]
             moments = Moments(plan.moments.steps + done, state["first"], state["second"])
     batches = batch_rows(len(train), plan.batch_size, plan.seed, done)
     for step in progress(range(done, plan.steps), "training on", plan.steps - done):
@@ -179,10 +194,13 @@ def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArr
                 f"with rate {plan.rate:g}; use a smaller rate."
             )
         thetas, moments = moments.step(thetas, gradients, plan.rate)
+        if step + 1 in plan.at:
+            changes[plan.at.index(step + 1)] = task.changes(thetas)
         if path is not None and (step + 1) % _SAVE_EVERY == 0 and step + 1 < plan.steps:
-            state = {"first": moments.first, "second": moments.second}
+            state = {"first": moments.first, "second": moments.second, "changes": changes}
             store(path, {"thetas": thetas, "done": np.array(step + 1), **state})
-    return {"change": task.changes(thetas)}
+    changes[-1] = task.changes(thetas)
+    return {"change": changes}
 
 
 def _gradients(
