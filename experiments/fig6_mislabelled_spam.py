@@ -175,7 +175,6 @@ CLAIMS = (
             None,
             low,
             high,
-            presets=("smoke", "standard"),
             headline="share of flips found with 10 and 30 % checked, by the margin out of sample",
         )
         for percent, low, high in ((10, 0.62, 0.72), (30, 0.92, 1.0))

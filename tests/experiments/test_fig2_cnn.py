@@ -145,7 +145,10 @@ def test_every_preset_is_judged_by_what_it_computes(record):
     for claim in fig2_cnn.CLAIMS:
         if claim.presets is None or "smoke" in claim.presets:
             assert claim.metric in record.metrics
-    assert set(fig2_cnn.PRESETS) == {"smoke", "standard", "paper"}
+    assert set(fig2_cnn.PRESETS) == {"smoke", "standard", "tenfold", "paper"}
+    tenfold, paper = fig2_cnn.PRESETS["tenfold"], fig2_cnn.PRESETS["paper"]
+    assert tenfold.schedule == tuple((n // 10, 10 * rate) for n, rate in paper.schedule)
+    assert tenfold.continued_steps * 10 == paper.continued_steps
     paper = fig2_cnn.PRESETS["paper"]
     assert sum(steps for steps, _ in paper.schedule) == 500_000
     assert (paper.continued_steps, paper.continued_rate) == (30_000, 1e-6)
