@@ -228,9 +228,9 @@ FINDING = "r = {pearson_proximal} predicted against actual by proximal leave-one
 DEVIATIONS = (
     "Training: `standard` takes 20,000 steps of Adam at the rates 1e-3, 1e-4 and 1e-5. The "
     "authors' code and `paper` take 500,000 steps at 1e-4, 1e-5 and 1e-6. Neither training ends "
-    "at a minimum. The metric `gradient_norm` shows how far from a minimum it ends. `tenfold` takes "
-    "a tenth of the authors' steps at ten times their rates, in training and after it, so that each "
-    "stage keeps its sum of rates. It removes 40 rows.",
+    "at a minimum. The metric `gradient_norm` shows how far from a minimum it ends. `tenfold` "
+    "takes a tenth of the authors' steps at ten times their rates, in training and after it, so "
+    "that each stage keeps its sum of rates. It removes 40 rows.",
     "Continued training: `standard` takes 220 further steps at 1e-4, ten times the last rate of "
     "its training. The authors' code and `paper` take 30,000 further steps at 1e-6. A step of "
     "Adam moves a parameter by about the rate at most, so 220 steps at 1e-6 would move it by at "
