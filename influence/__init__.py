@@ -17,7 +17,9 @@ from influence.models.hinge import SmoothHinge
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.models.top_layer import TopLayer
 from influence.net import measurements
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
+from influence.net.recorder import Recorder
 from influence.preflight.check import check
 from influence.scores.datainf import datainf
 from influence.scores.influence import Influence, Scores
@@ -47,7 +49,7 @@ from influence.truth.proximal import ProximalOptions, proximal_response
 from influence.truth.runs import RunOptions
 
 __all__ = ["Examples", "Stream", "class_weights", "GenericNeuralNet", "measurements", "check"]
-__all__ += ["ConvergenceWarning", "DivergenceError"]
+__all__ += ["ConvergenceWarning", "DivergenceError", "History", "Recorder"]
 __all__ += ["AllCNN", "BinaryLogisticRegression", "MulticlassLogisticRegression", "SmoothHinge"]
 __all__ += ["TopLayer", "GaussNewton", "Hessian", "spectrum", "suggest_damping"]
 __all__ += ["CG", "Direct", "EKFAC", "Lanczos", "LiSSA", "Nystrom"]
