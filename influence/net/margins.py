@@ -81,9 +81,10 @@ class Margins:
         )
         if getattr(net.loss, "adds", False):
             return cls(LOSS, found)
-        several = len(found) > 1 and not set(found) <= {CLASSES, BINARY}
-        kind = LOSS if several else found[0] if len(set(found)) == 1 else CLASSES
-        return cls(kind, found)
+        kinds = set(found)
+        if len(found) > 1 and not kinds <= {CLASSES, BINARY}:
+            return cls(LOSS, found)
+        return cls(kinds.pop() if len(kinds) == 1 else CLASSES, found)
 
     @property
     def meaning(self) -> str:

@@ -69,11 +69,11 @@ class Recorder(keras.callbacks.Callback):
     same folder, and no epoch occurs twice. A folder of other rows, another model or another
     optimiser is refused before the training begins.
 
-    Recording costs at most a quarter of the time of training, or two seconds if that is more. If a pass after each epoch costs
-    more, every j-th epoch is recorded, with the first and the last. j is 1, 2, 4 ... and is chosen
-    after the second epoch from the measured times, and doubled if that was not enough.
-    `History.epochs` says which epochs were recorded. The first and the last one are recorded
-    whatever they cost.
+    Recording costs at most a quarter of the time of training, or two seconds if that is more. If a
+    pass after each epoch costs more, every j-th epoch is recorded, with the first and the last. j
+    is 1, 2, 4 ... and is chosen after the second epoch from the measured times, and doubled if that
+    was not enough. `History.epochs` says which epochs were recorded. The first and the last one are
+    recorded whatever they cost.
 
     What Keras does not tell a callback is not recorded: the order of the rows, `class_weight` and
     `sample_weight` of `fit` (give them with `train`, as for Examples), and the rows that
