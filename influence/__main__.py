@@ -275,6 +275,11 @@ def _add_computing(parser: argparse.ArgumentParser, command: str) -> None:
         "influence/index in the user's cache); only the command index writes to it",
     )
     if command not in ("check", "index"):
+        add(
+            "--history",
+            metavar="FOLDER",
+            help="the record of the training, which influence.Recorder wrote as a callback of fit",
+        )
         add("--no-check", action="store_true", help="skip the check, and its alerts")
 
 
@@ -333,6 +338,7 @@ def _request(options: argparse.Namespace) -> Request:
         damping=options.damping,
         batch_size=options.batch_size,
         check=not given.get("no_check", False),
+        history=None if given.get("history") is None else _absolute(options.history),
         index=str(folder.expanduser().resolve()),
     )
 

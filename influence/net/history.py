@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -61,6 +62,11 @@ def labels_digest(examples: Examples) -> str:
     return checkpoint.sha256(plain)
 
 
+def weights_digest(theta: NDArray) -> str:
+    """Return a hash of the bytes of weights (d,)."""
+    return hashlib.sha256(np.ascontiguousarray(theta).view(np.uint8).data).hexdigest()[:16]
+
+
 @dataclass(frozen=True, eq=False)
 class History:
     """A training that `Recorder` recorded.
@@ -80,6 +86,7 @@ class History:
       steps: (E,) the number of steps of each epoch.
       rows_seen: (E,) the number of rows of each epoch's batches; -1 if Keras does not say it.
       seconds: (E, 2) seconds of training and of recording.
+      digests: (E,) a hash of the weights after each epoch.
       checkpoints: (c,) the epochs whose weights are kept, in order. 0 is the start.
       batch_size: the rows of a full batch; -1 if Keras does not say it.
       kind: "classes", "binary", "residual" or "loss". `influence.net.margins` defines them.
@@ -97,11 +104,17 @@ class History:
     steps: NDArray[np.int64]
     rows_seen: NDArray[np.int64]
     seconds: NDArray[np.float64]
+    digests: NDArray[np.str_]
     checkpoints: NDArray[np.int64]
     batch_size: int
     kind: str
     about: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, history: History | str | os.PathLike | None) -> History | None:
+        """Return a history itself, that of a folder, or None for None."""
+        return history if history is None or isinstance(history, History) else cls.load(history)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> History:
@@ -133,6 +146,7 @@ class History:
             steps=column("steps").astype(np.int64),
             rows_seen=column("rows").astype(np.int64),
             seconds=column("seconds").astype(np.float64),
+            digests=column("digest"),
             checkpoints=np.array(
                 [e for e in (about["began"], *files) if weights_file(path, e).exists()], np.int64
             ),
@@ -153,6 +167,11 @@ class History:
             f"History({str(self.folder)!r}, {len(self.trained)} epochs, {len(self.epochs)} "
             f"recorded, {len(self)} rows, margin: {MEANING[self.kind]})"
         )
+
+    @property
+    def of_classes(self) -> bool:
+        """True if a positive margin says that the model predicts the given label."""
+        return self.kind in (CLASSES, BINARY)
 
     @property
     def share(self) -> float:
@@ -177,6 +196,16 @@ class History:
         """The kept weights (c, d), one row for each of `checkpoints`."""
         return np.array([self.theta(epoch) for epoch in self.checkpoints])
 
+    @property
+    def start_file(self) -> Path:
+        """The file of the weights at the start: theta, and `other-0` ... such as running means."""
+        return weights_file(self.folder, self.about["began"])
+
+    def epoch_of(self, theta: NDArray) -> int | None:
+        """Return the last epoch after which the weights were exactly theta, or None."""
+        same = np.flatnonzero(self.digests == weights_digest(theta))
+        return int(self.trained[same[-1]]) if len(same) else None
+
     def area(self) -> NDArray[np.float64]:
         """Return the mean margin (n,) over the recorded epochs (AUM: Pleiss et al. 2020)."""
         return self.margins.mean(axis=0, dtype=np.float64)
@@ -188,7 +217,7 @@ class History:
 
         Raises: ValueError if the margins are not those of classes.
         """
-        if self.kind not in (CLASSES, BINARY):
+        if not self.of_classes:
             raise ValueError(
                 f"history must be one of classes to say when a row was learned, got margins that "
                 f"are {MEANING[self.kind]}."
@@ -233,6 +262,11 @@ class History:
         ]
         return chosen, np.array(rates)
 
+    @property
+    def by_gradient_steps(self) -> bool:
+        """True if the optimiser's steps are learning rate x gradient, perhaps with momentum."""
+        return self.about["optimizer"] in _PLAIN_STEPS
+
     def damping(self) -> float:
         """Return (1 - momentum) / sum of the learning rates of all steps, that is 1 / (eta T).
 
@@ -245,7 +279,7 @@ class History:
           the gradient.
         """
         name = self.about["optimizer"]
-        if name not in _PLAIN_STEPS:
+        if not self.by_gradient_steps:
             raise ValueError(
                 f"history must be that of SGD for the damping 1/(eta T), got {name}, whose steps "
                 "are not learning rate times gradient; leave history out, or give a damping."

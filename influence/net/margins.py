@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from numpy.typing import NDArray
 
 from influence.examples import labels as packing
@@ -198,3 +199,26 @@ def _signed(loss: Any, y: NDArray, z: NDArray) -> NDArray:
 def _logs(z: NDArray, kind: str) -> NDArray:
     z = np.clip(z, _CLIP, 1 - _CLIP)
     return np.log(z) - np.log1p(-z) if kind == BINARY else np.log(z)
+
+
+class Recorded:
+    """Question that returns the margins and losses of a batch."""
+
+    def __init__(self, margins: Margins):
+        self.margins = margins
+
+    def __call__(
+        self, net: Any, theta: NDArray | None, x: Any, y: NDArray
+    ) -> tuple[NDArray, NDArray]:
+        """Return the margins (b,) and the losses (b,)."""
+        flat, loss = net.flat, net.loss
+
+        def both(theta: Any, x: Any, y: Any) -> tuple[Any, Any]:
+            z = flat.output(theta, x)
+            return z, tf.cast(loss.function(y, z), theta.dtype)
+
+        x, tensors = flat.batch(x, y)
+        z, losses = flat.run("recorded", both, net.at(theta).theta_tensor(), x, tensors)
+        weights = packing.positions(tensors)
+        weights = None if weights is None else weights.numpy()
+        return self.margins(loss, y, z, losses, weights), losses

@@ -29,9 +29,10 @@ from influence.net.history import (
     epochs_in,
     labels_digest,
     read_header,
+    weights_digest,
     weights_file,
 )
-from influence.net.margins import Margins
+from influence.net.margins import Margins, Recorded
 from influence.net.net import GenericNeuralNet
 from influence.net.preprocessing import split
 from influence_console import shown
@@ -247,7 +248,7 @@ class Recorder(keras.callbacks.Callback):
             self._batch = int(file["batch_size"])
             self._j = self._every or int(file["every"])
         if file is not None:
-            self._resumed = 1 if str(file["digest"]) == _digest(theta) else 2
+            self._resumed = 1 if str(file["digest"]) == weights_digest(theta) else 2
             cost = float(file["cost"])
             self._cost = None if np.isnan(cost) else cost
 
@@ -403,7 +404,7 @@ class Recorder(keras.callbacks.Callback):
         return np.concatenate([np.ravel(w.numpy()) for w in self.model.trainable_weights])
 
     def _weights_digest(self) -> str:
-        return _digest(self._theta())
+        return weights_digest(self._theta())
 
     def _keeps_weights(self) -> bool:
         if self._keep is not None:
@@ -485,33 +486,6 @@ class Recorder(keras.callbacks.Callback):
     def _learning_rate(self) -> float:
         optimizer = self._optimizer()
         return np.nan if optimizer is None else float(np.asarray(optimizer.learning_rate))
-
-
-class Recorded:
-    """Question that returns the margins and losses of a batch."""
-
-    def __init__(self, margins: Margins):
-        self.margins = margins
-
-    def __call__(
-        self, net: Any, theta: NDArray | None, x: Any, y: NDArray
-    ) -> tuple[NDArray, NDArray]:
-        """Return the margins (b,) and the losses (b,)."""
-        flat, loss = net.flat, net.loss
-
-        def both(theta: Any, x: Any, y: Any) -> tuple[Any, Any]:
-            z = flat.output(theta, x)
-            return z, tf.cast(loss.function(y, z), theta.dtype)
-
-        x, tensors = flat.batch(x, y)
-        z, losses = flat.run("recorded", both, net.at(theta).theta_tensor(), x, tensors)
-        weights = packing.positions(tensors)
-        weights = None if weights is None else weights.numpy()
-        return self.margins(loss, y, z, losses, weights), losses
-
-
-def _digest(theta: NDArray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(theta).view(np.uint8).data).hexdigest()[:16]
 
 
 def _seed() -> int | None:

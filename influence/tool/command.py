@@ -52,6 +52,7 @@ class Request:
       damping: the damping, or None.
       batch_size: rows in memory at a time, or None.
       check: False to skip the check.
+      history: the folder that `Recorder` wrote in the training, or None.
       index: the folder that `index` fills and the other commands read, or None.
       content: SHA-256 of model, data and test rows. A replay refuses others.
     """
@@ -66,6 +67,7 @@ class Request:
     damping: float | None = None
     batch_size: int | None = None
     check: bool = True
+    history: str | None = None
     index: str | None = None
     content: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,6 +120,7 @@ def run(request: Request, out: Path) -> Result:
             check=request.check,
             index=None if request.index is None else Path(request.index),
             checkpoints=folder,
+            history=request.history,
         )
         hint = "" if features_are_kept(loaded, rows, Store(options.index)) else _HINT
         answer = _answer(request, loaded, rows, test, options)

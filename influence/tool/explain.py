@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,15 @@ class Explanation(Answer):
     error_bounds: dict[tuple[int, int], float]
     why: str
 
+    @cached_property
+    def learned(self) -> NDArray[np.int64] | None:
+        """(n,) first epoch after which each row's margin stayed positive, 0 for rows never learned.
+
+        None without a history of classes. See `History.learned`.
+        """
+        history = self.subject.history
+        return None if history is None or not history.of_classes else history.learned()
+
     def records(self) -> list[dict[str, Any]]:
         """Return one dict for each shown pair of a test row and a training row."""
         found = []
@@ -71,6 +81,8 @@ class Explanation(Answer):
                     }
                     if leverage is not None:
                         record["leverage"] = value_of(leverage[int(other)])
+                    if self.learned is not None:
+                        record["learned_in_epoch"] = int(self.learned[int(other)])
                     found.append(record)
         return found
 
@@ -127,6 +139,9 @@ class Explanation(Answer):
         if _leverage(self.scores) is not None:
             columns.append(Column("Leverage", True, 2))
             keys.append("leverage")
+        if self.learned is not None:
+            columns.append(Column("Learned in epoch", True))
+            keys.append("learned_in_epoch")
         caption = (
             "Predicted change of the test row's loss if the training row were left out. Positive: "
             "the row helped. The error bound is that of the solver alone."
@@ -181,11 +196,15 @@ class Explanation(Answer):
         leverage = _leverage(self.scores)
         if leverage is not None:
             facts.append(f"leverage {short(leverage[row], 2)}")
+        if self.learned is not None:
+            epoch = int(self.learned[row])
+            facts.append(f"learned in epoch {epoch}" if epoch else "not learned in training")
         return {"item": item(names, row, size, test), "facts": facts, "id": f"train-{row}"}
 
     def facts(self) -> list[tuple[str, Any]]:
         """Return pairs (name, value) about the model, the data and the computation."""
-        return [*super().facts(), *plan_facts(self.subject)]
+        found = [*super().facts(), *plan_facts(self.subject)]
+        return [*found, *history_facts(self.subject)]
 
     def draw(self, figure: Any) -> None:
         """Draw the largest scores of the first test row as bars."""
@@ -316,6 +335,24 @@ def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
     choices += (plan.approximation.replace("_", " "),)
     pairs = zip(names, choices, plan.reasons, strict=True)
     return [(name, f"{choice} ({why})") for name, choice, why in pairs]
+
+
+def history_facts(subject: Subject) -> list[tuple[str, Any]]:
+    """Return what the history of the training says, as facts of a page."""
+    history = subject.history
+    if history is None:
+        return []
+    found = [
+        f"{len(history.trained)} epochs by {history.about['optimizer']}",
+        f"{len(history.epochs)} of them recorded",
+        f"margin: {history.about['margin']}",
+    ]
+    if history.of_classes:
+        meaning = (
+            "a row is learned in the first recorded epoch after which its margin stays above 0"
+        )
+        found.append(meaning)
+    return [("Training", "; ".join([*found, *history.notes]))]
 
 
 def _prediction_words(about: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from influence.common.progress import progress
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples
 from influence.net.checked import Net
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved, load_model
 from influence.preflight.check import check
@@ -51,6 +53,7 @@ class QuestionOptions:
       check: False to skip the check before the computation.
       index: a folder that `index` filled, or None.
       checkpoints: a folder for the results of an unfinished run, or None.
+      history: the History of the training, or the folder that `Recorder` wrote, or None.
     """
 
     loss: Any = None
@@ -59,6 +62,7 @@ class QuestionOptions:
     check: bool = True
     index: Path | None = None
     checkpoints: Path | None = None
+    history: History | str | os.PathLike | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +146,11 @@ class Subject:
         tested = examples if of_test is None else _examples(loaded, of_test, store)
         for name, part in (("train", examples), ("test", tested)):
             loaded.net.validate(part, name)
+        history = History.of(options.history)
+        if history is not None:
+            history.check_net(loaded.net)
+            history.check_rows(examples)
+            options = replace(options, history=history)
         return cls(loaded, rows, of_test, examples, tested, options)
 
     @property
@@ -159,10 +168,17 @@ class Subject:
         """The folders of kept results."""
         return Store(self.options.index, self.options.checkpoints)
 
+    @property
+    def history(self) -> History | None:
+        """The history of the training, or None."""
+        return History.of(self.options.history)
+
     @cached_property
     def key(self) -> str:
         """A hash of the net, the training rows and the options that the factors depend on."""
-        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT)
+        history = self.history
+        more = () if history is None else (history.rates, history.steps, history.by_gradient_steps)
+        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT, *more)
 
     @cached_property
     def of_train(self) -> Predictions:
@@ -196,7 +212,13 @@ class Subject:
         plan = None if found is None else _plan_of(found)
         if plan is not None:
             return self._from(plan), plan
-        influence = Influence(self.net, self.train, damping=self.options.damping, batch_size=size)
+        influence = Influence(
+            self.net,
+            self.train,
+            damping=self.options.damping,
+            batch_size=size,
+            history=self.history,
+        )
         plan = influence.plan
         if self.store.work is None or not _can_be_kept(plan.solver):
             return influence, plan
