@@ -48,7 +48,12 @@ Ask a trained Keras model about its training data. The answer is one page.
 # The library names arguments. A person knows these by other names.
 _OPTION_OF = {"rows": "--test-rows", "top": "--top", "wrong": "--wrong", "remove": "--remove"}
 _OPTION_OF |= {"path": "MODEL", "model": "MODEL", "damping": "--damping", "index": "--index"}
-_OPTION_OF |= {"batch_size": "--batch-size", "out": "--out", "loss": "--loss"}
+_OPTION_OF |= {
+    "batch_size": "--batch-size",
+    "out": "--out",
+    "loss": "--loss",
+    "history": "--history",
+}
 _INPUTS = """
 MODEL  a saved model (.keras or .h5), or module:function that returns a Keras model
 DATA   an .npz file with x and y (or x_train, y_train, x_test, y_test)

@@ -206,6 +206,13 @@ class History:
         same = np.flatnonzero(self.digests == weights_digest(theta))
         return int(self.trained[same[-1]]) if len(same) else None
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe, and of the weights after each epoch."""
+        parts = [self.rates.tolist(), self.digests.tolist(), self.batch_size, self.epochs.tolist()]
+        about = {key: self.about[key] for key in ("optimizer", "optimizer_config", "data", "model")}
+        return hashlib.sha256(json.dumps([parts, about], sort_keys=True).encode()).hexdigest()
+
     def area(self) -> NDArray[np.float64]:
         """Return the mean margin (n,) over the recorded epochs (AUM: Pleiss et al. 2020)."""
         return self.margins.mean(axis=0, dtype=np.float64)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from influence.net.history import History
 from influence.tool.answer import Answer, write_text
 from influence.tool.audit import audit
 from influence.tool.check import Verdict, checked
@@ -149,6 +150,8 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
     content = {"model": hashlib.sha256(b"".join(weights)).hexdigest(), "data": rows.content}
     if test is not None:
         content["test"] = test.content
+    if request.history is not None:
+        content["history"] = History.load(request.history).digest
     return loaded, rows, test, content
 
 

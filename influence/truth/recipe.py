@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,7 +120,7 @@ def retrained(
     if len(train) < 2:
         raise ValueError(f"train must have two rows to leave one out, got {len(train)}.")
     folder = checkpoint.check_folder(checkpoints)
-    key = checkpoint.identity(net, train, test.fingerprint, batch_size, _digest(found))
+    key = checkpoint.identity(net, train, test.fingerprint, batch_size, found.digest)
     ends: dict[tuple[int, int], NDArray] = {}
     jobs = [(seed, row) for seed in seeds for row in (-1, *map(int, rows))]
     with _Training(net, train, found).running() as training:
@@ -140,12 +138,6 @@ def retrained(
         [[ends[s, row] - ends[s, -1] for row in map(int, rows)] for s in seeds]
     ).swapaxes(1, 2)
     return Retrained(by_seed.mean(axis=0), rows, by_seed)
-
-
-def _digest(history: History) -> str:
-    parts = [history.rates.tolist(), history.digests.tolist(), history.batch_size]
-    about = {k: history.about[k] for k in ("optimizer", "optimizer_config", "data", "model")}
-    return hashlib.sha256(json.dumps([parts, about], sort_keys=True).encode()).hexdigest()
 
 
 class _Training:
