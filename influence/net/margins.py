@@ -76,7 +76,7 @@ class Margins:
         """Choose the rule for a net and the labels of all rows."""
         parts: Any = getattr(net.loss, "parts", ()) or (net.loss,)
         y = packing.labels(examples.y)
-        shapes = _shapes(net, examples)
+        shapes = seen_shapes(net, examples)
         found: tuple[str, ...] = tuple(
             _kind(part, _own(y, part), shape) for part, shape in zip(parts, shapes, strict=True)
         )
@@ -124,7 +124,7 @@ def _tensor(z: NDArray) -> Any:
     return keras.ops.convert_to_tensor(z)
 
 
-def _shapes(net: Any, examples: Examples) -> list[tuple[int, ...]]:
+def seen_shapes(net: Any, examples: Examples) -> list[tuple[int, ...]]:
     """Return the shape of one row's outputs, for each output that has a loss."""
     few = examples.take([0])
     shape = net.seen_shape(few.x)
@@ -211,6 +211,14 @@ class Recorded:
         self, net: Any, theta: NDArray | None, x: Any, y: NDArray
     ) -> tuple[NDArray, NDArray]:
         """Return the margins (b,) and the losses (b,)."""
+        z, losses, positions = self._asked(net.at(theta), x, y)
+        return self.margins(net.loss, y, z, losses, positions), losses
+
+    def losses(self, net: Any, x: Any, y: NDArray) -> NDArray:
+        """Return the losses of a batch."""
+        return self._asked(net, x, y)[1]
+
+    def _asked(self, net: Any, x: Any, y: NDArray) -> tuple[NDArray, NDArray, NDArray | None]:
         flat, loss = net.flat, net.loss
 
         def both(theta: Any, x: Any, y: Any) -> tuple[Any, Any]:
@@ -218,7 +226,6 @@ class Recorded:
             return z, tf.cast(loss.function(y, z), theta.dtype)
 
         x, tensors = flat.batch(x, y)
-        z, losses = flat.run("recorded", both, net.at(theta).theta_tensor(), x, tensors)
+        z, losses = flat.run("recorded", both, net.theta_tensor(), x, tensors)
         weights = packing.positions(tensors)
-        weights = None if weights is None else weights.numpy()
-        return self.margins(loss, y, z, losses, weights), losses
+        return z, losses, None if weights is None else weights.numpy()

@@ -32,9 +32,10 @@ from influence.net.history import (
     weights_digest,
     weights_file,
 )
-from influence.net.margins import Margins, Recorded
+from influence.net.margins import Margins, Recorded, seen_shapes
 from influence.net.net import GenericNeuralNet
 from influence.net.preprocessing import split
+from influence.net.refused import check_inputs
 from influence_console import shown
 
 __all__ = ["History", "Recorder"]
@@ -130,8 +131,7 @@ class Recorder(keras.callbacks.Callback):
         checkpoint.check_writable(self.folder, "folder")
         self._net = GenericNeuralNet(self.model, self._loss)
         self._train = self._net.given(self._given, "train")
-        self._check_rows()
-        self._margins = Margins.of(self._net, self._train)
+        self._margins = self._checked()
         self._about = self._described()
         if (self.folder / HEADER).exists():
             self._check_folder(read_header(self.folder))
@@ -143,7 +143,7 @@ class Recorder(keras.callbacks.Callback):
         self._batch, self._rows, self._steps, self._rate = -1, -1, 0, np.nan
         self._at, self._started = 0, np.nan
         self._last: tuple[int, bool, str] | None = None
-        self._resumed, self._begun, self._traced = 0, False, False
+        self._resumed, self._begun, self._traced = 0, False, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begin or go on with the folder, before the first epoch. Start the clock."""
@@ -369,14 +369,14 @@ class Recorder(keras.callbacks.Callback):
     def _passed(self) -> tuple[NDArray, NDArray]:
         """Return the margins and losses of all rows."""
         net, train = self._followed()
-        size = self._rows_at_once(len(train))
+        size, question = self._rows_at_once(len(train)), Recorded(self._margins)
         begun = self._clock()
         if not self._traced:
             few = train.take([0])
-            Recorded(self._margins)(net, None, few.x, few.y)
+            question.losses(net, few.x, few.y)
             self._traced = True
         self._tracing = self._clock() - begun
-        answers = list(train.map_over(Recorded(self._margins), net, batch_size=size))
+        answers = list(train.map_over(question, net, batch_size=size))
         margins, losses = (np.concatenate(parts) for parts in zip(*answers, strict=True))
         return margins, losses
 
@@ -409,14 +409,12 @@ class Recorder(keras.callbacks.Callback):
     def _keeps_weights(self) -> bool:
         if self._keep is not None:
             return self._keep
-        planned = int((self.params or {}).get("epochs") or 1)
-        needed = self._net.num_parameters * self._net.dtype.itemsize * (planned + 1)
+        needed = self._net.num_parameters * self._net.dtype.itemsize * (self._planned() + 1)
         return needed <= _MOST_BYTES
 
     def _is_due(self, number: int, seconds: float) -> bool:
         """Return True if an epoch is to be recorded. Choose j from the second epoch on."""
-        planned = int((self.params or {}).get("epochs") or number)
-        first = int(self._about.get("began") or 0) + 1
+        planned, first = self._planned(), self._about["began"] + 1
         if self._every is None and self._cost is not None and number > first and seconds > 0:
             left = max(planned - number, 0)
             allowed = max(MOST_SHARE * (self._trained + left * seconds), FREE_SECONDS)
@@ -426,25 +424,31 @@ class Recorder(keras.callbacks.Callback):
 
     def _passes(self, number: int) -> int:
         """Return the number of passes from this epoch on, with the last epoch's."""
-        planned = int((self.params or {}).get("epochs") or number)
-        first = int(self._about.get("began") or 0) + 1
+        planned, first = self._planned(), self._about["began"] + 1
         return sum((e - first) % self._j == 0 or e == planned for e in range(number, planned + 1))
 
     # --- what Keras says --------------------------------------------------------------------------
 
-    def _check_rows(self) -> None:
-        """Refuse rows that do not fit the model or its loss, from one row and all labels."""
-        few = self._train.take([0])
-        net = self._net
-        losses = net.losses(few.x, few.y)
-        shape = net.seen_shape(few.x)
-        if losses.shape != (1,):
-            net.validate(self._train, "train")  # names the loss and what would work
-        if not hasattr(net.loss, "parts"):
-            net.loss.check_labels(self._train.y, (1, *shape), "train")
+    def _checked(self) -> Margins:
+        """Return the rule of the margins. Refuse rows that do not fit, from one row and all labels.
+
+        The row's question is traced on the way, before the clock of the first pass runs.
+        """
+        net, few = self._net, self._train.take([0])
+        check_inputs(net.flat.model, few.x, "train")
+        shapes: Any = [(1, *shape) for shape in seen_shapes(net, few)]
+        shapes = shapes if hasattr(net.loss, "parts") else shapes[0]
+        net.loss.check_labels(self._train.y, shapes, "train")
+        margins = Margins.of(net, self._train)
+        if Recorded(margins).losses(net, few.x, few.y).shape != (1,):
+            net.validate(self._train, "train")  # names the loss, and what would work
+        return margins
 
     def _is_training(self) -> bool:
         return not np.isnan(self._started)
+
+    def _planned(self) -> int:
+        return int((self.params or {}).get("epochs") or 1)
 
     def _iterations(self) -> int:
         optimizer: Any = getattr(self.model, "optimizer", None)
