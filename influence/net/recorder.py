@@ -135,11 +135,10 @@ class Recorder(keras.callbacks.Callback):
         self._about = self._described()
         if (self.folder / HEADER).exists():
             self._check_folder(read_header(self.folder))
-        self._own, self._trained = self._clock() - start, 0.0
-        self._charged = 0.0  # the part of `_own` that is in the files
-        self._j = self._every or 1
+        # Seconds of recording, those of them that are in the files, and seconds of training.
+        self._own, self._charged, self._trained = self._clock() - start, 0.0, 0.0
+        self._j, self._tracing = self._every or 1, 0.0
         self._cost: float | None = None
-        self._tracing = 0.0
         self._batch, self._rows, self._steps, self._rate = -1, -1, 0, np.nan
         self._at, self._started = 0, np.nan
         self._last: tuple[int, bool, str] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -33,7 +35,8 @@ def train(folder, epochs=4, batch_size=N, found=None, **options):
     """Train the model with a Recorder, and return it."""
     found = model() if found is None else found
     x, y = rows()
-    recorder = Recorder(folder, (x, y), **({"every": 1} | options))
+    asked: dict[str, Any] = {"every": 1} | options
+    recorder = Recorder(folder, (x, y), **asked)
     found.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, callbacks=[recorder])
     return found
 
