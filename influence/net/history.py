@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common import checkpoint
 from influence.examples.arrays import label_parts
 from influence.examples.examples import Examples
-from influence.examples.labels import is_weight
+from influence.examples.labels import is_weight, sample_weights
 from influence.net.margins import BINARY, CLASSES, MEANING
 from influence_console import shown
 
@@ -296,6 +296,14 @@ class History:
         if not total > 0:
             raise ValueError(f"history must have learning rates above 0, got a sum of {total}.")
         return (1 - momentum) / total
+
+    @property
+    def sample_weight(self) -> Any:
+        """The weights (n,) of the recorded rows, a dict of them by output, or None."""
+        found = checkpoint.load(self.folder / HEADER)
+        del found["about"]
+        named = {name.replace(":", "/"): part for name, part in found.items()}
+        return sample_weights(named)
 
     def check_rows(self, examples: Examples, name: str = "train") -> None:
         """Refuse rows that are not those of the history. Numbers of rows and labels are compared.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from influence.examples import labels as packing
 from influence.examples.examples import Examples
 from influence.examples.featured import inputs_of
 from influence.examples.given import Data
+from influence.net import keras_state
 from influence.net.history import (
     FORMAT,
     HEADER,
@@ -131,6 +131,9 @@ class Recorder(keras.callbacks.Callback):
         checkpoint.check_writable(self.folder, "folder")
         self._net = GenericNeuralNet(self.model, self._loss)
         self._train = self._net.given(self._given, "train")
+        self._weights: Any = self._net.flat.weights
+        if not {id(w) for w in self._weights} <= {id(w) for w in self.model.weights}:
+            self._weights = self.model.trainable_weights  # the net is a copy in another dtype
         self._margins = self._checked()
         self._about = self._described()
         if (self.folder / HEADER).exists():
@@ -150,22 +153,22 @@ class Recorder(keras.callbacks.Callback):
         if not self._begun:
             self._begin(epoch)
             self._begun = True
-        self._rows, self._at, self._rate = -1, self._iterations(), np.nan
+        self._rows, self._at, self._rate = -1, keras_state.iterations(self.model), np.nan
         self._started = self._clock()
         self._own += self._started - start
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Read the learning rate, and after the first batches their number of rows."""
         if np.isnan(self._rate):
-            self._rate = self._learning_rate()
+            self._rate = keras_state.learning_rate(self.model)
         elif self._batch < 0 and batch > 0:
-            seen = self._seen()
+            seen = keras_state.rows_seen(self.model)
             self._batch = -1 if seen < 0 else -(-seen // batch)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Read the number of trained rows. Validation inside an epoch sets Keras' counter to 0."""
         if getattr(self, "_begun", False) and self._rows < 0 and self._is_training():
-            self._rows = self._seen()
+            self._rows = keras_state.rows_seen(self.model)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Record the epoch, if it is due, and write its files."""
@@ -201,7 +204,12 @@ class Recorder(keras.callbacks.Callback):
         if about is None:
             self._forget(recorded)
             checkpoint.store(weights_file(self.folder, done), self._all_weights())
-            checkpoint.store(header, {"about": np.array(json.dumps(self._about))})
+            given = packing.fields(self._train.y)
+            weights = {name: part for name, part in given.items() if packing.is_weight(name)}
+            about = {"about": np.array(json.dumps(self._about))}
+            checkpoint.store(
+                header, about | {name.replace("/", ":"): w for name, w in weights.items()}
+            )
             return
         if done < began:
             raise ValueError(
@@ -257,7 +265,7 @@ class Recorder(keras.callbacks.Callback):
             self._steps = int((self.params or {}).get("steps") or 0)
         else:
             self._steps, self._rows = int(before["steps"]), int(before["rows"])
-        self._rate = self._learning_rate()
+        self._rate = keras_state.learning_rate(self.model)
         self._write(epoch, self._is_due(epoch, 0.0), np.nan, self._clock())
         self._resumed = 1
 
@@ -279,9 +287,6 @@ class Recorder(keras.callbacks.Callback):
 
     def _described(self) -> dict[str, Any]:
         """Return what the header says of the training."""
-        optimizer: Any = getattr(self.model, "optimizer", None)
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
-        config = {} if inner is None else inner.get_config()
         given = inputs_of(self._train)
         return {
             "format": FORMAT,
@@ -289,33 +294,23 @@ class Recorder(keras.callbacks.Callback):
             "num_parameters": self._net.num_parameters,
             "kind": self._margins.kind,
             "margin": self._margins.meaning,
-            "optimizer": type(inner).__name__,
-            "optimizer_config": json.loads(json.dumps(config, default=str)),
-            "optimizer_steps": self._iterations(),
+            "optimizer": type(keras_state.optimizer_of(self.model)).__name__,
+            "optimizer_config": keras_state.optimizer_config(self.model),
+            "optimizer_steps": keras_state.iterations(self.model),
             "planned_epochs": (self.params or {}).get("epochs"),
             "planned_steps": (self.params or {}).get("steps"),
             "loss": self._net.loss.name,
-            "sample_weight": packing.sample_weights(given.y) is not None,
             "data": given.fingerprint,
             "labels": labels_digest(given),
-            "model": self._model_digest(),
-            "seed": _seed(),
+            "model": keras_state.layers_digest(self.model),
+            "seed": keras_state.seed(),
             "order": ORDER,
             "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
         }
 
-    def _model_digest(self) -> str:
-        # Names of layers are drawn anew in each process.
-        kinds = [
-            (type(layer).__name__, getattr(getattr(layer, "activation", None), "__name__", ""))
-            for layer in self.model._flatten_layers()
-        ]
-        shapes = [tuple(weight.shape) for weight in self.model.weights]
-        return hashlib.sha256(repr((kinds, shapes, self._net.flat.sizes)).encode()).hexdigest()
-
     def _all_weights(self) -> dict[str, NDArray]:
         """Return theta and the other weights, such as running means, to train again from them."""
-        others = {id(weight) for weight in self.model.trainable_weights}
+        others = {id(weight) for weight in self._weights}
         found = [w for w in self.model.weights if id(w) not in others]
         return {"theta": self._theta()} | {
             f"other-{number}": weight.numpy() for number, weight in enumerate(found)
@@ -382,10 +377,9 @@ class Recorder(keras.callbacks.Callback):
     def _followed(self) -> tuple[GenericNeuralNet, Examples]:
         """Return the net at the model's present weights, and the rows that it takes."""
         net = self._net
-        source = split(self.model)[1].weights
-        copies = net.flat.parts.whole.weights
-        if copies[0] is not source[0]:  # a copy in another dtype
-            for copy, weight in zip(copies, source, strict=True):
+        if net.flat.weights[0] is not self._weights[0]:  # a copy in another dtype
+            source = split(self.model)[1].weights
+            for copy, weight in zip(net.flat.parts.whole.weights, source, strict=True):
                 copy.assign(weight.numpy())
         if net.flat.trunk is not None:
             try:
@@ -400,7 +394,7 @@ class Recorder(keras.callbacks.Callback):
         return min(max(rows, _ROWS), _MOST_ROWS, n)
 
     def _theta(self) -> NDArray:
-        return np.concatenate([np.ravel(w.numpy()) for w in self.model.trainable_weights])
+        return np.concatenate([np.ravel(w.numpy()).astype(self._net.dtype) for w in self._weights])
 
     def _weights_digest(self) -> str:
         return weights_digest(self._theta())
@@ -449,27 +443,14 @@ class Recorder(keras.callbacks.Callback):
     def _planned(self) -> int:
         return int((self.params or {}).get("epochs") or 1)
 
-    def _iterations(self) -> int:
-        optimizer: Any = getattr(self.model, "optimizer", None)
-        return 0 if optimizer is None else int(optimizer.iterations.numpy())
-
-    def _seen(self) -> int:
-        """Return the number of rows that Keras has counted in this epoch, or -1."""
-        for metric in self.model.metrics:
-            if metric.name == "loss" and hasattr(metric, "count"):
-                return int(round(float(metric.count.numpy())))
-        return -1
-
     def _finish_counts(self) -> None:
-        self._steps = self._iterations() - self._at
+        self._steps = keras_state.iterations(self.model) - self._at
         if self._rows < 0:
-            self._rows = self._seen()
+            self._rows = keras_state.rows_seen(self.model)
         if self._batch < 0 and self._steps == 1:
             self._batch = self._rows
-        schedule = self._schedule()
-        if schedule is not None and self._steps > 0:
-            steps = np.unique(np.linspace(self._at, self._at + self._steps - 1, 64).astype(int))
-            self._rate = float(np.mean([float(schedule(int(step))) for step in steps]))
+        rate = keras_state.mean_rate(self.model, self._at, self._steps)
+        self._rate = self._rate if rate is None else rate
         n = len(self._train)
         if self._rows not in (-1, 0, n) and self._last is None:
             warnings.warn(
@@ -477,24 +458,3 @@ class Recorder(keras.callbacks.Callback):
                 ", steps_per_epoch or another set leave a difference. The record is of train.",
                 stacklevel=2,
             )
-
-    def _schedule(self) -> Any:
-        rate = getattr(self._optimizer(), "_learning_rate", None)
-        return rate if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) else None
-
-    def _optimizer(self) -> Any:
-        optimizer: Any = getattr(self.model, "optimizer", None)
-        return getattr(optimizer, "inner_optimizer", optimizer)
-
-    def _learning_rate(self) -> float:
-        optimizer = self._optimizer()
-        return np.nan if optimizer is None else float(np.asarray(optimizer.learning_rate))
-
-
-def _seed() -> int | None:
-    """Return the seed of keras.utils.set_random_seed, or None."""
-    try:
-        from keras.src.utils.rng_utils import get_random_seed
-    except ImportError:
-        return None
-    return get_random_seed()

@@ -102,7 +102,7 @@ def test_the_recipe_is_that_of_the_training(first):
     assert about["seed"] == 3 and about["order"].startswith("not known")
     assert about["versions"]["keras"] == keras.__version__
     assert about["data"] == Examples(*rows()).fingerprint
-    assert found.notes == ()
+    assert found.notes == () and found.sample_weight is None
     # (1 - momentum) / (eta T), with T = 5 epochs of 6 steps
     assert found.damping() == pytest.approx(0.5 / (0.1 * 30), rel=1e-6)
 
@@ -164,7 +164,7 @@ def test_weights_multiply_losses_and_not_margins(tmp_path):
     np.testing.assert_allclose(found.losses, -np.log(own) * weight, rtol=1e-4, atol=1e-6)
     p[:, np.arange(N), y] = 0
     np.testing.assert_allclose(found.margins, np.log(own) - np.log(p.max(axis=2)), atol=1e-4)
-    assert found.about["sample_weight"]
+    np.testing.assert_array_equal(found.sample_weight, weight)
 
 
 def test_two_inputs_and_two_outputs(tmp_path):
