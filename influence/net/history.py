@@ -302,8 +302,7 @@ class History:
         """The weights (n,) of the recorded rows, a dict of them by output, or None."""
         found = checkpoint.load(self.folder / HEADER)
         del found["about"]
-        named = {name.replace(":", "/"): part for name, part in found.items()}
-        return sample_weights(named)
+        return sample_weights(found)
 
     def check_rows(self, examples: Examples, name: str = "train") -> None:
         """Refuse rows that are not those of the history. Numbers of rows and labels are compared.

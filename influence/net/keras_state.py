@@ -40,7 +40,7 @@ def learning_rate(model: keras.Model) -> float:
 
 def mean_rate(model: keras.Model, first: int, steps: int) -> float | None:
     """Return the mean of the learning rate's schedule over some steps; None without a schedule."""
-    rate = getattr(optimizer_of(model), "_learning_rate", None)
+    rate: Any = getattr(optimizer_of(model), "_learning_rate", None)
     if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) or steps < 1:
         return None
     some = np.unique(np.linspace(first, first + steps - 1, _STEPS).astype(int))

@@ -207,9 +207,7 @@ class Recorder(keras.callbacks.Callback):
             given = packing.fields(self._train.y)
             weights = {name: part for name, part in given.items() if packing.is_weight(name)}
             about = {"about": np.array(json.dumps(self._about))}
-            checkpoint.store(
-                header, about | {name.replace("/", ":"): w for name, w in weights.items()}
-            )
+            checkpoint.store(header, about | weights)
             return
         if done < began:
             raise ValueError(
