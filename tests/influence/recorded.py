@@ -26,7 +26,7 @@ def model(optimizer=None, dtype="float64"):
     l2 = keras.regularizers.L2(PENALTY)
     dense = keras.layers.Dense(CLASSES, kernel_regularizer=l2, dtype=dtype)
     found = keras.Sequential([keras.Input((FEATURES,), dtype=dtype), dense])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype=dtype)
     found.compile(optimizer or keras.optimizers.SGD(RATE, momentum=MOMENTUM), loss)
     return found
 
