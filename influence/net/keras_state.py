@@ -35,7 +35,7 @@ def iterations(model: keras.Model) -> int:
 def learning_rate(model: keras.Model) -> float:
     """Return the present learning rate, or NaN without an optimiser."""
     optimizer = optimizer_of(model)
-    return np.nan if optimizer is None else float(np.asarray(optimizer.learning_rate))
+    return np.nan if optimizer is None else _number(optimizer.learning_rate)
 
 
 def mean_rate(model: keras.Model, first: int, steps: int) -> float | None:
@@ -44,7 +44,7 @@ def mean_rate(model: keras.Model, first: int, steps: int) -> float | None:
     if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) or steps < 1:
         return None
     some = np.unique(np.linspace(first, first + steps - 1, _STEPS).astype(int))
-    return float(np.mean([float(np.asarray(rate(int(step)))) for step in some]))
+    return float(np.mean([_number(rate(int(step))) for step in some]))
 
 
 def rows_seen(model: keras.Model) -> int:
@@ -54,8 +54,12 @@ def rows_seen(model: keras.Model) -> int:
     """
     for metric in model.metrics:
         if metric.name == "loss" and hasattr(metric, "count"):
-            return int(round(float(np.asarray(metric.count))))
+            return int(round(_number(metric.count)))
     return -1
+
+
+def _number(value: Any) -> float:
+    return float(keras.ops.convert_to_numpy(value))
 
 
 def layers_digest(model: keras.Model) -> str:

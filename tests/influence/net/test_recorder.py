@@ -368,16 +368,19 @@ def test_a_folder_of_another_training_is_refused_before_it_begins(first, train, 
         other.fit(x, y, verbose=0, callbacks=[Recorder(first[0].folder, (x, y)), watch])
 
 
-def test_the_same_training_from_other_weights_or_rates_is_refused(tmp_path):
-    trained(tmp_path, built(), rows(), epochs=1)
-    model = built()
+def test_the_same_training_from_other_weights_or_rates_is_refused(first):
+    folder, model = first[0].folder, built()
     model.set_weights([w + 0.1 for w in model.get_weights()])
     with pytest.raises(ValueError, match="^folder must be .* began from other weights"):
-        trained(tmp_path, model, rows())
+        trained(folder, model, rows())
     slower = built(optimizer=keras.optimizers.SGD(0.01, momentum=0.5))
     with pytest.raises(ValueError, match="^folder must be .* other settings of the optimiser"):
-        trained(tmp_path, slower, rows())
-    trained(tmp_path, built(), rows(), epochs=2)  # the same training once more replaces it
+        trained(folder, slower, rows())
+
+
+def test_the_same_training_once_more_replaces_the_record(tmp_path):
+    fit(tmp_path, lambda recorder: [recorder], epochs=3)
+    fit(tmp_path, lambda recorder: [recorder], epochs=2)
     np.testing.assert_array_equal(History.load(tmp_path).epochs, [1, 2])
 
 
