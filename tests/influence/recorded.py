@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -37,8 +38,19 @@ def train(folder, epochs=4, batch_size=N, found=None, **options):
     x, y = rows()
     asked: dict[str, Any] = {"every": 1} | options
     recorder = Recorder(folder, (x, y), **asked)
-    found.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, callbacks=[recorder])
+    with double():  # Keras adds the penalty and the loss in its default dtype
+        found.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, callbacks=[recorder])
     return found
+
+
+@contextmanager
+def double():
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
 
 
 def parts(theta):
