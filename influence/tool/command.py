@@ -175,7 +175,9 @@ def _answer(
     if request.command == "index":
         return index(loaded, rows, test, folder=str(request.index), options=options)  # type: ignore
     if request.command == "audit":
-        return audit(loaded, rows, options=options, **asked)  # type: ignore[arg-type]
+        fit = asked.pop("fit", None)
+        function = None if fit is None else function_of(fit, "--fit")
+        return audit(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     ask: Callable[..., Answer] = explain if request.command == "explain" else checked
     return ask(loaded, rows, test, options=options, **asked)
 

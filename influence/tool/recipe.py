@@ -65,11 +65,11 @@ def fresh(model: keras.Model) -> keras.Model:
             for variable, value in zip(made, own, strict=True):
                 variable.assign(value)
     compile_like(copy, model)
-    optimizer = getattr(model, "optimizer", None)
-    if model.compiled and optimizer is not None:
+    optimizer: Any = getattr(model, "optimizer", None)
+    if copy.compiled and optimizer is not None:
         copy.optimizer = type(optimizer).from_config(optimizer.get_config())
     return copy
 
 
-def _leaves(model: keras.Model) -> list[Any]:
-    return [layer for layer in model._flatten_layers(include_self=False)]
+def _leaves(model: Any) -> list[Any]:
+    return list(model._flatten_layers(include_self=False))

@@ -21,7 +21,7 @@ from influence.net.checked import Net
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved, load_model
 from influence.net.trunk import Trunk
-from influence.preflight.check import check
+from influence.preflight.check import check, check_rows
 from influence.preflight.report import Line, Report
 from influence.scores.influence import Influence
 from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, prepare
@@ -257,6 +257,13 @@ class Subject:
             for key in ("name", "verdict", "meaning", "remedy")
         }
         return found | {"value": np.array([line.value for line in lines], float)}
+
+    @cached_property
+    def rows_report(self) -> Report | None:
+        """The lines of the check about rows and labels, for answers that use no derivatives."""
+        if not self.options.check:
+            return None
+        return check_rows(self.net, self.train, batch_size=self.options.batch_size)
 
     @property
     def at_minimum(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +11,10 @@ import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 from influence.curvature.operators import Hessian
-from influence.examples import labels as packing
-from influence.examples.examples import Examples
 from influence.examples.given import Data
 from influence.net.checked import Net
-from influence.net.net import GenericNeuralNet
 from influence.scores.influence import Scores
-from influence.tool import alerts
+from influence.tool import alerts, recipe
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
 from influence.tool.explain import USUAL_WRONG, choose, label_of, plan_facts
@@ -281,7 +276,9 @@ def _actual(
     net, size = influence.net, subject.options.batch_size
     kept: dict[str, Any] = {"batch_size": size, "checkpoints": folder}
     if fit is not None:
-        options = RefitOptions(fit=_fitting(fit), key=_source(fit), method="fit", **kept)
+        options = RefitOptions(
+            fit=recipe.fitting(fit), key=recipe.source(fit), method="fit", **kept
+        )
         found = leave_one_out(subject.net, subject.train, test, removed, options)
         # A function without a tolerance is never `converged`.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
@@ -311,26 +308,6 @@ def _actual(
     )
     words = _RETRAINED if subject.at_minimum else _PROXIMAL
     return _Actual(found.change_if_removed, found.converged, words, found.gradient_norm)
-
-
-def _fitting(fit: Callable[..., Any]) -> Callable[[GenericNeuralNet, Examples], Any]:
-    """Return a function (net, rows) that calls the user's function with the model and arrays."""
-
-    def fitted(net: GenericNeuralNet, rows: Examples) -> Any:
-        weights = packing.sample_weights(rows.y)
-        arguments = [rows.x, packing.labels(rows.y)]
-        return fit(net.model, *arguments, *(() if weights is None else (weights,)))
-
-    return fitted
-
-
-def _source(fit: Callable[..., Any]) -> str:
-    """Return a hash of a function's module, so that another function's refits are not taken."""
-    try:
-        text = inspect.getsource(inspect.getmodule(fit) or fit)
-    except (OSError, TypeError):
-        text = repr(fit)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
