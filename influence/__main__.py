@@ -52,6 +52,7 @@ _OPTION_OF = {"rows": "--test-rows", "top": "--top", "wrong": "--wrong", "remove
 _OPTION_OF |= {"path": "MODEL", "model": "MODEL", "damping": "--damping", "index": "--index"}
 _OPTION_OF |= {"batch_size": "--batch-size", "out": "--out", "loss": "--loss"}
 _OPTION_OF |= {"folds": "--folds", "fit": "--fit", "history": "--history", "ranking": "--ranking"}
+_OPTION_OF |= {"groups": "--groups", "group_size": "--group-size"}
 _INPUTS = """
 MODEL  a saved model (.keras or .h5), or module:function that returns a Keras model
 DATA   an .npz file with x and y (or x_train, y_train, x_test, y_test)
@@ -212,6 +213,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
             metavar="MODULE:FUNCTION",
             help="retrain by your own function (model, x, y) instead",
         )
+        add(
+            "--groups",
+            type=int,
+            metavar="K",
+            help="remove K groups of rows instead, half with large scores and half at random; "
+            "train with new weights by --fit, over two seeds",
+        )
+        add("--group-size", type=int, metavar="N", help="rows in a group (default: a twentieth)")
         _add_rows(parser, "compare")
     _add_reading(parser)
     _add_computing(parser, command)
@@ -325,7 +334,14 @@ def _request(options: argparse.Namespace) -> Request:
         if options.csv is not None:
             asked = {"csv": str(Path(options.csv).expanduser().resolve())}
         else:
-            asked["remove"] = options.remove
+            if options.groups is None:
+                asked["remove"] = options.remove
+            else:
+                asked["groups"] = options.groups
+            if options.group_size is not None:
+                if options.groups is None:
+                    raise ValueError("--groups must be given with --group-size, got none.")
+                asked["group_size"] = options.group_size
             if options.fit is not None:
                 asked["fit"] = _absolute(options.fit)
     elif "ranking" in given:

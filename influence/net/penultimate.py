@@ -64,9 +64,14 @@ class Penultimate:
         if self.model is None:
             found = next(iter(x.values())) if isinstance(x, dict) else x
         else:
+            x = tf.nest.map_structure(tf.convert_to_tensor, x)
             if self._traced is None:
-                self._traced = tf.function(self._features, autograph=False, reduce_retracing=True)
-            found = self._traced(tf.nest.map_structure(tf.convert_to_tensor, x)).numpy()
+                any_rows = tf.nest.map_structure(
+                    lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), x
+                )
+                made = tf.function(self._features, autograph=False)
+                self._traced = made.get_concrete_function(any_rows)
+            found = self._traced(x).numpy()
         if scipy.sparse.issparse(found):
             found = found.toarray()
         found = np.asarray(found, np.float32)

@@ -25,6 +25,7 @@ from influence.tool.rows import Rows
 from influence.tool.store import Store
 from influence.tool.subject import Loaded, QuestionOptions, features_are_kept, on_disk
 from influence.tool.verify import verify
+from influence.tool.verify_groups import verify_groups
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -171,6 +172,8 @@ def _answer(
         if edited is not None:
             return correct(loaded, rows, test, edits=edited, options=options)  # type: ignore
         function = None if fit is None else function_of(fit, "--fit")
+        if "groups" in asked:
+            return verify_groups(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
         return verify(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     if request.command == "index":
         return index(loaded, rows, test, folder=str(request.index), options=options)  # type: ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.examples.examples import check_rows
 from influence.examples.given import Data
 from influence.net.checked import Net
+from influence.scores import asked
 from influence.scores.influence import Scores
 from influence.tool import alerts
 from influence.tool.answer import Answer, short, value_of
@@ -23,6 +25,7 @@ from influence.tool.subject import QuestionOptions, Subject
 USUAL_WRONG = 5
 # So many training rows of each kind are shown for each test row.
 USUAL_TOP = 8
+_ONLY_TO_ZERO = "this loss cannot fall below 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,20 @@ class Explanation(Answer):
     error_bounds: dict[tuple[int, int], float]
     why: str
 
+    @cached_property
+    def impossible(self) -> NDArray[np.bool_]:
+        """(m, n) True where a loss that is never negative would fall below 0."""
+        changes = np.asarray(self.scores)
+        if not asked.never_negative(self.subject.net.loss):
+            return np.zeros(changes.shape, bool)
+        return asked.impossible(self.subject.of_test.losses[self.rows].astype(float), changes)
+
     def records(self) -> list[dict[str, Any]]:
         """Return one dict for each shown pair of a test row and a training row."""
         found = []
         train, test = self.subject.train_rows, self.subject.shown_test
         given = self.subject.of_train
-        leverage = _leverage(self.scores)
+        leverage, impossible = _leverage(self.scores), self.impossible
         for position, row in enumerate(self.rows):
             for effect, chosen in (("helped", self.helpful), ("hurt", self.harmful)):
                 for rank, other in enumerate(chosen[position], 1):
@@ -69,6 +80,7 @@ class Explanation(Answer):
                         "change_if_removed": value_of(self.scores[position, other]),
                         "error_bound": value_of(self.error_bounds.get((position, int(other)))),
                     }
+                    record["impossible"] = bool(impossible[position, other])
                     if leverage is not None:
                         record["leverage"] = value_of(leverage[int(other)])
                     found.append(record)
@@ -131,7 +143,12 @@ class Explanation(Answer):
             "Predicted change of the test row's loss if the training row were left out. Positive: "
             "the row helped. The error bound is that of the solver alone."
         )
-        table = Table(caption, columns, [[r[key] for key in keys] for r in records])
+        if any(record["impossible"] for record in records):
+            caption += f" Impossible: {_ONLY_TO_ZERO}. Use the order there, not the size."
+            columns.append(Column("Impossible"))
+            keys.append("impossible")
+        shown = [r | {"impossible": "impossible" if r["impossible"] else ""} for r in records]
+        table = Table(caption, columns, [[r[key] for key in keys] for r in shown])
         sections.append(Section("All shown rows", parts=[table]))
         return Page(
             "Which training rows made these predictions?",
@@ -175,6 +192,8 @@ class Explanation(Answer):
             facts.append(f"label {plain(label, 60)}")
         change = float(self.scores[position, row])
         facts.append(f"without it the loss changes by {change:+.3g}")
+        if self.impossible[position, row]:
+            facts.append(f"impossible: {_ONLY_TO_ZERO}")
         bound = self.error_bounds.get((position, row), np.nan)
         if np.isfinite(bound):
             facts.append(f"solver's error at most {short(bound, 2)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,20 +74,9 @@ def out_of_fold(subject: Subject, num_folds: int, fit: recipe.Fit) -> OutOfSampl
 
 def _without(subject: Subject, rows: NDArray[np.int64], fit: recipe.Fit) -> NDArray:
     """Return the log probabilities (k, c), or numbers (k, 1), of rows by training without them."""
-    net, variables = subject.net, subject.net.model.variables
-    model = recipe.fresh(net.model)
-    recipe.train(fit, model, inputs_of(subject.train).without(rows))
-    before = [variable.numpy() for variable in variables]
-    try:
-        for variable, value in zip(variables, model.variables, strict=True):
-            variable.assign(value)
-        # Features of layers that the net holds to be frozen were computed with their old weights.
-        asked: Any = net.uncut()
-        some = inputs_of(subject.train).take(rows)
-        found = Predictions.of(asked, some, subject.options.batch_size)
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
+    whole = inputs_of(subject.train)
+    with recipe.retrained(subject.net, whole.without(rows), fit) as net:
+        found = Predictions.of(net, whole.take(rows), subject.options.batch_size)
     if found.probabilities is not None:
         return np.log(np.maximum(found.probabilities, _LEAST))
     assert found.predicted is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -52,7 +53,7 @@ def fresh(model: keras.Model) -> keras.Model:
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"folds must have a model that Keras can clone, got {model.name!r} "
+            f"model must be one that Keras can clone, got {model.name!r} "
             f"({type(error).__name__}: {reason}); give its own classes a get_config."
         ) from error
     for old, new in pairs:
@@ -69,6 +70,36 @@ def fresh(model: keras.Model) -> keras.Model:
     if copy.compiled and optimizer is not None:
         copy.optimizer = type(optimizer).from_config(optimizer.get_config())
     return copy
+
+
+@contextmanager
+def retrained(
+    net: GenericNeuralNet, rows: Examples, fit: Fit, seed: int | None = None
+) -> Iterator[GenericNeuralNet]:
+    """Train a fresh model on rows, and yield the net with its weights for a `with` block.
+
+    The net gets its own weights back afterwards. It answers with all of its layers, because
+    features of frozen layers may have been computed before.
+
+    Args:
+      net: the net whose model is trained anew.
+      rows: the rows, with the inputs of the whole model.
+      fit: a function as in `train`.
+      seed: the seed that is given to Keras before the weights are drawn, or None.
+    """
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
+    model = fresh(net.model)
+    train(fit, model, rows)
+    variables = net.model.variables
+    before = [variable.numpy() for variable in variables]
+    try:
+        for variable, value in zip(variables, model.variables, strict=True):
+            variable.assign(value)
+        yield net.uncut()
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
 
 
 def _leaves(model: Any) -> list[Any]:
