@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cleanlab.rank import get_label_quality_scores
+from cleanlab.rank import get_label_quality_scores  # pyright: ignore[reportMissingImports]
 
 METHODS = ("self_confidence", "normalized_margin")
 

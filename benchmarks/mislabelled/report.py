@@ -140,7 +140,7 @@ def _page(cases: list[dict[str, Any]]) -> str:
         cells = [" ".join(_share(case[f"{r}@{k}"]) for k in (5, 10, 20)) for r in _TABLE]
         missed = [key for key, value in judged(case).items() if value is False]
         star = "*" if case["alert"] else ""
-        default = {"margin": "closed form"}.get(case["ranking"], case["ranking"]) + star
+        default = RANKINGS[case["ranking"]] + star
         wrong = f"{case['share']:.0%} {case['kind']}"
         line = [case["set"], wrong, default, *cells, ", ".join(missed) or "none"]
         lines.append("| " + " | ".join(line) + " |")
