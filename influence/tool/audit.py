@@ -49,8 +49,8 @@ class Audit(Answer):
     """The training rows in the order in which their labels should be checked.
 
     Attributes:
-      values: (n,) numbers by ranking, of all rankings that were computed. `influence.tool
-        .mislabelled` describes them.
+      values: (n,) numbers by ranking, of all rankings that were computed, as described in
+        `influence.tool.mislabelled`.
       choice: the ranking that is used, and why.
       order: (n,) all rows, the most suspect first.
       suggested: by row, the label that confident learning gives in place of a doubted one.
@@ -221,21 +221,25 @@ def audit(
     Returns: an Audit, with `table`, `to_csv` and `to_html`. A notebook shows its page.
     Raises: TypeError or ValueError that names the argument that is wrong.
     """
-    _check(top, ranking, history, folds, fit)
+    _check(top, ranking, folds, fit)
     subject = Subject.of(model, train, test, options)
     n = len(subject.train)
     if folds is not None and folds > n:
         raise ValueError(f"folds must be at most the {n} training rows, got {folds}.")
-    values = {} if history is None else {"history": _history(history, n)}
+    # The options of the question may hold a history that has been checked against these rows.
+    history = getattr(subject, "history", None) if history is None else history
+    values = {} if history is None else {"history": _history(history, subject)}
+    if ranking == "history" and not values:
+        raise ValueError("history must be given for the ranking 'history', got None.")
     found: list[alerts.Alert] = []
     with alerts.listening() as heard:
         known = subject.of_train
-        cheap = subject.net.num_parameters <= _CHEAP and ranking == AUTO
-        if ranking == "self_influence" or cheap:
+        if ranking == "self_influence":
             found += alerts.of_report(subject.report, subject.plan) + alerts.of_plan(subject.plan)
-            values["self_influence"] = _self_influence(subject)
         else:
             found += alerts.of_report(subject.rows_report)
+        if ranking == "self_influence" or subject.net.num_parameters <= _CHEAP:
+            values["self_influence"] = _self_influence(subject)
         values["loss"] = known.losses.astype(np.float64)
         last, missing = _last_layer(subject)
         best: OutOfSample | None = last
@@ -268,7 +272,7 @@ def audit(
     )
 
 
-def _check(top: int, ranking: str, history: Any, folds: Any, fit: Any) -> None:
+def _check(top: int, ranking: str, folds: Any, fit: Any) -> None:
     """Check the arguments of `audit` before any work."""
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}.")
@@ -281,12 +285,11 @@ def _check(top: int, ranking: str, history: Any, folds: Any, fit: Any) -> None:
         there, gone = ("fit", "folds") if folds is None else ("folds", "fit")
         remedy = "fit trains the model without each fold, such as a function (model, x, y)."
         raise ValueError(f"{gone} must be given with {there}, got None; {remedy}")
-    for name, value in (("history", history), ("folds", folds)):
-        if ranking == name and value is None:
-            raise ValueError(f"{name} must be given for the ranking {name!r}, got None.")
+    if ranking == "folds" and folds is None:
+        raise ValueError("folds must be given for the ranking 'folds', got None.")
 
 
-def _history(history: Any, n: int) -> NDArray[np.float64]:
+def _history(history: Any, subject: Subject) -> NDArray[np.float64]:
     """Return the mean margin of each row over the epochs of a recorded training.
 
     Raises: ValueError for a history of other rows, or without an epoch.
@@ -295,12 +298,15 @@ def _history(history: Any, n: int) -> NDArray[np.float64]:
         from influence.net.recorder import History  # pyright: ignore[reportMissingImports]
 
         history = History.load(history)
-    found = np.asarray(getattr(history, "margins", None), float)
+    n, found = len(subject.train), np.asarray(getattr(history, "margins", None), float)
     if found.ndim != 2 or found.shape[1] != n or not len(found):
         raise ValueError(
             f"history must have the margins (epochs, {n}) of these training rows, got "
             f"{found.shape if found.ndim else type(history).__name__}."
         )
+    check = getattr(history, "check_rows", None)
+    if check is not None:
+        check(subject.train)
     return found.mean(axis=0)
 
 
