@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.progress import progress
-from influence.examples.featured import inputs_of
 from influence.tool import recipe
 from influence.tool.last_layer import OutOfSample
 from influence.tool.predictions import Predictions
@@ -74,7 +73,7 @@ def out_of_fold(subject: Subject, num_folds: int, fit: recipe.Fit) -> OutOfSampl
 
 def _without(subject: Subject, rows: NDArray[np.int64], fit: recipe.Fit) -> NDArray:
     """Return the log probabilities (k, c), or numbers (k, 1), of rows by training without them."""
-    whole = inputs_of(subject.train)
+    whole = subject.whole(subject.train_rows, subject.train)
     with recipe.retrained(subject.net, whole.without(rows), fit) as net:
         found = Predictions.of(net, whole.take(rows), subject.options.batch_size)
     if found.probabilities is not None:

@@ -109,3 +109,25 @@ def test_numbers_are_predicted_without_their_fold():
     w = np.linalg.lstsq(one[~inside], y[~inside], rcond=None)[0]
     assert found.values["folds"][4] == pytest.approx(-abs(y[4] - one[4] @ w), rel=1e-4)
     assert found.order[0] == 4
+
+
+def test_frozen_layers_keep_their_weights_in_every_fold():
+    keras.utils.set_random_seed(1)
+    stack = [layers.Dense(8, "tanh", name="frozen"), layers.Dense(2, name="head")]
+    model = keras.Sequential([keras.Input((4,)), *stack])
+    model.get_layer("frozen").trainable = False
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    kernel = model.get_layer("frozen").kernel.numpy()
+    seen = []
+
+    def fit(model, x, y):
+        seen.append((x, model.get_layer("frozen").kernel.numpy()))
+        model.get_layer("head").set_weights([np.ones((8, 2)) * [0, 1], np.zeros(2)])
+
+    x = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    y = np.arange(20) % 2
+    found = audit(model, (x, y), folds=2, fit=fit, options=QuestionOptions(check=False))
+    assert found.subject.net.flat.trunk is not None
+    assert all(part.shape == (10, 4) and np.array_equal(w, kernel) for part, w in seen)
+    z = np.tanh(x @ kernel + model.get_layer("frozen").bias.numpy()).sum(axis=1)
+    np.testing.assert_allclose(found.values["folds"], np.where(y == 1, z, -z), rtol=1e-4, atol=1e-4)
