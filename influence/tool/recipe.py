@@ -65,6 +65,8 @@ def fresh(model: keras.Model) -> keras.Model:
             made = [*new._trainable_variables, *new._non_trainable_variables]
             for variable, value in zip(made, own, strict=True):
                 variable.assign(value)
+            if isinstance(new, keras.layers.Normalization):
+                new.finalize_state()  # it computes with copies of its weights
     compile_like(copy, model)
     optimizer: Any = getattr(model, "optimizer", None)
     if copy.compiled and optimizer is not None:
