@@ -43,6 +43,7 @@ from influence.tool.correct import Correction, correct
 from influence.tool.explain import Explanation, explain
 from influence.tool.subject import QuestionOptions
 from influence.tool.verify import Verification, verify
+from influence.tool.verify_groups import GroupVerification, verify_groups
 from influence.truth.continued import ContinuedOptions, continued_training
 from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
@@ -59,5 +60,5 @@ __all__ += ["LeaveOneOutOutputs", "leave_one_out_outputs"]
 __all__ += ["Refits", "RefitOptions", "RunOptions", "leave_group_out", "leave_one_out"]
 __all__ += ["ContinuedOptions", "ProximalOptions", "continued_training", "proximal_response"]
 __all__ += ["Audit", "Correction", "Explanation", "QuestionOptions", "Verification"]
-__all__ += ["audit", "correct", "explain", "verify"]
+__all__ += ["GroupVerification", "audit", "correct", "explain", "verify", "verify_groups"]
 __all__ += ["BEST_RULE", "PAPER_RULE", "PoisonOptions", "Rule", "poison"]

@@ -26,6 +26,7 @@ from influence.tool.rows import Rows
 from influence.tool.store import Store
 from influence.tool.subject import Loaded, QuestionOptions, features_are_kept, on_disk
 from influence.tool.verify import verify
+from influence.tool.verify_groups import verify_groups
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -177,11 +178,15 @@ def _answer(
         if edited is not None:
             return correct(loaded, rows, test, edits=edited, options=options)  # type: ignore
         function = None if fit is None else function_of(fit, "--fit")
+        if "groups" in asked:
+            return verify_groups(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
         return verify(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     if request.command == "index":
         return index(loaded, rows, test, folder=str(request.index), options=options)  # type: ignore
     if request.command == "audit":
-        return audit(loaded, rows, options=options, **asked)  # type: ignore[arg-type]
+        fit = asked.pop("fit", None)
+        function = None if fit is None else function_of(fit, "--fit")
+        return audit(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     ask: Callable[..., Answer] = explain if request.command == "explain" else checked
     return ask(loaded, rows, test, options=options, **asked)
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.examples.examples import check_rows
 from influence.examples.given import Data
 from influence.net.checked import Net
+from influence.scores import asked
 from influence.scores.influence import Scores
 from influence.tool import alerts
 from influence.tool.answer import Answer, short, value_of
@@ -24,6 +25,7 @@ from influence.tool.subject import QuestionOptions, Subject
 USUAL_WRONG = 5
 # So many training rows of each kind are shown for each test row.
 USUAL_TOP = 8
+_ONLY_TO_ZERO = "this loss cannot fall below 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +61,20 @@ class Explanation(Answer):
         history = self.subject.history
         return None if history is None or not history.of_classes else history.learned()
 
+    @cached_property
+    def impossible(self) -> NDArray[np.bool_]:
+        """(m, n) True where a loss that is never negative would fall below 0."""
+        changes = np.asarray(self.scores)
+        if not asked.never_negative(self.subject.net.loss):
+            return np.zeros(changes.shape, bool)
+        return asked.impossible(self.subject.of_test.losses[self.rows].astype(float), changes)
+
     def records(self) -> list[dict[str, Any]]:
         """Return one dict for each shown pair of a test row and a training row."""
         found = []
         train, test = self.subject.train_rows, self.subject.shown_test
         given = self.subject.of_train
-        leverage = _leverage(self.scores)
+        leverage, impossible = _leverage(self.scores), self.impossible
         for position, row in enumerate(self.rows):
             for effect, chosen in (("helped", self.helpful), ("hurt", self.harmful)):
                 for rank, other in enumerate(chosen[position], 1):
@@ -79,6 +89,7 @@ class Explanation(Answer):
                         "change_if_removed": value_of(self.scores[position, other]),
                         "error_bound": value_of(self.error_bounds.get((position, int(other)))),
                     }
+                    record["impossible"] = bool(impossible[position, other])
                     if leverage is not None:
                         record["leverage"] = value_of(leverage[int(other)])
                     if self.learned is not None:
@@ -146,7 +157,12 @@ class Explanation(Answer):
             "Predicted change of the test row's loss if the training row were left out. Positive: "
             "the row helped. The error bound is that of the solver alone."
         )
-        table = Table(caption, columns, [[r[key] for key in keys] for r in records])
+        if any(record["impossible"] for record in records):
+            caption += f" Impossible: {_ONLY_TO_ZERO}. Use the order there, not the size."
+            columns.append(Column("Impossible"))
+            keys.append("impossible")
+        shown = [r | {"impossible": "impossible" if r["impossible"] else ""} for r in records]
+        table = Table(caption, columns, [[r[key] for key in keys] for r in shown])
         sections.append(Section("All shown rows", parts=[table]))
         return Page(
             "Which training rows made these predictions?",
@@ -190,6 +206,8 @@ class Explanation(Answer):
             facts.append(f"label {plain(label, 60)}")
         change = float(self.scores[position, row])
         facts.append(f"without it the loss changes by {change:+.3g}")
+        if self.impossible[position, row]:
+            facts.append(f"impossible: {_ONLY_TO_ZERO}")
         bound = self.error_bounds.get((position, row), np.nan)
         if np.isfinite(bound):
             facts.append(f"solver's error at most {short(bound, 2)}")

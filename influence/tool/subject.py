@@ -23,7 +23,7 @@ from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved, load_model
 from influence.net.trunk import Trunk
-from influence.preflight.check import check
+from influence.preflight.check import check, check_rows
 from influence.preflight.report import Line, Report
 from influence.scores.influence import Influence
 from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, prepare
@@ -157,6 +157,17 @@ class Subject:
         """The rows that are explained: test rows, or training rows if there are no test rows."""
         return self.train_rows if self.test_rows is None else self.test_rows
 
+    def whole(self, rows: Rows, examples: Examples) -> Examples:
+        """Return rows of this subject with the inputs of the whole model, with its frozen layers.
+
+        Args:
+          rows: `train_rows`, or `shown_test`.
+          examples: the same rows as the net takes them.
+        """
+        if self.net.flat.trunk is None:
+            return examples
+        return self.net.uncut().given(rows.examples, rows.argument)
+
     @property
     def store(self) -> Store:
         """The folders of kept results."""
@@ -279,6 +290,13 @@ class Subject:
             for key in ("name", "verdict", "meaning", "remedy")
         }
         return found | {"value": np.array([line.value for line in lines], float)}
+
+    @cached_property
+    def rows_report(self) -> Report | None:
+        """The lines of the check about rows and labels, for answers that use no derivatives."""
+        if not self.options.check:
+            return None
+        return check_rows(self.net, self.train, batch_size=self.options.batch_size)
 
     @property
     def at_minimum(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +11,12 @@ import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 from influence.curvature.operators import Hessian
-from influence.examples import labels as packing
 from influence.examples.examples import Examples
 from influence.examples.given import Data
 from influence.net.checked import Net
-from influence.net.net import GenericNeuralNet
 from influence.scores.influence import Scores
-from influence.tool import alerts
+from influence.solvers import CG, Nystrom
+from influence.tool import alerts, recipe
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
 from influence.tool.explain import USUAL_WRONG, choose, label_of, plan_facts
@@ -44,6 +41,8 @@ _RELIABLE = 0.5
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
 # A proximal response takes at most this many data passes.
 _PASSES = 30
+# A sketch of this rank gives the steps of proximal responses where the scores' solver is CG.
+_RANK = 50
 # This many rows are refitted together. An interrupted run goes on after each block.
 _BLOCK = 5
 _RETRAINED = "retraining without the row, to the minimum of the risk"
@@ -296,7 +295,9 @@ def _actual(
     test = subject.test.take(chosen)
     kept: dict[str, Any] = {"batch_size": size, "checkpoints": folder}
     if fit is not None:
-        options = RefitOptions(fit=_fitting(fit), key=_source(fit), method="fit", **kept)
+        options = RefitOptions(
+            fit=recipe.fitting(fit), key=recipe.source(fit), method="fit", **kept
+        )
         found = leave_one_out(subject.net, subject.train, test, removed, options)
         # A function without a tolerance is never `converged`.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
@@ -338,7 +339,7 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
         test,
         removed,
         ProximalOptions(
-            solver=influence.prepared,
+            solver=_steps(subject),
             tolerance=_CONVEX_TOLERANCE if hessian else _TOLERANCE,
             max_iterations=_PASSES,
             block=_BLOCK,
@@ -351,24 +352,16 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
     return _Actual(found.change_if_removed, found.converged, words, found.gradient_norm)
 
 
-def _fitting(fit: Callable[..., Any]) -> Callable[[GenericNeuralNet, Examples], Any]:
-    """Return a function (net, rows) that calls the user's function with the model and arrays."""
+def _steps(subject: Subject) -> Any:
+    """Return the inverse for the steps of proximal responses.
 
-    def fitted(net: GenericNeuralNet, rows: Examples) -> Any:
-        weights = packing.sample_weights(rows.y)
-        arguments = [rows.x, packing.labels(rows.y)]
-        return fit(net.model, *arguments, *(() if weights is None else (weights,)))
-
-    return fitted
-
-
-def _source(fit: Callable[..., Any]) -> str:
-    """Return a hash of a function's module, so that another function's refits are not taken."""
-    try:
-        text = inspect.getsource(inspect.getmodule(fit) or fit)
-    except (OSError, TypeError):
-        text = repr(fit)
-    return hashlib.sha256(text.encode()).hexdigest()
+    Any inverse leads to the same minimum, which the gradient certifies. Where the scores' solver
+    solves each system by many products, a sketch of the matrix costs them only once.
+    """
+    solver, influence = subject.plan.solver, subject.influence
+    if not isinstance(solver, CG) or isinstance(influence.operator, Hessian):
+        return influence.prepared
+    return Nystrom(_RANK) if solver.preconditioner is None else solver.preconditioner
 
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:

@@ -370,3 +370,37 @@ def test_ctrl_c_in_a_process_is_one_line_and_the_next_run_goes_on(place, tmp_pat
     done = subprocess.run(words, stdout=subprocess.PIPE, timeout=120, check=False, **how)
     assert (done.returncode, without_bars(done.stderr)) == (0, "")
     assert not checkpoints.exists() and (tmp_path / "o" / "verify.html").exists()
+
+
+def test_audit_takes_test_rows_a_ranking_and_folds(ask, place, tmp_path):
+    (place / "own.py").write_text(
+        "import numpy as np\ndef fit(model, x, y):\n    model.fit(x, y, epochs=1, verbose=0)\n"
+    )
+    status, out, _ = ask("audit", "m.keras", "d.npz", "--test", "d.npz", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["ranking"] == "margin"
+    assert found["last_layer"]["held_out_loss"] > 0
+    words = ("--folds", 3, "--fit", "own.py:fit", "--json")
+    found = json.loads(ask("audit", "m.keras", "d.npz", *words)[1])
+    assert found["ranking"] == "folds"
+    assert all(row["folds"] is not None for row in found["rows"])
+    assert (
+        json.loads(ask("replay", tmp_path / "out" / "run.toml", "--json")[1])["ranking"] == "folds"
+    )
+    found = json.loads(ask("audit", "m.keras", "d.npz", "--ranking", "loss", "--json")[1])
+    losses = [row["loss"] for row in found["rows"]]
+    assert losses == sorted(losses, reverse=True)
+    status, _, err = ask("audit", "m.keras", "d.npz", "--folds", 3)
+    assert status == 2 and "--fit must be given with folds" in err
+
+
+def test_verify_removes_groups(ask, place):
+    (place / "own.py").write_text(
+        "def fit(model, x, y):\n    model.fit(x, y, epochs=1, verbose=0)\n"
+    )
+    words = ("--groups", 4, "--group-size", 2, "--fit", "own.py:fit", "--test-rows", 1, "--json")
+    status, out, _ = ask("verify", "m.keras", "d.npz", *words)
+    found = json.loads(out)
+    assert status == 0 and found["question"] == "groupverification"
+    assert [row["drawn"] for row in found["rows"]] == ["chosen"] * 2 + ["random"] * 2
+    assert ask("verify", "m.keras", "d.npz", "--group-size", 2)[0] == 2
