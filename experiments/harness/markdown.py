@@ -152,8 +152,9 @@ def _figure(folder: Path, record: Record) -> list[str]:
 def _results(record: Record) -> list[str]:
     return [
         f"{len(record.claims)} claims: {report.counts_of(record)}. Brackets hold a 95 % interval. "
-        "The band is the published value's own uncertainty or, where it has none, 10 %. For an aim "
-        "of ours it was set before the run.",
+        "The band of a published value is its own uncertainty or, where it has none, 10 %. Where "
+        "the paper has words or nothing, the band is our choice. "
+        f"[bands.csv]({_UP}/tests/experiments/bands.csv) has the date on which it was set.",
         _claims(record, metric=False),
     ]
 
