@@ -379,8 +379,7 @@ def sentence(words: str) -> str:
     """Return the words with a capital letter and a full stop. A symbol such as r stays small."""
     if not words:
         return ""
-    first = words if words[1:2] == " " else words[0].upper() + words[1:]
-    return f"{first}."
+    return f"{words if re.match(r'. = ', words) else words[0].upper() + words[1:]}."
 
 
 def remarks(record: Record) -> list[str]:

@@ -30,7 +30,7 @@ def test_page_holds_everything(fake):
     assert '<td class="short">not reproduced</td>' in page
     assert page.count("The shift of the mean</td>") == 1  # no claim is shown of the stand-in
     assert "All claims: 1 not reproduced." in page
-    assert "A fake figure: the mean of random numbers." in page
+    assert "<h2>A fake figure: the mean of random numbers</h2>" in page
     for word in ("tensorflow", "peak rss mb", "SHA-256 " + "5a" * 32, "shift = 1.5"):
         assert word in page
     assert 'src="http' not in page and "<link" not in page  # self-contained
