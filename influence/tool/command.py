@@ -141,8 +141,7 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
     if request.test is not None:
         with named("--test", request.test):
             test, _ = read(request.test, loaded.wanted, request.reading, like=rows)
-    parts = [loaded.net.model, *(() if loaded.trunk is None else (loaded.trunk,))]
-    weights = [weight.numpy().tobytes() for part in parts for weight in part.weights]
+    weights = [weight.numpy().tobytes() for weight in loaded.net.model.weights]
     content = {"model": hashlib.sha256(b"".join(weights)).hexdigest(), "data": rows.content}
     if test is not None:
         content["test"] = test.content

@@ -20,19 +20,19 @@ from influence.examples.examples import Examples
 from influence.net.checked import Net
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved, load_model
+from influence.net.trunk import Trunk
 from influence.preflight.check import check
 from influence.preflight.report import Line, Report
 from influence.scores.influence import Influence
 from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, prepare
 from influence.solvers.ekfac import factors_of, prepared_from
 from influence.solvers.plan import Plan
-from influence.tool.model import cut_frozen
 from influence.tool.predictions import Predictions
 from influence.tool.rows import Rows, Wanted
 from influence.tool.store import Store, name_of, texts
 
 # Kept results of another number are not used. It rises if the same inputs give other results.
-_FORMAT = 1
+_FORMAT = 2
 # The frozen layers are run for this many rows at a time, and each part is kept.
 _PART = 256
 # A matrix above this size is not kept for an interrupted run. `index` keeps it at any size.
@@ -66,13 +66,11 @@ class Loaded:
     """A model that was read.
 
     Attributes:
-      net: the net. If the first layers are frozen, it is the rest of the model.
-      trunk: the frozen first layers, or None.
-      wanted: what the whole model takes.
+      net: the net.
+      wanted: what the model takes.
     """
 
     net: GenericNeuralNet
-    trunk: keras.Model | None
     wanted: Wanted
 
     @classmethod
@@ -84,18 +82,14 @@ class Loaded:
         if is_saved(model):
             model = load_model(model, compiled=loss is None)  # type: ignore[arg-type]
         if isinstance(model, GenericNeuralNet):
-            return cls(model, None, Wanted.by(None, model))
+            return cls(model, Wanted.by(model))
         if not isinstance(model, keras.Model):
             raise TypeError(
                 "model must be a Keras model, a GenericNeuralNet or the path of a saved model, got "
                 f"{type(model).__name__}."
             )
-        trunk, rest = cut_frozen(model)
-        if trunk is None:
-            net = GenericNeuralNet(model, loss)
-            return cls(net, None, Wanted.by(None, net))
-        net = GenericNeuralNet(rest, loss)
-        return cls(net, trunk, Wanted.by(model, net))
+        net = GenericNeuralNet(model, loss)
+        return cls(net, Wanted.by(net))
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,50 +269,37 @@ class Subject:
 
 
 def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
-    """Return rows as the net takes them. Frozen layers are run once, and features are kept."""
-    if loaded.trunk is None:
-        return loaded.net.given(rows.examples, rows.argument)
-    trunk, name = loaded.trunk, _features_name(loaded.trunk, rows)
+    """Return rows as the net takes them. Features of frozen layers are read from the store."""
+    net, trunk = loaded.net, loaded.net.flat.trunk
+    if trunk is None or store == Store():
+        return net.given(rows.examples, rows.argument)
+    name = _features_name(trunk, rows)
     starts = range(0, len(rows), _PART)
     parts = [store.find(f"{name}-{start}") for start in starts]
     missing = [start for start, part in zip(starts, parts, strict=True) if part is None]
-    if missing:
-        for start, x in progress(
-            _batches(rows, missing), "features of the frozen layers", len(missing)
-        ):
-            parts[start // _PART] = store.kept(
-                f"{name}-{start}", lambda x=x: {"features": _features(trunk, x)}
-            )
-    found = np.concatenate([part["features"] for part in parts if part is not None])
+    given: Any = net.given(rows.examples, rows.argument) if missing else None
+    for start in progress(missing, "features of the frozen layers", len(missing)):
+        some = np.arange(start, min(start + _PART, len(rows)))
+        made = lambda some=some: trunk(given.given.take(some).x)  # noqa: E731
+        parts[start // _PART] = store.kept(f"{name}-{start}", made)
+    known = [part for part in parts if part is not None]
+    features = {key: np.concatenate([part[key] for part in known]) for key in trunk.names}
+    if given is not None:
+        given.hold(features)
+        net.validate(given, rows.argument)  # features that depend on other rows are refused
     if rows.labels is None:
-        return Examples(found, rows.examples.y)
-    return Examples(found, rows.labels, rows.weights)
+        return Examples(features, rows.examples.y)
+    return Examples(features, rows.labels, rows.weights)
 
 
 def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:
     """Return True if no frozen layer must be run for these rows."""
-    if loaded.trunk is None:
-        return True
-    return store.find(f"{_features_name(loaded.trunk, rows)}-0") is not None
+    trunk = loaded.net.flat.trunk
+    return trunk is None or store.find(f"{_features_name(trunk, rows)}-0") is not None
 
 
-def _features_name(trunk: keras.Model, rows: Rows) -> str:
-    # Variables would include the state of Dropout's generator, which each loading draws anew.
-    weights = [weight.numpy() for weight in trunk.weights]
-    shapes = [(layer.name, type(layer).__name__) for layer in trunk.layers]
-    return name_of("features", weights, shapes, rows.content)
-
-
-def _batches(rows: Rows, starts: list[int]) -> Iterator[tuple[int, Any]]:
-    wanted = np.concatenate([np.arange(s, min(s + _PART, len(rows))) for s in starts])
-    batches = rows.examples.batches(_PART, wanted)
-    for start, (x, _) in zip(starts, batches, strict=True):
-        yield start, x
-
-
-def _features(trunk: keras.Model, x: NDArray) -> NDArray:
-    pieces = [np.asarray(trunk(x[k : k + 32], training=False)) for k in range(0, len(x), 32)]
-    return np.concatenate(pieces)
+def _features_name(trunk: Trunk, rows: Rows) -> str:
+    return name_of("features", trunk.digest, rows.content)
 
 
 def _can_be_kept(solver: Any) -> bool:
