@@ -31,7 +31,13 @@ ORDER = {
         {"__init__"},
         {"__main__"},
     ),
-    "experiments": ({"__init__"}, {"harness"}, {"shared"}, FIGURES, {"__main__"}),
+    "experiments": (
+        {"__init__"},
+        {"harness"},
+        {"shared"},
+        FIGURES | {"figure2"},
+        {"__main__"},
+    ),
 }
 PACKAGES = {
     "experiments": {"experiments", "data", "influence"},

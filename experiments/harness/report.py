@@ -329,16 +329,22 @@ def _flat(value: Any) -> list[str]:
 
 
 def time(record: Record) -> str:
-    """Return how long a run took, as in "14 s"; "–" if unknown."""
+    """Return how long a run took, as in "14 s"; "–" if unknown.
+
+    An older record of an interrupted run has only the time of the last stretch.
+    """
     seconds = record.provenance.get("seconds")
     if not isinstance(seconds, int | float):
         return "–"
     words = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    return f"{words} (its last part)" if record.provenance.get("resumed") else words
+    return f"{words} (its last part)" if _is_partial(record) else words
 
 
 def memory(record: Record) -> str:
-    """Return the largest memory of a run's process, as in "1.4 GB"; "–" if unknown."""
+    """Return the largest memory of a run's process, as in "1.4 GB"; "–" if unknown.
+
+    Records with `stretches` count the workers too.
+    """
     megabytes = record.provenance.get("peak_rss_mb")
     return f"{megabytes / 1000:.1f} GB" if isinstance(megabytes, int | float) else "–"
 
@@ -348,10 +354,15 @@ def cost(record: Record) -> str:
     if time(record) == "–":
         return ""
     cores = record.provenance.get("cpu_count", "unknown")
-    said = f"Time: {time(record)}. CPU cores: {cores}. Memory: {memory(record)}, without workers."
-    if record.provenance.get("resumed"):
+    workers = "with" if "stretches" in record.provenance else "without"
+    said = f"Time: {time(record)}. CPU cores: {cores}. Memory: {memory(record)}, {workers} workers."
+    if _is_partial(record):
         said += " The run was interrupted, so its whole time is unknown."
     return said
+
+
+def _is_partial(record: Record) -> bool:
+    return bool(record.provenance.get("resumed")) and "stretches" not in record.provenance
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -131,6 +131,9 @@ def test_an_interrupted_run_says_so(tmp_path):
     assert report.cost(report.Record(provenance=facts | {"resumed": False, "seconds": 14.4})) == (
         "Time: 14 s. CPU cores: 2. Memory: 1.4 GB, without workers."
     )
+    whole = facts | {"stretches": 2}
+    assert report.time(report.Record(provenance=whole)) == "2 min"
+    assert report.cost(report.Record(provenance=whole)).endswith("1.4 GB, with workers.")
     assert report.cost(report.Record()) == ""
 
 
