@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +19,11 @@ from influence.common.progress import progress
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples
 from influence.net.checked import Net
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved, load_model
 from influence.net.trunk import Trunk
-from influence.preflight.check import check
+from influence.preflight.check import check, check_rows
 from influence.preflight.report import Line, Report
 from influence.scores.influence import Influence
 from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, prepare
@@ -51,6 +53,7 @@ class QuestionOptions:
       check: False to skip the check before the computation.
       index: a folder that `index` filled, or None.
       checkpoints: a folder for the results of an unfinished run, or None.
+      history: the History of the training, or the folder that `Recorder` wrote, or None.
     """
 
     loss: Any = None
@@ -59,6 +62,7 @@ class QuestionOptions:
     check: bool = True
     index: Path | None = None
     checkpoints: Path | None = None
+    history: History | str | os.PathLike | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +140,11 @@ class Subject:
         tested = examples if of_test is None else _examples(loaded, of_test, store)
         for name, part in (("train", examples), ("test", tested)):
             loaded.net.validate(part, name)
+        history = History.of(options.history)
+        if history is not None:
+            history.check_net(loaded.net)
+            history.check_rows(examples)
+            options = replace(options, history=history)
         return cls(loaded, rows, of_test, examples, tested, options)
 
     @property
@@ -148,15 +157,33 @@ class Subject:
         """The rows that are explained: test rows, or training rows if there are no test rows."""
         return self.train_rows if self.test_rows is None else self.test_rows
 
+    def whole(self, rows: Rows, examples: Examples) -> Examples:
+        """Return rows of this subject with the inputs of the whole model, with its frozen layers.
+
+        Args:
+          rows: `train_rows`, or `shown_test`.
+          examples: the same rows as the net takes them.
+        """
+        if self.net.flat.trunk is None:
+            return examples
+        return self.net.uncut().given(rows.examples, rows.argument)
+
     @property
     def store(self) -> Store:
         """The folders of kept results."""
         return Store(self.options.index, self.options.checkpoints)
 
+    @property
+    def history(self) -> History | None:
+        """The history of the training, or None."""
+        return History.of(self.options.history)
+
     @cached_property
     def key(self) -> str:
         """A hash of the net, the training rows and the options that the factors depend on."""
-        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT)
+        history = self.history
+        more = () if history is None else (history.rates, history.steps, history.by_gradient_steps)
+        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT, *more)
 
     @cached_property
     def of_train(self) -> Predictions:
@@ -190,7 +217,13 @@ class Subject:
         plan = None if found is None else _plan_of(found)
         if plan is not None:
             return self._from(plan), plan
-        influence = Influence(self.net, self.train, damping=self.options.damping, batch_size=size)
+        influence = Influence(
+            self.net,
+            self.train,
+            damping=self.options.damping,
+            batch_size=size,
+            history=self.history,
+        )
         plan = influence.plan
         if self.store.work is None or not _can_be_kept(plan.solver):
             return influence, plan
@@ -257,6 +290,13 @@ class Subject:
             for key in ("name", "verdict", "meaning", "remedy")
         }
         return found | {"value": np.array([line.value for line in lines], float)}
+
+    @cached_property
+    def rows_report(self) -> Report | None:
+        """The lines of the check about rows and labels, for answers that use no derivatives."""
+        if not self.options.check:
+            return None
+        return check_rows(self.net, self.train, batch_size=self.options.batch_size)
 
     @property
     def at_minimum(self) -> bool:
