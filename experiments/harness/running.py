@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -269,9 +268,7 @@ def _verdicts(record: Record, module: ModuleType) -> str:
 
 def _finding(record: Record, module: ModuleType) -> str:
     """Say the result on stand-in data in one line, without the paper's values."""
-    found = re.sub(  # a metric's name may have a dot, so str.format does not serve
-        r"\{(.+?)\}", lambda name: report.number(record.metrics[name[1]]), module.FINDING
-    )
+    found = report.finding(record)
     where = f"on {record.data['name']}, a stand-in for {module.DATA}"
     return f"{found} {where}; {_checked(record, module)}"
 
