@@ -303,9 +303,13 @@ def leverage_of_largest(inverse: Inverse, rows: NDArray, changes: NDArray) -> ND
     largest = np.argsort(-np.abs(changes), axis=1)[:, :_WATCHED]
     at = np.unique(largest.T.ravel()[:_WATCHED])
     chosen = inverse.train.take(rows[at])
-    J = np.concatenate(list(chosen.map_over(jacobians, net, batch_size=inverse.batch_size)))
-    X = inverse.prepared(J.reshape(-1, J.shape[2]).T, measure=False).x
-    K = np.einsum("kad,dkb->kab", J, X.reshape(J.shape[2], *J.shape[:2]))
+    if inverse.blocks_by == "factors":
+        apply: Any = inverse.prepared.apply
+        K = chosen.each_row(apply.output_blocks, net, batch_size=inverse.batch_size)
+    else:
+        J = np.concatenate(list(chosen.map_over(jacobians, net, batch_size=inverse.batch_size)))
+        X = inverse.prepared(J.reshape(-1, J.shape[2]).T, measure=False).x
+        K = np.einsum("kad,dkb->kab", J, X.reshape(J.shape[2], *J.shape[:2]))
     _, _, S = split_terms(chosen.each_row(output_terms, net, batch_size=inverse.batch_size))
     leverage = np.full(len(rows), np.nan)
     leverage[at] = np.einsum("kab,kba->k", S, K) / len(inverse.train)
