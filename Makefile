@@ -44,8 +44,8 @@ bench: $(VENV)/installed ## compare speed with targets and other libraries, 1 ho
 	done
 	@$(BIN)/python -m benchmarks $(PARTS)
 
-readme: $(VENV)/installed ## update the README's table from results/*/record.json
-	@$(BIN)/python -m experiments report --readme README.md --results results
+readme: $(VENV)/installed ## update README's table and docs/experiments from results/*/record.json
+	@$(BIN)/python -m experiments report --readme README.md --pages docs/experiments --results results
 
 clean: ## remove generated files, except .venv and results
 	@rm -rf out examples-out influence-out build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -21,14 +21,26 @@ def rows(n=N, seed=0):
     return x.astype(np.float32), y
 
 
+@contextmanager
+def double():
+    """Let Keras add losses and penalties in float64."""
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
+
+
 def model(optimizer=None, dtype="float64"):
     """Return the model, the same in every call."""
     keras.utils.set_random_seed(5)
     l2 = keras.regularizers.L2(PENALTY)
-    dense = keras.layers.Dense(CLASSES, kernel_regularizer=l2, dtype=dtype)
-    found = keras.Sequential([keras.Input((FEATURES,), dtype=dtype), dense])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype=dtype)
-    found.compile(optimizer or keras.optimizers.SGD(RATE, momentum=MOMENTUM), loss)
+    with double():
+        dense = keras.layers.Dense(CLASSES, kernel_regularizer=l2, dtype=dtype)
+        found = keras.Sequential([keras.Input((FEATURES,), dtype=dtype), dense])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype=dtype)
+        found.compile(optimizer or keras.optimizers.SGD(RATE, momentum=MOMENTUM), loss)
     return found
 
 
@@ -38,19 +50,9 @@ def train(folder, epochs=4, batch_size=N, found=None, **options):
     x, y = rows()
     asked: dict[str, Any] = {"every": 1} | options
     recorder = Recorder(folder, (x, y), **asked)
-    with double():  # Keras adds the penalty and the loss in its default dtype
+    with double():
         found.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, callbacks=[recorder])
     return found
-
-
-@contextmanager
-def double():
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    try:
-        yield
-    finally:
-        keras.config.set_floatx(before)
 
 
 def parts(theta):
