@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         script = Path(case.__file__).with_name("cleanlab_scores.py")
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         subprocess.run([python, str(script), str(options.kept)], check=True, env=clean)
-    report.write(options.kept, options.out)
+    report.write(options.kept, options.out, len(cases(list(SETS))))
     return 0
 
 

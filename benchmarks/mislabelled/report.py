@@ -90,15 +90,15 @@ def judged(case: dict[str, Any]) -> dict[str, bool | None]:
     return {"recall": good, "time": quick, "above": above}
 
 
-def write(kept: Path, out: Path) -> None:
-    """Write audit.csv, README.md and audit.png."""
+def write(kept: Path, out: Path, planned: int) -> None:
+    """Write audit.csv, README.md and audit.png of the finished ones of the planned cases."""
     import pandas as pd
 
     cases = read(kept)
     out.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame([{**case, **_judged_columns(case)} for case in cases])
     frame.to_csv(out / "audit.csv", index=False, float_format="%.4g")
-    (out / "README.md").write_text(_page(cases), encoding="utf-8")
+    (out / "README.md").write_text(_page(cases, planned), encoding="utf-8")
     _figure(cases, out / "audit.png")
 
 
@@ -106,7 +106,7 @@ def _judged_columns(case: dict[str, Any]) -> dict[str, Any]:
     return {f"target_{key}": value for key, value in judged(case).items()}
 
 
-def _page(cases: list[dict[str, Any]]) -> str:
+def _page(cases: list[dict[str, Any]], planned: int) -> str:
     counts = {key: [judged(case)[key] for case in cases] for key in ("recall", "time", "above")}
     met = {
         key: (values.count(True), len(values) - values.count(None))
@@ -120,7 +120,8 @@ def _page(cases: list[dict[str, Any]]) -> str:
         "are shares of the wrong labels among the first 5, 10 and 20 % of the rows. `default` is "
         "the ranking that `audit` took with 1,000 or fewer clean held-out rows and no history; * "
         "marks its alert about memorised labels. cleanlab 2.9 ranks by its default score, and by "
-        "its margin, of the same out-of-fold probabilities.\n",
+        f"its margin, of the same out-of-fold probabilities. {len(cases)} of {planned} planned "
+        "cases have been run.\n",
         "![recall](audit.png)\n",
         "## Targets\n",
         "| target | cases that meet it |\n|---|---|",

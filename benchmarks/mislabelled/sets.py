@@ -58,7 +58,7 @@ def planted(y: NDArray, x: NDArray, share: float, kind: str) -> tuple[NDArray, N
     else:
         p = _likely(x.reshape(n, -1).tobytes(), x.reshape(n, -1).shape, y.tobytes())
         other = p.copy()
-        other[np.arange(n), y] = -1
+        other[np.arange(n), y] = -np.inf
         noisy[rows] = other[rows].argmax(axis=1)
     return noisy, noisy != y
 
@@ -67,7 +67,9 @@ def planted(y: NDArray, x: NDArray, share: float, kind: str) -> tuple[NDArray, N
 def _likely(x: bytes, shape: tuple[int, int], y: bytes) -> NDArray:
     flat = np.frombuffer(x, np.float32).reshape(shape)
     rule = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1)
-    return cross_val_predict(rule, flat, np.frombuffer(y, np.int64), cv=5, method="predict_proba")
+    return cross_val_predict(
+        rule, flat, np.frombuffer(y, np.int64), cv=5, method="decision_function"
+    )
 
 
 # --- data ---------------------------------------------------------------------------------------

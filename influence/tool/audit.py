@@ -14,6 +14,7 @@ from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.given import Data
 from influence.net.checked import Net
+from influence.net.history import History
 from influence.tool import alerts, mislabelled
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.explain import label_of, plan_facts
@@ -295,8 +296,6 @@ def _history(history: Any, subject: Subject) -> NDArray[np.float64]:
     Raises: ValueError for a history of other rows, or without an epoch.
     """
     if isinstance(history, str | os.PathLike):
-        from influence.net.recorder import History  # pyright: ignore[reportMissingImports]
-
         history = History.load(history)
     n, found = len(subject.train), np.asarray(getattr(history, "margins", None), float)
     if found.ndim != 2 or found.shape[1] != n or not len(found):

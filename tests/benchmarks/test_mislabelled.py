@@ -51,13 +51,18 @@ def test_the_page_states_misses(tmp_path):
         # cleanlab finds all in the first set, and nothing in the second.
         by = np.where(first["wrong"], -1.0, 1.0) * (1 if "uniform" in name else -1)
         np.savez(kept / "cleanlab" / f"{name}.npz", self_confidence=by, normalized_margin=by)
-    report.write(kept, out)
+    report.write(kept, out, 24)
     table = pd.read_csv(out / "audit.csv")
     assert table["cleanlab@10"].tolist() == [1.0, 0.0]
     assert table["target_recall"].tolist() == [False, True]
     assert table["target_time"].tolist() == [True, True]
     text = (out / "README.md").read_text()
-    assert "1 of 2" in text and "| recall |" in text and (out / "audit.png").exists()
+    assert (
+        "1 of 2" in text
+        and "2 of 24 planned cases" in text
+        and "| recall |" in text
+        and (out / "audit.png").exists()
+    )
     margin = report.recall(first["margin"], first["wrong"], 0.1, True)
     assert table["margin@10"][0] == pytest.approx(margin, abs=1e-3)
 

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 from influence import QuestionOptions, audit
+from influence.net.history import History
 from tests import oracles
+from tests.influence import recorded
 from tests.influence.problems import ridge
 
 NO_CHECK = QuestionOptions(check=False)
@@ -122,6 +124,24 @@ def test_the_history_ranks_where_the_features_have_memorised(memory):
     assert recall(mean) > recall(found.values["margin"]) + 0.1
     assert set(found.suggested) == set(np.flatnonzero(mean < 0))
     assert all(label == 1 - memory.train[1][row] for row, label in found.suggested.items())
+
+
+def test_the_folder_of_a_recorder_is_a_history(tmp_path):
+    model = recorded.train(tmp_path / "run", epochs=3)
+    x, y = recorded.rows()
+    how = {"ranking": "history", "options": NO_CHECK}
+    found = audit(model, (x, y), history=tmp_path / "run", **how)
+    mean = History.load(tmp_path / "run").margins.mean(axis=0)
+    np.testing.assert_allclose(found.values["history"], mean)
+    np.testing.assert_array_equal(found.order, np.argsort(mean, kind="stable"))
+    z = x @ model.layers[0].kernel.numpy() + model.layers[0].bias.numpy()
+    best = np.where(np.eye(3)[y] == 1, -np.inf, z).max(axis=1)
+    last = History.load(tmp_path / "run").margins[-1]
+    np.testing.assert_allclose(last, z[np.arange(40), y] - best, rtol=1e-6)
+    with pytest.raises(ValueError, match="must have the labels of the history"):
+        audit(model, (x, y[::-1].copy()), history=tmp_path / "run", **how)
+    how["options"] = QuestionOptions(check=False, history=tmp_path / "run")
+    np.testing.assert_allclose(audit(model, (x, y), **how).values["history"], mean)
 
 
 def test_features_that_generalise_raise_no_alert(problem, found):
