@@ -23,8 +23,6 @@ extensions = [
     "plain_docstrings",
     "present_files",
 ]
-# The pages of experiments are generated. Until they are, the list of them is empty.
-suppress_warnings = ["toc.empty_glob"]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 nitpicky = True
 # Only our own names can be looked up without a network.

@@ -2,7 +2,7 @@
 
 A link in a page's source leads to the file, so that it also works where the source is read. In the
 site, a link to a file that is a page leads to the page. A link to any other file outside of docs/
-makes the file a download.
+makes the file a download. A list of generated pages is left out until there is one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ _ROOT = Path(__file__).resolve().parents[2]
 _DOCS = _ROOT / "docs"
 # The page in docs/ that shows each file, if the file exists.
 _PAGES = {"CHANGELOG.md": "changelog", "results/benchmarks/README.md": "benchmarks"}
+# A list of pages that match nothing would be a warning.
+_OPTIONS = r"(?::\w+:.*\n)*"
+_LIST = re.compile(rf"^```{{toctree}}\n{_OPTIONS}:glob:\n{_OPTIONS}\n(\S+)\n```\n", re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s]+)(?=\))")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Read the files into their pages, and follow the links to files outside of docs/."""
     app.connect("source-read", _read)
+    # Their files change without them.
+    app.connect("env-get-outdated", lambda *_: ["experiments", *_PAGES.values()])
     return {"parallel_read_safe": True}
 
 
 def _read(app: Sphinx, name: str, source: list[str]) -> None:
     folder = (_DOCS / name).parent
+    source[0] = _LIST.sub(lambda found: found[0] if [*folder.glob(found[1])] else "", source[0])
     shown = [file for file, page in _PAGES.items() if page == name and (_ROOT / file).is_file()]
     if shown:
         source[0] = (_ROOT / shown[0]).read_text(encoding="utf-8")
