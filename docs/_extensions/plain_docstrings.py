@@ -16,7 +16,6 @@ import influence
 _SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 _HEAD = re.compile(rf"^({'|'.join(_SECTIONS)}):(?: (.*))?$")
 _ITEM = re.compile(r"^(- |\d+\. )")
-_FIELD = re.compile(r"^[\w*, ]+: ")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -60,31 +59,40 @@ def _section(name: str, first: str, rest: list[str]) -> list[str]:
     if not first:
         return [f"{name}:", *map(_marked, rest)]
     words = " ".join([first, *(line.strip() for line in rest)])
-    if name in ("Args", "Attributes"):  # a sentence instead of a list
+    errors = _errors(words) if name == "Raises" else []
+    if errors:
+        return ["Raises:", *(f"  {_marked(part)}" for part in errors)]
+    if name in ("Args", "Attributes", "Raises"):  # a sentence instead of a list
         return [f"**{name}:** {_marked(words)}"]
-    if name == "Raises":
-        return ["Raises:", *(f"  {_marked(part)}" for part in _errors(words))]
     # Napoleon would take words before a colon for a type.
     return [f"{name}:", f"  {_marked(words).replace(': ', chr(92) + ': ', 1)}"]
 
 
 def _errors(words: str) -> list[str]:
-    """Split `TypeError for a; ValueError for b.` into `TypeError: for a` and `ValueError: ...`."""
+    """Split `TypeError for a; ValueError for b.` into `TypeError: for a.` and `ValueError: ...`.
+
+    Returns: the parts, or nothing if one does not begin with an error's name.
+    """
     parts = re.split(r"(?<=[.;]) (?=[A-Z]\w*(?:Error|Warning)\b)", words)
-    found = []
-    for part in parts:
-        match = re.match(r"([A-Z]\w*(?:Error|Warning)),? (.*)", part.rstrip(";."))
-        found.append(f"{match[1]}: {match[2]}." if match else f"\\ {part}")
-    return found
+    found = [re.match(r"([A-Z]\w*(?:Error|Warning)),? (.*)", part.rstrip(";.")) for part in parts]
+    return [f"{match[1]}: {match[2]}." for match in found if match] if all(found) else []
 
 
 def _paragraph(block: list[str]) -> list[str]:
-    """Return a paragraph, a list, or a paragraph that leads to one."""
-    found = []
+    """Return a paragraph, a list, or a paragraph that leads to one.
+
+    A line in a sentence may begin with a minus. It begins a list only if it is the first one, or
+    after a colon or another item.
+    """
+    found: list[str] = []
+    in_list = False
     for line in block:
-        if _ITEM.match(line) and found and not _ITEM.match(found[-1]) and found[-1][:1] != " ":
-            found.append("")
-        found.append(_marked(line))
+        if _ITEM.match(line) and not in_list:
+            in_list = not found or found[-1].endswith(":")
+            if in_list and found:
+                found.append("")
+        minus = line.startswith("- ") and not in_list
+        found.append(("\\" if minus else "") + _marked(line))
     return found
 
 

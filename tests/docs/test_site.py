@@ -117,3 +117,31 @@ def test_docstrings_are_shown_as_they_are_written(site):
     assert "D2 = D1 + k / (n - k) H^-1 (H_U - H) D1" in plain
     assert "problematic" not in text  # the class of text that Sphinx could not read
     assert not re.search(r"(?<!`)``?\w+``?(?!`)", plain), "a backtick is left"
+
+
+def test_docstrings_become_markup(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
+    from plain_docstrings import rewritten
+
+    text = """Return |x| of `x` and `Examples`, v_(t-1).
+
+        y = a * b
+    Args: as `scores`.
+    Returns: (k,): numbers.
+    Raises: ValueError for a; TypeError for b.
+    Raises: as `scores`.
+    """
+    lines = [line.removeprefix("    ") for line in text.splitlines()]
+    found = [line for line in rewritten(lines) if line]
+    assert found == [
+        r"Return \|x\| of ``x`` and :py:obj:`~influence.Examples`, v\_(t-1).",
+        "::",
+        "      y = a * b",
+        "**Args:** as ``scores``.",
+        "Returns:",
+        r"  (k,)\: numbers.",
+        "Raises:",
+        "  ValueError: for a.",
+        "  TypeError: for b.",
+        "**Raises:** as ``scores``.",
+    ]
