@@ -15,6 +15,10 @@ import influence
 
 _SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 _HEAD = re.compile(rf"^({'|'.join(_SECTIONS)}):(?: (.*))?$")
+# One error, and not `TypeError or ValueError ...`.
+_ERROR = re.compile(r"([A-Z]\w*(?:Error|Warning)) (?!or |[A-Z]\w*Error)(.*)")
+# Several names with one text. Napoleon would take all but the last for a type.
+_NAMES = re.compile(r"^( +)(\w+(?:, \w+)+): ")
 _ITEM = re.compile(r"^(- |\d+\. )")
 
 
@@ -57,7 +61,8 @@ def rewritten(lines: list[str]) -> list[str]:
 def _section(name: str, first: str, rest: list[str]) -> list[str]:
     """Return a section. Its text may begin in the line of its name."""
     if not first:
-        return [f"{name}:", *map(_marked, rest)]
+        joined = [_NAMES.sub(lambda m: f"{m[1]}{m[2].replace(', ', ',')}: ", line) for line in rest]
+        return [f"{name}:", *map(_marked, joined)]
     words = " ".join([first, *(line.strip() for line in rest)])
     errors = _errors(words) if name == "Raises" else []
     if errors:
@@ -71,10 +76,10 @@ def _section(name: str, first: str, rest: list[str]) -> list[str]:
 def _errors(words: str) -> list[str]:
     """Split `TypeError for a; ValueError for b.` into `TypeError: for a.` and `ValueError: ...`.
 
-    Returns: the parts, or nothing if one does not begin with an error's name.
+    Returns: the parts, or nothing if one does not begin with the name of one error.
     """
     parts = re.split(r"(?<=[.;]) (?=[A-Z]\w*(?:Error|Warning)\b)", words)
-    found = [re.match(r"([A-Z]\w*(?:Error|Warning)),? (.*)", part.rstrip(";.")) for part in parts]
+    found = [_ERROR.match(part.rstrip(";.")) for part in parts]
     return [f"{match[1]}: {match[2]}." for match in found if match] if all(found) else []
 
 

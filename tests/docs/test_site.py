@@ -129,7 +129,9 @@ def test_docstrings_become_markup(monkeypatch):
     Args: as `scores`.
     Returns: (k,): numbers.
     Raises: ValueError for a; TypeError for b.
-    Raises: as `scores`.
+    Raises: TypeError or ValueError for c.
+    Attributes:
+      x, y: numbers.
     """
     lines = [line.removeprefix("    ") for line in text.splitlines()]
     found = [line for line in rewritten(lines) if line]
@@ -143,5 +145,7 @@ def test_docstrings_become_markup(monkeypatch):
         "Raises:",
         "  ValueError: for a.",
         "  TypeError: for b.",
-        "**Raises:** as ``scores``.",
+        "**Raises:** TypeError or ValueError for c.",
+        "Attributes:",
+        "  x,y: numbers.",
     ]
