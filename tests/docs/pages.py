@@ -28,6 +28,7 @@ from sybil.parsers.markdown import CodeBlockParser
 ROOT = Path(__file__).resolve().parents[2]
 # The pages whose blocks are run. Those of docs/experiments are generated from records.
 PATTERNS = ("README.md", "docs/*.md", "docs/api/*.md", "docs/notebooks/*.md")
+_BLOCK = re.compile(r"^ *```(?:python|bash|sh|console)$", re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\d|\d)?(?:\.\d+|\d\.?)(?:[eE][-+]?\d+)?")
 # A value may be off by this share of the last digit shown: a half, and a little for rounding.
 _OFF = 0.51
@@ -40,7 +41,7 @@ class Wrong(AssertionError):
 def documents() -> list[Path]:
     """Return the pages that have blocks of code."""
     found = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-    return [path for path in found if "\n```" in path.read_text(encoding="utf-8")]
+    return [path for path in found if _BLOCK.search(path.read_text(encoding="utf-8"))]
 
 
 def evaluate(path: Path, namespace: dict[str, Any] | None = None) -> int:

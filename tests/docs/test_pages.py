@@ -27,13 +27,14 @@ def test_the_blocks_of_a_page_run(path, elsewhere):
 
 
 def _given(path: Path) -> dict:
-    """Return the names that a page takes as given: a trained model with its rows."""
+    """Return the names that a page takes as given: a trained model, its rows, the public names."""
     if path.name != "README.md":
         return {}
     import keras
     import pandas
 
     import data
+    import influence
 
     x, y = data.load("digits").train
     keras.utils.set_random_seed(0)
@@ -43,7 +44,8 @@ def _given(path: Path) -> dict:
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x, y = np.array(x[:300]), np.array(y[:300])
     model.fit(x, y, epochs=20, verbose=0)
-    given = {"model": model, "x_train": x[:200], "y_train": y[:200]}
+    given = {name: getattr(influence, name) for name in influence.__all__}
+    given |= {"model": model, "x_train": x[:200], "y_train": y[:200]}
     given |= {"x_test": x[200:], "y_test": y[200:]}
     return given | {"frame": pandas.DataFrame(x), "labels": y}
 
