@@ -28,7 +28,7 @@ ENV HOME=/home/influence \
     INFLUENCE_DATA=/data \
     INFLUENCE_OUT=/out
 
-COPY influence_console.py .
+COPY LICENSE influence_console.py ./
 COPY influence influence
 COPY data data
 COPY experiments experiments

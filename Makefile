@@ -44,8 +44,8 @@ bench: $(VENV)/installed ## compare speed with targets and other libraries, 1 ho
 	done
 	@$(BIN)/python -m benchmarks $(PARTS)
 
-readme: $(VENV)/installed ## update the README's table from results/*/record.json
-	@$(BIN)/python -m experiments report --readme README.md --results results
+readme: $(VENV)/installed ## update README's table and docs/experiments from results/*/record.json
+	@$(BIN)/python -m experiments report --readme README.md --pages docs/experiments --results results
 
 docs: $(VENV)/installed-docs ## build the documentation; the first page is out/docs/index.html
 	@$(BIN)/python docs/write_notebooks.py

@@ -51,6 +51,14 @@ def influence() -> None:
     run(main)
 
 
+def experiments() -> None:
+    """Run the command `influence-experiments`, which is `python -m experiments`."""
+    _begin()
+    from experiments.__main__ import main
+
+    run(main)
+
+
 def _begin() -> None:
     global _stderr
     _open_standard_descriptors()

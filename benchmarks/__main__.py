@@ -15,6 +15,7 @@ from benchmarks import (
     cnn,
     lissa,
     machine,
+    networks,
     peers,
     problem,
     products,
@@ -25,6 +26,7 @@ from benchmarks import (
 )
 from benchmarks.clock import watched
 from benchmarks.cnn import Network
+from benchmarks.networks import Perceptron
 from benchmarks.problem import Problem
 from benchmarks.solves import OURS, PYDVL, Setting
 from benchmarks.table import PARTS
@@ -68,6 +70,8 @@ class Sizes:
     """the paper's test point, depth and repeats"""
     network: Network = Network()
     """the paper's network, trained for 20,000 steps instead of 500,000"""
+    perceptron: Perceptron = Perceptron()
+    """a network of 1.8 million weights"""
     peers: tuple[tuple[str, float], ...] = (("digits", 45), ("mnist", 45))
     """problems on which every solver of every peer runs, and the seconds allowed for a process"""
     peers_points: int = 10
@@ -88,9 +92,11 @@ SMOKE = Sizes(
     network=Network(
         num_rows=100, point=0, filters=2, strides=(1, 2), schedule=((60, 1e-2),), damping=0.3
     ),
+    perceptron=Perceptron(widths=(20, 20), num_rows=300, num_tests=10, rounds=1, audited=400),
     peers=(),
 )
-ON_STAND_IN = replace(Sizes(), network=SMOKE.network)  # the stand-in's images are smaller
+# The stand-in has fewer and smaller images.
+ON_STAND_IN = replace(Sizes(), network=SMOKE.network, perceptron=SMOKE.perceptron)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,6 +199,7 @@ def run(
             p, point=sizes.lissa[0], depth=sizes.lissa[1], repeats=sizes.lissa[2]
         ),
         "cnn": lambda: cnn.run(p, sizes.network, checkpoints=checkpoints),
+        "networks": lambda: networks.run(p, sizes.perceptron),
         "peers": lambda: _peers(p, data_dir, sizes),
     }
     result: dict[str, Any] = dict(about)

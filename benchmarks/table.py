@@ -3,11 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.networks import CHECKED
 from benchmarks.peers import ROUNDING
 from benchmarks.solves import OURS, PYDVL, describe
 from benchmarks.targets import meaning
 
-PARTS = ("products", "scores", "all-scores", "refits", "solves", "lissa", "cnn", "peers")
+PARTS = (
+    "products",
+    "scores",
+    "all-scores",
+    "refits",
+    "solves",
+    "lissa",
+    "cnn",
+    "networks",
+    "peers",
+)
 _VERDICTS = {True: "holds", False: "FALLS SHORT", None: "not judged"}
 _WAYS = {"closed_form": "closed form", "tape": "tape"}
 
@@ -22,6 +33,7 @@ def page(result: dict[str, Any]) -> str:
         "solves": lambda r: "## The same systems solved by two libraries\n\n" + _solves(r),
         "lissa": lambda r: "## LiSSA at the paper's setting\n\n" + _lissa(r),
         "cnn": lambda r: "## The convolutional network\n\n" + _cnn(r),
+        "networks": lambda r: "## A network of a million weights\n\n" + _networks(r),
         "peers": _all_peers,
     }
     parts = [
@@ -202,6 +214,32 @@ def _lissa(result: dict[str, Any]) -> str:
         f"The residual is {_number(part['residual'])}. The correlation between the scores of all "
         f"rows and the exact scores is {part['pearson']:.4f}."
     )
+
+
+def _networks(result: dict[str, Any]) -> str:
+    part = result["networks"]
+    shape, audit = part["network"], part["audit"]
+    lines = [
+        f"A perceptron with {part['d']:,} weights, {shape['num_rows']:,} rows, EK-FAC. One pass is "
+        f"an epoch of `fit` over these rows, {part['pass_seconds']:.2f} s. The process grew by "
+        f"{part['memory_gb']:.2f} GB.",
+        "",
+        "| question | passes |",
+        "|---|---|",
+        *(f"| {name.replace('_', ' ')} | {value:.1f} |" for name, value in part["passes"].items()),
+        "",
+        f"An audit of {audit['num_rows']:,} rows, {audit['num_wrong']:,} labels wrong: "
+        + ", ".join(f"{name} {value:.0f} s" for name, value in audit["seconds"].items())
+        + ". Share of the wrong labels found:",
+        "",
+        "| ranking | " + " | ".join(f"{share:.0%} checked" for share in CHECKED) + " |",
+        "|---" * (len(CHECKED) + 1) + "|",
+        *(
+            f"| {name.replace('_', '-')} | " + " | ".join(f"{value:.3f}" for value in found) + " |"
+            for name, found in audit["recall"].items()
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def _cnn(result: dict[str, Any]) -> str:

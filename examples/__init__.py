@@ -35,7 +35,7 @@ class Trial:
     def words(self, command: str) -> list[str]:
         """Return the words of a command about this model, without `python -m influence`."""
         found = [command, str(self.model), str(self.data), *self.options]
-        if self.test is not None and command != "audit":
+        if self.test is not None:
             found += ["--test", str(self.test)]
         return found
 

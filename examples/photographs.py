@@ -20,8 +20,8 @@ def make(out: Path, folder: Path | None) -> Trial:
 
     Args:
       out: the folder to write to.
-      folder: the folder with `dogfish` and `mobilenet`, as the README describes it, or None for
-        small drawn pictures and a small network with random weights.
+      folder: the folder with `dogfish` and `mobilenet`, as docs/experiments describes it, or None
+        for small drawn pictures and a small network with random weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)

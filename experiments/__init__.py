@@ -12,6 +12,8 @@ A figure is a file, or a folder with `figure.py`. Its module offers
                                     optional
     FINDING: str                    the result in a few words, with metrics in braces
     DEVIATIONS: tuple[str, ...]     each difference from the paper, with both values and its effect
+    CAPTION: str                    how to read the figure; the first sentence describes the picture
+    remarks(record) -> list[str]    optional; sentences for the experiment's page
     run(config, data, *, checkpoints=None) -> Record      arrays and metrics: Record.of(...)
     draw(record) -> Figure          uses only the Record
     photographs(record, data, *, checkpoints=None) -> Figure
@@ -60,13 +62,23 @@ def summaries() -> dict[str, str]:
     Returns: a dict from command to the first line of its module's docstring. Modules that do not
       exist are left out.
     """
+    return {command: text.partition("\n")[0] for command, text in descriptions().items()}
+
+
+def descriptions() -> dict[str, str]:
+    """Return a dict from command to its module's docstring, like `summaries`."""
     found = {}
     for command, module in MODULES.items():
         source = _source(module)
         if source is not None:
             doc = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
-            found[command] = (doc or "").partition("\n")[0]
+            found[command] = doc or ""
     return found
+
+
+def source(command: str) -> str:
+    """Return the path of an experiment's module inside the repository."""
+    return f"experiments/{MODULES[command].replace('.', '/')}.py"
 
 
 def load(command: str) -> ModuleType:

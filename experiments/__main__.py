@@ -19,7 +19,7 @@ import tyro
 
 import experiments
 import influence_console as console
-from experiments.harness import claims, report
+from experiments.harness import claims, markdown, report, web_page
 from experiments.harness.record import replacing
 from experiments.harness.running import (
     SMOKE,
@@ -63,6 +63,9 @@ class ReportOptions:
     readme: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """file whose table of results is rewritten, together with README.md in the folder of --results;
     the page is then not written"""
+    pages: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """folder for a page in markdown about each experiment; the list in its README.md is rewritten
+    too; the folder is docs/experiments in this repository"""
     results: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results")
     """folder of the records that the tables show"""
 
@@ -137,22 +140,34 @@ def _report(rest: Sequence[str]) -> int:
         if folder.exists() and not folder.is_dir():
             raise Misuse(f"{name} must be a folder of records, {console.shown(folder)} is a file.")
     try:
-        if options.readme is None:
-            print(f"report written to {console.shown(report.write_page(options.out))}")
+        if options.readme is None and options.pages is None:
+            print(f"report written to {console.shown(web_page.write_page(options.out))}")
             return 0
-        text = report.with_table(options.readme.read_text(encoding="utf-8"), options.results)
-        pages = {
-            options.results / "README.md": report.long_table(options.results),
-            options.readme: text,
-        }
-        for path, page in pages.items():
+        texts = _texts(options)
+        for path, text in texts.items():
             with replacing(path) as partial:
-                partial.write_text(page, encoding="utf-8")
+                partial.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         line = console.unwritten(error)
         raise Misuse(str(error)) if line is None else Unwritten(line) from error
-    print(f"{console.shown(options.readme)}: table written from {console.shown(options.results)}")
+    where = ", ".join(console.shown(path) for path in (options.readme, options.pages) if path)
+    print(f"{where}: {len(texts)} files written from {console.shown(options.results)}")
     return 0
+
+
+def _texts(options: ReportOptions) -> dict[Path, str]:
+    """Return the generated files and their texts."""
+    texts, results = {}, options.results
+    if options.readme is not None:
+        before = options.readme.read_text(encoding="utf-8")
+        texts[options.readme] = markdown.with_block(before, markdown.short_table(results))
+        texts[results / "README.md"] = markdown.long_table(results)
+    if options.pages is not None:
+        index = options.pages / "README.md"
+        before = index.read_text(encoding="utf-8")
+        texts[index] = markdown.with_block(before, markdown.index(results))
+        texts |= {options.pages / name: text for name, text in markdown.pages(results).items()}
+    return texts
 
 
 def _judge(rest: Sequence[str]) -> int:

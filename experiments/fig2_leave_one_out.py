@@ -98,6 +98,10 @@ PRESETS = {
 
 _CLOSE = Published("section 4.1 and figure 2, left and middle", words="close match")
 _READ = "figure 2, read off the notebook's plot"
+_HEADLINE = (
+    "Figure 2, left: correlation and slope of predicted on actual changes, 500 removals, conjugate "
+    "gradients"
+)
 CLAIMS = (
     Claim(
         "pearson_cg",
@@ -105,7 +109,7 @@ CLAIMS = (
         _CLOSE,
         0.9999,
         1.0,
-        headline="r and slope over 500 removals, conjugate gradients",
+        headline=_HEADLINE,
     ),
     Claim(
         "slope_cg",
@@ -113,7 +117,7 @@ CLAIMS = (
         _CLOSE,
         0.985,
         1.005,
-        headline="r and slope over 500 removals, conjugate gradients",
+        headline=_HEADLINE,
     ),
     Claim("sign_agreement_cg", "Share of removals whose sign is predicted", None, 0.998, 1.0),
     Claim("smallest_actual", "Smallest actual change, in nats", Published(_READ, -0.025)),
@@ -138,7 +142,7 @@ CLAIMS = (
         _CLOSE,
         0.96,
         1.0,
-        headline="r of LiSSA, the worst and the median of five seeds",
+        headline="Figure 2, middle: correlation by LiSSA, the worst and the median of five seeds",
     ),
     Claim(
         "lissa_median_pearson",
@@ -146,7 +150,7 @@ CLAIMS = (
         _CLOSE,
         0.98,
         1.0,
-        headline="r of LiSSA, the worst and the median of five seeds",
+        headline="Figure 2, middle: correlation by LiSSA, the worst and the median of five seeds",
     ),
     Claim("test_accuracy", "Accuracy of the model on the test images", None, 0.90, 0.92),
 )
@@ -173,6 +177,14 @@ DEVIATIONS = (
     "Beyond the paper: we add ten further test points with 100 removals each. For the first test "
     "point's 40 rows of largest |influence|, we also predict the change by one exact Newton step, "
     "in closed form, on the risk without the row.",
+)
+CAPTION = (
+    "Three scatter plots: predicted against actual changes of a test loss by conjugate gradients "
+    "and by LiSSA, and the errors of two predictions. a, b: each point is a training image that "
+    "was removed before the model was refitted. On the diagonal, prediction and truth are equal. "
+    "The gap around zero has a reason: only the images with the largest predicted changes were "
+    "removed. c: the error of the prediction for the images with the largest influence, to first "
+    "order as in the paper, and by one Newton step."
 )
 
 

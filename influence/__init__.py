@@ -17,7 +17,9 @@ from influence.models.hinge import SmoothHinge
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
 from influence.models.top_layer import TopLayer
 from influence.net import measurements
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
+from influence.net.recorder import Recorder
 from influence.preflight.check import check
 from influence.scores.datainf import datainf
 from influence.scores.influence import Influence, Scores
@@ -41,13 +43,14 @@ from influence.tool.correct import Correction, correct
 from influence.tool.explain import Explanation, explain
 from influence.tool.subject import QuestionOptions
 from influence.tool.verify import Verification, verify
+from influence.tool.verify_groups import GroupVerification, verify_groups
 from influence.truth.continued import ContinuedOptions, continued_training
 from influence.truth.leave_out import RefitOptions, Refits, leave_group_out, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
 from influence.truth.runs import RunOptions
 
 __all__ = ["Examples", "Stream", "class_weights", "GenericNeuralNet", "measurements", "check"]
-__all__ += ["ConvergenceWarning", "DivergenceError"]
+__all__ += ["ConvergenceWarning", "DivergenceError", "History", "Recorder"]
 __all__ += ["AllCNN", "BinaryLogisticRegression", "MulticlassLogisticRegression", "SmoothHinge"]
 __all__ += ["TopLayer", "GaussNewton", "Hessian", "spectrum", "suggest_damping"]
 __all__ += ["CG", "Direct", "EKFAC", "Lanczos", "LiSSA", "Nystrom"]
@@ -57,5 +60,5 @@ __all__ += ["LeaveOneOutOutputs", "leave_one_out_outputs"]
 __all__ += ["Refits", "RefitOptions", "RunOptions", "leave_group_out", "leave_one_out"]
 __all__ += ["ContinuedOptions", "ProximalOptions", "continued_training", "proximal_response"]
 __all__ += ["Audit", "Correction", "Explanation", "QuestionOptions", "Verification"]
-__all__ += ["audit", "correct", "explain", "verify"]
+__all__ += ["GroupVerification", "audit", "correct", "explain", "verify", "verify_groups"]
 __all__ += ["BEST_RULE", "PAPER_RULE", "PoisonOptions", "Rule", "poison"]

@@ -19,9 +19,11 @@ import pooch
 
 import influence_console as console
 from influence.common.convergence import DivergenceError
+from influence.tool.audit import AUTO
 from influence.tool.audit import USUAL_TOP as _SUSPECTS
 from influence.tool.command import COMMANDS, RUN, Request, Result, from_toml, run
 from influence.tool.explain import USUAL_TOP, USUAL_WRONG
+from influence.tool.mislabelled import RANKINGS
 from influence.tool.read import Reading
 from influence.tool.verify import USUAL_REMOVE
 
@@ -49,6 +51,8 @@ Ask a trained Keras model about its training data. The answer is one page.
 _OPTION_OF = {"rows": "--test-rows", "top": "--top", "wrong": "--wrong", "remove": "--remove"}
 _OPTION_OF |= {"path": "MODEL", "model": "MODEL", "damping": "--damping", "index": "--index"}
 _OPTION_OF |= {"batch_size": "--batch-size", "out": "--out", "loss": "--loss"}
+_OPTION_OF |= {"folds": "--folds", "fit": "--fit", "history": "--history", "ranking": "--ranking"}
+_OPTION_OF |= {"groups": "--groups", "group_size": "--group-size"}
 _INPUTS = """
 MODEL  a saved model (.keras or .h5), or module:function that returns a Keras model
 DATA   an .npz file with x and y (or x_train, y_train, x_test, y_test)
@@ -159,8 +163,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="the trained model, see below")
     parser.add_argument("data", metavar="DATA", help="the training rows, see below")
     add = parser.add_argument
-    if command != "audit":
-        add("--test", metavar="DATA", help="the test rows, in a form of DATA")
+    add("--test", metavar="DATA", help="the test rows, in a form of DATA")
     if command == "explain":
         _add_rows(parser, "explain")
         add(
@@ -176,8 +179,24 @@ def _parser(command: str) -> argparse.ArgumentParser:
             type=int,
             default=_SUSPECTS,
             metavar="N",
-            help=f"rows on the page, with a suggested label (default {_SUSPECTS}); the CSV file "
-            "has all rows",
+            help=f"rows on the page (default {_SUSPECTS}); the CSV file has all rows",
+        )
+        add(
+            "--ranking",
+            choices=(AUTO, *RANKINGS),
+            default=AUTO,
+            help="what the order is by (default: auto, which says what it takes and why)",
+        )
+        add(
+            "--folds",
+            type=int,
+            metavar="K",
+            help="train K times, each time without a part of the rows, by --fit; such as 5",
+        )
+        add(
+            "--fit",
+            metavar="MODULE:FUNCTION",
+            help="your own function (model, x, y), which trains a model with new weights",
         )
     elif command == "verify":
         add(
@@ -193,6 +212,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
             metavar="MODULE:FUNCTION",
             help="retrain by your own function (model, x, y) instead",
         )
+        add(
+            "--groups",
+            type=int,
+            metavar="K",
+            help="remove K groups of rows instead, half with large scores and half at random; "
+            "train with new weights by --fit, over two seeds",
+        )
+        add("--group-size", type=int, metavar="N", help="rows in a group (default: a twentieth)")
         _add_rows(parser, "compare")
     _add_reading(parser)
     _add_computing(parser, command)
@@ -275,6 +302,11 @@ def _add_computing(parser: argparse.ArgumentParser, command: str) -> None:
         "influence/index in the user's cache); only the command index writes to it",
     )
     if command not in ("check", "index"):
+        add(
+            "--history",
+            metavar="FOLDER",
+            help="the record of the training, which influence.Recorder wrote as a callback of fit",
+        )
         add("--no-check", action="store_true", help="skip the check, and its alerts")
 
 
@@ -306,9 +338,22 @@ def _request(options: argparse.Namespace) -> Request:
         if options.csv is not None:
             asked = {"csv": str(Path(options.csv).expanduser().resolve())}
         else:
-            asked["remove"] = options.remove
+            if options.groups is None:
+                asked["remove"] = options.remove
+            else:
+                asked["groups"] = options.groups
+            if options.group_size is not None:
+                if options.groups is None:
+                    raise ValueError("--groups must be given with --group-size, got none.")
+                asked["group_size"] = options.group_size
             if options.fit is not None:
                 asked["fit"] = _absolute(options.fit)
+    elif "ranking" in given:
+        asked["ranking"] = options.ranking
+        if options.folds is not None:
+            asked["folds"] = options.folds
+        if options.fit is not None:
+            asked["fit"] = _absolute(options.fit)
     scale = options.scale
     if scale is not None and len(scale) not in (1, 2):
         raise ValueError(f"--scale must be a factor and an offset, got {len(scale)} numbers.")
@@ -333,6 +378,7 @@ def _request(options: argparse.Namespace) -> Request:
         damping=options.damping,
         batch_size=options.batch_size,
         check=not given.get("no_check", False),
+        history=None if given.get("history") is None else _absolute(options.history),
         index=str(folder.expanduser().resolve()),
     )
 

@@ -105,7 +105,7 @@ PRESETS = {
     "paper": Config(test_point=462),
 }
 CLAIMS, CHECKS = claims.CLAIMS, claims.CHECKS
-FINDING, DEVIATIONS = claims.FINDING, claims.DEVIATIONS
+FINDING, DEVIATIONS, CAPTION = claims.FINDING, claims.DEVIATIONS, claims.CAPTION
 CONDITIONS = claims.CONDITIONS
 
 

@@ -121,7 +121,7 @@ PRESETS = {
     "paper": Config(),
 }  # fmt: skip
 CLAIMS, CHECKS = claims.CLAIMS, claims.CHECKS
-FINDING, DEVIATIONS = claims.FINDING, claims.DEVIATIONS
+FINDING, DEVIATIONS, CAPTION = claims.FINDING, claims.DEVIATIONS, claims.CAPTION
 CONDITIONS = claims.CONDITIONS
 
 

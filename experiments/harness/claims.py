@@ -108,7 +108,7 @@ class Claim:
       low, high: the ends of the band. None means no limit on that side.
       sample: the sample of the metric, or None if the metric has no interval.
       presets: the presets that compute the metric, or None for all presets.
-      headline: a row of the README's table, or "". Claims that follow each other with the same
+      headline: a row of the README's table, or "". Its form is "label: words". Claims with the same
         headline share a row.
     Raises: ValueError if the band is empty, or wider than the tolerance of the published value.
     """

@@ -7,10 +7,8 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,7 +44,7 @@ class Record:
       metrics: dict of numbers. The claims judge some of them.
       arrays: dict of arrays, from which the figure is drawn. Texts are stored as bytes.
       claims: one verdict per claim, from `Claim.judge` of `harness.claims`.
-      provenance: seed, commit, versions, cpu_count, resumed, seconds, peak_rss_mb.
+      provenance: seed, commit, versions and cpu_count, and the cost that `cost.metered` measures.
       has_checksum: False if the record was read from files of format 0, so that alterations cannot
         be detected. `save` always writes a checksum.
     """
@@ -208,28 +206,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def provenance(seed: int) -> Iterator[dict[str, Any]]:
-    """Record the code, versions, time and memory of a `with` block.
-
-    Args:
-      seed: the run's seed.
-    Yields: a dict with seed, commit, versions and cpu_count. After the block it also has seconds,
-      and peak_rss_mb of this process without its workers.
-    """
-    facts: dict[str, Any] = {
+def provenance(seed: int) -> dict[str, Any]:
+    """Return the seed, the commit of the code, the versions, and the number of cores."""
+    return {
         "seed": seed,
-        "commit": commit(),  # read it first, because the code may change during the run
+        "commit": commit(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "cpu_count": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
     }
-    with suppress(OSError):  # on Linux, reset the peak of earlier runs in this process
-        Path("/proc/self/clear_refs").write_text("5")
-    begun = time.perf_counter()
-    yield facts
-    facts["seconds"] = round(time.perf_counter() - begun, 2)
-    facts["peak_rss_mb"] = _peak_rss_mb()
 
 
 def commit(root: Path = _ROOT) -> str:
@@ -251,15 +236,6 @@ def _git(root: Path, *arguments: str) -> str:
     # A git hook sets GIT_DIR, which would select another repository.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-
-
-def _peak_rss_mb() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 1024)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # macOS: bytes; else KiB
 
 
 def _checksum(content: dict[str, Any], arrays: bytes) -> str:

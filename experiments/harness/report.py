@@ -1,25 +1,31 @@
-"""Reports that show our results beside the paper's: an HTML page and the tables in markdown."""
+"""What reports say about records: the rows of their tables, in words, and the order of records.
 
-import base64
+`markdown` and `web_page` lay this out.
+"""
+
+import csv
 import dataclasses
-import itertools
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jinja2
-
 import experiments
-from experiments.harness import claims, reading
+from experiments.harness import claims
 from experiments.harness.claims import NOT_REPRODUCED, OURS
-from experiments.harness.record import RECORD, Record, replacing
+from experiments.harness.record import ARRAYS, RECORD, Record, to_json
 from influence_console import shown
 
-FIGURE = "figure.png"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+FIGURE, PDF = "figure.png", "figure.pdf"
 BEYOND, MISSED, UNJUDGED = "beyond the paper", "beyond the paper; our aim missed", "not judged"
 # Of several records of an experiment, the short table shows that of the first of these presets.
-_FULLEST = ("paper", "standard", "smoke")
+_FULLEST = ("paper", "tenfold", "standard", "smoke")
+# A prediction counts as wrong if the slope of actual on predicted changes is off by more than this.
+_SLOPE_OFF = 0.1
 
 
 def rows(record: Record) -> list[dict[str, str]]:
@@ -75,7 +81,7 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
 
     Args:
       folder: folder with one subfolder per record.
-    Returns: (folder, record) pairs in the order of `experiments.MODULES`, then by folder name.
+    Returns: (folder, record) pairs in the order of `experiments.MODULES`, the fullest preset first.
     Raises: FileNotFoundError if there is no such folder; ValueError if a record cannot be read.
     """
     if not folder.is_dir():
@@ -85,11 +91,15 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
     order = list(experiments.MODULES)
     pairs = [(path.parent, Record.load(path.parent)) for path in folder.glob(f"*/{RECORD}")]
 
-    def place(pair: tuple[Path, Record]) -> tuple[int, str]:
-        name = _command(pair[1])
-        return order.index(name) if name in order else len(order), pair[0].name
+    def place(pair: tuple[Path, Record]) -> tuple[int, int, str]:
+        name = command(pair[1])
+        return _place(name, order), _place(preset(pair[1]), _FULLEST), pair[0].name
 
     return sorted(pairs, key=place)
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
 
 
 def judge_all(results: Path) -> list[str]:
@@ -105,12 +115,12 @@ def judge_all(results: Path) -> list[str]:
     """
     lines = []
     for folder, record in read_all(results):
-        module = _module(record)
+        module = module_of(record)
         if module is None:
             lines.append(f"{folder.name}: no such experiment, left as it is")
             continue
         found = claims.judged(
-            module, _preset(record), record.metrics, stand_in=record.data["stand_in"]
+            module, preset(record), record.metrics, stand_in=record.data["stand_in"]
         )
         known = [claim for claim in found if claim["metric"] in record.metrics]
         dataclasses.replace(record, claims=known).save_claims(folder)
@@ -118,101 +128,6 @@ def judge_all(results: Path) -> list[str]:
         said = f", without {', '.join(missing)}: run it again" if missing else ""
         lines.append(f"{folder.name}: {len(known)} claims judged{said}")
     return lines
-
-
-def write_page(out: Path) -> Path:
-    """Write index.html, a page with figures, results, deviations and provenance.
-
-    Args:
-      out: folder with one subfolder per record.
-    Returns: the path of the page. It needs no other file.
-    Raises: the errors of `read_all`.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["mark"] = _mark
-    records = read_all(out)
-    sections = [_section(folder, record) for folder, record in records]
-    page = out / "index.html"
-    with replacing(page) as partial:
-        text = environment.get_template("report.html.j2").render(
-            sections=sections, headlines=_headlines(records), counts=_counts(records)
-        )
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return page
-
-
-def short_table(results: Path) -> str:
-    """Format the headlines of our results and the paper's as a markdown table, with counts.
-
-    Args:
-      results: folder with one subfolder per record.
-    Returns: the table. A row holds the claims that share a headline.
-    Raises: the errors of `read_all`.
-    """
-    records = read_all(results)
-    lines = ["| paper | what | the paper's | ours | |", "|---|---|---|---|---|"]
-    lines += [_line(row.values()) for row in _headlines(records)]
-    return "\n".join([*lines, "", _counts(records)])
-
-
-def long_table(results: Path) -> str:
-    """Format every claim of every record as a markdown page.
-
-    Args:
-      results: folder with one subfolder per record.
-    Returns: the text of the page.
-    Raises: the errors of `read_all`.
-    """
-    parts = [
-        "# Every claim of every run",
-        "`make readme` writes this page from the records in this folder. A claim compares one "
-        "number with the paper (its text, or its authors' code and notebooks of 2017), or with an "
-        "aim of ours. Brackets hold a 95 % interval. The tolerance is the published value's own "
-        "uncertainty or, where it has none, 10 %.",
-    ]
-    for folder, record in read_all(results):
-        label = _label(record)
-        name = f"`{folder.name}`" if label == folder.name else f"{label}, `{folder.name}`"
-        lines = [
-            "| claim | the paper's | ours | band | verdict | metric | source |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            _line((*map(row.get, ("sentence", "paper", "ours", "band", "verdict")),
-                   f"`{row['metric']}`", row["source"]))
-            for row in rows(record)
-        ]  # fmt: skip
-        if record.data["stand_in"]:
-            name += f", stand-in data: {record.data['name']}"
-        parts += [f"## {name}", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def with_table(readme: str, results: Path) -> str:
-    """Replace the table in a README's text.
-
-    Args:
-      readme: the text, with one BEGIN and one END marker.
-      results: folder with one subfolder per record.
-    Returns: the text with `short_table(results)` between the markers.
-    Raises: ValueError unless there is one BEGIN and, after it, one END; the errors of `read_all`.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"readme must hold one {BEGIN} and, after it, one {END}.")
-    return f"{before}{BEGIN}\n{short_table(results)}\n{END}{after}"
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _paper(claim: dict[str, Any]) -> str:
@@ -231,34 +146,108 @@ def _band(low: float | None, high: float | None) -> str:
     return f"at least {ends[0]}" if ends[0] else f"at most {ends[1]}" if ends[1] else "any"
 
 
-def _headlines(records: list[tuple[Path, Record]]) -> list[dict[str, str]]:
-    """Return the rows of the short table: label, what, paper, ours and verdict."""
-    found = []
-    for record in _fullest(records):
-        told = [claim for claim in record.claims if claim["headline"]]
-        for headline, group in itertools.groupby(told, lambda claim: claim["headline"]):
-            some = list(group)
-            papers = [_paper(claim) for claim in some]
-            same = len(set(papers)) == 1
-            found.append(
-                {
-                    "label": _label(record),
-                    "what": headline,
-                    "paper": papers[0] if same else " / ".join(papers),
-                    "ours": " / ".join(_ours(claim) for claim in some),
-                    "verdict": _joint(some),
-                }
-            )
-    return found
+def headlines(records: list[tuple[Path, Record]], folder: Path) -> list[dict[str, str]]:
+    """Return the rows of the short table: the paper's results first, then what goes beyond them.
+
+    Args:
+      records: (folder, record) pairs, from `read_all`.
+      folder: folder of the records. `docs/leverage.csv` beside it and `audit/audit.csv` inside it
+        add a row each, if they exist.
+    Returns: one dict per row, with the keys label, what, paper, ours, verdict, experiment, record
+      and page. A row holds all claims of a record that share a headline. experiment and record are
+      the command and the name of the record's folder, or "". page is a file of the repository.
+    """
+    found: list[dict[str, str]] = []
+    for place, record in fullest(records):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for claim in record.claims:
+            groups.setdefault(claim["headline"], []).append(claim)
+        found += [_headline(place, record, words, some) for words, some in groups.items() if words]
+    found += [*_one_step(folder.resolve().parent / "docs"), *_audit(folder / "audit")]
+    return sorted(found, key=lambda row: row["verdict"] in (BEYOND, MISSED))
 
 
-def _fullest(records: list[tuple[Path, Record]]) -> list[Record]:
-    """Return the record of each experiment's fullest preset on real data."""
-    best: dict[str, Record] = {}
-    for _, record in records:
-        old = best.get(_command(record))
-        if not record.data["stand_in"] and (old is None or _place(record) < _place(old)):
-            best[_command(record)] = record
+def _headline(
+    place: Path, record: Record, headline: str, some: list[dict[str, Any]]
+) -> dict[str, str]:
+    head, colon, what = headline.partition(": ")
+    if not colon:
+        head, what = label(record), headline
+    condition = getattr(module_of(record), "CONDITIONS", {}).get(preset(record), "")
+    papers = [_paper(claim) for claim in some]
+    name = command(record)
+    known = name in experiments.summaries()
+    return {
+        "label": f"{head} ({condition})" if condition else head,
+        "what": what,
+        "paper": papers[0] if len(set(papers)) == 1 else " / ".join(papers),
+        "ours": " / ".join(_ours(claim) for claim in some),
+        "verdict": _joint(some),
+        "experiment": name if known else "",
+        "record": place.name,
+        "page": f"docs/experiments/{name}.md" if known else "",
+    }
+
+
+def _one_step(docs: Path) -> list[dict[str, str]]:
+    """Return the row about one step, from the exact refits that `docs/leverage.py` made."""
+    path = docs / "leverage.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    wrong = [
+        sum(abs(float(line[f"slope of {how}"]) - 1) > _SLOPE_OFF for line in lines)
+        for how in ("first order", "one step")
+    ]
+    return [
+        {
+            "label": "One step",
+            "what": f"of {len(lines)} rows of any leverage, those whose actual changes are over "
+            f"{100 * _SLOPE_OFF:.0f} % off the predicted ones: first order, and one Newton step",
+            "paper": "–",
+            "ours": " / ".join(map(str, wrong)),
+            "verdict": BEYOND,
+            "experiment": "",
+            "record": "",
+            "page": "docs/leverage.md",
+        }
+    ]
+
+
+def _audit(folder: Path) -> list[dict[str, str]]:
+    """Return the row about wrong labels, from the cases that `benchmarks.mislabelled` ran."""
+    path = folder / "audit.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        cases = [case for case in csv.DictReader(file) if case.get("cleanlab@10")]
+    if not cases:
+        return []
+    shares = [(float(case[f"{case['ranking']}@10"]), float(case["cleanlab@10"])) for case in cases]
+    ours, theirs = (statistics.median(column) for column in zip(*shares, strict=True))
+    aims = [text for case in cases for key, text in case.items() if key.startswith("target_")]
+    return [
+        {
+            "label": "Wrong labels",
+            "what": f"share found with 10 % of the rows checked, median of {len(cases)} cases: "
+            "audit, and cleanlab with five trainings",
+            "paper": "–",
+            "ours": f"{number(ours)} / {number(theirs)}",
+            "verdict": MISSED if "False" in aims else BEYOND,
+            "experiment": "",
+            "record": "",
+            "page": "results/audit/README.md",
+        }
+    ]
+
+
+def fullest(records: list[tuple[Path, Record]]) -> list[tuple[Path, Record]]:
+    """Return the record of each experiment's fullest preset on real data, with its folder."""
+    best: dict[str, tuple[Path, Record]] = {}
+    for folder, record in records:  # the fullest preset comes first
+        if not record.data["stand_in"]:
+            best.setdefault(command(record), (folder, record))
     return list(best.values())
 
 
@@ -273,61 +262,146 @@ def _joint(some: list[dict[str, Any]]) -> str:
     return MISSED if MISSED in words else f"{len(held)} of {len(some)} {held[0]}"
 
 
-def _counts(records: list[tuple[Path, Record]]) -> str:
+def is_missed(words: str) -> bool:
+    """Return True for the verdict of a claim that does not hold."""
+    return words in (NOT_REPRODUCED, MISSED)
+
+
+def counts(records: list[tuple[Path, Record]]) -> str:
     """Count the verdicts of every experiment's fullest run in a sentence."""
-    words = [verdict(claim) for record in _fullest(records) for claim in record.claims]
+    words = [verdict(claim) for _, record in fullest(records) for claim in record.claims]
     if not words:
         return "Nothing was compared with the paper."
+    return f"All claims: {_counted(words)}."
+
+
+def counts_of(record: Record) -> str:
+    """Count the verdicts of one record, as in "8 reproduced, 2 beyond the paper"."""
+    return _counted([verdict(claim) for claim in record.claims]) or "no claims"
+
+
+def _counted(words: list[str]) -> str:
     kinds = sorted(set(words), key=lambda word: (word in (BEYOND, MISSED), word))
-    return f"All claims: {', '.join(f'{words.count(kind)} {kind}' for kind in kinds)}."
+    short = {kind: kind.replace(", shortened", " (shortened)") for kind in kinds}
+    short |= {MISSED: f"{BEYOND} (our aim missed)"}
+    return ", ".join(f"{words.count(kind)} {short[kind]}" for kind in kinds)
 
 
-def _mark(words: str) -> str:
-    """Return the style of a verdict on the page."""
-    if words in (NOT_REPRODUCED, MISSED):
-        return "short"
-    return "" if words in (UNJUDGED, BEYOND) or words[0].isdigit() else "holds"
-
-
-def _place(record: Record) -> int:
-    preset = _preset(record)
-    return _FULLEST.index(preset) if preset in _FULLEST else len(_FULLEST)
-
-
-def _command(record: Record) -> str:
+def command(record: Record) -> str:
+    """Return the present command of a record, whose names may be former ones."""
     return experiments.present(record.experiment, record.preset)[0]
 
 
-def _preset(record: Record) -> str:
+def preset(record: Record) -> str:
+    """Return the present preset of a record, whose names may be former ones."""
     return experiments.present(record.experiment, record.preset)[1]
 
 
-def _label(record: Record) -> str:
-    summary = experiments.summaries().get(_command(record), record.experiment)
+def label(record: Record) -> str:
+    """Return what the record's experiment replicates, such as "Figure 1"."""
+    summary = experiments.summaries().get(command(record), record.experiment)
     return summary.partition(":")[0]
 
 
-def _module(record: Record) -> ModuleType | None:
-    known = _command(record) in experiments.summaries()
-    return experiments.load(_command(record)) if known else None
+def module_of(record: Record) -> ModuleType | None:
+    """Import the experiment of a record; None if there is no such experiment."""
+    known = command(record) in experiments.summaries()
+    return experiments.load(command(record)) if known else None
 
 
-def _section(folder: Path, record: Record) -> dict[str, Any]:
-    module = _module(record)
-    figure, no_figure = "", ""
+def repeat(record: Record) -> str:
+    """Return the command that repeats a record's run, with the options that differ."""
+    module, words = module_of(record), ["--preset", preset(record)]
+    usual = getattr(module, "PRESETS", {}).get(preset(record))
+    if usual is not None:
+        defaults = json.loads(to_json(dataclasses.asdict(usual)))
+        given = json.loads(to_json(record.config))
+        for name, value in given.items():
+            if defaults.get(name, value) != value:
+                words += [f"--{name.replace('_', '-')}", *_flat(value)]
+    return shlex.join(["python", "-m", "experiments", command(record), *words])
+
+
+def _flat(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [word for entry in value for word in _flat(entry)]
+    return [str(value)]
+
+
+def time(record: Record) -> str:
+    """Return how long a run took, as in "14 s"; "–" if unknown.
+
+    An older record of an interrupted run has only the time of the last stretch.
+    """
+    seconds = record.provenance.get("seconds")
+    if not isinstance(seconds, int | float):
+        return "–"
+    words = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{words} (its last part)" if _is_partial(record) else words
+
+
+def memory(record: Record) -> str:
+    """Return the largest memory of a run's process, as in "1.4 GB"; "–" if unknown.
+
+    Records with `stretches` count the workers too.
+    """
+    megabytes = record.provenance.get("peak_rss_mb")
+    return f"{megabytes / 1000:.1f} GB" if isinstance(megabytes, int | float) else "–"
+
+
+def cost(record: Record) -> str:
+    """Say in a few sentences how long the run took and how much memory it used."""
+    if time(record) == "–":
+        return ""
+    cores = record.provenance.get("cpu_count", "unknown")
+    workers = "with" if "stretches" in record.provenance else "without"
+    said = f"Time: {time(record)}. CPU cores: {cores}. Memory: {memory(record)}, {workers} workers."
+    if _is_partial(record):
+        said += " The run was interrupted, so its whole time is unknown."
+    return said
+
+
+def _is_partial(record: Record) -> bool:
+    return bool(record.provenance.get("resumed")) and "stretches" not in record.provenance
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Return the files of a record that exist, by what they are."""
+    every = {"PDF": PDF, "record": RECORD, "arrays": ARRAYS}
+    return {words: name for words, name in every.items() if (folder / name).is_file()}
+
+
+def heading(record: Record) -> str:
+    """Return the experiment's title, without a full stop."""
+    return experiments.summaries().get(command(record), record.experiment).rstrip(".")
+
+
+def finding(record: Record) -> str:
+    """Say the run's result in a few words; "" if a metric is missing."""
+    words = getattr(module_of(record), "FINDING", "")
+    # A metric's name may have a dot, so str.format does not serve.
+    names = re.findall(r"\{(.+?)\}", words)
+    if not set(names) <= record.metrics.keys():
+        return ""
+    return re.sub(r"\{(.+?)\}", lambda name: number(record.metrics[name[1]]), words)
+
+
+def sentence(words: str) -> str:
+    """Return the words with a capital letter and a full stop. A symbol such as r stays small."""
+    if not words:
+        return ""
+    return f"{words if re.match(r'. = ', words) else words[0].upper() + words[1:]}."
+
+
+def remarks(record: Record) -> list[str]:
+    """Return the remarks of the experiment on a record; none on a record with other arrays."""
     try:
-        figure = base64.b64encode(reading.png(folder / FIGURE)).decode()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        no_figure = str(error)
-    return {
-        "name": folder.name,
-        "summary": experiments.summaries().get(_command(record), ""),
-        "record": record,
-        "stand_in_for": getattr(module, "DATA", "the paper's data"),
-        "rows": rows(record),
-        "deviations": getattr(module, "DEVIATIONS", ()),
-        "figure": figure,
-        "no_figure": no_figure,
-    }
+        return getattr(module_of(record), "remarks", lambda record: [])(record)
+    except (LookupError, ValueError):
+        return []
+
+
+def alt(record: Record) -> str:
+    """Describe the figure in a sentence, for readers who cannot see it."""
+    caption = getattr(module_of(record), "CAPTION", "")
+    return caption.partition(". ")[0].rstrip(".") + "." if caption else f"{heading(record)}."

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ from typing import Any
 
 import influence_console as console
 from experiments.harness import claims, report
+from experiments.harness.cost import metered
 from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
 # This figure shows photographs. Git and the report ignore it.
 PHOTOGRAPHS = "photographs.png"
-_CHECKPOINTS, _LABEL = "checkpoints", "run.json"
+_CHECKPOINTS, _LABEL, _COST = "checkpoints", "run.json", "cost.json"
 # A module without DTYPE uses this precision.
 _DTYPE = "float64"
 _DPI = 200
@@ -110,7 +110,8 @@ def _compute_and_save(job: Job) -> None:
         record, splits = _compute(job)
     except Misuse:
         checkpoints = job.folder / _CHECKPOINTS
-        if [path.name for path in checkpoints.glob("*")] == [_LABEL]:
+        names = {path.name for path in checkpoints.glob("*")}
+        if names and names <= {_LABEL, _COST}:
             shutil.rmtree(checkpoints)
         with suppress(OSError):  # the folder holds an earlier run
             job.folder.rmdir()
@@ -176,26 +177,25 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
     module = job.module
     name = module.STAND_IN if job.preset == SMOKE else module.DATA
-    with provenance(job.config.seed) as facts:
-        if not job.brief:
-            say(f"{job.command}: reading {name}")
-        try:
-            splits = data.load(name, job.data_dir, dtype=getattr(module, "DTYPE", _DTYPE))
-        except (OSError, ValueError) as error:
-            raise Misuse(f"{error}\nOr, on embedded stand-in data: --preset {SMOKE}") from error
-        if splits.stand_in and job.preset != SMOKE:
-            raise Misuse(f"DATA must be real for preset {job.preset}, {name} is a stand-in.")
-        about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
-        checkpoints = _checkpoints(job, about)
-        facts["resumed"] = len(list(checkpoints.iterdir())) > 1  # then seconds is only a part
-        if not job.brief:
-            say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
-        keras.backend.clear_session()  # discard the state of earlier experiments
-        keras.utils.set_random_seed(job.config.seed)
-        with warnings.catch_warnings():
-            # The figures use first order by name, as the paper does.
-            warnings.filterwarnings("ignore", message=".*have a leverage above")
-            result = module.run(job.config, splits, checkpoints=checkpoints)
+    facts = provenance(job.config.seed)  # first, because the code may change during the run
+    if not job.brief:
+        say(f"{job.command}: reading {name}")
+    try:
+        splits = data.load(name, job.data_dir, dtype=getattr(module, "DTYPE", _DTYPE))
+    except (OSError, ValueError) as error:
+        raise Misuse(f"{error}\nOr, on embedded stand-in data: --preset {SMOKE}") from error
+    if splits.stand_in and job.preset != SMOKE:
+        raise Misuse(f"DATA must be real for preset {job.preset}, {name} is a stand-in.")
+    about = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
+    checkpoints = _checkpoints(job, about)
+    if not job.brief:
+        say(f"{job.command}: running preset {job.preset}, seed {job.config.seed}")
+    keras.backend.clear_session()  # discard the state of earlier experiments
+    keras.utils.set_random_seed(job.config.seed)
+    with warnings.catch_warnings(), metered(checkpoints / _COST) as cost:
+        # The figures use first order by name, as the paper does.
+        warnings.filterwarnings("ignore", message=".*have a leverage above")
+        result = module.run(job.config, splits, checkpoints=checkpoints)
     record = dataclasses.replace(
         result,
         experiment=job.command,
@@ -203,7 +203,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
         config=dataclasses.asdict(job.config),
         data=about,
         claims=claims.judged(module, job.preset, result.metrics, stand_in=splits.stand_in),
-        provenance=facts,
+        provenance=facts | cost,
     )
     return record, splits
 
@@ -268,9 +268,7 @@ def _verdicts(record: Record, module: ModuleType) -> str:
 
 def _finding(record: Record, module: ModuleType) -> str:
     """Say the result on stand-in data in one line, without the paper's values."""
-    found = re.sub(  # a metric's name may have a dot, so str.format does not serve
-        r"\{(.+?)\}", lambda name: report.number(record.metrics[name[1]]), module.FINDING
-    )
+    found = report.finding(record)
     where = f"on {record.data['name']}, a stand-in for {module.DATA}"
     return f"{found} {where}; {_checked(record, module)}"
 

@@ -70,7 +70,7 @@ class Config:
 
 PRESETS = {"smoke": Config(test_child=13), "standard": Config(), "paper": Config()}
 CLAIMS, CHECKS = claims.CLAIMS, claims.CHECKS
-FINDING, DEVIATIONS = claims.FINDING, claims.DEVIATIONS
+FINDING, DEVIATIONS, CAPTION = claims.FINDING, claims.DEVIATIONS, claims.CAPTION
 
 
 class _Hospital:

@@ -83,6 +83,10 @@ class Featured(Examples):
         parts = (self.x if self.in_memory else self.take([0]).x).values()
         return sum(int(np.prod(part.shape[1:])) for part in parts) * len(self)
 
+    def hold(self, features: dict[str, NDArray]) -> None:
+        """Cache features that the trunk computed from these rows before."""
+        self.where, self._features = "memory", features
+
     # --- overridden methods of Examples ---------------------------------------------------------
 
     def _taken(self, rows: NDArray | slice) -> Examples:

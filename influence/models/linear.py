@@ -163,6 +163,13 @@ class LinearModel(GenericNeuralNet):
         units = np.repeat(np.eye(self.num_outputs, dtype=Z.dtype)[None], len(Z), axis=0)
         return Z[:, :, 0], self.link.slope(Z, y)[:, :, 0], self.link.curved(Z, y, units)
 
+    def jacobian_parts(self, x: Any, y: Any) -> tuple[list, NDArray]:
+        """Return the rows' Jacobians in parts, as `influence.curvature.roots` does: x_i (x) I_c."""
+        a, c = self.design.with_one(self.design.dense(x)), self.num_outputs
+        entries = np.arange(self.num_parameters).reshape(-1, c)
+        g = np.broadcast_to(np.eye(c, dtype=a.dtype), (len(a), c, c))
+        return [(entries, a, g)], np.zeros((len(a), c, 0), a.dtype)
+
     def output_moves(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """See GenericNeuralNet.output_moves; this returns the outputs at v."""
         return self.design.times(x, self._columns(v))[:, :, 0]

@@ -87,6 +87,19 @@ def check(
     return Report(tuple(progress(lines, "checking the net", _NUM_LINES)))
 
 
+def check_rows(
+    net: GenericNeuralNet,
+    train: Examples,
+    test: Examples | None = None,
+    batch_size: int | None = None,
+) -> Report:
+    """Return the lines of `check` about the rows and the risk, without those about derivatives.
+
+    They take a few passes in inference mode. The arguments are those of `check`.
+    """
+    return Report(tuple(_about_rows(net, train, test, batch_size)))
+
+
 def _lines(
     net: GenericNeuralNet, train: Examples, test: Examples | None, options: dict[str, Any]
 ) -> Iterator[Line]:

@@ -141,9 +141,7 @@ class Asked:
 
     def present(self) -> NDArray | None:
         """Return the present values f (m,), if they are losses that cannot fall below 0."""
-        loss = self.view.loss
-        bounded = loss.role == "loss" and getattr(loss, "keras_function", None) in _NONNEGATIVE
-        if callable(self.reduce) or not bounded:
+        if callable(self.reduce) or not never_negative(self.view.loss):
             return None
         losses = self.test.each_row(
             PerRow("losses"), self.view, batch_size=self.inverse.batch_size
@@ -163,7 +161,7 @@ class Asked:
         if present is None:
             return
         after = present[:, None] + changes
-        wrong = after < -_SLACK * np.maximum(present[:, None], 1e-12)
+        wrong = impossible(present, changes)
         if not wrong.any():
             return
         i, j = np.unravel_index(int(np.argmin(after)), after.shape)
@@ -176,6 +174,16 @@ class Asked:
             f"belong to {', '.join(some)}{f' and {more} more' if more > 0 else ''}; leave_one_out "
             "and leave_group_out compute the actual changes."
         )
+
+
+def never_negative(loss: Any) -> bool:
+    """Return True if a loss is known never to fall below 0."""
+    return loss.role == "loss" and getattr(loss, "keras_function", None) in _NONNEGATIVE
+
+
+def impossible(present: NDArray, changes: NDArray) -> NDArray[np.bool_]:
+    """Return (m, k) True for changes (m, k) by which losses (m,) would fall below 0."""
+    return present[:, None] + changes < -_SLACK * np.maximum(present[:, None], 1e-12)
 
 
 def _outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from influence.examples.examples import check_differentiable, check_increasing
 from influence.examples.featured import inputs_of
 from influence.examples.given import Data
 from influence.net.checked import Net
+from influence.net.history import History
 from influence.scores import file, groups, relative
 from influence.scores.asked import Asked, Reduction
 from influence.scores.groups import GroupScores
@@ -101,6 +103,8 @@ class Influence:
       curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk, or None.
       batch_size: number of rows in a batch, which bounds memory and never changes a result. None
         lets the net choose.
+      history: the History of the training, or the folder that `Recorder` wrote. It gives the
+        damping 1 / (learning rate x steps) in place of what the model's optimiser remembers.
       approximation: "one_step" to take a row's own curvature out with it, "first_order" to keep it,
         as Koh & Liang do, or None. None means one step if the mean leverage of the rows is above
         .05 and the leverages are quick to compute; a training set on disk, and a given solver that
@@ -123,6 +127,7 @@ class Influence:
         damping: float | None = None,
         curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
+        history: History | str | os.PathLike | None = None,
         approximation: Approximation | None = None,
     ):
         self.inverse = Inverse(
@@ -132,6 +137,7 @@ class Influence:
             damping=damping,
             curvature=curvature,
             batch_size=batch_size,
+            history=History.of(history),
             approximation=approximation,
         )
         self.net, self.train, self.batch_size = self.inverse.net, self.inverse.train, batch_size

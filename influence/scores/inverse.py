@@ -21,6 +21,7 @@ from influence.curvature.operators import (
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.net.checked import Net, checked
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 from influence.solvers import CG, EKFAC, Prepared, Solution, Solver, prepare
@@ -63,6 +64,7 @@ class Inverse:
         damping: float | None = None,
         curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
+        history: History | None = None,
         approximation: Approximation | None = None,
     ):
         check_batch_size(batch_size)
@@ -77,7 +79,10 @@ class Inverse:
         if not isinstance(solver, Prepared | None):
             check_solver(solver)
         net, train, _ = checked(net, train)
-        how: dict[str, Any] = {"damping": damping, "curvature": curvature}
+        how: dict[str, Any] = {"damping": damping, "curvature": curvature, "history": history}
+        if history is not None:
+            history.check_net(net)
+            history.check_rows(train)
         self._planner = Planner(net, train, solver=solver, batch_size=batch_size, **how)
         self.net, self.train, self.batch_size = self._planner.net, train, batch_size
         self._solver = self._planner.solver

@@ -106,6 +106,10 @@ class OneStep:
         return self.inverse.net.penalty_gradient()
 
     @cached_property
+    def _pulled(self) -> NDArray:
+        return self.solve(self._pull[:, None])[:, 0]
+
+    @cached_property
     def _matrix(self) -> DenseBlocks | GramBlocks | None:
         if self.inverse.blocks_by == "dense":
             return self._dense(1)
@@ -143,7 +147,7 @@ class OneStep:
         blocks = self._blocks(rows).astype(np.float64)
         pulls = np.zeros_like(slopes)
         if self._pull.any():
-            along = PerRow("output_moves", self.solve(self._pull[:, None])[:, 0])
+            along = PerRow("output_moves", self._pulled)
             pulls = self.inverse.train.each_row(along, self.inverse.net, rows=rows)
         right, n = slopes + np.einsum("kab,kb->ka", curved, pulls) / self.n, self.n
         S = _roots(curved)
@@ -206,7 +210,7 @@ class OneStep:
 
         `view` is the net whose losses are measured.
         """
-        inverse, net, n = self.inverse, self.inverse.net, self.n
+        inverse, net = self.inverse, self.inverse.net
         d, c = net.num_parameters, view.output_size(test.take([0]).x)
         size = fitting(VECTORS, c * d * net.dtype.itemsize, max(inverse.block_size // c, 1))
         pulling, found = net.pulling(), np.empty((len(test), len(removed.rows)))
@@ -215,16 +219,28 @@ class OneStep:
         r = Examples._trusted(chosen.x, removed.r.astype(net.dtype))
         terms = test.each_row(output_terms, view, batch_size=inverse.batch_size)
         z = split_terms(terms)[0]
-        start = 0
-        for J in test.map_over(jacobians, view, batch_size=size):
-            part = slice(start, start + len(J))
-            X = self.solve(J.reshape(-1, d).T)
-            ask = PerRow("directional", X.astype(net.dtype))
-            moves = r.each_row(ask, pulling, batch_size=inverse.batch_size)  # (k, b c)
-            moves = (moves + self._pull @ X / n).reshape(len(moves), *J.shape[:2])
-            found[part] = _loss_changes(view, test.take(part), z[part], moves)
-            start += len(J)
+        for start in range(0, len(test), size):
+            part = slice(start, start + size)
+            tested = test.take(part)
+            ask, pulls = self._moves(view, tested)
+            rows = inverse.batch_size or getattr(ask, "rows", None)
+            moves = r.each_row(ask, pulling, batch_size=rows)  # (k, b c)
+            moves = moves.reshape(len(moves), *pulls.shape) + pulls
+            found[part] = _loss_changes(view, tested, z[part], moves)
         return found
+
+    def _moves(self, view: Any, test: Examples) -> tuple[Any, NDArray]:
+        """Return a question about the moves K_ti y_i (k, b c) of b tests, and q_t / n (b, c)."""
+        inverse = self.inverse
+        if inverse.blocks_by == "factors":
+            apply: Any = inverse.prepared.apply
+            ask = apply.output_moves(view, test.x, test.y)
+            along = PerRow("output_moves", self._pulled)
+            return ask, test.each_row(along, view) / self.n
+        (J,) = test.map_over(jacobians, view, batch_size=len(test))
+        X = self.solve(J.reshape(-1, J.shape[2]).T)
+        pulls = (self._pull @ X / self.n).reshape(J.shape[:2])
+        return PerRow("directional", X.astype(inverse.net.dtype)), pulls
 
     def group(self, view: Any, test: Examples, rows: NDArray) -> NDArray:
         """Return the change (m,) of each test loss without all k rows together.

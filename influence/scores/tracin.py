@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,9 +15,10 @@ from influence.common.named_array import NamedArray
 from influence.common.numbers import numbers
 from influence.common.progress import progress
 from influence.curvature.operators import check_batch_size
-from influence.examples.examples import check_rows
+from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
 from influence.net.checked import Net, checked
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
@@ -39,8 +43,10 @@ def tracin(
     test: Data,
     rows: ArrayLike | None = None,
     *,
-    thetas: ArrayLike,
-    learning_rates: ArrayLike,
+    thetas: ArrayLike | None = None,
+    learning_rates: ArrayLike | None = None,
+    history: History | str | os.PathLike | None = None,
+    checkpoints: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> TracInScores:
     """Estimate how much training on each row lowered each test loss, summed over checkpoints.
@@ -52,7 +58,12 @@ def tracin(
 
     The unit is that of the test loss, for one step on the row per checkpoint. If training uses
     batches of b rows, a row may occur s times between two checkpoints. The row then contributes s /
-    b times the term. The losses exclude the penalty, whose share would be the same for every row.
+    b times the term. A history counts one step on the row for each epoch. Divide its scores by its
+    `batch_size` to get the reduction by the whole training. The losses exclude the penalty, whose
+    share would be the same for every row.
+
+    The terms are those of gradient descent. Momentum, Adam and other optimisers take other steps,
+    and the score is then a sum of similarities of gradients without a unit.
 
     The net's theta does not change. Other state of the net, such as the statistics of batch
     normalisation, is the same for every checkpoint.
@@ -64,6 +75,11 @@ def tracin(
       rows: (k,) training rows; all n if omitted.
       thetas: (t, d) the parameters at each checkpoint.
       learning_rates: (t,) the learning rate of the steps after each checkpoint.
+      history: the History of the training, or its folder, in place of `thetas` and
+        `learning_rates`. The first checkpoint is the start of the training. The rate of a
+        checkpoint is the sum of those of the epochs up to the next checkpoint.
+      checkpoints: epochs of the history to use, such as [0, 5, 10]; 0 is the start. None means all
+        whose weights were kept.
       batch_size: number of rows in a batch, which bounds memory and never changes a result.
 
     Returns: TracInScores (m, k).
@@ -73,11 +89,12 @@ def tracin(
     asked = None if rows is None else check_rows(rows, len(train))
     rows = np.arange(len(train)) if asked is None else asked
     check_batch_size(batch_size)
-    thetas, rates = _checkpoints(net, thetas, learning_rates)
+    points, rates = _checkpoints(net, train, thetas, learning_rates, history, checkpoints)
     width = fitting(VECTORS, net.num_parameters * net.dtype.itemsize, len(test))
     size = batch_size or net.rows_per_batch(train, width)
     table = np.zeros((len(test), len(rows)), net.dtype)
-    for theta, rate in progress(zip(thetas, rates, strict=True), "checkpoints", len(rates)):
+    for point, rate in progress(zip(points, rates, strict=True), "checkpoints", len(rates)):
+        theta = point()
         for start in range(0, len(test), width):
             part = slice(start, start + width)
             some = test.take(part)
@@ -88,6 +105,39 @@ def tracin(
 
 
 def _checkpoints(
+    net: GenericNeuralNet,
+    train: Examples,
+    thetas: ArrayLike | None,
+    learning_rates: ArrayLike | None,
+    history: History | str | os.PathLike | None,
+    checkpoints: ArrayLike | None,
+) -> tuple[list[Callable[[], NDArray]], NDArray]:
+    """Return a function for the weights of each checkpoint, and the learning rates."""
+    if history is None:
+        if thetas is None or learning_rates is None:
+            raise ValueError(
+                "thetas and learning_rates must be given, or the history of the training, got "
+                "neither; record it with model.fit(..., callbacks=[influence.Recorder(folder, "
+                "train)])."
+            )
+        if checkpoints is not None:
+            raise ValueError("checkpoints must be left out beside thetas: it chooses of a history.")
+        points, rates = _given(net, thetas, learning_rates)
+        return [partial(_same, theta) for theta in points], rates
+    if thetas is not None or learning_rates is not None:
+        raise ValueError("thetas and learning_rates must be left out beside history, got both.")
+    found = history if isinstance(history, History) else History.load(history)
+    found.check_net(net)
+    found.check_rows(train)
+    epochs, rates = found.path(checkpoints)
+    return [partial(found.theta, int(epoch)) for epoch in epochs], rates.astype(net.dtype)
+
+
+def _same(theta: NDArray) -> NDArray:
+    return theta
+
+
+def _given(
     net: GenericNeuralNet, thetas: ArrayLike, learning_rates: ArrayLike
 ) -> tuple[NDArray, NDArray]:
     points = numbers(thetas, "thetas")

@@ -199,6 +199,43 @@ class OutputBlocks:
 
 
 @dataclass(frozen=True, eq=False)
+class OutputMoves:
+    """A question that returns J_t A^-1 J_i' y_i (n, m c) for m test rows t and a batch's rows i.
+
+    The net is `pulling()`, whose labels y_i (n, c) weigh a row's outputs. In the bases (U, V) of a
+    layer with one position, a test row costs one product of the inputs, whatever c is.
+
+    Args:
+      blocks: the blocks of the inverse.
+      tests: for each layer, the factors of the test rows' Jacobians in the layer's bases: a
+        (m, t, f) and g (m, t, c, k).
+      rows: as in RowLengths.
+    """
+
+    blocks: list[_Block]
+    tests: list[tuple[NDArray, NDArray]]
+    rows: int
+
+    def __call__(self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Return the moves for one batch."""
+        layers = affine_layers(net, x)
+        pairs = _ungrouped(layers.gradient_factors(x, y, net.at(theta).theta_tensor()))
+        m, c = len(self.tests[0][0]), self.tests[0][1].shape[2]
+        total = np.zeros((len(y), m, c))
+        for block, (a, g), (b, h) in zip(self.blocks, pairs, self.tests, strict=True):
+            a, g = _times(a, block.U), _times(g[:, :, 0], block.V)  # (n, t, f) and (n, t, k)
+            if a.shape[1] == 1:
+                for j in range(m):
+                    along = a[:, 0] @ (b[j, 0][:, None] / block.eigenvalues)  # (n, k)
+                    total[:, j] += (along * g[:, 0]) @ h[j, 0].T
+            else:
+                P = (a.transpose(0, 2, 1) @ g).reshape(len(y), -1)
+                Q = np.einsum("mtf,mtck->mcfk", b, h, optimize=True) / block.eigenvalues
+                total += (P @ Q.reshape(m * c, -1).T).reshape(total.shape)
+        return total.reshape(len(y), m * c)
+
+
+@dataclass(frozen=True, eq=False)
 class _Applied:
     """The prepared inverse: a function of right-hand sides (d, m).
 
@@ -213,6 +250,16 @@ class _Applied:
 
     def __call__(self, B: NDArray) -> Raw:
         return Raw(_inverse_times(self.blocks, B), 1, np.nan, _REMEDY)
+
+    def output_moves(self, net: GenericNeuralNet, x: Any, y: NDArray) -> OutputMoves:
+        """Return the question about the outputs of test rows (x, y), as `net` computes them."""
+        layers = affine_layers(net, x)
+        pairs = _ungrouped(layers.jacobian_factors(x, y, net.theta_tensor()))
+        tests = [
+            (_times(a, block.U), _times(g, block.V))
+            for block, (a, g) in zip(self.blocks, pairs, strict=True)
+        ]
+        return OutputMoves(self.blocks, tests, self.output_blocks.rows)
 
 
 def _applied(blocks: list[_Block], A: Curvature) -> _Applied:

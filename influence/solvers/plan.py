@@ -22,6 +22,7 @@ from influence.curvature.layers import affine_layers
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.curvature.roots import sum_of_lengths
 from influence.examples.examples import Examples
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.refused import check_weights
 from influence.solvers.base import Prepared, Solver
@@ -113,7 +114,9 @@ class Planner:
         damping: float | None = None,
         curvature: type[Curvature] | None = None,
         batch_size: int | None = None,
+        history: History | None = None,
     ):
+        self._history = history
         if isinstance(solver, Prepared) and isinstance(solver.A, Curvature):
             curvature = type(solver.A) if curvature is None else curvature
             damping = solver.A.damping if damping is None else damping
@@ -172,7 +175,7 @@ class Planner:
                 "loss, such as Huber, or damping= and a curvature of your own choice."
             )
         damping, why = _SHARE * mean, f"{_SHARE} of the mean eigenvalue (Grosse et al. 2023)"
-        known = training_damping(self._given.model)
+        known = training_damping(self._given.model, self._history)
         if known is not None:
             damping, why = known, "1 / (learning rate x steps) of the training (Bae et al. 2022)"
         if not net.loss.convex:
@@ -355,15 +358,21 @@ def mean_eigenvalue(A: Curvature) -> float:
     return (total / net.mass(A.examples) + penalty) / d
 
 
-def training_damping(model: keras.Model) -> float | None:
+def training_damping(model: keras.Model, history: History | None = None) -> float | None:
     """Return the damping that corresponds to a training by SGD which did not converge.
 
     T steps of gradient descent with learning rates eta_t and momentum mu reach the minimum along an
     eigenvector only if its eigenvalue is well above (1 - mu) / sum_t eta_t. Influence functions
     with this damping describe such a training (Bae et al. 2022, section 5).
 
-    Returns: the damping, or None if the model's optimizer is not SGD or took no step.
+    Args:
+      model: the model, whose optimiser knows the number of steps and the present learning rate.
+      history: the recorded training, which knows every epoch's learning rate, or None.
+
+    Returns: the damping, or None if the optimiser is not SGD or took no step.
     """
+    if history is not None:
+        return history.damping() if history.by_gradient_steps else None
     optimizer: Any = getattr(model, "optimizer", None)
     if not isinstance(optimizer, keras.optimizers.SGD):
         return None

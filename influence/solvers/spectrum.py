@@ -15,6 +15,7 @@ from influence.common.convergence import warn_unconverged
 from influence.common.memory import VECTORS
 from influence.common.numbers import is_integer, norms
 from influence.common.progress import counter
+from influence.net.history import History
 from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov
@@ -120,7 +121,7 @@ def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) 
     return Spectrum(*ends, counted, bool(within), complete)
 
 
-def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
+def suggest_damping(A: Any, *, margin: float = 1e-5, history: History | None = None) -> float:
     """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
     The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here size is the largest
@@ -131,6 +132,9 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
       margin: margin relative to the largest |eigenvalue|.
+      history: the History of a training by SGD, or None. Damping and that of A are then together at
+        least `History.damping`, 1 / (learning rate x steps) times 1 - momentum. In directions of
+        less curvature the training did not converge (Bae et al. 2022).
 
     Returns: the damping to add to that of A, in A's unit; 0.0 if none is needed. Warns with
       ConvergenceWarning if the eigenvalues did not converge. The damping may then be too small.
@@ -139,11 +143,14 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin must lie between 0 and 1, got {margin}.")
+    least = 0.0
+    if history is not None:
+        least = max(history.damping() - float(getattr(A, "damping", 0.0)), 0.0)
     known = float(getattr(A, "smallest_eigenvalue_bound", np.nan))
     if known >= 0 and A.shape[0] > _FEW:  # the largest eigenvalue is enough
         size = sum(largest_eigenvalue(A, _LARGEST_STEPS))
         if size > 0:
-            return max(0.0, float((margin * size - known) / (1 - margin)))
+            return max(least, float((margin * size - known) / (1 - margin)))
     found = spectrum(A)
     if not found.converged:
         warn_unconverged(
@@ -164,7 +171,7 @@ def suggest_damping(A: Any, *, margin: float = 1e-5) -> float:
             "A must not be zero, got no eigenvalue but 0: any damping would be all of it; look for "
             "a loss that does not depend on theta."
         )
-    return max(0.0, float((margin * size - bound) / (1 - margin)))
+    return max(least, float((margin * size - bound) / (1 - margin)))
 
 
 def largest_eigenvalue(A: LinearOperator, steps: int) -> tuple[float, float]:

@@ -109,10 +109,6 @@ class Answer:
         found: list[tuple[str, Any]] = [
             ("Model", f"{net.model.name!r}, {net.num_parameters:,} trained weights, {net.dtype}")
         ]
-        if subject.loaded.trunk is not None:
-            found.append(
-                ("Frozen layers", "Run once for each row. The rest of the model is explained.")
-            )
         found += [("Note", note) for note in net.notes]
         for name, rows in (("Training rows", subject.train_rows), ("Test rows", subject.test_rows)):
             if rows is not None:

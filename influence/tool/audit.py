@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from influence.common.memory import VECTORS, fitting
+from influence.common.numbers import is_integer
 from influence.common.progress import progress
-from influence.examples import labels as packing
 from influence.examples.given import Data
 from influence.net.checked import Net
-from influence.preflight.labels import threshold_of
-from influence.tool import alerts
-from influence.tool.answer import Answer, value_of
+from influence.tool import alerts, mislabelled
+from influence.tool.answer import Answer, short, value_of
 from influence.tool.explain import label_of, plan_facts
+from influence.tool.folds import out_of_fold
+from influence.tool.last_layer import LastLayer, OutOfSample, features_of, last_layer
+from influence.tool.mislabelled import RANKINGS, WORDS, Choice
 from influence.tool.page import Column, Page, Section, Table
 from influence.tool.rows import Rows
 from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 
-# The page shows this many rows, and for them a label without the row itself is computed.
+# The page shows this many rows.
 USUAL_TOP = 100
-# An interrupted audit goes on after this many rows.
+# An interrupted computation of self-influence goes on after this many rows.
 _PART = 2048
+# Self-influence is computed unasked if theta has at most this many numbers, because it takes an
+# instant then.
+_CHEAP = 256
 # The column of the CSV file that a person fills in, and the word that leaves a row out.
 NEW_LABEL, REMOVE = "new_label", "remove"
+AUTO = "auto"
+_TITLES = {
+    "margin": "Margin without the row",
+    "folds": "Margin out of fold",
+    "history": "Margin in training",
+    "self_influence": "Self-influence",
+    "loss": "Loss",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +49,28 @@ class Audit(Answer):
     """The training rows in the order in which their labels should be checked.
 
     Attributes:
-      self_influence: (n,) predicted change of each row's own loss if the row is left out.
-      order: (n,) all rows, the largest self-influence first.
-      suggested: for some rows, the class that the model would predict without the row.
+      values: (n,) numbers by ranking, of all rankings that were computed, as described in
+        `influence.tool.mislabelled`.
+      choice: the ranking that is used, and why.
+      order: (n,) all rows, the most suspect first.
+      suggested: by row, the label that confident learning gives in place of a doubted one.
+      thresholds: (c,) the thresholds of confident learning, or None without classes.
+      last: the refitted last layer, or None.
       top: number of rows that the page shows.
     """
 
-    self_influence: NDArray
+    values: dict[str, NDArray]
+    choice: Choice
     order: NDArray[np.int64]
     suggested: dict[int, int]
+    thresholds: NDArray | None
+    last: LastLayer | None
     top: int
+
+    @property
+    def self_influence(self) -> NDArray | None:
+        """(n,) predicted rise of each row's own loss if the row is left out, if it is known."""
+        return self.values.get("self_influence")
 
     def records(self) -> list[dict[str, Any]]:
         """Return one dict for each training row, the most suspect first."""
@@ -60,42 +86,49 @@ class Audit(Answer):
                 "label": label_of(known, names, row),
                 "predicted": label_of(known, names, row, predicted=True),
                 "suggested": "" if suggestion is None else plain(names.class_name(suggestion), 120),
-                "self_influence": value_of(self.self_influence[row]),
-                "loss": value_of(known.losses[row]),
-                "confidence": None if sure is None else value_of(sure[row]),
-                NEW_LABEL: "",
             }
+            for ranking in RANKINGS:
+                values = self.values.get(ranking)
+                record[ranking] = None if values is None else value_of(values[row])
+            record["confidence"] = None if sure is None else value_of(sure[row])
+            record[NEW_LABEL] = ""
             found.append(record)
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """Return counts."""
-        return {"num_rows": len(self.order), "num_suggestions": len(self._doubted)}
-
-    @property
-    def _doubted(self) -> list[int]:
-        given = self.subject.of_train.given
-        return [
-            row for row, label in self.suggested.items() if given is None or label != given[row]
-        ]
+        """Return the ranking, counts, and what is known of the refitted last layer."""
+        found: dict[str, Any] = {
+            "num_rows": len(self.order),
+            "num_suggestions": len(self.suggested),
+            "ranking": self.choice.ranking,
+            "why": self.choice.why,
+        }
+        if self.thresholds is not None:
+            found["thresholds"] = [value_of(t) for t in self.thresholds]
+        if self.last is not None:
+            held_out = self.last.held_out
+            found["last_layer"] = {
+                "weight_decay": self.last.weight_decay,
+                "leave_one_out_loss": value_of(self.last.losses.mean()),
+                "held_out_loss": None if held_out is None else value_of(held_out.mean()),
+            }
+        return found
 
     @property
     def summary(self) -> list[str]:
         """The answer in a few sentences."""
-        n, total = len(self.order), float(np.sum(np.abs(self.self_influence))) or 1.0
-        few = max(n // 100, 1)
-        share = float(np.sum(np.abs(self.self_influence[self.order[:few]]))) / total
-        first = "The first row has" if few == 1 else f"The first {few:,} rows have"
+        n, choice = len(self.order), self.choice
         found = [
-            f"Check the labels of {n:,} training rows in this order. {first} {share:.0%} of all "
-            "self-influence.",
+            f"Check the labels of {n:,} training rows in this order. The order is that of the "
+            f"{WORDS[choice.ranking]}. {choice.why}"
         ]
         known = self.subject.of_train
         if known.of_classes:
-            found.append(
-                f"For {len(self._doubted)} of the first {len(self.suggested)} rows the model would "
-                "predict another label if it had not seen the row."
-            )
+            if self.thresholds is not None:
+                found.append(
+                    f"Confident learning doubts {len(self.suggested):,} labels, and suggests "
+                    "another one for each of them."
+                )
             found.append(f"The model predicts {known.accuracy:.1%} of the given labels.")
         found.append(
             f"To try corrections, write labels into the column {NEW_LABEL} of the CSV file "
@@ -106,18 +139,21 @@ class Audit(Answer):
     def page(self, size: int) -> Page:
         """Return the page, with pictures of at most `size` pixels."""
         names = self.subject.train_rows
-        keys = ["rank", "label", "predicted", "suggested", "self_influence", "loss", "confidence"]
+        ranked = [self.choice.ranking]
+        ranked += [name for name in RANKINGS if name in self.values and name not in ranked]
+        keys = ["rank", "label", "predicted", "suggested", *ranked, "confidence"]
         columns = [Column("Row")]
         columns += [Column("Rank", True), Column("Label"), Column("Predicted"), Column("Suggested")]
-        columns += [Column("Self-influence", True), Column("Loss", True)]
+        columns += [Column(_TITLES[name], True) for name in ranked]
         columns += [Column("Confidence", True, 3)]
         rows = []
         for record in self.records()[: self.top]:
             shown = item(names, record["row"], min(size, 96))
             rows.append([shown, *(record[key] for key in keys)])
         caption = (
-            "The most suspect rows. Self-influence is the predicted rise of a row's own loss if "
-            "the row were left out. A suggested label is what the model would then predict."
+            f"The most suspect rows, by the {WORDS[self.choice.ranking]}. A small margin, or a "
+            "large loss or self-influence, is suspect. A suggested label is that of confident "
+            "learning."
         )
         section = Section("Rows to check first", parts=[Table(caption, columns, rows)])
         title = "Which training labels look wrong?"
@@ -125,59 +161,212 @@ class Audit(Answer):
 
     def facts(self) -> list[tuple[str, Any]]:
         """Return pairs (name, value) about the model, the data and the computation."""
-        return [*super().facts(), *plan_facts(self.subject)]
+        found = [*super().facts(), ("Ranking", f"{self.choice.ranking} ({self.choice.why})")]
+        last = self.last
+        if last is not None:
+            text = f"{last.num_features} features, weight decay {last.weight_decay:g}, mean loss "
+            text += f"{short(float(last.losses.mean()))} with each row left out"
+            if last.held_out is not None:
+                text += f", {short(float(last.held_out.mean()))} on held-out rows"
+            if last.dropped:
+                text += f"; principal components without {last.dropped:.1%} of the variance"
+            found.append(("Refitted last layer", text))
+        return [*found, *(plan_facts(self.subject) if "self_influence" in self.values else [])]
 
     def draw(self, figure: Any) -> None:
-        """Draw all self-influences in their order."""
+        """Draw the values of the ranking in their order."""
         axes = figure.add_subplot()
-        axes.plot(np.arange(1, len(self.order) + 1), self.self_influence[self.order])
+        values = self.values[self.choice.ranking]
+        axes.plot(np.arange(1, len(self.order) + 1), values[self.order])
         axes.set_xscale("log")
         axes.set_xlabel("rows, most suspect first")
-        axes.set_ylabel("self-influence")
+        axes.set_ylabel(_TITLES[self.choice.ranking].lower())
 
 
 def audit(
     model: Net,
     train: Data | Rows,
+    test: Data | Rows | None = None,
     *,
     top: int = USUAL_TOP,
+    ranking: str = AUTO,
+    history: Any = None,
+    folds: int | None = None,
+    fit: Callable[..., Any] | None = None,
     options: QuestionOptions = QuestionOptions(),
 ) -> Audit:
-    """Rank the training rows by self-influence, to find wrong labels.
+    """Rank the training rows so that those with wrong labels come first.
 
-    Self-influence is the predicted change of a row's own loss if the row is left out
-    (`Influence.self_influence`). It is large for rows that the other rows do not explain. For the
-    first rows a label is suggested: the class that the model would predict if theta moved as the
-    row's removal moves it, to first order (`Influence.parameters`).
+    By default the order is that of the margin of each row's label by the last layer, refitted to
+    its minimum without the row (`influence.tool.last_layer`). Nothing is retrained. Where the
+    network has memorised its labels, an alert says so, and the history of the training takes its
+    place if it is given. `influence.tool.mislabelled` states the rule. For classes, labels are
+    suggested by confident learning (Northcutt et al. 2021) from the same outputs.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      top: number of rows on the page, and of rows with a suggested label.
-      options: options of the computation.
+      test: rows that the training has not seen. They show whether labels were memorised.
+      top: number of rows on the page.
+      ranking: "auto", or one of "margin", "folds", "history", "self_influence" and "loss".
+        Self-influence of all rows takes a solve for each row, or for each block of them.
+      history: the folder that `influence.Recorder` wrote while this model was trained, or an object
+        with `margins` (epochs, n).
+      folds: number of folds. The network is trained without each fold by `fit`.
+      fit: a function (model, x, y) or (model, x, y, sample_weight) that trains a Keras model on the
+        rows that it gets. The model comes compiled, with new weights; frozen layers keep theirs.
+      options: options of the computation. With `checkpoints`, an interrupted call is continued
+        after the last finished fold, or part of the self-influence.
 
     Returns: an Audit, with `table`, `to_csv` and `to_html`. A notebook shows its page.
     Raises: TypeError or ValueError that names the argument that is wrong.
     """
+    _check(top, ranking, folds, fit)
+    subject = Subject.of(model, train, test, options)
+    n = len(subject.train)
+    if folds is not None and folds > n:
+        raise ValueError(f"folds must be at most the {n} training rows, got {folds}.")
+    # The options of the question may hold a history that has been checked against these rows.
+    history = subject.history if history is None else history
+    values = {} if history is None else {"history": _history(history, subject)}
+    if ranking == "history" and not values:
+        raise ValueError("history must be given for the ranking 'history', got None.")
+    found: list[alerts.Alert] = []
+    with alerts.listening() as heard:
+        known = subject.of_train
+        if ranking == "self_influence":
+            found += alerts.of_report(subject.report, subject.plan) + alerts.of_plan(subject.plan)
+        else:
+            found += alerts.of_report(subject.rows_report)
+        if ranking == "self_influence" or subject.net.num_parameters <= _CHEAP:
+            values["self_influence"] = _self_influence(subject)
+        values["loss"] = known.losses.astype(np.float64)
+        last, missing = _last_layer(subject)
+        best: OutOfSample | None = last
+        if last is not None:
+            values["margin"] = _margins(last)
+        if folds is not None and fit is not None:
+            best = out_of_fold(subject, folds, fit)
+            values["folds"] = _margins(best)
+    memorised = None if last is None else mislabelled.of_memory(last, _reproduced(subject))
+    if ranking != AUTO and ranking not in values:
+        raise ValueError(f"ranking must be one that this model has, got {ranking!r}: {missing}.")
+    choice = mislabelled.choose(ranking, values, memorised, missing)
+    order = mislabelled.order_of(values[choice.ranking], choice.ranking)
+    suggested, thresholds = _suggested(subject, best, values, choice.ranking)
+    found += [*choice.alerts, *heard.alerts]
+    if not known.of_classes:
+        head = "The labels are no classes, so no label is suggested."
+        more = "The order still shows the rows that the other rows do not explain."
+        found.append(alerts.Alert("note", head, more))
+    return Audit(
+        subject,
+        alerts.merged(found),
+        values=values,
+        choice=choice,
+        order=order,
+        suggested=suggested,
+        thresholds=thresholds,
+        last=last,
+        top=top,
+    )
+
+
+def _check(top: int, ranking: str, folds: Any, fit: Any) -> None:
+    """Check the arguments of `audit` before any work."""
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}.")
-    subject = Subject.of(model, train, None, options)
-    with alerts.listening() as heard:
-        report = subject.report
-        own = _self_influence(subject)
-        order = np.argsort(-own, kind="stable")
-        suspects = order[: min(top, len(order))]
-        suggested = _suggested(subject, suspects) if subject.of_train.of_classes else {}
-    found = alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
-    if not subject.of_train.of_classes:
-        found.append(
-            alerts.Alert(
-                "note",
-                "The labels are no classes, so no label is suggested.",
-                "The order still shows the rows that the other rows do not explain.",
-            )
+    if ranking not in (AUTO, *RANKINGS):
+        names = ", ".join(map(repr, (AUTO, *RANKINGS)))
+        raise ValueError(f"ranking must be one of {names}, got {ranking!r}.")
+    if folds is not None and not is_integer(folds, 2):
+        raise ValueError(f"folds must be at least 2, got {folds!r}.")
+    if (folds is None) != (fit is None):
+        there, gone = ("fit", "folds") if folds is None else ("folds", "fit")
+        remedy = "fit trains the model without each fold, such as a function (model, x, y)."
+        raise ValueError(f"{gone} must be given with {there}, got None; {remedy}")
+    if ranking == "folds" and folds is None:
+        raise ValueError("folds must be given for the ranking 'folds', got None.")
+
+
+def _history(history: Any, subject: Subject) -> NDArray[np.float64]:
+    """Return the mean margin of each row over the epochs of a recorded training.
+
+    Raises: ValueError for a history of other rows, or without an epoch.
+    """
+    if isinstance(history, str | os.PathLike):
+        from influence.net.recorder import History  # pyright: ignore[reportMissingImports]
+
+        history = History.load(history)
+    n, found = len(subject.train), np.asarray(getattr(history, "margins", None), float)
+    if found.ndim != 2 or found.shape[1] != n or not len(found):
+        raise ValueError(
+            f"history must have the margins (epochs, {n}) of these training rows, got "
+            f"{found.shape if found.ndim else type(history).__name__}."
         )
-    return Audit(subject, alerts.merged(found), own, order, suggested, top)
+    check = getattr(history, "check_rows", None)
+    if check is not None:
+        check(subject.train)
+    return found.mean(axis=0)
+
+
+def _last_layer(subject: Subject) -> tuple[LastLayer | None, str]:
+    """Refit the last layer on all rows. Without one, return None and the reason."""
+    known = subject.of_train
+    if known.given is None:
+        return None, "the labels are neither classes nor one number for each row"
+    if not known.of_classes and np.ptp(known.given) == 0:
+        return None, "all labels are the same number"
+    size = subject.options.batch_size
+    features = features_of(subject.net, subject.train, size)
+    if isinstance(features, str):
+        return None, features
+    held_out = None
+    if subject.test_rows is not None and subject.of_test.given is not None:
+        other = features_of(subject.net, subject.test, size)
+        if not isinstance(other, str):
+            held_out = other, subject.of_test.given
+    try:
+        return last_layer(features, known.given, known.num_classes, held_out), ""
+    except ValueError as error:
+        return None, str(error).removesuffix(".")
+
+
+def _margins(found: OutOfSample) -> NDArray:
+    """Return margins of classes, or minus the size of the residual of numbers."""
+    return found.margins if found.of_classes else -np.abs(found.residuals)
+
+
+def _reproduced(subject: Subject) -> float | None:
+    """Return the share of the training labels, or of their variance, that the network gives."""
+    known = subject.of_train
+    if known.of_classes:
+        return known.accuracy
+    if known.given is None or known.predicted is None:
+        return None
+    return 1 - float(np.mean((known.given - known.predicted) ** 2) / np.var(known.given))
+
+
+def _suggested(
+    subject: Subject, best: OutOfSample | None, values: dict[str, NDArray], ranking: str
+) -> tuple[dict[int, int], NDArray | None]:
+    """Return the labels in place of doubted ones, by row, and confident learning's thresholds.
+
+    Where the history ranks, the outputs have memorised labels. Then a row is doubted if its mean
+    margin over the epochs is negative, and the likeliest other class is suggested.
+    """
+    known = subject.of_train
+    if best is None or not best.of_classes or known.given is None:
+        return {}, None
+    given = known.given
+    found = mislabelled.confident(best.probabilities, given)
+    chosen = found.suggested
+    if ranking == "history":
+        other = best.outputs.copy()
+        other[np.arange(len(given)), given] = -np.inf
+        chosen = np.where(values["history"] < 0, other.argmax(axis=1), given)
+    rows = np.flatnonzero(chosen != given)
+    return {int(row): int(chosen[row]) for row in rows}, found.thresholds
 
 
 def _self_influence(subject: Subject) -> NDArray:
@@ -195,25 +384,3 @@ def _self_influence(subject: Subject) -> NDArray:
         )
         parts.append(found["own"])
     return np.concatenate(parts).astype(np.float64)
-
-
-def _suggested(subject: Subject, rows: NDArray[np.int64]) -> dict[int, int]:
-    """Return the class that the model would predict for each row if it had not seen the row."""
-    influence = subject.influence
-    net = influence.net
-    size = fitting(VECTORS, 4 * net.num_parameters * net.dtype.itemsize, 64)
-    y = packing.labels(influence.train.y)
-    limit = threshold_of(net.loss, y) if isinstance(y, np.ndarray) else None
-    found = {}
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        moves = influence.parameters(part)
-        some = influence.train.take(part)
-        for k, row in enumerate(part):
-            one = some.take([k])
-            outputs = np.ravel(net.at(net.theta + moves[k]).outputs(one.x))
-            if len(outputs) > 1:
-                found[int(row)] = int(outputs.argmax())
-            elif limit is not None:
-                found[int(row)] = int(outputs[0] > limit)
-    return found

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from influence.net.history import History
 from influence.tool.answer import Answer, write_text
 from influence.tool.audit import audit
 from influence.tool.check import Verdict, checked
@@ -25,6 +26,7 @@ from influence.tool.rows import Rows
 from influence.tool.store import Store
 from influence.tool.subject import Loaded, QuestionOptions, features_are_kept, on_disk
 from influence.tool.verify import verify
+from influence.tool.verify_groups import verify_groups
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,6 +54,7 @@ class Request:
       damping: the damping, or None.
       batch_size: rows in memory at a time, or None.
       check: False to skip the check.
+      history: the folder that `Recorder` wrote in the training, or None.
       index: the folder that `index` fills and the other commands read, or None.
       content: SHA-256 of model, data and test rows. A replay refuses others.
     """
@@ -66,6 +69,7 @@ class Request:
     damping: float | None = None
     batch_size: int | None = None
     check: bool = True
+    history: str | None = None
     index: str | None = None
     content: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,6 +122,7 @@ def run(request: Request, out: Path) -> Result:
             check=request.check,
             index=None if request.index is None else Path(request.index),
             checkpoints=folder,
+            history=request.history,
         )
         hint = "" if features_are_kept(loaded, rows, Store(options.index)) else _HINT
         answer = _answer(request, loaded, rows, test, options)
@@ -141,11 +146,12 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
     if request.test is not None:
         with named("--test", request.test):
             test, _ = read(request.test, loaded.wanted, request.reading, like=rows)
-    parts = [loaded.net.model, *(() if loaded.trunk is None else (loaded.trunk,))]
-    weights = [weight.numpy().tobytes() for part in parts for weight in part.weights]
+    weights = [weight.numpy().tobytes() for weight in loaded.net.model.weights]
     content = {"model": hashlib.sha256(b"".join(weights)).hexdigest(), "data": rows.content}
     if test is not None:
         content["test"] = test.content
+    if request.history is not None:
+        content["history"] = History.load(request.history).digest
     return loaded, rows, test, content
 
 
@@ -172,11 +178,15 @@ def _answer(
         if edited is not None:
             return correct(loaded, rows, test, edits=edited, options=options)  # type: ignore
         function = None if fit is None else function_of(fit, "--fit")
+        if "groups" in asked:
+            return verify_groups(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
         return verify(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     if request.command == "index":
         return index(loaded, rows, test, folder=str(request.index), options=options)  # type: ignore
     if request.command == "audit":
-        return audit(loaded, rows, options=options, **asked)  # type: ignore[arg-type]
+        fit = asked.pop("fit", None)
+        function = None if fit is None else function_of(fit, "--fit")
+        return audit(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     ask: Callable[..., Answer] = explain if request.command == "explain" else checked
     return ask(loaded, rows, test, options=options, **asked)
 

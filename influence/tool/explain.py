@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.examples.examples import check_rows
 from influence.examples.given import Data
 from influence.net.checked import Net
+from influence.scores import asked
 from influence.scores.influence import Scores
 from influence.tool import alerts
 from influence.tool.answer import Answer, short, value_of
@@ -23,6 +25,7 @@ from influence.tool.subject import QuestionOptions, Subject
 USUAL_WRONG = 5
 # So many training rows of each kind are shown for each test row.
 USUAL_TOP = 8
+_ONLY_TO_ZERO = "this loss cannot fall below 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,29 @@ class Explanation(Answer):
     error_bounds: dict[tuple[int, int], float]
     why: str
 
+    @cached_property
+    def learned(self) -> NDArray[np.int64] | None:
+        """(n,) first epoch after which each row's margin stayed positive, 0 for rows never learned.
+
+        None without a history of classes. See `History.learned`.
+        """
+        history = self.subject.history
+        return None if history is None or not history.of_classes else history.learned()
+
+    @cached_property
+    def impossible(self) -> NDArray[np.bool_]:
+        """(m, n) True where a loss that is never negative would fall below 0."""
+        changes = np.asarray(self.scores)
+        if not asked.never_negative(self.subject.net.loss):
+            return np.zeros(changes.shape, bool)
+        return asked.impossible(self.subject.of_test.losses[self.rows].astype(float), changes)
+
     def records(self) -> list[dict[str, Any]]:
         """Return one dict for each shown pair of a test row and a training row."""
         found = []
         train, test = self.subject.train_rows, self.subject.shown_test
         given = self.subject.of_train
-        leverage = _leverage(self.scores)
+        leverage, impossible = _leverage(self.scores), self.impossible
         for position, row in enumerate(self.rows):
             for effect, chosen in (("helped", self.helpful), ("hurt", self.harmful)):
                 for rank, other in enumerate(chosen[position], 1):
@@ -69,8 +89,11 @@ class Explanation(Answer):
                         "change_if_removed": value_of(self.scores[position, other]),
                         "error_bound": value_of(self.error_bounds.get((position, int(other)))),
                     }
+                    record["impossible"] = bool(impossible[position, other])
                     if leverage is not None:
                         record["leverage"] = value_of(leverage[int(other)])
+                    if self.learned is not None:
+                        record["learned_in_epoch"] = int(self.learned[int(other)])
                     found.append(record)
         return found
 
@@ -127,11 +150,19 @@ class Explanation(Answer):
         if _leverage(self.scores) is not None:
             columns.append(Column("Leverage", True, 2))
             keys.append("leverage")
+        if self.learned is not None:
+            columns.append(Column("Learned in epoch", True))
+            keys.append("learned_in_epoch")
         caption = (
             "Predicted change of the test row's loss if the training row were left out. Positive: "
             "the row helped. The error bound is that of the solver alone."
         )
-        table = Table(caption, columns, [[r[key] for key in keys] for r in records])
+        if any(record["impossible"] for record in records):
+            caption += f" Impossible: {_ONLY_TO_ZERO}. Use the order there, not the size."
+            columns.append(Column("Impossible"))
+            keys.append("impossible")
+        shown = [r | {"impossible": "impossible" if r["impossible"] else ""} for r in records]
+        table = Table(caption, columns, [[r[key] for key in keys] for r in shown])
         sections.append(Section("All shown rows", parts=[table]))
         return Page(
             "Which training rows made these predictions?",
@@ -175,17 +206,23 @@ class Explanation(Answer):
             facts.append(f"label {plain(label, 60)}")
         change = float(self.scores[position, row])
         facts.append(f"without it the loss changes by {change:+.3g}")
+        if self.impossible[position, row]:
+            facts.append(f"impossible: {_ONLY_TO_ZERO}")
         bound = self.error_bounds.get((position, row), np.nan)
         if np.isfinite(bound):
             facts.append(f"solver's error at most {short(bound, 2)}")
         leverage = _leverage(self.scores)
         if leverage is not None:
             facts.append(f"leverage {short(leverage[row], 2)}")
+        if self.learned is not None:
+            epoch = int(self.learned[row])
+            facts.append(f"learned in epoch {epoch}" if epoch else "not learned in training")
         return {"item": item(names, row, size, test), "facts": facts, "id": f"train-{row}"}
 
     def facts(self) -> list[tuple[str, Any]]:
         """Return pairs (name, value) about the model, the data and the computation."""
-        return [*super().facts(), *plan_facts(self.subject)]
+        found = [*super().facts(), *plan_facts(self.subject)]
+        return [*found, *history_facts(self.subject)]
 
     def draw(self, figure: Any) -> None:
         """Draw the largest scores of the first test row as bars."""
@@ -316,6 +353,24 @@ def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
     choices += (plan.approximation.replace("_", " "),)
     pairs = zip(names, choices, plan.reasons, strict=True)
     return [(name, f"{choice} ({why})") for name, choice, why in pairs]
+
+
+def history_facts(subject: Subject) -> list[tuple[str, Any]]:
+    """Return what the history of the training says, as facts of a page."""
+    history = subject.history
+    if history is None:
+        return []
+    found = [
+        f"{len(history.trained)} epochs by {history.about['optimizer']}",
+        f"{len(history.epochs)} of them recorded",
+        f"margin: {history.about['margin']}",
+    ]
+    if history.of_classes:
+        meaning = (
+            "a row is learned in the first recorded epoch after which its margin stays above 0"
+        )
+        found.append(meaning)
+    return [("Training", "; ".join([*found, *history.notes]))]
 
 
 def _prediction_words(about: dict[str, Any]) -> str:

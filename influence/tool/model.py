@@ -1,8 +1,4 @@
-"""A MODEL that a person names: a file, or a function of a Python module.
-
-A model whose first layers are frozen is cut behind them. The frozen layers are run once for each
-set, and the rest is the net.
-"""
+"""A MODEL that a person names: a file, or a function of a Python module."""
 
 from __future__ import annotations
 
@@ -13,10 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
-
-from influence.net.graph import is_functional, is_input, nodes_of, replayed
-from influence.net.preprocessing import compile_like
 from influence.net.saved import is_saved, load_model
 
 _ENDINGS = (".keras", ".h5", ".hdf5")
@@ -93,51 +85,3 @@ def _module(name: str) -> Any:
         del sys.modules[path.stem]
         raise
     return module
-
-
-def cut_frozen(model: keras.Model) -> tuple[keras.Model | None, keras.Model]:
-    """Cut a model behind its frozen first layers.
-
-    Everything that does not depend on a trainable weight goes into the first part. In inference
-    mode this part gives the same features in every pass, so that they are computed only once.
-
-    Returns: (frozen part, rest). The rest shares layers, weights and compiled loss with the model.
-      (None, model) if no layer with weights is frozen, or if the graph has no single cut.
-    """
-    graph = getattr(model, "_functional", None) or model
-    if not is_functional(graph) or type(model).__module__.split(".")[0] != "keras":
-        return None, model
-    if len(graph.inputs) != 1 or graph.inputs[0].dtype == "string":
-        return None, model
-    nodes = nodes_of(graph)
-    moving: set[int] = set()  # the ids of tensors that depend on theta
-    behind = []
-    for node in nodes:
-        depends = any(id(tensor) in moving for tensor in node.input_tensors)
-        if depends or getattr(node.operation, "trainable_variables", ()):
-            moving.update(map(id, node.outputs))
-            behind.append(node)
-    front = [node for node in nodes if node not in behind and not is_input(node)]
-    if not any(_is_costly(node.operation) for node in front):
-        return None, model
-    cut = {id(t): t for node in behind for t in node.input_tensors if id(t) not in moving}
-    ends = keras.tree.flatten(graph._outputs_struct)
-    if len(cut) != 1 or any(id(tensor) not in moving for tensor in ends):
-        return None, model
-    (tensor,) = cut.values()
-    if tensor is graph.inputs[0]:
-        return None, model
-    trunk = keras.Model(graph.inputs[0], tensor, name=f"{model.name}_frozen")
-    start = keras.Input(batch_shape=(None, *tensor.shape[1:]), dtype=tensor.dtype, name="features")
-    made = replayed(behind, {id(tensor): start}, lambda operation: operation)
-    outputs = keras.tree.map_structure(lambda end: made[id(end)], graph._outputs_struct)
-    rest = keras.Model(start, outputs, name=model.name)
-    compile_like(rest, model)
-    return trunk, rest
-
-
-def _is_costly(operation: Any) -> bool:
-    """Return True for a layer with weights, apart from Normalization, which takes no time."""
-    return bool(getattr(operation, "weights", ())) and not isinstance(
-        operation, keras.layers.Normalization
-    )

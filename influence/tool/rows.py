@@ -59,13 +59,13 @@ class Wanted:
     one_hot: int | None = None
 
     @classmethod
-    def by(cls, model: keras.Model | None, net: Any) -> Wanted:
-        """Return what a net takes. `model` is the whole Keras model if the net is a part of it."""
+    def by(cls, net: Any) -> Wanted:
+        """Return what a net takes."""
         front = getattr(net, "preparation", None)
-        if model is None and front is not None:
+        if front is not None:
             inputs = front.given.declared
         else:
-            found = declared(net.model if model is None else model)
+            found = declared(net.model)
             inputs = {key: (tuple(t.shape[1:]), t.dtype) for key, t in found.items()}
         outputs = getattr(getattr(net, "ending", None), "names", None) or ()
         one_hot = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,21 +19,22 @@ from influence.common.progress import progress
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples
 from influence.net.checked import Net
+from influence.net.history import History
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved, load_model
-from influence.preflight.check import check
+from influence.net.trunk import Trunk
+from influence.preflight.check import check, check_rows
 from influence.preflight.report import Line, Report
 from influence.scores.influence import Influence
 from influence.solvers import CG, EKFAC, Direct, Nystrom, Prepared, prepare
 from influence.solvers.ekfac import factors_of, prepared_from
 from influence.solvers.plan import Plan
-from influence.tool.model import cut_frozen
 from influence.tool.predictions import Predictions
 from influence.tool.rows import Rows, Wanted
 from influence.tool.store import Store, name_of, texts
 
 # Kept results of another number are not used. It rises if the same inputs give other results.
-_FORMAT = 1
+_FORMAT = 2
 # The frozen layers are run for this many rows at a time, and each part is kept.
 _PART = 256
 # A matrix above this size is not kept for an interrupted run. `index` keeps it at any size.
@@ -51,6 +53,7 @@ class QuestionOptions:
       check: False to skip the check before the computation.
       index: a folder that `index` filled, or None.
       checkpoints: a folder for the results of an unfinished run, or None.
+      history: the History of the training, or the folder that `Recorder` wrote, or None.
     """
 
     loss: Any = None
@@ -59,6 +62,7 @@ class QuestionOptions:
     check: bool = True
     index: Path | None = None
     checkpoints: Path | None = None
+    history: History | str | os.PathLike | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +70,11 @@ class Loaded:
     """A model that was read.
 
     Attributes:
-      net: the net. If the first layers are frozen, it is the rest of the model.
-      trunk: the frozen first layers, or None.
-      wanted: what the whole model takes.
+      net: the net.
+      wanted: what the model takes.
     """
 
     net: GenericNeuralNet
-    trunk: keras.Model | None
     wanted: Wanted
 
     @classmethod
@@ -84,18 +86,14 @@ class Loaded:
         if is_saved(model):
             model = load_model(model, compiled=loss is None)  # type: ignore[arg-type]
         if isinstance(model, GenericNeuralNet):
-            return cls(model, None, Wanted.by(None, model))
+            return cls(model, Wanted.by(model))
         if not isinstance(model, keras.Model):
             raise TypeError(
                 "model must be a Keras model, a GenericNeuralNet or the path of a saved model, got "
                 f"{type(model).__name__}."
             )
-        trunk, rest = cut_frozen(model)
-        if trunk is None:
-            net = GenericNeuralNet(model, loss)
-            return cls(net, None, Wanted.by(None, net))
-        net = GenericNeuralNet(rest, loss)
-        return cls(net, trunk, Wanted.by(model, net))
+        net = GenericNeuralNet(model, loss)
+        return cls(net, Wanted.by(net))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +140,11 @@ class Subject:
         tested = examples if of_test is None else _examples(loaded, of_test, store)
         for name, part in (("train", examples), ("test", tested)):
             loaded.net.validate(part, name)
+        history = History.of(options.history)
+        if history is not None:
+            history.check_net(loaded.net)
+            history.check_rows(examples)
+            options = replace(options, history=history)
         return cls(loaded, rows, of_test, examples, tested, options)
 
     @property
@@ -154,15 +157,33 @@ class Subject:
         """The rows that are explained: test rows, or training rows if there are no test rows."""
         return self.train_rows if self.test_rows is None else self.test_rows
 
+    def whole(self, rows: Rows, examples: Examples) -> Examples:
+        """Return rows of this subject with the inputs of the whole model, with its frozen layers.
+
+        Args:
+          rows: `train_rows`, or `shown_test`.
+          examples: the same rows as the net takes them.
+        """
+        if self.net.flat.trunk is None:
+            return examples
+        return self.net.uncut().given(rows.examples, rows.argument)
+
     @property
     def store(self) -> Store:
         """The folders of kept results."""
         return Store(self.options.index, self.options.checkpoints)
 
+    @property
+    def history(self) -> History | None:
+        """The history of the training, or None."""
+        return History.of(self.options.history)
+
     @cached_property
     def key(self) -> str:
         """A hash of the net, the training rows and the options that the factors depend on."""
-        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT)
+        history = self.history
+        more = () if history is None else (history.rates, history.steps, history.by_gradient_steps)
+        return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT, *more)
 
     @cached_property
     def of_train(self) -> Predictions:
@@ -196,7 +217,13 @@ class Subject:
         plan = None if found is None else _plan_of(found)
         if plan is not None:
             return self._from(plan), plan
-        influence = Influence(self.net, self.train, damping=self.options.damping, batch_size=size)
+        influence = Influence(
+            self.net,
+            self.train,
+            damping=self.options.damping,
+            batch_size=size,
+            history=self.history,
+        )
         plan = influence.plan
         if self.store.work is None or not _can_be_kept(plan.solver):
             return influence, plan
@@ -264,6 +291,13 @@ class Subject:
         }
         return found | {"value": np.array([line.value for line in lines], float)}
 
+    @cached_property
+    def rows_report(self) -> Report | None:
+        """The lines of the check about rows and labels, for answers that use no derivatives."""
+        if not self.options.check:
+            return None
+        return check_rows(self.net, self.train, batch_size=self.options.batch_size)
+
     @property
     def at_minimum(self) -> bool:
         """True if the check found that theta is the minimum of the risk."""
@@ -275,50 +309,37 @@ class Subject:
 
 
 def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
-    """Return rows as the net takes them. Frozen layers are run once, and features are kept."""
-    if loaded.trunk is None:
-        return loaded.net.given(rows.examples, rows.argument)
-    trunk, name = loaded.trunk, _features_name(loaded.trunk, rows)
+    """Return rows as the net takes them. Features of frozen layers are read from the store."""
+    net, trunk = loaded.net, loaded.net.flat.trunk
+    if trunk is None or store == Store():
+        return net.given(rows.examples, rows.argument)
+    name = _features_name(trunk, rows)
     starts = range(0, len(rows), _PART)
     parts = [store.find(f"{name}-{start}") for start in starts]
     missing = [start for start, part in zip(starts, parts, strict=True) if part is None]
-    if missing:
-        for start, x in progress(
-            _batches(rows, missing), "features of the frozen layers", len(missing)
-        ):
-            parts[start // _PART] = store.kept(
-                f"{name}-{start}", lambda x=x: {"features": _features(trunk, x)}
-            )
-    found = np.concatenate([part["features"] for part in parts if part is not None])
+    given: Any = net.given(rows.examples, rows.argument) if missing else None
+    for start in progress(missing, "features of the frozen layers", len(missing)):
+        some = np.arange(start, min(start + _PART, len(rows)))
+        made = lambda some=some: trunk(given.given.take(some).x)  # noqa: E731
+        parts[start // _PART] = store.kept(f"{name}-{start}", made)
+    known = [part for part in parts if part is not None]
+    features = {key: np.concatenate([part[key] for part in known]) for key in trunk.names}
+    if given is not None:
+        given.hold(features)
+        net.validate(given, rows.argument)  # features that depend on other rows are refused
     if rows.labels is None:
-        return Examples(found, rows.examples.y)
-    return Examples(found, rows.labels, rows.weights)
+        return Examples(features, rows.examples.y)
+    return Examples(features, rows.labels, rows.weights)
 
 
 def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:
     """Return True if no frozen layer must be run for these rows."""
-    if loaded.trunk is None:
-        return True
-    return store.find(f"{_features_name(loaded.trunk, rows)}-0") is not None
+    trunk = loaded.net.flat.trunk
+    return trunk is None or store.find(f"{_features_name(trunk, rows)}-0") is not None
 
 
-def _features_name(trunk: keras.Model, rows: Rows) -> str:
-    # Variables would include the state of Dropout's generator, which each loading draws anew.
-    weights = [weight.numpy() for weight in trunk.weights]
-    shapes = [(layer.name, type(layer).__name__) for layer in trunk.layers]
-    return name_of("features", weights, shapes, rows.content)
-
-
-def _batches(rows: Rows, starts: list[int]) -> Iterator[tuple[int, Any]]:
-    wanted = np.concatenate([np.arange(s, min(s + _PART, len(rows))) for s in starts])
-    batches = rows.examples.batches(_PART, wanted)
-    for start, (x, _) in zip(starts, batches, strict=True):
-        yield start, x
-
-
-def _features(trunk: keras.Model, x: NDArray) -> NDArray:
-    pieces = [np.asarray(trunk(x[k : k + 32], training=False)) for k in range(0, len(x), 32)]
-    return np.concatenate(pieces)
+def _features_name(trunk: Trunk, rows: Rows) -> str:
+    return name_of("features", trunk.digest, rows.content)
 
 
 def _can_be_kept(solver: Any) -> bool:

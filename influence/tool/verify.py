@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +11,12 @@ import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
 from influence.curvature.operators import Hessian
-from influence.examples import labels as packing
 from influence.examples.examples import Examples
 from influence.examples.given import Data
 from influence.net.checked import Net
-from influence.net.net import GenericNeuralNet
 from influence.scores.influence import Scores
-from influence.tool import alerts
+from influence.solvers import CG, Nystrom
+from influence.tool import alerts, recipe
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
 from influence.tool.explain import USUAL_WRONG, choose, label_of, plan_facts
@@ -29,6 +26,7 @@ from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 from influence.truth.leave_out import RefitOptions, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
+from influence.truth.recipe import retrained, why_not
 
 USUAL_REMOVE = 30
 # The chart has at most this many series. Each has a colour.
@@ -36,14 +34,22 @@ _SERIES = 6
 # From this rank correlation on the order holds. The sizes do if the Pearson correlation passes it
 # too and the slope is within this factor of 1.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
+# Below this correlation between two seeds, less than half of the changes' variance is the rows'.
+_RELIABLE = 0.5
 # The gradient norm that a refit must reach, relative to that of the removal: for a convex risk, and
 # for a network. A network's changes hardly move below, and its kinks may keep it from less.
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
 # A proximal response takes at most this many data passes.
 _PASSES = 30
+# A sketch of this rank gives the steps of proximal responses where the scores' solver is CG.
+_RANK = 50
 # This many rows are refitted together. An interrupted run goes on after each block.
 _BLOCK = 5
 _RETRAINED = "retraining without the row, to the minimum of the risk"
+_AGAIN = (
+    "training again without the row from the recorded start, by the recorded recipe, less the same "
+    "training on all rows; the mean over two seeds, because the order of the rows is not known"
+)
 _OWN = "retraining without the row by your own function"
 _PROXIMAL = (
     "the proximal response: the model moves to where the row's loss no longer counts, and stays "
@@ -62,6 +68,8 @@ class Verification(Answer):
         were drawn at random.
       predicted, actual: (m, k) changes of the test losses. Positive: the row helped.
       converged: (k,) True if the row's refit reached its tolerance.
+      reliability: correlation of two seeds' actual changes, NaN if there are no seeds. A
+        prediction cannot agree with the changes better than the root of 2 r / (1 + r).
       left: (k,) share of the removal's gradient that the refit left, NaN if it is not known.
       truth: how the actual changes were computed, in words.
       why: how the test rows were chosen.
@@ -76,6 +84,7 @@ class Verification(Answer):
     left: NDArray
     truth: str
     why: str
+    reliability: float = float("nan")
 
     def agreement(self, part: slice = slice(None)) -> dict[str, float]:
         """Compare all changes of some of the removed rows.
@@ -93,7 +102,8 @@ class Verification(Answer):
             name: {key: value_of(value) for key, value in self.agreement(part).items()}
             for name, part in parts.items()
         }
-        return {"agreement": found, "truth": self.truth, "test_rows": self.test_rows.tolist()}
+        about = {"truth": self.truth, "test_rows": self.test_rows.tolist()}
+        return {"agreement": found, **about, "reliability": value_of(self.reliability)}
 
     def records(self) -> list[dict[str, Any]]:
         """Return one dict for each pair of a test row and a removed row."""
@@ -197,7 +207,9 @@ def verify(
     Half of the rows have large scores, and half are drawn at random, because rows with large scores
     agree better than others. The actual changes come from `leave_one_out` if the net is at a
     minimum of its risk. Elsewhere retraining would also go on with the training, so the changes are
-    those of `proximal_response`, with the damping of the scores.
+    those of `proximal_response`, with the damping of the scores. If the options have the history of
+    the training, and the training can be repeated from it, the changes are those of training again
+    from its start (`influence.truth.recipe.retrained`), the mean over two seeds.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
@@ -245,8 +257,9 @@ def verify(
         left=left,
         truth=found.words,
         why=why,
+        reliability=found.reliability,
     )
-    return replace(answer, alerts=alerts.merged([*_of_agreement(answer), *said]))
+    return replace(answer, alerts=alerts.merged([*_of_agreement(answer), *found.said, *said]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +270,8 @@ class _Actual:
     converged: NDArray
     words: str
     left: NDArray | None = None
+    reliability: float = float("nan")
+    said: tuple[alerts.Alert, ...] = ()
 
 
 def draw_rows(scores: Scores, count: int) -> tuple[NDArray[np.int64], int]:
@@ -276,15 +291,39 @@ def draw_rows(scores: Scores, count: int) -> tuple[NDArray[np.int64], int]:
 def _actual(
     subject: Subject, chosen: NDArray, removed: NDArray, fit: Callable[..., Any] | None
 ) -> _Actual:
-    influence, folder = subject.influence, subject.store.work
+    folder, size = subject.store.work, subject.options.batch_size
     test = subject.test.take(chosen)
-    net, size = influence.net, subject.options.batch_size
     kept: dict[str, Any] = {"batch_size": size, "checkpoints": folder}
     if fit is not None:
-        options = RefitOptions(fit=_fitting(fit), key=_source(fit), method="fit", **kept)
+        options = RefitOptions(
+            fit=recipe.fitting(fit), key=recipe.source(fit), method="fit", **kept
+        )
         found = leave_one_out(subject.net, subject.train, test, removed, options)
         # A function without a tolerance is never `converged`.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
+    history = subject.history
+    if history is not None:
+        reason = why_not(subject.net, subject.train, history)
+        if reason is None:
+            again = retrained(subject.net, subject.train, test, removed, history, **kept)
+            return _Actual(
+                again.change_if_removed,
+                np.ones(len(removed), bool),
+                _AGAIN,
+                reliability=again.reliability,
+            )
+        note = alerts.Alert(
+            "note",
+            "The training cannot be repeated from its history.",
+            f"It was asked for, but {reason}.",
+        )
+        return replace(_without_history(subject, test, removed), said=(note,))
+    return _without_history(subject, test, removed)
+
+
+def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Actual:
+    influence, net, size = subject.influence, subject.influence.net, subject.options.batch_size
+    kept: dict[str, Any] = {"batch_size": size, "checkpoints": subject.store.work}
     if net.convex and net.gradient_norm(subject.train, size) <= 1e-8:
         options = RefitOptions(method="newton", **kept)
         found = leave_one_out(net, subject.train, test, removed, options)
@@ -300,7 +339,7 @@ def _actual(
         test,
         removed,
         ProximalOptions(
-            solver=influence.prepared,
+            solver=_steps(subject),
             tolerance=_CONVEX_TOLERANCE if hessian else _TOLERANCE,
             max_iterations=_PASSES,
             block=_BLOCK,
@@ -313,24 +352,16 @@ def _actual(
     return _Actual(found.change_if_removed, found.converged, words, found.gradient_norm)
 
 
-def _fitting(fit: Callable[..., Any]) -> Callable[[GenericNeuralNet, Examples], Any]:
-    """Return a function (net, rows) that calls the user's function with the model and arrays."""
+def _steps(subject: Subject) -> Any:
+    """Return the inverse for the steps of proximal responses.
 
-    def fitted(net: GenericNeuralNet, rows: Examples) -> Any:
-        weights = packing.sample_weights(rows.y)
-        arguments = [rows.x, packing.labels(rows.y)]
-        return fit(net.model, *arguments, *(() if weights is None else (weights,)))
-
-    return fitted
-
-
-def _source(fit: Callable[..., Any]) -> str:
-    """Return a hash of a function's module, so that another function's refits are not taken."""
-    try:
-        text = inspect.getsource(inspect.getmodule(fit) or fit)
-    except (OSError, TypeError):
-        text = repr(fit)
-    return hashlib.sha256(text.encode()).hexdigest()
+    Any inverse leads to the same minimum, which the gradient certifies. Where the scores' solver
+    solves each system by many products, a sketch of the matrix costs them only once.
+    """
+    solver, influence = subject.plan.solver, subject.influence
+    if not isinstance(solver, CG) or isinstance(influence.operator, Hessian):
+        return influence.prepared
+    return Nystrom(_RANK) if solver.preconditioner is None else solver.preconditioner
 
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
@@ -382,6 +413,11 @@ def _of_agreement(answer: Verification) -> list[alerts.Alert]:
     if not text.startswith("The scores hold:"):
         level = "stop" if "Do not use" in text else "care"
         found.append(alerts.Alert(level, text, words(answer.agreement()) + "."))
+    if answer.reliability < _RELIABLE:
+        head = "Training again by another order of the rows changes as much as a removed row."
+        why = f"The changes of two seeds have a correlation of {answer.reliability:.2g}. No score "
+        why += "of single rows can agree with them much better. Groups of rows have larger changes."
+        found.append(alerts.Alert("care", head, why))
     if answer.truth == _PROXIMAL:
         head = "The actual changes are proximal responses and not those of retraining."
         why = "The model is not at a minimum of its risk, so retraining would also continue the "

@@ -42,8 +42,10 @@ def test_the_four_questions_are_answered(trial, tmp_path, capsys):
 
     status, found = asked(made, "audit", tmp_path, capsys, "--top", "10")
     assert status == 0
-    own = [row["self_influence"] for row in found["rows"]]
-    assert own == sorted(own, reverse=True) and own[0] > 0
+    ranking = found["ranking"]
+    values = [row[ranking] for row in found["rows"]]
+    assert values == sorted(values, reverse=ranking == "loss")
+    assert ranking == ("loss" if found.get("last_layer") is None else "margin")
 
     status, found = asked(made, "verify", tmp_path, capsys, "--remove", "4", "--wrong", "2")
     assert status == 0

@@ -45,7 +45,8 @@ SOURCE = '''
     )
     CHECKS = (Check("everywhere", None, 1.0),)
     FINDING = "a mean of {mean}"
-    DEVIATIONS = ("we <fake> it; the paper did not",)
+    DEVIATIONS = ("Fakes: we <fake> it; the paper did not",)
+    CAPTION = "A line of random numbers. a: higher is larger."
     SEEN = []
 
     def run(config, data, *, checkpoints=None):

@@ -119,3 +119,24 @@ def test_presets_and_claims(converged):
 def test_config_is_checked(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMOKE, **options)
+
+
+def test_remarks_name_the_rows_left_out_and_the_effect_of_own_curvature():
+    predicted = np.array([0.1, -0.4, 0.3, -0.2, 0.26])
+    own = np.array([0.6, 0.1, 0.5, 0.4, 0.2])  # the share that the row's own curvature takes out
+    actual = predicted / (1 - own)
+    actual[2] = np.nan
+    arrays = {
+        "test_points": np.array([7, 8]),
+        "removals_0": np.arange(5),
+        "predicted_minimum": predicted[None],
+        "actual_minimum": actual[None],
+        "actual_part": (predicted / (1 - 0.1 * own))[None],
+    }
+    out, why = fig2_cnn_minimum.remarks(Record(arrays=arrays))
+    assert out.startswith("Who is left out: 1 of the 5 rows of test point 7 ")
+    assert "they have the place 2. Their mean |predicted change| is 0.300 nats" in out
+    assert "that of the others 0.240 nats" in out  # (0.1 + 0.4 + 0.2 + 0.26) / 4
+    rest = np.isfinite(actual)
+    r = np.corrcoef(predicted[rest], actual[rest])[0, 1]
+    assert f"over the same 4 rows goes from {r:.3f} to 1.000" in why and "to 1.00." in why

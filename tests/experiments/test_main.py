@@ -219,12 +219,12 @@ def test_interrupted_run_finds_its_checkpoints_and_no_others(fake, capsys):
     assert main(stopping) == 130
     assert "again continues" in capsys.readouterr().err
     assert main(stopping) == 130
-    assert fake.SEEN == [["run.json"], ["half", "run.json"]]
+    assert fake.SEEN == [["cost.json", "run.json"], ["cost.json", "half", "run.json"]]
     assert "continuing the run interrupted" in capsys.readouterr().out
     (label,) = Path("out").glob("*/checkpoints/run.json")
     label.write_text(label.read_text().replace('"seed": 3', '"seed": 4'))
     assert main(stopping) == 130
-    assert fake.SEEN[2] == ["run.json"]
+    assert fake.SEEN[2] == ["cost.json", "run.json"]
     assert "starting afresh" in capsys.readouterr().out
     main(command)
     assert not os.path.exists("out/fake-paper/checkpoints")
@@ -241,7 +241,8 @@ def test_resumed_is_recorded(fake, monkeypatch):
     assert main(["fake", "--preset", "paper"]) == 130
     monkeypatch.setattr(fake, "run", run)
     assert main(["fake", "--preset", "paper"]) == 0
-    assert _record("out/fake-paper")["provenance"]["resumed"] is True
+    found = _record("out/fake-paper")["provenance"]
+    assert found["resumed"] is True and found["stretches"] == 2
 
 
 def test_all_goes_on_after_what_goes_wrong(fake, monkeypatch, capsys):
@@ -387,7 +388,7 @@ def test_photographs_are_drawn_for_who_has_them_and_kept_from_git(fake, monkeypa
 
     monkeypatch.setattr(fake, "photographs", photographs, raising=False)
     assert main(["fake", "--preset", "paper"]) == 0
-    assert seen == [("fake", "mnist", ["half", "run.json"])]
+    assert seen == [("fake", "mnist", ["cost.json", "half", "run.json"])]
     assert sorted(os.listdir("out/fake-paper")) == [*FILES[:3], "photographs.png", FILES[3]]
     assert main(["fake", "--preset", "paper", "--redraw"]) == 0
     assert len(seen) == 1

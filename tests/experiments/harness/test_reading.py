@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.harness import report
+from experiments.harness import web_page
 from experiments.harness.record import Record
 
 REAL = Path(__file__).resolve().parents[3] / "results" / "fig2-paper"
@@ -75,7 +75,7 @@ def _mutated(content, seed):
 def _page_or_line(folder):
     """Return the page, or None if the command printed one line instead."""
     try:
-        return report.write_page(folder).read_text(encoding="utf-8")
+        return web_page.write_page(folder).read_text(encoding="utf-8")
     except ValueError as error:
         assert type(error) is ValueError and "\n" not in str(error) and len(str(error)) < 1000
         assert str(error).startswith("folder must hold a record") and "run the exp" in str(error)
@@ -163,7 +163,7 @@ def test_hdf5_that_would_lead_elsewhere_or_grow(real, spoil, reason):
     with h5py.File(real / "arrays.h5", "r+") as file:
         spoil(file)
     with pytest.raises(ValueError, match=f"arrays.h5 must hold arrays .*{reason}.*run the exp"):
-        report.write_page(real.parent)
+        web_page.write_page(real.parent)
 
 
 def test_mutated_hdf5_ends_in_a_page_or_in_one_line(real):
@@ -195,7 +195,7 @@ def test_what_is_no_regular_file_of_a_sane_size(real, name, put):
     (real / name).unlink()
     put(real / name)
     with pytest.raises(ValueError, match=f"{name} (must be a regular file|may have .* bytes)"):
-        report.write_page(real.parent)
+        web_page.write_page(real.parent)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_what_is_no_regular_file_of_a_sane_size(real, name, put):
 def test_only_a_png_is_put_into_the_page(real, put, reason):
     (real / "figure.png").unlink()
     put(real / "figure.png")
-    page = report.write_page(real.parent).read_text()
+    page = web_page.write_page(real.parent).read_text()
     assert "<img" not in page and f"No figure ({reason}" in page
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.harness import record as record_module
 from experiments.harness.claims import Claim, Published
 from experiments.harness.record import Record, commit, provenance, replacing, to_json
 
@@ -186,17 +185,12 @@ def test_to_json_writes_paths_and_numpy_numbers():
         to_json({"a": [1, {2}]})
 
 
-def test_provenance_says_who_what_and_at_what_cost():
-    with provenance(7) as facts:
-        block = np.ones(30_000_000)  # 229 MiB
-        time.sleep(0.02)
-        del block
+def test_provenance_says_who_and_what():
+    facts = provenance(7)
     assert facts["seed"] == 7
     assert set(facts["versions"]) == {
         "python", "tensorflow", "keras", "numpy", "scipy", "scikit-learn",
     }  # fmt: skip
-    assert 0.02 <= facts["seconds"] < 60
-    assert facts["peak_rss_mb"] > 229
     assert facts["cpu_count"] >= 1
 
 
@@ -231,8 +225,3 @@ def test_commit(tmp_path, monkeypatch):
     assert commit(code) == "built-from"  # a folder inside another repository
     (code / "net.py").write_text("a = 2\n")
     assert commit(tmp_path) == f"{head}-dirty"
-
-
-def test_peak_memory_without_proc(monkeypatch):
-    monkeypatch.setattr(record_module, "Path", lambda _: Path("no/such/file"))
-    assert 10 < record_module._peak_rss_mb() < 1_000_000

@@ -32,8 +32,8 @@ def test_changed_code_starts_afresh(fake, tmp_path, monkeypatch, capsys, file):
     monkeypatch.setattr(running, "_ROOT", tmp_path / "code")
     stopping = ["fake", "--preset", "paper", "--stops"]
     assert [main(stopping), main(stopping)] == [130, 130]
-    assert fake.SEEN == [["run.json"], ["half", "run.json"]]
+    assert fake.SEEN == [["cost.json", "run.json"], ["cost.json", "half", "run.json"]]
     path.write_text("a = 2")
     assert main(stopping) == 130
-    assert fake.SEEN[2] == ["run.json"]
+    assert fake.SEEN[2] == ["cost.json", "run.json"]
     assert "of other options, data or code: starting afresh" in capsys.readouterr().out

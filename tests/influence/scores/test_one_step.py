@@ -313,6 +313,15 @@ def test_ekfac_blocks_of_convolutions_are_quadratic_forms_of_its_inverse():
     J = tape_jacobians(net, train.x)
     blocks = prepared.prepared.apply.output_blocks(net, None, train.x, train.y)
     np.testing.assert_allclose(blocks, J @ inverse @ J.transpose(0, 2, 1), rtol=1e-8, atol=1e-12)
+    test, r = (
+        Examples(rng.normal(size=(3, 6, 6, 1)), rng.integers(0, 3, 3)),
+        rng.normal(size=(8, 3)),
+    )
+    ask = prepared.prepared.apply.output_moves(net, test.x, test.y)
+    moves = ask(net.pulling(), None, train.x, r).reshape(8, 3, 3)
+    T = tape_jacobians(net, test.x)
+    wanted = np.einsum("tcd,de,nbe,nb->ntc", T, inverse, J, r)
+    np.testing.assert_allclose(moves, wanted, rtol=1e-8, atol=1e-12)
 
 
 def test_a_group_is_removed_by_one_step_of_all_its_rows(digits):

@@ -2,10 +2,13 @@
 
 import sys
 
+import keras
 import numpy as np
 import pytest
 
+from influence import History
 from influence.scores.tracin import tracin
+from tests.influence import recorded
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
 MODULE = sys.modules["influence.scores.tracin"]  # in the package, `tracin` is the function
@@ -140,3 +143,80 @@ def test_bad_arguments_are_refused_before_any_work(options, error, message, prob
     given = {"net": p.net, "train": p.train, "test": p.test, "thetas": THETAS}
     with pytest.raises(error, match=message):
         tracin(**{**given, "learning_rates": [0.1, 0.1], **options})
+
+
+# --- the history of a training --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("history")
+    return recorded.train(folder, epochs=4, batch_size=16), folder
+
+
+@pytest.mark.parametrize(
+    ("chosen", "epochs", "steps"),
+    [(None, [0, 1, 2, 3], [1, 1, 1, 1]), ([0, 3, 4], [0, 3], [3, 1]), ([2], [2], [2])],
+)
+def test_a_history_is_summed_over_its_checkpoints(trained, chosen, epochs, steps):
+    model, folder = trained
+    x, y = recorded.rows()
+    x_test, y_test = recorded.rows(7, seed=1)
+    history = History.load(folder)
+    expected = sum(
+        recorded.RATE
+        * count
+        * recorded.gradients(theta, x_test, y_test)
+        @ recorded.gradients(theta, x, y).T
+        for theta, count in zip(history.thetas[epochs], steps, strict=True)
+    )
+    for given in (history, folder):
+        got = tracin(model, (x, y), (x_test, y_test), history=given, checkpoints=chosen)
+        assert relative_error(got.reduction_by_training, expected) < 1e-6  # the rate is float32
+
+
+def test_a_history_says_what_full_batches_took_off_the_loss(tmp_path):
+    """Compare with the fall of each test loss in a training by small steps on all rows."""
+    sgd = keras.optimizers.SGD(0.01)
+    model = recorded.train(tmp_path, epochs=3, found=recorded.model(sgd))
+    history = History.load(tmp_path)
+    x, y = recorded.rows()
+    test = recorded.rows(7, seed=1)
+    first, last = (recorded.losses(history.theta(epoch), *test) for epoch in (0, 3))
+    got = tracin(model, (x, y), test, history=history)[:].sum(axis=1) / history.batch_size
+    # The penalty's part of the steps, of which TracIn knows nothing, is added by hand.
+    l2 = np.append(np.full(12, 2 * recorded.PENALTY), np.zeros(3))
+    for theta in history.thetas[:3]:
+        got = got + 0.01 * recorded.gradients(theta, *test) @ (l2 * theta)
+    assert relative_error(got, first - last) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "^thetas and learning_rates must be given, or the history"),
+        ({"thetas": THETAS}, "^thetas and learning_rates must be given, or the history"),
+        ({"history": 1, "thetas": THETAS}, "^thetas and learning_rates must be left out beside h"),
+        ({"checkpoints": [9]}, r"^checkpoints must be epochs .* \[0, 1, 2, 3, 4\], got \[9\]"),
+        ({"checkpoints": [4]}, "^checkpoints must have one before the last epoch, 4, got"),
+        (
+            {"thetas": THETAS, "learning_rates": [1, 1], "checkpoints": [0], "history": None},
+            "^checkpoints must be left out beside thetas",
+        ),
+    ],
+)
+def test_a_bad_choice_of_a_history_is_refused(trained, options, message):
+    model, folder = trained
+    given = {"history": folder} | options if "checkpoints" in options else options
+    with pytest.raises(ValueError, match=message):
+        tracin(model, recorded.rows(), recorded.rows(7, seed=1), **given)
+
+
+def test_the_history_of_other_rows_or_another_net_is_refused(trained, problems):
+    model, folder = trained
+    x, y = recorded.rows()
+    with pytest.raises(ValueError, match="^train must have the labels of the history"):
+        tracin(model, (x, np.roll(y, 1)), (x, y), history=folder)
+    p = problems["ridge"]
+    with pytest.raises(ValueError, match="^net must have the 15 weights of the history"):
+        tracin(p.net, p.train, p.test, history=folder)

@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator
 
-from influence import CG, ConvergenceWarning, DivergenceError, Examples, GaussNewton, Hessian, solve
+from influence import (
+    CG,
+    ConvergenceWarning,
+    DivergenceError,
+    Examples,
+    GaussNewton,
+    Hessian,
+    History,
+    solve,
+)
 from influence.solvers.spectrum import spectrum, suggest_damping
+from tests.influence import recorded
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
 
@@ -236,3 +246,14 @@ def test_bad_matrices(path):
 def test_bad_margins(margin):
     with pytest.raises(ValueError, match=f"^margin must lie between 0 and 1, got {margin}"):
         suggest_damping(np.eye(3), margin=margin)
+
+
+def test_the_damping_is_at_least_that_of_the_recorded_training(tmp_path):
+    recorded.train(tmp_path, epochs=3, batch_size=16)
+    history = History.load(tmp_path)
+    least = (1 - recorded.MOMENTUM) / (recorded.RATE * 3 * 3)
+    assert suggest_damping(symmetric(np.linspace(0.1, 4, D)), history=history) == pytest.approx(
+        least, rel=1e-6
+    )
+    indefinite = symmetric(np.linspace(-9, 4, D))
+    assert suggest_damping(indefinite, history=history) == suggest_damping(indefinite) > least

@@ -12,10 +12,12 @@ import keras
 import numpy as np
 import pytest
 
+from influence import History
 from influence.__main__ import main
 from influence.common import progress
 from influence.tool.command import Request, from_toml, to_toml
 from influence.tool.read import Reading
+from tests.influence import recorded
 from tests.influence.tool.conftest import softmax_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,6 +114,48 @@ def test_audit_and_the_edited_file_go_together(ask, problem, tmp_path):
     before, after = (problem.measured.losses(t).mean() for t in (problem.theta, refitted))
     assert found["actual_gain"] == pytest.approx(before - after, rel=1e-3)
     assert set(found["files"]) == {"page", "csv", "run"}
+
+
+@pytest.fixture(scope="module")
+def recorded_place(place):
+    """Add a model with the record of its training to the folder."""
+    recorded.train(place / "run", epochs=3, batch_size=16).save(place / "recorded.keras")
+    x, y = recorded.rows()
+    x_test, y_test = recorded.rows(9, seed=1)
+    np.savez(place / "r.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    return place
+
+
+def test_a_history_says_when_rows_were_learned(ask, recorded_place, tmp_path):
+    asked = ("explain", "recorded.keras", "r.npz", "--test-rows", 2, "--history", "run")
+    status, _, err = ask(*asked)
+    assert (status, err) == (0, "")
+    learned = History.load(recorded_place / "run").learned()
+    found = rows_of(tmp_path / "out" / "explain.csv")
+    assert found and all(int(r["learned_in_epoch"]) == learned[int(r["train_row"])] for r in found)
+    page = (tmp_path / "out" / "explain.html").read_text()
+    assert "learned in epoch" in page and "3 epochs by SGD" in page
+    status, _, err = ask("replay", tmp_path / "out" / "run.toml", out=tmp_path / "again")
+    assert (status, err) == (0, "")
+    assert rows_of(tmp_path / "again" / "explain.csv") == found
+
+
+def test_audit_takes_a_history(ask, recorded_place):
+    assert ask("audit", "recorded.keras", "r.npz", "--history", "run")[0] == 0
+
+
+def test_verify_trains_again_by_a_history(ask, recorded_place):
+    words = ("verify", "recorded.keras", "r.npz", "--remove", 2, "--test-rows", 1, "--json")
+    status, out, _ = ask(*words, "--history", "run")
+    assert status == 0
+    assert json.loads(out)["truth"].startswith("training again without the row")
+
+
+def test_a_history_of_other_rows_is_refused(ask, recorded_place):
+    status, _, err = ask("explain", "m.keras", "d.npz", "--history", "run")
+    assert status == 2 and "train must have the 40 rows of the history" in err
+    status, _, err = ask("explain", "m.keras", "d.npz", "--history", "d.npz")
+    assert status == 2 and "--history must be a folder that influence.Recorder wrote" in err
 
 
 def test_check_ends_with_1_if_numbers_should_not_be_trusted(ask):
@@ -326,3 +370,37 @@ def test_ctrl_c_in_a_process_is_one_line_and_the_next_run_goes_on(place, tmp_pat
     done = subprocess.run(words, stdout=subprocess.PIPE, timeout=120, check=False, **how)
     assert (done.returncode, without_bars(done.stderr)) == (0, "")
     assert not checkpoints.exists() and (tmp_path / "o" / "verify.html").exists()
+
+
+def test_audit_takes_test_rows_a_ranking_and_folds(ask, place, tmp_path):
+    (place / "own.py").write_text(
+        "import numpy as np\ndef fit(model, x, y):\n    model.fit(x, y, epochs=1, verbose=0)\n"
+    )
+    status, out, _ = ask("audit", "m.keras", "d.npz", "--test", "d.npz", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["ranking"] == "margin"
+    assert found["last_layer"]["held_out_loss"] > 0
+    words = ("--folds", 3, "--fit", "own.py:fit", "--json")
+    found = json.loads(ask("audit", "m.keras", "d.npz", *words)[1])
+    assert found["ranking"] == "folds"
+    assert all(row["folds"] is not None for row in found["rows"])
+    assert (
+        json.loads(ask("replay", tmp_path / "out" / "run.toml", "--json")[1])["ranking"] == "folds"
+    )
+    found = json.loads(ask("audit", "m.keras", "d.npz", "--ranking", "loss", "--json")[1])
+    losses = [row["loss"] for row in found["rows"]]
+    assert losses == sorted(losses, reverse=True)
+    status, _, err = ask("audit", "m.keras", "d.npz", "--folds", 3)
+    assert status == 2 and "--fit must be given with folds" in err
+
+
+def test_verify_removes_groups(ask, place):
+    (place / "own.py").write_text(
+        "def fit(model, x, y):\n    model.fit(x, y, epochs=1, verbose=0)\n"
+    )
+    words = ("--groups", 4, "--group-size", 2, "--fit", "own.py:fit", "--test-rows", 1, "--json")
+    status, out, _ = ask("verify", "m.keras", "d.npz", *words)
+    found = json.loads(out)
+    assert status == 0 and found["question"] == "groupverification"
+    assert [row["drawn"] for row in found["rows"]] == ["chosen"] * 2 + ["random"] * 2
+    assert ask("verify", "m.keras", "d.npz", "--group-size", 2)[0] == 2

@@ -151,3 +151,22 @@ def test_the_lines_of_the_readme_run(problem, tmp_path, monkeypatch):
     names = {"model": problem.model, "x_train": x, "y_train": y}
     exec(block, names | {"x_test": x_test, "y_test": y_test})
     assert "These training rows helped most" in (tmp_path / "explain.html").read_text()
+
+
+def test_changes_that_cannot_be_are_marked(tmp_path):
+    # Far from a minimum, with tiny losses, first order takes some losses below 0.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 4)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 1)
+    theta = np.zeros(15)
+    theta[:12] = rng.standard_normal(12) * 3
+    model = softmax_model(theta, penalty=1e-4)
+    found = explain(model, (x[:50], y[:50]), (x[50:], y[50:]), rows=range(10), options=NO_CHECK)
+    losses = np.array([about["loss"] for about in found.numbers()["test"]])
+    cannot = losses[:, None] + np.asarray(found.scores) < -1e-3 * losses[:, None]
+    np.testing.assert_array_equal(found.impossible, cannot)
+    marked = {(r["test_row"], r["train_row"]) for r in found.records() if r["impossible"]}
+    shown = {(r["test_row"], r["train_row"]) for r in found.records()}
+    assert marked == {(i, j) for i, j in np.argwhere(cannot)} & shown
+    text = found.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert ("this loss cannot fall below 0" in text) == bool(marked)

@@ -251,9 +251,9 @@ def test_arrays_are_recognised_as_what_they_are():
 def test_a_model_says_what_it_takes():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation="softmax")])
     model.compile("sgd", "categorical_crossentropy")
-    wanted = Wanted.by(None, GenericNeuralNet(model))
+    wanted = Wanted.by(GenericNeuralNet(model))
     assert [shape for shape, _ in wanted.inputs.values()] == [(4,)]
     assert wanted.one_hot == 3
     np.testing.assert_array_equal(wanted.coded(np.array([2, 0])), [[0, 0, 1], [1, 0, 0]])
     model.compile("sgd", "sparse_categorical_crossentropy")
-    assert Wanted.by(None, GenericNeuralNet(model)).one_hot is None
+    assert Wanted.by(GenericNeuralNet(model)).one_hot is None

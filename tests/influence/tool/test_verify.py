@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from influence import QuestionOptions, explain, verify
+from influence import History, QuestionOptions, explain, verify
 from influence.tool.verify import agreement, verdict
 from tests import oracles
+from tests.influence import recorded
 from tests.influence.tool.conftest import PENALTY, softmax_model
 
 
@@ -135,3 +136,32 @@ def test_wrong_arguments_are_named(problem):
         verify(problem.model, problem.train, remove=1)
     with pytest.raises(ValueError, match="wrong must be left out"):
         verify(problem.model, problem.train, rows=[1], wrong=2)
+
+
+def test_with_a_history_the_actual_changes_are_those_of_its_training(tmp_path):
+    model = recorded.train(tmp_path, epochs=3)  # all rows in a batch: the order has no effect
+    x, y = recorded.rows()
+    test = recorded.rows(9, seed=1)
+    options = QuestionOptions(history=tmp_path)
+    found = verify(model, (x, y), test, remove=4, rows=[2, 5], options=options)
+    start, every = History.load(tmp_path).theta(0), np.arange(recorded.N)
+    whole = recorded.losses(recorded.descend(start, x, y, [every] * 3), *test)
+    for k, row in enumerate(found.rows):
+        less = recorded.descend(start, x, y, [np.delete(every, row)] * 3)
+        expected = (recorded.losses(less, *test) - whole)[[2, 5]]
+        np.testing.assert_allclose(found.actual[:, k], expected, rtol=1e-5, atol=1e-9)
+    assert found.reliability == pytest.approx(1)
+    assert found.truth.startswith("training again without the row")
+    assert "1 / (learning rate x steps)" in str(found.subject.plan.reasons)
+    # (1 - .5) / (.2 x 3 steps)
+    assert found.subject.plan.damping == pytest.approx(0.5 / 0.6, rel=1e-6)
+
+
+def test_a_history_that_cannot_be_repeated_is_said(tmp_path):
+    model = recorded.train(tmp_path, epochs=1)
+    model.set_weights([w + 0.1 for w in model.get_weights()])
+    options = QuestionOptions(history=tmp_path)
+    found = verify(model, recorded.rows(), remove=2, rows=[2], options=options)
+    said = [a for a in found.alerts if a.headline.startswith("The training cannot be repeated")]
+    assert len(said) == 1 and "not the weights that it had after any epoch" in said[0].detail
+    assert not found.truth.startswith("training again")

@@ -1,0 +1,1 @@
+"""How many planted wrong labels each ranking of `audit` finds, beside cleanlab."""

@@ -1,0 +1,122 @@
+"""One case: train a network on wrong labels, and rank its rows in every way."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.mislabelled.sets import Set, planted
+from influence import GenericNeuralNet, Influence, QuestionOptions, audit
+from influence.tool.folds import folds_of
+from influence.tool.last_layer import margins
+
+BATCH, FOLDS, SEED = 32, 5, 0
+
+
+class _Margins(keras.callbacks.Callback):
+    """Margins of all rows after each epoch, by one forward pass. Its seconds are kept apart."""
+
+    def __init__(self, x: NDArray, y: NDArray):
+        super().__init__()
+        self.x, self.y = x, y
+        self.margins: list[NDArray] = []
+        self.seconds = 0.0
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Append the margins."""
+        begun = time.perf_counter()
+        self.margins.append(margins(_logits(self.model, self.x), self.y))
+        self.seconds += time.perf_counter() - begun
+
+
+def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> dict[str, NDArray]:
+    """Return the values of every ranking, the planted rows, and seconds.
+
+    Returns: arrays by name: `wrong` (n,) bool; `given` (n,); `margin`, `loss`, `history`, `folds`
+      and `self_influence` (n,), as `audit` has them; `probabilities` (n, c) out of fold, for
+      cleanlab; `seconds_...`; `alert`, the headline of an alert about memorised labels, or "";
+      `ranking` and `ranking_with_history`: what `audit` chose; `accuracy` on training rows, and
+      `test_accuracy`.
+    """
+    x, y, x_test, y_test = chosen.read(root)
+    classes = int(y.max()) + 1
+    given, wrong = planted(y, x, share, kind)
+    keras.utils.set_random_seed(SEED)
+    model = chosen.build(x.shape[1:], classes)
+    recorder = _Margins(x, given)
+    begun = time.perf_counter()
+    model.fit(x, given, BATCH, chosen.epochs, verbose=0, callbacks=[recorder])
+    trained = time.perf_counter() - begun - recorder.seconds
+    begun = time.perf_counter()
+    rows, held_out = (x, given), (x_test, y_test)
+    found = audit(model, rows, held_out, options=QuestionOptions(check=False))
+    seconds = time.perf_counter() - begun
+    history = SimpleNamespace(margins=np.stack(recorder.margins))
+    with_history = audit(
+        model, rows, held_out, history=history, options=QuestionOptions(check=False)
+    )
+    begun = time.perf_counter()
+    own = _self_influence(model, rows)
+    of_own = time.perf_counter() - begun
+    begun = time.perf_counter()
+    logits = _out_of_fold(chosen, x, given, classes)
+    of_folds = time.perf_counter() - begun
+    alert = [a.headline for a in found.alerts if "memorised" in a.headline]
+    predicted = _logits(model, x_test).argmax(axis=1)
+    return {
+        "wrong": wrong,
+        "given": given,
+        "margin": found.values["margin"],
+        "loss": found.values["loss"],
+        "history": with_history.values["history"],
+        "folds": margins(logits, given),
+        "self_influence": own,
+        "probabilities": _softmax(logits),
+        "alert": np.array(alert[0] if alert else ""),
+        "ranking": np.array(found.choice.ranking),
+        "ranking_with_history": np.array(with_history.choice.ranking),
+        "accuracy": np.array(found.subject.of_train.accuracy),
+        "test_accuracy": np.mean(predicted == y_test),
+        "weight_decay": np.array(found.last.weight_decay if found.last else np.nan),
+        "leave_one_out_loss": np.array(found.last.losses.mean() if found.last else np.nan),
+        "held_out_loss": np.array(found.last.held_out.mean() if found.last else np.nan),  # type: ignore
+        "seconds_training": np.array(trained),
+        "seconds_audit": np.array(seconds),
+        "seconds_history": np.array(recorder.seconds),
+        "seconds_folds": np.array(of_folds),
+        "seconds_self_influence": np.array(of_own),
+    }
+
+
+def _out_of_fold(chosen: Set, x: NDArray, given: NDArray, classes: int) -> NDArray:
+    """Return logits (n, c) of networks that were trained without the row's fold."""
+    fold = folds_of(given, FOLDS, True)
+    found = np.empty((len(given), classes))
+    for k in range(FOLDS):
+        model = chosen.build(x.shape[1:], classes)
+        inside = fold != k
+        model.fit(x[inside], given[inside], BATCH, chosen.epochs, verbose=0)
+        found[~inside] = _logits(model, x[~inside])
+    return found
+
+
+def _self_influence(model: keras.Model, rows: tuple[NDArray, NDArray]) -> NDArray:
+    """Return the self-influence of the last layer, which is cheap."""
+    net = GenericNeuralNet(model, layers=[model.layers[-1].name])
+    return np.asarray(Influence(net, rows).self_influence(), float)
+
+
+def _logits(model: Any, x: NDArray) -> NDArray:
+    z = model.predict(x, batch_size=256, verbose=0).astype(float)
+    return np.column_stack([np.zeros(len(z)), z]) if z.shape[1] == 1 else z
+
+
+def _softmax(z: NDArray) -> NDArray:
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)

@@ -1,0 +1,105 @@
+"""Penultimate features: what a model's last layer of weights takes as its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import scipy.sparse
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from influence.net import ops
+from influence.net.graph import is_functional, nodes_of
+from influence.net.inputs import for_call
+
+_AFFINE = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+)
+
+
+class Penultimate:
+    """Question that returns the penultimate features of a batch, (n, f) in float32.
+
+    The last layer must be dense or a convolution, in a functional or sequential model with one
+    output. Where it is applied to many positions, the features are averaged over the positions,
+    because the outputs are then pooled over them.
+
+    Args:
+      model: the features as outputs, or None if the model's input itself is the features.
+    """
+
+    def __init__(self, model: keras.Model | None):
+        self.model = model
+        self._traced: Any = None
+
+    def __getstate__(self) -> dict:
+        """Pickle the model without its traced function."""
+        return {**self.__dict__, "_traced": None}
+
+    @classmethod
+    def of(cls, net: Any) -> Penultimate | None:
+        """Return the question for a net, or None for a model whose last layer is not known."""
+        model = net.flat.model
+        graph = getattr(model, "_functional", None) or model
+        if not is_functional(graph) or len(graph.outputs) != 1:
+            return None
+        tensor = _last_input(graph)
+        if tensor is None:
+            return None
+        if any(tensor is given for given in graph.inputs):
+            return cls(None) if len(graph.inputs) == 1 and tensor.dtype != "string" else None
+        inputs = graph._inputs_struct
+        if isinstance(inputs, list | tuple) and len(inputs) == 1:
+            (inputs,) = inputs  # Sequential models have one input, but store a list
+        return cls(keras.Model(inputs, tensor, name=f"{model.name}_penultimate"))
+
+    def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
+        """Return the features of one batch."""
+        if self.model is None:
+            found = next(iter(x.values())) if isinstance(x, dict) else x
+        else:
+            x = tf.nest.map_structure(tf.convert_to_tensor, x)
+            if self._traced is None:
+                any_rows = tf.nest.map_structure(
+                    lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), x
+                )
+                made = tf.function(self._features, autograph=False)
+                self._traced = made.get_concrete_function(any_rows)
+            found = self._traced(x).numpy()
+        if scipy.sparse.issparse(found):
+            found = found.toarray()
+        found = np.asarray(found, np.float32)
+        while found.ndim > 2:
+            found = found.mean(axis=1)
+        return found
+
+    def _features(self, x: Any) -> Any:
+        with keras.StatelessScope(), ops.exact():
+            return self.model(for_call(self.model, x), training=False)  # type: ignore[misc, arg-type]
+
+
+def _last_input(graph: Any) -> Any:
+    """Return the symbolic input of the last affine layer of a graph, or None."""
+    for node in reversed(nodes_of(graph)):
+        operation = node.operation
+        inner = getattr(operation, "_functional", None) or operation
+        if isinstance(operation, keras.Model):
+            if not is_functional(inner) or len(node.input_tensors) != 1 or len(inner.inputs) != 1:
+                return None
+            found = _last_input(inner)
+            if found is None:
+                continue
+            if found is inner.inputs[0]:
+                return node.input_tensors[0]
+            return keras.Model(inner.inputs, found)(node.input_tensors[0])
+        if isinstance(operation, _AFFINE) and len(node.input_tensors) == 1:
+            return node.input_tensors[0]
+        if any(len(weight.shape) > 1 for weight in getattr(operation, "weights", ())):
+            return None  # such as a recurrent layer, whose outputs are not affine in its input
+    return None

@@ -1,0 +1,280 @@
+"""The last layer, refitted to its minimum on the network's features, and its leave-one-out outputs.
+
+A network's training stops somewhere, and not at a minimum. Its last layer alone has one on the
+penultimate features phi. With the standardised features x (n, f), an intercept b, and the weights W
+
+    R(W, b) = mean_i l(x_i W + b, y_i) + lambda/2 (|W|^2 + |b|^2)
+
+is convex. l is the cross-entropy of the classes, or half the squared error of a number. At the
+minimum, the outputs of each row as if it had not been in the refit have a closed form: approximate
+leave-one-out for classes (`leave_one_out_outputs`: Rad & Maleki 2020), and y - (y - f) / (1 - h)
+with the leverage h for numbers, which is exact.
+
+lambda is the value of a fixed grid whose mean leave-one-out loss is least. So it depends on no
+knowledge of which labels are wrong. The features have still seen every label: a network that has
+memorised a wrong label may have moved this row's features to the wrong class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+from numpy.typing import NDArray
+from sklearn.utils.extmath import randomized_svd
+
+from influence.curvature.operators import Hessian
+from influence.examples.examples import Examples
+from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
+from influence.net.penultimate import Penultimate
+from influence.scores.out_of_sample import leave_one_out_outputs
+from influence.solvers import Direct
+
+# The grid of lambda, from which the search begins at its end.
+WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+# The search stops after this many values that were worse than the best one.
+_WORSE = 2
+# The refit has at most this many weights. More features are reduced to their principal components.
+MOST_WEIGHTS = 4096
+# The features of all rows may have this many entries.
+_MOST_ENTRIES = 1 << 28
+# With fewer components left for each class, the refit would not be that of the network's features.
+_FEWEST = 8
+_GRADIENT = 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class OutOfSample:
+    """What rows look like to a model that has not seen them.
+
+    Attributes:
+      outputs: (n, c) logits of c classes, or (n, 1) predicted numbers.
+      losses: (n,) the loss at these outputs: nats for classes, half the squared error for numbers.
+      given: (n,) the labels, as class numbers or numbers.
+      how: where the outputs come from, in words.
+    """
+
+    outputs: NDArray
+    losses: NDArray
+    given: NDArray
+    how: str
+
+    @property
+    def of_classes(self) -> bool:
+        """True if the labels are classes."""
+        return self.outputs.shape[1] > 1
+
+    @property
+    def probabilities(self) -> NDArray:
+        """(n, c) probabilities of the classes."""
+        return scipy.special.softmax(self.outputs, axis=1)
+
+    @property
+    def margins(self) -> NDArray:
+        """(n,) logit of the given label minus the largest other logit. Negative: doubtful."""
+        return margins(self.outputs, self.given)
+
+    @property
+    def residuals(self) -> NDArray:
+        """(n,) given number minus predicted number."""
+        return self.given - self.outputs[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class LastLayer(OutOfSample):
+    """The refitted last layer, with the leave-one-out outputs of its n rows.
+
+    Attributes:
+      weight_decay: lambda.
+      searched: mean leave-one-out loss by lambda, for every lambda that was tried.
+      num_features: the number of features that the refit has.
+      dropped: share of the features' variance that was dropped; 0 if nothing was.
+      held_out: (m,) losses of held-out rows by the refit with all n rows, or None.
+    """
+
+    weight_decay: float
+    searched: dict[float, float]
+    num_features: int
+    dropped: float
+    held_out: NDArray | None
+
+
+def margins(logits: NDArray, given: NDArray) -> NDArray:
+    """Return the logit of the given class minus the largest other one, (n,), of logits (n, c)."""
+    rows = np.arange(len(logits))
+    rest = np.array(logits, float)
+    rest[rows, given] = -np.inf
+    return logits[rows, given] - rest.max(axis=1)
+
+
+def last_layer(
+    features: NDArray,
+    given: NDArray,
+    num_classes: int,
+    held_out: tuple[NDArray, NDArray] | None = None,
+) -> LastLayer:
+    """Refit a last layer on features, and return each row's outputs without the row.
+
+    Args:
+      features: (n, f) the features phi.
+      given: (n,) class numbers, or numbers.
+      num_classes: the number of classes c, or 0 for numbers. Two classes take one logit.
+      held_out: features (m, f) and labels (m,) of rows that no training has seen, or None.
+
+    Returns: LastLayer.
+    Raises: ValueError if no feature varies, or if there are too many classes for the features.
+    """
+    width = 1 if num_classes <= 2 else num_classes
+    x, transform, dropped = _standardised(features, width)
+    scale = 1.0
+    y: NDArray = np.asarray(given)
+    if not num_classes:
+        scale = float(np.std(y)) or 1.0
+        y = (y - np.mean(given)) / scale
+    fitted = _numbers if not num_classes else _classes
+    fit: Callable[[float], _Fit] = fitted(x, y, num_classes)
+    searched: dict[float, float] = {}
+    best, worse = None, 0
+    for decay in sorted(WEIGHT_DECAYS, reverse=True):
+        found = fit(decay)
+        searched[decay] = float(found.losses.mean())
+        if best is None or searched[decay] < float(best.losses.mean()):
+            best, chosen, worse = found, decay, 0
+        else:
+            worse += 1
+        if worse == _WORSE:
+            break
+    assert best is not None
+    lost = None
+    if held_out is not None:
+        z, known = best.outputs_of(transform(held_out[0])), np.asarray(held_out[1])
+        lost = (
+            _cross_entropy(_two(z), known)
+            if num_classes
+            else (known - (z[:, 0] * scale + np.mean(given))) ** 2 / 2
+        )
+    outputs = _two(best.outputs) if num_classes else best.outputs * scale + np.mean(given)
+    return LastLayer(
+        outputs,
+        best.losses * scale**2,
+        np.asarray(given),
+        "the last layer, refitted without the row on the network's features (closed form)",
+        weight_decay=chosen,
+        searched={decay: loss * scale**2 for decay, loss in searched.items()},
+        num_features=x.shape[1],
+        dropped=dropped,
+        held_out=lost,
+    )
+
+
+def features_of(net: Any, examples: Examples, batch_size: int | None = None) -> NDArray | str:
+    """Return the penultimate features (n, f) of all rows, or the reason why there are none."""
+    question = Penultimate.of(net)
+    if question is None:
+        return "the model's last layer of weights is not a dense layer or convolution of one output"
+    first = question(net, None, examples.take([0]).x, examples.take([0]).y)
+    if first.ndim != 2:
+        return f"the input of the model's last layer has the shape {first.shape[1:]}"
+    if first.size * len(examples) > _MOST_ENTRIES:
+        return f"the features have {first.size * len(examples):,} entries, which are too many"
+    how: dict[str, Any] = {"batch_size": batch_size, "what": "features of the last layer"}
+    return examples.each_row(question, net, **how)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Leave-one-out outputs (n, width) and losses (n,), and the outputs of other features."""
+
+    outputs: NDArray
+    losses: NDArray
+    outputs_of: Callable[[NDArray], NDArray]
+
+
+def _classes(x: NDArray, y: NDArray, num_classes: int) -> Callable[[float], _Fit]:
+    rows, theta = Examples(x, y.astype(np.int64)), None
+
+    def fit(decay: float) -> _Fit:
+        nonlocal theta
+        how: dict[str, Any] = {"weight_decay": decay, "intercept": True}
+        if num_classes == 2:
+            net: Any = BinaryLogisticRegression(x.shape[1], **how)
+        else:
+            net = MulticlassLogisticRegression(x.shape[1], num_classes, **how)
+        if theta is not None:
+            net.theta = theta
+        net.fit(rows, gradient_tolerance=_GRADIENT)
+        theta = net.theta  # the next fit begins here
+        found = leave_one_out_outputs(net, rows, solver=Direct(), damping=0.0, curvature=Hessian)
+        return _Fit(found.logits, found.losses, net.outputs)
+
+    return fit
+
+
+def _numbers(x: NDArray, y: NDArray, _: int) -> Callable[[float], _Fit]:
+    """Return the fit of ridge regression. One decomposition serves every lambda."""
+    one = np.column_stack([x, np.ones(len(x))])
+    values, vectors = scipy.linalg.eigh(one.T @ one / len(x))
+    along = one @ vectors
+    pulled = along.T @ y / len(x)
+
+    def fit(decay: float) -> _Fit:
+        inverse = 1 / (np.maximum(values, 0) + decay)
+        weights = vectors @ (inverse * pulled)
+        # The risk without the row has the same penalty and n - 1 rows: n R - L_i with (n - 1) / n.
+        # Its matrix is that of decay (n - 1) / n, less the row's own share.
+        less = 1 / (np.maximum(values, 0) + decay * (len(x) - 1) / len(x))
+        fitted, h = along @ (less * pulled), np.einsum("nf,f,nf->n", along, less, along) / len(x)
+        left = (y - fitted) / np.maximum(1 - h, 1e-12)
+        return _Fit((y - left)[:, None], left**2 / 2, lambda z: _with_one(z) @ weights[:, None])
+
+    return fit
+
+
+def _with_one(x: NDArray) -> NDArray:
+    return np.column_stack([x, np.ones(len(x))])
+
+
+def _standardised(
+    features: NDArray, width: int
+) -> tuple[NDArray, Callable[[NDArray], NDArray], float]:
+    """Return standardised features, the function that standardises others, and the share dropped.
+
+    The penalty does not change if the features are rotated. So the first principal components, if
+    all that vary are kept, give the same refit.
+    """
+    mean = features.mean(axis=0, dtype=np.float64)
+    scale = features.std(axis=0, dtype=np.float64)
+    varies = scale > 1e-6 * max(float(scale.max()), np.finfo(np.float32).tiny)
+    if not varies.any():
+        raise ValueError("features must vary between rows, got the same features in all rows.")
+    mean, scale = mean[varies], scale[varies]
+
+    def standard(other: NDArray) -> NDArray:
+        return (other[:, varies].astype(np.float64) - mean) / scale
+
+    x = standard(features)
+    most = MOST_WEIGHTS // width - 1
+    if x.shape[1] <= most:
+        return x, standard, 0.0
+    if most < _FEWEST:
+        raise ValueError(
+            f"the refit must have at most {MOST_WEIGHTS // (_FEWEST + 1)} classes, got {width}."
+        )
+    most = min(most, len(x))
+    rotation = randomized_svd(x, most, random_state=0)[2].T
+    kept = x @ rotation
+    dropped = max(1 - float((kept**2).sum() / (x**2).sum()), 0.0)
+    return kept, lambda other: standard(other) @ rotation, dropped
+
+
+def _two(z: NDArray) -> NDArray:
+    """Return logits (n, 1) of the second of two classes as logits (n, 2)."""
+    return np.column_stack([np.zeros(len(z)), z]) if z.shape[1] == 1 else z
+
+
+def _cross_entropy(z: NDArray, y: NDArray) -> NDArray:
+    return scipy.special.logsumexp(z, axis=1) - z[np.arange(len(z)), y.astype(int)]

@@ -1,0 +1,108 @@
+"""A person's own training: a function that trains a Keras model on the rows that it gets."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from influence.examples import labels as packing
+from influence.examples.examples import Examples
+from influence.net.net import GenericNeuralNet
+from influence.net.preprocessing import compile_like
+
+Fit = Callable[..., Any]
+
+
+def fitting(fit: Fit) -> Callable[[GenericNeuralNet, Examples], Any]:
+    """Return a function (net, rows) that calls the person's function with the model and arrays."""
+    return lambda net, rows: train(fit, net.model, rows)
+
+
+def train(fit: Fit, model: keras.Model, rows: Examples) -> None:
+    """Call a function (model, x, y) or (model, x, y, sample_weight) with rows."""
+    weights = packing.sample_weights(rows.y)
+    arguments = [rows.x, packing.labels(rows.y)]
+    fit(model, *arguments, *(() if weights is None else (weights,)))
+
+
+def source(fit: Fit) -> str:
+    """Return a hash of a function's module, so that another function's results are not taken."""
+    try:
+        text = inspect.getsource(inspect.getmodule(fit) or fit)
+    except (OSError, TypeError):
+        text = repr(fit)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fresh(model: keras.Model) -> keras.Model:
+    """Return a copy of a model as it was before any training: with weights that are drawn anew.
+
+    Frozen layers keep their weights, and so do layers that are adapted and not trained, such as
+    Normalization. The copy has the compiled loss and a new optimiser of the same configuration.
+
+    Raises: ValueError for a model that Keras cannot clone.
+    """
+    try:
+        copy = keras.models.clone_model(model)
+        pairs = list(zip(_leaves(model), _leaves(copy), strict=True))
+    except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"model must be one that Keras can clone, got {model.name!r} "
+            f"({type(error).__name__}: {reason}); give its own classes a get_config."
+        ) from error
+    for old, new in pairs:
+        trained = old.trainable and (
+            old._trainable_variables or isinstance(old, keras.layers.BatchNormalization)
+        )
+        if not trained:
+            own = [*old._trainable_variables, *old._non_trainable_variables]
+            made = [*new._trainable_variables, *new._non_trainable_variables]
+            for variable, value in zip(made, own, strict=True):
+                variable.assign(value)
+            if isinstance(new, keras.layers.Normalization):
+                new.finalize_state()  # it computes with copies of its weights
+    compile_like(copy, model)
+    optimizer: Any = getattr(model, "optimizer", None)
+    if copy.compiled and optimizer is not None:
+        copy.optimizer = type(optimizer).from_config(optimizer.get_config())
+    return copy
+
+
+@contextmanager
+def retrained(
+    net: GenericNeuralNet, rows: Examples, fit: Fit, seed: int | None = None
+) -> Iterator[GenericNeuralNet]:
+    """Train a fresh model on rows, and yield the net with its weights for a `with` block.
+
+    The net gets its own weights back afterwards. It answers with all of its layers, because
+    features of frozen layers may have been computed before.
+
+    Args:
+      net: the net whose model is trained anew.
+      rows: the rows, with the inputs of the whole model.
+      fit: a function as in `train`.
+      seed: the seed that is given to Keras before the weights are drawn, or None.
+    """
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
+    model = fresh(net.model)
+    train(fit, model, rows)
+    variables = net.model.variables
+    before = [variable.numpy() for variable in variables]
+    try:
+        for variable, value in zip(variables, model.variables, strict=True):
+            variable.assign(value)
+        yield net.uncut()
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+
+
+def _leaves(model: Any) -> list[Any]:
+    return list(model._flatten_layers(include_self=False))

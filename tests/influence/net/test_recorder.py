@@ -1,0 +1,579 @@
+"""Compare the record of a training with Keras' own predictions and losses, and with another run."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from influence import Examples, GenericNeuralNet, History, Recorder, class_weights
+from influence.common import checkpoint
+from influence.net import history as module
+
+N, EPOCHS, BATCH = 90, 5, 16
+
+
+def rows(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((N, 6)).astype(np.float32)
+    return x, (x @ rng.standard_normal((6, 3))).argmax(axis=1)
+
+
+def built(units=3, activation="softmax", loss="sparse_categorical_crossentropy", optimizer=None):
+    """Return a network with batch normalisation and dropout, the same in every call."""
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="tanh"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.2, seed=1),
+            layers.Dense(units, activation=activation),
+        ]
+    )
+    model.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.5), loss)
+    return model
+
+
+class Watch(keras.callbacks.Callback):
+    """Predict all rows after each epoch by Keras itself."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x, self.outputs, self.thetas = x, [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.outputs.append(self.model.predict(self.x, verbose=0))
+        self.thetas.append(start(self.model))
+
+
+def trained(folder, model, train, weight=None, epochs=EPOCHS, **options):
+    """Train with a Recorder, and return the history and what Keras predicted."""
+    x, y = train
+    examples = train if weight is None else Examples(x, y, weight)
+    watch = Watch(x)
+    options = {"every": 1} | options
+    callbacks = [Recorder(folder, examples, **options), watch]
+    model.fit(
+        x, y, sample_weight=weight, epochs=epochs, batch_size=BATCH, verbose=0, callbacks=callbacks
+    )
+    return History.load(folder), watch
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A history, and what Keras predicted after each epoch."""
+    return trained(tmp_path_factory.mktemp("first"), built(), rows())
+
+
+def test_margins_and_losses_are_those_of_keras_predictions(first):
+    x, y = rows()
+    found, watch = first
+    p = np.array(watch.outputs, np.float64)
+    own = np.log(p[:, np.arange(N), y])
+    others = np.log(p)
+    others[:, np.arange(N), y] = -np.inf
+    assert found.kind == "classes"
+    np.testing.assert_allclose(found.margins, own - others.max(axis=2), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.losses, -own, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.epochs, [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(found.thetas[1:], watch.thetas)
+    np.testing.assert_array_equal(found.checkpoints, [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(found.thetas[0], start(built()))
+    np.testing.assert_allclose(found.area(), (own - others.max(axis=2)).mean(axis=0), atol=1e-5)
+
+
+def start(model):
+    return np.concatenate([np.ravel(w.numpy()) for w in model.trainable_weights])
+
+
+def test_the_recipe_is_that_of_the_training(first):
+    found, _ = first
+    assert found.batch_size == BATCH
+    np.testing.assert_array_equal(found.steps, [6] * EPOCHS)
+    np.testing.assert_array_equal(found.rows_seen, [N] * EPOCHS)
+    np.testing.assert_allclose(found.rates, [0.1] * EPOCHS, rtol=1e-6)
+    about = found.about
+    assert about["optimizer"] == "SGD" and about["optimizer_config"]["momentum"] == 0.5
+    assert about["seed"] == 3 and about["order"].startswith("not known")
+    assert about["versions"]["keras"] == keras.__version__
+    assert about["data"] == Examples(*rows()).fingerprint
+    assert found.notes == () and found.sample_weight is None
+    # (1 - momentum) / (eta T), with T = 5 epochs of 6 steps
+    assert found.damping() == pytest.approx(0.5 / (0.1 * 30), rel=1e-6)
+
+
+def test_learned_is_the_epoch_from_which_a_margin_stays_positive(first):
+    found, _ = first
+    for row, epoch in enumerate(found.learned()):
+        right = found.margins[:, row] > 0
+        if epoch == 0:
+            assert not right[-1]
+        else:
+            assert right[epoch - 1 :].all() and (epoch == 1 or not right[epoch - 2])
+    assert 0 < np.count_nonzero(found.learned()) < N
+
+
+def test_one_logit_has_the_sign_of_the_label(tmp_path):
+    x, y = rows()
+    y = (y > 0).astype(np.float32)
+    found, watch = trained(tmp_path, built(1, "sigmoid", "binary_crossentropy"), (x, y))
+    p = np.array(watch.outputs, np.float64)[..., 0]
+    logits = np.log(p) - np.log1p(-p)
+    assert found.kind == "binary"
+    np.testing.assert_allclose(found.margins, np.where(y > 0, logits, -logits), atol=1e-5)
+    np.testing.assert_allclose(
+        found.losses, -np.log(np.where(y > 0, p, 1 - p)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_several_labels_have_the_least_signed_logit(tmp_path):
+    x, _ = rows()
+    y = (np.random.default_rng(1).random((N, 3)) > 0.5).astype(np.float32)
+    found, watch = trained(tmp_path, built(3, "sigmoid", "binary_crossentropy"), (x, y))
+    p = np.array(watch.outputs, np.float64)
+    logits = np.log(p) - np.log1p(-p)
+    expected = np.where(y > 0, logits, -logits).min(axis=2)
+    np.testing.assert_allclose(found.margins, expected, atol=1e-5)
+
+
+def test_a_number_has_minus_its_residual(tmp_path):
+    x, _ = rows()
+    y = (x @ np.arange(12).reshape(6, 2)).astype(np.float32)
+    found, watch = trained(tmp_path, built(2, None, "mse", "adam"), (x, y))
+    gap = np.array(watch.outputs, np.float64) - y
+    assert found.kind == "residual"
+    np.testing.assert_allclose(found.margins, -np.linalg.norm(gap, axis=2), rtol=1e-5)
+    np.testing.assert_allclose(found.losses, (gap**2).mean(axis=2), rtol=1e-5)
+    with pytest.raises(ValueError, match="^history must be one of classes"):
+        found.learned()
+    with pytest.raises(ValueError, match=r"^history must be that of SGD .* got Adam"):
+        found.damping()
+
+
+def test_weights_multiply_losses_and_not_margins(tmp_path):
+    x, y = rows()
+    weight = class_weights(y, {0: 3.0, 1: 0.5})
+    found, watch = trained(tmp_path, built(), (x, y), weight)
+    p = np.array(watch.outputs, np.float64)
+    own = p[:, np.arange(N), y]
+    np.testing.assert_allclose(found.losses, -np.log(own) * weight, rtol=1e-4, atol=1e-6)
+    p[:, np.arange(N), y] = 0
+    np.testing.assert_allclose(found.margins, np.log(own) - np.log(p.max(axis=2)), atol=1e-4)
+    np.testing.assert_array_equal(found.sample_weight, weight)
+
+
+def test_two_inputs_and_two_outputs(tmp_path):
+    x, y = rows()
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((4,), name="a"), keras.Input((2,), name="b")
+    hidden = keras.layers.Dense(5, activation="tanh")(keras.layers.Concatenate()([a, b]))
+    one = keras.layers.Dense(3, name="one")(hidden)
+    two = keras.layers.Dense(1, activation="sigmoid", name="two")(hidden)
+    model = keras.Model([a, b], {"one": one, "two": two})
+    sparse = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    losses = {"one": sparse, "two": "binary_crossentropy"}
+    model.compile("adam", losses, loss_weights={"one": 2.0, "two": 0.5})
+    inputs = {"a": x[:, :4], "b": x[:, 4:]}
+    labels = {"one": y, "two": (y > 1).astype(np.float32)}
+    callback = Recorder(tmp_path, Examples(inputs, labels), every=1)
+    model.fit(inputs, labels, epochs=2, verbose=0, callbacks=[callback])
+    found = History.load(tmp_path)
+    out = model.predict(inputs, verbose=0)
+    z, p = out["one"].astype(float), out["two"][:, 0].astype(float)
+    own = z[np.arange(N), y]
+    others = z.copy()
+    others[np.arange(N), y] = -np.inf
+    logit = np.log(p) - np.log1p(-p)
+    second = np.where(y > 1, logit, -logit)
+    np.testing.assert_allclose(
+        found.margins[-1], np.minimum(own - others.max(axis=1), second), atol=1e-5
+    )
+    loss = np.log(np.exp(z).sum(axis=1)) - own
+    bce = np.log1p(np.exp(-second))
+    np.testing.assert_allclose(found.losses[-1], 2 * loss + 0.5 * bce, rtol=1e-4, atol=1e-5)
+
+
+def test_lookups_in_front_and_a_frozen_trunk(tmp_path):
+    _, y = rows()
+    words = np.array(["a b", "b c", "c a d"])[y]
+    given = tf.constant(words)  # Keras takes no array of strings
+    lookup = keras.layers.TextVectorization(output_mode="multi_hot")
+    lookup.adapt(words)
+    frozen = keras.layers.Dense(4, activation="tanh", trainable=False)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((), dtype="string"), lookup, frozen])
+    model.add(keras.layers.Dense(3))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss)
+    model.fit(given, y, epochs=2, verbose=0, callbacks=[Recorder(tmp_path, (words, y), every=1)])
+    z = model.predict(given, verbose=0).astype(float)
+    own = z[np.arange(N), y]
+    expected = np.log(np.exp(z).sum(axis=1)) - own
+    np.testing.assert_allclose(History.load(tmp_path).losses[-1], expected, rtol=1e-4)
+
+
+def test_running_means_in_front_of_the_weights_are_followed(tmp_path):
+    x, y = rows()
+    keras.utils.set_random_seed(0)
+    norm = keras.layers.BatchNormalization(center=False, scale=False, momentum=0.5)
+    first = keras.layers.Dense(4, trainable=False)
+    model = keras.Sequential([keras.Input((6,)), first, norm, keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    found, watch = trained(tmp_path, model, (10 * x + 5, y))
+    z = np.array(watch.outputs, np.float64)
+    expected = np.log(np.exp(z).sum(axis=2)) - z[:, np.arange(N), y]
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_mixed_precision_is_followed(tmp_path):
+    x, y = rows()
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = built(loss="sparse_categorical_crossentropy")
+    finally:
+        keras.config.set_dtype_policy(before)
+    found, watch = trained(tmp_path, model, (x, y), epochs=2)
+    p = np.array(watch.outputs, np.float64)[:, np.arange(N), y]
+    np.testing.assert_allclose(found.losses, -np.log(p), atol=0.05)  # bfloat16 has 3 digits
+    np.testing.assert_array_equal(found.thetas[-1], watch.thetas[-1])
+
+
+# --- an interrupted training ----------------------------------------------------------------------
+
+
+class Stop(keras.callbacks.Callback):
+    """Raise in the middle of an epoch, or at its end."""
+
+    def __init__(self, epoch, batch=None):
+        super().__init__()
+        self.epoch, self.batch, self.now = epoch, batch, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.now == self.epoch and self.batch is not None and batch >= self.batch:
+            raise KeyboardInterrupt
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch and self.batch is None:
+            raise KeyboardInterrupt
+
+
+def fit(folder, callbacks, epochs=4, model=None, **options):
+    """Train without dropout and shuffling, so that an interruption changes no number."""
+    x, y = rows()
+    if model is None:
+        keras.utils.set_random_seed(3)
+        layers = [keras.Input((6,)), keras.layers.Dense(5, activation="tanh")]
+        layers += [keras.layers.BatchNormalization(), keras.layers.Dense(3, activation="softmax")]
+        model = keras.Sequential(layers)
+        loss = "sparse_categorical_crossentropy"
+        model.compile(keras.optimizers.Adam(0.01), loss)
+    options = {"shuffle": False, "batch_size": BATCH, "verbose": 0} | options
+    recorder = Recorder(folder, (x, y), every=1)
+    model.fit(x, y, epochs=epochs, callbacks=callbacks(recorder), **options)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The history of a training without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder, lambda recorder: [recorder])
+    return History.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "stop"),
+    [
+        ("recorder", (2, 3)),  # in the middle of an epoch
+        ("recorder", (1, None)),  # the epoch is recorded, and Keras has no backup of it
+        ("backup", (1, None)),  # Keras has a backup of the epoch, and it is not recorded
+        ("backup", (0, 2)),  # before there is anything
+    ],
+)
+def test_goes_on_with_backup_and_restore_to_the_same_arrays(tmp_path, whole, before, stop):
+    def callbacks(recorder, *more):
+        backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+        pair = [recorder, backup] if before == "recorder" else [backup, recorder]
+        return [pair[0], *more, pair[1]]
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", lambda recorder: callbacks(recorder, Stop(*stop)))
+    fit(tmp_path / "run", callbacks)
+    found = History.load(tmp_path / "run")
+    np.testing.assert_array_equal(found.epochs, [1, 2, 3, 4])
+    for name in ("margins", "losses", "thetas", "steps", "checkpoints", "trained"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(found.rates, whole.rates)
+    assert found.batch_size == BATCH and found.notes == ()
+
+
+def test_a_damaged_last_file_is_left_out_and_recorded_again(tmp_path):
+    model = fit(tmp_path, lambda recorder: [recorder], epochs=3)
+    before = History.load(tmp_path)
+    last = module.epoch_file(tmp_path, 3)
+    last.write_bytes(last.read_bytes()[:100])
+    (tmp_path / "epoch-00004.npzabc.partial").write_bytes(b"x")
+    found = History.load(tmp_path)
+    np.testing.assert_array_equal(found.epochs, [1, 2])
+    np.testing.assert_array_equal(found.margins, before.margins[:2])
+    assert found.notes[0].startswith("The file of the last epoch, 3, was damaged")
+    fit(tmp_path, lambda recorder: [recorder], model=model, initial_epoch=3)
+    again = History.load(tmp_path)
+    np.testing.assert_array_equal(again.epochs, [1, 2, 3, 4])
+    np.testing.assert_array_equal(again.margins[:3], before.margins)
+
+
+def test_a_damaged_file_before_the_last_is_refused(tmp_path):
+    model = fit(tmp_path, lambda recorder: [recorder], epochs=3)
+    module.epoch_file(tmp_path, 2).write_bytes(b"no")
+    with pytest.raises(ValueError, match="^history must have undamaged files before the last"):
+        History.load(tmp_path)
+    with pytest.raises(ValueError, match="^folder must have every epoch before 3"):
+        fit(tmp_path, lambda recorder: [recorder], model=model, initial_epoch=3)
+    module.epoch_file(tmp_path, 2).unlink()
+    with pytest.raises(ValueError, match="^history must have every epoch, got .* without epoch 2"):
+        History.load(tmp_path)
+
+
+def other_rows():
+    x, y = rows()
+    return x, np.roll(y, 1)
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "message"),
+    [
+        (other_rows(), {}, "of one with other rows or labels"),
+        (rows(1), {}, "of one with other rows or labels"),
+        (rows(), {"units": 4}, "of one with other layers or weights' shapes"),
+        (rows(), {"activation": "sigmoid"}, "of one with other layers or weights' shapes"),
+        (rows(), {"optimizer": "adam"}, r"of one with other optimiser \(SGD\)"),
+        (rows(), {"loss": "mse", "activation": "tanh"}, "of one with other"),
+    ],
+)
+def test_a_folder_of_another_training_is_refused_before_it_begins(first, train, model, message):
+    x, y = train
+    other, watch = built(**model), Stop(0, 0)
+    y = np.eye(3)[y] if model.get("loss") == "mse" else y
+    with pytest.raises(ValueError, match=f"^folder must be of this training, got .* {message}"):
+        other.fit(x, y, verbose=0, callbacks=[Recorder(first[0].folder, (x, y)), watch])
+
+
+def test_the_same_training_from_other_weights_or_rates_is_refused(first):
+    folder, model = first[0].folder, built()
+    model.set_weights([w + 0.1 for w in model.get_weights()])
+    with pytest.raises(ValueError, match="^folder must be .* began from other weights"):
+        trained(folder, model, rows())
+    slower = built(optimizer=keras.optimizers.SGD(0.01, momentum=0.5))
+    with pytest.raises(ValueError, match="^folder must be .* other settings of the optimiser"):
+        trained(folder, slower, rows())
+
+
+def test_the_same_training_once_more_replaces_the_record(tmp_path):
+    fit(tmp_path, lambda recorder: [recorder], epochs=3)
+    fit(tmp_path, lambda recorder: [recorder], epochs=2)
+    np.testing.assert_array_equal(History.load(tmp_path).epochs, [1, 2])
+
+
+def test_going_on_from_other_weights_is_said(tmp_path):
+    model = fit(tmp_path, lambda recorder: [recorder], epochs=2)
+    model.set_weights([w + 0.1 for w in model.get_weights()])
+    fit(tmp_path, lambda recorder: [recorder], model=model, initial_epoch=2, epochs=3)
+    (note,) = History.load(tmp_path).notes
+    assert "epoch 3 began from other weights" in note
+
+
+def test_a_record_that_begins_later_says_so(tmp_path):
+    model = fit(tmp_path / "first", lambda recorder: [], epochs=2)
+    fit(tmp_path / "later", lambda recorder: [recorder], model=model, initial_epoch=2)
+    found = History.load(tmp_path / "later")
+    np.testing.assert_array_equal(found.epochs, [3, 4])
+    np.testing.assert_array_equal(found.checkpoints, [2, 3, 4])
+    assert found.notes == ("The record begins after 2 epochs of the training.",)
+
+
+# --- the time of recording ------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock of which each training step takes a second, and each recorded row some more."""
+
+    def __init__(self, monkeypatch, per_pass, growth=0.0):
+        self.now, self.per_pass, self.growth = 0.0, per_pass, growth
+        monkeypatch.setattr(Recorder, "_clock", staticmethod(lambda: self.now))
+        plain = Recorder._passed
+
+        def passed(recorder):
+            self.now += self.per_pass
+            self.per_pass += self.growth
+            return plain(recorder)
+
+        monkeypatch.setattr(Recorder, "_passed", passed)
+
+
+class Tick(keras.callbacks.Callback):
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.clock.now += 1.0
+
+
+@pytest.mark.parametrize(
+    ("per_pass", "expected"),
+    [
+        (1.5, list(range(1, 17))),  # 6 s an epoch: a quarter is 1.5 s
+        (1.6, None),
+        (3.0, None),
+        (200.0, [1, 16]),
+    ],
+)
+def test_recording_takes_a_quarter_of_the_time(tmp_path, monkeypatch, per_pass, expected):
+    clock = Clock(monkeypatch, per_pass)
+    fit(tmp_path, lambda recorder: [_timed(recorder), Tick(clock)], epochs=16)
+    found = History.load(tmp_path)
+    assert found.seconds[:, 0].sum() == 16 * 6
+    assert found.seconds[:, 1].sum() == pytest.approx(per_pass * len(found.epochs))
+    if expected is not None:
+        assert found.epochs.tolist() == expected
+    else:
+        assert found.epochs[0] == 1 and found.epochs[-1] == 16 and 2 < len(found.epochs) < 16
+        assert found.share <= 0.25
+        # Half as many epochs would be too few: the rule is not more careful than it must be.
+        assert found.share > 0.1
+        assert "epochs were not recorded" in found.notes[0]
+    assert found.share <= 0.25 or len(found.epochs) == 2
+
+
+def test_a_pass_that_becomes_slower_is_made_less_often(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, 1.0, growth=0.5)
+    fit(tmp_path, lambda recorder: [_timed(recorder), Tick(clock)], epochs=32)
+    found = History.load(tmp_path)
+    assert found.share <= 0.25 and found.epochs[-1] == 32
+    assert np.diff(found.epochs).max() > np.diff(found.epochs)[0]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (3, [1, 4, 5])])
+def test_every_by_name_switches_the_rule_off(tmp_path, monkeypatch, every, expected):
+    clock = Clock(monkeypatch, 1e6)
+    model = built()
+    x, y = rows()
+    callbacks = [Recorder(tmp_path, (x, y), every=every), Tick(clock)]
+    model.fit(x, y, epochs=5, verbose=0, callbacks=callbacks)
+    assert History.load(tmp_path).epochs.tolist() == expected
+
+
+def _timed(recorder):
+    recorder._every = None
+    return recorder
+
+
+def test_the_last_epoch_is_recorded_if_training_stops_early(tmp_path):
+    class Early(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 4
+
+    x, y = rows()
+    for name, order in (("after", 1), ("before", -1)):
+        model = built()
+        callbacks = [Recorder(tmp_path / name, (x, y), every=3), Early()][::order]
+        model.fit(x, y, epochs=9, verbose=0, callbacks=callbacks)
+        found = History.load(tmp_path / name)
+        assert found.epochs.tolist() == [1, 4, 5]
+        np.testing.assert_array_equal(found.thetas[-1], start(model))
+
+
+def test_weights_are_kept_as_asked(tmp_path, monkeypatch):
+    found, _ = trained(tmp_path / "none", built(), rows(), epochs=2, keep_weights=False)
+    assert found.checkpoints.tolist() == [0] and len(found.epochs) == 2
+    with pytest.raises(ValueError, match=r"^epoch must be one of \[0\], .* got 2"):
+        found.theta(2)
+    monkeypatch.setattr("influence.net.recorder._MOST_BYTES", 1000)
+    found, _ = trained(tmp_path / "large", built(), rows(), epochs=2)
+    assert found.checkpoints.tolist() == [0]
+    found, _ = trained(tmp_path / "all", built(), rows(), epochs=2, keep_weights=True)
+    assert found.checkpoints.tolist() == [0, 1, 2]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"folder": 3}, TypeError, "^folder must be a path, got int"),
+        ({"every": 0}, ValueError, "^every must be a positive integer or None, got 0"),
+        ({"keep_weights": 3}, ValueError, "^keep_weights must be True, False or None, got 3"),
+        ({"train": (row for row in ())}, TypeError, "^train must have rows in an order that stays"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, options, error, message):
+    given = {"folder": tmp_path, "train": rows()} | options
+    with pytest.raises(error, match=message):
+        Recorder(given.pop("folder"), given.pop("train"), **given)
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "message"),
+    [
+        (lambda x, y: (x, y + 1), ValueError, r"^train.y must hold class numbers 0 to 2, got 3"),
+        (lambda x, y: x, TypeError, r"^train must be Examples\(x, y\), got ndarray"),
+        (lambda x, y: (x[:, :3], y), ValueError, r"^train.x must have .*shape .*6"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_before_training(tmp_path, train, error, message):
+    x, y = rows()
+    with pytest.raises(error, match=message):
+        built().fit(x, y, verbose=0, callbacks=[Recorder(tmp_path, train(x, y)), Stop(0, 0)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_rows_than_those_of_fit_are_said(tmp_path):
+    x, y = rows()
+    with pytest.warns(UserWarning, match="^train has 90 rows, but the first epoch trained on 72"):
+        callback = Recorder(tmp_path, (x, y))
+        built().fit(x, y, validation_split=0.2, verbose=0, callbacks=[callback])
+    found = History.load(tmp_path)
+    assert found.rows_seen.tolist() == [72] and "had 72 rows" in found.notes[0]
+
+
+def test_a_folder_without_a_history_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^history must be a folder that influence.Recorder wrote"):
+        History.load(tmp_path)
+    with pytest.raises(TypeError, match="^folder must be a path"):
+        History.load(3)  # type: ignore[arg-type]
+    trained(tmp_path, built(), rows(), epochs=1)
+    header = tmp_path / module.HEADER
+    about = json.loads(str(checkpoint.load(header)["about"]))
+    checkpoint.store(header, {"about": np.array(json.dumps(about | {"format": 99}))})
+    with pytest.raises(ValueError, match="^history must have format 1, got 99"):
+        History.load(tmp_path)
+
+
+def test_rows_and_nets_of_another_training_are_refused(first):
+    found, _ = first
+    x, y = rows()
+    found.check_rows(Examples(x.astype(float), y.astype(np.uint8)))  # the same labels
+    with pytest.raises(ValueError, match="^train must have the 90 rows of the history"):
+        found.check_rows(Examples(x[1:], y[1:]))
+    with pytest.raises(ValueError, match="^train must have the labels of the history"):
+        found.check_rows(Examples(x, np.roll(y, 1)))
+    with pytest.raises(ValueError, match="^net must have the .* weights of the history"):
+        found.check_net(GenericNeuralNet(built(4)))
+
+
+def test_a_schedule_has_its_mean_rate(tmp_path):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 12, 0.0)
+    found, _ = trained(tmp_path, built(optimizer=keras.optimizers.SGD(schedule)), rows(), epochs=2)
+    expected = 0.1 * (1 - np.arange(12) / 12).reshape(2, 6).mean(axis=1)
+    np.testing.assert_allclose(found.rates, expected, rtol=1e-5)
