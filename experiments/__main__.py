@@ -30,6 +30,7 @@ from experiments.harness.running import (
     redraw,
     run,
     say,
+    write_figure,
 )
 
 PROG = "python -m experiments"
@@ -61,8 +62,8 @@ class ReportOptions:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out")
     """folder of the records; the page index.html is written there"""
     readme: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """file whose table of results is rewritten, together with README.md in the folder of --results;
-    the page is then not written"""
+    """file whose table of results is rewritten, together with README.md and figure2.png in the
+    folder of --results; the page is then not written"""
     pages: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """folder for a page in markdown about each experiment; the list in its README.md is rewritten
     too; the folder is docs/experiments in this repository"""
@@ -147,6 +148,13 @@ def _report(rest: Sequence[str]) -> int:
         for path, text in texts.items():
             with replacing(path) as partial:
                 partial.write_text(text, encoding="utf-8")
+        if options.readme is not None:
+            from experiments import figure2  # it needs the library, which the other parts do not
+
+            found = figure2.records(options.results)
+            if found is not None:
+                paths = (options.results / f"figure2{ending}" for ending in (".png", ".pdf"))
+                write_figure(figure2.draw(*found), *paths)
     except (OSError, ValueError) as error:
         line = console.unwritten(error)
         raise Misuse(str(error)) if line is None else Unwritten(line) from error

@@ -120,7 +120,7 @@ def _compute_and_save(job: Job) -> None:
     if hasattr(job.module, "photographs"):
         checkpoints = job.folder / _CHECKPOINTS
         figure = job.module.photographs(record, splits, checkpoints=checkpoints)
-        _write(figure, job.folder / PHOTOGRAPHS)
+        write_figure(figure, job.folder / PHOTOGRAPHS)
 
 
 def redraw(job: Job) -> bool:
@@ -235,10 +235,11 @@ def _draw(module: ModuleType, record: Record, folder: Path) -> None:
     if record.data["stand_in"]:  # above any title: the saved box grows to contain it
         text = f"stand-in data: {record.data['name']}, not {module.DATA}"
         figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
-    _write(figure, folder / "figure.png", folder / "figure.pdf")
+    write_figure(figure, folder / "figure.png", folder / "figure.pdf")
 
 
-def _write(figure: Any, *paths: Path) -> None:
+def write_figure(figure: Any, *paths: Path) -> None:
+    """Write a Matplotlib figure to files .png and .pdf, and close it."""
     import matplotlib.pyplot as plt
 
     # Without date and version, equal records give equal bytes.
