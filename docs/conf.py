@@ -36,6 +36,7 @@ autodoc_typehints = "none"  # the docstrings give shapes and units, which types 
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
