@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test systems layers lint bench readme clean
+.PHONY: help figures test systems layers lint bench readme docs clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -47,6 +47,11 @@ bench: $(VENV)/installed ## compare speed with targets and other libraries, 1 ho
 readme: $(VENV)/installed ## update README's table and docs/experiments from results/*/record.json
 	@$(BIN)/python -m experiments report --readme README.md --pages docs/experiments --results results
 
+docs: $(VENV)/installed-docs ## build the documentation; the first page is out/docs/index.html
+	@$(BIN)/python docs/write_notebooks.py
+	@$(BIN)/python -m sphinx -W --keep-going --quiet -d "$(OUT)/doctrees" docs "$(OUT)/docs"
+	@echo "The first page is $(OUT)/docs/index.html"
+
 clean: ## remove generated files, except .venv and results
 	@rm -rf out examples-out influence-out build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -66,7 +71,12 @@ $(VENV)/installed: requirements.txt
 	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+$(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
+	@echo "Installing requirements-docs.txt into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-docs.txt
 	@echo "Installing requirements-dev.txt into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
