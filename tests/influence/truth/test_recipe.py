@@ -59,10 +59,11 @@ def test_all_rows_in_a_batch_are_the_recorded_training(tmp_path):
     history = History.load(tmp_path)
     net = GenericNeuralNet(model)
     train = net.given(rows(), "train")
-    training = recipe._Training(net, train, history)
-    with training.running():
-        training.run(0, -1)
-        ended = net.theta
+    with recorded.double():  # the recorded optimiser had a learning rate in float64
+        training = recipe._Training(net, train, history)
+        with training.running():
+            training.run(0, -1)
+            ended = net.theta
     np.testing.assert_allclose(ended, history.theta(EPOCHS), rtol=1e-12)
     np.testing.assert_array_equal(net.theta, history.theta(EPOCHS))
 
