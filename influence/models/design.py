@@ -21,6 +21,7 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
+from influence.examples import labels as packing
 
 # `weighted_gram` weights this many rows together. This many fit into the processor's cache.
 _HESSIAN_ROWS = 1024
@@ -70,6 +71,60 @@ class Link(ABC):
         For one output, w = 1 and the weights are d2l/dz2.
         """
         return self.curvature(Z, y)[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Weighted(Link):
+    """The loss of another link, times the sample weight of each row.
+
+    The labels may be packed with weights, as in `influence.examples.labels`. Plain labels have no
+    weights, and their losses are those of the link.
+
+    Args:
+      link: the link.
+    """
+
+    link: Link
+
+    def loss(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.loss."""
+        y, w = _unpacked(y, Z)
+        found = self.link.loss(Z, y)
+        return found if w is None else found * w[:, None]
+
+    def slope(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.slope."""
+        y, w = _unpacked(y, Z)
+        found = self.link.slope(Z, y)
+        return found if w is None else found * w[:, None, None]
+
+    def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.curvature. The weight follows the numbers of each row: (n, c + 1, 1)."""
+        y, w = _unpacked(y, Z)
+        K = self.link.curvature(Z, y)
+        return K if w is None else np.concatenate([K, w[:, None, None]], axis=1)
+
+    def multiplied(self, K: NDArray, U: NDArray) -> NDArray:
+        """See Link.multiplied."""
+        c = U.shape[1]
+        found = self.link.multiplied(K[:, :c], U)
+        return found if K.shape[1] == c else found * K[:, c:]
+
+    def weights(self, Z: NDArray, y: NDArray) -> NDArray:
+        """See Link.weights."""
+        y, w = _unpacked(y, Z)
+        found = self.link.weights(Z, y)
+        return found if w is None else found * w[:, None]
+
+
+def _unpacked(y: NDArray, Z: NDArray) -> tuple[NDArray, NDArray | None]:
+    """Return the labels of one output, and the sample weights (n,) in the dtype of Z or None."""
+    if not packing.is_packed(y):
+        return y, None
+    parts = packing.fields(y)
+    weights = [part for name, part in parts.items() if packing.is_weight(name)]
+    (labels,) = (part for name, part in parts.items() if not packing.is_weight(name))
+    return labels, weights[0].astype(Z.dtype) if weights else None
 
 
 class Product(Link):

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from influence.common.convergence import warn_unconverged
 from influence.common.memory import ACTIVATIONS, VECTORS, fitting
 from influence.common.numbers import numbers
+from influence.examples import labels as packing
 from influence.examples.examples import Examples, check_differentiable
 from influence.examples.given import Data
 from influence.models import leverage, newton
@@ -93,30 +94,30 @@ class LinearModel(GenericNeuralNet):
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """See GenericNeuralNet.losses."""
-        values = self.link.loss(self._outputs(x, thetas), numbers(y, "y"))
+        values = self.link.loss(self._outputs(x, thetas), _labels(y))
         return values[:, 0] if thetas is None else values
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
         """See GenericNeuralNet.gradient; this returns X' dl/dz / n."""
-        E = self.link.slope(self._outputs(x, thetas), numbers(y, "y"))
+        E = self.link.slope(self._outputs(x, thetas), _labels(y))
         G = self.design.transposed_times(x, E) / len(E)
         return G[:, 0] if thetas is None else G
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
         """See GenericNeuralNet.loss_and_gradient."""
-        Z, y = self._outputs(x), numbers(y, "y")
+        Z, y = self._outputs(x), _labels(y)
         gradient = self.design.transposed_times(x, self.link.slope(Z, y))[:, 0] / len(y)
         return float(self.link.loss(Z, y).mean(dtype=np.float64)), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
         """See GenericNeuralNet.gradients; row i is x_i (x) dl_i/dz."""
         rows = self.design.with_one(self.design.dense(x))
-        E = self.link.slope(self._outputs(x), numbers(y, "y"))[:, :, 0]
+        E = self.link.slope(self._outputs(x), _labels(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
         """See GenericNeuralNet.bregman_gradient; X' (dl/dz - dl/dz at the net's theta) / n."""
-        E = self.link.slope(self._outputs(x, thetas), numbers(y, "y")) - self._slope(x, y)
+        E = self.link.slope(self._outputs(x, thetas), _labels(y)) - self._slope(x, y)
         return self.design.transposed_times(x, E) / len(E)
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
@@ -131,7 +132,7 @@ class LinearModel(GenericNeuralNet):
 
     def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
         """See GenericNeuralNet.each_batch."""
-        x, y = numbers(x, "x"), numbers(y, "y")
+        x, y = numbers(x, "x"), _labels(y)
         num_batches, batch_size = y.shape[:2]
         flat, y = x.reshape(num_batches * batch_size, -1), y.ravel()
         rows = self.design.with_one(self.design.dense(flat)).reshape(num_batches, batch_size, -1)
@@ -159,7 +160,7 @@ class LinearModel(GenericNeuralNet):
 
     def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
         """See GenericNeuralNet.output_terms."""
-        Z, y = self._outputs(x), numbers(y, "y")
+        Z, y = self._outputs(x), _labels(y)
         units = np.repeat(np.eye(self.num_outputs, dtype=Z.dtype)[None], len(Z), axis=0)
         return Z[:, :, 0], self.link.slope(Z, y)[:, :, 0], self.link.curved(Z, y, units)
 
@@ -182,14 +183,14 @@ class LinearModel(GenericNeuralNet):
 
     def losses_of(self, x: Any, y: Any, z: NDArray) -> NDArray:
         """See GenericNeuralNet.losses_of."""
-        return self.link.loss(z.reshape(len(z), -1, 1), numbers(y, "y"))[:, 0]
+        return self.link.loss(z.reshape(len(z), -1, 1), _labels(y))[:, 0]
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """See GenericNeuralNet.input_gradient; this returns v dl/dz + W (d2l/dz2) x v."""
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
-        return self._input_gradient(self.theta, x, numbers(y, "y"), v)
+        return self._input_gradient(self.theta, x, _labels(y), v)
 
     def _input_gradient(self, theta: NDArray, x: Any, y: NDArray, v: NDArray) -> NDArray:
         """Return `input_gradient` at any theta, without its checks."""
@@ -322,7 +323,7 @@ class LinearModel(GenericNeuralNet):
         """Return a derivative of the link. A cache gets both of them from the same outputs."""
         if self.memo is not None and name in self.memo:
             return self.memo[name]
-        Z, y = self._outputs(x), numbers(y, "y")
+        Z, y = self._outputs(x), _labels(y)
         if self.memo is None:
             return getattr(self.link, name)(Z, y)
         self.memo.update(slope=self.link.slope(Z, y), curvature=self.link.curvature(Z, y))
@@ -333,6 +334,11 @@ class LinearModel(GenericNeuralNet):
         total = examples.sum_over(_weighted_grams, self)
         total /= len(examples)
         return total
+
+
+def _labels(y: Any) -> NDArray:
+    """Return labels as an array. Labels that are packed with sample weights stay packed."""
+    return y if packing.is_packed(y) else numbers(y, "y")
 
 
 def _weighted_grams(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:

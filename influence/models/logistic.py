@@ -14,7 +14,7 @@ import scipy.special
 from numpy.typing import NDArray
 
 from influence.examples.examples import Examples
-from influence.models.design import Link
+from influence.models.design import Link, Weighted
 from influence.models.linear import LinearModel
 
 
@@ -81,6 +81,8 @@ class MulticlassLogisticRegression(LinearModel):
     Raises: ValueError for fewer than two classes, one feature or a negative weight decay.
     """
 
+    takes_weights = True
+
     def __init__(
         self,
         num_features: int,
@@ -95,7 +97,7 @@ class MulticlassLogisticRegression(LinearModel):
         super().__init__(
             num_features,
             num_classes,
-            Softmax(),
+            Weighted(Softmax()),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none"),
             weight_decay=weight_decay,
             intercept=intercept,
@@ -138,6 +140,8 @@ class BinaryLogisticRegression(LinearModel):
     Raises: ValueError for fewer than one feature or a negative weight decay.
     """
 
+    takes_weights = True
+
     def __init__(
         self,
         num_features: int,
@@ -146,9 +150,14 @@ class BinaryLogisticRegression(LinearModel):
         intercept: bool = False,
         dtype: str = "float64",
     ):
-        link, loss = Sigmoid(), keras.losses.BinaryCrossentropy(from_logits=True, reduction="none")
         super().__init__(
-            num_features, 1, link, loss, weight_decay=weight_decay, intercept=intercept, dtype=dtype
+            num_features,
+            1,
+            Weighted(Sigmoid()),
+            keras.losses.BinaryCrossentropy(from_logits=True, reduction="none"),
+            weight_decay=weight_decay,
+            intercept=intercept,
+            dtype=dtype,
         )
 
 

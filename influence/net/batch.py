@@ -46,6 +46,7 @@ class Derivatives:
     loss: PerExampleLoss
     dtype: np.dtype
     convex = False
+    takes_weights = False
     fixed: NDArray | None = None
     memo: dict[str, NDArray] | None = None
     weighs = True

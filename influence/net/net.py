@@ -386,7 +386,8 @@ class GenericNeuralNet(Derivatives):
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
             raise TypeError(f"{name} must be Examples(x, y), got {kind}.")
-        if packing.is_packed(examples.y) and type(self).losses is not Derivatives.losses:
+        takes_weights = self.takes_weights or type(self).losses is Derivatives.losses
+        if packing.is_packed(examples.y) and not takes_weights:
             raise ValueError(
                 f"{name} must have plain labels without sample_weight for "
                 f"{type(self).__name__}, whose closed forms take no others; "

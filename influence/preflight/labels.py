@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -85,7 +86,8 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
             "If the classes were counted from 1, subtract 1 and train a model with an output less; "
             "else nothing trains those outputs but the penalty: leave them out.",
         )
-    other = classes_of(net.loss, test) if test is not None else None
+    like = packing.labels(train.examples.y)
+    other = classes_of(net.loss, test, like) if test is not None else None
     if other is not None and len(new := np.setdiff1d(other.y, classes.y)):
         return Finding(_TITLE, len(new)).warn(
             f"Test rows have class {', '.join(map(str, new[:_SHOWN]))}, which no training row has.",
@@ -117,8 +119,12 @@ def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)
 
 
-def classes_of(loss: PerExampleLoss, answers: Answers) -> Classes | None:
-    """Return labels and predictions as class numbers, or None if the labels are no classes."""
+def classes_of(loss: PerExampleLoss, answers: Answers, like: Any = None) -> Classes | None:
+    """Return labels and predictions as class numbers, or None if the labels are no classes.
+
+    `like` are plain labels that show how two classes are coded. None means the labels of `answers`.
+    They may not show it: a few rows may have labels of one class only.
+    """
     y, shape = packing.labels(answers.examples.y), answers.output_shape
     if isinstance(y, Mapping):
         return None
@@ -130,10 +136,11 @@ def classes_of(loss: PerExampleLoss, answers: Answers) -> Classes | None:
         valid = labels != loss.ignored if loss.ignored is not None else np.ones(len(labels), bool)
         return Classes(labels[valid], np.ravel(answers.outputs)[valid], shape[-1])
     one_bit = y.size == len(y) and int(np.prod(shape)) == 1
-    threshold = threshold_of(loss, y) if one_bit else None
+    coded = y if like is None else np.asarray(like)
+    threshold = threshold_of(loss, coded) if one_bit else None
     if threshold is None:
         return None
-    larger = np.ravel(y > (y.min() + y.max()) / 2)
+    larger = np.ravel(y > (coded.min() + coded.max()) / 2)
     return Classes(larger, np.ravel(answers.outputs) > threshold, 2)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from influence.common.convergence import ConvergenceWarning
+from influence.net.history import History
 from influence.preflight.report import Line, Report
 from influence.solvers import EKFAC
 from influence.solvers.plan import Plan
@@ -115,6 +116,20 @@ def of_plan(plan: Plan) -> list[Alert]:
             f"{ORDER_NOT_SIZE} The curvature matrix is approximated layer by layer.",
             plan.reasons[2][:1].upper() + plan.reasons[2][1:] + ".",
             "Run `verify` to see how far the predicted changes agree with actual ones.",
+        )
+    ]
+
+
+def of_history(history: History | None, net: Any) -> list[Alert]:
+    """Return an alert if a history is that of another model than the net's, by the weights."""
+    if history is None or history.epoch_of(net.theta) is not None:
+        return []
+    return [
+        Alert(
+            "care",
+            "The record of the training may be that of another model.",
+            "The model has not the weights that it had after any epoch of the record.",
+            "Give the record of this model, or the model as that training left it.",
         )
     ]
 

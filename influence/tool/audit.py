@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from influence.common.numbers import is_integer
 from influence.common.progress import progress
 from influence.examples.given import Data
+from influence.examples.labels import sample_weights
 from influence.net.checked import Net
-from influence.net.history import History
 from influence.tool import alerts, mislabelled
 from influence.tool.answer import Answer, short, value_of
-from influence.tool.explain import label_of, plan_facts
+from influence.tool.explain import history_facts, label_of, plan_facts
 from influence.tool.folds import out_of_fold
 from influence.tool.last_layer import LastLayer, OutOfSample, features_of, last_layer
 from influence.tool.mislabelled import RANKINGS, WORDS, Choice
@@ -171,7 +170,10 @@ class Audit(Answer):
                 text += f", {short(float(last.held_out.mean()))} on held-out rows"
             if last.dropped:
                 text += f"; principal components without {last.dropped:.1%} of the variance"
+            if last.weighted:
+                text += "; rows count by their sample weights"
             found.append(("Refitted last layer", text))
+        found += history_facts(self.subject)
         return [*found, *(plan_facts(self.subject) if "self_influence" in self.values else [])]
 
     def draw(self, figure: Any) -> None:
@@ -191,7 +193,6 @@ def audit(
     *,
     top: int = USUAL_TOP,
     ranking: str = AUTO,
-    history: Any = None,
     folds: int | None = None,
     fit: Callable[..., Any] | None = None,
     options: QuestionOptions = QuestionOptions(),
@@ -201,8 +202,8 @@ def audit(
     By default the order is that of the margin of each row's label by the last layer, refitted to
     its minimum without the row (`influence.tool.last_layer`). Nothing is retrained. Where the
     network has memorised its labels, an alert says so, and the history of the training takes its
-    place if it is given. `influence.tool.mislabelled` states the rule. For classes, labels are
-    suggested by confident learning (Northcutt et al. 2021) from the same outputs.
+    place if the options have it. `influence.tool.mislabelled` states the rule. For classes, labels
+    are suggested by confident learning (Northcutt et al. 2021) from the same outputs.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
@@ -211,8 +212,6 @@ def audit(
       top: number of rows on the page.
       ranking: "auto", or one of "margin", "folds", "history", "self_influence" and "loss".
         Self-influence of all rows takes a solve for each row, or for each block of them.
-      history: the folder that `influence.Recorder` wrote while this model was trained, or an object
-        with `margins` (epochs, n).
       folds: number of folds. The network is trained without each fold by `fit`.
       fit: a function (model, x, y) or (model, x, y, sample_weight) that trains a Keras model on the
         rows that it gets. The model comes compiled, with new weights; frozen layers keep theirs.
@@ -227,12 +226,11 @@ def audit(
     n = len(subject.train)
     if folds is not None and folds > n:
         raise ValueError(f"folds must be at most the {n} training rows, got {folds}.")
-    # The options of the question may hold a history that has been checked against these rows.
-    history = subject.history if history is None else history
-    values = {} if history is None else {"history": _history(history, subject)}
-    if ranking == "history" and not values:
-        raise ValueError("history must be given for the ranking 'history', got None.")
-    found: list[alerts.Alert] = []
+    history = subject.history
+    if ranking == "history" and history is None:
+        raise ValueError("options.history must be given for the ranking 'history', got None.")
+    values = {} if history is None else {"history": history.area()}
+    found = alerts.of_history(history, subject.net)
     with alerts.listening() as heard:
         known = subject.of_train
         if ranking == "self_influence":
@@ -254,7 +252,7 @@ def audit(
         raise ValueError(f"ranking must be one that this model has, got {ranking!r}: {missing}.")
     choice = mislabelled.choose(ranking, values, memorised, missing)
     order = mislabelled.order_of(values[choice.ranking], choice.ranking)
-    suggested, thresholds = _suggested(subject, best, values, choice.ranking)
+    suggested, thresholds = _suggested(subject, best, choice.ranking)
     found += [*choice.alerts, *heard.alerts]
     if not known.of_classes:
         head = "The labels are no classes, so no label is suggested."
@@ -290,25 +288,6 @@ def _check(top: int, ranking: str, folds: Any, fit: Any) -> None:
         raise ValueError("folds must be given for the ranking 'folds', got None.")
 
 
-def _history(history: Any, subject: Subject) -> NDArray[np.float64]:
-    """Return the mean margin of each row over the epochs of a recorded training.
-
-    Raises: ValueError for a history of other rows, or without an epoch.
-    """
-    if isinstance(history, str | os.PathLike):
-        history = History.load(history)
-    n, found = len(subject.train), np.asarray(getattr(history, "margins", None), float)
-    if found.ndim != 2 or found.shape[1] != n or not len(found):
-        raise ValueError(
-            f"history must have the margins (epochs, {n}) of these training rows, got "
-            f"{found.shape if found.ndim else type(history).__name__}."
-        )
-    check = getattr(history, "check_rows", None)
-    if check is not None:
-        check(subject.train)
-    return found.mean(axis=0)
-
-
 def _last_layer(subject: Subject) -> tuple[LastLayer | None, str]:
     """Refit the last layer on all rows. Without one, return None and the reason."""
     known = subject.of_train
@@ -325,8 +304,9 @@ def _last_layer(subject: Subject) -> tuple[LastLayer | None, str]:
         other = features_of(subject.net, subject.test, size)
         if not isinstance(other, str):
             held_out = other, subject.of_test.given
+    weights = sample_weights(subject.train.y)
     try:
-        return last_layer(features, known.given, known.num_classes, held_out), ""
+        return last_layer(features, known.given, known.num_classes, held_out, weights), ""
     except ValueError as error:
         return None, str(error).removesuffix(".")
 
@@ -347,12 +327,13 @@ def _reproduced(subject: Subject) -> float | None:
 
 
 def _suggested(
-    subject: Subject, best: OutOfSample | None, values: dict[str, NDArray], ranking: str
+    subject: Subject, best: OutOfSample | None, ranking: str
 ) -> tuple[dict[int, int], NDArray | None]:
     """Return the labels in place of doubted ones, by row, and confident learning's thresholds.
 
     Where the history ranks, the outputs have memorised labels. Then a row is doubted if its mean
-    margin over the epochs is negative, and the likeliest other class is suggested.
+    margin over the epochs is negative, and the likeliest other class is suggested. This takes
+    margins of classes: residuals, and losses with the sign changed, are negative for every row.
     """
     known = subject.of_train
     if best is None or not best.of_classes or known.given is None:
@@ -360,10 +341,11 @@ def _suggested(
     given = known.given
     found = mislabelled.confident(best.probabilities, given)
     chosen = found.suggested
-    if ranking == "history":
+    history = subject.history
+    if ranking == "history" and history is not None and history.of_classes:
         other = best.outputs.copy()
         other[np.arange(len(given)), given] = -np.inf
-        chosen = np.where(values["history"] < 0, other.argmax(axis=1), given)
+        chosen = np.where(history.area() < 0, other.argmax(axis=1), given)
     rows = np.flatnonzero(chosen != given)
     return {int(row): int(chosen[row]) for row in rows}, found.thresholds
 

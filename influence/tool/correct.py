@@ -206,7 +206,8 @@ def correct(
             batch_size=options.batch_size,
         )
     said = alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
-    after = Predictions.of(influence.net.at(response.theta), subject.test).accuracy
+    net = influence.net.at(response.theta)
+    after = Predictions.of(net, subject.test, like=subject.train).accuracy
     before = subject.of_test.accuracy
     accuracy = None if before is None or after is None else (before, after)
     answer = Correction(

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.progress import progress
-from influence.tool import recipe
+from influence.tool import own_training
 from influence.tool.last_layer import OutOfSample
 from influence.tool.predictions import Predictions
 from influence.tool.store import name_of
@@ -32,17 +32,17 @@ def folds_of(given: NDArray, num_folds: int, of_classes: bool) -> NDArray[np.int
     return found
 
 
-def out_of_fold(subject: Subject, num_folds: int, fit: recipe.Fit) -> OutOfSample:
+def out_of_fold(subject: Subject, num_folds: int, fit: own_training.Fit) -> OutOfSample:
     """Train a network without each fold by a person's function, and ask it about the fold.
 
-    Each training begins with the weights of `recipe.fresh`. One fold is one task: with a folder,
-    finished folds are kept, and an interrupted run goes on after them. The user's model is left as
-    it was.
+    Each training begins with the weights of `own_training.fresh`. One fold is one task: with a
+    folder, finished folds are kept, and an interrupted run goes on after them. The user's model is
+    left as it was.
 
     Args:
       subject: the model and its rows.
       num_folds: the number of folds, from 2 to n.
-      fit: a function as in `recipe.train`.
+      fit: a function as in `own_training.train`.
 
     Raises: ValueError for labels that are neither classes nor numbers, for a model without
       probabilities of its classes, or if Keras cannot clone the model.
@@ -54,7 +54,7 @@ def out_of_fold(subject: Subject, num_folds: int, fit: recipe.Fit) -> OutOfSampl
             f"{net.loss.name!r}; leave folds out."
         )
     fold = folds_of(known.given, num_folds, known.of_classes)
-    name = name_of("fold", subject.key, num_folds, recipe.source(fit))
+    name = name_of("fold", subject.key, num_folds, own_training.source(fit))
     outputs = np.empty((len(fold), max(known.num_classes, 1)))
     for k in progress(range(num_folds), "training without a fold", num_folds):
         rows = np.flatnonzero(fold == k)
@@ -71,11 +71,13 @@ def out_of_fold(subject: Subject, num_folds: int, fit: recipe.Fit) -> OutOfSampl
     return OutOfSample(outputs, losses, given, how)
 
 
-def _without(subject: Subject, rows: NDArray[np.int64], fit: recipe.Fit) -> NDArray:
+def _without(subject: Subject, rows: NDArray[np.int64], fit: own_training.Fit) -> NDArray:
     """Return the log probabilities (k, c), or numbers (k, 1), of rows by training without them."""
     whole = subject.whole(subject.train_rows, subject.train)
-    with recipe.retrained(subject.net, whole.without(rows), fit) as net:
-        found = Predictions.of(net, whole.take(rows), subject.options.batch_size)
+    size = subject.options.batch_size
+    with own_training.trained_anew(subject.net, whole.without(rows), fit) as net:
+        # A small class may be absent from the fold.
+        found = Predictions.of(net, whole.take(rows), size, like=whole)
     if found.probabilities is not None:
         return np.log(np.maximum(found.probabilities, _LEAST))
     assert found.predicted is not None

@@ -3,16 +3,17 @@
 A network's training stops somewhere, and not at a minimum. Its last layer alone has one on the
 penultimate features phi. With the standardised features x (n, f), an intercept b, and the weights W
 
-    R(W, b) = mean_i l(x_i W + b, y_i) + lambda/2 (|W|^2 + |b|^2)
+    R(W, b) = mean_i w_i l(x_i W + b, y_i) + lambda/2 (|W|^2 + |b|^2)
 
-is convex. l is the cross-entropy of the classes, or half the squared error of a number. At the
-minimum, the outputs of each row as if it had not been in the refit have a closed form: approximate
-leave-one-out for classes (`leave_one_out_outputs`: Rad & Maleki 2020), and y - (y - f) / (1 - h)
-with the leverage h for numbers, which is exact.
+is convex. l is the cross-entropy of the classes, or half the squared error of a number. The w_i are
+the sample weights, scaled to a mean of 1. At the minimum, the outputs of each row as if it had not
+been in the refit have a closed form: approximate leave-one-out for classes
+(`leave_one_out_outputs`: Rad & Maleki 2020), and y - (y - f) / (1 - h) with the leverage h for
+numbers, which is exact.
 
-lambda is the value of a fixed grid whose mean leave-one-out loss is least. So it depends on no
-knowledge of which labels are wrong. The features have still seen every label: a network that has
-memorised a wrong label may have moved this row's features to the wrong class.
+lambda is the value of a fixed grid whose mean leave-one-out loss, weighted by w, is least. So it
+depends on no knowledge of which labels are wrong. The features have still seen every label: a
+network that has memorised a wrong label may have moved this row's features to the wrong class.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class OutOfSample:
     Attributes:
       outputs: (n, c) logits of c classes, or (n, 1) predicted numbers.
       losses: (n,) the loss at these outputs: nats for classes, half the squared error for numbers.
+        Sample weights do not multiply it.
       given: (n,) the labels, as class numbers or numbers.
       how: where the outputs come from, in words.
     """
@@ -90,10 +92,11 @@ class LastLayer(OutOfSample):
 
     Attributes:
       weight_decay: lambda.
-      searched: mean leave-one-out loss by lambda, for every lambda that was tried.
+      searched: weighted mean leave-one-out loss by lambda, for every lambda that was tried.
       num_features: the number of features that the refit has.
       dropped: share of the features' variance that was dropped; 0 if nothing was.
       held_out: (m,) losses of held-out rows by the refit with all n rows, or None.
+      weighted: True if the rows count by sample weights in the refit.
     """
 
     weight_decay: float
@@ -101,6 +104,7 @@ class LastLayer(OutOfSample):
     num_features: int
     dropped: float
     held_out: NDArray | None
+    weighted: bool = False
 
 
 def margins(logits: NDArray, given: NDArray) -> NDArray:
@@ -116,6 +120,7 @@ def last_layer(
     given: NDArray,
     num_classes: int,
     held_out: tuple[NDArray, NDArray] | None = None,
+    weights: NDArray | None = None,
 ) -> LastLayer:
     """Refit a last layer on features, and return each row's outputs without the row.
 
@@ -124,25 +129,27 @@ def last_layer(
       given: (n,) class numbers, or numbers.
       num_classes: the number of classes c, or 0 for numbers. Two classes take one logit.
       held_out: features (m, f) and labels (m,) of rows that no training has seen, or None.
+      weights: (n,) sample weights >= 0, or None. Their scale does not matter.
 
     Returns: LastLayer.
     Raises: ValueError if no feature varies, or if there are too many classes for the features.
     """
     width = 1 if num_classes <= 2 else num_classes
-    x, transform, dropped = _standardised(features, width)
-    scale = 1.0
+    w = np.ones(len(given)) if weights is None else weights / weights.mean(dtype=np.float64)
+    x, transform, dropped = _standardised(features, width, w)
+    mean, scale = 0.0, 1.0
     y: NDArray = np.asarray(given)
     if not num_classes:
-        scale = float(np.std(y)) or 1.0
-        y = (y - np.mean(given)) / scale
-    fitted = _numbers if not num_classes else _classes
-    fit: Callable[[float], _Fit] = fitted(x, y, num_classes)
+        mean = np.average(y, weights=w)
+        scale = float(np.sqrt(np.average((y - mean) ** 2, weights=w))) or 1.0
+        y = (y - mean) / scale
+    fit = _classes(x, y, num_classes, w) if num_classes else _numbers(x, y, w)
     searched: dict[float, float] = {}
-    best, worse = None, 0
+    best, chosen, worse = None, 0.0, 0
     for decay in sorted(WEIGHT_DECAYS, reverse=True):
         found = fit(decay)
-        searched[decay] = float(found.losses.mean())
-        if best is None or searched[decay] < float(best.losses.mean()):
+        searched[decay] = float(np.average(found.losses, weights=w))
+        if best is None or searched[decay] < searched[chosen]:
             best, chosen, worse = found, decay, 0
         else:
             worse += 1
@@ -155,9 +162,9 @@ def last_layer(
         lost = (
             _cross_entropy(_two(z), known)
             if num_classes
-            else (known - (z[:, 0] * scale + np.mean(given))) ** 2 / 2
+            else (known - (z[:, 0] * scale + mean)) ** 2 / 2
         )
-    outputs = _two(best.outputs) if num_classes else best.outputs * scale + np.mean(given)
+    outputs = _two(best.outputs) if num_classes else best.outputs * scale + mean
     return LastLayer(
         outputs,
         best.losses * scale**2,
@@ -168,6 +175,7 @@ def last_layer(
         num_features=x.shape[1],
         dropped=dropped,
         held_out=lost,
+        weighted=bool(np.ptp(w) > 0),
     )
 
 
@@ -194,8 +202,8 @@ class _Fit:
     outputs_of: Callable[[NDArray], NDArray]
 
 
-def _classes(x: NDArray, y: NDArray, num_classes: int) -> Callable[[float], _Fit]:
-    rows, theta = Examples(x, y.astype(np.int64)), None
+def _classes(x: NDArray, y: NDArray, num_classes: int, w: NDArray) -> Callable[[float], _Fit]:
+    rows, theta = Examples(x, y.astype(np.int64), None if (w == 1).all() else w), None
 
     def fit(decay: float) -> _Fit:
         nonlocal theta
@@ -209,17 +217,17 @@ def _classes(x: NDArray, y: NDArray, num_classes: int) -> Callable[[float], _Fit
         net.fit(rows, gradient_tolerance=_GRADIENT)
         theta = net.theta  # the next fit begins here
         found = leave_one_out_outputs(net, rows, solver=Direct(), damping=0.0, curvature=Hessian)
-        return _Fit(found.logits, found.losses, net.outputs)
+        return _Fit(found.logits, _cross_entropy(_two(found.logits), y), net.outputs)
 
     return fit
 
 
-def _numbers(x: NDArray, y: NDArray, _: int) -> Callable[[float], _Fit]:
+def _numbers(x: NDArray, y: NDArray, w: NDArray) -> Callable[[float], _Fit]:
     """Return the fit of ridge regression. One decomposition serves every lambda."""
-    one = np.column_stack([x, np.ones(len(x))])
-    values, vectors = scipy.linalg.eigh(one.T @ one / len(x))
+    one = _with_one(x)
+    values, vectors = scipy.linalg.eigh(one.T @ (w[:, None] * one) / len(x))
     along = one @ vectors
-    pulled = along.T @ y / len(x)
+    pulled = along.T @ (w * y) / len(x)
 
     def fit(decay: float) -> _Fit:
         inverse = 1 / (np.maximum(values, 0) + decay)
@@ -227,7 +235,8 @@ def _numbers(x: NDArray, y: NDArray, _: int) -> Callable[[float], _Fit]:
         # The risk without the row has the same penalty and n - 1 rows: n R - L_i with (n - 1) / n.
         # Its matrix is that of decay (n - 1) / n, less the row's own share.
         less = 1 / (np.maximum(values, 0) + decay * (len(x) - 1) / len(x))
-        fitted, h = along @ (less * pulled), np.einsum("nf,f,nf->n", along, less, along) / len(x)
+        fitted = along @ (less * pulled)
+        h = w * np.einsum("nf,f,nf->n", along, less, along) / len(x)
         left = (y - fitted) / np.maximum(1 - h, 1e-12)
         return _Fit((y - left)[:, None], left**2 / 2, lambda z: _with_one(z) @ weights[:, None])
 
@@ -239,15 +248,16 @@ def _with_one(x: NDArray) -> NDArray:
 
 
 def _standardised(
-    features: NDArray, width: int
+    features: NDArray, width: int, w: NDArray
 ) -> tuple[NDArray, Callable[[NDArray], NDArray], float]:
     """Return standardised features, the function that standardises others, and the share dropped.
 
+    Means and variances are weighted by w (n,).
     The penalty does not change if the features are rotated. So the first principal components, if
     all that vary are kept, give the same refit.
     """
-    mean = features.mean(axis=0, dtype=np.float64)
-    scale = features.std(axis=0, dtype=np.float64)
+    mean = np.average(features, axis=0, weights=w)
+    scale = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=w))
     varies = scale > 1e-6 * max(float(scale.max()), np.finfo(np.float32).tiny)
     if not varies.any():
         raise ValueError("features must vary between rows, got the same features in all rows.")

@@ -44,9 +44,21 @@ class Predictions:
 
     @classmethod
     def of(
-        cls, net: GenericNeuralNet, examples: Examples, batch_size: int | None = None
+        cls,
+        net: GenericNeuralNet,
+        examples: Examples,
+        batch_size: int | None = None,
+        like: Examples | None = None,
     ) -> Predictions:
-        """Ask a net about all rows, in one pass."""
+        """Ask a net about all rows, in one pass.
+
+        Args:
+          net: the net.
+          examples: the rows.
+          batch_size: number of rows in memory at a time, or None.
+          like: rows whose labels show how two classes are coded, if `examples` may lack one of
+            them. None means `examples`.
+        """
         parts = list(
             examples.map_over(_losses_and_outputs, net, batch_size=batch_size, what="predictions")
         )
@@ -55,17 +67,22 @@ class Predictions:
         outputs = np.concatenate([one_array(part[1]) for part in parts])
         if not isinstance(raw, np.ndarray):
             return cls(losses, None, None)
-        return cls._read(net, examples, losses, outputs)
+        return cls._read(net, examples, losses, outputs, examples if like is None else like)
 
     @classmethod
     def _read(
-        cls, net: GenericNeuralNet, examples: Examples, losses: NDArray, outputs: NDArray
+        cls,
+        net: GenericNeuralNet,
+        examples: Examples,
+        losses: NDArray,
+        outputs: NDArray,
+        like: Examples,
     ) -> Predictions:
         shape = outputs.shape[1:]
         several = bool(shape) and shape[-1] > 1
         chosen = outputs.argmax(axis=-1) if several else outputs
         answers = Answers(examples, None, losses, chosen, shape)
-        classes = classes_of(net.loss, answers)  # type: ignore[arg-type]
+        classes = classes_of(net.loss, answers, packing.labels(like.y))  # type: ignore[arg-type]
         y = packing.labels(examples.y)
         n = len(losses)
         if classes is None or len(classes.y) != n:

@@ -195,7 +195,7 @@ class Subject:
         """The predictions of all test rows."""
         if self.test is self.train:
             return self.of_train
-        return Predictions.of(self.net, self.test, self.options.batch_size)
+        return Predictions.of(self.net, self.test, self.options.batch_size, like=self.train)
 
     # --- the factored matrix ------------------------------------------------------------------
 

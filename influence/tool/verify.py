@@ -16,7 +16,7 @@ from influence.examples.given import Data
 from influence.net.checked import Net
 from influence.scores.influence import Scores
 from influence.solvers import CG, Nystrom
-from influence.tool import alerts, recipe
+from influence.tool import alerts, own_training
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
 from influence.tool.explain import USUAL_WRONG, choose, label_of, plan_facts
@@ -26,7 +26,7 @@ from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 from influence.truth.leave_out import RefitOptions, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
-from influence.truth.recipe import retrained, why_not
+from influence.truth.repeated import retrained, why_not
 
 USUAL_REMOVE = 30
 # The chart has at most this many series. Each has a colour.
@@ -209,7 +209,7 @@ def verify(
     minimum of its risk. Elsewhere retraining would also go on with the training, so the changes are
     those of `proximal_response`, with the damping of the scores. If the options have the history of
     the training, and the training can be repeated from it, the changes are those of training again
-    from its start (`influence.truth.recipe.retrained`), the mean over two seeds.
+    from its start (`influence.truth.repeated.retrained`), the mean over two seeds.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
@@ -219,8 +219,8 @@ def verify(
       rows: (m,) the test rows whose losses are compared.
       wrong: number of mistakes to compare, instead of `rows`. Without both, five.
       fit: a function (model, x, y) or (model, x, y, sample_weight) that trains a Keras model on the
-        rows that it gets. It replaces the refits above. The model is that of the net: behind frozen
-        layers and lookup layers.
+        rows that it gets. It replaces the refits above. The model is the whole one behind lookup
+        layers, compiled, with its trained weights.
       options: options of the computation. With `checkpoints`, an interrupted call is continued.
 
     Returns: a Verification, with `agreement`, `table`, `plot` and `to_html`.
@@ -296,9 +296,12 @@ def _actual(
     kept: dict[str, Any] = {"batch_size": size, "checkpoints": folder}
     if fit is not None:
         options = RefitOptions(
-            fit=recipe.fitting(fit), key=recipe.source(fit), method="fit", **kept
+            fit=own_training.fitting(fit), key=own_training.source(fit), method="fit", **kept
         )
-        found = leave_one_out(subject.net, subject.train, test, removed, options)
+        # The function gets the inputs of the whole model, with its frozen layers.
+        whole = subject.whole(subject.train_rows, subject.train)
+        test = subject.whole(subject.shown_test, subject.test).take(chosen)
+        found = leave_one_out(subject.net.uncut(), whole, test, removed, options)
         # A function without a tolerance is never `converged`.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
     history = subject.history

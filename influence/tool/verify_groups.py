@@ -14,7 +14,7 @@ from influence.examples.given import Data
 from influence.net.checked import Net
 from influence.net.questions import PerRow
 from influence.scores.influence import Scores
-from influence.tool import alerts, recipe
+from influence.tool import alerts, own_training
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
 from influence.tool.explain import USUAL_WRONG, choose, plan_facts
@@ -261,17 +261,17 @@ def draw_groups(scores: Scores, count: int, size: int) -> tuple[list[NDArray[np.
 
 
 def _actual(
-    subject: Subject, chosen: NDArray[np.int64], groups: list[NDArray], fit: recipe.Fit
+    subject: Subject, chosen: NDArray[np.int64], groups: list[NDArray], fit: own_training.Fit
 ) -> NDArray:
     """Return the changes (s, m, k) of the test losses by training without each of k groups."""
     whole = subject.whole(subject.train_rows, subject.train)
     tested = subject.whole(subject.shown_test, subject.test).take(chosen)
-    name = name_of("group", subject.key, tested.fingerprint, recipe.source(fit))
+    name = name_of("group", subject.key, tested.fingerprint, own_training.source(fit))
 
     def losses(group: NDArray | None, seed: int) -> NDArray:
         def compute() -> dict[str, NDArray]:
             rows = whole if group is None else whole.without(group)
-            with recipe.retrained(subject.net, rows, fit, seed) as net:
+            with own_training.trained_anew(subject.net, rows, fit, seed) as net:
                 question = PerRow("losses")
                 size = subject.options.batch_size
                 return {"losses": tested.each_row(question, net, batch_size=size)}

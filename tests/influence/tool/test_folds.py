@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from influence import QuestionOptions, audit
-from influence.tool import recipe
+from influence.tool import own_training
 from influence.tool.folds import folds_of
 from tests import oracles
 from tests.influence.tool.conftest import PENALTY, softmax_model
@@ -79,7 +79,7 @@ def test_a_fresh_model_keeps_what_no_training_changes():
     model.get_layer("frozen").trainable = False
     model.compile(keras.optimizers.Adam(0.02), keras.losses.MeanSquaredError())
     model.get_layer("batch").moving_mean.assign([7.0, 7.0, 7.0])
-    copy = recipe.fresh(model)
+    copy = own_training.fresh(model)
     np.testing.assert_array_equal(copy.layers[0].mean, model.layers[0].mean)
     for name, same in (("frozen", True), ("free", False)):
         old, new = (m.get_layer(name).kernel.numpy() for m in (model, copy))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from influence import GenericNeuralNet, History, Recorder
-from influence.truth import recipe
-from influence.truth.recipe import retrained, why_not
+from influence.truth import repeated
+from influence.truth.repeated import retrained, why_not
 from tests.influence import recorded
 from tests.influence.recorded import N, descend, losses, rows
 
@@ -60,7 +60,7 @@ def test_all_rows_in_a_batch_are_the_recorded_training(tmp_path):
     net = GenericNeuralNet(model)
     train = net.given(rows(), "train")
     with recorded.double():  # the recorded optimiser had a learning rate in float64
-        training = recipe._Training(net, train, history)
+        training = repeated._Training(net, train, history)
         with training.running():
             training.run(0, -1)
             ended = net.theta
@@ -85,7 +85,7 @@ def test_adam_a_schedule_and_running_means_are_repeated(tmp_path):
     callback = Recorder(tmp_path, (x, y), every=1)
     model.fit(x, y, epochs=5, batch_size=N, verbose=0, callbacks=[callback])
     net, history = GenericNeuralNet(model), History.load(tmp_path)
-    training = recipe._Training(net, net.given((x, y), "train"), history)
+    training = repeated._Training(net, net.given((x, y), "train"), history)
     with training.running():
         training.run(0, -1)
         again = [w.numpy() for w in model.weights]
@@ -97,7 +97,7 @@ def test_adam_a_schedule_and_running_means_are_repeated(tmp_path):
 def test_an_interrupted_call_goes_on(made, tmp_path, monkeypatch):
     model, history, test = made
     whole = retrained(model, rows(), test, ROWS, history, seeds=(0,))
-    plain, count = recipe._Training.run, []
+    plain, count = repeated._Training.run, []
 
     def stops(training, *job):
         count.append(job)
@@ -105,7 +105,7 @@ def test_an_interrupted_call_goes_on(made, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(training, *job)
 
-    monkeypatch.setattr(recipe._Training, "run", stops)
+    monkeypatch.setattr(repeated._Training, "run", stops)
     how = {"seeds": (0,), "checkpoints": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         retrained(model, rows(), test, ROWS, history, **how)

@@ -131,7 +131,7 @@ def retrained(
             return {"losses": test.each_row(question, net, batch_size=batch_size)}
 
         for seed, row in progress(jobs, "trainings", len(jobs)):
-            path = folder and folder / f"recipe-{key}-{seed}-{row}.npz"
+            path = folder and folder / f"repeated-{key}-{seed}-{row}.npz"
             got = checkpoint.kept(path, lambda seed=seed, row=row: losses(seed, row))
             ends[seed, row] = got["losses"]
     by_seed = np.array(

@@ -75,7 +75,7 @@ def fresh(model: keras.Model) -> keras.Model:
 
 
 @contextmanager
-def retrained(
+def trained_anew(
     net: GenericNeuralNet, rows: Examples, fit: Fit, seed: int | None = None
 ) -> Iterator[GenericNeuralNet]:
     """Train a fresh model on rows, and yield the net with its weights for a `with` block.
