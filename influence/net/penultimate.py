@@ -88,9 +88,11 @@ def _last_input(graph: Any) -> Any:
     """Return the symbolic input of the last affine layer of a graph, or None."""
     for node in reversed(nodes_of(graph)):
         operation = node.operation
+        if len(node.input_tensors) > 1:
+            return None  # the outputs of several layers are joined, such as added
         inner = getattr(operation, "_functional", None) or operation
         if isinstance(operation, keras.Model):
-            if not is_functional(inner) or len(node.input_tensors) != 1 or len(inner.inputs) != 1:
+            if not is_functional(inner) or len(inner.inputs) != 1:
                 return None
             found = _last_input(inner)
             if found is None:
@@ -98,7 +100,9 @@ def _last_input(graph: Any) -> Any:
             if found is inner.inputs[0]:
                 return node.input_tensors[0]
             return keras.Model(inner.inputs, found)(node.input_tensors[0])
-        if isinstance(operation, _AFFINE) and len(node.input_tensors) == 1:
+        if getattr(operation, "data_format", None) == "channels_first":
+            return None  # features are averaged over the axes before the last one
+        if isinstance(operation, _AFFINE) and node.input_tensors:
             return node.input_tensors[0]
         if any(len(weight.shape) > 1 for weight in getattr(operation, "weights", ())):
             return None  # such as a recurrent layer, whose outputs are not affine in its input

@@ -165,6 +165,16 @@ class Recorder(keras.callbacks.Callback):
             seen = keras_state.rows_seen(self.model)
             self._batch = -1 if seen < 0 else -(-seen // batch)
 
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Read the number of trained rows after the last batch.
+
+        At the end of the epoch, another callback's `evaluate` may have set Keras' counter to 0.
+        Without a known number of batches, it is read after each of them.
+        """
+        steps = (self.params or {}).get("steps") or self._steps
+        if not steps or batch + 1 >= steps:
+            self._rows = keras_state.rows_seen(self.model)
+
     def on_test_begin(self, logs: Any = None) -> None:
         """Read the number of trained rows. Validation inside an epoch sets Keras' counter to 0."""
         if getattr(self, "_begun", False) and self._rows < 0 and self._is_training():

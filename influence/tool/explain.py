@@ -281,6 +281,7 @@ def explain(
         shown = np.unique(np.concatenate([*helpful, *harmful, np.zeros(0, int)]).astype(int))
         bounds = _bounds(subject, scores, shown) if len(shown) else {}
     found += alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
+    found += alerts.of_history(subject.history, subject.net)
     if subject.test_rows is None:
         found.append(
             alerts.Alert(

@@ -18,6 +18,7 @@ from influence.common.named_array import Estimand
 from influence.common.progress import progress
 from influence.examples.examples import Examples, check_rows
 from influence.examples.given import Data
+from influence.examples.labels import sample_weights
 from influence.net.checked import Net, checked
 from influence.net.history import History
 from influence.net.inputs import for_call
@@ -68,11 +69,24 @@ def why_not(net: GenericNeuralNet, train: Examples, history: History) -> str | N
         return "the learning rate of an epoch is not known"
     if type(model).train_step is not keras.Model.train_step:
         return "the model has a train_step of its own"
+    if not history.start_file.exists():
+        return "the weights at its start are missing"
+    if not _same_weights(history.sample_weight, sample_weights(train.y)):
+        return "the rows have other sample weights than those of the record"
     if net.loss.has_masses or net.flat.adds:
         return "the loss masks positions, or the model adds losses that depend on the inputs"
     if history.epoch_of(net.theta) is None:
         return "the model has not the weights that it had after any epoch of the record"
     return None
+
+
+def _same_weights(one: Any, other: Any) -> bool:
+    """Return True for equal sample weights: arrays (n,), dicts of them by output, or None."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same_weights(one[k], other[k]) for k in one)
+    if one is None or other is None or isinstance(one, dict) or isinstance(other, dict):
+        return one is other
+    return np.array_equal(one, other)
 
 
 def retrained(
@@ -101,7 +115,7 @@ def retrained(
       test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each training leaves out one of them.
       history: the History, or its folder.
-      seeds: the seeds. There are (k + 1) trainings for each.
+      seeds: the seeds, at least one. There are (k + 1) trainings for each.
       batch_size: test rows in memory at a time.
       checkpoints: a folder that keeps finished trainings, so that an interrupted call goes on.
 
@@ -111,6 +125,8 @@ def retrained(
     """
     net, train, test = checked(net, train, test)
     rows = check_rows(rows, len(train))
+    if not len(seeds):
+        raise ValueError("seeds must have at least one, got none.")
     found = history if isinstance(history, History) else History.load(history)
     found.check_net(net)
     found.check_rows(train)
