@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -12,27 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.mislabelled.sets import Set, planted
-from influence import GenericNeuralNet, Influence, QuestionOptions, audit
+from influence import GenericNeuralNet, History, Influence, QuestionOptions, Recorder, audit
 from influence.tool.folds import folds_of
 from influence.tool.last_layer import margins
 
 BATCH, FOLDS, SEED = 32, 5, 0
-
-
-class _Margins(keras.callbacks.Callback):
-    """Margins of all rows after each epoch, by one forward pass. Its seconds are kept apart."""
-
-    def __init__(self, x: NDArray, y: NDArray):
-        super().__init__()
-        self.x, self.y = x, y
-        self.margins: list[NDArray] = []
-        self.seconds = 0.0
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Append the margins."""
-        begun = time.perf_counter()
-        self.margins.append(margins(_logits(self.model, self.x), self.y))
-        self.seconds += time.perf_counter() - begun
 
 
 def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> dict[str, NDArray]:
@@ -49,18 +33,17 @@ def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> d
     given, wrong = planted(y, x, share, kind)
     keras.utils.set_random_seed(SEED)
     model = chosen.build(x.shape[1:], classes)
-    recorder = _Margins(x, given)
-    begun = time.perf_counter()
-    model.fit(x, given, BATCH, chosen.epochs, verbose=0, callbacks=[recorder])
-    trained = time.perf_counter() - begun - recorder.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(folder, (x, given), every=1, keep_weights=False)
+        model.fit(x, given, BATCH, chosen.epochs, verbose=0, callbacks=[recorder])
+        history = History.load(folder)
+    trained, recorded = history.seconds.sum(axis=0)
     begun = time.perf_counter()
     rows, held_out = (x, given), (x_test, y_test)
     found = audit(model, rows, held_out, options=QuestionOptions(check=False))
     seconds = time.perf_counter() - begun
-    history = SimpleNamespace(margins=np.stack(recorder.margins))
-    with_history = audit(
-        model, rows, held_out, history=history, options=QuestionOptions(check=False)
-    )
+    options = QuestionOptions(check=False, history=history)
+    with_history = audit(model, rows, held_out, options=options)
     begun = time.perf_counter()
     own = _self_influence(model, rows)
     of_own = time.perf_counter() - begun
@@ -88,7 +71,7 @@ def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> d
         "held_out_loss": np.array(found.last.held_out.mean() if found.last else np.nan),  # type: ignore
         "seconds_training": np.array(trained),
         "seconds_audit": np.array(seconds),
-        "seconds_history": np.array(recorder.seconds),
+        "seconds_history": np.array(recorded),
         "seconds_folds": np.array(of_folds),
         "seconds_self_influence": np.array(of_own),
     }

@@ -4,19 +4,31 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from influence.examples.labels import packed
 from influence.models import design
-from influence.models.design import Design
+from influence.models.design import Design, Weighted
 from influence.models.hinge import HingeLink
 from influence.models.logistic import Sigmoid, Softmax
 from tests import oracles
 from tests.influence.problems import relative_error
 
+W = np.linspace(0, 2, 9)
 LINKS = {
     "softmax": (Softmax(), 4, np.arange(9) % 4),
     "sigmoid": (Sigmoid(), 1, np.arange(9) % 2),
     "sigmoid, labels between": (Sigmoid(), 1, np.linspace(0, 1, 9)[:, None]),
     "smooth hinge": (HingeLink(0.7), 1, 2 * (np.arange(9) % 2) - 1),
+    "weighted softmax": (Weighted(Softmax()), 4, packed(np.arange(9) % 4, W)),
+    "weighted sigmoid": (Weighted(Sigmoid()), 1, packed(np.arange(9) % 2, W)),
 }
+
+
+@pytest.mark.parametrize(("link", "c"), [(Softmax(), 3), (Sigmoid(), 1)])
+def test_sample_weights_multiply_the_loss_of_their_row(link, c):
+    Z, y = np.random.default_rng(0).standard_normal((9, c, 2)), np.arange(9) % (c + 1) % 3
+    plain = link.loss(Z, y)
+    np.testing.assert_array_equal(Weighted(link).loss(Z, packed(y, W)), W[:, None] * plain)
+    np.testing.assert_array_equal(Weighted(link).loss(Z, y), plain)
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -1,5 +1,6 @@
 """The logistic models' closed forms against NumPy's, and against the tape's answers."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.sparse
@@ -19,6 +20,10 @@ from tests import oracles
 from tests.influence.problems import logistic, relative_error
 
 KINDS = ["softmax", "sigmoid"]
+LOSSES = {
+    "softmax": keras.losses.SparseCategoricalCrossentropy,
+    "sigmoid": keras.losses.BinaryCrossentropy,
+}
 # Only the order of additions differs.
 ROUNDING = {"float64": 1e-12, "float32": 2e-5}
 
@@ -334,3 +339,33 @@ def test_a_risk_that_is_not_finite_is_named():
     message = "^the risk must stay finite, got"
     with np.errstate(all="ignore"), pytest.raises(DivergenceError, match=message):
         net.fit(Examples(np.array([[1e200], [-1e200]]), [1, 1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sample_weights_count_as_the_tape_says_and_as_repeated_rows(kind):
+    p = logistic(kind, 20)
+    net, n = p.net, len(p.train)
+    rng = np.random.default_rng(2)
+    weights, V = rng.integers(0, 4, n), rng.standard_normal((net.num_parameters, 2))
+    weighted = Examples(p.train.x, p.train.y, weights)
+    net.theta = p.theta + 0.3 * V[:, 0]
+    tape = GenericNeuralNet(net.model, LOSSES[kind](from_logits=True))
+    for question in (
+        lambda net: net.losses(weighted.x, weighted.y),
+        lambda net: net.risk_gradient(weighted),
+        lambda net: net.hvp(weighted.x, weighted.y, V),
+        lambda net: net.directional(weighted.x, weighted.y, V),
+        lambda net: net.output_terms(weighted.x, weighted.y)[2],
+    ):
+        assert relative_error(question(net), question(tape)) < 1e-10
+    product = net.hvp(weighted.x, weighted.y, V) + net.penalty_hvp(V)
+    assert relative_error(net.hessian(weighted) @ V, product) < 1e-12
+    # A row of weight 2 counts as two rows. The risk of N rows in place of n has n / N of the decay.
+    rows = np.repeat(np.arange(n), weights)
+    make = type(net)
+    classes = () if kind == "sigmoid" else (net.num_outputs,)
+    again = make(net.num_features, *classes, weight_decay=net.weight_decay * n / len(rows),
+                 intercept=net.intercept)  # fmt: skip
+    again.fit(Examples(p.train.x[rows], p.train.y[rows]))
+    net.fit(weighted)
+    assert relative_error(net.theta, again.theta) < 1e-7

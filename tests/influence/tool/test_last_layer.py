@@ -1,5 +1,7 @@
 """The refitted last layer, against exact refits by NumPy and SciPy."""
 
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import scipy.special
 
 import data
 from influence import GenericNeuralNet
+from influence.net.penultimate import Penultimate
 from influence.tool import last_layer as module
 from influence.tool.last_layer import WEIGHT_DECAYS, features_of, last_layer, margins
 from tests import oracles
@@ -103,6 +106,59 @@ def test_residuals_of_numbers_are_exact():
     np.testing.assert_allclose(found.held_out, left**2 / 2, rtol=1e-8)
 
 
+def test_weights_of_numbers_count_in_exact_refits():
+    rng = np.random.default_rng(2)
+    x, weights = rng.standard_normal((40, 3)), rng.integers(0, 5, 40)
+    y = 50 + 7 * x[:, 0] + rng.standard_normal(40)
+    found = last_layer(x, y, 0, (x[:5], y[:5]), weights)
+    assert found.weighted
+    # A row of weight 3 is one that occurs three times.
+    rows = np.repeat(np.arange(40), weights)
+    mean, std = y[rows].mean(), y[rows].std()
+    one = oracles.with_ones((x - x[rows].mean(axis=0)) / x[rows].std(axis=0))
+    scaled, w = (y - mean) / std, weights / weights.mean()
+
+    def refitted(keep):
+        A, b = one[keep], scaled[keep]
+        matrix = A.T @ (w[keep, None] * A) + len(keep) * found.weight_decay * np.eye(4)
+        return np.linalg.solve(matrix, A.T @ (w[keep] * b))
+
+    for row in (0, 11, 39):
+        exact = y[row] - (mean + std * (one[row] @ refitted(np.delete(np.arange(40), row))))
+        assert found.residuals[row] == pytest.approx(exact, rel=1e-8)
+    left = y[:5] - (mean + std * (one[:5] @ refitted(np.arange(40))))
+    np.testing.assert_allclose(found.held_out, left**2 / 2, rtol=1e-8)
+    assert found.searched[found.weight_decay] == pytest.approx(
+        np.average(found.residuals**2 / 2, weights=weights)
+    )
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_weights_of_classes_count_as_repeated_rows(digits, num_classes):
+    x, y = digits[0], digits[1] % num_classes
+    weights = np.random.default_rng(3).integers(0, 4, 150)
+    found = last_layer(x, y, num_classes, weights=weights)
+    rows = np.repeat(np.arange(150), weights)
+    one = oracles.with_ones((x - x[rows].mean(axis=0)) / x[rows].std(axis=0))
+    for row in range(0, 150, 25):
+        others = rows[rows != row]
+        # The risk without the row has the penalty of 149 of 150 rows, whatever the row's weight.
+        decay = found.weight_decay * 149 / 150 * len(rows) / len(others)
+        make = oracles.softmax_regression if num_classes > 2 else oracles.logistic_regression
+        more = (num_classes,) if num_classes > 2 else ()
+        width = num_classes if num_classes > 2 else 1
+        theta = make(one[others], y[others], *more, decay).minimum(np.zeros(11 * width))
+        z = one[row] @ theta.reshape(11, width)
+        z = z if width > 1 else np.array([0.0, z[0]])
+        exact = z[y[row]] - np.delete(z, y[row]).max()
+        # One Newton step, as above.
+        assert found.margins[row] == pytest.approx(exact, abs=0.02 + 0.08 * abs(exact))
+    same = last_layer(x, y, num_classes, weights=np.full(150, 0.01))
+    plain = last_layer(x, y, num_classes)
+    assert not same.weighted
+    np.testing.assert_allclose(same.outputs, plain.outputs, rtol=1e-6, atol=1e-8)
+
+
 def test_held_out_losses_are_those_of_the_refit_with_all_rows(digits):
     x, y = digits[0], digits[1]
     found = last_layer(x, y, 4, (x[:20] + 0.1, y[:20]))
@@ -195,3 +251,21 @@ def test_a_model_without_a_known_last_layer_says_why():
     net = GenericNeuralNet(model, "mse")
     rows = net.given((np.ones((3, 4, 2), np.float32), np.ones(3, np.float32)), "train")
     assert "last layer of weights is not a dense layer" in features_of(net, rows)
+
+
+def test_outputs_that_are_added_have_no_penultimate_features():
+    x = keras.Input((6,))
+    deep = layers.Dense(2)(layers.Dense(5, "relu")(x))
+    net = GenericNeuralNet(
+        keras.Model(x, layers.Add()([deep, layers.Dense(2)(x)])),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    rows = net.given((np.ones((3, 6), np.float32), np.arange(3) % 2), "train")
+    assert "last layer of weights is not a dense layer" in features_of(net, rows)
+
+
+def test_features_are_not_averaged_over_channels():
+    first = {"data_format": "channels_first"}
+    stack = [layers.Conv2D(3, 2, **first), layers.GlobalAveragePooling2D(**first)]
+    model = keras.Sequential([keras.Input((1, 4, 4)), *stack])
+    assert Penultimate.of(SimpleNamespace(flat=SimpleNamespace(model=model))) is None
