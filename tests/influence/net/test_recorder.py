@@ -547,6 +547,27 @@ def test_other_rows_than_those_of_fit_are_said(tmp_path):
     assert found.rows_seen.tolist() == [72] and "had 72 rows" in found.notes[0]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("dataset", [False, True])
+def test_another_callbacks_evaluate_does_not_change_the_number_of_rows(tmp_path, order, dataset):
+    x, y = rows()
+
+    class Asks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.evaluate(x[:7], y[:7], verbose=0)
+
+    callbacks = [Asks(), Recorder(tmp_path, (x, y), every=1)][::order]
+    if dataset:  # Keras does not know the number of its batches in the first epoch
+        given = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+        given = given.filter(lambda x, y: tf.shape(y)[0] > 0)
+        built().fit(given, epochs=3, verbose=0, callbacks=callbacks)
+    else:
+        built().fit(x, y, epochs=3, batch_size=BATCH, verbose=0, callbacks=callbacks)
+    found = History.load(tmp_path)
+    assert found.rows_seen.tolist() == [N] * 3 and found.batch_size == BATCH
+    assert found.notes == ()
+
+
 def test_a_folder_without_a_history_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^history must be a folder that influence.Recorder wrote"):
         History.load(tmp_path)

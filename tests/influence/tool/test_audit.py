@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from influence import QuestionOptions, audit
-from influence.net.history import History
+from influence import History, QuestionOptions, Recorder, audit, explain
+from influence.tool.last_layer import last_layer
 from tests import oracles
 from tests.influence import recorded
 from tests.influence.problems import ridge
@@ -78,7 +78,7 @@ def test_numbers_are_ranked_by_their_residual_without_the_row():
 
 
 @pytest.fixture(scope="module")
-def memory():
+def memory(tmp_path_factory):
     """A network that has learned random labels of a fifth of its rows by heart."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
@@ -89,17 +89,11 @@ def memory():
     model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(200, "relu"),
                               keras.layers.Dense(50, "relu"), keras.layers.Dense(1)])  # fmt: skip
     model.compile(keras.optimizers.Adam(0.01), keras.losses.BinaryCrossentropy(from_logits=True))
-    margins = []
-
-    def remember(epoch, logs):
-        z = np.ravel(model(x[:200], training=False))
-        margins.append(np.where(noisy[:200] == 1, z, -z))
-
-    each = keras.callbacks.LambdaCallback(on_epoch_end=remember)
-    model.fit(x[:200], noisy[:200], epochs=40, verbose=0, callbacks=[each])
     train, test = (x[:200], noisy[:200]), (x[200:], y[200:])
-    history = SimpleNamespace(margins=np.array(margins[:12]))
-    return SimpleNamespace(model=model, train=train, test=test, bad=bad, history=history)
+    folder = tmp_path_factory.mktemp("memory")
+    model.fit(*train, epochs=12, verbose=0, callbacks=[Recorder(folder, train, every=1)])
+    model.fit(*train, epochs=28, verbose=0)
+    return SimpleNamespace(model=model, train=train, test=test, bad=bad, history=folder)
 
 
 def test_memorised_features_raise_the_alert(memory):
@@ -113,9 +107,10 @@ def test_memorised_features_raise_the_alert(memory):
 
 
 def test_the_history_ranks_where_the_features_have_memorised(memory):
-    found = audit(memory.model, memory.train, memory.test, history=memory.history)
+    options = QuestionOptions(check=False, history=memory.history)
+    found = audit(memory.model, memory.train, memory.test, options=options)
     assert found.choice.ranking == "history"
-    mean = memory.history.margins.mean(axis=0)
+    mean = History.load(memory.history).margins.mean(axis=0)
     np.testing.assert_array_equal(found.order, np.argsort(mean, kind="stable"))
 
     def recall(values):
@@ -129,8 +124,9 @@ def test_the_history_ranks_where_the_features_have_memorised(memory):
 def test_the_folder_of_a_recorder_is_a_history(tmp_path):
     model = recorded.train(tmp_path / "run", epochs=3)
     x, y = recorded.rows()
-    how = {"ranking": "history", "options": NO_CHECK}
-    found = audit(model, (x, y), history=tmp_path / "run", **how)
+    options = QuestionOptions(check=False, history=tmp_path / "run")
+    how = {"ranking": "history", "options": options}
+    found = audit(model, (x, y), **how)
     mean = History.load(tmp_path / "run").margins.mean(axis=0)
     np.testing.assert_allclose(found.values["history"], mean)
     np.testing.assert_array_equal(found.order, np.argsort(mean, kind="stable"))
@@ -139,15 +135,74 @@ def test_the_folder_of_a_recorder_is_a_history(tmp_path):
     last = History.load(tmp_path / "run").margins[-1]
     np.testing.assert_allclose(last, z[np.arange(40), y] - best, rtol=1e-6)
     with pytest.raises(ValueError, match="must have the labels of the history"):
-        audit(model, (x, y[::-1].copy()), history=tmp_path / "run", **how)
-    how["options"] = QuestionOptions(check=False, history=tmp_path / "run")
-    np.testing.assert_allclose(audit(model, (x, y), **how).values["history"], mean)
+        audit(model, (x, y[::-1].copy()), **how)
+    assert not any("another model" in alert.headline for alert in found.alerts)
+    assert dict(found.facts())["Training"].startswith("3 epochs by SGD")
 
 
-def test_features_that_generalise_raise_no_alert(problem, found):
+@pytest.mark.parametrize("question", [audit, explain])
+def test_a_history_of_another_model_is_said(tmp_path, question):
+    recorded.train(tmp_path, epochs=2)
+    other = recorded.model()
+    with recorded.double():
+        other.fit(*recorded.rows(), epochs=5, verbose=0)
+    options = QuestionOptions(check=False, history=tmp_path)
+    found = question(other, recorded.rows(), options=options)
+    (alert,) = [a for a in found.alerts if "may be that of another model" in a.headline]
+    assert alert.level == "care" and "after any epoch" in alert.detail
+
+
+def test_residuals_of_the_history_do_not_doubt_every_label(tmp_path):
+    """Squared errors of labels 0 and 1: each margin is minus a residual, which is negative."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 3)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.float32)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, "sigmoid")])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.fit(x, y, epochs=5, verbose=0, callbacks=[Recorder(tmp_path, (x, y), every=1)])
+    options = QuestionOptions(check=False, history=tmp_path)
+    found = audit(model, (x, y), ranking="history", options=options)
+    assert History.load(tmp_path).kind == "residual" and (found.values["history"] < 0).all()
+    p = found.last.probabilities
+    reaches = p >= np.array([p[y == c, c].mean() for c in (0, 1)])
+    best = np.where(reaches, p, -1).argmax(axis=1)
+    doubted = reaches.any(axis=1) & (best != y)
+    assert set(found.suggested) == set(np.flatnonzero(doubted)) and doubted.sum() < 10
+
+
+def test_sample_weights_count_in_the_refit(problem):
+    x, y = problem.train
+    weights = np.where(y == 0, 5.0, 1.0)
+    found = audit(problem.model, (x, y, weights), options=NO_CHECK)
+    expected = last_layer(x, y, 3, weights=weights)
+    np.testing.assert_allclose(found.values["margin"], expected.margins, rtol=1e-6)
+    plain = last_layer(x, y, 3)
+    assert np.abs(found.values["margin"] - plain.margins).max() > 0.1
+    assert "rows count by their sample weights" in dict(found.facts())["Refitted last layer"]
+
+
+def test_held_out_rows_of_one_class_are_coded_like_the_training_rows():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((80, 2)).astype(np.float32)
+    y = np.where(x[:, 0] + 0.5 * rng.standard_normal(80) > 0, 1.0, -1.0).astype(np.float32)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "squared_hinge")
+    rest = np.flatnonzero(y[50:] < 0) + 50
+    found = audit(model, (x[:50], y[:50]), (x[rest], y[rest]), options=NO_CHECK)
+    assert found.subject.of_test.given.tolist() == [0] * len(rest)
+    expected = last_layer(x[:50], (y[:50] > 0).astype(int), 2, (x[rest], np.zeros(len(rest), int)))
+    np.testing.assert_allclose(found.last.held_out, expected.held_out, rtol=1e-6)
+
+
+def test_features_that_generalise_raise_no_alert(problem, found, tmp_path):
     assert not any("memorised" in a.headline for a in found.alerts)
-    history = SimpleNamespace(margins=np.zeros((2, 45)))
-    again = audit(problem.model, problem.train, problem.test, history=history, options=NO_CHECK)
+    model = keras.models.clone_model(problem.model)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.set_weights(problem.model.get_weights())
+    model.fit(*problem.train, verbose=0, callbacks=[Recorder(tmp_path, problem.train)])
+    options = QuestionOptions(check=False, history=tmp_path)
+    again = audit(model, problem.train, problem.test, options=options)
     assert again.choice.ranking == "margin" and "history" in again.values
 
 
@@ -178,14 +233,12 @@ def test_top_must_be_positive(problem):
     ("how", "says"),
     [
         ({"ranking": "best"}, "ranking must be one of 'auto', 'margin', .* got 'best'"),
-        ({"ranking": "history"}, "history must be given for the ranking 'history'"),
+        ({"ranking": "history"}, "options.history must be given for the ranking 'history'"),
         ({"ranking": "folds"}, "folds must be given for the ranking 'folds'"),
         ({"folds": 1, "fit": print}, "folds must be at least 2, got 1"),
         ({"folds": 46, "fit": print}, "folds must be at most the 45 training rows, got 46"),
         ({"folds": 5}, "fit must be given with folds"),
         ({"fit": print}, "folds must be given with fit"),
-        ({"history": SimpleNamespace(margins=np.zeros((3, 44)))}, r"\(epochs, 45\).*got \(3, 44\)"),
-        ({"history": 3}, "history must have the margins .* got int"),
     ],
 )
 def test_wrong_arguments_are_named(problem, how, says):

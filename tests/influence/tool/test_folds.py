@@ -131,3 +131,20 @@ def test_frozen_layers_keep_their_weights_in_every_fold():
     assert all(part.shape == (10, 4) and np.array_equal(w, kernel) for part, w in seen)
     z = np.tanh(x @ kernel + model.get_layer("frozen").bias.numpy()).sum(axis=1)
     np.testing.assert_allclose(found.values["folds"], np.where(y == 1, z, -z), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fold_without_a_class_is_judged_like_the_others():
+    """Three rows of the second class cannot be in all five folds."""
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1, "sigmoid")])
+    model.compile("sgd", "binary_crossentropy")
+    x = np.random.default_rng(0).standard_normal((30, 2)).astype(np.float32)
+    y = (np.arange(30) < 3).astype(np.float32)
+
+    def fit(model, x, y):
+        model.set_weights([np.array([[1.0], [-1.0]]), np.array([0.5])])
+
+    options = QuestionOptions(check=False)
+    found = audit(model, (x, y[:, None]), folds=5, fit=fit, options=options)
+    assert len(set(folds_of(y, 5, True)[:3])) == 3
+    z = x[:, 0] - x[:, 1] + 0.5
+    np.testing.assert_allclose(found.values["folds"], np.where(y == 1, z, -z), rtol=1e-4, atol=1e-5)

@@ -78,6 +78,40 @@ def test_the_users_own_training_gives_the_actual_changes(problem):
     np.testing.assert_allclose(model.get_weights()[1], problem.theta[12:], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_users_own_training_gets_inputs_in_front_of_frozen_layers(tmp_path, kept):
+    keras.utils.set_random_seed(1)
+    frozen = keras.layers.Dense(5, "tanh", name="frozen")
+    model = keras.Sequential([keras.Input((4,)), frozen, keras.layers.Dense(2, name="head")])
+    frozen.trainable = False
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    y, seen = np.arange(30) % 2, []
+
+    def fit(model, x, y):
+        seen.append(x)
+        model.predict(x, verbose=0)
+        model.get_layer("head").set_weights([np.full((5, 2), [0, x.sum()]), np.zeros(2)])
+
+    options = QuestionOptions(check=False, checkpoints=tmp_path if kept else None)
+    found = verify(model, (x[:20], y[:20]), (x[20:], y[20:]), remove=4, rows=[1, 6], fit=fit,
+                   options=options)  # fmt: skip
+    assert found.subject.net.flat.trunk is not None and len(seen) == 4
+    kernel, bias = frozen.get_weights()
+    before = oracle_losses(model.predict(x[[21, 26]], verbose=0), y[[21, 26]])
+    for j, row in enumerate(found.rows):
+        rest = np.delete(x[:20], row, axis=0)
+        np.testing.assert_array_equal(seen[j], rest)
+        z = np.tanh(x[[21, 26]] @ kernel + bias).sum(axis=1) * rest.sum()
+        after = oracle_losses(np.column_stack([np.zeros(2), z]), y[[21, 26]])
+        np.testing.assert_allclose(found.actual[:, j], after - before, rtol=1e-4, atol=1e-5)
+
+
+def oracle_losses(z, y):
+    z = np.asarray(z, float)
+    return np.logaddexp(z[:, 0], z[:, 1]) - z[np.arange(len(y)), y]
+
+
 def test_a_network_is_answered_too():
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)

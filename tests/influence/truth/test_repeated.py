@@ -124,6 +124,7 @@ def test_an_interrupted_call_goes_on(made, tmp_path, monkeypatch):
         (lambda history, net: history.about.update(optimizer="Own"), "optimiser Own is not one"),
         (lambda history, net: history.rates.__setitem__(0, np.nan), "rate of an epoch is not"),
         (lambda history, net: setattr(net, "theta", net.theta + 1), "not the weights that it had"),
+        (lambda history, net: history.start_file.unlink(), "weights at its start are missing"),
     ],
 )
 def test_what_cannot_be_repeated_is_refused(tmp_path, change, reason):
@@ -135,3 +136,22 @@ def test_what_cannot_be_repeated_is_refused(tmp_path, change, reason):
     assert reason in str(why_not(net, train, history))
     with pytest.raises(ValueError, match="^history must be that of a training that can be repe"):
         retrained(net, train, rows(9, 1), [0], history)
+
+
+def test_other_sample_weights_than_the_recorded_ones_are_refused(tmp_path):
+    x, y = rows()
+    weights = np.where(y == 0, 3.0, 1.0)
+    model = recorded.model()
+    callback = Recorder(tmp_path, (x, y, weights), every=1)
+    with recorded.double():
+        model.fit(x, y, sample_weight=weights, epochs=2, verbose=0, callbacks=[callback])
+    net, history = GenericNeuralNet(model), History.load(tmp_path)
+    assert why_not(net, net.given((x, y, weights), "train"), history) is None
+    for other in ((x, y), (x, y, weights[::-1].copy())):
+        assert "other sample weights" in str(why_not(net, net.given(other, "train"), history))
+
+
+def test_a_seed_must_be_given(made):
+    model, history, test = made
+    with pytest.raises(ValueError, match="^seeds must have at least one, got none"):
+        retrained(model, rows(), test, ROWS, history, seeds=())
