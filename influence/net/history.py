@@ -44,7 +44,7 @@ def epochs_in(folder: Path) -> list[int]:
 
 
 def labels_digest(examples: Examples) -> str:
-    """Return a hash of the labels of all rows in their order, whatever their dtype.
+    """Return a hash of the labels of all rows in their order, independent of their dtype.
 
     A row's inputs may have several forms, such as words, their numbers, or the features of a frozen
     network. Its label has one.

@@ -42,7 +42,7 @@ MEANING = {
     CLASSES: "the logit of the given class minus the largest other logit",
     BINARY: "the logit, with the sign of the given label; of several labels, the smallest",
     RESIDUAL: "minus the Euclidean norm of prediction - label",
-    LOSS: "minus the loss: the labels are no classes, and the loss compares no two numbers",
+    LOSS: "minus the loss: the labels are not classes, and the loss is not a distance of numbers",
 }
 
 

@@ -74,8 +74,8 @@ class Recorder(keras.callbacks.Callback):
     Recording costs at most a quarter of the time of training, or two seconds if that is more. If a
     pass after each epoch costs more, every j-th epoch is recorded, with the first and the last. j
     is 1, 2, 4 ... and is chosen after the second epoch from the measured times, and doubled if that
-    was not enough. `History.epochs` says which epochs were recorded. The first and the last one are
-    recorded whatever they cost.
+    was not enough. `History.epochs` says which epochs were recorded. The first and the last epoch
+    are always recorded.
 
     What Keras does not tell a callback is not recorded: the order of the rows, `class_weight` and
     `sample_weight` of `fit` (give them with `train`, as for Examples), and the rows that
@@ -85,8 +85,8 @@ class Recorder(keras.callbacks.Callback):
     Args:
       folder: the folder to write to. It is created if it is missing.
       train: the training rows, in any form of `GenericNeuralNet.given`, in an order that stays.
-      every: record every so many epochs, with the first and the last, whatever it costs. None
-        chooses by the measured time.
+      every: record each epoch for 1, every second epoch for 2 and so on, and the first and the
+        last, without regard to the time. None chooses by the measured time.
       keep_weights: True to keep the weights after each recorded epoch, False to keep those of the
         start only. None keeps them if all epochs' together take at most 1 GiB.
       loss: the loss of a row, for a model that overrides `compute_loss`. None means the compiled

@@ -63,7 +63,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
     """Check the coding of labels that are in range, by comparing them with the predictions."""
     classes = classes_of(net.loss, train)
     if classes is None:
-        return Finding(_TITLE).ok("The labels are no classes; nothing to compare them to.")
+        return Finding(_TITLE).ok("The labels are not classes; there is nothing to compare.")
     c = classes.num_classes
     # agreement[s] is the share of rows whose label plus s, modulo c, is the predicted class.
     agreement = {s: float(np.mean(classes.predicted == (classes.y + s) % c)) for s in (0, 1, -1)}
@@ -120,7 +120,7 @@ def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
 
 
 def classes_of(loss: PerExampleLoss, answers: Answers, like: Any = None) -> Classes | None:
-    """Return labels and predictions as class numbers, or None if the labels are no classes.
+    """Return labels and predictions as class numbers, or None if they are not classes.
 
     `like` are plain labels that show how two classes are coded. None means the labels of `answers`.
     They may not show it: a few rows may have labels of one class only.

@@ -128,7 +128,7 @@ def of_history(history: History | None, net: Any) -> list[Alert]:
         Alert(
             "care",
             "The record of the training may be that of another model.",
-            "The model has not the weights that it had after any epoch of the record.",
+            "The model's weights are not those after any epoch of the record.",
             "Give the record of this model, or the model as that training left it.",
         )
     ]

@@ -255,7 +255,7 @@ def audit(
     suggested, thresholds = _suggested(subject, best, choice.ranking)
     found += [*choice.alerts, *heard.alerts]
     if not known.of_classes:
-        head = "The labels are no classes, so no label is suggested."
+        head = "The labels are not classes, so no label is suggested."
         more = "The order still shows the rows that the other rows do not explain."
         found.append(alerts.Alert("note", head, more))
     return Audit(

@@ -1,7 +1,7 @@
 """The last layer, refitted to its minimum on the network's features, and its leave-one-out outputs.
 
-A network's training stops somewhere, and not at a minimum. Its last layer alone has one on the
-penultimate features phi. With the standardised features x (n, f), an intercept b, and the weights W
+A network's training stops somewhere, and not at a minimum. Only its last layer has one, on
+the penultimate features phi. With the standardised features x (n, f), an intercept b and weights W
 
     R(W, b) = mean_i w_i l(x_i W + b, y_i) + lambda/2 (|W|^2 + |b|^2)
 

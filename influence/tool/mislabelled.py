@@ -24,7 +24,7 @@ refit's mean loss on held-out rows, and by more than two standard errors of the 
 row out of the refit then does not take out what the features know of its label. Without held-out
 rows there is no such comparison. Memorisation is then possible, and treated as such, if the network
 reproduces at least 99 % of all training labels (for numbers, 99 % of their variance): then either
-no label is wrong or the network has learned the wrong ones by heart.
+no label is wrong or the network has memorised the wrong ones.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def choose(
         none = f"The last layer cannot be refitted: {missing}."
         if "history" in known:
             return Choice("history", none)
-        head = "The order is that of the losses, which may miss labels that were learned by heart."
+        head = "The order is that of the losses, which may miss labels that were memorised."
         return Choice("loss", none, (Alert("care", head, none, _HELP),))
     if memorised is None:
         return Choice("margin", "The refitted last layer judges every row without the row itself.")
@@ -143,7 +143,7 @@ def of_memory(last: LastLayer, reproduced: float | None) -> Alert | None:
         "care",
         "The network may have memorised training labels, so wrong ones may look right.",
         f"It reproduces {reproduced:.1%} of them. Either hardly any label is wrong, or wrong ones "
-        "were learned by heart. Held-out rows would tell.",
+        "were memorised. Held-out rows would show which.",
         "Give held-out rows by --test. " + _HELP,
     )
 

@@ -32,7 +32,7 @@ class Predictions:
       losses: (n,) the loss of each row, without the penalty.
       given: (n,) labels: class numbers, or numbers of a regression. None for labels of other kinds.
       predicted: (n,) predictions, like `given`.
-      num_classes: the number of classes; 0 if the labels are no classes.
+      num_classes: the number of classes; 0 if the labels are not classes.
       probabilities: (n, num_classes) probabilities, or None if the model gives none.
     """
 

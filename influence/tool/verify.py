@@ -35,7 +35,7 @@ _SERIES = 6
 # too and the slope is within this factor of 1.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
 # Below this correlation between two seeds, less than half of the changes' variance is the rows'.
-_RELIABLE = 0.5
+RELIABLE = 0.5
 # The gradient norm that a refit must reach, relative to that of the removal: for a convex risk, and
 # for a network. A network's changes hardly move below, and its kinks may keep it from less.
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
@@ -185,10 +185,7 @@ class Verification(Answer):
         for i, row in enumerate(self.test_rows):
             name = plain(self.subject.shown_test.name(int(row)), 40)
             axes.scatter(self.predicted[i], self.actual[i], s=18, label=f"test {name}")
-        axes.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
-        axes.set_xlabel("predicted change of the loss")
-        axes.set_ylabel("actual change of the loss")
-        axes.legend(fontsize="small")
+        finish_axes(axes)
 
 
 def verify(
@@ -238,12 +235,7 @@ def verify(
         removed, largest = draw_rows(scores, min(remove, len(subject.train) - 1))
         found = _actual(subject, chosen, removed, fit)
     predicted = np.asarray(scores)[:, removed]
-    # Whether the sizes hold is measured here, so alerts that doubt them are left out.
-    said = [
-        alert
-        for alert in alerts.of_report(report, subject.plan) + heard.alerts
-        if not alert.headline.startswith(alerts.ORDER_NOT_SIZE)
-    ]
+    said = besides_sizes(alerts.of_report(report, subject.plan) + heard.alerts)
     left = np.full(len(removed), np.nan) if found.left is None else found.left
     answer = Verification(
         subject,
@@ -367,6 +359,28 @@ def _steps(subject: Subject) -> Any:
     return Nystrom(_RANK) if solver.preconditioner is None else solver.preconditioner
 
 
+def finish_axes(axes: Any) -> None:
+    """Draw the line y = x in a drawing of actual against predicted changes, and name its axes."""
+    axes.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
+    axes.set_xlabel("predicted change of the loss")
+    axes.set_ylabel("actual change of the loss")
+    axes.legend(fontsize="small")
+
+
+def besides_sizes(found: list[alerts.Alert]) -> list[alerts.Alert]:
+    """Return the alerts except those that doubt the sizes, because `verify` measures the sizes."""
+    return [a for a in found if not a.headline.startswith(alerts.ORDER_NOT_SIZE)]
+
+
+def of_verdict(found: dict[str, float]) -> list[alerts.Alert]:
+    """Return an alert if an agreement is not that of scores that hold in order and size."""
+    text = verdict(found)
+    if text.startswith("The scores hold:"):
+        return []
+    level = "stop" if "Do not use" in text else "care"
+    return [alerts.Alert(level, text, words(found) + ".")]
+
+
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
     """Compare predicted with actual changes, as `Verification.agreement` describes."""
     good = np.isfinite(predicted) & np.isfinite(actual)
@@ -411,12 +425,8 @@ def verdict(found: dict[str, float]) -> str:
 
 
 def _of_agreement(answer: Verification) -> list[alerts.Alert]:
-    found = []
-    text = verdict(answer.agreement())
-    if not text.startswith("The scores hold:"):
-        level = "stop" if "Do not use" in text else "care"
-        found.append(alerts.Alert(level, text, words(answer.agreement()) + "."))
-    if answer.reliability < _RELIABLE:
+    found = of_verdict(answer.agreement())
+    if answer.reliability < RELIABLE:
         head = "Training again by another order of the rows changes as much as a removed row."
         why = f"The changes of two seeds have a correlation of {answer.reliability:.2g}. No score "
         why += "of single rows can agree with them much better. Groups of rows have larger changes."

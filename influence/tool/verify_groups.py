@@ -23,14 +23,20 @@ from influence.tool.rows import Rows
 from influence.tool.shown import plain
 from influence.tool.store import name_of
 from influence.tool.subject import QuestionOptions, Subject
-from influence.tool.verify import agreement, verdict, words
+from influence.tool.verify import (
+    RELIABLE,
+    agreement,
+    besides_sizes,
+    finish_axes,
+    of_verdict,
+    verdict,
+    words,
+)
 
 # Every group is removed under each of these seeds, and so is none.
 SEEDS = (0, 1)
 # A group has this share of the training rows, if its size is not given.
 _SHARE = 0.05
-# If two seeds agree less than this, the trainings differ by chance as much as by the removal.
-_REPEATS = 0.5
 _CHOSEN, _RANDOM = "chosen", "random"
 
 
@@ -158,10 +164,7 @@ class GroupVerification(Answer):
         for how in (_CHOSEN, _RANDOM):
             some = np.array([drawn == how for drawn in self.drawn])
             axes.scatter(self.predicted[:, some], self.actual[:, some], s=18, label=f"{how} groups")
-        axes.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
-        axes.set_xlabel("predicted change of the loss")
-        axes.set_ylabel("actual change of the loss")
-        axes.legend(fontsize="small")
+        finish_axes(axes)
 
 
 def verify_groups(
@@ -230,12 +233,7 @@ def verify_groups(
         by_seed=actual,
         why=why,
     )
-    # Whether the sizes hold is measured here, so alerts that doubt them are left out.
-    said = [
-        alert
-        for alert in alerts.of_report(report, subject.plan) + heard.alerts
-        if not alert.headline.startswith(alerts.ORDER_NOT_SIZE)
-    ]
+    said = besides_sizes(alerts.of_report(report, subject.plan) + heard.alerts)
     return replace(answer, alerts=alerts.merged([*_of_agreement(answer), *said]))
 
 
@@ -287,12 +285,9 @@ def _actual(
 
 
 def _of_agreement(answer: GroupVerification) -> list[alerts.Alert]:
-    found, text = [], verdict(answer.agreement())
-    if not text.startswith("The scores hold:"):
-        level = "stop" if "Do not use" in text else "care"
-        found.append(alerts.Alert(level, text, words(answer.agreement()) + "."))
+    found = of_verdict(answer.agreement())
     repeats = answer.repeats()
-    if np.isfinite(repeats) and repeats < _REPEATS:
+    if repeats < RELIABLE:
         head = "Chance decides the actual changes as much as the removed rows do."
         why = f"Under two seeds they agree with a Pearson correlation of {short(repeats)} only."
         found.append(alerts.Alert("care", head, why, "Give larger groups by --group-size."))

@@ -76,7 +76,7 @@ def why_not(net: GenericNeuralNet, train: Examples, history: History) -> str | N
     if net.loss.has_masses or net.flat.adds:
         return "the loss masks positions, or the model adds losses that depend on the inputs"
     if history.epoch_of(net.theta) is None:
-        return "the model has not the weights that it had after any epoch of the record"
+        return "the model's weights are not those after any epoch of the record"
     return None
 
 
@@ -107,7 +107,7 @@ def retrained(
     net has). Keras does not tell in which order the rows came, so each seed draws orders of its
     own, the same for all its trainings. A batch with the removed row is averaged over its other
     rows. For each seed, the change is that between two trainings, without the row and with all
-    rows: what another order alone changes is not in it. The net is left as it was.
+    rows: it does not contain what only another order changes. The net is left as it was.
 
     Args:
       net: the net at the weights after an epoch of the history.

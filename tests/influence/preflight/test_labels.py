@@ -116,7 +116,7 @@ def test_what_is_no_class_is_compared_to_nothing():
         (p.net, 2 + np.arange(40) % 2),
     ):
         line = plausible(net, Examples(p.train.x, y))
-        assert line.verdict == "ok" and np.isnan(line.value) and "no classes" in line.meaning
+        assert line.verdict == "ok" and np.isnan(line.value) and "not classes" in line.meaning
 
 
 def test_a_loss_above_that_of_guessing_is_found():

@@ -79,7 +79,7 @@ def test_numbers_are_ranked_by_their_residual_without_the_row():
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory):
-    """A network that has learned random labels of a fifth of its rows by heart."""
+    """A network that has memorised random labels of a fifth of its rows."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 20)).astype(np.float32)

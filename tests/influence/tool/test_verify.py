@@ -194,5 +194,5 @@ def test_a_history_that_cannot_be_repeated_is_said(tmp_path):
     options = QuestionOptions(history=tmp_path)
     found = verify(model, recorded.rows(), remove=2, rows=[2], options=options)
     said = [a for a in found.alerts if a.headline.startswith("The training cannot be repeated")]
-    assert len(said) == 1 and "not the weights that it had after any epoch" in said[0].detail
+    assert len(said) == 1 and "weights are not those after any epoch" in said[0].detail
     assert not found.truth.startswith("training again")

@@ -123,7 +123,10 @@ def test_an_interrupted_call_goes_on(made, tmp_path, monkeypatch):
         (lambda history, net: history.rows_seen.__setitem__(0, 7), "over the recorded rows once"),
         (lambda history, net: history.about.update(optimizer="Own"), "optimiser Own is not one"),
         (lambda history, net: history.rates.__setitem__(0, np.nan), "rate of an epoch is not"),
-        (lambda history, net: setattr(net, "theta", net.theta + 1), "not the weights that it had"),
+        (
+            lambda history, net: setattr(net, "theta", net.theta + 1),
+            "are not those after any",
+        ),
         (lambda history, net: history.start_file.unlink(), "weights at its start are missing"),
     ],
 )
