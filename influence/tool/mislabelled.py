@@ -124,7 +124,7 @@ def of_memory(last: LastLayer, reproduced: float | None) -> Alert | None:
       reproduced: the share of the training labels that the network predicts, or None.
     """
     own = float(last.losses.mean())
-    if last.held_out is not None and len(last.held_out):
+    if last.held_out is not None and len(last.held_out) > 1:
         there = float(last.held_out.mean())
         error = float(last.held_out.std() / np.sqrt(len(last.held_out)))
         if own >= _SHARE * there or there - own <= _ERRORS * error:

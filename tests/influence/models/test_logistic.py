@@ -8,11 +8,14 @@ import scipy.sparse
 from influence import (
     BinaryLogisticRegression,
     ConvergenceWarning,
+    Direct,
     DivergenceError,
     Examples,
     GenericNeuralNet,
     Hessian,
+    Influence,
     MulticlassLogisticRegression,
+    leave_one_out,
 )
 from influence.models.design import Design
 from influence.net.questions import PerRow, Total
@@ -369,3 +372,31 @@ def test_sample_weights_count_as_the_tape_says_and_as_repeated_rows(kind):
     again.fit(Examples(p.train.x[rows], p.train.y[rows]))
     net.fit(weighted)
     assert relative_error(net.theta, again.theta) < 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_refits_with_sample_weights_are_those_of_the_tape(kind):
+    p = logistic(kind, 20)
+    net, rows = p.net, [0, 3, 8]
+    weights = np.random.default_rng(2).integers(1, 4, len(p.train))
+    weighted = Examples(p.train.x, p.train.y, weights)
+    net.fit(weighted)
+    test = Examples(p.train.x[:5] + 0.1, p.train.y[:5])
+    tape = GenericNeuralNet(net.model, LOSSES[kind](from_logits=True))
+    how = {"solver": Direct(), "damping": 0.0, "curvature": Hessian}
+    for approximation in ("first_order", "one_step"):
+        one, other = (
+            np.asarray(Influence(each, weighted, approximation=approximation, **how).scores(test))
+            for each in (net, tape)
+        )
+        assert relative_error(one, other) < 1e-6
+    own, other = (Influence(each, weighted, **how).self_influence() for each in (net, tape))
+    assert relative_error(own, other) < 1e-6
+    found = leave_one_out(net, weighted, test, rows)
+    assert found.converged.all()
+    before, theta = net.losses(test.x, test.y), net.theta
+    for j, row in enumerate(rows):
+        net.fit(weighted.without([row]))
+        after = net.losses(test.x, test.y)
+        np.testing.assert_allclose(found.change_if_removed[:, j], after - before, rtol=1e-4)
+        net.theta = theta
