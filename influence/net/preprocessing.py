@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from influence.examples.arrays import CHECK_ROWS
 from influence.examples.examples import Examples
 from influence.examples.tables import is_text
+from influence.net import keras_state
 from influence.net.graph import is_functional, is_input, nodes_of, replayed
 from influence.net.inputs import aliases, declared, fits
 
@@ -241,10 +242,19 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
 
 
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
-    """Give a copy of a model the compiled loss and loss weights of the model."""
+    """Give a copy of a model the compiled loss and loss weights, and a new optimiser like its own.
+
+    A person's own training may call `fit` on the copy, so it must train like the model.
+    """
     compiled = getattr(model, "_compile_loss", None)
     if model.compiled and compiled is not None:
-        copy.compile(optimizer="sgd", loss=model.loss, loss_weights=compiled._user_loss_weights)
+        optimizer: Any = keras_state.optimizer_of(model)
+        try:
+            optimizer = type(optimizer).from_config(optimizer.get_config())
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
+            optimizer = "sgd"  # none, or one that has no configuration
+        weights = compiled._user_loss_weights
+        copy.compile(optimizer=optimizer, loss=model.loss, loss_weights=weights)
 
 
 def _front(nodes: list[Any]) -> set[int]:

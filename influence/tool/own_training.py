@@ -68,9 +68,6 @@ def fresh(model: keras.Model) -> keras.Model:
             if isinstance(new, keras.layers.Normalization):
                 new.finalize_state()  # it computes with copies of its weights
     compile_like(copy, model)
-    optimizer: Any = getattr(model, "optimizer", None)
-    if copy.compiled and optimizer is not None:
-        copy.optimizer = type(optimizer).from_config(optimizer.get_config())
     return copy
 
 

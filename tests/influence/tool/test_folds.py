@@ -148,3 +148,23 @@ def test_a_fold_without_a_class_is_judged_like_the_others():
     assert len(set(folds_of(y, 5, True)[:3])) == 3
     z = x[:, 0] - x[:, 1] + 0.5
     np.testing.assert_allclose(found.values["folds"], np.where(y == 1, z, -z), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_behind_lookup_layers_trains_with_its_own_optimiser():
+    words = np.array(["good film", "bad film", "good plot", "bad plot"] * 5)
+    lookup = layers.TextVectorization(output_mode="multi_hot")
+    lookup.adapt(words)
+    stack = [lookup, layers.Dense(1, "sigmoid")]
+    model = keras.Sequential([keras.Input((), dtype="string"), *stack])
+    model.compile(keras.optimizers.Adam(0.02, beta_1=0.7), "binary_crossentropy")
+    seen = []
+
+    def fit(model, x, y):
+        seen.append(model.optimizer)
+        model.fit(x, y, epochs=1, verbose=0)
+
+    y = np.array([1, 0, 1, 0] * 5)
+    audit(model, (words, y), folds=2, fit=fit, options=QuestionOptions(check=False))
+    assert [type(optimizer).__name__ for optimizer in seen] == ["Adam"] * 2
+    assert [float(optimizer.learning_rate) for optimizer in seen] == pytest.approx([0.02] * 2)
+    assert seen[0].beta_1 == 0.7 and seen[0] is not seen[1]
