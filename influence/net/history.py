@@ -270,12 +270,17 @@ class History:
         return chosen, np.array(rates)
 
     @property
+    def is_whole(self) -> bool:
+        """True if the record begins at the start of the training, before the first step."""
+        return not (self.about["began"] or self.about["optimizer_steps"])
+
+    @property
     def by_gradient_steps(self) -> bool:
         """True if the optimiser's steps are learning rate x gradient, perhaps with momentum."""
         return self.about["optimizer"] in _PLAIN_STEPS
 
     def damping(self) -> float:
-        """Return (1 - momentum) / sum of the learning rates of all steps, that is 1 / (eta T).
+        """Return (1 - momentum) / sum of the learning rates of the recorded steps: 1 / (eta T).
 
         Training from theta_0 for T steps of size eta moves the weights along an eigenvector of the
         eigenvalue h by the share 1 - (1 - eta h)^T of the way to the minimum. The damped inverse
@@ -402,4 +407,6 @@ def _notes(about: dict[str, Any], files: Sequence[dict[str, NDArray]]) -> list[s
         )
     if about["began"]:
         found.append(f"The record begins after {about['began']} epochs of the training.")
+    elif about["optimizer_steps"]:
+        found.append(f"The record begins after {about['optimizer_steps']} steps of the optimiser.")
     return found

@@ -367,12 +367,15 @@ def training_damping(model: keras.Model, history: History | None = None) -> floa
 
     Args:
       model: the model, whose optimiser knows the number of steps and the present learning rate.
-      history: the recorded training, which knows every epoch's learning rate, or None.
+      history: the recorded training, which knows every epoch's learning rate, or None. It is not
+        used if it begins later than the training.
 
     Returns: the damping, or None if the optimiser is not SGD or took no step.
     """
-    if history is not None:
-        return history.damping() if history.by_gradient_steps else None
+    if history is not None and not history.by_gradient_steps:
+        return None
+    if history is not None and history.is_whole:
+        return history.damping()
     optimizer: Any = getattr(model, "optimizer", None)
     if not isinstance(optimizer, keras.optimizers.SGD):
         return None

@@ -59,7 +59,7 @@ def why_not(net: GenericNeuralNet, train: Examples, history: History) -> str | N
     """Return why a training cannot be repeated from its history, in words; None if it can."""
     about = history.about
     model = net.flat.model
-    if about["began"] or about["optimizer_steps"]:
+    if not history.is_whole:
         return "the record does not begin at the start of the training"
     if history.batch_size < 1 or (history.rows_seen != len(history)).any():
         return "the training did not go over the recorded rows once in each epoch"

@@ -12,6 +12,7 @@ import tensorflow as tf
 from influence import Examples, GenericNeuralNet, History, Recorder, class_weights
 from influence.common import checkpoint
 from influence.net import history as module
+from influence.solvers.plan import training_damping
 
 N, EPOCHS, BATCH = 90, 5, 16
 
@@ -399,6 +400,18 @@ def test_a_record_that_begins_later_says_so(tmp_path):
     np.testing.assert_array_equal(found.epochs, [3, 4])
     np.testing.assert_array_equal(found.checkpoints, [2, 3, 4])
     assert found.notes == ("The record begins after 2 epochs of the training.",)
+
+
+def test_a_record_after_other_steps_gives_no_damping(tmp_path):
+    """The steps before it are not recorded, so 1 / (eta T) is that of the optimiser's count."""
+    x, y = rows()
+    model = built()
+    whole, _ = trained(tmp_path / "whole", model, (x, y), epochs=2)
+    assert whole.is_whole and training_damping(model, whole) == whole.damping()
+    later, _ = trained(tmp_path / "later", model, (x, y), epochs=1)
+    assert not later.is_whole
+    assert later.notes == ("The record begins after 12 steps of the optimiser.",)
+    assert training_damping(model, later) == pytest.approx(0.5 / (0.1 * 18), rel=1e-6)
 
 
 # --- the time of recording ------------------------------------------------------------------------
