@@ -154,6 +154,7 @@ class Recorder(keras.callbacks.Callback):
             self._begin(epoch)
             self._begun = True
         self._rows, self._at, self._rate = -1, keras_state.iterations(self.model), np.nan
+        self._batches = 0
         self._started = self._clock()
         self._own += self._started - start
 
@@ -166,11 +167,12 @@ class Recorder(keras.callbacks.Callback):
             self._batch = -1 if seen < 0 else -(-seen // batch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Read the number of trained rows after the last batch.
+        """Count the batch. After the last one, read the number of trained rows.
 
         At the end of the epoch, another callback's `evaluate` may have set Keras' counter to 0.
         Without a known number of batches, it is read after each of them.
         """
+        self._batches = batch + 1
         steps = (self.params or {}).get("steps") or self._steps
         if not steps or batch + 1 >= steps:
             self._rows = keras_state.rows_seen(self.model)
@@ -452,7 +454,8 @@ class Recorder(keras.callbacks.Callback):
         return int((self.params or {}).get("epochs") or 1)
 
     def _finish_counts(self) -> None:
-        self._steps = keras_state.iterations(self.model) - self._at
+        # The optimiser also counts the call that finds the end of a dataset of unknown length.
+        self._steps = min(keras_state.iterations(self.model) - self._at, self._batches)
         if self._rows < 0:
             self._rows = keras_state.rows_seen(self.model)
         if self._batch < 0 and self._steps == 1:

@@ -578,6 +578,7 @@ def test_another_callbacks_evaluate_does_not_change_the_number_of_rows(tmp_path,
         built().fit(x, y, epochs=3, batch_size=BATCH, verbose=0, callbacks=callbacks)
     found = History.load(tmp_path)
     assert found.rows_seen.tolist() == [N] * 3 and found.batch_size == BATCH
+    assert found.steps.tolist() == [6] * 3
     assert found.notes == ()
 
 
