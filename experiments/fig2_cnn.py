@@ -120,6 +120,12 @@ class Config(mnist_cnn.Protocol):
         options.positive(
             self, "tolerance", "continued_rate", "slow_rate", "continued_steps", "cg_rtol"
         )
+        options.increasing(self, "continued_at")
+        if max(self.continued_at) >= self.continued_steps:
+            raise ValueError(
+                f"continued_at must be below continued_steps, {self.continued_steps}, got "
+                f"{self.continued_at}."
+            )
 
 
 PRESETS = {
