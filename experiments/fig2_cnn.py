@@ -23,6 +23,7 @@ from experiments.harness import options
 from experiments.harness.claims import SHORTENED, Check, Claim, Published, Sample
 from experiments.harness.record import Record
 from experiments.shared import mnist_cnn
+from experiments.shared.compare import letter
 from experiments.shared.descent import num_negative
 from experiments.shared.mnist_cnn import CG_FLOAT64, finite_agreement, in_double, removals
 from influence import (
@@ -119,6 +120,12 @@ class Config(mnist_cnn.Protocol):
         options.positive(
             self, "tolerance", "continued_rate", "slow_rate", "continued_steps", "cg_rtol"
         )
+        options.increasing(self, "continued_at")
+        if max(self.continued_at) >= self.continued_steps:
+            raise ValueError(
+                f"continued_at must be below continued_steps, {self.continued_steps}, got "
+                f"{self.continued_at}."
+            )
 
 
 PRESETS = {
@@ -552,11 +559,15 @@ def draw(record: Record) -> Any:
         drift = f"\ncontrol's drift\n{record.arrays['drift'][0]:+.2g}"
         more = drift if truth == "continued" else ""
         mnist_cnn.draw_truth(axis, record, truth, title, by="cg", more=more)
-    reach = max(axis.get_xlim()[1] for axis in axes)
-    for axis in axes:
+    # The first panel has its own scale, because its changes are smaller. The published panel ends
+    # there too. Equal scales make the slopes of the others comparable.
+    reaches = [axis.get_xlim()[1] for axis in axes]
+    for axis, reach in zip(axes, (reaches[0], *2 * [max(reaches[1:])]), strict=True):
         axis.lines[0].set_data([-reach, reach], [-reach, reach])
-        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))  # equal scales make slopes comparable
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
     for axis in axes[1:]:
         axis.set_ylabel("")
+    for axis, name in zip(axes, "abc", strict=True):
+        letter(axis, name)
     mnist_cnn.draw_steps(below.subplots(), record, STEPS)
     return figure

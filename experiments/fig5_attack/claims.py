@@ -187,9 +187,10 @@ CAPTION = (
     "Four line plots of the attack's success: on single test images under two networks, how a "
     "defender finds the poisons, and on thirty test images at once. Above: the share of test "
     "images that are flipped by poisons in 1, 2 or 10 training images, by the paper's rule and by "
-    "our best rule. Crosses are the paper's results with its own network and photographs. Below, "
+    "our best rule, with 95 % intervals. Crosses are the paper's results with its own network and "
+    "photographs. Below, "
     "left: the share of the poisons that a defender finds, who checks the training images in the "
     "order of a score. Dotted lines show the same images before the attack. Below, right: the "
-    "number of flipped images, of thirty, over the number of poisons. Dashed lines show one "
-    "poison in the image of which the head is least sure, as in the paper."
+    "number of flipped images, of thirty, over the number of poisons. Open diamonds show one "
+    "poison in the image of which the head is least sure. The paper flips 16 so (cross)."
 )

@@ -20,8 +20,10 @@ from experiments.fig5_attack import claims
 from experiments.fig5_attack.attacks import RULES, SIGNS, group, of_group, over_all, single
 from experiments.fig5_attack.heads import LEVEL, Head, alike, chosen, fitted, heads_of, right
 from experiments.harness import options
+from experiments.harness.claims import Sample
 from experiments.harness.record import Record
 from experiments.shared import trunks
+from experiments.shared.compare import letter
 from influence.attack.poison import Rule
 from influence.common.checkpoint import kept
 from influence.common.progress import progress
@@ -284,13 +286,18 @@ def draw(record: Record) -> Any:
         for axis, name, network in zip(
             np.atleast_1d(above.subplots(1, len(names), sharey=True)), names, networks, strict=True
         ):
-            for rule, (label, colour, marker) in zip(RULES, _LOOKS, strict=True):
-                shares = 100 * arrays[f"{rule}_flipped_{network}"].mean(axis=0)
+            for rule, (label, colour, marker), shift in zip(
+                RULES, _LOOKS, (-0.04, 0.04), strict=True
+            ):
+                flipped = arrays[f"{rule}_flipped_{network}"]
+                shares = 100 * flipped.mean(axis=0)
                 axis.plot(at, shares, marker=marker, color=colour, label=label, clip_on=False)
+                lows, highs = _intervals(flipped)
+                axis.vlines(at + shift, lows, highs, color=colour, linewidth=1, clip_on=False)
             known = [(i, _PAPER[c]) for i, c in enumerate(counts.tolist()) if c in _PAPER]
-            axis.plot(*zip(*known, strict=True), "x", color="0.5", label="the paper's network")
+            axis.plot(*zip(*known, strict=True), "x", color="0.4", label="published")
             axis.set_xticks(at, counts)
-            axis.set(ylim=(0, 103), xlabel="Training images poisoned", title=name)
+            axis.set(ylim=(0, 103), xlabel="Training images poisoned", title=_title(name))
         above.axes[0].set_ylabel("Test images flipped (%)")
         above.axes[0].legend(frameon=False, fontsize=7)
         defence, together = below.subplots(1, 2)
@@ -299,27 +306,34 @@ def draw(record: Record) -> Any:
         for i, (network, colour) in enumerate(zip(networks, colours, strict=False)):
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
             last = np.append(np.diff(poisons) > 0, True)  # the last refit for each number
-            together.plot(poisons[last], flipped[last], "o-", color=colour, label=network)
-            together.axhline(
-                metrics[f"group_one_flipped_{network}"],
-                color=colour,
-                linewidth=0.8,
-                linestyle=(3 * i, (3, 3)),  # lines stay visible where they coincide
-                label=f"{network}, the least sure one",
+            last &= poisons > 0  # the axis is logarithmic
+            together.plot(
+                poisons[last], flipped[last], "o-", color=colour, label=_NAMES.get(network, network)
             )
+            together.plot(1, metrics[f"group_one_flipped_{network}"], "D", color=colour,
+                          markerfacecolor="none", markersize=9 - 3 * i)  # fmt: skip
+        together.plot([], [], "D", color="0.3", markerfacecolor="none", label="the least sure one")
         group = record.config["group_size"]
+        if group == _PAPER_GROUP[1]:
+            together.plot(1, _PAPER_GROUP[0], "x", color="0.4", label="published")
         together.axhline(group / 2, color="0.7", linewidth=0.8, zorder=0)
-        together.set_xscale("symlog", linthresh=1)
-        together.xaxis.set_major_formatter("{x:g}")
+        together.annotate("half of them", (1, group / 2), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", fontsize=6.5, color="0.4")  # fmt: skip
+        together.set_xscale("log")
         most = max(arrays[f"many_poisons_{network}"].max() for network in networks)
-        together.set_xlim(0, 1.4 * most)
+        ticks = 2 ** np.arange(int(np.log2(most)) + 1)
+        together.set_xticks(ticks, ticks)
+        together.minorticks_off()
         together.set(
+            xlim=(0.8, 1.4 * most),
             xlabel="Training images poisoned",
             ylabel=f"Test images flipped (of {group})",
             ylim=(-0.5, group),
             title="Many test images at once",
         )
-        together.legend(frameon=False, fontsize=7)
+        together.legend(frameon=False, fontsize=7, loc="upper right")
+        for axis, mark in zip([*above.axes, defence, together], "abcde", strict=False):
+            letter(axis, mark)
         if not record.data.get("stand_in", True):  # the harness marks stand-in data
             figure.supxlabel(_OF, fontsize=7, color="0.35")
     return figure
@@ -330,6 +344,24 @@ _OF = (
     "Inception v3 up to mixed8:\nthe paper's photographs and its network's last layers are not "
     "available."
 )
+
+
+_NAMES = {"mobilenet": "MobileNet", "inception": "Inception v3", "inception-keras": "Inception v3"}
+# In the paper one poison flips this many test images, of so many (section 5.2).
+_PAPER_GROUP = (16, 30)
+
+
+def _title(head: str) -> str:
+    """Return the name of a head's network and layer for a reader."""
+    network, layer = trunks.split(head)
+    return f"{_NAMES.get(network, network)}, to {layer}"
+
+
+def _intervals(flipped: NDArray) -> tuple[NDArray, NDArray]:
+    """Return the ends of the 95 % intervals of the shares flipped, in percent, one a column."""
+    sample = Sample("share", len(flipped))
+    ends = [sample.interval(share, {}) for share in flipped.mean(axis=0).tolist()]
+    return tuple(100 * np.array(ends, float).T)  # type: ignore[return-value]
 
 
 # The paper flips these percentages of 591 test images, by number of poisons (section 5.2).

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("networks_traced_once")
 SMALL = dataclasses.replace(
     fig2_cnn.PRESETS["smoke"], num_train=120, filters=2, strides=(2,), schedule=((150, 1e-2),),
     num_removals=8, further_removals=4, slow_removals=4, double_removals=3, lissa_depth=50,
-    continued_steps=20, damping=0.05,
+    continued_steps=20, continued_at=(5, 10), damping=0.05,
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_rows_without_a_proximal_minimum_are_left_out_and_counted(trained, monke
     monkeypatch.setattr(fig2_cnn, "_LOST", 1e-4)
     monkeypatch.setattr(fig2_cnn, "_rounding", lambda *a: 0.0)
     removed = np.arange(6)
-    rough = dataclasses.replace(SMALL, tolerance=0.5, continued_steps=1)
+    rough = dataclasses.replace(SMALL, tolerance=0.5, continued_steps=2, continued_at=(1,))
     changes, found = fig2_cnn.truths(rough, net, train, measured, removed, removed, prepared, None)
     lost = found["proximal_gradient_norm"] > 1e-4
     assert found["proximal_lost"] == np.count_nonzero(lost) > 0
@@ -128,7 +128,8 @@ def test_draw(record):
     titles = list(TRUTHS.values())
     assert panels[0].get_title() == f"{titles[0]}\n(20 steps at 0.001)"
     assert [axis.get_title() for axis in panels[1:]] == titles[1:]
-    assert len({axis.get_xlim() for axis in panels}) == 1
+    assert panels[1].get_xlim() == panels[2].get_xlim()
+    assert all(axis.get_xlim() == axis.get_ylim() for axis in panels)
     first = record.arrays["removals_0"]
     for axis, truth in zip(panels, TRUTHS, strict=True):
         drawn = np.asarray(axis.collections[0].get_offsets())
@@ -147,7 +148,8 @@ def test_every_preset_is_judged_by_what_it_computes(record):
             assert claim.metric in record.metrics
     assert set(fig2_cnn.PRESETS) == {"smoke", "standard", "tenfold", "paper"}
     tenfold, paper = fig2_cnn.PRESETS["tenfold"], fig2_cnn.PRESETS["paper"]
-    assert tenfold.schedule == tuple((n // 10, 10 * rate) for n, rate in paper.schedule)
+    wanted = [(steps / 10, 10 * rate) for steps, rate in paper.schedule]
+    np.testing.assert_allclose(tenfold.schedule, wanted)
     assert tenfold.continued_steps * 10 == paper.continued_steps
     paper = fig2_cnn.PRESETS["paper"]
     assert sum(steps for steps, _ in paper.schedule) == 500_000
@@ -164,6 +166,11 @@ def test_every_preset_is_judged_by_what_it_computes(record):
         ({"test_points": ()}, "test_points must hold at least one number, got none"),
         ({"test_points": (3, -1)}, r"test_points must be at least 0, got \(3, -1\)"),
         ({"continued_steps": 0}, "continued_steps must be positive, got 0"),
+        (
+            {"continued_at": (5, 20)},
+            r"continued_at must be below continued_steps, 20, got \(5, 20\)",
+        ),
+        ({"random_removals": 2}, "random_removals must lie between 3 and num_train"),
         ({"dtype": "float16"}, "dtype must be 'float32' or 'float64'"),
     ],
 )

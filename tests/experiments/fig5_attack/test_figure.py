@@ -6,6 +6,7 @@ import shutil
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from experiments.fig5_attack import figure as fig5
 from experiments.harness.record import Record
@@ -144,7 +145,7 @@ def test_draw(record):
     seen = Record.of(metrics=record.metrics, arrays=record.arrays)
     figure = fig5.draw(dataclasses.replace(seen, config=record.config))
     assert [axis.get_title() for axis in figure.axes] == [
-        "small/relu2",
+        "small, to relu2",
         "By what poisons are found (dotted: before)",
         "Many test images at once",
     ]
@@ -156,4 +157,8 @@ def test_draw(record):
         paper.get_ydata(), 100 * record.arrays["paper_flipped_small"].mean(axis=0)
     )
     assert list(published.get_ydata()) == [57.0, 77.0, 99.8]
+    flipped = record.arrays["paper_flipped_small"]
+    for column, bar in enumerate(figure.axes[0].collections[0].get_segments()):
+        share = binomtest(int(flipped[:, column].sum()), len(flipped)).proportion_ci()
+        np.testing.assert_allclose(bar[:, 1], [100 * share.low, 100 * share.high])
     plt.close(figure)

@@ -31,7 +31,7 @@ def by_hand(p, theta, moments, removed, batch_size, seed):
 
 
 def train_on(p, rows, moments, **options):
-    given = {"steps": STEPS, "rate": RATE, "moments": moments}
+    given = {"steps": STEPS, "rate": RATE, "moments": moments, "at": (2, 4)}
     return continued_training(p.net, p.train, p.test, rows, ContinuedOptions(**options), **given)
 
 
@@ -110,6 +110,19 @@ def test_what_was_interrupted_ends_with_the_same_bits(trained, steps, tmp_path, 
     again = train_on(p, [4, 0, 7], moments, batch_size=5, block=2, checkpoints=tmp_path)
     np.testing.assert_array_equal(again[:], whole[:])
     np.testing.assert_array_equal(again.drift, whole.drift)
+    np.testing.assert_array_equal(again.changes_at, whole.changes_at)
+
+
+def test_changes_along_the_way_are_those_of_fewer_steps(trained):
+    p, moments = trained
+    found = train_on(p, [4, 0, 7], moments, batch_size=5)
+    assert found.at == (2, 4) and found.changes_at.shape == (2, len(p.test), 3)
+    options = ContinuedOptions(batch_size=5)
+    for steps, changes in zip(found.at, found.changes_at, strict=True):
+        fewer = continued_training(
+            p.net, p.train, p.test, [4, 0, 7], options, steps=steps, rate=RATE, moments=moments
+        )
+        np.testing.assert_allclose(changes, fewer[:], rtol=1e-12, atol=1e-15)
 
 
 def test_of_a_convolutional_network():
@@ -140,6 +153,8 @@ def test_of_a_convolutional_network():
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"steps": 1.5}, "steps must be a positive integer, got 1.5"),
         ({"rate": 0.0}, "rate must be positive, got 0.0"),
+        ({"at": (2, 3)}, r"at must be increasing positive integers below steps, 2, got \[2, 3\]"),
+        ({"at": (1, 1)}, "at must be increasing positive integers"),
         ({"moments": Moments(0, np.zeros(2), np.zeros(2))}, "moments must be of"),
     ],
 )
