@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,36 @@ class Featured(Examples):
         for part in features.values():
             part.setflags(write=False)
         self.where, self._features = where, features  # last, in case of an interruption
+
+
+class Kept(Featured):
+    """Features that were computed before. The rows themselves are read only when asked for.
+
+    Args:
+      read: a function that returns the rows with the inputs that the trunk takes.
+      trunk: as in Featured.
+      features: the features of all rows, a dict of arrays (n, ...).
+      y: the labels, as `Examples.y` holds them.
+    """
+
+    def __init__(self, read: Callable[[], Examples], trunk: Any, features: dict, y: NDArray):
+        object.__setattr__(self, "y", y)
+        self._read_given, self.trunk, self._features = read, trunk, features
+        self.where, self.checked = "memory", True
+
+    def __repr__(self) -> str:
+        """Show the number of rows, without reading them."""
+        return f"{type(self).__name__}({len(self)} rows)"
+
+    @cached_property
+    def given(self) -> Examples:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The rows with the inputs that the trunk takes."""
+        return self._read_given()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the features, whose names identify the trunk's weights, and of the labels."""
+        return Examples(self._features, self.y).fingerprint
 
 
 def featured(given: Examples, trunk: Any) -> Featured:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from influence.common import checkpoint
 from influence.common.progress import progress
 from influence.curvature.operators import Curvature, GaussNewton, Hessian
 from influence.examples.examples import Examples
+from influence.examples.featured import Kept
 from influence.net.checked import Net
 from influence.net.history import History
 from influence.net.net import GenericNeuralNet
@@ -317,19 +318,21 @@ def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
     starts = range(0, len(rows), _PART)
     parts = [store.find(f"{name}-{start}") for start in starts]
     missing = [start for start, part in zip(starts, parts, strict=True) if part is None]
-    given: Any = net.given(rows.examples, rows.argument) if missing else None
+    read: Any = cache(lambda: net.given(rows.examples, rows.argument))
     for start in progress(missing, "features of the frozen layers", len(missing)):
         some = np.arange(start, min(start + _PART, len(rows)))
-        made = lambda some=some: trunk(given.given.take(some).x)  # noqa: E731
+        made = lambda some=some: trunk(read().given.take(some).x)  # noqa: E731
         parts[start // _PART] = store.kept(f"{name}-{start}", made)
     known = [part for part in parts if part is not None]
     features = {key: np.concatenate([part[key] for part in known]) for key in trunk.names}
-    if given is not None:
-        given.hold(features)
-        net.validate(given, rows.argument)  # features that depend on other rows are refused
+    if missing:
+        read().hold(features)
+        net.validate(read(), rows.argument)  # features that depend on other rows are refused
     if rows.labels is None:
-        return Examples(features, rows.examples.y)
-    return Examples(features, rows.labels, rows.weights)
+        y = rows.examples.y
+    else:  # no row is read
+        y = Examples(features, rows.labels, rows.weights).y
+    return Kept(lambda: read().given, trunk, features, y)
 
 
 def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:

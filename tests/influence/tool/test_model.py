@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 
 from influence import QuestionOptions, explain
+from influence.examples.arrays import parts_of
+from influence.examples.featured import inputs_of
 from influence.tool.model import function_of, is_function, read_model
 from influence.tool.subject import Loaded, Subject
 from tests.influence.tool.conftest import softmax_model
@@ -58,6 +60,9 @@ def test_frozen_layers_run_once_and_the_scores_stay_the_same(tmp_path, monkeypat
     np.testing.assert_array_equal(
         *(next(iter(part.train.x.values())) for part in (again, cut.subject))
     )
+    assert again.train.fingerprint == cut.subject.train.fingerprint
+    (given,) = parts_of(inputs_of(again.train).x).values()
+    np.testing.assert_array_equal(given, x)  # such as for a check of the whole model
 
 
 def test_a_model_with_dropout_has_the_same_key_each_time_it_is_loaded(tmp_path):
