@@ -24,6 +24,7 @@ def asked(trial, command, tmp_path, capsys, *more):
     return status, json.loads(said.out)
 
 
+@pytest.mark.timeout(900)  # four commands about a net: minutes on a slow machine
 @pytest.mark.slow
 def test_the_four_questions_are_answered(trial, tmp_path, capsys):
     name, made = trial
