@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from benchmarks.mislabelled.sets import Set, planted
 from influence import GenericNeuralNet, History, Influence, QuestionOptions, Recorder, audit
+from influence.net.margins import class_margins
 from influence.tool.folds import folds_of
-from influence.tool.last_layer import margins
 
 BATCH, FOLDS, SEED = 32, 5, 0
 
@@ -58,7 +58,7 @@ def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> d
         "margin": found.values["margin"],
         "loss": found.values["loss"],
         "history": with_history.values["history"],
-        "folds": margins(logits, given),
+        "folds": class_margins(logits, given),
         "self_influence": own,
         "probabilities": _softmax(logits),
         "alert": np.array(alert[0] if alert else ""),

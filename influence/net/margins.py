@@ -175,15 +175,20 @@ def _of_one(kind: str, loss: Any, y: Any, z: NDArray, positions: NDArray | None)
         given = y.argmax(axis=-1) if y.shape == z.shape else y.reshape(z.shape[:-1])
         given = given.astype(np.int64)
         void = (given < 0) | (given >= z.shape[-1])  # a class that the loss ignores
-        at = np.where(void, 0, given)[..., None]
-        own = np.take_along_axis(z, at, -1)[..., 0]
-        others = z.copy()
-        np.put_along_axis(others, at, -np.inf, -1)
-        found = own - others.max(axis=-1)
+        at = np.where(void, 0, given)
+        found = class_margins(z, at)
     found = found.reshape(n, -1)
     if positions is None:
         return found.mean(axis=1)
     return (positions.reshape(n, -1) * found).sum(axis=1)
+
+
+def class_margins(z: NDArray, given: NDArray) -> NDArray:
+    """Return the logit of the given class minus the largest other one, (...,), of z (..., c)."""
+    at = given[..., None]
+    others = z.copy()
+    np.put_along_axis(others, at, -np.inf, -1)
+    return np.take_along_axis(z, at, -1)[..., 0] - others.max(axis=-1)
 
 
 def _signed(loss: Any, y: NDArray, z: NDArray) -> NDArray:

@@ -74,8 +74,7 @@ class Recorder(keras.callbacks.Callback):
     Recording costs at most a quarter of the time of training, or two seconds if that is more. If a
     pass after each epoch costs more, every j-th epoch is recorded, with the first and the last. j
     is 1, 2, 4 ... and is chosen after the second epoch from the measured times, and doubled if that
-    was not enough. `History.epochs` says which epochs were recorded. The first and the last epoch
-    are always recorded.
+    was not enough. `History.epochs` says which epochs were recorded.
 
     What Keras does not tell a callback is not recorded: the order of the rows, `class_weight` and
     `sample_weight` of `fit` (give them with `train`, as for Examples), and the rows that

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence.common.progress import progress
+from influence.examples.featured import inputs_of
 from influence.tool import own_training
 from influence.tool.last_layer import OutOfSample
 from influence.tool.predictions import Predictions
@@ -73,7 +74,7 @@ def out_of_fold(subject: Subject, num_folds: int, fit: own_training.Fit) -> OutO
 
 def _without(subject: Subject, rows: NDArray[np.int64], fit: own_training.Fit) -> NDArray:
     """Return the log probabilities (k, c), or numbers (k, 1), of rows by training without them."""
-    whole = subject.whole(subject.train_rows, subject.train)
+    whole = inputs_of(subject.train)
     size = subject.options.batch_size
     with own_training.trained_anew(subject.net, whole.without(rows), fit) as net:
         # A small class may be absent from the fold.

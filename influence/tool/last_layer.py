@@ -31,6 +31,7 @@ from sklearn.utils.extmath import randomized_svd
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.models.logistic import BinaryLogisticRegression, MulticlassLogisticRegression
+from influence.net.margins import class_margins
 from influence.net.penultimate import Penultimate
 from influence.scores.out_of_sample import leave_one_out_outputs
 from influence.solvers import Direct
@@ -78,7 +79,7 @@ class OutOfSample:
     @property
     def margins(self) -> NDArray:
         """(n,) logit of the given label minus the largest other logit. Negative: doubtful."""
-        return margins(self.outputs, self.given)
+        return class_margins(self.outputs, self.given)
 
     @property
     def residuals(self) -> NDArray:
@@ -105,14 +106,6 @@ class LastLayer(OutOfSample):
     dropped: float
     held_out: NDArray | None
     weighted: bool = False
-
-
-def margins(logits: NDArray, given: NDArray) -> NDArray:
-    """Return the logit of the given class minus the largest other one, (n,), of logits (n, c)."""
-    rows = np.arange(len(logits))
-    rest = np.array(logits, float)
-    rest[rows, given] = -np.inf
-    return logits[rows, given] - rest.max(axis=1)
 
 
 def last_layer(

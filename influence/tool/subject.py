@@ -158,23 +158,12 @@ class Subject:
         """The rows that are explained: test rows, or training rows if there are no test rows."""
         return self.train_rows if self.test_rows is None else self.test_rows
 
-    def whole(self, rows: Rows, examples: Examples) -> Examples:
-        """Return rows of this subject with the inputs of the whole model, with its frozen layers.
-
-        Args:
-          rows: `train_rows`, or `shown_test`.
-          examples: the same rows as the net takes them.
-        """
-        if self.net.flat.trunk is None:
-            return examples
-        return self.net.uncut().given(rows.examples, rows.argument)
-
     @property
     def store(self) -> Store:
         """The folders of kept results."""
         return Store(self.options.index, self.options.checkpoints)
 
-    @property
+    @cached_property
     def history(self) -> History | None:
         """The history of the training, or None."""
         return History.of(self.options.history)

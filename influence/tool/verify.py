@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
+from influence.examples.featured import inputs_of
 from influence.examples.given import Data
 from influence.net.checked import Net
 from influence.scores.influence import Scores
@@ -291,8 +292,8 @@ def _actual(
             fit=own_training.fitting(fit), key=own_training.source(fit), method="fit", **kept
         )
         # The function gets the inputs of the whole model, with its frozen layers.
-        whole = subject.whole(subject.train_rows, subject.train)
-        test = subject.whole(subject.shown_test, subject.test).take(chosen)
+        whole = inputs_of(subject.train)
+        test = inputs_of(subject.test).take(chosen)
         found = leave_one_out(subject.net.uncut(), whole, test, removed, options)
         # A function without a tolerance is never `converged`.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)

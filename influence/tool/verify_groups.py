@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from influence.common.progress import progress
+from influence.examples.featured import inputs_of
 from influence.examples.given import Data
 from influence.net.checked import Net
 from influence.net.questions import PerRow
@@ -262,8 +263,8 @@ def _actual(
     subject: Subject, chosen: NDArray[np.int64], groups: list[NDArray], fit: own_training.Fit
 ) -> NDArray:
     """Return the changes (s, m, k) of the test losses by training without each of k groups."""
-    whole = subject.whole(subject.train_rows, subject.train)
-    tested = subject.whole(subject.shown_test, subject.test).take(chosen)
+    whole = inputs_of(subject.train)
+    tested = inputs_of(subject.test).take(chosen)
     name = name_of("group", subject.key, tested.fingerprint, own_training.source(fit))
 
     def losses(group: NDArray | None, seed: int) -> NDArray:

@@ -9,9 +9,10 @@ import scipy.special
 
 import data
 from influence import GenericNeuralNet
+from influence.net.margins import class_margins
 from influence.net.penultimate import Penultimate
 from influence.tool import last_layer as module
-from influence.tool.last_layer import WEIGHT_DECAYS, features_of, last_layer, margins
+from influence.tool.last_layer import WEIGHT_DECAYS, features_of, last_layer
 from tests import oracles
 
 layers = keras.layers
@@ -191,7 +192,7 @@ def test_features_that_do_not_vary_are_refused():
 
 def test_margins_are_differences_to_the_best_other_logit():
     z = np.array([[1.0, 4.0, 2.5], [1.0, 4.0, 2.5]])
-    np.testing.assert_array_equal(margins(z, np.array([1, 0])), [1.5, -3.0])
+    np.testing.assert_array_equal(class_margins(z, np.array([1, 0])), [1.5, -3.0])
 
 
 def sequential(*stack):
