@@ -45,7 +45,6 @@ def begin(package: str) -> bool:
 def influence() -> None:
     """Run the command `influence`, which is `python -m influence`."""
     _begin()
-    import_tensorflow()
     from influence.__main__ import main
 
     run(main)

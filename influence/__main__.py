@@ -13,19 +13,28 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pooch
 
 import influence_console as console
 from influence.common.convergence import DivergenceError
-from influence.tool.audit import AUTO
-from influence.tool.audit import USUAL_TOP as _SUSPECTS
-from influence.tool.command import COMMANDS, RUN, Request, Result, from_toml, run
-from influence.tool.explain import USUAL_TOP, USUAL_WRONG
-from influence.tool.mislabelled import RANKINGS
-from influence.tool.read import Reading
-from influence.tool.verify import USUAL_REMOVE
+from influence.tool.request import (
+    AUTO,
+    COMMANDS,
+    RANKINGS,
+    RUN,
+    USUAL_REMOVE,
+    USUAL_SUSPECTS,
+    USUAL_TOP,
+    USUAL_WRONG,
+    Reading,
+    Request,
+    from_toml,
+)
+
+if TYPE_CHECKING:
+    from influence.tool.command import Result
 
 PROG = "python -m influence"
 # Without a name, --text means the column of this name.
@@ -96,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser(command).parse_intermixed_args(rest)
         out = Path(options.out or Path("influence-out", command)).expanduser()
         request = from_toml(Path(options.run)) if command == "replay" else _request(options)
+        # These imports take seconds. `--help` and errors in options need none of them.
+        console.import_tensorflow()
+        from influence.tool.command import run
+
         _say(run(request, out), options.json)
         return 0
     except _Untrusted:
@@ -177,9 +190,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add(
             "--top",
             type=int,
-            default=_SUSPECTS,
+            default=USUAL_SUSPECTS,
             metavar="N",
-            help=f"rows on the page (default {_SUSPECTS}); the CSV file has all rows",
+            help=f"rows on the page (default {USUAL_SUSPECTS}); the CSV file has all rows",
         )
         add(
             "--ranking",

@@ -49,7 +49,7 @@ def test_the_wheel_holds_every_file_that_the_packages_read(wheel):
         }
     assert held == wanted
     kinds = {Path(name).suffix for name in held}
-    assert kinds == {".py", ".typed", ".j2", ".css", ".js", ".csv"}
+    assert kinds == {".py", ".pyi", ".typed", ".j2", ".css", ".js", ".csv"}
 
 
 def test_the_wheel_names_its_licence_and_its_commands(wheel):

@@ -19,14 +19,13 @@ from influence.tool.answer import Answer, short, value_of
 from influence.tool.explain import history_facts, label_of, plan_facts
 from influence.tool.folds import out_of_fold
 from influence.tool.last_layer import LastLayer, OutOfSample, features_of, last_layer
-from influence.tool.mislabelled import RANKINGS, WORDS, Choice
+from influence.tool.mislabelled import WORDS, Choice
 from influence.tool.page import Column, Page, Section, Table
+from influence.tool.request import AUTO, RANKINGS, USUAL_SUSPECTS
 from influence.tool.rows import Rows
 from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 
-# The page shows this many rows.
-USUAL_TOP = 100
 # An interrupted computation of self-influence goes on after this many rows.
 _PART = 2048
 # Self-influence is computed unasked if theta has at most this many numbers, because it takes an
@@ -34,7 +33,6 @@ _PART = 2048
 _CHEAP = 256
 # The column of the CSV file that a person fills in, and the word that leaves a row out.
 NEW_LABEL, REMOVE = "new_label", "remove"
-AUTO = "auto"
 _TITLES = {
     "margin": "Margin without the row",
     "folds": "Margin out of fold",
@@ -191,7 +189,7 @@ def audit(
     train: Data | Rows,
     test: Data | Rows | None = None,
     *,
-    top: int = USUAL_TOP,
+    top: int = USUAL_SUSPECTS,
     ranking: str = AUTO,
     folds: int | None = None,
     fit: Callable[..., Any] | None = None,

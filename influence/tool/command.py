@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +18,16 @@ from influence.tool.correct import correct
 from influence.tool.explain import explain
 from influence.tool.index import index
 from influence.tool.model import function_of, is_function, read_model
-from influence.tool.read import Reading, read
+from influence.tool.read import read
+from influence.tool.request import RUN, Request, to_toml
 from influence.tool.rows import Rows
 from influence.tool.store import Store
 from influence.tool.subject import Loaded, QuestionOptions, features_are_kept, on_disk
 from influence.tool.verify import verify
 from influence.tool.verify_groups import verify_groups
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
-
-COMMANDS = ("explain", "audit", "verify", "check", "index")
-RUN, CHECKPOINTS = "run.toml", "checkpoints"
+CHECKPOINTS = "checkpoints"
 _HINT = "The command index keeps the features of the frozen layers for the next question."
-_VERSIONS = ("keras", "numpy", "scipy", "tensorflow")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Everything that determines a run. run.toml holds it.
-
-    Attributes:
-      command: one of `COMMANDS`.
-      model: MODEL, as `read_model` takes it.
-      data: DATA, as `read` takes it.
-      test: the test rows, as `read` takes them, or None.
-      loss: a Keras loss's name or `module:function`, for a model that was not compiled.
-      reading: options of the reading of DATA.
-      asked: arguments of the question, such as `top`.
-      damping: the damping, or None.
-      batch_size: rows in memory at a time, or None.
-      check: False to skip the check.
-      history: the folder that `Recorder` wrote in the training, or None.
-      index: the folder that `index` fills and the other commands read, or None.
-      content: SHA-256 of model, data and test rows. A replay refuses others.
-    """
-
-    command: str
-    model: str
-    data: str
-    test: str | None = None
-    loss: str | None = None
-    reading: Reading = Reading()
-    asked: Mapping[str, Any] = field(default_factory=dict)
-    damping: float | None = None
-    batch_size: int | None = None
-    check: bool = True
-    history: str | None = None
-    index: str | None = None
-    content: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,85 +145,3 @@ def _answer(
         return audit(loaded, rows, test, fit=function, options=options, **asked)  # type: ignore
     ask: Callable[..., Answer] = explain if request.command == "explain" else checked
     return ask(loaded, rows, test, options=options, **asked)
-
-
-# --- run.toml -----------------------------------------------------------------------------------
-
-
-def to_toml(request: Request, content: Mapping[str, str]) -> str:
-    """Return a request as TOML, with the versions of the libraries."""
-    plain = asdict(request)
-    reading, asked = plain.pop("reading"), plain.pop("asked")
-    plain.pop("content")
-    classes = reading.pop("class_weight", None)
-    tables = {"reading": reading, "class_weight": classes or {}, "asked": asked}
-    tables |= {"content": dict(content), "versions": _versions()}
-    lines = ["# The same numbers again: python -m influence replay run.toml", *_lines(plain)]
-    for name, table in tables.items():
-        if any(value is not None for value in table.values()):
-            lines += ["", f"[{name}]", *_lines(table)]
-    return "\n".join(lines) + "\n"
-
-
-def from_toml(path: Path) -> Request:
-    """Read a request from a file that `to_toml` wrote.
-
-    Raises: ValueError that names the file and what is wrong.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise ValueError(f"replay must get a run.toml, got {str(path)!r} ({reason}).") from error
-    try:
-        found = tomllib.loads(text)
-        found.pop("versions", None)
-        classes = found.pop("class_weight", None)
-        reading: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in found.pop("reading", {}).items()
-        }
-        request = Request(**found, reading=Reading(**reading, class_weight=classes))
-    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"replay must get a run.toml that a run wrote, got {str(path)!r} "
-            f"({' '.join(str(error).split())})."
-        ) from error
-    if request.command not in COMMANDS:
-        raise ValueError(
-            f"replay must get a command of {', '.join(COMMANDS)}, got {request.command!r}."
-        )
-    return request
-
-
-def _lines(table: Mapping[str, Any]) -> list[str]:
-    return [f"{_key(k)} = {_value(value)}" for k, value in table.items() if value is not None]
-
-
-def _key(name: str) -> str:
-    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
-    return name if bare else _string(name)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    return _string(str(value))
-
-
-def _string(text: str) -> str:
-    """Return a TOML string. JSON's escapes are TOML's, apart from those of surrogate pairs."""
-    parts = [
-        json.dumps(c)[1:-1] if ord(c) < 0x7F else c if c.isprintable() else f"\\U{ord(c):08X}"
-        for c in text.encode("utf-8", "replace").decode("utf-8")
-    ]
-    return '"' + "".join(parts) + '"'
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in _VERSIONS:
-        found[name] = metadata.version(name)
-    return found

@@ -17,14 +17,11 @@ from influence.scores.influence import Scores
 from influence.tool import alerts
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.page import Column, Gallery, Page, Section, Table
+from influence.tool.request import USUAL_TOP, USUAL_WRONG
 from influence.tool.rows import Rows
 from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 
-# Without `rows` and `wrong`, this many mistakes are explained.
-USUAL_WRONG = 5
-# So many training rows of each kind are shown for each test row.
-USUAL_TOP = 8
 _ONLY_TO_ZERO = "this loss cannot fall below 0"
 
 

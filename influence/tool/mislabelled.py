@@ -39,8 +39,6 @@ from influence.tool.alerts import Alert
 from influence.tool.answer import short
 from influence.tool.last_layer import LastLayer
 
-# The rankings, in the order of the columns of the table.
-RANKINGS = ("margin", "folds", "history", "self_influence", "loss")
 # Small values of these come first, and large values of the others.
 _SMALL_FIRST = ("margin", "folds", "history")
 WORDS = {

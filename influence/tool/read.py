@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import tensorflow as tf
 from influence.examples.given import class_weights
 from influence.tool import tables
 from influence.tool.model import function_of, is_function
+from influence.tool.request import Reading
 from influence.tool.rows import Rows, Wanted, digest_of
 
 # `keras.utils.image_dataset_from_directory` reads these files.
@@ -27,29 +28,6 @@ _FORMS = (
     "an .npz file, a folder of images or .txt files by class, a .csv or .parquet table, or "
     "module:function"
 )
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How to read DATA. None means what fits the model.
-
-    Attributes:
-      target: the column of labels in a table.
-      text: the column of texts in a table.
-      drop: columns that the model does not take.
-      weight: the column of sample weights in a table.
-      class_weight: a weight for each class, by number or name, as `fit` takes it.
-      image_size: height and width of images.
-      scale: a factor and an offset for pixels, if the training applied them outside the model.
-    """
-
-    target: str | None = None
-    text: str | None = None
-    drop: tuple[str, ...] = ()
-    weight: str | None = None
-    class_weight: Mapping[str, float] | None = None
-    image_size: tuple[int, int] | None = None
-    scale: tuple[float, float] | None = None
 
 
 def read(

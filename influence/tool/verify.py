@@ -20,8 +20,9 @@ from influence.solvers import CG, Nystrom
 from influence.tool import alerts, own_training
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
-from influence.tool.explain import USUAL_WRONG, choose, label_of, plan_facts
+from influence.tool.explain import choose, label_of, plan_facts
 from influence.tool.page import Chart, Column, Page, Section, Table
+from influence.tool.request import USUAL_REMOVE, USUAL_WRONG
 from influence.tool.rows import Rows
 from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
@@ -29,7 +30,6 @@ from influence.truth.leave_out import RefitOptions, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
 from influence.truth.repeated import retrained, why_not
 
-USUAL_REMOVE = 30
 # The chart has at most this many series. Each has a colour.
 _SERIES = 6
 # From this rank correlation on the order holds. The sizes do if the Pearson correlation passes it

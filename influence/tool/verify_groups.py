@@ -18,8 +18,9 @@ from influence.scores.influence import Scores
 from influence.tool import alerts, own_training
 from influence.tool.answer import Answer, short, value_of
 from influence.tool.chart import Point, scatter
-from influence.tool.explain import USUAL_WRONG, choose, plan_facts
+from influence.tool.explain import choose, plan_facts
 from influence.tool.page import Chart, Column, Page, Section, Table
+from influence.tool.request import USUAL_WRONG
 from influence.tool.rows import Rows
 from influence.tool.shown import plain
 from influence.tool.store import name_of

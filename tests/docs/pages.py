@@ -288,7 +288,7 @@ def check_command(line: str) -> None:
 
 def _influence(rest: list[str]) -> None:
     from influence.__main__ import _parser
-    from influence.tool.command import COMMANDS
+    from influence.tool.request import COMMANDS
 
     if rest[0] not in (*COMMANDS, "replay", "--help", "COMMAND"):
         raise ValueError(f"there is no command {rest[0]!r}.")

@@ -15,8 +15,7 @@ import pytest
 from influence import History
 from influence.__main__ import main
 from influence.common import progress
-from influence.tool.command import Request, from_toml, to_toml
-from influence.tool.read import Reading
+from influence.tool.request import Reading, Request, from_toml, to_toml
 from tests.influence import recorded
 from tests.influence.tool.conftest import softmax_model
 
@@ -323,6 +322,33 @@ def test_help_of_every_command_reads_in_a_terminal(capsys):
     for command in ("explain", "audit", "verify", "check", "index", "replay"):
         assert f"  {command}" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["--help"], 0), (["audit", "--help"], 0), (["audit", "--what"], 2), (["what"], 2)],
+)
+def test_help_and_wrong_usage_do_not_import_tensorflow(words, status):
+    code = (
+        "import sys; from influence.__main__ import main; status = main(sys.argv[1:]); "
+        "print('tensorflow' in sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith("False\n")
+
+
+def test_the_public_names_import_tensorflow_only_when_they_are_used():
+    code = (
+        "import influence, sys\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "influence.measurements.margin\n"
+        "for name in influence.__all__: getattr(influence, name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_is_a_process_with_clean_output(place, tmp_path):
