@@ -1,4 +1,4 @@
-"""What needs more memory than there is says so before it starts. EK-FAC's sums can be stored."""
+"""Tests of errors before too large an allocation, and of stored sums of EK-FAC."""
 
 import re
 
