@@ -14,7 +14,7 @@ from benchmarks.solves import CAPTUM, INFLUENCIAE, OURS, PYDVL, Setting
 
 DECAY = 0.1
 ROWS, FEATURES, CLASSES, POINTS = 20, 4, 3, 3
-# Four of the 12 eigenvalues, one per feature, equal the weight decay. So 9 eigenvalues are
+# Four of the 12 eigenvalues, one per feature, equal the weight decay. Therefore 9 values are
 # distinct.
 DISTINCT = 9
 # Each LiSSA step multiplies the remaining error by 1 - decay / scale. After 200 steps the error is
@@ -88,7 +88,7 @@ def setting(by, method, **options):
 
 @pytest.fixture(scope="module")
 def ask(small, tmp_path_factory):
-    """Return a function from a library's name to its answers, or skip if it is not installed."""
+    """Return a function that gives a library's answers, and skips if the library is absent."""
     return functools.cache(lambda by: answers(by, small[0], tmp_path_factory.mktemp(by)))
 
 

@@ -215,7 +215,7 @@ def _short(value: Any) -> str:
     return re.sub(r"\s+", " ", repr(value))[:200]
 
 
-# --- what a block printed -------------------------------------------------------------------------
+# --- the output of a block ------------------------------------------------------------------------
 
 
 def _output(example: Example) -> None:

@@ -116,7 +116,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
     monkeypatch.setattr(
         gc, "collect", lambda *_: 0
-    )  # Keras would collect the garbage of all earlier tests
+    )  # otherwise Keras collects the garbage of all earlier tests
     monkeypatch.chdir(tmp_path)
     module = experiments.load("fake")
     module.data = package

@@ -123,7 +123,7 @@ def test_config_is_checked(options, message):
 
 def test_remarks_name_the_rows_left_out_and_the_effect_of_own_curvature():
     predicted = np.array([0.1, -0.4, 0.3, -0.2, 0.26])
-    # The share of the curvature that removing the row removes.
+    # Each number is the share of the curvature that disappears with the row.
     own = np.array([0.6, 0.1, 0.5, 0.4, 0.2])
     actual = predicted / (1 - own)
     actual[2] = np.nan

@@ -195,7 +195,7 @@ def test_changed_options_get_a_folder_of_their_own(fake):
     main(["fake", "--preset", "paper", "--num", "4"])
     main(["fake", "--preset", "paper", "--rows", "1", "--num", "4"])
     main(["fake", "--preset", "paper", "--rows", "1", "--num", "4"])
-    main(["fake", "--preset", "paper", "--num", "9"])  # this is the preset's own value
+    main(["fake", "--preset", "paper", "--num", "9"])  # 9 is the preset's own value
     names = sorted(os.listdir("out"))
     assert len(names) == 3
     assert names[0] == "fake-paper"

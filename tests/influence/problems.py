@@ -41,7 +41,7 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 class _Traced(dict):
-    """Traced functions by name. Nets share those of losses and those of penalties separately."""
+    """Dictionary of traced functions. Those of losses and of penalties are shared separately."""
 
     def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
         self.losses, self.penalty = losses, penalty

@@ -48,7 +48,7 @@ def test_all_of_a_verdict():
         (FIGURE, 0.9, "", "reproduced"),
         (FIGURE, 0.9, "shortened", "reproduced, shortened"),
         (FIGURE, 0.9, "stand-in", "reproduced on a stand-in"),
-        (FIGURE, 0.95, "", "not reproduced"),  # the band is 10 % of .86, which is .086
+        (FIGURE, 0.95, "", "not reproduced"),  # the band ends at .86 + 10 % = .946
         (FIGURE, 0.77, "shortened", "not reproduced"),
         (FIGURE, math.nan, "stand-in", "not reproduced"),
         (None, 0.9, "", "not comparable"),

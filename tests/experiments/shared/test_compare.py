@@ -23,7 +23,7 @@ def test_agreement_with_values_by_hand():
     assert found["spearman"] == pytest.approx(
         np.sqrt(3) / 2
     )  # the ranks are 1.5, 1.5, 3 and 1, 2, 3
-    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 agrees with no sign
+    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 has no sign, so it never agrees
     assert found["largest_difference"] == 1
 
 
@@ -108,6 +108,6 @@ def test_with_others_draws_without_repetition():
     assert (again != compare.with_others(7, np.arange(10), 4, seed=4)).any()
     assert 50 in compare.with_others(
         50, np.arange(3), 2, seed=0
-    )  # the first need not be among the others
+    )  # the first point need not be among the others
     with pytest.raises(ValueError, match="count must be at most 9, the other points, got 10"):
         compare.with_others(7, np.arange(10), 10, seed=0)

@@ -172,7 +172,7 @@ def test_tries_choose_by_what_was_attained(problem):
     assert two.rows.tolist() == tried[best[:2]].tolist()
     # The rows with the largest gradient norms are not the best.
     assert best.tolist() != list(range(6))
-    # The two rows then move together. They start from the inputs that each reached alone.
+    # The two rows then move together. Each starts from the inputs to which it moved on its own.
     x = np.concatenate([alone[i].inputs for i in best[:2]])
     together = by_refit(oracle, net, train, test, two.rows, x)[0]
     np.testing.assert_allclose(two.test_losses[1, 0] - two.test_losses[0, 0], together, atol=1e-9)
@@ -403,7 +403,7 @@ def test_norms_through_a_trunk_are_by_the_inputs():
     assert (found != gradient_norms(net, train, test, rows)).all()
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------------
 
 
 WHOLE, POSITIVE = "increasing whole numbers in", "must be a positive number"

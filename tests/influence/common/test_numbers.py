@@ -56,8 +56,8 @@ def _theta(net, theta):
     net.theta = theta
 
 
-# The keys are a valid value for the argument. The entries map "argument of function" to a call with
-# a wrong value.
+# Each entry is a valid value, and a dictionary from "argument of function" to a call that takes the
+# argument.
 BY_VALUE = (
     (
         X,

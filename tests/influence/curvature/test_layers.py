@@ -279,14 +279,14 @@ def test_roots_of_other_layers_come_row_by_row(case, monkeypatch):
 
 def test_the_dense_matrix_of_another_loss_comes_from_products():
     x, _ = data(4)
-    # The Gauss-Newton matrix of this loss is indefinite. A sum r r' of roots r cannot equal it.
+    # The Gauss-Newton matrix of this loss is indefinite, so no sum of r r' over roots r equals it.
     net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
     A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
     assert np.linalg.eigvalsh(A.dense())[0] < -1e-3
     assert relative_error(A.dense(), A @ np.eye(net.num_parameters)) < 1e-12
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def squeezed(model, x):

@@ -171,7 +171,7 @@ def test_sparse_rows_change_nothing(softmax):
     assert relative_error(got, Hessian(softmax.net, softmax.train).sampled(rows, W)) < ROUNDING
 
 
-# --- estimates from a few rows ----------------------------------------------------------------
+# --- products estimated from a few rows -------------------------------------------------------
 
 
 def test_sampled_is_the_operator_of_the_sampled_rows(tanh, softmax):
@@ -193,7 +193,7 @@ def test_sampled_is_the_operator_of_the_sampled_rows(tanh, softmax):
             assert relative_error(got, np.stack(expected)) < ROUNDING
 
 
-# --- dtypes -----------------------------------------------------------------------------------
+# --- results in float32 -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -207,7 +207,7 @@ def test_float32_in_float32_out(curvature):
     assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 BATCH_SIZE = "^batch_size must be a positive integer or None"

@@ -146,7 +146,7 @@ def test_one_batch_by_default_neighbours_are_views_and_a_row_may_be_taken_twice(
 
 
 class _Net:
-    """A minimal net for tests of sums and maps. It multiplies its answers by theta."""
+    """A minimal net for tests of sums and maps. Its answers are proportional to theta."""
 
     theta, memo = np.array([2.0]), None
 
@@ -234,7 +234,7 @@ def test_a_cache_above_its_budget_is_given_up(monkeypatch):
     assert question.computed == 4
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def spoilt(value, row):

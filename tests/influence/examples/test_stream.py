@@ -285,7 +285,7 @@ def test_only_one_batch_is_in_memory():
     assert peak < 0.4 * n * 1024 * 4
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def shuffled(**options):
@@ -321,7 +321,7 @@ def generated(rows):
     return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
 
-NOISE = np.random.default_rng(0)  # NumPy's, because a global seed makes TensorFlow repeat its noise
+NOISE = np.random.default_rng(0)  # TensorFlow would repeat its noise after a global seed
 
 
 def noisy():

@@ -51,7 +51,7 @@ def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
     np.testing.assert_allclose(found.thetas, c, atol=1e-9)
     assert found.passes[0] < 14
     by_chord = np.zeros((6, 1))
-    for _ in range(14):  # without secant updates, steps by the identity as inverse diverge
+    for _ in range(14):  # without secant updates, steps by the same inverse diverge
         by_chord = by_chord - gradients(by_chord, np.array([0]))
     assert np.abs(by_chord - c).max() > 1e6
 
@@ -138,7 +138,7 @@ def test_pairs_that_others_are_given_change_nothing(monkeypatch):
 
 
 def test_steps_grow_with_those_that_were_taken():
-    """Minimise |t| with a smoothed minimum, far from the start. The trust radius must grow."""
+    """Minimise a function of constant slope, far from its minimum. The trust radius must grow."""
     seen = []
 
     def gradients(thetas, columns):
@@ -161,7 +161,7 @@ def test_steps_grow_with_those_that_were_taken():
 
 
 def test_after_a_step_that_went_too_far_the_next_is_no_longer():
-    """Accept a step to a smaller gradient that ends on a steep climb. It limits the next step."""
+    """Accept a step that ends on a steep climb with a smaller gradient. The next is no longer."""
     seen, scales = [], iter([1.8, *[100.0] * 20])
 
     def gradients(thetas, columns):

@@ -62,10 +62,10 @@ def test_the_start_follows_from_its_seed_alone(paper):
     keras.utils.set_random_seed(4)
     np.testing.assert_array_equal(AllCNN().theta, paper.theta)
     other = AllCNN(seed=1).theta
-    # Only the zero biases are equal.
+    # Another seed changes all weights except the biases, which start at zero.
     assert np.count_nonzero(other == paper.theta) == 5 * 8 + 10 + 10
     kernels = [w.numpy() for w in paper.model.trainable_weights if w.shape == (3, 3, 8, 8)]
-    # Kernels of equal shape start with different numbers.
+    # Kernels of the same shape start with different values.
     assert len({kernel.tobytes() for kernel in kernels}) == 4
 
 
@@ -187,7 +187,7 @@ def stopped_after(monkeypatch, steps):
     monkeypatch.setattr(cnn, "progress", until)
 
 
-# Before the first save, at a save, and in the last stage.
+# The training stops before the first save, at a save, or in the last stage.
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_what_was_interrupted_ends_with_the_same_bits(
     steps, images, tmp_path, monkeypatch, every_two_steps
@@ -251,7 +251,7 @@ def test_another_training_s_checkpoint_is_not_taken(images, tmp_path):
         assert len(list(tmp_path.iterdir())) == count
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def test_an_infinite_risk_stops_training_and_puts_theta_back():

@@ -169,7 +169,7 @@ def test_matrices_too_large_are_not_factored(monkeypatch):
     assert net.self_influence(examples, np.arange(30)) is None
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- arguments that are refused ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(30, 4), (30, 50)], ids=["tall", "wide"])

@@ -263,7 +263,7 @@ def test_fit_without_a_penalty():
     assert np.linalg.norm(oracle.gradient(free.theta)) <= 1e-10
 
 
-# --- one step ----------------------------------------------------------------------------------
+# --- one Newton step ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -296,7 +296,7 @@ def test_one_step_is_nearer_to_the_refit_than_first_order():
         p.net.one_step_leave_one_out(p.train, [30])
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- arguments that are refused ----------------------------------------------------------------
 
 DECAY = "^weight_decay must be non-negative"
 

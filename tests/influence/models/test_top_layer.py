@@ -181,7 +181,7 @@ def test_another_theta_has_another_way_back_to_the_pixels():
     np.testing.assert_array_equal(net.input_gradient(images, y, v), expected)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

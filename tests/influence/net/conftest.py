@@ -13,7 +13,7 @@ def squares(y, output):
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return (network, examples, plain losses, plain gradients, vectors V). Both are functions."""
+    """Return (network, examples, losses, gradients, V). Losses and gradients are functions."""
     net, examples = tanh_net()
     twin, _ = tanh_net()  # the functions below change theta of this twin, not of the net
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # TensorFlow reads these variables when it starts. Two threads, because one would hide errors of
-    # oneDNN.
+    # TensorFlow reads these variables when it starts. With one thread, errors of oneDNN would not
+    # appear.
     os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["OMP_NUM_THREADS"] = "2"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -39,7 +39,7 @@ def test_derivatives_against_differences(tanh):
             assert relative_error(got, expected) < 1e-8
 
 
-# --- other parameter vectors ------------------------------------------------------------------
+# --- derivatives at other parameter vectors ---------------------------------------------------
 
 
 def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):

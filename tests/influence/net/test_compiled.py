@@ -215,7 +215,7 @@ def test_ctc_has_second_derivatives():
     assert relative_error(product, difference) < DIFFERENCES
 
 
-# --- what `compile` and a user's code add ---------------------------------------------------------
+# --- additions by `compile` and by a user's code --------------------------------------------------
 
 
 def by_ops(y, z):

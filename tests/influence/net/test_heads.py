@@ -42,7 +42,7 @@ def sequential(units, *last, activation=None):
 
 
 def functional(units, activation):
-    """Return a model with a skip connection, which is not a chain of layers."""
+    """Return a model that is not a chain of layers, because it has a skip connection."""
     x = keras.Input((4,), **F8)
     both = L.Concatenate(**F8)([x, L.Dense(3, activation="tanh", **F8)(x)])
     return filled(keras.Model(x, L.Dense(units, activation=activation, **F8)(both)))

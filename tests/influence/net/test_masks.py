@@ -32,7 +32,7 @@ def quartic(y, output):
     return tf.reduce_sum((y - output) ** 4, axis=-1)
 
 
-# Each entry has a function that makes the model, inputs, labels, and the valid positions by NumPy.
+# Each entry holds a function that makes the model, then inputs, labels and valid positions.
 CASES = {
     "tagging": (lambda: masked.tagger(sparse()), WORDS, TAGS, WORDS != 0),
     "labels_with_an_axis": (lambda: masked.tagger(sparse()), WORDS, TAGS[..., None], WORDS != 0),

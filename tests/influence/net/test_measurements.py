@@ -212,7 +212,7 @@ def test_measuring_shares_the_model_and_its_penalty():
     np.testing.assert_allclose(view.losses(p.test.x, p.test.y), expected, rtol=1e-10)
 
 
-# --- errors ----------------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 
 def total(y, output):

@@ -176,7 +176,7 @@ def test_no_question_changes_the_model():
     assert model.variables and all(isinstance(v, keras.Variable) for v in model.variables)
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def dense(units=1, **options):
@@ -269,7 +269,7 @@ LOGITS = {"from_logits": True}
         ),
         (
             dense(),
-            # Broadcasts (n,) - (n, 1).
+            # This loss broadcasts (n,) - (n, 1).
             lambda y, output: tf.reduce_mean((y - output) ** 2, axis=-1),
             REAL,
             r"^loss must depend on its own row alone, .*labels of shape \(4,\) broadcast against "

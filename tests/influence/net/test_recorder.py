@@ -519,7 +519,7 @@ def test_weights_are_kept_as_asked(tmp_path, monkeypatch):
     assert found.checkpoints.tolist() == [0, 1, 2]
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

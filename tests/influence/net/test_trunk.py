@@ -160,7 +160,7 @@ def test_layers_inside_an_inner_model_may_hold_theta():
     found = Hessian(net, train) @ np.eye(net.num_parameters)
     units = np.eye(whole.num_parameters)[:, mask]
     np.testing.assert_allclose(found, (Hessian(whole, train) @ units)[mask], rtol=RTOL, atol=1e-14)
-    # The penalty of theta plus a constant for frozen weights.
+    # The penalty is that of theta plus a constant for the frozen weights.
     assert net.penalty() == pytest.approx(whole.penalty(), rel=1e-14)
 
 

@@ -73,7 +73,7 @@ def quartic(y, z):
     return tf.reduce_sum((y - z) ** 4, axis=-1)
 
 
-# --- the zoo --------------------------------------------------------------------------------------
+# --- models with their losses ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def one_hot(rng):
 
 
 def some_ids(rng):
-    """Return ids. Zeros are masked. Every row has another id, as its mean would be 0 / 0."""
+    """Return ids, where 0 is masked. No row is all zeros, because its mean would be 0 / 0."""
     return np.column_stack([rng.integers(1, 5, N), rng.integers(0, 5, (N, 2))])
 
 
@@ -271,7 +271,7 @@ class Case:
     y: Any
     by_autodiff: bool
     dense: oracles.Dense
-    hessian: np.ndarray  # of the mean loss
+    hessian: np.ndarray  # the Hessian of the mean loss
     V: np.ndarray
 
     @property

@@ -112,7 +112,7 @@ def test_what_is_no_class_is_compared_to_nothing():
     for net, y in (
         (p.net, p.train.y),
         (counts, np.arange(40) % 5),
-        # Labels 0 and 1, but the check does not know the threshold of a callable loss.
+        # The labels are 0 and 1, but the check does not know the threshold of a callable loss.
         (bits, np.arange(40) % 2),
         (p.net, 2 + np.arange(40) % 2),
     ):

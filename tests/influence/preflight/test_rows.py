@@ -177,7 +177,7 @@ def test_rows_that_are_not_finite_are_found(loss, what):
     assert f"The {what} of 2 of 30 rows is NaN or infinite (row 4, 17)" in line.meaning
     line = rows.finite(net, rows.Answers.of(net, good, None), "test")
     assert line.name == "finite test rows" and line.verdict == "ok" and line.value == 0
-    # Rows that are not finite cause no failure of the checks of the other rows.
+    # The other checks ignore rows that are not finite, so they find no fault.
     assert rows.separate(net, examples).verdict == twice(net, examples).verdict == "ok"
 
 

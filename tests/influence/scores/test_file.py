@@ -60,7 +60,7 @@ def same(got, expected):
         np.testing.assert_array_equal(got[name], value)
 
 
-# --- what is written --------------------------------------------------------------------------
+# --- the content of the file ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "ridge", "tape"])
@@ -179,7 +179,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
     train = Examples(x, y)
     test = Examples(rng.standard_normal((m, f)), np.arange(m) % 3)
     influence = Influence(net, train, solver=Direct())
-    influence.prepared(np.ones(60))  # makes the solver allocate its memory before the measurement
+    influence.prepared(np.ones(60))  # makes the solver allocate its memory before it is measured
     monkeypatch.setattr(score_file, "_TESTS", 512)
     tracemalloc.start()
     path = influence.write_scores(tmp_path / "large.h5", test)
@@ -222,7 +222,7 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     assert most / 3 < peak < most
 
 
-# --- interrupted and continued ----------------------------------------------------------------
+# --- interruption and continuation ------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -361,7 +361,7 @@ def test_a_diverging_solve_leaves_no_file(tmp_path):
     assert not (tmp_path / "s.h5").exists()
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def test_a_path_below_a_file_is_refused_before_solving(tmp_path, monkeypatch):

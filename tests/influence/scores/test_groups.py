@@ -30,7 +30,7 @@ def problems():
 
 
 def groups(problem, percent):
-    """Return six groups: random rows, one class, neighbours, and three by influence or loss."""
+    """Return six groups: random, one class, neighbours, and extremes of influence and loss."""
     p, k = problem, N * percent // 100
     own = p.oracle.gradients(p.theta) + p.oracle.penalty * p.theta
     influence = own @ np.linalg.solve(
@@ -134,7 +134,7 @@ def test_the_refit_is_that_of_the_nets_own_fit(problems):
 def test_the_error_falls_with_the_power_of_the_groups_weight(order, problems):
     """Reduce the group's share of the data tenfold. The error of order r falls with power r + 1."""
     errors = []
-    for num_rows in (400, 4000):  # the group has 20 rows of 400 and of 4,000
+    for num_rows in (400, 4000):  # the group is 20 of 400 rows, then 20 of 4,000
         p = logistic("sigmoid", num_rows, weight_decay=0.1)
         rows = np.arange(20)
         got = Influence(p.net, p.train, solver=Direct()).group(p.test, rows, order)
@@ -274,7 +274,7 @@ def penalty_hessian(net):
     return net.penalty_hvp(np.eye(net.num_parameters))
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

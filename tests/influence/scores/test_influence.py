@@ -24,7 +24,7 @@ ROWS = [30, 2, 17]
 
 @pytest.fixture(scope="module")
 def problems():
-    """Return problems: with or without closed forms and a penalty on the intercept."""
+    """Return problems by name. Some have closed forms, and some penalise the intercept."""
     softmax = logistic("softmax", intercept=True)
     return {
         "ridge": ridge(),
@@ -160,7 +160,7 @@ def test_the_error_of_parameters_falls_with_the_square_of_n():
         actual = p.oracle.actual_parameters(p.theta, rows)
         errors[n] = np.linalg.norm(predicted - actual, axis=1).mean()
         assert errors[n] < 0.25 * np.linalg.norm(actual, axis=1).mean()
-    # With four times the rows, the error should be about a sixteenth. The mean over only twenty
+    # Four times the rows should divide the error by about 16. The mean over only twenty
     # rows may differ from this by a factor of two.
     assert 8 < errors[100] / errors[400] < 32
 
@@ -428,7 +428,7 @@ def test_no_question_changes_the_model():
     assert state() == before
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 Y = np.zeros(4)
 

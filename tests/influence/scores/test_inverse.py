@@ -230,7 +230,7 @@ def test_scores_belong_to_the_theta_they_were_made_at():
         influence.scores(p.test)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 Y = np.zeros(4)
 

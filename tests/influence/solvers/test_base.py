@@ -355,7 +355,7 @@ def test_penalties_that_are_not_known_bound_nothing():
     assert np.isnan(convexity(kernel_regularizer=Cubic(), bias_regularizer=l2))
 
 
-# --- through Influence -----------------------------------------------------------------------
+# --- solves through Influence ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("problem", ["softmax", "sigmoid", "ridge"])

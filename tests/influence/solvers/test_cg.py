@@ -56,7 +56,7 @@ def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
 
 
 def test_together_a_block_needs_its_share_of_the_dimensions(matrix, B):
-    """Check that 5 columns search 5 k dimensions in k iterations. For 40, 8 iterations suffice."""
+    """After k iterations, 5 columns have searched 5 k dimensions. For 40, 8 iterations suffice."""
     block = solve(matrix, B, CG(rtol=1e-8))
     assert block.converged.all() and (block.iterations <= D / 5 + 1).all()
 

@@ -191,7 +191,7 @@ def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
 
 
 def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues():
-    """Check that the eigenvalues of K-FAC are wrong. Inputs and pseudo-gradients are correlated."""
+    """Check that K-FAC would be wrong, because inputs and pseudo-gradients are dependent."""
     p = logistic("softmax", intercept=True)
     A, ours = p.oracle.features, inverse(Hessian(p.net, p.train, 0.01))
     P = p.net.outputs(p.train.x)
@@ -276,7 +276,7 @@ def test_preconditioning_a_network_gives_the_same_answer():
     net = AllCNN((8, 8, 1), filters=2, strides=(1, 2), dtype="float64")
     net.fit(train, schedule=((300, 1e-2),), batch_size=20)
     b = net.gradients((x[60:61] / 16).reshape(-1, 8, 8, 1), y[60:61])[0]
-    damping = 0.06  # makes H definite: its smallest eigenvalue is -0.05
+    damping = 0.06  # the smallest eigenvalue of the Hessian is -0.05
     H, G = (curvature(net, train, damping) for curvature in (Hessian, GaussNewton))
     matrix, gauss_newton = H.dense(), G.dense()
     plain, x0 = iterations(matrix, b, None)
@@ -296,7 +296,7 @@ def test_preconditioning_a_network_gives_the_same_answer():
     assert 2 * whole <= plain and relative_error(x2, truth) < 1e-5
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("A", [symmetric([1.0, 2.0, 3.0]), 2 * Hessian(*linear(use_bias=True))])

@@ -10,7 +10,7 @@ from tests.influence.solvers.matrices import counting, inverse
 D = 40
 
 
-# --- what is inverted ------------------------------------------------------------------------
+# --- the inverted matrix ---------------------------------------------------------------------
 
 
 def test_full_rank_is_exact_on_an_indefinite_matrix(B):
@@ -123,7 +123,7 @@ def test_a_matrix_that_is_not_finite_has_no_largest_eigenvalue():
     assert found[0] == pytest.approx(1) and np.isnan(found[1])
 
 
-# --- what must fail --------------------------------------------------------------------------
+# --- indefinite and singular matrices --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

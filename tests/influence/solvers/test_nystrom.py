@@ -9,7 +9,7 @@ from tests.influence.solvers.matrices import Damped, approximation, counting, in
 D = 40
 
 
-# --- what is inverted ------------------------------------------------------------------------
+# --- the inverted matrix ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
@@ -79,7 +79,7 @@ def test_a_matrix_that_only_damping_makes_definite_is_sketched_whole():
     assert exact.min_curvature[0] == pytest.approx(0.1, rel=1e-9)
 
 
-# --- what must fail --------------------------------------------------------------------------
+# --- indefinite and singular matrices --------------------------------------------------------
 
 
 def test_negative_curvature_is_named():

@@ -338,7 +338,7 @@ def test_one_map_for_every_right_hand_side(name, matrices):
         assert relative_error(solve(A, B, SOLVERS[name]).x, M @ B) < 1e-9
 
 
-# --- what must fail --------------------------------------------------------------------------
+# --- indefinite and singular matrices --------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["indefinite", "indefinite Hessian of a CNN"])

@@ -214,7 +214,7 @@ def test_through_keras_the_same():
     np.testing.assert_allclose(a.smallest, b.smallest, rtol=1e-9)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

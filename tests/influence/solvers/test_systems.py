@@ -28,7 +28,7 @@ from influence import (
 from tests.influence.problems import logistic
 
 COUNT, FIRST = int(os.environ.get("SYSTEMS", "2")), int(os.environ.get("SYSTEMS_FROM", "0"))
-# For the last six seeds, CG once stalled in a block or met an error of SciPy.
+# With the last six seeds, CG once stalled in a block or met an error in SciPy.
 SEEDS = sorted({*range(FIRST, FIRST + COUNT), 51, 63, 154, 175, 176, 193})
 EXACT = {
     "CG": CG(1e-5),
@@ -143,7 +143,7 @@ def test_what_counts_as_converged_is_right_of_a_net(name, inputs):
             _check(A, B, solution, solver.rtol)
 
 
-# --- sizes --------------------------------------------------------------------------------------
+# --- matrices and right-hand sides of any size --------------------------------------------------
 
 
 class Products(LinearOperator):
@@ -227,7 +227,7 @@ def test_more_right_hand_sides_than_rows():
     np.testing.assert_allclose(found.x, B / np.diag(A)[:, None], rtol=1e-6, atol=1e-9)
 
 
-# --- what A and B may be ------------------------------------------------------------------------
+# --- kinds of A and B ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [CG(1e-10), Direct(), Lanczos(3), Nystrom(3), LiSSA(rtol=1e-3)])

@@ -40,7 +40,7 @@ def test_the_order_is_that_of_margins_without_the_row(problem, found):
     # which has the wrong label, by 8 % too little.
     np.testing.assert_allclose(found.values["margin"], exact, rtol=0.1, atol=0.05)
     np.testing.assert_array_equal(found.order, np.argsort(found.values["margin"], kind="stable"))
-    # This model is small, so self-influence is computed without a request.
+    # This model is small, so audit computes self-influence although nobody asked for it.
     assert found.self_influence is not None
 
 
@@ -79,7 +79,7 @@ def test_numbers_are_ranked_by_their_residual_without_the_row():
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory):
-    """Return a network that has memorised the random labels of a fifth of its rows."""
+    """Return a network that has memorised the wrong labels of a fifth of its training rows."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 20)).astype(np.float32)

@@ -39,7 +39,7 @@ def place(problem, tmp_path_factory):
 
 @pytest.fixture
 def ask(place, tmp_path, monkeypatch, capsys):
-    """Give `ask(*words)`: it runs a command and returns (status, standard output and error)."""
+    """Give `ask(*words)`. It runs a command and returns (status, standard output, error output)."""
     monkeypatch.chdir(place)
     # Otherwise a slow machine would show progress bars.
     monkeypatch.setattr(progress, "_DELAY", 1e6)
@@ -203,7 +203,7 @@ def test_a_loss_can_be_given_as_a_function(ask, place):
         "def loss(y, z):\n    return l.call(y, z)\n"
     )
     status, out, _ = ask("check", "raw.keras", "d.npz", "--loss", "losses.py:loss", "--json")
-    # Status 1, because random weights fail the check.
+    # The status is 1, because random weights fail the check.
     assert status == 1 and json.loads(out)["rows"]
 
 

@@ -100,7 +100,7 @@ def test_residuals_of_numbers_are_exact():
         w = np.linalg.solve(A.T @ A / 39 + found.weight_decay * np.eye(4), A.T @ b / 39)
         exact = y[row] - (y.mean() + y.std() * (one[row] @ w))
         assert found.residuals[row] == pytest.approx(exact, rel=1e-8)
-    # held-out rows get outputs of the refit with all rows.
+    # The outputs of held-out rows come from the refit with all rows.
     w = np.linalg.solve(one.T @ one / 40 + found.weight_decay * np.eye(4), one.T @ scaled / 40)
     left = y[:5] - (y.mean() + y.std() * (one[:5] @ w))
     np.testing.assert_allclose(found.held_out, left**2 / 2, rtol=1e-8)

@@ -176,7 +176,7 @@ def test_refits_far_from_the_full_datas_curvature_arrive():
     refits = rows_out(p, [6], max_passes=200)
     assert refits.converged.all() and refits.passes[0] < 60
     expected = changes(p, [[6]])
-    # The error is at most 1e-8 / 1e-3 times gradients of about 1, where 1e-3 bounds the smallest
+    # The error is at most 1e-8 / 1e-3 times gradients of about 1. Here 1e-3 bounds the smallest
     # eigenvalue.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
 
@@ -277,7 +277,7 @@ def test_fit_warm_and_cold_are_newton(softmax):
     expected = changes(softmax, groups)
     for start in (None, zero):
         refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-10)
-        # The error of theta is at most 1e-10 / 0.05 = 2e-9, where 0.05 bounds the smallest
+        # The error of theta is at most 1e-10 / 0.05 = 2e-9. Here 0.05 bounds the smallest
         # eigenvalue.
         assert refits.converged.all() and (refits.passes == 1).all()
         assert np.abs(refits[:] - expected).max() < 1e-8

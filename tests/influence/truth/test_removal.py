@@ -170,7 +170,7 @@ def test_negative_curvature_is_refused():
 
 
 def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent(solved):
-    """Use a small damping, for which A - H_g / n may be indefinite."""
+    """Check a small damping, with which A - H_g / n may be indefinite."""
     net, examples = tanh_net()
     few = examples.take([0, 1])
     A = GaussNewton(net, few, 0.01)

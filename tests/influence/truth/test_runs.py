@@ -189,7 +189,7 @@ def test_frozen_weights_and_losses_are_part_of_the_name(tmp_path, monkeypatch):
 
     assert run(keras.losses.Huber(delta=0.5)) == 1
     assert run(keras.losses.Huber(delta=0.5)) == 0
-    assert run(keras.losses.Huber(delta=0.7)) == 1  # same name of the loss, other delta
+    assert run(keras.losses.Huber(delta=0.7)) == 1  # the loss has the same name but another delta
     model.layers[0].bias.assign([0.5, 0.5])
     assert run(keras.losses.Huber(delta=0.5)) == 1
 
