@@ -58,7 +58,7 @@ for i, setting in enumerate(json.loads((folder / "settings.json").read_text())):
 
 @pytest.fixture(scope="module")
 def small():
-    """Return the arrays for the child process in float64, H (d, d) and right-hand sides (d, m)."""
+    """Return (arrays, H, B) in float64: the data, H (d, d), and right-hand sides B (d, m)."""
     rng = np.random.default_rng(0)
     x, x_test = rng.standard_normal((ROWS, FEATURES)), rng.standard_normal((POINTS, FEATURES))
     y, y_test = rng.integers(CLASSES, size=ROWS), rng.integers(CLASSES, size=POINTS)

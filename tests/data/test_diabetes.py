@@ -119,7 +119,7 @@ def test_split_is_balanced_and_leaves_nothing_out():
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """Return a data folder of twelve generated stays. The registry accepts it as the real file."""
+    """Return a data folder with twelve generated hospital stays, accepted as the real file."""
     path = tmp_path / "made_up/diabetes/diabetic_data.csv"
     path.parent.mkdir(parents=True)
     rows = {column: [str(i) for i in range(12)] for column in diabetes.NUMERIC}

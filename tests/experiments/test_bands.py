@@ -1,4 +1,4 @@
-"""Check that the bands of all claims equal a committed list with the dates of their choice.
+"""Check that the bands of all claims equal a committed list, which gives a date for each band.
 
 A band is chosen before the run that it judges. Whoever changes a band must also change this list,
 so git shows both changes. The committed runs pass every check.

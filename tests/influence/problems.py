@@ -191,7 +191,7 @@ def logistic(
 
 
 def through_keras(problem: Problem) -> Problem:
-    """Return the same problem with the same Keras model, but with a net without closed forms."""
+    """Return the same problem and the same Keras model, in a net without closed forms."""
     loss = _KERAS_LOSSES[type(problem.net)]()
     net = traced_once(GenericNeuralNet(problem.net.model, loss), loss)
     return Problem(net, problem.train, problem.test, problem.oracle, problem.measured)

@@ -85,7 +85,7 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
-    """Check that a gradient that is not finite changes the step length and nothing else."""
+    """Use NaN gradients. Each refused step halves the step length and has no other effect."""
     seen = []
 
     def gradients(thetas, columns):
@@ -161,7 +161,7 @@ def test_steps_grow_with_those_that_were_taken():
 
 
 def test_after_a_step_that_went_too_far_the_next_is_no_longer():
-    """Accept a step that ends on a steep climb with a smaller gradient. The next is no longer."""
+    """Accept a step to a smaller gradient, on a steep climb. The next step must not be longer."""
     seen, scales = [], iter([1.8, *[100.0] * 20])
 
     def gradients(thetas, columns):

@@ -23,7 +23,7 @@ from influence.models import SmoothHingeLoss
 from tests import oracles
 from tests.influence.problems import relative_error, sequential
 
-ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # rounding differs only by the order of additions
+ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # from another order of additions
 KINK = 1.5e-8  # the square root of float64's precision
 
 
@@ -145,7 +145,7 @@ def test_stable_at_any_margin_and_down_to_t_zero(asked, t):
     np.testing.assert_allclose(got, losses, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(slopes, -sigma, rtol=1e-12, atol=1e-300)
     curvature = e / (1 + e) ** 2 / t if t else 0 * e
-    # The tape computes sigma (1 - sigma) / t, which has an absolute rounding error.
+    # The tape computes sigma (1 - sigma) / t, whose rounding error is absolute, not relative.
     rounding = 1e-300 if asked is SmoothHinge else 1e-16 / (t or 1)
     np.testing.assert_allclose(each[:, 0, 0] / margins**2, curvature, rtol=1e-9, atol=rounding)
     # Smoothing raises a loss by at most t log 2.

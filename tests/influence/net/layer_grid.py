@@ -2,10 +2,11 @@
 
     python -m tests.influence.net.layer_grid FILE [NAME ...]
 
-`make layers` runs this twice, with oneDNN's operations and without them. A process computes every
-answer 20 times in float32, with two threads. Without oneDNN it also computes each answer once in
-float64. FILE gets one JSON line for each run. Runs that FILE already contains are skipped, so an
-interrupted grid continues. A run fails if the plain model raises an error; such runs are repeated.
+`make layers` runs this twice, with oneDNN's operations and without them. For each layer, a process
+computes every answer of the library 20 times in float32, with two threads. Without oneDNN it also
+computes each answer once in float64. FILE gets one JSON line for each layer. Layers that FILE
+already contains are skipped, so an interrupted grid continues. If the plain model raises an error,
+the status of the layer is "failed", and the next call repeats the layer.
 
 The expected values come from `tests.oracles`. First derivatives come from a plain tape in float64,
 row by row. Hessian products come from central differences of the plain gradient.

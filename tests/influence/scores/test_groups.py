@@ -30,7 +30,7 @@ def problems():
 
 
 def groups(problem, percent):
-    """Return six groups: random, one class, neighbours, and extremes of influence and loss."""
+    """Return six groups: random, one class, neighbours, most helpful, most harmful, largest loss."""
     p, k = problem, N * percent // 100
     own = p.oracle.gradients(p.theta) + p.oracle.penalty * p.theta
     influence = own @ np.linalg.solve(
@@ -103,7 +103,7 @@ def test_order_two_is_closer_to_the_refit_than_order_one(problem, percent, probl
 
 
 def test_the_terms_that_others_leave_out_decide(problems):
-    """Check that without T and d2 f (Basu, You & Feizi 2020), order 2 can be worse than order 1."""
+    """Check that order 2 without T and d2 f (Basu, You & Feizi 2020) can be worse than order 1."""
     p = problems["sigmoid"]
     rows = groups(p, 25)["most harmful"]
     n, k, theta, H = N, len(rows), p.theta, p.oracle.hessian(p.theta)

@@ -50,7 +50,7 @@ def test_the_papers_formulas_have_no_n(problems):
 
 
 def test_no_row_is_larger_than_its_kind_allows(problems):
-    """Check the bounds |grad m| and sqrt(grad m' H^-1 grad m), by the Cauchy-Schwarz inequality."""
+    """Check that ratios are at most |grad m| or sqrt(grad m' H^-1 grad m), by Cauchy-Schwarz."""
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=Direct())
     V = p.measured.gradients(p.theta)

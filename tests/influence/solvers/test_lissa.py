@@ -21,7 +21,7 @@ MATRIX = symmetric(np.linspace(0.2, 3, D))
 
 
 def series(matrix, v, scale, depth):
-    """Return (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v, by eigenvalues."""
+    """Return (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v, computed by eigenvalues."""
     values, vectors = np.linalg.eigh(matrix)
     factors = (1 - (1 - values / scale) ** (depth + 1)) / values
     return vectors @ (factors[:, None] * (vectors.T @ v.reshape(len(v), -1)))
@@ -308,7 +308,7 @@ def test_the_chosen_scale_covers_the_sampled_batches():
     problem = ridge(num_rows=30, num_inputs=3)
     x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # so all rows are equal
     examples = Examples(x, np.zeros(30))
-    # The eigenvalue of 2 x x', where x includes the intercept.
+    # This is the eigenvalue of 2 x x'. Here x includes the intercept.
     largest = 2 * (np.sum(x[0] ** 2) + 1)
     found = largest_eigenvalue(Hessian(problem.net, examples), 1)
     assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # the penalty adds 0.2

@@ -1,4 +1,4 @@
-"""Tests of errors before too large an allocation, and of stored sums of EK-FAC."""
+"""Tests that too large problems are refused before any work, and that EK-FAC stores its sums."""
 
 import re
 

@@ -324,7 +324,7 @@ def test_training_on_from_no_minimum_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         there = leave_one_out(net, examples, examples, [0, 6])
-    # The drift is equal in all columns. It is larger than the differences between the columns.
+    # All columns of `away` contain the same drift. It is larger than the changes at the minimum.
     assert np.abs(away[:].mean(axis=1)).max() > 2 * np.abs(there[:]).max()
 
 

@@ -26,7 +26,7 @@ def removal(softmax, request):
 
 
 def by_pairs(removed, inverse, B):
-    """Return the approximate inverse of B by secant updates with the pairs of `removed`."""
+    """Return (A - H_g / n)^-1 B, approximated by secant updates with the pairs of `removed`."""
     pairs = [_pair(*pair) for pair in removed.pairs(inverse, B)]
     return _two_loops(pairs, B, lambda Q: apply(inverse, Q))
 
