@@ -1,4 +1,4 @@
-"""A helper that writes records for the tests of reports."""
+"""A function that writes records for the tests of reports."""
 
 from experiments.harness.claims import Claim, Published, Sample
 from experiments.harness.record import Record
