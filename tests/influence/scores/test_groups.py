@@ -30,7 +30,7 @@ def problems():
 
 
 def groups(problem, percent):
-    """Return six groups by name: random, one class, neighbours, and three by influence or by loss."""
+    """Return six groups by name: random, one class, neighbours, and three by influence or loss."""
     p, k = problem, N * percent // 100
     own = p.oracle.gradients(p.theta) + p.oracle.penalty * p.theta
     influence = own @ np.linalg.solve(

@@ -431,8 +431,7 @@ def test_first_order_names_rows_of_large_leverage(digits):
     one = Influence(net, train, approximation="one_step").scores(test)
     known = np.isfinite(scores.leverage)
     assert 1 <= known.sum() <= 16
-    # One step also removes penalty / n. Its leverages are therefore larger, by about 1 / n of
-    # their size.
+    # One step also removes penalty / n, so its leverages are larger by about 1 / n of their size.
     np.testing.assert_allclose(scores.leverage[known], one.leverage[known], rtol=0.02)
 
 
