@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Risk:
-    """Risk of features (n, f), labels y and penalty p; an intercept is a feature of ones."""
+    """Risk of features (n, f), labels y and penalty p. An intercept is a feature of ones."""
 
     features: NDArray
     y: NDArray
@@ -52,7 +52,7 @@ class Risk:
         )
 
     def on(self, features: NDArray, y: NDArray) -> Any:
-        """Return the same risk for other rows."""
+        """Return the risk of other rows with the same penalty."""
         return replace(self, features=features, y=y)
 
     def without(self, rows: Any) -> Any:
@@ -64,39 +64,39 @@ class Risk:
             self.value, start, jac=self.gradient, hess=self.hessian, method="trust-exact",
             options={"gtol": 1e-5},
         ).x  # fmt: skip
-        for _ in range(3):  # more digits than a comparison of risks gives
+        for _ in range(3):  # Newton steps are more exact than a search that compares risks
             found = found - np.linalg.solve(self.hessian(found), self.gradient(found))
         assert np.linalg.norm(self.gradient(found)) < 1e-12
         return found
 
     def predicted_parameters(self, theta: NDArray, rows: Any) -> NDArray:
-        """Return H^-1 (grad loss_i + p theta) / n: (k, d)."""
+        """Return the predicted changes of theta, (k, d): H^-1 (grad loss_i + p theta) / n."""
         own = self.gradients(theta)[rows] + self.penalty * theta
         return np.linalg.solve(self.hessian(theta), own.T).T / len(self.y)
 
     def predicted_changes(self, theta: NDArray, test: Risk, rows: Any) -> NDArray:
-        """Return each test loss's derivative along the predicted change of theta: (m, k)."""
+        """Return the predicted changes of the test losses, (m, k), to first order."""
         return test.gradients(theta) @ self.predicted_parameters(theta, rows).T
 
     def one_step_changes(self, theta: NDArray, test: Risk, rows: Any) -> NDArray:
-        """Return each test loss after one Newton step without each row, less the loss: (m, k)."""
+        """Return the changes of the test losses, (m, k), by one Newton step without each row."""
         rests = [self.without([row]) for row in rows]
         after = [theta - np.linalg.solve(r.hessian(theta), r.gradient(theta)) for r in rests]
         return np.stack([test.losses(t) - test.losses(theta) for t in after], axis=1)
 
     def actual_parameters(self, theta: NDArray, rows: Any) -> NDArray:
-        """Return theta refitted without each row, minus theta: (k, d)."""
+        """Return the changes of theta, (k, d), by refits without each row."""
         return np.stack([self.without([row]).minimum(theta) - theta for row in rows])
 
     def actual_changes(self, theta: NDArray, test: Risk, rows: Any) -> NDArray:
-        """Return each test loss after a refit without each row, minus the loss before: (m, k)."""
+        """Return the changes of the test losses, (m, k), by refits without each row."""
         after = theta + self.actual_parameters(theta, rows)
         return np.stack([test.losses(t) - test.losses(theta) for t in after], axis=1)
 
 
 @dataclass(frozen=True)
 class LeastSquares(Risk):
-    """Risk with loss_i = (x_i w - y_i)^2, Keras' "mse" of one output. Keras' L2(l) is p = 2 l."""
+    """Risk with loss_i = (x_i w - y_i)^2, which is Keras' "mse". Keras' L2(l) means p = 2 l."""
 
     def losses(self, theta: NDArray) -> NDArray:
         return (self.features @ theta - self.y) ** 2
@@ -146,10 +146,10 @@ class Logistic(Risk):
         return np.einsum("nf,ncd,ng->nfcgd", A, at_outputs, A).reshape(len(P), theta.size, -1)
 
     def input_gradients(self, theta: NDArray, v: NDArray, num_inputs: int) -> NDArray:
-        """Return d/dx_i of grad loss_i . v, without the intercept's feature: (n, num_inputs)."""
+        """Return d/dx_i of grad loss_i . v, (n, num_inputs), without the intercept's feature."""
         W, D = self._weights(theta), self._weights(v)
         P = scipy.special.softmax(self.features @ W, axis=1)
-        along = self.features @ D  # change of z along v
+        along = self.features @ D  # the change of z along v
         curved = P * (along - np.sum(P * along, axis=1, keepdims=True))
         return ((P - self._labels()) @ D.T + curved @ W.T)[:, :num_inputs]
 
@@ -171,16 +171,16 @@ def with_ones(x: NDArray) -> NDArray:
 
 
 def central_difference(function: Any, at: NDArray, along: NDArray, step: float = 1e-3) -> NDArray:
-    """Return the derivative of `function` at `at` along `along`, by fourth-order differences.
+    """Return the derivative of `function` along `along`, by fourth-order differences at `at`.
 
-    The truncation error is about step^4, the rounding error 1e-16 / step; their sum is near 1e-11.
+    The truncation error is about step^4, the rounding error 1e-16 / step. Their sum is near 1e-11.
     """
     near = function(at + step * along) - function(at - step * along)
     far = function(at + 2 * step * along) - function(at - 2 * step * along)
     return (8 * near - far) / (12 * step)
 
 
-# --- derivatives of a plain Keras model by the tape, one example and entry at a time ----------
+# --- derivatives of a plain Keras model by the tape -------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Dense:
 
 
 def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
-    """Compute losses and derivatives by `tape.jacobian` on the model's own weights.
+    """Return losses, gradients and J'HJ / n by `tape.jacobian` on the model's own weights.
 
     Args:
       model: called on x with training=False.
@@ -219,7 +219,7 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
 
 
 def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
-    """Return the mean loss's Hessian (d, d) by nested tapes; wrong for normalising layers."""
+    """Return the mean loss's Hessian (d, d) by nested tapes. It is wrong for normalising layers."""
     weights = model.trainable_weights
 
     @partial(tf.function, autograph=False)
@@ -235,7 +235,7 @@ def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
 
 
 def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
-    """Return the gradient of the mean loss by a tape on the model's own weights: (d,)."""
+    """Return the gradient of the mean loss, (d,), by a tape on the model's own weights."""
     weights = [w.value for w in model.trainable_weights]
     with tf.GradientTape() as tape:
         mean = tf.reduce_mean(loss(y, model(x, training=False)))
@@ -243,9 +243,9 @@ def plain_gradient(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
 
 
 def plain_gradient_at(model: keras.Model, loss: Any, x: Any, y: Any) -> Any:
-    """Return the function theta -> plain gradient at theta.
+    """Return a function from theta to the plain gradient at this theta.
 
-    It is traced once. Each call restores the model's weights.
+    TensorFlow traces the function once. Each call restores the model's weights.
     """
     weights = model.trainable_weights
     ends = np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1]
@@ -269,7 +269,7 @@ def _jacobian(tape: Any, of: Any, by: Any) -> Any:
 
 
 def _columns(parts: list, shape: tuple, weights: list) -> NDArray:
-    """Join the Jacobians of all weights into one array (*shape, d)."""
+    """Return the Jacobians for all weights, joined into one array (*shape, d)."""
     flat = [
         np.zeros((*shape, int(np.prod(w.shape)))) if p is None else np.reshape(p, (*shape, -1))
         for p, w in zip(parts, weights, strict=True)

@@ -1,4 +1,4 @@
-"""The commands as processes: Ctrl-C, closed pipes and full disks."""
+"""Tests of the commands as processes: Ctrl-C, closed pipes and full disks."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ import influence_console as console
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "interrupted: the same command again continues where this stopped\n"
-# Imported code may catch every exception, but the process must end.
+# This imported code catches every exception, but the process must still end.
 WAIT = """
 print("at", flush=True)
 try:
@@ -33,13 +33,13 @@ A()
 
 
 def hear():
-    """Handle SIGINT as Python does, even if these tests run in the background."""
+    """Restore Python's handling of SIGINT, even if these tests run in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Start `python -m command`, given the bodies of its main and of its package."""
+    """Give a function that starts `python -m command` with the given code of main and package."""
 
     def process(body, package="", **options):
         (tmp_path / "command").mkdir()

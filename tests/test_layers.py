@@ -1,4 +1,4 @@
-"""Imports point one way, and none goes in a circle.
+"""Check that imports point one way and form no circle.
 
 Inside `influence` and `experiments`, a folder may import only the folders of earlier groups. Files
 of one folder may import each other, but not in a circle. Each figure is a group of its own, so no
@@ -48,7 +48,7 @@ PACKAGES = {
 
 
 def violations(root: Path) -> list[str]:
-    """Describe every import under `root` that points the wrong way, and every circle."""
+    """Return a description of every wrong import under `root`, and of every circle."""
     found, graphs = [], {}
     for package, allowed in PACKAGES.items():
         for path in sorted((root / package).rglob("*.py")):
@@ -69,7 +69,7 @@ def violations(root: Path) -> list[str]:
 
 
 def _complaint(here: tuple[str, ...], target: tuple[str, ...], allowed: set[str]) -> str:
-    """Describe what is wrong with a module's import of another; empty if it is allowed."""
+    """Return the reason why a module may not import another, or '' if it may."""
     if target[0] not in allowed:
         return f"{here[0]} may not import {target[0]}"
     order = ORDER.get(here[0], ())
@@ -93,7 +93,7 @@ def _imports(path: Path, root: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
         elif isinstance(node, ast.ImportFrom):
             base = list(here[: len(here) - node.level]) if node.level else []
             base += node.module.split(".") if node.module else []
-            for name in node.names:  # `from package import module` names a module too
+            for name in node.names:  # `from package import module` also imports a module
                 yield node.lineno, _file(root, [*base, name.name], base)
 
 

@@ -1,4 +1,4 @@
-"""The wheel that `pip install .` builds: its files, its commands and its types."""
+"""Tests of the wheel that `pip install .` builds: its files, its commands and its types."""
 
 import importlib.metadata
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel offline, from a copy, because a build writes into its source folder."""
+    """Return a wheel that was built offline from a copy. A build writes into its source."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

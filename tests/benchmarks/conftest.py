@@ -16,5 +16,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def part(digits, folder):
-    """Run the measurements of a small convolutional network."""
+    """Return the measurements of a small convolutional network."""
     return cnn.run(digits, SMOKE.network, checkpoints=folder)

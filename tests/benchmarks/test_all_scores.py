@@ -28,9 +28,10 @@ def test_the_rate_is_that_of_the_product_alone(part):
 
 def test_the_file_is_checked_against_scores_in_float64(part, digits, monkeypatch):
     assert part["converged"] and part["largest_residual"] < 1e-12
-    assert 1e-9 < part["largest_error"] < 1e-5  # rounding of float32
+    assert 1e-9 < part["largest_error"] < 1e-5  # the table is in float32
     assert 1e-9 < part["rounding_error"] < 1e-5
-    # The file holds the table, and s_test of the same points in float64. It has whole chunks.
+    # The file holds the table and, for the same test points, s_test in float64. HDF5 stores whole
+    # chunks, so the file may be larger than its content.
     held = 150 * (1297 * 4 + 640 * 8) / 1e6
     assert held < part["megabytes"] < 3 * held
     # An error of one per cent in the table is detected.

@@ -24,7 +24,7 @@ def test_no_round_is_refused():
 
 
 def test_own_work_is_not_that_of_others(monkeypatch):
-    # All processes together worked 3 s, ours 2 s of them.
+    # All processes together used 3 s of processor time. This process used 2 s of them.
     monkeypatch.setattr(clock, "_busy", iter([10.0, 13.0]).__next__)
     monkeypatch.setattr(clock, "_own", iter([1.0, 3.0]).__next__)
     monkeypatch.setattr(clock.time, "perf_counter", iter([0.0, 2.0]).__next__)
@@ -44,7 +44,7 @@ def test_without_proc_others_are_unknown(monkeypatch, tmp_path):
 
 def test_waiting_ends(monkeypatch, capsys):
     monkeypatch.setattr(machine, "_SAMPLE_SECONDS", 0.01)
-    monkeypatch.setattr(machine, "QUIET", -1.0)  # no machine is this quiet
+    monkeypatch.setattr(machine, "QUIET", -1.0)  # with this limit no machine counts as quiet
     assert machine.wait_until_quiet(0.001)["quiet"] is False
     assert "waiting for a quiet machine" in capsys.readouterr().out
 

@@ -38,7 +38,7 @@ def test_iterations_are_those_of_the_definition(part, trained):
 
 
 def plain_iterations(A, b, rtol):
-    """Count the iterations of textbook conjugate gradients."""
+    """Return the number of iterations that textbook conjugate gradients need."""
     x, r = np.zeros_like(b), b.copy()
     p, steps = r.copy(), 0
     while np.linalg.norm(b - A @ x) > rtol * np.linalg.norm(b):
@@ -59,7 +59,7 @@ def test_the_residual_is_the_damped_hessians(part, trained):
 
 
 class Known:
-    """A solver with a given answer."""
+    """A solver that returns a given answer."""
 
     rtol = 1e-4
 
@@ -111,7 +111,7 @@ def test_in_words(part):
     assert text.startswith("s_test of test point 0, 100 images, d = ")
     assert "| x | no | | | | no |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    # The table of methods has 7 bars per line, the table of iterations 6.
+    # A line of the table of methods has 7 vertical bars. A line of the table of iterations has 6.
     assert widths == {7, 6}
     plain = part["cg_iterations"]["Hessian"]["none"]
     assert f"| Hessian | {plain} (1) |" in text

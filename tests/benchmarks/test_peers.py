@@ -1,4 +1,4 @@
-"""Answers of the other libraries, if installed, for a problem of twelve parameters."""
+"""Tests of other libraries' answers for a problem of twelve parameters, if they are installed."""
 
 import dataclasses
 import functools
@@ -14,17 +14,19 @@ from benchmarks.solves import CAPTUM, INFLUENCIAE, OURS, PYDVL, Setting
 
 DECAY = 0.1
 ROWS, FEATURES, CLASSES, POINTS = 20, 4, 3, 3
-# Four of the 12 eigenvalues, one per feature, equal the weight decay. So 9 values are distinct.
+# Four of the 12 eigenvalues, one per feature, equal the weight decay. Therefore 9 values are
+# distinct.
 DISTINCT = 9
-# The rest of the series shrinks by 1 - decay / scale per step. It is below the tolerance in EXACT.
+# Each LiSSA step multiplies the remaining error by 1 - decay / scale. After 200 steps the error is
+# below LiSSA's tolerance in EXACT.
 LISSA = {"steps": 200, "scale": 1.0, "batch_size": ROWS}
 EXACT = [
     (PYDVL, "block", {}, 1e-5),
     (PYDVL, "one by one", {}, 1e-5),
     (PYDVL, "direct", {}, 1e-12),
     (PYDVL, "LiSSA", LISSA, 1e-7),
-    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # pyDVL adds a shift for stability
-    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # pyDVL's eigenvectors have a tolerance of 1e-6
+    (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # pyDVL adds a shift to the matrix for stability
+    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # pyDVL computes the eigenvectors to a tolerance of 1e-6
     (PYDVL, "EK-FAC", {}, None),
     (CAPTUM, "naive", {}, 1e-12),
     (CAPTUM, "Arnoldi", {"rank": DISTINCT}, 1e-8),
@@ -42,7 +44,7 @@ OF_OURS = [
     ("Nystrom", {"rank": 12}, 1e-10),
     ("Lanczos", {"rank": 12}, 1e-10),
 ]
-# One process computes all answers of a library: `python -c CODE MODULE FOLDER`.
+# One process computes all answers of one library. It runs as `python -c CODE MODULE FOLDER`.
 CODE = """
 import importlib, json, pathlib, sys
 import numpy as np
@@ -56,7 +58,7 @@ for i, setting in enumerate(json.loads((folder / "settings.json").read_text())):
 
 @pytest.fixture(scope="module")
 def small():
-    """Make a child's arrays in float64, with H (d, d) and right-hand sides (d, m)."""
+    """Return (arrays, H, B) in float64: the data, H (d, d), and right-hand sides B (d, m)."""
     rng = np.random.default_rng(0)
     x, x_test = rng.standard_normal((ROWS, FEATURES)), rng.standard_normal((POINTS, FEATURES))
     y, y_test = rng.integers(CLASSES, size=ROWS), rng.integers(CLASSES, size=POINTS)
@@ -86,7 +88,7 @@ def setting(by, method, **options):
 
 @pytest.fixture(scope="module")
 def ask(small, tmp_path_factory):
-    """Compute a peer's answers for the small problem by method; skip with the reason if none."""
+    """Return a function that gives a library's answers, and skips if the library is absent."""
     return functools.cache(lambda by: answers(by, small[0], tmp_path_factory.mktemp(by)))
 
 
@@ -121,7 +123,7 @@ def test_a_peer_set_up_at_its_best_solves_our_system(by, method, tolerance, smal
 
 
 def test_ek_fac_of_pydvl_is_that_of_its_pseudo_gradient(small, ask):
-    # The answer is correct only if the weights are placed where pyDVL expects biases.
+    # The answer is correct only if the weights are placed where pyDVL expects the biases.
     arrays, _, B = small
     found = ask(PYDVL)["EK-FAC"]
     x, P = arrays["x"], softmax(arrays["x"] @ arrays["theta"])
@@ -233,8 +235,9 @@ def test_run_and_its_table_with_processes_that_end_at_once(digits, monkeypatch):
     by_name = {(run["by"], run["method"]): run for run in part["runs"]}
     assert set(by_name) == set(peers.INVERTS)
     assert by_name[PYDVL, "block"]["ratio"] == 12.0
-    assert by_name[INFLUENCIAE, "CGD"]["ratio"] is None  # all our residuals are larger
-    assert by_name[INFLUENCIAE, "CGD"]["seconds_for_all"] == 5.0  # one of ten points is solved
+    # All residuals of ours are larger than theirs.
+    assert by_name[INFLUENCIAE, "CGD"]["ratio"] is None
+    assert by_name[INFLUENCIAE, "CGD"]["seconds_for_all"] == 5.0  # CGD solved one of ten points
     assert by_name[INFLUENCIAE, "exact"]["error"] == "stopped after 45 s"
     assert by_name[INFLUENCIAE, "Arnoldi"]["error"] == "failed: ValueError: no"
     assert by_name[PYDVL, "direct"]["error"] == "failed: its answer is not finite"
@@ -261,4 +264,4 @@ def test_where_peers_live(monkeypatch, tmp_path):
     (tmp_path / "tf" / "installed").touch()
     environment = {"PYTHONPATH": str(tmp_path / "tf"), "TF_USE_LEGACY_KERAS": "1"}
     assert solves.interpreter(INFLUENCIAE) == (solves.Path(solves.sys.executable), environment)
-    assert peers._versions(INFLUENCIAE) is None  # the folder is empty
+    assert peers._versions(INFLUENCIAE) is None  # no package is installed in the folder

@@ -11,9 +11,9 @@ RESULTS = Path(__file__).resolve().parents[2] / bench.RESULTS
 
 
 def test_smoke_writes_numbers_and_their_table(part, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # test_solves tests it
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # tested in test_solves.py
     monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.1)
-    # test_solves tests the processes of our own solves.
+    # test_solves.py tests our own solves in child processes, so this run omits them.
     few = replace(bench.SMOKE, settings=bench.SMOKE.settings[1:])
     monkeypatch.setattr(bench, "SMOKE", few)
     monkeypatch.setattr(bench.cnn, "run", lambda *_, **__: part)
@@ -23,7 +23,7 @@ def test_smoke_writes_numbers_and_their_table(part, tmp_path, monkeypatch, capsy
     assert {target["holds"] for target in result["targets"]} == {None}
     for way in ("closed_form", "tape"):
         products = result["products"][way]
-        # float32 rounding, summed over 1,297 rows.
+        # The products are in float32. Their rounding errors add up over 1,297 rows.
         assert 0 < products["largest_error"] < 1e-4
         best = products["seconds"]["product"]["best"], products["seconds"]["gradient"]["best"]
         assert products["product_per_gradient"] == pytest.approx(best[0] / best[1])
@@ -52,7 +52,8 @@ def test_targets_are_judged_on_real_data():
     holds = {target["metric"]: target["holds"] for target in targets.judged(result)}
     assert holds["block_fraction_tape"] is True
     assert holds["product_per_gradient_closed_form"] is False
-    assert holds["speedup_over_default_100_points"] is False  # a missing value does not hold
+    # A target without a measured value does not hold.
+    assert holds["speedup_over_default_100_points"] is False
     assert holds["refits_seconds"] is True
     assert holds["refits_gradient_norm"] is False
     for metric in holds:

@@ -21,8 +21,9 @@ def test_true_residual(digits):
     net, test = digits.closed_form("float64"), digits.test["float64"].take([0, 1])
     B = net.gradients(test.x, test.y).T
     exact = np.linalg.solve(Hessian(net, digits.train["float64"]).dense(), B)
-    assert solves.true_residuals(digits, exact).max() < 1e-12  # rounding times the condition number
-    # The relative residual is 1 for x = 0, and 0.1 for 0.9 times the solution.
+    # The tolerance is the rounding error times the condition number.
+    assert solves.true_residuals(digits, exact).max() < 1e-12
+    # The relative residual is 1 for x = 0, and 0.1 for 0.9 times the exact solution.
     found = solves.true_residuals(digits, exact * [0.0, 0.9])
     np.testing.assert_allclose(found, [1.0, 0.1], rtol=1e-9)
 
@@ -136,7 +137,7 @@ def test_the_child_reads_what_the_parent_writes(digits, tmp_path):
 
 
 def fake(monkeypatch, seconds, residual=lambda: 1e-6):
-    """Replace the processes: each ends at once with the given seconds and residuals."""
+    """Replace child processes by fakes that end at once with the given seconds and residuals."""
 
     def finished(command, **kwargs):
         folder = solves.Path(command[-1])

@@ -1,4 +1,4 @@
-"""Isolation of each test: it uses no network beyond this machine and a temporary cache."""
+"""Fixtures that isolate each test: a temporary cache, and no network except this machine."""
 
 import dataclasses
 import gzip
@@ -21,7 +21,7 @@ def cache(monkeypatch, tmp_path):
     """Make a user cache for this test; forbid downloads and unset $INFLUENCE_DATA."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(pooch, "os_cache", lambda project: folder)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))  # for subprocesses
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))  # child processes read this variable
     monkeypatch.setenv("INFLUENCE_OFFLINE", "1")
     monkeypatch.delenv("INFLUENCE_DATA", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -30,15 +30,15 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def online(monkeypatch):
-    """Allow downloads; the test must use only the local server."""
+    """Allow downloads. The test must use only the local server."""
     monkeypatch.delenv("INFLUENCE_OFFLINE")
 
 
 @pytest.fixture
 def serve():
-    """Give `serve(content)`, which starts a server and returns its URL.
+    """Give `serve(content)`, which starts a server on this machine and returns its URL.
 
-    `content` is {path: bytes, or a function of the request handler}.
+    `content` maps each path to bytes or to a function of the request handler.
 
     Any other path gets status 404. The list `serve.asked` collects the requested paths.
     """
@@ -83,7 +83,7 @@ class _Servers:
 
 
 def write_idx(path, array, magic=None, trailing=b""):
-    """Write a uint8 array as a gzipped idx file, optionally with a bad magic number or end."""
+    """Write a uint8 array as a gzipped idx file, with another magic number or end if given."""
     magic = 0x0800 | array.ndim if magic is None else magic
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
@@ -98,7 +98,7 @@ def write_idx_fixture():
 
 @pytest.fixture(scope="session")
 def made_up_mnist(tmp_path_factory):
-    """Make a data folder of idx files like MNIST's: row i has pixels i % 256, label i % 10."""
+    """Return a folder of idx files like MNIST's. Row i has pixels i % 256 and label i % 10."""
     folder = tmp_path_factory.mktemp("made_up")
     for prefix, num_rows in (("train", 60_000), ("t10k", 10_000)):
         rows = np.arange(num_rows)
@@ -110,7 +110,7 @@ def made_up_mnist(tmp_path_factory):
 
 @pytest.fixture
 def accept(monkeypatch):
-    """Give `accept(folder, base_url=None)`: the registry then expects this folder's MNIST files."""
+    """Give `accept(folder, base_url=None)`: the registry then expects the folder's MNIST files."""
 
     def register(folder: Path, base_url: str | None = None) -> tuple[DataFile, ...]:
         def expected(file):
@@ -129,7 +129,7 @@ def accept(monkeypatch):
 
 @pytest.fixture
 def root(made_up_mnist, tmp_path, accept):
-    """Make a writable copy of `made_up_mnist` that the registry accepts as the real MNIST."""
+    """Return a writable copy of `made_up_mnist` that the registry accepts as the real MNIST."""
     folder = tmp_path / "root"
     shutil.copytree(made_up_mnist, folder)
     accept(folder)

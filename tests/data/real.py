@@ -1,4 +1,4 @@
-"""Real data sets, searched before the fixtures hide them from the tests."""
+"""Search for the real data sets, before fixtures hide them from the tests."""
 
 import pytest
 
@@ -6,7 +6,7 @@ import data
 
 
 def found(name):
-    """Return (the set's folder or None, a mark for the tests that read it)."""
+    """Return the folder of a set, or None, and a mark that skips a test if the set is absent."""
     folder = data.find(name)
     reason = f"{name} not found; set INFLUENCE_DATA, or try `python -m data fetch {name}`"
     skip = pytest.mark.skipif(folder is None, reason=reason)

@@ -1,4 +1,4 @@
-"""Tar archives: reading into memory, size limits, and results that do not depend on the packing."""
+"""Tests of reading tar archives into memory: size limits, and equal results for any packing."""
 
 import dataclasses
 import gzip
@@ -16,7 +16,7 @@ SIZE = sum(map(len, CONTENTS.values()))
 
 
 def pack(contents, *, top="set", mtime=0, extra=(), suffix=b"", reverse=False):
-    """Make a gzipped tar archive of a folder, as bytes."""
+    """Return a gzipped tar archive of the files in `contents`, as bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in sorted(contents, reverse=reverse):
@@ -38,7 +38,7 @@ def member(name, kind, **attributes):
 
 @pytest.fixture
 def unpacked(tmp_path):
-    """Make a data folder with the unpacked set, and the DataFile that describes it."""
+    """Return a data folder with the unpacked set, and the DataFile that describes the set."""
     for name, content in CONTENTS.items():
         path = tmp_path / "data/set/folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def test_what_is_refused(tmp_path, content, message):
 
 
 def test_a_sparse_member_is_not_blown_up(tmp_path):
-    """Check GNU's sparse files: a few bytes of the archive represent a terabyte of zeros."""
+    """Check a GNU sparse file: a few bytes of the archive represent a terabyte of zeros."""
     header = bytearray(tarfile.TarInfo("set/ham/a.txt").tobuf(tarfile.GNU_FORMAT))
     header[156:157] = tarfile.GNUTYPE_SPARSE
     header[483:495] = tarfile.itn(1 << 40, 12, tarfile.GNU_FORMAT)
@@ -114,7 +114,7 @@ def test_a_sparse_member_is_not_blown_up(tmp_path):
         read_tar(path, SIZE)
 
 
-# --- as a file of a data set -------------------------------------------------------------------
+# --- archives as files of a data set -----------------------------------------------------------
 
 
 def test_the_digest_is_of_what_is_in_it(unpacked, tmp_path):

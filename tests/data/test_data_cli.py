@@ -1,4 +1,4 @@
-"""`python -m data`: its output and exit status."""
+"""Tests of the command `python -m data`: its output and exit status."""
 
 import errno
 import os
@@ -91,7 +91,7 @@ def test_fetch(capsys, made_up_mnist, accept, serve, tmp_path, cache):
     done = f"mnist: downloaded to {cache}\ndigits: needs no file\n"
     assert run(capsys, "fetch", "mnist", "digits") == (0, done, "")
     assert run(capsys, "fetch", "mnist") == (0, f"mnist: already in {cache}\n", "")
-    # Data goes to the named folder, even if another folder already has it.
+    # The data is saved in the named folder, even if another folder already has it.
     folder = tmp_path / "folder"
     asked_for = run(capsys, "fetch", "--data-dir", str(folder), "mnist")
     assert asked_for == (0, f"mnist: downloaded to {folder}\n", "")

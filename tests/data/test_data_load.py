@@ -1,4 +1,4 @@
-"""`data.load`: its arguments, its result, and its error when nothing is found."""
+"""Tests of `data.load`: its arguments, its result, and its error when nothing is found."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_unknown_dtype(dtype):
     ],
 )
 def test_stand_ins_never_change(name, digest, dtype):
-    """Values are exact in both dtypes, so one digest holds for both. It covers the split."""
+    """Compare a digest of values and split. It is equal for both dtypes."""
     splits = data.load(name, dtype=dtype)
     assert splits.sha256 == digest and splits.stand_in
     assert splits.train[0].dtype == (np.uint8 if name == "fishlike" else np.dtype(dtype))

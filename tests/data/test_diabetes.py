@@ -1,4 +1,4 @@
-"""The diabetes set: 127 features of the real file, the authors' split, and generated files."""
+"""Tests of the diabetes set: its 127 features, the authors' split, and generated files."""
 
 import collections
 import csv
@@ -44,7 +44,7 @@ def test_real_features_are_the_columns_of_the_file(real):
     sums = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
     sums = dict(zip(real.feature_names, sums, strict=True))
     assert {n: totals[n] for n in real.feature_names} == sums
-    # A category of two levels has no column for its first level.
+    # The features omit the first level of each category that has two levels.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
 
@@ -59,9 +59,9 @@ def test_real_categories_named_none_are_kept_and_two_columns_are_ones(real):
 
 @needs_diabetes
 def test_real_split_is_the_release_s_own(real):
-    # hospital_readmission.ipynb has 24 training children, of whom 3 are readmitted, and 137 test
-    # children, including row 1742. If all children that were not readmitted are removed, except the
-    # last, rows 9366, 11116, 13685 and 19590 remain.
+    # The notebook hospital_readmission.ipynb has 24 training children, of whom 3 are readmitted. It
+    # has 137 test children, including row 1742. If one removes all training children that were not
+    # readmitted, except the last, the rows 9366, 11116, 13685 and 19590 remain.
     age = real.feature_names.index("age_[0-10)")
     (x, y), (x_test, y_test) = real.train, real.test
     children = np.flatnonzero(x[:, age])
@@ -76,11 +76,11 @@ def test_real_split_is_the_release_s_own(real):
 
 @needs_diabetes
 def test_real_digest_is_that_of_sha256sum(real):
-    # In the data folder: sha256sum diabetes/diabetic_data.csv | sha256sum
+    # To compute it in the data folder: sha256sum diabetes/diabetic_data.csv | sha256sum
     assert real.sha256 == "4c800f6278553bc1e573a1a2c3ad2df112ea2fe62f782a58685bda2ae68af9ab"
 
 
-# --- made up ----------------------------------------------------------------------------------
+# --- the generated file -----------------------------------------------------------------------
 
 
 def test_features():
@@ -112,14 +112,14 @@ def test_split_is_balanced_and_leaves_nothing_out():
     assert y[train].sum() == 10 and len(train) == 20
     again = diabetes.split(y, 10)
     np.testing.assert_array_equal(train, again[0])
-    # A random stream other than NumPy's legacy stream would give another split.
+    # Only the random stream of NumPy's legacy RandomState gives this split.
     assert train[:6].tolist() == [34, 12, 3, 9, 30, 13]
     assert test[:6].tolist() == [26, 31, 22, 25, 6, 41]
 
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """Make a data folder of twelve generated stays that the registry accepts as the real file."""
+    """Return a data folder with twelve generated hospital stays, accepted as the real file."""
     path = tmp_path / "made_up/diabetes/diabetic_data.csv"
     path.parent.mkdir(parents=True)
     rows = {column: [str(i) for i in range(12)] for column in diabetes.NUMERIC}
@@ -140,15 +140,15 @@ def made_up(tmp_path, monkeypatch):
 def test_a_file_is_read(made_up, dtype):
     splits = data.load("diabetes", made_up, dtype=dtype)
     (x, y), (x_test, y_test) = splits.train, splits.test
-    # The features are eight numbers, thirty categories of two levels, and one of three levels. The
-    # last category has the levels "None" and "?".
+    # The 41 features are 8 numbers, one column for each of 30 categories of two levels, and three
+    # columns for A1Cresult. In A1Cresult, "None" and "?" count as levels.
     assert x.shape == (6, 8 + 30 + 3) and x_test.shape == (6, 41)
     assert {"A1Cresult_>7", "A1Cresult_?", "A1Cresult_None"} < set(splits.feature_names)
     assert x.dtype == np.dtype(dtype) and y.dtype == np.int64
     assert y.sum() == 3 and y_test.sum() == 1
-    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # the number of each stay
+    stays = np.concatenate([x[:, 0], x_test[:, 0]])  # the first feature identifies the stay
     assert sorted(stays) == list(range(12))
-    # The stays 0, 3, 6 and 9 are readmitted within thirty days, not after.
+    # The stays 0, 3, 6 and 9 have label 1: the patient is readmitted within thirty days.
     np.testing.assert_array_equal(np.concatenate([y, y_test]), stays % 3 == 0)
     none = np.concatenate([x, x_test])[:, splits.feature_names.index("A1Cresult_None")]
     np.testing.assert_array_equal(none, stays % 3 == 0)

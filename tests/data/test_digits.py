@@ -1,4 +1,4 @@
-"""The digits: a fixed split, marked as a stand-in."""
+"""Tests of the digits: the split is fixed and is marked as a stand-in."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_sizes_and_label_counts(splits):
     counts = [np.bincount(y).tolist() for _, y in (splits.train, splits.test)]
     total = np.bincount(load_digits(return_X_y=True)[1])
     np.testing.assert_array_equal(np.sum(counts, axis=0), total)
-    assert min(counts[1]) > 35  # about 50 rows of each class are expected
+    assert min(counts[1]) > 35  # each class should have about 50 test rows
 
 
 def test_splits_partition_the_rows(splits):

@@ -1,4 +1,4 @@
-"""Dogfish: the authors' order of photographs, in each folder layout; the stand-in."""
+"""Tests of Dogfish: the authors' order of photographs, in each folder layout, and the stand-in."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from data import fishlike as generated
 from tests.data.real import found
 
 REAL, needs_dogfish = found("dogfish")
-TRAIN, TEST = 6, 4  # of each class, in the generated sets
+TRAIN, TEST = 6, 4  # rows per class in the generated sets
 SIDE = 8
 
 
@@ -33,33 +33,33 @@ def test_real_split(real):
 @needs_dogfish
 def test_classes_are_where_the_releases_notebooks_have_them(real):
     # The notebooks show that test point 462 and training images 1380, 203, 1723, 550, 1250 and 1141
-    # are fish, and that training images 526, 664, 607, 786 and 1623 are dogs. A wrong order would
-    # agree by chance only once in four thousand times.
+    # are fish. They also show that training images 526, 664, 607, 786 and 1623 are dogs. A wrong
+    # order would agree by chance only once in four thousand times.
     assert real.test[1][462] == 1
     assert real.train[1][[1380, 203, 1723, 550, 1250, 1141]].tolist() == [1] * 6
     assert real.train[1][[526, 664, 607, 786, 1623]].tolist() == [0] * 5
 
 
-# --- made up --------------------------------------------------------------------------------------
+# --- generated photographs ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Set few and small photographs."""
+    """Make the data set expect few and small photographs."""
     sizes = {"NUM_TRAIN": TRAIN, "NUM_TEST": TEST, "PAPERS_SIDE": SIDE, "IMAGENETTES_SIDE": SIDE}
     for name, value in sizes.items():
         monkeypatch.setattr(dogfish, name, value)
 
 
 def plain(path, level):
-    """Make a photograph of one grey level, which identifies it."""
+    """Write a photograph of one grey level. The level identifies the photograph."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (SIDE, SIDE), (level,) * 3).save(path, "PNG")
 
 
 @pytest.fixture
 def imagenettes(tmp_path, small):
-    """Write photographs with grey level 100 c + 10 s + k for class c, split s and k-th name."""
+    """Return a folder of photographs with grey level 100 c + 10 s + k: class c, split s, name k."""
     for c, synset in enumerate(dogfish.IMAGENETTES):
         for s, (split, count) in enumerate((("train", TRAIN), ("val", TEST))):
             for k in range(count + 2):
@@ -68,8 +68,8 @@ def imagenettes(tmp_path, small):
 
 
 def check(splits, level):
-    """Compare with the seed's order. `level(c, s, k)` is the level of image k, class c, split s."""
-    rng = np.random.RandomState(0)  # one stream, training rows first
+    """Compare with the seed's order. `level(c, s, k)` is the grey level of an image."""
+    rng = np.random.RandomState(0)  # one random stream orders the training rows, then the test rows
     for s, (count, (x, y)) in enumerate(((TRAIN, splits.train), (TEST, splits.test))):
         levels = np.array([level(c, s, k) for c in (0, 1) for k in range(count)])
         order = rng.permutation(2 * count)
@@ -86,7 +86,7 @@ def test_imagenettes_folders(imagenettes):
 
 
 def test_the_synsets_folders_in_the_order_of_their_numbers(tmp_path, small):
-    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # one more than needed
+    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # eleven images, one more than needed
     for c, synset in enumerate(dogfish.PAPERS):
         for number in numbers:
             rank = sorted(numbers).index(number)
@@ -198,7 +198,7 @@ def test_stand_in_is_pictures_of_two_kinds(fishlike):
     assert x.shape == (200, 32, 32, 3) and x_test.shape == (80, 32, 32, 3)
     assert x.dtype == x_test.dtype == np.uint8 and y.dtype == np.int64
     assert np.bincount(y).tolist() == [100, 100] and np.bincount(y_test).tolist() == [40, 40]
-    assert x.std(axis=(1, 2, 3)).min() > 5  # none is empty
+    assert x.std(axis=(1, 2, 3)).min() > 5  # no image is blank
     assert len(np.unique(x.reshape(200, -1), axis=0)) == 200
 
 

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine. The result is a complete, checked file or no file."""
+"""Tests of downloads from a local server. The result is a complete, verified file or no file."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ import data
 from data.download import fetch
 from data.files import DataFile
 
-CONTENT = bytes(range(256)) * 400  # a hundred times pooch's chunk
+CONTENT = bytes(range(256)) * 400  # a hundred times pooch's chunk size
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -26,7 +26,7 @@ def everything_in(folder):
 
 
 def drop(handler, announced=True):
-    """Send half of the content and close the connection. HTTP/1.0 may omit the length."""
+    """Send half of the content and close the connection, with or without announcing the length."""
     handler.send_response(200)
     if announced:
         handler.send_header("Content-Length", str(len(CONTENT)))
@@ -154,7 +154,8 @@ def test_load_downloads_into_the_cache(made_up_mnist, accept, serve, cache, tmp_
     splits = data.load("mnist", tmp_path / "elsewhere", dtype="float32")
     assert splits.train[0].shape == (55_000, 784)
     assert data.find("mnist") == cache
-    assert not (tmp_path / "elsewhere").exists()  # loading never writes to the user's folder
+    # Loading never writes to the folder that the caller names.
+    assert not (tmp_path / "elsewhere").exists()
     assert len(serve.asked) == 4
 
     data.load("mnist", dtype="float32")

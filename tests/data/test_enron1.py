@@ -1,4 +1,4 @@
-"""Enron1: from text to counts on generated mails, and the real split if it is found."""
+"""Tests of Enron1: from text to counts for generated mails, and the real split if it is found."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ def real():
 def test_real_split_sizes(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (4_137, 5_350) and x_test.shape == (1_035, 5_350)
-    assert (y.sum(), y_test.sum()) == (1_203, 297)  # 1,500 of 5,172
+    assert (y.sum(), y_test.sum()) == (1_203, 297)  # 1,500 of all 5,172 mails are spam
     assert (x.nnz, x.dtype, x.format) == (185_435, np.dtype("float64"), "csr")
     assert real.sha256 == "6592b4b15717a221fcb4a4458b64111ea8560c9665fe2f3dbfa5d28280a1a087"
 
@@ -49,13 +49,14 @@ def test_real_counts_are_whole_and_every_word_is_in_five_mails(real):
     [
         ("Meetings were moved\r\n", ["meeting", "move"]),
         ("subject : re : running late", ["subject", "run", "late"]),
-        ("the of and", []),  # stop words
-        ("a1 b2b 2004 $ 100 under_score", []),  # not alphabetic
-        ("x y zebra", ["zebra"]),  # one letter
+        ("the of and", []),  # all are stop words
+        # Words with other characters than letters are dropped.
+        ("a1 b2b 2004 $ 100 under_score", []),
+        ("x y zebra", ["zebra"]),  # words of one letter are dropped
         ("offer offer offers", ["offer"] * 3),
-        ("CAF\xc9 qqqzzz", ["caf\xe9", "qqqzzz"]),  # unknown words stay
-        ("Sydney sydney", ["sydney", "sydney"]),  # the lemma becomes lower case
-        ("price's", ["price"]),  # the s is one letter
+        ("CAF\xc9 qqqzzz", ["caf\xe9", "qqqzzz"]),  # words without a known lemma are kept
+        ("Sydney sydney", ["sydney", "sydney"]),  # lemmas are in lower case
+        ("price's", ["price"]),  # the "s" has one letter, so it is dropped
     ],
 )
 def test_words(text, expected):
@@ -65,7 +66,7 @@ def test_words(text, expected):
 def test_vocabulary_is_of_words_in_five_training_mails():
     train = ["zebra zebra"] * 4 + ["zebra lion"] + ["lion lions lion"] * 3
     x, x_test = enron1.counts(train, ["lion zebra", "zebra zebras"], np.dtype("float32"))
-    # lion is in only four mails, more than once in some.
+    # The word "lion" occurs in only four mails, so it is not in the vocabulary.
     np.testing.assert_array_equal(x.toarray()[:, 0], [2, 2, 2, 2, 1, 0, 0, 0])
     np.testing.assert_array_equal(x_test.toarray(), [[1], [2]])
     assert x.dtype == np.float32
@@ -75,7 +76,7 @@ def test_vocabulary_is_of_words_in_five_training_mails():
 
 
 def mails():
-    """Make mails. Mail k contains "zebra" k times, which identifies it."""
+    """Return generated mails by file name. Mail k contains "zebra" k times, which identifies it."""
     named = {"Summary.txt": b"not a mail"}
     for k in range(1, NUM_HAM + NUM_SPAM + 1):
         kind = "ham" if k <= NUM_HAM else "spam"
@@ -85,7 +86,7 @@ def mails():
 
 @pytest.fixture(params=["archive", "folder"])
 def root(request, tmp_path, monkeypatch):
-    """Make a data folder of generated mails that the registry accepts as the real ones."""
+    """Return a data folder of generated mails, which the registry accepts as the real ones."""
     contents = mails()
     for name, content in contents.items():
         path = tmp_path / "enron1/enron1" / name
@@ -110,10 +111,11 @@ def root(request, tmp_path, monkeypatch):
 def test_split_order_and_labels(root):
     splits = data.load("enron1", root)
     (x, y), (x_test, y_test) = splits.train, splits.test
-    assert len(y) == 16 and len(y_test) == 4  # four fifths of twenty
+    # The split gives four fifths of the twenty mails to training.
+    assert len(y) == 16 and len(y_test) == 4
     zebra = int(np.argmax(x.sum(axis=0)))
     number = np.concatenate([x[:, zebra].toarray(), x_test[:, zebra].toarray()]).ravel()
-    # The seed shuffles the sorted names, so the order on disk does not matter.
+    # The seed permutes the sorted names, so the order on disk does not matter.
     order = np.random.RandomState(0).permutation(NUM_HAM + NUM_SPAM)
     np.testing.assert_array_equal(number, order + 1)
     np.testing.assert_array_equal(np.concatenate([y, y_test]), order >= NUM_HAM)
@@ -148,7 +150,7 @@ def test_stand_in_is_wide_sparse_and_marked(spam):
     assert y.mean() == pytest.approx(0.3, abs=0.03) and set(y) == {0, 1}
     assert np.bincount(x.indices).min() == 5
     lengths = np.asarray(x.sum(axis=1)).ravel()
-    assert lengths.max() > 10 * np.median(lengths)  # leverage
+    assert lengths.max() > 10 * np.median(lengths)  # a few long mails give rows of large leverage
 
 
 def test_sparse_rows_cannot_be_changed_but_serve(spam):

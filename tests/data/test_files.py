@@ -1,4 +1,4 @@
-"""Search and check of files: the order of folders, and the message if no folder has the files."""
+"""Tests of searching and checking files: the order of folders, and the error if none has them."""
 
 import hashlib
 import os
@@ -122,7 +122,7 @@ def test_explanation_says_where_it_looked_and_what_to_put_where(tmp_path, monkey
     assert "    from https://example.org/hello.txt" in message
 
 
-# --- paths that are no plain files --------------------------------------------------------------
+# --- paths that are not regular files -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["a link", "a named pipe"])
@@ -151,14 +151,14 @@ def test_a_file_of_another_size_is_not_hashed(tmp_path, monkeypatch):
     path = tmp_path / FILE.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.truncate(1 << 43)  # sparse: 8 TB of zeros take no room
+        file.truncate(1 << 43)  # the file is sparse, so its 8 TB of zeros occupy no disk space
     monkeypatch.setattr(files, "sha256_of", lambda path: pytest.fail("it was hashed"))
     with pytest.raises(ValueError, match="expected 6 bytes .* found 8,796,093,022,208 bytes"):
         files.verify([FILE], tmp_path)
 
 
 def test_names_cannot_forge_a_folder_s_digest(tmp_path):
-    """A line break in a file's name could make its listing equal to that of two files."""
+    """Check a line break in a file's name. One such file could have the listing of two files."""
     put(tmp_path, path="true/a")
     put(tmp_path, path="true/b")
     put(tmp_path, path=f"forged/a\n{HELLO}  b")

@@ -1,4 +1,4 @@
-"""The idx reader: valid files, and errors that name what is wrong with a file."""
+"""Tests of the idx reader: valid files, and errors that name the fault of a file."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""Photographs: conversion of all formats to square RGB images; errors that name broken files."""
+"""Tests of photographs: conversion to square RGB images, and errors that name broken files."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ SIDE = 16
 
 
 def smooth(height=SIDE, width=SIDE):
-    """Make colours that change slowly, so that JPEG preserves them."""
+    """Return an image whose colours change slowly, so that JPEG preserves them."""
     v, u = np.mgrid[:height, :width]
     channels = 60 + 120 * u / width, 200 - 100 * v / height, 90 + 60 * (u + v) / (height + width)
     return np.stack(channels, axis=2).astype(np.uint8)
@@ -27,7 +27,8 @@ def save(tmp_path):
 
 
 def test_a_photograph_of_the_right_size_is_taken_as_it_is(save):
-    path = save(smooth(), kind="PNG")  # the suffix is wrong, as for one of ImageNet's files
+    # The suffix does not fit the format, as in one of ImageNet's files.
+    path = save(smooth(), kind="PNG")
     found = images.read([path, path], SIDE)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, [smooth(), smooth()])
@@ -36,14 +37,15 @@ def test_a_photograph_of_the_right_size_is_taken_as_it_is(save):
 @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("RGBA", "PNG"), ("RGB", "JPEG")])
 def test_other_modes_keep_their_colours(save, mode, kind):
     (found,) = images.read([save(smooth(), mode=mode, kind=kind)], SIDE)
-    assert np.abs(found.astype(int) - smooth()).max() < 12  # JPEG's loss
+    # JPEG compression changes values slightly.
+    assert np.abs(found.astype(int) - smooth()).max() < 12
 
 
 def test_grey_becomes_three_equal_channels(save):
     (found,) = images.read([save(smooth(), mode="L")], SIDE)
     assert found.shape == (SIDE, SIDE, 3)
     assert (found[..., 0] == found[..., 1]).all() and (found[..., 0] == found[..., 2]).all()
-    luminance = smooth() @ [0.299, 0.587, 0.114]  # ITU-R 601
+    luminance = smooth() @ [0.299, 0.587, 0.114]  # weights of the ITU-R 601 standard
     assert np.abs(found[..., 0] - luminance).max() < 8
 
 

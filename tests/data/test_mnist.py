@@ -1,4 +1,4 @@
-"""MNIST: the paper's split of the real files, if they are found, and of generated files."""
+"""Tests of MNIST: the paper's split of generated files, and of the real files if they are found."""
 
 import gzip
 import shutil
@@ -21,7 +21,7 @@ def real():
 def test_real_split_sizes_and_label_counts(real):
     (x, y), (x_test, y_test) = real.train, real.test
     assert x.shape == (55_000, 784) and x_test.shape == (10_000, 784)
-    # These are the counts of TensorFlow's 55,000 rows, which the paper's code uses.
+    # These are the counts in TensorFlow's 55,000 training rows, which the paper's code uses.
     assert np.bincount(y).tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
     assert np.bincount(y_test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -40,7 +40,7 @@ def test_real_pixels_are_exactly_k_over_255(real):
 
 @needs_mnist
 def test_real_digest_is_that_of_sha256sum(real):
-    # In the data folder: sha256sum mnist/*.gz | sha256sum
+    # To compute it in the data folder: sha256sum mnist/*.gz | sha256sum
     assert real.sha256 == "a543788378c65030524602bb5a889f62fb29b048b203e924277aaba1e80bf888"
     assert (real.name, real.stand_in) == ("mnist", False)
 
@@ -51,7 +51,7 @@ def test_split_pixels_and_dtypes(root, dtype):
     train = splits.train, np.arange(5_000, 60_000)
     for (x, y), rows in (train, (splits.test, np.arange(10_000))):
         assert (x.shape, x.dtype) == ((len(rows), 784), np.dtype(dtype))
-        # Rounding k/255 from float64 to float32 gives the float32 quotient k/255 for every k.
+        # For every k, k/255 in float64, rounded to float32, equals k/255 computed in float32.
         expected = ((rows % 256) / 255).astype(dtype)
         np.testing.assert_array_equal(x[:, [0, -1]], np.stack([expected, expected], axis=1))
         assert y.dtype == np.int64
@@ -74,7 +74,7 @@ def test_truncated_file_and_corrupted_byte(root):
     message = f"{path} is not the file it should be: expected {len(content):,} bytes"
     assert message in str(error.value)
     assert "found 1,000 bytes" in str(error.value) and "looks truncated" in str(error.value)
-    assert len(path.read_bytes()) == 1000  # unchanged
+    assert len(path.read_bytes()) == 1000  # the file is left unchanged
     content[500] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="train-images.* is not the file it should be") as error:

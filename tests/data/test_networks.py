@@ -1,4 +1,4 @@
-"""Weights of trained networks: found and checked like data sets, and downloaded if possible."""
+"""Tests of pretrained weights, which are found, verified and downloaded like data sets."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ CONTENT = b"weights" * 100
 
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
-    """Give `weights(name, **changed)`, which expects CONTENT for the name and returns its path."""
+    """Give `weights(name, **changed)`, which registers CONTENT as weights and returns the path."""
 
     def expect(name, **changed):
         file = dataclasses.replace(

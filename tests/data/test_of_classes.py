@@ -1,4 +1,4 @@
-"""`Splits.of_classes`: two of the digits make a problem with two classes."""
+"""Tests of `Splits.of_classes`, which makes a problem of two classes from the digits."""
 
 import numpy as np
 import pytest

@@ -1,12 +1,15 @@
-"""Sybil evaluators of the blocks in pages: Python with values in comments, outputs, and commands.
+"""Sybil evaluators for the code blocks of pages: Python, printed output and shell commands.
+
+A comment behind a line of Python shows the line's value:
 
     x.sum()  # 0.9997                 the value, rounded to the digits shown
     a, b  # [1, 2], True              one value for each
     x  # (3, n)                       the shape of an array; letters stand for any size
     len(x)  # 55000 or 1297           one of the two
-    x.sum()  # about a third          words, without a digit: not compared
+    x.sum()  # about a third          words without a digit, which are not compared
 
-A block ```output after a Python block is what the block printed. A line `...` stands for any lines.
+A block ```output shows the printed output of the Python block before it. In it, a line `...`
+stands for any lines.
 """
 
 from __future__ import annotations
@@ -26,16 +29,18 @@ from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
 ROOT = Path(__file__).resolve().parents[2]
-# The pages whose blocks are run. Those of docs/experiments are generated from records.
+# The code blocks of these pages are run. The pages in docs/experiments are not listed, because they
+# are generated from records.
 PATTERNS = ("README.md", "docs/*.md", "docs/api/*.md", "docs/notebooks/*.md")
 _BLOCK = re.compile(r"^ *```(?:python|bash|sh|console)$", re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\d|\d)?(?:\.\d+|\d\.?)(?:[eE][-+]?\d+)?")
-# A value may be off by this share of the last digit shown: a half, and a little for rounding.
+# A value may differ from the shown number by this share of the last digit: a half, plus a small
+# allowance for rounding.
 _OFF = 0.51
 
 
 class Wrong(AssertionError):
-    """A page that says something else than what its blocks do."""
+    """A page whose text differs from the result of its code blocks."""
 
 
 def documents() -> list[Path]:
@@ -45,9 +50,9 @@ def documents() -> list[Path]:
 
 
 def evaluate(path: Path, namespace: dict[str, Any] | None = None) -> int:
-    """Run all blocks of a page in one namespace, in order. Return their number.
+    """Run all blocks of a page in one namespace, in order. Return the number of blocks.
 
-    Raises: Wrong for a value that is not that of its comment, with the file and the line.
+    Raises: Wrong if a value differs from its comment; the message has the file and the line.
     """
     parsers = [
         CodeBlockParser("python", _python),
@@ -66,7 +71,7 @@ def evaluate(path: Path, namespace: dict[str, Any] | None = None) -> int:
 
 
 def _python(example: Example) -> None:
-    """Run a block of Python, and compare its values with its comments."""
+    """Run a block of Python, and compare its values with the comments behind them."""
     source, first = str(example.parsed), example.line + 1
     comments = _comments(source)
     said = io.StringIO()
@@ -88,7 +93,7 @@ def _python(example: Example) -> None:
 
 
 def _comments(source: str) -> dict[int, str]:
-    """Return the comment behind each line of code, by the number of the line."""
+    """Return the comment behind each line of code, keyed by line number."""
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {
@@ -101,7 +106,7 @@ def _comments(source: str) -> dict[int, str]:
 def compare(value: Any, comment: str, here: str = "") -> None:
     """Compare a value with the values at the beginning of a comment.
 
-    Raises: Wrong if they differ, or if the comment has digits that are no value.
+    Raises: Wrong if they differ, or if the comment has digits that are not read as a value.
     """
     choices = []
     rest = comment
@@ -122,7 +127,7 @@ def compare(value: Any, comment: str, here: str = "") -> None:
 
 
 def _leading(text: str) -> tuple[list[str], str]:
-    """Return the values at the beginning of a text, as text, and the rest."""
+    """Split a text into the list of values at its beginning, as strings, and the rest."""
     found = []
     while True:
         one = _one(text)
@@ -137,7 +142,7 @@ def _leading(text: str) -> tuple[list[str], str]:
 
 
 def _one(text: str) -> str:
-    """Return the one value at the beginning of a text, or ''."""
+    """Return the first value at the beginning of a text, or '' if there is none."""
     word = re.match(r"(?:True|False|None|nan|inf)\b", text)
     if word:
         return word[0]
@@ -151,7 +156,7 @@ def _one(text: str) -> str:
         end = text.find(text[0], 1)
         return text[: end + 1] if end > 0 else ""
     number = _NUMBER.match(text)
-    # `3 rows` begins with a value; `3x` and `2-norm` do not.
+    # The text `3 rows` begins with a value. The texts `3x` and `2-norm` do not.
     return number[0].rstrip(",") if number and not re.match(r"[\w-]", text[number.end() :]) else ""
 
 
@@ -184,7 +189,7 @@ def _is_one(value: Any, shown: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """Split a text at the commas that stand in no bracket."""
+    """Split a text at its commas, except those inside brackets."""
     parts, depth = [""], 0
     for sign in text:
         depth += (sign in "[(") - (sign in "])")
@@ -196,7 +201,7 @@ def _split(text: str) -> list[str]:
 
 
 def close(value: float, shown: str) -> bool:
-    """Return True if a number, rounded to the digits shown, is the number shown."""
+    """Return True if `value`, rounded to as many digits as `shown` has, equals `shown`."""
     if shown in ("nan", "inf"):
         return str(value) == shown
     plain = shown.replace(",", "")
@@ -210,13 +215,13 @@ def _short(value: Any) -> str:
     return re.sub(r"\s+", " ", repr(value))[:200]
 
 
-# --- what a block printed -------------------------------------------------------------------------
+# --- the output of a block ------------------------------------------------------------------------
 
 
 def _output(example: Example) -> None:
-    """Compare what the Python block before this one printed. Numbers may differ in the last digit.
+    """Compare this block with the output of the last Python block.
 
-    A line `...` stands for any number of lines.
+    Numbers may differ by one in the last digit. A line `...` stands for any number of lines.
     """
     said = getattr(example.document, "said", "")
     if not _same_lines(said.rstrip().splitlines(), str(example.parsed).rstrip().splitlines()):
@@ -239,7 +244,7 @@ def _same_line(said: str, shown: str) -> bool:
 
 
 def _one_apart(one: str, other: str) -> bool:
-    """Return True if a number differs by at most one in the last digit shown."""
+    """Return True if two numbers differ by at most one in the last digit shown."""
     plain = other.replace(",", "").lower()
     mantissa, _, exponent = plain.partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
@@ -250,7 +255,7 @@ def _one_apart(one: str, other: str) -> bool:
 
 
 def _shell(example: Example) -> None:
-    """Check that each command of a block and its options exist. Nothing is run."""
+    """Check that every command of a block exists and has the options used. No command is run."""
     for number, line in enumerate(_lines(str(example.parsed)), example.line + 1):
         try:
             check_command(line)
@@ -265,12 +270,12 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def check_command(line: str) -> None:
-    """Check one command.
+    """Check one command line.
 
-    Raises: ValueError, LookupError or SystemExit for a command or an option that does not exist.
+    Raises: ValueError, LookupError or SystemExit if the command or an option does not exist.
     """
     words = shlex.split(line, comments=True)
-    while words and re.match(r"\w+=", words[0]):  # variables of the environment
+    while words and re.match(r"\w+=", words[0]):  # skip assignments of environment variables
         del words[0]
     if "&&" in words:
         at = words.index("&&")
@@ -337,10 +342,10 @@ def _make(rest: list[str]) -> None:
 
 
 def _anything(rest: list[str]) -> None:
-    """Accept a command of the system."""
+    """Accept any arguments of a system command."""
 
 
-# These commands belong to the system. Only their names are checked.
+# These are commands of the operating system. Only their names are checked.
 _SYSTEM = ("pip", "cd", "source", "git", "docker", "mkdir", "jupyter", "pytest")
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "influence": _influence,

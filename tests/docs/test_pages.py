@@ -1,4 +1,4 @@
-"""Every block of code in the documentation runs, and does what its comments say."""
+"""Tests that every code block in the documentation runs and gives the values in its comments."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.docs import pages
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Run in an empty folder, without a display."""
+    """Change to an empty folder, and let Matplotlib draw without a display."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     return tmp_path
@@ -27,7 +27,7 @@ def test_the_blocks_of_a_page_run(path, elsewhere):
 
 
 def _given(path: Path) -> dict:
-    """Return the names that a page takes as given: a trained model, its rows, the public names."""
+    """Return the names that a page uses without defining them: a model, its rows, public names."""
     if path.name != "README.md":
         return {}
     import keras
@@ -99,7 +99,7 @@ def test_a_true_comment_passes(value, comment):
         (True, "1"),
         ("one_step", "'first_order'"),
         (0, "None"),
-        (3.0, "about 3"),  # a digit that is not compared
+        (3.0, "about 3"),  # "about 3" has a digit but no value in front
     ],
 )
 def test_a_false_comment_is_found(value, comment):

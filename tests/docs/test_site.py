@@ -1,4 +1,4 @@
-"""The built documentation asks no other server for anything, and its links and names are right."""
+"""Tests of the built documentation: it uses no other server, and its links and names are right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("furo", reason="requirements-docs.txt is not installed")
 import influence
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a page of this tag loads by itself, by the attribute with the address.
+# For each tag, the attribute with the address of a file that the page loads by itself.
 _LOADS = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src",
     "embed": "src", "object": "data",
@@ -26,7 +26,7 @@ _LOADING_LINKS = {"stylesheet", "preload", "icon", "shortcut", "prefetch", "prec
 
 
 class Page(HTMLParser):
-    """The ids of a page, the addresses that it loads, and the links that a reader may follow."""
+    """Parser that collects a page's ids, the addresses that it loads, and its links."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built with warnings as errors in a process without proxies or a display."""
+    """Return the folder of the built site. Sphinx treats warnings as errors."""
     out = tmp_path_factory.mktemp("site")
     words = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "--quiet"]
     words += ["-d", str(out / "doctrees"), str(ROOT / "docs"), str(out / "html")]
@@ -72,7 +72,7 @@ def test_no_page_loads_anything_from_another_server(site, parsed):
     assert len(parsed) > 20
     found = [(p.name, a) for p, page in parsed.items() for a in page.loads if _is_elsewhere(a)]
     assert found == []
-    # Styles may load fonts and images, and scripts may fetch.
+    # Styles may load fonts and images, and scripts may fetch data. Neither may use another server.
     for path in site.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", text), path.name
@@ -115,7 +115,7 @@ def test_docstrings_are_shown_as_they_are_written(site):
     plain = re.sub(r"<[^>]+>", "", text)
     assert "s_test . grad L(z_i) / n" in plain
     assert "D2 = D1 + k / (n - k) H^-1 (H_U - H) D1" in plain
-    assert "problematic" not in text  # the class of text that Sphinx could not read
+    assert "problematic" not in text  # Sphinx gives this class to text that it cannot parse
     assert not re.search(r"(?<!`)``?\w+``?(?!`)", plain), "a backtick is left"
 
 

@@ -1,4 +1,4 @@
-"""Each example on its small data, through the commands that a person types."""
+"""Tests of each example on its small data, through the commands that a user types."""
 
 import json
 
@@ -18,13 +18,14 @@ def trial(request, tmp_path_factory):
 def asked(trial, command, tmp_path, capsys, *more):
     words = [*trial.words(command), *more, "--json", "--out", str(tmp_path / command)]
     if command != "check":
-        words.append("--no-check")  # it takes as long as the question
+        words.append("--no-check")  # the check takes as long as the command itself
     status = main([*words, "--index", str(tmp_path / "index")])
     said = capsys.readouterr()
     return status, json.loads(said.out)
 
 
-@pytest.mark.timeout(900)  # four commands about a net: minutes on a slow machine
+# The test runs four commands on one net, which takes minutes on a slow machine.
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_the_four_questions_are_answered(trial, tmp_path, capsys):
     name, made = trial
@@ -51,8 +52,8 @@ def test_the_four_questions_are_answered(trial, tmp_path, capsys):
     status, found = asked(made, "verify", tmp_path, capsys, "--remove", "4", "--wrong", "2")
     assert status == 0
     agreement = found["agreement"]["all"]
-    # The mails and the regression have more weights than these few rows support. One row bends the
-    # net there, and `verify` must not say that the sizes hold.
+    # The mails and the regression have more weights than these few rows can determine. Removing a
+    # single row changes such a net strongly, and `verify` must not say that the sizes hold.
     if name not in ("mails", "regression"):
         assert agreement["pearson"] > 0.8 and agreement["sign"] > 0.7
         assert 0.3 < agreement["slope"] < 3

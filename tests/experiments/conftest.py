@@ -1,4 +1,4 @@
-"""A small experiment, `fake`, and small data, in the places where the harness looks for them."""
+"""Fixtures that give the harness a small experiment, `fake`, and small data."""
 
 import gc
 import sys
@@ -70,13 +70,13 @@ SOURCE = '''
 
 
 class FakeData(ModuleType):
-    """A fake of the package `data`; `found` says whether it finds the real data."""
+    """A fake of the package `data`. If `found` is True, the real data counts as found."""
 
     found = True
 
     def __init__(self, name):
         super().__init__(name)
-        self.dtypes = []  # the dtypes that `load` was called with
+        self.dtypes = []  # dtypes of all calls of `load`
 
     def find(self, name, root=None):
         return self.found and "some/folder"
@@ -91,7 +91,8 @@ class FakeData(ModuleType):
         )
 
 
-# The paper's scores are of first order, whose error the figures show.
+# The paper's scores are of first order, so the library warns of rows with a large leverage. The
+# figures show the error of these scores.
 FIRST_ORDER = pytest.mark.filterwarnings("ignore:.* have a leverage above 0.1:UserWarning")
 
 
@@ -103,7 +104,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Install the fake experiment as the only one. Yield its module, whose data is `fake.data`."""
+    """Install `fake` as the only experiment. Yield its module, whose data is `fake.data`."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "fake_figure.py").write_text(textwrap.dedent(SOURCE))
@@ -115,7 +116,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
     monkeypatch.setattr(
         gc, "collect", lambda *_: 0
-    )  # Keras would collect the garbage of all earlier tests
+    )  # otherwise Keras collects the garbage of all earlier tests
     monkeypatch.chdir(tmp_path)
     module = experiments.load("fake")
     module.data = package
@@ -135,7 +136,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def networks_traced_once():
-    """Share traced functions between equal networks. TensorFlow would trace each network again."""
+    """Share traced functions among equal networks. TensorFlow would trace each network again."""
     from experiments.shared import mnist_cnn
     from influence import AllCNN
     from tests.influence.problems import traced_once

@@ -1,7 +1,7 @@
-"""The bands of all claims are committed with the dates on which they were set.
+"""Check that the bands of all claims equal a committed list, which gives a date for each band.
 
-A band is set before the run that it judges. Whoever changes one changes this list too, and git
-shows both. The committed runs pass every check.
+A band is chosen before the run that it judges. Whoever changes a band must also change this list,
+so git shows both changes. The committed runs pass every check.
 """
 
 import csv
@@ -57,7 +57,7 @@ def test_committed_runs_pass_every_check(folder):
     command, preset = experiments.present(record.experiment, record.preset)
     module = experiments.load(command)
     assert claims.failed(module, preset, record.metrics) == []
-    # Only stand-ins have the networks `small` and `learnt`.
+    # The networks `small` and `learnt` exist only for stand-ins. The real records use other names.
     said = module.FINDING.replace("_small}", "_mobilenet}").replace("learnt/relu2", "svm")
     told = re.findall(r"\{(.+?)\}", said)
     assert told and set(told) <= record.metrics.keys()

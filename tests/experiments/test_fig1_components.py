@@ -1,4 +1,4 @@
-"""Figure 1: the four variants compared with closed forms, and the experiment on the stand-in."""
+"""Tests of Figure 1: the four variants against closed forms, and the run on the stand-in."""
 
 import dataclasses
 
@@ -29,8 +29,8 @@ def test_variants_are_their_closed_forms():
     g = p.measured.gradients(p.theta)  # (m, d)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), g.T).T
     own = p.oracle.gradients(p.theta) + p.net.weight_decay * p.theta
-    # The loss's gradient is (p - y) x. Without the training loss, its factor 1 - p_y is set to one
-    # and its sign does not change.
+    # The gradient of the loss is (p - y) x. The variant without the training loss keeps the sign of
+    # p - y and replaces its size, 1 - p_y, by one.
     signed = np.where(p.train.y == 1, -1, 1)[:, None] * p.train.x
     assert relative_error(full, s_test @ own.T) < 1e-10
     assert relative_error(no_train_loss, s_test @ signed.T) < 1e-10
@@ -42,14 +42,15 @@ def test_full_variant_is_the_change_of_a_refit():
     p = logistic("sigmoid", num_rows=400)
     full = fig1.variants(Influence(p.net, p.train, solver=Direct()), p.test)[0]
     actual = 400 * p.oracle.actual_changes(p.theta, p.measured, [5, 100])
-    assert relative_error(full[:, [5, 100]], actual) < 0.03  # the error is of first order in 1 / n
+    # The influence has a relative error of order 1 / n.
+    assert relative_error(full[:, [5, 100]], actual) < 0.03
 
 
 def test_smoke(record):
     metrics, arrays = record.metrics, record.arrays
     assert metrics["num_train"] == 265 and metrics["num_test"] == 96
     assert metrics["test_digit"] == 7
-    # No pixel is negative, so the label decides the sign of the loss's part if H is left out.
+    # No pixel is negative. Without H, the label therefore determines the sign of the loss's part.
     assert metrics["label_sign_no_hessian"] == 1
     assert metrics["further_lowest_label_sign_no_hessian"] == 1
     assert metrics["worst_refit_gradient_norm"] <= 1e-8

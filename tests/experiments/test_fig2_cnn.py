@@ -1,4 +1,4 @@
-"""Figure 2, right: a small network's predictions and truths, each compared with its definition."""
+"""Tests of Figure 2, right: a small network's predictions and truths against their definitions."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def record(digits, folder):
 
 @pytest.fixture(scope="module")
 def trained(digits):
-    """Train like the run of `record`; return net, training set, test points."""
+    """Return a net, its training set and test points, trained as in the run of `record`."""
     train, test = mnist_cnn.images(digits, SMALL)
     net = mnist_cnn.network(SMALL, train)
     net.fit(train, schedule=SMALL.schedule, batch_size=SMALL.batch_size)
@@ -75,11 +75,11 @@ def test_metrics_are_of_the_arrays(record):
         r = np.corrcoef(sides[one][0, first], sides[other][0, first])[0, 1]
         assert arrays["step_pearson"][i] == pytest.approx(r, rel=1e-9)
         assert arrays["step_slope"][i] == pytest.approx(line[0], rel=1e-6)
-    assert metrics["pearson_proximal"] > 0.9  # damped influence predicts this truth
+    assert metrics["pearson_proximal"] > 0.9  # damped influence predicts the proximal truth
     for truth in ("proximal", "bregman"):
         assert arrays[f"{truth}_gradient_norm"].max() <= SMALL.tolerance
         assert metrics[f"{truth}_lost"] == 0
-    # The net is in float64, so this error comes only from the tolerance.
+    # The net is in float64, so this error comes only from the tolerance of the refits.
     assert metrics["proximal_float32_error"] < 0.05
     assert arrays["drift"].shape == (2,) and (arrays["drift"] != 0).all()
     assert 0 < metrics["slow_spread"] < 0.2 * np.std(arrays["actual_continued"][0, first])
@@ -111,7 +111,7 @@ def test_truths_are_the_library_s(record, trained):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(record, digits, folder):
-    paths = sorted(folder.glob("refits-*"))  # the other stored parts are kept
+    paths = sorted(folder.glob("refits-*"))  # only the stored refits are removed
     assert paths
     for path in paths[::2]:
         path.unlink()

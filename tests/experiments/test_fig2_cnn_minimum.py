@@ -1,4 +1,4 @@
-"""Figure 2, right, at a minimum: a small network, its refits, and an interrupted run."""
+"""Tests of Figure 2, right, at a minimum: a small network, its refits, and an interrupted run."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ SMOKE = fig2_cnn_minimum.PRESETS["smoke"]
 
 @pytest.fixture(scope="module")
 def refitted_from():
-    """Collect gradient norms of the nets from which refits start."""
+    """Return a list for the gradient norms of the nets from which refits start."""
     return []
 
 
@@ -52,7 +52,7 @@ def test_at_a_minimum_influence_is_what_refits_say(converged, refitted_from):
     assert np.isnan(np.delete(part, first, axis=1)).all()
     actual = part, arrays["actual_minimum"]
     lost = [np.abs(predicted - one)[0, first].max() for one in actual]
-    assert lost[0] < 0.2 * lost[1]  # the error of first order is a tenth
+    assert lost[0] < 0.2 * lost[1]  # the error of first order is a tenth of the change
     assert metrics["slope_part"] == pytest.approx(1, abs=0.05)
     num = len(arrays["removed"])
     assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
@@ -62,7 +62,7 @@ def test_at_a_minimum_influence_is_what_refits_say(converged, refitted_from):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(converged, digits, folder):
-    for kind in ("refits", "descent"):  # everything else is already finished
+    for kind in ("refits", "descent"):  # the other stages are already finished
         paths = sorted(folder.glob(f"{kind}-*"))
         assert paths
         for path in paths[::2]:
@@ -123,7 +123,8 @@ def test_config_is_checked(options, message):
 
 def test_remarks_name_the_rows_left_out_and_the_effect_of_own_curvature():
     predicted = np.array([0.1, -0.4, 0.3, -0.2, 0.26])
-    own = np.array([0.6, 0.1, 0.5, 0.4, 0.2])  # the share that the row's own curvature takes out
+    # Each number is the share of the curvature that disappears with the row.
+    own = np.array([0.6, 0.1, 0.5, 0.4, 0.2])
     actual = predicted / (1 - own)
     actual[2] = np.nan
     arrays = {
@@ -136,7 +137,8 @@ def test_remarks_name_the_rows_left_out_and_the_effect_of_own_curvature():
     out, why = fig2_cnn_minimum.remarks(Record(arrays=arrays))
     assert out.startswith("Who is left out: 1 of the 5 rows of test point 7 ")
     assert "they have the place 2. Their mean |predicted change| is 0.300 nats" in out
-    assert "that of the others 0.240 nats" in out  # (0.1 + 0.4 + 0.2 + 0.26) / 4
+    # The mean of the others is (0.1 + 0.4 + 0.2 + 0.26) / 4.
+    assert "that of the others 0.240 nats" in out
     rest = np.isfinite(actual)
     r = np.corrcoef(predicted[rest], actual[rest])[0, 1]
     assert f"over the same 4 rows goes from {r:.3f} to 1.000" in why and "to 1.00." in why

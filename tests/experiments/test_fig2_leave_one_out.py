@@ -1,4 +1,4 @@
-"""Figure 2: the smoke run compared with NumPy and a refit from scratch, and the figure."""
+"""Tests of Figure 2: the smoke run against NumPy and a refit from scratch, and the figure."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_influence_predicts_what_refits_say(record):
     assert (metrics["smallest_actual"], metrics["largest_actual"]) == (actual.min(), actual.max())
     assert metrics["cg_against_direct"] < 1e-6
     assert metrics["worst_refit_gradient_norm"] <= SMOKE.gradient_tolerance
-    assert (np.diff(np.abs(predicted)) <= 0).all()  # the largest comes first
+    assert (np.diff(np.abs(predicted)) <= 0).all()  # the rows are sorted by size, the largest first
 
 
 def test_lissa_s_numbers_are_of_its_arrays(record):
@@ -109,7 +109,7 @@ def test_draw(record):
         assert axis.get_xlabel() == "Actual change in loss (nats)"
         r = np.corrcoef(*points.T)[0, 1]
         shown = float(axis.texts[0].get_text().removeprefix("r = "))
-        assert abs(r - shown) <= 5e-4  # rounded to three decimals
+        assert abs(r - shown) <= 5e-4  # r is shown with three decimals
     assert figure.axes[0].get_ylabel() == "Predicted change in loss (nats)"
     errors = figure.axes[2]
     first, step = (np.asarray(dots.get_offsets())[:, 1] for dots in errors.collections)

@@ -1,4 +1,4 @@
-"""Figure 3: the experiment on the stand-in, refits compared with LinearSVC's, and the figure."""
+"""Tests of Figure 3: the run on the stand-in, refits against LinearSVC, and the figure."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ def test_actual_changes_are_those_of_linear_svc(record, rows):
 
 
 def test_without_curvature_only_the_penalty_is_inverted(record, rows):
-    # At t = 0, H is lambda I, so the prediction is g' (h_i + lambda w) / (n lambda).
+    # At t = 0, H is lambda I. The prediction is therefore g' (h_i + lambda w) / (n lambda).
     x, y, u, v = rows
     w = svm(x, y, SMOKE.weight_decay)
     margins = y * (x @ w)
@@ -151,10 +151,11 @@ def test_draw(record):
         drawn = np.asarray(axis.collections[0].get_offsets())
         assert axis.get_xlim()[1] >= np.abs(drawn[:, 0]).max()
         assert axis.get_ylim()[1] >= np.abs(drawn[:, 1]).max()
-        assert "published" not in axis.texts[0].get_text()  # nothing published on a stand-in
+        # There are no published values for a stand-in.
+        assert "published" not in axis.texts[0].get_text()
         expected = np.column_stack([record.arrays["actual"], record.arrays["predicted"][k]])
         np.testing.assert_allclose(drawn, expected)
-    # At s = 1 the hinge is zero, and each smooth hinge is t log 2.
+    # At margin s = 1 the hinge is zero, and the smooth hinge is t log 2.
     at_one = [np.interp(1.0, *line.get_data()) for line in figure.axes[3].lines]
     expected = np.array([0, 1e-3, 0.01, 0.1]) * np.log(2)
     np.testing.assert_allclose(at_one, expected, atol=1e-15)

@@ -1,4 +1,4 @@
-"""Mislabelled spam: the flips found and the accuracy gained, compared with dense algebra."""
+"""Tests of mislabelled spam: the flips found and the accuracy gained, against dense algebra."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few():
-    """Make sixty mails of thirty words, forty for training."""
+    """Return a data set of sixty mails with thirty words, of which forty are for training."""
     rng = np.random.default_rng(0)
     y = rng.integers(2, size=60)
     rates = np.exp(rng.standard_normal((2, 30)))
@@ -67,7 +67,7 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
     for name in ("found", "accuracy"):
         one, two = arrays[name][0]
         np.testing.assert_allclose(arrays[f"{name}_mean"][0], (one + two) / 2, rtol=1e-12)
-        error = abs(one - two) / 2  # standard error for two draws: sqrt((one - two)^2 / 2 / 2)
+        error = abs(one - two) / 2  # the standard error of two draws is sqrt((one - two)^2 / 2 / 2)
         np.testing.assert_allclose(arrays[f"{name}_error"][0], error, atol=1e-15)
     assert metrics["found_published_10"] == pytest.approx(arrays["found_mean"][0, 1, 1])
     assert metrics["accuracy_loss_30"] == pytest.approx(arrays["accuracy_mean"][0, 2, 5])
@@ -99,7 +99,8 @@ def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
     sigma = 1 / (1 + np.exp((2 * noisy - 1) * (x @ theta)))
     leverage = np.diag(x @ np.linalg.inv(risk.hessian(theta)) @ x.T)
     scores = (sigma**2 * leverage, sigma * leverage, risk.losses(theta))
-    # One Newton step without the mail's loss, in full: its gradient and its curvature leave.
+    # Take one exact Newton step without the mail's loss. The step removes both the mail's gradient
+    # and its curvature.
     H, signs, margins = risk.hessian(theta), 2 * noisy - 1, np.empty(40)
     for i, own in enumerate(x):
         without = H - sigma[i] * (1 - sigma[i]) * np.outer(own, own) / 40
@@ -146,12 +147,12 @@ def test_the_number_of_processes_changes_no_number(few, of_few):
 def test_draws_differ_and_the_seed_decides(few, of_few):
     other = fig6.run(dataclasses.replace(SMALL, seed=1), few)
     assert not np.array_equal(of_few.arrays["found"], other.arrays["found"])
-    found = of_few.arrays["found"][:, :, 3].reshape(4, -1)  # the random order
+    found = of_few.arrays["found"][:, :, 3].reshape(4, -1)  # order 3 is the random order
     assert len(np.unique(found, axis=0)) > 1
 
 
 def _drawn(axis):
-    """Return {label: (x, y)} of an axis' lines with error bars."""
+    """Return {label: (x, y)} of the lines with error bars on an axis."""
     return {c.get_label(): c.lines[0].get_data() for c in axis.containers}
 
 
@@ -172,7 +173,8 @@ def test_figure_shows_the_records_numbers(record):
     (legend,) = figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown[0].endswith("(correct)") and shown[1].endswith("(as published)")
-    assert "published curves" not in shown  # the record is of stand-in data
+    # The record is of stand-in data, so it shows no published curves.
+    assert "published curves" not in shown
     plt.close(figure)
 
 
@@ -234,7 +236,7 @@ def test_one_draw_of_the_real_mails():
     assert 0.96 <= fig6._accuracy(net, test) <= 0.985
     one = fig6._draw(fig6._Task(config, train, test, net.design.gram(train.x), net.theta), 2, 0)
     assert fig6._count(config, train, 2) == 412
-    # A single draw differs from the mean of many by at most 0.05.
+    # A single draw differs from the mean of many draws by at most 0.05.
     assert one["found"][1, 0] == pytest.approx(0.63, abs=0.05)
     assert one["found"][1, 1] == pytest.approx(0.86, abs=0.05)
     assert one["found"][2, 0] == pytest.approx(0.51, abs=0.05)

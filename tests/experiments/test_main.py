@@ -26,7 +26,7 @@ def _record(folder):
 
 def test_a_run_leaves_a_whole_record_and_its_figures(fake, capsys):
     assert main(["fake", "--preset", "paper"]) == 0
-    assert sorted(os.listdir("out/fake-paper")) == FILES  # no checkpoints remain
+    assert sorted(os.listdir("out/fake-paper")) == FILES  # a finished run leaves no checkpoints
     record = _record("out/fake-paper")
     assert record["experiment"] == "fake"
     assert record["preset"] == "paper"
@@ -56,7 +56,7 @@ def test_the_run_is_seeded_from_its_config_alone(fake):
     first, second = Path("first/fake-paper"), Path("second/fake-paper")
     for name in ("arrays.h5", "figure.png", "figure.pdf"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    expected = np.random.RandomState(3).rand(9)  # keras.utils.set_random_seed seeds NumPy
+    expected = np.random.RandomState(3).rand(9)  # keras.utils.set_random_seed also seeds NumPy
     np.testing.assert_array_equal(Record.load(first).arrays["values"], expected)
 
 
@@ -82,7 +82,8 @@ def test_a_stand_in_is_checked_and_never_compared(fake, capsys):
     (line,) = [line for line in printed.splitlines() if line.startswith("fake: a mean")]
     mean = _record(next(Path("out").glob("*")))["metrics"]["mean"]
     assert line == f"fake: a mean of {mean:.3g} on digits, a stand-in for mnist; 1 check passed"
-    assert "0.125" not in printed and "reproduced" not in printed  # neither value nor band
+    # The line shows neither value nor band.
+    assert "0.125" not in printed and "reproduced" not in printed
     assert main(["fake", "--preset", "smoke", "--shift", "5"]) == 1
 
 
@@ -194,7 +195,7 @@ def test_changed_options_get_a_folder_of_their_own(fake):
     main(["fake", "--preset", "paper", "--num", "4"])
     main(["fake", "--preset", "paper", "--rows", "1", "--num", "4"])
     main(["fake", "--preset", "paper", "--rows", "1", "--num", "4"])
-    main(["fake", "--preset", "paper", "--num", "9"])  # the preset's own value
+    main(["fake", "--preset", "paper", "--num", "9"])  # 9 is the preset's own value
     names = sorted(os.listdir("out"))
     assert len(names) == 3
     assert names[0] == "fake-paper"
@@ -288,7 +289,7 @@ def test_out_that_cannot_be_written_to_is_misuse(fake, capsys):
     error = capsys.readouterr().err
     assert "--out must be a folder that can be written to" in error
     assert "--user $(id -u)" in error
-    assert fake.SEEN == []  # the work has not started
+    assert fake.SEEN == []  # the run has not started
 
 
 @pytest.mark.parametrize("failing", ["run.json", "arrays.h5", "record.json", "figure.pdf"])
@@ -305,7 +306,7 @@ def test_a_full_disk_is_one_line_and_74_and_the_same_command_continues(
     for line in capsys.readouterr().err.splitlines():
         assert f"{failing} could not be written (No space left on device); make room" in line
         assert "the same command again continues" in line
-    if failing != "figure.pdf":  # an older record is complete
+    if failing != "figure.pdf":  # in these cases the older record stays complete
         assert {name: Path("out/fake-paper", name).read_bytes() for name in FILES} == before
     assert main(["fake", "--preset", "paper"]) == 0
     assert sorted(os.listdir("out/fake-paper")) == FILES

@@ -1,4 +1,4 @@
-"""Names of files with control characters do not break the lines of messages."""
+"""Tests of file names with control characters, which must not break the lines of messages."""
 
 import gzip
 

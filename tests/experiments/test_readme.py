@@ -1,4 +1,4 @@
-"""The committed results, the README's table and the pages made from them, and snippets."""
+"""Tests of the committed results: the README's table, the generated pages, and the snippets."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_readme_is_short_and_so_is_its_table():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
     rows = report.headlines(report.read_all(RESULTS), RESULTS)
     assert 16 <= len(rows) <= 18
-    # The paper's results come first. Nothing that fell short is left out of the labels.
+    # The first rows are the paper's results. Their labels also show what fell short.
     assert [row["label"] for row in rows][:4] == [
         "Figure 1",
         "Figure 2, left",
@@ -51,7 +51,7 @@ def test_every_page_of_an_experiment_says_what_its_record_says():
     for name, text in now.items():
         said = (PAGES / name).read_text(encoding="utf-8")
         assert said == text, f"docs/experiments/{name} is out of date: run `make readme`"
-    # A remark that cannot be made is left out without an error.
+    # A remark that cannot be made is omitted without an error, so check that this one is present.
     assert "the row's own curvature" in now["fig2-cnn-minimum.md"]
     index = (PAGES / "README.md").read_text(encoding="utf-8")
     assert index == markdown.with_block(index, markdown.index(RESULTS))
@@ -77,7 +77,7 @@ def test_links_lead_to_files_and_pages_begin_with_a_title(page):
 
 
 def run(part: str, **names):
-    """Run the snippet of docs/using.md that contains `part`; return its names."""
+    """Run the snippet of docs/using.md that contains `part`. Return the names that it defines."""
     blocks = re.findall(r"```python\n(.*?)```", USING.read_text(encoding="utf-8"), re.DOTALL)
     (block,) = [block for block in blocks if part in block]
     exec(block, names)
@@ -90,7 +90,7 @@ def test_the_attack_in_the_docs_runs():
     assert found.same_bytes.all() and found.flipped.all()
     np.testing.assert_allclose(found.change_if_poisoned, 0.0035, atol=5e-5)
     moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
-    assert 0.9 < moved < 1  # the attack changes pixels
+    assert 0.9 < moved < 1  # the attack moves pixels by almost one grey level
 
 
 def test_the_wrong_labels_in_the_docs_are_found():
@@ -120,7 +120,7 @@ def test_the_table_in_the_docs_is_taken():
     model.compile("sgd", "mse")
     frame = pandas.DataFrame(np.random.default_rng(0).standard_normal((20, 2)), columns=[*inputs])
     names = {"model": model, "frame": frame, "labels": frame["age"], "Influence": Influence}
-    run("(frame, labels)", **names)  # raises if it is refused
+    run("(frame, labels)", **names)  # the snippet raises an error if the data is refused
 
 
 @needs_results

@@ -1,4 +1,4 @@
-"""Fixtures that tests of several folders use."""
+"""Fixtures for the tests of several folders."""
 
 import keras
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def float64():
-    """Let Keras' models and losses compute in float64."""
+    """Make float64 the default of Keras' models and losses."""
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")

@@ -1,4 +1,4 @@
-"""Scores of a plain float64 Keras model by dense matrices, without the library."""
+"""A function that computes scores by dense matrices, without the library."""
 
 from __future__ import annotations
 

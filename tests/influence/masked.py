@@ -1,4 +1,4 @@
-"""Small models with masked positions, and their risks by Keras' own loss of one batch."""
+"""Small models with masked positions, and their risks by Keras' own loss over one batch."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ NUM_CLASSES, STEPS, SIDE = 3, 5, 3
 
 
 def tagger(loss, penalty=None, units=NUM_CLASSES, activation=None):
-    """Return a model of padded sequences. Its embedding is frozen, so it is linear in theta."""
+    """Return a model of padded sequences. Its embedding is frozen: outputs are linear in theta."""
     regulariser = keras.regularizers.L2(penalty) if penalty else None
     embedding = L.Embedding(7, 4, mask_zero=True, trainable=False, **F8)
     head = L.Dense(
@@ -24,7 +24,7 @@ def tagger(loss, penalty=None, units=NUM_CLASSES, activation=None):
 
 
 def segmenter(loss, penalty=None):
-    """Return a model from small images to a class for each pixel."""
+    """Return a model that maps small images to a class for each pixel."""
     regulariser = keras.regularizers.L2(penalty) if penalty else None
     layer = L.Conv2D(
         NUM_CLASSES,
@@ -38,7 +38,7 @@ def segmenter(loss, penalty=None):
 
 
 def masker(loss):
-    """Return a model of two layers, with a mask of the steps whose inputs are all zero."""
+    """Return a model of two layers that masks the time steps whose inputs are all zero."""
     layers = [L.Masking(**F8), L.Dense(3, "tanh", **F8), L.Dense(NUM_CLASSES, "softmax", **F8)]
     return _with_weights(keras.Sequential([keras.Input((STEPS, 2), **F8), *layers]), loss)
 
@@ -57,7 +57,7 @@ def _with_weights(model, loss):
 
 
 def words(n, seed=0):
-    """Return ids (n, T). Id 0 pads. Row 1 has no word."""
+    """Return word ids (n, T). Id 0 marks padding. Row 1 has only padding."""
     rng = np.random.default_rng(seed)
     x = rng.integers(1, 7, (n, STEPS))
     x[np.arange(STEPS) >= rng.integers(1, STEPS + 1, n)[:, None]] = 0
@@ -66,23 +66,23 @@ def words(n, seed=0):
 
 
 def vectors(n, seed=0):
-    """Return inputs (n, T, 2). A step of zeros is masked. Row 1 has no other steps."""
+    """Return inputs (n, T, 2). Steps of zeros are masked. In row 1 all steps are zeros."""
     x = np.random.default_rng(seed).standard_normal((n, STEPS, 2))
     return x * (words(n, seed) != 0)[:, :, None]
 
 
 def images(n, seed=0):
-    """Return inputs (n, h, w, 2)."""
+    """Return random images (n, h, w, 2)."""
     return np.random.default_rng(seed).standard_normal((n, SIDE, SIDE, 2))
 
 
 def classes(*shape, seed=1):
-    """Return class numbers."""
+    """Return random class numbers."""
     return np.random.default_rng(seed).integers(0, NUM_CLASSES, shape)
 
 
 def voided(y, label, seed=2):
-    """Replace some labels by `label`, and all labels of row 1."""
+    """Return the labels with `label`, which marks no class, in some places and all of row 1."""
     void = np.random.default_rng(seed).random(y.shape) < 0.4
     void[1] = True
     return np.where(void, label, y).astype("uint8")
@@ -93,18 +93,18 @@ def keras_loss(model, x, y):
     output = model(tf.constant(x), training=False)
     if isinstance(model.loss, keras.losses.Loss):
         return model.loss(tf.constant(y), output)
-    return model._compile_loss(tf.constant(y), output)  # this rounds to float32
+    return model._compile_loss(tf.constant(y), output)  # this function of Keras rounds to float32
 
 
 def keras_risk(model, x, y):
-    """Return Keras' loss with the regularisers, as a tensor."""
+    """Return Keras' loss plus the regularisers, as a tensor."""
     return tf.cast(keras_loss(model, x, y), "float64") + sum(
         tf.cast(part, "float64") for part in model.losses
     )
 
 
 def slope(model, function):
-    """Return the value and the gradient (d,) of a function of the model's weights."""
+    """Return the value of a function of the model's weights, and its gradient (d,)."""
     with tf.GradientTape() as tape:
         value = function()
     zero = tf.UnconnectedGradients.ZERO
@@ -113,7 +113,7 @@ def slope(model, function):
 
 
 def dense_hessian(model, function):
-    """Return the Hessian (d, d) of a function of the model's weights."""
+    """Return the Hessian (d, d) of a function of the model's weights, by nested tapes."""
     weights = model.trainable_weights
     with tf.GradientTape(persistent=True) as outer:
         with tf.GradientTape() as inner:
@@ -124,5 +124,5 @@ def dense_hessian(model, function):
 
 
 def net_of(model, x, y):
-    """Return the net of a compiled model and its examples."""
+    """Return the net of a compiled model, and its examples."""
     return GenericNeuralNet(model), Examples(x, y)

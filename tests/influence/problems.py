@@ -1,4 +1,4 @@
-"""Small problems with closed-form answers in `tests.oracles`."""
+"""Small problems whose closed-form answers are in `tests.oracles`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests import oracles
 
 @dataclass(frozen=True)
 class Problem:
-    """Net at the minimum of its risk, with the closed forms of its training and test losses."""
+    """A net at the minimum of its risk, its data, and closed forms of its losses."""
 
     net: GenericNeuralNet
     train: Examples
     test: Examples
-    oracle: oracles.Risk  # over the training rows
-    measured: oracles.Risk  # over the test rows
+    oracle: oracles.Risk  # the risk of the training rows
+    measured: oracles.Risk  # the losses of the test rows
 
     @property
     def theta(self) -> NDArray:
@@ -34,14 +34,14 @@ class Problem:
 
 
 def relative_error(got: Any, expected: Any) -> float:
-    """Return |got - expected| / |expected| over all entries; the shapes must be equal."""
+    """Return |got - expected| / |expected| over all entries. The shapes must be equal."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 class _Traced(dict):
-    """Traced functions by name. Functions of losses and of penalties are shared separately."""
+    """Dictionary of traced functions. Those of losses and of penalties are shared separately."""
 
     def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
         self.losses, self.penalty = losses, penalty
@@ -59,10 +59,11 @@ class _Traced(dict):
         self._part(name)[name] = function
 
 
-# Nets with the same layers and loss, or layers and regularisers, share traced functions.
+# Nets with the same layers and loss share traced functions of losses. Nets with the same layers and
+# regularisers share traced functions of penalties.
 _LOSSES: dict[tuple, dict[str, Any]] = {}
 _PENALTIES: dict[str, dict[str, Any]] = {}
-# This holds the last net of each kind, which may have measured its activations.
+# The last net of each kind. It may already have measured the memory of its activations.
 _LAST: dict[tuple, Any] = {}
 
 
@@ -71,7 +72,7 @@ def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
 
     Traced functions take theta as an argument, but would contain the values of other variables. So
     a net with other variables is returned unchanged. A trace takes up to a second, and the tests
-    would need thousands.
+    would need thousands of traces.
 
     Args:
       net: a net without traced functions.
@@ -98,18 +99,18 @@ def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
 
 
 def untraced(net: GenericNeuralNet) -> GenericNeuralNet:
-    """Return the net without its traced functions, including shared ones."""
+    """Return the net after dropping its traced functions, also those shared with other nets."""
     net.flat._functions, net.flat._seen = {}, None
     return net
 
 
 def sequential(shape: Any, *layers: Any, dtype: Any = None, name: str | None = None) -> Any:
-    """Return a Keras model of layers in a row."""
+    """Return a Keras model that applies the layers one after the other."""
     return keras.Sequential([keras.Input(shape, dtype=dtype), *layers], name=name)
 
 
 class Calls(keras.Model):
-    """Subclassed model with attributes, such as its layers, that calls (model, x) -> outputs."""
+    """A subclassed model that calls function(model, x). Keyword arguments become attributes."""
 
     def __init__(self, function: Any, name: str | None = None, dtype: Any = None, **layers: Any):
         super().__init__(name=name, dtype=dtype)
@@ -124,7 +125,7 @@ class Calls(keras.Model):
 def dense_net(
     units: int, num_inputs: int, loss: Any, *, l2: float = 0.0, dtype: str = "float64"
 ) -> GenericNeuralNet:
-    """Return a linear Keras model with bias; the penalty applies only to the kernel."""
+    """Return the net of a linear Keras model with bias. The penalty applies only to the kernel."""
     last = keras.layers.Dense(units, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype)
     model = sequential((num_inputs,), last, dtype=dtype)
     return traced_once(GenericNeuralNet(model, loss), loss)
@@ -133,7 +134,7 @@ def dense_net(
 def ridge(
     num_rows: int = 40, num_inputs: int = 4, l2: float = 0.1, seed: int = 0, dtype: str = "float64"
 ) -> Problem:
-    """Return least squares in Keras: Dense(1), "mse", L2 on the kernel, at its exact minimum."""
+    """Return least squares in Keras at its exact minimum: Dense(1), "mse", L2 on the kernel."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_rows, num_inputs)) + 0.5
     y = x @ rng.standard_normal(num_inputs) + 0.7 + rng.standard_normal(num_rows)
@@ -162,7 +163,7 @@ def logistic(
     dtype: str = "float64",
     seed: int = 0,
 ) -> Problem:
-    """Return the library's "softmax" (three classes) or "sigmoid" model at its minimum."""
+    """Return the library's softmax (three classes) or sigmoid model as a problem at its minimum."""
     rng = np.random.default_rng(seed)
     num_classes = 3 if kind == "softmax" else 2
     x = rng.standard_normal((num_rows + 7, num_inputs)) + 0.3
@@ -190,7 +191,7 @@ def logistic(
 
 
 def through_keras(problem: Problem) -> Problem:
-    """Return the same problem with the same Keras model, but without closed forms."""
+    """Return the same problem and the same Keras model, in a net without closed forms."""
     loss = _KERAS_LOSSES[type(problem.net)]()
     net = traced_once(GenericNeuralNet(problem.net.model, loss), loss)
     return Problem(net, problem.train, problem.test, problem.oracle, problem.measured)
@@ -207,7 +208,7 @@ _KERAS_LOSSES = {
 def tanh_net(
     num_inputs: int = 3, hidden: int = 4, l2: float = 0.0, seed: int = 0, dtype: str = "float64"
 ) -> Any:
-    """Return (net, examples): a small network away from a minimum, with indefinite Hessian."""
+    """Return (net, examples): a small network, not at a minimum, with an indefinite Hessian."""
     rng = np.random.default_rng(seed)
     first = keras.layers.Dense(hidden, activation="tanh", dtype=dtype)
     last = keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(l2), dtype=dtype)

@@ -23,7 +23,7 @@ def rows(n=N, seed=0):
 
 @contextmanager
 def double():
-    """Let Keras add losses and penalties in float64."""
+    """Make Keras add losses and penalties in float64."""
     before = keras.config.floatx()
     keras.config.set_floatx("float64")
     try:
@@ -33,7 +33,7 @@ def double():
 
 
 def model(optimizer=None, dtype="float64"):
-    """Return the model, the same in every call."""
+    """Return the compiled model. Every call returns the same initial weights."""
     keras.utils.set_random_seed(5)
     l2 = keras.regularizers.L2(PENALTY)
     with double():
@@ -45,7 +45,7 @@ def model(optimizer=None, dtype="float64"):
 
 
 def train(folder, epochs=4, batch_size=N, found=None, **options):
-    """Train the model with a Recorder, and return it."""
+    """Train the model with a Recorder. Return the model."""
     found = model() if found is None else found
     x, y = rows()
     asked: dict[str, Any] = {"every": 1} | options
@@ -76,7 +76,7 @@ def gradients(theta, x, y):
 
 
 def descend(theta, x, y, batches):
-    """Take a step of Keras' SGD with momentum for each batch of rows."""
+    """Return theta after one step of Keras' SGD with momentum for each batch of rows."""
     velocity = np.zeros_like(theta)
     l2 = np.append(np.full(FEATURES * CLASSES, 2 * PENALTY), np.zeros(CLASSES))
     for batch in batches:

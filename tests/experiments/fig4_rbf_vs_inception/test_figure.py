@@ -1,4 +1,4 @@
-"""Figure 4: the experiment on the stand-in, compared with its parts by hand; its figures."""
+"""Tests of Figure 4: the run on the stand-in against computations by hand, and its figures."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from tests import oracles
 
 SMOKE = fig4.PRESETS["smoke"]
 NAMES = ["svm", *SMOKE.heads]
-N, M = 30, 6  # training and test images of the models
+N, M = 30, 6  # number of training and test images
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_metrics_are_those_of_the_arrays(record):
     ratios = arrays["largest_influence"][0] / arrays["largest_influence"][1:]
     assert metrics["least_median_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
     of_point = [metrics[f"ratio_of_largest_influence_of_test_point_{name}"] for name in NAMES[1:]]
-    scores = np.abs(arrays["score"]).max(axis=1)  # scores for the test point
+    # This is the largest |score| of each model for the test point.
+    scores = np.abs(arrays["score"]).max(axis=1)
     np.testing.assert_allclose(of_point, scores[0] / scores[1:], rtol=1e-12)
     assert metrics["least_ratio_of_largest_influence_of_test_point"] == min(of_point)
     assert min(of_point) != np.median(ratios, axis=1).min()
@@ -106,7 +107,8 @@ def test_metrics_are_those_of_the_arrays(record):
     median = 1 - np.median(arrays["dogs_in_top"][0]) / SMOKE.top_svm
     assert metrics["median_same_class_in_top_svm"] == pytest.approx(median)
     of_class = np.where(arrays["labels"] == 1, 1, -1) * np.sign(arrays["score"][0])
-    by_size = np.argsort(-np.abs(arrays["score"][0]), kind="stable")  # many scores are equal
+    # The sort must be stable, because many scores are equal.
+    by_size = np.argsort(-np.abs(arrays["score"][0]), kind="stable")
     share = np.mean(of_class[by_size[:100]] == 1)
     assert metrics["sign_of_class_in_largest_svm_of_test_point"] == pytest.approx(share)
     helpful = np.argsort(-arrays["score"][0], kind="stable")[:100]
@@ -151,7 +153,7 @@ def test_fish_have_a_slope_and_the_first_is_like_the_papers(record, splits):
 
 
 def test_no_pixel_is_recorded(record, splits, tmp_path):
-    """No array is large enough to hold an image."""
+    """Check that no stored array is large enough to hold an image."""
     data = {"name": splits.name, "stand_in": splits.stand_in, "sha256": splits.sha256}
     dataclasses.replace(record, data=data).save(tmp_path)
     pixels = splits.train[0][0].size
@@ -265,7 +267,7 @@ def test_a_dog_and_options_beyond_the_data_are_refused(splits, monkeypatch):
     with pytest.raises(ValueError, match=f"test_point must be a fish .*, got {dog}"):
         fig4.run(dataclasses.replace(SMOKE, test_point=dog), splits)
     assert fig4.PRESETS["standard"].test_point is None
-    monkeypatch.setattr(trunks, "timed_features", None)  # refused before any work
+    monkeypatch.setattr(trunks, "timed_features", None)  # computing features would raise an error
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
             fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)
@@ -327,7 +329,7 @@ def test_the_linear_svms_inner_products_are_the_kernel(images, labels):
 
 @pytest.mark.parametrize("t", [1e-3, 3.0])
 def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
-    """Write the risk in the coefficients c of z = K c: mean softplus(t) + lambda/2 c' K c."""
+    """Write the risk in the coefficients c of z = K c: mean loss + lambda/2 c' K c."""
     model, distance = svm(images, labels, t)
     assert model.gradient_norm < 1e-10
     K, s = np.exp(-0.02 * distance[:N]), 2 * labels[0] - 1
@@ -372,7 +374,7 @@ def test_a_head_at_its_minimum_and_its_scores():
 
 
 def test_scores_are_what_happens(images, labels):
-    """Compare sign and size with a refit without an image, at a mild temperature."""
+    """Compare with a refit without one image. A large t, 1.0, makes the loss smooth."""
     model, distance = svm(images, labels, 1.0, weight_decay=0.1)
     scores = model.scores(np.arange(M))
     keep = np.delete(np.arange(N), 4)

@@ -1,4 +1,4 @@
-"""The stand-in for the photographs of dogs and fish, and the head of the smoke preset."""
+"""Fixtures of Figure 5: the stand-in for the photographs, and the head of the smoke preset."""
 
 import pytest
 

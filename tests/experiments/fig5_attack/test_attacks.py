@@ -1,4 +1,4 @@
-"""Poisons compared with scikit-learn's refits; their ranks before and after; their distances."""
+"""Tests of poisons against scikit-learn's refits, and of the ranks and distances of their rows."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ SMOKE = fig5.PRESETS["smoke"]
 
 
 def refitted(x, y, weight_decay):
-    """Fit by scikit-learn; return theta."""
+    """Return theta of a fit by scikit-learn."""
     C = 1 / (len(y) * weight_decay)
     model = LogisticRegression(C=C, fit_intercept=False, tol=1e-10, max_iter=10_000)
     return model.fit(x, y).coef_[0]
@@ -26,7 +26,8 @@ def test_a_poison_does_what_is_said_of_it(head):
     rows, norms = attacks.ranked(head, test, 16)
     assert (np.diff(norms) <= 0).all() and len(set(rows)) == 16
     found = head.attacked(test, rows[:10], rule=Rule(max_steps=3, tries=0), flip_at=np.inf)
-    # Check every step: the pixels' bytes, the trunk's features, and scikit-learn's weights.
+    # The next lines repeat the attack step by step: the bytes of the pixels, the trunk's features,
+    # and the weights by scikit-learn.
     levels = np.rint(127.5 * (found.inputs.astype(float) + 1))
     np.testing.assert_array_equal(levels, head.images[found.rows])
     x = np.array(head.train.x)
@@ -57,7 +58,7 @@ def test_standing(head):
     where = attacks.standing(head, found)
     np.testing.assert_array_equal(head.net.theta, before)
     assert where.shape == (1, 3, 2)
-    # The poisoned row has the largest loss, so no image is checked before it.
+    # The poisoned row has the largest loss, so an inspection by loss checks no image before it.
     assert where[0, attacks.SIGNS.index("loss"), 0] == 0
     means = [head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)]
     far = [np.linalg.norm(x - means[y]) for x, y in zip(head.train.x, head.train.y, strict=True)]

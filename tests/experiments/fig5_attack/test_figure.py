@@ -1,4 +1,4 @@
-"""Figure 5: the experiment on the stand-in, the options that it refuses, its figures."""
+"""Tests of Figure 5: the run on the stand-in, the options that it refuses, and its figures."""
 
 import dataclasses
 import shutil

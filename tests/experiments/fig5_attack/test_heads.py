@@ -1,4 +1,4 @@
-"""Heads on features: the group of test images, standardised features, the rule to choose one."""
+"""Tests of heads on features: the group of test images, standardising, the choice of a head."""
 
 import dataclasses
 
@@ -36,8 +36,8 @@ def test_standardised_features_are_those_the_head_sees(splits):
 def test_who_is_wrong_before_is_not_in_the_group(head):
     points = heads.alike(SMOKE, head)
     x = np.array(head.test.x)
-    # Move theta so that the image lies just beyond the boundary. Its features are as near to the
-    # group as before, but it is classified wrongly.
+    # Move the image along theta, just across the decision boundary. Its features are as near to the
+    # group as before, but the head now classifies the image wrongly.
     theta = head.net.theta
     x[points[1]] -= (1 + 1e-3) * (x[points[1]] @ theta) / (theta @ theta) * theta
     wrong = dataclasses.replace(head, test=Examples(x, head.test.y))

@@ -1,4 +1,4 @@
-"""Records to report on, and claims about them."""
+"""A function that writes records for the tests of reports."""
 
 from experiments.harness.claims import Claim, Published, Sample
 from experiments.harness.record import Record

@@ -1,4 +1,4 @@
-"""Claims are judged by their bands, in the words of the five verdicts; checks pass or fail."""
+"""Tests of claims, which have five verdicts by their bands, and of checks, which pass or fail."""
 
 import math
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ FIGURE = Published("figure 9", 0.86)
     ("low", "high", "value", "holds"),
     [
         (0.9, 1.0, 0.95, True),
-        (0.9, 1.0, 0.9, True),  # the band includes its ends
+        (0.9, 1.0, 0.9, True),  # the bounds belong to the band
         (0.9, 1.0, 1.0, True),
         (0.9, 1.0, 0.89, False),
         (0.9, 1.0, 1.01, False),
@@ -48,7 +48,7 @@ def test_all_of_a_verdict():
         (FIGURE, 0.9, "", "reproduced"),
         (FIGURE, 0.9, "shortened", "reproduced, shortened"),
         (FIGURE, 0.9, "stand-in", "reproduced on a stand-in"),
-        (FIGURE, 0.95, "", "not reproduced"),  # 10 % of .86 is .086
+        (FIGURE, 0.95, "", "not reproduced"),  # the band ends at .86 + 10 % = .946
         (FIGURE, 0.77, "shortened", "not reproduced"),
         (FIGURE, math.nan, "stand-in", "not reproduced"),
         (None, 0.9, "", "not comparable"),
@@ -76,20 +76,22 @@ def test_the_band_is_the_papers_uncertainty_or_a_tenth():
     assert (claim.low, claim.high) == (-165, -135)
     claim = Claim("r", "words", Published("1", 13, 3))
     assert (claim.low, claim.high) == (10, 16)
-    claim = Claim("r", "words", Published("1", 0.95), 0.93, 1.0)  # narrower
+    # The given band is narrower than the tolerance.
+    claim = Claim("r", "words", Published("1", 0.95), 0.93, 1.0)
     assert (claim.low, claim.high) == (0.93, 1.0)
     with pytest.raises(ValueError, match=r"low of r must lie within the tolerance .* got 0\.6"):
         Claim("r", "words", FIGURE, 0.6, 0.9)
 
 
 def _tail(share, least, size):
-    """P(at least `least` of `size`) for a binomial variable."""
+    """Return the probability of at least `least` successes in `size` trials."""
     return sum(
         math.comb(size, k) * share**k * (1 - share) ** (size - k) for k in range(least, size + 1)
     )
 
 
-# At the lower end, so many or more have probability 2.5 %; at the upper end, so many or fewer.
+# At the lower bound, a count at least as high as the observed one has probability 2.5 %. At the
+# upper bound, a count at most as high has this probability.
 @pytest.mark.parametrize("count", [0, 1, 30, 59, 60])
 def test_the_interval_of_a_share_is_clopper_and_pearsons(count):
     for size in (60, "trials"):
@@ -102,15 +104,15 @@ def test_the_interval_of_a_share_is_clopper_and_pearsons(count):
 
 def test_the_interval_of_a_correlation():
     found = Sample("correlation", 100).interval(0.853, {})
-    assert found == pytest.approx([0.789, 0.899], abs=1e-3)  # Fisher's table
+    assert found == pytest.approx([0.789, 0.899], abs=1e-3)  # from Fisher's z transformation
     assert Sample("correlation", 100).interval(1.0, {}) is None
 
 
 def test_an_interval_holds_where_it_meets_the_band():
     claim = Claim("share", "words", Published("1", 0.567, 0.041), sample=Sample("share", 60))
-    judged = claim.judge({"share": 0.5})  # [.37, .63]
+    judged = claim.judge({"share": 0.5})  # the interval is [.37, .63]
     assert judged["holds"] and judged["interval"][1] == pytest.approx(0.632, abs=1e-3)
-    assert not claim.judge({"share": 0.2})["holds"]  # [.11, .32]
+    assert not claim.judge({"share": 0.2})["holds"]  # the interval is [.11, .32]
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 0.9), (math.nan, 1.0), (0.0, math.nan)])

@@ -99,7 +99,7 @@ def test_a_page_holds_question_command_figure_numbers_and_deviations(fake):
         "`rows` 1, 2,",
         "*`make readme` writes this page",
     ]
-    places = [page.index(part) for part in parts]  # raises if one is missing
+    places = [page.index(part) for part in parts]  # index raises an error if a part is missing
     assert places == sorted(places)
 
 

@@ -1,4 +1,4 @@
-"""Options of Figure 2. An impossible value is refused before any work, with the option's name."""
+"""Tests of Figure 2's options. A bad value is refused before any work, with the option's name."""
 
 import dataclasses
 import os
@@ -40,7 +40,8 @@ def test_an_option_that_has_no_meaning_is_refused(changed, message):
     ],
 )
 def test_an_option_beyond_the_data_is_refused(monkeypatch, changed, message):
-    monkeypatch.setattr(fig2, "MulticlassLogisticRegression", None)  # no model may be fitted
+    # Fitting a model would raise an error.
+    monkeypatch.setattr(fig2, "MulticlassLogisticRegression", None)
     with pytest.raises(Misuse, match=f"^{message}"):
         fig2.run(dataclasses.replace(SMOKE, **changed), data.load("digits"))
 

@@ -1,4 +1,4 @@
-"""Altered record files. The report makes a page of them, or refuses them in one line."""
+"""Tests of altered record files. The report shows them or refuses them with a one-line error."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ ODD += ({"": None}, [None, [1, {"holds": 3}]], {"holds": "yes"})
 
 @pytest.fixture
 def sealed(tmp_path):
-    """A copy of a committed record, written in today's format, in a folder of records."""
+    """Return the folder of a committed record, rewritten in today's format."""
     folder = tmp_path / "fig2-paper"
     Record.load(REAL).save(folder)
     shutil.copy(REAL / "figure.png", folder)
@@ -35,7 +35,7 @@ def sealed(tmp_path):
 
 @pytest.fixture
 def real(sealed):
-    """The same record in format 0. It has no checksum, so altered content is read."""
+    """Return the file of the same record in format 0, which has no checksum."""
     content = json.loads((sealed / "record.json").read_text())
     del content["format"], content["sha256"]
     (sealed / "record.json").write_text(json.dumps(content, sort_keys=True, indent=2) + "\n")
@@ -52,7 +52,7 @@ def _places(value, found):
 
 
 def _mutated(content, seed):
-    """Change a record at 1 to 3 places: swap, drop or nest values, or make them huge or odd."""
+    """Change a record at 1 to 3 random places: drop, swap or nest values, or insert odd ones."""
     rng = random.Random(seed)
     for _ in range(rng.randint(1, 3)):
         parent, key = rng.choice(_places(content, []))
@@ -73,7 +73,7 @@ def _mutated(content, seed):
 
 
 def _page_or_line(folder):
-    """Return the page, or None if the command printed one line instead."""
+    """Return the page, or None if `write_page` refused the record with a one-line error."""
     try:
         return web_page.write_page(folder).read_text(encoding="utf-8")
     except ValueError as error:
@@ -89,7 +89,7 @@ def test_mutated_records_end_in_a_page_or_in_one_line(real):
     for seed in range(int(os.environ.get("RECORD_FUZZ", "50"))):
         file.write_text(json.dumps(_mutated(json.loads(whole), seed)))
         pages += _page_or_line(real.parent) is not None
-    assert 0 < pages < seed + 1  # both outcomes occurred
+    assert 0 < pages < seed + 1  # some records gave a page, and some were refused
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def _link(path):
 
 def _sparse(path):
     path.touch()
-    os.truncate(path, 1 << 43)  # 8 TB
+    os.truncate(path, 1 << 43)  # a sparse file of 8 TB
 
 
 @pytest.mark.parametrize("name", ["record.json", "arrays.h5"])

@@ -69,7 +69,7 @@ def test_json_is_strict_and_says_null_for_nan(tmp_path):
 
 def test_same_record_same_bytes(tmp_path):
     _record().save(tmp_path / "first")
-    time.sleep(1.1)  # HDF5 stores times in whole seconds
+    time.sleep(1.1)  # HDF5 can store times in seconds, so wait for another second
     _record().save(tmp_path / "second")
     for name in ("record.json", "arrays.h5"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
@@ -77,7 +77,8 @@ def test_same_record_same_bytes(tmp_path):
 
 def test_arrays_are_compressed(tmp_path):
     _record({"zeros": np.zeros(100_000)}).save(tmp_path)
-    assert (tmp_path / "arrays.h5").stat().st_size < 20_000  # 800,000 bytes uncompressed
+    # The array has 800,000 bytes before compression.
+    assert (tmp_path / "arrays.h5").stat().st_size < 20_000
 
 
 def test_nothing_is_left_half_written(tmp_path):
@@ -132,7 +133,7 @@ def test_load_names_what_is_missing_or_broken(tmp_path):
 
 
 def _as_format_1(folder):
-    """Rewrite a record as an earlier version wrote it: claims have no sentences."""
+    """Rewrite a record in the older format 1, whose claims have no sentences."""
     content = json.loads((folder / "record.json").read_text())
     keys = ("metric", "paper", "low", "high", "value", "holds")
     content["claims"] = [{key: claim[key] for key in keys} for claim in content["claims"]]
@@ -212,7 +213,7 @@ def test_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("INFLUENCE_COMMIT", "built-from")
     assert commit(tmp_path) == "built-from"
     _git(tmp_path, "init", "-q")
-    assert commit(tmp_path) == "built-from"  # no commit yet
+    assert commit(tmp_path) == "built-from"  # the repository has no commit yet
     code = tmp_path / "influence"
     code.mkdir()
     (code / "net.py").write_text("a = 1\n")
@@ -222,6 +223,6 @@ def test_commit(tmp_path, monkeypatch):
     assert commit(tmp_path) == head
     (tmp_path / "notes.txt").write_text("no number depends on this")
     assert commit(tmp_path) == head
-    assert commit(code) == "built-from"  # a folder inside another repository
+    assert commit(code) == "built-from"  # only a repository's top folder counts
     (code / "net.py").write_text("a = 2\n")
     assert commit(tmp_path) == f"{head}-dirty"

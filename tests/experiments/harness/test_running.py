@@ -1,4 +1,4 @@
-"""Checkpoints depend on the code in every folder. After a change, a run starts afresh."""
+"""Tests of checkpoints: after any change of the code, a run starts from the beginning."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The page of all records, as text and in a real headless Chromium."""
+"""Tests of the page of all records, as text and in a real headless Chromium."""
 
 import base64
 import html
@@ -24,16 +24,17 @@ def test_page_holds_everything(fake):
         page = file.read()
     with open("out/fake-paper-" + page.split("fake-paper-")[1][:8] + "/figure.png", "rb") as file:
         assert base64.b64encode(file.read()).decode() in page
-    assert "we &lt;fake&gt; it; the paper did not" in page  # escaped
+    assert "we &lt;fake&gt; it; the paper did not" in page  # HTML in a text is escaped
     assert "Stand-in data: digits, not mnist." in page
     assert page.count("Stand-in data") == 1
     assert '<td class="short">not reproduced</td>' in page
-    assert page.count("The shift of the mean</td>") == 1  # no claim is shown of the stand-in
+    # The page shows no claims for the stand-in.
+    assert page.count("The shift of the mean</td>") == 1
     assert "All claims: 1 not reproduced." in page
     assert "<h2>A fake figure: the mean of random numbers</h2>" in page
     for word in ("tensorflow", "peak rss mb", "SHA-256 " + "5a" * 32, "shift = 1.5"):
         assert word in page
-    assert 'src="http' not in page and "<link" not in page  # self-contained
+    assert 'src="http' not in page and "<link" not in page  # the page loads no other file
     assert '<img alt="A line of random numbers."' in page
     assert "<code>python -m experiments fake --preset paper --shift 1.5</code>" in page
     for name in ("figure.pdf", "record.json", "arrays.h5"):
@@ -65,7 +66,7 @@ def test_page_says_that_a_record_has_no_checksum(tmp_path):
 
 @pytest.fixture
 def opened(tmp_path):
-    """Open a page of two records in Chromium, at a given width."""
+    """Give a function that opens a page of two records in Chromium, at a given width."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium, or see .ci/run")
@@ -93,7 +94,7 @@ def test_the_numbers_are_on_the_screen_of_a_phone(opened):
     for cell in cells:
         box = cell.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
-    # The first number is on the first screen, and its label says whose it is.
+    # The first number is visible without scrolling, and its label contains "ours".
     assert cells[1].inner_text() == "0.853 [0.79, 0.9] / 0.5"
     assert cells[1].bounding_box()["y"] < 844
     label = "getComputedStyle(document.querySelectorAll('td.n')[1], '::before').content"

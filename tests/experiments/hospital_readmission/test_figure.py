@@ -1,4 +1,4 @@
-"""The hospital: a planted domain mismatch, the numbers that reveal it, and the figure."""
+"""Tests of the hospital experiment: its domain mismatch, the numbers that show it, the figure."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def record(splits, folder):
 
 @pytest.fixture(scope="module")
 def closed_form(splits):
-    """Return an independent oracle of the remaining training set, its minimum, and the child."""
+    """Return the closed-form risk without the removed rows, its minimum, and the test child."""
     x, y = splits.train
     age = splits.feature_names.index("age_[0-10)")
     stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
@@ -43,7 +43,7 @@ def closed_form(splits):
 
 def test_every_claim_has_its_metric_and_every_check_passes_on_the_stand_in(record):
     assert failed(hospital, "smoke", record.metrics) == []
-    # The stand-in has the feature DIED, so that smoke computes every number of the real run.
+    # The stand-in has the feature DIED. Therefore smoke computes every number of the real run.
     assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
 
 
@@ -91,7 +91,7 @@ def test_derivative_by_the_input_is_the_closed_form_s(record, closed_form):
 
 
 def test_the_stopped_model_is_the_one_that_stopped(record, splits):
-    # On the stand-in 1,000 iterations are enough to converge, and two are not.
+    # On the stand-in, 1,000 iterations are enough to converge, and two iterations are not.
     assert record.metrics["stopped_gradient_norm"] < 1e-5
     assert abs(record.metrics["stopped_ratio_to_next"] - record.metrics["ratio_to_next"]) < 1e-2
     early = dataclasses.replace(SMOKE, release_iterations=2, num_removals=4, num_moved_features=1)
@@ -111,7 +111,7 @@ def test_figure(record, splits):
     np.testing.assert_array_equal([bar.get_width() for bar in rows.patches], expected)
     reds = [bar.get_facecolor() for bar in rows.patches[:3]]
     assert len(set(reds)) == 1 and reds[0] != rows.patches[5].get_facecolor()
-    assert [len(line.get_xdata()) for line in rows.lines] == [2]  # nothing published
+    assert [len(line.get_xdata()) for line in rows.lines] == [2]  # no published values are drawn
     (drawn,) = [line for line in children.lines if len(line.get_xdata()) == 40]
     np.testing.assert_array_equal(drawn.get_ydata(), arrays["probability_correct"])
     derivative = -3980 * arrays["derivative"][~arrays["readmitted"]][0]
@@ -122,7 +122,8 @@ def test_figure(record, splits):
         np.testing.assert_allclose(widths, values[order])
         long = np.array(splits.feature_names)[order]
         assert names == [name.replace("_disposition_id", "") for name in long]
-        assert len({bar.get_facecolor() for bar in axis.patches}) == 2  # the child's is highlighted
+        # The child's features have another colour.
+        assert len({bar.get_facecolor() for bar in axis.patches}) == 2
     (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
     np.testing.assert_allclose(refitted.get_xdata(), -3980 * arrays["moved_actual"])
     for axis in figure.axes:
@@ -131,7 +132,7 @@ def test_figure(record, splits):
 
 
 def _as_published(record):
-    """The record with the children, the probabilities and the influences that are printed."""
+    """Return the record with the notebook's printed children, probabilities and influences."""
     rows, before, after = claims.published_children().T
     influence = np.zeros(19980)
     influence[list(claims.HARMFUL + claims.HELPFUL)] = claims.INFLUENCES
@@ -157,7 +158,7 @@ def test_figure_beside_the_notebook(record):
 def test_the_printed_numbers_are_whole():
     rows, before, after = claims.published_children().T
     assert len(rows) == 137 and (np.diff(rows) > 0).all() and 1742 in rows
-    # The means that the notebook's numbers have, and its count of wrong predictions.
+    # These are the means of the notebook's numbers, and its count of wrong predictions.
     assert before.mean() == pytest.approx(0.816, abs=5e-4)
     assert after.mean() == pytest.approx(0.583, abs=5e-4)
     assert (before > 0.5).all() and np.sum(after < 0.5) == 13
@@ -177,7 +178,7 @@ def test_the_comparison_row_by_row_finds_what_differs(record):
         "worst_printed_influence": 0,
     }  # fmt: skip
     arrays["probability_correct"][after.argmin()] = 0.6
-    influence[claims.HARMFUL[1]] *= 1.5  # now the most harmful row
+    influence[claims.HARMFUL[1]] *= 1.5  # this makes it the most harmful row
     found = hospital._beside_the_notebook(seen, arrays, influence)
     assert found["published_flips_among_ours"] == 12
     assert found["worst_probability"] == pytest.approx(0.6 / after.min() - 1)
@@ -191,7 +192,8 @@ def test_bars_need_not_hold_the_marked_one():
     assert largest_bars(axis, names, values, marked="c", count=3).tolist() == [1, 3, 0]
     assert [bar.get_width() for bar in axis.patches] == [-3.0, 2.0, 0.5]
     assert len({bar.get_facecolor() for bar in axis.patches}) == 1
-    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the largest on top
+    # The axis is inverted, so the largest bar is on top.
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]
     plt.close(figure)
 
 

@@ -1,4 +1,4 @@
-"""Comparisons checked with values computed by hand: numbers, panels, chosen rows, test points."""
+"""Tests of comparisons against values by hand: numbers, panels, choices of rows and points."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +15,7 @@ def axis():
 
 
 def test_agreement_with_values_by_hand():
-    """The deviations from the means are -2, 0, 2 (actual) and -1, -1, 2 (predicted)."""
+    """Use deviations from the mean of -2, 0, 2 (actual) and -1, -1, 2 (predicted)."""
     found = compare.agreement(np.array([-1.0, -1.0, 2.0]), np.array([-2.0, 0.0, 2.0]))
     assert found["slope"] == pytest.approx(6 / 8)
     assert found["intercept"] == pytest.approx(0, abs=1e-15)
@@ -23,7 +23,7 @@ def test_agreement_with_values_by_hand():
     assert found["spearman"] == pytest.approx(
         np.sqrt(3) / 2
     )  # the ranks are 1.5, 1.5, 3 and 1, 2, 3
-    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 has no sign
+    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 has no sign, so it never agrees
     assert found["largest_difference"] == 1
 
 
@@ -32,7 +32,7 @@ def test_agreement_sees_scale_sign_and_offset():
     found = compare.agreement(-2 * actual + 3, actual)
     for name, value in (("pearson", -1), ("spearman", -1), ("slope", -2), ("intercept", 3)):
         assert found[name] == pytest.approx(value)
-    assert found["sign_agreement"] == 0.25  # only 0.5 keeps its sign
+    assert found["sign_agreement"] == 0.25  # only the prediction for 0.5 has the right sign
     assert found["largest_difference"] == 9
 
 
@@ -69,7 +69,7 @@ def test_largest_bars(axis):
     colours = [bar.get_facecolor() for bar in axis.patches]
     assert colours[0] == colours[2] != colours[1]
     low, high = axis.get_ylim()
-    assert low > high  # the largest is on top
+    assert low > high  # the axis is inverted, so the largest bar is on top
     assert len(compare.largest_bars(axis, names, values)) == 4
 
 
@@ -79,7 +79,7 @@ def test_largest_bars(axis):
         (0.86, "0.86"),
         (0.366, "0.37"),
         (0.8699, "0.87"),
-        (0.995, "0.99"),  # the float is below .995
+        (0.995, "0.99"),  # the nearest float is below .995
         (0.9951, "0.995"),
         (0.999, "0.999"),
         (0.99999, "0.99999"),
@@ -108,6 +108,6 @@ def test_with_others_draws_without_repetition():
     assert (again != compare.with_others(7, np.arange(10), 4, seed=4)).any()
     assert 50 in compare.with_others(
         50, np.arange(3), 2, seed=0
-    )  # the first need not be among the others
+    )  # the first point need not be among the others
     with pytest.raises(ValueError, match="count must be at most 9, the other points, got 10"):
         compare.with_others(7, np.arange(10), 10, seed=0)

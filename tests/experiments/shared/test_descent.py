@@ -1,4 +1,4 @@
-"""Descents to local minima: of a network, from a saddle, and after an interruption."""
+"""Tests of descents to local minima: of a network, from a saddle, and after an interruption."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_ends_at_a_minimum_that_it_reports():
     assert found.gradient_norm[-1] == pytest.approx(net.gradient_norm(examples))
     values = np.linalg.eigvalsh(Hessian(net, examples).dense())
     assert found.smallest_eigenvalue[-1] == pytest.approx(values[0], abs=1e-9)
-    assert found.num_negative[0] > 0  # negative curvature at the start
+    assert found.num_negative[0] > 0  # the descent starts at negative curvature
 
 
 def test_a_quadratic_takes_one_round():
@@ -79,18 +79,18 @@ def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(descent, "_round", lambda *a: (formed.append(0), _ROUND(*a)))
         found = descend(net, examples, checkpoints=tmp_path, **settings)
-    assert len(formed) == len(found.risk) - 1 - rounds  # no stored round is repeated
+    assert len(formed) == len(found.risk) - 1 - rounds  # no stored round is computed again
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(found.risk, expected.risk)
     net.theta = start
-    monkeypatch.setattr(descent, "Hessian", None)  # no Hessian is formed at all
+    monkeypatch.setattr(descent, "Hessian", None)  # forming a Hessian would raise an error
     again = descend(net, examples, checkpoints=tmp_path, **settings)
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(again.risk, expected.risk)
 
 
 class Saddle:
-    """Risk u^2/2 - w^2/2 + w^4/4 of theta (u, w), whose gradient is zero at zero."""
+    """A fake net whose risk is u^2/2 - w^2/2 + w^4/4, with a saddle at theta = (u, w) = 0."""
 
     dtype = np.dtype(float)
 
@@ -126,7 +126,7 @@ def test_it_stops_where_a_round_does_nothing(monkeypatch):
 
 
 def test_the_last_steps_do_not_climb():
-    """From (0, 1.2), a curvature that is too small leads uphill to the saddle (gradient .02)."""
+    """Start at (0, 1.2), where a curvature that is too small would lead uphill to the saddle."""
     net = Saddle()
     net.theta = np.array([0.0, 1.2])
     descent._polish(net, None, np.eye(2), np.sqrt([1.0, 0.528 / 1.18]), 1e-12)

@@ -1,4 +1,4 @@
-"""Trunks: names of heads, all layers in one pass, stored features, missing weights."""
+"""Tests of trunks: names of heads, one pass for all layers, stored features, missing weights."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,8 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     first = ask(x)["small/relu1"]
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert [name[-9:] for name in kept] == ["00000.npz", "00002.npz", "00004.npz"]
-    # After an interruption, only the third of three blocks is computed. The results are equal.
+    # After an interruption, only the missing one of three blocks is computed. The features stay
+    # equal.
     (tmp_path / kept[2]).unlink()
     asked = []
     features = TopLayer.features
@@ -60,7 +61,7 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(ask(x)["small/relu1"], first)
     assert asked == [1]
-    # Other layers of the network share the files; other images do not.
+    # Another layer of the same network uses the same files. Other images do not.
     trunks.features(["small/relu2"], x, root=None, folder=tmp_path)
     assert asked == [1] and len(list(tmp_path.iterdir())) == 3
     other = x.copy()
@@ -72,9 +73,8 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
 def test_a_layer_that_is_not_asked_about_as_a_rule(x):
     found = trunks.features(["small/conv1", "small/relu1"], x, root=None, folder=None)
     assert found["small/conv1"].min() < 0
-    assert (
-        found["small/relu1"] >= found["small/conv1"] - 1e-6
-    ).all()  # a mean of the positive parts
+    # The mean after a ReLU is at least the mean before it.
+    assert (found["small/relu1"] >= found["small/conv1"] - 1e-6).all()
 
 
 def test_seconds_are_those_of_whenever_it_was(x, tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_seconds_are_those_of_whenever_it_was(x, tmp_path, monkeypatch):
     features, seconds = ask()
     assert seconds == 3 * 5
     again, seconds = ask()
-    assert seconds == 3 * 5  # stored with the features
+    assert seconds == 3 * 5  # the seconds are stored with the features
     np.testing.assert_array_equal(again["small/relu1"], features["small/relu1"])
     path = min(tmp_path.iterdir())
     store(path, {key: value for key, value in load(path).items() if key != "seconds"})
@@ -132,7 +132,7 @@ def test_layers_that_are_none_are_misuse(monkeypatch):
     asked = []
     monkeypatch.setattr(trunks, "_built", lambda *a: asked.append(a) or built(*a))
     trunks.check(["small/relu1", "small/relu2"], None)
-    assert not asked  # known layers need no network
+    assert not asked  # the names of these layers are known without building the network
     trunks.check(["small/conv1"], None)
     with pytest.raises(Misuse, match="layer_name must be a layer of 'small', .* got 'relu9'"):
         trunks.check(["small/relu1", "small/relu9"], None)
@@ -146,7 +146,7 @@ def test_layers_that_are_none_are_misuse(monkeypatch):
     ("head", "width"), [("mobilenet/conv_pw_13_relu", 768), ("inception/mixed8", 1280)]
 )
 def test_trained_networks_tell_dogs_from_fish(head, width):
-    """Classify by the nearer class mean. This fails with wrong weights or a wrong scale."""
+    """Classify images by the nearer class mean. Wrong weights or a wrong scale would fail this."""
     (x, y), _ = data.load("dogfish", REAL).train, None
     rows = np.concatenate([np.flatnonzero(y == c)[:12] for c in (0, 1)])
     phi = trunks.features([head], x[rows], root=REAL, folder=None)[head]

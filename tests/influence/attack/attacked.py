@@ -1,4 +1,4 @@
-"""Small problems to attack: a linear model, a network, and a linear model on a frozen trunk."""
+"""Small problems for attacks: a linear model, a network, and a linear model on a frozen trunk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OnTrunk(BinaryLogisticRegression):
 
 
 def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02) -> Any:
-    """Make (net, train, test, oracle) with the net at its minimum. The two classes overlap."""
+    """Return (net, train, test, oracle), with the net at its minimum and overlapping classes."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     net = BinaryLogisticRegression(num_inputs, weight_decay=weight_decay)
     train = Examples(x, y)
@@ -53,7 +53,7 @@ def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02
 
 
 def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> Any:
-    """Make (net, train of features, test of features, inputs of train)."""
+    """Return (net, train, test, inputs). Both sets hold features, `inputs` the training inputs."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     A = np.random.default_rng(5).standard_normal((num_inputs, num_features)) / 2
     net = OnTrunk(A, 0.02)
@@ -63,7 +63,7 @@ def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> 
 
 
 def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
-    """Make (net, train, test): tanh units with an L2 penalty on every weight, at a minimum."""
+    """Return (net, train, test): tanh units with an L2 penalty on every weight, at a minimum."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     keras.utils.set_random_seed(3)
     l2 = keras.regularizers.L2(0.02)
@@ -83,8 +83,8 @@ def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
 
 
 def tight(net: GenericNeuralNet, train: Examples) -> None:
-    """Fit by L-BFGS, then by Newton steps with the dense Hessian, to the last digits."""
-    if net.gradient_norm(train) > 1e-4:  # else Newton steps are enough
+    """Fit by L-BFGS, then by dense Newton steps, to a gradient of about the rounding error."""
+    if net.gradient_norm(train) > 1e-4:  # near the minimum, Newton steps alone are enough
         net.fit(train, gradient_tolerance=1e-6)
     for _ in range(6):
         H = net.hvp(train.x, train.y, np.eye(net.num_parameters))
@@ -94,7 +94,7 @@ def tight(net: GenericNeuralNet, train: Examples) -> None:
 
 
 def replaced(train: Examples, rows: Any, x: NDArray) -> Examples:
-    """Replace the inputs of some rows of the training set."""
+    """Return the training set with other inputs in some rows."""
     inputs = np.array(train.x)
     inputs[rows] = x
     return Examples(inputs, train.y)
@@ -120,7 +120,7 @@ def _rows(num_rows: int, num_inputs: int) -> tuple[NDArray, NDArray, NDArray, ND
 
 
 def by_refit(oracle, net, train, test, rows, x):
-    """Compute the (m,) changes of test losses by an exact refit with other inputs in some rows."""
+    """Return changes of the test losses, (m,), by an exact refit with other inputs in `rows`."""
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(net.theta)
     measured = oracle.on(test.x, test.y)
     return measured.losses(theta) - measured.losses(net.theta)

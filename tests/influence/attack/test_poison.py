@@ -1,4 +1,4 @@
-"""Poisoning, compared with exact refits, every corner of the box, and the authors' rule by hand."""
+"""Tests of poisoning against exact refits, all corners of the box, and the authors' rule."""
 
 from dataclasses import replace
 from itertools import product
@@ -37,7 +37,8 @@ def test_the_change_is_that_of_an_exact_refit(problem):
     assert len(set(found.rows)) == 3
     np.testing.assert_array_equal(found.features, found.inputs)
     assert found.same_bytes is None
-    # The last warm refit has the losses of the cold refit, and the largest mean loss.
+    # The last warm-started refit gives the same losses as a refit from scratch. Among all states it
+    # has the largest mean loss.
     last = found.test_losses[-1] - found.test_losses[0]
     np.testing.assert_allclose(last, expected, atol=1e-9)
     np.testing.assert_allclose(found.test_losses[0], net.losses(test.x, test.y), atol=1e-15)
@@ -61,7 +62,7 @@ def test_one_poison_is_as_bad_as_any_corner_of_any_row(problem):
     rule = Rule(max_steps=12)
     found = poison(net, train, test, rows, 0.8, counts=[1], rule=rule, options=TO_THE_END)
     assert found.change_if_poisoned[0] >= 0.99 * best
-    # The gradient at the clean weights alone would choose another row.
+    # Ranking the rows by the gradient at the clean weights alone would choose another row.
     alone = Rule(max_steps=12, tries=0)
     other = poison(net, train, test, rows, 0.8, counts=[1], rule=alone, options=TO_THE_END)
     assert other.change_if_poisoned[0] <= found.change_if_poisoned[0]
@@ -115,7 +116,8 @@ def test_it_ends_with_enough_flips(problem):
     every = poison(*all_three, counts=[1, 3], rule=rule, options=TO_THE_END)
     clean = every.test_losses[0]
     first_of_three = int(np.argmax(every.num_poisons == 3))
-    # One poison never reaches this loss. Three poisons reach it only after some moves.
+    # The threshold `flip_at` is above every loss that one poison reaches. Three poisons exceed it
+    # only after some moves.
     with_one = every.test_losses[:first_of_three].max(axis=0)
     point = int(np.argmax(every.test_losses[-1] - with_one))
     flip_at = (with_one[point] + every.test_losses[-1][point]) / 2
@@ -129,7 +131,7 @@ def test_it_ends_with_enough_flips(problem):
     np.testing.assert_allclose(
         found.change_if_poisoned, found.test_losses[-1] - clean[point], atol=1e-9
     )
-    # With flips=1, the attack ends when one of the three test examples has flipped.
+    # With flips=1, the attack ends when one of the three test examples has been flipped.
     low = float(np.sort(clean)[-1]) + 1e-3
     options = PoisonOptions(flip_at=low, flips=1)
     one = poison(*all_three, counts=[1, 3], rule=rule, options=options)
@@ -149,7 +151,7 @@ def test_a_try_that_flips_ends_the_tries(problem):
     arguments, options = (net, train, test, np.arange(40)), PoisonOptions(flip_at=flip_at, fit=fit)
     found = poison(*arguments, RADIUS, counts=[1, 2], rule=rule, options=options)
     assert found.flipped.all() and len(found.rows) == 1
-    assert len(fits) == 2  # the first move, and the refit that confirms it
+    assert len(fits) == 2  # the fit runs for the first move and for its confirmation
 
 
 def test_tries_choose_by_what_was_attained(problem):
@@ -168,8 +170,9 @@ def test_tries_choose_by_what_was_attained(problem):
     np.testing.assert_allclose(one.change_if_poisoned[0], changes[best[0]], rtol=1e-9)
     two = poison(net, train, test, np.arange(40), RADIUS, counts=[2], rule=rule, options=TO_THE_END)
     assert two.rows.tolist() == tried[best[:2]].tolist()
-    assert best.tolist() != list(range(6))  # the order differs from that of the norms
-    # The rows then move together from the inputs that each reached alone.
+    # The rows with the largest gradient norms are not the best.
+    assert best.tolist() != list(range(6))
+    # The two rows then move together. Each starts from the inputs to which it moved on its own.
     x = np.concatenate([alone[i].inputs for i in best[:2]])
     together = by_refit(oracle, net, train, test, two.rows, x)[0]
     np.testing.assert_allclose(two.test_losses[1, 0] - two.test_losses[0, 0], together, atol=1e-9)
@@ -194,10 +197,10 @@ def test_rows_tried_alone_go_on_together_with_smaller_steps(problem):
     s = np.linalg.solve(risk.hessian(theta), measured.gradients(theta)[0])
     g = oracle.on(x, train.y[rows]).input_gradients(theta, s, 4)
     box = train.x[rows] - RADIUS, train.x[rows] + RADIUS
-    x = np.clip(x - 0.5 * RADIUS * np.sign(g), *box)  # step decay^1, not step
+    x = np.clip(x - 0.5 * RADIUS * np.sign(g), *box)  # the second step is step * decay
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(theta)
     losses.append(measured.losses(theta)[0])
-    assert losses[1] > losses[0]  # both states are on the way to the best state
+    assert losses[1] > losses[0]  # both states lie before the best state
     np.testing.assert_allclose(found.test_losses[1:3, 0], losses, atol=1e-9)
 
 
@@ -205,18 +208,18 @@ def test_what_comes_back_is_the_best_that_was_seen(problem):
     net, train, test, _ = problem
     moves = []
 
-    def fit(net, examples):  # the loss rises after the second move
+    def fit(net, examples):  # the test loss rises again after the second move
         moves.append(examples.x[5].copy())
         net.theta = net.theta * (0.9 if len(moves) < 3 else 1.2)
 
     start, rule = net.theta, Rule(tries=0, max_steps=5)
     options = PoisonOptions(fit=fit, flip_at=np.inf, start=start)
     found = poison(net, train, test, [5], RADIUS, rule=rule, options=options)
-    assert len(moves) == 6  # five moves, and the refit that confirms
+    assert len(moves) == 6  # five moves, and one refit to confirm the best
     np.testing.assert_array_equal(found.inputs[0], moves[1])
     np.testing.assert_array_equal(moves[5], moves[1])
     assert len(found.test_losses) == 3
-    np.testing.assert_allclose(found.theta, 1.2 * start)  # the fit began at `start`
+    np.testing.assert_allclose(found.theta, 1.2 * start)  # the fit started at `start`
 
 
 def test_candidates_in_any_order(problem):
@@ -260,7 +263,8 @@ def test_more_poisons_are_ranked_at_the_weights_reached(problem):
     found = poison(net, train, test, np.arange(40), 0.8, counts=[1, 3], **options)
     assert found.rows.tolist() == [one.rows[0], *order[:2]]
     clean = np.argsort(-gradient_norms(net, train, test, np.arange(40)))
-    assert found.rows.tolist() != clean[:3].tolist()  # the second ranking changes the result
+    # Ranking again after the first poison changes the choice.
+    assert found.rows.tolist() != clean[:3].tolist()
 
 
 def test_restarts_begin_anywhere_in_the_box_and_the_best_is_kept(problem):
@@ -272,7 +276,8 @@ def test_restarts_begin_anywhere_in_the_box_and_the_best_is_kept(problem):
     for x in starts:
         assert (np.abs(x - train.x[rows]) <= 0.8).all() and np.abs(x - train.x[rows]).max() > 0.4
     other = check_targets(net, train, [30, 12], 0.8, None, None).anywhere([0], 3)
-    np.testing.assert_array_equal(other, [starts[3][1], train.x[12]])  # a row's own draw
+    # Each row has its own random numbers.
+    np.testing.assert_array_equal(other, [starts[3][1], train.x[12]])
     changes = [by_refit(oracle, net, train, test, rows, x)[0] for x in starts]
     assert max(changes) > 0
     found = poison(net, train, test, rows, 0.8, rule=Rule(restarts=4, **still), options=TO_THE_END)
@@ -307,7 +312,7 @@ def test_a_network():
 def test_bytes(levels, same):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 5))
-    pixels[:, 0], pixels[:, 1] = 0, 255  # bounds cut these cells
+    pixels[:, 0], pixels[:, 1] = 0, 255  # bounds limit the moves of these pixels
     train = Examples((pixels / 127.5 - 1).astype(np.float32), (pixels[:, 2] > 127).astype(int))
     net = attacked.BinaryLogisticRegression(5, weight_decay=0.1)
     net.fit(train)
@@ -329,7 +334,8 @@ def test_a_trunk_is_asked_for_the_candidates_alone():
     rule = Rule(step=0.2, max_steps=4, **SIGNS)
     options = replace(TO_THE_END, inputs=inputs[ROWS])
     found = poison(net, train, test, ROWS, RADIUS, rule=rule, options=options)
-    assert net.seen_inputs == 3 + 5 * 3  # three for the check of the inputs, three for each state
+    # The check reads three inputs, and each of five states reads three.
+    assert net.seen_inputs == 3 + 5 * 3
     np.testing.assert_allclose(found.features, np.tanh(found.inputs @ net.A), atol=1e-15)
     net.fit(replaced(train, found.rows, found.features), gradient_tolerance=1e-12)
     np.testing.assert_allclose(found.theta, net.theta, atol=1e-9)
@@ -342,7 +348,7 @@ def test_images_and_features_give_the_same():
     rule, options = Rule(max_steps=3, **SIGNS), replace(TO_THE_END, inputs=inputs[ROWS])
     one = poison(net, train, test, ROWS, RADIUS, rule=rule, options=options)
     assert np.abs(one.inputs - inputs[one.rows]).max() > RADIUS / 2
-    for given in (options, TO_THE_END):  # the images move, given or not
+    for given in (options, TO_THE_END):  # the images move whether or not `inputs` is given
         other = poison(net, images, test, ROWS, RADIUS, rule=rule, options=given)
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.change_if_poisoned, other.change_if_poisoned)
@@ -363,7 +369,7 @@ def test_s_test_by_any_solver(make):
         np.testing.assert_allclose(mean_s_test(net, train, test, solver), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 1e-30])  # rounding hides the smaller one
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-30])  # 1e-30 is lost in rounding
 def test_a_singular_hessian_is_named(weight_decay):
     net, train, test, _ = attacked.logistic(weight_decay=0.02)
     flat = attacked.BinaryLogisticRegression(8, weight_decay=weight_decay)
@@ -380,7 +386,7 @@ def test_norms_by_hand():
     g = oracle.on(train.x[rows], train.y[rows]).input_gradients(theta, s, 4)
     found = gradient_norms(net, train, test, rows)
     np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-9)
-    # The norms predict the rise of the test loss within a small box.
+    # For a small box, the norms predict the rise of the test loss.
     for row, size, step in zip(rows, found, -1e-3 * np.sign(g), strict=True):
         rise = refitted_loss(net, train, test, row, train.x[row] + step) - mean_loss(net, test)
         assert 1e-3 * size / len(train) == pytest.approx(rise, rel=1e-2)
@@ -393,10 +399,11 @@ def test_norms_through_a_trunk_are_by_the_inputs():
     s = mean_s_test(net, train, test, CG(1e-12))
     g = net.input_gradient(inputs[rows], train.y[rows], s)
     np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-6)
-    assert (found != gradient_norms(net, train, test, rows)).all()  # these are by features
+    # Without `inputs`, the norms are with respect to features.
+    assert (found != gradient_norms(net, train, test, rows)).all()
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------------
 
 
 WHOLE, POSITIVE = "increasing whole numbers in", "must be a positive number"
@@ -447,7 +454,7 @@ def test_wrong_arguments_are_refused_before_the_trunk_is_asked(changed, error, m
                 | {name: changed[name] for name in changed if name not in options}
             )
         )
-    assert net.seen_inputs <= 6  # the rows that check whether examples fit the net
+    assert net.seen_inputs <= 6  # only the check that examples fit the net has read inputs
 
 
 def test_examples_that_do_not_fit_are_refused_before_the_trunk_is_asked():

@@ -1,4 +1,4 @@
-"""Derivatives of a test loss by training inputs, against refits and closed forms; the moves."""
+"""Tests of a test loss's derivatives by training inputs, against refits and closed forms."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.influence.attack.attacked import RADIUS, refitted_loss
 
 
 def derivative(net, train, test, rows, along, inputs=None):
-    """Differentiate the mean test loss after a refit by inputs of some rows, along a direction."""
+    """Return d(mean test loss after a refit)/d(inputs of some rows), along one direction."""
     targets = check_targets(net, train, rows, RADIUS, inputs, None)
     s = mean_s_test(net, train, test, CG(1e-12))
     g = targets.gradients(net, slice(None), targets.x, s)
@@ -124,7 +124,7 @@ def test_wrong_targets_are_refused(changed, error, message):
 
 def test_every_input_must_be_its_rows():
     net, train, _, inputs = attacked.on_trunk()
-    rows = np.arange(1, 40)  # the check reads these rows in more than two parts
+    rows = np.arange(1, 40)  # the check reads more than two batches of these rows
     check_targets(net, train, rows, RADIUS, inputs[rows], None)
     check_targets(net, train, rows, RADIUS, inputs[rows].astype(np.float32), None)
     for one, other in ((1, 2), (17, 30), (37, 36)):
@@ -137,7 +137,8 @@ def test_every_input_must_be_its_rows():
 
 def test_without_a_trunk_inputs_are_the_rows_themselves():
     net, train, *_ = attacked.logistic()
-    far = Examples(train.x + 1e4, train.y)  # the rows' relative differences are then small
+    # At this distance from 0 the relative differences of rows are small.
+    far = Examples(train.x + 1e4, train.y)
     rows = [5, 2, 9]
     targets = check_targets(net, far, rows, RADIUS, far.x[rows].astype(np.float32), None)
     assert targets.x.dtype == np.float32

@@ -71,12 +71,12 @@ def test_an_interruption_while_writing_leaves_nothing(step, tmp_path, monkeypatc
 
 
 def test_the_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    """Check that a partial file, left by kill -9 before the rename, is not read."""
+    """Check that a partial file is never read. A kill -9 before the rename can leave one."""
     path, replace = tmp_path / "block.npz", os.replace
 
     def look(partial, target):
         assert not path.exists() and str(partial).endswith(".partial")
-        with np.load(partial) as stored:  # complete before the rename
+        with np.load(partial) as stored:  # the file is complete before it is renamed
             same({name: stored[name] for name in ARRAYS}, ARRAYS)
         replace(partial, target)
 
@@ -93,13 +93,13 @@ def flipped(path, place):
 
 
 def rewritten(path, **changes):
-    """Write the file again with NumPy only, as a user who edits it by hand would."""
+    """Write the file again with NumPy only, like a user who edits its arrays."""
     with np.load(path) as stored:
         np.savez(path, **{**stored, **changes})
 
 
 def moved(path):
-    """Replace the file by one that was stored under another name."""
+    """Replace the file by a file that was stored under another name."""
     kept(path.with_name("other.npz"), lambda: ARRAYS).clear()
     os.replace(path.with_name("other.npz"), path)
 

@@ -30,7 +30,7 @@ def test_from_deep_inside_the_warning_names_the_line_that_called_the_library():
         impatient.self_influence([0])
     lines = [w.lineno for w in caught if w.category is ConvergenceWarning]
     assert {w.filename for w in caught} == {__file__}
-    assert len(lines) == 2 and lines[1] == lines[0] + 1  # each call warned at its own line
+    assert len(lines) == 2 and lines[1] == lines[0] + 1  # each warning names the line of its call
 
 
 def test_a_user_may_turn_it_into_an_error():

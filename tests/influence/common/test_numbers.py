@@ -1,4 +1,4 @@
-"""Every array argument of a public function refuses what is not an array of real numbers."""
+"""Tests that every public function refuses array arguments that are not real numbers."""
 
 import keras
 import numpy as np
@@ -56,7 +56,8 @@ def _theta(net, theta):
     net.theta = theta
 
 
-# By a right value: "argument of a function", and the call with a wrong value.
+# Each entry is a valid value, and a dictionary from "argument of function" to a call that takes the
+# argument.
 BY_VALUE = (
     (
         X,
@@ -246,7 +247,7 @@ def test_what_is_not_an_array_of_numbers_is_refused_by_name(case, kind):
     with pytest.raises(TypeError) as raised:
         call(WRONG[kind](np.asarray(right)))
     message = str(raised.value)
-    # LinearModel checks `thetas`, `V` and `v` in one function, so its message may name V or v.
+    # LinearModel checks `thetas`, `V` and `v` by the same code, so its message may name V or v.
     names = (name, "V", "v") if name in ("thetas", "V", "v") else (name,)
     assert message.startswith(tuple(f"{n} must be " for n in names)) and "\n" not in message
     got = {"masked": "masked", "object": "dtype object", "string": "dtype <U"}.get(kind, kind)

@@ -1,4 +1,4 @@
-"""Tests of Hessians of chains against the tape's products, for every kind of layer."""
+"""Tests of a chain's Hessian against products by the tape, for every kind of layer."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.influence.problems import sequential, traced_once
 
 
 class _Float64:
-    """Namespace of Keras' layers in float64."""
+    """The namespace keras.layers with every layer in float64."""
 
     def __getattr__(self, name):
         return partial(getattr(keras.layers, name), dtype="float64")
@@ -31,7 +31,7 @@ def _net(*layers, loss=_LOG_LOSS):
     keras.utils.set_random_seed(0)
     net = traced_once(GenericNeuralNet(sequential((6, 6, 2), *layers, dtype="float64"), loss), loss)
     rng = np.random.default_rng(1)
-    net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)  # biases are not zero
+    net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)  # so the biases are not zero
     return net
 
 
@@ -64,7 +64,7 @@ CHAINS = {
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch):
-    """Use the chain for small nets too, even if products are faster."""
+    """Use the chain's Hessian for small nets too, although products are faster there."""
     monkeypatch.setattr(Chain, "beats_products", lambda self, x: True)
 
 
@@ -104,7 +104,8 @@ def test_the_paper_s_network_in_both_dtypes():
 def test_frozen_layers_are_passed_through(frozen):
     layers = [L.Conv2D(2, 3), _tanh(), L.Conv2D(2, 2), _tanh(), L.Flatten(), L.Dense(3)]
     layers[frozen].trainable = False
-    _matches_products(_net(*layers).uncut(), _LABELS)  # a trunk would hide the first layers
+    # Without `uncut`, the first layers would belong to a trunk.
+    _matches_products(_net(*layers).uncut(), _LABELS)
 
 
 def test_a_loss_with_full_curvature_in_the_output():
@@ -135,8 +136,8 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     net = _net(*CHAINS["kinked"]())
     x = net.flat.inputs(_X[:1])
     chain = Chain.of(net.flat, x)
-    # The widest layer has 4 x 4 x 3 outputs. Their Jacobian has a column for each of 57 weights.
-    # Memory holds 8 copies of 8 bytes.
+    # The widest layer has 4 x 4 x 3 outputs. Their Jacobian has 57 columns, one per weight. A batch
+    # needs 8 such arrays of 8-byte numbers.
     widest = 48 * 57 * 8 * 8
     for budget, at_most, rows in ((5 * widest, 7, 5), (5 * widest, 3, 3), (1, 7, 1)):
         monkeypatch.setattr("influence.curvature.chain.ACTIVATIONS", budget)
@@ -144,7 +145,7 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
 
 
 class _Left(keras.layers.Dropout):
-    """Dropout that cannot be switched off."""
+    """A dropout layer that is active in inference too."""
 
     def call(self, inputs, training=None):
         return super().call(inputs, training=True)

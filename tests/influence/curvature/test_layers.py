@@ -1,4 +1,4 @@
-"""Tests of the factors of affine layers against the Gauss-Newton matrix of a dense Jacobian."""
+"""Tests of affine layers' Gauss-Newton factors against a dense Jacobian."""
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ def logits(name="loss"):
 
 
 def net_of(*layers, loss=None, shape=(6, 5, 2), before=None):
-    """Make a sequential net in float64 with random weights and biases."""
+    """Return a sequential float64 net with random weights and biases."""
     before_us = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float64")
     try:
@@ -56,13 +56,13 @@ def data(*shape):
 
 
 def gauss_newton(net, x, y):
-    """Compute mean_i sum_s p_is p_is', (d, d), by loops; check `roots` with it."""
+    """Return mean_i sum_s p_is p_is', (d, d), by loops. Also check `roots` against the p_is."""
     layers = affine_layers(net, {k: v[:2] for k, v in x.items()} if isinstance(x, dict) else x[:2])
     parts = layers.pseudo_gradients(x, y)
     p = np.full((N, parts[0][1].shape[2], net.num_parameters), np.nan)
     for affine, (a, g) in zip(layers.layers, parts, strict=True):
         for i, s in np.ndindex(p.shape[:2]):
-            at = zip(a[i], g[i, :, s], strict=True)  # one pair for each position
+            at = zip(a[i], g[i, :, s], strict=True)  # one pair (a, g) for each position
             p[i, s, affine.entries] = sum(a[..., :, None] * g[..., None, :] for a, g in at)
     assert relative_error(layers.roots(x, y), p) < 1e-12
     return np.einsum("isd,ise->de", p, p) / N
@@ -134,7 +134,7 @@ def check(net, x, y, loss=log_loss):
 
 
 def drawn(model):
-    """Draw the moving statistics of normalisations, as if the model were trained."""
+    """Give normalisation layers random moving statistics, as if the model were trained."""
     for weight in model.non_trainable_weights:
         weight.assign(np.random.default_rng(2).uniform(0.5, 2, weight.shape))
 
@@ -157,7 +157,7 @@ def test_an_embedding_and_attention():
 
 
 def test_layers_in_between_and_frozen_ones():
-    """Check frozen layers of any kind at any place, fused activations included."""
+    """Check frozen layers and fused activations between the trainable layers."""
 
     def freeze(model):
         for layer in model.layers:
@@ -168,7 +168,8 @@ def test_layers_in_between_and_frozen_ones():
     hidden = conv(3, 2), tanh, L.MaxPooling2D, L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh
     net = net_of(*first, *hidden, dense(3), before=freeze)
     x, y = data(6, 5, 2)
-    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)  # theta has only the bias
+    # The kernel is frozen, so theta has only the bias.
+    assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)
     check(net, x, y)
 
 
@@ -195,7 +196,7 @@ def named(units, name="hidden"):
 
 
 def test_subclassed():
-    """Check a layer in a list, a layer in an inner model, and a name that is used twice."""
+    """Check a layer in a list, a layer in an inner model, and two layers with the same name."""
     net = built(
         lambda model, x: model.inner(tf.tanh(model.parts[0](inputs=x))),
         parts=[named(3)],
@@ -248,7 +249,7 @@ def test_the_dense_gauss_newton_matrix_comes_from_the_roots(batch_size, monkeypa
     A = GaussNewton(net, Examples(x, y), 0.3, batch_size=batch_size)
     products = A @ np.eye(d)
     with monkeypatch.context() as patch:
-        patch.setattr(GaussNewton, "_undamped", None)  # calling it would be an error
+        patch.setattr(GaussNewton, "_undamped", None)  # multiplying by A would raise an error
         ours = A.dense()
     assert relative_error(ours, products) < 1e-12
     np.testing.assert_array_equal(ours, ours.T)
@@ -272,29 +273,29 @@ def test_roots_of_other_layers_come_row_by_row(case, monkeypatch):
     net = net_of(*layers, shape=shape, before=drawn)
     x, y = data(*shape)
     truth = oracles.dense_derivatives(net.model, log_loss, x, y).gauss_newton
-    monkeypatch.setattr(GaussNewton, "_undamped", None)  # calling it would be an error
+    monkeypatch.setattr(GaussNewton, "_undamped", None)  # multiplying by A would raise an error
     assert relative_error(GaussNewton(net, Examples(x, y)).dense(), truth) < 1e-12
 
 
 def test_the_dense_matrix_of_another_loss_comes_from_products():
     x, _ = data(4)
-    # This loss has an indefinite Gauss-Newton matrix, which no sum of squares of roots can equal.
+    # The Gauss-Newton matrix of this loss is indefinite, so no sum of r r' over roots r equals it.
     net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
     A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
     assert np.linalg.eigvalsh(A.dense())[0] < -1e-3
     assert relative_error(A.dense(), A @ np.eye(net.num_parameters)) < 1e-12
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def squeezed(model, x):
-    """Let the layer see rows and time steps as one axis."""
+    """Merge the axes of rows and time steps before the layer."""
     return model.last(tf.reshape(model.hidden(tf.reshape(x, [-1, 2])), [-1, 4]))
 
 
 def tied(model, x):
-    """Use a kernel a second time, outside the layer."""
+    """Use the layer's kernel a second time, outside the layer."""
     return tf.matmul(tf.tanh(model.hidden(x)), model.hidden.kernel, transpose_b=True)[:, :3]
 
 

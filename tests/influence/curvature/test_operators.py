@@ -18,7 +18,7 @@ from tests.influence.problems import (
 )
 
 CURVATURES = [Hessian, GaussNewton]
-# Both sides are in float64, so only the order of additions differs.
+# Both sides are computed in float64, so they differ only by the order of additions.
 ROUNDING = 1e-12
 
 
@@ -43,7 +43,7 @@ def block(d, m=3, seed=0):
     return np.random.default_rng(seed).standard_normal((d, m))
 
 
-# --- the matrices of the operators ------------------------------------------------------------
+# --- the operators as matrices ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -64,7 +64,7 @@ def test_a_network_has_two_curvatures_and_neither_is_the_empirical_fisher(tanh):
     dense = oracles.dense_derivatives(net.model, loss, examples.x, examples.y)
     hessian = oracles.dense_hessian(net.model, loss, examples.x, examples.y)
     penalty = np.zeros(net.num_parameters)
-    penalty[-5:-1] = 2 * 0.3  # L2 of the last kernel; Keras' L2 has no factor 1/2
+    penalty[-5:-1] = 2 * 0.3  # Keras' L2 penalty of the last kernel has no factor 1/2
     H = Hessian(net, examples).dense()
     G = GaussNewton(net, examples).dense()
     assert relative_error(H, hessian + np.diag(penalty)) < ROUNDING
@@ -80,7 +80,8 @@ def test_damping_is_absolute_and_on_the_diagonal(curvature, tanh):
     net, examples, _ = tanh
     V = block(net.num_parameters)
     plain, damped = curvature(net, examples), curvature(net, examples, 0.7)
-    assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11  # the subtraction loses a digit
+    # The subtraction loses about one digit.
+    assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11
     np.testing.assert_allclose(damped.dense() - plain.dense(), 0.7 * np.eye(len(V)), atol=1e-12)
     problem = logistic("softmax")
     H = problem.oracle.hessian(problem.theta) + 0.7 * np.eye(15)
@@ -102,7 +103,7 @@ def test_are_symmetric_scipy_operators(curvature, tanh):
     np.testing.assert_array_equal(A.T @ v, A @ v)
     dense = A.dense()
     np.testing.assert_array_equal(dense, dense.T)
-    # SciPy's operator algebra also applies.
+    # The operators can be combined by SciPy's operator algebra.
     assert relative_error((2 * A + A) @ v, 3 * (A @ v)) < ROUNDING
 
 
@@ -122,7 +123,7 @@ def test_dense_is_put_together_from_blocks(d, monkeypatch):
     net = dense_net(d, 63, "mse")
     rng = np.random.default_rng(0)
     examples = Examples(rng.standard_normal((9, 63)), rng.standard_normal((9, d)))
-    # A has 64 d columns. If d = 5, these are more than one block of 256.
+    # A has 64 d columns. With d = 5 they do not fit into one block of 256 columns.
     A = GaussNewton(net, examples)
     x = oracles.with_ones(examples.x)
     H = np.kron(2 * x.T @ x / 9, np.eye(d)) / d  # Keras' "mse" averages over outputs
@@ -138,7 +139,8 @@ def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch)
     V = block(softmax.net.num_parameters)
     whole = curvature(softmax.net, softmax.train) @ V
     A = curvature(softmax.net, softmax.train, batch_size=batch_size)
-    assert relative_error(A @ V, whole) < 1e-10  # another order of additions changes about 1e-15
+    # Another order of additions changes relative values by about 1e-15.
+    assert relative_error(A @ V, whole) < 1e-10
     asked = []
     product = getattr(softmax.net, A._method)
     monkeypatch.setattr(
@@ -169,7 +171,7 @@ def test_sparse_rows_change_nothing(softmax):
     assert relative_error(got, Hessian(softmax.net, softmax.train).sampled(rows, W)) < ROUNDING
 
 
-# --- estimates from a few rows ----------------------------------------------------------------
+# --- products estimated from a few rows -------------------------------------------------------
 
 
 def test_sampled_is_the_operator_of_the_sampled_rows(tanh, softmax):
@@ -191,7 +193,7 @@ def test_sampled_is_the_operator_of_the_sampled_rows(tanh, softmax):
             assert relative_error(got, np.stack(expected)) < ROUNDING
 
 
-# --- dtypes -----------------------------------------------------------------------------------
+# --- results in float32 -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -201,10 +203,11 @@ def test_float32_in_float32_out(curvature):
     A = curvature(problem.net, problem.train, 0.1)
     V = block(5)
     assert A.dtype == (A @ V).dtype == A.dense().dtype == np.float32
-    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5  # rounding in float32 has this size
+    # float32 rounding errors are below this bound.
+    assert relative_error(A @ V, H @ V + 0.1 * V) < 1e-5
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 BATCH_SIZE = "^batch_size must be a positive integer or None"
@@ -300,6 +303,7 @@ def test_a_kept_matrix_is_formed_once_for_every_damping(kind, tmp_path, monkeypa
     again = kind(net, examples, 0.1, checkpoints=tmp_path).dense()
     assert not formed
     np.testing.assert_allclose(again, expected - 0.2 * np.eye(len(expected)), atol=1e-14)
-    net.theta = net.theta + 1e-9  # the matrix stored for the old theta must not be used
+    # Now the stored matrix belongs to an old theta and must not be used.
+    net.theta = net.theta + 1e-9
     kind(net, examples, 0.1, checkpoints=tmp_path).dense()
     assert formed == [1]

@@ -18,7 +18,7 @@ Y = np.arange(6)
 
 
 def bounded(num_examples):
-    """Use few examples. They are the same in every run, so a failure can be reproduced."""
+    """Return settings for few random cases. Every run uses the same cases, so failures repeat."""
     return settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
 
 
@@ -36,7 +36,7 @@ def test_arrays_are_kept_as_views_dtype_included_and_read_only(tmp_path):
         examples.take([1]).y[0] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         examples.x = X
-    x[0, 0] = 5.0  # the user's own array stays writable
+    x[0, 0] = 5.0  # the user's own array is still writable
     lists = Examples([[1, 2], [3, 4]], [0, 1])
     assert lists.x.shape == (2, 2) and lists.y.dtype.kind == "i"
     stored = np.memmap(tmp_path / "x", np.float64, "w+", shape=X.shape)
@@ -60,7 +60,7 @@ def test_what_is_left_of_a_memmap_stays_on_disk(tmp_path):
     kept = np.delete(np.arange(3000), [0, 3, 2999])
     assert len(left) == 2997 and left.y.tolist() == kept.tolist() and not left.y.flags.writeable
     assert sum(sums) == 500 * kept.sum() and sum(few) == 500 * kept[::7].sum()
-    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # each access reads from disk
+    np.testing.assert_array_equal(left.x["a"][:, 7], kept)  # each access reads from the file
     np.testing.assert_array_equal(left.take([5, 0]).x["a"][:, 0], kept[[5, 0]])
     assert left.num_entries == 2997 * 501
     x = {name: part[kept] for name, part in examples.x.items()}
@@ -95,7 +95,7 @@ def test_repr_shows_shapes_and_dtypes_and_survives_pickling():
     np.testing.assert_array_equal(again.y, Y)
 
 
-# --- parts of a set: properties ---------------------------------------------------------------
+# --- properties of parts of a set -------------------------------------------------------------
 
 
 @bounded(30)
@@ -142,16 +142,17 @@ def test_one_batch_by_default_neighbours_are_views_and_a_row_may_be_taken_twice(
     assert Examples(X, Y).take(slice(1, 3)).y.tolist() == [1, 2]
 
 
-# --- the verbs ----------------------------------------------------------------------------------
+# --- sums and maps over rows --------------------------------------------------------------------
 
 
 class _Net:
-    """Minimal net for the verbs; theta scales its answers."""
+    """A minimal net for tests of sums and maps. Its answers are proportional to theta."""
 
     theta, memo = np.array([2.0]), None
 
     def __init__(self):
-        self.flat, self.widths = set(), []  # the cache has a weak reference to `flat`
+        # `flat` is a set, because the cache needs an object with weak references.
+        self.flat, self.widths = set(), []
 
     def rows_per_batch(self, examples, num_vectors):
         self.widths.append(num_vectors)
@@ -172,7 +173,7 @@ def _sums(net, theta, x, y):
 
 
 class _Counting:
-    """Question that computes the rows' squares once for each theta and batch."""
+    """A question that computes the squares of rows and caches them for each theta and batch."""
 
     num_vectors, keeps = 3, True
 
@@ -219,8 +220,8 @@ def test_what_a_question_keeps_is_computed_once_for_each_theta_and_batch():
     assert question.computed == 4
     examples.each_row(question, net)  # only the last theta is cached
     assert question.computed == 6
-    examples.each_row(question, net, rows=[1, 2])  # nothing is cached for some rows
-    examples.each_row(question, _Net())  # another net has another cache
+    examples.each_row(question, net, rows=[1, 2])  # a question about some rows is not cached
+    examples.each_row(question, _Net())  # another net does not share the cache
     assert question.computed == 9
     assert "_cached" not in vars(pickle.loads(pickle.dumps(examples)))
 
@@ -233,7 +234,7 @@ def test_a_cache_above_its_budget_is_given_up(monkeypatch):
     assert question.computed == 4
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def spoilt(value, row):
@@ -348,7 +349,7 @@ def test_good_rows_become_int64():
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        *(case for case in BAD_ROWS if case[0] != [4, 1, 4]),  # a row may be taken twice
+        *(case for case in BAD_ROWS if case[0] != [4, 1, 4]),  # rows may repeat here
         (slice(6, 9), ValueError, r"must name at least one row, got slice\(6, 9, None\) of 6"),
     ],
 )

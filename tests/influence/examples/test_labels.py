@@ -1,4 +1,4 @@
-"""Tests of labels by output name and sample weights, which are packed into one array."""
+"""Tests of labels by output name and of sample weights. Both are packed into one array."""
 
 import pickle
 from typing import Any
@@ -37,10 +37,10 @@ def test_labels_and_weights_are_found_again_in_every_subset_of_rows():
     weighted = Examples(X, Y["digit"], sample_weight=W[:, None])
     np.testing.assert_array_equal(labels(weighted.y), Y["digit"])
     np.testing.assert_array_equal(sample_weights(weighted.y), W)
-    again = Examples(X + 1, weighted.y)  # only the inputs are replaced
+    again = Examples(X + 1, weighted.y)  # x changes; labels and weights stay
     np.testing.assert_array_equal(sample_weights(again.y), W)
     assert "sample_weight" in repr(weighted)
-    read: Any = weighted.without([0])  # pyright takes the name for an argument only
+    read: Any = weighted.without([0])  # Any, because pyright does not know this attribute
     np.testing.assert_array_equal(read.sample_weight, W[1:])
     read = Examples(X, W)
     assert read.sample_weight is None
@@ -61,7 +61,7 @@ def test_the_fingerprint_covers_names_and_weights():
 
 
 def test_a_stream_reads_weights_and_labels_by_name():
-    weight = np.where(np.arange(N) < 3, 0.0, W)  # all weights of the first batch are 0
+    weight = np.where(np.arange(N) < 3, 0.0, W)  # so all weights of the first batch are 0
     rows: Any = (X, Y, weight)
     stream = Stream(tf.data.Dataset.from_tensor_slices(rows).batch(3))
     same = Examples(X, Y, weight)

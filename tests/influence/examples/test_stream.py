@@ -34,7 +34,7 @@ EXAMPLES = Examples(X, Y)
 
 
 class Batches(keras.utils.PyDataset):
-    """Dataset of the given rows in batches. `asked` lists the numbers of the requested batches."""
+    """A dataset of the given rows in batches. `asked` lists the batch numbers that were read."""
 
     def __init__(self, x, y, size=5):
         super().__init__()
@@ -62,7 +62,7 @@ def as_stream(examples, kind="tf.data", size=5):
 
 
 def same(got, expected):
-    """Assert that two (x, y) are equal to the last bit."""
+    """Assert that two pairs (x, y) are equal to the last bit."""
     for a, b in zip(got, expected, strict=True):
         if isinstance(b, dict):
             assert a.keys() == b.keys()
@@ -149,7 +149,7 @@ def test_a_py_dataset_is_asked_only_for_the_batches_that_are_wanted():
     stream.take([21, 10])
     assert data.asked == [2, 4]
     data.asked.clear()
-    stream.take([3]), stream.take(slice(0, 8))  # the first rows are in memory
+    stream.take([3]), stream.take(slice(0, 8))  # the first rows stay in memory, so no batch is read
     assert data.asked == []
 
 
@@ -165,7 +165,7 @@ def test_large_labels_stay_on_disk(monkeypatch):
     monkeypatch.setattr("influence.examples.stream._LABEL_BYTES", 100)
     stream = as_stream(Examples(X, X))
     assert isinstance(stream.y, np.memmap) and not stream.y.flags.writeable
-    gc.collect()  # the unnamed file must live as long as the labels
+    gc.collect()  # the file must exist as long as the labels, although it has no name
     np.testing.assert_array_equal(stream.y, X)
     same_batches(stream, Examples(X, X), 7)
     assert not isinstance(as_stream(EXAMPLES).y, np.memmap) or len(Y) * 8 > 100
@@ -201,7 +201,7 @@ def test_every_question_has_the_answer_of_the_arrays(problem, kind, problems):
         lambda influence, _: influence.self_influence(rows),
         lambda influence, _: influence.self_influence(),
     )
-    how = {"approximation": "first_order"}  # one step takes rows in memory
+    how = {"approximation": "first_order"}  # the one-step approximation needs rows in memory
     for options in ({"solver": Direct(), "batch_size": 9}, {"solver": CG(1e-3)}):
         ours, theirs = (Influence(p.net, t, **options, **how) for t in (train, p.train))
         for question in questions:
@@ -242,7 +242,7 @@ def test_the_svm_is_fitted_on_a_stream():
     np.testing.assert_array_equal(*smooth)
     svm = SmoothHinge(3, weight_decay=0.1)
     with pytest.raises(TypeError, match="^x of a Stream is not held in memory"):
-        svm.fit(streamed)  # fit starts with LinearSVC, which needs x
+        svm.fit(streamed)  # fit starts with LinearSVC, which needs x in memory
     near = svm.fit(examples).theta
     again = []
     for held in (streamed, examples):
@@ -256,7 +256,7 @@ def test_self_influence_of_more_parameters_than_rows_needs_no_inputs_in_memory()
     p = logistic("sigmoid", num_rows=80, num_inputs=100, weight_decay=0.5)
     expected = Influence(p.net, p.train).self_influence()
     got = Influence(p.net, as_stream(p.train)).self_influence()
-    np.testing.assert_allclose(got, expected, rtol=1e-5)  # CG's relative tolerance is 1e-6
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # CG has the relative tolerance 1e-6
 
 
 def test_only_one_batch_is_in_memory():
@@ -273,17 +273,19 @@ def test_only_one_batch_is_in_memory():
     net = dense_net(2, 1024, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                     l2=0.1, dtype="float32")  # fmt: skip
     V = np.ones((net.num_parameters, 2), np.float32)
-    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V  # this traces before memory is measured
+    # Trace the functions before memory is measured.
+    Hessian(net, Stream(flat.take(2)), batch_size=100) @ V
     tracemalloc.start()
     stream = Stream(flat)
     Hessian(net, stream, batch_size=100) @ V
     stream.without([5]).take([7])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 0.4 * n * 1024 * 4  # 40 % of all inputs; TensorFlow's own memory is not counted
+    # The limit is 40 % of all inputs; TensorFlow's memory is not counted.
+    assert peak < 0.4 * n * 1024 * 4
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def shuffled(**options):
@@ -291,7 +293,7 @@ def shuffled(**options):
 
 
 class Changing(Batches):
-    """Dataset whose rows change after each pass."""
+    """A dataset whose rows change after each pass."""
 
     def __init__(self, rows):
         super().__init__(X, Y)
@@ -309,7 +311,7 @@ CHANGES = {
 
 
 def random_values(x, y):
-    """Change the values of the batch from row 15."""
+    """Add noise to the batch that starts at row 15."""
     return x + (x[0, 0, 0] == X[15, 0, 0]) * np.random.standard_normal(x.shape).astype(x.dtype), y
 
 
@@ -319,7 +321,7 @@ def generated(rows):
     return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
 
-NOISE = np.random.default_rng(0)  # TensorFlow's noise would repeat after a global seed
+NOISE = np.random.default_rng(0)  # TensorFlow would repeat its noise after a global seed
 
 
 def noisy():
@@ -345,7 +347,7 @@ class Unbounded(Batches):
 
 
 class As(Batches):
-    """Dataset whose batches (x, y) are changed by a function."""
+    """A dataset that applies a function to each batch (x, y)."""
 
     def __init__(self, change, x=X, y=Y):
         super().__init__(x, y)
@@ -367,7 +369,8 @@ def ragged():
 
 
 def varying(x, y):
-    return (x, y) if y[0] != 0 else (x[:, :1], y)  # the batch from row 15 begins with label 0
+    # The batch that starts at row 15 has the first label 0.
+    return (x, y) if y[0] != 0 else (x[:, :1], y)
 
 
 def slices(*arrays):

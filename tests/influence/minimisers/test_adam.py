@@ -1,4 +1,4 @@
-"""Adam's step against its formula, and the rows of its minibatches."""
+"""Tests of Adam's step against its formula, and of the rows of minibatches."""
 
 from itertools import islice
 
@@ -10,7 +10,7 @@ from tests.influence.problems import relative_error
 
 
 def test_every_step_is_kingma_and_ba_s_in_each_column():
-    """Compare with the formula at the end of section 2, for |theta - c|^2 / 2 in two columns."""
+    """Compare with the formula at the end of section 2 (Kingma & Ba 2015), for two columns."""
     rng = np.random.default_rng(0)
     theta, c = rng.standard_normal((2, 4, 2))
     moments, expected = adam.Moments.none(4, "float64"), theta.copy()
@@ -34,7 +34,7 @@ def test_rows_are_shuffled_passes_end_to_end(n, batch_size):
     for order in passes:
         assert sorted(order) == list(range(n))
     assert len({tuple(order) for order in passes}) > 1
-    for first in (1, 3, n):  # starting at any step gives the same rows
+    for first in (1, 3, n):  # a start at any later step gives the same rows
         rest = list(islice(adam.batch_rows(n, batch_size, 7, first), steps - first))
         np.testing.assert_array_equal(rest, batches[first:])
     assert not np.array_equal(next(adam.batch_rows(n, batch_size, 8, 0)), batches[0]) or n == 4

@@ -11,7 +11,7 @@ def every(start, num):
 
 
 def quadratics(matrices, minima):
-    """Return gradients H_j (theta - c_j), and a list of the columns of each call."""
+    """Return a function that gives H_j (theta - c_j), and a list of the columns of its calls."""
     asked = []
 
     def gradients(thetas, columns):
@@ -38,12 +38,12 @@ def test_the_right_inverse_needs_one_pass():
     )
     found = run(gradients, solve, np.zeros((3, 2)))
     np.testing.assert_allclose(found.thetas, minima, atol=1e-12)
-    # The second function starts at its minimum, so only the first is evaluated again.
+    # The second function starts at its minimum, so only the first function is evaluated again.
     assert asked == [[0, 1], [0]] and found.passes.tolist() == [1, 0]
 
 
 def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
-    """Expect one pass for each direction in which the inverse is wrong, and one to confirm."""
+    """Expect one pass for each direction in which the inverse is wrong, and one pass to confirm."""
     H = symmetric([1, 1, 1, 1, 3, 7])
     c = np.arange(6.0)[:, None]
     gradients, _ = quadratics([H], c)
@@ -51,7 +51,7 @@ def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
     np.testing.assert_allclose(found.thetas, c, atol=1e-9)
     assert found.passes[0] < 14
     by_chord = np.zeros((6, 1))
-    for _ in range(14):  # without secant updates, steps with this inverse (the identity) diverge
+    for _ in range(14):  # without secant updates, steps by the same inverse diverge
         by_chord = by_chord - gradients(by_chord, np.array([0]))
     assert np.abs(by_chord - c).max() > 1e6
 
@@ -70,7 +70,7 @@ def test_columns_do_not_depend_on_each_other():
 
 
 def test_a_step_that_climbs_is_not_taken_but_learned_from():
-    """Check log cosh, which is nearly linear far from zero. Newton's step from 3 goes to -200."""
+    """Minimise log cosh, nearly linear far from zero. Newton's step from 3 goes to about -200."""
     seen = []
 
     def gradients(thetas, columns):
@@ -85,7 +85,7 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
-    """Check that a gradient that is not finite changes only the step length."""
+    """Use NaN gradients. Each refused step halves the step length and has no other effect."""
     seen = []
 
     def gradients(thetas, columns):
@@ -98,7 +98,7 @@ def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
 
 
 def test_pairs_that_are_given_are_known_from_the_start():
-    """Give one of two functions the pairs of all directions in which the inverse is wrong."""
+    """Give function 0 the secant pairs of all directions in which the inverse is wrong."""
     H, c = symmetric([1, 1, 1, 3, 7]), np.arange(5.0)[:, None]
     values, vectors = np.linalg.eigh(H)
     gradients, _ = quadratics([H, H], np.hstack([c, c]))
@@ -112,7 +112,7 @@ def test_pairs_that_are_given_are_known_from_the_start():
 
 
 def test_pairs_that_others_are_given_change_nothing(monkeypatch):
-    """Check that given pairs are not counted among the stored ones and are never dropped."""
+    """Check that given pairs do not count towards the limit of stored pairs and stay in use."""
     monkeypatch.setattr(block_lbfgs, "_LEAST_PAIRS", 4)
     monkeypatch.setattr(block_lbfgs, "_BYTES", 0)
     H, c = symmetric(np.geomspace(1, 1e2, 12)), np.ones((12, 1))
@@ -132,12 +132,13 @@ def test_pairs_that_others_are_given_change_nothing(monkeypatch):
             minimise(gradients, lambda G, _: G, start, first, np.zeros(k), 15, pairs=given)
         )
     alone, together = found
-    assert together.norms[1] < alone.norms[0] / 2  # given pairs help and do not replace stored ones
+    # Given pairs are used in addition to the stored pairs.
+    assert together.norms[1] < alone.norms[0] / 2
     np.testing.assert_allclose(together.thetas[:, 0], alone.thetas[:, 0], rtol=1e-8)
 
 
 def test_steps_grow_with_those_that_were_taken():
-    """Descend a straight slope to a far minimum. The radius must grow on the way."""
+    """Minimise a function of constant slope, far from its minimum. The trust radius must grow."""
     seen = []
 
     def gradients(thetas, columns):
@@ -160,7 +161,7 @@ def test_steps_grow_with_those_that_were_taken():
 
 
 def test_after_a_step_that_went_too_far_the_next_is_no_longer():
-    """Accept a step to a smaller gradient. Its steep climb limits the length of the next step."""
+    """Accept a step to a smaller gradient, on a steep climb. The next step must not be longer."""
     seen, scales = [], iter([1.8, *[100.0] * 20])
 
     def gradients(thetas, columns):
@@ -180,7 +181,7 @@ def test_after_a_step_that_went_too_far_the_next_is_no_longer():
 
 
 def test_a_search_stays_in_the_valley_it_begins_in():
-    """Check -cos at 1.5, where the curvature is small. Newton's step goes to another minimum."""
+    """Minimise -cos from 1.5. The curvature is small there: Newton's step leaves the valley."""
     gradients = lambda t, _: np.sin(t)  # noqa: E731
     inverse = lambda G, _: G / np.cos(1.5)  # noqa: E731
     start, first, tolerance = np.full((1, 1), 1.5), np.full((1, 1), np.sin(1.5)), np.full(1, 1e-10)
@@ -191,13 +192,13 @@ def test_a_search_stays_in_the_valley_it_begins_in():
 
 
 def test_directions_of_negative_curvature_are_descended():
-    """Check theta^4 / 4 - theta^2 / 2, where Newton's step would go to the maximum at 0."""
+    """Minimise theta^4 / 4 - theta^2 / 2. Newton's step would go to the maximum at 0."""
     found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
     np.testing.assert_allclose(found.thetas, [[1, -1]], atol=1e-9)
 
 
 def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
-    """Take gradients with an error of 1e-3, like rounding."""
+    """Use gradients with errors of about 1e-3, which act like rounding errors."""
     rng = np.random.default_rng(0)
     H = symmetric([1, 2, 3])
     noisy = lambda t, _: H @ t + 1e-3 * rng.standard_normal(t.shape)  # noqa: E731
@@ -209,17 +210,17 @@ def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
 
 
 def test_a_long_way_down_is_gone_though_gradients_grow():
-    """Check Rosenbrock's valley. Beside the valley's floor gradients are a hundred times larger."""
+    """Minimise Rosenbrock's function. Beside its valley, gradients are a hundred times larger."""
 
     def rosenbrock(t, _):
         away = t[1] - t[0] ** 2
         return np.stack([2 * (t[0] - 1) - 400 * t[0] * away, 200 * away])
 
-    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # a point far along the valley's floor
+    start = np.array([[-1.9], [1.9**2 + 1e-4]])  # the start is in the valley, far from the minimum
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
-    # The result is the same after a first step whose decrease is a million times larger.
+    # The result is the same if the first step decreases the function a million times more.
     def after(t, columns):
         return np.concatenate([rosenbrock(t[:2], columns), 2e7 * t[2:]])
 
@@ -229,7 +230,7 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
 
 
 def test_a_long_straight_slope_is_gone_down():
-    """Check gradients that stay as large as the first for more than `_PATIENCE` passes."""
+    """Minimise a function whose gradient keeps its size for more than `_PATIENCE` passes."""
     slope = lambda t, _: np.where(np.abs(t) > 1, np.sign(t), t)  # noqa: E731
     start, first = np.array([[1e8]]), np.ones((1, 1))
     options = {"longest": np.ones(1)}
@@ -240,7 +241,7 @@ def test_a_long_straight_slope_is_gone_down():
 
 @pytest.mark.parametrize("ratio", [10, 100])
 def test_rounding_is_no_way_down(ratio):
-    """Check steps along noise, where the function seems to decrease equally in every pass."""
+    """Use noisy gradients, by which the function seems to decrease equally in every pass."""
     H, rng = symmetric(np.geomspace(1, 100, 30)), np.random.default_rng(0)
     size = np.linalg.norm(H @ np.ones(30)) / ratio
     noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
@@ -255,23 +256,23 @@ def test_rounding_is_no_way_down(ratio):
 
 
 def test_a_search_that_cannot_move_ends():
-    start = np.full((1, 1), 1000, np.float32)  # rounding of 1000 exceeds a step
+    start = np.full((1, 1), 1000, np.float32)  # the rounding error of 1000 is larger than a step
     first = np.full((1, 1), 1e-6, np.float32)
     stuck = minimise(lambda t, _: first, lambda G, _: G, start, first, np.zeros(1), 300)
     asked = []
 
     def once(thetas, _):
-        """Return a smaller gradient after a climb along a flat direction, then only larger ones."""
+        """Return a smaller gradient at the second call, then only NaN."""
         asked.append(thetas)
         return np.array([[[1], [0.1]], [[0], [-0.9]], [[np.nan], [np.nan]]][min(len(asked), 3) - 1])
 
     lost = run(once, lambda G, _: np.array([[1], [100]]) * G, [[0.0], [0.0]], max_passes=300)
-    assert lost.norms[0] == 0.9  # the step was accepted
+    assert lost.norms[0] == 0.9  # the step to the smaller gradient was accepted
     assert stuck.passes[0] < 30 and lost.passes[0] < 30
 
 
 def searched(max_passes, until=1e-3):
-    """Minimise two functions by wrong low-precision gradients. A third starts at its minimum."""
+    """Minimise two functions by gradients with an error. A third starts at its minimum."""
     H, c, asked = symmetric([1, 2, 5]), np.ones((3, 1)), {"exact": [], "rough": []}
 
     def by(name, error):
@@ -297,14 +298,15 @@ def searched(max_passes, until=1e-3):
 
 
 def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
-    found, asked = searched(3)  # ends with low-precision gradients
+    found, asked = searched(3)  # this search ends before it uses exact gradients
     assert found.passes.tolist() == [3, 3, 0] and asked["exact"] == [[0, 1]]
-    found, asked = searched(50)  # continues with exact gradients; the third is never evaluated
+    # This search goes on with exact gradients; the third function is never evaluated.
+    found, asked = searched(50)
     columns = sum(asked["exact"] + asked["rough"], [])
     assert (found.norms <= 1e-9).all() and len(columns) == found.passes.sum() + 4
     assert 2 not in columns
-    # The low-precision gradients never reach the norm 0. The search leaves them when they no longer
-    # shrink.
+    # The low-precision gradients never reach the norm 0. When they stop shrinking, the search
+    # changes to exact gradients.
     found, _ = searched(500, until=0.0)
     assert (found.norms <= 1e-9).all()
 
@@ -316,7 +318,7 @@ def test_rough_gradients_are_not_taken_where_the_first_is_small_enough():
 
 
 def test_the_exact_ones_go_on_from_the_smallest_gradient():
-    """Check that the best theta is used, not the last one with its larger gradient."""
+    """Check that the exact search starts at the best theta, not at the last one."""
     H, tried = np.diag([1.0, 100]), []
 
     def rough(thetas, _):
@@ -338,7 +340,7 @@ def test_the_exact_ones_go_on_from_the_smallest_gradient():
 
 
 def test_rounding_among_rough_gradients_teaches_the_exact_ones_nothing():
-    """Check that pairs of low-precision gradients made by noise are dropped."""
+    """Check that secant pairs from noisy low-precision gradients are dropped."""
     H, passes = symmetric(np.geomspace(1, 100, 40)), []
     for seed in range(5):
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The box-constrained quadratic: its optimality conditions, which prove a minimum."""
+"""Tests of the box-constrained quadratic by its optimality conditions, which prove a minimum."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from influence.minimisers.box_qp import boxed_minimum
 
 
 def violation(G, b, a):
-    """Return the steepest descent at a that stays within the box, relative to b."""
+    """Return the steepest descent from `a` that stays within the box, relative to max |b|."""
     assert (a >= 0).all() and (a <= 1).all()
     slope = G @ a - b
     inwards = np.where(a == 0, -slope, np.where(a == 1, slope, np.abs(slope)))
@@ -20,7 +20,8 @@ def test_minimum_of_a_definite_quadratic(seed):
     A = rng.standard_normal((12, 20))
     G, b = A @ A.T, 5 * rng.standard_normal(12)
     a = boxed_minimum(G, b, rng.uniform(size=12))
-    assert {0.0, 1.0} & set(a) and ((a > 0) & (a < 1)).any()  # some at a bound and some inside
+    # Some entries are at a bound and some are inside.
+    assert {0.0, 1.0} & set(a) and ((a > 0) & (a < 1)).any()
     assert violation(G, b, a) < 1e-13
 
 
@@ -33,7 +34,8 @@ def test_inside_the_box_it_is_the_linear_system():
 
 
 def test_singular_quadratic_from_one_answer_to_the_next():
-    # G has order 40 and rank 5. b is not in its range, so a minimum exists only within the box.
+    # G has order 40 and rank 5, and b is not in its range. A minimum exists only because of the
+    # box.
     rng = np.random.default_rng(3)
     A = rng.standard_normal((40, 5))
     G, b = A @ A.T, np.ones(40)
@@ -46,8 +48,8 @@ def test_singular_quadratic_from_one_answer_to_the_next():
 
 
 def test_ridge_pulls_towards_the_start():
-    # With two equal rows only the sum of the entries is determined. Their difference stays the
-    # same.
+    # With two equal rows, only the sum of the entries is determined. The difference of the entries
+    # stays that of the start.
     G, b = np.ones((2, 2)), np.array([1.0, 1.0])
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.9, 0.1])), [0.9, 0.1], rtol=1e-6)
     np.testing.assert_allclose(boxed_minimum(G, b, np.array([0.6, 0.4])), [0.6, 0.4], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A small trunk, and a head on it, with images and labels."""
+"""A small trunk and a head on it, with images and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIDE, F = 8, 5
 
 
 def trunk(dtype="float64", pooled=False, seed=1):
-    """Make a trunk with batch normalisation and dropout. Its output is (3, 3, 5) or (5,)."""
+    """Return a trunk with batch normalisation and dropout. Its output is (3, 3, 5) or (5,)."""
     init = lambda k: keras.initializers.RandomNormal(stddev=0.5, seed=seed + k)  # noqa: E731
     layers = [
         keras.Input((SIDE, SIDE, 3), dtype=dtype),
@@ -46,6 +46,6 @@ def problem(n=14, *, dtype="float64", pooled=False, standardised=True, weight_de
 
 
 def by_hand(net, images):
-    """Compute the features from the Keras model itself."""
+    """Return the features, computed directly by the Keras model."""
     out = net.trunk(images, training=False).numpy().astype(np.float64)
     return (out.mean(axis=(1, 2)) - MEAN) / SCALE

@@ -1,4 +1,4 @@
-"""The paper's network: its size, start and risk, and its training by Adam."""
+"""Tests of the paper's network: its size, start and risk, and its training by Adam."""
 
 import keras
 import numpy as np
@@ -53,7 +53,7 @@ def test_it_starts_from_truncated_normals(paper):
         values = kernel.ravel() / deviation
         assert np.abs(values).max() <= 2 and not bias.any()
         p = scipy.stats.kstest(values, scipy.stats.truncnorm(-2, 2).cdf).pvalue
-        assert p > 1e-3, layer.name  # an error of 5 % shows for n > 4,000
+        assert p > 1e-3, layer.name  # with n > 4,000 values, an error of 5 % would be detected
         assert np.std(values) == pytest.approx(0.88, abs=4 * 0.88 / np.sqrt(2 * values.size))
 
 
@@ -62,9 +62,11 @@ def test_the_start_follows_from_its_seed_alone(paper):
     keras.utils.set_random_seed(4)
     np.testing.assert_array_equal(AllCNN().theta, paper.theta)
     other = AllCNN(seed=1).theta
-    assert np.count_nonzero(other == paper.theta) == 5 * 8 + 10 + 10  # the biases
+    # Another seed changes all weights except the biases, which start at zero.
+    assert np.count_nonzero(other == paper.theta) == 5 * 8 + 10 + 10
     kernels = [w.numpy() for w in paper.model.trainable_weights if w.shape == (3, 3, 8, 8)]
-    assert len({kernel.tobytes() for kernel in kernels}) == 4  # equal shapes have different numbers
+    # Kernels of the same shape start with different values.
+    assert len({kernel.tobytes() for kernel in kernels}) == 4
 
 
 def test_the_risk_is_cross_entropy_of_logits_and_half_the_decay_times_the_kernels_squared():
@@ -126,7 +128,7 @@ def images():
 
 
 def by_hand(oracle, theta, rates):
-    """Take the steps of Kingma & Ba (2015), algorithm 1 as at the end of section 2, on all rows."""
+    """Return theta after full-batch steps by Kingma & Ba (2015), end of section 2."""
     m = v = np.zeros_like(theta)
     for t, rate in enumerate(rates, start=1):
         g = oracle.gradient(theta)
@@ -142,12 +144,12 @@ def test_every_step_is_kingma_and_ba_s_on_the_risk_with_its_penalty():
     p.net.theta = start
     train_by_adam(p.net, p.train, schedule=((20, 0.05), (10, 0.01)), batch_size=99, seed=0)
     expected = by_hand(p.oracle, start, [0.05] * 20 + [0.01] * 10)
-    # Keras keeps the rates and both constants in float32.
+    # Keras stores the rates and Adam's two constants in float32.
     assert relative_error(p.theta - start, expected - start) < 1e-5
 
 
 def test_minibatches_are_those_of_batch_rows():
-    """A step on a minibatch equals a step on a training set of only these rows."""
+    """Check that a step on a minibatch equals a step on a training set of only its rows."""
     p, q = ridge(), ridge()
     rows = next(batch_rows(len(p.train), 2, 5, 0))
     train_by_adam(p.net, p.train, schedule=((1, 0.1),), batch_size=2, seed=5)
@@ -185,7 +187,8 @@ def stopped_after(monkeypatch, steps):
     monkeypatch.setattr(cnn, "progress", until)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7])  # before the first save, on one, in the last stage
+# The training stops before the first save, at a save, or in the last stage.
+@pytest.mark.parametrize("steps", [1, 4, 7])
 def test_what_was_interrupted_ends_with_the_same_bits(
     steps, images, tmp_path, monkeypatch, every_two_steps
 ):
@@ -201,14 +204,14 @@ def test_what_was_interrupted_ends_with_the_same_bits(
         again = small().fit(images, **options)
         assert taken == [9 - steps // 2 * 2]
         np.testing.assert_array_equal(again.theta, whole)
-        # A finished training is read, not repeated.
+        # A finished training is read from disk and not repeated.
         np.testing.assert_array_equal(small().fit(images, **options).theta, whole)
         assert taken[1] == 0
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_all_that_training_moves_is_kept(tmp_path, monkeypatch, every_two_steps):
-    """Check batch statistics and the state of dropout's generator too."""
+    """Check that batch statistics and the state of dropout's generator are restored too."""
 
     def net():
         keras.utils.set_random_seed(0)
@@ -248,7 +251,7 @@ def test_another_training_s_checkpoint_is_not_taken(images, tmp_path):
         assert len(list(tmp_path.iterdir())) == count
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def test_an_infinite_risk_stops_training_and_puts_theta_back():

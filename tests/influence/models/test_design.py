@@ -1,4 +1,4 @@
-"""Design's products against a dense X; each Link's derivatives against finite differences."""
+"""Tests of Design's products against a dense X, and of each Link against finite differences."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_a_links_derivatives_are_differences_of_its_loss(name):
     rng = np.random.default_rng(0)
     Z, U = rng.standard_normal((9, c, 2)), rng.standard_normal((9, c, 3))
     assert link.loss(Z, y).shape == (9, 2)
-    for k in range(2):  # each parameter vector by itself
+    for k in range(2):  # the parameter vectors one by one
         z = Z[:, :, k : k + 1]
         np.testing.assert_allclose(link.loss(Z, y)[:, k], link.loss(z, y)[:, 0], rtol=1e-15)
         for m in range(3):

@@ -1,4 +1,4 @@
-"""The hinge models: closed forms, the tape's answers, the SVM's minimum and its duality gap."""
+"""Tests of the hinge models: closed forms, the tape, the SVM's minimum and its duality gap."""
 
 from dataclasses import dataclass
 
@@ -23,13 +23,13 @@ from influence.models import SmoothHingeLoss
 from tests import oracles
 from tests.influence.problems import relative_error, sequential
 
-ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # only the order of additions differs
-KINK = 1.5e-8  # sqrt of float64's precision
+ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # from another order of additions
+KINK = 1.5e-8  # the square root of float64's precision
 
 
 @dataclass(frozen=True)
 class Hinge(oracles.Risk):
-    """t log(1 + exp((1 - y z) / t)), computed with one exponential of a negative number."""
+    """The oracle for t log(1 + exp((1 - y z) / t)). Its exponentials cannot overflow."""
 
     t: float
 
@@ -54,7 +54,7 @@ class Hinge(oracles.Risk):
 
 
 def rows(num_rows=60, num_inputs=5, seed=0, noise=1.0):
-    """Make (x, y) with y -1 and 1, not separable."""
+    """Return (x, y) with labels -1 and 1. The classes are not separable."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_rows, num_inputs)) + 0.2
     z = x @ rng.standard_normal(num_inputs) + noise * rng.standard_normal(num_rows)
@@ -67,7 +67,7 @@ CASES += [(0.5, True, "float32"), (0.0, False, "float32")]
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request):
-    """Make (net, x, y, V) away from the minimum; no margin is near the kink."""
+    """Return (net, x, y, V), with the net away from its minimum and no margin near the kink."""
     t, intercept, dtype = request.param
     x, y = rows(20)
     net = SmoothHinge(5, t, weight_decay=0.05, intercept=intercept, dtype=dtype)
@@ -85,7 +85,7 @@ def test_closed_forms_are_those_of_numpy(case, form):
     net, x, y, V = case
     A = (oracles.with_ones(x) if net.intercept else x).astype(float)
     theta = net.theta.astype(float)
-    # With t = 1e-9, the smooth hinge equals the hinge away from the kink.
+    # Away from the kink, the smooth hinge with t = 1e-9 equals the hinge.
     oracle = Hinge(A, y, 0.05, net.t or 1e-9)
     assert np.abs(1 - y * (A @ theta)).min() > 1e-3
     each, data = oracle.gradients(theta), oracle.hessian(theta) - 0.05 * np.eye(len(theta))
@@ -124,7 +124,7 @@ def test_closed_forms_are_the_tapes_answers(case):
             assert relative_error(closed, taped) < ROUNDING[net.dtype.name], name
         elif net.t == 0:
             assert (closed == 0).all() and (taped == 0).all()
-        else:  # the tape's sigma (1 - sigma) / t cancels where sigma is nearly one
+        else:  # where sigma is nearly one, the tape loses digits in sigma (1 - sigma) / t
             np.testing.assert_allclose(closed, taped, atol=ROUNDING[net.dtype.name] / net.t)
 
 
@@ -145,7 +145,7 @@ def test_stable_at_any_margin_and_down_to_t_zero(asked, t):
     np.testing.assert_allclose(got, losses, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(slopes, -sigma, rtol=1e-12, atol=1e-300)
     curvature = e / (1 + e) ** 2 / t if t else 0 * e
-    # The tape computes sigma (1 - sigma) / t, whose rounding error is absolute.
+    # The tape computes sigma (1 - sigma) / t, whose rounding error is absolute, not relative.
     rounding = 1e-300 if asked is SmoothHinge else 1e-16 / (t or 1)
     np.testing.assert_allclose(each[:, 0, 0] / margins**2, curvature, rtol=1e-9, atol=rounding)
     # Smoothing raises a loss by at most t log 2.
@@ -160,7 +160,7 @@ def test_rows_on_the_kink_get_half_the_slope(asked):
     np.testing.assert_allclose(asked.losses(net, x, y), np.maximum(u, 0), atol=1e-16)
     slopes = asked.gradients(net, x, y)[:, 0] / (1 - u)
     np.testing.assert_allclose(slopes, [-0.5, -0.5, -0.5, -1, 0], rtol=1e-12)
-    smooth = SmoothHinge(1, 1e-3)  # which is the limit of t -> 0 there
+    smooth = SmoothHinge(1, 1e-3)  # on the kink, its slope is also the limit for t -> 0
     smooth.theta = np.ones(1)
     assert asked.gradients(smooth, x[:1], y[:1]).item() == -0.5
 
@@ -181,7 +181,7 @@ def test_loss_travels_through_keras(tmp_path):
     np.testing.assert_allclose(net.losses(x, y), expected, rtol=1e-12)
     for shape in ((-1,), (-1, 1)):
         evaluated = again.evaluate(x, y.reshape(shape), verbose=0)
-        assert evaluated == pytest.approx(expected.mean(), rel=1e-6)  # Keras means in float32
+        assert evaluated == pytest.approx(expected.mean(), rel=1e-6)  # Keras averages in float32
 
 
 @pytest.mark.parametrize("t", [-0.1, 1e-31, np.inf, np.nan])
@@ -205,7 +205,8 @@ def test_labels_other_than_signs_are_refused(labels, wrong):
     for t in (0, 0.1):
         with pytest.raises(ValueError, match=f"examples.y must hold labels -1 or 1, got {wrong}"):
             SmoothHinge(2, t).fit(examples)
-    net = GenericNeuralNet(SmoothHinge(2).model, SmoothHingeLoss(0.1))  # the loss checks
+    # Here the loss, not the net, checks labels.
+    net = GenericNeuralNet(SmoothHinge(2).model, SmoothHingeLoss(0.1))
     with pytest.raises(ValueError, match="train.y must hold labels -1 or 1"):
         net.validate(examples, "train")
 
@@ -227,7 +228,7 @@ def test_fit_at_a_positive_temperature():
 
 
 def svm_by_slsqp(A, y, weight_decay):
-    """Find the minimum by a general solver, over w and slacks s >= 0 with y x w >= 1 - s."""
+    """Find the SVM's minimum by SLSQP over w and slacks s >= 0, with y x w >= 1 - s."""
     n, d = A.shape
     B = np.hstack([y[:, None] * A, np.eye(n)])
     lowest = scipy.optimize.minimize(
@@ -243,7 +244,7 @@ def svm_by_slsqp(A, y, weight_decay):
 
 
 def steepest_descent(A, y, theta, weight_decay):
-    """Return the most negative directional derivative of the risk at theta, exact at the kink."""
+    """Return the most negative directional derivative of the risk at theta, exact on the kink."""
     u = 1 - y * (A @ theta)
     slopes = -y[:, None] * A
     on = np.abs(u) <= KINK
@@ -276,7 +277,7 @@ def test_fit_at_zero_is_the_svm(name, form):
     risk = lambda w: np.maximum(0, 1 - y * (A @ w)).mean() + weight_decay / 2 * w @ w  # noqa: E731
     general = svm_by_slsqp(A, y, weight_decay)
     assert risk(net.theta) <= risk(general) + 1e-14
-    assert relative_error(net.theta, general) < 1e-5  # SLSQP's own accuracy
+    assert relative_error(net.theta, general) < 1e-5  # the accuracy that SLSQP reaches
     assert steepest_descent(A, y, net.theta, weight_decay) > -1e-8
     assert net.gradient_norm(train) <= 1e-8
     gap = net.gradient_norm(train) ** 2 / (2 * weight_decay)
@@ -284,8 +285,8 @@ def test_fit_at_zero_is_the_svm(name, form):
 
 
 def test_fit_at_zero_of_repeated_rows():
-    # Each row occurs three times. The dual then has many solutions, and the Gram matrix of the rows
-    # on the kink is singular.
+    # Each row occurs three times. The dual problem then has many solutions, and the rows on the
+    # kink have a singular Gram matrix.
     x, y = rows(30)
     once = SmoothHinge(5, weight_decay=0.05).fit(Examples(x, y))
     thrice = SmoothHinge(5, weight_decay=0.05)
@@ -302,20 +303,20 @@ def test_fit_at_zero_does_not_depend_on_where_it_begins(seed):
     rng = np.random.default_rng(seed)
     net.theta = found + 10.0 ** (-2 * seed) * rng.standard_normal(10)
     net.fit(train)
-    # |w - w*| <= norm / lambda <= 1e-6 for each.
+    # |w - w*| <= norm / lambda <= 1e-6 for each of the two fits.
     assert np.linalg.norm(net.theta - found) <= 2e-6
 
 
 def test_minimum_in_closed_form():
-    # For one row x = 1, y = 1, R = max(0, 1 - w) + lambda w^2 / 2 has its minimum at
-    # w = min(1, 1 / lambda). The two fits begin there, because LinearSVC needs two labels.
+    # For one row x = 1, y = 1, the risk max(0, 1 - w) + lambda w^2 / 2 has its minimum at w =
+    # min(1, 1 / lambda). Both fits start there, because LinearSVC needs rows of both labels.
     train = Examples(np.ones((1, 1)), np.ones(1))
     for weight_decay, lowest in ((0.25, 1.0), (4.0, 0.25)):
         net = SmoothHinge(1, weight_decay=weight_decay)
         net.theta = np.array([lowest])
         assert net.gradient_norm(train) < 1e-8
         assert net.fit(train).theta == pytest.approx([lowest], rel=1e-15)
-    # Away from the kink, a = 1 and w(a) = 1 / lambda. The gap is then lambda/2 (w - 1/lambda)^2.
+    # At w = 0.5, a = 1 and w(a) = 1 / lambda. The duality gap is then lambda/2 (w - 1/lambda)^2.
     net.theta = np.array([0.5])
     assert net.duality_gap(train) == pytest.approx(2 * (0.5 - 0.25) ** 2, rel=1e-14)
 
@@ -360,7 +361,7 @@ def test_leave_one_out_of_the_svm():
     x, y = rows()
     train, test = Examples(x, y), Examples(*rows(7, seed=3))
     net = SmoothHinge(5, weight_decay=0.05).fit(train)
-    assert not net.convex  # the refits of such a net call `fit`
+    assert not net.convex  # refits of a net that is not convex call `fit`
     removed = [0, 7, 33]
     refits = leave_one_out(net, train, test, removed, RefitOptions(tolerance=1e-8))
     assert refits.converged.all() and refits.gradient_norm.max() <= 1e-8
@@ -394,5 +395,5 @@ def test_influence_of_a_smooth_hinge_is_the_refits():
     assert relative_error(predicted.change_if_removed, wanted) < 1e-10
     options = RefitOptions(method="newton", tolerance=1e-10)
     actual = leave_one_out(net, train, test, [3, 50], options)
-    # The error of first order is about a row's weight, 1 / 300.
+    # The relative error of first order is about a row's weight, 1 / 300.
     assert relative_error(predicted[:, [3, 50]], actual.change_if_removed) < 0.03

@@ -1,4 +1,4 @@
-"""Closed forms of x' H^-1 x and self-influence, by matrices of order d and of order n."""
+"""Tests of closed forms of x' H^-1 x and self-influence, by matrices of order d and order n."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ ROUNDING = 1e-11
 
 
 def problem(num_rows, num_inputs, *, intercept=False, form="dense", weight_decay=0.01, seed=0):
-    """Make (net, examples, oracle); the net is not at its minimum."""
+    """Return (net, examples, oracle), with the net away from its minimum."""
     rng = np.random.default_rng(seed)
     x = rng.poisson(0.7, (num_rows, num_inputs)).astype(float)
     y = rng.integers(2, size=num_rows)
@@ -48,14 +48,15 @@ def test_leverages_and_self_influence_are_those_of_the_definition(shape, interce
     moves = oracle.predicted_parameters(net.theta, np.arange(70))
     expected = np.einsum("id,id->i", oracle.gradients(net.theta), moves)
     influence = Influence(net, examples, solver=Direct())
-    assert relative_error(influence.self_influence(), expected) < ROUNDING  # the closed form
+    # This call uses the closed form.
+    assert relative_error(influence.self_influence(), expected) < ROUNDING
     one_by_one = [influence.self_influence(rows) for rows in np.split(np.arange(70), [60])]
-    # For fewer than 64 rows, the solver computes the values.
+    # For fewer than 64 rows, the solver is used instead of the closed form.
     assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING
 
 
 def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
-    """The curvatures of rows differ by many orders of magnitude."""
+    """Use rows whose curvatures differ by many orders of magnitude."""
     net, examples, _ = problem(40, 60, weight_decay=1e-4)
     net.theta = 2 * net.theta
     rows, K = np.arange(40), net.design.gram(examples.x)
@@ -64,7 +65,7 @@ def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
     curvature = np.exp(-np.abs(net.outputs(examples.x)))
     assert curvature.min() < 1e-12 and curvature.max() > 0.05
     for one, other in zip(by_rows, by_parameters, strict=True):
-        assert relative_error(one, other) < 1e-9  # a condition number of 1e5
+        assert relative_error(one, other) < 1e-9  # the condition number is about 1e5
 
 
 @pytest.mark.parametrize("shape", [(50, 4), (50, 80)], ids=["tall", "wide"])
@@ -83,7 +84,7 @@ def test_a_gram_matrix_serves_whatever_the_labels():
     flipped = Examples(examples.x, 1 - examples.y)
     got = net.leverages(flipped, gram=K)
     np.testing.assert_array_equal(got, net.leverages(flipped))
-    # The result shows that the given matrix is used.
+    # Another Gram matrix gives another result, so the given matrix is used.
     assert not np.allclose(net.leverages(examples, gram=2 * K), got, rtol=0.1)
 
 
@@ -94,14 +95,14 @@ def test_one_step_names_a_singular_hessian():
         net.one_step_leave_one_out(examples, [0])
 
 
-# --- when Influence asks for it ----------------------------------------------------------------
+# --- when Influence uses the closed form -------------------------------------------------------
 
 ANSWER = np.arange(70.0)
 
 
 @pytest.fixture
 def known(monkeypatch, request):
-    """Make a problem whose net returns ANSWER as its closed form. It has 90 inputs by default."""
+    """Return a problem with 90 inputs by default. The net's closed form returns ANSWER."""
     p = logistic("sigmoid", 70, getattr(request, "param", 90))
     monkeypatch.setattr(p.net, "self_influence", lambda examples, rows: ANSWER[rows])
     return p
@@ -137,7 +138,7 @@ def test_direct_is_preferred_where_it_is_as_fast(known):
 def test_the_closed_form_is_not_asked_for_anything_else(known, options):
     rows = options.pop("rows", None)
     got = Influence(known.net, known.train, **options).self_influence(rows)
-    assert np.abs(got).max() < 1  # computed by the solver; ANSWER goes up to 69
+    assert np.abs(got).max() < 1  # these values come from the solver, because ANSWER goes up to 69
 
 
 def test_theta_must_be_the_one_that_the_influence_was_made_for(known):
@@ -168,7 +169,7 @@ def test_matrices_too_large_are_not_factored(monkeypatch):
     assert net.self_influence(examples, np.arange(30)) is None
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- arguments that are refused ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(30, 4), (30, 50)], ids=["tall", "wide"])

@@ -1,4 +1,4 @@
-"""The logistic models' closed forms against NumPy's, and against the tape's answers."""
+"""Tests of the logistic models' closed forms against NumPy and against the tape."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ LOSSES = {
     "softmax": keras.losses.SparseCategoricalCrossentropy,
     "sigmoid": keras.losses.BinaryCrossentropy,
 }
-# Only the order of additions differs.
+# Both sides differ only by the order of additions.
 ROUNDING = {"float64": 1e-12, "float32": 2e-5}
 
 
@@ -42,7 +42,7 @@ def label(case):
     ids=label,
 )
 def case(request):
-    """Make a model away from its minimum: (problem, tolerance, V (d, 3), thetas (d, 3))."""
+    """Return (problem, tolerance, V (d, 3), thetas (d, 3)), with the net away from its minimum."""
     kind, intercept, dtype = request.param
     p = logistic(kind, 20, intercept=intercept, dtype=dtype)
     rng = np.random.default_rng(1)
@@ -68,7 +68,8 @@ def test_closed_forms_are_those_of_numpy(case, form):
         "losses": (net.losses(x, y), oracle.losses(theta)),
         "losses at": (net.losses(x, y, thetas), np.stack([oracle.losses(t) for t in at], 1)),
         "gradients": (net.gradients(x, y), each),
-        # Outputs are linear in theta, so the Bregman gradient is the difference of two gradients.
+        # The Bregman gradient is a difference of two gradients, because outputs are linear in
+        # theta.
         "bregman": (net.bregman_gradient(x, y, thetas), means - each.mean(axis=0)[:, None]),
         "gradient": (net.gradient(x, y), each.mean(axis=0)),
         "gradient at": (net.gradient(x, y, thetas), means),
@@ -96,9 +97,9 @@ def test_closed_forms_are_those_of_numpy(case, form):
     "case", [("softmax", True, "float64"), ("sigmoid", False, "float64")], indirect=True, ids=label
 )
 def test_closed_forms_are_the_tapes_answers(case):
-    """Compare with the base class, which differentiates the Keras model.
+    """Compare with the base class, which differentiates the Keras model by the tape.
 
-    The test above compares the other two kinds, and float32, with NumPy.
+    The test above compares the other two kinds of models, and float32, with NumPy.
     """
     p, tolerance, V, thetas = case
     net, x, y = p.net, p.train.x, p.train.y
@@ -127,7 +128,7 @@ def test_closed_forms_are_the_tapes_answers(case):
         taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         assert relative_error(closed, taped) < tolerance, name
-        if name != "gauss_newton_product":  # which is hvp
+        if name != "gauss_newton_product":  # gauss_newton_product is the same function as hvp
             assert method in vars(type(net).__mro__[1]) or method in vars(type(net)), name
     assert net.penalty() == pytest.approx(GenericNeuralNet.penalty(net), rel=1e-6)
 
@@ -148,7 +149,7 @@ def test_outputs_are_cached_for_a_theta_and_change_no_bit(kind, form, monkeypatc
         for method in ("hvp", "directional", "gauss_newton_product", "bregman_gradient"):
             ask = examples.each_row if method == "directional" else examples.sum_over
             question = (PerRow if method == "directional" else Total)(method, V)
-            expected = question(view, None, examples.x, examples.y)  # this uses no cache
+            expected = question(view, None, examples.x, examples.y)  # this call uses no cache
             asked.clear()
             np.testing.assert_array_equal(ask(question, net, theta), expected)
             assert len(asked) == (2 if method == "hvp" else 1)  # X theta is computed once
@@ -220,7 +221,8 @@ def test_fit_reaches_the_minimum(kind, intercept, form):
     examples = Examples(FORMATS[form](p.train.x), p.train.y)
     assert p.net.fit(examples) is p.net
     assert np.linalg.norm(p.oracle.gradient(p.theta)) <= 1e-10
-    # |theta - minimum| <= |gradient| / the smallest eigenvalue, at least the weight decay 0.05.
+    # |theta - minimum| <= |gradient| / smallest eigenvalue. This eigenvalue is at least the weight
+    # decay, 0.05.
     assert np.linalg.norm(p.theta - expected) <= 1e-10 / 0.05
 
 
@@ -254,14 +256,14 @@ def test_fit_is_deterministic_and_starts_where_the_net_is():
 
 
 def test_fit_without_a_penalty():
-    """Check the softmax risk without a penalty. It has a flat direction, but the fit converges."""
+    """Check that the fit converges without a penalty. The softmax risk has a flat direction."""
     p = logistic("softmax", num_rows=200, num_inputs=2)
     free = MulticlassLogisticRegression(2, 3, weight_decay=0.0).fit(p.train)
     oracle = oracles.softmax_regression(p.oracle.features, p.oracle.y, 3, 0.0)
     assert np.linalg.norm(oracle.gradient(free.theta)) <= 1e-10
 
 
-# --- one step ----------------------------------------------------------------------------------
+# --- one Newton step ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,7 +273,7 @@ def test_one_step_is_newtons_on_the_risk_without_the_row(kind, intercept, form):
     p = logistic(kind, intercept=intercept)
     rows = [4, 0, 33]
     examples = Examples(FORMATS[form](p.train.x), p.train.y)
-    for shift in (0.0, 0.1):  # the net is at the minimum, then away from it
+    for shift in (0.0, 0.1):  # at the minimum, then away from it
         p.net.theta = p.theta + shift
         got = p.net.one_step_leave_one_out(examples, rows)
         expected = []
@@ -294,7 +296,7 @@ def test_one_step_is_nearer_to_the_refit_than_first_order():
         p.net.one_step_leave_one_out(p.train, [30])
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- arguments that are refused ----------------------------------------------------------------
 
 DECAY = "^weight_decay must be non-negative"
 
@@ -363,7 +365,8 @@ def test_sample_weights_count_as_the_tape_says_and_as_repeated_rows(kind):
         assert relative_error(question(net), question(tape)) < 1e-10
     product = net.hvp(weighted.x, weighted.y, V) + net.penalty_hvp(V)
     assert relative_error(net.hessian(weighted) @ V, product) < 1e-12
-    # A row of weight 2 counts as two rows. The risk of N rows in place of n has n / N of the decay.
+    # A row of weight 2 counts as two rows. With N rows in place of n, the weight decay is
+    # multiplied by n / N.
     rows = np.repeat(np.arange(n), weights)
     make = type(net)
     classes = () if kind == "sigmoid" else (net.num_outputs,)

@@ -1,4 +1,4 @@
-"""Newton's method for linear models, from any start, with both solvers of its steps."""
+"""Tests of Newton's method for linear models, from any start, with both solvers for its steps."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from tests.influence.problems import logistic
 
 @pytest.fixture(params=["cholesky", "conjugate gradients"])
 def way(request, monkeypatch):
-    """Force each of the two solvers, at any size."""
+    """Force one of the two solvers for problems of any size."""
     monkeypatch.setattr(newton, "_FACTOR_COST", {"cholesky": 1e9}.get(request.param, 0))
     if request.param == "cholesky":
-        monkeypatch.setattr(newton, "CG", None)  # a call would raise
+        monkeypatch.setattr(newton, "CG", None)  # calling it would raise an error
 
 
 def wide(num_rows=12, num_inputs=30):
-    """Make sparse counts with more words than rows, and the oracle of their risk."""
+    """Return sparse counts with more words than rows, and the oracle of their risk."""
     rng = np.random.default_rng(0)
     x = rng.poisson(0.4, (num_rows, num_inputs)).astype(float)
     y = (np.arange(num_rows) % 3 == 0).astype(int)
@@ -32,7 +32,8 @@ def test_both_ways_reach_the_minimum(way, kind):
     expected = p.theta
     p.net.theta = np.zeros_like(expected)
     p.net.fit(p.train)
-    # |theta - minimum| <= |gradient| / the smallest eigenvalue, at least the weight decay 0.05.
+    # |theta - minimum| <= |gradient| / smallest eigenvalue. This eigenvalue is at least the weight
+    # decay, 0.05.
     assert np.linalg.norm(p.theta - expected) <= 1e-10 / 0.05
 
 
@@ -43,7 +44,8 @@ def test_more_features_than_rows(way):
 
 
 def test_a_start_from_which_full_steps_diverge(way):
-    # One feature fits half of the labels. At theta = 8 the loss has almost no curvature.
+    # The labels are balanced and the only feature is constant. At theta = 8 the loss has almost no
+    # curvature.
     x, y = np.ones((4, 1)), np.array([0, 0, 1, 1])
     oracle = oracles.logistic_regression(x, y, 1e-6)
     start = np.array([8.0])
@@ -52,7 +54,7 @@ def test_a_start_from_which_full_steps_diverge(way):
     net = BinaryLogisticRegression(1, weight_decay=1e-6)
     net.theta = start
     net.fit(Examples(x, y))
-    assert abs(net.theta[0]) <= 1e-9  # the minimum is 0, with a curvature of 1/4
+    assert abs(net.theta[0]) <= 1e-9  # the minimum is at 0, where the curvature is 1/4
 
 
 def test_features_of_very_different_scale(way):
@@ -66,7 +68,7 @@ def test_features_of_very_different_scale(way):
 
 
 def test_the_cheaper_way_is_taken(monkeypatch):
-    """Check that a small dense Hessian is factored, and that of a wide sparse problem is not."""
+    """Check that a small dense Hessian is factored and a large sparse problem uses CG."""
     p = logistic("sigmoid", num_rows=200)
     p.net.theta = np.zeros(5)
     monkeypatch.setattr(newton, "CG", None)

@@ -1,4 +1,4 @@
-"""TopLayer: a head on a frozen trunk, its features, and derivatives with respect to pixels."""
+"""Tests of TopLayer: a head on a frozen trunk, its features, and derivatives by pixels."""
 
 import pickle
 
@@ -75,7 +75,7 @@ def test_cut_ends_at_a_layer_and_shares_its_weights():
 def test_pickled_with_its_trunk():
     net, images, _ = problem(3)
     expected = net.features(images)
-    again = pickle.loads(reduction.dumps(net))  # joblib sends nets in this way
+    again = pickle.loads(reduction.dumps(net))  # joblib pickles nets in this way
     assert relative_error(again.features(images), expected) < 1e-12
     np.testing.assert_array_equal(again.theta, net.theta)
 
@@ -88,7 +88,7 @@ def test_input_gradient_is_a_difference_of_actual_gradients(pooled):
     got = net.input_gradient(images, y, v)
 
     def slopes(x):
-        return net.gradients(net.features(x), y) @ v  # (n,): grad loss_i . v
+        return net.gradients(net.features(x), y) @ v  # grad loss_i . v, (n,)
 
     expected = oracles.central_difference(slopes, images, along, 3e-4)
     assert got.shape == images.shape and got.dtype == images.dtype
@@ -117,7 +117,7 @@ def test_input_gradient_is_the_tapes_of_the_whole_model(dtype):
 
 
 def test_moving_pixels_moves_the_refitted_test_loss_as_predicted():
-    """Compare d(test loss after retraining) / d(pixels) with refits on moved pixels."""
+    """Compare d(test loss after retraining) / d(pixels) with refits on changed pixels."""
     net, images, y = problem(14)
     train = net.featured(Examples(images, y))
     test = net.featured(Examples(images[:2] * 0.5, 1 - y[:2]))
@@ -181,7 +181,7 @@ def test_another_theta_has_another_way_back_to_the_pixels():
     np.testing.assert_array_equal(net.input_gradient(images, y, v), expected)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fixture of a small network, with losses and gradients that a plain tape computes."""
+"""A fixture with a small network, and with losses and gradients by a plain tape."""
 
 import numpy as np
 import pytest
@@ -13,16 +13,16 @@ def squares(y, output):
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return a network, examples, plain losses and gradients as functions, and vectors V."""
+    """Return (network, examples, losses, gradients, V). Losses and gradients are functions."""
     net, examples = tanh_net()
-    twin, _ = tanh_net()  # the functions below change the twin's theta, so the net's stays
+    twin, _ = tanh_net()  # the functions below change theta of this twin, not of the net
 
     def losses(theta, x=examples.x):
         twin.theta = theta
         return squares(examples.y, twin.model(x)).numpy()
 
     def gradients(theta, x=examples.x):
-        """Return d/dtheta of the mean loss, and d/dx of each loss at its own x."""
+        """Return d/dtheta of the mean loss, and d/dx of each row's loss by its own x."""
         twin.theta = theta
         x = tf.constant(x)
         with tf.GradientTape(persistent=True) as tape:

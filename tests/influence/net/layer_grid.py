@@ -2,13 +2,14 @@
 
     python -m tests.influence.net.layer_grid FILE [NAME ...]
 
-`make layers` calls this. Each layer runs twice, with oneDNN's operations and without them. The
-process asks every question 20 times in float32, with two threads. Without oneDNN it also asks once
-in float64. FILE gets one JSON line for each run. Runs that FILE already contains are skipped, so
-an interrupted grid continues. A run has failed if the plain model raised an error; it is repeated.
+`make layers` runs this twice, with oneDNN's operations and without them. For each layer, a process
+computes every answer of the library 20 times in float32, with two threads. Without oneDNN it also
+computes each answer once in float64. FILE gets one JSON line for each layer. Layers that FILE
+already contains are skipped, so an interrupted grid continues. If the plain model raises an error,
+the status of the layer is "failed", and the next call repeats the layer.
 
-The expected values come from `tests.oracles`: first derivatives from a plain tape in float64, row
-by row; Hessian products from central differences of the plain gradient.
+The expected values come from `tests.oracles`. First derivatives come from a plain tape in float64,
+row by row. Hessian products come from central differences of the plain gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # TensorFlow reads these variables when it starts. One thread would hide errors of oneDNN.
+    # TensorFlow reads these variables when it starts. With one thread, errors of oneDNN would not
+    # appear.
     os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["OMP_NUM_THREADS"] = "2"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -36,10 +38,10 @@ from tests.influence.net.layer_kinds import KINDS, Kind  # noqa: E402
 REPEATS = 20
 VECTORS = 3
 SECONDS = 900
-# Largest relative error of each dtype. The float32 errors are those of rounding, summed over a
-# model. In float64, differences have an error of 1e-9.
+# The largest relative error for each dtype. In float32 it allows for rounding errors, summed over a
+# model. In float64 it allows for an error of 1e-9 from finite differences.
 LIMITS = {"float32": 1e-5, "float64": 1e-7}
-# The limit for layers that TensorFlow computes in float32 even for float64 inputs.
+# The largest relative error for layers that TensorFlow always computes in float32.
 ROUNDED = 2e-5
 
 
@@ -48,7 +50,7 @@ def squares(y: Any, output: Any) -> Any:
 
 
 def built(make: Any, dtype: str, weights: Any = None) -> keras.Model:
-    """Return the model of a recipe in a dtype, with random weights or with those given."""
+    """Return a recipe's model in the given dtype, with the given weights or random ones."""
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
@@ -66,12 +68,12 @@ def built(make: Any, dtype: str, weights: Any = None) -> keras.Model:
 
 
 def expected(kind: Kind, x: Any, y: Any, V: Any) -> dict[str, Any]:
-    """Return the answers to `answers`, without the library."""
+    """Return the correct values for `answers`, computed without the library."""
     model = built(kind.twin or kind.make, "float64")
     x = x if kind.shape is None else x.astype("float64")
     dense = oracles.dense_derivatives(model, squares, x, y)
     theta = np.concatenate([np.ravel(w.numpy()) for w in model.trainable_weights])
-    step = 0.5 if kind.rounds else 1e-6  # kinks of a relu are rarely this near
+    step = 0.5 if kind.rounds else 1e-6  # a step this short rarely crosses a kink of a relu
 
     def products(x, y):
         at = oracles.plain_gradient_at(model, squares, x, y)
@@ -103,9 +105,9 @@ def answers(net: GenericNeuralNet, x: Any, y: Any, V: Any) -> dict[str, Any]:
 
 
 def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str, Any]:
-    """Return the largest error of each answer and dtype, or the refusal of the model.
+    """Return the largest error of each answer and dtype, or the error that refused the model.
 
-    `double` asks once in float64 too.
+    If `double` is true, float64 is tested once too.
     """
     kind, rng = KINDS[name], np.random.default_rng(8)
     x, y = kind.inputs(rng), rng.standard_normal((3, 2)).astype("float32").astype("float64")
@@ -122,7 +124,7 @@ def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str
         for dtype, model, times in runs:
             net = GenericNeuralNet(model, "mse")
             rows = x if kind.shape is None else x.astype(dtype)
-            # Lookup layers in front of the weights are applied once.
+            # Lookup layers before the weights are applied once, by `given`.
             examples = net.given(Examples(rows, y.astype(dtype)), "train")
             net.validate(examples, "train")
             rows = examples.x
@@ -131,7 +133,7 @@ def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str
                     scale = max(np.linalg.norm(true[question]), 1e-3)
                     error = float(np.linalg.norm(got - true[question]) / scale)
                     key = f"{question}, {dtype}"
-                    # NaN is larger than any error.
+                    # Treat NaN as an infinite error.
                     errors[key] = np.inf if np.isnan(error) else max(error, errors.get(key, 0))
     except (NotImplementedError, ValueError, tf.errors.OpError) as error:
         return {"status": "refused", "message": f"{type(error).__name__}: {error}"[:300]}
@@ -144,13 +146,14 @@ def in_a_process(name: str) -> dict[str, Any]:
     """Return `measured(name)` from a child process, or how the child died."""
     reading, writing = os.pipe()
     child = os.fork()
-    if child == 0:  # the parent has run no TensorFlow operation, so its copy can use TensorFlow
+    # The parent has run no TensorFlow operation, so the forked child can use TensorFlow.
+    if child == 0:
         os.close(reading)
         import signal
 
         signal.alarm(SECONDS)
         try:
-            # oneDNN computes nothing in float64.
+            # oneDNN has no operations for float64.
             found = measured(name, double=os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0")
         except BaseException as error:
             found = {"status": "failed", "message": f"{type(error).__name__}: {error}"[:300]}
@@ -167,9 +170,9 @@ def in_a_process(name: str) -> dict[str, Any]:
 
 
 def main(file: Path, names: list[str]) -> int:
-    """Run the layers of `names`, or all. Return the number of layers whose status is not right.
+    """Run the named layers, or all. Return the number of layers whose status is not "right".
 
-    Every layer of `layer_kinds` has an answer, so a refusal counts as a failure too.
+    Every layer of `layer_kinds` should have answers, so a refusal counts as a failure too.
     """
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") != "0"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""One small model for each layer of `keras.layers` for which a loss of single rows has a meaning.
+"""One small model for each layer of `keras.layers` that allows a loss for each single row.
 
-A model has trainable weights before and after the layer, wherever the layer's input can depend on
-weights. So its derivatives pass through the layer. Layers that differ only in name, such as
+A model has trainable weights before and after the layer, if the layer's input can depend on
+weights. Derivatives then pass through the layer. Layers that differ only in name, such as
 AvgPool1D and AveragePooling1D, occur once.
 """
 
@@ -21,14 +21,14 @@ ROWS = 3
 
 @dataclass(frozen=True)
 class Kind:
-    """Recipe for a model, and for its inputs.
+    """Recipe for a model and its inputs.
 
     Attributes:
       make: returns the keras.Model.
-      shape: the shape of a row, or None for word numbers.
-      twin: returns the model in float64, if TensorFlow has no such layer in float64.
+      shape: the shape of a row, or None if a row holds word numbers.
+      twin: returns an equal model in float64, for layers that TensorFlow lacks in float64.
       rounds: True if TensorFlow computes the layer in float32 even for float64 inputs. Finite
-        differences then need a long step, which is exact: the loss is a polynomial of degree 4.
+        differences then use a long step. This is exact, as the loss is a polynomial of degree 4.
     """
 
     make: Callable[[], keras.Model]
@@ -46,12 +46,12 @@ VECTOR, SEQUENCE, IMAGE, VOLUME = (6,), (12, 8), (6, 6, 3), (4, 4, 4, 2)
 
 
 def first(shape: tuple[int, ...], linear: bool = False) -> Any:
-    """Return a layer with weights that keeps the shape."""
+    """Return a dense layer that keeps the shape of its input."""
     return L.Dense(shape[-1], activation=None if linear else "tanh")
 
 
 def through(layer: Callable[[], Any], shape: tuple[int, ...], linear: bool = False) -> Callable:
-    """Return the recipe of a model with weights, a layer, and weights."""
+    """Return a recipe for a model with trainable weights before and after the layer."""
 
     def make():
         x = keras.Input(shape)
@@ -61,7 +61,7 @@ def through(layer: Callable[[], Any], shape: tuple[int, ...], linear: bool = Fal
 
 
 def at_first(layer: Callable[[], Any], shape: tuple[int, ...]) -> Callable:
-    """Return the recipe of a model whose first layer takes the inputs, followed by weights."""
+    """Return a recipe for a model whose first layer is `layer`, with trainable weights after it."""
 
     def make():
         x = keras.Input(shape)
@@ -71,7 +71,7 @@ def at_first(layer: Callable[[], Any], shape: tuple[int, ...]) -> Callable:
 
 
 def merged(layer: Callable[[], Any], shape: tuple[int, ...], parts: int = 2) -> Callable:
-    """Return the recipe of a model in which a layer takes several tensors."""
+    """Return a recipe for a model in which the layer takes several tensors."""
 
     def make():
         x = keras.Input(shape)
@@ -90,7 +90,7 @@ def attending(layer: Callable[[], Any]) -> Callable:
 
 
 def words(*layers: Callable[[], Any]) -> Callable:
-    """Return the recipe of a model that applies layers to five word numbers."""
+    """Return a recipe for a model that applies layers to rows of five word numbers."""
 
     def make():
         x = h = keras.Input((5,), dtype="int32")
@@ -107,7 +107,7 @@ def masking() -> keras.Model:
 
 
 def classified(layer: Callable[[], Any]) -> Callable:
-    """Return the recipe of a model whose first layer maps numbers to class numbers or vectors."""
+    """Return a recipe for a model whose first layer maps numbers to class numbers or vectors."""
 
     def make():
         x = keras.Input(VECTOR)
@@ -131,7 +131,7 @@ def _ended(x: Any, h: Any) -> keras.Model:
 
 
 def _pooled_3d(reduce: Any) -> Any:
-    """Return a layer that pools volumes of VOLUME over blocks of 2 by 2 by 2."""
+    """Return a layer that reduces each 2 by 2 by 2 block of a volume of shape VOLUME."""
 
     def call(x):
         for axis in (1, 2, 3):
@@ -146,7 +146,7 @@ def _pooled_3d(reduce: Any) -> Any:
 def _in_float32(layer: Callable[[], Any]) -> Callable[[], Any]:
     """Return a function that makes a resizing layer with casts to float32 and back.
 
-    TensorFlow resizes only float32 images.
+    The casts are necessary, because TensorFlow resizes images only in float32.
     """
 
     def call(x):
@@ -158,7 +158,7 @@ def _in_float32(layer: Callable[[], Any]) -> Callable[[], Any]:
 def _mean_of_areas() -> Any:
     """Return a layer that resizes images of shape IMAGE to 4 x 9 pixels.
 
-    Each new pixel is the mean over its area of the old image.
+    Each new pixel is the mean of the old image over the area of the new pixel.
     """
 
     def matrix(old, new):
@@ -183,7 +183,7 @@ def _add_resize(name: str, layer: Callable[[], Any], plain: Any = None) -> None:
     KINDS[name] = Kind(through(layer, IMAGE, linear=True), IMAGE, twin, rounds=True)
 
 
-# The layers that once failed come first.
+# These layers once failed, so they come first.
 for name in ("MultiHeadAttention", "GroupQueryAttention"):
     arguments = (2, 4) if name == "MultiHeadAttention" else (4, 4, 2)
     KINDS[name] = Kind(attending(lambda n=name, a=arguments: getattr(L, n)(*a)), SEQUENCE)
@@ -213,7 +213,7 @@ for name in ACTIVATIONS:
 
 _add("Lambda, glu", lambda: L.Lambda(keras.activations.glu, output_shape=(3,)), VECTOR)
 
-# Vectors.
+# Layers on vectors.
 for name, arguments in {
     "Dense": (3, "gelu"),
     "EinsumDense": ("nf,fg->ng", 3),
@@ -246,7 +246,7 @@ for name in ("Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", 
 KINDS["Dot"] = Kind(merged(lambda: L.Dot(axes=(2, 2)), SEQUENCE), SEQUENCE)
 KINDS["Discretization"] = Kind(classified(lambda: L.Discretization([-1.0, 0, 1])), VECTOR)
 
-# Sequences.
+# Layers on sequences.
 for name, arguments in {
     "Conv1D": (3, 3, 2),
     "Conv1DTranspose": (3, 3, 2),
@@ -277,7 +277,7 @@ KINDS["IntegerLookup"] = Kind(
     None,
 )
 
-# Images.
+# Layers on images.
 for name, arguments in {
     "Conv2D": (3, 3),
     "Conv2DTranspose": (3, 3, 2),
@@ -298,7 +298,7 @@ _add("BatchNormalization of rank 4", L.BatchNormalization, IMAGE)
 _add("GroupNormalization of rank 4", lambda: L.GroupNormalization(3), IMAGE)
 _add("PReLU of rank 4", lambda: L.PReLU(shared_axes=[1, 2]), IMAGE)
 
-# Volumes. TensorFlow pools no volume of float64.
+# Layers on volumes. TensorFlow cannot pool volumes in float64, so these layers need a twin.
 for name, arguments in {
     "Conv3D": (2, 2),
     "Conv3DTranspose": (2, 2, 2),
@@ -320,7 +320,7 @@ _add(
     twin=through(lambda: _pooled_3d(keras.ops.mean), VOLUME),
 )
 
-# Layers that change images at random in training and keep them in inference.
+# These layers change images at random in training, but not in inference.
 for name, arguments in {
     "AutoContrast": ((0, 1),),
     "RandomBrightness": (0.3,),
@@ -353,7 +353,7 @@ for name, arguments in {
     layer = lambda n=name, a=arguments: getattr(L, n)(*a)  # noqa: E731
     KINDS[name] = Kind(at_first(layer, IMAGE), IMAGE)
 
-# Recurrent layers, and those that transform waves. TensorFlow traces their loops slowly.
+# These are recurrent layers and layers that transform waves. TensorFlow traces their loops slowly.
 _add("STFTSpectrogram", lambda: L.STFTSpectrogram("log", 8, 4, 8), (24, 1))
 for name in ("SimpleRNN", "GRU", "LSTM"):
     _add(f"{name}, unrolled", lambda n=name: getattr(L, n)(2, unroll=True), (4, 3))

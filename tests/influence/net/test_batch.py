@@ -12,14 +12,14 @@ from tests.influence.net import test_zoo as zoo
 from tests.influence.problems import relative_error, sequential, tanh_net, untraced
 
 L = keras.layers
-# Both sides use the tape in float64, so only the order of additions differs.
+# Both sides are computed by the tape in float64, so they differ only by the order of additions.
 ROUNDING = 1e-12
 
 
-# --- finite differences of values that Keras itself computes ----------------------------------
+# --- against finite differences of values by Keras itself -------------------------------------
 
 
-# Fourth-order differences have an error of about 1e-10 here; required is 1e-6.
+# The fourth-order differences have an error of about 1e-10. The tests require 1e-6.
 
 
 def test_derivatives_against_differences(tanh):
@@ -39,7 +39,7 @@ def test_derivatives_against_differences(tanh):
             assert relative_error(got, expected) < 1e-8
 
 
-# --- other parameter vectors ------------------------------------------------------------------
+# --- derivatives at other parameter vectors ---------------------------------------------------
 
 
 def test_questions_at_other_thetas_are_those_of_a_net_that_is_there(tanh):
@@ -85,7 +85,8 @@ def test_bregman_gradient_against_differences_of_the_divergence(kind):
         f = net.outputs(x)
         net.theta = theta
         rise = scipy.special.logsumexp(f, axis=1) - scipy.special.logsumexp(s, axis=1)
-        return (rise - np.sum(P * (f - s), axis=1)).mean()  # the label term is linear and cancels
+        # The labels cancel, because the loss is linear in them.
+        return (rise - np.sum(P * (f - s), axis=1)).mean()
 
     V = rng.standard_normal((net.num_parameters, 2))
     thetas = theta[:, None] + 0.3 * V
@@ -127,7 +128,7 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
 
 
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
-    """Check that no second trace occurs. A second trace would change the last bits of results."""
+    """Check that a second size causes no second trace, which would change last bits of results."""
     net, examples = tanh_net()
     untraced(net)
     for num, size in ((1, 20), (3, 1), (2, 7)):
@@ -141,7 +142,7 @@ def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
             net.each_batch(question, *(np.stack([part] * num) for part in (x, y, V)))
     functions = net.flat._functions
     assert len(functions) == 6
-    for function in functions.values():  # a concrete function is never retraced
+    for function in functions.values():  # a concrete function is never traced again
         assert isinstance(function, tf.types.experimental.ConcreteFunction)
 
 

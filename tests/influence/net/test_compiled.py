@@ -1,7 +1,7 @@
-"""Tests of the risk of a compiled model against what Keras reports for the whole set.
+"""Tests of the risk of a compiled model against the loss that Keras reports for the whole set.
 
 Values are compared with `model.evaluate` in one batch, gradients with a plain tape of Keras' own
-compiled loss, and Hessian products with differences of this gradient.
+compiled loss, and Hessian products with finite differences of this gradient.
 """
 
 import pickle
@@ -25,11 +25,11 @@ CLASSES, BITS = RNG.integers(0, 3, N), RNG.integers(0, 2, (N, 1))
 ONE_HOT = np.eye(3)[CLASSES]
 STEPS = RNG.integers(0, 3, (N, 4))
 WORDS = RNG.integers(1, 3, (N, 2)) * (RNG.random((N, 2)) < 0.8)
-WORDS = -np.sort(-WORDS, axis=1)  # zeros fill the end of a shorter word
+WORDS = -np.sort(-WORDS, axis=1)  # shorter words end in zeros
 ROUNDING = 1e-12
-# Keras' mask divides by the number of valid labels plus 1e-7.
+# Keras divides a masked loss by the number of valid labels plus 1e-7.
 EPSILON = 1e-7
-# A central difference with steps of 1e-4 has an error of about 1e-8.
+# A central difference with steps of 1e-4 has a relative error of about 1e-8.
 DIFFERENCES = 1e-6
 ZERO = tf.UnconnectedGradients.ZERO
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def ending(units, activation=None, steps=None):
-    """Return a model with a hidden layer and an activation at its end."""
+    """Return a model with a hidden layer, `units` outputs and the given last activation."""
     x = keras.Input((3,), dtype="float64")
     hidden = L.Dense(2, activation="tanh")(x)
     if steps:
@@ -55,7 +55,7 @@ def filled(model):
 
 
 def as_keras_takes(model, y, weight):
-    """Return labels and weights in the structure in which Keras takes them."""
+    """Return labels and weights in the structure that Keras expects for this model."""
     if isinstance(y, dict):
         several = isinstance(model.output, dict)
         if weight is not None and not isinstance(weight, dict):
@@ -68,7 +68,7 @@ def as_keras_takes(model, y, weight):
 
 
 def agrees(model, y, weight=None, *, loss=None, exact=ROUNDING, differences=DIFFERENCES):
-    """Assert that value, gradient and Hessian product are those of Keras' own risk."""
+    """Assert that risk, gradient and Hessian product equal those of Keras. Return the net."""
     net, examples = GenericNeuralNet(model, loss), Examples(X, y, weight)
     net.validate(examples, "train")
     given, weighed = as_keras_takes(model, y, weight)
@@ -94,7 +94,7 @@ def agrees(model, y, weight=None, *, loss=None, exact=ROUNDING, differences=DIFF
     return net
 
 
-F8 = {"dtype": "float64"}  # without this, Keras rounds to float32
+F8 = {"dtype": "float64"}  # without this option, Keras rounds losses to float32
 LOSSES = [
     (K.MeanSquaredError(**F8), 1, None, REAL),
     (K.MeanSquaredError(**F8), 1, None, REAL[:, 0]),
@@ -104,7 +104,7 @@ LOSSES = [
     (K.CosineSimilarity(**F8), 2, None, PAIR),
     (K.Huber(delta=0.5, **F8), 1, None, REAL),
     (K.LogCosh(**F8), 1, None, BITS),
-    (K.Hinge(**F8), 1, None, BITS),  # labels are integers and outputs are floats
+    (K.Hinge(**F8), 1, None, BITS),  # the labels are integers and the outputs are floats
     (K.SquaredHinge(**F8), 1, None, 2 * BITS - 1),
     (K.CategoricalHinge(**F8), 3, None, ONE_HOT),
     (K.KLDivergence(**F8), 3, "softmax", ONE_HOT),
@@ -141,7 +141,7 @@ def test_every_loss_with_sample_weights_is_the_one_that_keras_reports(loss, unit
 
 
 def test_every_loss_of_keras_is_tried():
-    """Expect two exceptions: Circle compares rows in pairs, and CTC has its own test."""
+    """Expect no other exceptions: Circle compares rows in pairs, and CTC has its own test."""
     names = {n for n, c in vars(K).items() if isinstance(c, type) and issubclass(c, K.Loss)}
     tried = {type(loss).__name__ for loss, *_ in LOSSES}
     assert names - tried == {"Loss", "Circle", "CTC"}
@@ -167,7 +167,7 @@ def test_time_steps_of_a_softmax_layer_and_a_graph_of_keras():
 
 
 def test_a_weight_multiplies_the_mean_over_a_rows_time_steps():
-    """Compare with NumPy. Keras refuses weights (n,) for losses (n, T)."""
+    """Compare with NumPy, because Keras refuses weights (n,) for losses (n, T)."""
     model = ending(3, "softmax", steps=4)
     model.compile("sgd", "sparse_categorical_crossentropy")
     net, examples = GenericNeuralNet(model), Examples(X, STEPS, WEIGHT)
@@ -178,7 +178,7 @@ def test_a_weight_multiplies_the_mean_over_a_rows_time_steps():
 
 
 def test_ctc_has_second_derivatives():
-    """Compare with the sum over all alignments. TensorFlow's own CTC computes in float32."""
+    """Compare with a sum over all alignments. TensorFlow's own CTC is in float32."""
     model = ending(3, steps=3)
     model.compile("sgd", K.CTC(), run_eagerly=True)
     net = agrees(model, WORDS, WEIGHT, exact=1e-5, differences=5e-3)
@@ -215,7 +215,7 @@ def test_ctc_has_second_derivatives():
     assert relative_error(product, difference) < DIFFERENCES
 
 
-# --- what `compile` and a user's code add ---------------------------------------------------------
+# --- additions by `compile` and by a user's code --------------------------------------------------
 
 
 def by_ops(y, z):
@@ -309,14 +309,15 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
         lambda y, z: y["b"][:, 0] - (z["b"] if structure is dict else z[0])[:, 0]
     )
     outputs = net.outputs(X)
-    expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]  # weights are ignored
+    # A measurement ignores the weights.
+    expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]
     measured.validate(Examples(X, BOTH, weight), "test")
     np.testing.assert_allclose(measured.losses(X, y), expected, atol=ROUNDING)
     tf.nest.map_structure(np.testing.assert_array_equal, outputs, model.predict(X, verbose=0))
 
 
 def test_gauss_newton_of_two_outputs():
-    """Compare with J' H J of each output, times the rows' weights, by a plain tape in float64."""
+    """Compare with the sum of w_i J' H J over both outputs, by a plain tape in float64."""
     model = two(list)
     model.compile("sgd", ["mse", CLASS], loss_weights=[0.2, 3.0])
     net, y = GenericNeuralNet(model), Examples(X, BOTH, WEIGHT).y
@@ -327,7 +328,8 @@ def test_gauss_newton_of_two_outputs():
     expected = np.zeros((net.num_parameters, net.num_parameters))
     p = tf.nn.softmax(a).numpy()
     for output, H in (
-        (b, 0.2 * np.broadcast_to(np.eye(2), (N, 2, 2))),  # b's loss is the mean of two squares
+        # The loss of b is the mean of two squares.
+        (b, 0.2 * np.broadcast_to(np.eye(2), (N, 2, 2))),
         (a, 3 * (p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None])),
     ):
         parts = tape.jacobian(output, [w.value for w in model.trainable_weights], ZERO)
@@ -339,7 +341,7 @@ def test_gauss_newton_of_two_outputs():
 
 @keras.saving.register_keras_serializable("test_compiled")
 class Adding(L.Layer):
-    """Layer that adds a loss of its inputs, as a mean over rows or as a sum."""
+    """A layer that adds a loss of its inputs, as a mean or a sum over the rows."""
 
     def __init__(self, mean, **options):
         super().__init__(**options)
@@ -369,7 +371,7 @@ def test_an_added_loss_that_is_a_mean_over_rows_belongs_to_each_row():
     again = pickle.loads(pickle.dumps(net))
     assert relative_error(again.losses(X, y), alone) < ROUNDING
     without = GenericNeuralNet(net.model, CLASS)
-    # Added losses also count if the caller gives the loss.
+    # Added losses count even if the caller gives the loss function.
     assert relative_error(without.losses(X, y), alone) < ROUNDING
 
 
@@ -425,7 +427,7 @@ def test_labels_by_the_name_of_the_one_output():
 
 
 def test_class_weights_as_weights_of_the_rows():
-    """Compare with the loss that a training step reports with `class_weight`."""
+    """Compare with the loss that Keras reports for a training step with `class_weight`."""
     model, each = ending(3, "softmax"), {0: 0.5, 1: 2.0, 2: 3.0}
     model.compile(keras.optimizers.SGD(0.0), CLASS, run_eagerly=True)
     weight = np.array([each[c] for c in CLASSES])

@@ -1,4 +1,4 @@
-"""Tests of data in every form that `fit` takes, and of Keras models in place of nets."""
+"""Tests of all data forms that `fit` takes, and of Keras models in place of nets."""
 
 import keras
 import numpy as np
@@ -50,7 +50,7 @@ def two_inputs(names=(None, None), l2=L2, dtype="float64"):
 
 
 def in_float32(model):
-    """Return a float32 copy. Keras fails to add the penalty of a float64 model to its loss."""
+    """Return a float32 copy. In float64, Keras fails to add the penalty to the loss."""
     copy = two_inputs(dtype="float32")
     copy.set_weights(model.get_weights())
     return copy
@@ -105,7 +105,7 @@ def named(model, a, b, by):
 
 
 def forms(model):
-    """Yield the name of each form, and (train, test) in this form. All hold the same rows."""
+    """Yield the name of each form, and the same training and test rows in this form."""
     layer = lambda tensor: tensor._keras_history[0].name  # noqa: E731
     tensor = lambda tensor: tensor.name  # noqa: E731
     a, b, y = A[:M], B[:M], Y[:M]
@@ -156,9 +156,10 @@ def test_sample_weights_in_the_third_place(unnamed):
 def test_class_weights_are_those_of_fit(unnamed):
     model, net, *_ = unnamed
     weights = class_weights(Y, {0: 0.3, 1: 5.0})
+    # Keras computes the loss of the only batch before the training step.
     fitted = in_float32(model).fit(
         [A, B], Y, class_weight={0: 0.3, 1: 5.0}, batch_size=N, verbose=0
-    )  # Keras computes the loss of the only batch before the step
+    )
     assert net.risk(([A, B], Y, weights)) == pytest.approx(fitted.history["loss"][0], rel=1e-5)
 
 
@@ -250,7 +251,8 @@ def test_every_question_takes_a_keras_model_for_a_net(tmp_path):
         lambda: datainf(model, train, test, damping=1.0),
         lambda: poison(model, train, test, [0], 0.1),
     )
-    for question in questions:  # the error about the loss shows that the model is taken as a net
+    # An error about the missing loss shows that each function accepts a Keras model.
+    for question in questions:
         with pytest.raises(ValueError, match="^loss must be given for a model that is not"):
             question()
     model.compile("sgd", "mse")
@@ -260,7 +262,7 @@ def test_every_question_takes_a_keras_model_for_a_net(tmp_path):
 
 
 def _responses(x, y, theta, rows, loss):
-    """Return the changes at the minimum of the quadratic function R(theta) - L(z_i, theta) / n."""
+    """Return the exact changes of loss, (m, k), by minimising R(theta) - L(z_i, theta) / n."""
     n = len(x)
     found = []
     for i in rows:

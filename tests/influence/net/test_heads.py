@@ -1,4 +1,4 @@
-"""Tests of models that end in a softmax or sigmoid. Answers equal those of the model's logits."""
+"""Tests of models that end in a softmax or sigmoid. Their answers equal those with logits."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def sequential(units, *last, activation=None):
 
 
 def functional(units, activation):
-    """Return a model with a skip connection, so that it is not a chain of layers."""
+    """Return a model that is not a chain of layers, because it has a skip connection."""
     x = keras.Input((4,), **F8)
     both = L.Concatenate(**F8)([x, L.Dense(3, activation="tanh", **F8)(x)])
     return filled(keras.Model(x, L.Dense(units, activation=activation, **F8)(both)))
@@ -113,14 +113,14 @@ def test_ekfac_of_a_layer_with_its_own_softmax():
 
 
 def test_scores_with_weights_against_a_dense_plain_matrix():
-    """Compare with w_t grad loss_t' H^-1 w_i grad loss_i / n. w_t is the weight of test row t."""
+    """Compare with w_t grad loss_t' H^-1 w_i grad loss_i / n, where w_t weights test row t."""
     model, w = functional(3, "softmax"), np.linspace(0, 2, N)
     train, test = Examples(X, CLASSES, w), Examples(X[:2] + 1, CLASSES[:2], [3.0, 0.5])
     net = GenericNeuralNet(model, "sparse_categorical_crossentropy")
     variables = [weight.value for weight in model.trainable_weights]
     with tf.GradientTape(persistent=True) as outer:
         with tf.GradientTape(persistent=True) as inner:
-            # The risk has no penalty, so the matrix needs the damping.
+            # The risk has no penalty. Therefore the matrix needs the damping below.
             p = tf.gather(model(np.concatenate([X, X[:2] + 1])), np.r_[CLASSES, CLASSES[:2]],
                           axis=1, batch_dims=1)  # fmt: skip
             losses = -tf.math.log(p) * np.r_[w, 3.0, 0.5]
@@ -136,11 +136,11 @@ def test_scores_with_weights_against_a_dense_plain_matrix():
     expected = G[N:] @ np.linalg.solve(H + 2.0 * np.eye(len(H)), G[:N].T) / N
     got = Influence(net, train, solver=Direct(), damping=2.0, curvature=Hessian).scores(test)
     assert relative_error(np.asarray(got), expected) < 1e-9
-    assert (np.asarray(got)[:, 0] == 0).all()  # row 0 has weight 0, and there is no penalty
+    assert (np.asarray(got)[:, 0] == 0).all()  # row 0 has weight 0 and no penalty is added
 
 
 def test_a_subclassed_model_that_ends_in_a_function():
-    """Check that the library, like Keras, recognises the operation in a graph."""
+    """Check that the library recognises a final softmax operation in a graph, like Keras."""
     net = GenericNeuralNet(subclassed(3, "softmax"), SPARSE[0])
     logits = GenericNeuralNet(subclassed(3, None), SPARSE[1])
     V = np.eye(net.num_parameters)

@@ -23,7 +23,7 @@ SQUARES = (TARGET - LOGIT[:, 0]) ** 2
 
 
 class Quartic(keras.losses.Loss):
-    """Loss class as a user would write it."""
+    """A loss class as a user may write it."""
 
     def call(self, y_true, y_pred):
         return tf.reduce_sum((y_true - y_pred) ** 4, axis=-1)
@@ -38,7 +38,7 @@ SPARSE = K.SparseCategoricalCrossentropy(from_logits=True)
 BINARY = K.BinaryCrossentropy(from_logits=True)
 
 
-# Keras clips probabilities at 1e-7; none of these is that small.
+# Keras clips probabilities below 1e-7. No probability here is that small.
 @pytest.mark.parametrize(
     ("loss", "y", "output", "expected"),
     [
@@ -65,13 +65,13 @@ BINARY = K.BinaryCrossentropy(from_logits=True)
         (K.CategoricalCrossentropy(from_logits=True), np.eye(3)[CLASSES], LOGITS, LOG_SOFTMAX),
         (Quartic(), LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
         (quartic, LOGITS[::-1], LOGITS, ((LOGITS[::-1] - LOGITS) ** 4).sum(axis=1)),
-        (  # each row has two time steps with one class each, whose losses are averaged
+        (  # two time steps per row, each with a class; the loss averages over them
             SPARSE,
             np.stack([CLASSES, CLASSES], axis=1),
             np.stack([LOGITS, LOGITS + 3], axis=1),
             LOG_SOFTMAX,
         ),
-        (  # each row has 2 x 3 pixels with one class each
+        (  # 2 x 3 pixels per row, each with a class
             SPARSE,
             np.broadcast_to(CLASSES[:, None, None], (N, 2, 3)),
             np.broadcast_to(LOGITS[:, None, None], (N, 2, 3, 3)),
@@ -208,10 +208,11 @@ def test_labels_in_range(loss, y):
         (SPARSE, True),
         (K.BinaryCrossentropy(from_logits=True, label_smoothing=0.1), True),
         (K.CategoricalCrossentropy(from_logits=True), True),
-        ("binary_crossentropy", False),  # this loss takes probabilities
+        ("binary_crossentropy", False),  # this loss takes probabilities, not logits
         (K.BinaryFocalCrossentropy(from_logits=True), False),
         ("cosine_similarity", False),
-        (lambda y, output: output[:, 0] ** 2, False),  # this convex loss does not declare it
+        # This loss is convex, but does not declare it.
+        (lambda y, output: output[:, 0] ** 2, False),
     ],
 )
 def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):

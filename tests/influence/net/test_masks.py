@@ -1,4 +1,4 @@
-"""Masked positions and ignored classes: the risk is Keras' own over the whole set in one batch."""
+"""Tests of masked positions and ignored classes against Keras' risk of all rows in one batch."""
 
 import keras
 import numpy as np
@@ -32,7 +32,7 @@ def quartic(y, output):
     return tf.reduce_sum((y - output) ** 4, axis=-1)
 
 
-# The entries are a model, its inputs and labels, and the valid positions by NumPy.
+# Each entry holds a function that makes the model, then inputs, labels and valid positions.
 CASES = {
     "tagging": (lambda: masked.tagger(sparse()), WORDS, TAGS, WORDS != 0),
     "labels_with_an_axis": (lambda: masked.tagger(sparse()), WORDS, TAGS[..., None], WORDS != 0),
@@ -86,7 +86,7 @@ def case(request):
 
 
 def test_risk_and_derivatives_are_those_of_keras(case):
-    """Batches of 4, 4 and 1 rows have different masses."""
+    """Compare also with batches of 4, 4 and 1 rows, which differ in their valid positions."""
     model, net, examples, valid = case
     x, y = examples.x, examples.y
     risk, gradient = masked.slope(model, lambda: masked.keras_risk(model, x, y))
@@ -103,7 +103,8 @@ def test_risk_and_derivatives_are_those_of_keras(case):
         V = np.random.default_rng(7).standard_normal((len(H), 2))
         assert relative_error(A @ V, H @ V) < EPSILON
         assert relative_error(A.dense(), H) < EPSILON
-    every = np.arange(N).reshape(3, 3)  # the mean of three batches' estimates is the matrix
+    # The mean of the estimates from all three batches is the exact matrix.
+    every = np.arange(N).reshape(3, 3)
     estimates = A.sampled(every, np.broadcast_to(V, (3, *V.shape)))
     assert relative_error(estimates.mean(axis=0), H @ V) < EPSILON
     np.testing.assert_array_equal(net.row_masses(examples), valid.reshape(N, -1).sum(1))
@@ -124,7 +125,7 @@ def test_gradient_and_products_are_differences(case):
 
 
 def test_a_row_has_the_loss_that_keras_reports_for_it_alone(case):
-    """Row 1 has no valid position. Its loss is 0, as in Keras."""
+    """Compare each row's loss with Keras. Row 1 has no valid position, so its loss is 0."""
     model, net, examples, valid = case
     x, y = examples.x, examples.y
     alone = [
@@ -154,7 +155,7 @@ def test_gauss_newton_of_a_linear_head_is_the_hessian(case):
 
 
 def test_sample_weights_leave_the_number_of_valid_positions():
-    """Keras takes weights (n, 1) for losses (n, T)."""
+    """Compare with Keras, which takes weights (n, 1) for losses (n, T)."""
     model, weight = masked.tagger(sparse()), np.random.default_rng(0).uniform(0.5, 2, N)
     net, examples = GenericNeuralNet(model), Examples(WORDS, TAGS, weight)
     net.validate(examples, "train")
@@ -166,12 +167,12 @@ def test_a_compiled_function_is_masked_as_keras_masks_it():
     model = masked.tagger(quartic)
     net, examples = masked.net_of(model, WORDS, REAL)
     net.validate(examples, "train")
-    reported = float(masked.keras_risk(model, WORDS, REAL))  # Keras computes it in float32
+    reported = float(masked.keras_risk(model, WORDS, REAL))  # Keras computes this risk in float32
     assert net.risk(examples) == pytest.approx(reported, rel=1e-5)
 
 
 def test_a_net_of_another_dtype_keeps_the_masses(case):
-    """A float32 net computes what the float64 net computes."""
+    """Check that a float32 copy of the net computes the same risk."""
     _, net, examples, _ = case
     single = net.astype("float32")
     assert single.loss.has_masses

@@ -32,7 +32,7 @@ def call(measurement, y, output):
     return measurement(tf.constant(y), tf.constant(output)).numpy()
 
 
-# --- the functions ---------------------------------------------------------------------------
+# --- the measurements as functions -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_certainty_does_not_saturate():
 
 # --- influence on measurements ---------------------------------------------------------------
 
-# These take logits Z (n, c). For a single logit, Z has a column of zeros for class 0.
+# These functions take logits Z (n, c). A single logit gets a column of zeros for class 0.
 NUMPY = {
     "margin": lambda y, Z: log_odds(scipy.special.softmax(Z, axis=1)[np.arange(len(y)), y]),
     "adversarial_loss": lambda y, Z: (
@@ -88,7 +88,7 @@ OURS = {"margin": margin, "adversarial_loss": adversarial_loss, "logit(1)": logi
 
 
 def measured(problem, name, theta):
-    """Compute the measurement in NumPy at other parameters: (m,)."""
+    """Return the measurement at the given theta, (m,), computed by NumPy."""
     return NUMPY[name](problem.test.y, problem.measured.features @ problem.measured._weights(theta))
 
 
@@ -115,7 +115,8 @@ def test_scores_are_the_measurements_slope_along_the_change(problem, name, probl
     expected = np.stack([slope(move) for move in moves], axis=1)
     scores = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows, measurement=OURS[name])
     assert scores.measurement == name
-    assert relative_error(scores[:], expected) < 1e-8  # finite differences have this error
+    # The finite differences have about this error.
+    assert relative_error(scores[:], expected) < 1e-8
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -130,7 +131,8 @@ def test_scores_are_the_changes_of_exact_refits(problem, name, problems):
     after = [measured(p, name, p.theta + move) for move in moves]
     actual = (np.stack(after, axis=1) - before[:, None]).ravel()
     line = scipy.stats.linregress(predicted[:].ravel(), actual)
-    assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998  # leverages near 0.01 raise the slope
+    # Leverages near 0.01 raise the slope above 1.
+    assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998
     assert abs(line.intercept) < 0.02 * actual.std()
 
 
@@ -185,7 +187,8 @@ def test_labels_of_an_svm():
     net.fit(train)
     influence = Influence(net, train, solver=Direct(), approximation="first_order")
     moves = influence.parameters([3, 8])
-    expected = (train.y[:, None] * train.x) @ moves.T  # the change of y x w if w moves
+    # The margin is y x w, so this is its change when w moves.
+    expected = (train.y[:, None] * train.x) @ moves.T
     got = influence.scores(train, [3, 8], measurement=margin)
     assert relative_error(got[:], expected) < 1e-11
 
@@ -209,7 +212,7 @@ def test_measuring_shares_the_model_and_its_penalty():
     np.testing.assert_allclose(view.losses(p.test.x, p.test.y), expected, rtol=1e-10)
 
 
-# --- errors ----------------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 
 def total(y, output):

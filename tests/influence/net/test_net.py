@@ -15,7 +15,7 @@ L = keras.layers
 N = 6
 
 
-# Both sides use the tape in float64, so only the order of additions differs.
+# Both sides are computed by the tape in float64, so they differ only by the order of additions.
 ROUNDING = 1e-12
 
 
@@ -176,7 +176,7 @@ def test_no_question_changes_the_model():
     assert model.variables and all(isinstance(v, keras.Variable) for v in model.variables)
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def dense(units=1, **options):
@@ -269,7 +269,8 @@ LOGITS = {"from_logits": True}
         ),
         (
             dense(),
-            lambda y, output: tf.reduce_mean((y - output) ** 2, axis=-1),  # (n,) - (n, 1)
+            # This loss broadcasts (n,) - (n, 1).
+            lambda y, output: tf.reduce_mean((y - output) ** 2, axis=-1),
             REAL,
             r"^loss must depend on its own row alone, .*labels of shape \(4,\) broadcast against "
             r"outputs of shape \(4, 1\)",
@@ -289,7 +290,7 @@ LOGITS = {"from_logits": True}
         ),
         (
             dense(),
-            lambda y, output: (y - output) ** 2,  # (n,) - (n, 1)
+            lambda y, output: (y - output) ** 2,  # broadcasts (n,) - (n, 1)
             REAL,
             rf"{PER_EXAMPLE} \(4, 4\) .* labels of shape \(4,\) broadcast against outputs of shape "
             r"\(4, 1\); use y\[:, None\], and take the mean .*axis=-1\)\.$",
@@ -393,7 +394,7 @@ def test_vectors_and_inputs_that_do_not_fit(tanh):
 
 
 def test_many_nets_make_tensorflow_warn_of_nothing(caplog):
-    """Check that nets in a loop, which share function names, cause no retracing warning."""
+    """Check that nets made in a loop cause no retracing warning. They share function names."""
     rows = np.random.default_rng(0).standard_normal((4, 2))
     for _ in range(7):
         net = GenericNeuralNet(dense()(), "mse")

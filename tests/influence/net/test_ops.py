@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[3]
 IMAGES = np.random.default_rng(0).uniform(0.1, 0.9, (2, 5, 4, 3)).astype("float32")
 
 
-# --- the crash ------------------------------------------------------------------------------------
+# --- layers that crashed --------------------------------------------------------------------------
 
 
 def test_layers_that_killed_the_process(tmp_path):
-    """Run a process with two threads, because one thread does not show the fault of oneDNN."""
+    """Run a process with two threads, because one thread does not show the error of oneDNN."""
     names = ["MultiHeadAttention", "Dense of rank 4"]
     command = [sys.executable, "-m", "tests.influence.net.layer_grid", str(tmp_path / "file")]
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"}
@@ -39,7 +39,7 @@ def test_layers_that_killed_the_process(tmp_path):
     assert done.returncode == 0
 
 
-PRODUCTS = {  # the shapes of x and y, and True for a factor that is transposed
+PRODUCTS = {  # shapes of x and y, then whether each is transposed
     "rank 2": ((3, 1, 5, 4), (4, 2), False, False),
     "rank 3": ((3, 1, 5, 4), (1, 4, 2), False, False),
     "rank 4": ((3, 1, 5, 4), (1, 1, 2, 4), False, True),
@@ -48,7 +48,7 @@ PRODUCTS = {  # the shapes of x and y, and True for a factor that is transposed
 
 
 def dynamic(*arrays):
-    """Return specs of arrays with unknown leading sizes. The two last sizes are known."""
+    """Return the arrays' specs. The last two sizes are known, and the leading sizes are unknown."""
     return [
         tf.TensorSpec(
             [None] * (a.ndim - 2) + list(a.shape[-2:]) if a.ndim > 2 else a.shape, a.dtype
@@ -74,7 +74,7 @@ def test_no_product_has_the_shapes_that_onednn_computes_wrongly(shapes, known):
     for op in graph.get_operations():
         if op.type == "BatchMatMulV2":
             left, right = (t.shape for t in op.inputs)
-            # Neither factor is broadcast inside the product.
+            # The product itself broadcasts neither factor.
             assert left.rank != 4 or right.rank == 4
             assert "BroadcastTo" in {t.op.type for t in op.inputs} or left[1] != 1
     a = np.swapaxes(x, -1, -2) if over_x else x
@@ -87,7 +87,7 @@ def test_no_product_has_the_shapes_that_onednn_computes_wrongly(shapes, known):
     assert relative_error(np.squeeze(by_y), slope.T if over_y else slope) < 1e-14
 
 
-# --- replacements ---------------------------------------------------------------------------------
+# --- replaced operations --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_replacements_have_the_values_of_tensorflow_and_both_derivatives(name):
 
 @pytest.mark.parametrize("exponent", [1, 2, 3, 4])
 def test_powers_of_zero_have_all_derivatives(exponent):
-    """Compare the derivatives of x^k with closed forms. The k-th derivative is k!."""
+    """Compare the derivatives of x^k with closed forms. At 0 the k-th derivative is k!."""
     x: Any = tf.constant([0.0, 2.0], tf.float64)
     zero = tf.UnconnectedGradients.ZERO
     functions: list[Any] = [lambda x: x**exponent]
@@ -175,7 +175,7 @@ def test_powers_of_zero_have_all_derivatives(exponent):
 
 
 def test_layers_whose_activations_are_computed_again():
-    """Check `keras.RematScope`. The TensorFlow function that it calls fails in a graph."""
+    """Check `keras.RematScope`. It calls a TensorFlow function that fails in a graph."""
     plain = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
     with keras.RematScope(mode="full"):
         again = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
@@ -213,7 +213,7 @@ def test_tensorflow_is_unchanged_outside_the_block_and_in_other_threads():
     thread = threading.Thread(target=other)
     thread.start()
     inside.wait()
-    seen.append(operations(lambda x: tf.nn.softsign(x)))  # only the other thread is in a block
+    seen.append(operations(lambda x: tf.nn.softsign(x)))  # only the other thread is inside `exact`
     with ops.exact(), ops.exact():
         seen.append(operations(lambda x: tf.nn.softsign(x)))
         leave.set()
@@ -226,7 +226,7 @@ def test_tensorflow_is_unchanged_outside_the_block_and_in_other_threads():
     assert (tf.nn.moments, tf.nn.softsign) == before
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- refused operations ---------------------------------------------------------------------------
 
 _IDENTITY: Any = tf.constant([[1.0, 0, 0, 0, 1, 0, 0, 0]])
 REFUSED = {
@@ -312,7 +312,7 @@ def test_a_loss_with_a_replaced_function():
     net.validate(Examples(x, y), "train")
     v = np.random.default_rng(3).standard_normal(net.num_parameters)
     z = x.astype("float64") @ model.layers[-1].kernel.numpy()[:, 0] - y
-    # The second derivative of (z / (1 + |z|))^2.
+    # This is the second derivative of (z / (1 + |z|))^2.
     curvature = 2 / (1 + abs(z)) ** 4 - 4 * abs(z) / (1 + abs(z)) ** 4
     ones = oracles.with_ones(x.astype("float64"))
     true = ones.T @ (curvature * (ones @ v)) / 4

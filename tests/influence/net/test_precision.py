@@ -1,4 +1,4 @@
-"""Tests of copies in float64 and float32 against models that are built in that dtype."""
+"""Tests of float64 and float32 copies against models that are built in that dtype."""
 
 import pickle
 
@@ -32,7 +32,7 @@ def square(y, z):
 
 
 def small(policy, l2=L2):
-    """Return a model that is built while `policy` is the global dtype policy."""
+    """Return a model that is built under the global dtype policy `policy`."""
     keras.utils.set_random_seed(0)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -109,7 +109,7 @@ def test_a_copy_and_the_model_change_apart():
 
 
 class Doubled(L.Layer):
-    """Layer of a user that creates an inner layer. It has no `get_config` of its own."""
+    """A user's layer that creates an inner layer and has no `get_config` of its own."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -120,7 +120,7 @@ class Doubled(L.Layer):
 
 
 class Own(keras.Model):
-    """Subclassed model of a user with a `get_config`."""
+    """A user's subclassed model with a `get_config`."""
 
     def __init__(self, width, **options):
         super().__init__(**options)
@@ -144,7 +144,7 @@ def of_sequences(*layers):
 def nested():
     inner = keras.Sequential([keras.Input((3,)), L.Dense(2, "tanh"), L.Rescaling(0.5)])
     inputs, other = keras.Input((3,)), keras.Input((3,))
-    h = L.Add()([inner(inputs), inner(other)])  # both calls share the weights
+    h = L.Add()([inner(inputs), inner(other)])  # both calls use the same weights
     last = keras.ops.cast(h[:, 1:], "float32")
     return keras.Model([inputs, other], keras.ops.tanh(h)[:, :1] + last)
 
@@ -205,7 +205,7 @@ def test_layers_keep_their_outputs_and_weights(name):
     for one, two in zip(copy.weights, model.weights, strict=True):
         assert one.dtype == ("float64" if two.dtype == "float32" else two.dtype)
         assert np.array_equal(one.numpy(), two.numpy())
-    for weight in copy.trainable_weights:  # float32 would lose such a small change of a weight
+    for weight in copy.trainable_weights:  # float32 could not represent a change of 1e-10
         weight.assign_add(np.full(weight.shape, 1e-10))
     moved = np.asarray(copy(x, training=False))
     recast_again = recast(model, "float64")

@@ -1,6 +1,6 @@
-"""Tests of lookup layers in front of the weights.
+"""Tests of lookup layers before the trainable weights.
 
-The lookup layers run once, and the scores are those of the model behind them.
+The lookup layers run once. The scores equal those of the model after the lookup layers.
 """
 
 import pickle
@@ -57,7 +57,7 @@ def one_hot(values, vocabulary):
 
 @pytest.fixture(scope="module")
 def table():
-    """Return a functional model of a table with strings, and hand-made features of the table."""
+    """Return a functional model of a table with strings, and the table's features made by hand."""
     inputs = {
         "job": keras.Input((1,), dtype="string", name="job"),
         "age": keras.Input((1,), name="age"),
@@ -122,7 +122,7 @@ def test_a_float64_copy_and_a_pickled_net_keep_the_lookups(table):
     want = expected(features, model.get_weights()[-2:])
     double = GenericNeuralNet(model, dtype="float64")
     scores = Influence(double, (TABLE, Y), **HOW).scores((TABLE[:M], Y[:M]))
-    # Normalization has adapted its mean and variance in float32.
+    # Normalization has computed its mean and variance in float32.
     np.testing.assert_allclose(scores, want, rtol=1e-5, atol=1e-9)
     single = GenericNeuralNet(model)
     losses = single.astype("float64").losses(dict(TABLE), Y)
@@ -204,7 +204,8 @@ def test_padding_that_no_output_depends_on_is_taken():
     plain.set_weights(model.get_weights())
     y = Y.astype(float)
     net = GenericNeuralNet(model)
-    net.flat.weights[0].regularizer = keras.regularizers.L2(L2)  # dense_scores gets it too
+    # dense_scores adds the same penalty.
+    net.flat.weights[0].regularizer = keras.regularizers.L2(L2)
     want = dense_scores(plain, cross_entropy, (ids, y), (ids[:M], y[:M]), L2, damping=1.0)
     how = {"solver": Direct(), "damping": 1.0, "curvature": Hessian}
     found = Influence(net, (MAILS, Y), **how).scores((MAILS[:M], Y[:M]))
@@ -223,7 +224,7 @@ def test_padding_that_outputs_depend_on_is_refused():
     pooled = L.Lambda(lambda t: tf.cast(t.to_tensor(), "float32")[:, :1], (1,))(ragged(inputs))
     model = keras.Model(inputs, head()(pooled))
     model.compile("sgd", "mse")
-    net = GenericNeuralNet(model)  # the Lambda takes integers, so it stays in the rest
+    net = GenericNeuralNet(model)  # the Lambda takes integers, so it is not among the lookup layers
     with pytest.raises(ValueError, match="^model must prepare rows of one length, got a ragged"):
         Influence(net, (MAILS, Y))
 
@@ -237,7 +238,7 @@ def test_rescaling_stays_in_the_net():
     scores = Influence(model, (x, Y), **HOW)
     want = expected(x * 0.1 - 1, model.get_weights())
     np.testing.assert_allclose(scores.scores((x[:M], Y[:M])), want, rtol=2e-4, atol=1e-7)
-    # The derivatives are with respect to the given x, before the rescaling.
+    # The derivatives are with respect to the given x, so they have its two columns.
     assert scores.perturbation((x[:M], Y[:M]), [0]).shape == (M, 1, 2)
 
 
@@ -320,7 +321,7 @@ def test_check_takes_a_table(table):
 
 def test_lookups_in_front_of_float64_weights_and_after_operations():
     inputs = keras.Input((1,), dtype="int64")
-    shifted = keras.ops.add(inputs, 5)  # an operation that is not a layer
+    shifted = keras.ops.add(inputs, 5)  # this operation is not a layer
     encoded = L.CategoryEncoding(90, output_mode="one_hot")(shifted)
     model = keras.Model(inputs, head(dtype="float64")(encoded))
     model.compile("sgd", from_logits())

@@ -1,4 +1,4 @@
-"""Tests of questions as values: their answers and their pickling."""
+"""Tests of questions as values: what they answer, and their pickling."""
 
 import pickle
 

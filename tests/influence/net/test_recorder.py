@@ -1,4 +1,4 @@
-"""Compare the record of a training with Keras' own predictions and losses, and with another run."""
+"""Tests of the record of a training against Keras' own predictions and losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(seed=0):
 
 
 def built(units=3, activation="softmax", loss="sparse_categorical_crossentropy", optimizer=None):
-    """Return a network with batch normalisation and dropout, the same in every call."""
+    """Return a network with batch normalisation and dropout, equal in every call."""
     keras.utils.set_random_seed(3)
     layers = keras.layers
     model = keras.Sequential(
@@ -41,7 +41,7 @@ def built(units=3, activation="softmax", loss="sparse_categorical_crossentropy",
 
 
 class Watch(keras.callbacks.Callback):
-    """Predict all rows after each epoch by Keras itself."""
+    """Callback that stores Keras' predictions for all rows, and theta, after each epoch."""
 
     def __init__(self, x):
         super().__init__()
@@ -53,7 +53,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def trained(folder, model, train, weight=None, epochs=EPOCHS, **options):
-    """Train with a Recorder, and return the history and what Keras predicted."""
+    """Train with a Recorder. Return the history and the `Watch` of the same training."""
     x, y = train
     examples = train if weight is None else Examples(x, y, weight)
     watch = Watch(x)
@@ -67,7 +67,7 @@ def trained(folder, model, train, weight=None, epochs=EPOCHS, **options):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A history, and what Keras predicted after each epoch."""
+    """Return a history and the `Watch` of the same training."""
     return trained(tmp_path_factory.mktemp("first"), built(), rows())
 
 
@@ -104,7 +104,7 @@ def test_the_recipe_is_that_of_the_training(first):
     assert about["versions"]["keras"] == keras.__version__
     assert about["data"] == Examples(*rows()).fingerprint
     assert found.notes == () and found.sample_weight is None
-    # (1 - momentum) / (eta T), with T = 5 epochs of 6 steps
+    # The damping is (1 - momentum) / (eta T). T is 5 epochs of 6 steps.
     assert found.damping() == pytest.approx(0.5 / (0.1 * 30), rel=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_two_inputs_and_two_outputs(tmp_path):
 def test_lookups_in_front_and_a_frozen_trunk(tmp_path):
     _, y = rows()
     words = np.array(["a b", "b c", "c a d"])[y]
-    given = tf.constant(words)  # Keras takes no array of strings
+    given = tf.constant(words)  # Keras does not take a NumPy array of strings
     lookup = keras.layers.TextVectorization(output_mode="multi_hot")
     lookup.adapt(words)
     frozen = keras.layers.Dense(4, activation="tanh", trainable=False)
@@ -249,7 +249,7 @@ def test_a_model_of_mixed_precision_is_followed(tmp_path):
 
 
 class Stop(keras.callbacks.Callback):
-    """Raise in the middle of an epoch, or at its end."""
+    """Callback that raises an error in the middle of an epoch, or at its end."""
 
     def __init__(self, epoch, batch=None):
         super().__init__()
@@ -268,7 +268,7 @@ class Stop(keras.callbacks.Callback):
 
 
 def fit(folder, callbacks, epochs=4, model=None, **options):
-    """Train without dropout and shuffling, so that an interruption changes no number."""
+    """Train without dropout and shuffling. An interruption then changes no number."""
     x, y = rows()
     if model is None:
         keras.utils.set_random_seed(3)
@@ -285,7 +285,7 @@ def fit(folder, callbacks, epochs=4, model=None, **options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The history of a training without an interruption."""
+    """Return the history of a training without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     fit(folder, lambda recorder: [recorder])
     return History.load(folder)
@@ -294,10 +294,10 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("before", "stop"),
     [
-        ("recorder", (2, 3)),  # in the middle of an epoch
-        ("recorder", (1, None)),  # the epoch is recorded, and Keras has no backup of it
-        ("backup", (1, None)),  # Keras has a backup of the epoch, and it is not recorded
-        ("backup", (0, 2)),  # before there is anything
+        ("recorder", (2, 3)),  # stopped in the middle of an epoch
+        ("recorder", (1, None)),  # the epoch is recorded, but Keras has no backup of it
+        ("backup", (1, None)),  # Keras has a backup of the epoch, but the epoch is not recorded
+        ("backup", (0, 2)),  # stopped before anything is stored
     ],
 )
 def test_goes_on_with_backup_and_restore_to_the_same_arrays(tmp_path, whole, before, stop):
@@ -403,7 +403,7 @@ def test_a_record_that_begins_later_says_so(tmp_path):
 
 
 def test_a_record_after_other_steps_gives_no_damping(tmp_path):
-    """The steps before it are not recorded, so 1 / (eta T) is that of the optimiser's count."""
+    """Check a record that begins after other steps. The optimiser's own count of steps gives T."""
     x, y = rows()
     model = built()
     whole, _ = trained(tmp_path / "whole", model, (x, y), epochs=2)
@@ -418,7 +418,7 @@ def test_a_record_after_other_steps_gives_no_damping(tmp_path):
 
 
 class Clock:
-    """A clock of which each training step takes a second, and each recorded row some more."""
+    """A fake clock. Each training step takes a second, and each recorded row takes extra time."""
 
     def __init__(self, monkeypatch, per_pass, growth=0.0):
         self.now, self.per_pass, self.growth = 0.0, per_pass, growth
@@ -445,7 +445,7 @@ class Tick(keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("per_pass", "expected"),
     [
-        (1.5, list(range(1, 17))),  # 6 s an epoch: a quarter is 1.5 s
+        (1.5, list(range(1, 17))),  # an epoch takes 6 s, of which a quarter is 1.5 s
         (1.6, None),
         (3.0, None),
         (200.0, [1, 16]),
@@ -462,7 +462,7 @@ def test_recording_takes_a_quarter_of_the_time(tmp_path, monkeypatch, per_pass, 
     else:
         assert found.epochs[0] == 1 and found.epochs[-1] == 16 and 2 < len(found.epochs) < 16
         assert found.share <= 0.25
-        # Half as many epochs would be too few: the rule is not more careful than it must be.
+        # The rule is not too careful, so the share is not far below a quarter.
         assert found.share > 0.1
         assert "epochs were not recorded" in found.notes[0]
     assert found.share <= 0.25 or len(found.epochs) == 2
@@ -518,7 +518,7 @@ def test_weights_are_kept_as_asked(tmp_path, monkeypatch):
     assert found.checkpoints.tolist() == [0, 1, 2]
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- arguments that are refused -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,7 @@ def test_another_callbacks_evaluate_does_not_change_the_number_of_rows(tmp_path,
             self.model.evaluate(x[:7], y[:7], verbose=0)
 
     callbacks = [Asks(), Recorder(tmp_path, (x, y), every=1)][::order]
-    if dataset:  # Keras does not know the number of its batches in the first epoch
+    if dataset:  # in the first epoch of a dataset, Keras does not know the number of batches
         given = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
         given = given.filter(lambda x, y: tf.shape(y)[0] > 0)
         built().fit(given, epochs=3, verbose=0, callbacks=callbacks)
@@ -598,7 +598,7 @@ def test_a_folder_without_a_history_is_refused(tmp_path):
 def test_rows_and_nets_of_another_training_are_refused(first):
     found, _ = first
     x, y = rows()
-    found.check_rows(Examples(x.astype(float), y.astype(np.uint8)))  # the same labels
+    found.check_rows(Examples(x.astype(float), y.astype(np.uint8)))  # equal labels of another dtype
     with pytest.raises(ValueError, match="^train must have the 90 rows of the history"):
         found.check_rows(Examples(x[1:], y[1:]))
     with pytest.raises(ValueError, match="^train must have the labels of the history"):

@@ -7,7 +7,7 @@ from influence.examples.stream import Stream
 from tests.influence import problems
 from tests.influence.examples.test_stream import Batches
 
-# This is more rows than are checked together.
+# These are more rows than one pass of the check takes.
 N = 9000
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 L = keras.layers

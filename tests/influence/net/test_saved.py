@@ -1,4 +1,4 @@
-"""Tests of models that are loaded from files."""
+"""Tests of models loaded from files."""
 
 import keras
 import numpy as np

@@ -1,7 +1,7 @@
-"""A frozen trunk runs once for each row, and no number changes.
+"""Tests that a frozen trunk runs once for each row, and that no result changes.
 
-The right values come from a separate model of the head, whose inputs are features that the layers
-of the trunk computed when they were called one by one.
+The expected values come from a separate model of the head. Its inputs are features, computed by
+calling the layers of the trunk one by one.
 """
 
 import pickle
@@ -29,12 +29,12 @@ DECAY = keras.regularizers.L2(0.05)
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(30, 6, 6, 2)), rng.integers(0, 3, 30)
 XT, YT = rng.normal(size=(4, 6, 6, 2)), rng.integers(0, 3, 4)
-RTOL = 1e-10  # both sides compute in float64
+RTOL = 1e-10  # both sides are computed in float64
 
 
 @keras.saving.register_keras_serializable("test_trunk")
 class Counter(keras.layers.Layer):
-    """Count the rows that pass through the layer when it runs."""
+    """A layer that counts the rows that pass through it."""
 
     rows = 0
 
@@ -48,7 +48,7 @@ class Counter(keras.layers.Layer):
 
 
 def network(nested=True, counts=False):
-    """Return a model of convolutions, BatchNormalization with statistics, and two Dense layers."""
+    """Return a model: convolutions, BatchNormalization with random statistics, two Dense layers."""
     keras.utils.set_random_seed(1)
     trunk = [
         keras.layers.Conv2D(4, 3, activation="relu", name="first"),
@@ -74,7 +74,7 @@ def network(nested=True, counts=False):
 
 
 def head_alone(model, names, x):
-    """Return a model of the last layers `names`, and the features of x in front of them."""
+    """Return a model of the last layers `names`, and the inputs of these layers for x."""
     layers = [model.get_layer(name) for name in names]
     inputs = z = keras.Input(layers[0].input.shape[1:])
     for layer in layers:
@@ -86,7 +86,7 @@ def head_alone(model, names, x):
 
 
 def frozen(how, counts=False):
-    """Return a net whose theta is that of `hidden` and `head`, and its Keras model."""
+    """Return a net and its Keras model. Theta has the weights of `hidden` and `head`."""
     model, trunk = network(nested=how != "flat", counts=counts)
     if how == "layers":
         return GenericNeuralNet(model, LOSS, layers=["hidden", "head"]), model
@@ -128,7 +128,7 @@ def test_refits_are_those_of_the_head():
     one = leave_one_out(net, (X, Y), (XT, YT), rows=[0, 7])
     two = leave_one_out(alone, (features, Y), (tested, YT), rows=[0, 7])
     assert one.converged.all() and np.abs(two).max() > 1e-4
-    np.testing.assert_allclose(one, two, rtol=1e-6)  # the refits' tolerance
+    np.testing.assert_allclose(one, two, rtol=1e-6)  # the refits have this relative tolerance
 
 
 def test_the_trunk_runs_once_for_each_row():
@@ -137,7 +137,7 @@ def test_the_trunk_runs_once_for_each_row():
     Counter.rows = 0
     scores = Influence(net, (X, Y), solver=CG(), damping=0.3, curvature=GaussNewton)
     scores.scores((XT, YT))
-    # A check of each set computes one row again, by itself.
+    # For each set, a check computes one row again in a batch of its own.
     assert Counter.rows == len(X) + len(XT) + 2
     test = Examples(XT, YT)
     scores.scores(test)
@@ -160,7 +160,8 @@ def test_layers_inside_an_inner_model_may_hold_theta():
     found = Hessian(net, train) @ np.eye(net.num_parameters)
     units = np.eye(whole.num_parameters)[:, mask]
     np.testing.assert_allclose(found, (Hessian(whole, train) @ units)[mask], rtol=RTOL, atol=1e-14)
-    assert net.penalty() == pytest.approx(whole.penalty(), rel=1e-14)  # theta's and a constant
+    # The penalty is that of theta plus a constant for the frozen weights.
+    assert net.penalty() == pytest.approx(whole.penalty(), rel=1e-14)
 
 
 def test_derivatives_by_inputs_pass_through_the_trunk():
@@ -278,7 +279,7 @@ def test_changed_weights_of_the_trunk_are_refused():
 
 @keras.saving.register_keras_serializable("test_trunk")
 class Centred(keras.layers.Layer):
-    """Subtract the mean over the rows of the batch."""
+    """A layer that subtracts the mean over the rows of the batch."""
 
     def call(self, x):
         return x - keras.ops.mean(x, axis=0, keepdims=True)
@@ -286,7 +287,7 @@ class Centred(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("test_trunk")
 class Penalised(keras.layers.Layer):
-    """Add a loss."""
+    """A layer that adds a loss."""
 
     def call(self, x):
         self.add_loss(keras.ops.mean(x**2))
@@ -308,7 +309,7 @@ class Subclassed(keras.Model):
 
 
 def rows_apart():
-    """Return a model whose frozen layer sees each time step as a row."""
+    """Return a model whose frozen layer takes each time step as a row."""
     x = keras.Input((5, 4))
     z = keras.ops.reshape(x, (-1, 4))
     z = keras.layers.Dense(3, trainable=False)(z)

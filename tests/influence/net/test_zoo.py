@@ -1,9 +1,9 @@
 """Tests of many Keras layers and losses against derivatives taken without the library.
 
 Each model is small, with weights far from a minimum. The expected values come from TensorFlow's
-tape on the plain model: first derivatives example by example, the Hessian row by row. Where
-TensorFlow's second derivatives of a layer are wrong, the expected second derivatives are central
-differences of first derivatives on the plain model.
+tape on the plain model: first derivatives example by example, and the Hessian row by row.
+TensorFlow's second derivatives of some layers are wrong. There, the expected second derivatives
+are central differences of first derivatives on the plain model.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,18 @@ from tests.influence.problems import relative_error, sequential
 L = keras.layers
 K = keras.losses
 N = 6
-# Both sides use the tape in float64; rounding is 1e-15 times the size of terms that cancel.
+# Both sides are computed by the tape in float64. The rounding error is about 1e-15 times the size
+# of the terms that cancel.
 AUTODIFF = 1e-9
 # Fourth-order central differences have an error of about 1e-9.
 DIFFERENCES = 1e-7
 
 
-# --- losses written in TensorFlow from their definitions ------------------------------------------
+# --- losses in TensorFlow, written from their definitions -----------------------------------------
 
 
 def log_softmax(y, z, smoothing=0.0):
-    """Return the loss for class numbers or one-hot labels, averaged over time steps if any."""
+    """Return losses for class numbers or one-hot labels, averaged over any time steps."""
     log_p = z - tf.reduce_logsumexp(z, axis=-1, keepdims=True)
     target = tf.one_hot(y, z.shape[-1], dtype=z.dtype) if y.ndim < len(z.shape) else y
     target = (1 - smoothing) * tf.cast(target, z.dtype) + smoothing / z.shape[-1]
@@ -65,25 +66,25 @@ def huber(y, z):
 
 
 def poisson(y, z):
-    return z[:, 0] - tf.cast(y, z.dtype) * tf.math.log(z[:, 0] + 1e-7)  # 1e-7 is Keras' epsilon
+    return z[:, 0] - tf.cast(y, z.dtype) * tf.math.log(z[:, 0] + 1e-7)  # Keras adds 1e-7
 
 
 def quartic(y, z):
     return tf.reduce_sum((y - z) ** 4, axis=-1)
 
 
-# --- the zoo --------------------------------------------------------------------------------------
+# --- models with their losses ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Recipe for a model, its loss for the net, the same loss in TensorFlow, and a batch."""
+    """Recipe for a model, its loss for the net, the same loss in plain TensorFlow, and a batch."""
 
     make: Callable
     loss: Any
     plain: Callable
-    x: Callable  # rng -> inputs
-    y: Callable  # rng -> labels
+    x: Callable  # maps a random generator to inputs
+    y: Callable  # maps a random generator to labels
     by_autodiff: bool = True  # False if TensorFlow's second derivatives are wrong
 
 
@@ -110,7 +111,7 @@ def skip_connection():
 
 
 class SharedTwice(keras.Model):
-    """Subclassed model that uses one layer twice and freezes another."""
+    """A subclassed model that uses one layer twice and freezes another layer."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +124,7 @@ class SharedTwice(keras.Model):
 
 
 class NoTraining(SharedTwice):
-    """Subclassed model without a `training` argument and without a declared input."""
+    """A subclassed model without a `training` argument and without a declared input."""
 
     def call(self, x):
         return tf.sigmoid(super().call(x))
@@ -155,7 +156,7 @@ def masked_ids():
 
 
 def steps():
-    # The layer is unrolled, because TensorFlow traces a loop slowly. The case "recurrent" has a
+    # The layer is unrolled, because TensorFlow traces a loop slowly. The case "recurrent" tests a
     # loop.
     lstm = L.LSTM(2, return_sequences=True, unroll=True)
     return sequential((2, 2), lstm, L.Dense(3))
@@ -196,7 +197,7 @@ def grouped():
 
 
 def volume():
-    """Return a model whose first layer has no weights."""
+    """Return a model for volumes. Its first layer has no weights."""
     hidden = L.ZeroPadding3D(1), L.Conv3D(2, 2), L.LeakyReLU(0.3), L.GlobalAveragePooling3D()
     last = L.EinsumDense("nf,fg->ng", 2, activation="selu"), L.Dense(1)
     return sequential((3, 3, 3, 1), *hidden, *last)
@@ -207,7 +208,7 @@ def one_hot(rng):
 
 
 def some_ids(rng):
-    """Return ids. Zeros are masked. No row has only zeros, because its mean would be 0 / 0."""
+    """Return ids, where 0 is masked. No row is all zeros, because its mean would be 0 / 0."""
     return np.column_stack([rng.integers(1, 5, N), rng.integers(0, 5, (N, 2))])
 
 
@@ -236,7 +237,8 @@ KINDS = {
     "pooled": Kind(pooled, quartic, quartic, normal(4, 4, 2), normal(1)),
     "volume": Kind(volume, K.MeanSquaredError(), squares, normal(3, 3, 3, 1), normal()),
 }  # fmt: skip
-# Each question takes seconds: Keras compiles "grouped" with XLA, and TensorFlow traces a loop.
+# These cases take seconds per test: Keras compiles "grouped" with XLA, and "recurrent" has a loop
+# that TensorFlow traces slowly.
 SLOW = {
     "grouped": Kind(grouped, "mse", squares, normal(3, 3, 2), normal()),
     "recurrent": Kind(recurrent, "mse", squares, normal(2, 2), normal()),
@@ -304,7 +306,8 @@ def test_losses_and_first_derivatives(case):
 def test_second_derivatives(case):
     net, x, y, V = case.net, case.x, case.y, case.V
     assert relative_error(net.hvp(x, y, V), case.hessian @ V) < case.second
-    if net.loss.from_logits and net.loss.head is None:  # the plain loss takes probabilities
+    # Otherwise the plain loss takes probabilities, not logits.
+    if net.loss.from_logits and net.loss.head is None:
         product = net.gauss_newton_product(x, y, V)
         assert relative_error(product, case.dense.gauss_newton @ V) < AUTODIFF
         assert np.linalg.norm(case.hessian - case.dense.gauss_newton) > 1e-3
@@ -313,7 +316,7 @@ def test_second_derivatives(case):
 
 
 def elsewhere(net, question):
-    """Return the function theta -> `question()` at theta."""
+    """Return the function that maps theta to the value of `question()` at theta."""
     here = net.theta
 
     def at(theta):
@@ -345,12 +348,12 @@ def test_other_derivatives_where_maps_must_loop():
     losses = elsewhere(net, partial(net.losses, x, y))
     theta, h = net.theta, 1e-3
     near, far = (losses(theta + t * v) + losses(theta - t * v) for t in (h, 2 * h))
-    # The rounding error is about 1e-16 / h^2.
+    # The rounding error of this second difference is about 1e-16 / h^2.
     expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)
     assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
     one = np.random.default_rng(9).standard_normal(x.shape)
 
-    def mixed(x):  # returns the derivative of the losses along v in theta
+    def mixed(x):  # the derivative of the losses along v in theta
         here = elsewhere(net, lambda: net.losses(x, y))
         return (here(theta + h * v) - here(theta - h * v)) / (2 * h)
 
@@ -384,7 +387,7 @@ def plain_input_gradient(case):
 
 def test_input_gradients(case):
     if all(part.dtype.kind == "i" for part in tf.nest.flatten(case.x)):
-        return  # integer inputs have no gradient
+        return  # there is no gradient with respect to integers
     got = case.net.input_gradient(case.x, case.y, case.V[:, 0])
     tf.nest.assert_same_structure(got, case.x)
     if case.by_autodiff:
@@ -404,7 +407,7 @@ def test_input_gradients(case):
 
 
 def test_scores(case):
-    """Compare CG and Direct with the dense matrix. The damping makes it positive definite."""
+    """Compare CG and Direct with the dense matrix. Damping makes it positive definite."""
     net, train = case.net, Examples(case.x, case.y)
     H = case.hessian + net.penalty_hvp(np.eye(net.num_parameters))
     values = scipy.linalg.eigvalsh(H)
@@ -432,5 +435,5 @@ def test_float32_models_answer_in_float32():
     ):
         got = question(net)
         assert got.dtype == np.float32
-        # Rounding is 6e-8 for each of a few hundred additions.
+        # Each of a few hundred additions has a rounding error of 6e-8.
         assert relative_error(got, question(exact)) < 1e-4

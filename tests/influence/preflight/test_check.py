@@ -44,7 +44,7 @@ def trained(model, loss, x, y):
 
 
 def tanh_classifier():
-    """Make a network with dropout and a frozen layer, at a minimum."""
+    """Return a network with dropout and a frozen layer, and its training set, at a minimum."""
     frozen = L.Dense(3, trainable=False, **D64)
     layers = [frozen, penalised(L.Dense, 4, activation="tanh"), L.Dropout(0.5, **D64)]
     model = sequential((2,), *layers, penalised(L.Dense, 3), **D64)
@@ -54,7 +54,7 @@ def tanh_classifier():
 
 
 def convolutional():
-    """Make a small convolutional net at a minimum, with one-hot labels."""
+    """Return a small convolutional net and its training set with one-hot labels, at a minimum."""
     layers = penalised(L.Conv2D, 2, 3, activation="tanh"), L.GlobalAveragePooling2D(**D64)
     model = sequential((5, 5, 1), *layers, penalised(L.Dense, 2), **D64)
     rng = np.random.default_rng(0)
@@ -110,13 +110,13 @@ def test_eigenvalues_of_a_long_theta_come_with_their_errors():
     net.fit(train)
     report = check(net, train)
     assert report.ok, str(report)
-    # There are more weights than rows, so in some directions only the penalty has curvature.
+    # There are more weights than rows. In some directions only the penalty has curvature.
     assert report["smallest eigenvalue"].value == pytest.approx(0.05, rel=1e-3)
     H = net.hvp(train.x, train.y, np.eye(2200)[:, :3])
     assert report["largest eigenvalue"].value > 0.05 + H[0, 0]
 
 
-# --- planted faults -------------------------------------------------------------------------------
+# --- faults that the check must find --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_saddle_is_found():
     hidden = L.Dense(3, activation="tanh", use_bias=False, **D64)
     model = sequential((2,), hidden, L.Dense(3, use_bias=False, **D64), **D64)
     net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    net.theta = np.zeros(net.num_parameters)  # a stationary point
+    net.theta = np.zeros(net.num_parameters)  # theta = 0 is a stationary point
     train = Examples(x, y)
     report = check(net, train, curvature=Hessian)
     assert named(report, "fail") == {"smallest eigenvalue"}
@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_are_all_that_is_said():
     assert "got NaN or infinity in layer" in report["finite weights"].meaning
 
 
-# --- what must not matter -------------------------------------------------------------------------
+# --- changes that must not matter -----------------------------------------------------------------
 
 
 def test_about_seven_passes_beside_products(monkeypatch):
@@ -288,7 +288,8 @@ def test_about_seven_passes_beside_products(monkeypatch):
 def test_batch_size_changes_no_number():
     p = logistic("softmax")
     p.net.theta = p.theta + 0.1
-    # The compared values (rows, accuracy, penalty, eigenvalues, drift) are all above rounding.
+    # The compared values are rows, accuracy, penalty, eigenvalues and drift. All are well above
+    # rounding errors.
     reports = (check(p.net, p.train, batch_size=size) for size in (None, 7))
     values = [[line.value for line in report.lines if line.value > 1e-5] for report in reports]
     assert len(values[0]) >= 5 and relative_error(*values) < 1e-9

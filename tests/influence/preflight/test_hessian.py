@@ -14,13 +14,13 @@ EPS = {dtype: float(np.finfo(dtype).eps) for dtype in ("float32", "float64")}
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return (net, examples) with the net away from a minimum."""
+    """Return (net, examples), with the net away from a minimum."""
     return tanh_net()
 
 
 @pytest.fixture(scope="module")
 def linear():
-    """Return a least-squares net at its minimum. No test may change its theta."""
+    """Yield a least-squares problem at its minimum. No test may change theta."""
     p = ridge(num_rows=60)
     theta = p.theta
     yield p
@@ -31,7 +31,7 @@ def lines(net, examples, damping=0.0, batch_size=None):
     return hessian.derivatives(net, Hessian(net, examples, damping, batch_size=batch_size))
 
 
-# --- is the Hessian that of the gradient ----------------------------------------------------------
+# --- whether the Hessian is the gradient's derivative ---------------------------------------------
 
 
 @tf.custom_gradient
@@ -58,7 +58,8 @@ def test_products_with_another_matrix_are_found(linear, monkeypatch):
     product = p.net.hvp
     monkeypatch.setattr(p.net, "hvp", lambda x, y, V: 1.01 * product(x, y, V))
     difference, asymmetry = lines(p.net, p.train)
-    # The penalty's share of a few per cent is correct.
+    # The fault changes only the loss's part of the Hessian by 1 %. The penalty's part, a few per
+    # cent, is correct.
     assert difference.verdict == "fail" and 0.009 < difference.value < 0.01 / 1.01 + 1e-6
     assert asymmetry.verdict == "ok"
 
@@ -124,7 +125,7 @@ def found(low, high, error=0.0, converged=True, complete=False):
 def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, says):
     line = hessian.smallest(found(low, 10.0, error), known, damping, 1e-6)
     assert line.verdict == verdict and line.value == low and says in line.meaning
-    if verdict == "fail":  # the damping that it names must be enough
+    if verdict == "fail":  # the damping in the remedy must be large enough
         enough = float(line.remedy.split("damping=")[1].split(" ")[0])
         assert low - damping + enough > 1e-3
 
@@ -133,10 +134,11 @@ def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, sa
     ("error", "converged", "complete", "known", "verdict"),
     [
         (0.05, True, False, np.nan, "ok"),
-        (0.06, True, False, np.nan, "warn"),  # an eigenvalue is near, but need not be the smallest
+        # Some eigenvalue lies near this value, but it need not be the smallest.
+        (0.06, True, False, np.nan, "warn"),
         (0.01, False, False, np.nan, "warn"),
         (0.01, False, False, 0.1, "ok"),
-        (0.06, True, True, np.nan, "ok"),  # all eigenvalues are known
+        (0.06, True, True, np.nan, "ok"),  # the search has found all eigenvalues
         (0.6, True, True, np.nan, "warn"),
     ],
 )
@@ -177,7 +179,7 @@ def test_without_an_inverse_there_is_no_condition_number():
     assert line.verdict == "warn" and np.isnan(line.value)
 
 
-# --- is theta the minimum -------------------------------------------------------------------------
+# --- whether theta is the minimum -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_test", [False, True])
@@ -198,7 +200,8 @@ def test_drift_and_removals_are_those_of_the_closed_form(linear, with_test, dist
     drift = watched.gradients(moved) @ np.linalg.solve(p.oracle.hessian(moved), gradient)
     removals = p.oracle.predicted_changes(moved, watched, np.arange(60))
     ratio = np.sqrt(np.mean(drift**2)) / np.sqrt(np.mean(removals**2))
-    # Two random sums of rows, and CG to a residual of 0.1, give a result within a factor of two.
+    # The check uses two random sums of rows, and CG to a residual of 0.1. Its result is correct
+    # within a factor of two.
     assert 0.5 < line.value / ratio < 2
     assert line.verdict == verdict
     assert f"gradient norm {np.linalg.norm(gradient):.1e}" in line.meaning

@@ -15,7 +15,7 @@ from tests.influence.problems import dense_net, ridge
 
 
 def blobs(c=3, n=60, spread=1 / 3):
-    """Make (x, y): c classes of points in the plane, well apart."""
+    """Return (x, y): c well separated classes of points in the plane."""
     rng = np.random.default_rng(0)
     y = np.arange(n) % c
     angle = 2 * np.pi * y / c
@@ -92,7 +92,7 @@ def test_swapped_labels_are_found(kind):
     net.fit(Examples(x, y))
     theta = net.theta
     if kind == "logits":
-        net.theta = 0.01 * theta  # outputs near 0, of both signs
+        net.theta = 0.01 * theta  # then the outputs are near 0 and have both signs
     if kind == "probabilities":
         outputs = keras.layers.Activation("sigmoid", dtype="float64")(net.model.outputs[0])
         net = GenericNeuralNet(keras.Model(net.model.inputs, outputs), "binary_crossentropy")
@@ -112,7 +112,8 @@ def test_what_is_no_class_is_compared_to_nothing():
     for net, y in (
         (p.net, p.train.y),
         (counts, np.arange(40) % 5),
-        (bits, np.arange(40) % 2),  # 0 and 1, but a callable's threshold is unknown
+        # The labels are 0 and 1, but the check does not know the threshold of a callable loss.
+        (bits, np.arange(40) % 2),
         (p.net, 2 + np.arange(40) % 2),
     ):
         line = plausible(net, Examples(p.train.x, y))
@@ -128,7 +129,7 @@ def test_a_loss_above_that_of_guessing_is_found():
     assert mean > np.log(3)
     assert line.verdict == "warn" and line.value == pytest.approx(mean, rel=1e-12)
     assert "above the 1.1 of guessing among 3 classes" in line.meaning
-    net.theta = np.zeros(6)  # guessing itself
+    net.theta = np.zeros(6)  # with theta = 0 the net guesses
     assert plausible(net, train).verdict == "ok"
 
 

@@ -23,13 +23,13 @@ def squares(y, output):
 
 
 def with_layer(layer):
-    """Make (net, examples) of a linear model with the given layer before it."""
+    """Return (net, examples) of a linear model with the given layer before it."""
     model = sequential((2,), layer, L.Dense(1, **D64), **D64)
     x = np.random.default_rng(0).standard_normal((20, 2)) + 3
     return GenericNeuralNet(model, "mse"), Examples(x, x[:, 0])
 
 
-# --- is the model its own, row by row -------------------------------------------------------------
+# --- whether each row has its own loss ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_a_loss_reduced_over_rows_is_found(loss, what):
     "loss",
     [
         lambda y, z: squares(y, z) * tf.cast(tf.shape(y)[0], z.dtype),
-        lambda y, z: tf.reduce_mean((y - z) ** 2, axis=1),  # (n,) - (n, 1) is (n, n)
+        lambda y, z: tf.reduce_mean((y - z) ** 2, axis=1),  # (n,) - (n, 1) broadcasts to (n, n)
         lambda y, z: squares(y, z) + tf.reduce_max(y) / 1e6,
-        # The loss depends on a row's place in the batch, but only beyond the first 20 places.
+        # The loss depends on the row's position in the batch, but only after position 20.
         lambda y, z: squares(y, z) + 1e-6 * tf.cast(tf.range(tf.shape(y)[0]) > 20, z.dtype),
     ],
 )
@@ -72,7 +72,7 @@ def test_batch_normalisation_left_in_training_mode_is_found():
     net, examples = with_layer(TrainingMode(**D64))
     line = rows.separate(net, examples)
     assert line.verdict == "fail" and line.value > 0.1 and "training=True" in line.remedy
-    # The outputs differ even if the losses hardly do.
+    # The check compares outputs too. They differ although the losses are almost equal.
     silent = GenericNeuralNet(net.model, lambda y, z: 1e-12 * squares(y, z))
     assert rows.separate(silent, examples).value == pytest.approx(line.value)
     assert twice(net, examples).verdict == "ok"
@@ -89,7 +89,7 @@ def test_rounding_is_no_fault(dtype):
     assert rows.separate(p.net, sparse).verdict == "ok" and twice(p.net, sparse).verdict == "ok"
 
 
-# --- twice the same -------------------------------------------------------------------------------
+# --- whether two passes agree ---------------------------------------------------------------------
 
 
 class LeftOn(L.Dropout):
@@ -103,7 +103,7 @@ class Noise(L.Layer):
 
 
 class SeededNoise(L.Layer):
-    """Noise from Keras' global seed, which is no variable of the model."""
+    """A layer of noise from Keras' global seed, which is not a variable of the model."""
 
     def call(self, inputs):
         return inputs + keras.random.normal(tf.shape(inputs), dtype=inputs.dtype)
@@ -155,7 +155,7 @@ def test_inputs_by_name():
     assert twice(net, examples).verdict == rows.separate(net, examples).verdict == "ok"
 
 
-# --- finite ---------------------------------------------------------------------------------------
+# --- finite values --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_rows_that_are_not_finite_are_found(loss, what):
     net.theta = np.array([1.0, 1, 0])
     x = np.random.default_rng(0).uniform(1, 2, (30, 2))
     good = Examples(x.copy(), np.ones(30))
-    x[[4, 17]] = [[1.0, -1], [2, -2]]  # an output of exactly 0
+    x[[4, 17]] = [[1.0, -1], [2, -2]]  # the output of these rows is exactly 0
     examples = Examples(x, np.ones(30))
     line = rows.finite(net, rows.Answers.of(net, examples, 7), "train")
     assert line.name == "finite train rows" and line.verdict == "fail" and line.value == 2
     assert f"The {what} of 2 of 30 rows is NaN or infinite (row 4, 17)" in line.meaning
     line = rows.finite(net, rows.Answers.of(net, good, None), "test")
     assert line.name == "finite test rows" and line.verdict == "ok" and line.value == 0
-    # The rows that are not finite raise no doubt about the other rows.
+    # The other checks ignore rows that are not finite, so they find no fault.
     assert rows.separate(net, examples).verdict == twice(net, examples).verdict == "ok"
 
 
@@ -188,7 +188,7 @@ def test_many_bad_rows_are_not_all_listed():
     assert line.value == 20 and "(row 0, 1, 2, 3, 4 and 15 more)" in line.meaning
 
 
-# --- what does not fit, and which rows are looked at ----------------------------------------------
+# --- rows that do not fit, and the choice of rows -------------------------------------------------
 
 
 def test_examples_that_do_not_fit_are_a_line():

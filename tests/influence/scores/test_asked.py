@@ -1,6 +1,6 @@
-"""Tests of questions about a whole test set.
+"""Tests of questions about a whole test set, each of which needs only one linear system.
 
-A question about many rows needs one linear system. Impossible predictions cause a warning.
+Predicted changes that are impossible cause a warning.
 """
 
 import keras
@@ -32,7 +32,7 @@ def test_the_mean_and_the_sum_need_one_system(kind):
 
 
 def gap(y, outputs):
-    """Measure the difference of the mean squared output between two halves of the rows."""
+    """Return the difference of the mean squared output between the two halves of the rows."""
     half = tf.shape(outputs)[0] // 2
     return tf.reduce_mean(outputs[:half] ** 2) - tf.reduce_mean(outputs[half:] ** 2)
 
@@ -40,7 +40,7 @@ def gap(y, outputs):
 def test_a_function_of_all_outputs():
     p = ridge()
     found = influence(p).scores(p.test, reduce=gap)
-    # Least squares: the outputs are A theta, and theta moves as the oracle predicts.
+    # In least squares the outputs are A theta, and theta moves as the oracle predicts.
     A = p.measured.features
     z, half = A @ p.net.theta, len(A) // 2
     signs = np.where(np.arange(len(A)) < half, 1 / half, -1 / (len(A) - half))
@@ -68,7 +68,7 @@ def test_a_reduction_that_has_no_meaning_is_refused():
 
 def test_a_loss_that_is_predicted_to_fall_below_zero_is_named():
     p = ridge()
-    # Squared error of a row that is fitted almost exactly: most changes would make it negative.
+    # The squared error of this row is almost zero. Most predicted changes would make it negative.
     x = p.test.x[:1]
     near = (x, p.net.outputs(x)[:, 0] + 1e-3)
     with pytest.warns(UserWarning, match=r"predicted changes cannot be: test loss 0 is 1e-06, it"):

@@ -1,4 +1,4 @@
-"""Compare datainf with its formula in dense matrices, and with the truth where it is exact."""
+"""Tests of datainf against its formula in dense matrices, and against exact values."""
 
 import keras
 import numpy as np
@@ -11,12 +11,12 @@ from tests.influence.problems import logistic, relative_error, tanh_net
 
 @pytest.fixture(scope="module")
 def network():
-    """Make two layers with kernels and biases: 16 and 5 parameters."""
+    """Return (net, examples). The net has two layers with 16 and 5 parameters, biases included."""
     return tanh_net(l2=0.1)
 
 
 def dense(net, train, test, damping, layers):
-    """Compute DataInf's scores (m, n) with the mean of all rows' inverses, layer by layer."""
+    """Return DataInf's scores (m, n), by averaging the inverses of all rows in each layer."""
     G, V = net.gradients(train.x, train.y), net.gradients(test.x, test.y)
     n = len(train)
     S = np.zeros_like(V)
@@ -51,7 +51,7 @@ def test_for_a_linear_model_there_is_one_layer():
 
 
 def test_one_row_is_exact(network):
-    """Check one row, for which DataInf is an exact solve with the layers' blocks."""
+    """Check one row. DataInf then solves exactly with the diagonal blocks of the layers."""
     net, train = network
     one, test = train.take([8]), train.take([3, 5])
     g = net.gradients(one.x, one.y)[0]
@@ -103,7 +103,7 @@ def test_layers_are_keras_layers():
     net = GenericNeuralNet(keras.Model(inputs, outputs), "mse")
     rng = np.random.default_rng(0)
     train = Examples(rng.standard_normal((6, 4, 2)), rng.standard_normal(6))
-    # The two layers have 2 x 3 + 3 x 3 + 3 and 3 weights.
+    # One layer has 2 x 3 + 3 x 3 + 3 weights and the other has 3. They are the slices below.
     got = datainf(net, train, train, damping=(0.3, 0.1))
     expected = dense(net, train, train, (0.3, 0.1), (slice(0, 18), slice(18, 21)))
     assert relative_error(got[:], expected) < 1e-10

@@ -42,10 +42,7 @@ def problem():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Use blocks of 3 test examples and 16 training rows.
-
-    The solver takes two test examples at a time.
-    """
+    """Set blocks of 3 test examples and 16 training rows. Solve for 2 test examples at once."""
     monkeypatch.setattr(score_file, "_TESTS", 3)
     monkeypatch.setattr(score_file, "_ROWS", 16)
     monkeypatch.setattr(score_file, "_CHUNK", (1, 16))
@@ -63,7 +60,7 @@ def same(got, expected):
         np.testing.assert_array_equal(got[name], value)
 
 
-# --- what is written --------------------------------------------------------------------------
+# --- the content of the file ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "ridge", "tape"])
@@ -95,7 +92,8 @@ def test_the_file_holds_the_scores(kind, tmp_path, small_blocks):
     assert table.dtype == np.float32 and rounded["s_test"].dtype == np.float64
     error = np.abs(table - expected).max() / np.abs(expected).max()
     assert 1e-9 < error < 1e-6
-    assert rounded["rounding_error"] == pytest.approx(error, rel=0.01)  # the sample has all rows
+    # Here the sample contains all rows.
+    assert rounded["rounding_error"] == pytest.approx(error, rel=0.01)
 
 
 def test_chosen_rows_and_measurements(tmp_path, small_blocks):
@@ -137,7 +135,7 @@ def test_streams_sparse_rows_and_float32_nets(tmp_path, small_blocks):
     stream = Stream(Batches(p.train.x, p.train.y, 7)), Stream(Batches(p.test.x, p.test.y, 3))
     streamed = Influence(p.net, stream[0], solver=Direct())
     same(contents(streamed.write_scores(tmp_path / "stream.h5", stream[1])), expected)
-    # A stream of the same rows counts as the same input.
+    # A stream with the same rows counts as the same input, so the file is complete.
     assert streamed.write_scores(path, p.test)
     sparse = Examples(scipy.sparse.csr_matrix(p.train.x), p.train.y)
     got = contents(
@@ -181,14 +179,14 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
     train = Examples(x, y)
     test = Examples(rng.standard_normal((m, f)), np.arange(m) % 3)
     influence = Influence(net, train, solver=Direct())
-    influence.prepared(np.ones(60))  # the solver allocates its memory now
+    influence.prepared(np.ones(60))  # makes the solver allocate its memory before it is measured
     monkeypatch.setattr(score_file, "_TESTS", 512)
     tracemalloc.start()
     path = influence.write_scores(tmp_path / "large.h5", test)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     size = path.stat().st_size
-    assert size > n * m * 4  # 120 MB
+    assert size > n * m * 4  # the table has 120 MB
     assert peak < 30e6
     with h5py.File(path) as file:
         part = file["change_if_removed"][1000:1010, -2000:]
@@ -213,9 +211,9 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     net = MulticlassLogisticRegression(f, 3)
     x, y = rng.standard_normal((m, f)), np.arange(m) % 3
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
-    # The operator holds a copy of theta, so it is made before memory is measured.
+    # The operator holds a copy of theta. Make it before memory is measured.
     assert influence.operator.shape == (net.num_parameters,) * 2
-    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # room for 17 vectors
+    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # 17 vectors fit into this memory
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()
     influence.write_scores(tmp_path / "long.h5", Examples(x, y))
@@ -224,7 +222,7 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     assert most / 3 < peak < most
 
 
-# --- interrupted and continued ----------------------------------------------------------------
+# --- interruption and continuation ------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -250,7 +248,7 @@ Influence(p.net, p.train, solver=Direct()).write_scores(sys.argv[1], p.test)
 
 
 def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeypatch):
-    num_marks = 9  # a whole run makes 16 marks: four solves, 3 x 4 blocks
+    num_marks = 9  # a whole run makes 16 marks: four for solves, 3 x 4 for blocks
     path = tmp_path / "scores.h5"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, str(path), str(num_marks)]
@@ -266,14 +264,14 @@ def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeyp
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
     same(contents(path), whole)
     marks.clear()
-    influence.write_scores(path, p.test)  # nothing is left to do
+    influence.write_scores(path, p.test)  # the file is complete, so nothing is computed
     assert marks == []
 
 
 @pytest.mark.parametrize("num_marks", range(0, 16, 3))
 def test_an_interruption_anywhere_costs_one_block(num_marks, tmp_path, small_blocks, monkeypatch):
     p = problem()
-    # The batches have 4 rows, because blocks of 16 rows must consist of whole batches.
+    # A block of 16 rows must consist of whole batches. The batch size 7 therefore becomes 4.
     influence = Influence(p.net, p.train, solver=Direct(), batch_size=7)
     whole = contents(influence.write_scores(tmp_path / "whole.h5", p.test))
     marks, mark = [], score_file._mark
@@ -305,7 +303,8 @@ def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monk
     p = problem()
     with monkeypatch.context() as patch:
         patch.setattr(score_file, "_describe", lambda *_: 1 / 0)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)  # after a kill -9 nothing is removed
+        # After a kill -9, no code removes the partial file.
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(ZeroDivisionError):
             Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
     assert len(list(tmp_path.iterdir())) == 1
@@ -322,7 +321,7 @@ def test_what_goes_wrong_while_the_file_is_made_leaves_nothing(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-# --- no number is given for a good one that is not ----------------------------------------------
+# --- warnings for inaccurate scores -------------------------------------------------------------
 
 
 def test_an_unconverged_solve_warns_also_when_it_was_done_before(
@@ -345,7 +344,7 @@ def test_an_unconverged_solve_warns_also_when_it_was_done_before(
         path = influence.write_scores(tmp_path / "s.h5", p.test)
     assert not contents(path)["converged"].any()
     with pytest.warns(ConvergenceWarning, match="^7 of the first 7 systems") as caught:
-        influence.write_scores(path, p.test)  # the finished file still has unconverged systems
+        influence.write_scores(path, p.test)  # the finished file has unconverged systems
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -362,7 +361,7 @@ def test_a_diverging_solve_leaves_no_file(tmp_path):
     assert not (tmp_path / "s.h5").exists()
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 def test_a_path_below_a_file_is_refused_before_solving(tmp_path, monkeypatch):
@@ -389,7 +388,7 @@ def test_a_file_of_other_inputs_is_refused_by_name(finished, tmp_path, small_blo
     measured = {"measurement": lambda _, output: output[:, 1]}
     for names, train_, test_, options, asked in (
         ("damping", train, test, {"damping": 0.1}, {}),
-        ("damping", train, test, {"damping": 1e-9}, {}),  # damping must be equal to the last bit
+        ("damping", train, test, {"damping": 1e-9}, {}),  # damping is compared to the last bit
         ("solver", train, test, {"solver": CG()}, {}),
         ("train", train.without([5]), test, {}, {"rows": range(59)}),
         ("test", train, Examples(x, test.y), {}, {}),

@@ -1,4 +1,4 @@
-"""Tests of a score file on a disk that fills up, or under a limit on the size of files."""
+"""Tests of a score file on a full disk, or under a limit on the size of files."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import numpy as np
 from influence.common import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-# HDF5 may end its process, so a process of its own writes: first with too little space for the
-# file, then after an interruption with too little for the rest, then without a limit.
+# HDF5 may end its process, so a child process writes the file. At first the space is too small for
+# the file. After an interruption it is too small for the rest. At the end there is no limit.
 CHILD = """
 import resource
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
     assert re.fullmatch(said + r"0 \[\]", first)
     assert second == "KeyboardInterrupt  7 ['s.h5.partial']"
     assert re.fullmatch(said + r"7 \['s\.h5\.partial'\]", third)
-    assert last == "14"  # 7 test examples of each file: none was solved again
+    assert last == "14"  # each file needs 7 solves, so no test example was solved twice
     with h5py.File(tmp_path / "s.h5") as found, h5py.File(tmp_path / "whole.h5") as expected:
         table = expected["change_if_removed"][()]
         assert table.any()
@@ -72,7 +72,7 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
 
 
 def test_the_space_of_the_file_is_reserved(tmp_path):
-    """Check the reserved blocks. A file that is only extended has no blocks before a write."""
+    """Check that blocks are reserved. A file that is only extended has none before a write."""
     path = tmp_path / "part"
     path.write_bytes(b"kept")
     checkpoint.reserve(path, 1 << 20, path)

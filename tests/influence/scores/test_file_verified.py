@@ -1,4 +1,4 @@
-"""An existing score file is used only if it has not been altered."""
+"""Tests that an existing score file is used only if it has not been altered."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from influence import Direct, Influence
 from influence.scores import file as score_file
 from tests.influence.scores.test_file import contents, problem, small_blocks
 
-__all__ = ["small_blocks"]  # pytest finds this fixture here
+__all__ = ["small_blocks"]  # makes this imported fixture visible to pytest
 
 
 def _one_bit(name, place):
@@ -129,7 +129,7 @@ def test_checksums_are_sha256_of_the_bytes(tmp_path, small_blocks):
     got = contents(
         Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)
     )
-    block = got["change_if_removed"][3:6, 16:32].tobytes()  # this is the sixth block
+    block = got["change_if_removed"][3:6, 16:32].tobytes()  # this block is the sixth of the file
     assert got["block_sha256"][5].tobytes() == hashlib.sha256(block).digest()
     about = [got[name][4] for name in ("s_test", "residual", "iterations", "converged")]
     test = b"".join(part.tobytes() for part in [*about, got["min_curvature"][4]])
@@ -152,7 +152,7 @@ def test_a_file_is_read_once_to_verify_it(tmp_path, small_blocks, monkeypatch):
     monkeypatch.setattr(h5py.Dataset, "__getitem__", counted)
     influence.write_scores(path, p.test)
     tables = 7 * 60 * 4 + 7 * p.net.num_parameters * 8
-    assert tables < read[0] < size + 1000  # the difference is checksums and counters
+    assert tables < read[0] < size + 1000  # the rest of `read` is checksums and counters
 
 
 @pytest.mark.parametrize("name", ["s.h5", "s.h5.partial", "s.h5.partial.new"])

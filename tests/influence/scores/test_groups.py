@@ -1,4 +1,4 @@
-"""Compare Influence.group with exact refits without the group and with the dense formula."""
+"""Tests of Influence.group against exact refits without the group and the dense formula."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def problems():
 
 
 def groups(problem, percent):
-    """Make six groups: random rows, one class, neighbours, largest influence and largest loss."""
+    """Return six groups by name: random, one class, neighbours, and three by influence or loss."""
     p, k = problem, N * percent // 100
     own = p.oracle.gradients(p.theta) + p.oracle.penalty * p.theta
     influence = own @ np.linalg.solve(
@@ -54,7 +54,7 @@ def refitted(problem, rows):
 
 
 def second_order(problem, rows):
-    """Compute the formula with dense matrices. T comes from differences of the Hessian."""
+    """Return the changes by the dense formula. T comes from differences of the Hessian."""
     p, n, k = problem, len(problem.train), len(rows)
     theta, H = p.theta, p.oracle.hessian(p.theta)
     penalty = np.diag(np.broadcast_to(p.oracle.penalty, theta.shape))
@@ -70,9 +70,9 @@ def second_order(problem, rows):
     return p.measured.gradients(theta) @ D2 + curved / 2
 
 
-# --- the truth -------------------------------------------------------------------------------
+# --- against exact refits --------------------------------------------------------------------
 
-# These are the relative errors of orders 1 and 2 over the test losses, as medians of six groups.
+# Relative errors of orders 1 and 2 over the test losses. Each is the median of six groups.
 MEDIANS = {
     ("softmax", 1): (0.098, 0.0036),
     ("softmax", 5): (0.146, 0.0151),
@@ -103,7 +103,7 @@ def test_order_two_is_closer_to_the_refit_than_order_one(problem, percent, probl
 
 
 def test_the_terms_that_others_leave_out_decide(problems):
-    """Check that without T and d2 f (Basu, You & Feizi 2020) order 2 can be worse than order 1."""
+    """Check that order 2 without T and d2 f (Basu, You & Feizi 2020) can be worse than order 1."""
     p = problems["sigmoid"]
     rows = groups(p, 25)["most harmful"]
     n, k, theta, H = N, len(rows), p.theta, p.oracle.hessian(p.theta)
@@ -134,13 +134,14 @@ def test_the_refit_is_that_of_the_nets_own_fit(problems):
 def test_the_error_falls_with_the_power_of_the_groups_weight(order, problems):
     """Reduce the group's share of the data tenfold. The error of order r falls with power r + 1."""
     errors = []
-    for num_rows in (400, 4000):  # a group of 20 rows in data sets of two sizes
+    for num_rows in (400, 4000):  # the group is 20 of 400 rows, then 20 of 4,000
         p = logistic("sigmoid", num_rows, weight_decay=0.1)
         rows = np.arange(20)
         got = Influence(p.net, p.train, solver=Direct()).group(p.test, rows, order)
         errors.append(np.linalg.norm(got[:] - refitted(p, rows)))
     power = np.log10(errors[0] / errors[1])
-    assert power == pytest.approx(order + 1, abs=0.4)  # the two data sets have different rows
+    # The two data sets have different rows, so the power is not exact.
+    assert power == pytest.approx(order + 1, abs=0.4)
 
 
 def test_positive_means_that_the_group_helped(problems):
@@ -155,7 +156,7 @@ def test_positive_means_that_the_group_helped(problems):
     )
 
 
-# --- the formula -----------------------------------------------------------------------------
+# --- against the formula ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [Direct(), CG(rtol=1e-11)])
@@ -181,7 +182,8 @@ def test_order_two_is_the_formula(problem, problems):
     rows = np.arange(0, 90, 3)
     got = Influence(p.net, p.train, solver=Direct()).group(p.test, rows, 2)
     assert got.order == 2 and got.measurement == "loss"
-    assert relative_error(got[:], second_order(p, rows)) < 1e-9  # differences of fourth order
+    # T comes from differences of fourth order.
+    assert relative_error(got[:], second_order(p, rows)) < 1e-9
     solved = Influence(p.net, p.train, solver=CG(rtol=1e-12), batch_size=13)
     assert relative_error(solved.group(p.test, rows, order=2)[:], got[:]) < 1e-9
 
@@ -196,7 +198,7 @@ def test_sparse_rows_change_nothing(problems):
 
 
 def test_a_single_row_of_least_squares_to_second_order():
-    """Compare with the exact move to second order: H^-1 g / n times a function of the leverage."""
+    """Compare with the exact move, H^-1 g / n / (1 - leverage), to second order."""
     p = ridge(N, l2=0.0)
     row = [11]
     moved = p.oracle.without(row).minimum(p.theta) - p.theta
@@ -211,13 +213,13 @@ def test_a_single_row_of_least_squares_to_second_order():
 
     influence = Influence(p.net, p.train, solver=Direct())
     got = influence.group(p.test, row, 2, measurement=prediction)
-    # This expands 1 / (1 - h) about h = 1 / n to first order.
+    # The method expands 1 / (1 - h) about h = 1 / n to first order.
     about = N / (N - 1) * (1 + (leverage - 1 / N) * N / (N - 1))
     np.testing.assert_allclose(got[:], p.measured.features @ first * about, rtol=1e-9)
 
 
 def test_damping_counts_for_the_group_too():
-    """Compare with exact refits in which the damping is a penalty on the distance from theta."""
+    """Compare with the formula. Both H and H_U include damping, which cancels in H_U - H."""
     p = ridge(N)
     rows = np.arange(40)
     damped = Influence(p.net, p.train, solver=Direct(), damping=0.7).group(p.test, rows, 2)[:]
@@ -231,7 +233,7 @@ def test_damping_counts_for_the_group_too():
 
 
 def test_a_network_with_a_penalty_that_is_not_quadratic():
-    """Compare all third derivatives with differences of the library's Hessian."""
+    """Compare third derivatives of all layers with differences of the library's Hessian."""
     net, train = tanh_net(l2=0.1)
     net.model.layers[-1].kernel.regularizer = Quartic()
     untraced(net)
@@ -258,7 +260,7 @@ def test_a_network_with_a_penalty_that_is_not_quadratic():
     curved = np.array([D1 @ m @ D1 for m in hessian_at(0 * D1)[1]])
     expected = net.gradients(test.x, test.y) @ D2 + curved / 2
     assert np.linalg.norm(T) > 1e-3 * np.linalg.norm(own @ D1)
-    assert relative_error(got[:], expected) < 1e-6  # second-order differences
+    assert relative_error(got[:], expected) < 1e-6  # T comes from differences of second order
 
 
 class Quartic(keras.regularizers.Regularizer):
@@ -272,7 +274,7 @@ def penalty_hessian(net):
     return net.penalty_hvp(np.eye(net.num_parameters))
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

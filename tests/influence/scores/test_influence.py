@@ -1,4 +1,4 @@
-"""Compare scores, additions and perturbations of Influence with closed forms and exact refits."""
+"""Tests of scores, additions and perturbations against closed forms and exact refits."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ ROWS = [30, 2, 17]
 
 @pytest.fixture(scope="module")
 def problems():
-    """Make problems with and without closed forms, the intercept inside or outside the penalty."""
+    """Return problems by name. Some have closed forms, and some penalise the intercept."""
     softmax = logistic("softmax", intercept=True)
     return {
         "ridge": ridge(),
@@ -43,7 +43,7 @@ PENALTIES = ["ridge, strong penalty", "sigmoid, weak penalty", "sigmoid, strong 
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return (net, train), a network with a penalty and far from a minimum."""
+    """Return (net, train), a network with a penalty, far from a minimum."""
     return tanh_net(l2=0.05)
 
 
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_closed_form(problem, solver, problems):
     rows = np.arange(len(p.train))
     expected = p.oracle.predicted_changes(p.theta, p.measured, rows)
     scores = Influence(p.net, p.train, solver=solver, approximation="first_order").scores(p.test)
-    # The solver's tolerance is 1e-11, and these Hessians have condition numbers below 100.
+    # The solver's tolerance is 1e-11. These Hessians have condition numbers below 100.
     assert relative_error(scores.change_if_removed, expected) < 1e-9
     np.testing.assert_array_equal(scores.rows, rows)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), p.measured.gradients(p.theta).T)
@@ -95,7 +95,7 @@ def test_self_influence_is_the_diagonal_of_scores(problem, problems):
     got = influence.self_influence()
     assert relative_error(got, np.diag(table[:])) < 1e-11
     assert relative_error(influence.self_influence([7, 3]), got[[7, 3]]) < 1e-12
-    # The own loss of most rows is larger if they are left out.
+    # Removing a row increases its own loss, for most rows.
     assert (got > 0).mean() > 0.8
 
 
@@ -110,7 +110,7 @@ def test_damping_and_gauss_newton_enter_as_said(tanh):
     assert relative_error(influence.scores(test)[:], expected) < 1e-8
 
 
-# --- the truth: sign, scale and bias against exact refits ------------------------------------
+# --- sign, scale and bias against exact refits -----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
     predicted = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows)[:].ravel()
     actual = p.oracle.actual_changes(p.theta, p.measured, rows).ravel()
     line = scipy.stats.linregress(predicted, actual)
-    # First order ignores the row's leverage. A leverage is d/n on average, here at most 18/1000,
-    # and far less if the penalty dominates. An omitted penalty in L(z) would shift every change.
+    # First order ignores the row's leverage. The mean leverage is d/n, at most 18/1000 here, and
+    # far less if the penalty dominates. Omitting the penalty in L(z) would shift every change.
     assert 0.99 < line.slope < 1.03
     assert line.rvalue > 0.999
     assert abs(line.intercept) < 0.01 * actual.std()
@@ -137,7 +137,7 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
 
 
 def test_positive_means_the_row_helped(problems):
-    """Check that the loss of a test point rises if the same point is removed from training."""
+    """Check that a test loss rises if the same point is removed from training."""
     p = problems["ridge"]
     twin = Examples(p.train.x[[4]], p.train.y[[4]])
     assert abs(p.net.losses(twin.x, twin.y)[0]) > 0.1
@@ -145,7 +145,7 @@ def test_positive_means_the_row_helped(problems):
     before = p.oracle.losses(p.theta)[4]
     after = p.oracle.losses(p.oracle.without([4]).minimum(p.theta))[4]
     assert after > before and change > 0
-    # In least squares, leaving a row out multiplies its residual by exactly 1 / (1 - leverage).
+    # In least squares, removing a row multiplies its residual by exactly 1 / (1 - leverage).
     H = p.oracle.hessian(p.theta)
     leverage = p.oracle.hessians(p.theta)[4] @ np.linalg.inv(H) / len(p.train)
     assert change == pytest.approx(after - before, rel=4 * np.trace(leverage))
@@ -160,16 +160,16 @@ def test_the_error_of_parameters_falls_with_the_square_of_n():
         actual = p.oracle.actual_parameters(p.theta, rows)
         errors[n] = np.linalg.norm(predicted - actual, axis=1).mean()
         assert errors[n] < 0.25 * np.linalg.norm(actual, axis=1).mean()
-    # With four times the rows the error is about a sixteenth. The mean over only twenty rows may
-    # differ from this by a factor of two.
+    # Four times the rows should divide the error by about 16. The mean over only twenty
+    # rows may differ from this by a factor of two.
     assert 8 < errors[100] / errors[400] < 32
 
 
-# --- rows added ------------------------------------------------------------------------------
+# --- added rows ------------------------------------------------------------------------------
 
 
 def refitted(problem, new):
-    """Return (m, k) test losses after refitting with each new row, minus the losses before."""
+    """Return test losses after a refit with each new row, minus the losses before: (m, k)."""
     p = problem
     before = p.measured.losses(p.theta)
     columns = []
@@ -181,7 +181,7 @@ def refitted(problem, new):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "ridge", "softmax by the tape"])
 def test_adding_is_the_change_of_a_refit_with_the_row(kind):
-    # The new rows come from another random draw of the same problem.
+    # The new rows come from another random draw of the same kind.
     if kind == "ridge":
         p, q = ridge(600, l2=0.05), ridge(40, seed=1)
     else:
@@ -212,7 +212,7 @@ def test_adding_is_minus_the_removal_of_the_same_row(problems):
         assert relative_error(added.solution.x, removed.solution.x) < 1e-12
 
 
-# --- derivatives by inputs -------------------------------------------------------------------
+# --- derivatives with respect to inputs ------------------------------------------------------
 
 
 def refitted_derivative(problem, row, j):
@@ -239,10 +239,10 @@ def test_perturbation_is_the_derivative_of_an_actual_refit(problem, problems):
     expected = np.array(
         [[refitted_derivative(p, row, j) for j in range(num_inputs)] for row in ROWS]
     )
-    # Fourth-order differences with a step of 1e-3, of refits accurate to 1e-12, have errors near
-    # 1e-9.
+    # The refits are accurate to 1e-12. Fourth-order differences with a step of 1e-3 then have
+    # errors near 1e-9.
     assert relative_error(got, np.moveaxis(expected, 2, 0)) < 1e-7
-    for i in range(len(p.test)):  # each test loss is compared by itself
+    for i in range(len(p.test)):  # compare each test loss separately
         assert relative_error(got[i], expected[:, :, i]) < 1e-5
 
 
@@ -288,7 +288,7 @@ def test_perturbation_damps_as_the_operator_does(tanh):
     np.testing.assert_array_equal(got[0], expected)
 
 
-# --- what must not matter --------------------------------------------------------------------
+# --- changes that must not matter ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 59, 60, 64])
@@ -379,7 +379,7 @@ def test_float32_in_float32_out():
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
-    # The errors come from losses in float32 and from rtol = 1e-5.
+    # Errors come from the losses in float32 and from the solver's rtol = 1e-5.
     assert relative_error(scores[:], expected) < 1e-3
     derivatives = influence.perturbation(p.test, ROWS)
     assert derivatives.dtype == np.float32
@@ -387,7 +387,7 @@ def test_float32_in_float32_out():
     assert relative_error(derivatives, expected) < 1e-3
 
 
-# --- the table that comes back ---------------------------------------------------------------
+# --- the returned table ----------------------------------------------------------------------
 
 
 def test_scores_behave_as_their_array(problems):
@@ -407,7 +407,7 @@ def test_scores_behave_as_their_array(problems):
     np.testing.assert_array_equal(scores[2, :], table[2])
 
 
-# --- the model is left as it was -------------------------------------------------------------
+# --- the model is left unchanged -------------------------------------------------------------
 
 
 def test_no_question_changes_the_model():
@@ -428,7 +428,7 @@ def test_no_question_changes_the_model():
     assert state() == before
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 Y = np.zeros(4)
 

@@ -1,4 +1,4 @@
-"""Test Inverse through Influence: solves, warnings, refusals, and passes over rows."""
+"""Tests of Inverse through Influence: solves, warnings, refusals, and passes over rows."""
 
 import re
 import warnings
@@ -31,7 +31,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return (net, train), a network with a penalty and far from a minimum."""
+    """Return (net, train), a network with a penalty, far from a minimum."""
     return tanh_net(l2=0.05)
 
 
@@ -76,7 +76,7 @@ def test_rows_in_any_order_are_read_in_one_pass(problem, problems, monkeypatch):
     assert relative_error(losses.T, p.oracle.gradients(p.theta)[rows[order]]) < 1e-12
 
 
-# --- no number is given for a good one that is not -------------------------------------------
+# --- errors and warnings for inaccurate solves -----------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [CG(), Direct(), Lanczos(3)], ids=["CG", "Direct", "Lanczos"])
@@ -95,7 +95,7 @@ def test_the_damping_that_is_named_counts_what_is_there(tanh, solver):
     found = re.search(r"damping (?:well )?above (\S+) \((\S+) more than now\)", message)
     enough, more = map(float, found.groups())
     assert enough == pytest.approx(present + more, rel=1e-2)
-    assert enough <= -smallest * 1.01  # CG may not meet the smallest eigenvalue
+    assert enough <= -smallest * 1.01  # CG does not always meet the smallest eigenvalue
     if isinstance(solver, Direct):
         assert enough == pytest.approx(-smallest, rel=1e-2)
 
@@ -139,9 +139,9 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers(tanh):
 
 def test_a_singular_hessian_is_refused():
     p = ridge(20, num_inputs=3, l2=0.0)
-    x = np.column_stack([p.train.x[:, :2], p.train.x[:, 1]])  # one feature occurs twice
+    x = np.column_stack([p.train.x[:, :2], p.train.x[:, 1]])  # the second feature occurs twice
     train = Examples(x, p.train.y)
-    test = Examples(p.test.x, p.test.y)  # a test point in which the two equal features differ
+    test = Examples(p.test.x, p.test.y)  # in these test points the two equal features differ
     with pytest.raises(DivergenceError, match="A is singular: curvature .* was met"):
         Influence(p.net, train, solver=CG(), curvature=Hessian).scores(test)
     with pytest.raises(DivergenceError, match="^A must not be singular"):
@@ -197,7 +197,7 @@ def test_a_curvature_is_factored_once_for_all_questions(problems, monkeypatch):
     dense = Hessian.dense
     monkeypatch.setattr(Hessian, "dense", lambda A: count.append(1) or dense(A))
     influence = Influence(p.net, p.train, solver=Direct())
-    assert not count  # the matrix is not formed before the first question
+    assert not count  # the matrix is not formed before the first use
     influence.scores(p.test)
     influence.self_influence([1])
     influence.parameters([2])
@@ -230,7 +230,7 @@ def test_scores_belong_to_the_theta_they_were_made_at():
         influence.scores(p.test)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 Y = np.zeros(4)
 

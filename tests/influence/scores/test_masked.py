@@ -1,4 +1,4 @@
-"""Scores and refits for masked positions, against dense matrices of Keras' own loss and refits."""
+"""Tests of scores and refits with masked positions, against dense matrices of Keras' own loss."""
 
 import h5py
 import keras
@@ -56,7 +56,7 @@ KINDS = {
 
 
 def fitted(kind, n):
-    """Return a model at its minimum, its net, and the training and test rows."""
+    """Return (model, net, train, test), with the model at its minimum."""
     make, rows, _ = KINDS[kind]
     model = make()
     net = GenericNeuralNet(model)
@@ -66,7 +66,7 @@ def fitted(kind, n):
 
 
 class Problem:
-    """A fitted model, and its Hessian and gradients by a plain tape on Keras' own loss."""
+    """A fitted model, with the Hessian and gradients of Keras' own loss by a plain tape."""
 
     def __init__(self, kind):
         self.kind, valid = kind, KINDS[kind][2]
@@ -83,7 +83,7 @@ class Problem:
         self.scores = self.tests @ moves / self.v.sum()
 
     def gradient(self, examples, i):
-        """Return the gradient of Keras' loss of one row alone."""
+        """Return the gradient of Keras' loss for one row by itself."""
         x, y = examples.x[i : i + 1], examples.y[i : i + 1]
         return masked.slope(self.model, lambda: masked.keras_loss(self.model, x, y))[1]
 
@@ -103,7 +103,8 @@ def test_scores_of_every_kind(problem, tmp_path):
     influence = Influence(p.net, p.train)
     scores = influence.scores(p.test)
     assert relative_error(scores.change_if_removed, p.scores) < EPSILON
-    assert not scores.change_if_removed[:, 1].any()  # row 1 has no valid position
+    # Row 1 has no valid position, so its scores are 0.
+    assert not scores.change_if_removed[:, 1].any()
     some = np.array([7, 1, 3])
     assert relative_error(influence.scores(p.test, some).change_if_removed, p.scores[:, some]) < (
         EPSILON
@@ -149,14 +150,14 @@ def test_ekfac_as_a_preconditioner_and_for_self_influence(problem):
     X = influence.parameters(rows)
     expected = np.einsum("nd,nd->n", p.losses[rows], X)
     assert relative_error(influence.self_influence(rows), expected) < EPSILON
-    # The approximation has the right size, because it divides by the valid positions.
+    # The solver is approximate. The size is right only if scores divide by the valid positions.
     size = np.linalg.norm(X) / np.linalg.norm(p.moves[rows])
     assert 0.6 < size < 1.6
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_agree_with_refits(kind):
-    """The refits divide by the valid positions that remain."""
+    """Compare with refits, which divide by the number of remaining valid positions."""
     (_, net, train, test), rows = fitted(kind, 2000), np.arange(20)
     scores = Influence(net, train).scores(test, rows).change_if_removed.ravel()
     refits = leave_one_out(net, train, test, rows)
@@ -246,7 +247,7 @@ def test_tracin_takes_the_rows_own_losses(tags):
 
 
 def test_perturbation_of_a_masked_row():
-    """Compare with the difference of refits."""
+    """Compare with a difference of two refits."""
     model = masked.segmenter(sparse(ignore_class=255), 0.1)
     x, y = masked.images(40), voided(classes(40, SIDE, SIDE), 255)
     net, train = masked.net_of(model, x, y)
@@ -266,7 +267,7 @@ def test_check_and_methods_that_refuse_masks(problem):
     p = problem
     report = check(p.net, p.train, test=p.test)
     failed = {line.name for line in report.lines if line.verdict == "fail"}
-    assert not failed - {"labels"}  # the labels are random
+    assert not failed - {"labels"}  # the labels are random, so this check may fail
     with pytest.raises(ValueError, match="^net must not mask positions .* continued_training"):
         continued_training(p.net, p.train, p.test, [0], steps=1, rate=0.1)
 

@@ -1,4 +1,4 @@
-"""One Newton step without a row, against dense algebra in NumPy and against exact refits."""
+"""Tests of one Newton step without a row, against dense algebra in NumPy and exact refits."""
 
 import keras
 import numpy as np
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 @pytest.fixture(scope="module")
 def digits():
-    """200 images of digits, 12 of them with wrong labels, and 6 test images."""
+    """Return 200 images of digits, 12 of them with wrong labels, and 6 test images."""
     x, y = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(y))
@@ -44,9 +44,9 @@ def digits():
 
 
 def softmax_step(x, y, theta, decay, removed):
-    """One Newton step on the mean softmax loss without some rows, in plain NumPy.
+    """Take one Newton step on the mean softmax loss without some rows, in plain NumPy.
 
-    Returns the new theta (f, c). The penalty is decay / 2 |theta|^2.
+    Returns: the new theta (f, c). The penalty is decay / 2 |theta|^2.
     """
     (n, f), c = x.shape, theta.shape[1]
     kept = np.setdiff1d(np.arange(n), removed)
@@ -135,7 +135,7 @@ def test_losses_without_a_row_are_those_of_refits(kind, digits):
 
 
 def ridge(x, y, decay, weights):
-    """Minimum of mean_i weights_i |y_i - [x_i, 1] W|^2 + decay |W|^2."""
+    """Return the minimum W of mean_i weights_i |y_i - [x_i, 1] W|^2 + decay |W|^2."""
     A = np.column_stack([x, np.ones(len(x))])
     H = A.T @ (weights[:, None] * A) / len(x) + decay * np.eye(A.shape[1])
     return np.linalg.solve(H, A.T @ (weights[:, None] * y) / len(x))
@@ -165,7 +165,7 @@ def test_weighted_rows_of_a_regression_with_a_penalty_are_exact():
 
 
 def two_outputs():
-    """A float64 net with a regression and a binary output, 30 rows, and its dense Jacobians."""
+    """Return a float64 net with a regression and a binary output, 30 rows, and dense Jacobians."""
     rng = np.random.default_rng(2)
     inputs = keras.Input((4,), dtype="float64")
     l2 = {"kernel_regularizer": keras.regularizers.L2(0.02), "dtype": "float64"}
@@ -189,7 +189,7 @@ def test_several_outputs_match_a_newton_step_in_numpy():
     for row in (0, 11, 29):
         kept = np.arange(30) != row
         B, penalty = A[kept], 0.04 * np.diag([1, 1, 1, 1, 0])
-        # The loss .5 x mean over two values has the Hessian .5 for each value.
+        # The loss is .5 times a mean over two values. Its Hessian by each value is .5.
         G = 0.5 * B.T @ (B @ V - y["value"][kept]) / 29 + penalty @ V
         step = V - np.linalg.solve(0.5 * B.T @ B / 29 + penalty, G)
         np.testing.assert_allclose(found.outputs["value"][row], A[row] @ step, rtol=1e-7)
@@ -201,7 +201,7 @@ def test_several_outputs_match_a_newton_step_in_numpy():
 
 
 def small_network(dtype="float64"):
-    """A trained network with two hidden layers, 60 rows and 4 test rows."""
+    """Return a trained network with two hidden layers, 60 rows and 4 test rows."""
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(64, 5)), rng.integers(0, 3, 64)
     keras.utils.set_random_seed(0)
@@ -216,7 +216,7 @@ def small_network(dtype="float64"):
 
 
 def tape_jacobians(net, x):
-    """Jacobians (n, c, d) of the logits by a plain tape, one output at a time."""
+    """Return the Jacobians (n, c, d) of the logits by a plain tape, one output at a time."""
     theta, rows = net.theta_tensor(), []
     for row in np.asarray(x):
         with tf.GradientTape() as tape:
@@ -265,7 +265,7 @@ def test_every_way_to_the_blocks_gives_the_same_scores(monkeypatch):
         monkeypatch.setattr(type(influence.inverse), "blocks_by", blocks)
         return influence.scores(test)
 
-    # Without the exact matrix M, solvers use A in its place. That keeps damping / n too much.
+    # Solvers without the exact matrix M use A in its place. A contains damping / n too much.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(net, "penalty_hvp", lambda V: np.zeros_like(V))
         dense, gram = scores("dense"), scores("gram")
@@ -285,11 +285,11 @@ def test_ekfac_blocks_are_exact_for_one_linear_layer():
     how = {"damping": 0.1, "curvature": GaussNewton, "approximation": "one_step"}
     found = Influence(net, train, solver=EKFAC(), **how).scores(train)
     A = np.column_stack([train.x, np.ones(90)])
-    # The mean of two squares has the Hessian I by the outputs.
+    # The mean of two squares has the Hessian I with respect to the outputs.
     inverse = np.linalg.inv(A.T @ A / 90 + 0.1 * np.eye(4))
     np.testing.assert_allclose(found.leverage, 2 * np.einsum("ni,ij,nj->n", A, inverse, A) / 90)
     dense = Influence(net, train, solver=Direct(), **how).scores(train)
-    # EK-FAC's matrix keeps damping / n too much, which is a thousandth of the curvature here.
+    # EK-FAC's matrix contains damping / n too much. Here that is a thousandth of the curvature.
     largest = np.abs(dense.change_if_removed).max()
     gap = np.abs(found.change_if_removed - dense.change_if_removed).max()
     assert gap < 5e-3 * largest
@@ -431,7 +431,7 @@ def test_first_order_names_rows_of_large_leverage(digits):
     one = Influence(net, train, approximation="one_step").scores(test)
     known = np.isfinite(scores.leverage)
     assert 1 <= known.sum() <= 16
-    # One step takes out penalty / n as well, so its leverages are larger by about 1 / n.
+    # One step also removes penalty / n, so its leverages are larger by about 1 / n of their size.
     np.testing.assert_allclose(scores.leverage[known], one.leverage[known], rtol=0.02)
 
 

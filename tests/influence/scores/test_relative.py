@@ -1,4 +1,4 @@
-"""Compare Influence.relative with its definition in closed form."""
+"""Tests of Influence.relative against its definition in closed form."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def problems():
 
 
 def sizes(problem, kind, rows):
-    """Return the sizes (k,) of the predicted moves D: |D| or sqrt(D' H D)."""
+    """Return the sizes (k,) of the predicted moves D of theta: |D| or sqrt(D' H D)."""
     D = problem.oracle.predicted_parameters(problem.theta, rows)
     M = np.eye(D.shape[1]) if kind == "theta" else problem.oracle.hessian(problem.theta)
     return np.sqrt(np.einsum("kd,de,ke->k", D, M, D))
@@ -37,7 +37,7 @@ def test_is_the_score_for_each_unit_of_the_move(problem, kind, problems):
 
 
 def test_the_papers_formulas_have_no_n(problems):
-    """Compare with the paper's formulas, in which 1/n cancels."""
+    """Compare with the paper's formulas, in which the factors 1/n cancel."""
     p = problems["softmax"]
     g = p.oracle.gradients(p.theta)[ROWS] + p.oracle.penalty * p.theta
     X = np.linalg.solve(p.oracle.hessian(p.theta), g.T)
@@ -50,7 +50,7 @@ def test_the_papers_formulas_have_no_n(problems):
 
 
 def test_no_row_is_larger_than_its_kind_allows(problems):
-    """Check the Cauchy-Schwarz bounds |grad m| and sqrt(grad m' H^-1 grad m)."""
+    """Check that ratios are at most |grad m| or sqrt(grad m' H^-1 grad m), by Cauchy-Schwarz."""
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=Direct())
     V = p.measured.gradients(p.theta)
@@ -66,7 +66,7 @@ def test_no_row_is_larger_than_its_kind_allows(problems):
 
 
 def test_outliers_no_longer_come_first():
-    """Check that an outlier with a wrong label has the largest score but not the largest ratio."""
+    """Check an outlier with a wrong label: it has the largest score, but not the largest ratio."""
     p = ridge(60, l2=0.01)
     x, y = p.train.x.copy(), p.train.y.copy()
     x[7], y[7] = 3 * x[7], y[7] - 20
@@ -101,11 +101,11 @@ def test_blocks_and_batches_change_nothing(problems, monkeypatch):
 def test_a_row_that_moves_nothing_has_no_direction():
     p = ridge(l2=0.0)
     x, y = p.train.x.copy(), p.train.y.copy()
-    # The label is exactly on the fit, so the gradient of the row is zero.
+    # The label lies exactly on the fit, so the gradient of the row is zero.
     y[3] = (np.append(x[3], 1) @ p.theta).item()
     influence = Influence(p.net, Examples(x, y), solver=Direct())
     g = p.net.gradients(x[[3]], y[[3]])
-    if np.any(g):  # rounding may leave a gradient
+    if np.any(g):  # rounding may leave a small gradient
         y[3] = p.net.outputs(x[[3]])[0, 0]
         influence = Influence(p.net, Examples(x, y), solver=Direct())
     for kind in ("theta", "loss"):

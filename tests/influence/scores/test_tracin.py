@@ -1,4 +1,4 @@
-"""Compare tracin with its formula in closed form and with actual training."""
+"""Tests of tracin against its formula in closed form and against actual training."""
 
 import sys
 
@@ -11,7 +11,7 @@ from influence.scores.tracin import tracin
 from tests.influence import recorded
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-MODULE = sys.modules["influence.scores.tracin"]  # in the package, `tracin` is the function
+MODULE = sys.modules["influence.scores.tracin"]  # the package exports a function of the same name
 
 RATES = [0.1, 0.05, 0.2]
 
@@ -46,9 +46,9 @@ def test_is_the_sum_over_checkpoints(problem, problems):
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(20, 0.1), (200, 0.01)])
 def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
-    """Check sign, scale and unit by small gradient steps on single rows in turn."""
+    """Check sign, scale and unit, in a training by small gradient steps on one row at a time."""
     net, train = tanh_net()
-    order = np.arange(steps) % 4  # the steps are on rows 0 to 3 in turn
+    order = np.arange(steps) % 4  # steps on rows 0, 1, 2, 3 in turn
     rate = 0.4 / steps
     test = train.take([10, 11, 12])
     first = net.losses(test.x, test.y)
@@ -64,11 +64,11 @@ def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
     finally:
         net.theta = start
     total = np.zeros(3)
-    for row in range(4):  # `own` holds the checkpoints before the steps on this row
+    for row in range(4):  # `own` holds the thetas before each step on this row
         own = np.array(thetas)[order == row]
         got = tracin(net, train, test, [row], thetas=own, learning_rates=np.full(len(own), rate))
         total += got[:, 0]
-    # The error is proportional to the size of a step.
+    # The relative error is proportional to the step size.
     assert relative_error(total, first - last) < tolerance
     assert np.linalg.norm(first - last) > 1
 
@@ -172,7 +172,8 @@ def test_a_history_is_summed_over_its_checkpoints(trained, chosen, epochs, steps
     )
     for given in (history, folder):
         got = tracin(model, (x, y), (x_test, y_test), history=given, checkpoints=chosen)
-        assert relative_error(got.reduction_by_training, expected) < 1e-6  # the rate is float32
+        # The learning rate is in float32.
+        assert relative_error(got.reduction_by_training, expected) < 1e-6
 
 
 def test_a_history_says_what_full_batches_took_off_the_loss(tmp_path):
@@ -184,7 +185,7 @@ def test_a_history_says_what_full_batches_took_off_the_loss(tmp_path):
     test = recorded.rows(7, seed=1)
     first, last = (recorded.losses(history.theta(epoch), *test) for epoch in (0, 3))
     got = tracin(model, (x, y), test, history=history)[:].sum(axis=1) / history.batch_size
-    # The penalty's part of the steps, of which TracIn knows nothing, is added by hand.
+    # TracIn ignores the penalty's part of the steps, so the test adds this part.
     l2 = np.append(np.full(12, 2 * recorded.PENALTY), np.zeros(3))
     for theta in history.thetas[:3]:
         got = got + 0.01 * recorded.gradients(theta, *test) @ (l2 * theta)

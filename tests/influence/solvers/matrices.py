@@ -1,4 +1,4 @@
-"""Matrices for the tests of several solvers, and their low-rank approximations by formula."""
+"""Matrices for the tests of several solvers, and formulas for their low-rank approximations."""
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
@@ -8,7 +8,7 @@ from influence.solvers import Lanczos
 
 
 class Damped(LinearOperator):
-    """A matrix that includes a damping, given by its attribute `damping`."""
+    """A matrix that includes damping. The attribute `damping` holds its value."""
 
     def __init__(self, matrix, damping):
         self.matrix, self.damping = matrix + damping * np.eye(len(matrix)), damping
@@ -22,7 +22,7 @@ class Damped(LinearOperator):
 
 
 def counting(matrix):
-    """Return the matrix as an operator, and a list of the widths of the blocks multiplied."""
+    """Return the matrix as an operator, and a list of the numbers of columns that it multiplied."""
     widths = []
 
     def product(V):
@@ -35,14 +35,14 @@ def counting(matrix):
 
 
 def inverse(A, solver):
-    """Form the approximate inverse as a dense matrix."""
+    """Return the solver's approximate inverse as a dense matrix."""
     return prepare(A, solver).apply(np.eye(A.shape[0], dtype=A.dtype)).x
 
 
 def approximation(A, matrix, solver):
-    """Form U diag(values) U' + floor (I - U U'), which Lanczos or Nystrom inverts."""
+    """Return the matrix U diag(values) U' + floor (I - U U') that Lanczos or Nystrom inverts."""
     rng, d, rank = np.random.default_rng(solver.seed), len(matrix), solver.rank
-    if isinstance(solver, Lanczos):  # one vector per pass, as for ranks up to 21
+    if isinstance(solver, Lanczos):  # Lanczos multiplies one vector per pass for ranks up to 21
         w, Q = rng.standard_normal(d), np.zeros((d, 0))
         for _ in range(rank + 10):
             for _ in range(2):
@@ -50,14 +50,15 @@ def approximation(A, matrix, solver):
             w = w / np.linalg.norm(w)
             Q, w = np.column_stack([Q, w]), matrix @ w
         values, S = np.linalg.eigh(Q.T @ matrix @ Q)
-        floor = max(values[-rank], values[-((rank + 11) // 2)])  # the middle of the space
+        # The second value is in the middle of the Krylov space.
+        floor = max(values[-rank], values[-((rank + 11) // 2)])
         U, values = Q @ S[:, -rank:], values[-rank:]
     else:
         Omega = np.linalg.qr(rng.standard_normal((d, rank)))[0]
         known = np.nanmax(
             [getattr(A, a, np.nan) for a in ("damping", "smallest_eigenvalue_bound")] + [0.0]
         )
-        # The damping is not subtracted if A is definite only because of it.
+        # Do not subtract the damping if only the damping makes A definite.
         known = known if np.linalg.eigvalsh(Omega.T @ matrix @ Omega)[0] >= known else 0.0
         M = matrix - known * np.eye(d)
         low = M @ Omega @ np.linalg.solve(Omega.T @ M @ Omega, Omega.T @ M)

@@ -1,4 +1,4 @@
-"""Tests of systems and solvers, and of the bound on the error of scores from a solution."""
+"""Tests of systems and solvers, and of the bound on the error that a solution causes in scores."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ from tests.influence.problems import (
 
 
 def errors_and_bounds(matrix, solution, B):
-    """Compute |g . (x - A^-1 b)| and its bound, for twenty vectors g and every b."""
+    """Return |g . (x - A^-1 b)| and its bound, for twenty vectors g and every b."""
     G = np.random.default_rng(7).standard_normal((20, len(matrix)))
     truth = np.linalg.solve(matrix, B)
     return np.abs(G @ (solution.x - truth)), solution.score_error_bound(G)
@@ -41,7 +41,7 @@ def errors_and_bounds(matrix, solution, B):
 
 @pytest.fixture(scope="module")
 def known():
-    """Map a name to (operator that knows a bound on its eigenvalues, this bound)."""
+    """Map a name to an operator that knows a lower bound on its eigenvalues, and to this bound."""
     net, train = tanh_net()
     softmax, sigmoid = (logistic(kind, weight_decay=0.05) for kind in ("softmax", "sigmoid"))
     return {
@@ -68,8 +68,8 @@ def test_no_score_is_further_off_than_its_bound(kind, solver, known):
     assert bound.shape == (20, 4)
     assert (error <= bound + 1e-13).all()  # 1e-13 allows for rounding
     if error.max() > 1e-10:
-        # The bound is not much too large: the cosine of a random g and the error is about
-        # 1 / sqrt(d), here 1/4, and the bound on the smallest eigenvalue is close to it.
+        # The bound is not much too large. The cosine between a random g and the error is about 1 /
+        # sqrt(d), here 1/4. The bound on the smallest eigenvalue is close to that eigenvalue.
         assert np.median(bound / error) < 100
     else:
         assert bound.max() < 1e-6 and not isinstance(solver, LiSSA)
@@ -80,7 +80,7 @@ def test_the_bound_is_reached_where_everything_lies_along_one_direction(size):
     A = symmetric(np.linspace(0.2, 3, 30))
     values, vectors = np.linalg.eigh(A)
     exact = solve(A, np.ones((30, 1)), Direct())
-    step = size * vectors[:, :1]  # the error is along the eigenvector of the smallest eigenvalue
+    step = size * vectors[:, :1]  # the error lies along the eigenvector of the smallest eigenvalue
     moved = replace(exact, x=exact.x + step, residual_norm=np.linalg.norm(A @ step, axis=0))
     error = np.abs(vectors[:, :1].T @ (moved.x - exact.x))
     np.testing.assert_allclose(error, moved.score_error_bound(vectors[:, :1].T), rtol=2e-3)
@@ -89,7 +89,7 @@ def test_the_bound_is_reached_where_everything_lies_along_one_direction(size):
 @pytest.mark.parametrize("d", [30, 100])
 @pytest.mark.parametrize("smallest", [0.2, -0.3, 1e-6])
 def test_direct_finds_the_bound_itself(d, smallest):
-    """Check the bound on |eigenvalue|, which indefinite matrices have too."""
+    """Check the bound on the absolute eigenvalues, which exists for indefinite matrices too."""
     A = symmetric([smallest, *np.linspace(0.5, 3, d - 1)])
     found = solve(A, np.ones(d), Direct()).eigenvalue_bound
     assert abs(smallest) * (1 - 3e-3) < found <= abs(smallest) * (1 + 1e-9)
@@ -102,7 +102,7 @@ def test_where_nothing_is_known_nothing_is_claimed():
     assert np.isnan(solution.score_error_bound(np.ones((2, 30)))).all()
     net, train = tanh_net()
     assert np.isnan(Hessian(net, train, 5.0).smallest_eigenvalue_bound)
-    # A bound of zero on the eigenvalues gives no bound on the errors.
+    # If the bound on the eigenvalues is zero, it gives no bound on the errors.
     singular = GaussNewton(net, train)
     assert singular.smallest_eigenvalue_bound == 0
     assert np.isnan(solve(singular, singular @ np.ones(21), CG()).eigenvalue_bound)
@@ -124,7 +124,7 @@ def test_gradients_of_another_shape(gradients):
 
 
 class Skewed(LinearOperator):
-    """A matrix whose dense form differs from its products by less than the check detects."""
+    """A matrix whose products differ from its dense form by less than the check detects."""
 
     def __init__(self, matrix, away):
         super().__init__(np.float64, matrix.shape)
@@ -146,20 +146,20 @@ def test_the_residual_of_direct_is_that_of_the_products(m):
     assert (true > 1e-12).all() and not solution.converged.any()
     watched = solution.residual if m <= 4 else solution.residual[[0, 9, 19, 29]]
     np.testing.assert_allclose(watched, true if m <= 4 else true[[0, 9, 19, 29]], rtol=1e-3)
-    # The residuals of the other columns are estimated from four columns, within a factor of five.
+    # The other residuals are estimated from four columns, within a factor of five.
     assert (solution.residual > 0.5 * true).all() and (solution.residual < 5 * true).all()
     error, bound = errors_and_bounds(A.products, solution, B)
     assert (error <= bound).all()
 
 
 def test_what_the_products_differ_by_is_taken_off_the_bound():
-    """Check smallest eigenvalues of 1e-7 for the dense form and 9e-8 for the products."""
+    """Check a smallest eigenvalue of 1e-7 in the dense form and of 9e-8 in the products."""
     A = Skewed(symmetric([1e-7, *np.linspace(0.5, 3, 29)]), -1e-8 * np.eye(30))
     bound = solve(A, np.ones(30), Direct()).eigenvalue_bound
     assert 1e-8 < bound <= 9e-8
 
 
-# --- what is solved, and with what -----------------------------------------------------------
+# --- systems and solvers ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,11 @@ def test_solvers_are_values():
 )
 def test_solvers_say_what_they_are(solver, exact, indefinite):
     assert (is_exact(solver), answers_indefinite(solver)) == (exact, indefinite)
-    assert is_exact(replace(solver, rtol=0.5)) == exact  # rtol has no influence
+    assert is_exact(replace(solver, rtol=0.5)) == exact  # rtol does not matter
 
 
 class Own:
-    """Solver of a user, without the class attributes `exact` and `answers_indefinite`."""
+    """A user's solver without the class attributes `exact` and `answers_indefinite`."""
 
     rtol = 1e-3
 
@@ -308,7 +308,7 @@ def test_bad_hyperparameters(make, message):
         make()
 
 
-# --- what the models know --------------------------------------------------------------------
+# --- bounds that the models know -------------------------------------------------------------
 
 
 def test_bounds_of_models_lie_below_their_spectra():
@@ -355,7 +355,7 @@ def test_penalties_that_are_not_known_bound_nothing():
     assert np.isnan(convexity(kernel_regularizer=Cubic(), bias_regularizer=l2))
 
 
-# --- through Influence -----------------------------------------------------------------------
+# --- solves through Influence ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("problem", ["softmax", "sigmoid", "ridge"])

@@ -23,7 +23,7 @@ def test_solves_every_positive_definite_system(d, m, condition, seed):
     B = np.random.default_rng(seed).standard_normal((d, m))
     solution = solve(A, B, CG(rtol=1e-9))
     assert solution.converged.all() and (solution.residual <= 1e-9).all()
-    # |x - A^-1 b| <= |A^-1| |b - A x|
+    # The error is bounded by |x - A^-1 b| <= |A^-1| |b - A x|.
     error = np.linalg.norm(solution.x - np.linalg.solve(A, B), axis=0)
     assert (error <= condition * 1e-9 * np.linalg.norm(B, axis=0) * (1 + 1e-6)).all()
 
@@ -36,7 +36,7 @@ def test_as_many_iterations_as_distinct_eigenvalues():
 
 @pytest.mark.parametrize("seed", [579, 966, 1089, 1105, 1158, 1293])
 def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
-    """Use three distinct eigenvalues. They take three iterations, and a few more with rounding."""
+    """Use three distinct eigenvalues. Exact CG takes three iterations; rounding adds a few."""
     rng = np.random.default_rng(seed)
     A = symmetric(rng.choice([1e-3, 1.0, 1e3], 10), seed)
     B = rng.standard_normal((10, 4)) * [1e-30, 1e-15, 1e-3, 1.0]
@@ -46,7 +46,7 @@ def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
 
 def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
     matrix = matrix + 0.1 * np.eye(D)
-    B = B * [1, 1e-6, 1e6, 1, 1]  # each column has its own target
+    B = B * [1, 1e-6, 1e6, 1, 1]  # each column gets its own tolerance
     block = solve(matrix, B, CG(rtol=1e-8))
     for j in range(B.shape[1]):
         alone = solve(matrix, B[:, j], CG(rtol=1e-8))
@@ -76,23 +76,24 @@ def test_more_columns_than_dimensions(matrix):
 
 def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
     values, vectors = np.linalg.eigh(matrix)
-    # The columns need one step and two steps.
+    # The first column needs one iteration and the second needs two.
     easy = np.column_stack([vectors[:, 3], vectors[:, :2].sum(axis=1)])
     A, widths = counting(matrix)
     solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
     steps = solution.iterations
     assert steps[:2].tolist() == [1, 2] and steps[2] > 10
-    # One more product checks the recurrence and gives the reported residual.
+    # The last product checks the recurrence and gives the reported residual.
     assert widths == [3, 2] + [1] * (steps[2] - 2) + [3]
 
 
 def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
-    # At this condition number in float32, the recurrence's residual falls below the true residual.
+    # With this condition number in float32, the residual of the recurrence becomes smaller than the
+    # true residual.
     A = symmetric(np.geomspace(1e-6, 1, D)).astype(np.float32)
     b = np.random.default_rng(0).standard_normal(D).astype(np.float32)
     solution = solve(A, b, CG(rtol=1e-5, max_iterations=2000))
     true = np.linalg.norm(b - A @ solution.x) / np.linalg.norm(b)
-    # The products of A with a large x are rounded to float32.
+    # The tolerance allows for the rounding of A x to float32, because x is large.
     assert solution.residual[0] == pytest.approx(true, rel=0.05)
     assert solution.converged[0] == (solution.residual[0] <= 1e-5)
     if not solution.converged[0]:
@@ -124,7 +125,7 @@ def test_rounding_at_a_singular_matrix_names_the_rtol_too():
 
 
 def test_a_drifted_recurrence_starts_again():
-    """Check that a restart uses the true residual if rounding has changed the recurrence's."""
+    """Check that CG restarts from the true residual if rounding has falsified the recurrence."""
     A = symmetric(np.geomspace(1e-7, 1, 200)).astype(np.float32)
     b = (A @ np.ones(200, np.float32)).astype(np.float32)
     first = solve(A, b, CG(rtol=1e-6, max_iterations=10_000))
@@ -149,7 +150,7 @@ def test_iterations_are_bounded_by_ten_times_the_dimension():
 def test_curvature_is_the_smallest_rayleigh_quotient_met(matrix):
     values, vectors = np.linalg.eigh(matrix)
     solution = solve(matrix, vectors[:, [7, 20]], CG())
-    # The smallest curvature over all search directions is reported for each column.
+    # Each column reports the smallest curvature over all search directions of the block.
     np.testing.assert_allclose(solution.min_curvature, values[7], rtol=1e-10)
     alone = solve(matrix, vectors[:, 20], CG())
     np.testing.assert_allclose(alone.min_curvature, values[20], rtol=1e-10)
@@ -199,7 +200,7 @@ def test_singular_is_said_unless_the_system_has_a_solution():
     assert exact_zero.remedy.startswith("A is singular: curvature 0 was met")
     rounded_zero = solve(np.diag([1.0, 1e-20]), [1.0, 1.0], CG())
     assert rounded_zero.min_curvature[0] == 0 and not rounded_zero.converged[0]
-    assert np.abs(rounded_zero.x).max() < 10  # the exact solution has an entry 1e20
+    assert np.abs(rounded_zero.x).max() < 10  # the exact solution has an entry of 1e20
     assert solution.remedy.startswith("A is singular: curvature")
 
 
@@ -214,7 +215,7 @@ def test_with_more_iterations_than_dimensions(dtype):
     eps = np.finfo(dtype).eps
     assert relative_error(solution.x, np.linalg.solve(A, b)) < 100 * eps
     assert (solution.residual < 100 * eps).all()
-    if not solution.converged.all():  # a residual that rounds to zero counts as converged
+    if not solution.converged.all():  # the residual may round to zero, which counts as converged
         assert "rounding stopped CG above rtol" in solution.remedy
     assert (solution.iterations < 1000).all()
 
@@ -240,9 +241,8 @@ def test_an_approximate_inverse_saves_iterations_and_changes_no_answer(B):
     A = symmetric(np.linspace(1, 2, D)) * np.sqrt(np.outer(scales, scales))
     B = B[:, :2]
     plain = solve(A, B, CG(rtol=1e-8, max_iterations=2000))
-    diagonal = LinearOperator(
-        A.shape, matvec=lambda v: np.ravel(v) / scales, dtype=A.dtype
-    )  # SciPy multiplies columns one by one if an operator has only matvec
+    # If an operator has only matvec, SciPy multiplies the columns one by one.
+    diagonal = LinearOperator(A.shape, matvec=lambda v: np.ravel(v) / scales, dtype=A.dtype)
     better = solve(A, B, CG(rtol=1e-8, preconditioner=diagonal))
     assert better.converged.all() and plain.converged.all()
     assert better.iterations.max() < plain.iterations.min() / 2

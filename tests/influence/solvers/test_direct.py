@@ -21,7 +21,7 @@ from influence.curvature.chain import chain_hessian
 from influence.solvers.direct import dense
 from tests.influence.problems import relative_error, symmetric
 
-# From size 64 on, eigenvalues are computed by iteration.
+# From order 64 on, the solver computes the extreme eigenvalues by iteration.
 SIZES = [5, 63, 64, 150]
 
 
@@ -35,7 +35,7 @@ def test_answer_residual_and_smallest_eigenvalue(d, negative):
     assert relative_error(solution.x, np.linalg.solve(A, B)) < rounding
     assert solution.converged.all() and (solution.residual < rounding / 10).all()
     smallest = np.linalg.eigvalsh(A)[0]
-    # ARPACK has the tolerance 1e-3.
+    # The eigenvalue is computed by ARPACK with the tolerance 1e-3.
     np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-3)
 
 
@@ -58,7 +58,7 @@ def test_singular_names_a_damping_that_works(matrix):
     found = re.search(r"damping of at least (\S+),", str(info.value))
     assert found is not None
     damping = float(found[1])
-    # The damping is far below the nonzero eigenvalues, which are at least 0.5.
+    # The suggested damping is far below the nonzero eigenvalues, which are at least 0.5.
     assert 0 < damping < 1e-6
     b = np.random.default_rng(0).standard_normal(9)
     assert solve(matrix + damping * np.eye(9), b, Direct()).converged.all()
@@ -79,18 +79,18 @@ def test_where_iteration_fails_all_eigenvalues_are_taken(values, monkeypatch):
 
 
 def test_ill_conditioned_is_not_converged():
-    # The system can be solved, but rounding in float32 leaves a residual far above 1e-9.
+    # The matrix is not singular, but rounding in float32 leaves a residual far above 1e-9.
     A = symmetric([1e-5, *np.linspace(1, 2, 9)]).astype(np.float32)
     solution = solve(A, np.ones(10), Direct(rtol=1e-9))
     assert not solution.converged[0] and solution.residual[0] > 1e-9
     assert solution.remedy.startswith("the matrix is too ill conditioned for its dtype: use float6")
-    # An error of 1e-7 of the largest eigenvalue is 2 % of the smallest.
+    # An error of 1e-7 of the largest eigenvalue is 2 % of the smallest eigenvalue.
     assert solution.min_curvature[0] == pytest.approx(1e-5, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["affine layers", "products", "closed form", "chain"])
 def test_preparing_holds_no_more_than_is_counted(kind):
-    """Bound the memory by three matrices of the net's dtype and a batch of rows."""
+    """Check that memory is at most three matrices of the net's dtype plus one batch of rows."""
     rng = np.random.default_rng(0)
     if kind == "closed form":
         net = MulticlassLogisticRegression(300, 4, dtype="float32")
@@ -102,12 +102,12 @@ def test_preparing_holds_no_more_than_is_counted(kind):
         net = GenericNeuralNet(keras.Sequential([keras.Input((38,)), *layers]), "mse")
         x = rng.standard_normal((8, 38)).astype("float32")
         examples = Examples(x, x[:, 0])
-        # With this damping the Hessian is positive definite and has a Cholesky factor.
+        # With this damping the Hessian is positive definite, so it has a Cholesky factor.
         A = Hessian(net, examples, 10.0) if kind == "chain" else GaussNewton(net, examples, 0.1)
         assert kind != "chain" or chain_hessian(net, examples) is not None
     d = net.num_parameters
     assert 1190 < d < 1210
-    prepare(A, Direct())  # this call traces the functions
+    prepare(A, Direct())  # trace the functions before memory is measured
     tracemalloc.start()
     prepare(A, Direct())
     peak = tracemalloc.get_traced_memory()[1]

@@ -1,4 +1,4 @@
-"""Compare EK-FAC with the exact inverse where EK-FAC is exact, else with EK-FAC's definition."""
+"""Tests of EK-FAC against the exact inverse where both are equal, else against its definition."""
 
 import pickle
 from functools import partial
@@ -63,7 +63,7 @@ def images(num_rows=12, shape=(6, 5, 2), num_classes=3, seed=0):
 
 
 def convolutional(padding="same", penalty=0.2):
-    """Make a net of two convolutions and a dense layer, with strides, padding and a penalty."""
+    """Return a net of two convolutions and a dense layer, with strides, padding and a penalty."""
     options: dict = {"kernel_regularizer": l2(penalty), **F64}
     first = L.Conv2D(3, 2, strides=(2, 1), padding=padding, **options), L.Activation("tanh", **F64)
     second = L.Conv2D(2, (2, 3), use_bias=False, **options), L.Activation("tanh", **F64)
@@ -75,7 +75,7 @@ def convolutional(padding="same", penalty=0.2):
     return net
 
 
-# --- where it is exact ------------------------------------------------------------------------
+# --- nets for which EK-FAC is exact -----------------------------------------------------------
 
 PENALTIES = {
     "no": {},
@@ -92,7 +92,8 @@ def test_one_linear_layer_with_squared_error_is_exact(use_bias, penalty):
     B = np.random.default_rng(2).standard_normal((net.num_parameters, 3))
     for A in (Hessian(net, examples), GaussNewton(net, examples), GaussNewton(net, examples, 0.1)):
         solution = solve(A, B, EKFAC(rtol=1e-8))
-        assert relative_error(solution.x, solve(A, B, Direct()).x) < 1e-10  # 1e-8 is required
+        # The solve requires only 1e-8.
+        assert relative_error(solution.x, solve(A, B, Direct()).x) < 1e-10
         assert solution.converged.all() and not solution.remedy
         assert relative_error(solve(A, B[:, 0], EKFAC()).x, solution.x[:, 0]) < 1e-12
 
@@ -109,11 +110,11 @@ def test_a_network_is_approximated_and_says_so():
     assert with_aim.remedy.startswith("EK-FAC is an approximation, layer by layer: use CG")
 
 
-# --- what it is elsewhere ---------------------------------------------------------------------
+# --- other nets, against the definition -------------------------------------------------------
 
 
 def patches(layer, image, out_shape):
-    """Slice a padded image into the patch of each output pixel of a convolution, (pixels, f)."""
+    """Return the input patch of each output pixel of a convolution, (pixels, f)."""
     (kh, kw), (sh, sw) = layer.kernel_size, layer.strides
     if layer.padding == "same":
         sizes = zip(out_shape, (sh, sw), (kh, kw), image.shape, strict=False)
@@ -124,7 +125,7 @@ def patches(layer, image, out_shape):
 
 
 def factors(net, examples):
-    """Compute, row by row, each layer's mean_i sum_t a a' and mean_i sum_st g g' / T."""
+    """Return each layer's factors mean_i sum_t a a' and mean_i sum_st g g' / T, row by row."""
     layers = net.model.layers
     found = {}
     for x in examples.x:
@@ -143,7 +144,8 @@ def factors(net, examples):
                 for later in layers[i + 1 :]:
                     output = later(output)
             J = tape.jacobian(output, z, experimental_use_pfor=False).numpy().reshape(len(p), -1)
-            # J' H J is sum_s g_s g_s' for the layer's whole output. Its diagonal blocks are used.
+            # For a layer's whole output, J' H J is sum_s g_s g_s'. The factor uses its diagonal
+            # blocks.
             c = z.shape[-1]
             T = J.shape[1] // c
             gg = (J.T @ curved @ J).reshape(T, c, T, c)
@@ -184,12 +186,12 @@ def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
         eigenvalues = np.diag(K.T @ H @ K) + damping
         expected[entries, entries] = (K / eigenvalues) @ K.T
     assert end == len(G)
-    for curvature in (GaussNewton, Hessian):  # both use the Gauss-Newton part
+    for curvature in (GaussNewton, Hessian):  # for both, EK-FAC uses the Gauss-Newton part
         assert relative_error(inverse(curvature(net, examples, damping)), expected) < 1e-9
 
 
 def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues():
-    """Check that K-FAC would be wrong, because inputs and pseudo-gradients depend on each other."""
+    """Check that K-FAC would be wrong, because inputs and pseudo-gradients are dependent."""
     p = logistic("softmax", intercept=True)
     A, ours = p.oracle.features, inverse(Hessian(p.net, p.train, 0.01))
     P = p.net.outputs(p.train.x)
@@ -205,7 +207,7 @@ def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues
     assert relative_error(product, corrected) > 0.02
 
 
-# --- what must not matter ---------------------------------------------------------------------
+# --- changes that must not matter -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
@@ -216,13 +218,13 @@ def test_batch_size_and_row_order_change_nothing(batch_size, monkeypatch):
     for rows in (examples, shuffled):
         A = GaussNewton(net, rows, 0.1, batch_size=batch_size)
         assert relative_error(inverse(A), whole) < 1e-11
-    # With so little memory, EKFAC takes one row at a time.
+    # With this limit on memory, EKFAC takes one row at a time.
     monkeypatch.setattr("influence.solvers.ekfac.VECTORS", 1)
     assert relative_error(inverse(GaussNewton(net, examples, 0.1)), whole) < 1e-11
 
 
 class Elsewhere(Examples):
-    """Rows in another process: every question is pickled."""
+    """Examples that pickle every question, as if the rows were in another process."""
 
     def map_over(self, question, *args, **options):
         return super().map_over(pickle.loads(pickle.dumps(question)), *args, **options)
@@ -254,7 +256,7 @@ def iterations(A, b, preconditioner):
 
 
 def test_preconditions_the_paper_s_convex_model():
-    """Check softmax regression on images. CG takes a third fewer iterations to the same answer."""
+    """Check softmax regression on images. With EKFAC, CG takes a third fewer iterations."""
     x, y = DIGITS
     train = Examples(x[:500] / 16, y[:500])
     net = MulticlassLogisticRegression(64, 10, weight_decay=0.1, intercept=True).fit(train)
@@ -274,7 +276,7 @@ def test_preconditioning_a_network_gives_the_same_answer():
     net = AllCNN((8, 8, 1), filters=2, strides=(1, 2), dtype="float64")
     net.fit(train, schedule=((300, 1e-2),), batch_size=20)
     b = net.gradients((x[60:61] / 16).reshape(-1, 8, 8, 1), y[60:61])[0]
-    damping = 0.06  # the Hessian's smallest eigenvalue is -0.05
+    damping = 0.06  # the smallest eigenvalue of the Hessian is -0.05
     H, G = (curvature(net, train, damping) for curvature in (Hessian, GaussNewton))
     matrix, gauss_newton = H.dense(), G.dense()
     plain, x0 = iterations(matrix, b, None)
@@ -282,19 +284,19 @@ def test_preconditioning_a_network_gives_the_same_answer():
     truth = np.linalg.solve(matrix, b)
     assert relative_error(x0, truth) < 1e-5 and relative_error(x1, truth) < 1e-5
     assert taken <= 1.2 * plain
-    # The Kronecker factors are not the reason: exact inverses of the layers' blocks are hardly
-    # better.
+    # The Kronecker factors are not the reason. With exact inverses of the layers' blocks, CG takes
+    # hardly fewer iterations.
     blocks = np.zeros_like(gauss_newton)
     for affine in affine_layers(net, train.x[:2]).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
         blocks[own] = np.linalg.inv(gauss_newton[own])
     assert iterations(matrix, b, blocks)[0] > 0.5 * taken
-    # With the coupling CG takes less than half of the iterations.
+    # With the coupling between layers, CG takes less than half of the iterations.
     whole, x2 = iterations(matrix, b, prepare(G, Direct()))
     assert 2 * whole <= plain and relative_error(x2, truth) < 1e-5
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- arguments that are refused ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("A", [symmetric([1.0, 2.0, 3.0]), 2 * Hessian(*linear(use_bias=True))])
@@ -348,7 +350,7 @@ def test_a_loss_that_is_not_finite_is_named():
     net, examples = linear(use_bias=True)
     broken = GenericNeuralNet(net.model, lambda y, output: output[:, 0] ** 2)
     A = Hessian(broken, examples)
-    A.net = GenericNeuralNet(net.model, nan)  # a later batch may have such a loss
+    A.net = GenericNeuralNet(net.model, nan)  # a fake for a loss that becomes NaN in a later batch
     with pytest.raises((DivergenceError, ValueError), match="NaN|infinite|finite"):
         prepare(A, EKFAC())
 
@@ -371,10 +373,10 @@ def test_self_influence_takes_no_products_for_residuals(monkeypatch):
     own = G + net.penalty_gradient()
     expected = np.einsum("id,id->i", G, np.linalg.solve(H, own.T).T) / len(G)
     prepared = influence.prepared
-    monkeypatch.setattr(GaussNewton, "_undamped", None)  # calling a product would be an error
+    monkeypatch.setattr(GaussNewton, "_undamped", None)  # computing a product would raise an error
     monkeypatch.setattr(Hessian, "_undamped", None)
     assert np.isnan(prepared(own.T, measure=False).residual).all()
-    # EK-FAC is exact for one layer and squared error.
+    # EK-FAC is exact for one layer and the squared error.
     assert relative_error(influence.self_influence(), expected) < 1e-10
 
 
@@ -396,7 +398,7 @@ def tanh_rows():
 
 
 def tanh_layers(penalty):
-    """Make a net of a normalisation and two dense layers, the first with its activation."""
+    """Return a net of two dense layers with a normalisation between them. The first has a tanh."""
     options: dict = {"kernel_regularizer": l2(penalty), **F64}
     layers = L.Dense(5, activation="tanh", **options), L.LayerNormalization(**F64)
     net = GenericNeuralNet(sequential((4,), *layers, L.Dense(2, **options), **F64), "mse")

@@ -10,7 +10,7 @@ from tests.influence.solvers.matrices import counting, inverse
 D = 40
 
 
-# --- what is inverted ------------------------------------------------------------------------
+# --- the inverted matrix ---------------------------------------------------------------------
 
 
 def test_full_rank_is_exact_on_an_indefinite_matrix(B):
@@ -24,7 +24,7 @@ def test_full_rank_is_exact_on_an_indefinite_matrix(B):
 
 
 def test_the_approximation_is_that_of_the_formula():
-    """Check ten eigenvalues far from the rest. They are found exactly; the tenth is the floor."""
+    """Check ten eigenvalues far above the rest. They are found exactly; the tenth is the floor."""
     A = symmetric([*np.linspace(1e-3, 1e-2, 30), *np.arange(1.0, 11.0)])
     values, vectors = np.linalg.eigh(A)
     U = vectors[:, -10:]
@@ -60,7 +60,7 @@ def test_passes_over_the_data_are_shared(matrix):
 
 
 def test_breakdown_goes_on_from_a_fresh_direction():
-    """Check a matrix with three eigenvalues. A Krylov space is invariant after three products."""
+    """Check a matrix with three eigenvalues. The Krylov space is invariant after three products."""
     A = symmetric(np.repeat([1.0, 2.0, 5.0], [10, 20, 10]))
     b = np.random.default_rng(0).standard_normal(D)
     solution = solve(A, b, Lanczos(D))
@@ -70,7 +70,8 @@ def test_breakdown_goes_on_from_a_fresh_direction():
         for rank in (4, 5):
             b = np.arange(1.0, 6.0)
             error = relative_error(solve(A, b, Lanczos(rank)).x, np.linalg.solve(A, b))
-            # Of five different eigenvalues, rank 4 replaces the smallest by the second smallest.
+            # With five different eigenvalues, rank 4 replaces the smallest one by the second
+            # smallest.
             assert error < 1e-12 if rank == 5 or A[4, 4] == 1 else error > 0.01
 
 
@@ -122,11 +123,11 @@ def test_a_matrix_that_is_not_finite_has_no_largest_eigenvalue():
     assert found[0] == pytest.approx(1) and np.isnan(found[1])
 
 
-# --- what must fail --------------------------------------------------------------------------
+# --- indefinite and singular matrices --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_curvature_that_rounds_to_zero_is_zero(dtype):
     A = symmetric([*np.zeros(30), *np.linspace(1, 2, 10)]).astype(dtype)
-    for seed in range(10):  # rounding decides the sign of the curvature
+    for seed in range(10):  # the sign of the rounding error differs between seeds
         assert solve(A, np.ones(D), Lanczos(5, seed=seed)).min_curvature[0] == 0

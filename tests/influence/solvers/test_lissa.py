@@ -21,7 +21,7 @@ MATRIX = symmetric(np.linspace(0.2, 3, D))
 
 
 def series(matrix, v, scale, depth):
-    """Compute (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v by eigenvalues."""
+    """Return (1/scale) sum_{j=0}^{depth} (I - A/scale)^j v, computed by eigenvalues."""
     values, vectors = np.linalg.eigh(matrix)
     factors = (1 - (1 - values / scale) ** (depth + 1)) / values
     return vectors @ (factors[:, None] * (vectors.T @ v.reshape(len(v), -1)))
@@ -58,14 +58,14 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
     monkeypatch.setattr(
         Hessian, "sampled", lambda A, rows, V: seen.append(rows) or sampled(A, rows, V)
     )
-    # There are 2 runs of 25 steps with 3 rows, so each run makes 2.5 passes over 30 rows.
+    # Each of the 2 runs has 25 steps with 3 rows. So each run passes 2.5 times over the 30 rows.
     solve(
         Hessian(softmax.net, softmax.train, 1.0),
         np.arange(9.0),
         LiSSA(scale=10.0, depth=25, repeats=2, batch_size=3),
     )
     assert len(seen) == 25 and seen[0].shape == (2, 3)
-    walk = np.stack(seen, axis=1).reshape(-1)  # all rows of one run, then all of the next
+    walk = np.stack(seen, axis=1).reshape(-1)  # the rows of the first run, then those of the second
     counts = np.bincount(walk, minlength=30)
     assert counts.tolist() == [5] * 30
     np.testing.assert_array_equal(np.sort(walk[:30]), np.arange(30))
@@ -73,7 +73,7 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
 
 
 def test_the_average_over_runs_is_what_single_rows_give(softmax):
-    """Compare with the recursion written out, for the same order of rows."""
+    """Compare with the recursion written out, with the same order of rows."""
     rng = np.random.default_rng(5)
     order = np.concatenate([rng.permutation(30) for _ in range(2)])[: 2 * 25].reshape(2, 25)
     hessians = softmax.oracle.hessians(softmax.theta) + (0.1 + 0.3) * np.eye(9)
@@ -102,7 +102,7 @@ def test_damping_means_the_same_for_every_scale(softmax):
     A = Hessian(softmax.net, softmax.train, damping=0.5)
     matrix = softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9)
     b = np.arange(9.0)
-    for scale in (2.0, 8.0):  # (1 - 0.6/8)^250 = 3e-9
+    for scale in (2.0, 8.0):  # for scale 8, (1 - 0.6/8)^250 = 3e-9
         solver = LiSSA(scale=scale, depth=250, repeats=1, batch_size=30)
         assert relative_error(solve(A, b, solver).x, np.linalg.solve(matrix, b)) < 1e-7
 
@@ -113,13 +113,14 @@ def test_sampling_converges_to_the_answer(softmax):
     exact = np.linalg.solve(softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9), B)
     rough = solve(A, B, LiSSA(depth=100, repeats=2))
     fine = solve(A, B, LiSSA(depth=100, repeats=300))
-    # The noise of an average falls with the square root of the number of runs, here by 12.
+    # The noise of an average falls with the square root of the number of runs, here by a factor of
+    # 12.
     assert relative_error(fine.x, exact) < relative_error(rough.x, exact) / 4
     assert relative_error(fine.x, exact) < 0.03
     assert fine.converged.all() and (fine.residual < 0.1).all()
 
 
-# --- stopping early --------------------------------------------------------------------------
+# --- early stopping --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", [1e-2, 1e-3, 1e-6])
@@ -129,14 +130,15 @@ def test_a_column_stops_when_its_average_does(change):
     solution = solve(MATRIX, B, LiSSA(scale=4.0, change=change))
     steps = solution.iterations
     for j in range(4):
-        # The answer is the series at the last step, not the average.
+        # The answer is the series at the last step, not the average over steps.
         expected = series(MATRIX, B[:, j], 4.0, int(steps[j]))[:, 0]
         np.testing.assert_allclose(solution.x[:, j], expected, rtol=1e-11, atol=1e-13)
         alone = solve(MATRIX, B[:, j], LiSSA(scale=4.0, change=change))
         assert alone.iterations[0] == steps[j]
     assert set(steps) <= {32, 64, 128, 256, 512, 1024}
     assert steps[0] == steps[3] == 32 < steps[1]
-    # On one eigenvector, h is proportional to 1 - r^t at step t, so its averages are known.
+    # On one eigenvector, h at step t is proportional to 1 - r^t. The averages of h are therefore
+    # known.
     r, before = 1 - values[0] / 4.0, None
     for looks in (1, 2, 4, 8, 16, 32, 64):
         t = 16 * np.arange(looks // 2 + 1, looks + 1)
@@ -155,7 +157,7 @@ def test_without_a_change_every_step_is_taken():
 
 
 def test_noise_is_not_taken_for_an_end(softmax):
-    """Check a few runs of single rows. Every average still changes by more than a thousandth."""
+    """Check two runs of single rows. Every average still changes by more than a thousandth."""
     A = Hessian(softmax.net, softmax.train, 0.3)
     B = np.random.default_rng(0).standard_normal((9, 3))
     solution = solve(A, B, LiSSA(depth=600, repeats=2))
@@ -208,7 +210,8 @@ def test_overflow_is_divergence_without_a_word_from_numpy(dtype):
 
 
 def test_divergence_is_looked_for_at_the_last_step_too():
-    # |1 - 3/1| = 2, so the norm doubles in each step. It is checked every 16 steps and at the end.
+    # |1 - 3/1| = 2, so the norm doubles in each step. The solver checks the norm every 16 steps and
+    # at the end.
     with pytest.raises(DivergenceError, match="at step 13 "):
         solve(MATRIX, np.ones(D), LiSSA(scale=1.0, depth=13))
 
@@ -227,11 +230,11 @@ def test_a_positive_eigenvalue_is_needed(matrix):
         solve(matrix, np.ones(D), LiSSA())
 
 
-# --- the scale that is chosen ----------------------------------------------------------------
+# --- the chosen scale ------------------------------------------------------------------------
 
 
 def with_outliers(size, dtype="float64"):
-    """Make a logistic regression at theta = 0 with eight outliers in one feature.
+    """Return a logistic regression at theta = 0, with eight outliers in one feature.
 
     Its Hessian is x'x/4. The batches that determine the scale do not contain the outliers.
     """
@@ -251,7 +254,7 @@ def with_outliers(size, dtype="float64"):
 def test_a_batch_that_was_not_looked_at_doubles_the_scale():
     A, matrix = with_outliers(60.0)
     scale = largest_eigenvalue(A, 1)
-    assert scale < 20 < 60**2 / 4 / 2  # a row's eigenvalue is 900
+    assert scale < 20 < 60**2 / 4 / 2  # an outlier's own eigenvalue is 900
     B = np.column_stack([np.eye(4)[0], np.eye(4)[1], np.ones(4)])
     options = {"depth": 600, "repeats": 4, "change": 0.0}
     with pytest.raises(DivergenceError, match="^LiSSA diverges at step .* with scale"):
@@ -263,7 +266,7 @@ def test_a_batch_that_was_not_looked_at_doubles_the_scale():
         next(s for s in scales if gives(A, B[:, j], LiSSA(scale=s, **options), solution.x[:, j]))
         for j in range(3)
     ]
-    # The second column is zero in the outliers' feature, so its scale does not change.
+    # The second column does not depend on the outliers' feature, so its scale stays.
     assert found[1] == scale and found[0] == found[2]
     larger = found[0]
     assert larger >= 4 * scale
@@ -282,7 +285,7 @@ def gives(A, b, solver, expected):
 
 
 def test_an_overflow_doubles_the_scale_too():
-    A, _ = with_outliers(1e9, "float32")  # a batch with three such rows overflows float32
+    A, _ = with_outliers(1e9, "float32")  # a batch with three outliers overflows float32
     solution = solve(A, np.ones(4), LiSSA(depth=200, repeats=1))
     assert np.isfinite(solution.x).all() and not solution.converged[0]
 
@@ -303,8 +306,9 @@ def test_the_chosen_scale_is_the_largest_eigenvalue():
 def test_the_chosen_scale_covers_the_sampled_batches():
     rng = np.random.default_rng(0)
     problem = ridge(num_rows=30, num_inputs=3)
-    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # all rows are equal
+    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # so all rows are equal
     examples = Examples(x, np.zeros(30))
-    largest = 2 * (np.sum(x[0] ** 2) + 1)  # the eigenvalue of 2 x x', with the intercept in x
+    # This is the eigenvalue of 2 x x'. Here x includes the intercept.
+    largest = 2 * (np.sum(x[0] ** 2) + 1)
     found = largest_eigenvalue(Hessian(problem.net, examples), 1)
     assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # the penalty adds 0.2

@@ -1,4 +1,4 @@
-"""Nystrom and Lanczos of rank r take at most r + 10 products and 3 (r + 10) vectors of memory."""
+"""Tests that Nystrom and Lanczos of rank r need r + 10 products and 3 (r + 10) vectors at most."""
 
 import tracemalloc
 
@@ -25,7 +25,7 @@ def test_at_most_ten_products_more_than_the_rank(kind, rank):
 @pytest.mark.parametrize("kind", [Nystrom, Lanczos])
 def test_memory_of_three_blocks(kind, dtype, monkeypatch):
     d, rank = 100_000, 24
-    monkeypatch.setattr(sketch, "VECTORS", 1 << 22)  # a product takes a few vectors at a time
+    monkeypatch.setattr(sketch, "VECTORS", 1 << 22)  # a product takes only a few vectors at a time
     values = np.geomspace(1, 1e-2, d).astype(dtype)
     scale = lambda V: values[:, None] * V  # noqa: E731
     A = LinearOperator((d, d), matvec=lambda v: scale(v.reshape(d, 1)), matmat=scale, dtype=dtype)
@@ -42,13 +42,13 @@ def test_memory_of_three_blocks(kind, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", [Nystrom, Lanczos])
 def test_a_matrix_of_low_rank_and_full_rank_give_the_inverse(kind, dtype):
-    """Compare with the dense eigendecomposition: six large eigenvalues above a multiple of I."""
+    """Use a multiple of I with six larger eigenvalues. Compare with a dense inverse."""
     eps = np.finfo(dtype).eps
     A = symmetric([*np.full(194, 0.5), *np.linspace(3.0, 8.0, 6)]).astype(dtype)
     values, vectors = np.linalg.eigh(A.astype(float))
     right = vectors / values @ vectors.T
     assert relative_error(inverse(A, kind(200)), right) < 1e3 * eps
-    if kind is Lanczos:  # ten of its sixteen values are the multiple of I
+    if kind is Lanczos:  # Lanczos computes sixteen values, of which ten are the multiple of I
         assert relative_error(inverse(A, kind(7)), right) < 1e3 * eps
 
 

@@ -1,4 +1,4 @@
-"""What needs more memory than there is says so before it starts. EK-FAC's sums can be stored."""
+"""Tests that too large problems are refused before any work, and that EK-FAC stores its sums."""
 
 import re
 

@@ -9,7 +9,7 @@ from tests.influence.solvers.matrices import Damped, approximation, counting, in
 D = 40
 
 
-# --- what is inverted ------------------------------------------------------------------------
+# --- the inverted matrix ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
@@ -37,7 +37,7 @@ def test_the_penalty_of_a_convex_model_is_taken_off_too(curvature):
     A = curvature(p.net, p.train, damping=0.1)
     b = np.random.default_rng(0).standard_normal(30)
     matrix = p.oracle.hessian(p.theta) + 0.1 * np.eye(30)
-    # The matrix is 0.15 I plus a matrix of rank 8, from eight rows.
+    # The matrix is 0.15 I plus a matrix of rank 8, because there are eight rows.
     solution = solve(A, b, Nystrom(9, rtol=1e-10))
     assert solution.converged[0]
     assert relative_error(solution.x, np.linalg.solve(matrix, b)) < 1e-10
@@ -52,19 +52,19 @@ def test_one_pass_over_the_data(matrix):
 
 @pytest.mark.parametrize(("rank", "factor"), [(10, 1.2), (60, 8), (90, 30)])
 def test_as_a_preconditioner_it_cuts_iterations(rank, factor):
-    """Check that a larger rank saves more iterations."""
+    """Check that CG needs fewer iterations with a preconditioner of higher rank."""
     A = Damped(symmetric(np.geomspace(1e-12, 1, 200)), 1e-5)
     b = np.random.default_rng(2).standard_normal(200)
-    plain = solve(A, b, CG(rtol=1e-8))  # this takes 619 iterations
-    # For the three ranks, this takes 472, 50 and 11 iterations.
+    plain = solve(A, b, CG(rtol=1e-8))  # this solve takes 619 iterations
+    # For the three ranks, this solve takes 472, 50 and 11 iterations.
     better = solve(A, b, CG(rtol=1e-8, preconditioner=Nystrom(rank)))
     assert plain.converged[0] and better.converged[0]
     assert plain.iterations[0] > factor * better.iterations[0]
-    # The bound is rtol 1e-8 times the condition number 1e5.
+    # The bound is rtol, 1e-8, times the condition number, 1e5.
     assert relative_error(better.x, np.linalg.solve(A.matrix, b)) < 1e-3
 
 
-# --- definite by its damping alone -----------------------------------------------------------
+# --- matrices that only the damping makes definite -------------------------------------------
 
 
 def test_a_matrix_that_only_damping_makes_definite_is_sketched_whole():
@@ -79,7 +79,7 @@ def test_a_matrix_that_only_damping_makes_definite_is_sketched_whole():
     assert exact.min_curvature[0] == pytest.approx(0.1, rel=1e-9)
 
 
-# --- what must fail --------------------------------------------------------------------------
+# --- indefinite and singular matrices --------------------------------------------------------
 
 
 def test_negative_curvature_is_named():

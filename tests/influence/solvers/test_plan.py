@@ -1,4 +1,4 @@
-"""Tests of the plan. It chooses what the caller leaves out. Scores use the matrix that it names."""
+"""Tests of the plan, which chooses the options that the caller leaves out."""
 
 import keras
 import numpy as np
@@ -48,14 +48,14 @@ def rows(n=N, seed=0, dtype="float32"):
 
 
 def double(model):
-    """Return a float64 copy with the weights of a model that `small` made."""
+    """Return a float64 copy of a model that `small` made, with the same weights."""
     copy = small("float64")
     copy.set_weights([w.astype(float) for w in model.get_weights()])
     return copy
 
 
 def expected(model, damping, x, y, x_test, y_test):
-    """Compute s_test . grad loss_i / n from dense derivatives of a plain float64 model."""
+    """Return s_test . grad loss_i / n, (m, n), from dense derivatives of a plain float64 model."""
     at = oracles.dense_derivatives(model, log_loss, x, y)
     test = oracles.dense_derivatives(model, log_loss, x_test, y_test)
     G = at.gauss_newton
@@ -96,7 +96,7 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
     closed = Influence(p.net, p.train)
     assert (closed.plan.curvature, closed.plan.damping) == ("Hessian", 0)
     assert type(closed.plan.solver) is CG
-    # The same model without closed forms: the outputs are affine in theta.
+    # This is the same model without closed forms. Its outputs are affine in theta.
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     net = GenericNeuralNet(p.net.model, loss)
     ours = Influence(net, p.train, approximation="first_order")
@@ -108,7 +108,7 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
 def test_redundant_directions_of_a_convex_risk_do_not_matter():
     """Use softmax regression without a penalty.
 
-    The risk does not change if the same vector is added to the weights of all classes.
+    Its risk does not change if the same vector is added to the weights of all classes.
     """
     x, y = rows(60, dtype="float64")
     model = sequential((4,), L.Dense(3, **F64), **F64)
@@ -134,7 +134,7 @@ def test_redundant_directions_of_a_convex_risk_do_not_matter():
 def test_the_training_sets_the_damping_where_it_is_known(rate, momentum, total):
     model, (x, y) = small(), rows()
     model.compile(keras.optimizers.SGD(rate, momentum=momentum), logits())
-    model.fit(x, y, batch_size=10, epochs=3, verbose=0)  # this takes 12 steps
+    model.fit(x, y, batch_size=10, epochs=3, verbose=0)  # the training takes 12 steps
     found = Influence(model, (x, y)).plan
     assert found.damping == pytest.approx(1 / total, rel=1e-6)
     assert "learning rate x steps" in repr(found)

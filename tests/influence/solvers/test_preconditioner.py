@@ -88,7 +88,7 @@ def test_gauss_newton_preconditions_a_damped_hessian():
 
 
 def test_what_is_prepared_prints_the_same_in_every_process():
-    """Check the repr, because the names of refits stored on disk depend on it."""
+    """Check the repr, because it is part of the names of refits stored on disk."""
     net, examples = tanh_net()
     again, same = tanh_net()
     labels = [

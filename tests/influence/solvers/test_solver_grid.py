@@ -1,4 +1,4 @@
-"""Compare every solver on every kind of matrix with an independent dense factorisation."""
+"""Tests of every solver on every kind of matrix, against an independent dense factorisation."""
 
 import re
 import warnings
@@ -55,9 +55,10 @@ SOLVERS = {
     "EKFAC": EKFAC(),
     "CG with EKFAC": replace(_CG, preconditioner=EKFAC()),
 }
-# These solvers are exact. Lanczos and Nystrom have the full rank here.
+# These solvers are exact. Here Lanczos and Nystrom have full rank.
 EXACT = ("Direct", "Lanczos", "Nystrom")
-# A tuple, because the tests' order must not depend on the hash seed of each worker.
+# This is a tuple and not a set, because the order of tests must not depend on each worker's hash
+# seed.
 APPROXIMATE = ("Lanczos of rank 8", "Nystrom of rank 8", "EKFAC")
 REMEDIES = {"Lanczos": "Lanczos of rank 8", "Nystrom": "Nystrom of rank 8", "EKFAC": "EK-FAC is an"}
 NETWORK = "Gauss-Newton of a network, damped"
@@ -72,7 +73,7 @@ POSITIVE = [
 
 
 def small_cnn():
-    """Make (net, examples, its Hessian by nested tapes); d = 29.
+    """Return (net, examples, Hessian by nested tapes), with d = 29.
 
     The penalty on the last layer removes the flat direction of the softmax.
     """
@@ -85,14 +86,14 @@ def small_cnn():
     rng = np.random.default_rng(0)
     net.theta = rng.standard_normal(net.num_parameters)
     x, y = rng.standard_normal((12, 5, 5, 1)), rng.integers(0, 3, 12)
-    # Keras' own loss object rounds to float32.
+    # Keras' own loss object would round to float32.
     plain = lambda y, z: tf.nn.sparse_softmax_cross_entropy_with_logits(y, z)  # noqa: E731
-    penalty = np.repeat([0.0, 2 * 0.05], [20, 9])  # Keras' L2 has no 1/2
+    penalty = np.repeat([0.0, 2 * 0.05], [20, 9])  # Keras' L2 has no factor 1/2
     return net, Examples(x, y), oracles.dense_hessian(model, plain, x, y) + np.diag(penalty)
 
 
 def layered_tanh_net():
-    """Make `tanh_net` with its activation in a separate layer."""
+    """Return (net, examples) of `tanh_net`, with the activation in a separate layer."""
     net, examples = tanh_net()
     layers = L.Dense(4, **F64), L.Activation("tanh", **F64), L.Dense(1, **F64)
     same = GenericNeuralNet(sequential((3,), *layers, **F64), "mse")
@@ -135,7 +136,7 @@ def matrices():
 
 
 def solver_for(name, A):
-    """Return the solver. LiSSA gets all rows in every batch, so it has no sampling noise."""
+    """Return the solver. LiSSA gets batches of all rows, so it has no sampling noise."""
     how = SOLVERS[name]
     if isinstance(how, LiSSA) and hasattr(A, "examples"):
         how = replace(how, depth=400, batch_size=len(A.examples))
@@ -145,7 +146,7 @@ def solver_for(name, A):
 
 
 def refused(name, A):
-    """Return True, after checking the error, if EK-FAC has no layers to use."""
+    """Return True if EK-FAC has no layers to use, after checking its error."""
     if "EKFAC" not in name or hasattr(A, "examples"):
         return False
     with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKF"):
@@ -162,7 +163,8 @@ def test_positive_definite(name, kind, matrices):
     how, B = solver_for(name, A), np.random.default_rng(0).standard_normal((len(matrix), 3))
     ill = kind == "ill conditioned"
     if ill and isinstance(how, CG):
-        how = replace(how, rtol=1e-6)  # rounding times the condition number 1e8 is above 1e-9
+        # Rounding errors times the condition number, 1e8, exceed 1e-9.
+        how = replace(how, rtol=1e-6)
     values = np.linalg.eigvalsh(matrix)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,7 +175,7 @@ def test_positive_definite(name, kind, matrices):
     np.testing.assert_allclose(solution.residual, true, rtol=1e-4, atol=rounding)
     assert solution.iterations.shape == (3,) and (solution.iterations >= 1).all()
     assert alone.x.shape == (len(matrix),) and alone.residual.shape == (1,)
-    if not isinstance(how, CG):  # CG's columns share their search directions
+    if not isinstance(how, CG):  # CG's columns share search directions, so one column alone differs
         assert relative_error(alone.x, solution.x[:, 1]) < (1e-6 if ill else 1e-11)
     seen = solution.min_curvature
     if name in EXACT:
@@ -187,7 +189,7 @@ def test_positive_definite(name, kind, matrices):
         assert solution.remedy.startswith(REMEDIES[name.split()[0]])
         assert (np.einsum("ij,ij->j", B, solution.x) > 0).all()
         assert (solution.residual < 3).all()
-        if name != "EKFAC":  # test_ekfac.py tests EKFAC's formula
+        if name != "EKFAC":  # test_ekfac.py tests the formula of EKFAC
             expected = np.linalg.solve(approximation(A, matrix, how), B)
             assert relative_error(solution.x, expected) < 1e-6
         return
@@ -197,7 +199,7 @@ def test_positive_definite(name, kind, matrices):
         return
     assert solution.converged.all() and solution.remedy == "" and alone.converged.all()
     assert (true <= (1e-11 if name in EXACT else 1.001 * how.rtol) + rounding).all()
-    # |x - A^-1 b| <= |A^-1| |b - A x|
+    # The error is bounded by |x - A^-1 b| <= |A^-1| |b - A x|.
     error = np.linalg.norm(solution.x - np.linalg.solve(matrix, B), axis=0)
     allowed = (true + 1e-7 * ill) * np.linalg.norm(B, axis=0) / values[0]
     assert (error <= allowed * (1 + 1e-6) + rounding).all()
@@ -229,7 +231,7 @@ def test_what_is_prepared_is_not_prepared_again(name, matrices):
     prepared = prepare(A, SOLVERS[name])
     assert prepare(A, prepared) is prepared and prepared.solver is SOLVERS[name]
     np.testing.assert_array_equal(solve(A, b, prepared).x, prepared(b).x)
-    np.testing.assert_array_equal(b, 1)  # right-hand sides are not overwritten
+    np.testing.assert_array_equal(b, 1)  # the solver does not overwrite the right-hand side
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -255,7 +257,7 @@ def test_the_matrix_decides_the_dtype(dtype, solver, of_b, matrices):
 
 @pytest.mark.parametrize("solver", [Lanczos(7), Nystrom(7), LiSSA(depth=40, repeats=2)], ids=repr)
 def test_the_seed_and_nothing_else_decides(solver, matrices):
-    # Two seeds give one answer if the space of rank + 10 holds all distinct eigenvectors.
+    # If the space of rank + 10 held all eigenvectors, every seed would give the same answer.
     A = symmetric(np.geomspace(1e-2, 1, 80))
     if isinstance(solver, LiSSA):
         A = matrices["Hessian of softmax, damped, by the tape"][0]
@@ -265,7 +267,7 @@ def test_the_seed_and_nothing_else_decides(solver, matrices):
     expected = np.random.random()
     np.random.seed(3)
     np.testing.assert_array_equal(solve(A, B, solver).x, first)
-    assert np.random.random() == expected  # the global seed is not touched
+    assert np.random.random() == expected  # the solver does not use the global seed
     assert relative_error(solve(A, B, replace(solver, seed=1)).x, first) > 1e-4
 
 
@@ -294,7 +296,7 @@ def test_full_rank_is_exact(kind, rank):
 
 @pytest.mark.parametrize("kind", [Lanczos, Nystrom])
 def test_low_rank_plus_damping_is_exact(kind):
-    """Check six rows with damping. For a rank above six, the floor is the damping."""
+    """Use six rows and damping. For a rank above six, the floor is the damping."""
     net, rng = dense_net(1, 20, "mse"), np.random.default_rng(0)
     few = Examples(rng.standard_normal((6, 20)), rng.standard_normal(6))
     A = GaussNewton(net, few, damping=0.3)
@@ -312,7 +314,7 @@ def test_low_rank_is_fixed_linear_and_positive_definite(kind, rank):
     M, solution = inverse(A, kind(rank)), solve(A, B, kind(rank))
     np.testing.assert_allclose(M, M.T, atol=1e-12 * np.abs(M).max())
     values = np.linalg.eigvalsh(M)
-    # A's largest eigenvalue is 1. No eigenvalue of an approximation of A is larger.
+    # The largest eigenvalue of A is 1. The approximation of A has no larger eigenvalue.
     assert values[0] >= 1 - 1e-9
     # Lanczos replaces the eigenvalues that it leaves out by a floor. The floor must not be much
     # smaller than the largest of these eigenvalues.
@@ -336,7 +338,7 @@ def test_one_map_for_every_right_hand_side(name, matrices):
         assert relative_error(solve(A, B, SOLVERS[name]).x, M @ B) < 1e-9
 
 
-# --- what must fail --------------------------------------------------------------------------
+# --- indefinite and singular matrices --------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["indefinite", "indefinite Hessian of a CNN"])
@@ -352,20 +354,22 @@ def test_indefinite(name, kind, matrices):
         assert solution.converged.all() and (solution.residual < 1e-12).all()
         assert relative_error(solution.x, np.linalg.solve(matrix, B)) < 1e-11
         np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-10)
-    elif name == "EKFAC":  # EKFAC inverts the Gauss-Newton part, which is definite
+    elif name == "EKFAC":  # EKFAC inverts the Gauss-Newton part, which is positive definite
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name in ("CG", "CG with EKFAC") or (kind == "indefinite" and name == "CG with Nystrom"):
         solution = solve(A, B, how)
         stopped, worst = ~solution.converged, solution.min_curvature.min()
         assert stopped.any() and (solution.residual[stopped] > 1e-3).all()
-        assert smallest * (1 + 1e-9) <= worst < 0  # the curvature is a Rayleigh quotient
+        # The curvature is a Rayleigh quotient, so it has this bound.
+        assert smallest * (1 + 1e-9) <= worst < 0
         assert np.isfinite(solution.x).all()
         what = f"A is not positive definite: negative curvature {worst:.3g} was met"
         assert solution.remedy.startswith(what)
         assert f"a damping well above {-worst:.3g}" in solution.remedy
     elif kind == "indefinite" and name == "Nystrom of rank 8":
-        # Eight random directions of 24 may contain little of the negative direction. CG meets it.
+        # Eight random directions of 24 may contain little of the negative direction. Nystrom may
+        # then not find it.
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name == "CG with Direct":
@@ -383,7 +387,7 @@ def test_indefinite(name, kind, matrices):
             solve(A, B, how)
         found = re.search(r"negative curvature of (-[0-9.e-]+[0-9])", str(info.value))
         assert found is not None
-        assert smallest * (1 + 0.01) <= float(found[1]) < 0  # printed with three digits
+        assert smallest * (1 + 0.01) <= float(found[1]) < 0  # the message has three digits
         if name == "Nystrom" or (who == "Lanczos" and kind == "indefinite"):
             assert float(found[1]) < 0.7 * smallest
         advice = "no scale helps" if name == "LiSSA" else f"a damping well above {found[1][1:]}"
@@ -416,7 +420,8 @@ def test_singular_is_refused_by_low_rank_where_it_shows(kind):
         with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue of"):
             prepare(A, kind(rank))
         prepare(A + 1e-6 * np.eye(40), kind(rank))
-    # Below A's rank the floor is an eigenvalue of A, and the residual shows the error.
+    # For a rank below that of A, the floor is an eigenvalue of A. The residual then shows the
+    # error.
     assert solve(A, np.ones(40), kind(5)).residual[0] > 0.1
     with pytest.raises(DivergenceError, match="^A must not be singular"):
         prepare(np.zeros((40, 40)), kind(5))
@@ -448,7 +453,8 @@ def test_negative_curvature_reaches_the_user_without_a_tolerance_too():
         Influence(net, train, solver=Lanczos(1000), curvature=Hessian).scores(train)
     found = [warning for warning in caught if warning.category is ConvergenceWarning]
     assert [warning.filename for warning in found] == [__file__]
-    with warnings.catch_warnings():  # no warning is expected without negative curvature
+    # These solvers meet no negative curvature, so they must not warn.
+    with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         for solver in (Lanczos(5), Nystrom(5)):
             how = {"damping": -2 * smallest, "curvature": Hessian}

@@ -19,14 +19,15 @@ from tests.influence import recorded
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
 
-MODULE = sys.modules["influence.solvers.spectrum"]  # `spectrum` is a function
+# The package exports the function of the same name.
+MODULE = sys.modules["influence.solvers.spectrum"]
 
 D = 150
 
 
 @pytest.fixture(params=["dense", "iterated"])
 def path(request, monkeypatch):
-    """Run a test with dense and with iterated eigenvalues."""
+    """Run each test with dense and with iterative eigenvalues."""
     if request.param == "iterated":
         monkeypatch.setattr(MODULE, "_FEW", 8)
 
@@ -43,11 +44,11 @@ def test_both_ends(path):
 
 
 def test_residuals_are_true_ones(path):
-    """Check that after few products the low-precision eigenvalues have true residuals."""
+    """Check the residuals of inaccurate eigenvalues, after few products."""
     A = symmetric(np.linspace(-1, 1, 600))
     found = spectrum(A, max_products=1, rtol=1e-10)
     assert found.smallest[0] >= -1 - 1e-12 and found.largest[0] <= 1 + 1e-12
-    # Some eigenvalue lies within the residual of each value.
+    # The residual bounds the distance to the nearest eigenvalue.
     values = np.linspace(-1, 1, 600)
     for value, residual in (
         (found.smallest[0], found.smallest_residuals[0]),
@@ -70,7 +71,7 @@ def test_what_did_not_converge_says_so(monkeypatch):
 
 
 def test_an_eigenvalue_of_zero_is_found_in_few_products(monkeypatch):
-    """Check an eigenvalue that a tolerance relative to itself would not find."""
+    """Check the eigenvalue 0, for which a tolerance relative to itself cannot be met."""
     monkeypatch.setattr(MODULE, "_FEW", 8)
     monkeypatch.setattr(MODULE, "_LARGEST_BASIS", 40)
     found = spectrum(symmetric(np.linspace(0, 1, 300)))
@@ -88,7 +89,7 @@ def test_multiples_of_the_identity(path, matrix):
 
 @pytest.mark.parametrize("size", [1e-300, 1e-200, 1e200, 1e300])
 def test_matrices_of_extreme_size(path, size):
-    """Check that residuals and the damping have the size of the matrix."""
+    """Check that residuals and the suggested damping scale with the matrix."""
     A = symmetric(np.linspace(-1, 10, D))
     found = spectrum(size * A)
     assert found.converged and found.smallest[0] == pytest.approx(-size, rel=1e-9)
@@ -149,7 +150,7 @@ def test_the_damping_suggested_makes_it_definite_and_less_does_not(path, margin)
     values = np.linalg.eigvalsh(A + damping * np.eye(D))
     assert values[0] > 0 and values[-1] / values[0] <= 1 / margin * (1 + 1e-6)
     exact = (margin * 4 + 0.3) / (1 - margin)
-    # At most the residuals are added to the exact value.
+    # The suggestion exceeds the exact value by at most the residuals.
     assert exact * (1 - 1e-12) <= damping < exact + 5e-6 * 4
     assert solve(A + damping * np.eye(D), np.ones(D), CG(max_iterations=5000)).converged.all()
     below = A + (0.3 - 1e-3) * np.eye(D)
@@ -199,7 +200,7 @@ def test_what_the_model_knows_counts():
     net = dense_net(1, 20, "mse")
     assert GaussNewton(net, few).smallest_eigenvalue_bound == 0.0
     largest = np.linalg.eigvalsh(GaussNewton(net, few).dense())[-1]
-    # The bound 0 is better than a rounded eigenvalue below 0.
+    # The model's bound, 0, is better than a computed eigenvalue that rounding makes negative.
     assert suggest_damping(GaussNewton(net, few), margin=1e-3) == pytest.approx(
         1e-3 * largest / (1 - 1e-3), rel=1e-9
     )
@@ -213,7 +214,7 @@ def test_through_keras_the_same():
     np.testing.assert_allclose(a.smallest, b.smallest, rtol=1e-9)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- arguments that are refused --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

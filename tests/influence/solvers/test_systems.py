@@ -1,7 +1,7 @@
-"""Random systems of many kinds and sizes. Every answer that counts as converged is right.
+"""Tests of random systems of many kinds and sizes. Every answer that counts as converged is right.
 
-`make systems` solves 200 of each kind; the tests solve $SYSTEMS of them, 2 if it is not set. The
-first has the seed $SYSTEMS_FROM, or 0.
+`make systems` solves 200 systems of each kind. The tests solve $SYSTEMS of each kind, or 2 if the
+variable is not set. The first system has the seed $SYSTEMS_FROM, or 0.
 """
 
 import os
@@ -28,7 +28,7 @@ from influence import (
 from tests.influence.problems import logistic
 
 COUNT, FIRST = int(os.environ.get("SYSTEMS", "2")), int(os.environ.get("SYSTEMS_FROM", "0"))
-# CG stalled in blocks of these seeds, or met an error of SciPy.
+# With the last six seeds, CG once stalled in a block or met an error in SciPy.
 SEEDS = sorted({*range(FIRST, FIRST + COUNT), 51, 63, 154, 175, 176, 193})
 EXACT = {
     "CG": CG(1e-5),
@@ -52,7 +52,7 @@ def _of(rng, values):
 
 def _rows(rng, d):
     X = rng.standard_normal((2 * d, d))
-    # Some rows are equal, some are zero, and the last feature is zero.
+    # Some rows are equal, some rows are zero, and the last feature is zero.
     X[::3], X[1::4], X[:, -1] = X[0], 0, 0
     return X.T @ X / len(X)
 
@@ -131,7 +131,7 @@ _ZEROS = np.array([[1.0]] * 4 + [[0.0]] * 2)
 def test_what_counts_as_converged_is_right_of_a_net(name, inputs):
     p = logistic("softmax")
     solver = SOLVERS.get(name, EKFAC(rtol=0.1))
-    count = min(COUNT, 20) if name == "LiSSA" else COUNT  # LiSSA takes longer here
+    count = min(COUNT, 20) if name == "LiSSA" else COUNT  # LiSSA is slow here
     for seed in range(FIRST, FIRST + count):
         rng = np.random.default_rng([seed, list(INPUTS).index(inputs)])
         x = INPUTS[inputs](rng)
@@ -143,11 +143,11 @@ def test_what_counts_as_converged_is_right_of_a_net(name, inputs):
             _check(A, B, solution, solver.rtol)
 
 
-# --- sizes --------------------------------------------------------------------------------------
+# --- matrices and right-hand sides of any size --------------------------------------------------
 
 
 class Products(LinearOperator):
-    """A matrix that is known only through its products."""
+    """A matrix that gives only its products."""
 
     def __init__(self, matrix):
         self._matrix = matrix
@@ -163,7 +163,7 @@ class Products(LinearOperator):
 @pytest.mark.parametrize("held", [np.asarray, Products], ids=["array", "operator"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, exponents):
-    """Check exact scaling for b times a power of two, and scaling up to rounding for A."""
+    """Check that the answer scales exactly with b by powers of two, and with A up to rounding."""
     rng = np.random.default_rng(1)
     A = _of(rng, rng.uniform(1, 10, 24)).astype(dtype)
     B = rng.standard_normal((24, 2)).astype(dtype)
@@ -176,7 +176,7 @@ def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, e
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
         for a, b in ((exponent, 0), (exponent, exponent // 2)):
             found = solve(held(np.ldexp(A, a)), np.ldexp(B, b), solver)
-            # Rounding is relative to the largest entry, because Q mixes all of them.
+            # Rounding is relative to the largest entry of x, because A mixes all entries.
             gap = np.abs(np.ldexp(found.x, a - b) - expected.x).max(axis=0)
             assert (gap <= 50 * eps * np.abs(expected.x).max(axis=0)).all()
             np.testing.assert_allclose(found.residual, expected.residual, rtol=1e-3, atol=20 * eps)
@@ -227,7 +227,7 @@ def test_more_right_hand_sides_than_rows():
     np.testing.assert_allclose(found.x, B / np.diag(A)[:, None], rtol=1e-6, atol=1e-9)
 
 
-# --- what A and B may be ------------------------------------------------------------------------
+# --- kinds of A and B ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", [CG(1e-10), Direct(), Lanczos(3), Nystrom(3), LiSSA(rtol=1e-3)])

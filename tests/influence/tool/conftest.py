@@ -1,4 +1,4 @@
-"""Small models and data of the kinds that people bring, with closed-form answers."""
+"""Small models and data like those of users, with closed-form answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PENALTY = 0.05
 
 
 def softmax_model(theta=None, dtype="float32", penalty=PENALTY):
-    """Return a compiled softmax regression of 4 inputs and 3 classes, penalised everywhere."""
+    """Return a compiled softmax regression of 4 inputs and 3 classes, with an L2 penalty."""
     l2 = keras.regularizers.L2(penalty / 2)
     dense = keras.layers.Dense(3, kernel_regularizer=l2, bias_regularizer=l2, dtype=dtype)
     model = keras.Sequential([keras.Input((4,), dtype=dtype), dense])
@@ -27,7 +27,7 @@ def softmax_model(theta=None, dtype="float32", penalty=PENALTY):
 
 @pytest.fixture(scope="session")
 def problem():
-    """Three classes of points, one label wrong, and softmax regression at its exact minimum."""
+    """Return three classes of points with one wrong label, and a softmax model at its minimum."""
     rng = np.random.default_rng(0)
     y = np.arange(57) % 3
     x = np.concatenate([np.eye(3)[y], np.zeros((57, 1))], axis=1) * 1.5

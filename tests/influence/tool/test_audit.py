@@ -36,11 +36,11 @@ def test_the_order_is_that_of_margins_without_the_row(problem, found):
         z = risk.features[row] @ risk.without([row]).minimum(start).reshape(5, 3)
         exact[row] = z[y[row]] - np.delete(z, y[row]).max()
     assert found.choice.ranking == "margin"
-    # One step without a row instead of a whole refit. It moves row 7, with the wrong label, by 8 %
-    # too little.
+    # The margins come from one Newton step without the row, not from a refit. The step moves row 7,
+    # which has the wrong label, by 8 % too little.
     np.testing.assert_allclose(found.values["margin"], exact, rtol=0.1, atol=0.05)
     np.testing.assert_array_equal(found.order, np.argsort(found.values["margin"], kind="stable"))
-    # This model is small enough for self-influence to be computed unasked.
+    # This model is small, so audit computes self-influence although nobody asked for it.
     assert found.self_influence is not None
 
 
@@ -79,7 +79,7 @@ def test_numbers_are_ranked_by_their_residual_without_the_row():
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory):
-    """A network that has memorised random labels of a fifth of its rows."""
+    """Return a network that has memorised the wrong labels of a fifth of its training rows."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 20)).astype(np.float32)
@@ -101,7 +101,7 @@ def test_memorised_features_raise_the_alert(memory):
     (alert,) = [a for a in found.alerts if "has memorised" in a.headline]
     assert "--history" in alert.remedy and "--folds 5" in alert.remedy
     assert found.choice.ranking == "margin"
-    # Even without held-out rows.
+    # The audit also notices this without held-out rows.
     alone = audit(memory.model, memory.train, options=NO_CHECK)
     assert any("may have memorised" in a.headline for a in alone.alerts)
 
@@ -153,7 +153,7 @@ def test_a_history_of_another_model_is_said(tmp_path, question):
 
 
 def test_residuals_of_the_history_do_not_doubt_every_label(tmp_path):
-    """Squared errors of labels 0 and 1: each margin is minus a residual, which is negative."""
+    """Use squared errors of labels 0 and 1. Each margin is minus a residual, so it is negative."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 3)).astype(np.float32)

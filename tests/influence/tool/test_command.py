@@ -25,7 +25,7 @@ HOSTILE = "<script>alert(1)</script>\"'&\u202e\x07=1+1"
 
 @pytest.fixture(scope="module")
 def place(problem, tmp_path_factory):
-    """A folder with a saved model and its data."""
+    """Return a folder with saved models and their data."""
     folder = tmp_path_factory.mktemp("place")
     problem.model.save(folder / "m.keras")
     (x, y), (x_test, y_test) = problem.train, problem.test
@@ -38,9 +38,10 @@ def place(problem, tmp_path_factory):
 
 @pytest.fixture
 def ask(place, tmp_path, monkeypatch, capsys):
-    """Run a command in the folder, and return (status, standard output, standard error)."""
+    """Give `ask(*words)`. It runs a command and returns (status, standard output, error output)."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr(progress, "_DELAY", 1e6)  # a slow machine would show bars
+    # Otherwise a slow machine would show progress bars.
+    monkeypatch.setattr(progress, "_DELAY", 1e6)
 
     def run(*words, out=tmp_path / "out"):
         words = [*map(str, words), *(["--out", str(out)] if out else [])]
@@ -54,7 +55,7 @@ def ask(place, tmp_path, monkeypatch, capsys):
 
 
 def without_bars(text):
-    """Return standard error without progress bars, which a slow machine shows."""
+    """Return the text without progress bars, which a slow machine shows."""
     return re.sub(r"\r[^\r\n]*", "", text)
 
 
@@ -117,7 +118,7 @@ def test_audit_and_the_edited_file_go_together(ask, problem, tmp_path):
 
 @pytest.fixture(scope="module")
 def recorded_place(place):
-    """Add a model with the record of its training to the folder."""
+    """Return the folder with one more model and the record of its training."""
     recorded.train(place / "run", epochs=3, batch_size=16).save(place / "recorded.keras")
     x, y = recorded.rows()
     x_test, y_test = recorded.rows(9, seed=1)
@@ -201,7 +202,8 @@ def test_a_loss_can_be_given_as_a_function(ask, place):
         "def loss(y, z):\n    return l.call(y, z)\n"
     )
     status, out, _ = ask("check", "raw.keras", "d.npz", "--loss", "losses.py:loss", "--json")
-    assert status == 1 and json.loads(out)["rows"]  # its weights are random, so it is not trusted
+    # The status is 1, because random weights fail the check.
+    assert status == 1 and json.loads(out)["rows"]
 
 
 def test_verify_says_how_far_the_scores_hold(ask, problem):
@@ -230,7 +232,7 @@ def test_an_unfinished_run_is_continued(ask, tmp_path, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(proximal, "_proximal_block", stop)
-        assert ask(*words)[0] == 0  # no refit is computed again
+        assert ask(*words)[0] == 0  # an error would show that a refit is computed again
     assert not (tmp_path / "out/checkpoints").exists()
 
 
@@ -375,7 +377,7 @@ def test_ctrl_c_in_a_process_is_one_line_and_the_next_run_goes_on(place, tmp_pat
     words += ["--test-rows", "2", "--out", str(tmp_path / "o"), "--index", str(tmp_path / "i")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     how: dict = {"cwd": place, "env": environment, "stderr": subprocess.PIPE, "text": True}
-    # Python ignores SIGINT in the background of some shells.
+    # Restore the default for SIGINT, because some shells let background processes ignore it.
     running = subprocess.Popen(
         words,
         stdout=subprocess.DEVNULL,

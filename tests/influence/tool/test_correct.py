@@ -19,7 +19,7 @@ def test_the_gain_of_edits_is_that_of_an_exact_refit(problem):
     before = problem.measured.losses(problem.theta).mean()
     after = problem.measured.losses(edited.minimum(problem.theta)).mean()
     assert found.actual_gain == pytest.approx(before - after, rel=1e-3)
-    # First order: the old rows' influence, and that of the new row with the opposite sign.
+    # First order is the influence of removing the old rows, minus that of removing the new row.
     moves = risk.predicted_parameters(problem.theta, [7, 12])
     relabelled = risk.on(risk.features[[7]], np.array([new]))
     pull = np.linalg.solve(risk.hessian(problem.theta),
@@ -37,7 +37,8 @@ def test_the_edited_file_of_an_audit_gives_the_same(problem, tmp_path):
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     table.loc[table["row"] == "7", "new_label"] = str(problem.true[7])
     table.loc[table["row"] == "12", "new_label"] = "remove"
-    table.to_csv(path, index=False, sep=";", encoding="utf-8-sig")  # as a spreadsheet saves it
+    # Many spreadsheets save files like this.
+    table.to_csv(path, index=False, sep=";", encoding="utf-8-sig")
     from_file = correct(problem.model, problem.train, problem.test, edits=path, options=NO_CHECK)
     edits = {7: int(problem.true[7]), 12: "remove"}
     direct = correct(problem.model, problem.train, problem.test, edits=edits, options=NO_CHECK)
@@ -64,7 +65,7 @@ def test_weights_of_rows_stay_with_an_edit(problem):
     found = correct(problem.model, (x, y, weights), problem.test, edits={7: 0}, options=NO_CHECK)
     new = found.subject.train_rows.examples
     assert isinstance(new, Examples)
-    # The new row has the old row's weight: with weight 0 the edit would change nothing.
+    # The new row keeps the old row's weight. With almost no weight, the edit changes nothing.
     weights[7] = 1e-12
     none = correct(problem.model, (x, y, weights), problem.test, edits={7: 0}, options=NO_CHECK)
     assert abs(none.actual_gain) < 1e-6 < abs(found.actual_gain)

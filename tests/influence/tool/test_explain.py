@@ -38,7 +38,7 @@ def test_the_table_has_a_row_for_each_shown_pair(explanation):
     assert first.train_row == explanation.helpful[0][0]
     assert first.change_if_removed == explanation.scores[0, first.train_row] > 0
     assert (table[table.effect == "hurt"].change_if_removed < 0).all()
-    # These scores are by one step, whose error no solver's residual bounds.
+    # The scores come from one Newton step. No residual of a solver bounds their error.
     assert table.error_bound.isna().all() and (table.leverage > 0).all()
 
 
@@ -58,7 +58,7 @@ def test_each_test_row_has_its_prediction_and_loss(problem, explanation):
 
 
 def test_without_rows_the_most_confident_mistakes_come_first(problem):
-    # The first label of each test row is made wrong, so that every row is a mistake.
+    # All test labels are wrong, so the model is mistaken in every test row.
     x, y = problem.test
     wrong = (y + 1) % 3
     found = explain(problem.model, problem.train, (x, wrong), wrong=4, options=NO_CHECK)
@@ -85,7 +85,8 @@ def test_without_test_rows_training_rows_are_explained(problem):
     found = explain(problem.model, problem.train, rows=[7], options=NO_CHECK)
     assert found.subject.test_rows is None
     assert [alert.level for alert in found.alerts] == ["note"]
-    # The label of row 7 is wrong. No other row explains it, so it helps its own loss most.
+    # The label of row 7 is wrong, and no other row supports it. Row 7 therefore helps its own loss
+    # most.
     assert found.helpful[0][0] == 7
 
 
@@ -154,7 +155,7 @@ def test_the_lines_of_the_readme_run(problem, tmp_path, monkeypatch):
 
 
 def test_changes_that_cannot_be_are_marked(tmp_path):
-    # Far from a minimum, with tiny losses, first order takes some losses below 0.
+    # Far from a minimum, first order predicts that some tiny losses fall below 0.
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 4)).astype(np.float32)
     y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 1)

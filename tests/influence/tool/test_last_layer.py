@@ -1,4 +1,4 @@
-"""The refitted last layer, against exact refits by NumPy and SciPy."""
+"""Tests of the refitted last layer against exact refits by NumPy and SciPy."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def standardised(x):
 
 
 def refitted(x, y, decay, num_classes, row):
-    """Return the logits of a row by an exact refit without it."""
+    """Return the logits of a row by an exact refit without this row."""
     make = oracles.softmax_regression if num_classes > 2 else oracles.logistic_regression
     more = (num_classes,) if num_classes > 2 else ()
     risk = make(x, y, *more, decay)
@@ -36,7 +36,7 @@ def refitted(x, y, decay, num_classes, row):
 
 @pytest.fixture(scope="module")
 def digits():
-    """Ten features of 150 digits of four classes, a tenth of them mislabelled."""
+    """Return ten features of 150 digits of four classes, with a tenth of the labels wrong."""
     x, y = data.load("digits").train
     rows = np.flatnonzero(np.asarray(y) < 4)[:150]
     x, y = np.asarray(x)[rows], np.asarray(y)[rows].astype(int)
@@ -57,8 +57,8 @@ def test_margins_are_those_of_exact_refits_without_the_row(digits, found):
     for row in range(0, 150, 10):
         z = refitted(x, y, found.weight_decay, 4, row)
         exact = z[y[row]] - np.delete(z, y[row]).max()
-        # One Newton step without the row instead of a whole refit: rows with large leverages, whose
-        # labels are wrong, move a little too far or too little.
+        # The margins come from one Newton step without the row, not from a refit. Rows with a large
+        # leverage and a wrong label move a little too far or too little.
         assert found.margins[row] == pytest.approx(exact, abs=0.02 + 0.08 * abs(exact))
 
 
@@ -100,9 +100,8 @@ def test_residuals_of_numbers_are_exact():
         w = np.linalg.solve(A.T @ A / 39 + found.weight_decay * np.eye(4), A.T @ b / 39)
         exact = y[row] - (y.mean() + y.std() * (one[row] @ w))
         assert found.residuals[row] == pytest.approx(exact, rel=1e-8)
-    w = np.linalg.solve(
-        one.T @ one / 40 + found.weight_decay * np.eye(4), one.T @ scaled / 40
-    )  # the refit with all rows judges held-out rows
+    # The outputs of held-out rows come from the refit with all rows.
+    w = np.linalg.solve(one.T @ one / 40 + found.weight_decay * np.eye(4), one.T @ scaled / 40)
     left = y[:5] - (y.mean() + y.std() * (one[:5] @ w))
     np.testing.assert_allclose(found.held_out, left**2 / 2, rtol=1e-8)
 
@@ -113,7 +112,7 @@ def test_weights_of_numbers_count_in_exact_refits():
     y = 50 + 7 * x[:, 0] + rng.standard_normal(40)
     found = last_layer(x, y, 0, (x[:5], y[:5]), weights)
     assert found.weighted
-    # A row of weight 3 is one that occurs three times.
+    # A row of weight 3 counts as three equal rows.
     rows = np.repeat(np.arange(40), weights)
     mean, std = y[rows].mean(), y[rows].std()
     one = oracles.with_ones((x - x[rows].mean(axis=0)) / x[rows].std(axis=0))
@@ -143,7 +142,7 @@ def test_weights_of_classes_count_as_repeated_rows(digits, num_classes):
     one = oracles.with_ones((x - x[rows].mean(axis=0)) / x[rows].std(axis=0))
     for row in range(0, 150, 25):
         others = rows[rows != row]
-        # The risk without the row has the penalty of 149 of 150 rows, whatever the row's weight.
+        # Without the row, the penalty is multiplied by 149 / 150, whatever the row's weight.
         decay = found.weight_decay * 149 / 150 * len(rows) / len(others)
         make = oracles.softmax_regression if num_classes > 2 else oracles.logistic_regression
         more = (num_classes,) if num_classes > 2 else ()
@@ -152,7 +151,7 @@ def test_weights_of_classes_count_as_repeated_rows(digits, num_classes):
         z = one[row] @ theta.reshape(11, width)
         z = z if width > 1 else np.array([0.0, z[0]])
         exact = z[y[row]] - np.delete(z, y[row]).max()
-        # One Newton step, as above.
+        # The margins come from one Newton step, as above.
         assert found.margins[row] == pytest.approx(exact, abs=0.02 + 0.08 * abs(exact))
     same = last_layer(x, y, num_classes, weights=np.full(150, 0.01))
     plain = last_layer(x, y, num_classes)

@@ -1,4 +1,4 @@
-"""Rankings of wrong labels, the rule, and confident learning."""
+"""Tests of rankings of wrong labels, the rule that chooses one, and confident learning."""
 
 from types import SimpleNamespace
 
@@ -50,7 +50,8 @@ def test_the_alert_compares_leave_one_out_with_held_out_losses():
     low, high = np.full(100, 0.1), np.full(400, 0.21)
     assert "has memorised" in of_memory(last(low, high), 0.5).headline
     assert of_memory(last(low, np.full(400, 0.19)), 1.0) is None
-    # Twice as large, but less than two standard errors away: 3 rows of loss 40, the others of 0.
+    # Here the mean is twice as large, but the difference is less than two standard errors: two rows
+    # have loss 42 and all others 0.
     noisy = np.zeros(400)
     noisy[:2] = 42.0
     assert noisy.mean() > 0.2 and noisy.mean() - 2 * noisy.std() / 20 < 0.1
@@ -71,5 +72,5 @@ def test_confident_learning_is_that_of_the_paper():
     t0, t1 = (0.9 + 0.6 + 0.2) / 3, (0.5 + 0.8 + 0.6) / 3
     np.testing.assert_allclose(found.thresholds[:2], [t0, t1])
     assert np.isnan(found.thresholds[2])
-    # Row 2 reaches the threshold of class 1. Row 3 reaches none, and keeps its label.
+    # Row 2 reaches the threshold of class 1. Row 3 reaches no threshold and keeps its label.
     assert found.suggested.tolist() == [0, 0, 1, 1, 1, 1]

@@ -11,7 +11,7 @@ from tests.influence.tool.conftest import softmax_model
 
 
 def frozen(trainable=False):
-    """Return a CNN whose first layers are frozen, with BatchNormalization and Dropout."""
+    """Return a CNN with BatchNormalization and Dropout, whose first layers are frozen."""
     keras.utils.set_random_seed(0)
     trunk = keras.Sequential(
         [
@@ -41,13 +41,13 @@ def test_frozen_layers_run_once_and_the_scores_stay_the_same(tmp_path, monkeypat
     cut = explain(model, (x, y), (x[:4], y[:4]), rows=[1, 3], options=options)
     (features,) = cut.subject.train.x.values()
     means = model.layers[2](x / 255, training=False)
-    np.testing.assert_allclose(features, means, rtol=1e-5)  # (30, 4), behind the trunk
+    np.testing.assert_allclose(features, means, rtol=1e-5)  # the output of the trunk, (30, 4)
     whole = Loaded.of(model)
     from influence import GenericNeuralNet
 
     net = GenericNeuralNet(model)
     plain = explain(net, (x, y), (x[:4], y[:4]), rows=[1, 3], options=QuestionOptions(check=False))
-    # The plan's damping differs in no digit that matters: both have the same theta and rows.
+    # The dampings of the two plans are almost equal, because theta and rows are equal.
     np.testing.assert_allclose(np.asarray(cut.scores), np.asarray(plain.scores), rtol=2e-3,
                                atol=1e-6)  # fmt: skip
     assert len(list(tmp_path.glob("features-*.npz"))) == 4
@@ -62,7 +62,7 @@ def test_frozen_layers_run_once_and_the_scores_stay_the_same(tmp_path, monkeypat
     )
     assert again.train.fingerprint == cut.subject.train.fingerprint
     (given,) = parts_of(inputs_of(again.train).x).values()
-    np.testing.assert_array_equal(given, x)  # such as for a check of the whole model
+    np.testing.assert_array_equal(given, x)  # the original inputs are available too
 
 
 def test_a_model_with_dropout_has_the_same_key_each_time_it_is_loaded(tmp_path):

@@ -25,7 +25,7 @@ def rows_of(x, **how):
 
 
 def small_page(size=64, text=HOSTILE):
-    """Return a page with every kind of part, in which every text is `text`."""
+    """Return a page that has every kind of element. Every text in the page is `text`."""
     rng = np.random.default_rng(0)
     pictures = rows_of(rng.random((4, 16, 16, 3)), names=[text] * 4)
     table = rows_of(rng.random((4, 3)), columns=(text, "b", "c"), names=[text] * 4)
@@ -48,8 +48,8 @@ def test_every_value_is_escaped():
     text = render(small_page)
     assert "<script>alert" not in text and "onerror=alert(2)&gt;" in text
     assert "<img src=x" not in text
-    assert "{{7*7}}" in text  # no template runs in a value
-    assert len(re.findall(r"<script>", text)) == 1  # the page's own
+    assert "{{7*7}}" in text  # values are not rendered as templates
+    assert len(re.findall(r"<script>", text)) == 1  # the only script is the page's own
 
 
 def test_the_page_asks_for_nothing():
@@ -93,14 +93,14 @@ def test_cells_that_differ_and_words_that_are_shared_are_marked():
     x = np.array([[0.0, 1.0, 5.0], [0.1, -1.0, 5.0], [0.05, 0.0, 5.0], [0.0, 4.0, 5.0]])
     table = rows_of(x, columns=("a", "b", "c"))
     found = item(table, 0, 64, (table, 1))["cells"]
-    # Column a differs by 2.4 standard deviations, b by 1.07, and c not at all.
+    # The rows differ by 2.4 standard deviations in column a, by 1.07 in b, and not at all in c.
     assert found == [("a", "0", True), ("b", "1", True), ("c", "5", False)]
     assert [c[2] for c in item(table, 0, 64, (table, 2))["cells"]] == [True, True, False]
     assert [c[2] for c in item(table, 0, 64)["cells"]] == [False, False, False]
     texts = np.array([["red apple the pie"], ["Apple and red wine"], ["blue sky the"]], object)
     words = rows_of(texts)
     parts = item(words, 0, 64, (words, 1))["parts"]
-    assert [text for text, shared in parts if shared] == []  # "red" and "apple" are in most texts
+    assert [text for text, shared in parts if shared] == []  # "red" and "apple" occur in most texts
     many = rows_of(np.concatenate([texts, [[f"word{k}"] for k in range(20)]]).astype(object))
     parts = item(many, 0, 64, (many, 1))["parts"]
     assert [text for text, shared in parts if shared] == ["red", "apple"]
@@ -119,11 +119,11 @@ def test_the_chart_has_the_points_where_they_belong():
     points = [Point(0.0, 0.0, "a", "a"), Point(1.0, 2.0, "b", "b")]
     drawing = scatter(points, "x", "y")
     (ax, ay), (bx, by) = ((p["cx"], p["cy"]) for p in drawing["points"])
-    assert bx > ax and by < ay  # up is a smaller number in SVG
+    assert bx > ax and by < ay  # in SVG, y decreases upwards
     scale = (drawing["diagonal"][3] - drawing["diagonal"][1]) / (
         drawing["diagonal"][2] - drawing["diagonal"][0]
     )
-    # The point (1, 2) lies above y = x: twice as far up as across, in the diagonal's scale.
+    # The point (1, 2) is twice as far up as to the right, in the scale of the diagonal y = x.
     assert (by - ay) / (bx - ax) == pytest.approx(2 * scale, rel=1e-3)
     assert [float(text) for _, text in drawing["x_ticks"]] == [0.0, 0.5, 1.0, 1.5, 2.0]
     one = scatter([Point(0.0, 0.0, "a", "a")], "x", "y")

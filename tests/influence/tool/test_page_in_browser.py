@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium. Without one, these tests are skipped with a reason."""
+"""Tests of the page in a real headless Chromium. Without Chromium they are skipped."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Open the page, and check at the end that it logged nothing and asked for nothing."""
+    """Open the page. At the end, check that the page logged nothing and requested no files."""
     said, asked = [], []
 
     def open_(width=1200, scheme="light"):
@@ -72,7 +72,8 @@ def test_a_heading_sorts_the_table_by_size(opened):
     assert page.locator("th").nth(2).get_attribute("aria-sort") == "descending"
     button.click()
     assert page.locator(column).all_inner_texts() == ["–", "-10", "0.25", "3"]
-    page.locator("th button").nth(1).press("Enter")  # by the keyboard, a text from A to Z
+    # Sort a column of text from A to Z by the keyboard.
+    page.locator("th button").nth(1).press("Enter")
     assert page.locator(column).all_inner_texts() == ["3", "-10", "0.25", "–"]
     assert page.locator("th").nth(2).get_attribute("aria-sort") is None
 
@@ -112,7 +113,7 @@ def test_the_theme_follows_the_system_and_the_button(opened):
     assert paper(dark) == white and button.inner_text() == "Colours: light"
     button.click()
     assert paper(dark) == black
-    for _ in range(2):  # light, dark
+    for _ in range(2):  # the button switches to light, then to dark
         light.locator("[data-theme-button]").click()
     assert paper(light) == black
 

@@ -24,7 +24,7 @@ def npz(tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of images of two sizes, two classes, and a file that is no image."""
+    """Return a folder of images of two sizes and two classes, and a file that is no image."""
     rng = np.random.default_rng(0)
     for name, count in (("cat", 3), ("a dog", 2)):
         (tmp_path / "i" / name).mkdir(parents=True)

@@ -42,7 +42,7 @@ def test_the_agreement_is_that_of_numpy(found):
 
 
 def test_away_from_a_minimum_the_actual_changes_are_proximal_responses(problem):
-    # F_i = R - R'(theta_s) theta - L_i / n is minimised here by SciPy, from its closed forms.
+    # SciPy minimises F_i = R - R'(theta_s) theta - L_i / n here, from its closed form.
     start = (1.5 * problem.theta).astype(np.float32).astype(float)
     risk, n = problem.risk, 45
     found = verify(softmax_model(start), problem.train, problem.test, remove=4, rows=[2])
@@ -65,7 +65,7 @@ def test_away_from_a_minimum_the_actual_changes_are_proximal_responses(problem):
 
 def test_the_users_own_training_gives_the_actual_changes(problem):
     def refit(model, x, y):
-        """Set the weights to the exact minimum on the rows that came."""
+        """Set the weights to the exact minimum on the given rows."""
         risk = oracles.softmax_regression(oracles.with_ones(x.astype(float)), y, 3, PENALTY)
         theta = risk.minimum(problem.theta)
         model.set_weights([theta[:12].reshape(4, 3), theta[12:]])
@@ -124,7 +124,7 @@ def test_a_network_is_answered_too():
     found = verify(model, (x[:250], y[:250]), (x[250:], y[250:]), remove=4, wrong=2)
     assert found.subject.plan.curvature == "GaussNewton"
     assert found.truth.startswith("the proximal response")
-    # Damped influence is the proximal response's first order, so they agree closely.
+    # Damped influence is the first order of the proximal response, so the two agree closely.
     got = found.agreement()
     assert got["pearson"] > 0.95 and 0.7 < got["slope"] < 1.6
 
@@ -173,7 +173,8 @@ def test_wrong_arguments_are_named(problem):
 
 
 def test_with_a_history_the_actual_changes_are_those_of_its_training(tmp_path):
-    model = recorded.train(tmp_path, epochs=3)  # all rows in a batch: the order has no effect
+    # Each batch has all rows, so their order has no effect.
+    model = recorded.train(tmp_path, epochs=3)
     x, y = recorded.rows()
     test = recorded.rows(9, seed=1)
     options = QuestionOptions(history=tmp_path)

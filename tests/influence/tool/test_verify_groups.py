@@ -1,4 +1,4 @@
-"""Groups of rows that are removed together, against exact refits."""
+"""Tests of removing groups of rows together, against exact refits."""
 
 import json
 
@@ -15,7 +15,7 @@ SEEN = []
 
 
 def refit(model, x, y):
-    """Set the weights to the exact minimum on the rows, and a little off it by the seed."""
+    """Set the weights to the exact minimum on the rows plus small noise from the global seed."""
     SEEN.append(len(y))
     risk = oracles.softmax_regression(oracles.with_ones(x.astype(float)), y, 3, PENALTY)
     theta = risk.minimum(np.zeros(15)) + 1e-3 * np.random.standard_normal(15)

@@ -1,4 +1,4 @@
-"""Continued training without a row, compared with Adam by hand; interruption, blocks, bad input."""
+"""Tests of continued training without a row: Adam by hand, interruption, blocks and bad input."""
 
 from itertools import islice
 
@@ -15,7 +15,7 @@ STEPS, RATE = 7, 0.01
 
 
 def by_hand(p, theta, moments, removed, batch_size, seed):
-    """Run Adam (Kingma & Ba 2015) by hand on the same minibatches, without the row."""
+    """Return theta after Adam (Kingma & Ba 2015) on the same minibatches without the row."""
     m, v = moments.first.copy(), moments.second.copy()
     rows = batch_rows(len(p.train), batch_size, seed, 0)
     for t in range(moments.steps + 1, moments.steps + STEPS + 1):
@@ -47,7 +47,7 @@ def trained():
 def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
     p, moments = trained
     theta = p.net.theta
-    if batch_size == 7:  # row 33 ends one pass and begins the next
+    if batch_size == 7:  # row 33 ends one pass and begins the next, so a batch has it twice
         straddling = list(islice(batch_rows(40, 7, 0, 0), STEPS))[5]
         assert np.count_nonzero(straddling == 33) == 2
     found = train_on(p, rows, moments, batch_size=batch_size)
@@ -69,7 +69,7 @@ def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
 
 
 def test_moments_are_those_of_keras(trained):
-    """Check that continued training with all rows equals one more stage of Keras' training."""
+    """Check that continued training on all rows equals one more stage of Keras' training."""
     p, _ = trained
     q = ridge()
     q.net.theta = start = q.theta + 1
@@ -79,7 +79,7 @@ def test_moments_are_those_of_keras(trained):
     moments = train_by_adam(q.net, q.train, schedule=((20, 0.05),), batch_size=99, seed=0)
     before = q.net.losses(q.test.x, q.test.y)
     found = train_on(q, [0], moments, batch_size=99)
-    # Keras keeps the rates and both constants in float32.
+    # Keras stores the rates and Adam's two constants in float32.
     assert relative_error(found.drift, expected - before) < 1e-4
 
 

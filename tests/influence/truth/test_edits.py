@@ -40,7 +40,7 @@ def test_at_a_minimum_the_response_is_the_exact_refit(closed_form):
     np.testing.assert_allclose(found.losses, p.measured.losses(refit), rtol=1e-6)
     np.testing.assert_allclose(found.losses_before, p.measured.losses(p.theta), rtol=1e-10)
     assert found.converged and found.gradient_norm <= 1e-8
-    np.testing.assert_array_equal(q.net.theta, p.theta)  # the net is left as it was
+    np.testing.assert_array_equal(q.net.theta, p.theta)  # the net is unchanged
 
 
 def test_one_removed_row_is_its_proximal_response():

@@ -38,7 +38,7 @@ def groups_out(p, groups, **options):
 
 
 def groups_of(p):
-    """Make groups of 1 to 50 % of the rows, random and similar rows. Groups overlap."""
+    """Return groups of 1 to 50 % of the rows. Rows are random or similar, and groups overlap."""
     rng, order = np.random.default_rng(0), np.argsort(p.train.x[:, 0])
     sizes = [max(int(share * len(p.train)), 1) for share in SHARES]
     random = [rng.choice(len(p.train), size, replace=False) for size in sizes]
@@ -46,7 +46,7 @@ def groups_of(p):
 
 
 def changes(p, groups):
-    """Return the changes (m, k) by the oracle, which minimises from scratch to 1e-12."""
+    """Return the changes of the test losses (m, k), by minimising from scratch to 1e-12."""
     before = p.measured.losses(p.theta)
     after = [p.measured.losses(p.oracle.without(g).minimum(p.theta)) for g in groups]
     return np.stack([a - before for a in after], axis=1)
@@ -59,7 +59,7 @@ def actual(softmax):
 
 @pytest.fixture(scope="module")
 def taped_ridge():
-    """Make a linear model without closed forms or a penalty on its bias, declared as convex."""
+    """Return a linear problem without closed forms, declared as convex. The bias has no penalty."""
     problem = ridge()
     problem.net.convex = True
     return problem
@@ -67,13 +67,13 @@ def taped_ridge():
 
 @pytest.fixture
 def thetas(monkeypatch):
-    """Collect the parameters at which test losses are computed, in a list."""
+    """Return a list that collects the parameters for which test losses are computed."""
     taken, asked = [], Task.changes
     monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
     return taken
 
 
-# --- the numbers -----------------------------------------------------------------------------
+# --- the changes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -84,7 +84,8 @@ def test_newton_is_the_independent_refit(kind, weight_decay):
     got = groups_out(p, groups, tolerance=1e-12)
     expected = changes(p, groups)
     assert got.converged.all() and (got.gradient_norm <= 1e-12).all()
-    # |theta - minimum| <= 1e-12 / weight_decay, and test gradients have norms of about 1.
+    # The error is small: |theta - minimum| <= 1e-12 / weight_decay, and test gradients have norms
+    # of about 1.
     assert np.abs(got[:] - expected).max() < 1e-8 and np.abs(expected).max() > 0.02
     for column, group in zip(got.rows, groups, strict=True):
         np.testing.assert_array_equal(column, group)
@@ -92,7 +93,7 @@ def test_newton_is_the_independent_refit(kind, weight_decay):
 
 def test_leave_one_out_is_leave_group_out_of_single_rows(softmax, actual):
     one = rows_out(softmax, tolerance=1e-12)
-    # |theta - minimum| <= 1e-12 / 0.05; the changes themselves are about 1e-3.
+    # The error is small: |theta - minimum| <= 1e-12 / 0.05. The changes are about 1e-3.
     assert relative_error(one.change_if_removed, actual) < 1e-8
     assert isinstance(one, Refits) and one.rows.tolist() == ROWS and one.names == ()
     assert one.shape == (7, 5) and one.converged.all()
@@ -120,19 +121,19 @@ def test_the_default_tolerance_is_enough_for_changes(softmax, actual):
     for refits in (rows, groups):
         assert (refits.gradient_norm <= 1e-8).all() and (refits.passes <= 12).all()
     assert np.abs(rows[:] - actual).max() < 1e-6 and np.abs(actual).max() > 1e-3
-    assert groups.passes[0] < groups.passes[len(SHARES) - 1]  # a larger group takes more passes
+    assert groups.passes[0] < groups.passes[len(SHARES) - 1]  # the larger group takes more passes
 
 
 def test_by_the_tape_as_in_closed_form(softmax):
     taped = through_keras(softmax)
     taped.net.convex = True
-    groups = groups_of(softmax)[2::4]  # 25 %, random ones and similar ones
+    groups = groups_of(softmax)[2::4]  # groups of 25 %, one random and one of similar rows
     got = groups_out(taped, groups, tolerance=1e-11)
     assert relative_error(got[:], changes(softmax, groups)) < 1e-8
 
 
 def test_ridge_in_closed_form(taped_ridge):
-    """Check a quadratic risk. With the exact curvature of the group, two passes would suffice."""
+    """Check a quadratic risk. With the group's exact curvature, two passes would be enough."""
     groups = [np.arange(20), np.array([39, 1]), np.array([11])]
     got = groups_out(taped_ridge, groups, tolerance=1e-10)
     assert relative_error(got[:], changes(taped_ridge, groups)) < 1e-8
@@ -152,7 +153,7 @@ def test_newton_takes_dicts(taped_ridge):
 
 
 def with_leverage(kind, num_rows, factor, **options):
-    """Make a problem at its minimum, with the inputs of row 5 multiplied by a factor."""
+    """Return a problem at its minimum, in which the inputs of row 5 are multiplied by a factor."""
     p = logistic(kind, num_rows, **options)
     x = p.train.x.copy()
     x[5] *= factor
@@ -162,7 +163,7 @@ def with_leverage(kind, num_rows, factor, **options):
 
 
 def test_a_row_of_great_leverage_is_refitted_too():
-    """Check the row whose removal changes the Hessian most, where the full-data factor is worst."""
+    """Check a row that changes the Hessian so much that the full-data factor is inaccurate."""
     p = with_leverage("sigmoid", 40, 30)
     refits = rows_out(p, [5, 6], tolerance=1e-11)
     assert refits.converged.all()
@@ -170,12 +171,13 @@ def test_a_row_of_great_leverage_is_refitted_too():
 
 
 def test_refits_far_from_the_full_datas_curvature_arrive():
-    """Check a set with an outlier, whose curvature makes the full-data Hessian a bad start."""
+    """Check data with an outlier that dominates the full-data Hessian, a bad start for refits."""
     p = with_leverage("sigmoid", 10, 100, weight_decay=1e-3)
     refits = rows_out(p, [6], max_passes=200)
     assert refits.converged.all() and refits.passes[0] < 60
     expected = changes(p, [[6]])
-    # The error is at most 1e-8 / (smallest eigenvalue, at least 1e-3) times gradients of about 1.
+    # The error is at most 1e-8 / 1e-3 times gradients of about 1. Here 1e-3 bounds the smallest
+    # eigenvalue.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
 
 
@@ -199,7 +201,7 @@ def test_the_gradient_norm_is_true(softmax, thetas):
 
 
 def agreement(predicted, actual):
-    """Return Pearson's r, slope, share of equal signs, and largest error over largest change."""
+    """Return Pearson's r, the slope, the share of equal signs, and the relative largest error."""
     predicted, actual = predicted.ravel(), actual.ravel()
     r = np.corrcoef(predicted, actual)[0, 1]
     slope = predicted @ actual / (predicted @ predicted)
@@ -209,7 +211,7 @@ def agreement(predicted, actual):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_one_step_in_closed_form_predicts_refits_of_rows_with_leverage(kind):
-    """Compare with first order, which ignores the row's curvature and has a much larger error."""
+    """Compare with first order, which ignores a row's curvature and has a much larger error."""
     p = with_leverage(kind, 40, 8)
     rows = np.arange(40)
     actual = rows_out(p, rows, tolerance=1e-12)
@@ -223,7 +225,7 @@ def test_one_step_in_closed_form_predicts_refits_of_rows_with_leverage(kind):
     assert r > 0.97 and 1.1 < slope < 1.4 and more > 2.5 * error
 
 
-# --- what must not matter --------------------------------------------------------------------
+# --- changes that must not matter ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_blocks_batches_and_solvers_change_nothing(name, value, softmax):
     groups = groups_of(softmax)
     expected = groups_out(softmax, groups, tolerance=1e-12)
     got = groups_out(softmax, groups, tolerance=1e-12, **{name: value})
-    # Both are within 1e-12 / 0.05 of the minimum.
+    # Both results are within 1e-12 / 0.05 of the minimum.
     assert np.abs(got[:] - expected[:]).max() < 1e-10
 
 
@@ -267,7 +269,7 @@ def test_a_dict_names_its_columns(softmax):
     np.testing.assert_array_equal(got[:], expected[:])
 
 
-# --- by the net's own fit --------------------------------------------------------------------
+# --- refits by the net's own fit -------------------------------------------------------------
 
 
 def test_fit_warm_and_cold_are_newton(softmax):
@@ -275,7 +277,8 @@ def test_fit_warm_and_cold_are_newton(softmax):
     expected = changes(softmax, groups)
     for start in (None, zero):
         refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-10)
-        # 1e-10 / (smallest eigenvalue, 0.05) bounds the error of theta by 2e-9.
+        # The error of theta is at most 1e-10 / 0.05 = 2e-9. Here 0.05 bounds the smallest
+        # eigenvalue.
         assert refits.converged.all() and (refits.passes == 1).all()
         assert np.abs(refits[:] - expected).max() < 1e-8
         assert (0 < refits.gradient_norm).all() and (refits.gradient_norm <= 1e-10).all()
@@ -299,7 +302,7 @@ def test_the_tolerance_is_that_of_the_own_fit_and_one_warning_names_all_misses(t
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
-    """Compare with ridge regression's closed form. In float64 the error is 1e-8 of the change."""
+    """Compare with ridge regression in closed form, to 1e-7 of the change in float64."""
     p = ridge(60, l2=1e-3, dtype=dtype)
     expected = changes(ridge(60, l2=1e-3), [[row] for row in ROWS])
     got = rows_out(p, ROWS, method="fit")
@@ -312,8 +315,8 @@ def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
 
 
 def test_training_on_from_no_minimum_is_warned_of():
-    # The penalty would remove more hidden units. A minimum without them is flat: along flat
-    # directions rounding hides a gradient above the tolerance.
+    # With more hidden units, the penalty would set some to zero. The minimum would then be flat in
+    # some directions, and rounding would prevent a gradient below the tolerance.
     net, examples = tanh_net(hidden=2, l2=0.05)
     with pytest.warns(ConvergenceWarning, match="^net is at a gradient norm of .* go on with the"):
         away = leave_one_out(net, examples, examples, [0, 6])
@@ -321,7 +324,7 @@ def test_training_on_from_no_minimum_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         there = leave_one_out(net, examples, examples, [0, 6])
-    # The drift is the same in every column, and larger than the differences between columns.
+    # All columns of `away` contain the same drift. It is larger than the changes at the minimum.
     assert np.abs(away[:].mean(axis=1)).max() > 2 * np.abs(there[:]).max()
 
 
@@ -343,7 +346,7 @@ def test_fit_is_called_on_the_remaining_rows_from_the_start(softmax):
     np.testing.assert_allclose(refits[:], np.stack([expected, expected], axis=1), rtol=1e-12)
     norms = [np.linalg.norm(softmax.oracle.without(group).gradient(at)) for group in groups]
     np.testing.assert_allclose(refits.gradient_norm, norms, rtol=1e-12)
-    # Without a tolerance, norms are reported but not judged.
+    # Without a tolerance, gradient norms are reported but no refit counts as converged.
     assert not refits.converged.any()
     np.testing.assert_array_equal(softmax.theta, before)
 
@@ -356,7 +359,7 @@ def test_the_method_is_that_of_the_net(softmax, monkeypatch):
                 rows_out(p, [1])
 
 
-# --- the model is left as it was -------------------------------------------------------------
+# --- the model is left unchanged -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -396,12 +399,12 @@ def test_newton_never_moves_the_model(softmax, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(softmax.net), "theta", property(lambda net: net._theta_now))
         softmax.net._theta_now = np.concatenate([v.ravel() for v in before])
-        rows_out(softmax)  # a property without a setter: setting theta would fail
+        rows_out(softmax)  # this property has no setter, so setting theta would fail
     for after, weight in zip(variables, before, strict=True):
         np.testing.assert_array_equal(after.numpy(), weight)
 
 
-# --- no number looks converged that is not ---------------------------------------------------
+# --- warnings for refits that did not converge -----------------------------------------------
 
 
 def test_refits_that_miss_the_tolerance_are_marked(softmax):

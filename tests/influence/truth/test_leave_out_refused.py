@@ -1,4 +1,4 @@
-"""Arguments that are refused before any refit begins."""
+"""Tests of arguments that are refused before any refit begins."""
 
 import numpy as np
 import pytest

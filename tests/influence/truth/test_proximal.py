@@ -22,12 +22,11 @@ from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, untraced
 
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
-# At this theta the smallest eigenvalue of the Hessian is -1.6. The smallest eigenvalue of the
-# Gauss-Newton matrix is 0.
+# At this theta the Hessian has the smallest eigenvalue -1.6, and the Gauss-Newton matrix has 0.
 DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
 ROWS = [0, 6, 13]
 OBJECTIVES = sorted(CURVATURE)
-# The net and the examples of the fixture `tanh` below, in float32.
+# These are the net and the examples of the fixture `tanh` below, but in float32.
 SINGLE = tanh_net(l2=0.05, dtype="float32")
 OTHER = tanh_net(l2=0.05, dtype="float32")
 OTHER[0].theta = OTHER[0].theta + 1
@@ -35,7 +34,7 @@ OTHER[0].theta = OTHER[0].theta + 1
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return (net, examples), a network with a penalty and far from a minimum."""
+    """Return (net, examples), a network with a penalty, far from a minimum."""
     return tanh_net(l2=0.05)
 
 
@@ -52,7 +51,7 @@ def of_tanh(theta, examples):
 
 
 def objective_of(kind, net, examples, row, damping, fraction=1.0):
-    """Return F_i as a function of theta, by its definition."""
+    """Return F_i as a function of theta, written from its definition."""
     y, theta_s = examples.y, net.theta
     s, penalty_s = of_tanh(theta_s, examples)
     eye = np.eye(len(theta_s)) * 1e-5
@@ -93,13 +92,13 @@ def no_work(monkeypatch):
 
 
 def thetas_of(monkeypatch):
-    """Collect the parameters at which test losses are computed, in a list."""
+    """Return a list that collects the parameters for which test losses are computed."""
     taken, asked = [], Task.changes
     monkeypatch.setattr(Task, "changes", lambda self, t: taken.append(t) or asked(self, t))
     return taken
 
 
-# --- the numbers -----------------------------------------------------------------------------
+# --- the minimisers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
@@ -114,7 +113,7 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
         value = objective_of(objective, net, examples, row, DAMPING[objective], fraction)
         found = scipy.optimize.minimize(value, net.theta, options={"gtol": 1e-7}).x
         theta = taken[0][:, j]
-        # Values of F_i are exact to 1e-16, so steps of 1e-8 show a minimum to about 1e-7.
+        # F_i has a rounding error of 1e-16. So its values determine the minimum only to about 1e-7.
         assert (
             np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3 * fraction
         )
@@ -126,7 +125,7 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_certificate_is_true(objective, tanh, monkeypatch):
-    """Compare with differences of F_i at the theta of the reported losses."""
+    """Compare gradient norms with differences of F_i at the theta of the reported losses."""
     net, examples = tanh
     taken = thetas_of(monkeypatch)
     with pytest.warns(ConvergenceWarning):
@@ -146,7 +145,7 @@ def test_the_certificate_is_true(objective, tanh, monkeypatch):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model", ["softmax", "ridge"])
 def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, linear):
-    """Check a model linear in theta, for which both divergences are that of the risk."""
+    """Check models linear in theta, for which both objectives give the exact refit."""
     p = logistic("softmax", 40) if model == "softmax" else linear
     rows = [3, 11, 0]
     options = ProximalOptions(tolerance=1e-9)
@@ -164,7 +163,7 @@ def first_order(net, train, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_its_linearisation_is_damped_influence(objective, tanh):
-    """Copy the rows n times. A row's weight and the error of linearisation then fall as 1/n."""
+    """Copy the rows. With n copies, a row's weight and the error of linearisation fall as 1/n."""
     net, examples = tanh
     errors = []
     for copies in (100, 1000):
@@ -193,10 +192,10 @@ def test_influence_is_the_derivative_by_the_fraction(objective, tanh):
 
 
 def test_a_row_without_gradient_stays():
-    # The net has no penalty, so a perfectly fitted row has the gradient 0.
+    # The net has no penalty, so a row that is fitted exactly has the gradient 0.
     net, examples = tanh_net()
     theta, y = net.theta, examples.y.copy()
-    theta[16:] = y[4] = 0  # the output is zero for every input
+    theta[16:] = y[4] = 0  # so the output is zero for every input
     net.theta, fitted = theta, Examples(examples.x, y)
     got = proximal_response(net, fitted, fitted, [4, 5], damping=0.5)
     np.testing.assert_array_equal(got[:, 0], 0)
@@ -213,7 +212,7 @@ def test_the_default_tolerance_is_enough_for_changes_and_quick(objective, tanh):
     assert (got.gradient_norm <= 1e-4).all() and (got.iterations <= 8).all()
 
 
-# --- what must not matter --------------------------------------------------------------------
+# --- changes that must not matter ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -272,16 +271,16 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
     got = respond(tanh, objective, tolerance=1e-9, rough=SINGLE, rough_tolerance=1e-3)
     assert got.converged.all() and relative_error(got[:], exact[:]) < 1e-7
     assert asked["float32"] > 0 and 0 < asked["float64"] < 0.8 * exact.iterations.sum()
-    # Each row takes one more gradient of each precision when the search changes to exact gradients.
+    # The change to exact gradients costs one more gradient of each precision per row.
     assert sum(asked.values()) == got.iterations.sum() + 2 * len(ROWS)
-    # Worker processes have their own nets and find the same result.
+    # Worker processes have their own nets and must find the same result.
     options = {"rough": SINGLE, "rough_tolerance": 1e-3, "num_processes": 2, "block": 2}
     by_workers = respond(tanh, objective, tolerance=1e-9, **options)
     assert relative_error(by_workers[:], got[:]) < 1e-7 and by_workers.converged.all()
 
 
 def test_float32_is_not_believed(tanh, monkeypatch):
-    """Run two searches with float32 steps only. One search gets far too small gradients."""
+    """Compare two searches by float32 steps. In one, float32 gradients are far too small."""
     taken, given = thetas_of(monkeypatch), proximal._gradients
 
     def flattered(task, net, *more):
@@ -302,7 +301,7 @@ def test_float32_is_not_believed(tanh, monkeypatch):
 def test_the_rows_own_curvature_is_known_but_the_first_step_is_no_longer_for_it(
     linear, monkeypatch
 ):
-    """Check a row of large leverage. Its own curvature is known, so few steps suffice."""
+    """Check a row of large leverage. The search knows its own curvature, so few steps suffice."""
     p, thetas = linear, []
     x = p.train.x.copy()
     x[5] *= 20
@@ -344,7 +343,7 @@ def test_the_model_never_moves(tanh, monkeypatch):
         np.testing.assert_array_equal(weight, was)
 
 
-# --- no number looks converged that is not ---------------------------------------------------
+# --- warnings for searches that did not converge ---------------------------------------------
 
 
 def test_what_misses_the_tolerance_is_marked(tanh):
@@ -418,7 +417,7 @@ def kept(folder, problem, objective="bregman", **options):
 
 
 def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch, tanh):
-    """Interrupt by an error. test_runs.py tests kill -9 for the same code."""
+    """Interrupt the run by an error. test_runs.py tests kill -9 for the same code."""
     folder, (net, examples) = tmp_path / "kept", tanh_net(l2=0.05)
     again = untraced(net), examples
     calls, found, respond = [], {}, proximal._proximal_block
@@ -465,4 +464,4 @@ def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch
     for other in (*({name: value} for name, value in others.items()), finer):
         calls.clear()
         kept(folder, tanh, **other)
-        assert len(calls) == 3, other  # results cached for other inputs are not used
+        assert len(calls) == 3, other  # results cached for other options are not used

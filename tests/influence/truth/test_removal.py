@@ -26,7 +26,7 @@ def removal(softmax, request):
 
 
 def by_pairs(removed, inverse, B):
-    """Apply secant updates by the pairs of `removed` to B."""
+    """Return (A - H_g / n)^-1 B, approximated by secant updates with the pairs of `removed`."""
     pairs = [_pair(*pair) for pair in removed.pairs(inverse, B)]
     return _two_loops(pairs, B, lambda Q: apply(inverse, Q))
 
@@ -37,7 +37,7 @@ def by_steps(removed, inverse, B):
 
 @pytest.fixture(params=[by_pairs, by_steps])
 def solved(request):
-    """Give a function of (Removal, inverse, B) that approximates (A - H_g / n)^-1 b."""
+    """Return a function of (Removal, inverse, B) that approximates (A - H_g / n)^-1 B."""
     return request.param
 
 
@@ -51,7 +51,7 @@ def test_gradients_are_sums_over_the_group(softmax, removal):
     own = [p.oracle.gradients(t)[g] + 0.05 * t for t, g in zip(thetas.T, GROUPS, strict=True)]
     expected = np.stack([part.sum(axis=0) for part in own], axis=1)
     assert relative_error(removal.gradients(thetas, EVERY), expected) < 1e-12
-    few = np.array([5, 2])  # some of the columns, in another order
+    few = np.array([5, 2])  # a subset of the columns, in another order
     assert relative_error(removal.gradients(thetas[:, few], few), expected[:, few]) < 1e-12
 
 
@@ -98,12 +98,13 @@ def test_the_groups_curvature_is_taken_out(solver, size, softmax, solved):
         H = p.oracle.hessian(p.theta) - own / n
         expected = np.linalg.solve(H, B[:, j])
         without = np.linalg.solve(p.oracle.hessian(p.theta), B[:, j])
-        assert relative_error(got[:, j], expected) < 2e-3  # the residual is 1e-3 in the norm of A
+        # The relative residual is at most 1e-3, in the norm of A.
+        assert relative_error(got[:, j], expected) < 2e-3
         assert relative_error(without, expected) > 1e-2
 
 
 def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
-    """A fixed-point iteration would be slow here. Conjugate gradients need only one direction."""
+    """Check a row of large leverage. Conjugate gradients need only one direction for it."""
     p = ridge()
     x = p.train.x.copy()
     x[5] *= 20
@@ -121,7 +122,7 @@ def test_great_leverage_costs_no_more_steps(monkeypatch, solved):
 
 
 def test_a_group_gets_steps_as_it_has_rows(monkeypatch, solved):
-    """A group of half of the rows gets two products. Columns do not depend on each other."""
+    """Check that larger groups get fewer products. Columns do not depend on each other."""
     p = ridge(num_inputs=8)
     calls, hvp = [], Removal.hvp
     monkeypatch.setattr(
@@ -169,7 +170,7 @@ def test_negative_curvature_is_refused():
 
 
 def test_where_a_group_takes_all_curvature_the_answer_is_still_a_descent(solved):
-    """With a small damping, A - H_g / n may be indefinite."""
+    """Check a small damping, with which A - H_g / n may be indefinite."""
     net, examples = tanh_net()
     few = examples.take([0, 1])
     A = GaussNewton(net, few, 0.01)

@@ -1,4 +1,4 @@
-"""Compare retraining by a history with the same training in NumPy."""
+"""Tests of retraining by a history, against the same training in NumPy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ROWS = [3, 20, 7]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A trained model, its history, and test rows."""
+    """Return a trained model, its history, and test rows."""
     folder = tmp_path_factory.mktemp("history")
     model = recorded.train(folder, EPOCHS, BATCH)
     return model, History.load(folder), rows(9, seed=1)
 
 
 def batches(seed, without=None):
-    """Return the batches of a training, in the orders that the seed draws."""
+    """Yield the rows of each batch of a training, in random orders from the seed."""
     rng = np.random.default_rng(seed)
     for _ in range(EPOCHS):
         order = rng.permutation(N)
@@ -54,12 +54,12 @@ def test_is_the_same_training_in_numpy(made):
 
 
 def test_all_rows_in_a_batch_are_the_recorded_training(tmp_path):
-    """Without an order of the rows, the training on all of them ends at the recorded weights."""
+    """Check that full-batch training on all rows ends at the recorded weights."""
     model = recorded.train(tmp_path, EPOCHS)
     history = History.load(tmp_path)
     net = GenericNeuralNet(model)
     train = net.given(rows(), "train")
-    with recorded.double():  # the recorded optimiser had a learning rate in float64
+    with recorded.double():  # the recorded training had its learning rate in float64
         training = repeated._Training(net, train, history)
         with training.running():
             training.run(0, -1)
@@ -73,7 +73,8 @@ def test_adam_a_schedule_and_running_means_are_repeated(tmp_path):
 
     def built():
         keras.utils.set_random_seed(0)
-        # A bias before the normalisation has no gradient, and Adam would enlarge its rounding.
+        # A bias before the normalisation would have no gradient but rounding errors, which Adam
+        # would enlarge.
         layers = [keras.Input((4,)), keras.layers.Dense(5, use_bias=False)]
         layers.append(keras.layers.BatchNormalization())
         model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")])

@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def interrupted_problem():
     p = logistic("softmax", num_rows=30, num_inputs=3)
-    keras.layers.Dense(
-        1
-    )  # Keras numbers its layers, but the names of cached files must not depend on this
+    # This layer changes Keras' numbering of layers. The names of cached files must not depend on
+    # it.
+    keras.layers.Dense(1)
     return p
 
 
@@ -116,7 +116,7 @@ def continues_bit_for_bit(method, folder, num_left, monkeypatch):
     p = interrupted_problem()
     calls = counting(monkeypatch, f"_{method}_block")
     uninterrupted = refits(p, method=method)
-    for expected in (num_left, 0):  # cached blocks are not computed again
+    for expected in (num_left, 0):  # the second run finds all blocks in the cache
         calls.clear()
         continued = refits(p, method=method, checkpoints=folder)
         assert len(calls) == expected
@@ -189,13 +189,13 @@ def test_frozen_weights_and_losses_are_part_of_the_name(tmp_path, monkeypatch):
 
     assert run(keras.losses.Huber(delta=0.5)) == 1
     assert run(keras.losses.Huber(delta=0.5)) == 0
-    assert run(keras.losses.Huber(delta=0.7)) == 1  # the loss has the same name
+    assert run(keras.losses.Huber(delta=0.7)) == 1  # the loss has the same name but another delta
     model.layers[0].bias.assign([0.5, 0.5])
     assert run(keras.losses.Huber(delta=0.5)) == 1
 
 
 def dropping():
-    """Return (net, examples), a model that draws random numbers in training."""
+    """Return (net, examples). The model draws random numbers in training."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dropout(0.5), keras.layers.Dense(1)]
     rng = np.random.default_rng(0)
@@ -205,7 +205,7 @@ def dropping():
 
 
 def draws(net, examples):
-    """Take a step of random length."""
+    """Move theta by a random number."""
     net.theta = net.theta + float(tf.reduce_sum(net.model(np.ones((4, 6)), training=True)))
 
 
@@ -222,13 +222,13 @@ def test_what_a_fit_draws_depends_on_no_other_refit(tmp_path):
         np.testing.assert_array_equal(after.numpy(), before)
     backwards = run([2, 1, 0])
     np.testing.assert_array_equal(backwards[:], expected[:, ::-1])
-    run([1], tmp_path)  # and then interrupted
+    run([1], tmp_path)  # the run ends after this row, as if interrupted
     same(run([0, 1, 2], tmp_path), expected)
-    net.model(np.ones((4, 6)), training=True)  # the next draws are different
+    net.model(np.ones((4, 6)), training=True)  # now the model's next random numbers are different
     assert np.abs(run([0, 1, 2], tmp_path)[:] - expected[:]).min() > 1e-3
 
 
-# --- the processes ---------------------------------------------------------------------------
+# --- worker processes ------------------------------------------------------------------------
 
 
 class Unregistered(keras.Model):
@@ -252,8 +252,8 @@ def unregistered():
 
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
-    """Test everything in one function, because each process needs seconds to start TensorFlow."""
-    # Both processes use one thread. Otherwise the last bits may differ.
+    """Test all in one function, because TensorFlow takes seconds to start in each process."""
+    # Use one thread in both processes. Otherwise the last bits may differ.
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
     p, (net, train) = interrupted_problem(), dropping()
     given = p.net, p.train, p.test, [3, 1, 4]
@@ -262,7 +262,8 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
         lambda n: leave_one_out(
             net, train, train, [0, 1, 2], RefitOptions(method="fit", fit=draws, num_processes=n)
         ),
-        # This uses closed forms, because every process would need seconds to trace the tape.
+        # This net has closed forms. Without them, every process would need seconds to trace the
+        # tape.
         lambda n: proximal_response(*given, ProximalOptions(block=2, num_processes=n), damping=0.5),
     ):
         one, two = work(1), work(2)
@@ -324,7 +325,7 @@ def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_nothing_is_sent_where_nothing_need_be(num_processes, monkeypatch):
-    """Check a request for one process, and a backend that has only one."""
+    """Check that one process needs no pickling: if one is asked for, or if joblib has only one."""
     monkeypatch.setattr(runs.joblib, "effective_n_jobs", lambda _: 1)
     monkeypatch.setattr(runs.joblib, "Parallel", lambda **_: pytest.fail("sent"))
     runs.check_processes(num_processes, *unregistered())
