@@ -1,4 +1,4 @@
-"""One run of a command: read, answer, and write the page, the CSV file and run.toml."""
+"""Runs of a command: a run reads the data, answers the question and writes the results."""
 
 from __future__ import annotations
 
@@ -41,22 +41,23 @@ _VERSIONS = ("keras", "numpy", "scipy", "tensorflow")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Everything that determines a run. run.toml holds it.
+    """All inputs of a run. The file run.toml stores a Request.
 
     Attributes:
       command: one of `COMMANDS`.
-      model: MODEL, as `read_model` takes it.
-      data: DATA, as `read` takes it.
-      test: the test rows, as `read` takes them, or None.
-      loss: a Keras loss's name or `module:function`, for a model that was not compiled.
-      reading: options of the reading of DATA.
-      asked: arguments of the question, such as `top`.
-      damping: the damping, or None.
-      batch_size: rows in memory at a time, or None.
-      check: False to skip the check.
-      history: the folder that `Recorder` wrote in the training, or None.
-      index: the folder that `index` fills and the other commands read, or None.
-      content: SHA-256 of model, data and test rows. A replay refuses others.
+      model: the text MODEL of the command line, an argument of `read_model`.
+      data: the text DATA of the command line, an argument of `read`.
+      test: the text of the option --test, an argument of `read`, or None.
+      loss: the name of a Keras loss or `module:function`, for a model that was not compiled.
+      reading: options for reading DATA.
+      asked: further arguments of the command's Python function, such as `top`.
+      damping: the damping. If None, the library chooses it.
+      batch_size: number of rows in memory at a time. If None, the library chooses it.
+      check: False to skip the check before the computation.
+      history: the folder that `Recorder` wrote during training, or None.
+      index: a folder of stored results, or None. Only the command `index` writes to it.
+      content: SHA-256 digests of the model, the data, the test rows and the history. A replay
+        raises ValueError if a digest differs.
     """
 
     command: str
@@ -76,11 +77,11 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
-      answer: the answer.
-      files: the files that were written, by kind: page, csv, run.
+      answer: the answer to the question.
+      files: the paths of the written files, with the keys "page", "csv" and "run".
       hint: advice for the next run, or an empty string.
     """
 
@@ -90,24 +91,25 @@ class Result:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if the check says that numbers should not be trusted, else 0."""
+        """The exit status: 1 if the command `check` finds that scores cannot be trusted, else 0."""
         return int(isinstance(self.answer, Verdict) and not self.answer.trusted)
 
 
 def run(request: Request, out: Path) -> Result:
     """Answer a question and write the page, the CSV file and run.toml to a folder.
 
-    Results of an unfinished run are kept in the folder, and the same request goes on from them.
+    An interrupted run leaves its intermediate results in the folder. A run of the same request
+    continues from these results.
 
     Args:
-      request: the question.
+      request: the inputs of the run.
       out: the folder to write to. It is created if it is missing.
 
-    Raises: ValueError, TypeError, IndexError or OSError that says what is wrong and what would
-      work; DivergenceError if the model has no answer.
+    Raises: ValueError, TypeError, IndexError or OSError for invalid input. The message describes
+      the error and a valid input. DivergenceError if the computation diverges.
     """
     with on_disk(out / CHECKPOINTS) as folder, warnings.catch_warnings():
-        # A question turns warnings about its numbers into alerts. Others would only disturb.
+        # The commands show warnings about their numbers as alerts. All other warnings are hidden.
         warnings.simplefilter("ignore")
         loaded, rows, test, content = _read(request)
         if request.content and dict(request.content) != content:
@@ -157,7 +159,7 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
 
 @contextmanager
 def named(argument: str, text: str):
-    """Name the argument in errors that a person's own function raises in the `with` block."""
+    """Name the argument in unexpected errors that the user's function raises in a `with` block."""
     try:
         yield
     except (ValueError, TypeError, OSError, KeyboardInterrupt):
@@ -195,7 +197,7 @@ def _answer(
 
 
 def to_toml(request: Request, content: Mapping[str, str]) -> str:
-    """Return a request as TOML, with the versions of the libraries."""
+    """Return a request, its content digests and the versions of the libraries as TOML text."""
     plain = asdict(request)
     reading, asked = plain.pop("reading"), plain.pop("asked")
     plain.pop("content")
@@ -212,7 +214,7 @@ def to_toml(request: Request, content: Mapping[str, str]) -> str:
 def from_toml(path: Path) -> Request:
     """Read a request from a file that `to_toml` wrote.
 
-    Raises: ValueError that names the file and what is wrong.
+    Raises: ValueError naming the file and the error.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -258,7 +260,7 @@ def _value(value: Any) -> str:
 
 
 def _string(text: str) -> str:
-    """Return a TOML string. JSON's escapes are TOML's, apart from those of surrogate pairs."""
+    """Return a text as a TOML string. Escapes equal JSON's, but TOML has no surrogate pairs."""
     parts = [
         json.dumps(c)[1:-1] if ord(c) < 0x7F else c if c.isprintable() else f"\\U{ord(c):08X}"
         for c in text.encode("utf-8", "replace").decode("utf-8")
