@@ -64,7 +64,7 @@ class Correction(Answer):
         )
 
     def numbers(self) -> dict[str, Any]:
-        """Return the gains, the mean losses and the accuracies. A gain is a fall of the mean loss."""
+        """Return gains, mean losses and accuracies. A gain is a fall of the mean loss."""
         before = float(np.mean(self.response.losses_before, dtype=np.float64))
         return {
             "predicted_gain": value_of(self.predicted_gain),
@@ -323,7 +323,7 @@ def _relabelled(rows: Examples, values: list[Any]) -> Examples:
     numbers = np.asarray(values, float)
     if field.ndim == 2 and field.shape[1] > 1:  # one-hot labels
         field[:] = np.eye(field.shape[1])[numbers.astype(int)]
-    elif set(np.unique(field)) <= {-1, 1} and (field < 0).any():  # a hinge loss codes the classes as -1, 1
+    elif set(np.unique(field)) <= {-1, 1} and (field < 0).any():  # -1 and 1, for hinge
         field[:] = np.where(numbers > 0, 1, -1).reshape(field.shape)
     else:
         field[:] = numbers.reshape(field.shape)

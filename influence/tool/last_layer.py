@@ -42,7 +42,7 @@ from influence.solvers import Direct
 
 # The grid of lambda. The search begins with the largest value.
 WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-# The search stops after this many values in a row without a smaller loss.
+# The search stops after this many consecutive values without a smaller loss.
 _WORSE = 2
 # The refit has at most this many weights. If there are too many features for this limit, the refit
 # uses their first principal components.

@@ -47,7 +47,7 @@ def function_of(text: str, argument: str) -> Callable[..., Any]:
 
     Python searches the current folder for the module first.
 
-    Raises: ValueError naming the argument, if the module cannot be imported or has no such function.
+    Raises: ValueError naming the argument, if the import fails or the function does not exist.
     """
     module, _, name = text.rpartition(":")
     try:
