@@ -48,7 +48,7 @@ usage: {PROG} COMMAND MODEL DATA [options]
 Ask a trained Keras model about its training data. The answer is one page.
 
 """
-# Option by the name of a library argument. Error messages show the option to the user.
+# The command line option for each argument name of the library. Error messages show the option.
 _OPTION_OF = {"rows": "--test-rows", "top": "--top", "wrong": "--wrong", "remove": "--remove"}
 _OPTION_OF |= {"path": "MODEL", "model": "MODEL", "damping": "--damping", "index": "--index"}
 _OPTION_OF |= {"batch_size": "--batch-size", "out": "--out", "loss": "--loss"}
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except _Untrusted:
         return 1
-    except SystemExit as stop:  # argparse raises it after --help or an error
+    except SystemExit as stop:  # argparse raises SystemExit after --help or an error
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return console.interrupted()

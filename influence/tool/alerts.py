@@ -16,7 +16,7 @@ from influence.solvers.plan import Plan
 
 Level = Literal["stop", "care", "note"]
 ORDER_NOT_SIZE = "Use the order of the rows, not the sizes."
-# Headlines (for the verdict "fail", for the verdict "warn"), by the name of the check's line.
+# Headlines for the verdicts "fail" and "warn", by the name of the line of the check.
 _HEADLINES: dict[str, tuple[str, str]] = {
     "stationary point": (
         f"{ORDER_NOT_SIZE} The model is not at a minimum of its training risk.",

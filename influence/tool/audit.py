@@ -30,7 +30,8 @@ USUAL_TOP = 100
 # Self-influence is computed and stored in blocks of this many rows. An interrupted run continues
 # after the last stored block.
 _PART = 2048
-# For at most this many weights, self-influence is fast. It is then computed for every ranking.
+# If the model has at most this many weights, self-influence is fast to compute. It is then computed
+# for every ranking.
 _CHEAP = 256
 # The user writes new labels into the column NEW_LABEL of the CSV file. The word REMOVE in this
 # column removes the row.

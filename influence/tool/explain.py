@@ -343,7 +343,7 @@ def extremes(scores: Any, top: int) -> tuple[list[NDArray], list[NDArray]]:
 
 
 def label_of(known: Any, rows: Rows, row: int, predicted: bool = False) -> str:
-    """Return a row's label or predicted label as text, "" if the labels are not single numbers."""
+    """Return a row's label, or predicted label, as text; "" if labels are not single numbers."""
     values = known.predicted if predicted else known.given
     if values is None:
         return ""
@@ -397,7 +397,7 @@ def _scores(subject: Subject, chosen: NDArray[np.int64]) -> Scores:
 def _bounds(
     subject: Subject, scores: Scores, shown: NDArray[np.int64]
 ) -> dict[tuple[int, int], float]:
-    """Return bounds on the solver's error, by (test row position, training row in `shown`)."""
+    """Return a dict from (index of test row, training row) to a bound on the solver's error."""
     some = replace(scores, change_if_removed=np.asarray(scores)[:, shown], rows=shown)
     bounds = subject.influence.error_bound(some)
     return {

@@ -78,14 +78,14 @@ def index(
 ) -> Index:
     """Compute and store the results that every question about a model and its rows needs.
 
-    The results are the features of frozen layers, the chosen matrix, damping and solver, the formed
-    matrix or the factors of EK-FAC, and the lines of the check. Other questions read them if their
-    options are `QuestionOptions(index=folder)`.
+    The results are the features of the frozen layers, the choice of matrix, damping and solver, the
+    matrix itself or the factors of EK-FAC, and the lines of the check. Other questions read these
+    results if their options are `QuestionOptions(index=folder)`.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: test rows, or None. The features of their frozen layers are stored too.
+      test: test rows whose features are stored too, or None.
       folder: the folder of the files. It is created if it is missing.
       options: options of the computation.
 

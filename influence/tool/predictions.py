@@ -139,7 +139,7 @@ def _losses_and_outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> 
 
 
 def _probabilities(net: GenericNeuralNet, outputs: NDArray) -> NDArray | None:
-    """Convert outputs (n, c) to probabilities (n, c). None if the loss does not define them."""
+    """Return probabilities (n, c), or None if outputs are neither probabilities nor logits."""
     loss = net.loss
     if net.ending.heads[0] is not None:
         return outputs

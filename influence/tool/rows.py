@@ -33,8 +33,8 @@ _MOST_COLUMNS = 200
 _BLOCK = 1 << 20
 # The standard deviation of a column is estimated from at most this many rows.
 _SPREAD_ROWS = 1024
-# A word is common if at least the share _COMMON of sampled texts contains it. The sample has at most
-# _TEXTS texts. Only the first _CHARACTERS characters of each text are searched.
+# A word is common if at least the share _COMMON of the sampled texts contains it. The sample has at
+# most _TEXTS texts. Only the first _CHARACTERS characters of each text are searched.
 _COMMON, _TEXTS, _CHARACTERS = 0.3, 200, 20_000
 # These losses take one-hot labels. For them, class numbers are converted to one-hot labels.
 _ONE_HOT = (

@@ -55,10 +55,11 @@ def item(rows: Rows, row: int, size: int, against: tuple[Rows, int] | None = Non
 
 
 def plain(text: Any, most: int) -> str:
-    """Cut a text to `most` characters, and replace invisible characters by their codes.
+    """Cut a text to `most` characters, and replace special characters by their codes.
 
-    The replaced characters are control characters, and characters that would change the direction
-    of other text. HTML characters are not escaped here. The page's template escapes them.
+    Special characters are control, format, surrogate and private-use characters. They are
+    invisible, or could change the direction of other text. This function does not escape HTML. The
+    page's template does that.
     """
     text = str(text)
     cut = text[:most]

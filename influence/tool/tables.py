@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from influence.tool.rows import Rows, Wanted, digest_of
 
 ENDINGS = (".csv", ".tsv", ".parquet")
-# If --target is not given, the column of labels must have one of these names. If several columns do,
-# --target is required.
+# If --target is not given, the column of labels must have one of these names. If several columns
+# have such a name, --target is required.
 _LABELS = ("target", "label", "labels", "class", "y")
 # Error messages list at most this many names.
 _SHOWN = 12
