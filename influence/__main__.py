@@ -76,7 +76,7 @@ Examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run one command of the command line.
 
     Args:
       arguments: the words after `python -m influence`. If None, `main` takes them from sys.argv.

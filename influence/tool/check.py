@@ -1,4 +1,4 @@
-"""Answer to the question whether influence scores of a model can be trusted."""
+"""Check whether the influence scores of a model can be trusted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORDS = {"ok": "ok", "warn": "care", "fail": "fails"}
 
 @dataclass(frozen=True, eq=False)
 class Verdict(Answer):
-    """The result of `influence.check`, as an answer with a page.
+    """The result of `influence.check`.
 
     Attributes:
       report: the lines of the check.
@@ -100,12 +100,12 @@ def checked(
     *,
     options: QuestionOptions = QuestionOptions(),
 ) -> Verdict:
-    """Check the assumptions of influence functions by `influence.check`, and return an answer.
+    """Check the assumptions of influence functions by `influence.check`.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: the rows whose losses will be explained. If None, training rows are used.
+      test: the rows whose losses will be explained later. If None, training rows are used.
       options: options of the computation.
 
     Returns: a Verdict, with `report`, `table` and `to_html`.

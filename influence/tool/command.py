@@ -159,7 +159,7 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
 
 @contextmanager
 def named(argument: str, text: str):
-    """Name the argument in unexpected errors that the user's function raises in a `with` block."""
+    """Convert an unexpected error of a `with` block to a ValueError that names the argument."""
     try:
         yield
     except (ValueError, TypeError, OSError, KeyboardInterrupt):
@@ -260,7 +260,7 @@ def _value(value: Any) -> str:
 
 
 def _string(text: str) -> str:
-    """Return a text as a TOML string. Escapes equal JSON's, but TOML has no surrogate pairs."""
+    """Return a text as a TOML string. Its escapes are those of JSON, without surrogate pairs."""
     parts = [
         json.dumps(c)[1:-1] if ord(c) < 0x7F else c if c.isprintable() else f"\\U{ord(c):08X}"
         for c in text.encode("utf-8", "replace").decode("utf-8")

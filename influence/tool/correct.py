@@ -161,9 +161,10 @@ def correct(
 ) -> Correction:
     """Change labels or leave rows out, and compare the predicted gain with the actual gain.
 
-    A gain is a fall of the mean test loss. The prediction is a first-order one: the sum of the
-    predicted changes by the single edits. A new label has the predicted change of removing the old
-    row plus the predicted change of adding the new row. `edit_response` computes the actual change.
+    A gain is a fall of the mean test loss. The predicted gain is the sum of the first-order
+    predictions for the single edits. The predicted change by a new label is the sum of two changes:
+    removing the row with the old label, and adding the row with the new label. `edit_response`
+    computes the actual change.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
@@ -272,7 +273,7 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _checked(edits: dict[Any, Any], subject: Subject, where: str) -> dict[int, float | None]:
-    """Validate the edits, and drop those that equal the present label.
+    """Validate the edits, and drop the edits that do not change the label.
 
     Returns: dict from row number to the new label as a number, or to None for a removed row.
     Raises: ValueError or IndexError naming the invalid row or label.

@@ -325,14 +325,14 @@ def choose(
 
 
 def extremes(scores: Any, top: int) -> tuple[list[NDArray], list[NDArray]]:
-    """Return the training rows with the most positive and most negative scores by test row.
+    """Return, for each test row, the training rows with the largest and the smallest scores.
 
     Args:
       scores: (m, n) scores.
       top: largest number of helpful rows, and of harmful rows, for each test row.
 
-    Returns: (helpful, harmful). Each is a list of m arrays of training rows, sorted by the absolute
-      value of the score, the largest first.
+    Returns: (helpful, harmful), two lists of m arrays of training rows. Helpful rows have positive
+      scores, harmful rows have negative scores. The largest absolute value comes first.
     """
     helpful, harmful = [], []
     for values in np.asarray(scores):
@@ -361,7 +361,7 @@ def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
 
 
 def history_facts(subject: Subject) -> list[tuple[str, Any]]:
-    """Return a fact (name, text) about the recorded training, or no fact without a history."""
+    """Return pairs (name, text) about the recorded training; an empty list without a history."""
     history = subject.history
     if history is None:
         return []

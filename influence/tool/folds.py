@@ -77,7 +77,7 @@ def out_of_fold(subject: Subject, num_folds: int, fit: own_training.Fit) -> OutO
 
 
 def _without(subject: Subject, rows: NDArray[np.int64], fit: own_training.Fit) -> NDArray:
-    """Train without k rows. Return their log probabilities (k, c), or predicted numbers (k, 1)."""
+    """Train without k rows, and return their log probabilities (k, c) or numbers (k, 1)."""
     whole = inputs_of(subject.train)
     size = subject.options.batch_size
     with own_training.trained_anew(subject.net, whole.without(rows), fit) as net:

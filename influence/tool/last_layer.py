@@ -13,8 +13,8 @@ The leave-one-out output of a row is the output of a refit without this row. At 
 has a closed form. For classes the form is approximate (`leave_one_out_outputs`: Rad & Maleki 2020).
 For numbers it is exact: y - (y - f) / (1 - h), with the fitted value f and the leverage h.
 
-lambda is chosen from a fixed grid. It minimises the mean leave-one-out loss, weighted by w. The
-choice needs no information about which labels are wrong.
+lambda is chosen from a fixed grid. The chosen value minimises the mean leave-one-out loss, weighted
+by w. The choice needs no information about which labels are wrong.
 
 The refit has a limit: the features come from a training that used every label. If the network
 memorised a wrong label, the features of this row may already resemble the wrong class.
@@ -58,7 +58,7 @@ _GRADIENT = 1e-7
 
 @dataclass(frozen=True, eq=False)
 class OutOfSample:
-    """Outputs of rows by models that were trained without the respective row.
+    """Outputs of rows, each from a model that was trained without the row.
 
     Attributes:
       outputs: (n, c) logits of c classes, or (n, 1) predicted numbers.
@@ -231,7 +231,7 @@ def _classes(x: NDArray, y: NDArray, num_classes: int, w: NDArray) -> Callable[[
 
 
 def _numbers(x: NDArray, y: NDArray, w: NDArray) -> Callable[[float], _Fit]:
-    """Return a function from lambda to the fit of ridge regression. It decomposes x only once."""
+    """Return a function that fits ridge regression for a lambda. x is decomposed only once."""
     one = _with_one(x)
     values, vectors = scipy.linalg.eigh(one.T @ (w[:, None] * one) / len(x))
     along = one @ vectors
@@ -261,9 +261,9 @@ def _standardised(
 ) -> tuple[NDArray, Callable[[NDArray], NDArray], float]:
     """Standardise features with means and variances weighted by w (n,).
 
-    If there are too many features, the result has their first principal components. The penalty
-    does not change if the features are rotated. If the dropped components have no variance, the
-    refit is therefore the same as with all features.
+    If there are too many features, they are replaced by their first principal components. The
+    penalty does not change if the features are rotated. So if the dropped components have no
+    variance, the refit is the same as with all features.
 
     Returns: (x, transform, dropped). x holds the standardised features or their components.
       `transform` maps other features in the same way. `dropped` is the lost share of the variance.
@@ -294,7 +294,7 @@ def _standardised(
 
 
 def _two(z: NDArray) -> NDArray:
-    """Return logits (n, 2) for logits (n, 1) of the second of two classes, and others unchanged."""
+    """Add a zero logit of class 0 to logits (n, 1) of class 1. Return logits (n, c) unchanged."""
     return np.column_stack([np.zeros(len(z)), z]) if z.shape[1] == 1 else z
 
 

@@ -1,4 +1,4 @@
-"""Choice of the ranking that sorts rows by suspicion, and suggestion of labels.
+"""Choice of a ranking of rows by how suspect their labels are, and suggestion of labels.
 
 Each of five quantities can rank the rows. A wrong label typically has a small margin, a large loss
 or a large self-influence. The margin of a class label is the logit of this label minus the largest

@@ -31,7 +31,7 @@ def train(fit: Fit, model: keras.Model, rows: Examples) -> None:
 
 
 def source(fit: Fit) -> str:
-    """Return a hash of the source of a function's module. Names of stored results contain it."""
+    """Return a hash of the source of a function's module, for the names of stored results."""
     try:
         text = inspect.getsource(inspect.getmodule(fit) or fit)
     except (OSError, TypeError):
@@ -76,11 +76,11 @@ def fresh(model: keras.Model) -> keras.Model:
 def trained_anew(
     net: GenericNeuralNet, rows: Examples, fit: Fit, seed: int | None = None
 ) -> Iterator[GenericNeuralNet]:
-    """Train a fresh copy of the net's model, and lend its weights to the net for a `with` block.
+    """Train a fresh copy of the net's model. In a `with` block, the net has the trained weights.
 
-    The block gets a view of the net that runs all layers on the inputs of the whole model. It uses
-    no features of frozen layers that were computed earlier. After the block, the net has its
-    original weights again.
+    The block gets a view of the net that runs all layers on the inputs of the whole model. The view
+    does not use features of frozen layers that were computed earlier. After the block, the net has
+    its original weights again.
 
     Args:
       net: the net whose model is copied and trained.

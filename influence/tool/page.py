@@ -1,4 +1,4 @@
-"""One self-contained HTML page for an answer. It loads no other file and nothing by network."""
+"""One self-contained HTML page for an answer. It needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Table:
     kind: str = "table"
 
     def cells(self) -> list[list[dict[str, Any]]]:
-        """Return a dict for each value: the shown text or item, and the key for sorting."""
+        """Return one dict for each cell, with the shown text or item and the key for sorting."""
         return [
             [_cell(value, column) for value, column in zip(row, self.columns, strict=True)]
             for row in self.rows
@@ -172,7 +172,7 @@ def render(page_of: Callable[[int], Page]) -> str:
 
 
 def _shortened(page: Page) -> Page | None:
-    """Return the page with about half of its sections or table rows, or None if impossible."""
+    """Return the page with about half of its sections or table rows; None if it has too few."""
     sections = list(page.sections)
     if len(sections) > 2:
         sections = [*sections[: (len(sections) - 1) // 2], sections[-1]]

@@ -56,8 +56,8 @@ class Predictions:
           net: the net.
           examples: the rows.
           batch_size: number of rows in memory at a time. If None, the library chooses it.
-          like: rows whose labels show the coding of two classes, such as 0, 1 or -1, 1. Give them
-            if `examples` may lack one of the classes. If None, `examples` is used.
+          like: rows whose labels show the coding of two classes: 0 and 1, or -1 and 1. They are
+            needed if `examples` may lack one of the classes. If None, `examples` is used.
         """
         parts = list(
             examples.map_over(_losses_and_outputs, net, batch_size=batch_size, what="predictions")
@@ -133,7 +133,7 @@ class Predictions:
 
 
 def _losses_and_outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> tuple[NDArray, Any]:
-    """Return losses and outputs of a batch: a question as in `influence.net.questions`."""
+    """Return losses and outputs of a batch. A question (`influence.net.questions`)."""
     at = net.at(theta)
     return at.losses(x, y), at.outputs(x)
 

@@ -32,16 +32,18 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """Options for reading DATA. An option that is None is set to fit the data and the model.
+    """Options for reading DATA.
 
     Attributes:
-      target: the name of the table column with the labels.
-      text: the name of the table column with the texts.
+      target: the name of the table column with the labels. If None, a column with a usual name such
+        as "target" is used.
+      text: the name of the table column with the texts. If None, the inputs of the model decide.
       drop: the names of table columns that are no inputs of the model.
-      weight: the name of the table column with the sample weights.
-      class_weight: weights by class number or class name, as in `fit(class_weight=...)`.
-      image_size: (height, width) of images, in pixels.
-      scale: (factor, offset) for pixel values, if the training applied them outside the model.
+      weight: the name of the table column with the sample weights, or None.
+      class_weight: weights by class number or class name, as in `fit(class_weight=...)`, or None.
+      image_size: (height, width) of images, in pixels. If None, the size that the model takes.
+      scale: (factor, offset) for pixel values, if the training applied them outside the model; else
+        None.
     """
 
     target: str | None = None

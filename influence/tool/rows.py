@@ -21,7 +21,7 @@ from influence.examples.tables import is_frame, is_text
 from influence.net.inputs import declared
 
 Kind = Literal["image", "table", "text", "other"]
-# Shape of the images, by the number of values in a flat row. They are the sizes of MNIST and CIFAR.
+# Image shapes of MNIST and CIFAR, by the number of values in a flattened image.
 _FLATTENED = {784: (28, 28, 1), 3072: (32, 32, 3)}
 # An array with a smaller height or width is not shown as an image.
 _LEAST_SIDE = 8
@@ -62,7 +62,7 @@ class Wanted:
 
     @classmethod
     def by(cls, net: Any) -> Wanted:
-        """Return the Wanted of a net."""
+        """Return the inputs and the label format that a net takes."""
         front = getattr(net, "preparation", None)
         if front is not None:
             inputs = front.given.declared
@@ -101,7 +101,7 @@ class Rows:
       files: the image file of each row, or () if the rows are not from image files.
       labels: the labels (n, ...) if they are known without reading the rows, else None.
       weights: the sample weights (n,) if they are known without reading the rows, else None.
-      digest: a text that identifies the files and the reading options: it contains the SHA-256 of
+      digest: a text that identifies the files and the reading options. It contains the SHA-256 of
         the files. "" if the rows do not come from files.
       source: the path or the function that the rows come from, or "".
       notes: one sentence for each change that the reading made to the rows.
@@ -122,7 +122,7 @@ class Rows:
 
     @classmethod
     def of(cls, value: Any, wanted: Wanted, argument: str) -> Rows:
-        """Wrap data in any form that `fit` takes. A value that is already Rows is returned."""
+        """Return Rows for data in any form that `fit` takes. If the data are Rows, return them."""
         if isinstance(value, Rows):
             return value
         columns: tuple[str, ...] = ()
@@ -223,7 +223,7 @@ class Rows:
         return found
 
     def cells(self, rows: Sequence[int] | NDArray) -> dict[str, NDArray]:
-        """Return a dict from the column names of a table to the values (k,) in k given rows."""
+        """Return the values (k,) of k given rows in each column of a table, by column name."""
         x = self.examples.take(np.asarray(rows)).x
         if isinstance(x, dict):
             return {str(key): _dense(part).reshape(len(rows)) for key, part in x.items()}

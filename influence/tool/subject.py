@@ -35,7 +35,7 @@ from influence.tool.rows import Rows, Wanted
 from influence.tool.store import Store, name_of, texts
 
 # Format number of stored results. Raise it if a code change alters the results of the same inputs.
-# Results with another number are then no longer used.
+# Stored results with another number are not used.
 _FORMAT = 2
 # Features of frozen layers are computed and stored in blocks of this many rows.
 _PART = 256
@@ -51,8 +51,7 @@ class QuestionOptions:
 
     Attributes:
       loss: the loss, for a model that was not compiled, or None.
-      damping: the number that multiplies I in the curvature matrix. If None, the library chooses
-        it.
+      damping: the factor of I in the damped curvature matrix. If None, the library chooses it.
       batch_size: number of rows in memory at a time. If None, the library chooses it.
       check: False to skip the check before the computation.
       index: a folder of stored results that the function `index` filled, or None.
@@ -197,7 +196,7 @@ class Subject:
 
     @cached_property
     def influence(self) -> Influence:
-        """The Influence that computes scores. Stored parts of its factored matrix are reused."""
+        """The Influence object that computes scores. It reuses stored factors of the matrix."""
         return self._planned[0]
 
     @property
@@ -331,7 +330,7 @@ def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
 
 
 def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:
-    """Return True if there are no frozen layers, or if their first features are stored."""
+    """Return True if there are no frozen layers, or if the first block of features is stored."""
     trunk = loaded.net.flat.trunk
     return trunk is None or store.find(f"{_features_name(trunk, rows)}-0") is not None
 
@@ -375,7 +374,7 @@ def _plan_of(found: dict[str, NDArray]) -> Plan | None:
 
 @contextmanager
 def on_disk(folder: Path | None) -> Iterator[Path | None]:
-    """Create a folder for the results of a run. Remove it after a `with` block without errors."""
+    """Create a folder for intermediate results. If the `with` block succeeds, delete them."""
     if folder is None:
         yield None
         return

@@ -22,10 +22,11 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table with a special meaning, as in `influence.tool.read.Reading`.
+    """The columns of a table that hold labels, texts or weights, or that are left out.
 
     Attributes:
-      target: the name of the column of labels. If None, a column with a usual name is searched.
+      target: the name of the column of labels. If None, a column with a usual
+        name such as "target" is used.
       text: the name of the column of texts, or None.
       drop: the names of columns that are no inputs of the model.
       weight: the name of the column of sample weights, or None.
@@ -145,8 +146,8 @@ def _frame(path: Path) -> tuple[Any, tuple[str, ...]]:
     if not strings:
         return frame, ()
     if path.suffix != ".parquet":
-        # pandas reads "None" and "NA" as missing entries. Read columns of strings again, where
-        # these words stay strings.
+        # pandas reads "None" and "NA" as missing entries. A second reading of the columns of
+        # strings keeps these words as strings.
         how: dict[str, Any] = {"dtype": str, "keep_default_na": False, "usecols": strings}
         again = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", **how)
         for column in strings:

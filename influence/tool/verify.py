@@ -38,18 +38,18 @@ _SERIES = 6
 # correlation is also at least _ORDER_HOLDS, and the slope is between 1 / _SIZE_HOLDS and
 # _SIZE_HOLDS.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
-# The actual changes under two seeds should have at least this correlation, or an alert is shown.
-# Below 0.5, the seed causes more than half of the variance of the changes.
+# If the correlation of the actual changes under two seeds is below this number, an alert is shown.
+# The seed then causes more than half of the variance of the changes.
 RELIABLE = 0.5
 # A proximal response must reach this gradient norm, relative to the norm at its start. The first
-# number is for scores with the Hessian, the second for scores with a Gauss-Newton matrix. The second
-# case is that of networks. A smaller norm hardly alters their changes. Kinks such as those of ReLU
-# may also prevent a smaller norm.
+# number is for scores with the Hessian. The second number is for scores with a Gauss-Newton matrix,
+# such as those of networks. A smaller norm hardly alters the changes of networks. Kinks such as
+# those of ReLU may also prevent a smaller norm.
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
 # Each proximal response uses at most this many data passes.
 _PASSES = 30
-# If the scores' solver is CG without a preconditioner, the steps of proximal responses are computed
-# by a Nystrom sketch of this rank.
+# Scores may use a Gauss-Newton matrix and CG without a preconditioner. The steps of proximal
+# responses then use a Nystrom sketch of this rank.
 _RANK = 50
 # Proximal responses run in blocks of this many removed rows. An interrupted run continues after the
 # last finished block.
@@ -214,8 +214,8 @@ def verify(
 ) -> Verification:
     """Remove training rows one at a time, and compare actual with predicted loss changes.
 
-    Half of the removed rows have large scores. The other half is drawn at random. Rows with large
-    scores alone would give a too favourable result, because their predictions agree better.
+    Half of the removed rows have large scores. The other half is drawn at random. Predictions agree
+    better for rows with large scores, so a test with only these rows would be too favourable.
 
     The method for the actual changes depends on the arguments:
 
@@ -226,8 +226,9 @@ def verify(
     - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. For some
       nets with the Hessian as matrix, `proximal_response` is used instead. Without damping, it
       gives the same changes.
-    - Otherwise `proximal_response` computes the changes, with the damping of the scores. Retraining
-      would not help here: the net would also change because its training continues.
+    - Otherwise `proximal_response` computes the changes, with the damping of the scores. The net is
+      not at a minimum here, so retraining would also continue the training. The changes would then
+      include this progress.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
@@ -378,9 +379,9 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
 def _steps(subject: Subject) -> Any:
     """Return the solver that computes the steps of proximal responses.
 
-    The choice does not change the result, because the gradient norm certifies the minimum. If the
-    scores' solver is CG, each step would need many matrix products. A Nystrom sketch of the matrix
-    needs these products only once.
+    The choice does not change the result, because the gradient norm certifies the minimum. With CG,
+    each step would need many products with the Gauss-Newton matrix. A Nystrom sketch of this matrix
+    needs such products only once.
     """
     solver, influence = subject.plan.solver, subject.influence
     if not isinstance(solver, CG) or isinstance(influence.operator, Hessian):
@@ -402,7 +403,7 @@ def besides_sizes(found: list[alerts.Alert]) -> list[alerts.Alert]:
 
 
 def of_verdict(found: dict[str, float]) -> list[alerts.Alert]:
-    """Return an alert, unless an agreement shows that order and sizes of the scores hold."""
+    """Return an alert if the order or the sizes of the scores do not hold, else an empty list."""
     text = verdict(found)
     if text.startswith("The scores hold:"):
         return []

@@ -82,7 +82,7 @@ class GroupVerification(Answer):
     def repeats(self) -> float:
         """Return the Pearson correlation of the actual changes under the first two seeds.
 
-        If this correlation is low, no prediction can agree well with the actual changes.
+        Predictions cannot correlate with the actual changes much better than this.
         """
         return agreement(self.by_seed[0].ravel(), self.by_seed[1].ravel())["pearson"]
 
@@ -186,8 +186,8 @@ def verify_groups(
     """Remove groups of training rows, retrain by `fit`, and compare the loss changes.
 
     Half of the groups have large scores. Such a group has the most helpful rows of one test row, or
-    its most harmful rows. The other half of the groups is drawn at random. Groups with large scores
-    alone would give a too favourable result, because their predictions agree better.
+    its most harmful rows. The other half of the groups is drawn at random. Predictions agree better
+    for groups with large scores, so a test with only these groups would be too favourable.
 
     The predicted change is the sum of the scores of the group's rows. For the actual change, the
     model is trained with new weights, on all rows and without the group. Both trainings are done
