@@ -324,7 +324,7 @@ def _relabelled(rows: Examples, values: list[Any]) -> Examples:
     numbers = np.asarray(values, float)
     if field.ndim == 2 and field.shape[1] > 1:  # one-hot labels
         field[:] = np.eye(field.shape[1])[numbers.astype(int)]
-    elif set(np.unique(field)) <= {-1, 1} and (field < 0).any():  # -1 and 1, for hinge
+    elif set(np.unique(field)) <= {-1, 1} and (field < 0).any():  # labels -1, 1 of a hinge loss
         field[:] = np.where(numbers > 0, 1, -1).reshape(field.shape)
     else:
         field[:] = numbers.reshape(field.shape)

@@ -85,7 +85,7 @@ class OutOfSample:
 
     @property
     def margins(self) -> NDArray:
-        """(n,) logit of the given class minus the largest other logit. Negative: label doubtful."""
+        """(n,) logit of the label minus the largest other logit. Negative: label is doubtful."""
         return class_margins(self.outputs, self.given)
 
     @property

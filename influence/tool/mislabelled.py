@@ -120,7 +120,9 @@ def choose(
 
 
 def of_memory(last: LastLayer, reproduced: float | None) -> Alert | None:
-    """Return an alert if the test of this module finds memorised labels, else None.
+    """Return an alert if the labels are, or may be, memorised, else None.
+
+    The module docstring describes the test for memorisation.
 
     Args:
       last: the refitted last layer.

@@ -133,7 +133,7 @@ class Predictions:
 
 
 def _losses_and_outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> tuple[NDArray, Any]:
-    """Return losses and outputs of a batch. A question (`influence.net.questions`)."""
+    """Return losses and outputs of a batch, as a question of `Examples.map_over`."""
     at = net.at(theta)
     return at.losses(x, y), at.outputs(x)
 

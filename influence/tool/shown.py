@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from influence.tool.rows import Rows
 
-# Display limits: cells of a row, characters of a text's start, of its rest, of a cell, of a name.
+# A page shows at most _CELLS cells of a row. It cuts texts after _TEXT characters, or after _MORE
+# characters if a reader opens the rest. It cuts cells after _CELL and names after _NAME characters.
 _CELLS, _TEXT, _MORE, _CELL, _NAME = 16, 280, 3000, 60, 120
 # An image whose longer side has at most this many pixels is enlarged without smoothing.
 _SMALL = 64
 # Two numbers of a column are marked as different if they differ by more than this many standard
 # deviations of the column.
 _APART = 0.5
-# Common words of two texts are marked only if they have at least this many characters.
+# A word that two texts share is marked only if it has at least this many characters.
 _WORD = 3
 
 
@@ -32,7 +33,7 @@ def item(rows: Rows, row: int, size: int, against: tuple[Rows, int] | None = Non
       row: the number of the row.
       size: the longest side of a picture, in pixels.
       against: another row as (rows, number), or None. In a table, cells that differ from those of
-        the other row are marked. In a text, words that also occur in the other text are marked.
+        the other row are marked. In a text, uncommon words that the other text has too are marked.
 
     Returns: a dict with `kind` ("image", "table", "text" or "other"), `name` and `row`. The other
       keys depend on `kind`. An image has `uri` and `small` (True for a tiny image). A table has
@@ -131,7 +132,7 @@ def _cell(value: Any) -> str:
 
 
 def _parts(text: str, other: str | None, rows: Rows) -> list[tuple[str, bool]]:
-    """Split a text into pairs (part, marked). Words that the other text has too are marked."""
+    """Split a text into pairs (part, marked). Uncommon words that both texts have are marked."""
     if other is None:
         return [(plain(text, _TEXT), False)]
     shared = set(map(str.lower, re.findall(r"\w+", other[: 1 << 20]))) - rows.common_words

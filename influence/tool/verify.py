@@ -226,8 +226,8 @@ def verify(
     - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. For some
       nets with the Hessian as matrix, `proximal_response` is used instead. Without damping, it
       gives the same changes.
-    - Otherwise `proximal_response` computes the changes, with the damping of the scores. The net is
-      not at a minimum here, so retraining would also continue the training. The changes would then
+    - Otherwise `proximal_response` computes the changes, with the damping of the scores. If the net
+      is not at a minimum, retraining would also continue the training. The changes would then
       include this progress.
 
     Args:

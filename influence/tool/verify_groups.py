@@ -87,7 +87,7 @@ class GroupVerification(Answer):
         return agreement(self.by_seed[0].ravel(), self.by_seed[1].ravel())["pearson"]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the agreement for all, chosen and random groups, and that between two seeds."""
+        """Return the agreements for all, chosen and random groups, and the result of `repeats`."""
         found = {
             name: {key: value_of(value) for key, value in self.agreement(drawn).items()}
             for name, drawn in (("all", None), (_CHOSEN, _CHOSEN), (_RANDOM, _RANDOM))
