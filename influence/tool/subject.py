@@ -374,7 +374,7 @@ def _plan_of(found: dict[str, NDArray]) -> Plan | None:
 
 @contextmanager
 def on_disk(folder: Path | None) -> Iterator[Path | None]:
-    """Create a folder for intermediate results. Delete it if the `with` block succeeds."""
+    """Create a folder for intermediate results. Empty it if the `with` block succeeds."""
     if folder is None:
         yield None
         return

@@ -34,7 +34,7 @@ USUAL_REMOVE = 30
 # The chart distinguishes at most this many series by colour.
 _SERIES = 6
 # The order of the scores holds if the Spearman correlation is at least _ORDER_HOLDS. Below
-# _ORDER_FAILS, the scores do not predict the changes at all. The sizes hold if the Pearson
+# _ORDER_FAILS, the scores do not predict the changes. The sizes hold if the Pearson
 # correlation is also at least _ORDER_HOLDS, and the slope is between 1 / _SIZE_HOLDS and
 # _SIZE_HOLDS.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
