@@ -1,8 +1,9 @@
-"""`python -m influence COMMAND MODEL DATA`: ask a trained model which rows made it what it is.
+"""Command line of `python -m influence COMMAND MODEL DATA`.
 
-The options are read by argparse and not by tyro, which the experiments use. An experiment has the
-fields of one dataclass as options. Here options repeat (`--test-rows 3 17`), may lack a value
-(`--text`) and belong to several commands, and an error is one line.
+The commands show how training rows affect a trained model. They read their options by argparse. The
+experiments use tyro, which turns the fields of one dataclass into options. Here, an option may have
+several values (`--test-rows 3 17`) or no value (`--text`). Several commands share options, and an
+error message is one line.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from influence.tool.command import Result
 
 PROG = "python -m influence"
-# Without a name, --text means the column of this name.
+# If --text has no value, the column of texts has this name.
 _TEXT = "text"
 _ABOUT = {
     "explain": "Which training rows made these predictions? Show the most helpful and the most "
@@ -56,7 +57,7 @@ usage: {PROG} COMMAND MODEL DATA [options]
 Ask a trained Keras model about its training data. The answer is one page.
 
 """
-# The library names arguments. A person knows these by other names.
+# The command line option for each argument name of the library. Error messages show the option.
 _OPTION_OF = {"rows": "--test-rows", "top": "--top", "wrong": "--wrong", "remove": "--remove"}
 _OPTION_OF |= {"path": "MODEL", "model": "MODEL", "damping": "--damping", "index": "--index"}
 _OPTION_OF |= {"batch_size": "--batch-size", "out": "--out", "loss": "--loss"}
@@ -84,14 +85,14 @@ Examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run one command of the command line.
 
     Args:
-      arguments: the words after `python -m influence`. If None, they are taken from sys.argv.
+      arguments: the words after `python -m influence`. If None, `main` takes them from sys.argv.
 
-    Returns: the exit status, as the help text describes it.
+    Returns: the exit status. The help text lists its values.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # there may be no display
+    os.environ.setdefault("MPLBACKEND", "Agg")  # a machine may have no display
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     if command in ("-h", "--help"):
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except _Untrusted:
         return 1
-    except SystemExit as stop:  # raised by argparse after --help or an error
+    except SystemExit as stop:  # argparse raises SystemExit after --help or an error
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return console.interrupted()
@@ -122,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Untrusted(Exception):
-    """The answer was given, but its numbers should not be trusted."""
+    """Error for an answer that was printed, but whose numbers should not be trusted."""
 
 
 def _failed(command: str, error: Exception, out: Path | None) -> int:
-    """Print an error in one line and return the exit status."""
+    """Print an error in one line and return the exit status of the command."""
     if os.environ.get("INFLUENCE_TRACEBACK"):
         raise error
     line = console.unwritten(error, out)
@@ -148,7 +149,7 @@ def _help() -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Wrap the long lines of the list of commands."""
+    """Return the text with its long lines wrapped. Lines of the command list are indented."""
     import textwrap
 
     found = []
@@ -334,9 +335,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    """Return the request of parsed options.
+    """Convert parsed options into a Request.
 
-    Raises: ValueError that names the option.
+    Raises: ValueError naming the option if its value is invalid.
     """
     given = vars(options)
     for name, value in given.items():
@@ -397,7 +398,7 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 def _absolute(text: str) -> str:
-    """Return the absolute path of an existing file or of `file.py:function`, else the text."""
+    """Make the path of an existing file or of `file.py:function` absolute. Keep other texts."""
     file, colon, name = text.rpartition(":")
     if colon and file.endswith(".py") and not Path(text).exists():
         return f"{Path(file).expanduser().resolve()}:{name}"

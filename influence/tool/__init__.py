@@ -1,1 +1,1 @@
-"""Questions that people ask of a trained model, each answered by one call and one page."""
+"""Questions about a trained model and its training rows. One call and one page answer each."""

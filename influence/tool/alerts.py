@@ -1,4 +1,4 @@
-"""Alerts: what not to believe about numbers, and why, in plain words."""
+"""Alerts: warnings about unreliable numbers, with the reasons, in plain words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from influence.solvers.plan import Plan
 
 Level = Literal["stop", "care", "note"]
 ORDER_NOT_SIZE = "Use the order of the rows, not the sizes."
-# The headline of a check's line that is not ok, by its name: for "fail" and for "warn".
+# Headlines for the verdicts "fail" and "warn", by the name of the line of the check.
 _HEADLINES: dict[str, tuple[str, str]] = {
     "stationary point": (
         f"{ORDER_NOT_SIZE} The model is not at a minimum of its training risk.",
@@ -56,20 +56,20 @@ _HEADLINES: dict[str, tuple[str, str]] = {
 }
 
 
-# If these lines are not ok, they concern a small part of each number.
+# A warning in one of these lines concerns a small part of each number only.
 _NOTES = ("Hessian = differences", "precision")
 
 
 @dataclass(frozen=True)
 class Alert:
-    """One thing that a reader must know before the numbers.
+    """A warning that a reader must see before the numbers.
 
     Attributes:
-      level: "stop" if the numbers must not be used, "care" if only a part of them holds, "note" for
-        a remark.
+      level: "stop" if the numbers must not be used. "care" if only some of the numbers, or only
+        their order, can be used. "note" for a remark.
       headline: the alert in one or two plain sentences.
-      detail: the finding behind it.
-      remedy: the reader's next step; empty if none is needed.
+      detail: the finding that caused the alert.
+      remedy: advice for the reader, or an empty string if no action is needed.
     """
 
     level: Level
@@ -79,10 +79,10 @@ class Alert:
 
 
 def of_report(report: Report | None, plan: Plan | None = None) -> list[Alert]:
-    """Return an alert for each line of a check that is not ok.
+    """Return an alert for each line of a check whose verdict is not "ok".
 
-    The check computes in the net's dtype. If the plan solves in float64, the line about the
-    precision of the net's dtype is left out.
+    The check computes in the net's dtype. If the plan solves in float64, the precision of the net's
+    dtype does not matter. The line "precision" then gives no alert.
     """
     lines = () if report is None else report.lines
     exact = plan is not None and plan.dtype == "float64"
@@ -91,7 +91,7 @@ def of_report(report: Report | None, plan: Plan | None = None) -> list[Alert]:
 
 
 def of_line(line: Line) -> Alert:
-    """Return the alert for one line of a check."""
+    """Return the alert for one line of a check whose verdict is not "ok"."""
     fails = line.verdict == "fail"
     usual = (
         f"Do not use these numbers. The check {line.name!r} failed."
@@ -99,7 +99,7 @@ def of_line(line: Line) -> Alert:
         else f"The check {line.name!r} asks for care."
     )
     headline = _HEADLINES.get(line.name, ("", ""))[0 if fails else 1] or usual
-    # Away from a minimum the scores still rank the rows (Bae et al. 2022).
+    # At weights that are not a minimum, the scores still rank the rows (Bae et al. 2022).
     level: Level = "stop" if fails and not headline.startswith(ORDER_NOT_SIZE) else "care"
     if line.name in _NOTES and not fails:
         level = "note"
@@ -107,7 +107,7 @@ def of_line(line: Line) -> Alert:
 
 
 def of_plan(plan: Plan) -> list[Alert]:
-    """Return an alert if the plan's matrix is approximated."""
+    """Return an alert if EK-FAC approximates the plan's matrix, else an empty list."""
     if not isinstance(plan.solver, EKFAC):
         return []
     return [
@@ -121,7 +121,7 @@ def of_plan(plan: Plan) -> list[Alert]:
 
 
 def of_history(history: History | None, net: Any) -> list[Alert]:
-    """Return an alert if a history is that of another model than the net's, by the weights."""
+    """Return an alert if no recorded epoch ended with the net's weights, else an empty list."""
     if history is None or history.epoch_of(net.theta) is not None:
         return []
     return [
@@ -136,13 +136,17 @@ def of_history(history: History | None, net: Any) -> list[Alert]:
 
 @dataclass(eq=False)
 class Heard:
-    """The warnings of a computation, as alerts."""
+    """The warnings that a computation raised.
+
+    Attributes:
+      caught: the warnings, as `warnings.catch_warnings` records them.
+    """
 
     caught: list[Any] = field(default_factory=list)
 
     @property
     def alerts(self) -> list[Alert]:
-        """One alert for each different warning of this library."""
+        """One alert for each distinct warning about convergence or about an impossible change."""
         found = {}
         for warning in self.caught:
             text = str(warning.message)
@@ -157,7 +161,7 @@ class Heard:
 
 @contextmanager
 def listening() -> Iterator[Heard]:
-    """Collect the warnings of a `with` block instead of printing them."""
+    """Collect the warnings that a `with` block raises. They are not printed."""
     heard = Heard()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -166,9 +170,9 @@ def listening() -> Iterator[Heard]:
 
 
 def merged(found: list[Alert]) -> tuple[Alert, ...]:
-    """Return the alerts without repetitions, the gravest first.
+    """Return the distinct alerts, sorted by level: "stop", "care", "note".
 
-    All alerts that say to use the order and not the sizes become one.
+    The alerts that begin with `ORDER_NOT_SIZE` are merged into one alert.
     """
     order = {"stop": 0, "care": 1, "note": 2}
     unique = list({(alert.headline, alert.detail): alert for alert in found}.values())

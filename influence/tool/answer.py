@@ -1,4 +1,4 @@
-"""What all answers share: a table, a picture, a page, and the numbers for a machine."""
+"""Base class of all answers: a table, a plot, an HTML page, and a dict for JSON."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FRAME_HEIGHT = 640
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Base class of answers.
+    """Base class of answers to a question about a model.
 
     Attributes:
       subject: the model and its rows.
-      alerts: what not to believe, the gravest first.
+      alerts: warnings about the numbers, the most serious first.
     """
 
     subject: Subject
@@ -34,11 +34,11 @@ class Answer:
 
     @abstractmethod
     def records(self) -> list[dict[str, Any]]:
-        """Return the rows of the table as dicts of plain Python values."""
+        """Return one dict of plain Python values for each row of the table."""
 
     @abstractmethod
     def page(self, size: int) -> Page:
-        """Return the page, with pictures of at most `size` pixels."""
+        """Return the page. `size` limits the longer side of its pictures, in pixels."""
 
     @abstractmethod
     def draw(self, figure: Any) -> None:
@@ -50,7 +50,7 @@ class Answer:
         """The answer in a few sentences."""
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of the answer that are not in the table, by name."""
+        """Return a dict of the numbers of the answer that the table does not contain."""
         return {}
 
     def table(self) -> Any:
@@ -68,10 +68,10 @@ class Answer:
         return figure
 
     def to_html(self, path: str | os.PathLike) -> Path:
-        """Write the answer as one HTML file, which needs no other file and no network.
+        """Write the answer as one HTML file. It opens without other files and without a network.
 
-        Returns: the path.
-        Raises: OSError if the file cannot be written; ValueError if the page would be too large.
+        Returns: the path of the file.
+        Raises: OSError if the file cannot be written, ValueError if the page would be too large.
         """
         path = Path(path)
         write_text(path, render(self.page))
@@ -80,9 +80,9 @@ class Answer:
     def to_csv(self, path: str | os.PathLike) -> Path:
         """Write the table as a CSV file, in UTF-8.
 
-        Cells that a spreadsheet would take for a formula begin with an apostrophe.
+        A spreadsheet would read some cells as formulas. These cells get an apostrophe in front.
 
-        Returns: the path.
+        Returns: the path of the file.
         """
         frame = self.table()
         for column in frame.columns:
@@ -92,7 +92,7 @@ class Answer:
         return Path(path)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole answer as plain Python values, for JSON."""
+        """Return the answer as a dict of plain Python values, ready for JSON."""
         return {
             "question": type(self).__name__.lower(),
             "summary": self.summary,
@@ -118,12 +118,12 @@ class Answer:
         return found
 
     def __str__(self) -> str:
-        """Show the alerts, the summary and the first rows of the table."""
+        """Show the headlines of the alerts, and the summary."""
         lines = [f"{alert.level.upper()}: {alert.headline}" for alert in self.alerts]
         return "\n".join([*lines, *self.summary])
 
     def _repr_html_(self) -> str:
-        """Show the page in a notebook. Its script and style stay apart from the notebook's."""
+        """Return an HTML frame that shows the page in a notebook. The frame isolates its script."""
         text = html.escape(render(self.page), quote=True)
         return (
             f'<iframe srcdoc="{text}" sandbox="allow-scripts" title="{type(self).__name__}" '
@@ -132,9 +132,9 @@ class Answer:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text to a file. An interrupted write leaves the old file, if there is one.
+    """Write a text to a file. If the write is interrupted, an existing file stays unchanged.
 
-    Raises: OSError that names the file.
+    Raises: OSError naming the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
@@ -157,13 +157,13 @@ def _umask() -> int:
 
 
 def as_text_cell(value: Any) -> Any:
-    """Return a string so that a spreadsheet takes it for a text and not for a formula."""
+    """Put an apostrophe before a string that a spreadsheet would read as a formula."""
     starts = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
     return f"'{value}" if starts else value
 
 
 def value_of(number: Any) -> Any:
-    """Return a NumPy number as a plain Python number, and NaN or infinity as None."""
+    """Convert a NumPy number to a plain Python number, and NaN or infinity to None."""
     if number is None:
         return None
     if isinstance(number, np.bool_ | bool):
@@ -175,11 +175,11 @@ def value_of(number: Any) -> Any:
 
 
 def short(number: float | None, digits: int = 3) -> str:
-    """Return a number with some significant digits, or a dash."""
+    """Format a number with `digits` significant digits. None, NaN and infinity become a dash."""
     return "–" if number is None or not np.isfinite(number) else f"{number:.{digits}g}"
 
 
 def listed(names: Sequence[Any], most: int = 5) -> str:
-    """Return names in one line, at most `most` of them."""
+    """Join the first `most` names by commas, and add the number of the other names."""
     shown = ", ".join(map(str, list(names)[:most]))
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

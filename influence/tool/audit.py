@@ -1,4 +1,4 @@
-"""Which training labels look wrong? Rows that the other rows do not explain come first."""
+"""Audit of training labels: a ranking of the training rows by how wrong their labels look."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from influence.tool.rows import Rows
 from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 
-# An interrupted computation of self-influence goes on after this many rows.
+# Self-influence is computed and stored in blocks of this many rows. An interrupted run continues
+# after the last stored block.
 _PART = 2048
-# Self-influence is computed unasked if theta has at most this many numbers, because it takes an
-# instant then.
+# If the model has at most this many weights, self-influence is fast to compute. It is then computed
+# for every ranking.
 _CHEAP = 256
-# The column of the CSV file that a person fills in, and the word that leaves a row out.
+# The user writes new labels into the column NEW_LABEL of the CSV file. The word REMOVE in this
+# column removes the row.
 NEW_LABEL, REMOVE = "new_label", "remove"
 _TITLES = {
     "margin": "Margin without the row",
@@ -44,17 +46,17 @@ _TITLES = {
 
 @dataclass(frozen=True, eq=False)
 class Audit(Answer):
-    """The training rows in the order in which their labels should be checked.
+    """The training rows, sorted by how suspect their labels are.
 
     Attributes:
-      values: (n,) numbers by ranking, of all rankings that were computed, as described in
-        `influence.tool.mislabelled`.
-      choice: the ranking that is used, and why.
-      order: (n,) all rows, the most suspect first.
-      suggested: by row, the label that confident learning gives in place of a doubted one.
-      thresholds: (c,) the thresholds of confident learning, or None without classes.
-      last: the refitted last layer, or None.
-      top: number of rows that the page shows.
+      values: dict from the name of each computed ranking to its (n,) values.
+        `influence.tool.mislabelled` describes the rankings.
+      choice: the ranking that sorts the rows, and the reason for it.
+      order: (n,) the row numbers, the most suspect row first.
+      suggested: dict from the rows with a doubted label to the suggested class numbers.
+      thresholds: (c,) the thresholds of confident learning, or None if no label can be suggested.
+      last: the refitted last layer, or None if it could not be refitted.
+      top: number of rows on the page.
     """
 
     values: dict[str, NDArray]
@@ -67,7 +69,7 @@ class Audit(Answer):
 
     @property
     def self_influence(self) -> NDArray | None:
-        """(n,) predicted rise of each row's own loss if the row is left out, if it is known."""
+        """(n,) predicted rise of each row's loss if the row is left out; None if not computed."""
         return self.values.get("self_influence")
 
     def records(self) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ class Audit(Answer):
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """Return the ranking, counts, and what is known of the refitted last layer."""
+        """Return the ranking, the counts, the thresholds, and facts about the last layer."""
         found: dict[str, Any] = {
             "num_rows": len(self.order),
             "num_suggestions": len(self.suggested),
@@ -135,7 +137,7 @@ class Audit(Answer):
         return found
 
     def page(self, size: int) -> Page:
-        """Return the page, with pictures of at most `size` pixels."""
+        """Return the page. `size` limits the longer side of its pictures, in pixels."""
         names = self.subject.train_rows
         ranked = [self.choice.ranking]
         ranked += [name for name in RANKINGS if name in self.values and name not in ranked]
@@ -175,7 +177,7 @@ class Audit(Answer):
         return [*found, *(plan_facts(self.subject) if "self_influence" in self.values else [])]
 
     def draw(self, figure: Any) -> None:
-        """Draw the values of the ranking in their order."""
+        """Plot the values of the ranking against the rank, the most suspect row first."""
         axes = figure.add_subplot()
         values = self.values[self.choice.ranking]
         axes.plot(np.arange(1, len(self.order) + 1), values[self.order])
@@ -195,29 +197,34 @@ def audit(
     fit: Callable[..., Any] | None = None,
     options: QuestionOptions = QuestionOptions(),
 ) -> Audit:
-    """Rank the training rows so that those with wrong labels come first.
+    """Rank the training rows so that rows with wrong labels come first.
 
-    By default the order is that of the margin of each row's label by the last layer, refitted to
-    its minimum without the row (`influence.tool.last_layer`). Nothing is retrained. Where the
-    network has memorised its labels, an alert says so, and the history of the training takes its
-    place if the options have it. `influence.tool.mislabelled` states the rule. For classes, labels
-    are suggested by confident learning (Northcutt et al. 2021) from the same outputs.
+    By default, the rows are sorted by the margin of their labels. The margin of a row is computed
+    by the last layer, refitted to its minimum without the row (`influence.tool.last_layer`). The
+    network itself is not retrained. If the network seems to have memorised its labels, an alert
+    says so. The rows are then sorted by the history of the training, if the options contain one.
+    `influence.tool.mislabelled` gives the exact rule.
+
+    If the labels are classes, confident learning (Northcutt et al. 2021) suggests labels from the
+    outputs of the refitted last layer, or from the outputs of the folds if `folds` is given. If the
+    rows are sorted by the history, a label is doubted if its mean margin is negative.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: rows that the training has not seen. They show whether labels were memorised.
+      test: rows that were not used for training, or None. Their losses show whether the network has
+        memorised labels.
       top: number of rows on the page.
       ranking: "auto", or one of "margin", "folds", "history", "self_influence" and "loss".
-        Self-influence of all rows takes a solve for each row, or for each block of them.
-      folds: number of folds. The network is trained without each fold by `fit`.
-      fit: a function (model, x, y) or (model, x, y, sample_weight) that trains a Keras model on the
-        rows that it gets. The model comes compiled, with new weights; frozen layers keep theirs.
-      options: options of the computation. With `checkpoints`, an interrupted call is continued
-        after the last finished fold, or part of the self-influence.
+        "self_influence" solves one linear system for each row, or for each block of rows.
+      folds: number of folds. `fit` trains the network once without each fold.
+      fit: a function (model, x, y) or (model, x, y, sample_weight). It trains a Keras model on the
+        rows (x, y). The model is compiled and has new weights. Frozen layers keep their weights.
+      options: options of the computation. With `checkpoints`, an interrupted call continues after
+        the last finished fold, or after the last finished block of self-influence.
 
     Returns: an Audit, with `table`, `to_csv` and `to_html`. A notebook shows its page.
-    Raises: TypeError or ValueError that names the argument that is wrong.
+    Raises: TypeError or ValueError naming the invalid argument.
     """
     _check(top, ranking, folds, fit)
     subject = Subject.of(model, train, test, options)
@@ -270,7 +277,7 @@ def audit(
 
 
 def _check(top: int, ranking: str, folds: Any, fit: Any) -> None:
-    """Check the arguments of `audit` before any work."""
+    """Raise ValueError if an argument of `audit` is invalid."""
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}.")
     if ranking not in (AUTO, *RANKINGS):
@@ -287,7 +294,7 @@ def _check(top: int, ranking: str, folds: Any, fit: Any) -> None:
 
 
 def _last_layer(subject: Subject) -> tuple[LastLayer | None, str]:
-    """Refit the last layer on all rows. Without one, return None and the reason."""
+    """Return the last layer, refitted on all rows, and "". If impossible: None and the reason."""
     known = subject.of_train
     if known.given is None:
         return None, "the labels are neither classes nor one number for each row"
@@ -310,12 +317,12 @@ def _last_layer(subject: Subject) -> tuple[LastLayer | None, str]:
 
 
 def _margins(found: OutOfSample) -> NDArray:
-    """Return margins of classes, or minus the size of the residual of numbers."""
+    """Return the margins (n,) for classes, or minus the absolute residuals (n,) for numbers."""
     return found.margins if found.of_classes else -np.abs(found.residuals)
 
 
 def _reproduced(subject: Subject) -> float | None:
-    """Return the share of the training labels, or of their variance, that the network gives."""
+    """Return the accuracy on the training rows, or R^2 for numbers. None for other labels."""
     known = subject.of_train
     if known.of_classes:
         return known.accuracy
@@ -327,11 +334,12 @@ def _reproduced(subject: Subject) -> float | None:
 def _suggested(
     subject: Subject, best: OutOfSample | None, ranking: str
 ) -> tuple[dict[int, int], NDArray | None]:
-    """Return the labels in place of doubted ones, by row, and confident learning's thresholds.
+    """Return the suggested labels by row, and the thresholds of confident learning.
 
-    Where the history ranks, the outputs have memorised labels. Then a row is doubted if its mean
-    margin over the epochs is negative, and the likeliest other class is suggested. This takes
-    margins of classes: residuals, and losses with the sign changed, are negative for every row.
+    If the rows are ranked by the history, the outputs may have memorised labels. A label is then
+    doubted if the row's mean margin over the epochs is negative. The suggested label is the most
+    probable other class. This rule needs a history of class margins. A history may also consist of
+    residuals or losses with a minus sign. Those are negative for almost every row.
     """
     known = subject.of_train
     if best is None or not best.of_classes or known.given is None:
@@ -349,7 +357,7 @@ def _suggested(
 
 
 def _self_influence(subject: Subject) -> NDArray:
-    """Compute the self-influence of all rows. With a folder, in parts that are kept."""
+    """Return the self-influence (n,) of all rows. A work folder stores each finished block."""
     if subject.store.work is None:
         return subject.influence.self_influence().astype(np.float64)
     n = len(subject.train)

@@ -1,9 +1,9 @@
-"""Scatter charts as SVG, made here and not by a chart library.
+"""Scatter plots as SVG, drawn without a chart library.
 
-A page may take 5 MB and must open without a network. Plotly alone takes 3.5 MB, and Vega with its
-parts 0.8 MB. A page needs one kind of chart, a scatter with the line y = x. As SVG it takes some
-kilobytes, prints, follows the page's colours, and each point can be reached by the keyboard and
-read aloud.
+A page may have at most 5 MB and must open without a network. Plotly has 3.5 MB, and Vega with its
+dependencies has 0.8 MB. A page needs only one type of chart, a scatter plot with the line y = x. An
+SVG of this chart has a few kilobytes, can be printed, and uses the colours of the page. A keyboard
+user can select each point, and a screen reader can read its label.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a scatter.
+    """One point of a scatter plot.
 
     Attributes:
-      x, y: where it is.
-      label: what it is, in words, for a screen reader and the panel beside the chart.
-      shows: the id of the part of the page that the panel shows for this point.
-      series: the number of its colour and shape, from 0.
+      x, y: the coordinates of the point.
+      label: description of the point, for screen readers and for the panel beside the chart.
+      shows: the id of the page element that the panel shows if a reader selects the point.
+      series: the number of the point's series, from 0. It sets the colour and the shape.
     """
 
     x: float
@@ -37,13 +37,13 @@ class Point:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str) -> dict:
-    """Return the numbers that the page's template draws.
+    """Return a dict with the pixel coordinates and texts that the page's template draws.
 
-    Both axes have one scale if their ranges are within a factor of ten, so that y = x is the
-    diagonal.
+    If the ranges of x and y differ by at most a factor of ten, both axes have the same range. The
+    line y = x is then the diagonal of the chart.
 
     Args:
-      points: the points, with finite x and y.
+      points: the points. Their x and y must be finite.
       x_title: the title of the horizontal axis.
       y_title: the title of the vertical axis.
     """
@@ -91,7 +91,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return round numbers within a range."""
+    """Return round numbers between low and high, as tick marks of an axis."""
     rough = (high - low) / _TICKS
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough)

@@ -1,4 +1,4 @@
-"""Can the numbers be trusted? The check before the computation, in words."""
+"""Check whether the influence scores of a model can be trusted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORDS = {"ok": "ok", "warn": "care", "fail": "fails"}
 
 @dataclass(frozen=True, eq=False)
 class Verdict(Answer):
-    """The result of the check.
+    """The result of `influence.check`.
 
     Attributes:
       report: the lines of the check.
@@ -32,7 +32,7 @@ class Verdict(Answer):
 
     @property
     def trusted(self) -> bool:
-        """True if no line fails."""
+        """True if no line of the check has the verdict "fail"."""
         return all(line.verdict != "fail" for line in self.report.lines)
 
     @property
@@ -62,11 +62,11 @@ class Verdict(Answer):
         ]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the verdict."""
+        """Return `trusted` (no line has the verdict "fail") and `ok` (every line is "ok")."""
         return {"trusted": self.trusted, "ok": self.report.ok}
 
     def page(self, size: int) -> Page:
-        """Return the page."""
+        """Return the page. It has no pictures, so `size` has no effect."""
         columns = [Column("Check"), Column("Verdict"), Column("Value", True, 3)]
         columns += [Column("Meaning"), Column("What to do")]
         table = Table(
@@ -83,7 +83,7 @@ class Verdict(Answer):
         return "\n".join([*self.summary, "", str(self.report)])
 
     def draw(self, figure: Any) -> None:
-        """Draw the verdicts as coloured bars."""
+        """Draw one bar for each line of the check. Its colour shows the verdict."""
         axes = figure.add_subplot()
         lines = self.report.lines
         colours = {"ok": "#1b6e2d", "warn": "#b26b00", "fail": "#a4161a"}
@@ -100,16 +100,16 @@ def checked(
     *,
     options: QuestionOptions = QuestionOptions(),
 ) -> Verdict:
-    """Check the assumptions of influence functions (`influence.check`), for a page.
+    """Check the assumptions of influence functions by `influence.check`.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: rows whose losses will be explained. None uses training rows instead.
+      test: the rows whose losses will be explained later. If None, training rows are used.
       options: options of the computation.
 
     Returns: a Verdict, with `report`, `table` and `to_html`.
-    Raises: TypeError or ValueError that names the argument that is wrong.
+    Raises: TypeError or ValueError naming the invalid argument.
     """
     subject = Subject.of(model, train, test, options)
     with alerts.listening() as heard:

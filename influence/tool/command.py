@@ -1,4 +1,4 @@
-"""One run of a command: read, answer, and write the page, the CSV file and run.toml."""
+"""Runs of a command: a run reads the data, answers the question and writes the results."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _HINT = "The command index keeps the features of the frozen layers for the next 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
-      answer: the answer.
-      files: the files that were written, by kind: page, csv, run.
+      answer: the answer to the question.
+      files: the paths of the written files, with the keys "page", "csv" and "run".
       hint: advice for the next run, or an empty string.
     """
 
@@ -46,24 +46,25 @@ class Result:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if the check says that numbers should not be trusted, else 0."""
+        """The exit status: 1 if the command `check` finds that scores cannot be trusted, else 0."""
         return int(isinstance(self.answer, Verdict) and not self.answer.trusted)
 
 
 def run(request: Request, out: Path) -> Result:
     """Answer a question and write the page, the CSV file and run.toml to a folder.
 
-    Results of an unfinished run are kept in the folder, and the same request goes on from them.
+    An interrupted run leaves its intermediate results in the folder. A run of the same request
+    continues from these results.
 
     Args:
-      request: the question.
+      request: the inputs of the run.
       out: the folder to write to. It is created if it is missing.
 
-    Raises: ValueError, TypeError, IndexError or OSError that says what is wrong and what would
-      work; DivergenceError if the model has no answer.
+    Raises: ValueError, TypeError, IndexError or OSError for invalid input. The message describes
+      the error and a valid input. DivergenceError if the computation diverges.
     """
     with on_disk(out / CHECKPOINTS) as folder, warnings.catch_warnings():
-        # A question turns warnings about its numbers into alerts. Others would only disturb.
+        # The commands show warnings about their numbers as alerts. All other warnings are hidden.
         warnings.simplefilter("ignore")
         loaded, rows, test, content = _read(request)
         if request.content and dict(request.content) != content:
@@ -113,7 +114,7 @@ def _read(request: Request) -> tuple[Loaded, Rows, Rows | None, dict[str, str]]:
 
 @contextmanager
 def named(argument: str, text: str):
-    """Name the argument in errors that a person's own function raises in the `with` block."""
+    """Convert an unexpected error of a `with` block to a ValueError that names the argument."""
     try:
         yield
     except (ValueError, TypeError, OSError, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What would corrected labels gain? The predicted gain of an edited CSV file beside the actual."""
+"""Correction of labels: the predicted and the actual fall of the mean test loss."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ from influence.tool.shown import item, plain
 from influence.tool.subject import QuestionOptions, Subject
 from influence.truth.edits import EditResponse, Edits, edit_response
 
-# Predicted and actual gain within this factor of each other agree in size.
+# The predicted and the actual gain agree if they differ by at most this factor.
 _AGREE = 1.25
 
 
 @dataclass(frozen=True, eq=False)
 class Correction(Answer):
-    """The effect of edited labels on the mean test loss.
+    """The effect of changed labels and removed rows on the mean test loss.
 
     Attributes:
-      edits: new label, or None for a row that is left out, by training row.
-      predicted: (k,) predicted change of the mean test loss by each edit. Negative: a gain.
-      response: the net at the minimum after all edits.
-      accuracy: share of right predictions on the test rows before and after, or None.
-      at_minimum: True if the actual change is that of retraining on the edited rows.
+      edits: dict from training rows to new labels, or to None for a removed row.
+      predicted: (k,) predicted change of the mean test loss by each edit. Negative: the loss falls.
+      response: the parameters and the test losses after all edits.
+      accuracy: (before, after), the accuracy on the test rows, or None if the labels are not
+        classes.
+      at_minimum: True if `response` is the result of retraining on the edited rows. If False,
+        `response` is a proximal response, which stays near the present weights.
     """
 
     edits: dict[int, float | None]
@@ -62,7 +64,7 @@ class Correction(Answer):
         )
 
     def numbers(self) -> dict[str, Any]:
-        """Return the gains."""
+        """Return gains, mean losses and accuracies. A gain is a fall of the mean loss."""
         before = float(np.mean(self.response.losses_before, dtype=np.float64))
         return {
             "predicted_gain": value_of(self.predicted_gain),
@@ -121,7 +123,7 @@ class Correction(Answer):
         return [*lines, f"The actual change is that of {truth}."]
 
     def page(self, size: int) -> Page:
-        """Return the page, with pictures of at most `size` pixels."""
+        """Return the page. `size` limits the longer side of its pictures, in pixels."""
         columns = [Column("Row"), Column("Label"), Column("New label")]
         columns.append(Column("Predicted gain", True))
         keys = ("label", NEW_LABEL, "predicted_gain")
@@ -143,7 +145,7 @@ class Correction(Answer):
         return [*super().facts(), *plan_facts(self.subject), ("Refit", passes)]
 
     def draw(self, figure: Any) -> None:
-        """Draw predicted and actual gain as two bars."""
+        """Draw the predicted and the actual gain as two bars."""
         axes = figure.add_subplot()
         axes.bar(["predicted", "actual"], [self.predicted_gain, self.actual_gain])
         axes.set_ylabel("fall of the mean loss")
@@ -157,22 +159,24 @@ def correct(
     edits: Mapping[int, Any] | str | os.PathLike,
     options: QuestionOptions = QuestionOptions(),
 ) -> Correction:
-    """Change labels or leave rows out, and compare the predicted with the actual gain.
+    """Change labels or leave rows out, and compare the predicted gain with the actual gain.
 
-    The prediction is to first order: the sum of the edits' influences on the mean test loss. For a
-    changed label it is the influence of the old row minus that of the new one. The actual change
-    comes from `edit_response`.
+    A gain is a fall of the mean test loss. The predicted gain is the sum of the first-order
+    predictions for the single edits. The predicted change by a new label is the sum of two changes:
+    removing the row with the old label, and adding the row with the new label. `edit_response`
+    computes the actual change.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: the test set. None measures the mean loss of the training rows with their old labels.
-      edits: the path of a CSV file that `audit` wrote and a person edited, or a dict from training
-        rows to new labels. The label is a class's name or number, and "remove" leaves the row out.
+      test: the test set. If None, the training rows with their old labels are the test set.
+      edits: the path of a CSV file that `audit` wrote and a user edited, or a dict from training
+        rows to new labels. A label is the name or the number of a class, or the value of a
+        regression. The label "remove" leaves the row out.
       options: options of the computation.
 
     Returns: a Correction.
-    Raises: TypeError, ValueError or IndexError that names the argument or the line that is wrong.
+    Raises: TypeError, ValueError or IndexError naming the invalid argument or row.
     """
     subject = Subject.of(model, train, test, options)
     of_rows = subject.train_rows
@@ -239,7 +243,7 @@ def _of_gain(answer: Correction) -> list[alerts.Alert]:
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    """Return the edits of a CSV file: the filled cells of its column of new labels."""
+    """Return a dict from row to new label, from the non-empty cells of the label column."""
     import pandas as pd
 
     try:
@@ -250,7 +254,7 @@ def _read(path: Path) -> dict[Any, Any]:
         raise ValueError(
             f"--csv must be a file that audit wrote, got {str(path)!r}, which is not there."
         ) from None
-    except Exception as error:  # pandas raises errors of many types
+    except Exception as error:  # pandas raises many types of errors
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--csv must be a CSV file, got {str(path)!r} ({type(error).__name__}: {reason})."
@@ -269,9 +273,10 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _checked(edits: dict[Any, Any], subject: Subject, where: str) -> dict[int, float | None]:
-    """Return the new label as a number, or None for a removed row, by row number.
+    """Validate the edits, and drop the edits that do not change the label.
 
-    Raises: ValueError or IndexError that names the row.
+    Returns: dict from row number to the new label as a number, or to None for a removed row.
+    Raises: ValueError or IndexError naming the invalid row or label.
     """
     names, known = subject.train_rows, subject.of_train
     numbers = {str(name): k for k, name in enumerate(names.classes)}
@@ -313,13 +318,13 @@ def _checked(edits: dict[Any, Any], subject: Subject, where: str) -> dict[int, f
 
 
 def _relabelled(rows: Examples, values: list[Any]) -> Examples:
-    """Return rows with other labels, in the form of the old ones."""
+    """Return a copy of the rows with other labels. The label format does not change."""
     y = np.array(rows.y)
     field = y[packing.PLAIN] if packing.is_packed(y) else y
     numbers = np.asarray(values, float)
     if field.ndim == 2 and field.shape[1] > 1:  # one-hot labels
         field[:] = np.eye(field.shape[1])[numbers.astype(int)]
-    elif set(np.unique(field)) <= {-1, 1} and (field < 0).any():  # classes 0 and 1 of a hinge loss
+    elif set(np.unique(field)) <= {-1, 1} and (field < 0).any():  # labels -1, 1 of a hinge loss
         field[:] = np.where(numbers > 0, 1, -1).reshape(field.shape)
     else:
         field[:] = numbers.reshape(field.shape)

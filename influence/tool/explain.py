@@ -1,4 +1,4 @@
-"""Which training rows made a prediction? The most helpful and the most harmful ones."""
+"""Explanation of predictions by the most helpful and the most harmful training rows."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ _ONLY_TO_ZERO = "this loss cannot fall below 0"
 
 @dataclass(frozen=True, eq=False)
 class Explanation(Answer):
-    """The training rows that helped and hurt some predictions.
+    """The most helpful and the most harmful training rows of some predictions.
 
     Attributes:
-      rows: (m,) the test rows that are explained.
-      scores: predicted changes (m, n) of each test loss if each training row is left out. Positive:
+      rows: (m,) the explained test rows.
+      scores: (m, n) predicted change of each test loss if one training row is left out. Positive:
         the row helped.
-      top: number of helpful and of harmful rows that are shown for each test row.
-      helpful, harmful: for each test row, the training rows with the largest positive and negative
-        scores, the largest first.
-      error_bounds: a bound on the error of each shown score that is due to the solver, by (position
-        of the test row, training row). NaN if none is known.
-      why: how the test rows were chosen.
+      top: largest number of helpful rows, and of harmful rows, for each test row.
+      helpful: for each test row, the training rows with the largest positive scores. The largest
+        score is first.
+      harmful: for each test row, the training rows with the most negative scores. The most negative
+        score is first.
+      error_bounds: dict from (index into `rows`, training row) to a bound on the score's error. The
+        bound covers the solver's error only. NaN if no bound is known.
+      why: a sentence about the choice of the test rows.
     """
 
     rows: NDArray[np.int64]
@@ -51,23 +53,24 @@ class Explanation(Answer):
 
     @cached_property
     def learned(self) -> NDArray[np.int64] | None:
-        """(n,) first epoch after which each row's margin stayed positive, 0 for rows never learned.
+        """(n,) epoch in which the network learned each row, as in `History.learned`.
 
-        None without a history of classes. See `History.learned`.
+        After this epoch the row's margin stayed positive. 0 if the network did not learn the row.
+        None if there is no history with class margins.
         """
         history = self.subject.history
         return None if history is None or not history.of_classes else history.learned()
 
     @cached_property
     def impossible(self) -> NDArray[np.bool_]:
-        """(m, n) True where a loss that is never negative would fall below 0."""
+        """(m, n) True where a score predicts a negative value of a loss that cannot be negative."""
         changes = np.asarray(self.scores)
         if not asked.never_negative(self.subject.net.loss):
             return np.zeros(changes.shape, bool)
         return asked.impossible(self.subject.of_test.losses[self.rows].astype(float), changes)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one dict for each shown pair of a test row and a training row."""
+        """Return one dict for each pair of a test row and one of its helpful or harmful rows."""
         found = []
         train, test = self.subject.train_rows, self.subject.shown_test
         given = self.subject.of_train
@@ -95,7 +98,7 @@ class Explanation(Answer):
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """Return what is known of each explained row."""
+        """Return label, prediction, confidence, loss and solver residual of each explained row."""
         return {"test": [self._about(position) for position in range(len(self.rows))]}
 
     def _about(self, position: int) -> dict[str, Any]:
@@ -136,7 +139,7 @@ class Explanation(Answer):
         return plain(names.name(int(row)), 120) + (f" (label {label})" if label else "")
 
     def page(self, size: int) -> Page:
-        """Return the page, with pictures of at most `size` pixels."""
+        """Return the page. `size` limits the longer side of most pictures, in pixels."""
         sections = [self._section(position, size) for position in range(len(self.rows))]
         columns = [Column("Test row"), Column("Effect"), Column("Rank", True)]
         columns += [Column("Training row"), Column("Label"), Column("Change if removed", True)]
@@ -222,7 +225,7 @@ class Explanation(Answer):
         return [*found, *history_facts(self.subject)]
 
     def draw(self, figure: Any) -> None:
-        """Draw the largest scores of the first test row as bars."""
+        """Draw the scores of the helpful and harmful rows of the first test row as bars."""
         axes = figure.add_subplot()
         chosen = [*self.helpful[0], *self.harmful[0][::-1]]
         values = [float(self.scores[0, row]) for row in chosen]
@@ -245,23 +248,23 @@ def explain(
     top: int = USUAL_TOP,
     options: QuestionOptions = QuestionOptions(),
 ) -> Explanation:
-    """Find the training rows that made some predictions.
+    """Find the training rows with the largest effects on some predictions.
 
-    Each score is the predicted change of a test row's loss if a training row is left out
-    (`Influence.scores`). Positive: the loss rises without the row, so the row helped.
+    A score is the predicted change of a test row's loss if one training row is left out
+    (`Influence.scores`). Positive: the loss rises without the training row, so the row helped.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: the test set. None explains predictions of training rows.
-      rows: (m,) the test rows to explain.
-      wrong: number of mistakes to explain, the most confident ones. It replaces `rows`. Without
-        both, five mistakes are explained.
-      top: number of helpful and of harmful training rows to show for each test row.
+      test: the test set. If None, predictions of training rows are explained.
+      rows: (m,) the test rows to explain, or None.
+      wrong: number of mistakes to explain, or None. The most confident mistakes are taken. Give
+        `rows` or `wrong`, not both. If both are None, five mistakes are explained.
+      top: largest number of helpful rows, and of harmful rows, for each test row.
       options: options of the computation.
 
     Returns: an Explanation, with `table`, `plot` and `to_html`. A notebook shows its page.
-    Raises: TypeError, ValueError or IndexError that names the argument that is wrong.
+    Raises: TypeError, ValueError or IndexError naming the invalid argument.
     """
     if rows is not None and wrong is not None:
         raise ValueError("wrong must be left out if rows are given, got both.")
@@ -296,7 +299,7 @@ def explain(
 def choose(
     subject: Subject, rows: ArrayLike | None, wrong: int | None
 ) -> tuple[NDArray[np.int64], str]:
-    """Return the test rows to explain, and a sentence about how they were chosen.
+    """Return the test rows to explain (m,), and a sentence about their choice.
 
     Raises: ValueError or IndexError for rows that do not exist.
     """
@@ -319,13 +322,14 @@ def choose(
 
 
 def extremes(scores: Any, top: int) -> tuple[list[NDArray], list[NDArray]]:
-    """Return the rows with the largest positive and the largest negative scores of each test row.
+    """Return, for each test row, the training rows with the largest and the smallest scores.
 
     Args:
       scores: (m, n) scores.
-      top: the most rows to return of each kind.
+      top: largest number of helpful rows, and of harmful rows, for each test row.
 
-    Returns: (helpful, harmful), each a list of m arrays, the largest score first.
+    Returns: (helpful, harmful), two lists of m arrays of training rows. Helpful rows have positive
+      scores, harmful rows have negative scores. The largest absolute value comes first.
     """
     helpful, harmful = [], []
     for values in np.asarray(scores):
@@ -336,7 +340,7 @@ def extremes(scores: Any, top: int) -> tuple[list[NDArray], list[NDArray]]:
 
 
 def label_of(known: Any, rows: Rows, row: int, predicted: bool = False) -> str:
-    """Return a row's label, or its prediction, in words; empty if it has no single label."""
+    """Return a row's label, or predicted label, as text; "" if labels are not single numbers."""
     values = known.predicted if predicted else known.given
     if values is None:
         return ""
@@ -344,7 +348,7 @@ def label_of(known: Any, rows: Rows, row: int, predicted: bool = False) -> str:
 
 
 def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
-    """Return the choices of the computation with their reasons, as facts of a page."""
+    """Return (name, choice and reason) for matrix, damping, solver, dtype and approximation."""
     plan = subject.plan
     names = ("Matrix", "Damping", "Solver", "Precision", "Approximation")
     choices = (plan.curvature, f"{plan.damping:.3g}", repr(plan.solver), plan.dtype)
@@ -354,7 +358,7 @@ def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
 
 
 def history_facts(subject: Subject) -> list[tuple[str, Any]]:
-    """Return what the history of the training says, as facts of a page."""
+    """Return pairs (name, text) about the recorded training; an empty list without a history."""
     history = subject.history
     if history is None:
         return []
@@ -390,7 +394,7 @@ def _scores(subject: Subject, chosen: NDArray[np.int64]) -> Scores:
 def _bounds(
     subject: Subject, scores: Scores, shown: NDArray[np.int64]
 ) -> dict[tuple[int, int], float]:
-    """Return the bound on the solver's error of each score of the shown training rows."""
+    """Return a dict from (index of test row, training row) to a bound on the solver's error."""
     some = replace(scores, change_if_removed=np.asarray(scores)[:, shown], rows=shown)
     bounds = subject.influence.error_bound(some)
     return {
@@ -401,6 +405,6 @@ def _bounds(
 
 
 def _leverage(scores: Scores) -> NDArray | None:
-    """Return the leverage of each training row, if the scores carry it."""
+    """Return the leverage (n,) of the training rows, or None if the scores do not contain it."""
     found = getattr(scores, "leverage", None)
     return None if found is None else np.asarray(found)

@@ -1,4 +1,4 @@
-"""Out-of-fold outputs: every row is judged by a network that was trained without its fold."""
+"""Out-of-fold outputs: each row's output comes from a network trained without the row's fold."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from influence.tool.predictions import Predictions
 from influence.tool.store import name_of
 from influence.tool.subject import Subject
 
-# A probability of zero counts as this one.
+# Smaller probabilities are replaced by this number before the logarithm.
 _LEAST = 1e-30
 
 
 def folds_of(given: NDArray, num_folds: int, of_classes: bool) -> NDArray[np.int64]:
-    """Return the fold of each row. Folds are drawn with a fixed seed, and classes are shared out.
+    """Assign each row to a random fold, with a fixed seed.
 
     Args:
       given: (n,) the labels.
       num_folds: the number of folds.
-      of_classes: True if each class is to be shared out evenly.
+      of_classes: True if the labels are classes. The rows of each class are then distributed evenly
+        over the folds.
+
+    Returns: (n,) fold numbers from 0 to num_folds - 1.
     """
     order = np.random.default_rng(0).permutation(len(given))
     if of_classes:
@@ -34,19 +37,20 @@ def folds_of(given: NDArray, num_folds: int, of_classes: bool) -> NDArray[np.int
 
 
 def out_of_fold(subject: Subject, num_folds: int, fit: own_training.Fit) -> OutOfSample:
-    """Train a network without each fold by a person's function, and ask it about the fold.
+    """Train a network without each fold, and compute its outputs on the rows of the fold.
 
-    Each training begins with the weights of `own_training.fresh`. One fold is one task: with a
-    folder, finished folds are kept, and an interrupted run goes on after them. The user's model is
-    left as it was.
+    The user's function `fit` trains the network. Each training begins with the weights of
+    `own_training.fresh`. If there is a work folder, it stores the outputs of each finished fold. An
+    interrupted run then continues after the last finished fold. The user's model stays unchanged.
 
     Args:
       subject: the model and its rows.
       num_folds: the number of folds, from 2 to n.
       fit: a function as in `own_training.train`.
 
-    Raises: ValueError for labels that are neither classes nor numbers, for a model without
-      probabilities of its classes, or if Keras cannot clone the model.
+    Returns: the outputs of the n rows: log probabilities for classes, or predicted numbers.
+    Raises: ValueError if the labels are neither classes nor numbers, if the model gives no class
+      probabilities, or if Keras cannot clone the model.
     """
     known, net = subject.of_train, subject.net
     if known.given is None or (known.of_classes and known.probabilities is None):
@@ -73,11 +77,11 @@ def out_of_fold(subject: Subject, num_folds: int, fit: own_training.Fit) -> OutO
 
 
 def _without(subject: Subject, rows: NDArray[np.int64], fit: own_training.Fit) -> NDArray:
-    """Return the log probabilities (k, c), or numbers (k, 1), of rows by training without them."""
+    """Train without k rows, and return their log probabilities (k, c) or numbers (k, 1)."""
     whole = inputs_of(subject.train)
     size = subject.options.batch_size
     with own_training.trained_anew(subject.net, whole.without(rows), fit) as net:
-        # A small class may be absent from the fold.
+        # The fold may lack a small class. `whole` has the rows of all classes.
         found = Predictions.of(net, whole.take(rows), size, like=whole)
     if found.probabilities is not None:
         return np.log(np.maximum(found.probabilities, _LEAST))

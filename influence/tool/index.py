@@ -1,4 +1,4 @@
-"""Factors and features kept on disk, so that the next question is answered in seconds."""
+"""Index: factors and features stored on disk, so that later questions take seconds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from influence.tool.subject import QuestionOptions, Subject
 
 @dataclass(frozen=True, eq=False)
 class Index(Answer):
-    """What is kept for one model and one training set.
+    """The files that are stored for one model and one training set.
 
     Attributes:
-      folder: the folder of the files. Their names are hashes of what they were computed from, so a
-        changed model, row or option never meets an old file.
-      files: sizes in bytes, by file name.
+      folder: the folder of the files. Each file name contains a hash of the inputs of the
+        computation. If the model, a row or an option changes, the old files are not used.
+      files: the size of each file in bytes, by file name.
     """
 
     folder: Path
@@ -44,11 +44,11 @@ class Index(Answer):
         return [{"file": name, "bytes": size} for name, size in sorted(self.files.items())]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the folder and its size."""
+        """Return the folder, and the total size of its files in bytes."""
         return {"folder": str(self.folder), "bytes": sum(self.files.values())}
 
     def page(self, size: int) -> Page:
-        """Return the page."""
+        """Return the page. It has no pictures, so `size` has no effect."""
         columns = [Column("File"), Column("Bytes", True)]
         rows = [list(record.values()) for record in self.records()]
         sections = [Section("Files", parts=[Table("The kept files.", columns, rows)])]
@@ -76,28 +76,28 @@ def index(
     folder: str | Path,
     options: QuestionOptions = QuestionOptions(),
 ) -> Index:
-    """Compute and keep what every question about a model and its training rows needs.
+    """Compute and store the results that every question about a model and its rows needs.
 
-    These are the features of frozen layers (of test rows too), the choice of matrix, damping and
-    solver, the matrix or EK-FAC's factors, and the check. Other questions use them if they get
-    `QuestionOptions(index=folder)`.
+    The results are the features of the frozen layers, the choice of matrix, damping and solver, the
+    matrix itself or the factors of EK-FAC, and the lines of the check. Other questions read these
+    results if their options are `QuestionOptions(index=folder)`.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: test rows whose features are kept too, or None.
+      test: test rows whose features are stored too, or None.
       folder: the folder of the files. It is created if it is missing.
       options: options of the computation.
 
     Returns: an Index.
-    Raises: TypeError or ValueError that names the argument that is wrong.
+    Raises: TypeError or ValueError naming the invalid argument.
     """
     folder = check_writable(Path(folder), "index")
     options = replace(options, index=folder, checkpoints=folder)
     with alerts.listening() as heard:
         subject = Subject.of(model, train, test, options)
         report = subject.report
-        subject.influence.prepared  # noqa: B018 - forms, factors and keeps the matrix
+        subject.influence.prepared  # noqa: B018 - forms, factors and stores the matrix
     found = alerts.merged(
         alerts.of_report(report, subject.plan) + alerts.of_plan(subject.plan) + heard.alerts
     )

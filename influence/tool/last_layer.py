@@ -1,19 +1,23 @@
-"""The last layer, refitted to its minimum on the network's features, and its leave-one-out outputs.
+"""Refit of a network's last layer to the minimum of its risk, and its leave-one-out outputs.
 
-A network's training stops somewhere, and not at a minimum. Only its last layer has one, on
-the penultimate features phi. With the standardised features x (n, f), an intercept b and weights W
+The training of a network usually stops before a minimum. But its last layer can be refitted to a
+minimum, with the penultimate features phi as fixed inputs. Let x (n, f) be the standardised
+features, W the weights and b an intercept. The risk
 
     R(W, b) = mean_i w_i l(x_i W + b, y_i) + lambda/2 (|W|^2 + |b|^2)
 
-is convex. l is the cross-entropy of the classes, or half the squared error of a number. The w_i are
-the sample weights, scaled to a mean of 1. At the minimum, the outputs of each row as if it had not
-been in the refit have a closed form: approximate leave-one-out for classes
-(`leave_one_out_outputs`: Rad & Maleki 2020), and y - (y - f) / (1 - h) with the leverage h for
-numbers, which is exact.
+is convex. If the labels are classes, l is the cross-entropy. If the labels are numbers, l is half
+the squared error. The w_i are the sample weights, scaled to a mean of 1.
 
-lambda is the value of a fixed grid whose mean leave-one-out loss, weighted by w, is least. So it
-depends on no knowledge of which labels are wrong. The features have still seen every label: a
-network that has memorised a wrong label may have moved this row's features to the wrong class.
+The leave-one-out output of a row is the output of a refit without this row. At the minimum of R, it
+has a closed form. For classes the form is approximate (`leave_one_out_outputs`: Rad & Maleki 2020).
+For numbers it is exact: y - (y - f) / (1 - h), with the fitted value f and the leverage h.
+
+lambda is chosen from a fixed grid. The chosen value minimises the mean leave-one-out loss, weighted
+by w. The choice needs no information about which labels are wrong.
+
+The refit has a limit: the features come from a training that used every label. If the network
+memorised a wrong label, the features of this row may already resemble the wrong class.
 """
 
 from __future__ import annotations
@@ -36,29 +40,32 @@ from influence.net.penultimate import Penultimate
 from influence.scores.out_of_sample import leave_one_out_outputs
 from influence.solvers import Direct
 
-# The grid of lambda, from which the search begins at its end.
+# The grid of lambda. The search begins with the largest value.
 WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-# The search stops after this many values that were worse than the best one.
+# The search stops after this many consecutive values without a smaller loss.
 _WORSE = 2
-# The refit has at most this many weights. More features are reduced to their principal components.
+# The refit has at most this many weights. If there are too many features for this limit, the refit
+# uses their first principal components.
 MOST_WEIGHTS = 4096
-# The features of all rows may have this many entries.
+# The features of all rows may have at most this many entries.
 _MOST_ENTRIES = 1 << 28
-# With fewer components left for each class, the refit would not be that of the network's features.
+# The limit must allow at least this many principal components. Fewer components would not represent
+# the network's features.
 _FEWEST = 8
+# Gradient tolerance of the logistic fits.
 _GRADIENT = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
 class OutOfSample:
-    """What rows look like to a model that has not seen them.
+    """Outputs of rows, each from a model that was trained without the row.
 
     Attributes:
       outputs: (n, c) logits of c classes, or (n, 1) predicted numbers.
-      losses: (n,) the loss at these outputs: nats for classes, half the squared error for numbers.
-        Sample weights do not multiply it.
-      given: (n,) the labels, as class numbers or numbers.
-      how: where the outputs come from, in words.
+      losses: (n,) the loss of each row at these outputs, without sample weights: the cross-entropy
+        in nats for classes, half the squared error for numbers.
+      given: (n,) the labels: class numbers, or the numbers of a regression.
+      how: description of the models that computed the outputs.
     """
 
     outputs: NDArray
@@ -78,26 +85,26 @@ class OutOfSample:
 
     @property
     def margins(self) -> NDArray:
-        """(n,) logit of the given label minus the largest other logit. Negative: doubtful."""
+        """(n,) logit of the label minus the largest other logit. Negative: label is doubtful."""
         return class_margins(self.outputs, self.given)
 
     @property
     def residuals(self) -> NDArray:
-        """(n,) given number minus predicted number."""
+        """(n,) given number minus predicted number, for labels that are numbers."""
         return self.given - self.outputs[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
 class LastLayer(OutOfSample):
-    """The refitted last layer, with the leave-one-out outputs of its n rows.
+    """Leave-one-out outputs of n rows by the refitted last layer.
 
     Attributes:
-      weight_decay: lambda.
-      searched: weighted mean leave-one-out loss by lambda, for every lambda that was tried.
-      num_features: the number of features that the refit has.
-      dropped: share of the features' variance that was dropped; 0 if nothing was.
-      held_out: (m,) losses of held-out rows by the refit with all n rows, or None.
-      weighted: True if the rows count by sample weights in the refit.
+      weight_decay: the chosen lambda.
+      searched: dict from each lambda of the search to the weighted mean leave-one-out loss.
+      num_features: the number of features, or of principal components, in the refit.
+      dropped: share of the features' variance that the principal components leave out, or 0.
+      held_out: (m,) losses of held-out rows by the refit on all n rows, or None.
+      weighted: True if the sample weights of the refit differ between rows.
     """
 
     weight_decay: float
@@ -115,17 +122,19 @@ def last_layer(
     held_out: tuple[NDArray, NDArray] | None = None,
     weights: NDArray | None = None,
 ) -> LastLayer:
-    """Refit a last layer on features, and return each row's outputs without the row.
+    """Refit the last layer on features, and compute its leave-one-out outputs.
 
     Args:
-      features: (n, f) the features phi.
-      given: (n,) class numbers, or numbers.
-      num_classes: the number of classes c, or 0 for numbers. Two classes take one logit.
-      held_out: features (m, f) and labels (m,) of rows that no training has seen, or None.
-      weights: (n,) sample weights >= 0, or None. Their scale does not matter.
+      features: (n, f) the penultimate features phi.
+      given: (n,) the labels: class numbers, or the numbers of a regression.
+      num_classes: the number of classes c, or 0 if the labels are numbers. For two classes, the
+        refitted layer has one logit.
+      held_out: features (m, f) and labels (m,) of rows that were not used for training, or None.
+      weights: (n,) sample weights >= 0, or None for equal weights. Their scale does not matter.
 
-    Returns: LastLayer.
-    Raises: ValueError if no feature varies, or if there are too many classes for the features.
+    Returns: a LastLayer.
+    Raises: ValueError if all rows have the same features, or if there are too many classes for
+      `MOST_WEIGHTS`.
     """
     width = 1 if num_classes <= 2 else num_classes
     w = np.ones(len(given)) if weights is None else weights / weights.mean(dtype=np.float64)
@@ -173,7 +182,7 @@ def last_layer(
 
 
 def features_of(net: Any, examples: Examples, batch_size: int | None = None) -> NDArray | str:
-    """Return the penultimate features (n, f) of all rows, or the reason why there are none."""
+    """Return the penultimate features (n, f) of all rows. If impossible, return the reason."""
     question = Penultimate.of(net)
     if question is None:
         return "the model's last layer of weights is not a dense layer or convolution of one output"
@@ -188,7 +197,13 @@ def features_of(net: Any, examples: Examples, batch_size: int | None = None) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Leave-one-out outputs (n, width) and losses (n,), and the outputs of other features."""
+    """Result of a fit with one lambda.
+
+    Attributes:
+      outputs: (n, width) leave-one-out outputs.
+      losses: (n,) leave-one-out losses.
+      outputs_of: function from features (m, f) to the outputs (m, width) of the fit on all rows.
+    """
 
     outputs: NDArray
     losses: NDArray
@@ -208,7 +223,7 @@ def _classes(x: NDArray, y: NDArray, num_classes: int, w: NDArray) -> Callable[[
         if theta is not None:
             net.theta = theta
         net.fit(rows, gradient_tolerance=_GRADIENT)
-        theta = net.theta  # the next fit begins here
+        theta = net.theta  # the next fit starts at this theta
         found = leave_one_out_outputs(net, rows, solver=Direct(), damping=0.0, curvature=Hessian)
         return _Fit(found.logits, _cross_entropy(_two(found.logits), y), net.outputs)
 
@@ -216,7 +231,7 @@ def _classes(x: NDArray, y: NDArray, num_classes: int, w: NDArray) -> Callable[[
 
 
 def _numbers(x: NDArray, y: NDArray, w: NDArray) -> Callable[[float], _Fit]:
-    """Return the fit of ridge regression. One decomposition serves every lambda."""
+    """Return a function that fits ridge regression for a lambda. x is decomposed only once."""
     one = _with_one(x)
     values, vectors = scipy.linalg.eigh(one.T @ (w[:, None] * one) / len(x))
     along = one @ vectors
@@ -225,8 +240,9 @@ def _numbers(x: NDArray, y: NDArray, w: NDArray) -> Callable[[float], _Fit]:
     def fit(decay: float) -> _Fit:
         inverse = 1 / (np.maximum(values, 0) + decay)
         weights = vectors @ (inverse * pulled)
-        # The risk without the row has the same penalty and n - 1 rows: n R - L_i with (n - 1) / n.
-        # Its matrix is that of decay (n - 1) / n, less the row's own share.
+        # The risk without row i is the mean loss of n - 1 rows plus the same penalty. Multiply it
+        # by (n - 1) / n: the losses are then divided by n, as in R, and the weight decay is
+        # decay (n - 1) / n. The matrix is that of R with this decay, minus the term of row i.
         less = 1 / (np.maximum(values, 0) + decay * (len(x) - 1) / len(x))
         fitted = along @ (less * pulled)
         h = w * np.einsum("nf,f,nf->n", along, less, along) / len(x)
@@ -243,11 +259,14 @@ def _with_one(x: NDArray) -> NDArray:
 def _standardised(
     features: NDArray, width: int, w: NDArray
 ) -> tuple[NDArray, Callable[[NDArray], NDArray], float]:
-    """Return standardised features, the function that standardises others, and the share dropped.
+    """Standardise features with means and variances weighted by w (n,).
 
-    Means and variances are weighted by w (n,).
-    The penalty does not change if the features are rotated. So the first principal components, if
-    all that vary are kept, give the same refit.
+    If there are too many features, they are replaced by their first principal components. The
+    penalty does not change if the features are rotated. So if the dropped components have no
+    variance, the refit is the same as with all features.
+
+    Returns: (x, transform, dropped). x holds the standardised features or their components.
+      `transform` maps other features in the same way. `dropped` is the lost share of the variance.
     """
     mean = np.average(features, axis=0, weights=w)
     scale = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=w))
@@ -275,7 +294,7 @@ def _standardised(
 
 
 def _two(z: NDArray) -> NDArray:
-    """Return logits (n, 1) of the second of two classes as logits (n, 2)."""
+    """Add a zero logit of class 0 to logits (n, 1) of class 1. Return logits (n, c) unchanged."""
     return np.column_stack([np.zeros(len(z)), z]) if z.shape[1] == 1 else z
 
 

@@ -1,30 +1,32 @@
-"""Which ranking finds wrong labels best, and which label would be right.
+"""Choice of a ranking of rows by how suspect their labels are, and suggestion of labels.
 
-Five quantities rank the rows. A wrong label has a small margin or a large residual, loss or
-self-influence:
+Each of five quantities can rank the rows. A wrong label typically has a small margin, a large loss
+or a large self-influence. The margin of a class label is the logit of this label minus the largest
+other logit. The margin of a numeric label is minus the absolute residual.
 
-- `margin`: the row's margin out of sample, by the last layer refitted without the row
-  (`influence.tool.last_layer`). A margin is the logit of the given label minus the largest other
-  logit. For numbers it is minus the size of the residual.
-- `folds`: the same margin, by a network that was trained without the row's fold.
-- `history`: the margin while the network was trained, as a mean over the epochs (the area under the
+- `margin`: the margin by the last layer, refitted without the row (`influence.tool.last_layer`).
+- `folds`: the margin by a network that was trained without the row's fold.
+- `history`: the mean of the margins after the recorded epochs of the training (area under the
   margin: Pleiss et al. 2020).
-- `self_influence`: the predicted rise of the row's own loss if it is left out.
-- `loss`: the loss of the trained network.
+- `self_influence`: the predicted rise of the row's own loss if the row is left out.
+- `loss`: the loss of the row in the trained network.
 
-The rule of `ranking="auto"` is fixed beforehand:
+`ranking="auto"` follows a fixed rule:
 
-1. `folds`, if folds were asked for.
-2. Else `margin`, unless the features have memorised the labels and a history is given. Then it is
-   `history`.
-3. Without a refitted last layer, `history` if it is given, else `loss`.
+1. If folds were requested, use `folds`.
+2. Otherwise, if the last layer could be refitted, use `margin`. There is one exception: if the
+   features have memorised the labels and a history is given, use `history`.
+3. If the last layer could not be refitted, use `history` if it is given, else `loss`.
 
-The features have memorised the labels if the rows' mean leave-one-out loss is below half of the
-refit's mean loss on held-out rows, and by more than two standard errors of the latter. Leaving a
-row out of the refit then does not take out what the features know of its label. Without held-out
-rows there is no such comparison. Memorisation is then possible, and treated as such, if the network
-reproduces at least 99 % of all training labels (for numbers, 99 % of their variance): then either
-no label is wrong or the network has memorised the wrong ones.
+The test for memorisation compares two mean losses: the leave-one-out loss of the training rows, and
+the refit's loss on held-out rows. The features have memorised the labels if the first loss is below
+half of the second one and the difference exceeds two standard errors of the second one. In this
+case, leaving a row out of the refit does not remove the information that the features contain about
+its label.
+
+If there are no held-out rows, the test uses the training labels. If the network reproduces at least
+99 % of them (for numbers, 99 % of their variance), rule 2 treats them as memorised. In this case,
+either no label is wrong, or the network has memorised the wrong labels.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from influence.tool.alerts import Alert
 from influence.tool.answer import short
 from influence.tool.last_layer import LastLayer
 
-# Small values of these come first, and large values of the others.
+# In these rankings, the smallest value is the most suspect. In the others, it is the largest value.
 _SMALL_FIRST = ("margin", "folds", "history")
 WORDS = {
     "margin": "margin of the given label by the last layer, refitted without the row",
@@ -48,10 +50,11 @@ WORDS = {
     "self_influence": "predicted rise of the row's own loss if the row is left out",
     "loss": "loss of the row",
 }
-# The features have memorised if the leave-one-out loss is below this share of the held-out loss ...
+# The features have memorised the labels if two conditions hold. The leave-one-out loss is below
+# _SHARE times the held-out loss. The difference exceeds _ERRORS standard errors of the held-out
+# loss. Without held-out rows, the condition is that the network reproduces the share _REPRODUCED of
+# the labels.
 _SHARE = 0.5
-# ... and by more than this many of its standard errors. Without held-out rows, this share of labels
-# that the network reproduces makes it possible.
 _ERRORS, _REPRODUCED = 2.0, 0.99
 _HELP = (
     "Record the training (influence.Recorder) and give its folder by --history, or retrain by "
@@ -60,9 +63,9 @@ _HELP = (
 
 
 def order_of(values: NDArray, ranking: str) -> NDArray[np.int64]:
-    """Return all rows, the most suspect first, by the values of a ranking. Equal rows keep order.
+    """Sort all rows by the values of a ranking, and return the row numbers, most suspect first.
 
-    Rows whose value is not known come last.
+    Rows with equal values stay in their original order. Rows with NaN or infinite values come last.
     """
     doubt = -values if ranking in _SMALL_FIRST else values
     return np.argsort(-np.where(np.isfinite(doubt), doubt, -np.inf), kind="stable")
@@ -70,12 +73,12 @@ def order_of(values: NDArray, ranking: str) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The ranking that is used.
+    """The chosen ranking, with the reason.
 
     Attributes:
       ranking: one of `RANKINGS`.
-      why: the reason, in a sentence.
-      alerts: what a reader should know.
+      why: the reason for the choice, in a sentence.
+      alerts: warnings about the chosen ranking.
     """
 
     ranking: str
@@ -86,13 +89,13 @@ class Choice:
 def choose(
     asked: str, known: Mapping[str, NDArray], memorised: Alert | None, missing: str = ""
 ) -> Choice:
-    """Choose the ranking by the rule of this module.
+    """Choose the ranking by the rule in the docstring of this module.
 
     Args:
       asked: one of `RANKINGS`, or "auto".
-      known: the values of the rankings that were computed.
-      memorised: the alert of `of_memory`, or None.
-      missing: the reason why there is no refitted last layer, if there is none.
+      known: dict from the name of each computed ranking to its values.
+      memorised: the alert that `of_memory` returned, or None.
+      missing: the reason why the last layer could not be refitted, or "" if it was refitted.
     """
     found = () if memorised is None else (memorised,)
     if asked != "auto":
@@ -115,11 +118,14 @@ def choose(
 
 
 def of_memory(last: LastLayer, reproduced: float | None) -> Alert | None:
-    """Return an alert if the features have memorised the labels, or may have, by the module's rule.
+    """Return an alert if the labels are, or may be, memorised, else None.
+
+    The module docstring describes the test for memorisation.
 
     Args:
       last: the refitted last layer.
-      reproduced: the share of the training labels that the network predicts, or None.
+      reproduced: the share of the training labels, or of their variance, that the network
+        reproduces; None if it is unknown.
     """
     own = float(last.losses.mean())
     if last.held_out is not None and len(last.held_out) > 1:
@@ -148,15 +154,17 @@ def of_memory(last: LastLayer, reproduced: float | None) -> Alert | None:
 
 @dataclass(frozen=True, eq=False)
 class Suggestions:
-    """Labels that confident learning doubts (Northcutt, Jiang & Chuang 2021).
+    """Labels that confident learning suggests (Northcutt, Jiang & Chuang 2021).
 
-    The threshold t_j of class j is the mean probability of class j among the rows with this label,
-    out of sample. A row belongs to the most probable of the classes that reach their thresholds. If
-    this is not its given label, the label is doubted.
+    The threshold t_j of class j is the mean out-of-sample probability of class j over the rows with
+    the label j. For each row, consider the classes whose probability is at least their threshold.
+    The most probable of these classes is the suggested label. If it differs from the given label,
+    the given label is doubted.
 
     Attributes:
-      thresholds: (c,) the t_j; NaN for a class that no row has.
-      suggested: (n,) the class that each row belongs to, or its given label.
+      thresholds: (c,) the thresholds t_j. NaN for a class that is the label of no row.
+      suggested: (n,) the suggested class of each row. If no class reaches its threshold, it is the
+        given label.
     """
 
     thresholds: NDArray
@@ -164,7 +172,7 @@ class Suggestions:
 
 
 def confident(probabilities: NDArray, given: NDArray) -> Suggestions:
-    """Return the thresholds and suggested labels of out-of-sample probabilities (n, c)."""
+    """Apply confident learning to out-of-sample probabilities (n, c) and given labels (n,)."""
     n, c = probabilities.shape
     counts = np.bincount(given, minlength=c)
     own = np.bincount(given, probabilities[np.arange(n), given], minlength=c)

@@ -1,4 +1,4 @@
-"""A MODEL that a person names: a file, or a function of a Python module."""
+"""Reader of the command line argument MODEL, a file or a function of a Python module."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _ENDINGS = (".keras", ".h5", ".hdf5")
 
 
 def read_model(text: str, *, compiled: bool = True) -> Any:
-    """Return the model that a text names.
+    """Load a model from a file, or get it from a function.
 
     Args:
-      text: the path of a file `.keras` or `.h5`, or `module:function`. The function is called
-        without arguments and returns a Keras model or a net.
-      compiled: False if a loss will be given, so that the file needs none.
+      text: the path of a file `.keras` or `.h5`, or `module:function`. The function takes no
+        arguments and returns a Keras model or a net.
+      compiled: False if the caller gives a loss. The saved model then needs no compiled loss.
 
-    Raises: ValueError or TypeError that names MODEL. The errors of `load_model`.
+    Raises: ValueError naming MODEL if the file or the function does not exist. The errors of
+      `load_model`.
     """
     if is_function(text):
         return function_of(text, "MODEL")()
@@ -36,7 +37,7 @@ def read_model(text: str, *, compiled: bool = True) -> Any:
 
 
 def is_function(text: str) -> bool:
-    """Return True for `module:function` or `file.py:function`, and False for an existing path."""
+    """Return True for a text like `module:function` that is not the path of an existing file."""
     module, _, name = text.rpartition(":")
     return bool(module) and name.isidentifier() and not Path(text).exists()
 
@@ -44,9 +45,9 @@ def is_function(text: str) -> bool:
 def function_of(text: str, argument: str) -> Callable[..., Any]:
     """Import the function that `module:function` or `file.py:function` names.
 
-    Modules are searched for in the current folder first.
+    Python searches the current folder for the module first.
 
-    Raises: ValueError that names the argument, if the module or the function cannot be found.
+    Raises: ValueError naming the argument, if the import fails or the function does not exist.
     """
     module, _, name = text.rpartition(":")
     try:
@@ -73,7 +74,7 @@ def _module(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{name} is no Python file")
-    # Functions of one file must share one module, so that classes in it are the same objects.
+    # Load each file once. Otherwise its classes would exist twice, as different objects.
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path):
         return known

@@ -1,4 +1,4 @@
-"""A person's own training: a function that trains a Keras model on the rows that it gets."""
+"""Training by the user's own function `fit`, which trains a Keras model on given rows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Fit = Callable[..., Any]
 
 
 def fitting(fit: Fit) -> Callable[[GenericNeuralNet, Examples], Any]:
-    """Return a function (net, rows) that calls the person's function with the model and arrays."""
+    """Return a function (net, rows) that trains the net's model on the rows by `fit`."""
     return lambda net, rows: train(fit, net.model, rows)
 
 
 def train(fit: Fit, model: keras.Model, rows: Examples) -> None:
-    """Call a function (model, x, y) or (model, x, y, sample_weight) with rows."""
+    """Call fit(model, x, y), or fit(model, x, y, sample_weight) if the rows have weights."""
     weights = packing.sample_weights(rows.y)
     arguments = [rows.x, packing.labels(rows.y)]
     fit(model, *arguments, *(() if weights is None else (weights,)))
 
 
 def source(fit: Fit) -> str:
-    """Return a hash of a function's module, so that another function's results are not taken."""
+    """Return a hash of the source of a function's module, for the names of stored results."""
     try:
         text = inspect.getsource(inspect.getmodule(fit) or fit)
     except (OSError, TypeError):
@@ -40,12 +40,13 @@ def source(fit: Fit) -> str:
 
 
 def fresh(model: keras.Model) -> keras.Model:
-    """Return a copy of a model as it was before any training: with weights that are drawn anew.
+    """Return an untrained copy of a model, with new random initial weights.
 
-    Frozen layers keep their weights, and so do layers that are adapted and not trained, such as
-    Normalization. The copy has the compiled loss and a new optimiser of the same configuration.
+    Frozen layers keep their weights. Layers that `adapt` sets up, such as Normalization, also keep
+    their weights. The copy has the loss of the model, and a new optimiser of the same
+    configuration.
 
-    Raises: ValueError for a model that Keras cannot clone.
+    Raises: ValueError if Keras cannot clone the model.
     """
     try:
         copy = keras.models.clone_model(model)
@@ -66,7 +67,7 @@ def fresh(model: keras.Model) -> keras.Model:
             for variable, value in zip(made, own, strict=True):
                 variable.assign(value)
             if isinstance(new, keras.layers.Normalization):
-                new.finalize_state()  # it computes with copies of its weights
+                new.finalize_state()  # updates the layer's own copies of the weights
     compile_like(copy, model)
     return copy
 
@@ -75,16 +76,17 @@ def fresh(model: keras.Model) -> keras.Model:
 def trained_anew(
     net: GenericNeuralNet, rows: Examples, fit: Fit, seed: int | None = None
 ) -> Iterator[GenericNeuralNet]:
-    """Train a fresh model on rows, and yield the net with its weights for a `with` block.
+    """Train a fresh copy of the net's model. In a `with` block, the net has the trained weights.
 
-    The net gets its own weights back afterwards. It answers with all of its layers, because
-    features of frozen layers may have been computed before.
+    The block gets a view of the net that runs all layers on the inputs of the whole model. The view
+    does not use features of frozen layers that were computed earlier. After the block, the net has
+    its original weights again.
 
     Args:
-      net: the net whose model is trained anew.
-      rows: the rows, with the inputs of the whole model.
+      net: the net whose model is copied and trained.
+      rows: the training rows, with the inputs of the whole model.
       fit: a function as in `train`.
-      seed: the seed that is given to Keras before the weights are drawn, or None.
+      seed: the seed for `keras.utils.set_random_seed` before the new weights are drawn, or None.
     """
     if seed is not None:
         keras.utils.set_random_seed(seed)

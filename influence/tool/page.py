@@ -1,4 +1,4 @@
-"""One self-contained HTML page for an answer. It makes no request and needs no other file."""
+"""One self-contained HTML page for an answer. It needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import markupsafe
 from influence.tool.alerts import Alert
 from influence.tool.shown import plain
 
-# A page takes at most this many bytes. Pictures are made smaller until it does.
+# A page has at most this many bytes.
 MOST_BYTES = 5_000_000
+# Largest sides of pictures in pixels. `render` tries them in this order until the page fits.
 SIZES = (160, 128, 96, 72, 48, 32)
 _FOLDER = Path(__file__).parent
 _LEFT_OUT = "The page would be too large, so it shows the first part. The CSV file has all of it."
-# A cell of a table shows at most this many characters.
+# A table cell shows at most this many characters.
 _CELL = 200
 
 
@@ -30,9 +31,9 @@ class Column:
     """A column of a table.
 
     Attributes:
-      title: what stands above it.
-      number: True for a column of numbers, which is sorted by size.
-      digits: significant digits of its numbers.
+      title: the heading of the column.
+      number: True if the values are numbers, and the page sorts them as numbers.
+      digits: number of significant digits that the page shows.
     """
 
     title: str
@@ -45,9 +46,11 @@ class Table:
     """A table that a reader can sort and filter.
 
     Attributes:
-      caption: what it shows, in a sentence.
+      caption: a sentence that describes the table.
       columns: the columns.
-      rows: for each row its values: texts, numbers, None, or items of `influence.tool.shown`.
+      rows: the values of each table row, one for each column. A value is a text, a number, None, or
+        a dict that `influence.tool.shown.item` returned.
+      kind: the name by which the template recognises a table.
     """
 
     caption: str
@@ -56,7 +59,7 @@ class Table:
     kind: str = "table"
 
     def cells(self) -> list[list[dict[str, Any]]]:
-        """Return what the template shows of each value."""
+        """Return one dict for each cell, with the shown text or item and the key for sorting."""
         return [
             [_cell(value, column) for value, column in zip(row, self.columns, strict=True)]
             for row in self.rows
@@ -65,13 +68,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of a set side by side.
+    """Examples of a data set, shown side by side.
 
     Attributes:
-      title: what they have in common.
-      items: dicts with `item` (of `influence.tool.shown`), `facts` (lines of text) and `id`.
-      tone: "good", "bad" or "": the colour of the edge.
+      title: the heading of the gallery.
+      items: one dict for each example, with the keys `item` (from `influence.tool.shown.item`),
+        `facts` (lines of text) and `id`.
+      tone: the colour of the border: "good", "bad" or "" for neutral.
       about: a sentence under the title.
+      kind: the name by which the template recognises a gallery.
     """
 
     title: str
@@ -83,13 +88,15 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Chart:
-    """A scatter, as `influence.tool.chart.scatter` returns it, with a panel beside it.
+    """A scatter plot, with a panel beside it that describes the selected point.
 
     Attributes:
-      title: what it shows.
-      drawing: the numbers to draw.
-      panels: dicts like the items of a Gallery. A point shows the panel of its id.
+      title: the heading of the chart.
+      drawing: the dict that `influence.tool.chart.scatter` returned.
+      panels: dicts like the items of a Gallery. A selected point shows the panel whose `id` equals
+        the point's `shows`.
       legend: the names of the series.
+      kind: the name by which the template recognises a chart.
     """
 
     title: str
@@ -101,13 +108,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading.
+    """A section of a page.
 
     Attributes:
-      heading: the heading.
-      lines: sentences under it.
-      item: the row that the section is about, of `influence.tool.shown`, or None.
-      parts: tables, galleries and charts.
+      heading: the heading of the section.
+      lines: sentences under the heading.
+      item: the example that the section describes, from `influence.tool.shown.item`, or None.
+      parts: the tables, galleries and charts of the section.
     """
 
     heading: str
@@ -118,13 +125,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that a page shows.
+    """The content of a page.
 
     Attributes:
       title: the page's title.
       summary: the answer in a few sentences.
-      alerts: what not to believe. They come first.
-      sections: the answer.
+      alerts: warnings about the numbers. The page shows them first.
+      sections: the details of the answer.
       facts: pairs (name, value) about the model, the data and the run.
     """
 
@@ -136,14 +143,15 @@ class Page:
 
 
 def render(page_of: Callable[[int], Page]) -> str:
-    """Return the page as HTML, of at most 5 MB.
+    """Return a page as HTML text of at most 5 MB.
 
-    Pictures become smaller until the page fits. Then parts are left out, and the page says so.
+    If the page is too large, its pictures are made smaller. If it is too large with the smallest
+    pictures, sections or table rows are left out. The page then says so.
 
     Args:
       page_of: a function from the largest side of pictures, in pixels, to the page.
 
-    Raises: ValueError if the page is too large even with its first part alone.
+    Raises: ValueError if the page is too large and nothing more can be left out.
     """
     for size in SIZES[:-1]:
         text = _html(page_of(size))
@@ -164,7 +172,7 @@ def render(page_of: Callable[[int], Page]) -> str:
 
 
 def _shortened(page: Page) -> Page | None:
-    """Return the page with half of its sections or rows, or None if nothing can be left out."""
+    """Return the page with about half of its sections or table rows; None if it has too few."""
     sections = list(page.sections)
     if len(sections) > 2:
         sections = [*sections[: (len(sections) - 1) // 2], sections[-1]]
@@ -203,7 +211,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     for name in ("page.css", "page.js"):
-        # These two files are ours. Everything else that a page shows is escaped.
+        # These two files belong to the library. All other content of the page is escaped.
         found.globals[name.replace(".", "_")] = markupsafe.Markup(_read(name))
     return found
 
@@ -213,7 +221,7 @@ def _read(name: str) -> str:
 
 
 def _script_hash() -> str:
-    """Return the hash by which the page allows its own script, and no other."""
+    """Return the SHA-256 of page.js in base64. The page allows only a script with this hash."""
     return base64.b64encode(hashlib.sha256(_read("page.js").encode()).digest()).decode()
 
 

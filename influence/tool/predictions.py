@@ -1,4 +1,4 @@
-"""A model's predictions of rows, in the words of a person: label, class and confidence."""
+"""A model's predictions for rows: losses, labels, predicted labels and probabilities."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _CROSS_ENTROPIES = (
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """A net's predictions of n rows.
+    """A net's predictions for n rows.
 
     Attributes:
       losses: (n,) the loss of each row, without the penalty.
-      given: (n,) labels: class numbers, or numbers of a regression. None for labels of other kinds.
-      predicted: (n,) predictions, like `given`.
+      given: (n,) labels: class numbers, or the numbers of a regression. None for other labels.
+      predicted: (n,) predicted class numbers, or predicted numbers. None if `given` is None.
       num_classes: the number of classes; 0 if the labels are not classes.
-      probabilities: (n, num_classes) probabilities, or None if the model gives none.
+      probabilities: (n, num_classes) class probabilities, or None if they are unknown.
     """
 
     losses: NDArray
@@ -50,14 +50,14 @@ class Predictions:
         batch_size: int | None = None,
         like: Examples | None = None,
     ) -> Predictions:
-        """Ask a net about all rows, in one pass.
+        """Compute a net's predictions for all rows, in one pass over the data.
 
         Args:
           net: the net.
           examples: the rows.
-          batch_size: number of rows in memory at a time, or None.
-          like: rows whose labels show how two classes are coded, if `examples` may lack one of
-            them. None means `examples`.
+          batch_size: number of rows in memory at a time. If None, the library chooses it.
+          like: rows whose labels show the coding of two classes: 0 and 1, or -1 and 1. They are
+            needed if `examples` may lack one of the classes. If None, `examples` is used.
         """
         parts = list(
             examples.map_over(_losses_and_outputs, net, batch_size=batch_size, what="predictions")
@@ -102,24 +102,25 @@ class Predictions:
 
     @property
     def confidence(self) -> NDArray | None:
-        """(n,) probability of each predicted class, or None."""
+        """(n,) probability of the predicted class of each row; None without probabilities."""
         if self.probabilities is None or self.predicted is None:
             return None
         return self.probabilities[np.arange(len(self.losses)), self.predicted]
 
     @property
     def accuracy(self) -> float | None:
-        """Share of rows whose label is the predicted class, or None for other labels."""
+        """Share of rows whose predicted class equals the label; None if labels are not classes."""
         if not self.of_classes:
             return None
         return float(np.mean(self.given == self.predicted))
 
     def most_wrong(self, count: int) -> tuple[NDArray[np.int64], int]:
-        """Return the most confident mistakes, and how many mistakes there are.
+        """Return the `count` most confident mistakes, and the number of all mistakes.
 
-        For classes these are rows whose predicted class is not their label, the most probable
-        prediction first. If there are fewer than `count` mistakes, the rows of the largest losses
-        follow. For other labels the rows of the largest losses are returned.
+        If the labels are classes, a mistake is a row whose predicted class differs from its label.
+        The mistake with the most probable prediction is first. If there are fewer than `count`
+        mistakes, the other rows with the largest losses follow. If the labels are not classes, the
+        rows with the largest losses are returned, and the number 0.
         """
         by_loss = np.argsort(-self.losses, kind="stable")
         if not self.of_classes:
@@ -132,13 +133,13 @@ class Predictions:
 
 
 def _losses_and_outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> tuple[NDArray, Any]:
-    """Return losses and outputs of a batch. It is a question, as in influence.net.questions."""
+    """Return losses and outputs of a batch, as a question of `Examples.map_over`."""
     at = net.at(theta)
     return at.losses(x, y), at.outputs(x)
 
 
 def _probabilities(net: GenericNeuralNet, outputs: NDArray) -> NDArray | None:
-    """Return the probabilities (n, c) that outputs stand for, or None if they stand for none."""
+    """Return probabilities (n, c), or None if outputs are neither probabilities nor logits."""
     loss = net.loss
     if net.ending.heads[0] is not None:
         return outputs

@@ -1,4 +1,4 @@
-"""DATA that a person names: a file, a folder or a function, read as Keras reads it."""
+"""Reader of the command line argument DATA: a file, a folder or a Python function."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from influence.tool.rows import Rows, Wanted, digest_of
 
 # `keras.utils.image_dataset_from_directory` reads these files.
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
-# Keras' own image size, for a model that takes images of any size.
+# Keras' default image size. It is used if the model takes images of any size.
 _IMAGE_SIZE = (256, 256)
 _BATCH = 32
+# Names of subfolders with training rows and with test rows, in lower case.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation")
 _FORMS = (
@@ -33,17 +34,17 @@ _FORMS = (
 def read(
     text: str, wanted: Wanted, how: Reading = Reading(), *, like: Rows | None = None
 ) -> tuple[Rows, Rows | None]:
-    """Read the rows that a text names.
+    """Read rows from a file or a folder, or get them from a function.
 
     Args:
-      text: a path, or `module:function`. The function is called without arguments and returns data
-        in any form that `fit` takes.
-      wanted: what the model takes.
-      how: options of the reading.
-      like: the training rows if the text names test rows. Both have the same classes.
+      text: a path, or `module:function`. The function takes no arguments and returns data in any
+        form that `fit` takes.
+      wanted: the inputs and the label format that the model takes.
+      how: options for reading.
+      like: if `text` names test rows, the training rows. Both must have the same classes.
 
-    Returns: the rows, and the test rows if the same file or folder holds some, else None.
-    Raises: ValueError, TypeError or OSError that names the data and what would work.
+    Returns: the rows and the test rows. The test rows are None if the file or folder has none.
+    Raises: ValueError, TypeError or OSError naming the data. The message describes valid data.
     """
     argument = "train" if like is None else "test"
     if is_function(text):
@@ -74,7 +75,7 @@ def _called(like: Rows | None) -> str:
 
 
 def _weighted(rows: Rows, by_class: Mapping[str, float]) -> Rows:
-    """Weigh the rows by class, as `fit(..., class_weight=...)` does."""
+    """Return the rows with the sample weights that `fit(..., class_weight=...)` would give them."""
     number = {str(name): k for k, name in enumerate(rows.classes)}
     weights = {}
     for name, weight in by_class.items():
@@ -102,7 +103,7 @@ def _npz(path: Path, wanted: Wanted, argument: str) -> tuple[Rows, Rows | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged file causes a dozen types of error
+    except Exception as error:  # a damaged file raises many types of errors
         raise ValueError(
             f"{path.name} must be an .npz file of plain arrays, got {' '.join(str(error).split())} "
             "(write it by np.savez(path, x=x, y=y), without object arrays)."
@@ -134,7 +135,7 @@ def _npz(path: Path, wanted: Wanted, argument: str) -> tuple[Rows, Rows | None]:
         own = names if len(names) == len(y) else ()
         argument_ = argument if not found else "test"
         rows = Rows(lambda v=value: v, wanted, argument_, own, classes, columns, source=str(path))
-        rows.examples  # noqa: B018 - wrong arrays are refused now
+        rows.examples  # noqa: B018 - raises an error for invalid arrays
         found.append(rows)
     if not found:
         raise ValueError(f"{path.name} must hold x_test and y_test for test rows, got none.")
@@ -154,7 +155,7 @@ def _folder(
 
 
 def _by_class(path: Path, wanted: Wanted, how: Reading, like: Rows | None) -> Rows:
-    """Read a folder with one subfolder for each class."""
+    """Read a folder of images or texts with one subfolder for each class."""
     images = sorted(p for p in path.glob("*/**/*") if p.suffix.lower() in _IMAGES)
     texts = sorted(path.glob("*/**/*.txt"))
     if not images and not texts:
@@ -199,7 +200,7 @@ def _images(path: Path, wanted: Wanted, how: Reading, like: Rows | None) -> Rows
     factor, offset = how.scale or (1.0, 0.0)
 
     def prepared() -> Any:
-        # The labels are one-hot if the loss takes those, as label_mode="categorical" makes them.
+        # If the loss takes one-hot labels, convert them as Keras does for label_mode="categorical".
         def pixels(x: Any, y: Any) -> Any:
             y = y if labels.ndim == 1 else keras.ops.one_hot(y, labels.shape[1])
             return (x * factor + offset if how.scale else x), y
@@ -228,7 +229,7 @@ def _texts(path: Path, files: Sequence[Path], wanted: Wanted, like: Rows | None)
     batches = list(dataset.as_numpy_iterator())
     texts = np.concatenate([x for x, _ in batches])
     y = np.concatenate([y for _, y in batches])
-    # Keras does not say which file a text is from. Its order is that of sorted names.
+    # Keras does not return the file names of texts. It reads the files sorted by class and name.
     classes = tuple(dataset.class_names)
     order = sorted(files, key=lambda p: (classes.index(p.relative_to(path).parts[0]), p))
     same = len(order) == len(texts) and all(

@@ -33,16 +33,18 @@ _VERSIONS = ("keras", "numpy", "scipy", "tensorflow")
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read DATA. None means what fits the model.
+    """Options for reading DATA.
 
     Attributes:
-      target: the column of labels in a table.
-      text: the column of texts in a table.
-      drop: columns that the model does not take.
-      weight: the column of sample weights in a table.
-      class_weight: a weight for each class, by number or name, as `fit` takes it.
-      image_size: height and width of images.
-      scale: a factor and an offset for pixels, if the training applied them outside the model.
+      target: the name of the table column with the labels. If None, a column with a usual name such
+        as "target" is used.
+      text: the name of the table column with the texts. If None, the inputs of the model decide.
+      drop: the names of table columns that are no inputs of the model.
+      weight: the name of the table column with the sample weights, or None.
+      class_weight: weights by class number or class name, as in `fit(class_weight=...)`, or None.
+      image_size: (height, width) of images, in pixels. If None, the size that the model takes.
+      scale: (factor, offset) for pixel values, if the training applied them outside the model; else
+        None.
     """
 
     target: str | None = None
@@ -56,22 +58,23 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Everything that determines a run. run.toml holds it.
+    """All inputs of a run. The file run.toml stores a Request.
 
     Attributes:
       command: one of `COMMANDS`.
-      model: MODEL, as `read_model` takes it.
-      data: DATA, as `read` takes it.
-      test: the test rows, as `read` takes them, or None.
-      loss: a Keras loss's name or `module:function`, for a model that was not compiled.
-      reading: options of the reading of DATA.
-      asked: arguments of the question, such as `top`.
-      damping: the damping, or None.
-      batch_size: rows in memory at a time, or None.
-      check: False to skip the check.
-      history: the folder that `Recorder` wrote in the training, or None.
-      index: the folder that `index` fills and the other commands read, or None.
-      content: SHA-256 of model, data and test rows. A replay refuses others.
+      model: the text MODEL of the command line, an argument of `read_model`.
+      data: the text DATA of the command line, an argument of `read`.
+      test: the text of the option --test, an argument of `read`, or None.
+      loss: the name of a Keras loss or `module:function`, for a model that was not compiled.
+      reading: options for reading DATA.
+      asked: further arguments of the command's Python function, such as `top`.
+      damping: the damping. If None, the library chooses it.
+      batch_size: number of rows in memory at a time. If None, the library chooses it.
+      check: False to skip the check before the computation.
+      history: the folder that `Recorder` wrote during training, or None.
+      index: a folder of stored results, or None. Only the command `index` writes to it.
+      content: SHA-256 digests of the model, the data, the test rows and the history. A replay
+        raises ValueError if a digest differs.
     """
 
     command: str
@@ -90,7 +93,7 @@ class Request:
 
 
 def to_toml(request: Request, content: Mapping[str, str]) -> str:
-    """Return a request as TOML, with the versions of the libraries."""
+    """Return a request, its content digests and the versions of the libraries as TOML text."""
     plain = asdict(request)
     reading, asked = plain.pop("reading"), plain.pop("asked")
     plain.pop("content")
@@ -107,7 +110,7 @@ def to_toml(request: Request, content: Mapping[str, str]) -> str:
 def from_toml(path: Path) -> Request:
     """Read a request from a file that `to_toml` wrote.
 
-    Raises: ValueError that names the file and what is wrong.
+    Raises: ValueError naming the file and the error.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -153,7 +156,7 @@ def _value(value: Any) -> str:
 
 
 def _string(text: str) -> str:
-    """Return a TOML string. JSON's escapes are TOML's, apart from those of surrogate pairs."""
+    """Return a text as a TOML string. Its escapes are those of JSON, without surrogate pairs."""
     parts = [
         json.dumps(c)[1:-1] if ord(c) < 0x7F else c if c.isprintable() else f"\\U{ord(c):08X}"
         for c in text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Rows of a data set as a person knows them: with file names, class names and columns."""
+"""Rows of a data set, with file names, class names and column names for display."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from influence.examples.tables import is_frame, is_text
 from influence.net.inputs import declared
 
 Kind = Literal["image", "table", "text", "other"]
-# Rows with this many numbers are flattened images of MNIST's or CIFAR's shape.
+# Image shapes of MNIST and CIFAR, by the number of values in a flattened image.
 _FLATTENED = {784: (28, 28, 1), 3072: (32, 32, 3)}
-# A smaller array is no image.
+# An array with a smaller height or width is not shown as an image.
 _LEAST_SIDE = 8
-# This many rows decide what kind the rows are.
+# The black and white levels of images are estimated from at most this many rows.
 _SAMPLE = 64
-# A table with more columns than this, and without their names, is not shown column by column.
+# A table without column names is shown as a table if it has at most this many columns.
 _MOST_COLUMNS = 200
-# A file is read in blocks of this many bytes.
+# Files are read in blocks of this many bytes, to compute their digests.
 _BLOCK = 1 << 20
-# This many rows give the standard deviation of a column.
+# The standard deviation of a column is estimated from at most this many rows.
 _SPREAD_ROWS = 1024
-# A word is common if it is in this share of some texts. Of each text these first characters count.
+# A word is common if at least the share _COMMON of the sampled texts contains it. The sample has at
+# most _TEXTS texts. Only the first _CHARACTERS characters of each text are searched.
 _COMMON, _TEXTS, _CHARACTERS = 0.3, 200, 20_000
-# These losses take one-hot labels. Class numbers are turned into them.
+# These losses take one-hot labels. For them, class numbers are converted to one-hot labels.
 _ONE_HOT = (
     keras.losses.categorical_crossentropy,
     keras.losses.categorical_focal_crossentropy,
@@ -46,11 +47,12 @@ _ONE_HOT = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a model takes.
+    """The inputs and the label format that a model takes.
 
     Attributes:
-      inputs: shape of a row and dtype of each input, by name; empty if the model declares none.
-      outputs: the names of the outputs of a model with several.
+      inputs: dict from the name of each input to (shape of one row, dtype). It is empty if the
+        model declares no inputs.
+      outputs: the names of the outputs if the model has several outputs, else ().
       one_hot: the number of classes if the loss takes one-hot labels, else None.
     """
 
@@ -60,7 +62,7 @@ class Wanted:
 
     @classmethod
     def by(cls, net: Any) -> Wanted:
-        """Return what a net takes."""
+        """Return the inputs and the label format that a net takes."""
         front = getattr(net, "preparation", None)
         if front is not None:
             inputs = front.given.declared
@@ -75,33 +77,34 @@ class Wanted:
         return cls(inputs, tuple(outputs), one_hot)
 
     def coded(self, y: NDArray) -> NDArray:
-        """Return class numbers (n,) as one-hot labels if the loss takes those, else y itself."""
+        """Convert class numbers (n,) to one-hot labels if the loss takes those, else return y."""
         y = np.asarray(y)
         if self.one_hot is None or y.ndim > 1 or y.dtype.kind not in "iub":
             return y
         if y.min() < 0 or y.max() >= self.one_hot:
-            return y  # the library names the label that is out of range
+            return y  # a later check raises an error naming the invalid label
         return np.eye(self.one_hot, dtype=np.float32)[y]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A data set and what a person needs to recognise its rows.
+    """A data set, with the names by which a user recognises its rows.
 
     Args:
-      read: a function that returns the data in any form that `fit` takes. It is called once, when
-        the data are first needed.
-      wanted: what the model takes.
+      read: a function that returns the data in any form that `fit` takes. It is called when the
+        data are first needed.
+      wanted: the inputs and the label format that the model takes.
       argument: the argument's name in error messages, "train" or "test".
-      names: a name for each row, such as a file name, or () for row numbers.
-      classes: the names of the classes 0, 1, ..., or ().
-      columns: the names of a table's columns, or ().
-      files: the image file of each row, or ().
+      names: a name for each row, such as a file name. If (), the rows are named by their numbers.
+      classes: the names of the classes 0, 1, ..., or () if they are unknown.
+      columns: the names of the table's columns, or () if the data are no table.
+      files: the image file of each row, or () if the rows are not from image files.
       labels: the labels (n, ...) if they are known without reading the rows, else None.
       weights: the sample weights (n,) if they are known without reading the rows, else None.
-      digest: SHA-256 of the files' contents if the rows come from files, else "".
-      source: where the rows come from, in words.
-      notes: what was done to the rows, one sentence each.
+      digest: a text that identifies the files and the reading options. It contains the SHA-256 of
+        the files. "" if the rows do not come from files.
+      source: the path or the function that the rows come from, or "".
+      notes: one sentence for each change that the reading made to the rows.
     """
 
     read: Callable[[], Any]
@@ -119,19 +122,19 @@ class Rows:
 
     @classmethod
     def of(cls, value: Any, wanted: Wanted, argument: str) -> Rows:
-        """Return Rows for data in any form that `fit` takes. Rows are returned unchanged."""
+        """Return Rows for data in any form that `fit` takes. If the data are Rows, return them."""
         if isinstance(value, Rows):
             return value
         columns: tuple[str, ...] = ()
         if isinstance(value, tuple | list) and len(value) in (2, 3) and is_frame(value[0]):
             columns = tuple(map(str, value[0].columns))
         rows = cls(lambda: value, wanted, argument, columns=columns)
-        rows.examples  # noqa: B018 - wrong data is refused now, before long work
+        rows.examples  # noqa: B018 - raises an error for invalid data, before long work
         return rows
 
     @cached_property
     def examples(self) -> Examples:
-        """The rows as Examples, with their inputs as given, before any lookup layer.
+        """The rows as Examples. Lookup layers have not been applied to the inputs.
 
         Raises: the errors of `as_examples`.
         """
@@ -149,7 +152,7 @@ class Rows:
 
     @cached_property
     def content(self) -> str:
-        """SHA-256 of everything that the rows hold, computed from the files if they are known."""
+        """Text that identifies the data: `digest` if it is known, else the SHA-256 of the rows."""
         return self.digest or self.examples.fingerprint
 
     def name(self, row: int) -> str:
@@ -157,7 +160,7 @@ class Rows:
         return str(self.names[row]) if len(self.names) else f"row {row}"
 
     def class_name(self, label: Any) -> str:
-        """Return a label in words: the class's name, or the number itself."""
+        """Return the class name of a label, or the number as text. None and NaN give ""."""
         if label is None:
             return ""
         number = float(label)
@@ -168,7 +171,7 @@ class Rows:
         return f"{int(number)}" if number == int(number) else f"{number:.4g}"
 
     def inputs(self, row: int) -> Any:
-        """Return the inputs of one row, without the first axis: an array or a dict of arrays."""
+        """Return the inputs of one row, an array or a dict of arrays, without the row axis."""
         x = self.examples.take([int(row)]).x
         if isinstance(x, dict):
             return {key: _dense(part)[0] for key, part in x.items()}
@@ -176,7 +179,7 @@ class Rows:
 
     @cached_property
     def kind(self) -> Kind:
-        """What a row looks like: "image", "table", "text", or "other" for other arrays."""
+        """The display format of the rows: "image", "table", "text", or "other" for other arrays."""
         if len(self.files):
             return "image"
         x = self.examples.take(slice(0, 1)).x
@@ -196,7 +199,7 @@ class Rows:
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Height, width and channels if the rows are images, else None."""
+        """(height, width, channels) of each row if the rows are images, else None."""
         x = self.examples.take(slice(0, 1)).x
         if isinstance(x, dict) or is_text(x) or len(self.columns):
             return None
@@ -211,7 +214,7 @@ class Rows:
 
     @cached_property
     def spread(self) -> dict[str, float]:
-        """Standard deviation of each column of numbers, over some rows of a table."""
+        """Standard deviation of each numeric column of a table, from a sample of the rows."""
         found = {}
         some = np.unique(np.linspace(0, len(self) - 1, _SPREAD_ROWS).astype(int))
         for name, column in self.cells(some).items():
@@ -220,7 +223,7 @@ class Rows:
         return found
 
     def cells(self, rows: Sequence[int] | NDArray) -> dict[str, NDArray]:
-        """Return the columns of some rows of a table by name, each (k,)."""
+        """Return the values (k,) of k given rows in each column of a table, by column name."""
         x = self.examples.take(np.asarray(rows)).x
         if isinstance(x, dict):
             return {str(key): _dense(part).reshape(len(rows)) for key, part in x.items()}
@@ -231,7 +234,7 @@ class Rows:
 
     @cached_property
     def levels(self) -> tuple[float, float] | None:
-        """The values of black and white in the images, or None if they differ by image."""
+        """Pixel values (black, white): (0, 1), (-1, 1) or (0, 255); None if no range fits."""
         some = np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(int))
         x = _dense(self.examples.take(some).x)
         low, high = float(np.min(x)), float(np.max(x))
@@ -241,7 +244,7 @@ class Rows:
         return None
 
     def text(self, row: int) -> str:
-        """Return the text of a row of texts."""
+        """Return the text of one row, if the rows are texts."""
         x = self.inputs(row)
         x = next(iter(x.values())) if isinstance(x, dict) else x
         value = np.ravel(np.asarray(x, object))[0]
@@ -249,7 +252,7 @@ class Rows:
 
     @cached_property
     def common_words(self) -> set[str]:
-        """Words, in lower case, that many of the texts have."""
+        """Words that occur in many of the sampled texts, in lower case."""
         some = np.unique(np.linspace(0, len(self) - 1, _TEXTS).astype(int))
         counts: dict[str, int] = {}
         for row in some:
@@ -259,12 +262,12 @@ class Rows:
 
     @property
     def given(self) -> Any:
-        """Labels as they are, without weights: an array or a dict by output name."""
+        """The labels without sample weights: an array, or a dict of arrays by output name."""
         return packing.labels(self.examples.y if self.labels is None else self.labels)
 
 
 def digest_of(files: Sequence[Path], root: Path) -> str:
-    """Return SHA-256 of the contents and relative names of files."""
+    """Compute one SHA-256 of the contents of files and their paths relative to `root`."""
     whole = hashlib.sha256()
     for path in files:
         own = hashlib.sha256()

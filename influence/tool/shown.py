@@ -1,4 +1,4 @@
-"""What a page shows of one row: a picture, the cells of a table, or the words of a text."""
+"""Display of one row on a page: as a picture, as table cells, or as text."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ from numpy.typing import NDArray
 
 from influence.tool.rows import Rows
 
-# A page shows at most this many cells of a row, and characters of a text, a cell and a name.
+# A page shows at most _CELLS cells of a row. It cuts texts after _TEXT characters, or after _MORE
+# characters if a reader opens the rest. It cuts cells after _CELL and names after _NAME characters.
 _CELLS, _TEXT, _MORE, _CELL, _NAME = 16, 280, 3000, 60, 120
-# An image of at most this side is enlarged without smoothing.
+# An image whose longer side has at most this many pixels is enlarged without smoothing.
 _SMALL = 64
-# Numbers of two rows count as different if they are this many standard deviations apart.
+# Two numbers of a column are marked as different if they differ by more than this many standard
+# deviations of the column.
 _APART = 0.5
-# Shorter words are not marked.
+# A word that two texts share is marked only if it has at least this many characters.
 _WORD = 3
 
 
 def item(rows: Rows, row: int, size: int, against: tuple[Rows, int] | None = None) -> dict:
-    """Return what a page shows of a row.
+    """Return a dict with the data that the page's template needs to show a row.
 
     Args:
-      rows: the set.
-      row: the row's number.
-      size: the largest side of a picture, in pixels.
-      against: another row, as (rows, number), whose differences and common words are marked.
+      rows: the data set.
+      row: the number of the row.
+      size: the longest side of a picture, in pixels.
+      against: another row as (rows, number), or None. In a table, cells that differ from those of
+        the other row are marked. In a text, uncommon words that the other text has too are marked.
 
-    Returns: a dict with `kind` ("image", "table", "text" or "other"), `name`, and for each kind
-      `uri`, `cells` (name, value, differs), `parts` (text, shared) and `more`, or nothing.
+    Returns: a dict with `kind` ("image", "table", "text" or "other"), `name` and `row`. The other
+      keys depend on `kind`. An image has `uri` and `small` (True for a tiny image). A table has
+      `cells`, a list of (name, value, differs). A text has `parts`, a list of (text, is marked),
+      `more` (the text after the parts) and `length`.
     """
     found: dict[str, Any] = {"kind": rows.kind, "name": plain(rows.name(row), _NAME), "row": row}
     if rows.kind == "image":
@@ -51,10 +56,11 @@ def item(rows: Rows, row: int, size: int, against: tuple[Rows, int] | None = Non
 
 
 def plain(text: Any, most: int) -> str:
-    """Return a text without control and direction characters, cut to `most` characters.
+    """Cut a text to `most` characters, and replace special characters by their codes.
 
-    A page escapes the text. Characters that would change the direction of other text, or that
-    cannot be seen, are written as their code.
+    Special characters are control, format, surrogate and private-use characters. They are
+    invisible, or could change the direction of other text. This function does not escape HTML. The
+    page's template does that.
     """
     text = str(text)
     cut = text[:most]
@@ -66,7 +72,7 @@ def plain(text: Any, most: int) -> str:
 
 
 def image_of(rows: Rows, row: int) -> NDArray[np.uint8]:
-    """Return the picture of a row: (height, width) or (height, width, channels) bytes."""
+    """Return the picture of a row as an array (height, width) or (height, width, channels)."""
     shape = rows.image_shape
     x = np.asarray(rows.inputs(row), float)
     x = x.reshape(shape) if shape is not None else x
@@ -77,7 +83,7 @@ def image_of(rows: Rows, row: int) -> NDArray[np.uint8]:
 
 
 def _png(rows: Rows, row: int, size: int) -> tuple[bytes, bool]:
-    """Return the picture of a row as PNG, and whether it is so small that its pixels are shown."""
+    """Return the picture of a row as PNG bytes, and True if the image is tiny (`_SMALL`)."""
     from PIL import Image
 
     if len(rows.files):
@@ -102,14 +108,14 @@ def _cells(rows: Rows, row: int, against: tuple[Rows, int] | None) -> list[tuple
         if other is not None and name in other:
             gap = _gap(value, other[name][0], rows.spread.get(name))
         found.append((plain(name, _CELL), _cell(value), gap > _APART, gap))
-    if len(found) > _CELLS:  # the cells that differ most, in the order of the columns
+    if len(found) > _CELLS:  # keep the cells that differ most, in column order
         most = sorted(range(len(found)), key=lambda k: -found[k][3])[:_CELLS]
         found = [found[k] for k in sorted(most)]
     return [(name, value, differs) for name, value, differs, _ in found]
 
 
 def _gap(one: Any, two: Any, spread: float | None) -> float:
-    """Return how far two cells are apart, in standard deviations of the column."""
+    """Return the difference of two cells in standard deviations; for strings, 0 or infinity."""
     if spread is None:
         return 0.0 if _cell(one) == _cell(two) else np.inf
     gap = abs(float(one) - float(two))
@@ -126,7 +132,7 @@ def _cell(value: Any) -> str:
 
 
 def _parts(text: str, other: str | None, rows: Rows) -> list[tuple[str, bool]]:
-    """Cut a text into parts, each with True if it is a word that the other text has too."""
+    """Split a text into pairs (part, marked). Uncommon words that both texts have are marked."""
     if other is None:
         return [(plain(text, _TEXT), False)]
     shared = set(map(str.lower, re.findall(r"\w+", other[: 1 << 20]))) - rows.common_words

@@ -1,4 +1,4 @@
-"""Results kept on disk under names that say what they were computed from."""
+"""Results stored on disk. Each file name contains a hash of the inputs of the computation."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Arrays = Mapping[str, NDArray]
 
 @dataclass(frozen=True)
 class Store:
-    """Two folders of named results. Both may be None.
+    """Two folders of stored results, each optional.
 
     Attributes:
-      index: a folder that `index` filled. It is only read, unless it is also `work`.
-      work: a folder for the results of this run, so that the run can be continued.
+      index: a folder that the function `index` filled, or None. It is read and not written, unless
+        it is also `work`.
+      work: a folder for the results of this run, or None. An interrupted run continues from them.
     """
 
     index: Path | None = None
     work: Path | None = None
 
     def find(self, name: str) -> dict[str, NDArray] | None:
-        """Return the arrays of a name, or None.
+        """Return the stored arrays of a result by its name, or None if neither folder has it.
 
-        Raises: ValueError if a file was altered.
+        Raises: ValueError if the file was altered.
         """
         for folder in (self.index, self.work):
             path = folder and folder / f"{name}.npz"
@@ -39,9 +40,11 @@ class Store:
         return None
 
     def kept(self, name: str, compute: Callable[[], Arrays]) -> dict[str, NDArray]:
-        """Return the arrays of a name. Compute them if they are in no folder, and keep them.
+        """Return the stored arrays of a result by its name.
 
-        Raises: ValueError if a file was altered.
+        If neither folder has the result, it is computed, and stored in `work` if `work` is given.
+
+        Raises: ValueError if the file was altered.
         """
         found = self.find(name)
         if found is not None:
@@ -51,16 +54,16 @@ class Store:
 
     @property
     def size(self) -> int:
-        """Bytes of all files in `work`."""
+        """Total size of the files in `work`, in bytes; 0 without `work`."""
         files = self.work.glob("*.npz") if self.work is not None else ()
         return sum(file.stat().st_size for file in files)
 
 
 def name_of(what: str, *parts: object) -> str:
-    """Return the name of a result that depends on `parts`: what it is, and a hash of the parts."""
+    """Return a name for a stored result: `what`, and a hash of `parts`, the result's inputs."""
     return f"{what}-{joblib.hash(parts)[:16]}"
 
 
 def texts(values: list[str]) -> NDArray:
-    """Return strings as an array that can be stored."""
+    """Return strings as an array of fixed-width strings, which `checkpoint` can store."""
     return np.array(values, dtype=np.str_)

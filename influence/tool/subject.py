@@ -1,4 +1,4 @@
-"""A trained model with its rows: everything that a question needs, computed once and kept."""
+"""A trained model with its rows, and the cached results that every question needs."""
 
 from __future__ import annotations
 
@@ -34,26 +34,29 @@ from influence.tool.predictions import Predictions
 from influence.tool.rows import Rows, Wanted
 from influence.tool.store import Store, name_of, texts
 
-# Kept results of another number are not used. It rises if the same inputs give other results.
+# Format number of stored results. Raise it if a code change alters the results of the same inputs.
+# Stored results with another number are not used.
 _FORMAT = 2
-# The frozen layers are run for this many rows at a time, and each part is kept.
+# Features of frozen layers are computed and stored in blocks of this many rows.
 _PART = 256
-# A matrix above this size is not kept for an interrupted run. `index` keeps it at any size.
+# A matrix with more bytes is not stored in the folder of an unfinished run. The function `index`
+# stores a matrix of any size.
 _MOST_BYTES = 1 << 30
 _CURVATURES: dict[str, type[Curvature]] = {"Hessian": Hessian, "GaussNewton": GaussNewton}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions:
-    """QuestionOptions of every question.
+    """Options that all questions about a model have in common.
 
     Attributes:
-      loss: the loss, for a model that was not compiled.
-      damping: the number that multiplies I in the matrix; None: the library chooses it.
-      batch_size: number of rows in memory at a time; None: the library chooses it.
+      loss: the loss, for a model that was not compiled, or None.
+      damping: the factor of I in the damped curvature matrix. If None, the library chooses it.
+      batch_size: number of rows in memory at a time. If None, the library chooses it.
       check: False to skip the check before the computation.
-      index: a folder that `index` filled, or None.
-      checkpoints: a folder for the results of an unfinished run, or None.
+      index: a folder of stored results that the function `index` filled, or None.
+      checkpoints: a folder for intermediate results, or None. An interrupted call continues from
+        these results.
       history: the History of the training, or the folder that `Recorder` wrote, or None.
     """
 
@@ -68,11 +71,11 @@ class QuestionOptions:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model that was read.
+    """A model as a net, with a description of its inputs.
 
     Attributes:
       net: the net.
-      wanted: what the model takes.
+      wanted: the inputs and the label format that the model takes.
     """
 
     net: GenericNeuralNet
@@ -80,9 +83,9 @@ class Loaded:
 
     @classmethod
     def of(cls, model: Net, loss: Any = None) -> Loaded:
-        """Return the net of a model, of a saved model's path, or of a net.
+        """Return a Loaded for a Keras model, a net, or the path of a saved model.
 
-        Raises: TypeError or ValueError for another kind of model, or one that the library refuses.
+        Raises: TypeError for any other type. ValueError if the library does not support the model.
         """
         if is_saved(model):
             model = load_model(model, compiled=loss is None)  # type: ignore[arg-type]
@@ -99,14 +102,14 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A net, its training rows and perhaps test rows.
+    """A net with its training rows and optional test rows.
 
     Attributes:
       loaded: the model.
-      train_rows: the training rows as a person knows them.
-      test_rows: the test rows, or None.
-      train: the training rows as the net takes them.
-      test: the test rows as the net takes them. Without test rows these are the training rows.
+      train_rows: the training rows, with their names.
+      test_rows: the test rows with their names, or None.
+      train: the training rows in the form that the net takes.
+      test: the test rows in the form that the net takes. If there are none, the training rows.
       options: the options of the question.
     """
 
@@ -121,7 +124,9 @@ class Subject:
     def of(
         cls, model: Any, train: Any, test: Any = None, options: QuestionOptions = QuestionOptions()
     ) -> Subject:
-        """Check a model and its data, and compute the features of frozen layers.
+        """Check a model and its data, and return them as a Subject.
+
+        If the options give a folder, the features of frozen layers are read from it, or computed.
 
         Args:
           model: a Keras model, a net, the path of a saved model, or Loaded.
@@ -129,7 +134,7 @@ class Subject:
           test: the test rows, or None.
           options: options of the question.
 
-        Raises: TypeError or ValueError that names the argument that is wrong.
+        Raises: TypeError or ValueError naming the invalid argument.
         """
         loaded = model if isinstance(model, Loaded) else Loaded.of(model, options.loss)
         rows = Rows.of(train, loaded.wanted, "train")
@@ -150,17 +155,17 @@ class Subject:
 
     @property
     def net(self) -> GenericNeuralNet:
-        """The net as the model's own dtype has it."""
+        """The net in the model's own dtype."""
         return self.loaded.net
 
     @property
     def shown_test(self) -> Rows:
-        """The rows that are explained: test rows, or training rows if there are no test rows."""
+        """The rows whose losses are studied: the test rows if given, else the training rows."""
         return self.train_rows if self.test_rows is None else self.test_rows
 
     @property
     def store(self) -> Store:
-        """The folders of kept results."""
+        """The folders of stored results, `options.index` and `options.checkpoints`."""
         return Store(self.options.index, self.options.checkpoints)
 
     @cached_property
@@ -177,12 +182,12 @@ class Subject:
 
     @cached_property
     def of_train(self) -> Predictions:
-        """The predictions of all training rows."""
+        """The net's predictions for all training rows."""
         return Predictions.of(self.net, self.train, self.options.batch_size)
 
     @cached_property
     def of_test(self) -> Predictions:
-        """The predictions of all test rows."""
+        """The net's predictions for all rows of `test`."""
         if self.test is self.train:
             return self.of_train
         return Predictions.of(self.net, self.test, self.options.batch_size, like=self.train)
@@ -191,12 +196,12 @@ class Subject:
 
     @cached_property
     def influence(self) -> Influence:
-        """The scores' matrix and solver. What a folder holds of them is not computed again."""
+        """The Influence object that computes scores. It reuses stored factors of the matrix."""
         return self._planned[0]
 
     @property
     def plan(self) -> Plan:
-        """The curvature, damping, solver and precision that are used, and the reasons."""
+        """The chosen curvature, damping, solver and precision, each with the reason."""
         return self._planned[1]
 
     @cached_property
@@ -221,7 +226,7 @@ class Subject:
         return self._from(plan, influence), plan
 
     def _from(self, plan: Plan, fresh: Influence | None = None) -> Influence:
-        """Return the Influence of a plan. Its factors are loaded, or computed and kept."""
+        """Return the Influence of a plan. Its factors are loaded, or else computed and stored."""
         if fresh is not None:
             A = fresh.operator
         else:
@@ -251,14 +256,14 @@ class Subject:
         if store.work != store.index and A.shape[0] ** 2 * A.dtype.itemsize > _MOST_BYTES:
             store = Store(store.index)
         found = store.kept(f"matrix-{self.key}", lambda: {"damped": A.dense()})["damped"]
-        found[np.diag_indices_from(found)] -= A.damping  # `damped` takes the undamped matrix
+        found[np.diag_indices_from(found)] -= A.damping  # `damped` needs the undamped matrix
         return prepare(A.damped(A.damping, found), solver)
 
     # --- the check ----------------------------------------------------------------------------
 
     @cached_property
     def report(self) -> Report | None:
-        """The lines of the check before the computation, or None if it is skipped."""
+        """The result of the check before the computation, or None if the check is skipped."""
         if not self.options.check:
             return None
         found = self.store.kept(f"check-{self.key}", self._checked)
@@ -283,14 +288,14 @@ class Subject:
 
     @cached_property
     def rows_report(self) -> Report | None:
-        """The lines of the check about rows and labels, for answers that use no derivatives."""
+        """The result of `check_rows`, a check without derivatives; None if checks are skipped."""
         if not self.options.check:
             return None
         return check_rows(self.net, self.train, batch_size=self.options.batch_size)
 
     @property
     def at_minimum(self) -> bool:
-        """True if the check found that theta is the minimum of the risk."""
+        """True if the check found that theta is a stationary point of the risk."""
         if self.report is None:
             return False
         return any(
@@ -299,7 +304,7 @@ class Subject:
 
 
 def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
-    """Return rows as the net takes them. Features of frozen layers are read from the store."""
+    """Return rows in the form that the net takes. Stored features of frozen layers are reused."""
     net, trunk = loaded.net, loaded.net.flat.trunk
     if trunk is None or store == Store():
         return net.given(rows.examples, rows.argument)
@@ -316,16 +321,16 @@ def _examples(loaded: Loaded, rows: Rows, store: Store) -> Examples:
     features = {key: np.concatenate([part[key] for part in known]) for key in trunk.names}
     if missing:
         read().hold(features)
-        net.validate(read(), rows.argument)  # features that depend on other rows are refused
+        net.validate(read(), rows.argument)  # refuses features that depend on other rows
     if rows.labels is None:
         y = rows.examples.y
-    else:  # no row is read
+    else:  # the inputs need not be read
         y = Examples(features, rows.labels, rows.weights).y
     return Kept(lambda: read().given, trunk, features, y)
 
 
 def features_are_kept(loaded: Loaded, rows: Rows, store: Store) -> bool:
-    """Return True if no frozen layer must be run for these rows."""
+    """Return True if there are no frozen layers, or if the first block of features is stored."""
     trunk = loaded.net.flat.trunk
     return trunk is None or store.find(f"{_features_name(trunk, rows)}-0") is not None
 
@@ -351,7 +356,7 @@ def _arrays_of(plan: Plan) -> dict[str, NDArray]:
 
 
 def _plan_of(found: dict[str, NDArray]) -> Plan | None:
-    """Return a stored plan, or None if this version of the library chooses no such solver."""
+    """Return the plan from its stored arrays, or None if its solver is not a known one."""
     rank = int(found["rank"])
     known = [Direct(), EKFAC(), CG(), *([CG(preconditioner=Nystrom(rank))] if rank else [])]
     solver = next((solver for solver in known if repr(solver) == str(found["solver"])), None)
@@ -369,7 +374,7 @@ def _plan_of(found: dict[str, NDArray]) -> Plan | None:
 
 @contextmanager
 def on_disk(folder: Path | None) -> Iterator[Path | None]:
-    """Create a folder for an unfinished run, and remove its files when the block has finished."""
+    """Create a folder for intermediate results. Empty it if the `with` block succeeds."""
     if folder is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Tables from CSV and Parquet files, cut into the inputs that a model takes."""
+"""Reader of tables from CSV and Parquet files, as inputs and labels of a model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from numpy.typing import NDArray
 from influence.tool.rows import Rows, Wanted, digest_of
 
 ENDINGS = (".csv", ".tsv", ".parquet")
-# Without --target, the labels are the column of one of these names, if there is only one.
+# If --target is not given, the column of labels must have one of these names. If several columns
+# have such a name, --target is required.
 _LABELS = ("target", "label", "labels", "class", "y")
+# Error messages list at most this many names.
 _SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that are no inputs by themselves. See `influence.tool.read.Reading`.
+    """The columns of a table that hold labels, texts or weights, or that are left out.
 
     Attributes:
-      target: the column of labels, or None for one with a usual name.
-      text: the column of texts, or None.
-      drop: columns that the model does not take.
-      weight: the column of sample weights, or None.
+      target: the name of the column of labels. If None, a column with a usual
+        name such as "target" is used.
+      text: the name of the column of texts, or None.
+      drop: the names of columns that are no inputs of the model.
+      weight: the name of the column of sample weights, or None.
     """
 
     target: str | None = None
@@ -36,18 +39,18 @@ class Columns:
 
 
 def read(path: Path, wanted: Wanted, columns: Columns, like: Rows | None) -> Rows:
-    """Read a table.
+    """Read the rows of a table from a file.
 
-    Strings stay as the file has them, and an empty entry among strings is the empty string. Labels
-    that are strings become class numbers, in alphabetical order.
+    Strings are not changed, so "NA" and "None" stay strings. An empty entry in a column of strings
+    is the empty string. Labels that are strings become class numbers, in alphabetical order.
 
     Args:
       path: a file .csv, .tsv or .parquet.
-      wanted: what the model takes.
-      columns: the columns of labels, texts and weights.
-      like: the training rows if this file has test rows, else None.
+      wanted: the inputs and the label format that the model takes.
+      columns: the columns of labels, texts and weights, and the columns to leave out.
+      like: if the file contains test rows, the training rows; else None.
 
-    Raises: ValueError that names a column and what would work.
+    Raises: ValueError naming the invalid column or the missing entry.
     """
     frame, notes = _frame(path)
     there = list(frame.columns)
@@ -77,21 +80,23 @@ def read(path: Path, wanted: Wanted, columns: Columns, like: Rows | None) -> Row
         source=str(path),
         notes=notes,
     )
-    rows.examples  # noqa: B018 - a missing number is refused now
+    rows.examples  # noqa: B018 - raises an error for a missing number
     return rows
 
 
 def coded(
     values: NDArray, classes: Sequence[str], what: str
 ) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Return labels as numbers, with the names of the classes.
+    """Convert labels to numbers, and return them with the names of the classes.
 
     Args:
       values: (n,) numbers or strings.
-      classes: the known names of classes, or () to take those of `values` in alphabetical order.
-      what: the name of the values in messages.
+      classes: the known class names. If (), the classes are the strings in `values`, in
+        alphabetical order.
+      what: the name of the values in error messages.
 
-    Raises: ValueError for a missing label, or for a string that is no known class.
+    Returns: (n,) numbers, and the class names. The names are () for labels that are numbers.
+    Raises: ValueError if a label is missing or is no known class.
     """
     values = np.asarray(values)
     if values.dtype.kind == "b":
@@ -129,7 +134,7 @@ def _frame(path: Path) -> tuple[Any, tuple[str, ...]]:
             f"{path.name} is a Parquet file, and pandas needs pyarrow to read it: pip install "
             "pyarrow, or give a .csv file."
         ) from error
-    except Exception as error:  # pandas and pyarrow raise errors of many types
+    except Exception as error:  # pandas and pyarrow raise many types of errors
         raise ValueError(
             f"{path.name} must be a table with a line of column names, got "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -141,7 +146,8 @@ def _frame(path: Path) -> tuple[Any, tuple[str, ...]]:
     if not strings:
         return frame, ()
     if path.suffix != ".parquet":
-        # pandas takes "None" and "NA" for missing entries. Among strings they are strings.
+        # pandas reads "None" and "NA" as missing entries. A second reading of the columns of
+        # strings keeps these words as strings.
         how: dict[str, Any] = {"dtype": str, "keep_default_na": False, "usecols": strings}
         again = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", **how)
         for column in strings:
@@ -153,7 +159,7 @@ def _frame(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _inputs(frame: Any, columns: list[str], wanted: Wanted) -> tuple[Any, list[str]]:
-    """Return the inputs, in a form that `fit` takes, and the names of the columns that they use."""
+    """Return the model's inputs in a form that `fit` takes, and the names of their columns."""
     names = [str(name) for name in wanted.inputs]
     if len(names) > 1:
         missing = [name for name in names if name not in columns]

@@ -1,4 +1,4 @@
-"""How far do predicted changes agree with actual ones, after refits without rows?"""
+"""Comparison of predicted changes with actual changes after refits without single rows."""
 
 from __future__ import annotations
 
@@ -30,21 +30,28 @@ from influence.truth.leave_out import RefitOptions, leave_one_out
 from influence.truth.proximal import ProximalOptions, proximal_response
 from influence.truth.repeated import retrained, why_not
 
-# The chart has at most this many series. Each has a colour.
+# The chart distinguishes at most this many series by colour.
 _SERIES = 6
-# From this rank correlation on the order holds. The sizes do if the Pearson correlation passes it
-# too and the slope is within this factor of 1.
+# The order of the scores holds if the Spearman correlation is at least _ORDER_HOLDS. Below
+# _ORDER_FAILS, the scores do not predict the changes. The sizes hold if the Pearson
+# correlation is also at least _ORDER_HOLDS, and the slope is between 1 / _SIZE_HOLDS and
+# _SIZE_HOLDS.
 _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
-# Below this correlation between two seeds, less than half of the changes' variance is the rows'.
+# If the correlation of the actual changes under two seeds is below this number, an alert is shown.
+# The seed then causes more than half of the variance of the changes.
 RELIABLE = 0.5
-# The gradient norm that a refit must reach, relative to that of the removal: for a convex risk, and
-# for a network. A network's changes hardly move below, and its kinks may keep it from less.
+# A proximal response must reach this gradient norm, relative to the norm at its start. The first
+# number is for scores with the Hessian. The second number is for scores with a Gauss-Newton matrix,
+# such as those of networks. A smaller norm hardly alters the changes of networks. Kinks such as
+# those of ReLU may also prevent a smaller norm.
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
-# A proximal response takes at most this many data passes.
+# Each proximal response uses at most this many data passes.
 _PASSES = 30
-# A sketch of this rank gives the steps of proximal responses where the scores' solver is CG.
+# Scores may use a Gauss-Newton matrix and CG without a preconditioner. The steps of proximal
+# responses then use a Nystrom sketch of this rank.
 _RANK = 50
-# This many rows are refitted together. An interrupted run goes on after each block.
+# Proximal responses run in blocks of this many removed rows. An interrupted run continues after the
+# last finished block.
 _BLOCK = 5
 _RETRAINED = "retraining without the row, to the minimum of the risk"
 _AGAIN = (
@@ -60,20 +67,23 @@ _PROXIMAL = (
 
 @dataclass(frozen=True, eq=False)
 class Verification(Answer):
-    """Predicted changes beside actual ones.
+    """Predicted and actual changes of test losses by the removal of single training rows.
 
     Attributes:
       test_rows: (m,) the test rows whose losses are compared.
       rows: (k,) the training rows that were removed, one at a time.
-      chosen: number of rows, the first ones, that were chosen for their large scores. The others
-        were drawn at random.
-      predicted, actual: (m, k) changes of the test losses. Positive: the row helped.
-      converged: (k,) True if the row's refit reached its tolerance.
-      reliability: correlation of two seeds' actual changes, NaN if there are no seeds. A
-        prediction cannot agree with the changes better than the root of 2 r / (1 + r).
-      left: (k,) share of the removal's gradient that the refit left, NaN if it is not known.
-      truth: how the actual changes were computed, in words.
-      why: how the test rows were chosen.
+      chosen: the first `chosen` entries of `rows` have large scores. The others were drawn at
+        random.
+      predicted: (m, k) predicted changes of the test losses. Positive: the row helped.
+      actual: (m, k) actual changes of the test losses. Positive: the row helped.
+      converged: (k,) True if the refit without the row reached its tolerance.
+      left: (k,) gradient norm at the end of the refit, relative to the norm at its start. NaN if it
+        is unknown.
+      truth: the method of the actual changes, in words.
+      why: a sentence about the choice of the test rows.
+      reliability: correlation r of the actual changes under two seeds, NaN if there are no seeds.
+        The correlation of any prediction with the mean changes is at most about the square root of
+        2 r / (1 + r).
     """
 
     test_rows: NDArray[np.int64]
@@ -88,15 +98,16 @@ class Verification(Answer):
     reliability: float = float("nan")
 
     def agreement(self, part: slice = slice(None)) -> dict[str, float]:
-        """Compare all changes of some of the removed rows.
+        """Compare the predicted with the actual changes of the removed rows `rows[part]`.
 
-        Returns: `pearson`, `spearman`, `slope` of the least-squares line of actual on predicted
-          changes, and `sign`, the share of equal signs. NaN if they are not defined.
+        Returns: dict with the correlations `pearson` and `spearman`, with `slope`, the slope of the
+          regression line of actual on predicted changes, and with `sign`, the share of changes with
+          equal signs. NaN if the numbers are not defined.
         """
         return agreement(self.predicted[:, part].ravel(), self.actual[:, part].ravel())
 
     def numbers(self) -> dict[str, Any]:
-        """Return how far predicted and actual changes agree."""
+        """Return the reliability, and the agreement for all, large-score and random rows."""
         parts = {"all": slice(None), "largest_scores": slice(0, self.chosen)}
         parts["random"] = slice(self.chosen, None)
         found = {
@@ -143,7 +154,7 @@ class Verification(Answer):
         return [*parts, self.why]
 
     def page(self, size: int) -> Page:
-        """Return the page, with pictures of at most `size` pixels."""
+        """Return the page. `size` limits the longer side of its pictures, in pixels."""
         train, test = self.subject.train_rows, self.subject.shown_test
         panels, points = [], []
         for j, row in enumerate(map(int, self.rows)):
@@ -181,7 +192,7 @@ class Verification(Answer):
         return [*facts, ("Actual changes", self.truth)]
 
     def draw(self, figure: Any) -> None:
-        """Draw actual against predicted changes, with the line y = x."""
+        """Draw a scatter plot of actual against predicted changes, with the line y = x."""
         axes = figure.add_subplot()
         for i, row in enumerate(self.test_rows):
             name = plain(self.subject.shown_test.name(int(row)), 40)
@@ -200,29 +211,39 @@ def verify(
     fit: Callable[..., Any] | None = None,
     options: QuestionOptions = QuestionOptions(),
 ) -> Verification:
-    """Remove training rows one at a time, and compare the actual with the predicted changes.
+    """Remove training rows one at a time, and compare actual with predicted loss changes.
 
-    Half of the rows have large scores, and half are drawn at random, because rows with large scores
-    agree better than others. The actual changes come from `leave_one_out` if the net is at a
-    minimum of its risk. Elsewhere retraining would also go on with the training, so the changes are
-    those of `proximal_response`, with the damping of the scores. If the options have the history of
-    the training, and the training can be repeated from it, the changes are those of training again
-    from its start (`influence.truth.repeated.retrained`), the mean over two seeds.
+    Half of the removed rows have large scores. The other half is drawn at random. Predictions agree
+    better for rows with large scores, so a test with only these rows would be too favourable.
+
+    The method for the actual changes depends on the arguments:
+
+    - If `fit` is given, it retrains the model.
+    - If the options contain the history of the training, and the training can be repeated from it,
+      the model is retrained from its initial weights (`influence.truth.repeated.retrained`). The
+      changes are means over two seeds.
+    - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. For some
+      nets with the Hessian as matrix, `proximal_response` is used instead. Without damping, it
+      gives the same changes.
+    - Otherwise `proximal_response` computes the changes, with the damping of the scores. If the net
+      is not at a minimum, retraining would also continue the training. The changes would then
+      include this progress.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: the test set. None compares the losses of training rows.
-      remove: number of training rows to remove.
-      rows: (m,) the test rows whose losses are compared.
-      wrong: number of mistakes to compare, instead of `rows`. Without both, five.
-      fit: a function (model, x, y) or (model, x, y, sample_weight) that trains a Keras model on the
-        rows that it gets. It replaces the refits above. The model is the whole one behind lookup
-        layers, compiled, with its trained weights.
-      options: options of the computation. With `checkpoints`, an interrupted call is continued.
+      test: the test set. If None, the losses of training rows are compared.
+      remove: number of training rows to remove, at least 2.
+      rows: (m,) the test rows whose losses are compared, or None.
+      wrong: number of mistakes to compare, or None. The most confident mistakes are taken. Give
+        `rows` or `wrong`, not both. If both are None, five mistakes are compared.
+      fit: a function (model, x, y) or (model, x, y, sample_weight), or None. It trains a Keras
+        model on the rows (x, y). The model is compiled, and has its frozen layers and its trained
+        weights. It does not contain lookup layers: x is their output.
+      options: options of the computation. With `checkpoints`, an interrupted call can be continued.
 
     Returns: a Verification, with `agreement`, `table`, `plot` and `to_html`.
-    Raises: TypeError, ValueError or IndexError that names the argument that is wrong.
+    Raises: TypeError, ValueError or IndexError naming the invalid argument.
     """
     if rows is not None and wrong is not None:
         raise ValueError("wrong must be left out if rows are given, got both.")
@@ -257,7 +278,13 @@ def verify(
 
 @dataclass(frozen=True, eq=False)
 class _Actual:
-    """Actual changes (m, k), the state of the k refits, and how they were computed."""
+    """Result of the refits: actual changes of m test losses without each of k training rows.
+
+    Attributes:
+      changes, converged, left, reliability: as in `Verification`.
+      words: the method, as `Verification.truth`.
+      said: further alerts.
+    """
 
     changes: NDArray
     converged: NDArray
@@ -268,9 +295,9 @@ class _Actual:
 
 
 def draw_rows(scores: Scores, count: int) -> tuple[NDArray[np.int64], int]:
-    """Draw training rows: half with large scores for some test row, and half at random.
+    """Draw `count` training rows: half with large scores for a test row, and half at random.
 
-    Returns: the rows (k,), those with large scores first, and the number of these.
+    Returns: the rows (k,), and the number of rows with large scores. These rows come first.
     """
     values = np.abs(np.asarray(scores))
     largest = values.max(axis=1, keepdims=True)
@@ -291,11 +318,11 @@ def _actual(
         options = RefitOptions(
             fit=own_training.fitting(fit), key=own_training.source(fit), method="fit", **kept
         )
-        # The function gets the inputs of the whole model, with its frozen layers.
+        # `fit` trains the whole model, which needs the original inputs and not the features.
         whole = inputs_of(subject.train)
         test = inputs_of(subject.test).take(chosen)
         found = leave_one_out(subject.net.uncut(), whole, test, removed, options)
-        # A function without a tolerance is never `converged`.
+        # `fit` has no tolerance, so `found.converged` is always False. No alert is wanted here.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
     history = subject.history
     if history is not None:
@@ -328,7 +355,7 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
     if subject.at_minimum and not hessian:
         found = leave_one_out(net, subject.train, test, removed, RefitOptions(method="fit", **kept))
         return _Actual(found.change_if_removed, found.converged, _RETRAINED)
-    # At a minimum, this is retraining if the matrix is the undamped Hessian.
+    # At a minimum of the risk, with the undamped Hessian, the proximal response equals retraining.
     found = proximal_response(
         net,
         subject.train,
@@ -349,10 +376,11 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
 
 
 def _steps(subject: Subject) -> Any:
-    """Return the inverse for the steps of proximal responses.
+    """Return the solver that computes the steps of proximal responses.
 
-    Any inverse leads to the same minimum, which the gradient certifies. Where the scores' solver
-    solves each system by many products, a sketch of the matrix costs them only once.
+    The choice does not change the result, because the gradient norm certifies the minimum. With CG,
+    each step would need many products with the Gauss-Newton matrix. A Nystrom sketch of this matrix
+    needs such products only once.
     """
     solver, influence = subject.plan.solver, subject.influence
     if not isinstance(solver, CG) or isinstance(influence.operator, Hessian):
@@ -361,7 +389,7 @@ def _steps(subject: Subject) -> Any:
 
 
 def finish_axes(axes: Any) -> None:
-    """Draw the line y = x in a drawing of actual against predicted changes, and name its axes."""
+    """Add the line y = x, the axis labels and a legend to a plot of actual against predicted."""
     axes.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
     axes.set_xlabel("predicted change of the loss")
     axes.set_ylabel("actual change of the loss")
@@ -369,12 +397,12 @@ def finish_axes(axes: Any) -> None:
 
 
 def besides_sizes(found: list[alerts.Alert]) -> list[alerts.Alert]:
-    """Return the alerts except those that doubt the sizes, because `verify` measures the sizes."""
+    """Remove the alerts that begin with `ORDER_NOT_SIZE`, because `verify` measures the sizes."""
     return [a for a in found if not a.headline.startswith(alerts.ORDER_NOT_SIZE)]
 
 
 def of_verdict(found: dict[str, float]) -> list[alerts.Alert]:
-    """Return an alert if an agreement is not that of scores that hold in order and size."""
+    """Return an alert if the order or the sizes of the scores do not hold, else an empty list."""
     text = verdict(found)
     if text.startswith("The scores hold:"):
         return []
@@ -383,7 +411,7 @@ def of_verdict(found: dict[str, float]) -> list[alerts.Alert]:
 
 
 def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
-    """Compare predicted with actual changes, as `Verification.agreement` describes."""
+    """Compare two arrays of changes. The result is as in `Verification.agreement`."""
     good = np.isfinite(predicted) & np.isfinite(actual)
     predicted, actual = predicted[good], actual[good]
     nan = float("nan")
@@ -399,7 +427,7 @@ def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
 
 
 def words(found: dict[str, float]) -> str:
-    """Return an agreement in one line."""
+    """Return the numbers of an agreement as text in one line."""
     return (
         f"Pearson {short(found['pearson'])}, Spearman {short(found['spearman'])}, slope "
         f"{short(found['slope'])} (actual on predicted), equal signs {found['sign']:.0%}"
@@ -409,7 +437,7 @@ def words(found: dict[str, float]) -> str:
 
 
 def verdict(found: dict[str, float]) -> str:
-    """Say in one sentence what of the scores holds."""
+    """Return a verdict on the scores as text: do their order and their sizes hold?"""
     pearson, order, slope = found["pearson"], found["spearman"], found["slope"]
     if not np.isfinite(pearson):
         return "Nothing can be said, because the changes are all equal."

@@ -1,4 +1,4 @@
-"""Do predictions hold for groups? Retrain without them by a person's own training, and compare."""
+"""Comparison of predicted with actual changes for groups of rows, by the user's own training."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from influence.tool.verify import (
     words,
 )
 
-# Every group is removed under each of these seeds, and so is none.
+# The model is trained under each of these seeds: once on all rows, and once without each group.
 SEEDS = (0, 1)
-# A group has this share of the training rows, if its size is not given.
+# Default size of a group, as a share of the training rows.
 _SHARE = 0.05
 _CHOSEN, _RANDOM = "chosen", "random"
 
 
 @dataclass(frozen=True, eq=False)
 class GroupVerification(Answer):
-    """Predicted changes beside actual ones, for groups of rows that were removed together.
+    """Predicted and actual changes of test losses by the removal of groups of training rows.
 
     Attributes:
       test_rows: (m,) the test rows whose losses are compared.
       groups: k arrays of training rows.
-      drawn: for each group, "chosen" for large scores or "random".
-      predicted: (m, k) changes of the test losses: sums of the rows' scores. Positive: the group
-        helped.
-      by_seed: (s, m, k) actual changes under each seed: the loss after training without the group
-        minus the loss after training with all rows, under the same seed.
-      why: how the test rows were chosen.
+      drawn: k words: "chosen" for a group with large scores, "random" for a random group.
+      predicted: (m, k) predicted changes of the test losses: the sum of the scores of the group's
+        rows. Positive: the group helped.
+      by_seed: (s, m, k) actual changes under each of s seeds: the test loss after training without
+        the group, minus the test loss after training on all rows under the same seed.
+      why: a sentence about the choice of the test rows.
     """
 
     test_rows: NDArray[np.int64]
@@ -66,26 +66,29 @@ class GroupVerification(Answer):
 
     @property
     def actual(self) -> NDArray:
-        """(m, k) mean of the actual changes over the seeds."""
+        """(m, k) actual changes of the test losses, the mean over the seeds."""
         return self.by_seed.mean(axis=0)
 
     def agreement(self, drawn: str | None = None) -> dict[str, float]:
-        """Compare predicted and actual changes of all groups, or of those drawn in one way.
+        """Compare predicted with actual changes.
 
-        Returns: as `Verification.agreement`.
+        Args:
+          drawn: "chosen" or "random" to compare only these groups, or None for all groups.
+
+        Returns: a dict as from `Verification.agreement`.
         """
         some = np.array([drawn in (None, how) for how in self.drawn])
         return agreement(self.predicted[:, some].ravel(), self.actual[:, some].ravel())
 
     def repeats(self) -> float:
-        """Pearson correlation of the actual changes under the first two seeds.
+        """Return the Pearson correlation of the actual changes under the first two seeds.
 
-        No prediction can agree much better with the changes than they agree with each other.
+        Predictions cannot correlate with the actual changes much better than this.
         """
         return agreement(self.by_seed[0].ravel(), self.by_seed[1].ravel())["pearson"]
 
     def numbers(self) -> dict[str, Any]:
-        """Return how far predicted and actual changes agree."""
+        """Return the agreements for all, chosen and random groups, and the result of `repeats`."""
         found = {
             name: {key: value_of(value) for key, value in self.agreement(drawn).items()}
             for name, drawn in (("all", None), (_CHOSEN, _CHOSEN), (_RANDOM, _RANDOM))
@@ -130,7 +133,7 @@ class GroupVerification(Answer):
         ]
 
     def page(self, size: int) -> Page:
-        """Return the page."""
+        """Return the page. It has no pictures, so `size` has no effect."""
         test, panels, points = self.subject.shown_test, [], []
         for i, row in enumerate(self.test_rows):
             for j, drawn in enumerate(self.drawn):
@@ -161,7 +164,7 @@ class GroupVerification(Answer):
         return [*super().facts(), *plan_facts(self.subject)]
 
     def draw(self, figure: Any) -> None:
-        """Draw actual against predicted changes, with the line y = x."""
+        """Draw a scatter plot of actual against predicted changes, with the line y = x."""
         axes = figure.add_subplot()
         for how in (_CHOSEN, _RANDOM):
             some = np.array([drawn == how for drawn in self.drawn])
@@ -181,29 +184,32 @@ def verify_groups(
     wrong: int | None = None,
     options: QuestionOptions = QuestionOptions(),
 ) -> GroupVerification:
-    """Remove groups of training rows, retrain by your own function, and compare.
+    """Remove groups of training rows, retrain by `fit`, and compare the loss changes.
 
-    Half of the groups have rows with the largest scores for one test row: the most helpful or the
-    most harmful ones, in turn. The others are drawn at random, because groups with large scores
-    agree better than others. The predicted change is the sum of the rows' scores. Each group is
-    removed under two seeds, in a training that begins with new weights, and all rows are trained
-    under the same seeds. `keras.utils.set_random_seed` is called before each training.
+    Half of the groups have large scores. Such a group has the most helpful rows of one test row, or
+    its most harmful rows. The other half of the groups is drawn at random. Predictions agree better
+    for groups with large scores, so a test with only these groups would be too favourable.
+
+    The predicted change is the sum of the scores of the group's rows. For the actual change, the
+    model is trained with new weights, on all rows and without the group. Both trainings are done
+    under the same two seeds. `keras.utils.set_random_seed` is called before each training.
 
     Args:
       model: a compiled Keras model, a net, or the path of a saved model.
       train: the training set, in any form that `fit` takes.
-      test: the test set. None compares the losses of training rows.
+      test: the test set. If None, the losses of training rows are compared.
       groups: number of groups, at least 4.
-      fit: a function (model, x, y) or (model, x, y, sample_weight) that trains a Keras model on the
-        rows that it gets. The model comes compiled, with new weights; frozen layers keep theirs.
-      group_size: number of rows in a group; a twentieth of the training rows if omitted.
-      rows: (m,) the test rows whose losses are compared.
-      wrong: number of mistakes to compare, instead of `rows`. Without both, five.
-      options: options of the computation. With `checkpoints`, an interrupted call is continued
+      fit: a function (model, x, y) or (model, x, y, sample_weight). It trains a Keras model on the
+        rows (x, y). The model is compiled and has new weights. Frozen layers keep their weights.
+      group_size: number of rows in a group. If None, a twentieth of the training rows.
+      rows: (m,) the test rows whose losses are compared, or None.
+      wrong: number of mistakes to compare, or None. The most confident mistakes are taken. Give
+        `rows` or `wrong`, not both. If both are None, five mistakes are compared.
+      options: options of the computation. With `checkpoints`, an interrupted call can be continued
         after the last finished training.
 
     Returns: a GroupVerification, with `agreement`, `table`, `plot` and `to_html`.
-    Raises: TypeError, ValueError or IndexError that names the argument that is wrong.
+    Raises: TypeError, ValueError or IndexError naming the invalid argument.
     """
     if rows is not None and wrong is not None:
         raise ValueError("wrong must be left out if rows are given, got both.")
@@ -240,15 +246,16 @@ def verify_groups(
 
 
 def draw_groups(scores: Scores, count: int, size: int) -> tuple[list[NDArray[np.int64]], list[str]]:
-    """Draw groups of training rows: half with large scores for a test row, and half at random.
+    """Draw `count` groups of training rows: half with large scores, and half at random.
 
-    Returns: the groups, and for each "chosen" or "random".
+    Returns: the groups as arrays of rows, and for each group the word "chosen" or "random".
     """
     values = np.asarray(scores)
     found = []
     for j in range((count + 1) // 2):
         order = np.argsort(values[(j // 2) % len(values)], kind="stable")
-        # With more groups than test rows have ends, the next rows in the order follow.
+        # Each test row gives two groups: its most helpful and its most harmful rows. If more groups
+        # are needed, they take the rows that follow in the order of the scores.
         start = size * (j // (2 * len(values)))
         start = min(start, len(order) - size)
         along = order[::-1] if j % 2 == 0 else order
@@ -263,7 +270,7 @@ def draw_groups(scores: Scores, count: int, size: int) -> tuple[list[NDArray[np.
 def _actual(
     subject: Subject, chosen: NDArray[np.int64], groups: list[NDArray], fit: own_training.Fit
 ) -> NDArray:
-    """Return the changes (s, m, k) of the test losses by training without each of k groups."""
+    """Train without each of k groups. Return the changes of m test losses (s, m, k) by seed."""
     whole = inputs_of(subject.train)
     tested = inputs_of(subject.test).take(chosen)
     name = name_of("group", subject.key, tested.fingerprint, own_training.source(fit))
