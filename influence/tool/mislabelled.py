@@ -43,6 +43,7 @@ from influence.tool.last_layer import LastLayer
 
 # In these rankings, the smallest value is the most suspect. In the others, it is the largest value.
 _SMALL_FIRST = ("margin", "folds", "history")
+# The description of each ranking on the page.
 WORDS = {
     "margin": "margin of the given label by the last layer, refitted without the row",
     "folds": "margin of the given label by networks trained without the row's fold",
