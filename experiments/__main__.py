@@ -149,7 +149,7 @@ def _report(rest: Sequence[str]) -> int:
             with replacing(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         if options.readme is not None:
-            from experiments import figure2  # late, because it imports the library
+            from experiments import figure2  # it imports the library, so only if needed
 
             found = figure2.records(options.results)
             if found is not None:
@@ -334,7 +334,8 @@ def _unboxed(text: str) -> str:
     The line contains tyro's message, and the form of the option if tyro shows it.
     """
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    lines = ["" if set(line) <= {"-"} else line for line in lines]  # lines drawn in ASCII
+    # In ASCII, tyro draws the box with lines of dashes. They count as empty.
+    lines = ["" if set(line) <= {"-"} else line for line in lines]
     begin = 2 if lines[1] == "" else 1  # skip the title
     end = lines.index("", begin)
     said = console.one_line(" ".join(lines[begin:end]))

@@ -249,9 +249,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Fit the model, compute the four variants for all test points, and refit without single rows.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data, or if fewer than `shown_rank`
@@ -360,7 +361,7 @@ def draw(record: Record) -> Any:
         figure = plt.figure(figsize=(6.75, 5.0), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
         axes = above.subplots(1, 3, sharey=True)
-        order = np.random.default_rng(0).permutation(len(full))  # so no class hides the other
+        order = np.random.default_rng(0).permutation(len(full))  # neither class covers the other
         colours = np.where(same, _SAME, _OTHER)[order]
         for axis, value, name in zip(axes, arrays["values"][1:], VARIANTS[1:], strict=True):
             axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)

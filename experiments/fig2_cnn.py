@@ -154,7 +154,8 @@ PRESETS = {
         schedule=mnist_cnn.SHORT, continued_steps=220, continued_rate=1e-4, continued_at=(60, 110)
     ),
     "tenfold": Config(
-        schedule=((11_000, 1e-3), (11_000, 1e-4), (28_000, 1e-5)),  # the published steps * rate
+        # In each stage, steps * rate equals the published product.
+        schedule=((11_000, 1e-3), (11_000, 1e-4), (28_000, 1e-5)),
         test_points=(6558,),
         num_removals=40,
         continued_steps=3_000,
@@ -276,7 +277,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Train the network, predict the effects of removals, and compute three ground truths.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
       checkpoints: folder that stores the training, Hessians and finished removals, or None. An
         interrupted run continues from its files.
@@ -349,7 +350,7 @@ def predictions(
     """Predict the effect of removing each row, with several solvers and curvature matrices.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       net: the network at the weights where training stopped.
       train: the training set, n rows.
       measured: m test examples.
@@ -439,10 +440,10 @@ def truths(
     prepared: dict[str, Prepared],
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Compute the actual changes of the test losses by three ground truths.
+    """Compute the actual changes of the test losses under three definitions of a removal.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       net: the network at the weights where training stopped.
       train: the training set.
       measured: m test examples.

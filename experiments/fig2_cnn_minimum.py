@@ -182,7 +182,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Train the network, descend to a minimum, predict changes, and refit without single rows.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
       checkpoints: folder that stores the training, finished rounds and finished refits, or None.
         An interrupted run continues from its files.
@@ -206,9 +206,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def remarks(record: Record) -> list[str]:
     """Return remarks on the rows that are left out, and on the error of predictions for whole rows.
 
-    Let p be the first-order prediction for a whole row, and let h describe the row's own curvature.
-    A refit that removes the fraction e of the row's weight changes the loss by e p / (1 - e h). The
-    partial refits, where e is `_PART`, give h. Then p / (1 - h) is the corrected prediction.
+    Let p be the first-order prediction for a whole row. The number h measures the effect of the
+    row's own curvature. A refit that removes the fraction e of the row's weight changes the loss by
+    e p / (1 - e h). The partial refits, with e = `_PART`, give h. The corrected prediction for the
+    whole row is p / (1 - h).
     """
     arrays = record.arrays
     rows = arrays["removals_0"]
@@ -249,7 +250,7 @@ def at_minimum(
     because a softmax has no curvature in one direction, and negative curvature may remain.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       net: the network at the weights where training stopped. The descent changes its theta.
       train: the training set.
       measured: m test examples.
@@ -323,11 +324,11 @@ def _refits(
     gradient norm that shows convergence, always use float64.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       single: (net, train, measured) in the experiment's dtype.
       double: (net, train, measured) in float64.
-      removed: (k,) the rows.
-      fraction: the fraction of each row's weight that is removed. It also multiplies the tolerance.
+      removed: (k,) the rows to remove, one in each refit.
+      fraction: the fraction of the row's weight to remove. It also multiplies the tolerance.
       damping: the damping in the objective of a refit.
       step_damping: additional damping of the steps. It does not change the objective.
       checkpoints: folder that stores finished refits, or None.
@@ -483,7 +484,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_descent(axis: Any, arrays: Any) -> None:
-    """Draw the gradient norm and the risk over the Hessians. Axis and line share a colour."""
+    """Draw the gradient norm and the risk by round. An axis has the colour of its line."""
     rounds = np.arange(len(arrays["risk"]))
     axis.semilogy(rounds, arrays["gradient_norm"], "o-", color="#0072B2", markersize=3)
     axis.set_xlabel("Hessians formed on the way", fontsize=9)

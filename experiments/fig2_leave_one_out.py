@@ -189,12 +189,15 @@ CAPTION = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit the model, predict the effect of each row, and refit without each most influential row.
+    """Fit the model, predict the effect of each row, and refit without the most influential rows.
+
+    The rows are removed one at a time.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.

@@ -65,7 +65,8 @@ class Config:
         options.at_least(self, 1, "multiple", "further_test_points")
         options.at_least(self, 2, "num_removals")  # fitting a line needs two points
         options.positive(self, "weight_decay", "smooth", "sweep")
-        options.at_least(self, self.further_test_points + 1, "further_among")  # 1: the paper's
+        # One more is needed, because the paper's test point is not drawn again.
+        options.at_least(self, self.further_test_points + 1, "further_among")
 
 
 PRESETS = {
@@ -193,9 +194,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Fit the SVM, predict the effect of each row at each temperature, and refit without some rows.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data, or if the hinge has no slope at a
@@ -232,7 +234,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     pearson = {
         name: _correlations(there if name == "_at_liblinear" else predicted, after, some)
         for name, some in chosen.items()
-    }  # (t, m) each
+    }  # each (t, m)
 
     actual = after[0, chosen[""][0]]
     norms = [svm.gradient_norm(train), refits.gradient_norm.max()]
@@ -346,7 +348,7 @@ def _draw_changes(axis: Any, arrays: Any, t: float, *, published: bool) -> None:
             axis.axvline(end, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
     # Each panel has its own vertical scale, because the predictions at t = 0 are ten times larger.
     tall = 1.08 * max(np.abs(predicted).max(), np.abs(actual).max())
-    # The labels give no unit, because the hinge loss is not a log loss in nats.
+    # The axis labels have no unit, because the hinge loss is not a log loss in nats.
     axis.set(xlim=(-reach, reach), ylim=(-tall, tall), title=_named(t))
     axis.set_xlabel("Actual change in loss")
     axis.locator_params(nbins=5)
@@ -383,7 +385,10 @@ def _named(t: float) -> str:
 
 
 def _truncated(x: NDArray, y: NDArray, multiple: int) -> Examples:
-    """Return the first rows, with labels -1 and 1. Their number is a multiple of `multiple`."""
+    """Return the first rows, with labels -1 and 1.
+
+    Their number is the largest possible multiple of `multiple`.
+    """
     n = len(y) // multiple * multiple
     return Examples(x[:n], 2 * y[:n] - 1)
 

@@ -115,7 +115,7 @@ _LEAD = (
 
 
 def _accuracy_of(value: float) -> Published:
-    """Return a published accuracy. Its uncertainty: two binomial standard errors, 1,035 mails."""
+    """Return a published accuracy. Its uncertainty is two binomial standard errors (n = 1,035)."""
     return Published(_SOURCE, value, 2 * (value * (1 - value) / 1035) ** 0.5, RELEASED)
 
 
@@ -253,16 +253,17 @@ class _Task:
     train: Examples
     test: Examples
     gram: NDArray
-    theta: NDArray  # of the model with clean labels, where fits begin
+    theta: NDArray  # the weights of the model with clean labels, where fits begin
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
     """Flip labels, rank mails by each score, correct the labels of the first mails, and refit.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of Enron1 or of its stand-in. x is a CSR matrix, and y is 1 for spam.
-      checkpoints: folder of finished draws, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished draws, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs. The axes of `found`
       and `accuracy` are flip step, repeat, method and check step. `..._mean` and `..._error` are
@@ -326,7 +327,7 @@ def draw(record: Record) -> Any:
         checked = np.append(0, 100 * arrays["checked_share"])
         for axis, name, scale in ((accuracy, "accuracy", 1), (found, "found", 100)):
             means, errors = (scale * arrays[f"{name}_{kind}"][at] for kind in ("mean", "error"))
-            # If no mail is checked, no flip is found, and the accuracy is that with all flips.
+            # With no mail checked, no flip is found. The accuracy is that before any correction.
             start = metrics["accuracy_flipped"] if name == "accuracy" else 0.0
             if not record.data.get("stand_in", True):
                 _draw_published(axis, name, scale)
@@ -450,7 +451,7 @@ def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
 def _orders(
     net: BinaryLogisticRegression, noisy: Examples, gram: NDArray, rng: np.random.Generator
 ) -> list[NDArray]:
-    """Return one array of rows for each method of METHODS: the order in which it checks them."""
+    """Return the order in which each method of METHODS checks the rows, as a list of arrays."""
     loss = net.losses(noisy.x, noisy.y)
     slope = -np.expm1(-loss)  # sigma(-y theta'x)
     leverage = net.leverages(noisy, gram=gram)

@@ -113,7 +113,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Fit the SVM and the deep heads, and compute which training images helped the test fish.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of dogfish or of its stand-in.
       checkpoints: folder that stores the features of the stand-in's images. The features of
         photographs are stored in the user cache (see `trunks.kept_in`).
@@ -348,7 +348,7 @@ def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
 def _draw_strip(axis: Any, values: NDArray, names: list[str]) -> None:
     """Draw one row for each model, with a dot for each test fish and a bar at the median."""
     for i, of_model in enumerate(values):
-        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # so few dots overlap
+        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # so that few dots overlap
         axis.scatter(of_model, i + spread, s=4, color="#0072B2", alpha=0.5, linewidths=0)
         axis.plot([np.median(of_model)] * 2, [i - 0.35, i + 0.35], color="black", linewidth=1.2)
     axis.set_yticks(range(len(names)), [_named(name, short=True) for name in names])

@@ -45,10 +45,10 @@ def single(
 ) -> dict[str, Any]:
     """Attack one test image by both rules, with more and more poisons until it is flipped.
 
-    A poison is a changed training image. A test image is flipped if it is then misclassified. The
-    paper's rule makes several attempts, and each begins with clean images. The first attempt
-    poisons the training image of rank 1, the second the image of rank 2. The next attempts poison
-    the first two or more images together, as many as the next entry of `counts` says.
+    A poison is a changed training image. A test image is flipped if the refitted head misclassifies
+    it. The paper's rule makes several attempts, and each begins with clean images. The first
+    attempt poisons the training image of rank 1, the second the image of rank 2. The next attempts
+    poison the first counts[1], counts[2], ... images together.
 
     Args:
       head: the head under attack.

@@ -131,9 +131,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Attack single test images and a group of test images, under every head.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of dogfish or of its stand-in.
-      checkpoints: folder of finished attacks, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished attacks, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
@@ -263,7 +264,7 @@ def _group(config: Config, head: Head) -> dict[str, Any]:
 
 
 def _signs(step: float, moves: int) -> Rule:
-    """Return the paper's rule: constant steps along the sign of the derivative, and one ranking."""
+    """Return the paper's rule: constant steps along the sign of the derivative, ranking once."""
     return Rule(
         step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0, restarts=0
     )
@@ -307,7 +308,7 @@ def draw(record: Record) -> Any:
         for i, (network, colour) in enumerate(zip(networks, colours, strict=False)):
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
             last = np.append(np.diff(poisons) > 0, True)  # the last refit with each number
-            last &= poisons > 0  # the axis is logarithmic
+            last &= poisons > 0  # a logarithmic axis has no 0
             together.plot(
                 poisons[last], flipped[last], "o-", color=colour, label=_NAMES.get(network, network)
             )

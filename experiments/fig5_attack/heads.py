@@ -90,7 +90,7 @@ class Head:
         return Examples(x, self.train.y)
 
     def accuracy(self, examples: Examples, theta: NDArray | None = None) -> float:
-        """Compute the share of correctly classified examples at theta, or at the net's theta."""
+        """Compute the share of correctly classified examples. If theta is None, use the net's."""
         theta = self.net.theta if theta is None else theta
         return float(np.mean((examples.x @ theta > 0) == examples.y))
 

@@ -19,7 +19,7 @@ REPRODUCED_SHORTENED = "reproduced, shortened"
 REPRODUCED_ON_STAND_IN = "reproduced on a stand-in"
 NOT_REPRODUCED = "not reproduced"
 NOT_COMPARABLE = "not comparable"
-# CONDITIONS of a module marks a preset that differs from the paper with one of these words.
+# A module's CONDITIONS marks each preset that differs from the paper with one of these words.
 # SHORTENED means fewer steps or repeats. STAND_IN means that other data or networks are used.
 SHORTENED, STAND_IN = "shortened", "stand-in"
 _HELD = {
@@ -44,7 +44,7 @@ class Published:
         reason for it. None means 10 % of the value.
       kind: PAPER, or RELEASED if the result is from the authors' 2017 code or its notebooks.
       words: the result in words, if the source gives no value.
-    Raises: ValueError if the kind is unknown, or unless either a value or words are given.
+    Raises: ValueError if the kind is unknown, or if not exactly one of value and words is given.
     """
 
     source: str

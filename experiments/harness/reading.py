@@ -22,7 +22,8 @@ from experiments.harness.claims import NOT_COMPARABLE, NOT_REPRODUCED, OURS, PAP
 
 # The largest sizes in bytes of a record.json, an arrays.h5 (packed or unpacked) and a figure.
 _MOST_TEXT, MOST_ARRAYS, _MOST_FIGURE = 1 << 24, 1 << 28, 1 << 25
-# A smaller chunk counts as this many bytes. This limits the number of chunks.
+# In the size of an array, a chunk counts as at least this many bytes. This limits the number of
+# chunks.
 _LEAST_CHUNK = 1 << 12
 _MOST_PIXELS = 10**8
 _MOST_DEPTH = 32
@@ -52,7 +53,8 @@ _NUMBERS = ("paper", "low", "high", "value")
 _OLD_CLAIM = {"metric", "holds", *_NUMBERS}
 # The required form of a record. A dict must have exactly the keys of its form. If the form has the
 # key `...`, no key is required and other keys are allowed. The values of these other keys must have
-# the form under `...`. A list may have any number of entries. Each must have the one form listed.
+# the form under `...`. A list may have any number of entries. Each must
+# have the form of the list's only element.
 _RECORD = {
     "experiment": _TEXT,
     "preset": _TEXT,
@@ -142,7 +144,7 @@ def contents(path: Path, most: int) -> bytes:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{path.name} is held by another process, wait for it") from error
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         return file.read(status.st_size)
 
@@ -208,7 +210,7 @@ def png(path: Path) -> bytes:
 
 
 def _unlike_ours(file: h5py.File, name: str) -> str:
-    """Describe why `Record.save` cannot have written an entry; return "" if it may have."""
+    """Describe why `Record.save` cannot have written an entry, or return "" if it can have."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         return f"the link {name!r:.60}"
     part = file[name]

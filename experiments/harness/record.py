@@ -67,8 +67,8 @@ class Record:
           metrics: dict of real numbers. NaN means that a metric has no value.
           arrays: dict of numeric, boolean or byte-string (dtype "S") arrays.
         Returns: a Record with these metrics and arrays.
-        Raises: TypeError if a metric is no real number or an array has another dtype; ValueError if
-          the name of an array is no valid HDF5 name, or if the arrays are too large.
+        Raises: TypeError if a metric is not a real number or an array has another dtype; ValueError
+          if the name of an array is not a valid HDF5 name, or if the arrays are too large.
         """
         for name, value in metrics.items():
             if np.ndim(value) or not isinstance(_scalar(value), bool | int | float):
@@ -79,7 +79,7 @@ class Record:
                 raise TypeError(
                     f"arrays[{name!r}] must be numeric, boolean or bytes, got dtype {array.dtype}."
                 )
-            if not name or name.startswith(".") or "/" in name:  # would be an HDF5 path
+            if not name or name.startswith(".") or "/" in name:  # HDF5 reads a path
                 raise ValueError(f"arrays: a name must not hold '/' or begin with '.': {name!r}.")
         size = sum(array.nbytes for array in held.values())
         if size > _MOST_BYTES:
@@ -194,7 +194,7 @@ def to_json(value: Any) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces `path` if the block raises no error.
 
-    If an OSError names no file, as for a full disk, `path` becomes its file name.
+    If an OSError names no file, as for a full disk, its file name is set to `path`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -222,9 +222,9 @@ def commit(root: Path = _ROOT) -> str:
     """Return the commit of the code in `root`.
 
     Returns: the hash of the commit, followed by "-dirty" if the code has changed since. Without
-      git, for example in a container, the value of $INFLUENCE_COMMIT, or "unknown" without it.
+      git, for example in a container, the value of $INFLUENCE_COMMIT; "unknown" if it is not set.
     """
-    if (root / ".git").exists():  # git would also search the parent folders
+    if (root / ".git").exists():  # else git would search parent folders
         with suppress(OSError, subprocess.CalledProcessError):
             head = _git(root, "rev-parse", "HEAD").strip()
             changed = _git(root, "status", "--porcelain", "--", *_CODE)

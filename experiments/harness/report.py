@@ -392,7 +392,10 @@ def finding(record: Record) -> str:
 
 
 def sentence(words: str) -> str:
-    """Make a sentence: capitalise the words and add a full stop. A symbol as in "r = " stays."""
+    """Make a sentence of the words: capitalise the first letter and add a full stop.
+
+    A symbol at the beginning, as in "r = 0.9", is not capitalised.
+    """
     if not words:
         return ""
     return f"{words if re.match(r'. = ', words) else words[0].upper() + words[1:]}."

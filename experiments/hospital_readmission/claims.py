@@ -15,7 +15,7 @@ _PAPER = ("standard", "paper")
 def _released(
     metric: str, sentence: str, value: float, uncertainty: float | None = None, headline: str = ""
 ) -> Claim:
-    """Return a claim that compares a model, stopped like the authors', with their notebook."""
+    """Return a claim that compares our model, stopped early, with the authors' notebook."""
     published = Published(_NOTEBOOK, value, uncertainty, RELEASED)
     return Claim(f"stopped_{metric}", f"{sentence}, stopped as released", published,
                  presets=_PAPER, headline=headline)  # fmt: skip

@@ -96,9 +96,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Remove children, fit the model, explain one child's loss, and compare with refits.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of the diabetes set or of its stand-in, with feature names.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if test_child is not the test row of a child, or if an option does not fit the
@@ -187,7 +188,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
-    """Draw the ten most harmful and the ten most helpful rows of the model stopped as released."""
+    """Draw the ten most harmful and ten most helpful rows, for the model that is stopped early."""
     influence, children = arrays["stopped_influence"], arrays["children"]
     order = np.argsort(influence, kind="stable")
     rows = np.concatenate([order[:10], order[:-11:-1]])
