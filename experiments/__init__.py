@@ -48,12 +48,12 @@ MODULES = {
     "hospital": "hospital_readmission.figure",
 }
 
-# The present (command, preset) for each former pair. Committed records may contain a former pair.
+# The present (command, preset) for each former pair. Committed records may have a former pair.
 _FORMER = {("fig2-cnn", "converged"): ("fig2-cnn-minimum", "standard")}
 
 
 def present(command: str, preset: str) -> tuple[str, str]:
-    """Return the present names of a command and a preset. Present names are returned unchanged."""
+    """Return the present command and preset. The arguments may be former names from a record."""
     return _FORMER.get((command, preset), (command, preset))
 
 

@@ -149,7 +149,7 @@ def _report(rest: Sequence[str]) -> int:
             with replacing(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         if options.readme is not None:
-            from experiments import figure2  # it imports the library, so only if needed
+            from experiments import figure2  # late, because it loads the library
 
             found = figure2.records(options.results)
             if found is not None:
@@ -223,7 +223,10 @@ def _all(rest: Sequence[str]) -> int:
 
 
 def _summary(ran: int, checks: int | None, *, compared: bool) -> str:
-    """Return the last line that `all` prints. `checks` is None if an experiment failed."""
+    """Return the last line that `all` prints.
+
+    `checks` is the number of passed checks, or None if an experiment failed.
+    """
     said = f"{ran} experiments" if checks is None else f"{ran} ran, {checks} checks passed"
     if compared:
         return f"{said}."

@@ -528,8 +528,8 @@ def _rounding(
 ) -> float:
     """Measure the error of the proximal leave-one-out that float32 and the tolerance cause.
 
-    The reference is computed in float64 with a hundredth of the tolerance. It is computed for a few
-    of the rows in `first`, at equal intervals. `found` holds the changes (m, r) to test.
+    `found` (m, r) holds the changes to test. The reference is computed in float64 with a hundredth
+    of the tolerance, for a few rows only. These are taken from `first` at equal intervals.
 
     Returns: the largest error divided by the largest change.
     """

@@ -457,8 +457,8 @@ def _orders(
     leverage = net.leverages(noisy, gram=gram)
     scores = (slope**2 * leverage, slope * leverage, loss)
     orders = [np.argsort(-s, kind="stable") for s in scores]
-    # One Newton step without row i changes its margin by -K_i (n - s_i K_i)^-1 g_i, as derived in
-    # influence.scores.one_step. `leverages` returns K_i, g_i is the slope, and s_i = g_i (1 - g_i).
+    # One Newton step without row i lowers the margin of row i by K_i (n - s_i K_i)^-1 g_i. This is
+    # derived in influence.scores.one_step. K_i is `leverage`, g_i is `slope`, s_i = g_i (1 - g_i).
     margin = net.outputs(noisy.x)[:, 0] * np.where(noisy.y == 1, 1, -1)
     margin -= leverage * slope / (len(noisy) - slope * (1 - slope) * leverage)
     return [*orders, rng.permutation(len(noisy)), np.argsort(margin, kind="stable")]

@@ -132,7 +132,8 @@ def _standards(phi: NDArray) -> tuple[NDArray, NDArray]:
 def right(config: Any, head: Head) -> NDArray[np.int64]:
     """Return the rows of the test images to attack, in random order.
 
-    The head classifies these images correctly. There are `num_test` of them, or all if it is 0.
+    The head classifies these images correctly. If `num_test` is 0, all such images are returned,
+    otherwise this many.
     """
     order = np.random.default_rng(config.seed).permutation(len(head.test))
     losses = head.net.losses(head.test.x, head.test.y)

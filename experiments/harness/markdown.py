@@ -91,8 +91,8 @@ def index(results: Path) -> str:
 
     Args:
       results: folder with one subfolder per record.
-    Returns: the table. The row of each experiment describes the record that `report.fullest`
-      chooses, or is empty if there is none.
+    Returns: the table, with a row per experiment. The row describes the record that
+      `report.fullest` chooses. If there is no such record, the row has dashes.
     Raises: the errors of `report.read_all`.
     """
     best = {report.command(one): one for _, one in report.fullest(report.read_all(results))}

@@ -79,7 +79,7 @@ class Record:
                 raise TypeError(
                     f"arrays[{name!r}] must be numeric, boolean or bytes, got dtype {array.dtype}."
                 )
-            if not name or name.startswith(".") or "/" in name:  # HDF5 reads a path
+            if not name or name.startswith(".") or "/" in name:  # HDF5 would read a path
                 raise ValueError(f"arrays: a name must not hold '/' or begin with '.': {name!r}.")
         size = sum(array.nbytes for array in held.values())
         if size > _MOST_BYTES:

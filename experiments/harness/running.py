@@ -232,7 +232,7 @@ def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
 
 def _draw(module: ModuleType, record: Record, folder: Path) -> None:
     figure = module.draw(record)
-    if record.data["stand_in"]:  # above all titles; savefig includes it
+    if record.data["stand_in"]:  # the text is above all titles; savefig includes it
         text = f"stand-in data: {record.data['name']}, not {module.DATA}"
         figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
     write_figure(figure, folder / "figure.png", folder / "figure.pdf")

@@ -130,7 +130,7 @@ CLAIMS = (
         -3250,
     ),
     _released("coefficients_larger", "Coefficients larger than that of the children's age", 14),
-    # These bands, from the first run, are narrower than 10 %.
+    # These claims have the bands of the first run. The bands are narrower than 10 %.
     *(
         Claim(
             f"stopped_{metric}",

@@ -37,7 +37,8 @@ from influence.models.top_layer import cut, scaled
 
 # The features of this many images are stored in one file. An interruption loses at most one file.
 _ROWS = 256
-# The name of a file depends on this version. If new code changes the features, increase it.
+# The name of a file depends on this version. Increase it if new code changes the
+# features.
 _VERSION = 1
 # A file stores under this key how many seconds its computation took.
 _SECONDS = "seconds"
