@@ -1,10 +1,10 @@
-"""The experiments, one module for each figure of the paper.
+"""The experiments that replicate the paper, one module each.
 
 `run` computes a Record from a Config, and `draw` draws the figure from this Record. The module of
 an experiment is a file, or the file `figure.py` in a folder. The module defines these names:
 
     Config                          frozen dataclass with a `seed`; the defaults follow the paper
-    PRESETS: dict[str, Config]      "smoke", "standard", "paper"; some experiments have other keys
+    PRESETS: dict[str, Config]      "smoke", "standard", "paper"; some have other or fewer keys
     DATA, STAND_IN: str             names for data.load; only the smoke preset loads STAND_IN
     DTYPE: str                      optional; precision of the inputs: "float32", or "float64"
                                     (default)

@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
       arguments: the words after `python -m experiments`. If None, they are taken from sys.argv.
-    Returns: 0 if every claim and check holds, 1 if one does not hold or an experiment of `all`
-      raises an error, 2 on misuse, 74 if output could not be written, 130 if interrupted.
+    Returns: the exit status. 0: every claim and check holds. 1: one does not hold, or an experiment
+      of `all` raises an error. 2: misuse. 74: output could not be written. 130: interrupted.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # draw without a display
     words = sys.argv[1:] if arguments is None else list(arguments)

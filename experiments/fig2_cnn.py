@@ -72,8 +72,8 @@ STEPS = (
 )
 # The largest accepted relative residual of a solution by a float32 factorisation.
 ROUNDED = 1e-3
-# The search for a row's proximal minimum fails if the gradient norm at its end is larger than this
-# fraction of the norm at its start. The row then counts as lost.
+# A row counts as lost if the search for its proximal minimum fails: the gradient norm at the end is
+# then larger than this fraction of the norm at the start.
 _LOST = 0.1
 
 

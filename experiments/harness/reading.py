@@ -172,8 +172,8 @@ def arrays(packed: bytes) -> dict[str, np.ndarray]:
     Args:
       packed: the bytes of the file.
     Returns: a dict from names to arrays.
-    Raises: ValueError if the file has links, groups, virtual or external data, a dtype or a filter
-      that `Record.save` does not write, or more than MOST_ARRAYS bytes.
+    Raises: ValueError if the file has more than MOST_ARRAYS bytes, or entries that `Record.save`
+      does not write: links, groups, virtual or external data, other dtypes or other filters.
     """
     try:
         with h5py.File(h5py.h5f.open_file_image(packed)) as file:

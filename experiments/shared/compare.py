@@ -16,9 +16,10 @@ def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
       predicted: (k,) predicted changes.
       actual: (k,) actual changes.
 
-    Returns: a dict with pearson, spearman, the slope and intercept of the least-squares line of
-      predicted on actual, sign_agreement (the fraction of equal signs) and largest_difference (the
-      largest absolute difference).
+    Returns: a dict with the keys pearson, spearman, slope, intercept, sign_agreement and
+      largest_difference. Slope and intercept are those of the least-squares line of predicted on
+      actual changes. sign_agreement is the fraction of equal signs. largest_difference is the
+      largest absolute difference.
     """
     predicted, actual = numbers(predicted, "predicted"), numbers(actual, "actual")
     line = scipy.stats.linregress(actual, predicted)
