@@ -1,16 +1,18 @@
-"""The paper's figures, one module each: Config -> run -> Record -> draw.
+"""The experiments that replicate the paper, one module each.
 
-A figure is a file, or a folder with `figure.py`. Its module offers
+`run` computes a Record from a Config, and `draw` draws the figure from this Record. The module of
+an experiment is a file, or the file `figure.py` in a folder. The module defines these names:
 
     Config                          frozen dataclass with a `seed`; the defaults follow the paper
-    PRESETS: dict[str, Config]      "smoke", "standard", "paper"; not every figure has all three
-    DATA, STAND_IN: str             names for data.load; only the smoke preset uses the stand-in
-    DTYPE: str                      precision of x, "float32" or "float64"; "float64" if missing
+    PRESETS: dict[str, Config]      "smoke", "standard", "paper"; some have other or fewer keys
+    DATA, STAND_IN: str             names for data.load; only the smoke preset loads STAND_IN
+    DTYPE: str                      optional; precision of the inputs: "float32", or "float64"
+                                    (default)
     CLAIMS: tuple[Claim, ...]       sentences about metrics, with the paper's values and bands
-    CHECKS: tuple[Check, ...]       invariants of every run on any data
-    CONDITIONS: dict[str, str]      SHORTENED or STAND_IN for presets that differ from the paper;
-                                    optional
-    FINDING: str                    the result in a few words, with metrics in braces
+    CHECKS: tuple[Check, ...]       conditions that every run must meet, on any data
+    CONDITIONS: dict[str, str]      optional; SHORTENED or STAND_IN for each preset that differs
+                                    from the paper
+    FINDING: str                    the result in a few words, with names of metrics in braces
     DEVIATIONS: tuple[str, ...]     each difference from the paper, with both values and its effect
     CAPTION: str                    how to read the figure; the first sentence describes the picture
     remarks(record) -> list[str]    optional; sentences for the experiment's page
@@ -18,10 +20,10 @@ A figure is a file, or a folder with `figure.py`. Its module offers
     draw(record) -> Figure          uses only the Record
     photographs(record, data, *, checkpoints=None) -> Figure
                                     optional; shows images that no record may contain. A run writes
-                                    them to photographs.png, which git ignores
+                                    this figure to photographs.png, which git ignores
 
-The harness parses options, loads data, sets the seed, judges claims and writes files. `shared` has
-code that two or more figures use.
+The folder `harness` has the code that runs any experiment. It parses options, loads data, sets the
+seed, judges claims and writes files. The folder `shared` has code that two or more experiments use.
 """
 
 import influence_console as console
@@ -33,7 +35,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-# This dict maps each command to its module, in the order of lists, runs and reports.
+# The module of each command. Lists, runs and reports follow this order.
 MODULES = {
     "fig1": "fig1_components",
     "fig2": "fig2_leave_one_out",
@@ -46,27 +48,28 @@ MODULES = {
     "hospital": "hospital_readmission.figure",
 }
 
-# Committed records may bear the former name of an experiment and its preset. This dict maps it to
-# the present name.
+# The present (command, preset) for each former pair. Committed records may have a former pair.
 _FORMER = {("fig2-cnn", "converged"): ("fig2-cnn-minimum", "standard")}
 
 
 def present(command: str, preset: str) -> tuple[str, str]:
-    """Return the present command and preset of a record, whose names may be former ones."""
+    """Return the present command and preset. The arguments may be former names from a record."""
     return _FORMER.get((command, preset), (command, preset))
 
 
 def summaries() -> dict[str, str]:
-    """List the experiments without importing them, because they import TensorFlow.
+    """Return the title of each experiment.
 
-    Returns: a dict from command to the first line of its module's docstring. Modules that do not
-      exist are left out.
+    The modules are read and not imported, because importing them would import TensorFlow.
+
+    Returns: a dict from command to title. The title is the first line of the module's docstring.
+      Commands whose module does not exist are left out.
     """
     return {command: text.partition("\n")[0] for command, text in descriptions().items()}
 
 
 def descriptions() -> dict[str, str]:
-    """Return a dict from command to its module's docstring, like `summaries`."""
+    """Return a dict from command to the docstring of its module. No module is imported."""
     found = {}
     for command, module in MODULES.items():
         source = _source(module)
@@ -77,7 +80,7 @@ def descriptions() -> dict[str, str]:
 
 
 def source(command: str) -> str:
-    """Return the path of an experiment's module inside the repository."""
+    """Return the path of an experiment's module, relative to the repository."""
     return f"experiments/{MODULES[command].replace('.', '/')}.py"
 
 

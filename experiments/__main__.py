@@ -34,8 +34,8 @@ from experiments.harness.running import (
 )
 
 PROG = "python -m experiments"
-# These limit the width of the output. Help with fewer than 40 columns is unreadable, and with fewer
-# than 6 tyro never returns. Errors get 10,000 columns, so that they are not wrapped.
+# Numbers of columns of the output. The help has 40 to 200 columns: it is unreadable with fewer than
+# 40, and tyro never returns with fewer than 6. Errors have 10,000 columns, so they are not wrapped.
 _NARROWEST, _WIDEST, _NO_WRAP = 40, 200, 10_000
 _TYRO: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
       arguments: the words after `python -m experiments`. If None, they are taken from sys.argv.
-    Returns: 0 if every claim holds, 1 if a claim falls short or an experiment of `all` raises an
-      error, 2 on misuse, 74 if output could not be written, 130 if interrupted.
+    Returns: the exit status. 0: every claim and check holds. 1: one does not hold, or an experiment
+      of `all` raises an error. 2: misuse. 74: output could not be written. 130: interrupted.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # there may be no display
+    os.environ.setdefault("MPLBACKEND", "Agg")  # draw without a display
     words = sys.argv[1:] if arguments is None else list(arguments)
     command, *rest = words or ["list"]
     try:
@@ -149,7 +149,7 @@ def _report(rest: Sequence[str]) -> int:
             with replacing(path) as partial:
                 partial.write_text(text, encoding="utf-8")
         if options.readme is not None:
-            from experiments import figure2  # it needs the library, which the other parts do not
+            from experiments import figure2  # late, because it loads the library
 
             found = figure2.records(options.results)
             if found is not None:
@@ -164,7 +164,7 @@ def _report(rest: Sequence[str]) -> int:
 
 
 def _texts(options: ReportOptions) -> dict[Path, str]:
-    """Return the generated files and their texts."""
+    """Return a dict from the path of each generated file to its new text."""
     texts, results = {}, options.results
     if options.readme is not None:
         before = options.readme.read_text(encoding="utf-8")
@@ -210,7 +210,7 @@ def _all(rest: Sequence[str]) -> int:
             statuses[command] = 2
         except Unwritten:  # the other experiments would fail too
             raise
-        except Exception:  # one broken experiment must not hide the others
+        except Exception:  # the other experiments must still run
             traceback.print_exc()
             statuses[command] = 1
     for status, words in ((1, "fell short or broke"), (2, "could not be run")):
@@ -223,7 +223,10 @@ def _all(rest: Sequence[str]) -> int:
 
 
 def _summary(ran: int, checks: int | None, *, compared: bool) -> str:
-    """Say what `all` did; checks is None if something went wrong."""
+    """Return the last line that `all` prints.
+
+    `checks` is the number of passed checks, or None if an experiment failed.
+    """
     said = f"{ran} experiments" if checks is None else f"{ran} ran, {checks} checks passed"
     if compared:
         return f"{said}."
@@ -234,7 +237,8 @@ def _summary(ran: int, checks: int | None, *, compared: bool) -> str:
 
 
 def _one(command: str, rest: Sequence[str]) -> int:
-    # We parse twice, because the preset and the data folder decide the defaults of other options.
+    # The words are parsed twice. The first pass reads only the preset and the data folder, because
+    # they determine the defaults of the other options.
     _refuse_empty(rest)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
@@ -261,9 +265,10 @@ def _one(command: str, rest: Sequence[str]) -> int:
 
 
 def _parsed(default: Any, words: Sequence[str], command: str, about: str | None = None) -> Any:
-    """Parse the words into options.
+    """Parse the words of a command line into a dataclass of the type of `default`.
 
-    The fields of the dataclass `default` are options, or dataclasses whose fields are options.
+    Each field of `default` is an option, or a dataclass of options. Its value is the default of the
+    option. `about` is the description that the help shows.
     """
     _refuse_empty(words)
     _refuse_unknown(words, [f"--{name.replace('_', '-')}" for name in _names(default)])
@@ -288,7 +293,7 @@ def _parsed(default: Any, words: Sequence[str], command: str, about: str | None 
 
 @contextmanager
 def _columns(number: int) -> Iterator[None]:
-    """Set the terminal width that tyro uses."""
+    """Set the terminal width that tyro uses during a `with` block."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(number)
     try:
@@ -309,7 +314,7 @@ def _names(options: Any) -> list[str]:
 
 
 def _refuse_empty(words: Sequence[str]) -> None:
-    # Path("") would be the current folder.
+    # An empty path must be refused, because Path("") is the current folder.
     for word, following in zip(words, [*words[1:], None], strict=False):
         if word.startswith("--") and (following == "" or word.endswith("=")):
             raise Misuse(f"{word.rstrip('=')} must be followed by a value, got ''.")
@@ -327,9 +332,13 @@ def _refuse_unknown(words: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _unboxed(text: str) -> str:
-    """Convert tyro's boxed error to one line: its sentence and the form of the option."""
+    """Convert an error of tyro, which is drawn in a box, to one line.
+
+    The line contains tyro's message, and the form of the option if tyro shows it.
+    """
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    lines = ["" if set(line) <= {"-"} else line for line in lines]  # ASCII rules
+    # In ASCII, tyro draws the box with lines of dashes. They count as empty.
+    lines = ["" if set(line) <= {"-"} else line for line in lines]
     begin = 2 if lines[1] == "" else 1  # skip the title
     end = lines.index("", begin)
     said = console.one_line(" ".join(lines[begin:end]))

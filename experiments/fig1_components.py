@@ -38,7 +38,7 @@ STAND_IN = "digits"
 # As in the authors' 2017 code, sevens have label 0 and ones have label 1.
 DIGITS = (7, 1)
 VARIANTS = ("full", "no_train_loss", "no_hessian", "neither")
-# Rows with the test point's label have the first colour, all other rows the second.
+# The colours of training rows that have the test point's label, and of all other training rows.
 _SAME, _OTHER = "#0072B2", "#D55E00"
 _LOOKS = {
     "full": ("o", "#000000", "in full"),
@@ -46,7 +46,7 @@ _LOOKS = {
     "no_hessian": ("s", "#56B4E9", "without $H^{-1}$"),
     "neither": ("v", "#CC79A7", "without either"),
 }
-# At least one of this many most harmful rows must have the test point's label.
+# A claim counts the rows with the test point's label among this many most harmful rows.
 NUM_MOST_HARMFUL = 50
 
 
@@ -77,7 +77,7 @@ class Config:
 
     def __post_init__(self):
         options.at_least(self, 1, "shown_rank", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line is fitted to the points
+        options.at_least(self, 2, "num_removals")  # fitting a line needs two points
         options.positive(self, "weight_decay", "gradient_tolerance")
 
 
@@ -96,7 +96,7 @@ _HEADLINE = (
 
 
 def _read(metric: str, sentence: str, value: float) -> Claim:
-    # The paper prints no number. The values are read off the figure by eye, to a fifth.
+    # The paper prints no number. We read the values off its figure with an uncertainty of a fifth.
     published = Published("figure 1, read by eye", value, abs(value) / 5)
     return Claim(metric, f"{sentence}, n times the predicted change in nats", published)
 
@@ -210,21 +210,29 @@ CAPTION = (
 
 
 def variants(influence: Influence, measured: Examples) -> NDArray:
-    """Compute influence and its three ablations, each n times the predicted change if removed.
+    """Compute the influence and its three ablations for all pairs of test and training rows.
 
-    Let g be the gradient of a test loss, and L(z) the loss of a training row plus the penalty.
-    Influence is g H^-1 grad L(z). The ablation without training loss is g H^-1 (-(2y - 1) x): its
-    factor 1 - p_y is set to one and the penalty is dropped. Without H^-1, H is the identity.
+    Let g be the gradient of a test loss, and L(z) the loss of a training row plus the penalty. The
+    variants are:
+
+        full            g' H^-1 grad L(z)
+        no_train_loss   g' H^-1 (-(2y - 1) x)
+        no_hessian      g' grad L(z)
+        neither         g' (-(2y - 1) x)
+
+    The gradient of a row's loss is -(1 - p_y) (2y - 1) x. The variants without the training loss
+    set the factor 1 - p_y to one and omit the penalty. The value `full` is n times the predicted
+    change of the test loss if the row is removed.
 
     Args:
       influence: Influence of a BinaryLogisticRegression without intercept.
       measured: m test examples.
 
-    Returns: the values (4, m, n) in the order of VARIANTS. Positive values are helpful.
+    Returns: the values (4, m, n) in the order of VARIANTS. A row with a positive value is helpful.
     """
     net, train = influence.net, influence.train
     scores = influence.scores(measured)
-    s_test, g = scores.solution.x, net.gradients(measured.x, measured.y).T  # (d, m) both
+    s_test, g = scores.solution.x, net.gradients(measured.x, measured.y).T  # both (d, m)
     signed = (1 - 2 * train.y)[:, None]
     no_hessian = net.directional(train.x, train.y, g) + net.penalty_gradient() @ g
     return np.stack(
@@ -238,12 +246,13 @@ def variants(influence: Influence, measured: Examples) -> NDArray:
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit, compute the four variants for every test point, remove and refit.
+    """Fit the model, compute the four variants for all test points, and refit without single rows.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data, or if fewer than `shown_rank`
@@ -352,7 +361,7 @@ def draw(record: Record) -> Any:
         figure = plt.figure(figsize=(6.75, 5.0), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
         axes = above.subplots(1, 3, sharey=True)
-        order = np.random.default_rng(0).permutation(len(full))  # neither class hides the other
+        order = np.random.default_rng(0).permutation(len(full))  # neither class covers the other
         colours = np.where(same, _SAME, _OTHER)[order]
         for axis, value, name in zip(axes, arrays["values"][1:], VARIANTS[1:], strict=True):
             axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
@@ -370,7 +379,7 @@ def draw(record: Record) -> Any:
             )
             axis.locator_params(nbins=5)
         axes[0].set_ylabel("In full: $n$ × predicted change\nof the test loss (nats)")
-        # Without its factors the value is no change of a loss, so it has no unit.
+        # An ablation does not predict a change of the loss, so its values have no unit.
         axes[1].set_xlabel("The same expression without these factors")
         others = [d for d in DIGITS if d != digit]
         looks: list[dict[str, Any]] = [
@@ -395,7 +404,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_refits(axis: Any, record: Record) -> None:
-    """Draw the four variants against the actual changes of refits."""
+    """Draw the values of the four variants against the actual changes from refits."""
     arrays, metrics = record.arrays, record.metrics
     actual = arrays["actual"]
     reach = 1.08 * np.abs(actual).max()
@@ -422,7 +431,7 @@ def _draw_refits(axis: Any, record: Record) -> None:
 
 
 def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int:
-    """Return the row of the given rank of harm among the rows with the test point's label."""
+    """Return a harmful row with the test point's label. Rank 1 is the most harmful of them."""
     rows = np.flatnonzero(same_label & (full < 0))
     if rank > len(rows):
         raise Misuse(
@@ -433,7 +442,10 @@ def _harmful_of_same_label(full: NDArray, same_label: NDArray, rank: int) -> int
 
 
 def _correlations(values: NDArray, full: NDArray) -> NDArray:
-    """Compute Pearson's r (4, m) of values (4, m, n) with full (m, n), over the n rows."""
+    """Compute Pearson's r between each variant and the full influence, over the n training rows.
+
+    `values` has the shape (4, m, n), `full` (m, n) and the result (4, m).
+    """
     a, b = (v - v.mean(axis=-1, keepdims=True) for v in (values, full))
     sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.einsum("kmn,mn->km", a, b) / sizes

@@ -55,7 +55,8 @@ TRUTHS = {
     "proximal": "Proximal leave-one-out",
     "bregman": "Proximal Bregman response",
 }
-# Each entry is the name of an approximation, the name of what it approximates, and a label.
+# Each entry has the name of an approximation, the name of the quantity that it approximates, and a
+# label.
 STEPS = (
     ("cg", "direct", "CG for the exact inverse"),
     ("lissa", "direct", "LiSSA for the exact inverse"),
@@ -69,10 +70,10 @@ STEPS = (
     ("one_step", "proximal", "One Newton step for the proximal minimum"),
     ("one_step", "continued", "One Newton step for training on, in all"),
 )
-# A solution by a float32 factorisation may have this relative residual.
+# The largest accepted relative residual of a solution by a float32 factorisation.
 ROUNDED = 1e-3
-# A row counts as lost if the search for its proximal minimum ends above this fraction of the
-# gradient norm at the start.
+# A row counts as lost if the search for its proximal minimum fails: the gradient norm at the end is
+# then larger than this fraction of the norm at the start.
 _LOST = 0.1
 
 
@@ -153,7 +154,8 @@ PRESETS = {
         schedule=mnist_cnn.SHORT, continued_steps=220, continued_rate=1e-4, continued_at=(60, 110)
     ),
     "tenfold": Config(
-        schedule=((11_000, 1e-3), (11_000, 1e-4), (28_000, 1e-5)),  # each steps * rate as published
+        # In each stage, steps * rate equals the published product.
+        schedule=((11_000, 1e-3), (11_000, 1e-4), (28_000, 1e-5)),
         test_points=(6558,),
         num_removals=40,
         continued_steps=3_000,
@@ -272,13 +274,13 @@ CAPTION = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Train, predict the effect of rows, and compute it by three kinds of removal.
+    """Train the network, predict the effects of removals, and compute three ground truths.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of training, Hessians and finished removals, or None. An interrupted run
-        continues from there.
+      checkpoints: folder that stores the training, Hessians and finished removals, or None. An
+        interrupted run continues from its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.
@@ -293,11 +295,11 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def _where_training_stopped(
     config: Config, net: Any, train: Any, measured: Any, checkpoints: Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compute the arrays and metrics of continued training and of both proximal ground truths."""
+    """Compare the predictions with the three ground truths. Return arrays and metrics."""
     predicted, metrics, prepared = predictions(config, net, train, measured, checkpoints)
     rows = removals(config, predicted["cg"])
     drawn = np.random.RandomState(config.seed).permutation(len(train))[: config.random_removals]
-    # Each row is removed once, for all test points.
+    # A row that several test points share is removed only once.
     removed = np.unique(np.concatenate([*rows, drawn]))
     changes, more = truths(config, net, train, measured, removed, rows[0], prepared, checkpoints)
     metrics |= more | {
@@ -345,17 +347,18 @@ def _where_training_stopped(
 def predictions(
     config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
 ) -> tuple[dict[str, NDArray], dict[str, Any], dict[str, Prepared]]:
-    """Predict the effect of removing each row, by every solver and with every matrix.
+    """Predict the effect of removing each row, with several solvers and curvature matrices.
 
     Args:
-      config: the protocol.
-      net: the network where training stopped.
+      config: the settings of the experiment.
+      net: the network at the weights where training stopped.
       train: the training set, n rows.
       measured: m test examples.
       checkpoints: folder that stores matrices, or None.
 
-    Returns: the predicted changes, a dict from the name of a method to an array (m, n); metrics;
-      and a dict from each proximal objective to the factored matrix for its steps.
+    Returns: three dicts. The first maps the name of a method to the predicted changes (m, n). The
+      second holds metrics. The third maps the name of a proximal objective to the factored matrix
+      that computes the steps of its minimisation.
     """
     damping = config.damping
     gauss_newton = prepare(
@@ -398,10 +401,10 @@ def _in_float64(
     by_cg: Scores,
     checkpoints: Path | None,
 ) -> dict[str, Any]:
-    """Compute the exact Hessian's spectrum, and compare s_test by CG with the exact s_test.
+    """Compute the Hessian's spectrum and the errors of s_test by CG. Return metrics.
 
-    s_test is H^-1 times the gradient of a test loss. In float32, rounding changes it by 1e-4.
-    Therefore CG also solves the first test point's system in float64.
+    s_test is H^-1 times the gradient of a test loss. Rounding in float32 causes a relative error of
+    s_test near 1e-4. Therefore CG also solves the first test point's system in float64.
     """
     double, train, measured = in_double(config, net, train, measured)
     A = Hessian(double, train, config.damping, checkpoints=checkpoints)
@@ -437,20 +440,22 @@ def truths(
     prepared: dict[str, Prepared],
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Compute the actual changes of the test losses for three definitions of removal.
+    """Compute the actual changes of the test losses under three definitions of a removal.
 
     Args:
-      config: the protocol.
-      net: the network where training stopped.
+      config: the settings of the experiment.
+      net: the network at the weights where training stopped.
       train: the training set.
       measured: m test examples.
-      removed: (r,) increasing training rows.
-      first: the rows removed for the first test point, the most influential first.
-      prepared: dict from each proximal objective to the factored matrix for its steps.
+      removed: (r,) the training rows to remove, in increasing order.
+      first: the rows to remove for the first test point, the most influential first.
+      prepared: the third result of `predictions`.
       checkpoints: folder that stores finished removals, or None.
 
-    Returns: the changes, a dict from the name of a truth to an array (m, r) with NaN for lost rows;
-      and a dict of metrics that also holds each search's final gradient norms (r,).
+    Returns: two dicts. The first maps the name of a ground truth to the changes (m, r), which are
+      NaN for lost rows. Its entry "along" has a further first axis for `continued_at`. The second
+      dict holds metrics, the control's drift (m,), and the final gradient norms (r,) of the
+      searches for proximal minima.
     """
     found: dict[str, Any] = {}
     changes: dict[str, NDArray] = {}
@@ -466,8 +471,8 @@ def truths(
         response = proximal_response(
             net, train, measured, removed, options, objective=objective, damping=config.damping
         )
-        # Without the row's curvature there may be no minimum nearby. Then the gradient stays above
-        # `_LOST`. If only rounding stops a search, its gradient is smaller.
+        # A removal also removes the row's curvature, so there may be no minimum nearby. The norm
+        # of the gradient then stays above `_LOST`. It is smaller if only rounding ends a search.
         lost = response.gradient_norm > _LOST
         changes[truth] = np.where(lost, np.nan, response.change_if_removed)
         found[f"{truth}_gradient_norm"] = response.gradient_norm
@@ -521,11 +526,12 @@ def _rounding(
     found: NDArray,
     checkpoints: Path | None,
 ) -> float:
-    """Measure the error in proximal leave-one-out that is due to float32 and the tolerance.
+    """Measure the error of the proximal leave-one-out that float32 and the tolerance cause.
 
-    The reference uses float64 and a hundredth of the tolerance. It covers a few of the first test
-    point's rows, evenly spaced in their ranking. The largest error is divided by the largest
-    change.
+    `found` (m, r) holds the changes to test. The reference is computed in float64 with a hundredth
+    of the tolerance, for a few rows only. These are taken from `first` at equal intervals.
+
+    Returns: the largest error divided by the largest change.
     """
     double, train, measured = in_double(config, net, train, measured)
     some = first[:: -(-len(first) // config.double_removals)]
@@ -547,7 +553,7 @@ def _rounding(
 
 
 def draw(record: Record) -> Any:
-    """Draw predicted against actual changes for each truth, and the table of approximations."""
+    """Draw predicted against actual changes by each ground truth, and a table of approximations."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
@@ -559,8 +565,8 @@ def draw(record: Record) -> Any:
         drift = f"\ncontrol's drift\n{record.arrays['drift'][0]:+.2g}"
         more = drift if truth == "continued" else ""
         mnist_cnn.draw_truth(axis, record, truth, title, by="cg", more=more)
-    # The first panel has its own scale, because its changes are smaller. The published panel ends
-    # there too. Equal scales make the slopes of the others comparable.
+    # The first panel has its own scale, because its changes are smaller. The other two panels have
+    # equal scales, so that a reader can compare their slopes.
     reaches = [axis.get_xlim()[1] for axis in axes]
     for axis, reach in zip(axes, (reaches[0], *2 * [max(reaches[1:])]), strict=True):
         axis.lines[0].set_data([-reach, reach], [-reach, reach])

@@ -43,7 +43,7 @@ DATA = "mnist"
 STAND_IN = "digits"
 DTYPE = "float32"
 
-# Each entry is the name of an approximation, the name of what it approximates, and a label.
+# Each entry: the name of an approximation, the name of what it approximates, and a label.
 STEPS = (
     ("cg", "minimum", "CG for the exact inverse"),
     ("lissa", "minimum", "LiSSA for the exact inverse"),
@@ -54,20 +54,20 @@ STEPS = (
     ("minimum", "refit", "First order for the refit without the row"),
     ("damped", "refit", "Damping and first order for that refit"),
 )
-# The float32 descent stops at this gradient norm. Smaller norms would be only rounding.
+# The descent in float32 stops at this gradient norm. Smaller norms would be only rounding errors.
 _FLOAT32_GRADIENT = 1e-4
-# Refits in float32 stop at this gradient norm. The norm is smaller than that of the descent,
-# because refits subtract the gradient at the minimum.
+# The float32 steps of a refit stop at this gradient norm. It can be smaller than the norm for the
+# descent, because the refit's objective subtracts the gradient at the minimum.
 _FLOAT32_REFIT = 1e-5
-# The damping of a refit's steps is this times the largest eigenvalue.
+# The damping of a refit's steps is this factor times the largest eigenvalue of the Hessian.
 _STEP_DAMPING = 1e-6
 # Partial refits remove this fraction of a row's weight.
 _PART = 0.1
-# A refit takes at most this many passes. A refit that is not finished by then still has a gradient
-# norm of 100 times the tolerance.
+# A refit makes at most this many passes over the data. Refits that need more passes still have
+# gradient norms of about 100 times the tolerance at this point.
 _MOST_REFITTING = 400
-# This many refits are computed together. A larger number is not faster, and an interruption would
-# lose more refits.
+# This many refits are computed together. A larger number would not be faster, and an interruption
+# would lose more refits.
 _TOGETHER = 4
 
 
@@ -179,13 +179,13 @@ CAPTION = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Train, descend to a minimum, predict, and refit without each row.
+    """Train the network, descend to a minimum, predict changes, and refit without single rows.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of training, finished rounds and refits, or None. An interrupted run
-        continues from there.
+      checkpoints: folder that stores the training, finished rounds and finished refits, or None.
+        An interrupted run continues from its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.
@@ -204,11 +204,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def remarks(record: Record) -> list[str]:
-    """Tell which rows of the first test point are left out, and why a whole row is predicted worse.
+    """Return remarks on the rows that are left out, and on the error of predictions for whole rows.
 
-    Let h be the share of its own effect that a row's curvature takes out. A refit without the part
-    e of the row then changes the loss by e p / (1 - e h), with the first-order prediction p. The
-    refit without `_PART` gives h, and p / (1 - h) corrects the prediction for the whole row.
+    Let p be the first-order prediction for a whole row. The number h measures the effect of the
+    row's own curvature. A refit that removes the fraction e of the row's weight changes the loss by
+    e p / (1 - e h). The partial refits, with e = `_PART`, give h. The corrected prediction for the
+    whole row is p / (1 - h).
     """
     arrays = record.arrays
     rows = arrays["removals_0"]
@@ -243,24 +244,24 @@ def remarks(record: Record) -> list[str]:
 def at_minimum(
     config: Any, net: AllCNN, train: Examples, measured: Examples, checkpoints: Path | None
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Predict and refit at a local minimum, or as near to one as the rounds allow.
+    """Descend to a local minimum, or near it if the rounds do not suffice. Predict and refit there.
 
-    At a minimum, the proximal leave-one-out without damping is a refit. We still damp by a small
-    amount, because a softmax has no curvature in one direction, and negative curvature may remain.
+    At a minimum, the proximal leave-one-out without damping is a refit. We still add small damping,
+    because a softmax has no curvature in one direction, and negative curvature may remain.
 
     Args:
-      config: the protocol.
-      net: the network where training stopped. Its theta is moved to the end of the descent.
+      config: the settings of the experiment.
+      net: the network at the weights where training stopped. The descent changes its theta.
       train: the training set.
       measured: m test examples.
       checkpoints: folder that stores finished rounds and refits, or None.
 
-    Returns: arrays and metrics. `risk` and `gradient_norm` have one entry per round. `removed` (r,)
-      holds the rows, and `removals_j` the positions of test point j's rows in `removed`.
-      `predicted_...` and `actual_minimum` (m, r) are changes of the test losses. `refit_distance`
-      and `refit_passes` (r,) describe the refits.
-      `actual_part` (m, r) is the change without `_PART` of a row, divided by `_PART`, and NaN for
-      rows without a partial refit.
+    Returns: arrays and metrics. The arrays `risk`, `gradient_norm` and `smallest_eigenvalue` have
+      an entry per Hessian that the descent formed. `removed` (r,) holds the removed rows, and
+      `removals_j` the positions in `removed` of the rows for test point j. `predicted_...` and
+      `actual_minimum` (m, r) are changes of the test losses. `actual_part` (m, r) is the change
+      from a partial refit, divided by `_PART`; it is NaN for rows without a partial refit.
+      `refit_distance` and `refit_passes` (r,) describe the refits.
     """
     descents, double, train64 = _descended(config, net, train, checkpoints)
     *_, measured64 = in_double(config, net, train, measured)
@@ -317,36 +318,36 @@ def _refits(
     step_damping: float,
     checkpoints: Path | None,
 ) -> dict[str, Any]:
-    """Refit the net without each row. Start at the minimum with all rows.
+    """Refit the net without each row, starting at the minimum of the risk of all rows.
 
-    If the experiment uses float32, the first steps of a refit are in float32 too. The last steps
-    and the certificate are always in float64.
+    In a float32 experiment, the first steps of a refit use float32. The last steps, and the
+    gradient norm that shows convergence, always use float64.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       single: (net, train, measured) in the experiment's dtype.
       double: (net, train, measured) in float64.
-      removed: (k,) the rows.
-      fraction: the fraction of each row's weight that is removed. It also multiplies the tolerance.
-      damping: the damping of the refits.
-      step_damping: a further damping, only in the steps of the refits.
+      removed: (k,) the rows to remove, one in each refit.
+      fraction: the fraction of the row's weight to remove. It also multiplies the tolerance.
+      damping: the damping in the objective of a refit.
+      step_damping: additional damping of the steps. It does not change the objective.
       checkpoints: folder that stores finished refits, or None.
 
-    Returns: metrics and three arrays: `actual` (m, k), the changes of the test losses;
+    Returns: a dict of metrics and three arrays: `actual` (m, k), the changes of the test losses;
       `refit_distance` (k,), the distance from the start; `refit_passes` (k,), passes over the data.
       `actual` and `refit_distance` are NaN for refits that missed the tolerance.
     """
     net, train, measured = double
     own = net.gradients(train.x[removed], train.y[removed]) + net.penalty_gradient()
-    # This is the gradient norm at the start of each refit.
+    # The gradient norm of each refit's objective at its start.
     first = fraction * np.linalg.norm(own, axis=1) / len(train)
     final = fraction * config.minimum_tolerance
     H = Hessian(net, train, damping + step_damping, checkpoints=checkpoints)
     options = ProximalOptions(
         step_damping=step_damping,
         solver=prepare(H, Direct()),
-        # A row with a tiny gradient starts below the tolerance. With the cap of 0.5 its refit still
-        # takes a step.
+        # The relative tolerance is at most 0.5. Without this limit, a row with a tiny gradient
+        # would start below the tolerance, and its refit would take no step.
         tolerance=np.minimum(final / first, 0.5),
         rough=None if config.dtype == "float64" else single[:2],
         rough_tolerance=max(_FLOAT32_REFIT, final) / first,
@@ -384,8 +385,8 @@ def _descended(
     """
     descents = []
     if config.dtype != "float64":
-        # A float32 gradient takes a fifth of the time of a float64 gradient. Its rounding does not
-        # matter at the start.
+        # A gradient in float32 takes a fifth of the time of one in float64. Its rounding error does
+        # not matter far from the minimum.
         descents.append(
             descend(
                 net,
@@ -399,7 +400,7 @@ def _descended(
     double, train64 = in_double(config, net, train)
 
     def formed(theta: NDArray) -> NDArray:
-        """Form the Hessian: in float64 if the tolerance is met, else in the net's dtype.
+        """Form the Hessian in float64 if the tolerance is met, otherwise in the net's dtype.
 
         In float64, rounding is less likely to give a zero eigenvalue a negative sign.
         """
@@ -425,9 +426,9 @@ def _predicted(
     direct: Prepared,
     checkpoints: Path | None,
 ) -> tuple[dict[str, NDArray], dict[str, float]]:
-    """Return the predicted changes (m, n) by method, and metrics of the solutions.
+    """Return a dict from method to the predicted changes (m, n), and metrics of the solutions.
 
-    `direct` gives the entry "minimum".
+    The method "minimum" uses the solver `direct`.
     """
 
     def scores(solver: Any, damping: float, curvature: Any = Hessian) -> Scores:
@@ -438,7 +439,7 @@ def _predicted(
     gauss_newton = prepare(G, Direct())
     more = Hessian(net, train, config.damping, checkpoints=checkpoints)
     lissa = LiSSA(None, config.lissa_depth, 1, config.lissa_batch_size, config.seed, rtol=None)
-    # CG uses the formed matrix, whose products equal those of A.
+    # CG multiplies by the dense matrix. Its products equal those of A.
     cg = solve(
         A.dense(),
         net.gradients(measured.x, measured.y).T,
@@ -465,7 +466,7 @@ def _predicted(
 
 
 def draw(record: Record) -> Any:
-    """Draw the descent, predicted against actual changes, and the table of approximations."""
+    """Draw the descent, predicted against actual changes, and a table of approximations."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(6.75, 4.6), layout="constrained")
@@ -483,7 +484,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_descent(axis: Any, arrays: Any) -> None:
-    """Draw gradient norm and risk by round. Each axis has the colour of its line."""
+    """Draw the gradient norm and the risk by round. An axis has the colour of its line."""
     rounds = np.arange(len(arrays["risk"]))
     axis.semilogy(rounds, arrays["gradient_norm"], "o-", color="#0072B2", markersize=3)
     axis.set_xlabel("Hessians formed on the way", fontsize=9)

@@ -83,7 +83,7 @@ class Config:
 
     def __post_init__(self):
         options.positive(self, "weight_decay", "cg_rtol", "lissa_scale", "gradient_tolerance")
-        # A line is fitted to these points.
+        # Fitting a line needs two points.
         options.at_least(self, 2, "num_removals", "further_removals", "one_step_removals")
         options.at_least(self, 1, "lissa_depth", "lissa_repeats", "lissa_batch_size")
         options.at_least(self, 0, "lissa_seeds", "further_test_points")
@@ -191,10 +191,13 @@ CAPTION = (
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
     """Fit the model, predict the effect of each row, and refit without the most influential rows.
 
+    The rows are removed one at a time.
+
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data.
@@ -289,8 +292,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def draw(record: Record) -> Any:
     """Draw predicted against actual changes for two solvers, and the errors of two approximations.
 
-    LiSSA's panel shows the seed of median correlation. The third panel shows the rows that are also
-    predicted by one Newton step.
+    LiSSA's panel shows the seed with the median correlation. The third panel shows the rows for
+    which one Newton step was also computed.
     """
     import matplotlib.pyplot as plt
 
@@ -317,7 +320,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_errors(axis: Any, arrays: Any) -> None:
-    """Draw the error of first order and of one Newton step, over the actual change."""
+    """Draw the errors of first-order predictions and of one Newton step over the actual changes."""
     step = arrays["predicted_one_step"]
     actual = arrays["actual"][: len(step)]
     first = arrays["predicted_cg"][: len(step)]
@@ -340,7 +343,7 @@ def _draw_errors(axis: Any, arrays: Any) -> None:
 
 def _lissa(config: Config, seed: int) -> LiSSA:
     # After one pass over the data the residual is near 0.7, but the scores are good, as the paper
-    # claims. With rtol=None the residual is recorded as a metric, and no warning is given.
+    # claims. With rtol=None, LiSSA does not warn. `run` records the residual as a metric.
     return LiSSA(
         config.lissa_scale,
         config.lissa_depth,
@@ -352,7 +355,7 @@ def _lissa(config: Config, seed: int) -> LiSSA:
 
 
 def _worst(name: str, values: NDArray) -> float:
-    """Return the value that shows the least agreement."""
+    """Return the worst value of one measure of `agreement`; `name` is its key."""
     if name == "slope":
         return float(values[np.abs(values - 1).argmax()])
     if name in ("intercept", "largest_difference"):

@@ -24,7 +24,7 @@ from influence import Direct, Examples, Influence, RefitOptions, SmoothHinge, le
 DATA = "mnist"
 STAND_IN = "digits"
 
-# The figure shows the losses of these temperatures between these margins, as the paper's does.
+# Like the paper's figure, ours shows the loss for these temperatures over this range of margins.
 _CURVES, _MARGINS = (0.0, 0.001, 0.01, 0.1), (0.8, 1.2)
 # As in the authors' 2017 code, sevens have label -1 and ones have label 1.
 DIGITS = (7, 1)
@@ -63,9 +63,10 @@ class Config:
 
     def __post_init__(self):
         options.at_least(self, 1, "multiple", "further_test_points")
-        options.at_least(self, 2, "num_removals")  # a line is fitted to the points
+        options.at_least(self, 2, "num_removals")  # fitting a line needs two points
         options.positive(self, "weight_decay", "smooth", "sweep")
-        options.at_least(self, self.further_test_points + 1, "further_among")  # one is the paper's
+        # One more is needed, because the paper's test point is not drawn again.
+        options.at_least(self, self.further_test_points + 1, "further_among")
 
 
 PRESETS = {
@@ -82,9 +83,9 @@ PRESETS = {
 }
 
 _NOTEBOOK = "fig3_hinge.ipynb; the paper prints 0.95 and 0.91 (figure 3)"
-# The notebook prints these correlations by temperature.
+# The correlation at each temperature, as the notebook prints it.
 _PUBLISHED = {0.0: 0.63248, 0.001: 0.95017, 0.1: 0.91407}
-# The axes of actual changes of the published panels end here.
+# In the published panels, the axis of actual changes ends at this value.
 _AXES = 0.025
 _HEADLINE = "Figure 3: correlation for an SVM, by hinges smoothed with t = 0, 0.001 and 0.1"
 CLAIMS = (
@@ -190,12 +191,13 @@ CAPTION = (
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Fit the SVM, predict the effect of each row at every t, and refit without some rows.
+    """Fit the SVM, predict the effect of each row at each temperature, and refit without some rows.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of MNIST or of its stand-in.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if an option does not fit the size of the data, or if the hinge has no slope at a
@@ -232,7 +234,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     pearson = {
         name: _correlations(there if name == "_at_liblinear" else predicted, after, some)
         for name, some in chosen.items()
-    }  # (t, m) each
+    }  # each (t, m)
 
     actual = after[0, chosen[""][0]]
     norms = [svm.gradient_norm(train), refits.gradient_norm.max()]
@@ -274,12 +276,12 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
             f"further_largest_pearson_{name}": pearson[""][k, 1:].max(),
         }
     order = (*sorted(config.smooth), 0.0)  # the paper's ranking of t, best first
-    leads = -np.diff(pearson[""][np.searchsorted(ts, order)], axis=0)  # (, m)
+    leads = -np.diff(pearson[""][np.searchsorted(ts, order)], axis=0)  # (number of pairs, m)
     metrics["further_in_order"] = np.mean((leads[:, 1:] > 0).all(axis=0))
     for good, bad, lead in zip(order, order[1:], leads[:, 0], strict=False):
         metrics[f"lead_of_t{good:g}_over_t{bad:g}"] = lead
     s = np.linspace(*_MARGINS, 401)
-    one = np.ones((len(s), 1))  # labels of one, and a weight of one
+    one = np.ones((len(s), 1))  # all labels are one, and so is the weight
     curves = [SmoothHinge(1, t).losses(s[:, None], one, one[:1]) for t in _CURVES]
     arrays = {
         "t": ts,
@@ -302,9 +304,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw predicted against actual for each t, the losses, and the correlation over t.
+    """Draw predicted against actual changes for each t, the losses, and the correlation over t.
 
-    The axes of actual changes are equal. The published panels end at the dotted lines.
+    All panels have the same axis of actual changes. Dotted lines mark the ends of this axis in the
+    published panels.
     """
     import matplotlib.pyplot as plt
 
@@ -343,9 +346,9 @@ def _draw_changes(axis: Any, arrays: Any, t: float, *, published: bool) -> None:
     if published:
         for end in (-_AXES, _AXES):
             axis.axvline(end, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
-    # At t = 0 the predictions are ten times as large, so that panel has a scale of its own.
+    # Each panel has its own vertical scale, because the predictions at t = 0 are ten times larger.
     tall = 1.08 * max(np.abs(predicted).max(), np.abs(actual).max())
-    # The hinge loss is no log loss, so its unit is not the nat.
+    # The axis labels have no unit, because the hinge loss is not a log loss in nats.
     axis.set(xlim=(-reach, reach), ylim=(-tall, tall), title=_named(t))
     axis.set_xlabel("Actual change in loss")
     axis.locator_params(nbins=5)
@@ -382,13 +385,16 @@ def _named(t: float) -> str:
 
 
 def _truncated(x: NDArray, y: NDArray, multiple: int) -> Examples:
-    """Return the first n rows with labels -1 and 1, for the largest multiple n of `multiple`."""
+    """Return the first rows, with labels -1 and 1.
+
+    Their number is the largest possible multiple of `multiple`.
+    """
     n = len(y) // multiple * multiple
     return Examples(x[:n], 2 * y[:n] - 1)
 
 
 def _test_points(config: Config, margins: NDArray) -> NDArray:
-    """Return the paper's test point, then others drawn from the smallest margins."""
+    """Return the paper's test point, and others drawn from those with the smallest margins."""
     small = np.argsort(margins, kind="stable")[: config.further_among]
     points = compare.with_others(config.test_point, small, config.further_test_points, config.seed)
     if margins[points].max() >= 1:
@@ -403,7 +409,7 @@ def _test_points(config: Config, margins: NDArray) -> NDArray:
 def _predicted(
     theta: NDArray, train: Examples, measured: Examples, config: Config, ts: NDArray
 ) -> NDArray:
-    """Predict changes (t, m, n) with the smooth hinge of each t, all at the weights theta."""
+    """Predict the changes (t, m, n) with each temperature's smooth hinge, at the weights theta."""
     nets = [_at(theta, t, config) for t in ts]
     of_nets = [Influence(net, train, solver=Direct(), approximation="first_order") for net in nets]
     return np.stack([influence.scores(measured).change_if_removed for influence in of_nets])
@@ -429,8 +435,8 @@ def _at(theta: NDArray, t: float, config: Config) -> SmoothHinge:
 def _correlations(predicted: NDArray, actual: NDArray, rows: NDArray) -> NDArray:
     """Compute Pearson's r (t, m) between predicted and actual changes.
 
-    Entry j uses the k rows[j]. The shapes are: predicted (t, m, n), actual (at least m, n), rows
-    (m, k).
+    For test point j, r is computed over the k training rows `rows[j]`. The shapes are: predicted
+    (t, m, n), actual (at least m, n), rows (m, k).
     """
     truth = np.take_along_axis(actual[: len(rows)], rows, axis=1)
     return np.array(

@@ -38,7 +38,7 @@ DATA = "enron1"
 STAND_IN = "spam"
 
 METHODS = ("influence", "published", "loss", "random", "out_of_sample")
-# The figure and the claims use this flip step, which is 10 % of the labels.
+# The figure and most claims use this entry of `flip_steps`, which flips 10 % of the labels.
 _FIGURE = 2
 
 
@@ -88,8 +88,8 @@ PRESETS = {
     "paper": Config(),
 }
 
-# The published curves of figure 6 at 5, 10, ..., 30 % checked, read off the notebook's figure: the
-# share of flips found to .01, the accuracy to .002.
+# The published curves of figure 6 at 5, 10, ..., 30 % checked, read off the notebook's figure. The
+# reading error is .01 for the share of flips found and .002 for the accuracy.
 _PUBLISHED = {
     ("found", "published"): (0.42, 0.62, 0.72, 0.79, 0.83, 0.86),
     ("found", "loss"): (0.35, 0.52, 0.62, 0.70, 0.75, 0.79),
@@ -102,7 +102,7 @@ _PERCENT = (5, 10, 15, 20, 25, 30)
 _SOURCE = "figure 6, read off fig6_input_checking.ipynb"
 _ORDERS = {"published": "self-influence as published", "loss": "training loss", "random": "chance"}
 _MEASURES = {"found": "Share of the flips found", "accuracy": "Test accuracy"}
-# The headline shows these two budgets.
+# The headline shows the results with these percentages of the mails checked.
 _TOLD = (10, 30)
 _HEADLINE = (
     "Figure 6: share of the flipped labels found with 10 and 30 % of the mails checked, and the "
@@ -115,7 +115,7 @@ _LEAD = (
 
 
 def _accuracy_of(value: float) -> Published:
-    """A published accuracy. Two binomial standard errors over 1,035 mails are its uncertainty."""
+    """Return a published accuracy. Its uncertainty is two binomial standard errors (n = 1,035)."""
     return Published(_SOURCE, value, 2 * (value * (1 - value) / 1035) ** 0.5, RELEASED)
 
 
@@ -253,20 +253,21 @@ class _Task:
     train: Examples
     test: Examples
     gram: NDArray
-    theta: NDArray  # the clean model's theta, where fits begin
+    theta: NDArray  # the weights of the model with clean labels, where fits begin
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
     """Flip labels, rank mails by each score, correct the labels of the first mails, and refit.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of Enron1 or of its stand-in. x is a CSR matrix, and y is 1 for spam.
-      checkpoints: folder of finished draws, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished draws, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs. The axes of `found`
-      and `accuracy` are flip step, repeat, method and check step. There are also their means and
-      standard errors over the repeats.
+      and `accuracy` are flip step, repeat, method and check step. `..._mean` and `..._error` are
+      the means and standard errors of both arrays over the repeats.
     """
     train, test = Examples(*data.train), Examples(*data.test)
     options.at_least(config, 1 / len(train), "step")
@@ -309,9 +310,9 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def draw(record: Record) -> Any:
-    """Draw the paper's two panels and, with several flip rates, the lead of influence over loss.
+    """Draw the paper's two panels and, for several flip rates, the lead of influence over loss.
 
-    The published curves are thin and grey. A record of stand-in data has none.
+    The published curves are thin and grey. They are not drawn for stand-in data.
     """
     import matplotlib.pyplot as plt
 
@@ -326,7 +327,7 @@ def draw(record: Record) -> Any:
         checked = np.append(0, 100 * arrays["checked_share"])
         for axis, name, scale in ((accuracy, "accuracy", 1), (found, "found", 100)):
             means, errors = (scale * arrays[f"{name}_{kind}"][at] for kind in ("mean", "error"))
-            # With nothing checked, no flip is found, and the accuracy is that of the flipped model.
+            # With no mail checked, no flip is found. The accuracy is that before any correction.
             start = metrics["accuracy_flipped"] if name == "accuracy" else 0.0
             if not record.data.get("stand_in", True):
                 _draw_published(axis, name, scale)
@@ -371,7 +372,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_published(axis: Any, name: str, scale: float) -> None:
-    """Draw the published curves of one measure. The first has the label of all three."""
+    """Draw the three published curves of one measure, with one label in the legend for all."""
     label = "published curves"
     for (measure, _), values in _PUBLISHED.items():
         if measure == name:
@@ -414,9 +415,9 @@ _LOOKS = (
 
 
 def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
-    """Draw flipped labels once. Compute the share that each method finds, and the accuracies."""
+    """Flip labels at random. Return the share that each method finds, and the test accuracies."""
     config, train = task.config, task.train
-    # On a busy machine, several threads wait for each other, and the work takes ten times as long.
+    # On a busy machine, several threads would wait for each other and need ten times as long.
     with threadpoolctl.threadpool_limits(1):
         rng = np.random.default_rng([config.seed, flip_step, repeat])
         flipped = np.zeros(len(train), bool)
@@ -450,24 +451,24 @@ def _draw(task: _Task, flip_step: int, repeat: int) -> dict[str, NDArray]:
 def _orders(
     net: BinaryLogisticRegression, noisy: Examples, gram: NDArray, rng: np.random.Generator
 ) -> list[NDArray]:
-    """Return, for each method of METHODS, the rows in the order in which they are checked."""
+    """Return the order in which each method of METHODS checks the rows, as a list of arrays."""
     loss = net.losses(noisy.x, noisy.y)
     slope = -np.expm1(-loss)  # sigma(-y theta'x)
     leverage = net.leverages(noisy, gram=gram)
     scores = (slope**2 * leverage, slope * leverage, loss)
     orders = [np.argsort(-s, kind="stable") for s in scores]
-    # This is z_i + K_i (n - s_i K_i)^-1 g_i of influence.scores.one_step, with the K_i that
-    # `leverages` returns, g_i = slope and s_i = slope (1 - slope).
+    # One Newton step without row i lowers the margin of row i by K_i (n - s_i K_i)^-1 g_i. This is
+    # derived in influence.scores.one_step. K_i is `leverage`, g_i is `slope`, s_i = g_i (1 - g_i).
     margin = net.outputs(noisy.x)[:, 0] * np.where(noisy.y == 1, 1, -1)
     margin -= leverage * slope / (len(noisy) - slope * (1 - slope) * leverage)
     return [*orders, rng.permutation(len(noisy)), np.argsort(margin, kind="stable")]
 
 
 def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
-    """Compute the overlap of the first tenth of rows by our score and by the library's score.
+    """Compute the share of rows that both our score and the library's put in the first tenth.
 
     Both scores are self-influences at the clean model. The library's score uses the gradient of a
-    row's loss plus the penalty. Our score uses the gradient of the loss alone.
+    row's loss plus the penalty. Our score uses only the gradient of the loss.
     """
     count = _count(task.config, task.train, _FIGURE)
     own = _orders(net, task.train, task.gram, np.random.default_rng(0))[0]
@@ -477,7 +478,7 @@ def _shared_with_library(task: _Task, net: BinaryLogisticRegression) -> float:
 
 
 def _summary(config: Config, arrays: dict[str, NDArray]) -> dict[str, float]:
-    """Compute means over the draws, and the lead of one method over another."""
+    """Compute means over the draws, and the smallest leads of one method over another."""
     at = config.flip_steps.index(_FIGURE)
     found, accuracy = (arrays[name][at].mean(axis=0) for name in ("found", "accuracy"))
     metrics = {"accuracy_flipped": arrays["accuracy_flipped"][at].mean()}
@@ -504,4 +505,4 @@ def _accuracy(net: BinaryLogisticRegression, test: Examples) -> float:
 
 
 def _count(config: Config, train: Examples, steps: int) -> int:
-    return int(config.step * len(train)) * steps  # rounds one step, as the authors' code does
+    return int(config.step * len(train)) * steps  # rounds one step down, as in the authors' code

@@ -1,7 +1,7 @@
-"""Figure 2 as the paper prints it: linear by CG, linear by LiSSA, and the convolutional network.
+"""Figure 2 in the paper's layout: a linear model by CG and by LiSSA, and a convolutional network.
 
-The three panels come from two records. The network's record is of the longest protocol that is
-there.
+Two records give the three panels. If the network has several records, the one with the longest
+training is drawn.
 """
 
 from pathlib import Path
@@ -14,13 +14,14 @@ from experiments.harness.record import Record
 from experiments.shared.compare import agreement, letter, predicted_against_actual, rounded
 
 LINEAR = "fig2-paper"
+# The records of the network, the longest training first.
 NETWORKS = ("fig2-cnn-paper", "fig2-cnn-tenfold", "fig2-cnn-standard")
-# The network's panel shows changes up to this size, as the published panel does, in nats.
+# The axes of the network's panel end at this change in nats, like those of the published panel.
 _REACH = 0.05
 
 
 def records(results: Path) -> tuple[Record, Record] | None:
-    """Load the two records from a folder of results. None if one of them is missing."""
+    """Load the records of the linear model and of the network. Return None if one is missing."""
     there = [name for name in NETWORKS if (results / name / "record.json").is_file()]
     if not there or not (results / LINEAR / "record.json").is_file():
         return None
@@ -30,8 +31,8 @@ def records(results: Path) -> tuple[Record, Record] | None:
 def draw(linear: Record, network: Record) -> Any:
     """Draw predicted against actual changes in three panels, each with r and slope.
 
-    LiSSA's panel shows the seed of median correlation. Points of the network's panel that lie
-    beyond its axes are counted.
+    LiSSA's panel shows the seed with the median correlation. The network's panel states how many
+    points lie beyond its axes.
     """
     import matplotlib.pyplot as plt
 

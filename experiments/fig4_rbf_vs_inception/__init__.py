@@ -1,1 +1,1 @@
-"""Figure 4."""
+"""The experiment of Figure 4: its figure, claims and models."""

@@ -1,12 +1,12 @@
-"""What Figure 4 claims, and how our run differs from the authors'."""
+"""The claims and checks of Figure 4, and the differences between our run and the authors'."""
 
 from experiments.harness.claims import RELEASED, Check, Claim, Published, Sample
 from experiments.harness.claims import STAND_IN as OTHER_IMAGES
 
 _SECTION = "section 5.1 and figure 4"
 _NOTEBOOK = "fig4_rbf_vs_inception.ipynb"
-# The rows that the notebook prints, the most helpful first, and the first dogs among them. They are
-# rows of the authors' own photographs.
+# The notebook prints these five most helpful training rows of each model, the most helpful first.
+# They are rows of the authors' own photographs.
 TOP_ROWS = {"svm": (925, 765, 286, 1700, 1103), "deep": (1380, 203, 1723, 550, 1250)}
 _KERAS = "inception-keras/mixed10"
 _THERE = ("paper",)
@@ -134,7 +134,7 @@ CLAIMS = (
     Claim(
         "lowest_test_accuracy_deep",
         "Share of the test images that a deep net classifies correctly, the lowest",
-        # Two binomial standard errors of 600 images are the uncertainty.
+        # The uncertainty is two binomial standard errors over 600 images.
         Published("section 5.2: 591 of 600 images", 0.985, 0.01),
         sample=Sample("share", 600),
     ),
@@ -149,7 +149,8 @@ CHECKS = (
     Check("num_train", 1_800, 1_800, presets=("standard", "paper")),
     Check("num_test", 600, 600, presets=("standard", "paper")),
     Check("worst_gradient_norm", 0.0, 1e-9),
-    # The phenomenon of the figure shows on the stand-in, with a network that learnt its features.
+    # These checks require the effect that the figure shows. The stand-in shows this effect too, for
+    # the network `learnt`, whose weights are trained.
     Check("median_spearman_svm", None, -0.15),
     Check("median_spearman_learnt/relu2", -0.15, 0.15, presets=("smoke",)),
     Check("test_accuracy_learnt/relu2", 0.9, 1.0, presets=("smoke",)),

@@ -37,18 +37,18 @@ from experiments.shared import compare, trunks
 DATA = "dogfish"
 STAND_IN = "fishlike"
 
-# The SVM has this name among the models. A deep head's name is network/layer.
+# The name of the SVM among the models. The name of a deep head has the form network/layer.
 SVM = "svm"
-# `photographs` shows this many of the most helpful images, and of the most helpful dogs.
+# `photographs` shows this many of the most helpful images, and as many of the most helpful dogs.
 NUM_PHOTOGRAPHS = 5
 # The scatter plots show the SVM and this many deep heads.
 _SHOWN = 2
-# The paper's words are about this many of the SVM's largest influences.
+# We test the paper's words on this many largest influences of the SVM.
 _LARGEST = 100
-# A scatter plot's axis ends at this quantile of |influence|, times this. Points beyond lie on its
-# edge.
+# The influence axis of a scatter plot ends at this quantile of |influence| times this factor. All
+# points beyond the end are drawn on the edge.
 _QUANTILE, _ROOM = 0.995, 1.25
-# These are the names of the networks that replace the paper's.
+# Names, for readers, of the networks that replace the paper's network.
 _CUT = {"mobilenet": "MobileNet .75", "inception": "Inception v3"}
 # Fish are green and dogs orange, which colour-blind readers can distinguish.
 _GREEN, _ORANGE = "#009E73", "#E69F00"
@@ -113,10 +113,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     """Fit the SVM and the deep heads, and compute which training images helped the test fish.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of dogfish or of its stand-in.
-      checkpoints: folder for the features of the stand-in's images. The features of photographs are
-        in the user cache.
+      checkpoints: folder that stores the features of the stand-in's images. The features of
+        photographs are stored in the user cache (see `trunks.kept_in`).
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
@@ -154,7 +154,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     largest = np.abs(scores).max(axis=2)
     ratio = largest[0] / largest[1:]
     accuracies = {name: model.accuracies for name, model in models.items()}
-    # Is an influence of the SVM of the sign of its class? Fish should help and dogs harm.
+    # True where an influence of the SVM has the expected sign: a fish helps, or a dog harms.
     helps = np.where(y == FISH, scores[0] > 0, scores[0] < 0)  # (k, n)
     by_size = np.argsort(-np.abs(scores[0]), axis=1, kind="stable")[:, :_LARGEST]
     of_class = np.take_along_axis(helps, by_size, axis=1).mean(axis=1)
@@ -265,13 +265,13 @@ def draw(record: Record) -> Any:
         locators = (MultipleLocator(0.2), MultipleLocator(20), LogLocator(1000))
         for axis, ticks in zip(strips, locators, strict=True):
             axis.xaxis.set_major_locator(ticks)
-        if not record.data.get("stand_in", True):  # the harness marks stand-in data
+        if not record.data.get("stand_in", True):  # the harness labels stand-in data
             figure.supxlabel(_said(record, names[1:]), fontsize=7, color="0.35")
     return figure
 
 
 def _said(record: Record, heads: list[str]) -> str:
-    """Return a note that names the photographs and networks that replace the paper's."""
+    """Return a note on the photographs and the networks that replace those of the paper."""
     networks = dict.fromkeys(trunks.split(head)[0] for head in heads)
     said = []
     if record.metrics.get("photographs_side", IMAGENETTES_SIDE) == IMAGENETTES_SIDE:
@@ -285,14 +285,14 @@ def _said(record: Record, heads: list[str]) -> str:
 
 
 def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
-    """Show the test fish, and the images that helped each model most.
+    """Draw the photographs of the test fish and of the images that helped each model most.
 
     Args:
       record: the record of a run on `data`.
       data: Splits of dogfish or of its stand-in.
       checkpoints: not used.
 
-    Returns: a figure with photographs, which must never be committed.
+    Returns: a figure with photographs. The figure must never be committed.
     """
     import matplotlib.pyplot as plt
 
@@ -321,7 +321,10 @@ def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -
 
 
 def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
-    """Draw influence over distance. The axis is symmetric, and neither class hides the other."""
+    """Draw influence over distance. The influence axis is symmetric about zero.
+
+    The points are drawn in random order, so that neither class hides the other.
+    """
     fish, score = arrays["labels"] == FISH, arrays["score"][i]
     reach = max(_ROOM * np.quantile(np.abs(score), _QUANTILE), np.finfo(float).tiny)
     power = int(np.floor(np.log10(reach)))
@@ -345,7 +348,7 @@ def _draw_scatter(axis: Any, arrays: Any, i: int) -> None:
 def _draw_strip(axis: Any, values: NDArray, names: list[str]) -> None:
     """Draw one row for each model, with a dot for each test fish and a bar at the median."""
     for i, of_model in enumerate(values):
-        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # few dots overlap
+        spread = ((np.arange(len(of_model)) * 0.618) % 1 - 0.5) * 0.5  # so that few dots overlap
         axis.scatter(of_model, i + spread, s=4, color="#0072B2", alpha=0.5, linewidths=0)
         axis.plot([np.median(of_model)] * 2, [i - 0.35, i + 0.35], color="black", linewidth=1.2)
     axis.set_yticks(range(len(names)), [_named(name, short=True) for name in names])
@@ -364,13 +367,13 @@ def _named(model: str, *, short: bool = False) -> str:
 
 
 def _published_rows(order: NDArray, model: str) -> int:
-    """Count the published rows among as many most helpful ones."""
+    """Count the published rows among our most helpful rows. Both lists have the same length."""
     rows = claims.TOP_ROWS[model]
     return int(np.isin(order[: len(rows)], rows).sum())
 
 
 def _fish(config: Config, margins: NDArray, y_test: NDArray) -> NDArray[np.int64]:
-    """Return the rows of the test fish. The first is the one in the scatter plots."""
+    """Return the rows of the test fish. The scatter plots show the first of them."""
     fish = np.flatnonzero((y_test == FISH) & (margins < 1))
     first = config.test_point
     if first is None:

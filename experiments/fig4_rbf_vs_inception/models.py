@@ -1,4 +1,4 @@
-"""The two kinds of models of Figure 4: an SVM with a Gaussian kernel, and a head on features."""
+"""The models of Figure 4: an SVM with a Gaussian kernel, and logistic regression on features."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from influence import BinaryLogisticRegression, Direct, Examples, Influence, SmoothHinge
 
-# A fish has this label, a dog the label 0.
+# The label of a fish. The label of a dog is 0.
 FISH = 1
 # Fits stop at this gradient norm.
 _TOLERANCE = 1e-10
-# Fits lower the temperature step by step. Each step divides the temperature by this.
+# The fit of the SVM lowers the temperature in stages. Each stage divides it by this factor.
 _COOLING = 10**0.5
 # `squared_distances` processes this many pixel values of every image at a time.
 _PIXELS = 1 << 13
@@ -21,16 +21,16 @@ _PIXELS = 1 << 13
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A model at its minimum, with the features and labels of its training and test sets."""
+    """A model at the minimum of its risk, with the features and labels of its data sets."""
 
     net: Any
     train: Examples
     test: Examples
 
     def scores(self, points: NDArray) -> NDArray:
-        """Predict the changes (k, n) of k test losses when each training image is removed.
+        """Predict how k test losses change if each of the n training images is removed.
 
-        A positive change means that the image helped.
+        Returns: (k, n) changes. A positive change means that the training image helped.
         """
         influence = Influence(self.net, self.train, solver=Direct(), approximation="first_order")
         return influence.scores(self.test.take(points)).change_if_removed
@@ -55,13 +55,14 @@ class Fitted:
 
 
 def squared_distances(x: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray:
-    """Compute squared Euclidean distances between images with pixels in [-1, 1].
+    """Compute squared Euclidean distances between images, after scaling their pixels to [-1, 1].
 
     Args:
-      x: (n, ...) images as bytes.
-      others: (m, ...) images as bytes.
+      x: (n, ...) uint8 images.
+      others: (m, ...) uint8 images.
 
-    Returns: (m, n) float64. The sums of integers are exact, so equal images have distance 0.
+    Returns: (m, n) float64 squared distances from `others` to `x`. Equal images have the distance
+      0, because the sums of integers are exact.
     """
     flat, rows = (part.reshape(len(part), -1) for part in (x, others))
     inner = np.zeros((len(rows), len(flat)))
@@ -80,8 +81,8 @@ def kernel_svm(
     """Fit an SVM with a Gaussian kernel and a smooth hinge to its exact minimum.
 
     Args:
-      distance: (n + m, n) squared distances to the training images. The first n rows are the
-        training images, the others the test images.
+      distance: (n + m, n) squared distances to the training images. The first n rows are for the
+        training images, the other m rows for the test images.
       y: (n,) labels 0 and 1 of the training images.
       y_test: (m,) labels of the test images.
       gamma: coefficient of the kernel exp(-gamma distance).
@@ -104,8 +105,8 @@ def kernel_svm(
     phi = scipy.linalg.solve_triangular(L, K[n:].T, lower=True).T
     train, test = Examples(L, 2 * y - 1), Examples(phi, 2 * y_test - 1)
     theta, warmth = np.zeros(n), max(1.0, t)
-    # We lower the temperature step by step, because minima of similar temperatures are close.
-    # Newton's method from zero would need many steps.
+    # We lower the temperature in stages. Minima of similar temperatures are close, so each stage
+    # needs few Newton steps. Newton's method from zero at temperature t would need many.
     while True:
         net = SmoothHinge(n, warmth, weight_decay=weight_decay)
         net.theta = theta
@@ -119,8 +120,8 @@ def deep_head(features: NDArray, y: NDArray, y_test: NDArray, *, weight_decay: f
     """Fit logistic regression on features to its minimum.
 
     Args:
-      features: (n + m, f) features. The first n rows are the training images, the others the test
-        images.
+      features: (n + m, f) features. The first n rows are for the training images, the other m rows
+        for the test images.
       y: (n,) labels 0 and 1 of the training images.
       y_test: (m,) labels of the test images.
       weight_decay: lambda of lambda/2 |w|^2.

@@ -1,1 +1,1 @@
-"""The parts of Figure 5: figure, attacks and heads."""
+"""The experiment of Figure 5: its figure, claims, attacks and heads."""

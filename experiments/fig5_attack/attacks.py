@@ -12,21 +12,21 @@ from influence.attack.targets import Rule
 from influence.models.top_layer import scaled
 
 RULES = ("paper", "best")
-# A defender may search for poisons by these scores.
+# The scores that a defender may use to search for poisoned training images.
 SIGNS = ("self_influence", "loss", "distance")
-# The notebook of the authors' 2017 code projects on this many principal components.
+# The notebook of the authors' 2017 code projects features on this many principal components.
 _COMPONENTS = 700
 
 
 def ranked(head: Head, test: Examples, count: int) -> tuple[NDArray[np.int64], NDArray]:
     """Rank training images as the paper does, by the L1 norm of a derivative.
 
-    This is the derivative of an image's influence on the mean test loss, with respect to the
-    image's pixels. The derivative is computed only for the `count` images whose derivative with
-    respect to the features has the largest Euclidean norm.
+    A training image has an influence on the mean test loss. The paper ranks by the derivative of
+    this influence with respect to the image's pixels. We compute this derivative for `count` images
+    only: those whose derivative with respect to the features has the largest Euclidean norm.
 
     Args:
-      head: the head.
+      head: the head under attack.
       test: the test images.
       count: number of training images to rank.
 
@@ -45,21 +45,24 @@ def single(
 ) -> dict[str, Any]:
     """Attack one test image by both rules, with more and more poisons until it is flipped.
 
-    The paper's rule poisons the first training image, then the second, then several together: each
-    number in `counts` in turn. Each attempt begins with clean images.
+    A poison is a changed training image. A test image is flipped if the refitted head misclassifies
+    it. The paper's rule makes several attempts, and each begins with clean images. The first
+    attempt poisons the training image of rank 1, the second the image of rank 2. The next attempts
+    poison the first counts[1], counts[2], ... images together.
 
     Args:
-      head: the head.
+      head: the head under attack.
       point: the row of the test image.
       counts: numbers of poisons, increasing from one.
       candidates: the number of training images whose derivative with respect to the pixels is
         computed.
       paper: the rule of the authors' code.
-      best: the strongest rule.
+      best: our own rule.
 
-    Returns: a dict of arrays. `paper_flipped` and `best_flipped` (len(counts),) are True if that
-      many poisons or fewer flipped the image in a cold refit. `standing` (counts[-1], len(SIGNS),
-      2) is the result of `standing` for the best rule, padded with NaN.
+    Returns: a dict of arrays. Entry i of `paper_flipped` and of `best_flipped` is True if counts[i]
+      poisons or fewer flipped the image. A cold refit (see `Poisoning`) decides this. `standing`
+      (counts[-1], len(SIGNS), 2) is the result of the function `standing` for the best rule, padded
+      with NaN.
     """
     test = head.test.take([point])
     rows, norms = ranked(head, test, candidates)
@@ -80,7 +83,7 @@ def single(
         "clean_loss": strong.test_losses[0, 0],
         "gradient_norm": max(one.gradient_norm for one in every),
         "same_bytes": all(_same(one) for one in every),
-        # True if the last warm refit and the cold refit (see `Poisoning`) agree on each flip.
+        # True if the last warm refit and the cold refit of every attack agree on the flip.
         "confirmed": all(
             bool((one.test_losses[-1] > FLIPPED).all() == one.flipped.all()) for one in every
         ),
@@ -99,13 +102,13 @@ def _same(found: Poisoning) -> bool:
 
 
 def standing(head: Head, found: Poisoning) -> NDArray:
-    """Rank poisons among the training images before and after the attack.
+    """Compute how many training images a defender checks before each poison.
 
-    A defender checks the training images in decreasing order of a score: self-influence, loss, or
-    distance from the mean features of the class. An entry is the share of images that are checked
-    before a poison.
+    The defender checks the training images in decreasing order of a score: self-influence, loss, or
+    distance from the mean features of the class.
 
-    Returns: (k, len(SIGNS), 2) shares for k poisons, the scores of SIGNS, and before and after.
+    Returns: (k, len(SIGNS), 2) shares of the training images that are checked before a poison. The
+      axes are the k poisons, the scores of SIGNS, and the data before and after the attack.
     """
     net, clean = head.net, head.net.theta
     means = np.stack([head.train.x[head.train.y == c].mean(axis=0) for c in (0, 1)])
@@ -136,21 +139,22 @@ def group(
     one: Rule,
     many: Rule,
 ) -> dict[str, Any]:
-    """Attack test images of one class together.
+    """Attack a group of test images of one class, by two separate attacks.
 
     The first attack has one poison: the training image of the other class with the largest loss.
-    The second adds poisons until half of the test images are flipped.
+    The second attack adds poisons until half of the test images are flipped.
 
     Args:
-      head: the head.
+      head: the head under attack.
       points: rows of the test images.
       counts: numbers of poisons of the second attack, increasing.
-      candidates: the number of training images from which these poisons are chosen.
+      candidates: the number of training images among which the second attack chooses its poisons.
       one: the rule of the first attack. A flip does not end this attack.
       many: the rule of the second attack.
 
-    Returns: a dict of arrays and numbers. `one_...` belongs to the first attack and `many_...` to
-      the second. `one_input` is the poisoned image. The results of `geometry` are included.
+    Returns: a dict of arrays and numbers. Names with `one_` are results of the first attack, names
+      with `many_` of the second. `one_input` is the poisoned image of the first attack. The dict
+      also contains the results of `geometry` for the first attack.
     """
     test, train = head.test.take(points), head.train
     losses = head.net.losses(train.x, train.y)
@@ -183,7 +187,7 @@ def group(
 
 
 def lone(head: Head, points: NDArray, rule: Rule) -> Poisoning:
-    """Attack test images of one class with one poison. This is the first attack of `group`."""
+    """Attack test images of one class with a single poison: the first attack of `group`."""
     train, test = head.train, head.test.take(points)
     others = np.flatnonzero(train.y != test.y[0])
     row = others[np.argmax(head.net.losses(train.x, train.y)[others])]
@@ -202,8 +206,8 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
     to_own, to_other = own.mean(axis=0), train.x[train.y != train.y[row]].mean(axis=0)
     basis = np.linalg.svd(train.x - train.x.mean(axis=0), full_matrices=False)[2][:_COMPONENTS]
     shift = after - before
-    # If there are at most `_COMPONENTS` features, the components span the whole feature space. The
-    # part of the shift outside them is only rounding error. Both parts are then NaN.
+    # With at most `_COMPONENTS` features, the components span the whole feature space. The shift
+    # outside their span would be only rounding error, so both norms are then NaN.
     inside = basis @ shift if train.x.shape[1] > _COMPONENTS else np.full(1, np.nan)
     return {
         "levels_moved": np.abs(moved).max() / LEVEL,
@@ -220,7 +224,7 @@ def geometry(head: Head, found: Poisoning) -> dict[str, Any]:
 
 
 def of_group(found: dict[str, NDArray], network: str) -> dict[str, float]:
-    """Return the metrics of one head's group attack; `found` is the result of `group`."""
+    """Return the metrics of a group attack on one head. `found` is the result of `group`."""
     half = np.flatnonzero(found["many_flipped"] == found["many_flipped"].max())[0]
     scalars = {key: float(value) for key, value in found.items() if not np.ndim(value)}
     return {f"group_{key}_{network}": value for key, value in scalars.items()} | {
@@ -237,10 +241,10 @@ def over_all(
     every: list[dict[str, NDArray]],
     groups: list[dict[str, NDArray]],
 ) -> dict[str, float]:
-    """Compute the metrics of all heads together.
+    """Compute the metrics that combine the attacks on all heads.
 
     Args:
-      counts: the numbers of poisons of `single`.
+      counts: the argument `counts` of `single`.
       networks: the name of each head's network.
       every: the results of `single` for each head, stacked over the test images.
       groups: the result of `group` for each head.
@@ -264,7 +268,7 @@ def over_all(
             [one[f"{rule}_flipped"][:, counts.index(2)].sum() for rule in RULES] for one in every
         ]
         for name, (paper, best) in zip(("", *networks), (np.sum(two, axis=0), *two), strict=True):
-            end = f"_{name}" if name else ""  # "" is the name of all heads together
+            end = f"_{name}" if name else ""  # "" means all heads together
             metrics[f"times_as_many_by_best_rule_with_2{end}"] = best / max(paper, 1)
     if 10 in counts:
         shares = flipped["paper"].mean(axis=0)

@@ -1,17 +1,18 @@
-"""What Figure 5 claims, and how our run differs from the authors'."""
+"""The claims and checks of Figure 5, and the differences between our run and the authors'."""
 
 from experiments.harness.claims import RELEASED, Check, Claim, Published, Sample
 from experiments.harness.claims import STAND_IN as OTHER_IMAGES
 
 _HERE, _THERE = ("standard",), ("paper",)
 _KODA = "section 5.2; fig5_attack_multiple.ipynb"
-# The paper flips 335, 455 and 590 of 591 images. Two binomial standard errors are the uncertainty.
+# With 1, 2 and 10 poisons, the paper flips 335, 455 and 590 of 591 test images. The uncertainty is
+# two binomial standard errors.
 _FLIPPED = {
     1: Published("section 5.2: 335 of 591 images", 0.567, 0.041),
     2: Published("section 5.2: 77 % of 591 images", 0.77, 0.035),
     10: Published("section 5.2: 590 of 591 images", 0.998, 0.004),
 }
-# 591 of 600 test images. Two binomial standard errors are the uncertainty.
+# The uncertainty is two binomial standard errors over 600 images.
 _ACCURACY = Published("section 5.2: 591 of 600 images", 0.985, 0.01)
 
 
@@ -31,7 +32,7 @@ def _flips(network: str, name: str, presets: tuple[str, ...]) -> list[Claim]:
 
 
 def _group_claims() -> list[Claim]:
-    """Claims about the attack on thirty images, each at both heads."""
+    """Return the claims about the attack on thirty test images, for each of the two heads."""
     one_flips = (
         "Figure 5: of 30 test images, those that one poison flips, Inception v3 and MobileNet"
     )

@@ -128,12 +128,13 @@ CONDITIONS = claims.CONDITIONS
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Attack test images one by one and together, at every head.
+    """Attack single test images and a group of test images, under every head.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of dogfish or of its stand-in.
-      checkpoints: folder of finished attacks, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished attacks, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the numbers that `draw` needs, but no pixels.
     Raises: Misuse if a network's weights are missing, or an option does not fit the size of the
@@ -148,8 +149,8 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
     groups: list[dict[str, NDArray]] = []
     as_chosen: list[bool] = []
     networks = [trunks.split(name)[0] for name in config.heads]
-    # On a busy machine, BLAS threads wait for each other, and the work takes ten times as long. The
-    # limit does not affect the threads of TensorFlow.
+    # BLAS gets one thread. On a busy machine, several threads would wait for each other, and the
+    # work would take ten times as long. The limit does not affect the threads of TensorFlow.
     with threadpoolctl.threadpool_limits(1, "blas"):
         for i, (name, network) in enumerate(zip(config.heads, networks, strict=True)):
             head, about = fitted(config, i, data, checkpoints)
@@ -202,15 +203,15 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def photographs(record: Record, data: Any, *, checkpoints: Path | None = None) -> Any:
-    """Show the single poison of each head's group attack beside its original.
+    """Draw the single poison of each head's group attack beside the original image.
 
     Args:
       record: the record of a run on `data`.
       data: Splits of dogfish or of its stand-in.
       checkpoints: folder where `run` stored the poison. If None, the poison is computed again.
 
-    Returns: a figure with one row per head: the first test image, the training image, the poison,
-      and the change of each pixel. A change of half a level is shown black or white. The figure
+    Returns: a figure with four images per head: the first test image, the training image, the
+      poison, and the change of each pixel. A change of half a level is black or white. The figure
       must never be committed.
     """
     import matplotlib.pyplot as plt
@@ -256,13 +257,14 @@ def _group(config: Config, head: Head) -> dict[str, Any]:
         counts=config.group_counts,
         candidates=max(config.candidates, config.group_counts[-1]),
         one=Rule(max_steps=config.group_moves, decay=0.9, tries=0, restarts=0),
-        # A restart takes as long as an attack with twice as many poisons, which flips more images.
+        # We allow no restart. It would take as long as an attack with twice as many poisons, which
+        # flips more images.
         many=replace(_best(config), restarts=0),
     )
 
 
 def _signs(step: float, moves: int) -> Rule:
-    """Build the paper's rule: constant steps along the sign of the derivative, one ranking."""
+    """Return the paper's rule: constant steps along the sign of the derivative, ranking once."""
     return Rule(
         step=step, decay=1.0, momentum=0.0, softness=0.0, max_steps=moves, tries=0, restarts=0
     )
@@ -305,8 +307,8 @@ def draw(record: Record) -> Any:
         colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
         for i, (network, colour) in enumerate(zip(networks, colours, strict=False)):
             poisons, flipped = (arrays[f"many_{key}_{network}"] for key in ("poisons", "flipped"))
-            last = np.append(np.diff(poisons) > 0, True)  # the last refit for each number
-            last &= poisons > 0  # the axis is logarithmic
+            last = np.append(np.diff(poisons) > 0, True)  # the last refit with each number
+            last &= poisons > 0  # a logarithmic axis has no 0
             together.plot(
                 poisons[last], flipped[last], "o-", color=colour, label=_NAMES.get(network, network)
             )
@@ -334,7 +336,7 @@ def draw(record: Record) -> Any:
         together.legend(frameon=False, fontsize=7, loc="upper right")
         for axis, mark in zip([*above.axes, defence, together], "abcde", strict=False):
             letter(axis, mark)
-        if not record.data.get("stand_in", True):  # the harness marks stand-in data
+        if not record.data.get("stand_in", True):  # the harness labels stand-in data
             figure.supxlabel(_OF, fontsize=7, color="0.35")
     return figure
 
@@ -347,24 +349,27 @@ _OF = (
 
 
 _NAMES = {"mobilenet": "MobileNet", "inception": "Inception v3", "inception-keras": "Inception v3"}
-# In the paper one poison flips this many test images, of so many (section 5.2).
+# In the paper, one poison flips 16 of a group of 30 test images (section 5.2).
 _PAPER_GROUP = (16, 30)
 
 
 def _title(head: str) -> str:
-    """Return the name of a head's network and layer for a reader."""
+    """Return the title of a head's panel, which names the network and the layer."""
     network, layer = trunks.split(head)
     return f"{_NAMES.get(network, network)}, to {layer}"
 
 
 def _intervals(flipped: NDArray) -> tuple[NDArray, NDArray]:
-    """Return the ends of the 95 % intervals of the shares flipped, in percent, one a column."""
+    """Return the lower and the upper ends of the flipped shares' 95 % intervals, in percent.
+
+    A column of `flipped` gives one share.
+    """
     sample = Sample("share", len(flipped))
     ends = [sample.interval(share, {}) for share in flipped.mean(axis=0).tolist()]
     return tuple(100 * np.array(ends, float).T)  # type: ignore[return-value]
 
 
-# The paper flips these percentages of 591 test images, by number of poisons (section 5.2).
+# The percentage of 591 test images that the paper flips with each number of poisons (section 5.2).
 _PAPER = {1: 57.0, 2: 77.0, 10: 99.8}
 # Each rule of RULES has a label, a colour and a marker.
 _LOOKS = (("the paper's rule", "#56B4E9", "s"), ("best rule", "#D55E00", "o"))

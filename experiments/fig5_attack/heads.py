@@ -1,9 +1,9 @@
 """The heads under attack (logistic regression on a network's features), and the choice of a head.
 
 The paper's head has a test accuracy of .985, a training accuracy of 1 and a training loss of .0040
-(Koh & Liang 2017, section 5.2, and the authors' code). `chosen` looks for a head whose accuracy on
-held-out training images is about .985. Among such heads it takes the one whose training loss is
-nearest to .0040. This choice uses no test image and no attack.
+(Koh & Liang 2017, section 5.2, and the authors' code). The function `chosen` considers heads whose
+accuracy on held-out training images is about .985. Among these heads it takes the one whose
+training loss is nearest to .0040. This choice uses no test image and no attack.
 """
 
 from collections.abc import Sequence
@@ -34,19 +34,19 @@ _TOLERANCE = 1e-9
 WEIGHT_DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)
 # The paper's head has this test accuracy and this training loss.
 _ACCURACY, _LOSS = 0.985, 0.0040
-# The training images are divided into this many parts. Each part is held out once.
+# The number of folds of the cross-validation on the training images.
 _FOLDS = 4
 
 
 @dataclass(frozen=True)
 class Head:
-    """A net at its minimum, with its training and test sets.
+    """A net at the minimum of its risk, with its training and test sets.
 
     Attributes:
-      net: the head with the network below it (the trunk).
+      net: the head, together with the frozen network that computes its features (the trunk).
       train: features and labels of the n training images.
       test: features and labels of the test images.
-      images: (n, h, w, 3) uint8 training images in the size that the trunk takes.
+      images: (n, h, w, 3) uint8 training images in the trunk's input size.
       radius: the largest change of a pixel, in 8-bit levels.
     """
 
@@ -65,14 +65,17 @@ class Head:
         counts: Sequence[int] | None = None,
         **options: Any,
     ) -> Poisoning:
-        """Poison training images. No pixel changes by more than `radius`.
+        """Change training images so that test images are misclassified.
+
+        No pixel changes by more than `radius`.
 
         Args:
           test: features and labels of the test images under attack.
-          rows: the training images that may become poisons.
-          rule: argument of `poison`.
-          counts: argument of `poison`.
+          rows: the training images that may be changed.
+          rule: see `poison`.
+          counts: see `poison`.
           **options: fields of `PoisonOptions` other than `inputs`.
+        Returns: the result of `poison`.
         """
         net, train, box = self.net, self.train, self.radius * LEVEL
         chosen = PoisonOptions(inputs=scaled(self.images[rows]), **options)
@@ -87,13 +90,13 @@ class Head:
         return Examples(x, self.train.y)
 
     def accuracy(self, examples: Examples, theta: NDArray | None = None) -> float:
-        """Compute the share of correctly classified examples at theta; None: the net's theta."""
+        """Compute the share of correctly classified examples. If theta is None, use the net's."""
         theta = self.net.theta if theta is None else theta
         return float(np.mean((examples.x @ theta > 0) == examples.y))
 
 
 def fitted(config: Any, i: int, data: Any, checkpoints: Path | None) -> tuple[Head, dict]:
-    """Fit head i of an experiment's Config to its minimum. Return it with a dict of its metrics."""
+    """Fit the i-th head of a Config to the minimum of its risk. Return the head and metrics."""
     name, (x, y), (x_test, y_test) = config.heads[i], data.train, data.test
     folder = trunks.kept_in(data.stand_in, checkpoints)
     phi = trunks.features([name], np.concatenate([x, x_test]), root=data.folder, folder=folder)[
@@ -127,18 +130,23 @@ def _standards(phi: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def right(config: Any, head: Head) -> NDArray[np.int64]:
-    """Return the rows of the test images to attack: all, or `num_test` that are drawn."""
+    """Return the rows of the test images to attack, in random order.
+
+    The head classifies these images correctly. If `num_test` is 0, all such images are returned,
+    otherwise this many.
+    """
     order = np.random.default_rng(config.seed).permutation(len(head.test))
     losses = head.net.losses(head.test.x, head.test.y)
-    order = order[losses[order] < FLIPPED]  # heads share most images
+    order = order[losses[order] < FLIPPED]  # the order is the same for all heads
     return order[: config.num_test or None]
 
 
 def alike(config: Any, head: Head) -> NDArray[np.int64]:
     """Return a test image and the images of its class that have the nearest features.
 
-    They replace the photographs of one dog in the authors' 2017 code. The head classifies all of
-    them correctly, as in that code. There are `group_size` images, or fewer if the class has fewer.
+    These images replace the photographs of one dog in the authors' 2017 code. As in that code, the
+    head classifies all of them correctly. Their number is `group_size`, or smaller if the class has
+    fewer such images.
     """
     x, y, first = head.test.x, head.test.y, right(config, head)[0]
     own = np.flatnonzero((y == y[first]) & (head.net.losses(x, y) < FLIPPED))
@@ -147,12 +155,12 @@ def alike(config: Any, head: Head) -> NDArray[np.int64]:
 
 
 def held_out_accuracy(net: Any, train: Examples, seed: int) -> float:
-    """Compute the accuracy on training images that are held out, a quarter at a time.
+    """Compute the accuracy on held-out training images by fourfold cross-validation.
 
     Args:
-      net: a head on features, at its minimum. Its theta is the same afterwards.
+      net: a head on features, at its minimum. The function restores its theta at the end.
       train: features and labels 0 and 1.
-      seed: seed of the division into quarters.
+      seed: seed of the division into folds.
     """
     folds = np.random.default_rng(seed).permutation(len(train)) % _FOLDS
     theta, right = net.theta, 0
@@ -175,7 +183,7 @@ def heads_of(
     Args:
       network: name of the network.
       data: the photographs, as a `data.Splits` (training and test set).
-      seed: seed of the division of the training images.
+      seed: seed of the cross-validation's folds.
       folder: folder that stores features, or None.
       checkpoints: folder that stores the result, or None.
 
@@ -211,15 +219,16 @@ def heads_of(
 
 
 def chosen(found: dict[str, NDArray], n: int) -> tuple[str, float]:
-    """Choose the layer and the weight decay.
+    """Choose the head whose accuracy and training loss are nearest to those of the paper's head.
 
     A head is a candidate if its held-out accuracy is within one standard error of the paper's .985.
-    If there is no such head, the heads with the nearest accuracy are candidates. Among the
-    candidates, we take the one whose logarithm of the training loss is nearest to the paper's.
+    If there is no such head, the heads with the nearest accuracy are candidates. We choose the
+    candidate whose training loss is nearest to the paper's on a logarithmic scale.
 
     Args:
       found: the result of `heads_of`.
       n: number of training images.
+    Returns: the layer and the weight decay of the head.
     """
     gap = np.abs(found["held_out_accuracy"] - _ACCURACY)
     enough = max(np.sqrt(_ACCURACY * (1 - _ACCURACY) / n), gap.min())

@@ -1,1 +1,1 @@
-"""The harness that runs any figure and reports the results."""
+"""The code that runs any experiment and reports its results."""

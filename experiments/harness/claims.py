@@ -1,7 +1,8 @@
-"""Claims about a run: a sentence, the published value, ours, and a verdict; and checks of a run.
+"""Claims and checks about the metrics of a run.
 
-A claim compares one metric with the paper or with an aim of ours. A check is an invariant of every
-run, such as the gradient norm of a refit. A check says nothing about the paper.
+A claim compares one metric with the paper or with an aim of ours, and gives a verdict. A check is a
+condition that every run must meet, such as a small gradient norm of each refit. A check does not
+compare anything with the paper.
 """
 
 import math
@@ -10,16 +11,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-# The three kinds of a claim's source.
+# The source of a claim is of one of these three kinds.
 PAPER, RELEASED, OURS = "paper", "released artefact", "ours"
-# The five verdicts.
+# A claim has one of these five verdicts.
 REPRODUCED = "reproduced"
 REPRODUCED_SHORTENED = "reproduced, shortened"
 REPRODUCED_ON_STAND_IN = "reproduced on a stand-in"
 NOT_REPRODUCED = "not reproduced"
 NOT_COMPARABLE = "not comparable"
-# A preset with other conditions than the paper's has one of these words in its module's CONDITIONS:
-# fewer steps or repeats, or other data or networks in place of the paper's.
+# A module's CONDITIONS marks each preset that differs from the paper with one of these words.
+# SHORTENED means fewer steps or repeats. STAND_IN means that other data or networks are used.
 SHORTENED, STAND_IN = "shortened", "stand-in"
 _HELD = {
     "": REPRODUCED,
@@ -37,13 +38,13 @@ class Published:
     """A published result.
 
     Args:
-      source: the section or the file that gives it.
-      value: the value, or None if only words are given.
-      uncertainty: half the width of the band of the value, with a reason in `source` or in a
-        comment; None: 10 % of the value.
-      kind: PAPER, or RELEASED if the value is from the authors' 2017 code or its notebooks.
-      words: the paper's words, where it gives no value.
-    Raises: ValueError if the kind is unknown, or there is neither a value nor words.
+      source: the section or the file that contains the result.
+      value: the value, or None if the source gives only words.
+      uncertainty: half the width of the band around the value. `source` or a comment gives the
+        reason for it. None means 10 % of the value.
+      kind: PAPER, or RELEASED if the result is from the authors' 2017 code or its notebooks.
+      words: the result in words, if the source gives no value.
+    Raises: ValueError if the kind is unknown, or if not exactly one of value and words is given.
     """
 
     source: str
@@ -60,7 +61,7 @@ class Published:
 
     @property
     def tolerance(self) -> float:
-        """Half the width of the band around the value."""
+        """Half the width of the band around the value; infinite if there is no value."""
         if self.uncertainty is not None:
             return self.uncertainty
         return math.inf if self.value is None else _TOLERANCE * abs(self.value)
@@ -68,18 +69,24 @@ class Published:
 
 @dataclass(frozen=True)
 class Sample:
-    """The sample that a metric is computed from. It gives the metric a 95 % interval.
+    """The sample from which a metric is computed. It determines the metric's 95 % interval.
 
     Args:
-      kind: "share" (Clopper and Pearson's interval) or "correlation" (Fisher's).
-      size: the number of trials or of pairs, or the name of the metric that holds it.
+      kind: "share" (Clopper and Pearson's interval) or "correlation" (Fisher's interval).
+      size: the number of trials or of pairs, or the name of a metric with this number.
     """
 
     kind: str
     size: int | str
 
     def interval(self, value: float, metrics: Mapping[str, float]) -> list[float] | None:
-        """Compute the 95 % interval of a share or a correlation; None without a valid size."""
+        """Compute the 95 % interval of a metric.
+
+        Args:
+          value: the metric's value.
+          metrics: all metrics of the run.
+        Returns: [low, high], or None if the value or the sample's size has no interval.
+        """
         size = metrics.get(self.size, math.nan) if isinstance(self.size, str) else self.size
         if not (math.isfinite(value) and math.isfinite(size) and abs(value) <= 1):
             return None
@@ -98,18 +105,19 @@ class Sample:
 class Claim:
     """A sentence about one metric, with a band in which the metric should lie.
 
-    The band of a published value is the value +- its tolerance, unless a narrower one is given. A
-    metric with an interval holds if the interval and the band overlap.
+    The band of a published value is the value +- its tolerance, unless a narrower one is given. The
+    claim holds if the metric lies in the band. If the metric has an interval, the claim holds if
+    the interval and the band overlap.
 
     Args:
       metric: name of the metric in `Record.metrics`.
-      sentence: what the metric says, for a reader of the paper.
+      sentence: description of the metric for a reader of the paper.
       published: the published result, or None if the claim is ours.
       low, high: the ends of the band. None means no limit on that side.
       sample: the sample of the metric, or None if the metric has no interval.
       presets: the presets that compute the metric, or None for all presets.
-      headline: a row of the README's table, or "". Its form is "label: words". Claims with the same
-        headline share a row.
+      headline: text of the claim's row in the README's table, in the form "label: words"; "" if the
+        claim has no row. Claims with the same headline share a row.
     Raises: ValueError if the band is empty, or wider than the tolerance of the published value.
     """
 
@@ -130,7 +138,7 @@ class Claim:
             for name, end in zip(("low", "high"), ends, strict=True):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, end)
-                # Half an ulp must not make a band too wide.
+                # The margin of 1e-12 allows for rounding errors.
                 elif not ends[0] - 1e-12 <= getattr(self, name) <= ends[1] + 1e-12:
                     raise ValueError(
                         f"{name} of {self.metric} must lie within the tolerance of the published "
@@ -140,7 +148,7 @@ class Claim:
 
     @property
     def kind(self) -> str:
-        """PAPER, RELEASED or OURS."""
+        """The kind of the claim's source: PAPER, RELEASED or OURS."""
         return OURS if self.published is None else self.published.kind
 
     def judge(
@@ -152,9 +160,9 @@ class Claim:
           metrics: the run's metrics.
           stand_in: True if the run used stand-in data. Then nothing is compared.
           conditions: "", SHORTENED or STAND_IN.
-        Returns: the verdict, a dict in the form that `reading` checks. holds is None if nothing is
-          compared. If the metric is missing, NaN or infinite, value is None and the claim does not
-          hold.
+        Returns: a dict with the verdict, in the form that `reading.check` requires. Its entry
+          `holds` is None if nothing is compared. If the metric is missing, NaN or infinite, the
+          entry `value` is None and the claim does not hold.
         """
         value = metrics.get(self.metric, math.nan)
         found = self.sample.interval(value, metrics) if self.sample is not None else None
@@ -191,7 +199,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Check:
-    """An invariant of every run: low <= metric <= high, on any data.
+    """A condition that every run must meet on any data: low <= metric <= high.
 
     Args:
       metric: name of the metric.
@@ -218,7 +226,7 @@ class Check:
 
 
 def of_preset(entries: Sequence[Any], preset: str) -> list[Any]:
-    """Return the claims or checks of a preset."""
+    """Return those claims or checks whose metric a preset computes."""
     return [one for one in entries if one.presets is None or preset in one.presets]
 
 
@@ -228,7 +236,7 @@ def judged(
     """Judge all claims of a module about a run.
 
     Args:
-      module: the module of the experiment, as `experiments` describes it.
+      module: the module of the experiment, with the names that `experiments` describes.
       preset: the preset that ran.
       metrics: the run's metrics.
       stand_in: True if the run used stand-in data.
@@ -242,7 +250,7 @@ def judged(
 
 
 def failed(module: ModuleType, preset: str, metrics: Mapping[str, float]) -> list[Check]:
-    """Return the checks of a module that a run fails."""
+    """Return the checks of a module that fail for a run."""
     return [
         check
         for check in of_preset(getattr(module, "CHECKS", ()), preset)

@@ -1,4 +1,4 @@
-"""The cost of a run: its seconds over all stretches, and its memory with that of its workers."""
+"""The cost of a run: its total time, and the peak memory of the process and its workers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ import psutil
 
 from experiments.harness.record import replacing, to_json
 
-# The memory is read, and the file is written, each time these many seconds have passed.
+# Seconds between two readings of the memory, and between two writes of the file.
 _SAMPLE, _WRITE = 1.0, 10.0
 
 
 @contextmanager
 def metered(path: Path) -> Iterator[dict[str, Any]]:
-    """Measure a `with` block and the interrupted blocks before it.
+    """Measure the cost of a run: of this `with` block and of earlier, interrupted blocks.
 
-    A stretch is the part of a run between its start, or its continuation, and its end or
-    interruption. The file is updated during the block, so that a killed run loses ten seconds.
+    An interrupted run may be continued. Each continuation begins a new stretch of the run. The file
+    is written every ten seconds, so a killed run loses at most the cost of ten seconds.
 
     Args:
-      path: the file of the stretches before this one. It is created if it is missing.
-    Yields: a dict. After the block it has `seconds` of all stretches, `stretches`, their number,
-      `resumed`, which is True if there are several, and `peak_rss_mb`: the largest sum of the
-      resident memory of this process and its descendants, read once a second.
+      path: the file with the cost of the earlier stretches. It is created if it is missing.
+    Yields: a dict that is filled at the end of the block. `seconds` is the time of all stretches,
+      `stretches` is their number, and `resumed` is True if there are several. `peak_rss_mb` is the
+      largest sum of the resident memory of this process and its descendants, read once a second,
+      in MB of 2^20 bytes.
     """
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     begun, done = time.perf_counter(), threading.Event()
@@ -51,7 +52,7 @@ def metered(path: Path) -> Iterator[dict[str, Any]]:
             peak = max(peak, _rss_mb())
             if time.perf_counter() - written >= _WRITE:
                 written = time.perf_counter()
-                with suppress(OSError):  # the run itself names a full disk
+                with suppress(OSError):  # the run itself reports a full disk
                     write()
             if done.wait(_SAMPLE):
                 return
@@ -71,9 +72,9 @@ def metered(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rss_mb() -> int:
-    """Return the resident memory of this process and its descendants, MB of 2^20 bytes."""
+    """Return the resident memory of this process and its descendants, in MB of 2^20 bytes."""
     total, me = 0, psutil.Process()
     for process in (me, *me.children(recursive=True)):
-        with suppress(psutil.Error):  # it has ended
+        with suppress(psutil.Error):  # the process has ended
             total += process.memory_info().rss
     return round(total / 2**20)

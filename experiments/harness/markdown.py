@@ -1,4 +1,4 @@
-"""The tables and the pages of results in markdown: README, results/README.md, docs/experiments."""
+"""Tables and pages of results in markdown, for README, results/README.md and docs/experiments."""
 
 import re
 from collections.abc import Iterable
@@ -10,16 +10,17 @@ from experiments.harness import report
 from experiments.harness.record import Record
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-# Links from docs/experiments to the repository.
+# The repository's path relative to docs/experiments, for links.
 _UP = "../.."
 
 
 def short_table(results: Path) -> str:
-    """Format the headlines of our results and the paper's as a markdown table, with counts.
+    """Format the README's table of results: the paper's values and ours.
 
     Args:
       results: folder with one subfolder per record.
-    Returns: the table of `report.headlines`. The first column links to the pages.
+    Returns: a markdown table with the rows of `report.headlines`, and a sentence that counts all
+      verdicts. The first column links to the pages.
     Raises: the errors of `report.read_all`.
     """
     lines = ["| paper | what | the paper's | ours | |", "|---|---|---|---|---|"]
@@ -61,7 +62,7 @@ def with_block(text: str, block: str) -> str:
       text: the text, with one BEGIN and one END marker.
       block: the new block.
     Returns: the text with the block between the markers.
-    Raises: ValueError unless there is one BEGIN and, after it, one END.
+    Raises: ValueError unless the text has exactly one BEGIN and, after it, exactly one END.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -71,7 +72,7 @@ def with_block(text: str, block: str) -> str:
 
 
 def pages(results: Path) -> dict[str, str]:
-    """Write one page about each experiment.
+    """Return the text of a markdown page about each experiment.
 
     Args:
       results: folder with one subfolder per record. The pages link to it as `../../results`.
@@ -90,7 +91,8 @@ def index(results: Path) -> str:
 
     Args:
       results: folder with one subfolder per record.
-    Returns: the table, with a row per experiment and its fullest run on real data.
+    Returns: the table, with a row per experiment. The row describes the record that
+      `report.fullest` chooses. If there is no such record, the row has dashes.
     Raises: the errors of `report.read_all`.
     """
     best = {report.command(one): one for _, one in report.fullest(report.read_all(results))}
@@ -173,7 +175,7 @@ def _claims(record: Record, *, metric: bool) -> str:
 
 
 def _deviation(text: str) -> str:
-    """Format a deviation as an item of a list. Its first words, up to a colon, are bold."""
+    """Format a deviation as a list item. The words up to the first colon are bold."""
     head, colon, rest = text.partition(": ")
     return f"- **{head}:** {rest}" if colon else f"- {text}"
 

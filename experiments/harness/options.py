@@ -20,7 +20,7 @@ def at_least(config: Any, least: float, *names: str) -> None:
       least: the smallest allowed value.
       names: names of the Config's fields to check.
 
-    Raises: Misuse, also if an option is an empty tuple.
+    Raises: Misuse. An empty tuple also raises it.
     """
     for name in names:
         if not all(entry >= least for entry in _entries(config, name)):
@@ -34,7 +34,7 @@ def positive(config: Any, *names: str) -> None:
       config: an experiment's Config.
       names: names of the Config's fields to check.
 
-    Raises: Misuse, also if an option is an empty tuple.
+    Raises: Misuse. An empty tuple also raises it.
     """
     for name in names:
         if not all(0 < entry < np.inf for entry in _entries(config, name)):
@@ -55,12 +55,12 @@ def increasing(config: Any, *names: str) -> None:
 
 
 def at_most(config: Any, most: int, what: str, *names: str) -> None:
-    """Raise Misuse if an option, or an entry of a tuple, exceeds a number of things.
+    """Raise Misuse if an option, or an entry of a tuple, is larger than `most`.
 
     Args:
       config: an experiment's Config.
-      most: the number of things.
-      what: the name of the things in the message.
+      most: the largest allowed value: the number of rows or other objects in the data.
+      what: the name of these objects, for the message.
       names: names of the Config's fields to check.
     """
     for name in names:
@@ -75,7 +75,7 @@ def rows_of(config: Any, rows: Sized, what: str, *names: str) -> None:
     Args:
       config: an experiment's Config.
       rows: a sized object with one entry per row.
-      what: the name of the rows in the message.
+      what: the name of the rows, for the message.
       names: names of the Config's fields to check.
     """
     for name in names:
@@ -90,7 +90,7 @@ def one_of(config: Any, rows: NDArray[np.int64], what: str, name: str) -> None:
     Args:
       config: an experiment's Config.
       rows: the allowed row numbers.
-      what: the name of such a row in the message.
+      what: the name of an allowed row, for the message.
       name: name of the Config's field to check.
     """
     value = getattr(config, name)

@@ -1,4 +1,4 @@
-"""The reading of a record's files. Files may be altered, so they are checked before they are used.
+"""Functions that read the files of a record and check them, because the files may be altered.
 
 A file must be regular and not too large. An array must be stored in the file itself. The text must
 have the form of a record.
@@ -20,9 +20,10 @@ import numpy as np
 
 from experiments.harness.claims import NOT_COMPARABLE, NOT_REPRODUCED, OURS, PAPER
 
-# A record.json, an arrays.h5 (packed or unpacked) and a figure may have at most these many bytes.
+# The largest sizes in bytes of a record.json, an arrays.h5 (packed or unpacked) and a figure.
 _MOST_TEXT, MOST_ARRAYS, _MOST_FIGURE = 1 << 24, 1 << 28, 1 << 25
-# A chunk counts as at least this many bytes. This also limits the number of chunks.
+# In the size of an array, a chunk counts as at least this many bytes. This limits the number of
+# chunks.
 _LEAST_CHUNK = 1 << 12
 _MOST_PIXELS = 10**8
 _MOST_DEPTH = 32
@@ -39,20 +40,21 @@ def _is_shallow(value: Any, depth: int = _MOST_DEPTH) -> bool:
     return depth > 0 and all(_is_shallow(entry, depth - 1) for entry in inner)
 
 
-# Each kind of value is a pair of a description and a test.
+# Each kind of value is a pair: a description and a function that tests a value.
 _TEXT = ("printable text", lambda value: isinstance(value, str) and value.isprintable())
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _VERDICT = ("true, false or null", lambda value: value is None or isinstance(value, bool))
 _NUMBER = ("a finite number or null", lambda value: value is None or _is_number(value))
 _PLAIN = (f"nested at most {_MOST_DEPTH} deep", _is_shallow)
-# These are the texts and the numbers of a claim.
+# The keys of a claim whose values are texts, and those whose values are numbers.
 _TEXTS = ("metric", "sentence", "words", "source", "kind", "verdict", "headline")
 _NUMBERS = ("paper", "low", "high", "value")
-# A claim of formats 0 and 1 has these keys.
+# The keys of a claim in formats 0 and 1.
 _OLD_CLAIM = {"metric", "holds", *_NUMBERS}
-# This is the form of a record. A dict must have exactly these keys. If one key is `...`, any other
-# keys are allowed, their values must be of its kind, and no key is required. A list may have any
-# number of entries of its one kind.
+# The required form of a record. A dict must have exactly the keys of its form. If the form has the
+# key `...`, no key is required and other keys are allowed. The values of these other keys must have
+# the form under `...`. A list may have any number of entries. Each must
+# have the form of the list's only element.
 _RECORD = {
     "experiment": _TEXT,
     "preset": _TEXT,
@@ -75,7 +77,7 @@ def check(value: Any, kind: Any = _RECORD, name: str = "record") -> None:
       value: the value.
       kind: the required form, written like `_RECORD`.
       name: name of the value in the message.
-    Raises: ValueError naming the first entry that has another form.
+    Raises: ValueError that names the first entry with another form.
     """
     if isinstance(kind, tuple):
         words, test = kind
@@ -97,13 +99,14 @@ def check(value: Any, kind: Any = _RECORD, name: str = "record") -> None:
 
 
 def with_sentences(content: dict[str, Any]) -> None:
-    """Complete the claims of a record of formats 0 and 1, which have no sentences.
+    """Complete the claims of a record in format 0 or 1, where claims have no sentences.
 
-    The metric's name replaces the sentence. The verdict says only if the metric lies in its band.
+    The metric's name becomes the sentence. The verdict is NOT_REPRODUCED if the metric misses a
+    published value, otherwise NOT_COMPARABLE.
 
     Args:
-      content: the record, as read from record.json. It is changed in place. A claim of another form
-        is left as it is, so that `check` refuses it.
+      content: the record, as read from record.json. It is changed in place. A claim with other keys
+        is not changed. `check` then refuses this claim.
     """
     claims = content.get("claims")
     for claim in claims if isinstance(claims, list) else ():
@@ -122,14 +125,14 @@ def with_sentences(content: dict[str, Any]) -> None:
 
 
 def contents(path: Path, most: int) -> bytes:
-    """Read a regular file. Refuse links, pipes and devices: reading them may never end.
+    """Read a regular file. Refuse links, pipes and devices, because reading them may never end.
 
     Args:
       path: the file.
       most: the largest allowed size in bytes.
     Returns: the bytes of the file.
-    Raises: OSError if it cannot be read; ValueError if it is not regular, is larger, or is locked
-      by another process.
+    Raises: OSError if the file cannot be read; ValueError if it is not regular, is larger than
+      `most`, or is locked by another process.
     """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
@@ -141,7 +144,7 @@ def contents(path: Path, most: int) -> bytes:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{path.name} is held by another process, wait for it") from error
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         return file.read(status.st_size)
 
@@ -150,7 +153,8 @@ def text(path: Path) -> dict[str, Any]:
     """Read a record.json.
 
     Returns: the JSON object as a dict. Its form is not yet checked.
-    Raises: OSError, ValueError or RecursionError if the file holds no object in strict JSON.
+    Raises: OSError, ValueError or RecursionError if the file does not contain an object in strict
+      JSON.
     """
 
     def refuse(token: str) -> None:
@@ -163,13 +167,13 @@ def text(path: Path) -> dict[str, Any]:
 
 
 def arrays(packed: bytes) -> dict[str, np.ndarray]:
-    """Read the arrays of an arrays.h5. No other file is opened.
+    """Read the arrays of an arrays.h5 without opening any other file.
 
     Args:
       packed: the bytes of the file.
     Returns: a dict from names to arrays.
-    Raises: ValueError if the file has links, groups, virtual or external data, a dtype or a filter
-      that `Record.save` does not write, or more than MOST_ARRAYS bytes.
+    Raises: ValueError if the file has more than MOST_ARRAYS bytes, or entries that `Record.save`
+      does not write: links, groups, virtual or external data, other dtypes or other filters.
     """
     try:
         with h5py.File(h5py.h5f.open_file_image(packed)) as file:
@@ -184,7 +188,7 @@ def arrays(packed: bytes) -> dict[str, np.ndarray]:
                 wrong = _overlong_chunk(file[name], packed)
             if not wrong:
                 return {name: np.asarray(file[name]) for name in file}
-    except Exception as error:  # h5py raises many kinds for altered bytes
+    except Exception as error:  # altered bytes cause many types of error
         raise ValueError(f"arrays.h5 cannot be read ({error!r:.200})") from error
     raise ValueError(f"arrays.h5 must hold arrays as this program writes them, got {wrong}")
 
@@ -193,7 +197,8 @@ def png(path: Path) -> bytes:
     """Read a figure.
 
     Returns: the bytes of the PNG file.
-    Raises: OSError if it cannot be read; ValueError if it is no regular PNG file or too large.
+    Raises: OSError if the file cannot be read; ValueError if it is not a regular PNG file, or is
+      too large.
     """
     found = contents(path, _MOST_FIGURE)
     if not found.startswith(_PNG) or len(found) < 24:
@@ -205,7 +210,7 @@ def png(path: Path) -> bytes:
 
 
 def _unlike_ours(file: h5py.File, name: str) -> str:
-    """Describe what is wrong with an entry; return "" for an array that `Record.save` may write."""
+    """Describe why `Record.save` cannot have written an entry, or return "" if it can have."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         return f"the link {name!r:.60}"
     part = file[name]
@@ -235,9 +240,9 @@ def _chunk_size(part: h5py.Dataset) -> int:
 
 
 def _overlong_chunk(part: h5py.Dataset, packed: bytes) -> str:
-    """Describe the array if a chunk unpacks to more than its size, else return "".
+    """Describe the array if one of its chunks unpacks to too many bytes, else return "".
 
-    HDF5 itself does not check this.
+    HDF5 itself does not check the unpacked size.
     """
     chunks = []
     if part.compression == "gzip":

@@ -22,13 +22,13 @@ from experiments.harness import reading
 from influence_console import shown
 
 RECORD, ARRAYS = "record.json", "arrays.h5"
-# Both files have this format. Format 1 has claims without sentences. Format 0 has also no checksum
-# and does not name its format.
+# The present format of both files, and the format before it. Format 1 has claims without sentences.
+# Format 0 also has no checksum, and its files do not name the format.
 _FORMAT, _OLD_FORMAT = 2, 1
-# A record may have this many bytes of arrays. The reader allows more, because HDF5 pads chunks.
+# The arrays of a record may have this many bytes. The reader allows more, because HDF5 pads chunks.
 _MOST_BYTES = reading.MOST_ARRAYS // 4
 _ROOT = Path(__file__).resolve().parents[2]
-# The results depend on these files.
+# The results depend on the code in these folders and on this file.
 _CODE = ("influence", "experiments", "data", "requirements.txt")
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy", "scikit-learn")
 
@@ -40,13 +40,13 @@ class Record:
     Args:
       experiment, preset: the command and the preset that ran.
       config: the fields of the Config.
-      data: the name, stand_in and sha256 of the Splits.
+      data: the fields name, stand_in and sha256 of the Splits.
       metrics: dict of numbers. The claims judge some of them.
       arrays: dict of arrays, from which the figure is drawn. Texts are stored as bytes.
       claims: one verdict per claim, from `Claim.judge` of `harness.claims`.
       provenance: seed, commit, versions and cpu_count, and the cost that `cost.metered` measures.
-      has_checksum: False if the record was read from files of format 0, so that alterations cannot
-        be detected. `save` always writes a checksum.
+      has_checksum: False if the record was read from files of format 0. Alterations of these files
+        cannot be detected. `save` always writes a checksum.
     """
 
     experiment: str = ""
@@ -67,8 +67,8 @@ class Record:
           metrics: dict of real numbers. NaN means that a metric has no value.
           arrays: dict of numeric, boolean or byte-string (dtype "S") arrays.
         Returns: a Record with these metrics and arrays.
-        Raises: TypeError if a metric is no real number or an array has another dtype; ValueError if
-          the name of an array is no valid HDF5 name, or if the arrays are too large.
+        Raises: TypeError if a metric is not a real number or an array has another dtype; ValueError
+          if the name of an array is not a valid HDF5 name, or if the arrays are too large.
         """
         for name, value in metrics.items():
             if np.ndim(value) or not isinstance(_scalar(value), bool | int | float):
@@ -79,7 +79,7 @@ class Record:
                 raise TypeError(
                     f"arrays[{name!r}] must be numeric, boolean or bytes, got dtype {array.dtype}."
                 )
-            if not name or name.startswith(".") or "/" in name:  # HDF5 paths
+            if not name or name.startswith(".") or "/" in name:  # HDF5 would read a path
                 raise ValueError(f"arrays: a name must not hold '/' or begin with '.': {name!r}.")
         size = sum(array.nbytes for array in held.values())
         if size > _MOST_BYTES:
@@ -92,13 +92,13 @@ class Record:
         return all(claim["holds"] is not False for claim in self.claims)
 
     def save(self, folder: Path) -> None:
-        """Write record.json and arrays.h5. The same record gives the same bytes.
+        """Write record.json and arrays.h5. Equal records give equal bytes.
 
         record.json names the format and holds a checksum of everything in both files.
 
         Args:
-          folder: the folder to write to, created if missing. An older record is replaced. A failed
-            write leaves no partial file.
+          folder: the folder to write to. It is created if it is missing. An older record in it is
+            replaced. A failed write leaves no partial file.
         Raises: TypeError if a value cannot be written as JSON; ValueError if `load` would refuse
           the record; OSError if the folder cannot be written to.
         """
@@ -117,11 +117,12 @@ class Record:
             record.write_text(_sealed(content, image), encoding="utf-8")
 
     def save_claims(self, folder: Path) -> None:
-        """Write record.json anew beside the arrays.h5 that this record was loaded from.
+        """Write record.json again with the claims of this record. arrays.h5 does not change.
 
         Args:
           folder: the folder from which `load` read this record.
-        Raises: as `load` and `save`; ValueError if the folder holds another record.
+        Raises: the errors of `load` and `save`; ValueError if this record and the record in the
+          folder differ in more than their claims.
         """
         there = Record.load(folder)
         image = reading.contents(folder / ARRAYS, reading.MOST_ARRAYS)
@@ -191,9 +192,9 @@ def to_json(value: Any) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to. That file replaces `path` if the block raises no error.
+    """Yield the path of a temporary file, which replaces `path` if the block raises no error.
 
-    If the block raises an OSError that names no file, as for a full disk, `path` is added to it.
+    If an OSError names no file, as for a full disk, its file name is set to `path`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -207,7 +208,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Return the seed, the commit of the code, the versions, and the number of cores."""
+    """Return a dict of the seed, the code's commit, the packages' versions and the core count."""
     return {
         "seed": seed,
         "commit": commit(),
@@ -220,10 +221,10 @@ def provenance(seed: int) -> dict[str, Any]:
 def commit(root: Path = _ROOT) -> str:
     """Return the commit of the code in `root`.
 
-    Returns: the hash of the commit, followed by "-dirty" if the code has changed since. Without git
-      (in a container), $INFLUENCE_COMMIT, or "unknown" if it is not set.
+    Returns: the hash of the commit, followed by "-dirty" if the code has changed since. Without
+      git, for example in a container, the value of $INFLUENCE_COMMIT; "unknown" if it is not set.
     """
-    if (root / ".git").exists():  # `root` must not be a subfolder of another repository
+    if (root / ".git").exists():  # else git would search parent folders
         with suppress(OSError, subprocess.CalledProcessError):
             head = _git(root, "rev-parse", "HEAD").strip()
             changed = _git(root, "status", "--porcelain", "--", *_CODE)
@@ -239,7 +240,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _checksum(content: dict[str, Any], arrays: bytes) -> str:
-    """Compute the SHA-256 of a record.json without its checksum, followed by an arrays.h5."""
+    """Compute the SHA-256 of record.json (without the checksum) followed by arrays.h5."""
     return hashlib.sha256(to_json(content).encode() + arrays).hexdigest()
 
 

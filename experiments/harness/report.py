@@ -1,6 +1,6 @@
-"""What reports say about records: the rows of their tables, in words, and the order of records.
+"""The contents of reports about records: rows of tables, sentences, and the order of records.
 
-`markdown` and `web_page` lay this out.
+The modules `markdown` and `web_page` format these contents.
 """
 
 import csv
@@ -22,9 +22,11 @@ from influence_console import shown
 
 FIGURE, PDF = "figure.png", "figure.pdf"
 BEYOND, MISSED, UNJUDGED = "beyond the paper", "beyond the paper; our aim missed", "not judged"
-# Of several records of an experiment, the short table shows that of the first of these presets.
+# An experiment may have records of several presets. The fullest one is the first in this order. The
+# short table shows only this record.
 _FULLEST = ("paper", "tenfold", "standard", "smoke")
-# A prediction counts as wrong if the slope of actual on predicted changes is off by more than this.
+# A prediction counts as wrong if the slope of actual on predicted changes differs from 1 by more
+# than this.
 _SLOPE_OFF = 0.1
 
 
@@ -51,7 +53,7 @@ def rows(record: Record) -> list[dict[str, str]]:
 
 
 def verdict(claim: dict[str, Any]) -> str:
-    """Return a claim's verdict in words. A claim of ours has none, so its aim is judged."""
+    """Return a claim's verdict in words. For a claim of ours, it says if our aim was met."""
     if claim["holds"] is None:
         return UNJUDGED
     if claim["kind"] == OURS:
@@ -60,9 +62,10 @@ def verdict(claim: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Format a number with three significant digits, and more where it would be shown as 1.
+    """Format a number with three significant digits.
 
-    Thousands are separated by commas. None is a dash.
+    A number below 1 gets more digits, up to six, if it would be rounded to 1. Numbers from 100 on
+    get no decimals, and thousands are separated by commas. None becomes a dash.
     """
     if value is None:
         return "–"
@@ -81,7 +84,8 @@ def read_all(folder: Path) -> list[tuple[Path, Record]]:
 
     Args:
       folder: folder with one subfolder per record.
-    Returns: (folder, record) pairs in the order of `experiments.MODULES`, the fullest preset first.
+    Returns: (folder, record) pairs in the order of `experiments.MODULES`. For each experiment, the
+      fullest preset comes first.
     Raises: FileNotFoundError if there is no such folder; ValueError if a record cannot be read.
     """
     if not folder.is_dir():
@@ -105,8 +109,8 @@ def _place(name: str, order: Sequence[str]) -> int:
 def judge_all(results: Path) -> list[str]:
     """Judge the records of a folder again by the present claims, without running anything.
 
-    Only the claims in record.json change. A claim is left out if the record lacks its metric: the
-    experiment must run again.
+    Only the claims in record.json change. A claim is left out if the record lacks its metric. The
+    experiment must then run again.
 
     Args:
       results: folder with one subfolder per record.
@@ -147,15 +151,16 @@ def _band(low: float | None, high: float | None) -> str:
 
 
 def headlines(records: list[tuple[Path, Record]], folder: Path) -> list[dict[str, str]]:
-    """Return the rows of the short table: the paper's results first, then what goes beyond them.
+    """Return the rows of the short table: the paper's results, then results beyond the paper.
 
     Args:
       records: (folder, record) pairs, from `read_all`.
-      folder: folder of the records. `docs/leverage.csv` beside it and `audit/audit.csv` inside it
-        add a row each, if they exist.
+      folder: folder of the records. Two other files add a row each, if they exist:
+        `audit/audit.csv` in this folder, and `docs/leverage.csv` beside this folder.
     Returns: one dict per row, with the keys label, what, paper, ours, verdict, experiment, record
-      and page. A row holds all claims of a record that share a headline. experiment and record are
-      the command and the name of the record's folder, or "". page is a file of the repository.
+      and page. A row combines all claims of a record that share a headline. `experiment` is the
+      command, `record` the name of the record's folder, and `page` a file of the repository. Each
+      of the three may be "".
     """
     found: list[dict[str, str]] = []
     for place, record in fullest(records):
@@ -190,7 +195,7 @@ def _headline(
 
 
 def _one_step(docs: Path) -> list[dict[str, str]]:
-    """Return the row about one step, from the exact refits that `docs/leverage.py` made."""
+    """Return the row about one-step predictions, from the results of `docs/leverage.py`."""
     path = docs / "leverage.csv"
     if not path.is_file():
         return []
@@ -216,7 +221,7 @@ def _one_step(docs: Path) -> list[dict[str, str]]:
 
 
 def _audit(folder: Path) -> list[dict[str, str]]:
-    """Return the row about wrong labels, from the cases that `benchmarks.mislabelled` ran."""
+    """Return the row about wrong labels, from the results of `benchmarks.mislabelled`."""
     path = folder / "audit.csv"
     if not path.is_file():
         return []
@@ -243,7 +248,7 @@ def _audit(folder: Path) -> list[dict[str, str]]:
 
 
 def fullest(records: list[tuple[Path, Record]]) -> list[tuple[Path, Record]]:
-    """Return the record of each experiment's fullest preset on real data, with its folder."""
+    """Return the (folder, record) pair of each experiment's fullest preset on real data."""
     best: dict[str, tuple[Path, Record]] = {}
     for folder, record in records:  # the fullest preset comes first
         if not record.data["stand_in"]:
@@ -252,7 +257,7 @@ def fullest(records: list[tuple[Path, Record]]) -> list[tuple[Path, Record]]:
 
 
 def _joint(some: list[dict[str, Any]]) -> str:
-    """Return one verdict for several claims."""
+    """Combine the verdicts of several claims into one verdict in words."""
     words = [verdict(claim) for claim in some]
     if len(set(words)) == 1:
         return words[0]
@@ -263,12 +268,12 @@ def _joint(some: list[dict[str, Any]]) -> str:
 
 
 def is_missed(words: str) -> bool:
-    """Return True for the verdict of a claim that does not hold."""
+    """Return True if the words are the verdict of a claim that does not hold."""
     return words in (NOT_REPRODUCED, MISSED)
 
 
 def counts(records: list[tuple[Path, Record]]) -> str:
-    """Count the verdicts of every experiment's fullest run in a sentence."""
+    """Return a sentence with the counts of the verdicts over every experiment's fullest run."""
     words = [verdict(claim) for _, record in fullest(records) for claim in record.claims]
     if not words:
         return "Nothing was compared with the paper."
@@ -276,7 +281,7 @@ def counts(records: list[tuple[Path, Record]]) -> str:
 
 
 def counts_of(record: Record) -> str:
-    """Count the verdicts of one record, as in "8 reproduced, 2 beyond the paper"."""
+    """Return the counts of a record's verdicts, such as "8 reproduced, 2 beyond the paper"."""
     return _counted([verdict(claim) for claim in record.claims]) or "no claims"
 
 
@@ -288,29 +293,29 @@ def _counted(words: list[str]) -> str:
 
 
 def command(record: Record) -> str:
-    """Return the present command of a record, whose names may be former ones."""
+    """Return the present command of a record. The record itself may have a former name."""
     return experiments.present(record.experiment, record.preset)[0]
 
 
 def preset(record: Record) -> str:
-    """Return the present preset of a record, whose names may be former ones."""
+    """Return the present preset of a record. The record itself may have a former name."""
     return experiments.present(record.experiment, record.preset)[1]
 
 
 def label(record: Record) -> str:
-    """Return what the record's experiment replicates, such as "Figure 1"."""
+    """Return the part of the paper that a record's experiment replicates, such as "Figure 1"."""
     summary = experiments.summaries().get(command(record), record.experiment)
     return summary.partition(":")[0]
 
 
 def module_of(record: Record) -> ModuleType | None:
-    """Import the experiment of a record; None if there is no such experiment."""
+    """Import the module of a record's experiment. Return None if there is no such experiment."""
     known = command(record) in experiments.summaries()
     return experiments.load(command(record)) if known else None
 
 
 def repeat(record: Record) -> str:
-    """Return the command that repeats a record's run, with the options that differ."""
+    """Return the command that repeats a run, with the options that differ from its preset."""
     module, words = module_of(record), ["--preset", preset(record)]
     usual = getattr(module, "PRESETS", {}).get(preset(record))
     if usual is not None:
@@ -329,9 +334,9 @@ def _flat(value: Any) -> list[str]:
 
 
 def time(record: Record) -> str:
-    """Return how long a run took, as in "14 s"; "–" if unknown.
+    """Return the time of a run, such as "14 s", or "–" if it is unknown.
 
-    An older record of an interrupted run has only the time of the last stretch.
+    Older records of interrupted runs have only the time since the last interruption.
     """
     seconds = record.provenance.get("seconds")
     if not isinstance(seconds, int | float):
@@ -341,16 +346,16 @@ def time(record: Record) -> str:
 
 
 def memory(record: Record) -> str:
-    """Return the largest memory of a run's process, as in "1.4 GB"; "–" if unknown.
+    """Return the peak memory of a run, such as "1.4 GB", or "–" if it is unknown.
 
-    Records with `stretches` count the workers too.
+    Records whose provenance has `stretches` include the memory of the workers.
     """
     megabytes = record.provenance.get("peak_rss_mb")
     return f"{megabytes / 1000:.1f} GB" if isinstance(megabytes, int | float) else "–"
 
 
 def cost(record: Record) -> str:
-    """Say in a few sentences how long the run took and how much memory it used."""
+    """Return sentences about the time and memory of a run, or "" if the time is unknown."""
     if time(record) == "–":
         return ""
     cores = record.provenance.get("cpu_count", "unknown")
@@ -366,7 +371,7 @@ def _is_partial(record: Record) -> bool:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Return the files of a record that exist, by what they are."""
+    """Return a dict from description to name of the existing files in a record's folder."""
     every = {"PDF": PDF, "record": RECORD, "arrays": ARRAYS}
     return {words: name for words, name in every.items() if (folder / name).is_file()}
 
@@ -377,9 +382,9 @@ def heading(record: Record) -> str:
 
 
 def finding(record: Record) -> str:
-    """Say the run's result in a few words; "" if a metric is missing."""
+    """Return the run's result in a few words, or "" if a metric is missing."""
     words = getattr(module_of(record), "FINDING", "")
-    # A metric's name may have a dot, so str.format does not serve.
+    # A metric's name may contain a dot, so str.format cannot be used.
     names = re.findall(r"\{(.+?)\}", words)
     if not set(names) <= record.metrics.keys():
         return ""
@@ -387,14 +392,17 @@ def finding(record: Record) -> str:
 
 
 def sentence(words: str) -> str:
-    """Return the words with a capital letter and a full stop. A symbol such as r stays small."""
+    """Make a sentence of the words: capitalise the first letter and add a full stop.
+
+    A symbol at the beginning, as in "r = 0.9", is not capitalised.
+    """
     if not words:
         return ""
     return f"{words if re.match(r'. = ', words) else words[0].upper() + words[1:]}."
 
 
 def remarks(record: Record) -> list[str]:
-    """Return the remarks of the experiment on a record; none on a record with other arrays."""
+    """Return the experiment's remarks on a record; [] if the record lacks the arrays for them."""
     try:
         return getattr(module_of(record), "remarks", lambda record: [])(record)
     except (LookupError, ValueError):

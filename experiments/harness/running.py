@@ -17,7 +17,7 @@ from experiments.harness.cost import metered
 from experiments.harness.record import Record, provenance, replacing, to_json
 
 SMOKE, STANDARD = "smoke", "standard"
-# This figure shows photographs. Git and the report ignore it.
+# The file of the figure with photographs. Git and the report ignore it.
 PHOTOGRAPHS = "photographs.png"
 _CHECKPOINTS, _LABEL, _COST = "checkpoints", "run.json", "cost.json"
 # A module without DTYPE uses this precision.
@@ -42,7 +42,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
     Args:
       folder: the folder to which the block writes.
-    Raises: Unwritten, also if the block meets a full or read-only device elsewhere.
+    Raises: Unwritten. A full or read-only device outside `folder` also raises it.
     """
     try:
         yield
@@ -59,7 +59,7 @@ class Job:
 
     Args:
       command: name of the experiment on the command line.
-      module: the module of the experiment, as `experiments` describes it.
+      module: the module of the experiment, with the names that `experiments` describes.
       preset: a key of module.PRESETS.
       config: the preset's Config, or one that differs from it in some options.
       data_dir: folder to search first for the data, or None.
@@ -86,7 +86,7 @@ class Job:
 
 
 def run(job: Job) -> bool:
-    """Run an experiment, judge it, write its record and figure, and print the verdicts.
+    """Run an experiment, judge its claims, write its record and figure, and print the verdicts.
 
     Args:
       job: the experiment.
@@ -99,7 +99,7 @@ def run(job: Job) -> bool:
     _check_writable(job.folder)
     with writing_to(job.folder):
         _compute_and_save(job)
-    holds = redraw(job)  # this reads the files, as --redraw does
+    holds = redraw(job)  # draws from the written files
     # Checkpoints are deleted last. They are still needed if the figure cannot be written.
     shutil.rmtree(job.folder / _CHECKPOINTS)
     return holds
@@ -113,7 +113,7 @@ def _compute_and_save(job: Job) -> None:
         names = {path.name for path in checkpoints.glob("*")}
         if names and names <= {_LABEL, _COST}:
             shutil.rmtree(checkpoints)
-        with suppress(OSError):  # the folder holds an earlier run
+        with suppress(OSError):  # the folder is not empty: it holds an earlier run
             job.folder.rmdir()
         raise
     record.save(job.folder)
@@ -149,14 +149,14 @@ def redraw(job: Job) -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line of progress and flush it, because the run may then be silent for minutes."""
+    """Print a line of progress at once. Without a flush, it could appear minutes later."""
     print(line, flush=True)
 
 
 def _check_writable(folder: Path) -> None:
     from influence.common.checkpoint import check_writable
 
-    # The folder is checked before the work, which may take an hour.
+    # The folder is checked before the long work, which may take an hour.
     try:
         check_writable(folder, "--out")
     except ValueError as error:
@@ -177,7 +177,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
     module = job.module
     name = module.STAND_IN if job.preset == SMOKE else module.DATA
-    facts = provenance(job.config.seed)  # first, because the code may change during the run
+    facts = provenance(job.config.seed)  # now, because the code may change during the run
     if not job.brief:
         say(f"{job.command}: reading {name}")
     try:
@@ -193,7 +193,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
     keras.backend.clear_session()  # discard the state of earlier experiments
     keras.utils.set_random_seed(job.config.seed)
     with warnings.catch_warnings(), metered(checkpoints / _COST) as cost:
-        # The figures use first order by name, as the paper does.
+        # The experiments use first-order influence deliberately, as in the paper.
         warnings.filterwarnings("ignore", message=".*have a leverage above")
         result = module.run(job.config, splits, checkpoints=checkpoints)
     record = dataclasses.replace(
@@ -209,7 +209,7 @@ def _compute(job: Job) -> tuple[Record, Any]:
 
 
 def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
-    """Return the folder of checkpoints. Empty it if its files are of other options or code."""
+    """Return the folder of checkpoints. Empty it if the options, the data or the code differ."""
     digest = hashlib.sha256()
     sources = [*_ROOT.glob("influence/**/*.py"), *_ROOT.glob("data/**/*.py")]
     sources += [*_ROOT.glob("experiments/**/*.py"), job.module.__file__]
@@ -232,14 +232,14 @@ def _checkpoints(job: Job, about: dict[str, Any]) -> Path:
 
 def _draw(module: ModuleType, record: Record, folder: Path) -> None:
     figure = module.draw(record)
-    if record.data["stand_in"]:  # above any title: the saved box grows to contain it
+    if record.data["stand_in"]:  # the text is above all titles; savefig includes it
         text = f"stand-in data: {record.data['name']}, not {module.DATA}"
         figure.text(0.5, 1.0, text, ha="center", va="bottom", color="firebrick")
     write_figure(figure, folder / "figure.png", folder / "figure.pdf")
 
 
 def write_figure(figure: Any, *paths: Path) -> None:
-    """Write a Matplotlib figure to files .png and .pdf, and close it."""
+    """Write a Matplotlib figure to .png or .pdf files, and close it."""
     import matplotlib.pyplot as plt
 
     # Without date and version, equal records give equal bytes.
@@ -254,7 +254,7 @@ def write_figure(figure: Any, *paths: Path) -> None:
 
 
 def _verdicts(record: Record, module: ModuleType) -> str:
-    """Return a table of the claims. A sentence is long, so it comes last."""
+    """Return a table of the claims as text. The long sentences are in the last column."""
     head = {"verdict": "verdict", "ours": "ours", "paper": "paper", "band": "band"}
     lines = [tuple(row[key] for key in head) for row in (head, *report.rows(record))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -268,7 +268,7 @@ def _verdicts(record: Record, module: ModuleType) -> str:
 
 
 def _finding(record: Record, module: ModuleType) -> str:
-    """Say the result on stand-in data in one line, without the paper's values."""
+    """Return one line with the result on stand-in data, without the paper's values."""
     found = report.finding(record)
     where = f"on {record.data['name']}, a stand-in for {module.DATA}"
     return f"{found} {where}; {_checked(record, module)}"

@@ -1,4 +1,4 @@
-"""The page that shows all records of a folder: the short table, figures, results, provenance."""
+"""The web page of all records in a folder: the short table, figures, results and provenance."""
 
 import base64
 from pathlib import Path
@@ -15,7 +15,8 @@ def write_page(out: Path) -> Path:
 
     Args:
       out: folder with one subfolder per record.
-    Returns: the path of the page. It needs no other file. It links to the files of the records.
+    Returns: the path of the page. The page contains its figures, so a browser needs no other file.
+      It links to the files of the records.
     Raises: the errors of `report.read_all`.
     """
     environment = jinja2.Environment(
@@ -40,7 +41,7 @@ def write_page(out: Path) -> Path:
 
 
 def _mark(words: str) -> str:
-    """Return the style of a verdict on the page."""
+    """Return the CSS class of a verdict."""
     if report.is_missed(words):
         return "short"
     return "" if words in (report.UNJUDGED, report.BEYOND) or words[0].isdigit() else "holds"

@@ -1,1 +1,1 @@
-"""Section 5.3."""
+"""The experiment of section 5.3: its figure and claims."""

@@ -1,4 +1,4 @@
-"""What Section 5.3 claims, how our run differs from the authors', and what they printed."""
+"""The claims of section 5.3, the values that the authors printed, and our differences from them."""
 
 import csv
 from pathlib import Path
@@ -15,7 +15,7 @@ _PAPER = ("standard", "paper")
 def _released(
     metric: str, sentence: str, value: float, uncertainty: float | None = None, headline: str = ""
 ) -> Claim:
-    """A claim about the model that stops as the authors' does, against their notebook."""
+    """Return a claim that compares our model, stopped early, with the authors' notebook."""
     published = Published(_NOTEBOOK, value, uncertainty, RELEASED)
     return Claim(f"stopped_{metric}", f"{sentence}, stopped as released", published,
                  presets=_PAPER, headline=headline)  # fmt: skip
@@ -27,8 +27,8 @@ def _near(metric: str, sentence: str, words: str) -> Claim:
                  presets=_PAPER)  # fmt: skip
 
 
-# These rows of the training set without the twenty children are the ten most harmful and the ten
-# most helpful to the explained child. The notebook prints them with their influences.
+# The ten most harmful and the ten most helpful rows for the explained child, with their influences,
+# as the notebook prints them. They are rows of the training set without the twenty children.
 HARMFUL = (13685, 9366, 11116, 5825, 13027, 1912, 15190, 13061, 6890, 1132)
 HELPFUL = (19590, 11641, 14549, 19107, 4849, 17796, 3421, 5282, 18404, 8749)
 INFLUENCES = (
@@ -39,9 +39,10 @@ INFLUENCES = (
 
 
 def published_children() -> NDArray:
-    """Read what the notebook prints of the 137 test children.
+    """Read the values that the notebook prints for the 137 test children.
 
-    Returns: (137, 3) test row, probability of the correct label before, and after the removal.
+    Returns: (137, 3) array. The columns are the test row, and the probability of the correct label
+      before and after the removal.
     """
     with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as file:
         return np.array([[float(cell) for cell in row] for row in list(csv.reader(file))[1:]])
@@ -56,7 +57,7 @@ _ROWS = (
     "four children over that of the next row, at least"
 )
 CLAIMS = (
-    # Three of the thirteen published probabilities lie within .008 of one half.
+    # The uncertainty is 3, because 3 of the 13 published probabilities lie within .008 of one half.
     _released(
         "test_children_flipped",
         "Test children, of 137, whose prediction becomes wrong",
@@ -129,7 +130,7 @@ CLAIMS = (
         -3250,
     ),
     _released("coefficients_larger", "Coefficients larger than that of the children's age", 14),
-    # These bands are those of the first run, and narrower than 10 %.
+    # These claims have the bands of the first run. The bands are narrower than 10 %.
     *(
         Claim(
             f"stopped_{metric}",

@@ -32,9 +32,9 @@ STAND_IN = "hospital"
 CHILD = "age_[0-10)"
 # Patients who died have this feature: disposition 11 is "expired".
 DIED = "discharge_disposition_id_11"
-# Finite differences between refits change a feature by this much.
+# The step by which a feature is changed for finite differences between refits.
 _STEP = 1e-3
-# The two colours are Okabe and Ito's.
+# The red and the blue are from Okabe and Ito's palette.
 _RED, _BLUE, _GREY = "#D55E00", "#0072B2", "#999999"
 
 
@@ -74,7 +74,7 @@ FINDING, DEVIATIONS, CAPTION = claims.FINDING, claims.DEVIATIONS, claims.CAPTION
 
 
 class _Hospital:
-    """The patients before and after the removal of children, and the rows of the children."""
+    """The patients before and after the removal of children, with the rows of the children."""
 
     def __init__(self, config: Config, data: Any):
         self.names = data.feature_names
@@ -93,12 +93,13 @@ class _Hospital:
 
 
 def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record:
-    """Remove the children, fit, explain one child's loss, and compare with refits.
+    """Remove children, fit the model, explain one child's loss, and compare with refits.
 
     Args:
-      config: the protocol.
+      config: the settings of the experiment.
       data: Splits of the diabetes set or of its stand-in, with feature names.
-      checkpoints: folder of finished refits, or None. An interrupted run continues from there.
+      checkpoints: folder that stores finished refits, or None. An interrupted run continues from
+        its files.
 
     Returns: Record with the metrics of CLAIMS and the arrays that `draw` needs.
     Raises: Misuse if test_child is not the test row of a child, or if an option does not fit the
@@ -151,7 +152,7 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 def draw(record: Record) -> Any:
     """Draw the most influential rows, the children's predictions, derivatives and coefficients.
 
-    A record of real data is drawn beside what the notebook of the authors' code prints.
+    For real data, the values that the authors' notebook prints are drawn too.
     """
     import matplotlib.pyplot as plt
 
@@ -165,7 +166,7 @@ def draw(record: Record) -> Any:
         rows, children, features, coefficients = axes.ravel()
         _draw_rows(rows, arrays, published=real)
         _draw_children(children, arrays, published=real)
-        # As in the authors' code, the derivative is -n times that of the loss.
+        # As in the authors' code, we show -n times the derivative of the loss.
         derivative = -len(arrays["influence"]) * arrays["derivative"][~arrays["readmitted"]][0]
         order = largest_bars(features, names, derivative, marked=CHILD)
         k, places = np.nonzero(arrays["moved"][:, None] == order)
@@ -187,7 +188,7 @@ def draw(record: Record) -> Any:
 
 
 def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
-    """Draw the ten most harmful and the ten most helpful rows of the model stopped as released."""
+    """Draw the ten most harmful and ten most helpful rows, for the model that is stopped early."""
     influence, children = arrays["stopped_influence"], arrays["children"]
     order = np.argsort(influence, kind="stable")
     rows = np.concatenate([order[:10], order[:-11:-1]])
@@ -209,7 +210,7 @@ def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> Non
         xlabel="Predicted change of the loss if\nremoved (nats), stopped as released",
         ylabel="Training row",
     )
-    # These handles are not in the axis' data, so they stay out of its limits.
+    # The handles are not added to the axes, so they do not change the limits.
     handles = [_patch(_RED, "a child"), _patch(_BLUE, "anyone else")]
     if published:
         handles.append(_mark("|", "black", "published"))
@@ -217,7 +218,10 @@ def _draw_rows(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> Non
 
 
 def _draw_children(axis: Any, arrays: dict[str, NDArray], *, published: bool) -> None:
-    """Draw P(correct) of every test child, ours against published or, without it, before."""
+    """Draw our P(correct) of every test child against the published value.
+
+    On stand-in data, draw P(correct) after the removal against P(correct) before it.
+    """
     before, after = arrays["probability_correct_before"], arrays["probability_correct"]
     axis.axhline(0.5, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
     if published:
@@ -265,7 +269,7 @@ def _fitted(config: Config, examples: Examples, start: _Net | None = None) -> _N
 
 
 def _as_released(config: Config, examples: Examples) -> _Net:
-    """Fit the model as the authors' code does: scikit-learn's L-BFGS stops early."""
+    """Fit the model as in the authors' code, with scikit-learn's L-BFGS stopped early."""
     fit = LogisticRegression(
         C=1 / (len(examples) * config.weight_decay),
         fit_intercept=False,
@@ -273,8 +277,8 @@ def _as_released(config: Config, examples: Examples) -> _Net:
         max_iter=config.release_iterations,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the fit must stop early
-        # The rounding of sparse products does not depend on the number of cores.
+        warnings.simplefilter("ignore", ConvergenceWarning)  # expected: the fit stops early
+        # x is sparse, because the rounding of sparse products does not depend on the core count.
         fit.fit(scipy.sparse.csr_array(examples.x), examples.y)
     net = _Net(examples.x.shape[1], weight_decay=config.weight_decay)
     net.theta = fit.coef_[0]
@@ -282,12 +286,12 @@ def _as_released(config: Config, examples: Examples) -> _Net:
 
 
 def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict[str, NDArray]]:
-    """Compare two models. Explain the child's loss under the second one by influence.
+    """Compare two models, and explain the child's loss under the second model by influence.
 
     Args:
       at: the patients.
-      before: the model of all patients.
-      net: the model after the removal of children.
+      before: the first model, fitted to all patients.
+      net: the second model, fitted after the removal of children.
     Returns: metrics and arrays.
     """
     metrics, arrays = {}, {}
@@ -339,9 +343,9 @@ def _study(at: _Hospital, before: _Net, net: _Net) -> tuple[dict[str, Any], dict
 def _beside_the_notebook(
     at: _Hospital, arrays: dict[str, NDArray], scores: NDArray
 ) -> dict[str, float]:
-    """Compare with the notebook of the authors' code row by row: children, then training rows.
+    """Compare our probabilities and influences with those in the authors' notebook, row by row.
 
-    The stand-in has other rows, so there the metrics have no meaning. They are never judged.
+    The stand-in has other rows, so its metrics have no meaning. They are never judged.
     """
     rows, before, after = claims.published_children().T
     known = np.flatnonzero(np.isin(at.test_children, rows))
@@ -366,9 +370,10 @@ def _beside_the_notebook(
 
 
 def _refitted_derivative(config: Config, at: _Hospital, net: _Net, column: int) -> float:
-    """Compute the derivative of the child's loss by a feature of a training row from two refits.
+    """Compute the derivative of the child's loss with respect to a feature of a training row.
 
-    The row is that of the remaining child who was not readmitted.
+    The result is a central difference of two refits. The training row is that of the remaining
+    child who was not readmitted.
     """
     losses = []
     for step in (_STEP, -_STEP):

@@ -1,1 +1,1 @@
-"""Code that two or more figures use."""
+"""Code that two or more experiments use."""

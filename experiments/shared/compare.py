@@ -16,9 +16,10 @@ def agreement(predicted: NDArray, actual: NDArray) -> dict[str, float]:
       predicted: (k,) predicted changes.
       actual: (k,) actual changes.
 
-    Returns: a dict with pearson, spearman, the slope and intercept of the least-squares line of
-      predicted on actual, sign_agreement (the fraction of equal signs) and largest_difference (the
-      largest absolute difference).
+    Returns: a dict with the keys pearson, spearman, slope, intercept, sign_agreement and
+      largest_difference. Slope and intercept are those of the least-squares line of predicted on
+      actual changes. sign_agreement is the fraction of equal signs. largest_difference is the
+      largest absolute difference.
     """
     predicted, actual = numbers(predicted, "predicted"), numbers(actual, "actual")
     line = scipy.stats.linregress(actual, predicted)
@@ -45,7 +46,7 @@ def largest(scores: NDArray, count: int) -> NDArray[np.int64]:
 
 
 def with_others(first: int, among: NDArray, count: int, seed: int) -> NDArray[np.int64]:
-    """Return the paper's test point and others, because one point proves little.
+    """Return the paper's test point, and others drawn at random, because one point proves little.
 
     Args:
       first: row of the paper's test point.
@@ -122,9 +123,9 @@ def letter(axis: Any, name: str) -> None:
 
 
 def rounded(correlation: float) -> str:
-    """Format a correlation with two decimals, and more where it would be shown as 1: 0.99999.
+    """Format a correlation with two decimals, or with up to six if it would be rounded to 1.
 
-    A correlation below 1 is never rounded to 1: from 0.9999995 on, 0.999999 is shown.
+    A correlation below 1 is never shown as 1. From 0.9999995 on, it is shown as 0.999999.
     """
     digits = 2
     while digits < 6 and float(f"{correlation:.{digits}f}") >= 1:

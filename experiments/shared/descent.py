@@ -1,15 +1,16 @@
 """Descent to a local minimum of a network, by quasi-Newton steps in the Hessian's coordinates.
 
-First-order training stops long before a minimum. Plain L-BFGS is hardly better, because a network's
-curvatures span many orders of magnitude. Let theta_0 be the start of a round, with the Hessian
-H(theta_0) = Q L Q'. In the round, L-BFGS uses coordinates u defined by
+First-order training stops long before a minimum. Plain L-BFGS is hardly better, because the
+eigenvalues of a network's Hessian span many orders of magnitude. The descent consists of rounds.
+Let theta_0 be the start of a round, with the Hessian H(theta_0) = Q L Q'. In the round, L-BFGS uses
+coordinates u defined by
 
     theta = theta_0 + Q |L|^(-1/2) u.
 
-|L| holds the absolute values of the eigenvalues, and values below a floor are set to the floor. In
-u, the Hessian at theta_0 is diagonal. Its entries are 1 or -1, and smaller for eigenvalues below
-the floor. L-BFGS descends along negative curvature. The Hessian changes on the way, so a new round
-begins after a given number of evaluations.
+|L| is diagonal and has the absolute values of the eigenvalues, but at least a given floor. In the
+coordinates u, the Hessian at theta_0 is diagonal. Its entries are 1 or -1, or closer to 0 for
+eigenvalues below the floor. L-BFGS descends along directions of negative curvature. The Hessian
+changes as theta moves, so a new round begins after a given number of evaluations.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from influence.curvature.operators import Hessian
 from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
-# The floor of the eigenvalues is this times the largest eigenvalue.
+# The floor of the eigenvalues is this factor times the largest eigenvalue.
 _FLOOR = 1e-6
-# L-BFGS stores this many pairs of steps and gradient differences.
+# L-BFGS stores this many pairs of a step and a gradient difference.
 _MEMORY = 50
 # A round ends with at most this many Newton steps.
 _POLISH = 30
@@ -87,7 +88,7 @@ def descend(
       checkpoints: folder that stores theta after every round, or None. An interrupted descent
         continues from the stored theta.
 
-    Returns: Descent. The tolerance may be missed.
+    Returns: the history. The last gradient norm may be above the tolerance.
     """
     path, history, ended = None, [], False
     folder = check_folder(checkpoints)
@@ -135,14 +136,15 @@ def _state(
 def num_negative(values: NDArray, dtype: Any) -> int:
     """Count the eigenvalues that are below zero by more than rounding.
 
-    Rounding comes from the matrix, which was formed in `dtype`, and from its float64 factorisation.
+    The rounding error has two causes. The matrix was formed in `dtype`, and its eigenvalues were
+    computed in float64.
     """
     rounding = _ROUNDING * np.finfo(dtype).eps + len(values) * np.finfo(np.float64).eps
     return np.count_nonzero(values < -rounding * np.abs(values).max())
 
 
 def _stalled(history: list[tuple[float, ...]], dtype: Any) -> bool:
-    """Return True if the last round neither lowered the risk nor halved the gradient."""
+    """Return True if the last round neither lowered the risk nor halved the gradient norm."""
     if len(history) < 2:
         return False
     (before, norm_before, *_), (risk, norm, *_) = history[-2:]
@@ -151,9 +153,10 @@ def _stalled(history: list[tuple[float, ...]], dtype: Any) -> bool:
 
 
 def _leave_saddle(net: GenericNeuralNet, examples: Examples, direction: NDArray) -> None:
-    """Move theta from a saddle along a direction of negative curvature.
+    """Move theta from a saddle point along a direction of negative curvature.
 
-    Of the step lengths in `_LENGTHS` and their negatives, the one with the lowest risk is taken.
+    The step lengths in `_LENGTHS` are tried in both directions, and the one with the lowest risk is
+    taken. If no step lowers the risk, theta does not move.
     """
     start = net.theta
     risks = [(net.risk(examples), 0.0)]
@@ -207,8 +210,8 @@ def _polish(
 ) -> None:
     """Take Newton steps as long as each halves the gradient norm and does not raise the risk.
 
-    L-BFGS stops early near a minimum, because it compares values of the risk. There these values
-    differ only by rounding, while the gradient is still far above its rounding.
+    L-BFGS compares values of the risk. Near a minimum, these values differ only by rounding errors,
+    so L-BFGS stops too early. The gradient there is still far larger than its rounding error.
     """
     risk, gradient = net.risk_and_gradient(examples)
     for _ in range(_POLISH):

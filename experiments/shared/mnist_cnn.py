@@ -1,4 +1,4 @@
-"""The network of Figure 2, right: its protocol, its training, and the plots of two figures."""
+"""The network of Figure 2, right: its settings, its training, and plots for two experiments."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiments.shared.compare import (
 )
 from influence import AllCNN, Examples
 
-# Both experiments judge the trained network by these.
+# Claims of both experiments about the trained network.
 _ISSUE = "a report of one who ran the authors' code (its issue 10)"
 CLAIMS = (
     Claim(
@@ -36,9 +36,9 @@ CLAIMS = (
         1.0,
     ),
 )
-# In float64, CG stops at this relative residual.
+# CG in float64 stops at this relative residual.
 CG_FLOAT64 = 1e-7
-# The shorter training by Adam has these stages: (steps, learning rate).
+# The stages of the shorter training by Adam: (steps, learning rate).
 SHORT = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
 
 
@@ -89,7 +89,7 @@ class Protocol:
                 f"{self.num_removals}, {self.further_removals} and {self.num_train}."
             )
         options.positive(self, "damping", "lissa_depth", "lissa_batch_size")
-        options.at_least(self, 2, "further_removals")  # a line is fitted to the points
+        options.at_least(self, 2, "further_removals")  # fitting a line needs two points
         options.at_least(self, 1, "filters", "strides", "batch_size", "num_processes")
         options.at_least(self, 0, "weight_decay", "test_points")
         if self.dtype not in ("float32", "float64"):
@@ -109,7 +109,7 @@ def images(data: Any, config: Any) -> tuple[Examples, Examples]:
 
 
 def network(config: Any, train: Examples, dtype: str | None = None) -> AllCNN:
-    """Build the network before training."""
+    """Build the network with its initial weights."""
     return AllCNN(
         train.x.shape[1:],
         int(train.y.max()) + 1,
@@ -152,7 +152,7 @@ def facts(net: AllCNN, train: Examples, test: Examples) -> dict[str, Any]:
 
 
 def in_double(config: Any, net: AllCNN, *sets: Examples) -> tuple[Any, ...]:
-    """Return the network and the sets in float64, without a copy if they are in float64."""
+    """Return the network and the sets in float64. If they are in float64, nothing is copied."""
     if config.dtype == "float64":
         return net, *sets
     double = network(config, sets[0], "float64")
@@ -169,9 +169,10 @@ def removals(config: Any, predicted: Any) -> list[NDArray]:
 
 
 def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
-    """Return two arrays of changes for the first test point's removals.
+    """Return two arrays of predicted or actual changes for the first test point's removals.
 
-    Removals for which a change is not finite are left out. `one` and `other` are names as in STEPS.
+    `one` and `other` are the names of the arrays, as in STEPS. A removal is left out if one of its
+    two changes is not finite.
     """
     names = {name.partition("_")[2]: name for name in arrays if name.startswith("actual_")}
     names |= {name.partition("_")[2]: name for name in arrays if name.startswith("predicted_")}
@@ -182,7 +183,7 @@ def both_sides(arrays: Any, one: str, other: str) -> tuple[NDArray, NDArray]:
 
 
 def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
-    """Compute correlation and slope of each entry of STEPS for the first test point's removals."""
+    """Compute r and slope of each entry of STEPS over the first test point's removals."""
     found = [agreement(*both_sides(arrays, one, other)) for one, other, _ in steps]
     return {
         f"step_{name}": np.array([step[name] for step in found]) for name in ("pearson", "slope")
@@ -190,10 +191,10 @@ def agreement_of_steps(steps: Any, arrays: Any) -> dict[str, Any]:
 
 
 def agreements(truth: str, predicted: Any, actual: Any, at: Any) -> dict[str, float]:
-    """Return `agreement` for the first test point, and Pearson correlations over all test points.
+    """Return `agreement` for the first test point, and summaries of Pearson's r over all points.
 
-    Of the Pearson correlations, the median and the lowest are returned. `at[j]` holds the columns
-    of point j's removals.
+    The summaries are the median and the lowest r. All names end in `truth`. `at[j]` holds the
+    columns of test point j's removals.
     """
     found = [finite_agreement(predicted[j, some], actual[j, some]) for j, some in enumerate(at)]
     pearson = [one["pearson"] for one in found]
@@ -225,11 +226,11 @@ def draw_truth(
     Args:
       axis: the matplotlib Axes to draw on.
       record: the record, with arrays `removals_0`, `predicted_...` and `actual_...`.
-      truth: the name of the actual changes.
+      truth: the name of the array of actual changes, without `actual_`.
       title: title of the panel.
-      by: the name of the predicted changes.
-      lost: number of removals that the panel reports as left out. None: the removals whose actual
-        change is not finite are counted.
+      by: the name of the array of predicted changes, without `predicted_`.
+      lost: number of removals that the panel reports as left out. None means the number of removals
+        whose actual change is not finite.
       more: text to append to the panel's text.
     """
     arrays, metrics = record.arrays, record.metrics

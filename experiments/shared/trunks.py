@@ -4,7 +4,7 @@ A head is a logistic regression on the features of one layer. Its name consists 
 the layer, such as "inception/mixed8". The networks are:
 
     small            random weights, for the stand-in's 32 x 32 pictures; ends at relu2
-    learnt           the same network, trained on other pictures of the stand-in's kind
+    learnt           the layers of `small`, trained on other pictures of the stand-in's kind
     mobilenet        MobileNet of width .75, for 224 pixels; complete
     inception        Inception v3 of 2015, for 299 pixels; ends at mixed8
     inception-keras  Inception v3 with Keras' own weights; complete, ends at mixed10
@@ -37,20 +37,22 @@ from influence.models.top_layer import cut, scaled
 
 # The features of this many images are stored in one file. An interruption loses at most one file.
 _ROWS = 256
-# This version is part of a file's name. If new code changes the features, increase the version.
+# The name of a file depends on this version. Increase it if new code changes the
+# features.
 _VERSION = 1
-# A file stores the seconds of its computation under this key.
+# A file stores under this key how many seconds its computation took.
 _SECONDS = "seconds"
 # The layers of the small network have these numbers of 5 x 5 filters.
 _SMALL = (32, 64)
-# The learnt network is trained on this many pictures, in so many passes, so many at a time, at this
-# rate of Adam. This takes seconds, and its head then classifies nine of ten pictures correctly.
+# The training of the learnt network: number of pictures, epochs, batch size, and Adam's learning
+# rate. The training takes seconds. A head then classifies nine of ten pictures correctly.
 _PICTURES, _PASSES, _BATCH, _RATE = 1000, 8, 32, 2e-3
-# Its features are scaled to this deviation, which suits the weight decay of the other networks.
-# With larger features the head would be so sure that removals change nothing.
+# The features of the learnt network are scaled to this standard deviation, which suits the weight
+# decay used for the other networks. With larger features, the head would be so confident that
+# removals change nothing.
 _DEVIATION = 0.3
-# The random weights have this scale. With it, the features are large enough for the weight decay
-# that the other networks use. A network that is trained begins with smaller weights.
+# The scales of the random weights of `small`, and of `learnt` before its training. The first scale
+# makes the features large enough for the weight decay that the other networks use.
 _GAIN, _LEARNT_GAIN = 20, 2
 
 
@@ -139,7 +141,7 @@ def features(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """Compute the pooled features of images for each head, with one pass for each network.
+    """Compute the pooled features of images for each head, with one pass through each network.
 
     Args:
       heads: names of heads.
@@ -159,15 +161,15 @@ def timed_features(
     root: Path | None,
     folder: Path | None,
 ) -> tuple[dict[str, NDArray], float]:
-    """Compute `features`, or read them, and measure the time.
+    """Return the result of `features`, and the time of its computation.
 
     Args:
-      heads: argument of `features`.
-      x: argument of `features`.
-      root: argument of `features`.
-      folder: argument of `features`.
-    Returns: the features, and the seconds that their computation took (without resizing). Seconds
-      are NaN if a stored file does not have them.
+      heads: see `features`.
+      x: see `features`.
+      root: see `features`.
+      folder: see `features`.
+    Returns: the features, and the seconds that their computation took, without the resizing. The
+      seconds are NaN if a stored file does not contain its time.
     Raises: the errors of `trunk`.
     """
     found: dict[str, dict[str, NDArray]] = {}
@@ -186,8 +188,8 @@ def kept_in(stand_in: bool, checkpoints: Path | None) -> Path | None:
 
     Args:
       stand_in: True if the data is a stand-in. Then the folder is `checkpoints`.
-      checkpoints: the run's folder of checkpoints, or None. It is also used if the user cache is
-        not writable.
+      checkpoints: the run's folder of checkpoints, or None. The features are also stored
+        there if the user cache is not writable.
     """
     cache = cache_folder() / "features"
     if stand_in:
@@ -206,7 +208,7 @@ def _features_of(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """Return a dict from each layer to its features (n, f), and from `_SECONDS` to the time."""
+    """Return a dict from each layer to its features (n, f), and from `_SECONDS` to their time."""
     x = images.resized(x, NETWORKS[network].side)
     net: TopLayer | None = None
     widths: list[int] = []
@@ -214,7 +216,7 @@ def _features_of(
     def compute(rows: slice) -> dict[str, Any]:
         nonlocal net
         begun = perf_counter()
-        if net is None:  # built only when needed
+        if net is None:  # not needed if all files are stored
             model = _built(network, root)
             outputs = [cut(model, layer).output for layer in layers]
             widths.extend(output.shape[-1] for output in outputs)
@@ -239,7 +241,7 @@ def _features_of(
 
 
 def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Path | None) -> str:
-    """Return a part of the file name that changes with everything on which features depend."""
+    """Return a hash, for file names, of everything on which the features depend."""
     path = _weights(network, root)
     weights = (
         WEIGHTS[network].digests[0] if path else joblib.hash(_built(network, root).get_weights())
@@ -251,7 +253,7 @@ def _name(network: str, layers: tuple[str, ...], x: NDArray[np.uint8], root: Pat
 
 
 def _side_by_side(outputs: list[Any]) -> keras.Model:
-    """Build a model whose output joins the pooled outputs of several layers."""
+    """Build a model whose output is the concatenation of several layers' pooled outputs."""
     pooled = [keras.layers.GlobalAveragePooling2D()(output) for output in outputs]
     joined = pooled[0] if len(pooled) == 1 else keras.layers.Concatenate()(pooled)
     (first,) = keras.utils.get_source_inputs(joined)
@@ -300,7 +302,7 @@ def _small(shape: tuple[int, ...], gain: float) -> keras.Model:
 
 @cache
 def _learnt(shape: tuple[int, ...]) -> keras.Model:
-    """Train the small network to distinguish pictures that no data set holds."""
+    """Train the small network to classify pictures that are not in any data set."""
     x, y = fishlike.pictures(_PICTURES, seed=fishlike.SEED + 1)
     model = _small(shape, _LEARNT_GAIN)
     start = keras.initializers.RandomNormal(stddev=0.05, seed=0)
@@ -312,9 +314,10 @@ def _learnt(shape: tuple[int, ...]) -> keras.Model:
         ]
     )
     head.compile(keras.optimizers.Adam(_RATE), keras.losses.BinaryCrossentropy(from_logits=True))
-    # The pictures are in random order. Without a shuffle, no global seed matters.
+    # The pictures are already in random order. Without a shuffle, the training does not depend on
+    # the global seed.
     head.fit(scaled(x), y, batch_size=_BATCH, epochs=_PASSES, shuffle=False, verbose=0)  # pyright: ignore[reportArgumentType]
-    # A ReLU is homogeneous: smaller weights before it make its features smaller by the same factor.
+    # If the weights and biases before a ReLU are scaled, its output is scaled by the same factor.
     ratio = _DEVIATION / np.mean(model(scaled(x)), axis=(1, 2)).std()
     last = model.get_layer(f"conv{len(_SMALL)}")
     last.set_weights([ratio * weights for weights in last.get_weights()])
