@@ -259,7 +259,7 @@ def _l1_norms(g: NDArray) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Inputs of some targets, and the theta and test losses of the net refitted to them."""
+    """Moved inputs of some targets, and theta and test losses of the refitted net."""
 
     at: NDArray[np.int64]  # these targets' positions in `Targets`
     x: NDArray
@@ -439,7 +439,7 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
-    _ = examples.x  # this raises for a stream, which has no x
+    _ = examples.x  # this raises an error for a stream, which has no x
     check_no_masses(net, "an attack")
     if is_packed(examples.y):
         raise ValueError(

@@ -29,8 +29,10 @@ class Rule:
 
     g is the derivative that `poison` moves against. The velocity of move t = 0, 1, ... is
     v_t = momentum v_(t-1) + g / mean |g|. Every entry moves by
-    - radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1). With softness 0, the sign of v_t
-    replaces the clipped ratio.
+
+        -radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1)
+
+    With softness 0, the sign of v_t replaces the clipped ratio.
 
     Args:
       step: largest move of an entry at t = 0, in units of the radius.

@@ -92,7 +92,7 @@ def reserve(part: Path, needed: int, path: Path) -> None:
         with open(part, "r+b", buffering=0) as file:
             if hasattr(os, "posix_fallocate"):  # macOS does not have it
                 os.posix_fallocate(file.fileno(), 0, needed)
-            # Only a write fails if the file is larger than the process may write.
+            # Only a write shows if the system limits the size of files that this process writes.
             last = os.pread(file.fileno(), 1, needed - 1) or b"\0"
             os.pwrite(file.fileno(), last, needed - 1)
     except OSError as error:

@@ -112,7 +112,7 @@ class _Memos:
         return self._flat() is net.flat and np.array_equal(self._theta, theta)
 
     def of_batch(self, number: int) -> dict[str, NDArray] | None:
-        """Return the dict of a batch, or None after all dicts together have exceeded the budget."""
+        """Return the dict of a batch, or None once all cached arrays exceed `CACHE` bytes."""
         if self._of_batch is not None and number == len(self._of_batch):
             if number:
                 self._held += sum(array.nbytes for array in self._of_batch[-1].values())
@@ -215,7 +215,7 @@ class Examples:
         return self._taken(rows)
 
     def stacked(self, rows: NDArray) -> tuple[Any, NDArray]:
-        """Return dense x and y, (r, b, ...), for r batches of b row numbers: (r, b)."""
+        """Return dense x and y, (r, b, ...). `rows` (r, b) are the row numbers of r batches."""
         chosen = self.take(rows.ravel())
 
         def shaped(part: Any) -> NDArray:

@@ -124,7 +124,7 @@ class Featured(Examples):
             start += len(y)
         for part in features.values():
             part.setflags(write=False)
-        self.where, self._features = where, features  # only complete features are cached
+        self.where, self._features = where, features  # last: an interruption must not cache a part
 
 
 class Kept(Featured):

@@ -1,4 +1,4 @@
-"""Conversion of the data that Keras' `fit` takes to Examples, and of class weights."""
+"""Convert data that Keras' `fit` takes to Examples, and class weights to sample weights."""
 
 from __future__ import annotations
 

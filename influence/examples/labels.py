@@ -1,4 +1,4 @@
-"""Packing of labels by output and of sample weights into one array with an entry per example.
+"""Pack labels of several outputs and sample weights into one array, with an entry per example.
 
 Plain labels, without output names and sample weights, are not packed. All other labels are packed
 into one NumPy structured array (n,). Its fields are
@@ -91,7 +91,7 @@ def labels(y: Any) -> Any:
 def sample_weights(y: Any) -> Any:
     """Return the weights as an array (n,), as a dict by output name, or None without weights.
 
-    Args: `y` as in `labels`.
+    Args: the argument `y` of `labels`.
     """
     if is_packed(y):
         y = fields(y)

@@ -18,7 +18,7 @@ from influence.examples.dataset import Batch, batches_of, check_kind, checked, r
 from influence.examples.examples import Examples, Remaining
 from influence.examples.labels import check_weights
 
-# A stream holds this many of its first rows in memory. They suffice for tests on a few rows.
+# A stream holds this many of its first rows in memory, for tests of a model on a few rows.
 _FIRST_ROWS = 8
 # Labels of at most this many bytes stay in memory. Larger labels are stored on disk.
 _LABEL_BYTES = 1 << 26

@@ -126,7 +126,7 @@ def minimise(
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
         tried = now.thetas[:, todo] + steps
-        steps = tried - now.thetas[:, todo]  # Rounding may change the steps.
+        steps = tried - now.thetas[:, todo]  # Rounding may change them.
         there = now.gradients(tried, todo)
         seen.append(_pair(steps, there - g))
         del seen[given:-most]
@@ -225,7 +225,10 @@ class _Searches:
         return self.stale[columns] >= _PATIENCE
 
     def judge(self, columns: NDArray) -> NDArray:
-        """Use exact gradients from the best thetas on. Return the errors (j,) of the old ones."""
+        """Continue with exact gradients from the best thetas.
+
+        Returns: (j,) the norms of the errors that the low-precision gradients have there.
+        """
         if not len(columns):
             return np.empty(0)
         there = self.best.thetas[:, columns]
@@ -244,7 +247,7 @@ class _Searches:
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
-    """Multiply each column of G by `inverse` with the updates by the pairs."""
+    """Multiply each column of G by the inverse Hessian: `inverse`, updated by the pairs."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
         shares.append(weight * dots(S, Q))

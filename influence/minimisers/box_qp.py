@@ -31,8 +31,9 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     bounded-variable least squares (Stark & Parker 1995). Iterative refinement with G, on the
     entries inside the box, then removes the effect of the ridge.
 
-    A singular G does not determine all entries, and the ridge still affects the others. In this
-    case repeated calls, each with the last result as `start`, converge to a minimum.
+    A singular G does not determine all entries. The ridge still affects those that it does not
+    determine. In this case, repeated calls converge to a minimum if each takes the last result as
+    `start`.
 
     Args:
       G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.

@@ -105,7 +105,7 @@ class Weighted(Link):
         return found if w is None else found * w[:, None, None]
 
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.curvature. Each row's weight is appended to its numbers: (n, c + 1, 1)."""
+        """Return the link's numbers with the row's weight appended, (n, c + 1, 1)."""
         y, w = _unpacked(y, Z)
         K = self.link.curvature(Z, y)
         return K if w is None else np.concatenate([K, w[:, None, None]], axis=1)
@@ -212,7 +212,8 @@ class Design:
         """Return the products of each row's gradient with V (d, m): (n, m), in V's dtype.
 
         The gradient of row i is the outer product of x_i and E_i = dl_i/dz. For dense inputs, all
-        gradients (n, d) are formed. With many vectors, forming them takes a negligible time.
+        gradients (n, d) are formed. If V has many columns, this takes a negligible part of the
+        time.
         """
         E, x = numbers(E, "E").astype(numbers(V, "V").dtype), x.astype(V.dtype)
         if scipy.sparse.issparse(x):
@@ -220,16 +221,16 @@ class Design:
             U = x @ W[: self.num_features]
             U += W[self.num_features :].sum(axis=0)  # without an intercept this adds 0
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
-        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # half the time of a product
+        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # faster than a product
         return (V.T @ G.reshape(len(E), -1).T).T
 
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
         """Return X' diag(w) X for each column w of the weights (n, k) >= 0: (k, f, f).
 
         A symmetric update by sqrt(w) X needs half the operations of a general product. If there are
-        many matrices, each matrix is summed by one thread, and several threads run at once. BLAS'
-        own threads would be idle a third of the time. The sum of a matrix then does not depend on
-        the number of threads.
+        many matrices, several threads run at once, and one thread sums each matrix. The sum
+        therefore does not depend on the number of threads. BLAS' own threads would be idle for a
+        third of the time.
         """
         f, (n, k) = self.num_features + self.intercept, numbers(weights, "weights").shape
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)

@@ -269,7 +269,7 @@ class SmoothHinge(LinearModel):
         return others
 
     def _weights(self, examples: Examples, a: NDArray) -> NDArray:
-        """Compute w(a), (d,). One pass sums the rows with a = 1. Few rows have 0 < a < 1."""
+        """Compute w(a), (d,): sum the rows with a = 1 in one pass, then the few with 0 < a < 1."""
         total = np.zeros((self.num_parameters, 1), self.dtype)
         ones = np.flatnonzero(a == 1)
         if len(ones):

@@ -267,9 +267,8 @@ class LinearModel(GenericNeuralNet):
     ) -> NDArray:
         """Compute the leverages x_i' H^-1 x_i of rows, for a model with one output.
 
-        H is the risk's Hessian at theta.
-
-        The self-influence of a row is (dl/dz)^2 / n times its leverage, plus a penalty term.
+        H is the risk's Hessian at theta. The self-influence of a row is (dl/dz)^2 / n times its
+        leverage, plus a penalty term.
 
         Args:
           examples: the training set.

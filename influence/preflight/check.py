@@ -35,7 +35,7 @@ _RTOL = 1e-4
 _MOST_PRODUCTS = 512
 # This many Lanczos steps give the largest eigenvalue of a Gauss-Newton matrix to a few per cent.
 _LANCZOS_STEPS = 6
-# Derivatives are compared with differences on this many rows.
+# Derivatives are compared with finite differences on at most this many rows.
 _DERIVATIVE_ROWS = 512
 
 

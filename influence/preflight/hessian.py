@@ -248,8 +248,9 @@ def stationary(net: GenericNeuralNet, A: Curvature, test: Examples | None, shift
     square of these changes over all rows i. Half of the signs are positive, so that the penalty
     cancels in each sum.
 
-    A is the damped matrix of the training set. `shift` is added to its damping. It is positive if A
-    is not positive definite. If `test` is None, the losses of training rows are compared.
+    A is the damped matrix of the training set. `shift` is added to its damping. The shift is
+    positive if A is not positive definite. If `test` is None, the losses of training rows are
+    compared.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)

@@ -39,7 +39,7 @@ class Classes:
 
 
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
-    """Return a failed line if labels are class numbers without an output; else None."""
+    """Return a failed line if a class number has no output in the model; else None."""
     some = examples.take([0])
     y, outputs = packing.labels(examples.y), net.outputs(some.x)
     if not isinstance(outputs, np.ndarray) or isinstance(y, Mapping):
@@ -113,7 +113,7 @@ def _mean_without_weights(answers: Answers) -> float:
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
-    """Return True if y holds class numbers: one integer for each row that has several outputs."""
+    """Return True if y holds class numbers, one integer in place of the outputs' last axis."""
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)

@@ -247,7 +247,7 @@ def one_array(outputs: Any) -> NDArray:
 
 
 def plain_inputs(model: keras.Model, x: Any) -> Any:
-    """Convert inputs to dense arrays, in the structure in which the Keras model is called."""
+    """Convert inputs to dense arrays, in the structure that a call of the Keras model takes."""
     if not isinstance(x, Mapping):
         return _dense(x)
     return for_call(model, named(model, {key: _dense(part) for key, part in x.items()}))

@@ -8,15 +8,14 @@ Each removal moves theta to the minimum of
 If the user requests it, only a fraction of L(z_i) / n is removed. D is one of two functions. Both
 are stationary at theta_s, so that theta_s minimises F_i without the term L(z_i):
 
-    "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
+    "bregman"        D = mean_j [loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)]
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
-If positions are masked, the weight v_i / sum_j v_j of row i replaces 1/n.
-
-Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. The "bregman" D is the
-Bregman divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2
-penalty the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman
-divergence of the risk in theta.
+Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. If positions are
+masked, row i has the weight v_i / sum_j v_j in place of 1/n. The "bregman" D is the Bregman
+divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2 penalty
+the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman divergence of the
+risk in theta.
 """
 
 from __future__ import annotations
@@ -234,7 +233,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 def _checked_rough(
     rough: Any, net: GenericNeuralNet, train: Examples
 ) -> tuple[GenericNeuralNet, Examples]:
-    """Return the pair `rough`. Refuse it if its theta, targets or sizes differ from the others."""
+    """Return `rough`. Refuse it unless its theta, targets and sizes are those of net and train."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             examples = other.given(examples, "rough")

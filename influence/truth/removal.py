@@ -18,8 +18,9 @@ from influence.truth.runs import Groups
 
 # Conjugate gradients take at most this many steps to subtract a group's own curvature.
 _MOST_STEPS = 10
-# Conjugate gradients stop at this relative residual. A Newton step with the Hessian at the initial
-# theta leaves a larger part of the gradient than this.
+# Conjugate gradients stop at this relative residual. A smaller residual would not help. The Newton
+# step uses the Hessian at the initial theta, and this alone leaves a larger fraction of the
+# gradient.
 _RTOL = 1e-3
 
 
@@ -158,7 +159,7 @@ class Removal:
             p, Ap = z + rz / before * p, r + rz / before * Ap
 
     def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
-        """Return a sum (d, j) for each group: `net.each_batch` plus the penalty's part."""
+        """Return (d, j): the sum of `net.each_batch` over each group, plus the penalty's part."""
         total = penalty * self.masses[columns].astype(self.net.dtype)
         for at, x, y in self._batches(columns):
             own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])

@@ -89,7 +89,7 @@ class Task:
     """The inputs that all blocks share.
 
     Attributes:
-      net: a net. Every result is compared with the net's own theta.
+      net: a net. Changes are relative to the test losses at the net's own theta.
       train: the training set.
       test: m examples whose losses are measured.
       batch_size: number of rows in memory at a time; None: chosen by the library.
@@ -252,7 +252,7 @@ def _arrived(*sent: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first cause of an error, perhaps of another process, in one sentence."""
+    """Return the original cause of an error in one sentence, also for errors in other processes."""
     while error.__cause__ is not None:
         error = error.__cause__
     # The traceback of another process is a text that ends with the exception.
