@@ -440,7 +440,7 @@ class Remaining(Examples):
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x, estimated from the mean number per row of the parent."""
+        """Number of entries in x, estimated as len(self) times the parent's mean number per row."""
         return self._whole.num_entries // len(self._whole) * len(self)
 
     def _taken(self, rows: NDArray | slice) -> Examples:

@@ -124,7 +124,7 @@ class Weighted(Link):
 
 
 def _unpacked(y: NDArray, Z: NDArray) -> tuple[NDArray, NDArray | None]:
-    """Return the labels, and the sample weights (n,) in the dtype of Z, or None in their place."""
+    """Return (labels, weights). The weights (n,) have the dtype of Z; without weights, None."""
     if not packing.is_packed(y):
         return y, None
     parts = packing.fields(y)

@@ -20,7 +20,8 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# `_step` factors the Hessian if this costs no more operations than this many products with X.
+# `_step` factors the Hessian if the factor needs at most as many operations as this number of
+# products with X.
 _FACTOR_COST = 2000
 # The relative tolerance of CG is at most this. The first step uses this value.
 _LOOSEST = 0.5

@@ -104,8 +104,8 @@ def edit_response(
     start = net.theta[:, None]
     damping = float(getattr(inverse.A, "damping", 0.0))
     old = train.take(edits.rows)
-    # If a row is relabelled, the penalties in the two terms of F cancel. If it is removed, they do
-    # not.
+    # The two terms of a relabelled row in F contain the same penalty, which cancels. A removed row
+    # has only one term, whose penalty remains.
     lost = int(edits.removed.sum())
 
     def own(thetas: NDArray) -> NDArray:

@@ -91,14 +91,14 @@ class Removal:
         return X
 
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
-        """Find directions P (d, k) in which A - H_g / n differs from A, and its products with P.
+        """Find directions P (d, k) in which A - H_g / n differs from A, and (A - H_g / n) P.
 
         A is the matrix of `inverse`, and `hvp` defines H_g. The directions are those of conjugate
         gradients for (A - H_g / n) x = b, preconditioned by A^-1. Each direction p and its product
         (A - H_g / n) p form a pair. Secant updates with these pairs turn A^-1 into an operator that
-        maps b approximately to x. For a small group, about as many pairs are needed as the model
-        has outputs for its rows. A large group gets fewer pairs, because its products cost as much
-        as the data passes that they would save.
+        maps b approximately to x. The number of pairs that a small group needs is about the number
+        of model outputs for its rows. A large group gets fewer pairs, because its products cost as
+        much as the data passes that they would save.
 
         Args:
           inverse: a solver prepared for A.

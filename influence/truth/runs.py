@@ -27,7 +27,7 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
 Groups = Sequence[NDArray[np.int64]]
-# TensorFlow reads its number of threads from this variable when a process first uses it.
+# TensorFlow reads its number of threads from this variable when a process first uses TensorFlow.
 _THREADS = "TF_NUM_INTRAOP_THREADS"
 
 
