@@ -86,7 +86,7 @@ class Stream(Examples):
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x. All rows have the same number."""
+        """Number of entries in x. Each row has the same number of entries."""
         return self._first.num_entries // len(self._first) * len(self)
 
     # --- overridden methods of Examples ---------------------------------------------------------

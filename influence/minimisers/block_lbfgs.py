@@ -20,10 +20,11 @@ _BYTES = VECTORS >> 5
 # search ends, unless the function still decreases. The next two constants define this: both of
 # their conditions must hold.
 _PATIENCE = 20
-# First condition: these passes decreased the function by more than this fraction of its total
-# decrease. A smaller decrease may be rounding error. The fraction depends on the gradients' dtype.
+# First condition: since the search last improved, the function has decreased by more than this
+# fraction of its total decrease. A smaller decrease may be rounding error. The fraction depends on
+# the gradients' dtype.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-# Second condition: the largest gradient norm in these passes exceeded this multiple of the smallest
+# Second condition: since then, the largest gradient norm exceeded this multiple of the smallest
 # norm so far.
 _ROSE = {"float32": 2.0, "float64": 0.0}
 # A pair from low-precision gradients is used only if the norm of its change of gradient exceeds

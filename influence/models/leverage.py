@@ -111,7 +111,7 @@ def _not_definite(net: Any) -> DivergenceError:
 
 
 def _by_parameters(net: Any, examples: Examples, rows: NDArray) -> tuple[NDArray, NDArray]:
-    """Compute `_quadratics` with a factor of H, in d^3/3 operations plus d^2 for each row."""
+    """Compute `_quadratics` by a Cholesky factor of H: d^3/3 operations, and d^2 for each row."""
     H = net.hessian(examples)
     L = scipy.linalg.cholesky(H.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, net.penalty_gradient())
@@ -138,7 +138,7 @@ def _dense_rows(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 def _by_rows(
     net: Any, examples: Examples, rows: NDArray, gram: NDArray | None
 ) -> tuple[NDArray, NDArray]:
-    """Compute `_quadratics` with a factor of B, in n^3/3 operations plus n^2 for each row."""
+    """Compute `_quadratics` by a Cholesky factor of B: n^3/3 operations, and n^2 for each row."""
     K: NDArray = net.design.gram(examples.x) if gram is None else gram
     Z = net.design.times(examples.x, net.theta)
     z, weight_decay = Z[:, 0, 0], net.strong_convexity
