@@ -20,9 +20,9 @@ _BYTES = VECTORS >> 5
 # search ends, unless the function still decreases. The next two constants define this: both of
 # their conditions must hold.
 _PATIENCE = 20
-# First condition: since the search last improved, the function has decreased by more than this
-# fraction of its total decrease. A smaller decrease may be rounding error. The fraction depends on
-# the gradients' dtype.
+# First condition: since the count of passes last restarted, the function has decreased by more than
+# this fraction of its total decrease. A smaller decrease may be rounding error. The fraction
+# depends on the gradients' dtype.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
 # Second condition: since then, the largest gradient norm exceeded this multiple of the smallest
 # norm so far.
