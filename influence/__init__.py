@@ -1,4 +1,4 @@
-"""Influence functions for Keras models. They tell which training rows caused a prediction."""
+"""Influence functions for Keras models: the effect of each training row on a test loss."""
 
 import influence_console as console
 

@@ -49,8 +49,8 @@ class PoisonOptions:
     Args:
       inputs: (c, ...) the candidates' inputs, floating. They are needed if `train` holds features.
         If omitted, the inputs in `train` are used.
-      flip_at: a test example counts as flipped if its loss is above this value. For log losses,
-        log 2 means P(label) < 1/2. If it is infinite, the search never ends early.
+      flip_at: a test example counts as flipped if its loss is above this value. For log losses, log
+        2 means P(label) < 1/2. With an infinite value, the search never ends early.
       flips: the search ends when this many test examples are flipped; all m if omitted.
       gradient_norms: (c,) |g_i|_1 of the candidates, the result of the function `gradient_norms`.
         The candidates are ranked by these norms. The norms are computed if omitted.
@@ -59,8 +59,8 @@ class PoisonOptions:
         starts from the net's present theta.
       start: (d,) the theta at which the confirming refit begins. If omitted, it is zero for a
         convex net and the net's theta for any other net.
-      tolerance: `poison` refuses a net whose risk gradient has a larger Euclidean norm. At such a
-        net `change_if_poisoned` would also contain the effect of further training.
+      tolerance: `poison` refuses a net if the Euclidean norm of its risk gradient is larger. For
+        such a net, `change_if_poisoned` would also contain the effect of further training.
 
     Raises: TypeError or ValueError naming the argument.
     """
@@ -90,8 +90,8 @@ class PoisonOptions:
 class Poisoning:
     """Poisoned training inputs, and the change of each test loss.
 
-    The cold refit starts at `PoisonOptions.start`. A warm refit starts at the weights of the refit
-    before it.
+    A warm refit starts at the weights of the previous refit. The cold refit confirms the result and
+    starts at `PoisonOptions.start`.
 
     Attributes:
       change_if_poisoned: (m,) each test loss after the cold refit on the poisoned training set,
@@ -99,12 +99,12 @@ class Poisoning:
       flipped: (m,) True where the test loss is above `flip_at` after the cold refit.
       rows: (k,) the poisoned rows.
       inputs: (k, ...) the poisoned inputs of these rows.
-      features: (k, ...) the features of these inputs, which the trained part of the net sees.
+      features: (k, ...) the features of these inputs, which the trained part of the net takes.
       same_bytes: (k,) True if all 8-bit values round(255 (x - low) / (high - low)) of an input
         equal those of the original input; None without `bounds`.
       test_losses: (t + 1, m) test losses before the attack (first row) and after each of t warm
-        refits. Refits of discarded attempts are left out. If the attack begins with several rows,
-        the refits that try single rows are left out too.
+        refits. Refits of discarded attempts are not listed. If the smallest count is above 1, the
+        refits that try single rows are not listed either.
       num_poisons: (t + 1,) the number of poisons at each row of `test_losses`.
       theta: (d,) theta after the cold refit.
       gradient_norm: Euclidean norm of the poisoned risk's gradient at this theta. A small norm
@@ -145,16 +145,16 @@ def poison(
     The net does not change.
 
     Args:
-      net: a net at the minimum of its risk on `train`. If it has a frozen trunk, its trained part
-        sees `net.features(x)`. Other nets see x itself.
+      net: a net at the minimum of its risk on `train`. If the net has a frozen trunk, its trained
+        part takes `net.features(x)`. Otherwise it takes x itself.
       train: n rows. A net with a trunk takes images or their features.
       test: m examples. The attack raises their mean loss without the penalty.
       rows: (c,) training rows that may be poisoned, the candidates.
       radius: largest move of each entry of an input, in the unit of the input. Images in [-1, 1]
         keep their 8-bit values up to a radius of 1/255; .98/255 allows for float32's rounding.
-      counts: increasing numbers of candidates to poison. The attack tries the first number. It
-        tries the next number if too few test examples flipped. If `counts` is omitted, the attack
-        poisons all c candidates at once.
+      counts: increasing numbers of candidates to poison. The attack begins with the first number.
+        It continues with the next number if too few test examples are flipped. If `counts` is
+        omitted, the attack poisons all c candidates at once.
       bounds: the smallest and the largest value that an input's entries may have, or None.
       rule: the rule for the steps and the choice of the poisons. `BEST_RULE` is the strongest rule
         that we found. `PAPER_RULE` is the rule of the authors' 2017 code. You can also give your
@@ -211,7 +211,7 @@ def gradient_norms(
       solver: the solver that applies H^-1; `Direct` if omitted.
 
     Returns: (c,), in the unit of the loss per unit of the input.
-    Raises: as `poison`.
+    Raises: the errors of `poison` for bad arguments.
     """
     net = checked(net)[0].uncut()
     train, test = net.given(train, "train"), net.given(test, "test")
@@ -227,7 +227,7 @@ def mean_s_test(
     """Solve for H^-1 grad (mean test loss) at the net's theta: (d,).
 
     The default solver is `Direct`. If the net is strongly convex and has a closed-form Hessian, a
-    Cholesky factor replaces `Direct`, which takes longer because it also bounds eigenvalues.
+    Cholesky factor is used in its place. `Direct` takes longer, because it also bounds eigenvalues.
     """
     if solver is None and net.strong_convexity > 0:
         H = net.hessian(train)
@@ -236,7 +236,7 @@ def mean_s_test(
             try:
                 return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
             except np.linalg.LinAlgError:
-                pass  # `Direct` names a sufficient damping
+                pass  # then `Direct` raises an error with a sufficient damping
     how: dict[str, Any] = {"curvature": Hessian, "approximation": "first_order"}
     inverse = Inverse(net, train, solver=solver or Direct(), **how)
     return inverse.s_test(test).x.mean(axis=1)
@@ -259,7 +259,7 @@ def _l1_norms(g: NDArray) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Inputs of some targets, and the theta and test losses of the net refitted to them."""
+    """Moved inputs of some targets, and theta and test losses of the refitted net."""
 
     at: NDArray[np.int64]  # these targets' positions in `Targets`
     x: NDArray
@@ -288,11 +288,11 @@ class _Attack:
         self.flips = options.flips or len(test)
         cold = np.zeros_like(net.theta) if net.convex else net.theta
         self.start = cold if options.start is None else options.start
-        self.theta, self.losses = net.theta, self._test_losses()  # Both are those before any move.
+        self.theta, self.losses = net.theta, self._test_losses()  # Both are values before any move.
         self.trace: list[tuple[int, NDArray]] = [(0, self.losses)]
 
     def enough(self, losses: NDArray) -> bool:
-        """Return whether enough test examples are flipped."""
+        """Return True if enough test examples are flipped."""
         return np.count_nonzero(losses > self.options.flip_at) >= self.flips
 
     def run(self, counts: Sequence[int]) -> None:
@@ -301,7 +301,7 @@ class _Attack:
         if norms is None and (self.rule.tries or counts[0] < len(order)):
             solver = self.options.solver
             norms = _norms_of(self.net, self.train, self.test, self.targets, solver)
-        if norms is not None:  # row numbers break ties: the candidates' order has no effect
+        if norms is not None:  # row numbers decide between equal norms
             order = np.lexsort((self.targets.rows, -np.asarray(norms)))
         x = self.targets.x.copy()
         tried = []
@@ -333,11 +333,11 @@ class _Attack:
                 return
 
     def _worth(self, state: _State) -> tuple[bool, float]:
-        """Return the key that compares sets of poisons. The set with the larger key is better."""
+        """Return a key by which sets of poisons are compared. A larger key is better."""
         return self.enough(state.losses), float(state.losses.mean())
 
     def _ranked_again(self, order: NDArray, moved: int) -> NDArray:
-        """Rank all targets but the first `moved` again, at the weights of the present poisons."""
+        """Rank the targets after the first `moved` again, at the weights of the present poisons."""
         state, rest = self.state, order[moved:]
         self.net.theta = state.theta
         g = self.targets.gradients(self.net, rest, self.targets.x[rest], self._s_test(state))
@@ -345,15 +345,16 @@ class _Attack:
         return np.concatenate([order[:moved], rest[by_norm]])
 
     def _moved(self, at: NDArray, x: NDArray, first: int | None = None) -> list[_State]:
-        """Move the targets `at` together from x, refit after each move, and end at the best state.
+        """Move the targets `at` together from x. Return the states up to the best, one per refit.
 
-        `first` is the number t of the first move. None: 0 if x is clean, else max_steps // 2.
+        The net is refitted after each move. `first` is the number t of the first move. None means 0
+        if x is clean, else max_steps // 2.
         """
         self.net.theta = self.theta
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
         if first is None:
-            # Earlier moves led to x. A full first step would undo what they gained.
+            # Earlier moves led to x. A full first step would undo their gain.
             first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]
@@ -419,7 +420,7 @@ def _bytes(x: NDArray, bounds: tuple[float, float]) -> NDArray:
     return np.round(_BYTE * (x.astype(np.float64) - low) / (high - low)).astype(np.int64)
 
 
-# --- what `poison` is given -----------------------------------------------------------------------
+# --- checks of the arguments of `poison` ----------------------------------------------------------
 
 
 def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int) -> None:
@@ -438,7 +439,7 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
     """Validate examples of images or of features. Only a few images pass through the trunk."""
-    _ = examples.x  # this raises for a stream, which has no x
+    _ = examples.x  # this raises an error for a stream, which has no x
     check_no_masses(net, "an attack")
     if is_packed(examples.y):
         raise ValueError(

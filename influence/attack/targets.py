@@ -1,4 +1,4 @@
-"""The training rows that an attack may move, each within its box, and the rule of its moves."""
+"""The training rows that an attack may move, each within its box, and the rule for the moves."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from influence.net.net import GenericNeuralNet
 
 # One derivative call gets at most this many inputs. A deep trunk needs much memory for each input.
 _TOGETHER = 16
-# The features of a given input may differ from those in `train` by this share, because a trunk
-# rounds.
+# If the net has a trunk, the features of a given input may differ by this relative amount from
+# those in `train`, because of rounding.
 _SAME = 1e-3
-# If the net has no trunk, they may differ only by this share, the rounding of float32.
+# If the net has no trunk, they may differ only by this relative amount, the rounding of float32.
 _ROUNDING = 1e-6
 
 
@@ -29,13 +29,15 @@ class Rule:
 
     g is the derivative that `poison` moves against. The velocity of move t = 0, 1, ... is
     v_t = momentum v_(t-1) + g / mean |g|. Every entry moves by
-    - radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1). With softness 0, the sign of v_t
-    replaces the clipped ratio.
+
+        -radius step decay^t clip(v_t / (softness mean |v_t|), -1, 1)
+
+    With softness 0, the sign of v_t replaces the clipped ratio.
 
     Args:
-      step: largest move of an entry at t = 0, in radii.
+      step: largest move of an entry at t = 0, in units of the radius.
       decay: factor by which the step shrinks from each move to the next.
-      momentum: share of the last velocity in the next velocity, in [0, 1).
+      momentum: factor of the last velocity in the next velocity, in [0, 1).
       softness: an entry moves in proportion to v if |v| is below softness times the mean of |v|.
       max_steps: largest number of moves of each set of poisons.
       tries: number of rows that are first moved one at a time. These rows have the largest |g|_1 at
@@ -70,7 +72,7 @@ class Rule:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     def move(self, velocity: NDArray, t: int) -> NDArray:
-        """Return how far each entry moves at move t, in radii."""
+        """Return how far each entry moves at move t, in units of the radius."""
         direction = np.sign(velocity)
         if self.softness:
             direction = np.clip(velocity / (self.softness * mean_size(velocity)), -1, 1)
@@ -78,8 +80,8 @@ class Rule:
 
 
 BEST_RULE = Rule()
-# This is the rule of the authors' 2017 code. The rule makes at most 100 moves of .02 of an 8-bit
-# level each. The half width of its box is .5 of a level.
+# The rule of the authors' 2017 code. It makes at most 100 moves. With that code's radius of .5 of
+# an 8-bit level, each move is .02 of a level.
 PAPER_RULE = Rule(
     step=0.04, decay=1.0, momentum=0.0, softness=0.0, max_steps=100, tries=0, restarts=0
 )
@@ -106,7 +108,7 @@ class Targets:
     high: NDArray
 
     def moved(self, at: Any, x: NDArray, by: NDArray) -> NDArray:
-        """Move inputs x of the targets `at` by `by` radii and clip them to their boxes."""
+        """Return inputs x of the targets `at`, moved by `by` radii and clipped to their boxes."""
         to = x + (self.radius * by).astype(x.dtype)
         return np.clip(to, self.low[at], self.high[at])
 

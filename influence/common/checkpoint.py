@@ -19,19 +19,19 @@ from influence_console import shown
 
 Arrays = Mapping[str, NDArray]
 
-# Each file holds its format and its checksum in the entry of this name.
+# In each file, the entry of this name holds the number of the file's format and the checksum.
 _SEAL = "format and sha256"
 _FORMAT = 1
-# Systems count the space of a file in units of this many bytes.
+# `os.stat` gives the disk space of a file (`st_blocks`) in units of this many bytes.
 _STAT_BLOCK = 512
 
 
 def identity(net: Any, examples: Any, *more: Any) -> str:
     """Return a short hash that identifies the net, the examples and the values `more`.
 
-    The hash covers the net's class, its weights, its penalty and its losses on at most 8 rows. It
-    covers neither the names of layers nor the states of random generators, which Keras draws anew
-    when it loads a model with Dropout.
+    Of the net, the hash covers its class, its weights, its penalty and its losses on the first (at
+    most 8) rows. The names of layers and the states of random generators are not covered. Keras
+    draws new states when it loads a model with Dropout.
     """
     few = examples.take(slice(0, 8))
     weights = [weight.numpy() for weight in net.model.weights]
@@ -59,7 +59,8 @@ def check_writable(folder: Path, name: str) -> Path:
     """Create a folder if it is missing and check that it is writable.
 
     Returns: the folder.
-    Raises: ValueError if the folder is not writable. The message gives the argument's `name`.
+    Raises: ValueError if the folder is not writable. The message contains `name`, the name of the
+      argument.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,10 +79,11 @@ def reserve(part: Path, needed: int, path: Path) -> None:
 
     Args:
       part: the file. The bytes that it holds are not changed.
-      needed: its size, in bytes.
-      path: the name in the error message.
+      needed: the number of bytes to reserve, which becomes the size of the file.
+      path: the path that the error message shows.
 
-    Raises: ValueError naming `path` if the disk, or a limit of the system, does not allow this.
+    Raises: ValueError naming `path` if the disk is too full, or if the system forbids a file of
+      this size.
     """
     free = shutil.disk_usage(part.parent).free + part.stat().st_blocks * _STAT_BLOCK
     try:
@@ -90,7 +92,7 @@ def reserve(part: Path, needed: int, path: Path) -> None:
         with open(part, "r+b", buffering=0) as file:
             if hasattr(os, "posix_fallocate"):  # macOS does not have it
                 os.posix_fallocate(file.fileno(), 0, needed)
-            # A limit of the process is met only by a write.
+            # Only a write shows if the system limits the size of files that this process writes.
             last = os.pread(file.fileno(), 1, needed - 1) or b"\0"
             os.pwrite(file.fileno(), last, needed - 1)
     except OSError as error:
@@ -125,7 +127,8 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 
     Args:
       path: the path of an `.npz` file, or None to compute without storing.
-      compute: a function that returns arrays by name. If they change, `path` must change too.
+      compute: a function that returns arrays by name. If the arrays would be different, the caller
+        must pass a different `path`.
 
     Returns: the arrays by name.
     Raises: ValueError if `load` refuses the file.
@@ -140,7 +143,7 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 def store(path: str | os.PathLike, arrays: Arrays) -> None:
     """Write named arrays to an `.npz` file atomically. An existing file is replaced.
 
-    The file also holds a checksum of the arrays and the file's name.
+    The file also contains a checksum of the arrays and of the file's name.
     """
     path = Path(path)
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
@@ -154,7 +157,7 @@ def store(path: str | os.PathLike, arrays: Arrays) -> None:
         os.replace(partial, path)
     except BaseException as error:
         Path(partial).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # the error of a full disk names no file
+        if isinstance(error, OSError):  # the error for a full disk does not name the file
             error.filename = error.filename or str(path)
         raise
 
@@ -172,7 +175,7 @@ def load(path: str | os.PathLike) -> dict[str, NDArray]:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         seal = arrays.pop(_SEAL, np.array(("none", "")))
-    except Exception as error:  # altered bytes cause a dozen types of error
+    except Exception as error:  # a damaged file can cause many types of error
         raise _refused(path, f"that cannot be read ({error!r:.200})") from error
     expected = _seal(path, arrays)
     if seal.shape != expected.shape or seal[0] != expected[0]:

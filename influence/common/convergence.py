@@ -14,7 +14,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class DivergenceError(ArithmeticError):
-    """Error that no result exists, for example because a system is singular."""
+    """Error for a computation without a result, for example because a matrix is singular."""
 
 
 def warn_unconverged(message: str) -> None:

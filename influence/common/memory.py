@@ -1,4 +1,4 @@
-"""Limit the memory of the library's working arrays by budgets in bytes.
+"""Budgets in bytes that limit the memory of the library's working arrays.
 
 A budget decides how many rows or vectors are processed together. A budget never changes a result
 beyond rounding.
@@ -14,15 +14,16 @@ import numpy as np
 ACTIVATIONS = 1 << 30
 # One block of vectors of theta's length, such as right-hand sides, may take this many bytes.
 VECTORS = 1 << 28
-# The cache of a net at one theta and batch size stops growing beyond this many bytes.
+# A set of examples caches results of one net at one theta and batch size. The cache stops growing
+# beyond this many bytes.
 CACHE = 1 << 28
-# The features of one set of rows behind a frozen trunk may take this many bytes in memory. Larger
-# features are held in a temporary file on disk.
+# The features that a frozen trunk computes from one set of rows may take this many bytes in memory.
+# Larger features are stored in a temporary file on disk.
 FEATURES = 1 << 30
 
 
 def of_machine() -> int | None:
-    """Return the bytes of this machine's memory, or None if the system does not report them."""
+    """Return this machine's memory in bytes, or None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -30,14 +31,15 @@ def of_machine() -> int | None:
 
 
 def check_fits(needed: float, what: str, remedy: str) -> None:
-    """Refuse work that needs more memory than this machine has, before it starts.
+    """Raise ValueError before work that needs more memory than this machine has.
 
     Args:
-      needed: bytes that the work holds at a time.
-      what: the argument and what it must be, such as "rank must be small enough".
-      remedy: what would work.
+      needed: the largest number of bytes that the work holds at one time.
+      what: the start of the error message. It names the argument and its condition, such as "rank
+        must be small enough".
+      remedy: the end of the error message. It says what the user can do instead.
 
-    Raises: ValueError with both sizes.
+    Raises: ValueError if `needed` exceeds the machine's memory. The message gives both sizes.
     """
     there = of_machine()
     if there is not None and needed > there:

@@ -14,8 +14,8 @@ _SQUARES = 500
 def numbers(value: Any, name: str) -> NDArray:
     """Return the value as a dense array of numbers. A numeric array is returned unchanged.
 
-    Raises: TypeError for any other value. The message gives the argument's `name`. For a data frame
-      it also lists the non-numeric columns.
+    Raises: TypeError for a value that is not numeric. The message contains `name`, the name of the
+      argument. For a data frame it also lists the non-numeric columns.
     """
     refuse_mask(value, name)
     try:
@@ -52,7 +52,7 @@ def numbers(value: Any, name: str) -> NDArray:
 def refuse_mask(value: Any, name: str) -> None:
     """Refuse a masked array, because NumPy's functions would use the numbers under the mask.
 
-    Raises: TypeError for a masked array. The message gives the argument's `name`.
+    Raises: TypeError for a masked array. The message contains `name`, the name of the argument.
     """
     if np.ma.isMaskedArray(value):
         raise TypeError(
@@ -75,12 +75,11 @@ def dots(U: NDArray, V: NDArray) -> NDArray:
 def scaled(V: NDArray, usual: int = 0) -> tuple[NDArray, NDArray]:
     """Divide every column by a power of two, to bring its largest absolute entry into [1/2, 1).
 
-    The division changes no digit. Norms and products of the scaled columns neither overflow nor
-    underflow.
+    The division is exact. Norms and products of the scaled columns neither overflow nor underflow.
 
     Args:
       V: (d, m) finite numbers.
-      usual: V is returned unchanged if the exponents of all columns lie in [-usual, usual].
+      usual: if the exponents of all columns lie in [-usual, usual], V is returned unchanged.
 
     Returns: the scaled columns (d, m), and the exponents of the powers of two (m,). An unscaled
       column has exponent 0.
@@ -89,7 +88,7 @@ def scaled(V: NDArray, usual: int = 0) -> tuple[NDArray, NDArray]:
     exponents = np.where(largest > 0, np.frexp(largest)[1], 0)
     if not V.size or np.abs(exponents).max() <= usual:
         return V, np.zeros_like(exponents)
-    half = exponents // 2  # two steps, because 2**exponent may be out of range
+    half = exponents // 2  # two divisions, because 2**exponent may be out of range
     return np.ldexp(np.ldexp(V, -half), half - exponents), exponents
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on standard error. Short work shows none."""
+"""Progress bars on standard error. A bar appears only if the work takes more than a few seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def counter(what: str) -> tqdm:
 
 
 class _Stderr:
-    """Standard error for bars. It ignores failed writes, such as writes to a closed pipe."""
+    """Standard error stream for bars. It ignores failed writes, such as writes to a closed pipe."""
 
     def write(self, text: str) -> None:
         with suppress(OSError, ValueError, AttributeError):  # AttributeError: stderr is None

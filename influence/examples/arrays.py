@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from influence.examples.labels import called, fields, is_packed
 from influence.examples.tables import is_text
 
-# A check reads this many rows at a time. A memmap therefore stays on disk.
+# Checks and fingerprints read this many rows at a time, so that a memmap is never read whole.
 CHECK_ROWS = 4096
 
 
 def parts_of(x: Any) -> dict[str, Any]:
-    """Return the arrays of the inputs in a dict, by the names that error messages give them."""
+    """Return a dict of the input arrays. Its keys are the arrays' names in error messages."""
     return {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, Mapping) else {"x": x}
 
 
 def label_parts(y: NDArray) -> dict[str, NDArray]:
-    """Return the arrays of the labels in a dict, by the names that error messages give them."""
+    """Return a dict of the label arrays. Its keys are the arrays' names in error messages."""
     return {called(name): part for name, part in fields(y).items()} if is_packed(y) else {"y": y}
 
 
@@ -46,7 +46,7 @@ class Fingerprint:
         self._parts: dict[str, Any] = {}
 
     def add(self, x: Any, y: NDArray) -> None:
-        """Add the next rows to the digest. The names of outputs and the weights belong to it."""
+        """Add the next rows to the digest. It also covers sample weights and output names."""
         for name, part in {**label_parts(y), **parts_of(x)}.items():
             self._update(f"{name} {part.dtype.str} {part.shape[1:]}", part)
 
@@ -71,7 +71,7 @@ class Fingerprint:
 
 
 def _encoded(strings: NDArray) -> tuple[NDArray[np.int64], bytes]:
-    """Return the lengths of the strings in bytes, and all strings as one text in UTF-8."""
+    """Return the length of each string in bytes, and the joined UTF-8 bytes of all strings."""
     texts = [s.encode() if isinstance(s, str) else bytes(s) for s in strings.flat]
     return np.array([len(text) for text in texts], np.int64), b"".join(texts)
 
@@ -79,7 +79,7 @@ def _encoded(strings: NDArray) -> tuple[NDArray[np.int64], bytes]:
 def check_finite(part: Any, name: str, first_row: int = 0) -> None:
     """Refuse an array that contains a NaN or an infinity.
 
-    Raises: ValueError with `name` and the row number. The first row has number `first_row`.
+    Raises: ValueError with `name` and the number of the row. Numbers are counted from `first_row`.
     """
     if part.dtype.kind != "f":
         return

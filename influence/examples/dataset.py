@@ -16,7 +16,7 @@ from influence.examples.arrays import check_finite, converted, label_parts, part
 from influence.examples.labels import packed
 from influence.examples.tables import is_text
 
-# This is the key of y among a batch's arrays. A single input has the key "".
+# The key of y in `Batch.parts`. A single input array has the key "".
 _LABELS = None
 _REMEDY = "keras' fit takes the same; use dataset.map(lambda ...: (x, y)) to make it so"
 
@@ -30,12 +30,12 @@ class Batch:
 
     @property
     def parts(self) -> list[tuple[Any, NDArray]]:
-        """Arrays of the batch, each with the key that `structured` expects."""
+        """List of (key, array) for the arrays of the batch. `structured` uses the same keys."""
         inputs = list(self.x.items()) if isinstance(self.x, dict) else [("", self.x)]
         return [(_LABELS, self.y), *inputs]
 
     def structured(self, arrays: dict[Any, NDArray]) -> tuple[Any, NDArray]:
-        """Arrange arrays of other rows, given by key, as (x, y)."""
+        """Return (x, y) in the structure of this batch, made from a dict of other rows' arrays."""
         x = {k: arrays[k] for k in self.x} if isinstance(self.x, dict) else arrays[""]
         return x, arrays[_LABELS]
 
@@ -45,14 +45,14 @@ class Batch:
 
 
 def is_dataset(value: Any) -> bool:
-    """Return True for a dataset that `fit` takes."""
+    """Return True for a `tf.data.Dataset` or a `keras.utils.PyDataset`."""
     return isinstance(value, tf.data.Dataset | keras.utils.PyDataset)
 
 
 def whole(dataset: Any, max_rows: int) -> tuple[Any, NDArray]:
     """Return x and y of all rows of a dataset, from one pass.
 
-    Raises: as `check_kind`, `batches_of` and `checked`. ValueError for an empty dataset.
+    Raises: the errors of `check_kind`, `batches_of` and `checked`. ValueError for an empty dataset.
     """
     check_kind(dataset)
     batches = [batch for batch in checked(batches_of(dataset), max_rows) if len(batch.y)]
@@ -102,7 +102,7 @@ def batches_of(
 
 
 def checked(batches: Iterable[Batch], max_rows: int) -> Iterator[Batch]:
-    """Yield the same batches. Check that values are finite and that rows are at most `max_rows`.
+    """Yield the given batches. Check that all values are finite, and limit the number of rows.
 
     Raises: ValueError for a NaN or infinity, or for more than `max_rows` rows.
     """

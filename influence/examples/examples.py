@@ -81,12 +81,12 @@ def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
 
 
 def check_differentiable(x: Any) -> None:
-    """Refuse inputs by which a loss cannot be differentiated.
+    """Refuse inputs that are not floating-point, because a loss has no derivative by them.
 
     Args:
       x: an array, or a dict of arrays.
 
-    Raises: TypeError naming the array that does not hold floating-point numbers.
+    Raises: TypeError naming the first array that is not floating-point.
     """
     for name, part in parts_of(x).items():
         if part.dtype.kind != "f":
@@ -96,12 +96,12 @@ def check_differentiable(x: Any) -> None:
 Question = Callable[[Any, NDArray | None, Any, NDArray], Any]
 # A set holds caches for this many batch sizes, because solvers alternate between a few sizes.
 _MOST_SIZES = 4
-# A dataset with more rows than this is taken for an infinite one.
+# A dataset with more rows than this is assumed to be infinite.
 _MOST_ROWS = 10**7
 
 
 class _Memos:
-    """Cache of one net at one theta and one batch size. It holds a dict for each batch."""
+    """Cache for one net at one theta and one batch size. Each batch has its own dict."""
 
     def __init__(self, net: Any, theta: NDArray, size: int):
         self._flat, self._theta, self.size = weakref.ref(net.flat), theta.copy(), size
@@ -112,7 +112,7 @@ class _Memos:
         return self._flat() is net.flat and np.array_equal(self._theta, theta)
 
     def of_batch(self, number: int) -> dict[str, NDArray] | None:
-        """Return the dict of a batch. Return None once all dicts together exceed the budget."""
+        """Return the dict of a batch, or None once all cached arrays exceed `CACHE` bytes."""
         if self._of_batch is not None and number == len(self._of_batch):
             if number:
                 self._held += sum(array.nbytes for array in self._of_batch[-1].values())
@@ -135,7 +135,7 @@ class Examples:
         numbers is not changed, and an array of numbers is not copied. Instead of inputs, x may be a
         dataset of batches (x, y) or (x, y, sample_weight), as for `fit`. All its rows are read into
         memory, in the order of one pass. `Stream` reads them again in each pass instead.
-      y: (n, ...) labels, or a dict of such arrays by output name. It is left out for a dataset.
+      y: (n, ...) labels, or a dict of such arrays by output name. Omit y if x is a dataset.
       sample_weight: (n,) weights w_i >= 0 as in Keras' `fit`, or a dict of them by output name.
         Row i's loss is w_i times its loss without weight. The risk still divides by the number of
         rows, as Keras does, and not by the sum of the weights. The weights of test rows count in
@@ -147,9 +147,10 @@ class Examples:
       sample_weight: the weights (n,), a dict of them by output name, or None.
 
     Raises: TypeError if an array of inputs holds neither numbers nor strings, if labels are not
-      numbers or are missing, or for labels beside a dataset. ValueError if the set is empty, if
-      arrays differ in length, if an array contains a NaN or infinity, or if weights are negative or
-      all zero. The message names the array. The errors of Stream for a dataset.
+      numbers or are missing, or if labels are given in addition to a dataset. ValueError if the set
+      is empty, if arrays differ in length, if an array contains a NaN or infinity, or if weights
+      are negative or all zero. The message names the array. For a dataset, also the errors of
+      Stream.
     """
 
     x: Any
@@ -214,7 +215,7 @@ class Examples:
         return self._taken(rows)
 
     def stacked(self, rows: NDArray) -> tuple[Any, NDArray]:
-        """Return x and y, (r, b, ...) dense arrays of r batches, for row numbers (r, b)."""
+        """Return dense x and y, (r, b, ...). `rows` (r, b) are the row numbers of r batches."""
         chosen = self.take(rows.ravel())
 
         def shaped(part: Any) -> NDArray:
@@ -266,10 +267,10 @@ class Examples:
         batch_size: int | None = None,
         what: str = "",
     ) -> Any:
-        """Sum the answers to a question over the batches of all rows, in order.
+        """Call a question for each batch of rows, and return the sum of its results.
 
         Args: the arguments of `map_over`. The question must return the sum over a batch's rows.
-        Returns: the sum of the answers. Tuples of arrays are summed entry by entry.
+        Returns: the sum over all batches, in order. Tuples of arrays are summed entry by entry.
         """
         total: Any = None
         for answer in self.map_over(question, net, theta, batch_size=batch_size, what=what):
@@ -291,13 +292,16 @@ class Examples:
         batch_size: int | None = None,
         what: str = "",
     ) -> Iterator[Any]:
-        """Call a question for one batch of rows after another, and yield the answers.
+        """Call a question for each batch of rows, in order, and yield its results.
 
-        A question can be pickled and holds no rows and no net. A set with rows on another machine
-        can therefore send it there. A question may have two attributes. `num_vectors` (default 1)
-        is the number of vectors that multiply each batch. It limits the rows per batch. `keeps`
-        (default False) is True if the question will be asked again at this theta. The net may then
-        cache intermediate results of each batch in `net.memo`.
+        A question is a function of a net, theta and a batch. It can be pickled, and it holds no
+        rows and no net. If the rows of a set are on another machine, the set can send the question
+        there.
+
+        A question may have two attributes. `num_vectors` (default 1) is the number of vectors that
+        multiply each batch. With more vectors, a batch has fewer rows. `keeps` (default False) is
+        True if the question will be called again at this theta. The net may then cache intermediate
+        results of each batch in `net.memo`.
 
         Args:
           question: a function (net, theta, x, y), as in `influence.net.questions`.
@@ -307,7 +311,7 @@ class Examples:
           batch_size: the number of rows per batch. If it is None, the net chooses it.
           what: the label of the progress bar. An empty label shows no bar.
 
-        Yields: the answers, in the order of the rows.
+        Yields: the question's result for each batch, in the order of the rows.
         Raises: the errors of `batches`.
         """
         size = batch_size or net.rows_per_batch(self, getattr(question, "num_vectors", 1))
@@ -331,7 +335,7 @@ class Examples:
         batch_size: int | None = None,
         what: str = "",
     ) -> Any:
-        """Join the answers of `map_over` along their first axis.
+        """Call a question for each batch of rows, and join its results along their first axis.
 
         Args: the arguments of `map_over`. `rows` (k,) may have any order. The question must return
           an array with one entry per row of the batch.
@@ -365,7 +369,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows. The digest does not depend on how dense rows are stored."""
+        """SHA-256 of all rows. Dense rows have the same digest in memory and on disk."""
         seen = Fingerprint()
         for x, y in self.batches(CHECK_ROWS):
             seen.add(x, y)
@@ -391,14 +395,14 @@ class Examples:
         return self._taken(kept)
 
     def _read(self, size: int, rows: NDArray[np.int64] | None) -> Iterator[tuple[Any, NDArray]]:
-        if rows is None and size >= len(self):  # a slice of all sparse rows would be a copy
+        if rows is None and size >= len(self):  # slicing a sparse matrix would copy it
             yield self.x, self.y
             return
         for start in range(0, len(self) if rows is None else len(rows), size):
             part: Any = slice(start, start + size)
             if rows is not None:
                 part = rows[part]
-                if part[-1] - part[0] == len(part) - 1:  # a slice makes no copy
+                if part[-1] - part[0] == len(part) - 1:  # unlike row numbers, a slice makes no copy
                     part = slice(part[0], part[-1] + 1)
             yield _select(self.x, part), self.y[part]
 
@@ -414,12 +418,13 @@ class Examples:
         return self
 
 
-# The default of the argument is an attribute of the class, which would hide the weights.
+# The dataclass stores the argument's default, None, as a class attribute. A property that returns
+# the weights replaces this attribute.
 setattr(Examples, "sample_weight", property(lambda examples: sample_weights(examples.y)))  # noqa: B010
 
 
 class Remaining(Examples):
-    """View of some rows of another set, the parent. Inputs are read from the parent, not copied."""
+    """View of some rows of another set, its parent. It reads inputs from the parent."""
 
     def __init__(self, whole: Examples, kept: NDArray[np.int64]):
         y = whole.y[kept]
@@ -435,7 +440,7 @@ class Remaining(Examples):
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x, estimated from the mean number per row of the parent."""
+        """Number of entries in x, estimated as len(self) times the parent's mean number per row."""
         return self._whole.num_entries // len(self._whole) * len(self)
 
     def _taken(self, rows: NDArray | slice) -> Examples:
@@ -455,7 +460,7 @@ def _input(value: Any, name: str) -> Any:
 
 
 def _array(value: Any, name: str) -> Any:
-    """Convert labels, which are numbers, as `_input` does."""
+    """Convert numeric labels to a read-only view, or a sparse matrix to CSR format."""
     return value.tocsr() if scipy.sparse.issparse(value) else _view(numbers(value, name))
 
 

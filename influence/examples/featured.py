@@ -1,4 +1,4 @@
-"""Sets of examples with the features of a frozen trunk in place of their inputs."""
+"""Sets of examples that hold the features of a frozen trunk in place of their inputs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from influence.common.memory import FEATURES
 from influence.common.progress import progress
 from influence.examples.examples import Examples, Remaining
 
-# The trunk gets this many rows for each entry of the progress bar.
+# Features are computed for this many rows at a time.
 _ROWS = 256
-# A temporary file is written only if the disk has this many times its size free.
+# A temporary file is written only if the free disk space is this multiple of the file's size.
 _SPARE = 1.25
 
 
 class Featured(Examples):
     """View of another set that holds features phi(x) in place of the inputs x.
 
-    The features are computed once, when they are first read, and cached. `memory.FEATURES` bytes
-    may be in memory. A temporary file on disk holds larger features. If the disk is too small, a
-    warning says so, and every pass computes the features again.
+    The trunk is the frozen first part of a model. The features are computed when they are first
+    read, and then cached. Features of at most `memory.FEATURES` bytes are held in memory. Larger
+    features are stored in a temporary file on disk. If the disk is too small, a warning is given,
+    and every pass computes the features again.
 
     Args:
-      given: the rows with the inputs that the trunk takes.
+      given: the set of examples with the original inputs, which the trunk takes.
       trunk: the trunk. `trunk(x)` returns the features of a batch as a dict of arrays (n, ...), and
         `trunk.digest` identifies the trunk's weights.
 
     Attributes:
       given, trunk: the arguments.
-      where: "memory", "disk" or "nowhere", the place of the features; None before the first use.
-      checked: True once a caller has found that the features of a row depend on this row only.
+      where: the place of the cached features: "memory", "disk" or "nowhere". It is None before the
+        first use.
+      checked: True after a caller has verified that a row's features depend on this row only.
     """
 
     def __init__(self, given: Examples, trunk: Any):
@@ -49,7 +51,7 @@ class Featured(Examples):
         self._features: dict[str, NDArray] = {}
 
     def __repr__(self) -> str:
-        """Show the given set, without computing features."""
+        """Show the given set and the place of the features, without computing features."""
         return f"{type(self).__name__}({self.given!r}, in {self.where})"
 
     @property
@@ -67,7 +69,7 @@ class Featured(Examples):
 
     @property
     def in_memory(self) -> bool:
-        """True if the features are cached. The first use computes them."""
+        """True if the features are cached, in memory or on disk. The first use computes them."""
         if self.where is None:
             self._compute()
         return self.where != "nowhere"
@@ -80,12 +82,12 @@ class Featured(Examples):
 
     @property
     def num_entries(self) -> int:
-        """Number of entries of the features."""
+        """Number of entries in the features of all rows."""
         parts = (self.x if self.in_memory else self.take([0]).x).values()
         return sum(int(np.prod(part.shape[1:])) for part in parts) * len(self)
 
     def hold(self, features: dict[str, NDArray]) -> None:
-        """Cache features that the trunk computed from these rows before."""
+        """Cache features of all rows that the trunk has already computed."""
         self.where, self._features = "memory", features
 
     # --- overridden methods of Examples ---------------------------------------------------------
@@ -107,7 +109,7 @@ class Featured(Examples):
                 yield self.trunk(x), y
 
     def _compute(self) -> None:
-        """Compute the features of all rows, unless there is no place for them."""
+        """Compute and store the features of all rows, if memory or the disk has room for them."""
         start, total = 0, -(-len(self) // _ROWS)
         where, features = None, {}
         for x, y in progress(self.given.batches(_ROWS), "features of the frozen layers", total):
@@ -122,14 +124,14 @@ class Featured(Examples):
             start += len(y)
         for part in features.values():
             part.setflags(write=False)
-        self.where, self._features = where, features  # last, in case of an interruption
+        self.where, self._features = where, features  # last: an interruption must not cache a part
 
 
 class Kept(Featured):
-    """Features that were computed before. The rows themselves are read only when asked for.
+    """View with features that were computed earlier. It reads the original rows only on demand.
 
     Args:
-      read: a function that returns the rows with the inputs that the trunk takes.
+      read: a function that returns the set of examples with the original inputs.
       trunk: as in Featured.
       features: the features of all rows, a dict of arrays (n, ...).
       y: the labels, as `Examples.y` holds them.
@@ -146,17 +148,17 @@ class Kept(Featured):
 
     @cached_property
     def given(self) -> Examples:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The rows with the inputs that the trunk takes."""
+        """The set of examples with the original inputs. The first access reads it."""
         return self._read_given()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the features, whose names identify the trunk's weights, and of the labels."""
+        """SHA-256 of the labels and features. The features' names identify the trunk's weights."""
         return Examples(self._features, self.y).fingerprint
 
 
 def featured(given: Examples, trunk: Any) -> Featured:
-    """Return the set with the trunk's features. The latest such set of each given set is cached."""
+    """Return a view of `given` with the trunk's features. Each set caches its latest view."""
     known = given.__dict__.get("_featured")
     if known is None or not trunk.same_as(known.trunk):
         known = Featured(given, trunk)
@@ -165,14 +167,14 @@ def featured(given: Examples, trunk: Any) -> Featured:
 
 
 def inputs_of(examples: Examples) -> Examples:
-    """Return the rows with the inputs that were given, if the set holds features of them."""
+    """Return the set with the original inputs: `given` of a Featured set, else the set itself."""
     return examples.given if isinstance(examples, Featured) else examples
 
 
 def _place(found: dict[str, NDArray], num_rows: int) -> tuple[str, Callable[[NDArray], NDArray]]:
-    """Choose the place of the features of all rows, from the features of some rows.
+    """Choose where to store the features of all rows, given the features of some rows.
 
-    Returns: the place, and a function that allocates an array (n, ...) there.
+    Returns: "memory", "disk" or "nowhere", and a function that allocates an array (n, ...) there.
     """
     bytes_each = [part.dtype.itemsize * int(np.prod(part.shape[1:])) for part in found.values()]
     needed = num_rows * sum(bytes_each)
@@ -190,6 +192,6 @@ def _place(found: dict[str, NDArray], num_rows: int) -> tuple[str, Callable[[NDA
 
 
 def _on_disk(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
-    """Allocate an array in a temporary file. The file is deleted with the array."""
+    """Allocate an array in a temporary file. The file is deleted when the array is."""
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, dtype, "w+", shape=shape)

@@ -1,4 +1,4 @@
-"""Examples from the forms of data that Keras' `fit` takes, and weights by class."""
+"""Convert data that Keras' `fit` takes to Examples, and class weights to sample weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from influence.examples.examples import Examples
 from influence.examples.stream import Stream
 from influence.examples.tables import is_frame, is_series
 
-# These are the types of data that `as_examples` takes.
+# The types of data that `as_examples` accepts.
 Data = Examples | tuple | list | tf.data.Dataset | keras.utils.PyDataset
 # A dataset with at most this many entries of x is held in memory.
 _SMALL = 1 << 26
@@ -25,11 +25,12 @@ _SMALL = 1 << 26
 def as_examples(
     value: Any, name: str, inputs: Sequence[Any] = (), outputs: Sequence[str] = ()
 ) -> Examples:
-    """Return data in any form that `fit` takes as Examples. Examples are returned unchanged.
+    """Convert data in any form that `fit` takes to Examples. Examples are returned unchanged.
 
     Args:
       value: Examples, a tuple or list (x, y) or (x, y, sample_weight), or a dataset of such
-        batches. A dataset must give the same rows in every pass. A small one is read into memory.
+        batches. A dataset must give the same rows in every pass. A small dataset is read into
+        memory.
       name: the argument's name in error messages.
       inputs: the names of the model's inputs, if the model declares them. The names show whether a
         list x of two arrays holds two inputs or two rows. They also select the columns of a data
@@ -58,7 +59,7 @@ def as_examples(
     elif several and is_frame(x) and all(key in getattr(x, "columns", ()) for key in inputs):
         x = {key: x[key] for key in inputs}
     elif several and isinstance(x, Mapping) and all(key in x for key in inputs):
-        x = {key: x[key] for key in inputs}  # `fit` leaves out other entries too
+        x = {key: x[key] for key in inputs}  # like `fit`, ignore other entries
     elif is_series(x):
         x = np.asarray(x)[:, None]
     if len(outputs) > 1 and isinstance(y, list | tuple) and len(y) == len(outputs):

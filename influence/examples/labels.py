@@ -1,7 +1,7 @@
-"""Labels of several outputs and sample weights, packed into one array with a row per example.
+"""Pack labels of several outputs and sample weights into one array, with an entry per example.
 
-A set with plain labels holds them as they are. Labels by output name, and labels with sample
-weights, are packed into one NumPy structured array (n,). Its fields are
+Plain labels, without output names and sample weights, are not packed. All other labels are packed
+into one NumPy structured array (n,). Its fields are
 
 - `y`, or the names of the outputs: the labels,
 - `sample_weight`, or `sample_weight/NAME` for the output NAME: the weights (n,).
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
 
-# The name of the labels that were given without a name.
+# The field name of labels without an output name.
 PLAIN = "y"
-# This is the name of the field of weights. For the weights of one output, a slash and the output's
-# name follow.
+# The field name of sample weights. For the weights of one output, a slash and the output's name
+# follow.
 WEIGHT = "sample_weight"
-# The labels of a batch have a field of this name if the loss masks positions. It holds the weights
-# of the positions of each row, (n, ...). Sets of examples do not have this field.
+# If the loss masks positions, such as padding in a text, the labels of a batch have a field of this
+# name. It holds the weight of each position, (n, ...). The labels of a set do not have this field.
 POSITIONS = "sample_weight of positions"
 
 
@@ -37,9 +37,9 @@ def packed(y: Any, sample_weight: Any = None) -> Any:
         returned before.
       sample_weight: (n,) weights >= 0, or a dict of them by output name. None means no weights.
 
-    Raises: TypeError if an array is not numeric. ValueError for an empty dict, names that are not
-      text or do not agree, or lengths that differ. Only `check_weights` checks the values of
-      weights.
+    Raises: TypeError if an array is not numeric. ValueError for an empty dict, for lengths that
+      differ, for names that are not text, or for weights with names that are not in y. The values
+      of weights are not checked here, but by `check_weights`.
     """
     if is_packed(y):
         if sample_weight is not None:
@@ -65,7 +65,7 @@ def packed(y: Any, sample_weight: Any = None) -> Any:
 
 
 def is_packed(y: Any) -> bool:
-    """Return True for a structured array, such as `packed` makes."""
+    """Return True for a structured array, which is the form that `packed` returns."""
     return isinstance(y, np.ndarray) and y.dtype.names is not None
 
 
@@ -91,7 +91,7 @@ def labels(y: Any) -> Any:
 def sample_weights(y: Any) -> Any:
     """Return the weights as an array (n,), as a dict by output name, or None without weights.
 
-    Args: `y` as in `labels`.
+    Args: the argument `y` of `labels`.
     """
     if is_packed(y):
         y = fields(y)
@@ -104,7 +104,7 @@ def sample_weights(y: Any) -> Any:
 
 
 def positions(y: Any) -> Any:
-    """Return the weights of the positions in a batch of labels, or None without them."""
+    """Return the weights of positions in the labels of a batch, or None if there are none."""
     return y.get(POSITIONS) if isinstance(y, Mapping) else None
 
 
@@ -114,7 +114,7 @@ def is_weight(name: str) -> bool:
 
 
 def called(name: str) -> str:
-    """Return the name of a field in error messages."""
+    """Return the name that error messages use for a field."""
     if is_weight(name):
         return WEIGHT if name == WEIGHT else f"{WEIGHT}[{name.removeprefix(f'{WEIGHT}/')!r}]"
     return PLAIN if name == PLAIN else f"{PLAIN}[{name!r}]"

@@ -1,4 +1,4 @@
-"""Streams. A Stream is a set of examples that reads a dataset again in every pass."""
+"""A set of examples that reads its dataset again in every pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from influence.examples.dataset import Batch, batches_of, check_kind, checked, r
 from influence.examples.examples import Examples, Remaining
 from influence.examples.labels import check_weights
 
-# A stream holds this many of its first rows in memory, to test a model on a few rows.
+# A stream holds this many of its first rows in memory, for tests of a model on a few rows.
 _FIRST_ROWS = 8
-# Labels of at most this size stay in memory. Larger labels are stored on disk.
+# Labels of at most this many bytes stay in memory. Larger labels are stored on disk.
 _LABEL_BYTES = 1 << 26
 
 
@@ -29,9 +29,10 @@ class Stream(Examples):
 
     A Stream can replace Examples everywhere. It cuts the rows into batches of the requested size,
     so it gives the same results as Examples of the same rows. The constructor reads the dataset
-    twice and compares both passes row by row. It needs memory for one batch, the labels and 8
-    bytes per row. `take` reads a tf.data.Dataset from its start to the last row taken. LiSSA takes
-    random rows, so it is slow there. Of a PyDataset, `take` reads only the batches with its rows.
+    twice and compares both passes row by row. It needs memory for one batch, the labels and 8 bytes
+    per row. `take` reads a tf.data.Dataset from its start to the last row taken. This makes LiSSA
+    slow, because it takes random rows. From a PyDataset, `take` reads only the batches that contain
+    the rows.
 
     Args:
       dataset: a `tf.data.Dataset` or `keras.utils.PyDataset` of batches (x, y) or
@@ -85,7 +86,7 @@ class Stream(Examples):
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x. All rows have the same number."""
+        """Number of entries in x. Each row has the same number of entries."""
         return self._first.num_entries // len(self._first) * len(self)
 
     # --- overridden methods of Examples ---------------------------------------------------------

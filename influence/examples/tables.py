@@ -20,8 +20,8 @@ def structured(x: Any, y: Any) -> Any:
 
     A list or tuple with one array per model input becomes a dict by position. A list of rows is
     returned unchanged. A data frame of numbers becomes one array (n, columns), as in `fit`. A data
-    frame with strings becomes a dict by column, because a model takes such columns one by one. A
-    single column becomes an array (n, 1).
+    frame with strings becomes a dict by column, because a model has one input for each such column.
+    A single column becomes an array (n, 1).
 
     Args:
       x: the inputs.
@@ -87,13 +87,13 @@ def is_series(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a pandas series as an array: of numbers if it holds only numbers, else of objects."""
+    """Convert a pandas series to an array, numeric if possible. Return other values unchanged."""
     if is_frame(value) or not is_series(value):
         return value
     kind = getattr(value.dtype, "kind", "O")
     if isinstance(value.dtype, np.dtype) or kind not in "biuf" or value.isna().any():
         return np.asarray(value)
-    return value.to_numpy(value.dtype.numpy_dtype)  # this is for pandas' own dtypes, such as Int64
+    return value.to_numpy(value.dtype.numpy_dtype)  # pandas' own dtypes, such as Int64
 
 
 def _array(value: Any) -> NDArray | None:
@@ -104,7 +104,7 @@ def _array(value: Any) -> NDArray | None:
 
 
 def _check_no_gap(array: NDArray, name: str) -> None:
-    """Raise TypeError if some entries of a column are strings, and some are missing."""
+    """Raise TypeError if only some entries of a column are strings. The others may be missing."""
     other = [row for row, entry in enumerate(array.flat) if not isinstance(entry, str | bytes)]
     if array.dtype.kind != "O" or array.ndim != 1 or not 0 < len(other) < len(array):
         return

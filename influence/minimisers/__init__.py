@@ -1,1 +1,1 @@
-"""Minimisers of functions of arrays, without a net."""
+"""Algorithms that minimise functions of NumPy arrays. They do not use a net."""

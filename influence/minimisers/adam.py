@@ -15,7 +15,7 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Adam's state. A training can continue from this state and theta.
+    """Adam's state. With this state and theta, a training can continue.
 
     Attributes:
       steps: number of steps taken.
@@ -37,8 +37,9 @@ class Moments:
         """Take one step of k trainings. Return their parameters (d, k) and their new moments.
 
         Step t subtracts rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon) from theta. m and
-        v are the running means. Kingma & Ba (2015) give this form at the end of section 2, and
-        Keras uses it. The epsilon in this form differs from the epsilon in their algorithm 1.
+        v are the running means, and b1 and b2 are their decay rates. Keras uses this form, which
+        Kingma & Ba (2015) give at the end of section 2. Its epsilon differs from the epsilon in
+        their algorithm 1.
         """
         t = self.steps + 1
         m, v = (a[:, None] if a.ndim == 1 else a for a in (self.first, self.second))

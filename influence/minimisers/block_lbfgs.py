@@ -1,4 +1,4 @@
-"""Block L-BFGS: many small minimisations in lockstep, started from one inverse Hessian."""
+"""Block L-BFGS: many minimisations that advance together, each from a given inverse Hessian."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from numpy.typing import NDArray
 from influence.common.memory import VECTORS
 from influence.common.numbers import dots, numbers
 
-# At least this many pairs (step, change of gradient) of each function are stored.
+# The memory of each function has room for at least this many pairs (step, change of gradient).
 _LEAST_PAIRS = 20
-# The stored pairs of one function take at most this many bytes, unless `_LEAST_PAIRS` need more.
+# The stored pairs of one function take at most this many bytes, unless `_LEAST_PAIRS` pairs need
+# more.
 _BYTES = VECTORS >> 5
-# A search is stuck if its gradient norm has reached no new minimum for this many passes. A stuck
-# search ends, unless both of the next two conditions hold. Then it is still descending.
+# A search is stuck if its smallest gradient norm has not improved for this many passes. A stuck
+# search ends, unless the function still decreases. The next two constants define this: both of
+# their conditions must hold.
 _PATIENCE = 20
-# First condition: these passes lowered the function by more than this share of its total decrease.
-# A smaller share may be rounding, so the share depends on the precision of the gradients.
+# First condition: since the count of passes last restarted, the function has decreased by more than
+# this fraction of its total decrease. A smaller decrease may be rounding error. The fraction
+# depends on the gradients' dtype.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-# Second condition: in these passes a gradient norm exceeded this multiple of the smallest norm.
+# Second condition: since then, the largest gradient norm exceeded this multiple of the smallest
+# norm so far.
 _ROSE = {"float32": 2.0, "float64": 0.0}
-# A pair from low-precision gradients is used only if its change of gradient exceeds this multiple
-# of the gradients' error.
+# A pair from low-precision gradients is used only if the norm of its change of gradient exceeds
+# this multiple of the gradients' error.
 _TOLD = 10.0
 # A pair is used only if the cosine between its step and its change of gradient exceeds this.
 _CURVED = 1e-8
-# A step ends on a steep climb if the slope at its end exceeds this share of its initial descent.
+# A step overshoots if the slope along the step is positive at its end, and exceeds this fraction of
+# the descent at its start.
 _OVERSHOOT = 0.5
-# After an accepted step the radius is at least this multiple of the step's length.
+# After an accepted step without overshoot, the radius is at least this multiple of the step's
+# length.
 _LONGER = 1.5
 
 Gradients = Callable[[NDArray, NDArray], NDArray]  # (thetas (d, j), columns (j,)) -> (d, j)
@@ -41,10 +47,10 @@ class Found:
     """The results of k minimisations.
 
     Attributes:
-      thetas: (d, k) the theta with the smallest gradient that each function has seen.
+      thetas: (d, k) for each function, the theta with the smallest gradient norm among those tried.
       norms: (k,) Euclidean norms of the exact gradients at `thetas`.
-      passes: (k,) number of gradients that each function took, low-precision ones included. It
-        excludes the gradients at the start and at the change to exact gradients.
+      passes: (k,) number of gradients computed for each function, including low-precision ones. The
+        gradients at the start and at the change to exact gradients are not counted.
     """
 
     thetas: NDArray
@@ -64,40 +70,45 @@ def minimise(
     longest: NDArray | None = None,
     rough: tuple[Gradients, NDArray] | None = None,
 ) -> Found:
-    """Minimise k functions of theta together, by limited-memory BFGS around a given inverse.
+    """Minimise k functions of theta together, by L-BFGS with given initial inverse Hessians.
 
-    If `inverse` is the inverse Hessian at the start, the first step is Newton's. The two-loop
-    recursion (Nocedal 1980) adds the curvature that later gradients show. A step is rejected if it
-    ends on a climb steeper than half its initial descent and the gradient has grown. This test is
-    the upper one of the approximate Wolfe conditions (Hager & Zhang 2005). The test needs only
-    gradients and tolerates rounding. The curvature along a rejected step is also used.
+    If `inverse` applies the inverse Hessian at the start, the first step is Newton's step. For
+    later steps, the two-loop recursion (Nocedal 1980) adds the curvature along earlier steps,
+    including rejected ones.
 
-    Each function has a radius. No step of the function is longer than its radius. The radius starts
-    at `longest`. A rejected step sets it to half the step's length. An accepted step that ends on a
-    steep climb sets it to the step's length. After any other step it is at least 1.5 times the
-    step's length. The radius protects a search from one long Newton step if the curvature changes.
+    A step overshoots if the slope along the step is positive at its end, and exceeds half of the
+    descent at its start. Such a step violates the upper approximate Wolfe condition (Hager &
+    Zhang 2005), whose test needs only gradients and tolerates rounding. A step is rejected if it
+    overshoots and the gradient norm has not decreased.
 
-    If the gradient of a search no longer shrinks, the search may be on a long descent, or it may
-    have reached rounding error. In this case, the search continues only if the function still
-    decreases. The decrease is the sum of -(g_before + g_after) . step / 2 over the steps, with g
-    the gradients, up to third order. In float32 the gradient must also have grown.
+    Each function has a radius, which is the largest allowed length of its steps. The radius starts
+    at `longest`. A rejected step sets the radius to half the step's length. An accepted step that
+    overshoots sets the radius to the step's length. After any other step, the radius is at least
+    1.5 times the step's length. The radius prevents a Newton step that is too long because the
+    curvature changes along the step.
+
+    The gradient norm of a search may stop shrinking for two reasons: a long descent, or rounding
+    error. In this case the search continues only if the function still decreases. Let g be the
+    gradients. Up to third order, the decrease is the sum of -(g_before + g_after) . step / 2 over
+    the steps. In float32, the gradient norm must also have grown meanwhile.
 
     Args:
       gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of
         the functions `columns` at `thetas`.
-      inverse: a function of G (d, j) and columns (j,). It multiplies G by positive definite
-        approximations of the inverse Hessians at the start.
+      inverse: a function of G (d, j) and columns (j,). It multiplies each column of G by a positive
+        definite approximation of the function's inverse Hessian at the start.
       thetas: (d, k) the theta at which each search starts.
       first: (d, k) the exact gradients at `thetas`.
       tolerance: (k,) gradient norms at which the searches stop.
       max_passes: the largest number of calls of `gradients` or of the low-precision gradients.
-      pairs: pairs (P, Y) of (d, k) arrays that update `inverse` before the first step. Y is P times
-        the wanted initial Hessian. A column is zero if its function has no such pair.
+      pairs: pairs (P, Y) of (d, k) arrays that update `inverse` before the first step. Column j of
+        Y is the wanted initial Hessian of function j times column j of P. The columns of a function
+        without such a pair are zero.
       longest: (k,) initial radii; None: no limit.
-      rough: a function that computes cheaper low-precision gradients, and (k,) gradient norms. A
-        search uses this function until its gradient reaches its norm or no longer shrinks. Then
-        `gradients` continues from the theta with the smallest gradient. Pairs that rounding could
-        explain are dropped.
+      rough: a function that computes cheaper low-precision gradients, and (k,) gradient norms.
+        Search j uses this function until its gradient norm reaches norm j or no longer shrinks.
+        From the theta with the smallest gradient norm, the search then continues with `gradients`.
+        Low-precision pairs are dropped if rounding error may dominate them.
 
     Returns: Found.
     """
@@ -116,7 +127,7 @@ def minimise(
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
         tried = now.thetas[:, todo] + steps
-        steps = tried - now.thetas[:, todo]  # Rounding may change the steps.
+        steps = tried - now.thetas[:, todo]  # Rounding may change them.
         there = now.gradients(tried, todo)
         seen.append(_pair(steps, there - g))
         del seen[given:-most]
@@ -154,7 +165,7 @@ class _Searches:
         self.norms = np.linalg.norm(first, axis=0)
         self._gradients, self._tolerance = gradients, tolerance
         self._rough, until = rough or (None, np.full(k, np.inf))
-        self.exact = ~(self.norms > until)  # These functions use exact gradients.
+        self.exact = ~(self.norms > until)  # True: the function uses exact gradients.
         self.until = np.where(self.exact, tolerance, until)
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
@@ -163,7 +174,7 @@ class _Searches:
         self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
-        """Compute gradients (d, j). `exact` decides the precision of each column."""
+        """Compute gradients (d, j): exact ones where `exact` is True, else low-precision ones."""
         found = np.empty_like(thetas)
         exact = self.exact[columns]
         for of, some in ((self._gradients, exact), (self._rough, ~exact)):
@@ -207,15 +218,18 @@ class _Searches:
         self._begin(columns[smaller | under_way])
 
     def ended(self, columns: NDArray) -> NDArray:
-        """Return True (j,) for functions whose search has reached its norm or is stuck."""
+        """Return booleans (j,). True: the search has reached its gradient norm or is stuck."""
         return (self.best.norms[columns] <= self.until[columns]) | self.stuck(columns)
 
     def stuck(self, columns: NDArray) -> NDArray:
-        """Return True (j,) for functions whose gradients no longer shrink."""
+        """Return booleans (j,). True: the gradient norm no longer shrinks."""
         return self.stale[columns] >= _PATIENCE
 
     def judge(self, columns: NDArray) -> NDArray:
-        """Change to exact gradients at the best thetas. Return low-precision errors (j,) there."""
+        """Continue with exact gradients from the best thetas.
+
+        Returns: (j,) the norms of the errors that the low-precision gradients have there.
+        """
         if not len(columns):
             return np.empty(0)
         there = self.best.thetas[:, columns]
@@ -228,13 +242,13 @@ class _Searches:
         return np.linalg.norm(self.G[:, columns] - rough, axis=0)
 
     def _begin(self, columns: NDArray) -> None:
-        """Restart the count of passes, the decrease and the largest gradient."""
+        """Restart the count of passes, and the records of the decrease and of the largest norm."""
         self.stale[columns], self.mark[columns] = 0, self.fallen[columns]
         self.highest[columns] = self.norms[columns]
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
-    """Multiply the inverse, updated by the pairs, by each column of G."""
+    """Multiply each column of G by the inverse Hessian: `inverse`, updated by the pairs."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
         shares.append(weight * dots(S, Q))
@@ -246,7 +260,7 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Return (S, Y, 1 / (step . change)). The third is 0 if the step has no positive curvature."""
+    """Return (S, Y, 1 / s'y) for the columns s and y. 1 / s'y is 0 without positive curvature."""
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
     product = dots(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
 
-# The ridge is this times the largest diagonal entry. The ridge makes a singular G definite.
+# The ridge is this multiple of the largest diagonal entry of G. It makes a singular G positive
+# definite.
 _RIDGE = 1e-8
-# There are this many refinement steps. Each reduces the ridge's effect by several digits.
+# This many steps of iterative refinement are taken. Each step reduces the ridge's effect by several
+# digits.
 _REFINEMENTS = 4
 
 
@@ -26,10 +28,12 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
 
     With G + ridge I = L L' the problem becomes min |L'a - L^-1 (b + ridge start)|^2 over the box.
     The ridge pulls the solution towards `start`, not towards zero. SciPy solves this problem by
-    bounded-variable least squares (Stark & Parker 1995). Iterative refinement with G on the entries
-    inside the box then removes the effect of the ridge on all entries that G determines. A singular
-    G does not determine all entries. Repeated calls, each with the last answer as `start`, then
-    converge to a minimum.
+    bounded-variable least squares (Stark & Parker 1995). Iterative refinement with G, on the
+    entries inside the box, then removes the effect of the ridge.
+
+    A singular G does not determine all entries. The ridge still affects those that it does not
+    determine. In this case, repeated calls converge to a minimum if each takes the last result as
+    `start`.
 
     Args:
       G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.

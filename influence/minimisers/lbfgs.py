@@ -1,8 +1,8 @@
-"""Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989), and Newton's steps at the end.
+"""Full-batch minimisation by SciPy's L-BFGS (Liu & Nocedal 1989), followed by Newton steps.
 
-L-BFGS compares values of the risk. Near a minimum their differences are smaller than their rounding
-errors, but the gradient is still accurate. So the last steps are Newton's. These need no values of
-the risk.
+L-BFGS compares values of the risk. Near a minimum, these values differ by less than their rounding
+errors, but the gradient is still accurate. Therefore the last steps are Newton steps, which only
+need gradients to make progress.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from influence.common.progress import counter
 
 # L-BFGS stores this many pairs (step, change of gradient).
 _MEMORY = 20
-# Newton's method takes at most this many steps. Each step takes at most this many conjugate
-# gradient iterations, and ends earlier at this relative residual.
+# The largest number of Newton steps, the largest number of conjugate gradient iterations in each
+# step, and the relative residual at which these iterations stop.
 _NEWTON_STEPS, _CG_ITERATIONS, _CG_RTOL = 10, 200, 1e-3
-# A risk has this relative rounding error if its losses are float32.
+# The relative rounding error of a risk whose losses are float32.
 _RISK_ROUNDING = 1e-6
 
 
@@ -41,8 +41,8 @@ def minimise(
       theta: (d,) the start.
       gradient_tolerance: Euclidean norm of the gradient at which the minimisation stops.
       max_iterations: the largest number of L-BFGS iterations.
-      product: a function of theta (d,) and v (d,) that returns the risk's Hessian times v. None:
-        Newton's steps are not taken.
+      product: a function of theta (d,) and v (d,) that returns the risk's Hessian times v. If it is
+        None, no Newton steps are taken.
 
     Returns: (d,) the last theta. Warns with ConvergenceWarning if its gradient is above tolerance.
     """
@@ -90,9 +90,10 @@ def _newton(
     gradient: NDArray,
     tolerance: float,
 ) -> tuple[NDArray, float]:
-    """Take Newton's steps while each step halves the gradient. Return theta and its gradient norm.
+    """Take Newton steps while each halves the gradient norm. Return theta and this norm.
 
-    A step that raises the risk by more than its rounding is rejected: it may lead to a saddle.
+    A step that raises the risk by more than rounding error is rejected, because it may lead to a
+    saddle.
     """
     highest = risk + _RISK_ROUNDING * abs(risk)
     norm, d = float(np.linalg.norm(gradient)), len(theta)

@@ -22,10 +22,11 @@ from influence.net.net import GenericNeuralNet
 
 L = keras.layers
 
-# The schedule has 20,000 steps, and the authors' code takes 500,000. Our first learning rate is ten
-# times the first rate of that code. The last rate is the same in both.
+# Pairs (steps, learning rate). This schedule has 20,000 steps, whereas the authors' code takes
+# 500,000 steps. Its first learning rate is ten times the first rate of that code. The last rates
+# are equal.
 _SCHEDULE = ((10_000, 1e-3), (5_000, 1e-4), (5_000, 1e-5))
-# Training writes a checkpoint each time this many further steps are done.
+# Number of training steps between two checkpoints.
 _SAVE_EVERY = 500
 
 
@@ -45,17 +46,17 @@ class AllCNN(GenericNeuralNet):
       image_shape: (height, width, channels), channels last.
       num_classes: number of classes. Labels are class numbers 0 to num_classes - 1.
       filters: number of channels of each 3 x 3 convolution.
-      strides: strides of the 3 x 3 convolutions, in order. There is no padding, so each convolution
-        reduces height and width by 2 before its stride.
+      strides: strides of the 3 x 3 convolutions, in order. There is no padding: a convolution first
+        reduces height and width by 2, and its stride then divides them.
       weight_decay: factor of the penalty, >= 0.
       dtype: "float32" or "float64".
       seed: seed of the initial weights.
 
     Attributes:
-      moments: Adam's state after `fit`, which `continued_training` needs; None before `fit`.
+      moments: Adam's state after `fit`, for use in `continued_training`; None before `fit`.
 
-    Raises: ValueError for an image too small for the convolutions, a size below 1 or a negative
-      weight decay.
+    Raises: ValueError for an image that is too small for the convolutions, for fewer than two
+      classes, for filters or strides below 1, or for a negative weight decay.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class AllCNN(GenericNeuralNet):
                 *args,
                 name=name,
                 dtype=dtype,
-                # Keras' L2 has no 1/2.
+                # Keras' L2 has no factor 1/2.
                 kernel_regularizer=keras.regularizers.L2(weight_decay / 2),
                 kernel_initializer=keras.initializers.TruncatedNormal(
                     stddev=gain / np.sqrt(fan_in), seed=next(seeds)
@@ -124,12 +125,13 @@ class AllCNN(GenericNeuralNet):
           schedule: (steps, learning rate) of each stage. Stages share Adam's running averages.
           batch_size: number of rows in each step; all rows if there are fewer.
           seed: seed of the row order. The rows are shuffled again after each pass.
-          checkpoints: a folder, or None. Training stores its state there every 500 steps. After a
-            kill, the next call continues from the stored state and ends with the same numbers.
+          checkpoints: a folder, or None. Training stores its state there every 500 steps. If the
+            process is killed, the next call continues from the stored state and gives the same
+            result.
 
         Returns: self, with Adam's state in `moments`.
         Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-          finite. Then theta has its initial value again.
+          finite, after theta is reset to its initial value.
         """
         examples = self.given(examples, "examples")
         self.validate(examples, "examples")
@@ -160,12 +162,14 @@ def train_by_adam(
     Each pass shuffles the examples, and the minibatches follow this order. For given examples and
     batch size, the rows of step k depend only on the seed and k.
 
-    Args: as `AllCNN.fit`. `net` may be any net. The net ends at the theta of the last step. key:
-      values that distinguish the net from others of its class, such as its architecture. The file
-      name in `checkpoints` depends on `key` and on all other inputs of the training.
+    `net` may be any net. Training leaves it at the theta of the last step. `key` holds values that
+    distinguish the net from others of its class, such as its architecture. The file name in
+    `checkpoints` depends on `key` and on all other inputs of the training.
+
+    Args: all other arguments are those of `AllCNN.fit`.
     Returns: Adam's final state.
     Raises: ValueError for a bad schedule or batch size; DivergenceError for a risk that is not
-      finite. Then all variables have their initial values again.
+      finite, after all variables are reset to their initial values.
     """
     rates = _rates(schedule)
     if not is_integer(batch_size, 1):
@@ -208,7 +212,7 @@ def train_by_adam(
 
 
 def _flat(optimizer: Any, kind: str) -> NDArray:
-    """Return the average named `kind` from Adam's state as a vector (d,) in the order of theta."""
+    """Return the running average `kind` of Adam's state as a vector (d,) in theta's order."""
     parts = [variable for variable in optimizer.variables if variable.path.endswith(kind)]
     return np.concatenate([np.ravel(part.numpy()) for part in parts])
 

@@ -1,4 +1,4 @@
-"""`Design` multiplies inputs by a linear model's parameters. `Link` is the loss of its outputs.
+"""`Design` multiplies inputs by a linear model's parameters. `Link` is the loss of the outputs.
 
 Inputs X (n, f) and weights W (f, c) give the outputs Z = X W. theta is W flattened row by row. The
 intercept is a last feature that is always one. Neither class stores theta or data.
@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from influence.common.numbers import numbers
 from influence.examples import labels as packing
 
-# `weighted_gram` weights this many rows together. This many fit into the processor's cache.
+# `weighted_gram` multiplies this many rows by their weights at a time. They fit into the
+# processor's cache.
 _HESSIAN_ROWS = 1024
-# Rows of this many bytes stay in a processor's own cache.
+# Rows of this many bytes fit into the cache of one processor core.
 _CACHED_BYTES = 1 << 19
-# With more columns than this, products take longer than reading the rows, and blocks are larger.
+# With more columns than this, `there_and_back` uses larger blocks, because the products then take
+# longer than reading the rows.
 _FEW_COLUMNS = 16
 # `_threads` starts threads only for work of at least this many operations. Starting takes time.
 _WORTH_THREADS = 1e9
@@ -52,30 +54,34 @@ class Link(ABC):
 
     @abstractmethod
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return numbers (n, c, 1) from which `multiplied` makes each row's matrix d2l/dz2 at Z.
+        """Return numbers (n, c, 1) that determine each row's matrix d2l/dz2 at Z.
 
-        For one output they are d2l/dz2.
+        `multiplied` takes these numbers. For one output they are d2l/dz2 itself.
         """
 
     def multiplied(self, K: NDArray, U: NDArray) -> NDArray:
-        """Multiply each row's matrix d2l/dz2, given by `curvature`, by its part of U (n, c, m)."""
+        """Multiply each row's matrix d2l/dz2 by the row's matrix (c, m) in U (n, c, m).
+
+        K holds the numbers that `curvature` returns.
+        """
         return K * U
 
     def curved(self, Z: NDArray, y: NDArray, U: NDArray) -> NDArray:
-        """Multiply each row's matrix d2l/dz2 at Z (n, c, 1) by the row's part of U (n, c, m)."""
+        """Multiply each row's matrix d2l/dz2 at Z (n, c, 1) by the row's matrix (c, m) in U."""
         return self.multiplied(self.curvature(Z, y), U)
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return weights (n, w) >= 0 from which `Design.weighted_gram` makes parts of the Hessian.
+        """Return weights (n, w) >= 0. Each column gives a block of the Hessian.
 
-        For one output, w = 1 and the weights are d2l/dz2.
+        `Design.weighted_gram` computes the blocks. For one output, w = 1, and the weights are
+        d2l/dz2.
         """
         return self.curvature(Z, y)[:, :, 0]
 
 
 @dataclass(frozen=True)
 class Weighted(Link):
-    """The loss of another link, times the sample weight of each row.
+    """The loss of another link, multiplied by the sample weight of each row.
 
     The labels may be packed with weights, as in `influence.examples.labels`. Plain labels have no
     weights, and their losses are those of the link.
@@ -87,38 +93,38 @@ class Weighted(Link):
     link: Link
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.loss."""
+        """Return the losses, (n, k); see Link.loss."""
         y, w = _unpacked(y, Z)
         found = self.link.loss(Z, y)
         return found if w is None else found * w[:, None]
 
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.slope."""
+        """Return dl/dz, (n, c, k); see Link.slope."""
         y, w = _unpacked(y, Z)
         found = self.link.slope(Z, y)
         return found if w is None else found * w[:, None, None]
 
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.curvature. The weight follows the numbers of each row: (n, c + 1, 1)."""
+        """Return the link's numbers with the row's weight appended, (n, c + 1, 1)."""
         y, w = _unpacked(y, Z)
         K = self.link.curvature(Z, y)
         return K if w is None else np.concatenate([K, w[:, None, None]], axis=1)
 
     def multiplied(self, K: NDArray, U: NDArray) -> NDArray:
-        """See Link.multiplied."""
+        """Return the products (n, c, m) of d2l/dz2 and U; see Link.multiplied."""
         c = U.shape[1]
         found = self.link.multiplied(K[:, :c], U)
         return found if K.shape[1] == c else found * K[:, c:]
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.weights."""
+        """Return weights (n, w) >= 0; see Link.weights."""
         y, w = _unpacked(y, Z)
         found = self.link.weights(Z, y)
         return found if w is None else found * w[:, None]
 
 
 def _unpacked(y: NDArray, Z: NDArray) -> tuple[NDArray, NDArray | None]:
-    """Return the labels of one output, and the sample weights (n,) in the dtype of Z or None."""
+    """Return (labels, weights). The weights (n,) have the dtype of Z; without weights, None."""
     if not packing.is_packed(y):
         return y, None
     parts = packing.fields(y)
@@ -128,18 +134,18 @@ def _unpacked(y: NDArray, Z: NDArray) -> tuple[NDArray, NDArray | None]:
 
 
 class Product(Link):
-    """The loss y . z with labels y (n, c). Its gradient by theta is J' y, with J = dz/dtheta."""
+    """The loss y . z with labels y (n, c). Its gradient in theta is J' y, with J = dz/dtheta."""
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.loss."""
+        """Return the losses, (n, k); see Link.loss."""
         return np.einsum("nc,nck->nk", y, Z)
 
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.slope."""
+        """Return dl/dz, (n, c, k); see Link.slope."""
         return np.broadcast_to(y[:, :, None], Z.shape)
 
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.curvature; the loss is linear."""
+        """Return zeros in the shape of Z, because the loss is linear; see Link.curvature."""
         return np.zeros_like(Z)
 
 
@@ -185,10 +191,12 @@ class Design:
     def there_and_back(
         self, x: Any, V: NDArray, between: Callable[[NDArray, slice], NDArray]
     ) -> NDArray:
-        """Return X' C, (d, m), for V (d, m) and C = between(X V, all rows), (n, c, m).
+        """Return X' C, (d, m). `between` computes C (n, c, m) from X V, with V (d, m).
 
-        Blocks of dense rows stay in the processor's cache between the two products. For few columns
-        this halves the time, which is that of reading X. `between` is called for each block.
+        The rows are processed in blocks. For each block, `between` gets the outputs X V and the
+        slice of rows. A block of dense rows stays in the processor's cache between the two
+        products. With few columns, reading X takes most of the time, and the cache halves this
+        time.
         """
         n, columns = x.shape[0], self.num_outputs * V.shape[1]
         in_cache = _CACHED_BYTES // (self.num_features * np.dtype(self.dtype).itemsize)
@@ -201,10 +209,11 @@ class Design:
         return total
 
     def along(self, x: Any, E: NDArray, V: NDArray) -> NDArray:
-        """Multiply the gradient of each row by V (d, m) in V's dtype, and return (n, m).
+        """Return the products of each row's gradient with V (d, m): (n, m), in V's dtype.
 
         The gradient of row i is the outer product of x_i and E_i = dl_i/dz. For dense inputs, all
-        gradients (n, d) are formed. With many vectors, forming them takes a negligible time.
+        gradients (n, d) are formed. If V has many columns, this takes a negligible part of the
+        time.
         """
         E, x = numbers(E, "E").astype(numbers(V, "V").dtype), x.astype(V.dtype)
         if scipy.sparse.issparse(x):
@@ -212,15 +221,16 @@ class Design:
             U = x @ W[: self.num_features]
             U += W[self.num_features :].sum(axis=0)  # without an intercept this adds 0
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
-        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # twice as fast as a product
+        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # faster than a product
         return (V.T @ G.reshape(len(E), -1).T).T
 
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
         """Return X' diag(w) X for each column w of the weights (n, k) >= 0: (k, f, f).
 
         A symmetric update by sqrt(w) X needs half the operations of a general product. If there are
-        many matrices, one thread sums each of them, because BLAS' own threads would be idle a third
-        of the time. The sum of a matrix then does not depend on the number of threads.
+        many matrices, several threads run at once, and one thread sums each matrix. The sum
+        therefore does not depend on the number of threads. BLAS' own threads would be idle for a
+        third of the time.
         """
         f, (n, k) = self.num_features + self.intercept, numbers(weights, "weights").shape
         syrk = scipy.linalg.get_blas_funcs("syrk", dtype=self.dtype)
@@ -256,7 +266,7 @@ class Design:
     def as_dtype(self, x: Any) -> Any:
         """Convert inputs to the dtype of theta.
 
-        Raises: as `check_features`.
+        Raises: the errors of `check_features`.
         """
         self.check_features(x, "x")
         numbers(x.data if scipy.sparse.issparse(x) else x, "x")
@@ -286,10 +296,10 @@ class Design:
 
 @contextmanager
 def _threads(work: float, tasks: int) -> Iterator[tuple[Callable, int]]:
-    """Yield a `map` that runs tasks in threads, and the number of threads.
+    """Yield a function like `map` that runs tasks in threads, and the number of threads.
 
-    Inside the context BLAS uses one thread. For little work or few tasks, this yields Python's own
-    `map`, and BLAS keeps its threads.
+    Inside the context, BLAS uses one thread. If there is little work or there are few tasks, the
+    function is Python's own `map`, and BLAS keeps its threads.
     """
     if tasks < _MANY_TASKS or work < _WORTH_THREADS:
         yield map, 1

@@ -6,9 +6,9 @@ l of a row is (Koh & Liang 2017, section 4.2; sigma is the logistic function)
     l = t log(1 + exp(u / t))
     dl/dz = -y sigma(u / t)        d2l/dz2 = sigma(u / t) sigma(-u / t) / t
 
-At t = 0 the loss is the hinge max(0, u). The hinge has no curvature. The maximum of the dual D
-gives the minimum w* of the risk R. lambda is the weight decay. For all dual variables 0 <= a_i <=
-1,
+At t = 0 the loss is the hinge max(0, u), which has no curvature. Let lambda be the weight decay and
+w* the minimum of the risk R. The dual D has variables 0 <= a_i <= 1. At its maximum, w(a) = w*. For
+all a,
 
     w(a) = sum_i a_i y_i x_i / (n lambda)
     D(a) = mean a_i - lambda/2 |w(a)|^2
@@ -42,7 +42,8 @@ _SMALLEST_T = 1e-30
 # A row is near the kink if its margin differs from 1 by at most this. LinearSVC finds margins with
 # about this accuracy.
 _NEAR_KINK = 1e-4
-# `fit` calls LinearSVC once if a round would solve for more rows than this, or for more than d.
+# `fit` calls LinearSVC once if a round would solve for more rows than this number, or for more than
+# d rows.
 _FEW = 500
 # `fit` stops after this many rounds without a smaller gap, because only rounding errors are left.
 _STALE = 10
@@ -95,12 +96,12 @@ class HingeLink(Link):
     t: float
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.loss."""
+        """Return the losses, (n, k); see Link.loss."""
         u = self.shortfall(Z, y)[:, 0]
         return self.t * np.logaddexp(0, u / self.t) if self.t > 0 else np.maximum(u, 0)
 
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.slope; at t = 0, rows on the kink (u = 0) get half the slope."""
+        """Return dl/dz. At t = 0, rows on the kink (u = 0) get half the slope; see Link.slope."""
         u = self.shortfall(Z, y)
         if self.t > 0:
             inside = scipy.special.expit(u / self.t)
@@ -109,14 +110,14 @@ class HingeLink(Link):
         return -_signs(Z, y) * inside
 
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.curvature; zero at t = 0."""
+        """Return d2l/dz2, which is zero at t = 0; see Link.curvature."""
         if self.t == 0:
             return np.zeros_like(Z)
         v = self.shortfall(Z, y) / self.t
         return scipy.special.expit(v) * scipy.special.expit(-v) / self.t
 
     def shortfall(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return u = 1 - y z with Z's shape: 1 minus each margin."""
+        """Return u = 1 - y z, which is 1 minus the margin, in Z's shape."""
         return 1 - _signs(Z, y) * Z
 
 
@@ -167,9 +168,10 @@ class SmoothHinge(LinearModel):
     ) -> SmoothHinge:
         """Minimise the risk from the present theta.
 
-        At t > 0 this is LinearModel.fit. At t = 0 the first round solves the dual exactly for the
-        rows near margin 1. Each later round solves the dual for the rows with 0 < a_i < 1 or a
-        positive term of the gap. If there are too many such rows, scikit-learn's LinearSVC sets
+        At t > 0 this is LinearModel.fit. At t = 0, each round solves the dual exactly for the
+        variables a_i of some rows, and holds the others fixed. In the first round these are the
+        rows near margin 1. In each later round they are the rows with 0 < a_i < 1 or with a
+        positive term in the gap. If there are too many such rows, scikit-learn's LinearSVC sets
         theta once.
 
         Args:
@@ -194,7 +196,7 @@ class SmoothHinge(LinearModel):
             a = self._solved_for(examples, near, a)
             self.theta = self._weights(examples, a)
             u = self._shortfalls(examples)
-            slack = np.maximum(u, 0) - a * u  # the terms of the gap, as w = w(a)
+            slack = np.maximum(u, 0) - a * u  # all terms of the gap, because w = w(a)
             norm = self._norm_of(slack.mean())
             stale += 1
             if norm < best:
@@ -216,7 +218,7 @@ class SmoothHinge(LinearModel):
         return self
 
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
-        """See GenericNeuralNet.gradient_norm; at t = 0 this is sqrt(2 lambda gap)."""
+        """Return the risk's gradient norm; at t = 0, return sqrt(2 lambda gap) in its place."""
         if self.t > 0:
             return super().gradient_norm(examples, batch_size)
         return self._norm_of(self.duality_gap(examples))
@@ -252,7 +254,7 @@ class SmoothHinge(LinearModel):
         return (u > 0).astype(float), np.abs(u) <= _NEAR_KINK
 
     def _solved_for(self, examples: Examples, near: NDArray, a: NDArray) -> NDArray:
-        """Maximise D over the dual variables of the rows `near`. The others do not change.
+        """Maximise D over the a_i of the rows `near`. Return all dual variables.
 
         This minimises a'AA'a / 2 - b'a over 0 <= a_i <= 1. Row i of A is y_i x_i.
         """
@@ -267,7 +269,7 @@ class SmoothHinge(LinearModel):
         return others
 
     def _weights(self, examples: Examples, a: NDArray) -> NDArray:
-        """Compute w(a), (d,). One pass sums all rows with a = 1. Few rows have 0 < a < 1."""
+        """Compute w(a), (d,): sum the rows with a = 1 in one pass, then the few with 0 < a < 1."""
         total = np.zeros((self.num_parameters, 1), self.dtype)
         ones = np.flatnonzero(a == 1)
         if len(ones):
@@ -284,7 +286,7 @@ class SmoothHinge(LinearModel):
         return examples.each_row(_shortfall, self)
 
     def _liblinear(self, examples: Examples) -> None:
-        """Set theta by LinearSVC. It need not converge, because `fit` computes the duality gap."""
+        """Set theta by LinearSVC, which need not converge: `fit` then improves theta."""
         from sklearn.exceptions import ConvergenceWarning  # this import takes seconds
         from sklearn.svm import LinearSVC
 

@@ -1,8 +1,11 @@
 """Closed forms with H^-1 for single rows of a linear model: leverages and self-influence.
 
-Let X (n, d) hold the inputs, w (n,) the d2l/dz2 of each row's loss l by its one output z, and
-S = diag(sqrt(w)). Then the risk's Hessian is H = X' S S X / n + lambda I. It is a (d, d) matrix. If
-d > n, Woodbury's identity gives H^-1 from (n, n) matrices:
+In these formulas the model has one output z. Let X (n, d) hold the inputs, and w (n,) the second
+derivative d2l/dz2 of each row's loss l. With S = diag(sqrt(w)), the risk's Hessian (d, d) is
+
+    H = X' S S X / n + lambda I
+
+If d > n, Woodbury's identity gives H^-1 from (n, n) matrices:
 
     H^-1 = (I - X' S B^-1 S X) / lambda        B = S K S + n lambda I        K = X X'
 
@@ -31,7 +34,7 @@ _LARGEST_FACTOR = 1 << 14
 def leverages(
     net: Any, examples: Examples, rows: ArrayLike | None, gram: NDArray | None
 ) -> NDArray:
-    """See LinearModel.leverages."""
+    """Compute the leverages (k,) of the rows; see LinearModel.leverages."""
     if net.num_outputs != 1:
         raise ValueError(f"model must have one output, got {net.num_outputs}.")
     n = len(examples)
@@ -63,7 +66,7 @@ def self_influence(net: Any, examples: Examples, rows: NDArray) -> NDArray | Non
 
 
 def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDArray:
-    """See LinearModel.one_step_leave_one_out."""
+    """Compute theta (k, d) after one Newton step without each row; see LinearModel."""
     rows, design = check_rows(rows, len(examples)), net.design
     n, c, theta, weight_decay = len(examples), net.num_outputs, net.theta, net.strong_convexity
     H = net.hessian(examples) * (n / (n - 1))
@@ -78,7 +81,7 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
     Z = design.times(chosen.x, theta)
     stepped = np.empty((len(rows), net.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
-        # With A = x (x) I_c the row's Hessian is (n - 1) A S A'. S is a (c, c) matrix.
+        # The Hessian of the row's loss is (n - 1) A S A', with A = x (x) I_c and S (c, c).
         A = np.kron(x[:, None], np.eye(c))
         S = net.link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()
@@ -108,7 +111,7 @@ def _not_definite(net: Any) -> DivergenceError:
 
 
 def _by_parameters(net: Any, examples: Examples, rows: NDArray) -> tuple[NDArray, NDArray]:
-    """Compute `_quadratics`. The factor costs d^3/3 operations, and each row costs d^2 more."""
+    """Compute `_quadratics` by a Cholesky factor of H: d^3/3 operations, and d^2 for each row."""
     H = net.hessian(examples)
     L = scipy.linalg.cholesky(H.T, lower=True, overwrite_a=True, check_finite=False)
     half = _solved(L, net.penalty_gradient())
@@ -128,14 +131,14 @@ def _slopes(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 def _dense_rows(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return a batch's features, with the intercept's feature, as a dense array (b, d)."""
+    """Return a batch's features, including the intercept's feature, as a dense array (b, d)."""
     return net.design.with_one(net.design.dense(x))
 
 
 def _by_rows(
     net: Any, examples: Examples, rows: NDArray, gram: NDArray | None
 ) -> tuple[NDArray, NDArray]:
-    """Compute `_quadratics`. The factor costs n^3/3 operations, and each row costs n^2 more."""
+    """Compute `_quadratics` by a Cholesky factor of B: n^3/3 operations, and n^2 for each row."""
     K: NDArray = net.design.gram(examples.x) if gram is None else gram
     Z = net.design.times(examples.x, net.theta)
     z, weight_decay = Z[:, 0, 0], net.strong_convexity

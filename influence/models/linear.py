@@ -30,7 +30,8 @@ from influence.models import leverage, newton
 from influence.models.design import Design, Link, Product
 from influence.net.net import GenericNeuralNet
 
-# A batch's block (rows, c, m) has at most this many entries. Such a block fits into the cache.
+# The outputs (rows, c, m) of one batch for m vectors have at most this many entries, so that they
+# fit into the processor's cache.
 _BLOCK_NUMBERS = 1 << 21
 
 
@@ -86,42 +87,42 @@ class LinearModel(GenericNeuralNet):
         super().__init__(keras.Sequential([keras.Input((num_features,), dtype=dtype), dense]), loss)
         self.design = Design(num_features, num_outputs, self.intercept, self.dtype)
 
-    # --- the questions of GenericNeuralNet in closed form ---------------------------------------
+    # --- the methods of GenericNeuralNet in closed form -----------------------------------------
 
     def outputs(self, x: Any) -> NDArray:
-        """See GenericNeuralNet.outputs; this returns z, (n, c)."""
+        """Return the outputs z, (n, c); see GenericNeuralNet.outputs."""
         return self._outputs(x)[:, :, 0]
 
     def losses(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
-        """See GenericNeuralNet.losses."""
+        """Return the losses of the rows; see GenericNeuralNet.losses."""
         values = self.link.loss(self._outputs(x, thetas), _labels(y))
         return values[:, 0] if thetas is None else values
 
     def gradient(self, x: Any, y: Any, thetas: NDArray | None = None) -> NDArray:
-        """See GenericNeuralNet.gradient; this returns X' dl/dz / n."""
+        """Return X' dl/dz / n; see GenericNeuralNet.gradient."""
         E = self.link.slope(self._outputs(x, thetas), _labels(y))
         G = self.design.transposed_times(x, E) / len(E)
         return G[:, 0] if thetas is None else G
 
     def loss_and_gradient(self, x: Any, y: Any) -> tuple[float, NDArray]:
-        """See GenericNeuralNet.loss_and_gradient."""
+        """Return the mean loss and its gradient; see GenericNeuralNet.loss_and_gradient."""
         Z, y = self._outputs(x), _labels(y)
         gradient = self.design.transposed_times(x, self.link.slope(Z, y))[:, 0] / len(y)
         return float(self.link.loss(Z, y).mean(dtype=np.float64)), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
-        """See GenericNeuralNet.gradients; row i is x_i (x) dl_i/dz."""
+        """Return the gradient x_i (x) dl_i/dz of each row i; see GenericNeuralNet.gradients."""
         rows = self.design.with_one(self.design.dense(x))
         E = self.link.slope(self._outputs(x), _labels(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """See GenericNeuralNet.bregman_gradient; X' (dl/dz - dl/dz at the net's theta) / n."""
+        """Return X' (dl/dz at `thetas` - dl/dz at theta) / n; see GenericNeuralNet."""
         E = self.link.slope(self._outputs(x, thetas), _labels(y)) - self._slope(x, y)
         return self.design.transposed_times(x, E) / len(E)
 
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.hvp; this returns X' (d2l/dz2) X V / n."""
+        """Return X' (d2l/dz2) X V / n; see GenericNeuralNet.hvp."""
         K = self._curvature(x, y)
         curved = lambda U, rows: self.link.multiplied(K[rows], U)  # noqa: E731
         product = self.design.there_and_back(x, self._columns(V), curved) / len(K)
@@ -131,7 +132,7 @@ class LinearModel(GenericNeuralNet):
     gauss_newton_product = hvp
 
     def each_batch(self, question: Any, x: Any, y: Any, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.each_batch."""
+        """Return gradients or products of several batches; see GenericNeuralNet.each_batch."""
         x, y = numbers(x, "x"), _labels(y)
         num_batches, batch_size = y.shape[:2]
         flat, y = x.reshape(num_batches * batch_size, -1), y.ravel()
@@ -150,7 +151,7 @@ class LinearModel(GenericNeuralNet):
         return (rows.transpose(0, 2, 1) @ E).reshape(V.shape) / batch_size
 
     def directional(self, x: Any, y: Any, V: NDArray, *, dtype: Any = None) -> NDArray:
-        """See GenericNeuralNet.directional; this returns sum_c (dl/dz)_c (X V)_c."""
+        """Return sum_c (dl/dz)_c (X V)_c of each row; see GenericNeuralNet.directional."""
         E = self._slope(x, y)[:, :, 0]
         if dtype is not None and np.dtype(dtype) != self.dtype:
             along = self.design.along(x, E, self._columns(V, dtype))
@@ -159,34 +160,34 @@ class LinearModel(GenericNeuralNet):
         return along if np.ndim(V) == 2 else along[:, 0]
 
     def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
-        """See GenericNeuralNet.output_terms."""
+        """Return z, dl/dz and d2l/dz2 of each row; see GenericNeuralNet.output_terms."""
         Z, y = self._outputs(x), _labels(y)
         units = np.repeat(np.eye(self.num_outputs, dtype=Z.dtype)[None], len(Z), axis=0)
         return Z[:, :, 0], self.link.slope(Z, y)[:, :, 0], self.link.curved(Z, y, units)
 
     def jacobian_parts(self, x: Any, y: Any) -> tuple[list, NDArray]:
-        """Return the rows' Jacobians in parts, as `influence.curvature.roots` does: x_i (x) I_c."""
+        """Return each row's Jacobian x_i (x) I_c, in the form of `influence.curvature.roots`."""
         a, c = self.design.with_one(self.design.dense(x)), self.num_outputs
         entries = np.arange(self.num_parameters).reshape(-1, c)
         g = np.broadcast_to(np.eye(c, dtype=a.dtype), (len(a), c, c))
         return [(entries, a, g)], np.zeros((len(a), c, 0), a.dtype)
 
     def output_moves(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.output_moves; this returns the outputs at v."""
+        """Return X v, the outputs for parameters v; see GenericNeuralNet.output_moves."""
         return self.design.times(x, self._columns(v))[:, :, 0]
 
     def pulling(self) -> LinearModel:
-        """See GenericNeuralNet.pulling."""
+        """Return this model with the loss y . z; see GenericNeuralNet.pulling."""
         view = copy.copy(self)
         view.link, view.memo = Product(), None
         return view
 
     def losses_of(self, x: Any, y: Any, z: NDArray) -> NDArray:
-        """See GenericNeuralNet.losses_of."""
+        """Return the losses of given outputs z; see GenericNeuralNet.losses_of."""
         return self.link.loss(z.reshape(len(z), -1, 1), _labels(y))[:, 0]
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.input_gradient; this returns v dl/dz + W (d2l/dz2) x v."""
+        """Return v dl/dz + W (d2l/dz2) x v of each row; see GenericNeuralNet.input_gradient."""
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
@@ -200,37 +201,37 @@ class LinearModel(GenericNeuralNet):
         return slope[:, :, 0] @ D.T + curved[:, :, 0] @ W.T
 
     def penalty(self) -> float:
-        """See GenericNeuralNet.penalty; this returns weight_decay/2 |W|^2."""
+        """Return weight_decay/2 |W|^2; see GenericNeuralNet.penalty."""
         return self.weight_decay / 2 * float(self.theta @ self.theta)
 
     @property
     def strong_convexity(self) -> float:
-        """See GenericNeuralNet.strong_convexity; this is weight_decay."""
+        """The weight decay; see GenericNeuralNet.strong_convexity."""
         return self.weight_decay
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
-        """See GenericNeuralNet.penalty_gradient; this returns weight_decay theta."""
+        """Return weight_decay theta; see GenericNeuralNet.penalty_gradient."""
         return self.weight_decay * (self.theta if thetas is None else self._columns(thetas))
 
     def penalty_hvp(self, V: NDArray) -> NDArray:
-        """See GenericNeuralNet.penalty_hvp; this returns weight_decay V."""
+        """Return weight_decay V; see GenericNeuralNet.penalty_hvp."""
         return self.weight_decay * numbers(V, "V")
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
-        """Form the Hessian (d, d) for one output: X' diag(d2l/dz2) X / n + weight_decay I."""
+        """Return the risk's Hessian for one output, X' diag(d2l/dz2) X / n + weight_decay I."""
         (block,) = self._weighted_grams(examples)
         block[np.diag_indices_from(block)] += self.weight_decay
         return block
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """See GenericNeuralNet.rows_per_batch; blocks that fit into the cache are fastest."""
+        """Return the rows per batch that fit the cache; see GenericNeuralNet.rows_per_batch."""
         n = len(examples)
         if dtype is not None and np.dtype(dtype) != self.dtype:
             return fitting(VECTORS, self.num_parameters * np.dtype(dtype).itemsize, n)
         size = np.clip(_BLOCK_NUMBERS // max(self.num_outputs * num_vectors, 1), min(256, n), n)
         return fitting(ACTIVATIONS, examples.num_entries * self.dtype.itemsize / n, int(size))
 
-    # --- fitting and oracles --------------------------------------------------------------------
+    # --- fitting and closed forms for single rows -----------------------------------------------
 
     def fit(
         self, examples: Data, *, gradient_tolerance: float = 1e-10, max_iterations: int = 1000
@@ -258,21 +259,22 @@ class LinearModel(GenericNeuralNet):
         return self
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """See GenericNeuralNet.self_influence; this factors one matrix, of order n or d."""
+        """Return exact self-influences (k,) or None; see GenericNeuralNet.self_influence."""
         return leverage.self_influence(self, examples, rows)
 
     def leverages(
         self, examples: Examples, rows: ArrayLike | None = None, *, gram: NDArray | None = None
     ) -> NDArray:
-        """Compute x_i' H^-1 x_i with the risk's Hessian at theta, for a model of one output.
+        """Compute the leverages x_i' H^-1 x_i of rows, for a model with one output.
 
-        The self-influence of a row is (dl/dz)^2 / n times its leverage, plus a penalty term.
+        H is the risk's Hessian at theta. The self-influence of a row is (dl/dz)^2 / n times its
+        leverage, plus a penalty term.
 
         Args:
           examples: the training set.
           rows: (k,) row numbers; all n if omitted.
-          gram: (n, n) `design.gram(examples.x)`, computed if omitted. It depends neither on labels
-            nor on theta. The matrix is used only if d > n.
+          gram: (n, n) `design.gram(examples.x)`, computed if omitted. It does not depend on labels
+            or theta, and is used only if d > n.
 
         Returns: (k,).
         Raises: ValueError if the model has several outputs or if `gram` is not (n, n).
@@ -290,7 +292,7 @@ class LinearModel(GenericNeuralNet):
 
         Args:
           examples: the training set. theta should be at the minimum of its risk.
-          rows: (k,) rows; each is removed by itself.
+          rows: (k,) rows; each step leaves out one of them.
 
         Returns: (k, d).
         """
@@ -312,15 +314,15 @@ class LinearModel(GenericNeuralNet):
         return self.design.times(x, self.theta if thetas is None else self._columns(thetas))
 
     def _slope(self, x: Any, y: Any) -> NDArray:
-        """Return dl/dz (n, c, 1) at the net's theta. It is cached while theta stays."""
+        """Return dl/dz (n, c, 1) at the net's theta, from `memo` if it is cached there."""
         return self._at_theta("slope", x, y)
 
     def _curvature(self, x: Any, y: Any) -> NDArray:
-        """Return `link.curvature` at the net's theta. It is cached while theta stays."""
+        """Return `link.curvature` at the net's theta, from `memo` if it is cached there."""
         return self._at_theta("curvature", x, y)
 
     def _at_theta(self, name: Literal["slope", "curvature"], x: Any, y: Any) -> NDArray:
-        """Return a derivative of the link. A cache gets both of them from the same outputs."""
+        """Return the link's slope or curvature at theta. If there is a `memo`, cache both in it."""
         if self.memo is not None and name in self.memo:
             return self.memo[name]
         Z, y = self._outputs(x), _labels(y)
@@ -337,7 +339,7 @@ class LinearModel(GenericNeuralNet):
 
 
 def _labels(y: Any) -> NDArray:
-    """Return labels as an array. Labels that are packed with sample weights stay packed."""
+    """Return labels as an array. Labels packed with sample weights are returned unchanged."""
     return y if packing.is_packed(y) else numbers(y, "y")
 
 

@@ -1,4 +1,4 @@
-"""Logistic regression with many classes and with two: the paper's convex models.
+"""The paper's convex models: logistic regression with several classes, and with two classes.
 
 With p = softmax(z), the loss is l = -log p_y, dl/dz = p - onehot(y) and d2l/dz2 = diag(p) - p p'.
 With p = sigmoid(z) and one output, dl/dz = p - y and d2l/dz2 = p (1 - p).
@@ -23,27 +23,27 @@ class Softmax(Link):
     """The loss -log softmax(z)_y of c outputs z and class numbers y."""
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.loss."""
+        """Return the losses, (n, k); see Link.loss."""
         return scipy.special.logsumexp(Z, axis=1) - Z[np.arange(len(Z)), y.astype(int).ravel()]
 
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.slope."""
+        """Return dl/dz, (n, c, k); see Link.slope."""
         E = _softmax(Z)
         E[np.arange(len(E)), y.astype(int).ravel()] -= 1
         return E
 
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return the probabilities p, (n, c, 1)."""
+        """Return the probabilities p, (n, c, 1); see Link.curvature."""
         return _softmax(Z)
 
     def multiplied(self, K: NDArray, U: NDArray) -> NDArray:
-        """See Link.multiplied; p u - p p'u for the probabilities p in K."""
+        """Return diag(p) u - p p'u with the probabilities p in K; see Link.multiplied."""
         U = U - np.einsum("nc,ncm->nm", K[:, :, 0], U)[:, None, :]
         U *= K
         return U
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return p_a p_b for each pair of different classes a and b: (n, c (c - 1) / 2)."""
+        """Return p_a p_b for each pair of classes a > b: (n, c (c - 1) / 2); see Link.weights."""
         P = _softmax(Z)[:, :, 0]
         a, b = np.tril_indices(P.shape[1], -1)
         return P[:, a] * P[:, b]
@@ -54,16 +54,16 @@ class Sigmoid(Link):
     """The loss of one output z: -log sigmoid(z) for label 1, -log sigmoid(-z) for label 0."""
 
     def loss(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.loss."""
+        """Return the losses, (n, k); see Link.loss."""
         z = Z[:, 0]
         return np.logaddexp(0, z) - y.reshape(-1, 1).astype(z.dtype) * z
 
     def slope(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.slope."""
+        """Return dl/dz, (n, c, k); see Link.slope."""
         return scipy.special.expit(Z) - y.reshape(-1, 1, 1).astype(Z.dtype)
 
     def curvature(self, Z: NDArray, y: NDArray) -> NDArray:
-        """See Link.curvature; this is p (1 - p)."""
+        """Return p (1 - p); see Link.curvature."""
         P = scipy.special.expit(Z)
         return P * (1 - P)
 
@@ -76,9 +76,10 @@ class MulticlassLogisticRegression(LinearModel):
       num_classes: number c of classes.
       weight_decay: lambda of the penalty lambda/2 |W|^2, where W includes the intercept.
       intercept: True if the model has an intercept. The paper's model has none.
-      dtype: "float64" or "float32". Leave-one-out changes are only 1e-3 to 1e-5 of a loss.
+      dtype: "float64" or "float32". float64 is the default, because leave-one-out changes are only
+        1e-3 to 1e-5 of a loss.
 
-    Raises: ValueError for fewer than two classes, one feature or a negative weight decay.
+    Raises: ValueError for fewer than two classes, for no feature, or for a negative weight decay.
     """
 
     takes_weights = True
@@ -105,10 +106,11 @@ class MulticlassLogisticRegression(LinearModel):
         )
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray:
-        """Form the risk's Hessian (d, d) from a block -X' diag(p_a p_b) X / n for each class pair.
+        """Return the risk's Hessian (d, d), formed from a block for each pair of classes.
 
-        Probabilities add up to one. The loss's block of a class with itself is therefore minus the
-        sum of the blocks of this class with all other classes.
+        The block of two classes a and b is -X' diag(p_a p_b) X / n. The probabilities of all
+        classes add up to one. Therefore the block of a class with itself is minus the sum
+        of its blocks with all other classes, plus the penalty's part.
         """
         blocks = self._weighted_grams(examples)
         c, f = self.num_outputs, blocks.shape[1]
@@ -117,7 +119,7 @@ class MulticlassLogisticRegression(LinearModel):
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
         H = np.empty((f, c, f, c), self.dtype)
-        # The loop copies one feature's rows at a time, because they fit into the cache.
+        # The loop copies the rows of H that belong to one feature, because they fit into the cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
             parts = -of_row[pair]  # (c, c, f)
             parts[own, own] = 0

@@ -20,13 +20,15 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# `_step` factors the Hessian if this costs no more operations than this many products with X.
+# `_step` factors the Hessian if the factor needs at most as many operations as this number of
+# products with X.
 _FACTOR_COST = 2000
 # The relative tolerance of CG is at most this. The first step uses this value.
 _LOOSEST = 0.5
 # A step must decrease the risk by this fraction of what the slope predicts (Armijo's condition).
 _SUFFICIENT = 1e-4
-# `_length` tries the length 1 in a first pass. Each later pass tries seven of 1/2, 1/4 and so on.
+# The lengths that `_length` tries in each data pass: 1 in the first pass, then the next seven of
+# 1/2, 1/4 and so on in each later pass.
 _LENGTHS = np.split(0.5 ** np.arange(50), range(1, 50, 7))
 
 
@@ -57,7 +59,7 @@ def minimise(
     """
     first, before = 0.0, np.inf
     question = Total("loss_and_gradient")
-    question.keeps = True  # products at the same theta use the outputs again
+    question.keeps = True  # Hessian products at this theta reuse the outputs
     theta = net.theta
     for iteration in range(max_iterations + 1):
         view = net.at(theta)  # reading its theta is faster than reading Keras variables
@@ -93,7 +95,7 @@ def minimise(
 def _step(
     net: GenericNeuralNet, design: Design, examples: Examples, gradient: NDArray, rtol: float
 ) -> NDArray:
-    """Solve for H^-1 gradient, (d,); `rtol` is the relative tolerance of CG."""
+    """Return the step H^-1 gradient, (d,). `rtol` is the relative tolerance of CG."""
     n, d = len(examples), net.num_parameters
     if d**2 * (n + d / 3) <= _FACTOR_COST * examples.num_entries * design.num_outputs:
         try:

@@ -1,7 +1,8 @@
 """Logistic regression on a frozen network's features: the paper's "Inception" (figures 4 and 5).
 
 The network's trunk turns an image x into a feature map. phi(x), (f,), is the mean of this map over
-all positions. theta = w holds only the head's weights. With given mean m and scale s, the logit is
+all positions. The head is the logistic regression on these features, and theta = w holds only its
+weights. With a given mean m and scale s, the logit is
 
     z = w . (phi(x) - m) / s
 
@@ -24,10 +25,11 @@ from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression
 
-# One call of the trunk gets this many images. On a CPU, larger batches of photographs are not
-# faster, and the last bits of an image's features may depend on the other images of its batch.
+# One call of the trunk gets this many images, on a GPU and on a CPU. On a CPU, larger batches of
+# photographs are not faster. In larger batches, the last bits of an image's features may depend on
+# the other images of the batch.
 _ON_GPU, _ELSEWHERE = 16, 1
-# Floats may exceed [-1, 1] by this much, because float32 rounds.
+# Pixels as floats may lie outside [-1, 1] by this much, because of float32 rounding.
 _SLACK = 1e-6
 # An array of images (n, h, w, c) has this many axes. An array of features (n, f) has two.
 _IMAGE_RANK = 4
@@ -140,8 +142,8 @@ class TopLayer(BinaryLogisticRegression):
         """Differentiate grad loss_i . v with respect to the features or the pixels.
 
         The derivative with respect to the pixels is J(x)' c. J is the Jacobian of phi with respect
-        to the pixels. The vector c = d/dphi (grad loss . v) is LinearModel's closed form divided
-        by s.
+        to the pixels. c is the vector d/dphi (grad loss . v). It is the closed form of
+        `LinearModel.input_gradient`, divided by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
@@ -161,15 +163,15 @@ class TopLayer(BinaryLogisticRegression):
         return self._trunk.pullback(x, y, v, self.theta)
 
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.curvatures."""
+        """Return v' H_i v of each row i; see GenericNeuralNet.curvatures."""
         return super().curvatures(self.design.as_dtype(x), y, v)
 
     def curvature_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """See GenericNeuralNet.curvature_gradient."""
+        """Return the gradient of v' H v in theta; see GenericNeuralNet.curvature_gradient."""
         return super().curvature_gradient(self.design.as_dtype(x), y, v)
 
     def validate(self, examples: Examples, name: str) -> None:
-        """See GenericNeuralNet.validate. Images are refused: convert them with `featured` first."""
+        """Refuse examples that do not fit, and images, which `featured` must convert first."""
         if isinstance(examples, Examples):
             self.design.check_features(examples.take([0]).x, f"{name}.x")
         super().validate(examples, name)

@@ -1,1 +1,1 @@
-"""The questions that `influence.check` asks of a net and its training set."""
+"""The tests of a net and its training set that `influence.check` runs."""

@@ -1,4 +1,4 @@
-"""The check before the computation. It shows whether scores can be trusted."""
+"""Tests of a net and its data before scores are computed. They show if scores can be trusted."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _NUM_LINES = 13
 _RTOL = 1e-4
 # For d > 1024, `spectrum` makes at most about this many products for each end of the spectrum.
 _MOST_PRODUCTS = 512
-# The largest eigenvalue of a Gauss-Newton matrix is computed to a few per cent by this many steps.
+# This many Lanczos steps give the largest eigenvalue of a Gauss-Newton matrix to a few per cent.
 _LANCZOS_STEPS = 6
-# Derivatives are compared with differences on this many rows.
+# Derivatives are compared with finite differences on at most this many rows.
 _DERIVATIVE_ROWS = 512
 
 
@@ -50,15 +50,17 @@ def check(
 ) -> Report:
     """Check the assumptions of influence functions for a net before scores are computed.
 
-    The check tests three assumptions. The risk is a mean of per-example losses plus the penalty.
-    theta is a minimum of the risk. Derivatives are right, and the matrix that `Influence` would use
-    is invertible. Each line of the report names a question, a value, its meaning and a remedy. If a
-    line about the rows fails (except the line about labels), derivatives are not checked.
+    The check tests three assumptions. First, the risk is a mean of per-example losses plus the
+    penalty. Second, theta is a minimum of the risk. Third, derivatives are correct, and the matrix
+    that `Influence` would use is invertible. Each line of the report is the result of one test: its
+    name, a value, the meaning and a remedy. If a line about the rows fails, derivatives are not
+    checked; the line about labels is an exception.
 
     The check takes about seven passes over the training set, eight gradients and three products on
-    some rows, and at most 20 steps of CG on three vectors. For a Hessian it takes the products of
-    `spectrum` too: d products if d <= 1024, else some hundreds. A Gauss-Newton matrix with damping
-    has a known bound on its eigenvalues, so that 7 products are enough. The net does not change.
+    some rows, and at most 20 steps of CG on three vectors. For a Hessian, `spectrum` needs further
+    products: d products if d <= 1024, else some hundreds. For a damped Gauss-Newton matrix, a
+    positive lower bound on the eigenvalues is known, and 7 products are enough. The net does not
+    change.
 
     Args:
       net: the model, at the theta that will be explained, in any form that `Influence` takes.
@@ -66,8 +68,8 @@ def check(
       damping: the damping that `Influence` will get.
       curvature: the curvature that `Influence` will get.
       test: rows whose losses will be explained. None uses training rows instead.
-      batch_size: number of rows in a batch, which bounds memory and never changes a result. None
-        lets the net choose.
+      batch_size: number of rows in a batch. It limits memory and does not change results. None lets
+        the net choose.
 
     Returns: Report. `print(report)` shows a table. `report.ok` is True if every line is ok.
     Raises: TypeError if `net` is not a GenericNeuralNet or a set is not Examples; ValueError for a
@@ -93,9 +95,10 @@ def check_rows(
     test: Examples | None = None,
     batch_size: int | None = None,
 ) -> Report:
-    """Return the lines of `check` about the rows and the risk, without those about derivatives.
+    """Return a report with the lines of `check` about the rows and the risk only.
 
-    They take a few passes in inference mode. The arguments are those of `check`.
+    The lines about derivatives are left out. The report needs a few passes over the data in
+    inference mode. The arguments are those of `check`.
     """
     return Report(tuple(_about_rows(net, train, test, batch_size)))
 
@@ -116,7 +119,7 @@ def _lines(
         return
     some = train.take(sample(len(train), _DERIVATIVE_ROWS))
     yield from hessian.derivatives(net, Hessian(net, some, batch_size=size))
-    # A given solver keeps the net's dtype.
+    # Without a solver, Planner may choose another dtype. With CG it keeps the net's dtype.
     try:
         A = Planner(net, train, solver=CG(), **options).operator
     except ValueError as error:
@@ -156,7 +159,7 @@ def _about_rows(
             return
         separate = rows.separate(net, train)
     except (TypeError, ValueError, tf.errors.OpError):
-        if refused:  # an earlier line names the fault
+        if refused:  # an earlier line reports the fault
             return
         raise
     yield separate

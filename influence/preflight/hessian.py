@@ -1,4 +1,4 @@
-"""Questions about derivatives and curvature: is H right and invertible, is theta a minimum?"""
+"""Tests of derivatives and curvature: is H correct and invertible, and is theta a minimum?"""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from influence.solvers import CG, solve
 from influence.solvers.plan import FLOAT64_WEIGHTS
 from influence.solvers.spectrum import Spectrum, largest_eigenvalue
 
-# `derivatives` takes differences over these steps, in cube roots of the dtype's machine epsilon.
-# For a smooth function the best step is about 1.
+# Step sizes of the differences in `derivatives`. The unit is the cube root of the dtype's machine
+# epsilon. For a smooth function, the best size is about 1 in this unit.
 _STEPS = (10.0, 1.0, 0.1, 0.01)
-# This many sums of rows with random signs estimate the effect of removing one row.
+# This many sums of row gradients with random signs estimate the effect of removing one row.
 _SIGNS = 2
 # Each sum has at most this many rows. The losses of at most this many rows are compared.
 _ROWS = 256
@@ -29,7 +29,7 @@ _ROWS = 256
 _ITERATIONS, _RTOL = 20, 0.3
 # TensorFlow operations whose names begin with one of these words have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
-# A score may lose at most this share of its value to rounding.
+# A score may have at most this relative rounding error.
 _ENOUGH_DIGITS = 1e-2
 
 
@@ -37,8 +37,8 @@ def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
     """Check that H v agrees with differences of the gradient, and that H is symmetric.
 
     H is the damped Hessian A. The vector v is H w, scaled to length 1, for a random w. Such a v has
-    components in all directions of curvature. A correct product agrees with the difference over at
-    least one of the steps.
+    components in all directions of curvature. If the product is correct, it agrees with the
+    difference for at least one step size.
     """
     d, dtype = net.num_parameters, net.dtype
     eps = float(np.finfo(dtype).eps)
@@ -86,7 +86,7 @@ def _differences(net: GenericNeuralNet, train: Examples, gap: float) -> Line:
 
 
 def _kinks(model: keras.Model, train: Examples) -> list[str]:
-    """Find operations of the model with a discontinuous slope."""
+    """Return the names of the model's operations whose slope is discontinuous."""
     x = plain_inputs(model, train.take([0]).x)
     function = tf.function(lambda x: model(x, training=False), autograph=False)
     with keras.StatelessScope():
@@ -106,7 +106,7 @@ def _symmetry(gap: float, tolerance: float) -> Line:
 
 
 def bounded(A: GaussNewton, steps: int) -> tuple[Line, Line, Line]:
-    """Report the ends of the spectrum of a matrix with a known positive bound.
+    """Report extreme eigenvalues and precision of a matrix with a known positive bound.
 
     The largest eigenvalue comes from `steps` steps of Lanczos' iteration. The smallest eigenvalue
     is at least `A.smallest_eigenvalue_bound`.
@@ -240,15 +240,17 @@ def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
 
 
 def stationary(net: GenericNeuralNet, A: Curvature, test: Examples | None, shift: float) -> Line:
-    """Compare the loss changes from finishing the training with those from removing a row.
+    """Compare two changes of losses: by finishing the training, and by removing a row.
 
-    A Newton step on the risk R approximates the rest of the training. This step changes loss j by
-    -grad loss_j . H^-1 grad R. With L = loss + penalty, leaving out row i changes loss j by
-    grad loss_j . H^-1 grad L(z_i) / n. Sums of rows with random signs estimate the root mean square
-    of these changes over rows i. Half of the signs are positive, so the penalty cancels out.
+    A Newton step on the risk R approximates the end of the training. This step changes loss j by
+    -grad loss_j . H^-1 grad R. With L = loss + penalty, leaving out row i changes loss j by grad
+    loss_j . H^-1 grad L(z_i) / n. Sums of row gradients with random signs estimate the root mean
+    square of these changes over all rows i. Half of the signs are positive, so that the penalty
+    cancels in each sum.
 
-    A is the damped matrix over the training set. `shift` is added to the damping; it is positive
-    if A is not positive definite. If `test` is None, the losses of training rows are compared.
+    A is the damped matrix of the training set. `shift` is added to its damping. The shift is
+    positive if A is not positive definite. If `test` is None, the losses of training rows are
+    compared.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)

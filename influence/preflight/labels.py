@@ -1,4 +1,4 @@
-"""Questions about class labels: do they have the same coding as in the model's training?"""
+"""Tests of class labels: is their coding the same as in the model's training?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Classes:
 
 
 def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
-    """Find labels that are class numbers beyond the model's outputs; None if there are none."""
+    """Return a failed line if a class number has no output in the model; else None."""
     some = examples.take([0])
     y, outputs = packing.labels(examples.y), net.outputs(some.x)
     if not isinstance(outputs, np.ndarray) or isinstance(y, Mapping):
@@ -105,7 +105,7 @@ def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Li
 
 
 def _mean_without_weights(answers: Answers) -> float:
-    """Return the mean loss. Sample weights average it, but do not multiply it."""
+    """Return the mean loss. With sample weights, it is the weighted mean of unweighted losses."""
     weights = packing.sample_weights(answers.examples.y)
     if not isinstance(weights, np.ndarray):
         return float(answers.losses.mean())
@@ -113,7 +113,7 @@ def _mean_without_weights(answers: Answers) -> float:
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
-    """Return True if y holds class numbers: one integer for each row that has several outputs."""
+    """Return True if y holds class numbers, one integer in place of the outputs' last axis."""
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)
@@ -123,7 +123,7 @@ def classes_of(loss: PerExampleLoss, answers: Answers, like: Any = None) -> Clas
     """Return labels and predictions as class numbers, or None if they are not classes.
 
     `like` are plain labels that show how two classes are coded. None means the labels of `answers`.
-    They may not show it: a few rows may have labels of one class only.
+    These do not suffice if all of them have the same class.
     """
     y, shape = packing.labels(answers.examples.y), answers.output_shape
     if isinstance(y, Mapping):

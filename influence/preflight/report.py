@@ -1,4 +1,4 @@
-"""The report of a check: a line for each question, with its meaning and a remedy."""
+"""The report of a check. It has one line for each test, with the meaning and a remedy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SHOWN = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
 @dataclass(frozen=True)
 class Line:
-    """The answer to one question.
+    """The result of one test.
 
     Attributes:
-      name: short name of the question.
-      value: the number behind the verdict, NaN if there is none. `meaning` says what it measures.
-      verdict: "ok", "warn" or "fail". "warn" means that scores need care, or that the question is
+      name: short name of the test.
+      value: the number on which the verdict is based; NaN if there is none. `meaning` explains it.
+      verdict: "ok", "warn" or "fail". "warn" means that scores need care, or that the test is
         undecided. "fail" means that scores would now be wrong.
       meaning: the finding in words.
       remedy: the user's next step; empty if none is needed.
@@ -34,30 +34,30 @@ class Line:
 
 @dataclass(frozen=True)
 class Finding:
-    """The name and value of a `Line`. Each method makes the Line with one verdict."""
+    """The name and value of a `Line` without a verdict. Each method returns it with a verdict."""
 
     name: str
     value: float = float("nan")
 
     def ok(self, meaning: str) -> Line:
-        """Return the Line of a question without a fault."""
+        """Return the Line of a test that found no fault."""
         return Line(self.name, self.value, "ok", meaning)
 
     def warn(self, meaning: str, remedy: str) -> Line:
-        """Return the Line of a result that is usable with care, or of an undecided question."""
+        """Return the Line of a result that is usable with care, or of an undecided test."""
         return Line(self.name, self.value, "warn", meaning, remedy)
 
     def fail(self, meaning: str, remedy: str) -> Line:
-        """Return the Line of a fault that makes scores wrong."""
+        """Return the Line of a test that found a fault, which makes scores wrong."""
         return Line(self.name, self.value, "fail", meaning, remedy)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The lines of a check, in the order of the questions. `str` makes a table of the lines.
+    """The lines of a check, in the order of the tests. `str` returns them as a table.
 
     Attributes:
-      lines: one Line for each question.
+      lines: one Line for each test.
     """
 
     lines: tuple[Line, ...]
@@ -79,7 +79,7 @@ class Report:
         raise KeyError(f"name must be one of {names}, got {name!r}.")
 
     def __str__(self) -> str:
-        """Make a table, 100 characters wide: verdict, question, value, meaning, remedy."""
+        """Return a table, 100 characters wide: verdict, name, value, meaning and remedy."""
         return "\n".join(_row(line) for line in self.lines)
 
 

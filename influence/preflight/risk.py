@@ -1,4 +1,4 @@
-"""Questions about the risk: the weights that it depends on, and its penalty."""
+"""Tests of the risk: the weights on which it depends, and its penalty."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def penalty(net: GenericNeuralNet, mean_loss: float) -> Line:
     """Check that the net's penalty is everything that training minimised besides the losses."""
     model, value = net.model, net.penalty()
     title = "penalty"
-    # `model.losses` would also hold what the last call of the model added by `add_loss`.
+    # `model.losses` would also contain losses that the model's last call added by `add_loss`.
     by_keras = float(
         sum(np.asarray(w.regularizer(w)) for w in model.trainable_weights if w.regularizer)
     )

@@ -1,6 +1,6 @@
-"""Questions about the rows. Do they fit the net? Is each loss finite and repeatable?
+"""Tests of the rows: do they fit the net, and is each loss finite, repeatable and independent?
 
-Does the loss of a row depend on other rows? All other results of the library are computed from the
+A loss must not depend on other rows. All other results of the library are computed from the
 losses and outputs that are checked here.
 """
 
@@ -23,15 +23,15 @@ from influence.net.questions import PerRow
 from influence.net.refused import check_weights
 from influence.preflight.report import Finding, Line
 
-# `separate` asks the net about at most _SAMPLE rows together, in two orders. It also asks about at
-# most _ALONE of these rows one by one.
+# `separate` computes the losses of at most _SAMPLE rows together, in two orders. It also computes
+# the losses of at most _ALONE of these rows one by one.
 _SAMPLE, _ALONE = 64, 8
 # A message lists at most this many row numbers.
 _SHOWN = 5
 
 
 def rounding(dtype: np.dtype) -> float:
-    """Return the relative difference that another order of addition may cause in a deep net."""
+    """Return the relative difference that the order of additions may cause in a deep net."""
     return 1e3 * float(np.finfo(dtype).eps)
 
 
@@ -44,15 +44,15 @@ def sample(num_rows: int, size: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Answers of a net for every row of a set, from one pass over it.
+    """Losses and outputs of a net for all rows of a set, computed in one pass.
 
     Attributes:
       examples: the n rows.
       batch_size: number of rows in a batch of each pass. None lets the net choose.
       losses: (n,) the losses of the rows.
-      outputs: (n, ...) the outputs. If the last axis has two or more outputs, it is replaced by the
-        position of the largest output. This saves memory.
-      output_shape: shape of one row's outputs, including this last axis.
+      outputs: (n, ...) the outputs. If the last axis has two or more entries, only the position of
+        the largest entry is stored, to save memory.
+      output_shape: shape of one row's outputs, including the last axis.
     """
 
     examples: Examples
@@ -63,7 +63,7 @@ class Answers:
 
     @classmethod
     def of(cls, net: GenericNeuralNet, examples: Examples, batch_size: int | None) -> Answers:
-        """Ask the net about all rows in one pass."""
+        """Compute the losses and outputs of all rows in one pass."""
         answers = examples.map_over(_losses_and_outputs, net, batch_size=batch_size)
         losses, outputs, shapes = zip(*answers, strict=True)
         return cls(examples, batch_size, np.concatenate(losses), np.concatenate(outputs), shapes[0])
@@ -94,7 +94,7 @@ def fits(net: GenericNeuralNet, examples: Examples, name: str) -> Line:
 
 
 def finite_weights(net: GenericNeuralNet) -> Line | None:
-    """Find weights that are NaN or infinite; None if all are finite."""
+    """Return a failed line if a weight is NaN or infinite, or None if all are finite."""
     try:
         check_weights(net.model)
     except ValueError as error:
@@ -120,7 +120,7 @@ def separate(net: GenericNeuralNet, examples: Examples) -> Line:
     outputs = one_array(net.outputs(some.x))
     alone = np.concatenate([net.losses(one.x, one.y) for one in few])
     outputs_alone = np.concatenate([one_array(net.outputs(one.x)) for one in few])
-    # Outputs are compared too, because the loss of a well fitted row hardly changes with them.
+    # Outputs are compared too, because the loss of a well-fitted row hardly depends on its outputs.
     size = _largest(outputs)
     reversed_ = one_array(net.outputs(reverse.x))[::-1], net.losses(reverse.x, reverse.y)[::-1]
     gap = max(
@@ -154,7 +154,7 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = inputs_of(examples).take(sample(len(examples), _SAMPLE))
     x = plain_inputs(net.model, some.x)
-    with keras.StatelessScope():  # Seeds advance only inside the scope, not outside.
+    with keras.StatelessScope():  # Outside the scope, seeds do not advance.
         one, two = (one_array(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)
@@ -237,7 +237,7 @@ def _gap(one: NDArray, two: NDArray, size: float) -> float:
 
 
 def one_array(outputs: Any) -> NDArray:
-    """Return one output as it is, and several outputs as one array (n, ...) side by side."""
+    """Return a single output unchanged. Join several outputs to one array (n, entries)."""
     if isinstance(outputs, Mapping):
         outputs = [outputs[name] for name in sorted(outputs)]
     if isinstance(outputs, list | tuple):
@@ -247,7 +247,7 @@ def one_array(outputs: Any) -> NDArray:
 
 
 def plain_inputs(model: keras.Model, x: Any) -> Any:
-    """Convert inputs to dense arrays, in the structure in which the Keras model is called."""
+    """Convert inputs to dense arrays, in the structure that a call of the Keras model takes."""
     if not isinstance(x, Mapping):
         return _dense(x)
     return for_call(model, named(model, {key: _dense(part) for key, part in x.items()}))

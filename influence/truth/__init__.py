@@ -1,1 +1,1 @@
-"""Methods that measure how losses actually change: retraining without rows, and related ones."""
+"""Measurements of how losses actually change if training rows are removed or edited."""

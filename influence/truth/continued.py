@@ -34,7 +34,7 @@ from influence.net.refused import check_no_masses
 from influence.truth import runs
 from influence.truth.runs import Groups, RunOptions, Task
 
-# A block's state is cached each time this many steps are done.
+# Number of steps between two checkpoints of a block's state.
 _SAVE_EVERY = 500
 
 
@@ -49,7 +49,7 @@ class ContinuedTraining(Estimand):
       drift: (m,) the change of each test loss in the control, which trains on all rows.
       steps: the number of further steps.
       rate: the learning rate.
-      at: (p,) the smaller numbers of steps after which the changes were also measured.
+      at: (p,) numbers of steps, below `steps`, after which the changes were also measured.
       changes_at: (p, m, k) `change_if_removed` after each of these numbers of steps.
     """
 
@@ -64,7 +64,7 @@ class ContinuedTraining(Estimand):
 class ContinuedOptions(RunOptions):
     """Options of continued training, in addition to those of `RunOptions`.
 
-    With `checkpoints`, the state of each unfinished block is also cached, every few hundred steps.
+    With `checkpoints`, the state of each unfinished block is also cached, every 500 steps.
 
     Attributes:
       batch_size: number of rows in each minibatch, at least 3. The size changes the result of the
@@ -99,7 +99,7 @@ class _Plan:
 
     @property
     def identity(self) -> tuple:
-        """The inputs of the training, except its task and its groups."""
+        """The inputs on which the training depends, except its task and its groups."""
         start = self.moments.steps, self.moments.first, self.moments.second
         return "continued", start, self.steps, self.at, self.rate, self.batch_size, self.seed
 
@@ -120,7 +120,7 @@ def continued_training(
 
     The change of a control that trains on all rows is subtracted. All trainings use the same
     minibatches. A minibatch with the removed row is averaged over its other rows. The trainings of
-    a block advance together. The net is left as it was.
+    a block advance together. The net does not change.
 
     Args:
       net: a net that Adam trained up to its present theta.
@@ -173,7 +173,10 @@ def continued_training(
 
 
 def _continued_block(task: Task, groups: Groups, plan: _Plan) -> dict[str, NDArray]:
-    """Train with Adam. Each group has a column of theta. The group of the control is empty."""
+    """Continue the training with Adam, and return the changes of the test losses.
+
+    Each group has a column of theta. The group of the control is empty.
+    """
     net, train = task.net, task.train
     removed = np.array([group[0] if len(group) else -1 for group in groups])
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -211,7 +214,7 @@ def _gradients(
     G = net.gradient(batch.x, batch.y, thetas)
     for row in np.intersect1d(rows, removed):
         columns = np.flatnonzero(removed == row)
-        times = np.count_nonzero(rows == row)  # 2 if two passes meet in this minibatch
+        times = np.count_nonzero(rows == row)  # 2 if two data passes overlap here
         one = train.take([row])
         own = net.gradient(one.x, one.y, thetas[:, columns])
         G[:, columns] += (G[:, columns] - own) * (times / (len(rows) - times))

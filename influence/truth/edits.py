@@ -1,15 +1,17 @@
-"""The actual effect of an edited training set: some rows relabelled, and some left out.
+"""The actual effect of editing a training set: relabelling some rows and removing others.
 
 Let theta_s be the net's parameters, n the number of training rows and L(z) = loss + penalty. An
-edit replaces the rows z_i by z_i', or leaves them out. It moves theta to the minimum of
+edit replaces some rows z_i by z_i', and removes others. The edit moves theta to the minimum of
 
     F(theta) = D(theta, theta_s) + (1/n) sum_i [L(z_i', theta) - L(z_i, theta)]
                + damping/2 |theta - theta_s|^2,
 
-without L(z_i') for a row that is left out. D is one of the two functions of
-`influence.truth.proximal`. For a single row that is left out, F is F_i there. With the objective
-"leave_one_out", without damping and at a minimum of the risk, the minimum of F is that of the risk
-on the edited training set.
+where the sum is over the edited rows. For a removed row, the term L(z_i') is absent. The module
+`influence.truth.proximal` defines D, one of two functions. If a single row is removed, F is the F_i
+of that module.
+
+Suppose that theta_s is a minimum of the risk, that D is "leave_one_out", and that there is no
+damping. Then the minimum of F is the minimum of the risk on the edited training set.
 """
 
 from __future__ import annotations
@@ -28,19 +30,19 @@ from influence.net.questions import PerRow, Total
 from influence.solvers import Prepared
 from influence.truth.removal import apply
 
-# The gradient norm of F must fall to this share of its norm at theta_s.
+# The gradient norm of F must fall to this fraction of its value at theta_s.
 TOLERANCE = 1e-6
 _MAX_PASSES = 200
 
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """Changes of a training set.
+    """Edits of a training set.
 
     Attributes:
-      rows: (k,) the training rows that change.
-      new: the rows that replace the relabelled ones, or None if no row is relabelled.
-      removed: (k,) True for each of `rows` that is left out.
+      rows: (k,) the numbers of the training rows that are relabelled or removed.
+      new: the relabelled rows with their new labels, or None if no row is relabelled.
+      removed: (k,) True for each of `rows` that is removed, False if it is relabelled.
     """
 
     rows: NDArray[np.int64]
@@ -56,8 +58,8 @@ class EditResponse:
       theta: (d,) the parameters at the minimum of F.
       losses_before: (m,) the test losses at theta_s.
       losses: (m,) the test losses at `theta`.
-      gradient_norm: norm of the gradient of F at `theta`, relative to its norm at theta_s.
-      passes: number of gradients of F. Each is a data pass.
+      gradient_norm: norm of the gradient of F at `theta`, relative to the norm at theta_s.
+      passes: number of computed gradients of F. Each needs a pass over the training set.
       converged: True if `gradient_norm` is within the tolerance.
     """
 
@@ -79,7 +81,7 @@ def edit_response(
     batch_size: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> EditResponse:
-    """Move theta to the minimum of F, and measure the test losses there. The net is left as it was.
+    """Compute the minimum of F, and the test losses there. The net does not change.
 
     The objective is "bregman" if the matrix of `inverse` is GaussNewton, else "leave_one_out".
 
@@ -87,9 +89,9 @@ def edit_response(
       net: a net at any theta.
       train: the training set, n rows.
       test: m examples whose losses are measured.
-      edits: the changes of the training set.
-      inverse: a solver that was prepared for the damped matrix of `net` and `train`. Its damping is
-        that in F.
+      edits: the edits of the training set.
+      inverse: a solver that was prepared for the damped matrix of `net` and `train`. The damping of
+        this matrix is also the damping in F.
       batch_size: number of training rows in memory at a time; None: chosen by the library.
       tolerance: gradient norm of F to reach, relative to the norm at theta_s.
 
@@ -102,7 +104,8 @@ def edit_response(
     start = net.theta[:, None]
     damping = float(getattr(inverse.A, "damping", 0.0))
     old = train.take(edits.rows)
-    # A relabelled row keeps its penalty, and a removed row takes its penalty with it.
+    # The two terms of a relabelled row in F contain the same penalty, which cancels. A removed row
+    # has only one term, whose penalty remains.
     lost = int(edits.removed.sum())
 
     def own(thetas: NDArray) -> NDArray:

@@ -1,4 +1,4 @@
-"""Retraining without rows: the ground truth of influence, with a certificate for every refit."""
+"""Retraining without rows, the ground truth of influence. A gradient norm certifies each refit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from influence.truth import runs
 from influence.truth.removal import Removal
 from influence.truth.runs import Groups, Refits, RunOptions, Task
 
-# If no tolerance is given, a fit stops when the gradient norm is this share of the gradient that
-# the removal adds.
+# If no tolerance is given, a fit stops when the gradient norm is this fraction of the gradient norm
+# that the removal adds.
 _OF_REMOVAL = 1e-9
 # The relative rounding error of a mean gradient is this times eps.
 _ROUNDING = 4
@@ -40,11 +40,11 @@ class RefitOptions(RunOptions):
 
     Attributes:
       method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
-      tolerance: Euclidean norm that the gradient of each refit's risk must reach. This tolerance is
-        also passed to the net's own fit method. None: 1e-8 for "newton". For the net's own fit
-        method, None is 1e-9 of the gradient that the removal adds, or its rounding error if that is
-        larger. For a `fit` callable, None is no tolerance. Norms are then reported, but no refit is
-        `converged`.
+      tolerance: Euclidean norm that the gradient of each refit's risk must reach. The net's own fit
+        method also gets this tolerance. None means 1e-8 for "newton". For the net's own fit method,
+        None means 1e-9 of the gradient norm that the removal adds, or the rounding error of this
+        gradient if it is larger. For a `fit` callable, None means no tolerance: norms are reported,
+        but no refit is `converged`.
       solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`
         for `Hessian(net, train)`.
       start: (d,) parameters at which each "fit" begins; None: the net's present parameters.
@@ -55,7 +55,7 @@ class RefitOptions(RunOptions):
         `leave_one_out`, 100 in `leave_group_out`.
       key: a text that names everything that the results of `fit` depend on, such as
         hyperparameters. The key is required if both `fit` and `checkpoints` are given. With
-        dropout, an interrupted call returns the same bits only if the dropout layers have seeds.
+        dropout, a continued call returns the same bits only if the dropout layers have seeds.
     """
 
     method: Literal["newton", "fit"] | None = None
@@ -124,13 +124,13 @@ def leave_group_out(
 
     For each group g, a refit minimises the risk R_-g: the mean loss over the rows outside g, plus
     the same penalty. If positions are masked, the mean is over the valid positions of these rows.
-    Groups may overlap and differ in size. The net is left as it was.
+    Groups may overlap and differ in size. The net does not change.
 
     "newton" (convex models) starts at theta with Newton's step. The full-data Hessian is factored
-    once, and the group's own curvature is subtracted from it. Secant updates (L-BFGS) then learn
-    how the curvature changes along the path. One data pass serves `block` refits. "fit" calls the
-    net's `fit`, or the callable `fit`, on the remaining rows. The fit begins at theta or at
-    `start`.
+    once, and the group's own curvature is subtracted from it. Secant updates (L-BFGS) then account
+    for changes of the curvature along the path. Up to `block` refits share each data pass. "fit"
+    calls the net's `fit`, or the callable `fit`, on the remaining rows. The fit begins at theta or
+    at `start`.
 
     Args:
       net: a net at the minimum of its risk on `train`. Elsewhere "newton" raises ValueError and
@@ -183,7 +183,7 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
     else:
         warn_of_drift(net, train, groups, task.batch_size)
         options = replace(options, block=1)
-        # A fit may draw dropout from the states of the model's random generators.
+        # A fit with dropout depends on the states of the model's random generators.
         states = [variable.numpy() for variable in net.model.variables]
         refit, plan, identity = _fit_block, options, (tolerance, start, states)
     found = runs.run(
@@ -191,7 +191,7 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
     )
     norms = found["gradient_norm"]
     asked = found["asked"] if tolerance is None else np.full(len(norms), tolerance)
-    converged = norms <= asked  # This is False if `asked` is NaN, as is `missed`.
+    converged = norms <= asked  # `converged` and `missed` are False if `asked` is NaN
     missed = norms > asked
     if missed.any():
         more = "allow more max_passes, " if method == "newton" else ""
@@ -207,9 +207,9 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
     """Minimise R_-g for several groups. Each group g has a column of theta.
 
     The gradient of R_-g is (n R' - sum over g of (loss_i + penalty)') / (n - r). R' is the gradient
-    of the risk on all n rows, and r is the number of rows in g. If positions are masked, both are
-    sums of masses. The Hessian of R_-g at theta is
-    n / (n - r) times the matrix that `Removal.solve` inverts.
+    of the risk on all n rows, and r is the number of rows in g. If positions are masked, n and r
+    are sums of masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the
+    matrix that `Removal.solve` inverts.
     """
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size)
@@ -248,17 +248,17 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
     mass = net.mass(chosen)
     removed = net.risk_gradient(chosen, batch_size=task.batch_size) * mass
     left = net.mass(train) - mass
-    # If rows have gradients as large as those of the removed rows, the mean gradient has a rounding
-    # error of about eps times that size.
+    # Assume that the gradients of all rows are about as large as those of the removed rows. Then
+    # the mean gradient has a rounding error of about eps times their size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
 
 def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, NDArray]:
-    """Fit the net without the only group, from theta or from `start`. Then restore the net."""
+    """Refit the net without the rows of the only group, return the results, and restore the net."""
     net, remaining = task.net, task.train.without(groups[0])
     fit, trunk = options.fit or type(net).fit, task.net.flat.trunk
-    # A fit that is not ours may call the Keras model, which takes inputs and not features.
+    # A fit from outside the library may call the Keras model. The model takes inputs, not features.
     foreign = fit is not GenericNeuralNet.fit
     rows = inputs_of(task.train).without(groups[0]) if foreign else remaining
     # All variables are restored, because training also changes batch statistics and generators.

@@ -5,18 +5,17 @@ Each removal moves theta to the minimum of
 
     F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2.
 
-The user may choose to remove only a fraction of L(z_i) / n. D is one of two functions, and both are
-stationary at theta_s. So without the term L(z_i), theta_s itself minimises F_i:
+If the user requests it, only a fraction of L(z_i) / n is removed. D is one of two functions. Both
+are stationary at theta_s, so that theta_s minimises F_i without the term L(z_i):
 
-    "bregman"        D = (1/n) sum_j loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)
+    "bregman"        D = mean_j [loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)]
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
-If positions are masked, the weight v_i / sum_j v_j of row i replaces 1/n.
-
-Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. The "bregman" D is the
-Bregman divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2
-penalty the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman
-divergence of the risk in theta.
+Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. If positions are
+masked, row i has the weight v_i / sum_j v_j in place of 1/n. The "bregman" D is the Bregman
+divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2 penalty
+the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman divergence of the
+risk in theta.
 """
 
 from __future__ import annotations
@@ -49,18 +48,19 @@ _CURVATURE: dict[str, type[Curvature]] = {"bregman": GaussNewton, "leave_one_out
 
 @dataclass(frozen=True, eq=False)
 class ProximalResponse(Estimand):
-    """Table (m, k) of the changes of each test loss as theta moves to the minimum of each F_i.
+    """Table (m, k) of the changes of test losses if theta moves to the minimum of each F_i.
 
     Attributes:
       change_if_removed: (m, k) test loss at the minimum of F_i, minus the test loss at theta_s.
       rows: (k,) the training rows.
       objective: "bregman" or "leave_one_out", the name of D.
       damping: the damping in F_i.
-      fraction: the part of the row's weight that F_i removes.
+      fraction: the fraction of the row's weight that F_i removes.
       gradient_norm: (k,) Euclidean norm of the gradient of F_i at the final theta, relative to the
         norm at theta_s. A small norm certifies the minimum. The norm stays large if rounding
         dominates.
-      iterations: (k,) number of gradients of F_i, low-precision ones included. Each is a data pass.
+      iterations: (k,) number of computed gradients of F_i, including low-precision ones. Each
+        gradient needs a data pass.
       converged: (k,) True if gradient_norm is within the tolerance.
       distance: (k,) Euclidean norm of theta - theta_s.
     """
@@ -82,18 +82,18 @@ class ProximalOptions(RunOptions):
 
     Attributes:
       step_damping: damping that is added to A to compute the steps. This damping does not change
-        F_i. If some eigenvalues nearly vanish, a millionth of the largest one reduces the number of
-        steps.
+        F_i. If some eigenvalues of A are nearly zero, a millionth of the largest eigenvalue reduces
+        the number of steps.
       solver: the solver that inverts A for the steps, or the result of `prepare` for A.
       tolerance: gradient norm of F_i to reach, relative to the norm at theta_s. Give one number,
         or (k,) numbers for the rows.
-      rough: a pair (net, train) in a lower precision. It has the theta of the argument `net` of
-        `proximal_response`, and the rows of the argument `train` in the same order. The search
-        first uses the gradients of this pair. The gradients of the argument `net` then certify the
+      rough: a pair (net, train) in a lower precision. Its theta and rows must equal those of the
+        arguments `net` and `train` of `proximal_response`, in the same order. The search first uses
+        the gradients of this pair. It ends with the gradients of the arguments, which certify the
         result.
       rough_tolerance: like `tolerance`, for the gradients of `rough`. This tolerance must be above
         their rounding error.
-      max_iterations: the largest number of gradients of each F_i.
+      max_iterations: the largest number of computed gradients of each F_i.
     """
 
     block: int = 10
@@ -138,19 +138,19 @@ def proximal_response(
     objective: Literal["bregman", "leave_one_out"] = "bregman",
     fraction: float = 1.0,
 ) -> ProximalResponse:
-    """Compute the actual change of each test loss as theta moves to the minimum of each F_i.
+    """Compute the actual change of each test loss if theta moves to the minimum of each F_i.
 
     The module's docstring defines F_i. "bregman" is the proximal Bregman response function of Bae
     et al. (2022). "leave_one_out" is the risk without the row, minus the risk's linear part at
     theta_s. A is the `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the
     damping. To first order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So
-    damped influence predicts these changes even if theta is not a minimum. At a minimum without
-    damping, "leave_one_out" is retraining without the row. So is "bregman" if the model is linear
-    in theta.
+    damped influence predicts these changes even if theta is not a minimum. At a minimum of the risk
+    and without damping, "leave_one_out" gives the result of retraining without the row. If the
+    model is linear in theta, "bregman" also gives this result.
 
     The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
     updates (L-BFGS) follow. The first step is at most as long as A^-1 times the first gradient.
-    `block_lbfgs.minimise` limits the later steps. The net is left as it was.
+    `block_lbfgs.minimise` limits the later steps. The net does not change.
 
     Args:
       net: a net at any theta. Use float64 unless its gradients are well above float32
@@ -161,8 +161,8 @@ def proximal_response(
       options: options of the search.
       damping: the damping in F_i, an absolute number. The damped A must be positive definite.
       objective: "bregman" or "leave_one_out".
-      fraction: the part of the row's weight 1/n that is removed, in (0, 1]. As the fraction goes to
-        0, the changes divided by the fraction tend to damped influence.
+      fraction: the fraction of the row's weight 1/n that is removed, in (0, 1]. As the fraction
+        goes to 0, the changes divided by the fraction tend to damped influence.
 
     Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
@@ -233,7 +233,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 def _checked_rough(
     rough: Any, net: GenericNeuralNet, train: Examples
 ) -> tuple[GenericNeuralNet, Examples]:
-    """Raise TypeError or ValueError if `rough` has another theta, other targets or other sizes."""
+    """Return `rough`. Refuse it unless its theta, targets and sizes are those of net and train."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             examples = other.given(examples, "rough")
@@ -253,7 +253,7 @@ def _checked_rough(
 
 
 def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, NDArray]:
-    """Minimise F_i for several rows. Each row has a column of theta."""
+    """Minimise F_i for several rows, and return the results. Each row has a column of theta."""
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
@@ -261,7 +261,7 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
     def inverse(G: NDArray, _: NDArray | None = None) -> NDArray:
         return apply(search.inverse, G)
 
-    # The gradient of D is 0.
+    # At theta_s, the gradient of D is 0.
     first = -removed.gradients(thetas, np.arange(len(groups))) / removed.whole
     scale = np.linalg.norm(first, axis=0)
     tolerance, until = (
@@ -276,7 +276,8 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
         tolerance,
         search.max_iterations,
         pairs=removed.pairs(search.inverse, first),
-        # A minus the row's own curvature may have no curvature along a step.
+        # Without this limit the first step may be too long: A minus the row's own curvature may
+        # have almost no curvature along the step.
         longest=np.linalg.norm(inverse(first), axis=0),
         rough=search.rough and (_gradients(task, *search.rough, groups, search), until),
     )

@@ -1,4 +1,4 @@
-"""The contributions of groups of training rows to the risk's gradient and curvature."""
+"""The contributions of groups of training rows to the risk's gradient and Hessian."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from influence.truth.runs import Groups
 
 # Conjugate gradients take at most this many steps to subtract a group's own curvature.
 _MOST_STEPS = 10
-# Conjugate gradients stop at this relative residual. A Newton step with the Hessian at the initial
-# theta leaves a larger part of the gradient than this.
+# Conjugate gradients stop at this relative residual. A smaller residual would not help. The Newton
+# step uses the Hessian at the initial theta, and this alone leaves a larger fraction of the
+# gradient.
 _RTOL = 1e-3
 
 
 class Removal:
-    """Sums of the rows' gradients and Hessian products over each of k groups.
+    """Sums of gradients, and of Hessian products, over the rows of each of k groups.
 
-    If positions are masked, each row counts by its mass v_i, and n is the sum of all masses.
+    If the loss masks positions, row i has the mass v_i as its weight, and n is the sum of all
+    masses.
 
-    Groups are cut into parts that fit into memory. Parts of equal length share a call of the net.
-    In the methods, `columns` (j,) are the numbers of j groups, and arrays have a column for each.
+    Groups are divided into parts that fit into memory. One call of the net processes several parts
+    of equal length. In the methods, `columns` (j,) are the numbers of j groups, and arrays have a
+    column for each of these groups.
 
     Args:
       net: a net at the theta where the curvature is computed.
       train: the training set, n rows.
       groups: k arrays of row numbers.
       batch_size: the largest number of rows in memory at a time; None: chosen by the library.
-      fraction: the part of the rows' weight that is removed. Every sum is multiplied by it.
+      fraction: the fraction of each row's weight that is removed. It multiplies every sum.
     """
 
     def __init__(
@@ -49,8 +52,8 @@ class Removal:
     ):
         self.net, self.train, self.groups, self.fraction = net, train, groups, fraction
         self.sizes = np.array([len(group) for group in groups])
-        # The risk is a mean over `whole` rows, of which group g holds `masses[g]`. Without masks
-        # these are numbers of rows.
+        # `whole` is the total mass of all rows, and `masses[g]` is the mass of group g. Without
+        # masks, each row has mass 1.
         self.whole, self.masses = net.mass(train), self.sizes
         if net.loss.has_masses:
             rows = net.row_masses(train)
@@ -66,14 +69,18 @@ class Removal:
         return self._summed("gradient", self.net.penalty_gradient(thetas), thetas, columns)
 
     def hvp(self, V: NDArray, columns: NDArray) -> NDArray:
-        """Multiply H_g, a group's sum of Hessians of loss_i + penalty, by a column of V (d, j)."""
+        """Return H_g v for each group g and its column v of V: (d, j).
+
+        H_g is the sum of the Hessians of loss_i + penalty over the rows of group g.
+        """
         return self._summed("hvp", self.net.penalty_hvp(V), V, columns)
 
     def solve(self, inverse: Prepared, B: NDArray, columns: NDArray) -> NDArray:
         """Solve (A - H_g / n) x = b to a low precision, for each column b of B (d, j).
 
-        A is the matrix of `inverse`, and `hvp` defines H_g. The method is that of `pairs`. If
-        A - H_g / n has no positive curvature along A^-1 b, the answer is A^-1 b.
+        A is the matrix of `inverse`, and `hvp` defines H_g. The method is conjugate gradients,
+        preconditioned by A^-1. If A - H_g / n has no positive curvature along A^-1 b, the result is
+        A^-1 b.
 
         Returns: (d, j).
         Raises: DivergenceError if A is not positive definite.
@@ -84,14 +91,14 @@ class Removal:
         return X
 
     def pairs(self, inverse: Prepared, B: NDArray) -> list[tuple[NDArray, NDArray]]:
-        """Find directions P (d, k) along which A - H_g / n and A differ, and their products.
+        """Find directions P (d, k) in which A - H_g / n differs from A, and (A - H_g / n) P.
 
         A is the matrix of `inverse`, and `hvp` defines H_g. The directions are those of conjugate
         gradients for (A - H_g / n) x = b, preconditioned by A^-1. Each direction p and its product
         (A - H_g / n) p form a pair. Secant updates with these pairs turn A^-1 into an operator that
-        maps b approximately to x. A small group needs about as many pairs as it has model outputs.
-        A large group gets fewer, because its products cost as much as the data passes that they
-        would save.
+        maps b approximately to x. The number of pairs that a small group needs is about the number
+        of model outputs for its rows. A large group gets fewer pairs, because its products cost as
+        much as the data passes that they would save.
 
         Args:
           inverse: a solver prepared for A.
@@ -113,9 +120,9 @@ class Removal:
     ) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
         """Yield the steps of preconditioned conjugate gradients.
 
-        A p follows from the recurrence of p. A step therefore costs only one product with the
-        group's rows. A column ends with the length 0 if A - H_g / n has no positive curvature along
-        p.
+        A p is not computed as a product, because it satisfies the same recurrence as p. Each step
+        therefore costs only one product with H_g. If A - H_g / n has no positive curvature along p,
+        the column gets the length 0 and ends.
 
         Yields: positions (r,) in `columns`, directions p (d, r), (A - H_g / n) p (d, r), and the
           lengths of the steps (r,).
@@ -152,7 +159,7 @@ class Removal:
             p, Ap = z + rz / before * p, r + rz / before * Ap
 
     def _summed(self, question: Any, penalty: NDArray, V: NDArray, columns: NDArray) -> NDArray:
-        """Return sums (d, j) over each group of `net.each_batch` and of the penalty's part."""
+        """Return (d, j): the sum of `net.each_batch` over each group, plus the penalty's part."""
         total = penalty * self.masses[columns].astype(self.net.dtype)
         for at, x, y in self._batches(columns):
             own = self.net.each_batch(question, x, y, V[:, at].T[:, :, None])
@@ -160,10 +167,10 @@ class Removal:
         return total * self.fraction
 
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
-        """Yield batches. A batch consists of r parts of groups, and each part has b rows.
+        """Yield batches of r parts of groups. Each part has b rows.
 
-        A position occurs at most once in a batch, because a full part of a group fills a batch
-        alone.
+        A batch contains at most one part of each group: only the last part of a group can be
+        smaller than a whole batch.
 
         Yields: the parts' positions (r,) in `columns`, x (r, b, ...), y (r, b, ...).
         """
@@ -181,7 +188,10 @@ class Removal:
 
 
 def apply(inverse: Prepared, B: NDArray) -> NDArray:
-    """Compute A^-1 B. Raise DivergenceError if A, the matrix of `inverse`, is not definite."""
+    """Return A^-1 B for the matrix A of `inverse`.
+
+    Raises: DivergenceError if A is not positive definite.
+    """
     raw = inverse.apply(B)
     if np.any(np.asarray(raw.min_curvature) <= 0):
         smallest = np.nanmin(raw.min_curvature)

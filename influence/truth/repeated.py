@@ -1,4 +1,4 @@
-"""Retraining from the start by the recipe of a recorded training, with and without single rows."""
+"""Repetition of a recorded training from its start, with all rows and without single rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from influence.net.inputs import for_call
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
-# Every seed has its own orders of the rows and its own dropout.
+# The default seeds. Each seed draws its own orders of the rows and its own dropout.
 SEEDS = (0, 1)
 
 
@@ -34,19 +34,21 @@ class Retrained(Estimand):
     """Table (m, k) of the changes of test losses by retraining without each row.
 
     Attributes:
-      change_if_removed: (m, k) test loss after a training without the row, minus that after a
-        training on all rows of the same seed; the mean over the seeds. Positive: the row helped.
+      change_if_removed: (m, k) test loss after training without the row, minus the test loss after
+        training on all rows with the same seed. Each entry is a mean over the seeds. Positive: the
+        row helped.
       rows: (k,) the training rows.
-      by_seed: (s, m, k) the changes of each seed.
+      by_seed: (s, m, k) the changes for each seed.
     """
 
     by_seed: NDArray
 
     @property
     def reliability(self) -> float:
-        """Pearson correlation of two seeds' changes, the mean over pairs. NaN for one seed.
+        """Mean Pearson correlation between the changes of two seeds, over all pairs of seeds.
 
-        No prediction that knows no seed can agree with one seed's changes better than its root.
+        It is NaN for a single seed. A prediction that does not use the seed cannot have a higher
+        correlation with the changes of one seed than the square root of the reliability.
         """
         flat = self.by_seed.reshape(len(self.by_seed), -1)
         if len(flat) < 2 or not (np.ptp(flat, axis=1) > 0).all():
@@ -56,7 +58,7 @@ class Retrained(Estimand):
 
 
 def why_not(net: GenericNeuralNet, train: Examples, history: History) -> str | None:
-    """Return why a training cannot be repeated from its history, in words; None if it can."""
+    """Return the reason why a training cannot be repeated from its history; None if it can."""
     about = history.about
     model = net.flat.model
     if not history.is_whole:
@@ -81,7 +83,7 @@ def why_not(net: GenericNeuralNet, train: Examples, history: History) -> str | N
 
 
 def _same_weights(one: Any, other: Any) -> bool:
-    """Return True for equal sample weights: arrays (n,), dicts of them by output, or None."""
+    """Return True if two sample weights are equal: arrays (n,), dicts by output name, or None."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same_weights(one[k], other[k]) for k in one)
     if one is None or other is None or isinstance(one, dict) or isinstance(other, dict):
@@ -100,28 +102,31 @@ def retrained(
     batch_size: int | None = None,
     checkpoints: str | os.PathLike | None = None,
 ) -> Retrained:
-    """Compute the actual change of each test loss by training again without each row.
+    """Compute the actual change of each test loss if the training is repeated without a row.
 
-    Each training begins at the recorded weights of the start, and takes the recorded optimiser,
-    learning rate of each epoch, batch size and number of epochs (up to the epoch whose weights the
-    net has). Keras does not tell in which order the rows came, so each seed draws orders of its
-    own, the same for all its trainings. A batch with the removed row is averaged over its other
-    rows. For each seed, the change is that between two trainings, without the row and with all
-    rows: it does not contain what only another order changes. The net is left as it was.
+    Each training begins at the recorded initial weights. It uses the recorded optimiser, batch size
+    and learning rate of each epoch. It ends with the epoch after which the recorded weights were
+    those of the net. Keras does not report the order of the rows. Therefore each seed draws its own
+    orders, and all trainings with this seed use the same orders. A batch with the removed row is
+    averaged over its other rows.
+
+    For each seed, the training without the row is compared with the training on all rows. A change
+    of the order is therefore not part of the result. The net does not change.
 
     Args:
       net: the net at the weights after an epoch of the history.
       train: the rows of the history.
       test: m examples whose losses are measured, without the penalty.
       rows: (k,) training rows; each training leaves out one of them.
-      history: the History, or its folder.
-      seeds: the seeds, at least one. There are (k + 1) trainings for each.
-      batch_size: test rows in memory at a time.
-      checkpoints: a folder that keeps finished trainings, so that an interrupted call goes on.
+      history: the recorded History, or its folder.
+      seeds: one or more seeds. Each seed needs k + 1 trainings.
+      batch_size: number of test rows in memory at a time; None: chosen by the library.
+      checkpoints: a folder that caches finished trainings. If a call is interrupted, the next call
+        continues after the last finished training.
 
     Returns: Retrained (m, k).
-    Raises: ValueError, TypeError or IndexError for bad input, or for a training that cannot be
-      repeated from its history, before any long work.
+    Raises: ValueError, TypeError or IndexError for bad input before any long work. ValueError if
+      the training cannot be repeated from its history.
     """
     net, train, test = checked(net, train, test)
     rows = check_rows(rows, len(train))
@@ -157,13 +162,13 @@ def retrained(
 
 
 class _Training:
-    """The trainings of a net by one recipe. They change the net's own variables."""
+    """Repetitions of one recorded training. They change the variables of the net itself."""
 
     def __init__(self, net: GenericNeuralNet, train: Examples, history: History):
         self.net, self.train, self.history = net, train, history
         self.epochs = history.epoch_of(net.theta) or 0
         about = history.about
-        # The learning rate is set in each epoch. A configuration may hold a schedule instead.
+        # `run` sets the learning rate in each epoch. A number here replaces a recorded schedule.
         config = about["optimizer_config"] | {"learning_rate": float(history.rates[0])}
         self.optimizer = getattr(keras.optimizers, about["optimizer"]).from_config(config)
         flat = net.flat
@@ -179,7 +184,7 @@ class _Training:
 
     @contextmanager
     def running(self) -> Iterator[_Training]:
-        """Restore all variables of the model at the end of the block."""
+        """Yield self. At the end of the context, restore all variables of the model."""
         variables = list({id(v): v for v in self.net.flat.parts.whole.variables}.values())
         before = [variable.numpy() for variable in variables]
         try:
@@ -206,7 +211,8 @@ class _Training:
     def _begin(self, seed: int) -> None:
         self.net.theta = self._start["theta"]
         values = [self._start[f"other-{k}"] for k in range(len(self._start) - 1)]
-        # Layers in front of the net's own model come first, and their weights do not change.
+        # The recorded values begin with the weights of layers before the net's own model. These
+        # weights do not change.
         values = values[len(values) - len(self._others) :]
         for weight, value in zip(self._others, values, strict=True):
             weight.assign(value)

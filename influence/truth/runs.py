@@ -27,13 +27,13 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
 Groups = Sequence[NDArray[np.int64]]
-# TensorFlow reads this environment variable when a process first uses TensorFlow.
+# TensorFlow reads its number of threads from this variable when a process first uses TensorFlow.
 _THREADS = "TF_NUM_INTRAOP_THREADS"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options that decide how work is cut into blocks, distributed and cached.
+    """Options that determine how the work is divided into blocks, distributed and cached.
 
     Attributes:
       block: number of rows or groups that are retrained together and share data passes. The names
@@ -89,7 +89,7 @@ class Task:
     """The inputs that all blocks share.
 
     Attributes:
-      net: a net. Every result is compared with the net's own theta.
+      net: a net. Changes are relative to the test losses at the net's own theta.
       train: the training set.
       test: m examples whose losses are measured.
       batch_size: number of rows in memory at a time; None: chosen by the library.
@@ -112,7 +112,7 @@ class Task:
         return losses[:, 1:] - losses[:, :1]
 
     def identity(self, *more: Any) -> str:
-        """Return a short name that changes with any input of the work."""
+        """Return a short hash of all inputs of the work, for the names of cached files."""
         return identity(self.net, self.train, self.test.fingerprint, self.batch_size, *more)
 
 
@@ -126,13 +126,13 @@ def run(
     identity: Sequence,
     what: str,
 ) -> dict[str, NDArray]:
-    """Call `refit(task, part, argument)` for parts of `options.block` groups, and join the arrays.
+    """Call `refit(task, part, argument)` for parts of `options.block` groups, and join the results.
 
     Args:
       task: the inputs that all parts share.
       refit: a module-level function, so that other processes can import it.
       groups: the rows of each of the k groups.
-      argument: any other input of `refit`.
+      argument: the third argument of `refit`.
       options: options of the run.
       identity: everything else that the results depend on.
       what: the name of the work on the progress bar.
@@ -162,7 +162,7 @@ def _kept(path: Path | None, refit: Callable, task: Task, part: Groups, argument
 
 
 def check(net: Any, train: Any, test: Any) -> tuple[GenericNeuralNet, Examples, Examples]:
-    """Return net, train and test in the forms that all functions use.
+    """Check net, train and test, and convert them to a GenericNeuralNet and two Examples.
 
     Raises: TypeError or ValueError, naming the argument, for inputs that cannot be retrained.
     """
@@ -195,7 +195,7 @@ def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
 
 
 def check_masses(groups: Groups, masses: NDArray) -> None:
-    """Refuse a group without which no row has a valid position.
+    """Refuse a group that contains all valid positions, those that the loss does not mask.
 
     Raises: ValueError naming the group.
     """
@@ -231,7 +231,7 @@ def check_processes(num_processes: int, *sent: Any) -> None:
 
 @contextmanager
 def _cores_shared(num_processes: int) -> Iterator[None]:
-    """Limit the TensorFlow threads of workers that start in this context to their share of cores.
+    """Divide the cores evenly among the TensorFlow threads of workers that start in this context.
 
     joblib does the same for BLAS. Without this limit each worker would use all cores and wait for
     the other workers.
@@ -252,7 +252,7 @@ def _arrived(*sent: Any) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first cause of an error, perhaps of another process, in one sentence."""
+    """Return the original cause of an error in one sentence, also for errors in other processes."""
     while error.__cause__ is not None:
         error = error.__cause__
     # The traceback of another process is a text that ends with the exception.
