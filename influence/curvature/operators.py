@@ -34,7 +34,8 @@ class Curvature(LinearOperator):
       net: the net. The matrix belongs to its current theta.
       examples: the training set. Products with any number of vectors take one pass over this set.
       damping: number >= 0 that is added to the diagonal. Solvers invert matrix + damping I.
-      batch_size: the number of rows per batch, to limit memory. None: the net chooses this number.
+      batch_size: the number of rows per batch, which limits memory. None means that the net chooses
+        this number.
       checkpoints: a folder where `dense` stores the undamped matrix, or None. A later call of
         `dense` with any damping loads the stored matrix.
 
@@ -42,7 +43,8 @@ class Curvature(LinearOperator):
       batch size or a folder that is not writable.
     """
 
-    # `_method` is the net's method for one batch. `_each` is the name that `each_batch` takes.
+    # `_method` is the net's method that multiplies for one batch. `_each` is the argument that
+    # selects the same product in `net.each_batch`.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
     _needs_logits: ClassVar[bool] = False
@@ -129,9 +131,9 @@ class Curvature(LinearOperator):
         return matrix
 
     def remaining(self, share: float, dense: NDArray | None = None) -> NDArray:
-        """Return the dense matrix (d, d) less `share` x (Hessian of the penalty + damping I).
+        """Return the dense matrix (d, d) minus `share` x (Hessian of the penalty + damping I).
 
-        `dense` is the dense matrix if the caller has it. It is copied.
+        `dense` is the dense matrix if the caller has it, or None. The method copies this array.
         """
         matrix = self.dense() if dense is None else dense.copy()
         self._add_penalty(matrix, -share)
@@ -219,7 +221,7 @@ class Hessian(Curvature):
         return self.net.strong_convexity + self.damping
 
     def _formed(self) -> NDArray:
-        """Compute the undamped matrix by a closed form, by a chain of layers, or from products."""
+        """Compute the undamped matrix by a closed form, a chain of layers, or products."""
         closed_form = self.net.hessian(self.examples, self.batch_size)
         if closed_form is not None:
             return symmetrised(closed_form)
@@ -249,7 +251,7 @@ class GaussNewton(Curvature):
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:
-        """Compute the undamped matrix from roots of the rows' matrices, or else from products.
+        """Compute the undamped matrix from roots (influence.curvature.roots) or from products.
 
         Roots need a loss that is convex in the output. They take one backward pass per output of
         the model. Products with unit vectors take at least one backward pass for each of d columns.

@@ -20,8 +20,8 @@ from influence.solvers.preconditioner import check_preconditioner, inverse_of
 _MOST_ITERATIONS = 10_000
 # The remedy suggests no larger rtol than this.
 _OF_USE = 1e-2
-# CG halves the largest residual within this many block iterations, or within half of the allowed
-# iterations if that is fewer. Otherwise it continues with a separate recurrence for each column.
+# CG gives up the common search space if the largest residual is not halved in this many iterations,
+# or in half of the allowed iterations if these are fewer. Each column then has its own recurrence.
 _PATIENCE = 100
 
 
@@ -31,13 +31,12 @@ class CG:
 
     CG differs from `scipy.sparse.linalg.cg` in three points:
     1. All right-hand sides share each pass over the data. For each column, CG minimises over the
-    search directions of all columns (O'Leary 1980). Linearly dependent directions are removed (Ji &
-    Li
-       2017). Separate searches would take more iterations.
+       search directions of all columns (O'Leary 1980). Linearly dependent directions are removed
+       (Ji & Li 2017). Separate searches would take more iterations.
     2. A direction of non-positive curvature stops only the column that meets this direction. The
-    smallest curvature is reported. A positive curvature within rounding is reported as 0.
+       smallest curvature is reported. A positive curvature within rounding is reported as 0.
     3. The true residual decides convergence. CG recomputes it when the recurrence reports
-    convergence. A column whose true residual is above the tolerance restarts from its current x.
+       convergence. A column whose true residual is above the tolerance restarts from its current x.
 
     Args:
       rtol: relative residual |b - A x| / |b| that each column must reach.

@@ -47,7 +47,7 @@ class Lanczos(LowRank):
     Lanczos differs from the textbook's three-term recurrence in three points:
     1. Every new direction is orthogonalised against all others, so no eigenvalue is found twice.
     2. Up to 8 vectors share each pass over the data. For a rank of 118 or more, preparing takes
-    about rank / 8 passes.
+       about rank / 8 passes.
     3. When the space is invariant, the iteration continues with a random direction outside it.
 
     Args:
