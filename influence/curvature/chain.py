@@ -74,7 +74,8 @@ class Chain:
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """Convert a model to a chain, or return None if it is not one. x holds a few input rows."""
+        """Convert a model to a chain. Return None if this is impossible. x holds a few input rows.
+        """
         model = traced.model
         if isinstance(x, dict) or not traced.loss.takes_one_output or not _in_a_row(model):
             return None
@@ -136,7 +137,7 @@ class Chain:
         theta = t.theta() if theta is None else theta
         matrix = t.run("chain", self._hessian, theta, *t.batch(x, y, weighed=True))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
-        if np.array_equal(order, np.arange(len(order))):  # the usual case makes no copy
+        if np.array_equal(order, np.arange(len(order))):  # usually true, so no copy is made
             return matrix
         whole = np.empty_like(matrix)
         whole[np.ix_(order, order)] = matrix
@@ -243,7 +244,7 @@ def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArra
 
 
 def _in_a_row(model: keras.Model) -> bool:
-    """Return True if the only input of each layer is the output of the layer before."""
+    """Return True if the only input of each layer is the output of the preceding layer."""
     try:
         row = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
         inputs = [model.inputs[0], *(layer.output for layer in row[:-1])]
@@ -299,7 +300,10 @@ class _Jacobian:
     inputs: Any = None
 
     def scaled(self, first: Any) -> _Jacobian:
-        """Multiply by an activation's derivative, (n, ..., c). The result has no `inputs`."""
+        """Return the product with an activation's derivative `first`, (n, ..., c).
+
+        The result has only `dense`, without `inputs`.
+        """
         dense = None if self.dense is None else tf.expand_dims(first, -1) * self.dense
         if self.inputs is None:
             return _Jacobian(dense)
@@ -354,7 +358,7 @@ def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
 
 
 def _paired(layer: Any, before: Any, slope: Any) -> Any:
-    """Return the middle term's entries (q, f, c), summed over rows and positions."""
+    """Return the middle term of the Hessian, (q, f, c), summed over rows and positions."""
     i, q = before.shape[-2:]
     J = tf.reshape(before, [-1, i, q])
     c = slope.shape[-1]

@@ -194,7 +194,8 @@ class AffineLayers:
             return self.traced.output(theta, x), calls
 
     def _check(self, x: Any) -> None:
-        """Check that each layer is called once, and that sum_t a_t' g_t is the derivative."""
+        """Raise ValueError unless each layer is called once and sum_t a_t' g_t is its derivative.
+        """
         theta = self.traced.theta()
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
@@ -303,7 +304,7 @@ def _recording(layers: tuple[Affine, ...]) -> Iterator[list[list[tuple[Any, Any]
 
 
 def _joined(found: Any) -> Any:
-    """Return the layers' roots (n, s, e), with their e weights in the order of theta."""
+    """Return roots (n, s, e) for the e weights of the given layers, in the order of theta."""
     parts, entries = [], []
     for layer, (a, g) in found:
         subscripts = "ntf,ntsc->nsfc" if len(a.shape) == 3 else "ntkf,ntskc->nskfc"
@@ -316,7 +317,7 @@ def _joined(found: Any) -> Any:
 
 
 def unit_columns(each: tape.Each, y: Any, output: Any) -> Any:
-    """Return the unit vectors of the c outputs for each of n rows, (c, n, ...)."""
+    """Return c unit vectors, one for each output, repeated for n rows: (c, n, ...)."""
     n = tf.shape(output)[0]
     size = tf.size(output) // n
     units = tf.eye(size, dtype=output.dtype)[:, None, :]

@@ -73,7 +73,7 @@ class Curvature(LinearOperator):
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
     def __repr__(self) -> str:
-        """Show kind, size, damping, and a checksum of theta and labels."""
+        """Describe the matrix by class, size, damping, and a checksum of theta and labels."""
         held = zlib.crc32(self.examples.y.tobytes(), zlib.crc32(self._theta.tobytes()))
         return (
             f"{type(self).__name__}({len(self.examples)} rows, d={self.shape[0]}, "
@@ -152,7 +152,7 @@ class Curvature(LinearOperator):
         return symmetrised(matrix)
 
     def same_as(self, other: Any) -> bool:
-        """Return True if `other` has the same kind, net, examples, damping and theta as this."""
+        """Return True if `other` has the same class, net, examples, damping and theta."""
         return (
             type(other) is type(self)
             and other.net is self.net
@@ -162,7 +162,7 @@ class Curvature(LinearOperator):
         )
 
     def dot(self, x: Any) -> Any:
-        """Multiply the matrix by x. SciPy's own method would ignore the mask of a masked x."""
+        """Multiply the matrix by x. Unlike SciPy's method, refuse a masked array."""
         if not isinstance(x, LinearOperator):
             numbers(x, "V")
         return super().dot(x)
@@ -190,7 +190,7 @@ class Curvature(LinearOperator):
         Raises: RuntimeError, or ValueError if the net's weights are now NaN or infinite.
         """
         if not self.is_current:
-            check_weights(self.net.model)  # a NaN is not equal to itself
+            check_weights(self.net.model)  # a NaN also looks like a change
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
@@ -217,7 +217,7 @@ class Hessian(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues. It is `net.strong_convexity` plus damping, or NaN."""
+        """Lower bound on all eigenvalues: `net.strong_convexity` plus damping. NaN if unknown."""
         return self.net.strong_convexity + self.damping
 
     def _formed(self) -> NDArray:
@@ -247,7 +247,7 @@ class GaussNewton(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues. It is `net.penalty_convexity` plus damping, or NaN."""
+        """Lower bound on all eigenvalues: `net.penalty_convexity` plus damping. NaN if unknown."""
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:

@@ -1,4 +1,4 @@
-"""The quantities that scores predict changes of: one per test row, or one for the test set."""
+"""Test quantities whose changes are predicted: one per test row, or one for the whole set."""
 
 from __future__ import annotations
 

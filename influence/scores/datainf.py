@@ -124,7 +124,7 @@ def _shrunk(
 
 
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:
-    """Yield the slice of theta of each layer. Weights of a layer have paths with one parent."""
+    """Yield the slice of theta of each layer. All weights of a layer have the same parent path."""
     start = 0
     sizes = zip(net.flat.weights, net.flat.sizes, strict=True)
     for _, weights in groupby(sizes, key=lambda pair: pair[0].path.rpartition("/")[0]):

@@ -280,7 +280,7 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
             pass
     unfinished.unlink(missing_ok=True)
     tests = job.tests_in(_S_BYTES, _TESTS)
-    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if one fits
+    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if at least one fits
     layout = _layout(job, tests, _ROWS)
     try:
         unfinished.touch()

@@ -258,8 +258,8 @@ class OneStep:
         """Predict the changes (m,) of the test losses if k rows are removed together.
 
         The formulas are those of this module, with the whole group in place of row i. The blocks
-        K_ij of the group's rows form one matrix (k c, k c). A dense M contains only the share 1 - k
-        / n of the penalty's Hessian and of damping I.
+        K_ij of the group's rows form one matrix (k c, k c). A dense M is A minus k / n times
+        (Hessian of the penalty + damping I).
         """
         inverse, net, n, k = self.inverse, self.inverse.net, self.n, len(rows)
         J = np.concatenate(list(inverse.train.map_over(jacobians, net, None, np.sort(rows))))

@@ -1,4 +1,4 @@
-"""Approximate leave-one-out: outputs for each training row of a model trained without the row."""
+"""Approximate leave-one-out: a training row's outputs if the row were not in the training set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STORED_ROWS = 1 << 12
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneOutOutputs:
-    """Predicted outputs for k training rows. Each row was left out of the training.
+    """Predicted outputs for k training rows, each without that row in the training set.
 
     Attributes:
       outputs: (k, ...) predicted outputs in the form that the model returns, such as probabilities.
@@ -60,7 +60,7 @@ def leave_one_out_outputs(
     batch_size: int | None = None,
     checkpoints: str | os.PathLike | None = None,
 ) -> LeaveOneOutOutputs:
-    """Predict each training row's outputs of a model trained without the row. Nothing is trained.
+    """Predict, without retraining, each row's outputs if it were not in the training set.
 
     In the notation of `influence.scores.one_step`, the logits are z_i + K_ii r_i + q_i / n. This is
     one Newton step from a minimum of the risk (approximate leave-one-out: Rad & Maleki 2020). For

@@ -114,7 +114,7 @@ def _checkpoints(
     history: History | str | os.PathLike | None,
     checkpoints: ArrayLike | None,
 ) -> tuple[list[Callable[[], NDArray]], NDArray]:
-    """Return one function per checkpoint, which returns its weights, and the learning rates."""
+    """Return functions that return the weights at each checkpoint, and the learning rates."""
     if history is None:
         if thetas is None or learning_rates is None:
             raise ValueError(

@@ -91,7 +91,7 @@ class _Run:
         self.curvature = np.full(m, np.inf)  # the smallest curvature that each column met
         self.negative = np.zeros(m, bool)  # True for columns that met a curvature <= 0
         self.stalled = np.zeros(m, bool)  # True for columns that rounding has stopped
-        self.largest = 0.0  # the largest curvature met; eps times it is the rounding error
+        self.largest = 0.0  # the largest curvature met; eps times this is rounding
 
     def solve(self) -> Raw:
         """Run recurrences and recompute the residuals until no column needs another run."""

@@ -23,7 +23,7 @@ from influence.solvers.base import (
     unusual_exponent,
 )
 
-# For a smaller matrix, computing all eigenvalues costs no more than computing one by iteration.
+# Below this order, computing all eigenvalues costs no more than computing one by iteration.
 _FEW = 64
 # Above this order, no eigenvalue is computed if a lower bound on all eigenvalues is known.
 _MANY = 4096

@@ -222,7 +222,7 @@ class OutputMoves:
     rows: int
 
     def __call__(self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-        """Return the moves for one batch."""
+        """Return the products for one batch."""
         layers = affine_layers(net, x)
         pairs = _ungrouped(layers.gradient_factors(x, y, net.at(theta).theta_tensor()))
         m, c = len(self.tests[0][0]), self.tests[0][1].shape[2]
@@ -398,7 +398,7 @@ def _check_finite(names: list[str], factors: list[tuple[NDArray, NDArray]]) -> N
 
 
 def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray, NDArray]:
-    """Add the penalty (f, c) to the inputs' factor. Compute the eigenvectors of both factors."""
+    """Add the penalty (f, c) to the inputs' factor. Return the eigenvectors of both factors."""
     scale = np.trace(outputs) / len(outputs)  # The outputs' factor is about scale I.
     by_input = penalty.mean(axis=1) / scale if scale > 0 else 0.0
     return scipy.linalg.eigh(inputs + np.diag(by_input * np.ones(len(inputs))))[1], (
@@ -407,7 +407,7 @@ def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray
 
 
 def _times(a: NDArray, basis: NDArray) -> NDArray:
-    """Return the last axis of a in a basis, by one large product."""
+    """Return `a` with its last axis multiplied by `basis`, by one large matrix product."""
     return (a.reshape(-1, a.shape[-1]) @ basis.astype(a.dtype)).reshape(a.shape)
 
 
@@ -429,7 +429,8 @@ def _rows_of(A: Curvature) -> int:
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
         products = a.shape[-1] * g[0, 0].size if a.shape[1] > 1 else 0
-        # The inputs a and pseudo-gradients g are also stored in their bases. The tape copies g.
+        # The inputs a and pseudo-gradients g are also stored in the layer's bases. The tape copies
+        # g.
         per_row += 2 * a.size + 4 * g.size + products
     most = A.net.rows_per_batch(A.examples)
     return fitting(VECTORS, per_row * A.dtype.itemsize, most)

@@ -65,7 +65,7 @@ class Lanczos(LowRank):
     answers_indefinite: ClassVar[bool] = True
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the Ritz pairs."""
+        """Compute the Ritz pairs. Return a function that multiplies by the approximate inverse."""
         d = A.shape[0]
         rank, space = min(self.rank, d), min(self.rank + _MORE, d)
         self._check_memory(d, rank + space, np.result_type(A.dtype, np.float32))
@@ -80,7 +80,7 @@ class Lanczos(LowRank):
                 f"curvature of {smallest:.3g}, {if_indefinite(A, smallest)}"
             )
         if abs(smallest) <= rounding:
-            smallest = 0.0  # Rounding decides the sign.
+            smallest = 0.0  # zero within rounding
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:
@@ -124,13 +124,13 @@ def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDAr
         new = finite_products(A, new, "Lanczos")
         T[:end, done:end] = Q[:, :end].T @ new
         T[done:end, :done] = T[:done, done:end].T
-        new = np.ldexp(new, -unusual_exponent(new))  # `_orthonormal` takes squares.
+        new = np.ldexp(new, -unusual_exponent(new))  # `_orthonormal` computes squares, which must not overflow.
         done = end
     return Q, (T + T.T) / 2
 
 
 def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
-    """Orthonormalise the columns of W against Q. Replace columns in Q's range by random ones."""
+    """Orthonormalise the columns of W against Q. Replace columns in Q's range by random columns."""
     d = len(Q)
     inside = 10 * np.sqrt(d) * np.finfo(Q.dtype).eps
     size = np.linalg.norm(W, axis=0)
@@ -140,8 +140,8 @@ def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
             W = W - Q @ (Q.T @ W)
         W, R = scipy.linalg.qr(W, mode="economic", pivoting=True)[:2]
         lost = np.abs(np.diag(R)) <= inside
-        # Normalising a short remainder magnifies its component in the range of Q, so that is
-        # removed.
+        # Normalising a short remainder magnifies its component in the range of Q. The next line
+        # removes this component.
         W = scipy.linalg.qr(W - Q @ (Q.T @ W), mode="economic")[0]
         if not lost.any():
             return W

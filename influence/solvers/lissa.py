@@ -224,7 +224,7 @@ class _LatterHalf:
         self.total, self.before = np.zeros_like(B), np.full_like(B, np.nan)
 
     def settled(self, H: NDArray) -> NDArray:
-        """Add H (repeats, d, m). Return True (m,) where the average has stopped changing."""
+        """Add H (repeats, d, m). Return booleans (m,): True if the average has stopped changing."""
         self.looks += 1
         if not self.change:
             return np.zeros(H.shape[2], bool)

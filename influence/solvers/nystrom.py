@@ -128,7 +128,7 @@ def _gram(X: NDArray, Y: NDArray) -> NDArray:
 
 
 def _add(Y: NDArray, factor: float, X: NDArray) -> None:
-    """Add factor X to Y in place, without a copy of X."""
+    """Add factor * X to Y in place, without a copy of X."""
     for column in range(Y.shape[1]):
         Y[:, column] += Y.dtype.type(factor) * X[:, column]
 

@@ -25,7 +25,7 @@ def check_preconditioner(preconditioner: Any) -> None:
     """
     if preconditioner is None:
         return
-    solver = getattr(preconditioner, "solver", preconditioner)  # of a prepared solver
+    solver = getattr(preconditioner, "solver", preconditioner)  # unwrap a prepared solver
     if hasattr(solver, "prepare") and not isinstance(solver, type):
         reason = getattr(solver, "unfit_as_preconditioner", "")
         if reason:

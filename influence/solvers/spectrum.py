@@ -1,4 +1,4 @@
-"""The ends of a matrix's spectrum, and the damping that makes the matrix definite."""
+"""Extreme eigenvalues of a matrix, and the damping that makes the matrix positive definite."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def suggest_damping(A: Any, *, margin: float = 1e-5, history: History | None = N
     if history is not None:
         least = max(history.damping() - float(getattr(A, "damping", 0.0)), 0.0)
     known = float(getattr(A, "smallest_eigenvalue_bound", np.nan))
-    if known >= 0 and A.shape[0] > _FEW:  # the largest eigenvalue is enough
+    if known >= 0 and A.shape[0] > _FEW:  # then the largest eigenvalue is enough
         size = sum(largest_eigenvalue(A, _LARGEST_STEPS))
         if size > 0:
             return max(least, float((margin * size - known) / (1 - margin)))
