@@ -39,8 +39,8 @@ class Affine:
       layer: the Keras layer.
       has_kernel: True if theta contains its kernel W.
       has_bias: True if theta contains its bias b.
-      entries: (f, c) positions in theta of the weights of f inputs and c outputs, or (G, f, c) for
-        G groups. A bias counts as the last input.
+      entries: (f, c) positions of the layer's weights in theta, for f inputs and c outputs. For G
+        groups the shape is (G, f, c). A bias counts as the last input.
       expanded: function from the layer's input to the factors a_t. Up to a reshape, the last axes
         of the result are positions t, groups and inputs f.
       outputs: function that reorders z (n, ...), or a derivative with respect to z. The axes of the

@@ -74,8 +74,7 @@ class Chain:
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """Convert a model to a chain. Return None if this is impossible. x holds a few input rows.
-        """
+        """Convert a model to a chain, or return None if it is none. x holds a few input rows."""
         model = traced.model
         if isinstance(x, dict) or not traced.loss.takes_one_output or not _in_a_row(model):
             return None
@@ -218,9 +217,9 @@ def chain_hessian(
 def mean_matrix(
     question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
 ) -> NDArray:
-    """Return the mean of a matrix (d, d) over all rows. `question` returns the sum over one batch.
+    """Return the mean of a matrix (d, d) over all rows, weighted by the rows' masses.
 
-    The masses weight the rows of the mean.
+    `question` returns the weighted sum over one batch.
     """
     # The sums are in float64, even if the net is in float32.
     matrix = np.zeros((net.num_parameters, net.num_parameters))

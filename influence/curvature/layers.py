@@ -44,9 +44,9 @@ class AffineLayers:
       single: the layers that have a single position t and no groups.
       numbers: the total size of the two factors of one row, over all layers.
 
-    Raises: ValueError naming the layer, in four cases: `affine` refuses the layer, the layer is
-      called more than once, it does not keep one row per example, or it uses its weights for more
-      than z = a W + b.
+    Raises: ValueError if `affine` refuses a layer, or if a layer is called more than once. Also if
+      a layer does not keep one row per example, or uses its weights for more than z = a W + b. The
+      message names the layer.
     """
 
     def __init__(self, traced: FlatModel, x: Any):
@@ -194,8 +194,7 @@ class AffineLayers:
             return self.traced.output(theta, x), calls
 
     def _check(self, x: Any) -> None:
-        """Raise ValueError unless each layer is called once and sum_t a_t' g_t is its derivative.
-        """
+        """Raise ValueError unless all layers are called once with derivatives sum_t a_t' g_t."""
         theta = self.traced.theta()
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
@@ -238,7 +237,7 @@ _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
 
 
 def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
-    """Return the affine layers that contain theta. The result is cached for each net.
+    """Return the `AffineLayers` of a net. The result is cached for each net.
 
     The layers are tested on a few rows x of inputs.
 

@@ -93,7 +93,7 @@ def joined(parts: list[Part], rest: NDArray) -> NDArray:
 
 
 def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
-    """Return the number of rows for which `sum_of_squares` fits into memory.
+    """Return the largest number of rows for which `sum_of_squares` fits into memory.
 
     `one` holds one row.
     """
@@ -163,7 +163,7 @@ def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArr
             if where.size:
                 _set(matrix, rows, where, a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest))
             for other, (b, h) in zip(layers.single[i:], single[i:], strict=True):
-                first = k if other is one else 0  # symmetry gives the outputs before k of this layer
+                first = k if other is one else 0  # symmetry gives the other outputs
                 pairs = np.einsum("ns,nsc->nc", g[:, :, k], h[:, :, first:])
                 product = a.T @ (pairs[:, :, None] * b[:, None, :]).reshape(len(b), -1)
                 product = product.reshape(len(rows), -1, b.shape[1]).transpose(0, 2, 1)

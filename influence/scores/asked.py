@@ -59,7 +59,7 @@ class Asked:
       reduce: as in `Influence.scores`.
 
     Attributes:
-      view: the net whose losses are the measurement's values.
+      view: a net whose losses are the measured quantities.
       name: the name of the measurement.
       test: the test set as Examples.
     Raises: TypeError or ValueError for a test set, measurement or reduction that does not fit.

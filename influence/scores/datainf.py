@@ -48,8 +48,8 @@ def datainf(
     """Predict by DataInf how each test loss changes if a training row is left out.
 
     DataInf approximates the inverse Hessian H^-1 of each layer by a mean over the n training rows.
-    Each term of the mean is the inverse of a matrix of one row (Kwon, Wu, Wu & Zou 2024, eq. 5).
-    Let g_i = grad loss_i and v = grad test loss, both with respect to the layer's parameters.
+    Let g_i = grad loss_i and v = grad test loss, both with respect to the layer's parameters. The
+    term of row i is the inverse of g_i g_i' + damping I (Kwon, Wu, Wu & Zou 2024, eq. 5). So
     DataInf replaces H^-1 v by
 
         s = (1/n) sum_i (g_i g_i' + damping I)^-1 v
@@ -110,7 +110,7 @@ def _shrunk(
 ) -> NDArray:
     """Return the sum over a batch of g_i (g_i . v) / (damping + |g_i|^2) for each v in V: (m, d).
 
-    The formula is applied to each layer separately. The masses weight the rows of the sum.
+    The formula is applied to each layer separately. The sum weights each row by its mass.
     """
     G, total = net.at(theta).gradients(x, y), np.empty_like(V)
     masses = net.masses(x, y) if net.loss.has_masses else None

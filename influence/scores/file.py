@@ -64,7 +64,7 @@ class Job:
     """The inputs that determine the table of scores in the file.
 
     Args:
-      inverse: the `Inverse` that solves with the risk's Hessian H.
+      inverse: the `Inverse` that solves systems with the risk's Hessian H.
       view: the net whose losses are measured, as `Inverse.measured` returns it.
       measurement: name of the measured quantity.
       test: m examples.
@@ -263,7 +263,7 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
 
 
 def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
-    """Make the file and allocate all data sets. Rename it to `path` when it is complete.
+    """Make the file and allocate all data sets. Rename the file to `path` at the end.
 
     Raises: ValueError if the disk is too small or not writable, or if another process holds the
       file.

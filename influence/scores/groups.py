@@ -1,4 +1,4 @@
-"""Groups of rows removed together, to first and to second order.
+"""Predicted effects of removing a group of rows, to first and to second order.
 
 R is the risk, which is the mean of L_i = loss_i + penalty over n rows. U is a group of k rows. The
 risk without U is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), it equals R + w (k R

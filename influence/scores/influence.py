@@ -109,12 +109,12 @@ class Influence:
       history: the History of the training, or the folder that `Recorder` wrote. The damping 1 /
         (learning rate x steps) is then computed from this record. Without it, the state of the
         model's optimiser is used.
-      approximation: "one_step" to remove the row's curvature together with its gradient,
-        "first_order" to keep the row's curvature as Koh & Liang do, or None. None means one step if
-        the mean leverage of the rows is above .05 and the leverages are quick to compute. None
-        means first order for a training set on disk, and for a given solver that approximates H.
-        Only `scores` and `group` use this argument. All other methods, and score files, are first
-        order.
+      approximation: "one_step", "first_order" or None. One step removes the row's curvature
+        together with its gradient. First order keeps the row's curvature, as Koh & Liang do. None
+        means one step if the mean leverage of the rows is above .05 and the leverages are quick to
+        compute. None means first order for a training set on disk, and for a given solver that
+        approximates H. Only `scores` and `group` use this argument. All other methods, and score
+        files, are first order.
 
     Attributes:
       inverse: the `Inverse` that solves systems with H.
@@ -203,10 +203,10 @@ class Influence:
             change of this number is predicted instead of the change of the loss. The function must
             consist of TensorFlow operations, like those in `influence.measurements`. Positive: the
             number rises without the row.
-          reduce: "mean" or "sum" to predict the change of the mean or sum over all test examples.
-            Or a function (y, outputs) of all labels and outputs that returns one number, such as a
-            difference between two groups. Then m is 1, and first order solves one system. The mean
-            and the sum count each row once, even if positions are masked.
+          reduce: "mean", "sum", a function, or None. If given, the change of one number of the
+            whole test set is predicted. Then m is 1, and first order solves one system. "mean" and
+            "sum" count each row once, even if positions are masked. A function (y, outputs) maps
+            all labels and outputs to the number, such as a difference between two groups.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
@@ -400,7 +400,7 @@ class Influence:
 
         Args:
           test: m examples. Each has its own derivatives.
-          rows: (k,) training rows, with floating inputs.
+          rows: (k,) training rows. Their inputs must be floating-point numbers.
           measurement: as in `scores`.
 
         Returns: (m, k, *shape of one row's x), in the unit of the test loss per unit of x. For

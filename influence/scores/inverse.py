@@ -123,7 +123,7 @@ class Inverse:
         """Return "first_order" or "one_step", and the reason. Computes no score.
 
         The relative error of first order is about the row's leverage (influence.scores.one_step).
-        The mean leverage is the effective dimension divided by n, which is at most d / n.
+        The mean leverage is the effective dimension divided by n. It is at most d / n.
         """
         net, n, d = self.net, len(self.train), self.net.num_parameters
         if not self.train.in_memory:
@@ -341,7 +341,7 @@ class Inverse:
 
     @property
     def prefers_closed_form(self) -> bool:
-        """True if a closed form of the net, if it has one, should replace the solver.
+        """True if the net's closed form should replace the solver. The net may have none.
 
         The matrix must be the undamped Hessian at the net's current theta. The solver must be CG,
         or an exact solver such as Direct with d > n.

@@ -69,8 +69,8 @@ class EKFAC:
     after an interruption.
 
     Args:
-      rtol: largest true relative residual at which a column counts as converged. None: the residual
-        is reported, no column counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. If None, the
+        residual is reported, but no column counts as converged and no warning is given.
 
     Raises: ValueError for a negative rtol. `prepare` raises TypeError for a matrix that is not a
       Hessian or GaussNewton operator. It raises ValueError, naming the layer, if `affine_layers`

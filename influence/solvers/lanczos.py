@@ -54,8 +54,8 @@ class Lanczos(LowRank):
       rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by
         min(rank + 10, d) vectors. It stores these vectors, and U.
       seed: seed of the random directions.
-      rtol: largest true relative residual at which a column counts as converged. None: the residual
-        is reported, no column counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. If None, the
+        residual is reported, but no column counts as converged and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
       singular matrix. At rank < d it also refuses a matrix that it finds to be indefinite, because
@@ -124,7 +124,7 @@ def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDAr
         new = finite_products(A, new, "Lanczos")
         T[:end, done:end] = Q[:, :end].T @ new
         T[done:end, :done] = T[:done, done:end].T
-        new = np.ldexp(new, -unusual_exponent(new))  # `_orthonormal` computes squares, which must not overflow.
+        new = np.ldexp(new, -unusual_exponent(new))  # keeps squares finite
         done = end
     return Q, (T + T.T) / 2
 

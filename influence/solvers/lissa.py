@@ -47,8 +47,8 @@ class LiSSA:
 
     Args:
       scale: the number that divides A in the series. The series may diverge if the scale is below
-        half the largest eigenvalue of some A_batch. If it is None, the scale is a Lanczos bound on
-        the largest eigenvalue of A and of a sample of batches. A column that still grows too large
+        half the largest eigenvalue of some A_batch. If None, the scale is a Lanczos bound on the
+        largest eigenvalue of A and of a sample of batches. A column that still grows too large
         restarts with twice the scale. So the series cannot diverge on a positive definite matrix.
       depth: the largest number of steps of each run.
       repeats: number of runs to average.
@@ -57,10 +57,11 @@ class LiSSA:
       change: relative change at which a column stops early. At some steps, LiSSA averages h over
         the repeats and over the latter half of the steps so far. It compares this average with the
         average at half as many steps. After an early stop, more steps usually change h by less than
-        ten times `change`. The residual shows the true error. If it is 0, no column stops early.
+        ten times `change`. The residual shows the true error. With `change` = 0, no column stops
+        early.
       rtol: largest true relative residual at which a column counts as converged. The default is
         larger than that of other solvers, because the error falls only with the square root of
-        depth x repeats. None: the residual is reported, no column counts as converged, and no
+        depth x repeats. If None, the residual is reported, but no column counts as converged and no
         warning is given.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError if the norm of h exceeds

@@ -30,20 +30,20 @@ class Nystrom(LowRank):
         M ~ (M Omega) (Omega' M Omega)^-1 (M Omega)' = U diag(values) U'
         A ~ U diag(values + known) U' + (smallest value + known) (I - U U')
 
-    The inverse is the preconditioner of that paper (section 5), scaled to approximate A^-1. `known`
+    The inverse is the preconditioner of this paper (section 5), scaled to approximate A^-1. `known`
     is the damping, or the model's lower bound on A's eigenvalues if that is larger. `known I` has
     full rank, so a low-rank sketch cannot represent it. This part is therefore subtracted before
-    the sketch, and added back exactly afterwards. `known` is 0 if M is seen to be indefinite. The
-    approximation is fixed, linear and positive definite. The approximation is exact if the rank is
-    d, or larger than the rank of M.
+    the sketch, and added back exactly afterwards. If M turns out to be indefinite, `known` is 0
+    instead. The approximation is fixed, linear and positive definite. The approximation is exact if
+    the rank is d, or larger than the rank of M.
 
     Args:
       rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by `rank`
         vectors. They share a pass over the data if they fit into `memory.VECTORS`. Preparing holds
         at most two arrays (d, rank), besides the arrays of the products with A.
       seed: seed of Omega.
-      rtol: largest true relative residual at which a column counts as converged. None: the residual
-        is reported, no column counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. If None, the
+        residual is reported, but no column counts as converged and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
       matrix that is singular, or that it finds to be indefinite.

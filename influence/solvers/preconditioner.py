@@ -51,8 +51,8 @@ def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], ND
     """Return a function that multiplies (d, m) by the approximate inverse. Test it once.
 
     Args:
-      preconditioner: as in `check_preconditioner`. A solver may be prepared for another matrix of
-        A's shape, which is often a good preconditioner for A.
+      preconditioner: as in `check_preconditioner`. A solver that was prepared for another matrix of
+        A's shape is accepted. It is often a good preconditioner for A.
       A: symmetric (d, d).
 
     Raises: ValueError if the preconditioner has another shape than A, or if the test shows that it

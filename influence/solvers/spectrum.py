@@ -65,8 +65,9 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
     restarted Lanczos iteration (`scipy.sparse.linalg.eigsh`) runs from a fixed start vector. Each
     product is then a pass over the data. The largest eigenvalues take one product per basis vector,
     usually 256. The smallest eigenvalues lie close together relative to the largest one. Therefore
-    they take up to thousands of products. The iteration finds them as the largest eigenvalues of
-    s I - A, with s the largest eigenvalue of A. So tolerances are relative to the size of A.
+    they take up to thousands of products. The iteration finds the smallest eigenvalues of A as the
+    largest eigenvalues of s I - A, with s the largest eigenvalue of A. So tolerances are relative
+    to the size of A.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
@@ -124,10 +125,10 @@ def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) 
 def suggest_damping(A: Any, *, margin: float = 1e-5, history: History | None = None) -> float:
     """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
-    The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here size is the largest
-    |eigenvalue| found, plus its residual. Bound is a lower bound on all eigenvalues. This bound is
-    the larger of the model's bound and the smallest eigenvalue found minus its residual. With this
-    damping the condition number is at most 1 / margin.
+    The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here `size` is the
+    largest |eigenvalue| found, plus its residual. `bound` is a lower bound on all eigenvalues. It
+    is the larger of two bounds: the model's bound, and the smallest eigenvalue found minus its
+    residual. With this damping the condition number is at most 1 / margin.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
