@@ -82,8 +82,8 @@ class Influence:
     To first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. A measurement f then
     changes by + grad f' H^-1 grad L(z_i) / n. This is -1/n times the paper's I_up,loss (eq. 2).
     Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad f. If the
-    loss masks positions, v_i / sum_j v_j replaces 1 / n here and in all methods. v_i is the number
-    of valid positions of row i.
+    loss masks positions, let v_i be the number of valid positions of row i. Then v_i / sum_j v_j
+    replaces 1 / n here and in all methods.
 
     The class chooses every option that the caller leaves out, before any score is computed. `plan`
     states each choice and its reason. A risk that is known to be convex gets its Hessian without
@@ -106,9 +106,9 @@ class Influence:
         of the risk in H.
       batch_size: number of rows in a batch, or None to let the net choose. It limits memory and
         does not change the result.
-      history: the History of the training, or the folder that `Recorder` wrote. The damping 1 /
-        (learning rate x steps) is then computed from this record. Without it, the state of the
-        model's optimiser is used.
+      history: the History of the training, or the folder that `Recorder` wrote. It supplies the
+        learning rates and steps for the damping. Without a history, the state of the model's
+        optimiser supplies them.
       approximation: "one_step", "first_order" or None. One step removes the row's curvature
         together with its gradient. First order keeps the row's curvature, as Koh & Liang do. None
         means one step if the mean leverage of the rows is above .05 and the leverages are quick to

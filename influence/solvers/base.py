@@ -119,7 +119,7 @@ class Solver(Protocol):
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Do the work that all right-hand sides share.
 
-        Return a function that solves for right-hand sides (d, m) and returns a `Raw`.
+        Returns: a function that solves for right-hand sides (d, m) and returns a `Raw`.
         """
         ...
 
@@ -211,8 +211,8 @@ class Prepared:
 
         Args:
           B: the right-hand sides.
-          measure: False skips the residuals of a solver whose rtol is None, which saves products
-            with A. These residuals are then NaN.
+          measure: if False and the solver's rtol is None, the residuals are NaN. This saves
+            products with A.
 
         Raises: TypeError if B is not an array of real numbers; ValueError if B has a wrong shape or
           a NaN, or if A's dtype cannot hold the solution; DivergenceError if A's products are not

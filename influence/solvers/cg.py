@@ -65,7 +65,7 @@ class CG:
         check_preconditioner(self.preconditioner)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Prepare the preconditioner, if there is one."""
+        """Prepare the preconditioner, if there is one. Return a function that runs CG."""
         inverse = inverse_of(self.preconditioner, A)
         limit = self.max_iterations or min(10 * A.shape[0], _MOST_ITERATIONS)
 

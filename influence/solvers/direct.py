@@ -62,7 +62,7 @@ class Direct:
         check_rtol(self.rtol)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Form the dense matrix of A, check it, and factor it.
+        """Form, check and factor the dense matrix of A. Return a function that solves with it.
 
         The check requires that the matrix and A give the same products with random vectors.
         """

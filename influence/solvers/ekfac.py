@@ -85,7 +85,8 @@ class EKFAC:
         check_rtol(self.rtol, optional=True)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the bases and the eigenvalues of all layers."""
+        """Compute bases and eigenvalues of all layers. Return a function that applies the inverse.
+        """
         if not isinstance(A, Curvature):
             raise TypeError(
                 f"A must be a Hessian or GaussNewton operator for EKFAC, got {type(A).__name__}; "
@@ -207,8 +208,8 @@ class OutputMoves:
     """Question that returns J_t A^-1 J_i' y_i (n, m c) for m test rows t and a batch's rows i.
 
     The question needs the net `pulling()`. The labels y_i (n, c) of this net weight the outputs of
-    row i. In the bases (U, V), each test row takes one product with the inputs of a layer with one
-    position. The number of these products does not depend on c.
+    row i. For a layer with one position, each test row takes one product with the layer's inputs.
+    The number of products does not depend on c.
 
     Args:
       blocks: the blocks of the inverse.

@@ -92,7 +92,7 @@ class LiSSA:
         check_integer("seed", self.seed, 0)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Choose the scale if the user gave none."""
+        """Choose the scale if the user gave none. Return a function that runs the series."""
         given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # in A's units
         scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):

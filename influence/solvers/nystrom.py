@@ -50,7 +50,7 @@ class Nystrom(LowRank):
     """
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the sketch A Omega and the approximation.
+        """Compute the sketch A Omega. Return a function that applies the approximate inverse.
 
         Apart from products with A, memory holds at most two arrays (d, rank) at a time.
         """
