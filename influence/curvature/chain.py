@@ -117,8 +117,7 @@ class Chain:
             if step.kind == "affine":
                 forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
             elif step.kind == "activation":
-                # An affine layer with c channels has f x c weights. Each channel depends on f
-                # weights.
+                # An affine layer with c channels has f x c weights. A channel uses f of these.
                 f = 0 if own is None else len(own.entries)
                 squares += width * (before**2 + before * f + f**2)
             before += 0 if own is None else own.entries.size

@@ -163,7 +163,8 @@ def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArr
             if where.size:
                 _set(matrix, rows, where, a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest))
             for other, (b, h) in zip(layers.single[i:], single[i:], strict=True):
-                first = k if other is one else 0  # symmetry gives the other outputs
+                # The matrix is symmetric. So within one layer, only outputs from k on are computed.
+                first = k if other is one else 0
                 pairs = np.einsum("ns,nsc->nc", g[:, :, k], h[:, :, first:])
                 product = a.T @ (pairs[:, :, None] * b[:, None, :]).reshape(len(b), -1)
                 product = product.reshape(len(rows), -1, b.shape[1]).transpose(0, 2, 1)

@@ -216,7 +216,8 @@ class Influence:
         plan = asked.plan
         m, size = len(asked.test) if reduce is None else 1, self.net.dtype.itemsize
         check_fits(
-            # Two arrays of m k scores, and three of m d: right-hand sides, s_test and a copy.
+            # Memory holds two (m, k) tables of scores, and three (d, m) arrays: right-hand sides,
+            # s_test and a copy.
             (2.0 * m * len(rows) + 3.0 * m * self.net.num_parameters) * size,
             f"test must have scores that fit into memory, for {m:,} x {len(rows):,} pairs",
             "use write_scores, which writes them to a file block by block, or fewer test examples",

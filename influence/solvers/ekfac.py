@@ -85,8 +85,7 @@ class EKFAC:
         check_rtol(self.rtol, optional=True)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute bases and eigenvalues of all layers. Return a function that applies the inverse.
-        """
+        """Compute all layers' bases and eigenvalues. Return a function that applies the inverse."""
         if not isinstance(A, Curvature):
             raise TypeError(
                 f"A must be a Hessian or GaussNewton operator for EKFAC, got {type(A).__name__}; "
