@@ -155,9 +155,10 @@ class Inverse:
     def _effective_dimension(self) -> float:
         """Estimate tr(A^-1 G), the sum of all leverages. G is A without penalty and damping.
 
-        The mean of v' G v over random vectors v estimates tr(G) (Hutchinson 1990). x / (x + a) is
-        concave, so tr(G (G + a I)^-1) <= tr(G) / (tr(G) / d + a). This bound takes no solve. If it
-        is small, it is returned. Otherwise the mean of v' A^-1 G v is returned.
+        The mean of v' G v over random vectors v estimates tr(G) (Hutchinson 1990). Let a be the
+        damping plus a lower bound on the curvature of the penalty. x / (x + a) is concave, so tr(G
+        (G + a I)^-1) <= tr(G) / (tr(G) / d + a). This bound takes no solve. A small bound is
+        returned. Otherwise the mean of v' A^-1 G v is returned.
         """
         A, net = self.operator, self.net
         d, weakest = A.shape[0], np.nan_to_num(net.penalty_convexity) + A.damping
