@@ -27,7 +27,7 @@ _NORMALISATIONS = (
 )
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-# An embedding is computed as a product with one-hot rows, which have at most this many entries.
+# An embedding is treated as a product with one-hot vectors of at most this many entries.
 _MOST_IDS = 4096
 
 
@@ -39,8 +39,8 @@ class Affine:
       layer: the Keras layer.
       has_kernel: True if theta contains its kernel W.
       has_bias: True if theta contains its bias b.
-      entries: (f, c) positions in theta of the weights of f inputs and c outputs, or (G, f, c) for
-        G groups. A bias counts as the last input.
+      entries: (f, c) positions of the layer's weights in theta, for f inputs and c outputs. For G
+        groups the shape is (G, f, c). A bias counts as the last input.
       expanded: function from the layer's input to the factors a_t. Up to a reshape, the last axes
         of the result are positions t, groups and inputs f.
       outputs: function that reorders z (n, ...), or a derivative with respect to z. The axes of the
@@ -55,7 +55,7 @@ class Affine:
     outputs: Callable[[Any], Any]
 
     def observed(self, call: Callable, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the layer's input, or for a normalisation the normalised input.
+        """Return the layer's input. For a normalisation, return the normalised input instead.
 
         The normalised input is the layer's output with scale 1 and offset 0.
         """
@@ -75,7 +75,7 @@ class Affine:
         """Return the factors [a_t, 1], (n, t, f) or (n, t, G, f), for n rows.
 
         Args:
-          observed: the result of `observed`.
+          observed: the result of `Affine.observed`.
           z: (n, ...) the values of a W + b.
         """
         *groups, f, c = self.entries.shape
@@ -96,14 +96,15 @@ class Affine:
 
 
 def affine(layer: Any, parts: list[tuple[Any, NDArray]]) -> Affine:
-    """Describe a layer that is affine in its weights.
+    """Return the `Affine` of a Keras layer that is affine in its weights.
 
     Args:
       layer: a Keras layer.
-      parts: a pair for each of the layer's weights that theta contains. The pair is the weight and
+      parts: a pair for each weight of the layer that theta contains. The pair holds the weight and
         the positions (size,) of its entries in theta.
 
-    Raises: ValueError naming the layer if it is of another kind, or has an unusual form.
+    Raises: ValueError if the layer is not affine in its weights, or has an unsupported form. The
+      message names the layer.
     """
     kind = _kind(layer)
     if kind is None:
@@ -133,7 +134,7 @@ def affine(layer: Any, parts: list[tuple[Any, NDArray]]) -> Affine:
 
 
 def _kind(layer: Any) -> tuple[Callable, Callable, Callable] | None:
-    """Return (shaped, expanded, outputs) of a layer, or None if it is of another kind.
+    """Return (shaped, expanded, outputs) of a layer, or None if it is not supported.
 
     `shaped(positions, key)` arranges the positions of a kernel or bias like `Affine.entries`.
     """
@@ -237,10 +238,11 @@ def _patches(layer: Any, a: Any) -> Any:
 
 
 def _einsum(layer: Any) -> tuple[Callable, Callable, Callable] | None:
-    """Describe an EinsumDense layer whose equation is a matrix product at each position.
+    """Return (shaped, expanded, outputs) of an EinsumDense layer.
 
-    Axes of the kernel are inputs f (not in the output), outputs c (not in the input) or groups (in
-    both). The other axes of the output are rows and positions.
+    The result is None unless the layer's equation is a matrix product at each position. Axes of the
+    kernel are inputs f (not in the output), outputs c (not in the input) or groups (in both). The
+    other axes of the output are rows and positions.
     """
     equation = layer.equation.replace(" ", "")
     if "." in equation or "->" not in equation:
@@ -258,7 +260,7 @@ def _einsum(layer: Any) -> tuple[Callable, Callable, Callable] | None:
     bias = layer.bias
     width = int(np.prod([layer.kernel.shape[kernel.index(axis)] for axis in c]))
     if bias is not None and int(np.prod(bias.shape)) != width:
-        return None  # the bias also depends on the position, or is shared by outputs
+        return None  # the bias depends on the position, or outputs share it
 
     def shaped(entries: NDArray, key: str) -> NDArray:
         if key == "kernel":

@@ -1,17 +1,18 @@
 """Output blocks K_i = J_i M^-1 J_i' of single rows, for a matrix M whose inverse is known.
 
-J_i (c, d) is the Jacobian of row i's c outputs with respect to theta. With S_i, the Hessian of the
-row's loss by its outputs, tr(S_i K_i) / n is the row's leverage. For one output and squared error
-it is the leverage of linear regression.
+J_i (c, d) is the Jacobian of row i's c outputs with respect to theta. S_i is the Hessian of the
+row's loss with respect to these outputs. The leverage of row i is tr(S_i K_i) / n. For one output
+and squared error, this is the leverage of linear regression.
 
-In a layer with one position per row, J_i is a_i' g_is (influence.curvature.roots). Two such layers
-with the factors a, g and b, h add
+In a layer with one position per row, the part of J_i for output s is a_i' g_is
+(influence.curvature.roots). Let two such layers have the factors a, g and b, h. They add
 
     sum_kl g_isk h_itl (a_i' B_kl b_i)
 
-to entry (s, t) of K_i. B_kl (f, f') is the part of M^-1 of the k-th output of the first layer and
-of the l-th output of the second. So a row costs one product with M^-1, and not one for each output.
-A last layer with c outputs takes c (c + 1) / 2 products of its inputs with blocks of M^-1.
+to entry (s, t) of K_i. B_kl (f, f') is the block of M^-1 for the weights of output k of the first
+layer and of output l of the second layer. So each row takes one product with M^-1, not one for each
+output. For a last layer with c outputs, this product consists of c (c + 1) / 2 products of the
+layer's inputs with blocks of M^-1.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from influence.curvature.roots import jacobian_parts, joined
 
 # Memory holds this many arrays (rows, d) while blocks are computed.
 _COPIES = 3
-# A batch has at most this many rows, whose products then fit into the processor's cache.
+# A batch has at most this many rows, so that their products fit into the processor's cache.
 _ROWS = 1024
 
 
 class DenseBlocks:
-    """Question that returns K_i (n, c, c) of a batch. Its matrix M is dense and positive definite.
+    """Question that returns K_i (n, c, c) of a batch, from a dense positive definite matrix M.
 
-    Removing rows of the total weight `share` x n leaves (n R - sum L_i) / (n - k), whose penalty
-    and damping are those of R. So M is A - share x (Hessian of the penalty + damping I), where A is
-    the damped curvature matrix of all rows.
+    Let k = share x n rows be removed from the risk R of n rows. The risk is then (n R - sum L_i) /
+    (n - k), with a sum over the removed rows. It has the same penalty and damping as R. So M is A -
+    share x (Hessian of the penalty + damping I). A is the damped curvature matrix of all rows.
 
     Args:
-      A: the curvature matrix, which is formed and inverted here.
-      share: the fraction of the rows that is removed, 1 / n for single rows.
+      A: the curvature matrix. M is formed from it and inverted.
+      share: the removed fraction of the rows, 1 / n for single rows.
       dense: the dense matrix of A if it is known, or None.
 
     Attributes:
@@ -54,7 +55,7 @@ class DenseBlocks:
     def __init__(self, A: Curvature, share: float, dense: NDArray | None = None):
         matrix = A.remaining(share, dense).astype(np.float64, copy=False)
         potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
-        # The transpose is in Fortran order, which LAPACK overwrites instead of copying.
+        # The transpose is in Fortran order, so LAPACK overwrites it and makes no copy.
         factor, info = potrf(matrix.T, lower=1, overwrite_a=1, clean=0)
         if info != 0:
             raise DivergenceError(
@@ -99,7 +100,9 @@ class DenseBlocks:
 
 
 class _Ordered:
-    """An inverse (d, d), with the weights of each output of each layer side by side, last.
+    """An inverse (d, d), in the order of the weights that `DenseBlocks` needs.
+
+    Weights of the given layers come last. Weights of the same output of a layer are adjacent.
 
     Args:
       inverse: the inverse, in the order of theta.
@@ -107,8 +110,9 @@ class _Ordered:
 
     Attributes:
       inverse: the inverse in the new order.
-      triangles: for each layer, each output k, and each output l from k on, a lower triangular T
-        (f, f) with a' T a = a' B_kl a for all a. It needs half the operations of B_kl.
+      triangles: triangles[layer][k][l - k] is a lower triangular matrix T (f, f), for outputs k and
+        l >= k of the layer. a' T a equals a' B_kl a for all a. Products with T take half the
+        operations of products with B_kl.
     """
 
     def __init__(self, inverse: NDArray, layers: list[NDArray]):
@@ -145,16 +149,16 @@ def _quadratic(T: NDArray, a: NDArray) -> NDArray:
 class GramBlocks:
     """Blocks K_i of all rows of a training set, for fewer rows than weights.
 
-    Let D be the diagonal of the Hessian of penalty and damping. J (n c, d) stacks the J_i, S is
-    block diagonal with blocks S_i, and Q = J D^-1 J'. Then M = J' S J / n + D, and by Woodbury's
-    identity, with C = S^(1/2) Q S^(1/2) + n I,
+    The Hessian of the penalty must be diagonal. Let D be (1 - share) x (Hessian of the penalty +
+    damping I). J (n c, d) stacks the J_i, S is block diagonal with blocks S_i, and Q = J D^-1 J'.
+    Then M = J' S J / n + D. With C = S^(1/2) Q S^(1/2) + n I, Woodbury's identity gives
 
         J M^-1 J' = Q - Q S^(1/2) C^-1 S^(1/2) Q.
 
     All J_i are held in memory.
 
     Args:
-      A: the curvature matrix. Its penalty must be diagonal, with positive entries.
+      A: the curvature matrix. All entries of D must be positive.
       share: as in DenseBlocks.
       roots: (n, c, c) the square roots of the S_i.
 
@@ -195,12 +199,12 @@ class GramBlocks:
 
 
 def jacobians(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the Jacobians (n, c, d) of a batch, as a question (influence.net.questions)."""
+    """Return the Jacobians (n, c, d) of a batch. This is a question (influence.net.questions)."""
     return joined(*jacobian_parts(net.at(theta), x, y))
 
 
 def _mirrored(lower: NDArray) -> NDArray:
-    """Copy the lower triangle of a matrix (d, d) to the upper one, in place, by tiles."""
+    """Copy the lower triangle of a matrix (d, d) to the upper triangle, in place, and return it."""
     step = 1024
     for start in range(0, len(lower), step):
         rows = slice(start, start + step)

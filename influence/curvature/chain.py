@@ -9,8 +9,9 @@ and W change by dz, da and dW. The second-order change of a row's loss is then
 
 Let J be the Jacobian of z, a or the output with respect to all parameters of earlier layers. J is
 computed forward through the chain. The first and the last term have the form J' D J. The middle
-term multiplies J and the layer's own weights. The last term is the Gauss-Newton matrix. Forming the
-Hessian from its products with d unit vectors takes at least d backward passes. The chain takes one.
+term couples the parameters of earlier layers with the layer's own weights. The last term is the
+Gauss-Newton matrix. Forming the Hessian from products with d unit vectors takes at least d backward
+passes. The chain takes one backward pass.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _IDENTITY = (layers.InputLayer, layers.Dropout)
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """Layer of a chain. `own` locates the layer's weights in theta; None if it has none there."""
+    """Layer of a chain. `own` is None if theta contains no weights of the layer."""
 
     layer: Any
     kind: str  # "affine", "activation" or "linear"
@@ -63,8 +64,9 @@ class _Step:
 class Chain:
     """Model of successive layers. Each layer is affine, elementwise, or linear without weights.
 
-    If the loss takes the logits before the model's softmax or sigmoid, the chain ends in them.
-    `peels` is True if the activation belongs to the last affine layer.
+    If the loss uses the logits before the model's final softmax or sigmoid, the chain ends with
+    these logits. `peels` is True if the last layer contains that softmax or sigmoid as its
+    activation.
     """
 
     def __init__(self, traced: FlatModel, steps: tuple[_Step, ...], peels: bool = False):
@@ -72,7 +74,7 @@ class Chain:
 
     @classmethod
     def of(cls, traced: FlatModel, x: Any) -> Chain | None:
-        """Convert a model to a chain, or return None if it is not one. x holds a few input rows."""
+        """Convert a model to a chain, or return None if it is none. x holds a few input rows."""
         model = traced.model
         if isinstance(x, dict) or not traced.loss.takes_one_output or not _in_a_row(model):
             return None
@@ -93,7 +95,7 @@ class Chain:
         return None if own else cls(traced, tuple(steps), peels)
 
     def rows_per_batch(self, x: Any, at_most: int) -> int:
-        """Return how many rows fit into memory together with their Jacobians. x is one row."""
+        """Return the number of rows that fit into memory with their Jacobians. x is one row."""
         numbers, columns = 1, 0
         for step, z in zip(self.steps, self._forward(self.traced.theta(), x)[1:], strict=True):
             if step.own is not None:
@@ -115,7 +117,7 @@ class Chain:
             if step.kind == "affine":
                 forward += width * int(np.prod(step.layer.kernel.shape[:-1]))
             elif step.kind == "activation":
-                # An affine layer with c channels has f x c weights. A channel depends on f of them.
+                # An affine layer with c channels has f x c weights. A channel uses f of these.
                 f = 0 if own is None else len(own.entries)
                 squares += width * (before**2 + before * f + f**2)
             before += 0 if own is None else own.entries.size
@@ -133,7 +135,7 @@ class Chain:
         theta = t.theta() if theta is None else theta
         matrix = t.run("chain", self._hessian, theta, *t.batch(x, y, weighed=True))
         order = np.concatenate([s.own.entries.ravel() for s in self.steps if s.own is not None])
-        if np.array_equal(order, np.arange(len(order))):  # the usual case makes no copy
+        if np.array_equal(order, np.arange(len(order))):  # usually true, so no copy is made
             return matrix
         whole = np.empty_like(matrix)
         whole[np.ix_(order, order)] = matrix
@@ -150,7 +152,8 @@ class Chain:
         with keras.StatelessScope(state_mapping=mapping):
             for step in self.steps:
                 values.append(step.layer(values[-1]))
-        # A loss goes round an activation that it recognises, so its slope here would be zero.
+        # A loss that recognises the final activation uses the logits before it. Its derivative with
+        # respect to the activation's result would be zero.
         values[-1] = peeled(values[-1]) if self.peels else tf.identity(values[-1])
         return values
 
@@ -213,16 +216,16 @@ def chain_hessian(
 def mean_matrix(
     question: Question, net: GenericNeuralNet, examples: Examples, batch_size: int
 ) -> NDArray:
-    """Average a matrix (d, d) over all rows. `question` returns the sum over one batch.
+    """Return the mean of a matrix (d, d) over all rows, weighted by the rows' masses.
 
-    Rows count by their masses.
+    `question` returns the weighted sum over one batch.
     """
     # The sums are in float64, even if the net is in float32.
     matrix = np.zeros((net.num_parameters, net.num_parameters))
     parts = examples.map_over(question, net, batch_size=batch_size, what="forming the matrix")
     for part in parts:
         matrix += part
-        del part  # free the memory of this part before the next one is computed
+        del part  # free its memory before the next part is computed
     matrix /= net.mass(examples)
     return matrix.astype(net.dtype, copy=False)
 
@@ -239,7 +242,7 @@ def _hessian_sum(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArra
 
 
 def _in_a_row(model: keras.Model) -> bool:
-    """Return True if the only input of each layer is the output of the layer before."""
+    """Return True if the only input of each layer is the output of the preceding layer."""
     try:
         row = [layer for layer in model.layers if not isinstance(layer, layers.InputLayer)]
         inputs = [model.inputs[0], *(layer.output for layer in row[:-1])]
@@ -254,12 +257,12 @@ def _in_a_row(model: keras.Model) -> bool:
 
 
 def _kind(layer: Any, head: str | None = None) -> str | None:
-    """Return the kind of a layer, or None if it is of no known kind.
+    """Return "affine", "activation" or "linear", or None for any other layer.
 
-    `head` is the activation of the last layer that the loss goes round, or None.
+    `head` is the model's final activation if the loss uses the logits before it, or None.
     """
     channels_last = getattr(layer, "data_format", None) in (None, "channels_last")
-    kind = type(layer)  # a subclass may compute anything
+    kind = type(layer)  # a subclass may compute something else, so isinstance is not used
     if kind in (layers.Dense, layers.Conv2D):
         fused = getattr(layer.activation, "__name__", None)
         plain = channels_last and (layer.activation is keras.activations.linear or fused == head)
@@ -295,7 +298,10 @@ class _Jacobian:
     inputs: Any = None
 
     def scaled(self, first: Any) -> _Jacobian:
-        """Multiply by an activation's derivative, (n, ..., c). The result has no `inputs`."""
+        """Return the product with an activation's derivative `first`, (n, ..., c).
+
+        The result has only `dense`, without `inputs`.
+        """
         dense = None if self.dense is None else tf.expand_dims(first, -1) * self.dense
         if self.inputs is None:
             return _Jacobian(dense)
@@ -332,7 +338,7 @@ class _Jacobian:
 def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
     """Extend the matrix (q, q) by rows and columns for an affine layer's weights.
 
-    `before` is the Jacobian of the layer's input. `slope` is d loss / d (the layer's output).
+    `before` is the Jacobian of the layer's input. `slope` is d loss / d output of the layer.
     """
     f, c = own.entries.shape
     q = matrix.shape[0]
@@ -350,13 +356,13 @@ def _widened(matrix: Any, own: Affine, before: Any, slope: Any) -> Any:
 
 
 def _paired(layer: Any, before: Any, slope: Any) -> Any:
-    """Return the middle term's entries (q, f, c), summed over rows and positions."""
+    """Return the middle term of the Hessian, (q, f, c), summed over rows and positions."""
     i, q = before.shape[-2:]
     J = tf.reshape(before, [-1, i, q])
     c = slope.shape[-1]
     if isinstance(layer, layers.Dense):
         return tf.einsum("mc,miq->qic", tf.reshape(slope, [-1, c]), J)
-    # `slopes` is the slope at the output pixel that an input pixel affects via one kernel entry.
+    # For an input pixel and a kernel entry, `slopes` is the slope at the output pixel they affect.
     k = int(np.prod(layer.kernel_size))
     spread = tf.reshape(tf.eye(k * c, dtype=slope.dtype), [*layer.kernel_size, c, k * c])
     shape = tf.concat([tf.shape(before)[:3], [k * c]], 0)

@@ -36,15 +36,17 @@ class AffineLayers:
 
     Args:
       traced: the model as functions of theta.
-      x: input tensors of a few rows. For these rows, the formula above is compared with the tape.
+      x: input tensors of a few rows. For these rows, the formula at the top of this file is checked
+        against automatic differentiation.
 
     Attributes:
       layers: the layers.
-      single: those of the layers that have a single position t and no groups.
+      single: the layers that have a single position t and no groups.
       numbers: the total size of the two factors of one row, over all layers.
 
-    Raises: ValueError naming a layer that `affine` refuses, that is called more than once, that
-      does not keep one row per example, or that uses its weights for more than z = a W + b.
+    Raises: ValueError if `affine` refuses a layer, or if a layer is called more than once. Also if
+      a layer does not keep one row per example, or uses its weights for more than z = a W + b. The
+      message names the layer.
     """
 
     def __init__(self, traced: FlatModel, x: Any):
@@ -59,9 +61,9 @@ class AffineLayers:
 
         Let J_i be the Jacobian of row i's output with respect to theta. Let H_i = S_i S_i' be the
         loss's Hessian with respect to that output. Let p_is = J_i' S_i[:, s]. The Gauss-Newton
-        matrix is (1/n) sum_i sum_s p_is p_is'. For a masked loss, H_i contains the mass v_i, and
-        the factor is 1 / sum_i v_i. A layer's part of p_is is sum_t a_it' g_its. The
-        method returns these a and g. Negative eigenvalues of H_i are replaced by zero.
+        matrix is (1/n) sum_i sum_s p_is p_is'. For a masked loss, H_i contains the mass v_i, and 1
+        / sum_i v_i replaces 1/n. A layer's part of p_is is sum_t a_it' g_its. The method returns
+        these a and g. Negative eigenvalues of H_i count as zero.
 
         Args: x and y of a batch, and theta as a tensor (d,). None means the model's weights.
         Returns: a pair (a, g) for each layer. a (n, t, f) holds the inputs, and 1 for the bias. g
@@ -78,7 +80,7 @@ class AffineLayers:
         """Compute the two factors of each row's loss gradient, for every layer.
 
         Returns: pairs (a, g) as in `pseudo_gradients`, with s = 1. A layer's part of row i's
-          gradient is sum_t a_it' g_i1t.
+          gradient is sum_t a_it' g_it1.
         """
         t = self.traced
         batch = t.batch(x, y)
@@ -90,7 +92,7 @@ class AffineLayers:
         """Compute the two factors of the Jacobian of each row's outputs, for every layer.
 
         Returns: pairs (a, g) as in `pseudo_gradients`. The index s counts the outputs. The labels y
-          do not enter.
+          have no effect.
         """
         t = self.traced
         batch = t.batch(x, y)
@@ -106,7 +108,7 @@ class AffineLayers:
         return t.run("roots", partial(self._roots, t.each(*batch)), theta, *batch)
 
     def parts(self, x: Any, y: Any, theta: Any = None) -> tuple[list, NDArray]:
-        """Compute the roots in parts: the factors of the layers `single`, and the others' roots.
+        """Compute the roots in parts: factors for the layers `single`, roots for all other layers.
 
         Returns: a list with a pair (a, g) for each layer of `single`, and the roots (n, s, e) with
           respect to the e weights of all other layers, in the order of theta. a is (n, f) and g is
@@ -115,16 +117,17 @@ class AffineLayers:
         return self._in_parts("parts", self._columns, x, y, theta)
 
     def jacobian_parts(self, x: Any, y: Any, theta: Any = None) -> tuple[list, NDArray]:
-        """Compute the Jacobian J_i of each row's outputs in parts, as `parts` returns roots.
+        """Compute the Jacobian J_i of each row's outputs in parts.
 
-        The s-th row of J_i takes the place of the root p_is. The labels y do not enter.
+        The result is that of `parts`, with the s-th row of J_i in place of the root p_is. The
+        labels y have no effect.
         """
         return self._in_parts("jacobian parts", unit_columns, x, y, theta)
 
     # --- inside -----------------------------------------------------------------------------------
 
     def _slopes(self, each: tape.Each, y: Any, output: Any) -> Any:
-        """Return the derivative of each row's loss by its output, (1, n, ...)."""
+        """Return the derivative of each row's loss with respect to its output, (1, n, ...)."""
         total = lambda z: tf.reduce_sum(self.traced.loss.function(y, z))  # noqa: E731
         return tape.gradient(total, tf.stop_gradient(output))[None]
 
@@ -144,9 +147,10 @@ class AffineLayers:
     def _factors(
         self, columns: Callable, each: tape.Each, theta: Any, x: Any, y: Any
     ) -> list[tuple[Any, Any]]:
-        """Pull `columns(each, y, output)` (s, n, ...) back to every layer's z.
+        """Return the factors (a, g) of every layer.
 
-        `columns` is `_columns`, `_slopes` or `unit_columns`.
+        `columns(each, y, output)` returns s vectors (s, n, ...) of the output's shape. g is the
+        derivative of output . vector with respect to the layer's z.
         """
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
@@ -190,7 +194,7 @@ class AffineLayers:
             return self.traced.output(theta, x), calls
 
     def _check(self, x: Any) -> None:
-        """Check that each layer is called once, and that sum_t a_t' g_t is the derivative."""
+        """Raise ValueError unless all layers are called once with derivatives sum_t a_t' g_t."""
         theta = self.traced.theta()
         with tf.GradientTape(persistent=True) as by_z:
             by_z.watch(theta)
@@ -233,7 +237,7 @@ _KNOWN: WeakKeyDictionary[FlatModel, AffineLayers] = WeakKeyDictionary()
 
 
 def affine_layers(net: GenericNeuralNet, x: Any) -> AffineLayers:
-    """Return the affine layers that contain theta. The result is cached for each net.
+    """Return the `AffineLayers` of a net. The result is cached for each net.
 
     The layers are tested on a few rows x of inputs.
 
@@ -259,11 +263,11 @@ def _find(traced: FlatModel) -> tuple[Affine, ...]:
 
 @contextmanager
 def _recording(layers: tuple[Affine, ...]) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """Record the input and z of every call of each layer inside the `with` block.
+    """Context manager that records the input and z of every call of each layer.
 
-    Keras calls `layer.call` and `layer.activation`. The recording functions are attributes of the
-    instance with these names, which override the class's methods. z is the input of the activation,
-    or the output of a layer without activation.
+    Keras calls `layer.call` and `layer.activation`. Recording functions with these names are set on
+    the layer object, and override the methods of its class. z is the input of the activation, or
+    the output of a layer without activation.
     """
     calls: list[list[tuple[Any, Any]]] = [[] for _ in layers]
 
@@ -299,7 +303,7 @@ def _recording(layers: tuple[Affine, ...]) -> Iterator[list[list[tuple[Any, Any]
 
 
 def _joined(found: Any) -> Any:
-    """Return the layers' roots (n, s, e), with their e weights in the order of theta."""
+    """Return roots (n, s, e) for the e weights of the given layers, in the order of theta."""
     parts, entries = [], []
     for layer, (a, g) in found:
         subscripts = "ntf,ntsc->nsfc" if len(a.shape) == 3 else "ntkf,ntskc->nskfc"
@@ -312,7 +316,7 @@ def _joined(found: Any) -> Any:
 
 
 def unit_columns(each: tape.Each, y: Any, output: Any) -> Any:
-    """Return the unit vectors of the c outputs for each of n rows, (c, n, ...)."""
+    """Return c unit vectors, one for each output, repeated for n rows: (c, n, ...)."""
     n = tf.shape(output)[0]
     size = tf.size(output) // n
     units = tf.eye(size, dtype=output.dtype)[:, None, :]

@@ -34,7 +34,8 @@ class Curvature(LinearOperator):
       net: the net. The matrix belongs to its current theta.
       examples: the training set. Products with any number of vectors take one pass over this set.
       damping: number >= 0 that is added to the diagonal. Solvers invert matrix + damping I.
-      batch_size: the number of rows per batch, to limit memory. None: the net chooses this number.
+      batch_size: the number of rows per batch, which limits memory. None means that the net chooses
+        this number.
       checkpoints: a folder where `dense` stores the undamped matrix, or None. A later call of
         `dense` with any damping loads the stored matrix.
 
@@ -42,7 +43,8 @@ class Curvature(LinearOperator):
       batch size or a folder that is not writable.
     """
 
-    # `_method` is the net's method for one batch. `_each` is the name that `each_batch` takes.
+    # `_method` is the net's method that multiplies for one batch. `_each` is the argument that
+    # selects the same product in `net.each_batch`.
     _method: ClassVar[str]
     _each: ClassVar[Literal["hvp", "gauss_newton"]]
     _needs_logits: ClassVar[bool] = False
@@ -71,7 +73,7 @@ class Curvature(LinearOperator):
         super().__init__(net.dtype, (net.num_parameters, net.num_parameters))
 
     def __repr__(self) -> str:
-        """Show kind, size, damping, and a checksum of theta and labels."""
+        """Describe the matrix by class, size, damping, and a checksum of theta and labels."""
         held = zlib.crc32(self.examples.y.tobytes(), zlib.crc32(self._theta.tobytes()))
         return (
             f"{type(self).__name__}({len(self.examples)} rows, d={self.shape[0]}, "
@@ -129,9 +131,9 @@ class Curvature(LinearOperator):
         return matrix
 
     def remaining(self, share: float, dense: NDArray | None = None) -> NDArray:
-        """Return the dense matrix (d, d) less `share` x (Hessian of the penalty + damping I).
+        """Return the dense matrix (d, d) minus `share` x (Hessian of the penalty + damping I).
 
-        `dense` is the dense matrix if the caller has it. It is copied.
+        `dense` is the dense matrix if the caller has it, or None. The method copies this array.
         """
         matrix = self.dense() if dense is None else dense.copy()
         self._add_penalty(matrix, -share)
@@ -150,7 +152,7 @@ class Curvature(LinearOperator):
         return symmetrised(matrix)
 
     def same_as(self, other: Any) -> bool:
-        """Return True if `other` has the same kind, net, examples, damping and theta as this."""
+        """Return True if `other` has the same class, net, examples, damping and theta."""
         return (
             type(other) is type(self)
             and other.net is self.net
@@ -160,7 +162,7 @@ class Curvature(LinearOperator):
         )
 
     def dot(self, x: Any) -> Any:
-        """Multiply the matrix by x. SciPy's own method would ignore the mask of a masked x."""
+        """Multiply the matrix by x. Unlike SciPy's method, refuse a masked array."""
         if not isinstance(x, LinearOperator):
             numbers(x, "V")
         return super().dot(x)
@@ -188,7 +190,7 @@ class Curvature(LinearOperator):
         Raises: RuntimeError, or ValueError if the net's weights are now NaN or infinite.
         """
         if not self.is_current:
-            check_weights(self.net.model)  # a NaN is not equal to itself
+            check_weights(self.net.model)  # a NaN also looks like a change
             raise RuntimeError(
                 "theta has changed since this operator was made; make a new one for the new theta."
             )
@@ -215,11 +217,11 @@ class Hessian(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues. It is `net.strong_convexity` plus damping, or NaN."""
+        """Lower bound on all eigenvalues: `net.strong_convexity` plus damping. NaN if unknown."""
         return self.net.strong_convexity + self.damping
 
     def _formed(self) -> NDArray:
-        """Compute the undamped matrix by a closed form, by a chain of layers, or from products."""
+        """Compute the undamped matrix by a closed form, a chain of layers, or products."""
         closed_form = self.net.hessian(self.examples, self.batch_size)
         if closed_form is not None:
             return symmetrised(closed_form)
@@ -245,11 +247,11 @@ class GaussNewton(Curvature):
 
     @property
     def smallest_eigenvalue_bound(self) -> float:
-        """Lower bound on all eigenvalues. It is `net.penalty_convexity` plus damping, or NaN."""
+        """Lower bound on all eigenvalues: `net.penalty_convexity` plus damping. NaN if unknown."""
         return self.net.penalty_convexity + self.damping if self.net.loss.convex else np.nan
 
     def _formed(self) -> NDArray:
-        """Compute the undamped matrix from roots of the rows' matrices, or else from products.
+        """Compute the undamped matrix from roots (influence.curvature.roots) or from products.
 
         Roots need a loss that is convex in the output. They take one backward pass per output of
         the model. Products with unit vectors take at least one backward pass for each of d columns.

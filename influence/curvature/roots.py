@@ -7,8 +7,8 @@ of the row's loss with respect to that output. The Gauss-Newton matrix of n rows
 
 A row with s outputs has s roots. Computing the roots takes s backward passes, while products of G
 with unit vectors take d passes. In a layer with one position per row, the root is a_i' g_is, with
-the factors of influence.curvature.layers. The block of G that belongs to two such layers, with the
-factors a, g and b, h, is up to the factor 1/n
+the factors of influence.curvature.layers. Let two such layers have the factors a, g and b, h. The
+block of G for these two layers is 1/n times
 
     sum_is (a_i' g_is) (b_i' h_is)' = sum_i (a_i' b_i) (x) (sum_s g_is' h_is).
 
@@ -42,8 +42,7 @@ def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
     """Return the roots p_is of a batch, (n, s, d), at the net's theta.
 
     If all layers are affine, the roots are products of inputs and pseudo-gradients. For other
-    models, TensorFlow differentiates the outputs of one row after another. The loss must be convex
-    in the output.
+    models, TensorFlow differentiates the outputs row by row. The loss must be convex in the output.
     """
     t, theta = net.flat, net.theta_tensor()
     try:
@@ -58,8 +57,8 @@ def roots(net: GenericNeuralNet, x: Any, y: NDArray) -> NDArray:
 def jacobian_parts(net: GenericNeuralNet, x: Any, y: NDArray) -> tuple[list[Part], NDArray]:
     """Return the Jacobian J_i of each row's c outputs, in parts, at the net's theta.
 
-    In a layer with one position per row, J_i is a_i' g_is for output s, with the factors of
-    influence.curvature.layers.
+    In a layer with one position per row, the part of J_i for output s is a_i' g_is, with the
+    factors of influence.curvature.layers.
 
     Returns: a triple (entries, a, g) for each such layer, and an array (n, c, e) with the other e
       columns of J_i, in the order of theta. `entries` (f, k) are the layer's positions in theta. a
@@ -81,7 +80,7 @@ def jacobian_parts(net: GenericNeuralNet, x: Any, y: NDArray) -> tuple[list[Part
 
 
 def joined(parts: list[Part], rest: NDArray) -> NDArray:
-    """Return the Jacobians (n, c, d) whose parts `jacobian_parts` returned."""
+    """Return the Jacobians (n, c, d), from the result of `jacobian_parts`."""
     n, c, e = rest.shape
     d = e + sum(entries.size for entries, _, _ in parts)
     J = np.empty((n, c, d), rest.dtype)
@@ -94,7 +93,7 @@ def joined(parts: list[Part], rest: NDArray) -> NDArray:
 
 
 def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
-    """Return the number of rows for which `sum_of_squares` fits into memory.
+    """Return the largest number of rows for which `sum_of_squares` fits into memory.
 
     `one` holds one row.
     """
@@ -110,10 +109,10 @@ def rows_per_batch(net: GenericNeuralNet, one: Examples, at_most: int) -> int:
 
 
 def sum_of_lengths(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> float:
-    """Return sum_is |p_is|^2 of a batch, which is its part of n times the trace of G.
+    """Return sum_is |p_is|^2 over a batch. Over all rows, this sum is n times the trace of G.
 
-    It is a question, as in influence.net.questions. All weights of theta must be in affine layers,
-    and the loss must be convex in the output.
+    This is a question (influence.net.questions). All weights of theta must be in affine layers, and
+    the loss must be convex in the output.
     """
     layers = affine_layers(net, x)
     single, rest = layers.parts(x, y, net.at(theta).theta_tensor())
@@ -125,9 +124,9 @@ def sum_of_lengths(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDAr
 
 
 def sum_of_squares(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return sum_is p_is p_is' (d, d) of a batch. It is a question, as in influence.net.questions.
+    """Return sum_is p_is p_is' (d, d) over a batch.
 
-    The loss must be convex in the output.
+    This is a question (influence.net.questions). The loss must be convex in the output.
     """
     view = net.at(theta)
     try:
@@ -149,7 +148,7 @@ def sum_of_squares(net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDAr
 
 
 def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArray) -> NDArray:
-    """Return the matrix (d, d) from the parts that `AffineLayers.parts` computes."""
+    """Return sum_is p_is p_is' (d, d), from the parts that `AffineLayers.parts` computes."""
     d = sum(layers.traced.sizes)
     matrix = np.empty((d, d), rest.dtype if rest.size else single[0][0].dtype)
     others = np.ones(d, bool)
@@ -159,12 +158,13 @@ def _summed(layers: AffineLayers, single: list[tuple[NDArray, ...]], rest: NDArr
     if where.size:
         matrix[np.ix_(where, where)] = _square(rest)
     for i, (one, (a, g)) in enumerate(zip(layers.single, single, strict=True)):
-        for k in range(g.shape[2]):  # each step fills the matrix's rows for the weights of output k
+        for k in range(g.shape[2]):  # fill the matrix's rows for the weights of output k
             rows = one.entries[:, k]
             if where.size:
                 _set(matrix, rows, where, a.T @ np.einsum("ns,nse->ne", g[:, :, k], rest))
             for other, (b, h) in zip(layers.single[i:], single[i:], strict=True):
-                first = k if other is one else 0  # the matrix is symmetric
+                # The matrix is symmetric. So within one layer, only outputs from k on are computed.
+                first = k if other is one else 0
                 pairs = np.einsum("ns,nsc->nc", g[:, :, k], h[:, :, first:])
                 product = a.T @ (pairs[:, :, None] * b[:, None, :]).reshape(len(b), -1)
                 product = product.reshape(len(rows), -1, b.shape[1]).transpose(0, 2, 1)

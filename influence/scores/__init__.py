@@ -1,1 +1,1 @@
-"""Predicted changes: influence functions and other methods to compare."""
+"""Predicted changes: influence functions, and other methods for comparison."""

@@ -1,4 +1,4 @@
-"""Quantities that scores measure on the test set: each row's loss, or one number of all rows."""
+"""Test quantities whose changes are predicted: one per test row, or one for the whole set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from influence.scores.inverse import Inverse
 from influence.solvers import Solution
 from influence.solvers.plan import Plan
 
-# These losses cannot fall below 0.
+# These Keras losses are never negative.
 _NONNEGATIVE = (
     keras.losses.binary_crossentropy,
     keras.losses.binary_focal_crossentropy,
@@ -37,7 +37,7 @@ _NONNEGATIVE = (
     keras.losses.sparse_categorical_crossentropy,
     keras.losses.squared_hinge,
 )
-# A predicted loss may be negative by this fraction of the present loss without a warning.
+# No warning is given if a predicted loss is negative by at most this fraction of the present loss.
 _SLACK = 1e-3
 # A warning names at most this many rows.
 _NAMED = 3
@@ -47,18 +47,19 @@ Reduction = Literal["mean", "sum"] | Callable[[Any, Any], Any] | None
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Question about a test set. It asks for m numbers f_1, ..., f_m.
+    """Question about a test set: how do m numbers f_1, ..., f_m change?
 
-    Without `reduce`, each test row has one number. With `reduce`, the whole set has one, and m = 1.
+    If `reduce` is None, there is one number for each of the m test rows, such as its loss.
+    Otherwise there is one number for the whole test set, and m = 1.
 
     Args:
       inverse: the `Inverse` of the net's curvature matrix.
-      test: the test set, in any form that `Influence.scores` takes.
+      test: the test set, in any form that `Influence.scores` accepts.
       measurement: as in `Influence.scores`.
       reduce: as in `Influence.scores`.
 
     Attributes:
-      view: the net whose losses are the measurement's values.
+      view: a net whose losses are the measured quantities.
       name: the name of the measurement.
       test: the test set as Examples.
     Raises: TypeError or ValueError for a test set, measurement or reduction that does not fit.
@@ -72,7 +73,7 @@ class Asked:
 
     @classmethod
     def of(cls, inverse: Inverse, test: Any, measurement: Any, reduce: Reduction) -> Asked:
-        """Check the arguments and return the question."""
+        """Check the arguments and make an `Asked` from them."""
         if reduce not in (None, "mean", "sum") and not callable(reduce):
             raise ValueError(
                 "reduce must be 'mean', 'sum', a function (y, outputs) -> one number, or None, got "
@@ -99,10 +100,11 @@ class Asked:
     def plan(self) -> Plan:
         """The plan for this question.
 
-        A question with `reduce` takes one system to first order, and one for each output of each
-        test row by one step. So only `Inverse`'s argument chooses one step for it.
+        With `reduce`, first order solves one linear system. One step solves one system for each
+        output of each test row. So one step is used with `reduce` only if the caller chose it for
+        the `Inverse`.
 
-        Raises: ValueError if one step was asked for a function of all outputs.
+        Raises: ValueError if the caller chose one step and `reduce` is a function.
         """
         if self.reduce is not None and self.inverse.approximation is None:
             return self.inverse.first_order_plan
@@ -115,14 +117,14 @@ class Asked:
         return plan
 
     def joined(self, changes: NDArray) -> NDArray:
-        """Return the changes of the m numbers asked for, from those of each test row."""
+        """Return the changes (m, k) of f_1, ..., f_m, given those of each test row's number."""
         if self.reduce is None:
             return changes
         total = changes.sum(axis=0, keepdims=True)
         return total / len(changes) if self.reduce == "mean" else total
 
     def s_test(self) -> Solution:
-        """Compute H^-1 grad f for each of the m numbers: `x` is (d, m)."""
+        """Solve for H^-1 grad f_j for j = 1, ..., m. The solution's `x` is (d, m)."""
         if self.reduce is None:
             return self.inverse.s_test(self.test, self.view)
         gradient = self._gradient()[:, None]
@@ -140,7 +142,10 @@ class Asked:
         return rows.sum_over(Total("gradient"), pulled, batch_size=size)
 
     def present(self) -> NDArray | None:
-        """Return the present values f (m,), if they are losses that cannot fall below 0."""
+        """Return f_1, ..., f_m at the current theta, (m,), if they are nonnegative losses.
+
+        The result is None if `reduce` is a function, or if the loss may be negative.
+        """
         if callable(self.reduce) or not never_negative(self.view.loss):
             return None
         losses = self.test.each_row(
@@ -151,7 +156,7 @@ class Asked:
         return np.array([losses.mean() if self.reduce == "mean" else losses.sum()])
 
     def warn_of_impossible(self, changes: NDArray, rows: Any) -> None:
-        """Warn if a loss that cannot fall below 0 is predicted to do so.
+        """Warn if a predicted loss is negative although the loss cannot be negative.
 
         Args:
           changes: (m, k) predicted changes.
@@ -177,17 +182,17 @@ class Asked:
 
 
 def never_negative(loss: Any) -> bool:
-    """Return True if a loss is known never to fall below 0."""
+    """Return True if a loss is known to be never negative."""
     return loss.role == "loss" and getattr(loss, "keras_function", None) in _NONNEGATIVE
 
 
 def impossible(present: NDArray, changes: NDArray) -> NDArray[np.bool_]:
-    """Return (m, k) True for changes (m, k) by which losses (m,) would fall below 0."""
+    """Return (m, k) booleans that are True where a change (m, k) makes a loss (m,) negative."""
     return present[:, None] + changes < -_SLACK * np.maximum(present[:, None], 1e-12)
 
 
 def _outputs(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return the model's outputs for a batch. It is a question, as in influence.net.questions."""
+    """Return the model's outputs for a batch. This is a question (influence.net.questions)."""
     return net.at(theta).outputs(x)
 
 

@@ -1,4 +1,4 @@
-"""DataInf: influence by a closed form for each layer, without a solver (Kwon et al. 2024)."""
+"""DataInf: a closed-form approximation of influence for each layer (Kwon et al. 2024)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from influence.net.questions import PerRow
 
 @dataclass(frozen=True, eq=False)
 class DataInfScores(Estimand):
-    """DataInf's predicted changes, (m, k), of each test loss if each training row is removed.
+    """Changes of test losses (m, k) that DataInf predicts if single training rows are removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss if each training row is left out. Positive:
-        the loss rises without the row, so the row helped.
+      change_if_removed: (m, k) change of test loss i if training row j is removed. Positive: the
+        loss rises without the row, so the row helped.
       rows: (k,) the training rows.
-      damping: the damping of each layer.
+      damping: the damping of each layer, in the order of theta.
     """
 
     damping: tuple[float, ...]
@@ -45,31 +45,35 @@ def datainf(
     damping: ArrayLike,
     batch_size: int | None = None,
 ) -> DataInfScores:
-    """Predict the change of each test loss if each training row is left out, by DataInf.
+    """Predict by DataInf how each test loss changes if a training row is left out.
 
-    DataInf approximates the inverse Hessian H^-1 of each layer by a mean over training rows. Each
-    term is the inverse of one row's matrix (Kwon, Wu, Wu & Zou 2024, eq. 5). Let g_i = grad loss_i
-    and v = grad test loss, both with respect to the layer's parameters. Then
+    DataInf approximates the inverse Hessian H^-1 of each layer by a mean over the n training rows.
+    Let g_i = grad loss_i and v = grad test loss, both with respect to the layer's parameters. The
+    term of row i is the inverse of g_i g_i' + damping I (Kwon, Wu, Wu & Zou 2024, eq. 5). So
+    DataInf replaces H^-1 v by
 
         s = (1/n) sum_i (g_i g_i' + damping I)^-1 v
           = (v - (1/n) sum_i g_i (g_i . v) / (damping + |g_i|^2)) / damping
 
-    With L = loss + penalty, the score of row i is s . grad L(z_i) / n, which is -1/n times the
-    authors' score. Positive: the test loss rises without the row, so the row helped. For n > 1, the
-    mean of inverses is not the inverse of the mean. If the damping is below most |g_i|^2, the
-    scores grow like 1 / damping and exceed any actual change. Then at most the order of the scores
-    is meaningful. The matrices do not contain the penalty.
+    With L = loss + penalty, the score of row i is s . grad L(z_i) / n. This is -1/n times the
+    authors' score. Positive: the test loss rises without the row, so the row helped. The matrices
+    g_i g_i' + damping I do not contain the penalty.
+
+    For n > 1, the mean of inverses is not the inverse of the mean. If the damping is below most
+    |g_i|^2, the scores grow like 1 / damping and exceed any actual change. Then the ranking of the
+    scores may still be meaningful, but their size is not.
 
     The cost is two passes over the training set. The first pass forms every row's gradient.
 
     Args:
-      net: the model. The net's current theta is taken as the minimum of the training risk.
+      net: the model. Its current theta is treated as the minimum of the training risk.
       train: the training set, n rows.
       test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
-      damping: positive, absolute: one number for all layers, or one for each layer. The authors
-        use a tenth of the mean of |g_i|^2 over rows and the layer's parameters.
-      batch_size: number of rows in a batch, which bounds memory and never changes a result.
+      damping: a positive number for all layers, or one for each layer. It is absolute, not relative
+        to the gradients. The authors use a tenth of the mean squared entry of the g_i, over all
+        rows and all parameters of the layer.
+      batch_size: number of rows in a batch. It limits memory and does not change the result.
 
     Returns: DataInfScores (m, k), in the unit of the test loss.
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
@@ -104,9 +108,9 @@ def _shrunk(
     layers: list[slice],
     dampings: NDArray,
 ) -> NDArray:
-    """Sum g_i (g_i . v) / (damping + |g_i|^2) over a batch for each layer and v in V: (m, d).
+    """Return the sum over a batch of g_i (g_i . v) / (damping + |g_i|^2) for each v in V: (m, d).
 
-    Rows count by their masses.
+    The formula is applied to each layer separately. The sum weights each row by its mass.
     """
     G, total = net.at(theta).gradients(x, y), np.empty_like(V)
     masses = net.masses(x, y) if net.loss.has_masses else None
@@ -120,7 +124,7 @@ def _shrunk(
 
 
 def _layers(net: GenericNeuralNet) -> Iterator[slice]:
-    """Yield each layer's slice of theta. A layer's weights have paths with the same parent."""
+    """Yield the slice of theta of each layer. All weights of a layer have the same parent path."""
     start = 0
     sizes = zip(net.flat.weights, net.flat.sizes, strict=True)
     for _, weights in groupby(sizes, key=lambda pair: pair[0].path.rpartition("/")[0]):

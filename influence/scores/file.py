@@ -1,9 +1,9 @@
 """An HDF5 file of scores that are too many for memory. Scores are computed and written in blocks.
 
-The whole file is allocated when it is made. Later writes change only numbers, not HDF5's internal
-tables. The counter of finished blocks is increased only after the block has reached the disk. So
-every counted block is complete, even after a kill -9. Each block and each test example's s_test has
-a checksum. An altered file is never continued or returned.
+The file gets its full size when it is created. Later writes change only numbers, not HDF5's
+internal tables. The counter of finished blocks is increased only after the block has reached the
+disk. So every counted block is complete, even after a kill -9. Each block and each test example's
+s_test has a checksum. An altered file is never continued or returned.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from influence.net.questions import PerRow
 from influence.scores.inverse import Inverse
 from influence_console import shown
 
-# These are names of data sets and attributes in the file. _PER_TEST also gives dtypes.
+# Names of data sets and attributes in the file. _PER_TEST maps such names to dtypes.
 _TABLE, _S_TEST = "change_if_removed", "s_test"
 _PER_TEST = {"residual": float, "iterations": int, "converged": bool, "min_curvature": float}
 _TEST_SHA, _BLOCK_SHA, _SHA = "test_sha256", "block_sha256", "sha256"
 _FORMAT = 1
 _LOSSES, _PENALTY = "losses of the first test examples", "penalty"
 _TRAINING = "losses of the first training rows"
-# These inputs are computed by the model. They differ a little between machines and numbers of
-# threads, so they are compared up to a tolerance. All other inputs must be equal.
+# The model computes these inputs. They differ slightly between machines and numbers of threads, so
+# they are compared up to a tolerance. All other inputs must be equal.
 _COMPUTED = (_LOSSES, _TRAINING, _PENALTY)
 _PROBE_ROWS, _PROBE_RTOL = 8, 1e-3
 # An HDF5 chunk covers this many tests and training rows. In float32 a chunk takes 512 KiB, so the
 # scores of one test or of one training row are quick to read.
 _CHUNK = (128, 1024)
-# A block covers at most this many tests and training rows, in whole chunks. A block is counted as
-# finished once it is written.
+# A block of scores covers at most this many tests and training rows. It consists of whole chunks.
+# The file counts the blocks that are written.
 _TESTS, _ROWS = 2048, 1024
-# s_test of a block's tests may take this many bytes in the net's dtype.
+# The s_test vectors of a block's tests may take this many bytes in the net's dtype.
 _S_BYTES = VECTORS // 2
-# HDF5's own tables of a small file take less than this.
+# HDF5's internal tables take fewer bytes than this in a small file.
 _TABLES_BYTES = 1 << 15
-# The rounding error is measured on at most this many tests and training rows.
+# The rounding error is measured on a sample of at most this many tests and training rows.
 _SAMPLE = 64
 
 
@@ -64,7 +64,7 @@ class Job:
     """The inputs that determine the table of scores in the file.
 
     Args:
-      inverse: the `Inverse` that solves with the risk's Hessian H.
+      inverse: the `Inverse` that solves systems with the risk's Hessian H.
       view: the net whose losses are measured, as `Inverse.measured` returns it.
       measurement: name of the measured quantity.
       test: m examples.
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def net(self) -> GenericNeuralNet:
-        """The net of which H is the Hessian. `view` is the net whose losses are measured."""
+        """The net that defines the training risk and H. `view` defines the measured losses."""
         return self.inverse.net
 
     @property
@@ -90,11 +90,11 @@ class Job:
         return self.inverse.train
 
     def tests_in(self, budget: int, at_most: int) -> int:
-        """Return how many tests' s_test fit into `budget` bytes in the net's dtype."""
+        """Return how many s_test vectors in the net's dtype fit into `budget` bytes."""
         return fitting(budget, self.net.num_parameters * self.net.dtype.itemsize, at_most)
 
     def identity(self) -> dict[str, Any]:
-        """Return all inputs that the scores depend on, by name. Errors use these names."""
+        """Return a dict of all inputs that the scores depend on. Errors use its keys."""
         net, operator = self.net, self.inverse.operator
         few, first = (part.take(slice(0, _PROBE_ROWS)) for part in (self.test, self.train))
         weights = hashlib.sha256()
@@ -118,7 +118,7 @@ class Job:
 
 
 def write(job: Job, path: Path) -> Path:
-    """Write the file of `Influence.write_scores`. After an interruption, write the missing part."""
+    """Write the scores to the file `path` and return the path. Continue an unfinished file."""
     identity = job.identity()
     if path.exists():
         with _opened(job, path, "r", identity) as file:
@@ -187,7 +187,7 @@ def _multiply(job: Job, file: h5py.File) -> None:
 
 
 def _place(file: h5py.File, block: int) -> tuple[slice, slice]:
-    """Return the slice of tests and the slice of training rows that a block of the table covers."""
+    """Return the slice of tests and the slice of training rows of one block of the table."""
     m, k = file[_TABLE].shape
     tests, columns = map(int, file.attrs["together"])
     i, j = divmod(block, -(-k // columns))
@@ -196,9 +196,9 @@ def _place(file: h5py.File, block: int) -> tuple[slice, slice]:
 
 
 def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterator[NDArray]:
-    """Yield the scores (b, columns) of b tests for each block of training rows in turn."""
+    """Yield the scores (b, columns) of b tests, for one block of training rows after another."""
     chosen = job.net.rows_per_batch(job.train, len(question.S), dtype=job.dtype)
-    size = columns  # this is a power of 2, so a block consists of whole batches
+    size = columns  # a power of 2, so a block consists of whole batches
     while size > (job.inverse.batch_size or chosen):
         size //= 2
     asked = None if len(rows) == len(job.train) else rows
@@ -209,11 +209,12 @@ def _tables(job: Job, question: _Scores, rows: NDArray, columns: int) -> Iterato
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """Question for `Examples.map_over`: the scores of training rows for b tests.
+    """Question that returns the scores of a batch of training rows for b tests.
 
     Attributes:
-      S: (b, d) s_test / n in the dtype of the table; with masks n is the sum of masses.
-      constant: (b,) s_test . grad penalty / n, the penalty's part of each score.
+      S: (b, d) s_test / n in the dtype of the table. If the loss has masks, n is the sum of the
+        training rows' masses.
+      constant: (b,) s_test . grad penalty / n, the part of a score that comes from the penalty.
     """
 
     S: NDArray
@@ -224,7 +225,7 @@ class _Scores:
         n, penalty = job.inverse.mass, job.net.penalty_gradient()
         S = np.empty((part.stop - part.start, len(penalty)), job.dtype)
         constant = np.empty(len(S), job.dtype)
-        for start in range(0, len(S), _CHUNK[0]):  # a loop avoids a second copy of all of S
+        for start in range(0, len(S), _CHUNK[0]):  # the loop avoids a second copy of all of S
             rows = slice(start, min(start + _CHUNK[0], len(S)))
             exact = file[_S_TEST][part.start + rows.start : part.start + rows.stop] / n
             S[rows], constant[rows] = exact, exact @ penalty
@@ -239,15 +240,15 @@ class _Scores:
 def _rounding_error(job: Job, file: h5py.File) -> float:
     """Compute the largest error in a sample of the table, relative to the sample's largest score.
 
-    The sample is compared with scores in the net's dtype.
+    The scores of the sample are recomputed in the net's dtype for this comparison.
     """
 
     def spread(size: int, most: int) -> NDArray:
         return np.unique(np.linspace(0, size - 1, most).astype(int))
 
     m, k = file[_TABLE].shape
-    # The sample may use half of a block's memory budget for s_test. Here s_test has the net's
-    # dtype, which may take more memory than the table's dtype.
+    # Here s_test has the net's dtype, which may take more memory than the table's dtype. So the
+    # sample gets only half of a block's memory budget for s_test.
     tests, columns = spread(m, job.tests_in(_S_BYTES // 2, _SAMPLE)), spread(k, _SAMPLE)
     some = job.train.take(job.rows[columns])
     S = file[_S_TEST][tests].T
@@ -262,13 +263,13 @@ def _rounding_error(job: Job, file: h5py.File) -> float:
 
 
 def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
-    """Make the file and allocate all data sets. The file gets the name `path` at the end.
+    """Make the file and allocate all data sets. Rename the file to `path` at the end.
 
     Raises: ValueError if the disk is too small or not writable, or if another process holds the
       file.
     """
     check_writable(path.parent, "path's parent")
-    # The name is always the same. After a kill -9 here, the next call overwrites the file.
+    # The temporary name is always the same, so a call after a kill -9 overwrites the old file.
     unfinished = path.with_name(path.name + ".new")
     if unfinished.is_file():
         try:
@@ -279,7 +280,7 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
             pass
     unfinished.unlink(missing_ok=True)
     tests = job.tests_in(_S_BYTES, _TESTS)
-    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if one fits
+    tests = tests // _CHUNK[0] * _CHUNK[0] or tests  # whole chunks, if at least one fits
     layout = _layout(job, tests, _ROWS)
     try:
         unfinished.touch()
@@ -303,7 +304,7 @@ def _create(job: Job, path: Path, identity: dict[str, Any]) -> None:
 
 
 def _bytes(layout: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
-    """Estimate the bytes of the file: whole chunks, and a little more for HDF5's own tables."""
+    """Estimate the size of the file in bytes: whole chunks and HDF5's internal tables."""
     total = _TABLES_BYTES
     for shape, kind in layout.values():
         whole = [-(-n // c) * c for n, c in zip(shape, map(min, _CHUNK, shape), strict=False)]
@@ -312,7 +313,7 @@ def _bytes(layout: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
 
 
 def _layout(job: Job, tests: int, columns: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Return the shape and dtype of each data set, for blocks of `tests` by `columns` scores."""
+    """Return the shape and dtype of each data set, if a block has `tests` x `columns` scores."""
     m, k, s_dtype = len(job.test), len(job.rows), job.net.dtype
     return {
         _TABLE: ((m, k), np.dtype(job.dtype)),
@@ -365,7 +366,7 @@ def _allocate(file: h5py.File, name: str, shape: tuple, dtype: Any) -> None:
 
 
 def _mark(file: h5py.File, counter: str, value: int) -> None:
-    """Set a counter after the numbers that it counts are on the disk."""
+    """Write the data to the disk, and then set the counter of the finished tests or blocks."""
     _to_disk(file)
     file[counter][()] = value
     file.flush()
@@ -384,7 +385,7 @@ def _to_disk(file: h5py.File) -> None:
 def _opened(
     job: Job, path: Path, mode: Literal["r", "r+"], identity: dict[str, Any]
 ) -> Iterator[h5py.File]:
-    """Open a file of earlier scores, and verify everything that it counts as written.
+    """Open an existing file of scores, and verify all tests and blocks that it counts as finished.
 
     Raises: ValueError if the file does not hold these scores. The message names the file and a
       remedy.
@@ -410,7 +411,7 @@ def _opened(
 
 
 def _another(file: h5py.File, identity: dict[str, Any]) -> str:
-    """Name the inputs, or the format, that differ from the file's, or return an empty string."""
+    """Name the inputs or the format that differ from the file's. Return "" if none differs."""
     stored = dict(file.attrs)
     if not _equal("format", stored.get("format"), _FORMAT):
         return f"another format ({stored.get('format')!s:.20}; this program's is {_FORMAT})"
@@ -419,10 +420,9 @@ def _another(file: h5py.File, identity: dict[str, Any]) -> str:
 
 
 def _altered(job: Job, file: h5py.File, *, finished: bool) -> str:
-    """Name the first part that is not as it was written; empty if there is none.
+    """Describe the first altered part of the file. Return "" if no part was altered.
 
-    Counters in the file say how many tests and blocks are finished. Only the s_test and the scores
-    of finished tests and blocks are checked.
+    The file counts its finished tests and blocks. Only their s_test and scores are checked.
     """
     layout = _layout(job, *map(int, file.attrs["together"]))
     for name, (shape, kind) in layout.items():
@@ -459,7 +459,7 @@ def _sha(*arrays: NDArray) -> NDArray[np.uint8]:
 
 
 def _sha_of_tests(file: h5py.File, part: slice) -> NDArray[np.uint8]:
-    """Compute the checksums (b, 32) of b tests. The file is read chunk by chunk."""
+    """Compute the checksums (b, 32) of b tests. Read the file chunk by chunk."""
     digests = [hashlib.sha256() for _ in range(part.stop - part.start)]
     for column in range(0, file[_S_TEST].shape[1], _CHUNK[1]):
         rows = file[_S_TEST][part, column : column + _CHUNK[1]]

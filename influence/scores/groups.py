@@ -1,24 +1,24 @@
-"""Groups of rows removed together, to first and to second order.
+"""Predicted effects of removing a group of rows, to first and to second order.
 
-R is the risk, the mean of L_i = loss_i + penalty over n rows. U is a group of k rows. Without U the
-risk is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), this risk is
-R + w (k R - sum_U L_i). Let H and T be the second and third derivatives of R, H_U the mean Hessian
-of L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
+R is the risk, which is the mean of L_i = loss_i + penalty over n rows. U is a group of k rows. The
+risk without U is (n R - sum_U L_i) / (n - k). With the weight w = 1 / (n - k), it equals R + w (k R
+- sum_U L_i). Let H and T be the second and third derivatives of R. Let H_U be the mean Hessian of
+L_i over U, and g = sum_U grad L_i. Then removing U moves the minimum by
 
     D1 = w H^-1 g                                                          to first order in w
     D2 = D1 + w k H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2                   to second order in w
 
-A measurement f changes by grad f . D2 + D1' (d2 f) D1 / 2. This has all terms up to second order.
-Basu, You & Feizi (2020) leave out T and d2 f. For logistic regression the omitted terms are as
-large as the included ones. Without them, the second-order prediction can be further from the refit
-than the first-order prediction. For a quadratic risk and a linear measurement, their formula equals
-ours, because the omitted terms are zero.
+A measurement f changes by grad f . D2 + D1' (d2 f) D1 / 2. This sum has all terms up to second
+order. Basu, You & Feizi (2020) leave out the terms with T and d2 f. For logistic regression these
+terms are as large as the other second-order terms. Without them, the second-order prediction can be
+further from the refit than the first-order prediction. For a quadratic risk and a linear
+measurement both terms are zero, and their formula equals ours.
 
-The expansion is not a bound. The expansion is meaningless if U is half of the rows or more. If U
-has no curvature, the term with H_U is - k / (n - k) times D1.
+The expansion gives no bound on the error. It is meaningless if U has half of the rows or more. If U
+has no curvature, the term with H_U - H is - k / (n - k) times D1.
 
-If positions are masked, row i counts v_i times, where v_i is its number of valid positions. Then n
-and k are sums of v_i, and the means over rows and the sum g have the weights v_i.
+If the loss masks positions, v_i is the number of valid positions of row i. The means over rows and
+the sum g then have the weights v_i, and n and k are sums of v_i.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from influence.solvers import Solution
 from influence.solvers.plan import Plan
 
 Order = Literal[1, 2, "one_step"]
-# Without a choice by the caller, one step is taken for at most this many outputs of a group.
+# If the caller gives no order, one step is used for groups with at most this many outputs.
 _MOST_OUTPUTS = 2000
-# One step takes at most this many rows.
+# One step can remove groups of at most this many rows.
 _MOST_ROWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class GroupScores(NamedArray):
-    """Predicted changes, (m,), of each test loss if all rows of a group are removed together.
+    """Predicted changes (m,) of the test losses if all rows of a group are removed together.
 
     Attributes:
       change_if_removed_together: (m,) change of each test loss. Positive: the loss rises without
@@ -73,7 +73,7 @@ class GroupScores(NamedArray):
 def group(
     inverse: Inverse, test: Data, rows: ArrayLike, order: Order | None, measurement: Any
 ) -> GroupScores:
-    """Answer `Influence.group` by the formulas of this module."""
+    """Compute the GroupScores of `Influence.group` by the formulas of this module."""
     n = len(inverse.train)
     rows = check_rows(rows, n)
     if order not in (1, 2, "one_step", None):
@@ -114,7 +114,7 @@ def group(
 
 
 def _order(inverse: Inverse, k: int, given: Order | None) -> Order:
-    """Return the order for a group of k rows. None is replaced by the plan's, if k allows it."""
+    """Return the order for a group of k rows. If `given` is None, the plan and k decide."""
     if given in (1, 2):
         return given
     if given is None and inverse.plan.approximation == "first_order":
@@ -138,7 +138,7 @@ def _second_order(
     gradient: NDArray,
     S: NDArray,
 ) -> NDArray:
-    """Compute the changes (m,) to second order. Only D1 needs a solve, as S is H^-1 grad f."""
+    """Compute the changes (m,) to second order. S is H^-1 grad f, so only D1 takes a solve."""
     net, train, size = inverse.net, inverse.train, inverse.batch_size
     n, k = inverse.mass, net.mass(chosen)
     first = gradient / (n - k)  # this is H D1
@@ -151,7 +151,7 @@ def _second_order(
 
 
 def _third(net: GenericNeuralNet, train: Examples, v: NDArray, size: int | None) -> NDArray:
-    """Compute T[v, v], (d,). The batch size suits automatic differentiation, not closed forms."""
+    """Compute T[v, v], (d,). The default batch size is that of nets without closed forms."""
     size = size or GenericNeuralNet.rows_per_batch(net, train)
     total = train.sum_over(Total("curvature_gradient", v), net, batch_size=size)
     return total / net.mass(train) + net.penalty_curvature_gradient(v)

@@ -1,4 +1,4 @@
-"""Influence: the changes that the risk's curvature predicts if training rows are removed."""
+"""Influence functions: predicted changes of test losses if training rows are removed or added."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from influence.scores.relative import RelativeScores
 from influence.solvers import Prepared, Solution, Solver
 from influence.solvers.plan import Plan
 
-# For at least this many rows, one factorisation is faster than a solve for each row.
+# For at least this many rows, a closed form is faster than a solve for each row.
 _MANY_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Estimand):
-    """Predicted changes, (m, k), of each test loss if each training row is removed.
+    """Predicted changes (m, k) of test losses if single training rows are removed.
 
     Attributes:
-      change_if_removed: (m, k) change of each test loss (nats for log losses) if each training row
-        is left out. Positive: the loss rises without the row, so the row helped.
+      change_if_removed: (m, k) change of test loss i if training row j is left out, in nats for log
+        losses. Positive: the loss rises without the row, so the row helped.
       rows: (k,) the training rows.
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
       plan: the curvature, damping, solver and precision that were used.
-      approximation: "first_order" or "one_step", the way in which the changes were predicted.
-      leverage: (k,) the share of a row's own curvature in the risk's (influence.scores.one_step).
-        The error of first order is about as large. Without one step only the rows of the largest
-        scores have one, if it is quick to compute, and the others have NaN.
+      approximation: "first_order" or "one_step", the method that predicted the changes.
+      leverage: (k,) leverage of each row, which measures the row's share of the risk's curvature
+        (influence.scores.one_step). It is about the relative error of first order. With
+        "first_order", only rows with the largest scores have a value, and all other rows have NaN.
+        None if no leverage is computed.
     """
 
     solution: Solution
@@ -58,11 +59,11 @@ class Scores(Estimand):
 
 @dataclass(frozen=True, eq=False)
 class AdditionScores(NamedArray):
-    """Predicted changes, (m, k), of each test loss if each new row is added to the training set.
+    """Predicted changes (m, k) of test losses if single new rows are added to the training set.
 
     Attributes:
-      change_if_added: (m, k) change of each test loss if each new row is added. Positive: the loss
-        rises with the row, so the row would hurt. `change_if_removed` has the opposite sign.
+      change_if_added: (m, k) change of test loss i if new row j is added. Positive: the loss rises
+        with the row, so the row would hurt. `change_if_removed` has the opposite sign.
       solution: the solver's report for each test example. `solution.x` is s_test (d, m).
       measurement: "loss", or the name of the measurement used instead.
       plan: the curvature, damping, solver and precision that were used.
@@ -77,42 +78,46 @@ class AdditionScores(NamedArray):
 class Influence:
     """Influence functions of a net at a minimum of its training risk (Koh & Liang 2017).
 
-    Let L(z_i) = loss_i + penalty for row i of n, and H the Hessian of the risk plus damping I. To
-    first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. It changes a measurement
-    f by + grad f' H^-1 grad L(z_i) / n to first order. This is -1/n times the paper's I_up,loss
-    (eq. 2). Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad
-    f. If the loss masks positions, v_i / sum_j v_j replaces 1 / n here and in all methods. v_i is
-    row i's number of valid positions.
+    Let L(z_i) = loss_i + penalty for row i of n. Let H be the Hessian of the risk plus damping I.
+    To first order, leaving out row i changes theta by + H^-1 grad L(z_i) / n. A measurement f then
+    changes by + grad f' H^-1 grad L(z_i) / n. This is -1/n times the paper's I_up,loss (eq. 2).
+    Positive: the test loss rises without the row, so the row helped. s_test is H^-1 grad f. If the
+    loss masks positions, let v_i be the number of valid positions of row i. Then v_i / sum_j v_j
+    replaces 1 / n here and in all methods.
 
-    Without options the class chooses what the caller leaves out, before any score is computed, and
-    says why in `plan`. A risk that is known to be convex gets its Hessian without damping. Every
-    other risk gets the Gauss-Newton matrix, with the damping 1 / (learning rate x steps) if Keras'
-    SGD trained the model (times 1 - momentum; Bae et al. 2022), else with a tenth of the matrix's
-    mean eigenvalue (Grosse et al. 2023). `Direct` solves if the matrix is quick to form and factor,
-    EKFAC if theta has more than 100,000 entries, and CG otherwise. Nets with at most 100,000
-    weights are solved in float64, by a copy of the model.
+    The class chooses every option that the caller leaves out, before any score is computed. `plan`
+    states each choice and its reason. A risk that is known to be convex gets its Hessian without
+    damping. Most other risks get the Gauss-Newton matrix. The damping of this matrix is (1 -
+    momentum) / (learning rate x steps) if Keras' SGD trained the model (Bae et al. 2022). Otherwise
+    the damping is a tenth of the mean eigenvalue (Grosse et al. 2023). `Direct` solves if the
+    matrix is quick to form and factor. If not, EKFAC solves for more than 100,000 weights, and CG
+    for fewer. For nets with at most 100,000 weights, a float64 copy of the model is used.
 
     Args:
-      net: a net, a compiled Keras model, or the path of a saved one. The current theta is taken as
-        the minimum of the training risk.
-      train: the training set: Examples, or data in any form that `fit` takes.
-      solver: the solver that applies H^-1, or None. A solver that `prepare` returned is accepted
-        too, and its matrix is then used. The systems have the net's dtype if a solver is given.
-      damping: the number that multiplies I in H, >= 0, or None. Damping means the same for every
-        solver. None means 0 if the caller asks for `Hessian`.
-      curvature: `Hessian`, or `GaussNewton` to replace the Hessian of the risk, or None.
-      batch_size: number of rows in a batch, which bounds memory and never changes a result. None
-        lets the net choose.
-      history: the History of the training, or the folder that `Recorder` wrote. It gives the
-        damping 1 / (learning rate x steps) in place of what the model's optimiser remembers.
-      approximation: "one_step" to take a row's own curvature out with it, "first_order" to keep it,
-        as Koh & Liang do, or None. None means one step if the mean leverage of the rows is above
-        .05 and the leverages are quick to compute; a training set on disk, and a given solver that
-        approximates H, get first order. `scores` and `group` use it. All other questions, and score
+      net: a net, a compiled Keras model, or the path of a saved one. Its current theta is treated
+        as the minimum of the training risk.
+      train: the training set, as Examples or in any form that `fit` accepts.
+      solver: the solver of systems with H, or None. A solver that `prepare` returned is accepted
+        too. Its curvature and damping are then used. If a solver is given, the systems have the
+        net's dtype.
+      damping: the number >= 0 that multiplies I in H, or None. Its meaning is the same for every
+        solver. None means 0 if `curvature` is `Hessian`.
+      curvature: the matrix, `Hessian` or `GaussNewton`, or None. `GaussNewton` replaces the Hessian
+        of the risk in H.
+      batch_size: number of rows in a batch, or None to let the net choose. It limits memory and
+        does not change the result.
+      history: the History of the training, or the folder that `Recorder` wrote. It supplies the
+        learning rates and steps for the damping. Without a history, the state of the model's
+        optimiser supplies them.
+      approximation: "one_step", "first_order" or None. One step removes the row's curvature
+        together with its gradient. First order keeps the row's curvature, as Koh & Liang do. None
+        means one step if the mean leverage of the rows is above .05 and the leverages are quick to
+        compute. None means first order for a training set on disk, and for a given solver that
+        approximates H. Only `scores` and `group` use this argument. All other methods, and score
         files, are first order.
 
     Attributes:
-      inverse: the `Inverse` that solves with H.
+      inverse: the `Inverse` that solves systems with H.
       net, train, batch_size: the same objects as in `inverse`.
 
     Raises: TypeError or ValueError naming the argument that is wrong, before any long work.
@@ -144,7 +149,7 @@ class Influence:
 
     @property
     def operator(self) -> Curvature:
-        """The damped curvature matrix H. First use may take some passes over the data."""
+        """The damped curvature matrix H. The first access may take passes over the data."""
         return self.inverse.operator
 
     @property
@@ -158,13 +163,13 @@ class Influence:
         return self.inverse.prepared
 
     def s_test(self, test: Data, *, measurement: Any = None, reduce: Reduction = None) -> Solution:
-        """Compute H^-1 grad loss for every test example: `x` is (d, m).
+        """Solve for H^-1 grad loss of every test example. The solution's `x` is (d, m).
 
-        The test loss excludes the penalty. Warns with ConvergenceWarning if a column missed the
+        The test loss excludes the penalty. Issues a ConvergenceWarning if a column missed the
         solver's tolerance.
 
         Args:
-          test: m examples, in any form that `fit` takes.
+          test: m examples, in any form that `fit` accepts.
           measurement: as in `scores`.
           reduce: as in `scores`.
 
@@ -180,26 +185,28 @@ class Influence:
         measurement: Any = None,
         reduce: Reduction = None,
     ) -> Scores:
-        """Predict the change of each test loss if each training row is left out.
+        """Predict how each test loss changes if a training row is left out.
 
-        To first order the score is s_test . grad L(z_i) / n. This is -1/n times I_up,loss (Koh &
-        Liang 2017, eq. 2). By one step the row's own curvature is taken out too, and the score is
-        the test loss at the moved outputs less the loss now (influence.scores.one_step); a question
-        with `reduce` is answered to first order unless one step is asked for by name. Positive: the
-        test loss rises without the row, so the row helped. Warns if a loss that cannot fall below 0
-        is predicted to do so, and if a row scored to first order has a leverage above .1.
+        With first order, the score is s_test . grad L(z_i) / n. This is -1/n times I_up,loss (Koh &
+        Liang 2017, eq. 2). One step also removes the curvature of the row. The score is then the
+        test loss at the changed outputs minus the present test loss (influence.scores.one_step).
+        Scores with `reduce` are first order unless this Influence has approximation="one_step".
+        Positive: the test loss rises without the row, so the row helped.
+
+        Issues a warning if the predicted value of a nonnegative loss is negative. Also warns if a
+        row that is scored with first order has a leverage above .1.
 
         Args:
-          test: m examples, in any form that `fit` takes. Each has its own scores.
+          test: m examples, in any form that `fit` accepts. Each has its own scores.
           rows: (k,) training rows; all n if omitted.
           measurement: a function of (y, output) that returns one number for each example. The
-            change of this number is predicted instead of the loss's change. The function consists
-            of TensorFlow operations, like those in `influence.measurements`. Positive: the number
-            rises without the row.
-          reduce: "mean" or "sum" for one question about the mean or sum over all test examples, or
-            a function (y, outputs) of all labels and outputs that returns one number, such as a
-            difference between two groups. Such a question needs one system, and m is 1. The mean
-            and the sum count each row once, also if positions are masked.
+            change of this number is predicted instead of the change of the loss. The function must
+            consist of TensorFlow operations, like those in `influence.measurements`. Positive: the
+            number rises without the row.
+          reduce: "mean", "sum", a function, or None. If given, the change of one number of the
+            whole test set is predicted. Then m is 1, and first order solves one system. "mean" and
+            "sum" count each row once, even if positions are masked. A function (y, outputs) maps
+            all labels and outputs to the number, such as a difference between two groups.
 
         Returns: Scores (m, k), in the unit of the test loss (nats for log losses).
         Raises: ValueError, TypeError or IndexError for bad input; DivergenceError as `s_test`.
@@ -209,7 +216,8 @@ class Influence:
         plan = asked.plan
         m, size = len(asked.test) if reduce is None else 1, self.net.dtype.itemsize
         check_fits(
-            # The joined table and its blocks, and the right-hand sides, s_test and a solver's copy.
+            # Memory holds two (m, k) tables of scores, and three (d, m) arrays: right-hand sides,
+            # s_test and a copy.
             (2.0 * m * len(rows) + 3.0 * m * self.net.num_parameters) * size,
             f"test must have scores that fit into memory, for {m:,} x {len(rows):,} pairs",
             "use write_scores, which writes them to a file block by block, or fewer test examples",
@@ -242,12 +250,13 @@ class Influence:
     def adding(
         self, test: Data, new: Data, *, measurement: Any = None, reduce: Reduction = None
     ) -> AdditionScores:
-        """Predict the change of each test loss if each new row is added, one at a time.
+        """Predict how each test loss changes if a new row is added to the training set.
 
         With a new row z, the risk is the mean loss over n + 1 rows plus the same penalty. To first
-        order the minimum is theta - H^-1 grad L(z) / n. So the change is - s_test . grad L(z) / n.
-        This is 1/n times I_up,loss (Koh & Liang 2017, eq. 2). Positive: the test loss rises with
-        the row, so the row would hurt. Scores for removal to first order have the opposite sign.
+        order, its minimum is theta - H^-1 grad L(z) / n. So the test loss changes by - s_test .
+        grad L(z) / n. This is 1/n times I_up,loss (Koh & Liang 2017, eq. 2). Positive: the test
+        loss rises with the row, so the row would hurt. First-order scores for removal have the
+        opposite sign.
 
         Args:
           test: m examples. Each has its own scores.
@@ -273,27 +282,28 @@ class Influence:
         *,
         measurement: Any = None,
     ) -> GroupScores:
-        """Predict the change of each test loss if all the rows are removed together.
+        """Predict how each test loss changes if all rows of a group are removed together.
 
-        Let g be the sum of grad L(z_i) over the group U of k rows. Order 1 is the sum of the rows'
-        scores, grad f . H^-1 g / n (Koh et al. 2019). Order 1 usually underestimates the actual
-        change. Order 2 is the whole expansion to second order in 1 / (n - k):
+        Let g be the sum of grad L(z_i) over the group U of k rows. Order 1 is grad f . H^-1 g / n,
+        the sum of the first-order scores of the rows (Koh et al. 2019). It usually underestimates
+        the actual change. Order 2 is the complete expansion to second order in 1 / (n - k):
 
             D1 = H^-1 g / (n - k)
             D2 = D1 + k / (n - k) H^-1 (H_U - H) D1 - H^-1 T[D1, D1] / 2
             change = grad f . D2 + D1' (d2 f) D1 / 2
 
         H_U is the mean Hessian of L(z_i) over U, and T is the risk's third derivative. Basu, You &
-        Feizi (2020) leave out T and d2 f. Order 2 takes one more solve than order 1, and one more
-        pass over the training set. "one_step" is one Newton step on the risk without the group. It
-        takes a system for each output of each row (influence.scores.one_step). Positive: the test
-        loss rises without the rows, so together they helped.
+        Feizi (2020) leave out the terms with T and d2 f. Order 2 takes one more solve than order 1,
+        and one more pass over the training set. "one_step" is one Newton step on the risk without
+        the group (influence.scores.one_step). It solves a system for each output of each row of the
+        group. Positive: the test loss rises without the rows, so together they helped.
 
         Args:
           test: m examples. Each has its own score.
           rows: (k,) training rows. Order 2 needs fewer than half of all n.
-          order: 1, 2, "one_step" or None. Order 2 needs `Hessian` as curvature. None means one step
-            if `plan` names it and the group's rows have at most 2,000 outputs, else order 1.
+          order: 1, 2, "one_step" or None. Order 2 needs `Hessian` as curvature. None means
+            "one_step" if `plan` says so and the group's rows have at most 2,000 outputs together.
+            Otherwise None means order 1.
           measurement: as in `scores`.
 
         Returns: GroupScores (m,), in the unit of the test loss.
@@ -309,19 +319,19 @@ class Influence:
         *,
         measurement: Any = None,
     ) -> RelativeScores:
-        """Predict the change of each test loss divided by the size of the row's move of theta.
+        """Predict the change of each test loss, divided by the size of the change of theta.
 
         This is RelatIF (Barshan, Brunet & Dziugaite 2020). D = H^-1 grad L(z_i) / n is the
         predicted change of theta without row i. The size is |D| for "theta" and sqrt(D' H D) for
-        "loss". The division keeps rows that change all losses, such as outliers, from ranking first
-        everywhere. Positive: the test loss rises without the row, so the row helped.
+        "loss". Rows that change all losses, such as outliers, have a large size. Because of the
+        division, they do not rank first for every test loss. Positive: the test loss rises without
+        the row, so the row helped.
 
         Args:
           test: m examples. Each has its own scores.
           rows: (k,) training rows; all n if omitted. Each row needs a solve.
-          kind: the size, "theta" or "loss". If H is the Fisher information, the removal changes the
-            loss of every row of the data. The size for "loss" is then the root mean square of these
-            changes.
+          kind: the size, "theta" or "loss". If H is the Fisher information, the size for "loss" is
+            the root mean square of the changes of the losses of all rows.
           measurement: as in `scores`.
 
         Returns: RelativeScores (m, k), in the unit of the test loss divided by that of the size.
@@ -340,30 +350,31 @@ class Influence:
         measurement: Any = None,
         dtype: Literal["float32", "float64"] = "float32",
     ) -> Path:
-        """Write `scores` that are too many for memory to an HDF5 file, block by block.
+        """Write first-order scores to an HDF5 file, block by block, if they do not fit into memory.
 
-        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n, which is first order
-        whatever the plan. Positive: the test loss rises without the row, so the row helped. Other
-        data sets are `rows` (k,), `s_test` (m, d) in the net's dtype, and the solver's `residual`,
-        `iterations`, `converged` and `min_curvature` (m,). `rounding_error` is the largest error in
-        a sample of scores, relative to the largest score in the sample. In float32 it is at most
-        about 1e-6. The file also has SHA-256 checksums of its numbers. An existing file is read
-        once. The file is returned or continued only if it has not been altered.
+        The data set `change_if_removed` (m, k) holds s_test . grad L(z_i) / n. It is first order,
+        even if `plan` names one step. Positive: the test loss rises without the row, so the row
+        helped. Other data sets are `rows` (k,), `s_test` (m, d) in the net's dtype, and the
+        solver's `residual`, `iterations`, `converged` and `min_curvature` (m,). `rounding_error` is
+        the largest error in a sample of scores, relative to the largest score in the sample. In
+        float32 it is at most about 1e-6. The file also has SHA-256 checksums of its numbers. An
+        existing file is read and checked once. It is returned or continued only if it has not been
+        altered.
 
         After an interruption, even by kill -9, the next call continues the unfinished file, whose
         name is `path` with ".partial" appended. The final file is the same as without an
-        interruption. No linear system whose solution is already stored is solved again. The call
+        interruption. A system is not solved again if the file already has its solution. The call
         takes at most 0.3 GB of memory, or five vectors of theta's length if these take more. The
-        net's batches and the solver need further memory. `Direct` needs three d x d matrices, and
-        up to five while TensorFlow forms the Hessian of a chain of layers.
+        net's batches and the solver need additional memory. `Direct` needs three d x d matrices. It
+        needs up to five while TensorFlow forms the Hessian of a chain of layers.
 
         Args:
-          path: the file. The file is complete as soon as it has this name.
+          path: path of the final file. A file with this name is complete.
           test: m examples. Each has its own scores.
           rows: (k,) increasing training rows; all n if omitted.
           measurement: as in `scores`.
-          dtype: the dtype of the scores and of their computation from s_test. Solves use the net's
-            dtype.
+          dtype: the dtype of the scores and of their computation from s_test. The systems for
+            s_test are solved in the net's dtype.
 
         Returns: the path.
         Raises: as `scores`; ValueError for another dtype, rows that do not increase, too small a
@@ -379,17 +390,18 @@ class Influence:
         return file.write(job, Path(path))
 
     def perturbation(self, test: Data, rows: ArrayLike, *, measurement: Any = None) -> Any:
-        """Predict the derivative of each test loss with respect to each training row's input.
+        """Predict the derivatives of the test losses with respect to the inputs of training rows.
 
-        If x_i moves, the minimum of the risk moves by -H^-1 (d/dx_i grad loss_i) / n per unit. So
-        the derivative is -(d/dx_i grad loss_i . s_test) / n. At a minimum and without damping, it
-        is the exact derivative of the test loss after retraining. Positive: the test loss rises if
-        this entry of the row's input rises. The result is 1/n times I_pert,loss (Koh & Liang 2017,
-        section 2.2). The numbers of the authors' 2017 code are -n times ours.
+        The derivative of the risk's minimum with respect to the input x_i is -H^-1 (d/dx_i grad
+        loss_i) / n. So the derivative of a test loss is -(d/dx_i grad loss_i . s_test) / n. At a
+        minimum and without damping, it is the exact derivative of the test loss after retraining.
+        Positive: the test loss rises if this entry of x_i rises. The result is 1/n times
+        I_pert,loss (Koh & Liang 2017, section 2.2). The numbers of the authors' 2017 code are -n
+        times ours.
 
         Args:
           test: m examples. Each has its own derivatives.
-          rows: (k,) training rows, with floating inputs.
+          rows: (k,) training rows. Their inputs must be floating-point numbers.
           measurement: as in `scores`.
 
         Returns: (m, k, *shape of one row's x), in the unit of the test loss per unit of x. For
@@ -416,10 +428,10 @@ class Influence:
         """Predict the change of each training row's own loss if that row is left out.
 
         To first order, the change is grad loss_i' H^-1 grad L(z_i) / n. `leave_one_out_outputs`
-        gives the losses after one Newton step. The change is positive for almost every row. The
-        largest values belong to rows that the other rows do not explain, such as rows with wrong
-        labels. If the net has a closed form and there are 64 rows or more, the closed form replaces
-        CG. With d > n it also replaces Direct.
+        gives the losses after one Newton step. The change is positive for almost every row. It is
+        largest for rows that disagree with the other rows, such as rows with wrong labels. For 64
+        rows or more, a closed form replaces CG if the net has one. If d > n, the closed form also
+        replaces Direct.
 
         Args:
           rows: (k,) training rows; all n if omitted.
@@ -441,7 +453,7 @@ class Influence:
         return changes / self.inverse.mass
 
     def parameters(self, rows: ArrayLike) -> NDArray:
-        """Predict the change of theta, + H^-1 grad L(z_i) / n, if each training row is left out.
+        """Predict the change of theta, + H^-1 grad L(z_i) / n, if training row i is left out.
 
         Args:
           rows: (k,) training rows.
@@ -456,19 +468,20 @@ class Influence:
         return moves
 
     def error_bound(self, scores: Any) -> NDArray:
-        """Bound the error of each score that is due to the solver's residual.
+        """Bound the part of each score's error that the solver's residual causes.
 
         The bound is |grad L(z_i)| |grad f - H s_test| / (n min_j |eigenvalue_j of H|); see
-        `Solution.score_error_bound`. The bound excludes the error of the first-order approximation.
-        After `Direct`, the bound is an estimate in the columns whose residual is an estimate.
-        Computing the bound takes one pass that forms the gradient of each row, and no solve.
+        `Solution.score_error_bound`. The bound does not include the error of the first-order
+        approximation. `Direct` estimates the residuals of some columns, and the bound of these
+        columns is then also an estimate. The method computes the gradient of each row in one pass,
+        without a solve.
 
         Args:
           scores: the Scores (m, k) that `scores` returned.
 
-        Returns: (m, k) in the unit of the scores; NaN for scores by one step, and if no bound on
-          H's eigenvalues is known. A bound is known for the convex models, for GaussNewton with
-          damping or a penalty on all weights, and after Direct.
+        Returns: (m, k) in the unit of the scores. NaN for one-step scores, and if no lower bound on
+          the |eigenvalues| of H is known. Such a bound is known for the convex models, after
+          Direct, and for GaussNewton with damping or a penalty on all weights.
         Raises: RuntimeError if theta has changed since this Influence was made.
         """
         self.operator.check_theta()

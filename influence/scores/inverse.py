@@ -28,18 +28,19 @@ from influence.solvers import CG, EKFAC, Prepared, Solution, Solver, prepare
 from influence.solvers.base import answers_indefinite, check_solver, enough_damping, is_exact
 from influence.solvers.plan import Plan, Planner, fits_in_memory, is_convex
 
-# At most this many right-hand sides are solved together. A long theta allows fewer.
+# At most this many right-hand sides are solved together. The memory budget may allow fewer.
 _MOST_TOGETHER = 512
-# One step is planned if the mean leverage is above this.
+# The plan is one step if the mean leverage of the training rows is above this.
 WORTH_A_STEP = 0.05
-# One step is not planned for more outputs than this. Each test row takes a system for each output.
+# The plan is first order if the net has more outputs than this. One step solves one system for each
+# output of each test row.
 MOST_OUTPUTS = 64
 # The effective dimension is estimated from this many random vectors.
 _PROBES = 8
-# A Gram matrix of the rows' outputs has at most this order.
+# The Gram matrix of the Jacobians of all rows' outputs has at most this order.
 _LARGEST_GRAM = 10_000
-# Each right-hand side needs this many vectors: its gradient, itself, the solution, the solution's
-# product with H, and the residual.
+# Memory holds this many vectors for each right-hand side b: the gradient, b, the solution x, H x
+# and the residual.
 _COPIES = 5
 
 
@@ -48,11 +49,12 @@ Blocks = Literal["dense", "gram", "factors", "solves"]
 
 
 class Inverse:
-    """The inverse H^-1 of one net and one training set. The arguments are those of `Influence`.
+    """The inverse H^-1 for one net and one training set. The arguments are those of `Influence`.
 
     With L = loss + penalty, removing row i moves theta by + H^-1 grad L(z_i) / n to first order
-    (Koh & Liang 2017, section 2.1). If positions are masked, the risk weighs row i by its mass v_i,
-    and v_i / sum_j v_j replaces 1 / n. This class does all solves that scores need.
+    (Koh & Liang 2017, section 2.1). If the loss masks positions, the risk weights row i by its mass
+    v_i, the number of its valid positions. Then v_i / sum_j v_j replaces 1 / n. This class solves
+    all systems that scores need.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Inverse:
 
     @cached_property
     def plan(self) -> Plan:
-        """The choice of curvature, damping, solver, precision and approximation, on first use."""
+        """The curvature, damping, solver, precision and approximation, chosen on first use."""
         known = self.approximation
         how, why = (known, "given") if known is not None else self._planned()
         plan = self._planner.plan
@@ -113,15 +115,15 @@ class Inverse:
 
     @property
     def first_order_plan(self) -> Plan:
-        """The plan of a question that is always answered to first order. It takes no estimate."""
+        """The plan of a score that is always first order. It needs no estimate of the leverage."""
         plan, why = self._planner.plan, "this question is answered to first order only"
         return replace(plan, approximation="first_order", reasons=(*plan.reasons[:4], why))
 
     def _planned(self) -> tuple[Approximation, str]:
-        """Choose between first order and one step, before any score is computed.
+        """Return "first_order" or "one_step", and the reason. Computes no score.
 
-        The error of first order is of the size of the rows' leverages (influence.scores.one_step).
-        Their mean is the effective dimension divided by n, which is at most d / n.
+        The relative error of first order is about the row's leverage (influence.scores.one_step).
+        The mean leverage is the effective dimension divided by n. It is at most d / n.
         """
         net, n, d = self.net, len(self.train), self.net.num_parameters
         if not self.train.in_memory:
@@ -153,9 +155,10 @@ class Inverse:
     def _effective_dimension(self) -> float:
         """Estimate tr(A^-1 G), the sum of all leverages. G is A without penalty and damping.
 
-        Random probes v estimate tr(G) by the mean of v' G v (Hutchinson 1990). A bound follows
-        without a solve: x / (x + a) is concave, so tr(G (G + a I)^-1) <= tr(G) / (tr(G) / d + a).
-        The bound is returned if it is small. Else the mean of v' A^-1 G v is.
+        The mean of v' G v over random vectors v estimates tr(G) (Hutchinson 1990). Let a be the
+        damping plus a lower bound on the curvature of the penalty. x / (x + a) is concave, so tr(G
+        (G + a I)^-1) <= tr(G) / (tr(G) / d + a). This bound takes no solve. A small bound is
+        returned. Otherwise the mean of v' A^-1 G v is returned.
         """
         A, net = self.operator, self.net
         d, weakest = A.shape[0], np.nan_to_num(net.penalty_convexity) + A.damping
@@ -177,8 +180,9 @@ class Inverse:
     def blocks_by(self) -> Blocks:
         """The way to compute the output blocks K_i of rows (influence.curvature.blocks).
 
-        It is "factors" for EKFAC. It is "dense" if a dense matrix fits, or "gram" if a matrix for
-        the rows' outputs does. Otherwise the solver must solve for each output of each row.
+        "factors" is for EKFAC. "dense" inverts the dense matrix, if this fits into memory. "gram"
+        factors the Gram matrix of the rows' outputs, if that fits. "solves" solves a system for
+        each output of each row.
         """
         if isinstance(self.solver, EKFAC):
             return "factors"
@@ -201,12 +205,12 @@ class Inverse:
 
     @property
     def solver(self) -> Solver:
-        """The solver's hyperparameters, whether or not it has been prepared."""
+        """The solver's hyperparameters. They are also known before the solver is prepared."""
         return self._solver.solver if isinstance(self._solver, Prepared) else self._solver
 
     @property
     def mass(self) -> float:
-        """The number by which the risk divides: n, or the sum of the masses if there are masks."""
+        """The divisor of the risk: n, or the sum of the rows' masses if the loss has masks."""
         return self.net.mass(self.train)
 
     @property
@@ -216,14 +220,14 @@ class Inverse:
         return fitting(VECTORS, per_vector, _MOST_TOGETHER)
 
     def rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
-        """Check training row numbers, (k,); None means all n."""
+        """Check the training row numbers (k,) and return them. None stands for all n rows."""
         self._planner.check_theta()
         return np.arange(len(self.train)) if rows is None else check_rows(rows, len(self.train))
 
     def measured(
         self, test: Data, measurement: Any = None
     ) -> tuple[GenericNeuralNet, str, Examples]:
-        """Return the net whose losses are the measurement's values, its name, and the test set.
+        """Return a net whose losses are the measurement, the measurement's name, and the test set.
 
         Raises: TypeError or ValueError for a test set or a measurement that does not fit the net.
         """
@@ -237,9 +241,12 @@ class Inverse:
         return view.by_row(), view.loss.name, test
 
     def solve(self, B: NDArray, what: str, *, measure: bool = True) -> Solution:
-        """Solve for right-hand sides B (d, m), and warn of a doubtful answer.
+        """Solve for right-hand sides B (d, m), and warn of a doubtful solution.
 
-        Messages call the right-hand sides `what`. `measure` is that of `Prepared`.
+        Args:
+          B: the right-hand sides.
+          what: name of the right-hand sides in warnings and errors.
+          measure: as in `Prepared`.
 
         Raises: DivergenceError if a direction of negative or zero curvature stopped the solver.
         """
@@ -256,7 +263,7 @@ class Inverse:
             if stopped and not answers_indefinite(self.solver):
                 raise DivergenceError(message)
             warn_unconverged(message)
-        smallest = np.fmin.reduce(solution.min_curvature)  # NaN if the solver measured none
+        smallest = np.fmin.reduce(solution.min_curvature)  # NaN if the solver computes no curvature
         if smallest < 0:
             warn_unconverged(
                 f"{name} solved for {what}, but the matrix is indefinite (smallest curvature seen "
@@ -269,8 +276,8 @@ class Inverse:
     def s_test(self, test: Examples, view: GenericNeuralNet | None = None) -> Solution:
         """Compute H^-1 grad loss for every test example: `x` is (d, m).
 
-        `view` is the net whose losses are measured, as `measured` returned it for `test`. None uses
-        the net itself and checks `test`.
+        `view` is the net that `measured` returned for `test`. Its losses are the measured
+        quantities. If `view` is None, the loss itself is measured and `test` is checked.
 
         Raises: as `solve` and `measured`.
         """
@@ -281,9 +288,9 @@ class Inverse:
         return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
     def along(self, S: NDArray, examples: Examples, rows: NDArray | None = None) -> NDArray:
-        """Compute S . grad L(z_i) / n, (k, m), for vectors S (d, m) and k rows of `examples`.
+        """Compute s . grad L(z_i) / n, (k, m), for the columns s of S (d, m) and k rows.
 
-        `rows` (k,) may be in any order. None uses all rows of `examples`.
+        `rows` (k,) are rows of `examples`, in any order. None means all rows of `examples`.
         """
         if rows is not None and np.array_equal(rows, np.arange(len(examples))):
             rows = None  # this avoids a copy of sparse rows
@@ -296,10 +303,11 @@ class Inverse:
         return changes / self.mass
 
     def row_gradients(self, rows: NDArray) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
-        """Yield gradients of training rows (k,), which may be in any order, in blocks.
+        """Yield the gradients of k training rows in blocks. `rows` (k,) may be in any order.
 
-        Yields: (at, grad loss, v grad L) for each block. The block holds rows[at]. Both gradients
-          are (d, b), one column for each row. L = loss + penalty, and v is the row's mass.
+        Yields: (at, grad loss, v grad L) for each block. The block holds the rows rows[at]. Both
+          gradients are (d, b), with one column for each row. L = loss + penalty, and v is the mass
+          of the row.
         """
         penalty = self.net.penalty_gradient()[:, None]
         order, start = np.argsort(rows), 0
@@ -313,9 +321,10 @@ class Inverse:
             start += len(block)
 
     def row_lengths(self, rows: NDArray) -> NDArray | None:
-        """Compute v_i grad loss_i . H^-1 grad L(z_i) of training rows, (k,), with few solves.
+        """Compute v_i grad loss_i . H^-1 grad L(z_i) of training rows, (k,), if that is cheap.
 
-        Returns: None if the solver has no shorter way than a solve, as all but EKFAC.
+        Returns: the products, or None if the solver needs a solve for each row. EKFAC needs at most
+          one solve for all rows.
         """
         prepared = self.prepared
         question = getattr(prepared.apply, "row_lengths", None)
@@ -333,10 +342,10 @@ class Inverse:
 
     @property
     def prefers_closed_form(self) -> bool:
-        """True if the net's closed form should replace the solver, provided that the net has one.
+        """True if the net's closed form should replace the solver. The net may have none.
 
-        The matrix must be the undamped Hessian at the net's present theta. The solver must be CG,
-        or an exact one such as Direct with d > n.
+        The matrix must be the undamped Hessian at the net's current theta. The solver must be CG,
+        or an exact solver such as Direct with d > n.
         """
         operator = self._solver.A if isinstance(self._solver, Prepared) else self.operator
         # If d <= n, Direct takes about as long as a closed form.

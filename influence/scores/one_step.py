@@ -1,26 +1,31 @@
-"""One Newton step without a row: its own curvature is taken out together with its gradient.
+"""One Newton step that removes both the gradient and the curvature of a training row.
 
 R is the risk of n rows, A its damped curvature matrix, and L_i = loss_i + penalty. J_i (c, d) is
-the Jacobian of row i's outputs z_i with respect to theta. g_i and S_i are the slope and Hessian of
-its loss by z_i. Without row i the risk is (n R - L_i) / (n - 1), with the same penalty and damping.
-So with
+the Jacobian of row i's outputs z_i with respect to theta. g_i and S_i are the gradient and the
+Hessian of the row's loss with respect to z_i. Without row i the risk is (n R - L_i) / (n - 1), with
+the same penalty and damping. Define
 
     M = A - (Hessian of the penalty + damping I) / n        K_ij = J_i M^-1 J_j'
     p = the penalty's gradient                              q_i = J_i M^-1 p
 
-one Newton step from theta, which is a minimum of R, moves theta by M^-1 (J_i' r_i + p / n), where
+Let theta be a minimum of R. One Newton step on the risk without row i then changes theta by M^-1
+(J_i' r_i + p / n), where
 
     r_i = (n I - S_i K_ii)^-1 (g_i + S_i q_i / n)
 
-by Woodbury's identity (approximate leave-one-out: Beirami et al. 2017; Rad & Maleki 2020). The
-outputs of row j move by K_ji r_i + q_j / n. The change of a test loss is the loss at the moved
-outputs minus the loss here. For outputs that are affine in theta this is exact after one Newton
-step, and for squared error without approximation: (y - f) / (1 - h) with the leverage h. First
-order keeps the row's curvature: r_i = g_i / n, and uses the slope of the test loss.
+This follows from Woodbury's identity (approximate leave-one-out: Beirami et al. 2017; Rad & Maleki
+2020). The outputs of row j change by K_ji r_i + q_j / n. The predicted change of a test loss is the
+loss at the changed outputs minus the present loss. If the outputs are affine in theta, the result
+is exactly that of the Newton step. For such outputs and squared error, it is exactly that of
+retraining. Without a penalty, the residual of row i is then (y - f) / (1 - h), with the leverage h.
+
+First order keeps the row's curvature, so r_i = g_i / n. It also replaces the test loss by its
+linear approximation.
 
     leverage_i = tr(S_i K_ii) / n
 
-The error of first order is of the leverage's size. The leverages add up to the effective dimension.
+The relative error of first order is about as large as the leverage. The sum of all leverages is the
+effective dimension.
 """
 
 from __future__ import annotations
@@ -41,29 +46,32 @@ from influence.scores.inverse import MOST_OUTPUTS, Inverse
 from influence.solvers import EKFAC
 from influence.solvers.base import is_exact
 
-# A row whose curvature is this share of all curvature in a direction leaves none behind.
+# One step cannot remove a row that has at least this share of all curvature in some direction. No
+# curvature would remain in that direction.
 _WHOLE = 1 - 1e-8
 # A warning names at most this many rows.
 _NAMED = 3
-# To first order, this many of the rows with the largest scores get their leverage.
+# With first order, leverages are computed for this many rows with the largest scores.
 _WATCHED = 16
-# Such a row is warned of if its leverage is above this.
+# A warning is given if one of these leverages is above this.
 _LARGE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Removed:
-    """Rows' vectors r_i, (k, c), and what they are made from, for k training rows.
+    """The vectors r_i of k training rows, and the terms of the formula for r_i.
 
     Attributes:
       rows: (k,) the training rows.
-      z, slopes: (k, c) outputs and slopes of the losses.
-      curved: (k, c, c) Hessians S_i of the losses by the outputs.
+      z, slopes: (k, c) the outputs z_i, and the gradients g_i.
+      curved: (k, c, c) the Hessians S_i.
       blocks: (k, c, c) the K_ii.
       pulls: (k, c) the q_i.
-      r: (k, c). A row without a step has the r of first order.
-      leverage: (k,).
-      without_step: (k,) True for rows that carry all curvature in some direction.
+      r: (k, c) the r_i. A row that one step cannot remove has (g_i + S_i q_i / n) / n, as in first
+        order.
+      leverage: (k,) the leverages.
+      without_step: (k,) True for rows that one step cannot remove. Such a row has all curvature in
+        some direction.
     """
 
     rows: NDArray
@@ -78,7 +86,7 @@ class Removed:
 
 
 class OneStep:
-    """The step of this module for one `Inverse`. The rows' blocks are computed once.
+    """Newton steps that remove training rows, for one `Inverse`. The terms of all rows are cached.
 
     Args:
       inverse: the inverse of the damped curvature matrix.
@@ -119,20 +127,20 @@ class OneStep:
         return None
 
     def _dense(self, k: int) -> DenseBlocks:
-        """Return the inverse of M for k removed rows. `Direct` has formed its matrix already."""
+        """Return the inverse of M for k removed rows. Reuse the dense matrix of `Direct`."""
         known = None
         if is_exact(self.inverse.solver):
             known = getattr(self.inverse.prepared.apply, "matrix", None)
         return DenseBlocks(self.inverse.operator, k / self.n, known)
 
     def solve(self, B: NDArray) -> NDArray:
-        """Return M^-1 B, (d, m). Solvers without a dense matrix use A in place of M."""
+        """Return M^-1 B, (d, m). If `_matrix` is None, solve with A in place of M."""
         if self._matrix is not None:
             return self._matrix.solve(B)
         return self.inverse.solve(B, "the Jacobians of outputs", measure=False).x
 
     def rows(self, rows: NDArray) -> Removed:
-        """Return the vectors of k training rows."""
+        """Return the `Removed` of k training rows."""
         return self._all if self._are_all(rows) else self._removed(rows)
 
     def _are_all(self, rows: NDArray) -> bool:
@@ -160,7 +168,7 @@ class OneStep:
         return Removed(rows, z, slopes, curved, blocks, pulls, r, leverage, whole)
 
     def _terms(self, rows: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-        """Return z (k, c), slopes (k, c) and Hessians (k, c, c) of training rows, in float64."""
+        """Return z (k, c), gradients (k, c) and Hessians (k, c, c) of training rows, in float64."""
         how: dict[str, Any] = {"rows": rows, "batch_size": self.inverse.batch_size}
         return split_terms(self.inverse.train.each_row(output_terms, self.inverse.net, **how))
 
@@ -188,10 +196,11 @@ class OneStep:
         return found
 
     def without(self, rows: NDArray) -> dict[str, NDArray]:
-        """Return k training rows' outputs, losses and leverage, each without the row itself.
+        """Predict the outputs and the loss of each of k training rows after removing that row.
 
-        Returns: a dict with "logits" (k, c), "losses" (k,), "leverage" (k,), and "without_step"
-          (k,), which is True for a row whose outputs moved to first order only.
+        Returns: a dict with "logits" (k, c), "losses" (k,), "leverage" (k,) and "without_step"
+          (k,). The last is True for a row that one step cannot remove. Its logits are those of
+          first order.
         """
         removed, net = self.rows(rows), self.inverse.net
         moved = removed.z + np.einsum("kab,kb->ka", removed.blocks, removed.r)
@@ -206,15 +215,15 @@ class OneStep:
         }
 
     def changes(self, view: Any, test: Examples, removed: Removed) -> NDArray:
-        """Return the change (m, k) of each of m test losses without each of k rows.
+        """Predict the changes (m, k) of m test losses if one of k rows is removed.
 
-        `view` is the net whose losses are measured.
+        `view` is the net whose losses are the test losses.
         """
         inverse, net = self.inverse, self.inverse.net
         d, c = net.num_parameters, view.output_size(test.take([0]).x)
         size = fitting(VECTORS, c * d * net.dtype.itemsize, max(inverse.block_size // c, 1))
         pulling, found = net.pulling(), np.empty((len(test), len(removed.rows)))
-        train = inverse.train  # all rows are not copied
+        train = inverse.train  # not copied if all rows are removed in turn
         chosen = train if self._are_all(removed.rows) else train.take(removed.rows)
         r = Examples._trusted(chosen.x, removed.r.astype(net.dtype))
         terms = test.each_row(output_terms, view, batch_size=inverse.batch_size)
@@ -230,7 +239,10 @@ class OneStep:
         return found
 
     def _moves(self, view: Any, test: Examples) -> tuple[Any, NDArray]:
-        """Return a question about the moves K_ti y_i (k, b c) of b tests, and q_t / n (b, c)."""
+        """Return a question for K_ti y_i (k, b c), and q_t / n (b, c), for b test rows t.
+
+        y_i is the label of training row i. `changes` replaces this label by r_i.
+        """
         inverse = self.inverse
         if inverse.blocks_by == "factors":
             apply: Any = inverse.prepared.apply
@@ -243,10 +255,11 @@ class OneStep:
         return PerRow("directional", X.astype(inverse.net.dtype)), pulls
 
     def group(self, view: Any, test: Examples, rows: NDArray) -> NDArray:
-        """Return the change (m,) of each test loss without all k rows together.
+        """Predict the changes (m,) of the test losses if k rows are removed together.
 
-        The step is that of the module with all rows of the group as one: the blocks K_ij of its k c
-        outputs form one matrix, and M leaves out k / n of penalty and damping.
+        The formulas are those of this module, with the whole group in place of row i. The blocks
+        K_ij of the group's rows form one matrix (k c, k c). A dense M is A minus k / n times
+        (Hessian of the penalty + damping I).
         """
         inverse, net, n, k = self.inverse, self.inverse.net, self.n, len(rows)
         J = np.concatenate(list(inverse.train.map_over(jacobians, net, None, np.sort(rows))))
@@ -283,14 +296,15 @@ class OneStep:
 
 
 def leverage_of_largest(inverse: Inverse, rows: NDArray, changes: NDArray) -> NDArray | None:
-    """Compute the leverage of the rows of the largest scores, and warn of a large one.
+    """Compute the leverages of the rows with the largest scores. Warn if one is large.
 
     Args:
       inverse: the inverse of the damped curvature matrix.
       rows: (k,) the training rows.
-      changes: (m, k) their scores to first order.
+      changes: (m, k) the first-order scores of these rows.
 
-    Returns: (k,) with NaN for the other rows, or None if a leverage takes more than a quick solve.
+    Returns: (k,) leverages, NaN for all other rows. None if no leverage is quick to compute, or if
+      the loss has none.
     """
     net = inverse.net
     quick = is_exact(inverse.solver) or isinstance(inverse.solver, EKFAC)
@@ -326,7 +340,7 @@ def leverage_of_largest(inverse: Inverse, rows: NDArray, changes: NDArray) -> ND
 
 
 def warn_without_step(bad: NDArray) -> None:
-    """Warn of training rows (b,) that one step cannot remove, so that first order was used."""
+    """Warn that one step cannot remove training rows `bad` (b,), so that first order is used."""
     if len(bad):
         some = ", ".join(map(str, bad[:_NAMED]))
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
@@ -338,9 +352,9 @@ def warn_without_step(bad: NDArray) -> None:
 
 
 def _loss_changes(view: Any, test: Examples, z: NDArray, moves: NDArray) -> NDArray:
-    """Return the change (m, k) of the losses of m tests if their outputs z (m, c) move.
+    """Return the changes (m, k) of m losses if the outputs z (m, c) become z + moves[j].
 
-    `moves` (k, m, c) holds k moves.
+    `moves` is (k, m, c).
     """
     m, k = len(test), len(moves)
     before = view.losses_of(test.x, test.y, z).astype(np.float64)
@@ -356,20 +370,23 @@ def _loss_changes(view: Any, test: Examples, z: NDArray, moves: NDArray) -> NDAr
 
 
 def output_terms(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-    """Return z, slopes and Hessians of a batch side by side, (n, 2 c + c^2)."""
+    """Return the z, gradients and Hessians of a batch in one array (n, 2 c + c^2).
+
+    This is a question (influence.net.questions).
+    """
     z, slopes, S = net.at(theta).output_terms(x, y)
     return np.concatenate([z, slopes, S.reshape(len(z), -1)], axis=1)
 
 
 def split_terms(found: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Split the answers of `output_terms`: z (n, c), slopes (n, c), Hessians (n, c, c), float64."""
+    """Return z (n, c), gradients (n, c), Hessians (n, c, c) in float64 from `output_terms`."""
     c = int(np.sqrt(found.shape[1] + 1)) - 1  # there are (c + 1)^2 - 1 columns
     z, slopes, S = np.split(found.astype(np.float64), [c, 2 * c], axis=1)
     return z, slopes, S.reshape(-1, c, c)
 
 
 def _roots(S: NDArray) -> NDArray:
-    """Return the symmetric square roots of matrices (k, c, c). Negative eigenvalues become 0."""
+    """Return the symmetric square roots of matrices (k, c, c). Negative eigenvalues count as 0."""
     values, vectors = np.linalg.eigh(S)
     return vectors * np.sqrt(np.maximum(values, 0))[:, None, :] @ vectors.transpose(0, 2, 1)
 

@@ -1,4 +1,4 @@
-"""Approximate leave-one-out: each training row's outputs had it not been trained on."""
+"""Approximate leave-one-out: a training row's outputs if the row were not in the training set."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _STORED_ROWS = 1 << 12
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneOutOutputs:
-    """Outputs of k training rows as if each had not been trained on.
+    """Predicted outputs for k training rows, each without that row in the training set.
 
     Attributes:
-      outputs: (k, ...) the model's outputs for each row without this row, such as probabilities. A
-        model with several outputs gives a dict of them by name.
-      logits: (k, c) the same outputs as the loss takes them: before a last softmax or sigmoid, and
-        several outputs side by side.
+      outputs: (k, ...) predicted outputs in the form that the model returns, such as probabilities.
+        For a model with several outputs, a dict of arrays with their names as keys.
+      logits: (k, c) the same outputs, before a final softmax or sigmoid. Several outputs of the
+        model are side by side.
       losses: (k,) the loss of each row at these outputs, in nats for log losses. Their mean
         estimates the mean loss of new rows.
-      leverage: (k,) the share of a row's own curvature in the risk's.
+      leverage: (k,) the leverage of each row (influence.scores.one_step).
       rows: (k,) the training rows.
       plan: the curvature, damping, solver and precision that were used.
     """
@@ -60,27 +60,28 @@ def leave_one_out_outputs(
     batch_size: int | None = None,
     checkpoints: str | os.PathLike | None = None,
 ) -> LeaveOneOutOutputs:
-    """Compute each training row's outputs had it not been trained on, without retraining.
+    """Predict, without retraining, each row's outputs if it were not in the training set.
 
-    z_i + K_ii r_i + q_i / n in the notation of `influence.scores.one_step`: one Newton step from a
-    minimum of the risk (approximate leave-one-out: Rad & Maleki 2020). For squared error, and
-    outputs that are affine in theta, it is exact: y - (y - f) / (1 - h) with the leverage h. For
-    other losses, a row of leverage near or above 1 still moves too little.
+    In the notation of `influence.scores.one_step`, the logits are z_i + K_ii r_i + q_i / n. This is
+    one Newton step from a minimum of the risk (approximate leave-one-out: Rad & Maleki 2020). For
+    squared error and outputs that are affine in theta, the prediction is exact. Without a penalty
+    it is y - (y - f) / (1 - h), with the leverage h. For other losses, the predicted change is too
+    small for a row with a leverage near or above 1.
 
     Args:
       net: a net, a compiled Keras model, or the path of a saved one, at a minimum of its risk.
       train: the training set, n rows in memory.
       rows: (k,) training rows; all n if omitted.
-      solver: as in `Influence`, like the next three.
-      damping: the number that multiplies I in the curvature matrix, or None.
-      curvature: `Hessian`, `GaussNewton` or None.
-      batch_size: number of rows in a batch, or None.
+      solver: as in `Influence`.
+      damping: as in `Influence`.
+      curvature: as in `Influence`.
+      batch_size: as in `Influence`.
       checkpoints: a folder where finished blocks of rows are stored, or None. An interrupted call
         continues from there.
 
     Returns: LeaveOneOutOutputs.
     Raises: TypeError or ValueError naming the argument that is wrong, such as a training set on
-      disk or a loss of probabilities. DivergenceError for a matrix that is not definite.
+      disk or a loss of probabilities. DivergenceError for a matrix that is not positive definite.
     """
     inverse = Inverse(
         net,
@@ -115,7 +116,7 @@ def leave_one_out_outputs(
 
 
 def _as_returned(net: Any, x: Any, z: NDArray) -> Any:
-    """Return outputs z (k, c) in the form in which the model returns them."""
+    """Convert logits z (k, c) to the form in which the model returns its outputs."""
     found = tf.constant(z.reshape(len(z), *net.seen_shape(x)))
     if not isinstance(net.loss, SeveralLosses):
         return activated(net.loss.head, found).numpy()

@@ -1,4 +1,4 @@
-"""Scores relative to the move of theta when the row is removed: RelatIF (Barshan et al. 2020)."""
+"""RelatIF: scores divided by the size of the change of theta (Barshan et al. 2020)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from influence.solvers.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class RelativeScores(NamedArray):
-    """Predicted changes, (m, k), of each test loss per unit of the move of theta.
+    """Predicted changes (m, k) of test losses, divided by the size of the change of theta.
 
     Attributes:
-      relative_change_if_removed: (m, k) predicted change of the test loss divided by `size`; NaN
-        if the size is zero. Positive: the loss rises without the row, so the row helped.
+      relative_change_if_removed: (m, k) predicted change of test loss i if training row j is
+        removed, divided by size[j]. NaN if the size is zero. Positive: the loss rises without the
+        row, so the row helped.
       rows: (k,) the training rows.
-      size: (k,) size of theta's predicted change D if the row is removed. H is the risk's Hessian,
-        L = loss + penalty and D = H^-1 grad L(z_i) / n. For kind "theta" the size is |D|. For kind
-        "loss" it is sqrt(D' H D).
+      size: (k,) size of the predicted change D of theta if the row is removed. D is H^-1 grad
+        L(z_i) / n, with the risk's damped Hessian H and L = loss + penalty. For kind "theta" the
+        size is |D|. For kind "loss" it is sqrt(D' H D).
       kind: "theta" or "loss".
       measurement: "loss", or the name of the measurement used instead.
       plan: the curvature, damping, solver and precision that were used.
@@ -43,7 +44,7 @@ class RelativeScores(NamedArray):
 def relative(
     inverse: Inverse, test: Data, rows: ArrayLike | None, kind: str, measurement: Any
 ) -> RelativeScores:
-    """Answer `Influence.relative`. One solve for a row gives both its move and its scores."""
+    """Compute the RelativeScores of `Influence.relative`. Each row takes one solve."""
     rows = inverse.rows(rows)
     if kind not in ("theta", "loss"):
         raise ValueError(f"kind must be 'theta' or 'loss', got {kind!r}.")
@@ -51,7 +52,7 @@ def relative(
     V = test.each_row(PerRow("gradients"), view, batch_size=inverse.block_size)  # (m, d)
     table, squared = np.empty((len(V), len(rows)), V.dtype), np.empty(len(rows), V.dtype)
     for at, _, G in inverse.row_gradients(rows):
-        X = inverse.solve(G, "the rows' gradients", measure=False).x  # the mass of the set times D
+        X = inverse.solve(G, "the rows' gradients", measure=False).x  # inverse.mass times D
         table[:, at] = V @ X
         squared[at] = np.einsum("di,di->i", X, X if kind == "theta" else G)
     if (squared < 0).any():

@@ -25,11 +25,12 @@ from influence.net.questions import PerRow
 
 @dataclass(frozen=True, eq=False)
 class TracInScores(NamedArray):
-    """Table (m, k) of the reductions of each test loss by training on each row.
+    """Estimated reductions (m, k) of test losses by training on single rows.
 
     Attributes:
-      reduction_by_training: (m, k) reduction, summed over the checkpoints. Positive: the row
-        helped. The reduction is not the change of the loss if the row is removed.
+      reduction_by_training: (m, k) reduction of test loss i by training on row j, summed over the
+        checkpoints. Positive: the row helped. It is not the change of the loss if the row is
+        removed.
       rows: (k,) the training rows.
     """
 
@@ -56,17 +57,18 @@ def tracin(
     gradient step on row i changes theta by - learning_rate grad loss_i. To first order, the step
     lowers the test loss by one term of the sum. Positive: the row helped.
 
-    The unit is that of the test loss, for one step on the row per checkpoint. If training uses
-    batches of b rows, a row may occur s times between two checkpoints. The row then contributes s /
-    b times the term. A history counts one step on the row for each epoch. Divide its scores by its
-    `batch_size` to get the reduction by the whole training. The losses exclude the penalty, whose
-    share would be the same for every row.
+    The score has the unit of the test loss. It assumes one gradient step on row i per checkpoint.
+    In training with batches of b rows, row i may occur s times between two checkpoints. The actual
+    contribution of the row is then s / b times the term. With `history`, the score assumes one
+    gradient step on row i per epoch. Divide this score by the history's `batch_size` to get the
+    reduction by the whole training. The losses exclude the penalty, because it would add the same
+    number for every row.
 
-    The terms are those of gradient descent. Momentum, Adam and other optimisers take other steps,
-    and the score is then a sum of similarities of gradients without a unit.
+    The formula describes gradient descent. Momentum, Adam and other optimisers take different
+    steps. For these, the score is a sum of similarities of gradients, without a unit.
 
-    The net's theta does not change. Other state of the net, such as the statistics of batch
-    normalisation, is the same for every checkpoint.
+    The net's theta does not change. The net's present state apart from theta, such as the
+    statistics of batch normalisation, is used for every checkpoint.
 
     Args:
       net: the model. The net's own theta is not used.
@@ -74,13 +76,13 @@ def tracin(
       test: m examples. Each has its own scores.
       rows: (k,) training rows; all n if omitted.
       thetas: (t, d) the parameters at each checkpoint.
-      learning_rates: (t,) the learning rate of the steps after each checkpoint.
-      history: the History of the training, or its folder, in place of `thetas` and
-        `learning_rates`. The first checkpoint is the start of the training. The rate of a
-        checkpoint is the sum of those of the epochs up to the next checkpoint.
-      checkpoints: epochs of the history to use, such as [0, 5, 10]; 0 is the start. None means all
-        whose weights were kept.
-      batch_size: number of rows in a batch, which bounds memory and never changes a result.
+      learning_rates: (t,) the learning rate after each checkpoint.
+      history: the History of the training, or its folder. It replaces `thetas` and
+        `learning_rates`. Its first checkpoint is the start of the training. The rate of a
+        checkpoint is the sum of the learning rates of the epochs up to the next checkpoint.
+      checkpoints: epochs of the history to use, such as [0, 5, 10]. Epoch 0 is the start of the
+        training. None means all epochs whose weights are in the history.
+      batch_size: number of rows in a batch. It limits memory and does not change the result.
 
     Returns: TracInScores (m, k).
     Raises: TypeError, ValueError or IndexError for bad input, before any long work.
@@ -112,7 +114,7 @@ def _checkpoints(
     history: History | str | os.PathLike | None,
     checkpoints: ArrayLike | None,
 ) -> tuple[list[Callable[[], NDArray]], NDArray]:
-    """Return a function for the weights of each checkpoint, and the learning rates."""
+    """Return functions that return the weights at each checkpoint, and the learning rates."""
     if history is None:
         if thetas is None or learning_rates is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The interface of solvers of (H + damping I) x = b, with H a Hessian, and their solutions."""
+"""Interface and results of the solvers of A x = b, such as A = H + damping I for a Hessian H."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from influence.common.numbers import is_integer, norms, numbers, scaled
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A solver's answer, with residuals recomputed from the operator itself.
+    """Solution x of A x = b for m right-hand sides b, with its residuals.
 
     Attributes:
       x: (d,) or (d, m), the shape of the right-hand sides.
@@ -27,8 +27,8 @@ class Solution:
         recomputes them for a few columns of a block and estimates the others.
       iterations: (m,) number of iterations of each column.
       converged: (m,) True if the column's residual is within the solver's tolerance.
-      min_curvature: (m,) smallest curvature v'Av / v'v that the solver met, NaN if it computes
-        none. A negative value proves that A is not positive definite.
+      min_curvature: (m,) smallest curvature v'Av / v'v that the solver found. NaN if the solver
+        computes no curvature. A negative value proves that A is not positive definite.
       residual_norm: (m,) absolute residuals |b - A x|.
       eigenvalue_bound: lower bound on |eigenvalue| over all eigenvalues of A. The model or the
         solver supplies it. It is NaN if unknown.
@@ -45,7 +45,7 @@ class Solution:
     remedy: str = ""
 
     def score_error_bound(self, gradients: ArrayLike) -> NDArray:
-        """Bound the error of each score g . x that is due to the solver's residual.
+        """Bound the error of each score g . x that the solver's residual causes.
 
         |g . (A^-1 b - x)| = |(A^-1 g) . (b - A x)| <= |g| |b - A x| / min_j |eigenvalue_j of A|.
         The bound holds in exact arithmetic. It includes neither the rounding of the products nor
@@ -70,10 +70,11 @@ class Raw:
 
     Attributes:
       x: (d, m) solutions.
-      iterations: number of iterations, one for each column (m,) or one for all columns.
-      min_curvature: as in `Solution`, one for each column (m,) or one for all columns.
+      iterations: the numbers of iterations (m,) of the columns, or one number for all columns.
+      min_curvature: as in `Solution`, or one number for all columns.
       remedy: as in `Solution`.
-      residual: function that returns the (m,) relative residuals. None: `Prepared` computes them.
+      residual: function that returns the (m,) relative residuals. If it is None, `Prepared`
+        computes them.
       eigenvalue_bound: as in `Solution`; NaN if the solver found none.
     """
 
@@ -85,7 +86,7 @@ class Raw:
     eigenvalue_bound: float = np.nan
 
     def from_units(self, exponent: int) -> Raw:
-        """Return the result for A from the result for A / 2 ** exponent."""
+        """Convert the result for A / 2 ** exponent to the result for A."""
         return replace(
             self,
             x=np.ldexp(self.x, -exponent),
@@ -118,7 +119,7 @@ class Solver(Protocol):
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
         """Do the work that all right-hand sides share.
 
-        Return a function that solves for right-hand sides (d, m) and returns a `Raw`.
+        Returns: a function that solves for right-hand sides (d, m) and returns a `Raw`.
         """
         ...
 
@@ -140,7 +141,7 @@ class LowRank:
         check_rtol(self.rtol, optional=True)
 
     def _check_memory(self, d: int, vectors: int, dtype: np.dtype) -> None:
-        """Raise ValueError if this machine's memory cannot hold so many vectors (d,)."""
+        """Raise ValueError if this machine's memory cannot hold `vectors` vectors (d,)."""
         name = type(self).__name__
         check_fits(
             float(vectors) * d * dtype.itemsize,
@@ -151,7 +152,10 @@ class LowRank:
     def _inverse(
         self, U: NDArray, values: NDArray, floor: NDArray, curvature: float, bound: float = np.nan
     ) -> Callable[[NDArray], Raw]:
-        """Return a function that multiplies by the inverse. `values` has shape (rank, 1)."""
+        """Return a function that multiplies (d, m) by the inverse of the approximation.
+
+        `values` is (rank, 1). `curvature` and `bound` are reported with each result.
+        """
         (d, rank), name = U.shape, type(self).__name__
         remedy = (
             f"{name} of rank {rank} leaves out too much of A: use a larger rank, more damping, or "
@@ -185,7 +189,8 @@ class Prepared:
     Attributes:
       A: the matrix.
       solver: the solver's hyperparameters.
-      apply: a function that solves with A / 2 ** exponent for (d, m) and returns a `Raw`.
+      apply: a function that solves systems with A / 2 ** exponent. It takes right-hand sides (d, m)
+        and returns a `Raw`.
       exponent: 0, unless the entries of A are very large or very small.
     """
 
@@ -206,14 +211,14 @@ class Prepared:
 
         Args:
           B: the right-hand sides.
-          measure: False saves the products with A that the residuals of a solver without tolerance
-            take. These residuals are then NaN.
+          measure: if False and the solver's rtol is None, the residuals are NaN. This saves
+            products with A.
 
         Raises: TypeError if B is not an array of real numbers; ValueError if B has a wrong shape or
           a NaN, or if A's dtype cannot hold the solution; DivergenceError if A's products are not
           finite; RuntimeError if the net's theta has changed since A was made.
         """
-        if hasattr(self.A, "check_theta"):  # A factor does not notice that theta has changed.
+        if hasattr(self.A, "check_theta"):  # A stored factor would still be that of the old theta.
             self.A.check_theta()  # pyright: ignore[reportAttributeAccessIssue]
         b = numbers(B, "B")
         if b.ndim not in (1, 2) or b.shape[0] != self.A.shape[0] or 0 in b.shape:
@@ -301,35 +306,35 @@ def solve(A: Any, B: ArrayLike, solver: Solver | Prepared) -> Solution:
         result of `prepare`.
 
     Returns: Solution. A column that did not converge raises no error; its `converged` is False.
-    Raises: ValueError for wrong shapes or values; DivergenceError if no number can be returned.
+    Raises: ValueError for wrong shapes or values; DivergenceError if no solution can be computed.
     """
     return prepare(A, solver)(B)
 
 
 def _exponent(A: LinearOperator) -> int:
-    """Return the exponent of the power of two that A is divided by.
+    """Return the exponent of the power of two by which A is divided.
 
-    It is 0 for an operator without a matrix, because its entries are unknown without a product.
-    Each solver then takes the exponent from its first product, if it needs one.
+    It is 0 for an operator that stores no array, because the size of its entries is unknown. A
+    solver that needs an exponent then takes it from its first product.
     """
     held = getattr(A, "A", None)
     return 0 if held is None or hasattr(A, "same_as") else unusual_exponent(held)
 
 
 def unusual_exponent(values: Any) -> int:
-    """Return the exponent of the largest |entry| of an array, or 0 if it needs no rescaling."""
+    """Return the binary exponent of an array's largest |entry|, or 0 if no rescaling is needed."""
     largest = float(abs(values).max())
     exponent = int(np.frexp(largest)[1]) if 0 < largest < np.inf else 0
     return exponent if abs(exponent) > _usual(values.dtype) else 0
 
 
 def _usual(dtype: Any) -> int:
-    """Return the largest binary exponent, in magnitude, that needs no rescaling in this dtype."""
+    """Return the largest |binary exponent| of numbers of a dtype that need no rescaling."""
     return 30 if np.result_type(dtype, np.float32) == np.float32 else 250
 
 
 def in_units(A: LinearOperator, exponent: int) -> LinearOperator:
-    """Divide A by 2 ** exponent. Division by a power of two is exact, without rounding."""
+    """Return A / 2 ** exponent. Division by a power of two causes no rounding error."""
     return A if exponent == 0 else _Scaled(A, exponent)
 
 
@@ -354,7 +359,7 @@ class _Scaled(LinearOperator):
 
 @contextmanager
 def said_in_units(exponent: int) -> Iterator[None]:
-    """Add the unit 2 ** exponent to the message of a DivergenceError in this context."""
+    """Context manager that adds the unit 2 ** exponent to the message of a DivergenceError."""
     try:
         yield
     except DivergenceError as error:
@@ -366,7 +371,7 @@ def _units(exponent: int) -> str:
 
 
 def enough_damping(A: Any, smallest: float) -> str:
-    """Format the total damping, that of A included, that lifts the eigenvalue `smallest` to 0."""
+    """Format the total damping of A at which the eigenvalue `smallest` becomes 0."""
     present = getattr(A, "damping", 0.0)
     more = f" ({-smallest:.3g} more than now)" if present else ""
     return f"{present - smallest:.3g}{more}"
@@ -393,7 +398,7 @@ def _same_matrix(A: Any, B: Any) -> bool:
 
 
 def as_symmetric(A: Any) -> LinearOperator:
-    """Convert A to a LinearOperator. An array is checked first and is stored as its `A`."""
+    """Convert A to a LinearOperator. An array is checked first. The operator stores it as `A`."""
     if isinstance(A, LinearOperator):
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be square, got shape {A.shape}.")
@@ -428,13 +433,13 @@ def relative_norm(R: NDArray, B: NDArray) -> NDArray:
 
 
 def relative_size(norms: NDArray, B: NDArray) -> NDArray:
-    """Compute |r| / |b| for each column, from the norms |r| (m,) and the columns b of B."""
+    """Compute |r| / |b| for each column b of B, from the norms |r| (m,)."""
     size, zero = np.linalg.norm(B, axis=0), np.where(norms > 0, np.inf, 0.0)
     return np.divide(norms, size, out=zero, where=size > 0)
 
 
 def finite_products(A: LinearOperator, V: NDArray, name: str) -> NDArray:
-    """Return A V. Raise DivergenceError, naming the solver, if it is not finite."""
+    """Return A V. Raise DivergenceError with the solver's `name` if A V is not finite."""
     products = A @ V
     if not np.isfinite(products).all():
         raise not_finite(A, name)

@@ -20,8 +20,8 @@ from influence.solvers.preconditioner import check_preconditioner, inverse_of
 _MOST_ITERATIONS = 10_000
 # The remedy suggests no larger rtol than this.
 _OF_USE = 1e-2
-# If the largest residual is not halved in this many block iterations, or in half of all iterations
-# that are allowed, CG solves the columns one by one.
+# CG gives up the common search space if the largest residual is not halved in this many iterations,
+# or in half of the allowed iterations if these are fewer. Each column then has its own recurrence.
 _PATIENCE = 100
 
 
@@ -30,17 +30,17 @@ class CG:
     """Conjugate gradients (Hestenes & Stiefel 1952) for a block of right-hand sides.
 
     CG differs from `scipy.sparse.linalg.cg` in three points:
-    1. All right-hand sides share each pass over the data. Each column is minimised over the search
-       directions of all columns (O'Leary 1980). Linearly dependent directions are removed (Ji & Li
-       2017). Separate searches would take more iterations.
-    2. A direction of non-positive curvature stops only the column that meets it. The smallest
-       curvature is reported, as 0 if it is positive but not above rounding.
-    3. The true residual decides convergence. This residual is recomputed when the recurrence
-       reports convergence. If it is above the tolerance, the column restarts from its current x.
+    1. All right-hand sides share each pass over the data. For each column, CG minimises over the
+       search directions of all columns (O'Leary 1980). Linearly dependent directions are removed
+       (Ji & Li 2017). Separate searches would take more iterations.
+    2. A direction of non-positive curvature stops only the column that meets this direction. The
+       smallest curvature is reported. A positive curvature within rounding is reported as 0.
+    3. The true residual decides convergence. CG recomputes it when the recurrence reports
+       convergence. A column whose true residual is above the tolerance restarts from its current x.
 
     Args:
       rtol: relative residual |b - A x| / |b| that each column must reach.
-      max_iterations: the largest number of iterations; None: min(10 d, 10,000).
+      max_iterations: the largest number of iterations. None means min(10 d, 10,000).
       preconditioner: an approximate inverse that is fixed, linear and positive definite. It is
         given as a solver such as Nystrom(100), the result of `prepare`, a (d, d) array or a
         LinearOperator. A solver that is not yet prepared is prepared for the same matrix.
@@ -65,7 +65,7 @@ class CG:
         check_preconditioner(self.preconditioner)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Prepare the preconditioner, if there is one."""
+        """Prepare the preconditioner, if there is one. Return a function that runs CG."""
         inverse = inverse_of(self.preconditioner, A)
         limit = self.max_iterations or min(10 * A.shape[0], _MOST_ITERATIONS)
 
@@ -77,7 +77,7 @@ class CG:
 
 
 class _Run:
-    """The state of one solution of A X = B. The methods `together` and `lockstep` update it."""
+    """State of one run of CG on A X = B. The methods `together` and `lockstep` update it."""
 
     def __init__(
         self, A: LinearOperator, B: NDArray, rtol: float, limit: int, inverse: Callable, bar: tqdm
@@ -85,13 +85,13 @@ class _Run:
         self.A, self.B, self.limit, self.inverse, self.bar = A, B, limit, inverse, bar
         m = B.shape[1]
         self.lengths = np.linalg.norm(B, axis=0)
-        self.target = rtol * self.lengths  # Each column must reach this residual norm.
+        self.target = rtol * self.lengths  # the residual norm that each column must reach
         self.X = np.zeros_like(B)
         self.iterations = np.zeros(m, int)
-        self.curvature = np.full(m, np.inf)  # Each column has met this smallest curvature.
-        self.negative = np.zeros(m, bool)  # These columns met a curvature that is not positive.
-        self.stalled = np.zeros(m, bool)  # Rounding stopped these columns.
-        self.largest = 0.0  # The rounding of a curvature is eps times this largest curvature.
+        self.curvature = np.full(m, np.inf)  # the smallest curvature that each column met
+        self.negative = np.zeros(m, bool)  # True for columns that met a curvature <= 0
+        self.stalled = np.zeros(m, bool)  # True for columns that rounding has stopped
+        self.largest = 0.0  # the largest curvature met; eps times this is rounding
 
     def solve(self) -> Raw:
         """Run recurrences and recompute the residuals until no column needs another run."""
@@ -158,7 +158,7 @@ class _Run:
                 return False  # `lockstep` then finds the column that meets this curvature.
             try:
                 factor = scipy.linalg.cho_factor(T, check_finite=False)
-            except np.linalg.LinAlgError:  # Rounding hides an eigenvalue of a few eps.
+            except np.linalg.LinAlgError:  # within rounding, T is not positive definite
                 return False
             self.largest = max(self.largest, float(found[-1]))
             self.curvature[columns] = np.minimum(self.curvature[columns], found[0])
@@ -218,7 +218,10 @@ class _Run:
         return True
 
     def remedy(self, residual: NDArray) -> str:
-        """Format the advice to the user, from the relative residuals (m,) that were reached."""
+        """Format advice to the user about columns that did not converge.
+
+        `residual` (m,) holds the relative residuals that were reached.
+        """
         # The suggested rtol is above the residuals of the stopped columns. In float32
         # these residuals are 1e-7 to 1e-5, depending on the condition number.
         reached = float(residual[self.negative | self.stalled].max(initial=0.0))
@@ -246,16 +249,17 @@ class _Run:
 def _independent(Z: NDArray) -> NDArray:
     """Return an orthonormal basis of the space that Z's columns (d, m) span, up to rounding.
 
-    Z'Z is fast to compute, but its rounding hides singular values below sqrt(eps) of the largest.
-    If it has small eigenvalues, an SVD separates small directions from rounding. CG stalls without
-    the small ones, because its residuals are then not orthogonal to all earlier directions.
+    Z'Z is fast to compute. But its rounding hides singular values of Z below sqrt(eps) times the
+    largest. So if Z'Z has small eigenvalues, an SVD of Z is used. The SVD separates directions with
+    small singular values from rounding. Without these directions CG stalls, because its residuals
+    are then not orthogonal to all earlier directions.
     """
     size = np.linalg.norm(Z, axis=0)
     Z = Z[:, size > 0] / size[size > 0]
     if not Z.size or not np.isfinite(Z).all():
         return Z[:, :0]
     eps = np.finfo(Z.dtype).eps
-    few = len(Z) < Z.shape[1]  # If so, Z Z' is smaller than Z'Z.
+    few = len(Z) < Z.shape[1]  # then Z Z' is smaller than Z'Z
     gram = (Z @ Z.T if few else Z.T @ Z).astype(np.float64)
     values, vectors = scipy.linalg.eigh(gram, check_finite=False)
     if values[0] > np.sqrt(eps) * values[-1]:

@@ -23,11 +23,11 @@ from influence.solvers.base import (
     unusual_exponent,
 )
 
-# For a smaller matrix, computing all eigenvalues costs no more than computing one by iteration.
+# Below this order, computing all eigenvalues costs no more than computing one by iteration.
 _FEW = 64
-# Above this order, an eigenvalue is not searched for if the matrix has a known bound.
+# Above this order, no eigenvalue is computed if a lower bound on all eigenvalues is known.
 _MANY = 4096
-# Direct computes the residual of this many columns of a block with products of A itself.
+# For this many columns of a block, Direct computes the residual with products of A itself.
 _WATCHED = 4
 
 
@@ -62,7 +62,7 @@ class Direct:
         check_rtol(self.rtol)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Form the dense matrix of A, check it, and factor it.
+        """Form, check and factor the dense matrix of A. Return a function that solves with it.
 
         The check requires that the matrix and A give the same products with random vectors.
         """
@@ -76,13 +76,14 @@ class Direct:
         return lambda B: apply(B).from_units(exponent)
 
     def _factored(self, A: LinearOperator, matrix: NDArray) -> Callable[[NDArray], Raw]:
-        """Factor the dense matrix of A, whose squares neither overflow nor underflow."""
+        """Factor the dense matrix of A. Squares of its entries must not overflow or underflow."""
         away = _check_products(A, matrix)
         remedy = (
             "the matrix is too ill conditioned for its dtype: use float64, a larger damping, or a "
             "larger Direct(rtol=...)."
         )
-        # A definite matrix has its largest entry on the diagonal. An indefinite one may not.
+        # A definite matrix has its largest entry on the diagonal. An indefinite matrix may not, so
+        # its norm is used too.
         spread = float(np.linalg.norm(matrix)) / np.sqrt(len(matrix))
         scale = max(float(np.abs(np.diag(matrix)).max()), spread) or 1.0
         eps = float(np.finfo(matrix.dtype).eps)
@@ -107,8 +108,8 @@ class Direct:
             nearest, bound = (0.0, 0.0) if info > 0 else _nearest_zero(matrix, inverse)
             smallest = _smallest(matrix)
         if abs(nearest) <= tiny:
-            # With a damping the residual is about tiny / damping. With the damping `enough` this is
-            # rtol, or 1000 eps if rtol is smaller.
+            # With a damping, the relative residual is about tiny / damping. For the damping
+            # `enough`, this is the larger of rtol and 1000 eps.
             enough = tiny * min(1 / max(self.rtol, eps), 1e-3 / eps)
             raise DivergenceError(
                 f"A must not be singular, got an eigenvalue of {nearest:.1e}; add damping of at "
@@ -125,27 +126,27 @@ class Direct:
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The prepared inverse: a function of right-hand sides (d, m).
+    """Function that solves for right-hand sides (d, m) with a stored factorisation.
 
     Attributes:
       matrix: the dense matrix (d, d).
-      solve: the function.
+      solve: a function of right-hand sides that returns a `Raw`.
     """
 
     matrix: NDArray
     solve: Callable[[NDArray], Raw]
 
     def __call__(self, B: NDArray) -> Raw:
-        """Solve for right-hand sides."""
+        """Solve for right-hand sides B (d, m)."""
         return self.solve(B)
 
 
 def _check_memory(A: LinearOperator) -> None:
     """Raise ValueError if this machine's memory cannot hold three matrices of the size of A.
 
-    These are the dense matrix, its factor, and the workspace for all eigenvalues, which is needed
-    if iteration fails. Forming a GaussNewton matrix takes no more memory. Forming the Hessian of a
-    chain of layers briefly takes up to five matrices.
+    These are the dense matrix, its factor, and the workspace for computing all eigenvalues. The
+    workspace is needed if ARPACK fails. Forming a GaussNewton matrix takes no more memory. Forming
+    the Hessian of a chain of layers briefly takes up to five matrices.
     """
     d = A.shape[0]
     check_fits(
@@ -156,7 +157,10 @@ def _check_memory(A: LinearOperator) -> None:
 
 
 def _check_products(A: LinearOperator, matrix: NDArray) -> float:
-    """Estimate |A - matrix| (Frobenius) by random vectors. Raise DivergenceError if it is large."""
+    """Estimate the Frobenius norm |A - matrix| with random vectors.
+
+    Raises: DivergenceError if the products of A and of the matrix differ too much.
+    """
     V = np.random.default_rng(0).standard_normal((len(matrix), 2)).astype(matrix.dtype)
     products = A @ V
     gaps = matrix @ V - products
@@ -204,9 +208,10 @@ def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
     """Find the eigenvalue of a matrix A nearest zero, and a lower bound on all |eigenvalue|.
 
     Inverse iteration finds a unit vector v. Let mu be v . A^-1 v. Some eigenvalue of A^-1 lies
-    within |A^-1 v - mu v| of mu. The iteration converges to the largest in magnitude. All
-    |eigenvalue| of A are therefore at least 1 / (|mu| + |A^-1 v - mu v|). A bound from |A v - v/mu|
-    would be useless, because its rounding error is relative to the largest eigenvalue of A.
+    within |A^-1 v - mu v| of mu. The iteration converges to the eigenvalue of A^-1 that is largest
+    in magnitude. Therefore every |eigenvalue| of A is at least 1 / (|mu| + |A^-1 v - mu v|). The
+    residual |A v - v / mu| would give no useful bound, because its rounding error is relative to
+    the largest eigenvalue of A.
     """
     if len(matrix) >= _FEW:
         operator = LinearOperator(matrix.shape, matvec=inverse, dtype=matrix.dtype)  # pyright: ignore
@@ -222,7 +227,7 @@ def _nearest_zero(matrix: NDArray, inverse: Callable) -> tuple[float, float]:
 
 def _eigsh(matrix: NDArray, **how: Any) -> tuple[float, NDArray]:
     """Compute one eigenpair with ARPACK. The eigenvalue is NaN if ARPACK does not converge."""
-    # The start vector is fixed, so the same matrix always gives the same number.
+    # The start vector is fixed, so equal matrices give equal results.
     start = np.random.default_rng(0).standard_normal(len(matrix)).astype(matrix.dtype)
     try:
         values, vectors = eigsh(matrix, k=1, v0=start, tol=1e-3, **how)

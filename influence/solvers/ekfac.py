@@ -29,11 +29,11 @@ _MIXING = 1e-3
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors (George et al. 2018), as an approximate inverse.
 
-    For row i, an affine layer such as Dense or Conv2D has inputs a_t at T positions t, with a
-    constant one for the bias. The loss's Hessian with respect to the model's output is S S'. The
-    pseudo-gradient g_st is the derivative of output . S[:, s] with respect to the layer's
-    z_t = a_t W + b, before any activation. Each layer's block G of the Gauss-Newton matrix is
-    approximated, and blocks between layers are set to zero:
+    For row i, an affine layer such as Dense or Conv2D has inputs a_t at T positions t. The inputs
+    include a constant 1 for the bias. The Hessian of the loss with respect to the model's output is
+    S S'. The pseudo-gradient g_st is the derivative of output . S[:, s] with respect to the layer's
+    z_t = a_t W + b, before any activation. EKFAC approximates the block G of each layer in the
+    Gauss-Newton matrix. It sets the blocks between layers to zero. With the Kronecker product (x),
 
         G ~ (U (x) V) diag(L) (U (x) V)',   U diag(.) U' = mean_i sum_t a_t a_t'
                                             V diag(.) V' = mean_i sum_st g_st g_st' / T
@@ -41,39 +41,42 @@ class EKFAC:
 
     The factors are those of Martens & Grosse (2015), and of Grosse & Martens (2016) for
     convolutions. Expectations over the model's predictions are exact and not sampled. Labels enter
-    only through the loss's curvature. The approximation is exact for one linear layer with squared
-    error. L is the best diagonal in the basis U (x) V. The Hessian of the penalty must be diagonal
-    in theta. penalty_jk is its diagonal in the basis U (x) V. For each input, the penalty's Hessian
-    diagonal is averaged over the outputs. The average is divided by the mean diagonal entry of the
-    outputs' factor, and added to the diagonal of the inputs' factor. U is computed from the sum.
-    If a penalty on kernel and bias is exact, a penalty on the kernel only is exact too.
+    only through the curvature of the loss. The approximation is exact for one linear layer with
+    squared error. L is the best diagonal in the basis U (x) V.
+
+    The Hessian of the penalty must be diagonal in theta. penalty_jk is its diagonal in the basis U
+    (x) V. The penalty also enters U. For each input, the diagonal of its Hessian is averaged over
+    the outputs. The average is divided by the mean diagonal entry of the outputs' factor. The
+    quotient is added to the diagonal of the inputs' factor, and U is computed from the sum. So
+    whenever a penalty on kernel and bias is represented exactly, a penalty on the kernel only is
+    too.
 
     For a `Hessian`, EKFAC approximates the Gauss-Newton part, as Grosse et al. (2023) do for
     influence. The approximation is fixed, linear and positive definite, so
     `CG(preconditioner=EKFAC())` gives the exact answer. For one layer this takes somewhat fewer
     iterations than `CG()`. For several layers it may take more, because EKFAC leaves out the
-    coupling between layers. An example is the Gauss-Newton matrix of the paper's network for 1,000
-    MNIST images, damped by 0.01. `CG()` takes 87 iterations. CG takes 373 with EKFAC, and 255 with
-    the exact inverse of each layer's block. If only the preconditioner is damped more, these
-    numbers approach 87, but do not fall below it. For such a net use the preconditioner
-    `prepare(GaussNewton(net, train, damping), Direct())`. CG on the Hessian then takes 20
-    iterations, and 668 without a preconditioner.
+    coupling between layers. An example is the Gauss-Newton matrix of Koh & Liang's network for
+    1,000 MNIST images, with the damping 0.01. `CG()` takes 87 iterations. Preconditioned CG takes
+    373 iterations with EKFAC, and 255 with the exact inverse of each layer's block. With more
+    damping in the preconditioner only, these numbers approach 87 but stay above it. For such a net
+    use the preconditioner `prepare(GaussNewton(net, train, damping), Direct())`. It reduces the
+    iterations of CG on the Hessian from 668 to 20.
 
     Preparing takes two passes over the data, each with one backward pass per model output. It also
     computes the eigenvectors of each layer's factors. Solving takes no pass. A layer with f inputs
     and c outputs stores f^2 + c^2 + f c numbers. If the operator has a folder `checkpoints`, the
-    sums over each pass are stored there. A later call with any damping, also after an interruption,
-    takes them from the folder.
+    sums over each pass are stored there. A later call loads them, even with another damping or
+    after an interruption.
 
     Args:
-      rtol: largest true relative residual at which a column counts as converged. None: the residual
-        is reported, no column counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. If None, the
+        residual is reported, but no column counts as converged and no warning is given.
 
     Raises: ValueError for a negative rtol. `prepare` raises TypeError for a matrix that is not a
-      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if some of
-      theta is in a layer that `affine_layers` refuses. It raises ValueError for a
-      penalty that mixes weights, and for a cross-entropy of probabilities. It raises
-      DivergenceError, with a damping that would work, for a singular matrix.
+      Hessian or GaussNewton operator. It raises ValueError, naming the layer, if `affine_layers`
+      refuses a layer with weights in theta. It raises ValueError for a penalty that mixes weights,
+      and for a cross-entropy of probabilities. It raises DivergenceError, with a damping that would
+      work, for a singular matrix.
     """
 
     rtol: float | None = None
@@ -82,7 +85,7 @@ class EKFAC:
         check_rtol(self.rtol, optional=True)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the bases and the eigenvalues of all layers."""
+        """Compute all layers' bases and eigenvalues. Return a function that applies the inverse."""
         if not isinstance(A, Curvature):
             raise TypeError(
                 f"A must be a Hessian or GaussNewton operator for EKFAC, got {type(A).__name__}; "
@@ -111,7 +114,7 @@ def factors_of(prepared: Prepared) -> dict[str, NDArray]:
 
 
 def prepared_from(A: Curvature, solver: EKFAC, factors: dict[str, NDArray]) -> Prepared:
-    """Return the prepared EKFAC whose factors `factors_of` returned for the same matrix A."""
+    """Rebuild a prepared EKFAC from the result of `factors_of` for the same matrix A."""
     count = len({key.split()[0] for key in factors})
     blocks = [
         _Block(
@@ -128,7 +131,7 @@ _REMEDY = "EK-FAC is an approximation, layer by layer: use CG or Direct, or more
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One layer with f inputs, including the constant one of the bias, and c outputs."""
+    """Block of one layer with f inputs and c outputs. A bias counts as a constant input 1."""
 
     name: str
     entries: NDArray  # (f, c) positions of the weights in theta
@@ -139,14 +142,15 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class RowLengths:
-    """A question that returns g_i' A^-1 g_i (n,) for the loss gradients g_i of a batch's rows.
+    """Question that returns g_i' A^-1 g_i (n,) for the loss gradients g_i of a batch's rows.
 
-    A gradient's part in a layer is sum_t a_t' g_t, or sum_t (a_t U)' (g_t V) in the bases (U, V).
-    So no gradient is formed for a layer of one position.
+    The gradient with respect to a layer's weights is sum_t a_t' g_t. In the bases (U, V) it is
+    sum_t (a_t U)' (g_t V). For a layer with one position, the result follows from these factors
+    without forming the gradient.
 
     Args:
       blocks: the blocks of the inverse.
-      rows: the number of rows per batch that fits into memory.
+      rows: the largest number of rows per batch that fits into memory.
     """
 
     blocks: list[_Block]
@@ -170,9 +174,9 @@ class RowLengths:
 
 @dataclass(frozen=True, eq=False)
 class OutputBlocks:
-    """A question that returns J_i A^-1 J_i' (n, c, c) for the Jacobians J_i of a batch's c outputs.
+    """Question that returns J_i A^-1 J_i' (n, c, c) for the Jacobians J_i of a batch's c outputs.
 
-    In the bases (U, V) of a layer with one position, each row needs two small products.
+    In the bases (U, V), each row takes two small products for a layer with one position.
 
     Args: as in RowLengths.
     """
@@ -200,15 +204,16 @@ class OutputBlocks:
 
 @dataclass(frozen=True, eq=False)
 class OutputMoves:
-    """A question that returns J_t A^-1 J_i' y_i (n, m c) for m test rows t and a batch's rows i.
+    """Question that returns J_t A^-1 J_i' y_i (n, m c) for m test rows t and a batch's rows i.
 
-    The net is `pulling()`, whose labels y_i (n, c) weigh a row's outputs. In the bases (U, V) of a
-    layer with one position, a test row costs one product of the inputs, whatever c is.
+    The question needs the net `pulling()`. The labels y_i (n, c) of this net weight the outputs of
+    row i. For a layer with one position, each test row takes one product with the layer's inputs.
+    The number of products does not depend on c.
 
     Args:
       blocks: the blocks of the inverse.
-      tests: for each layer, the factors of the test rows' Jacobians in the layer's bases: a
-        (m, t, f) and g (m, t, c, k).
+      tests: the pair a (m, t, f), g (m, t, c, k) for each layer. These are the factors of the
+        Jacobians of the test rows, in the layer's bases.
       rows: as in RowLengths.
     """
 
@@ -217,7 +222,7 @@ class OutputMoves:
     rows: int
 
     def __call__(self, net: GenericNeuralNet, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
-        """Return the moves for one batch."""
+        """Return the products for one batch."""
         layers = affine_layers(net, x)
         pairs = _ungrouped(layers.gradient_factors(x, y, net.at(theta).theta_tensor()))
         m, c = len(self.tests[0][0]), self.tests[0][1].shape[2]
@@ -237,11 +242,11 @@ class OutputMoves:
 
 @dataclass(frozen=True, eq=False)
 class _Applied:
-    """The prepared inverse: a function of right-hand sides (d, m).
+    """Function that multiplies right-hand sides (d, m) by the approximate inverse.
 
     Attributes:
-      row_lengths: a question for the self-influence of rows.
-      output_blocks: a question for the leverage of rows.
+      row_lengths: the question from which the self-influence of rows is computed.
+      output_blocks: the question from which the leverage of rows is computed.
     """
 
     blocks: list[_Block]
@@ -252,7 +257,7 @@ class _Applied:
         return Raw(_inverse_times(self.blocks, B), 1, np.nan, _REMEDY)
 
     def output_moves(self, net: GenericNeuralNet, x: Any, y: NDArray) -> OutputMoves:
-        """Return the question about the outputs of test rows (x, y), as `net` computes them."""
+        """Return the OutputMoves for test rows (x, y). `net` computes the outputs of these rows."""
         layers = affine_layers(net, x)
         pairs = _ungrouped(layers.jacobian_factors(x, y, net.theta_tensor()))
         tests = [
@@ -294,7 +299,7 @@ def _blocks(A: Curvature) -> list[_Block]:
     how: dict[str, Any] = {"batch_size": batch_size, "what": "Kronecker factors"}
 
     def diagonals() -> list[NDArray]:
-        """Return the bases of all layers, and then the sums of squares in these bases."""
+        """Return the bases of all layers, followed by the sums of squares in these bases."""
         sums = _kept(A, "factors", lambda: A.examples.sum_over(_factors, net, **how))
         factors = list(zip(sums[::2], sums[1::2], strict=True))
         _check_finite(names, factors)
@@ -320,7 +325,7 @@ def _blocks(A: Curvature) -> list[_Block]:
 
 
 def _kept(A: Curvature, what: str, compute: Callable[[], Any]) -> list[NDArray]:
-    """Return the arrays of a pass, from the folder `A.checkpoints` if an earlier call stored them.
+    """Load the arrays of a pass from the folder `A.checkpoints`, or compute and store them.
 
     The arrays do not depend on the damping.
     """
@@ -350,7 +355,7 @@ def _pseudo_gradients(
 
 
 def _ungrouped(pairs: list[tuple[NDArray, NDArray]]) -> list[tuple[NDArray, NDArray]]:
-    """Return the factors of each layer. A layer with G groups becomes G layers."""
+    """Return the pairs (a, g) of all layers. A layer with G groups gives G pairs."""
     found = []
     for a, g in pairs:
         grouped = a.ndim == 4
@@ -371,7 +376,7 @@ def _factors(
 
 @dataclass(frozen=True, eq=False)
 class _Squares:
-    """A function for `Examples.sum_over` that returns `_squares` of each layer in its bases."""
+    """Question that returns `_squares` of each layer, in the bases of the layer."""
 
     bases: list[tuple[NDArray, NDArray]]
 
@@ -393,7 +398,7 @@ def _check_finite(names: list[str], factors: list[tuple[NDArray, NDArray]]) -> N
 
 
 def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray, NDArray]:
-    """Add the penalty (f, c) to the inputs' factor. Compute the eigenvectors of both factors."""
+    """Add the penalty (f, c) to the inputs' factor. Return the eigenvectors of both factors."""
     scale = np.trace(outputs) / len(outputs)  # The outputs' factor is about scale I.
     by_input = penalty.mean(axis=1) / scale if scale > 0 else 0.0
     return scipy.linalg.eigh(inputs + np.diag(by_input * np.ones(len(inputs))))[1], (
@@ -402,7 +407,7 @@ def _bases(inputs: NDArray, outputs: NDArray, penalty: NDArray) -> tuple[NDArray
 
 
 def _times(a: NDArray, basis: NDArray) -> NDArray:
-    """Transform the last axis of a to a basis, by one large product."""
+    """Return `a` with its last axis multiplied by `basis`, by one large matrix product."""
     return (a.reshape(-1, a.shape[-1]) @ basis.astype(a.dtype)).reshape(a.shape)
 
 
@@ -416,7 +421,7 @@ def _squares(a: NDArray, g: NDArray) -> NDArray:
 
 
 def _rows_of(A: Curvature) -> int:
-    """Choose the number of rows in a batch from the memory that one row takes."""
+    """Return the number of rows in a batch, chosen from the memory that one row takes."""
     if A.batch_size is not None:
         return A.batch_size
     one = A.examples.take([0])
@@ -424,7 +429,8 @@ def _rows_of(A: Curvature) -> int:
     per_row = 0
     for a, g in layers.pseudo_gradients(one.x, one.y):
         products = a.shape[-1] * g[0, 0].size if a.shape[1] > 1 else 0
-        # The inputs a and pseudo-gradients g are also stored in their bases. The tape copies g.
+        # The inputs a and pseudo-gradients g are also stored in the layer's bases. The tape copies
+        # g.
         per_row += 2 * a.size + 4 * g.size + products
     most = A.net.rows_per_batch(A.examples)
     return fitting(VECTORS, per_row * A.dtype.itemsize, most)

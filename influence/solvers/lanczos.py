@@ -35,25 +35,27 @@ class Lanczos(LowRank):
 
     A is approximated by U diag(values) U' + floor (I - U U'). U (d, rank) has orthonormal columns.
     U and the values are the Ritz pairs with the largest values in a Krylov space. The space starts
-    from random vectors and has the dimension rank + 10. The floor is the Ritz value in the middle
-    of the space. It estimates an eigenvalue of A above most of those that are left out. If the
-    space has d dimensions, the floor is the smallest of the values. So the approximate inverse
-    magnifies hardly any direction more than A^-1 does. The approximation is fixed and linear. The
-    approximation is positive definite if A is. At rank = d it equals A, so the answer is exact,
-    also for an indefinite matrix. The Arnoldi method of Schioppa et al. (2022) for a symmetric
-    matrix drops the part outside U.
+    from random vectors and has the dimension rank + 10. The floor is the median of all Ritz values,
+    or the smallest of the values if this is larger. If the space has d dimensions, the floor is the
+    smallest of the values. The floor estimates an eigenvalue of A above most of those that are left
+    out. So the approximate inverse magnifies hardly any direction more than A^-1 does.
+
+    The approximation is fixed and linear. It is positive definite if A is positive definite. At
+    rank = d it equals A, so the answer is exact, even for an indefinite matrix. For a symmetric
+    matrix, the Arnoldi method of Schioppa et al. (2022) drops the term with the floor.
 
     Lanczos differs from the textbook's three-term recurrence in three points:
     1. Every new direction is orthogonalised against all others, so no eigenvalue is found twice.
-    2. Up to 8 vectors share each pass over the data. From rank 118 on this takes rank / 8 passes.
+    2. Up to 8 vectors share each pass over the data. For a rank of 118 or more, preparing takes
+       about rank / 8 passes.
     3. When the space is invariant, the iteration continues with a random direction outside it.
 
     Args:
       rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by
         min(rank + 10, d) vectors. It stores these vectors, and U.
       seed: seed of the random directions.
-      rtol: largest true relative residual at which a column counts as converged. None: the residual
-        is reported, no column counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. If None, the
+        residual is reported, but no column counts as converged and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
       singular matrix. At rank < d it also refuses a matrix that it finds to be indefinite, because
@@ -63,7 +65,7 @@ class Lanczos(LowRank):
     answers_indefinite: ClassVar[bool] = True
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the Ritz pairs."""
+        """Compute the Ritz pairs. Return a function that multiplies by the approximate inverse."""
         d = A.shape[0]
         rank, space = min(self.rank, d), min(self.rank + _MORE, d)
         self._check_memory(d, rank + space, np.result_type(A.dtype, np.float32))
@@ -78,7 +80,7 @@ class Lanczos(LowRank):
                 f"curvature of {smallest:.3g}, {if_indefinite(A, smallest)}"
             )
         if abs(smallest) <= rounding:
-            smallest = 0.0  # Rounding decides the sign.
+            smallest = 0.0  # zero within rounding
         kept = ritz[-rank:]
         nearest = float(kept[np.abs(kept).argmin()])
         if abs(nearest) <= rounding:
@@ -122,13 +124,13 @@ def krylov(A: LinearOperator, size: int, *, block: int, seed: int) -> tuple[NDAr
         new = finite_products(A, new, "Lanczos")
         T[:end, done:end] = Q[:, :end].T @ new
         T[done:end, :done] = T[:done, done:end].T
-        new = np.ldexp(new, -unusual_exponent(new))  # `_orthonormal` takes squares.
+        new = np.ldexp(new, -unusual_exponent(new))  # keeps squares finite
         done = end
     return Q, (T + T.T) / 2
 
 
 def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
-    """Orthonormalise the columns of W against Q. Replace those in Q's range by random ones."""
+    """Orthonormalise the columns of W against Q. Replace columns in Q's range by random columns."""
     d = len(Q)
     inside = 10 * np.sqrt(d) * np.finfo(Q.dtype).eps
     size = np.linalg.norm(W, axis=0)
@@ -138,7 +140,8 @@ def _orthonormal(W: NDArray, Q: NDArray, rng: np.random.Generator) -> NDArray:
             W = W - Q @ (Q.T @ W)
         W, R = scipy.linalg.qr(W, mode="economic", pivoting=True)[:2]
         lost = np.abs(np.diag(R)) <= inside
-        # Normalising a short remainder magnifies its component in Q.
+        # Normalising a short remainder magnifies its component in the range of Q. The next line
+        # removes this component.
         W = scipy.linalg.qr(W - Q @ (Q.T @ W), mode="economic")[0]
         if not lost.any():
             return W
@@ -150,12 +153,12 @@ def largest_eigenvalues(
 ) -> NDArray:
     """Bound the largest eigenvalue of each of r matrices by a Ritz value plus its residual.
 
-    One three-term recurrence for each matrix stores three vectors. All recurrences advance
-    together. The recurrences do not reorthogonalise, so they find some eigenvalues repeatedly. This
+    Each matrix has its own three-term recurrence, which stores three vectors. All recurrences
+    advance together. They do not reorthogonalise, so they find some eigenvalues repeatedly. This
     does not change the largest eigenvalue.
 
     Args:
-      product: a function that multiplies matrix j by vector j of (r, d, 1), for each j.
+      product: a function of vectors (r, d, 1). It multiplies matrix j by vector j for each j.
       start: (r, d) random vectors.
       steps: the largest number of products.
 
@@ -176,7 +179,7 @@ def largest_eigenvalues(
         T[:, k, k] = np.einsum("rd,rd->r", q, w)
         w = w - T[:, k, k, None].astype(w.dtype) * q - left[:, None].astype(w.dtype) * before
         left = np.linalg.norm(w, axis=1)
-        # In an invariant space the remainder is only rounding. Then the recurrence ends.
+        # If the space is invariant, the remainder is only rounding, and the recurrence ends.
         left[left <= np.sqrt(np.finfo(w.dtype).eps) * size] = 0.0
         before, q = q, w / np.where(left > 0, left, 1).astype(w.dtype)[:, None]
         q[left == 0] = 0

@@ -42,30 +42,31 @@ class LiSSA:
     that code, rows are taken in a shuffled order without replacement.
 
     All repeats and all right-hand sides advance together. The result depends on `seed`, but not on
-    the number of right-hand sides or threads. For a given scale and `change` = 0 it is linear in v.
-    This linear map is not symmetric, because the batches come in an order.
+    the number of right-hand sides or threads. For a given scale and `change` = 0, the result is
+    linear in v. This linear map is not symmetric, because the batches come in an order.
 
     Args:
       scale: the number that divides A in the series. The series may diverge if the scale is below
-        half the largest eigenvalue of some A_batch. None: a Lanczos bound on the largest eigenvalue
-        of A and of a sample of batches. If a column still grows too large, it restarts with twice
-        the scale. So the series cannot diverge on a positive definite matrix.
+        half the largest eigenvalue of some A_batch. If None, the scale is a Lanczos bound on the
+        largest eigenvalue of A and of a sample of batches. A column that still grows too large
+        restarts with twice the scale. So the series cannot diverge on a positive definite matrix.
       depth: the largest number of steps of each run.
       repeats: number of runs to average.
       batch_size: number of rows in each estimate of A.
       seed: seed of the shuffled order.
-      change: relative change at which a column stops early. From time to time LiSSA averages h over
-        the repeats and the latter half of the steps. LiSSA compares this average with the average
-        at half as many steps. After an early stop, more steps usually change h by less than ten
-        times `change`. The residual shows the true error. 0: no column stops early.
+      change: relative change at which a column stops early. At some steps, LiSSA averages h over
+        the repeats and over the latter half of the steps so far. It compares this average with the
+        average at half as many steps. After an early stop, more steps usually change h by less than
+        ten times `change`. The residual shows the true error. With `change` = 0, no column stops
+        early.
       rtol: largest true relative residual at which a column counts as converged. The default is
         larger than that of other solvers, because the error falls only with the square root of
-        depth x repeats. None: the residual is reported, no column counts as converged, and no
+        depth x repeats. If None, the residual is reported, but no column counts as converged and no
         warning is given.
 
     Raises: ValueError for hyperparameters out of range; DivergenceError if the norm of h exceeds
-      that of every convergent series. If `scale` was given, the message names one that would work.
-      With scale None this happens only if A is not positive definite.
+      that of every convergent series. If the caller gave a scale, the message names a scale that
+      would work. With scale None the error means that A is not positive definite.
     """
 
     unfit_as_preconditioner: ClassVar[str] = (
@@ -91,8 +92,8 @@ class LiSSA:
         check_integer("seed", self.seed, 0)
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Choose the scale if the user gave none."""
-        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # Use A's units.
+        """Choose the scale if the user gave none. Return a function that runs the series."""
+        given = np.ldexp(self.scale or 0.0, -getattr(A, "exponent", 0))  # in A's units
         scale = float(given) or largest_eigenvalue(A, self.batch_size)
         if np.isnan(scale):
             raise not_finite(A, "LiSSA")
@@ -133,7 +134,7 @@ class LiSSA:
             walk = self._walk(len(A.examples))
             repeats, product = self.repeats, A.sampled
         else:
-            # There are no rows to sample, so all runs would be equal.
+            # A has no rows to sample, so all repeats would be equal.
             walk = (np.zeros((1, 1), int) for _ in range(self.depth))
             repeats, product = 1, lambda rows, V: (A @ V[0])[None]
         m = B.shape[1]
@@ -145,8 +146,8 @@ class LiSSA:
                 H = B + H - product(rows, H) / scale
                 if step % _CHECK_EVERY and step < self.depth:
                     continue
-                # If no factor I - A_batch / scale expands, |h| <= (step + 1) |v|. Ten times this
-                # bound allows a few factors to expand.
+                # |h| <= (step + 1) |v| if every factor I - A_batch / scale has norm <= 1. The limit
+                # is ten times larger, so a few factors may have a larger norm.
                 most = 10 * (step + 1) * np.linalg.norm(B, axis=0)
                 grows = ~(np.linalg.norm(H, axis=1) <= most).all(axis=0)
                 leaves = grows | average.settled(H) | (step == self.depth)
@@ -171,7 +172,7 @@ class LiSSA:
                 f"{diverges}; {_advice(scale, largest_eigenvalue(A, self.batch_size))}"
             )
         finite = np.isfinite(H).all(axis=0)
-        if not finite.any():  # The overflow may come from the series or from A itself.
+        if not finite.any():  # either the series or A itself has overflowed
             finite_products(A, B, "LiSSA")
             return
         V = H[:, finite] / np.abs(H[:, finite]).max(axis=0)
@@ -224,12 +225,12 @@ class _LatterHalf:
         self.total, self.before = np.zeros_like(B), np.full_like(B, np.nan)
 
     def settled(self, H: NDArray) -> NDArray:
-        """Add H (repeats, d, m). Return True (m,) where the average has stopped changing."""
+        """Add H (repeats, d, m). Return booleans (m,): True if the average has stopped changing."""
         self.looks += 1
         if not self.change:
             return np.zeros(H.shape[2], bool)
         self.total = self.total + H.mean(axis=0)
-        if self.looks & (self.looks - 1):  # The average is compared at powers of two.
+        if self.looks & (self.looks - 1):  # compare averages only after 1, 2, 4, 8, ... checks
             return np.zeros(H.shape[2], bool)
         now, before = self.total / max(self.looks // 2, 1), self.before
         self.before, self.total = now, np.zeros_like(now)

@@ -17,7 +17,7 @@ from influence.solvers.lanczos import singular
 
 # A product of A with m vectors may hold this many arrays (d, m).
 _COPIES = 4
-# A Gaussian array with at least this many times as many rows as columns is almost orthogonal.
+# The columns of a Gaussian array are almost orthogonal if rows / columns is at least this.
 _TALL = 4
 
 
@@ -30,27 +30,27 @@ class Nystrom(LowRank):
         M ~ (M Omega) (Omega' M Omega)^-1 (M Omega)' = U diag(values) U'
         A ~ U diag(values + known) U' + (smallest value + known) (I - U U')
 
-    The inverse is the preconditioner of that paper (section 5), scaled to approximate A^-1. `known`
+    The inverse is the preconditioner of this paper (section 5), scaled to approximate A^-1. `known`
     is the damping, or the model's lower bound on A's eigenvalues if that is larger. `known I` has
     full rank, so a low-rank sketch cannot represent it. This part is therefore subtracted before
-    the sketch, and added back exactly afterwards. `known` is 0 if M is seen to be indefinite. The
-    approximation is fixed, linear and positive definite. The approximation is exact if the rank is
-    d, or larger than the rank of M.
+    the sketch, and added back exactly afterwards. If M turns out to be indefinite, `known` is 0
+    instead. The approximation is fixed, linear and positive definite. The approximation is exact if
+    the rank is d, or larger than the rank of M.
 
     Args:
       rank: number of columns of U. A rank above d counts as d. Preparing multiplies A by `rank`
         vectors. They share a pass over the data if they fit into `memory.VECTORS`. Preparing holds
-        at most two arrays (d, rank), besides those of the products.
+        at most two arrays (d, rank), besides the arrays of the products with A.
       seed: seed of Omega.
-      rtol: largest true relative residual at which a column counts as converged. None: the residual
-        is reported, no column counts as converged, and no warning is given.
+      rtol: largest true relative residual at which a column counts as converged. If None, the
+        residual is reported, but no column counts as converged and no warning is given.
 
     Raises: ValueError for hyperparameters out of range. `prepare` raises DivergenceError for a
       matrix that is singular, or that it finds to be indefinite.
     """
 
     def prepare(self, A: LinearOperator) -> Callable[[NDArray], Raw]:
-        """Compute the sketch A Omega and the approximation.
+        """Compute the sketch A Omega. Return a function that applies the approximate inverse.
 
         Apart from products with A, memory holds at most two arrays (d, rank) at a time.
         """
@@ -64,7 +64,8 @@ class Nystrom(LowRank):
         for start in range(0, rank, block):
             some = slice(start, start + block)
             Y[:, some] = finite_products(A, Omega[:, some], "Nystrom")
-        # Powers of two keep the squares of very large or small entries within the dtype.
+        # Scaling by a power of two keeps squares of very large or small entries in the dtype's
+        # range.
         exponent = int(np.frexp(max(Y.max(), -Y.min()))[1])
         np.ldexp(Y, -exponent, out=Y)
         size = float(np.ldexp(np.sqrt(np.linalg.eigvalsh(_gram(Y, Y))[-1]), exponent))
@@ -77,9 +78,10 @@ class Nystrom(LowRank):
                 f"{if_indefinite(A, smallest)}"
             )
         known = _known(A)
-        if smallest - known < -rounding:  # A is definite only because of its damping.
+        if smallest - known < -rounding:  # M is indefinite
             known = 0.0
-        # The shift keeps the Cholesky factor above rounding. The shift is subtracted below.
+        # The shift makes the factored matrix positive definite despite rounding. The eigenvalues
+        # below do not include the shift.
         shift = rounding
         _add(Y, shift - known, Omega)
         while True:
@@ -106,8 +108,8 @@ class Nystrom(LowRank):
 def _orthonormal(rng: np.random.Generator, d: int, rank: int, dtype: np.dtype) -> NDArray:
     """Draw a random array (d, rank) with orthonormal columns.
 
-    The columns of a tall Gaussian array are almost orthogonal, so that Cholesky's factor of their
-    products is accurate. It orthonormalises them in place.
+    The columns of a tall Gaussian array are almost orthogonal. Therefore the Cholesky factor of
+    their Gram matrix is accurate. This factor orthonormalises the columns in place.
     """
     Omega = rng.standard_normal((d, rank), dtype=dtype.type)
     if d < _TALL * rank:
@@ -126,7 +128,7 @@ def _gram(X: NDArray, Y: NDArray) -> NDArray:
 
 
 def _add(Y: NDArray, factor: float, X: NDArray) -> None:
-    """Add factor X to Y in place, without a copy of X."""
+    """Add factor * X to Y in place, without a copy of X."""
     for column in range(Y.shape[1]):
         Y[:, column] += Y.dtype.type(factor) * X[:, column]
 

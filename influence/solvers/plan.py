@@ -42,7 +42,7 @@ _COPIES = 4
 FLOAT64_WEIGHTS = 100_000
 # `Direct` holds three d x d matrices. These may take this share of the machine's memory.
 _MEMORY_SHARE = 0.25
-# A machine that does not report its memory counts as having this many bytes.
+# If a machine does not report its memory, this many bytes are assumed.
 _USUAL_MEMORY = 8e9
 # `Direct` is chosen if the matrix takes at most this many multiplications to form and factor.
 _DIRECT_WORK = 2e12
@@ -69,7 +69,7 @@ class Plan:
       solver: the hyperparameters of the solver of (curvature + damping I) x = b.
       dtype: the precision of the systems, "float32" or "float64".
       reasons: one reason each for curvature, damping, solver, dtype and approximation.
-      approximation: "first_order" or "one_step", the way to predict what a removal does
+      approximation: "first_order" or "one_step", the method that predicts the effect of a removal
         (influence.scores.one_step).
     """
 
@@ -92,7 +92,7 @@ _GIVEN = "given"
 
 
 class Planner:
-    """Chooser of the options that the caller did not give. The damping is chosen on first use.
+    """Choice of the options that the caller left out. The damping is chosen on first use.
 
     Args: the arguments of `Influence`. None for solver, damping or curvature leaves the choice to
       this class. Other values are used as they are.
@@ -101,7 +101,7 @@ class Planner:
       net: the net whose matrix the solver inverts. It is the given net or a float64 copy of it.
       affine: True if the outputs are affine in theta and the loss is convex in the outputs.
       curvature: the class of the matrix.
-      solver: the solver, prepared or not.
+      solver: the solver, which may be prepared.
       solver_given: True if the caller chose the solver.
     """
 
@@ -144,7 +144,7 @@ class Planner:
 
     @cached_property
     def plan(self) -> Plan:
-        """All choices."""
+        """The Plan: all choices and their reasons."""
         A, why = self._chosen
         solver = self.solver.solver if isinstance(self.solver, Prepared) else self.solver
         reasons = (self._why_curvature, why, self._why_solver, self._why_dtype)
@@ -187,8 +187,11 @@ class Planner:
     def _for_convex(self, A: Curvature) -> tuple[Curvature, str]:
         """Choose the damping of a Hessian that is positive semi-definite.
 
-        If theta has redundant directions, a very small damping replaces the pseudo-inverse. The
-        gradients of training rows have no part in these directions, so that scores do not change.
+        If theta has redundant directions, the matrix is singular. A very small damping then gives
+        the scores of the pseudo-inverse, because gradients of training rows have no component in
+        these directions.
+
+        Returns: the damped matrix, and the reason for its damping.
         """
         held = self._formed_by_roots()
         if held is None:
@@ -221,7 +224,7 @@ class Planner:
 
 
 def _digest(net: GenericNeuralNet) -> bytes:
-    """Return a digest of theta, which takes less memory than theta."""
+    """Return a digest of theta. It takes less memory than a copy of theta."""
     return hashlib.blake2b(net.theta.tobytes()).digest()
 
 
@@ -247,7 +250,7 @@ def is_convex(net: GenericNeuralNet) -> bool:
 
 
 def affine_in_theta(net: GenericNeuralNet, examples: Examples) -> bool:
-    """Return True if the outputs of some rows are affine in theta along random directions."""
+    """Return True if the outputs of some rows are affine in theta along a random direction."""
     theta = net.theta.astype(np.float64)
     spread = np.unique(np.linspace(0, len(examples) - 1, _AFFINE_ROWS).astype(int))
     x = examples.take(spread).x
@@ -343,8 +346,8 @@ def _in_precision(net: GenericNeuralNet, solver: Any) -> tuple[GenericNeuralNet,
 def mean_eigenvalue(A: Curvature) -> float:
     """Return trace(A) / d of an undamped Gauss-Newton matrix.
 
-    It is exact for affine layers, and if the penalty's curvature is diagonal. Otherwise products
-    with random signs estimate it (Hutchinson 1990).
+    The result is exact if theta is in affine layers and the penalty's curvature is diagonal.
+    Otherwise products with random signs estimate the trace (Hutchinson 1990).
     """
     net, d = A.net, A.shape[0]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (d, min(_PROBES, d))).astype(A.dtype)
@@ -359,7 +362,7 @@ def mean_eigenvalue(A: Curvature) -> float:
 
 
 def training_damping(model: keras.Model, history: History | None = None) -> float | None:
-    """Return the damping that corresponds to a training by SGD which did not converge.
+    """Return the damping that describes a training by SGD that ended before it converged.
 
     T steps of gradient descent with learning rates eta_t and momentum mu reach the minimum along an
     eigenvector only if its eigenvalue is well above (1 - mu) / sum_t eta_t. Influence functions
@@ -367,8 +370,8 @@ def training_damping(model: keras.Model, history: History | None = None) -> floa
 
     Args:
       model: the model, whose optimiser knows the number of steps and the present learning rate.
-      history: the recorded training, which knows every epoch's learning rate, or None. It is not
-        used if it begins later than the training.
+      history: the record of the training, with the learning rate of every epoch, or None. A record
+        that begins after the first step of the training is not used.
 
     Returns: the damping, or None if the optimiser is not SGD or took no step.
     """

@@ -25,7 +25,7 @@ def check_preconditioner(preconditioner: Any) -> None:
     """
     if preconditioner is None:
         return
-    solver = getattr(preconditioner, "solver", preconditioner)  # A prepared solver has `solver`.
+    solver = getattr(preconditioner, "solver", preconditioner)  # unwrap a prepared solver
     if hasattr(solver, "prepare") and not isinstance(solver, type):
         reason = getattr(solver, "unfit_as_preconditioner", "")
         if reason:
@@ -48,15 +48,15 @@ def check_preconditioner(preconditioner: Any) -> None:
 
 
 def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], NDArray]:
-    """Return a function that multiplies (d, m) by the approximate inverse, after one test of it.
+    """Return a function that multiplies (d, m) by the approximate inverse. Test it once.
 
     Args:
-      preconditioner: as in `check_preconditioner`. A solver prepared for another matrix of A's
-        shape is used as it is. Such a solver is often a good preconditioner for A.
+      preconditioner: as in `check_preconditioner`. A solver that was prepared for another matrix of
+        A's shape is accepted. It is often a good preconditioner for A.
       A: symmetric (d, d).
 
-    Raises: ValueError if its shape is not that of A, or if the test shows that it is not positive
-      definite.
+    Raises: ValueError if the preconditioner has another shape than A, or if the test shows that it
+      is not positive definite.
     """
     if preconditioner is None:
         return lambda R: R
@@ -83,8 +83,9 @@ def inverse_of(preconditioner: Any, A: LinearOperator) -> Callable[[NDArray], ND
             f"preconditioner must be positive definite, got {seen} from {name}; damp the matrix "
             "that it is prepared for, or prepare it for GaussNewton."
         )
-    # A factor changes no step of CG. The inverse of a very small or large matrix is brought to the
-    # usual size, where the squares of its products neither overflow nor underflow.
+    # CG does not change if its preconditioner is multiplied by a number. So the inverse of a matrix
+    # with very small or very large entries is rescaled. Squares of its products then neither
+    # overflow nor underflow.
     exponent = unusual_exponent(tried)
     return (lambda R: np.ldexp(inverse(R), -exponent)) if exponent else inverse
 

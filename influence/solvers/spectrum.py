@@ -1,4 +1,4 @@
-"""The ends of a matrix's spectrum, and the damping that makes the matrix definite."""
+"""Extreme eigenvalues of a matrix, and the damping that makes the matrix positive definite."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from influence.solvers.base import as_symmetric, finite_products
 from influence.solvers.direct import dense
 from influence.solvers.lanczos import krylov
 
-# For matrices up to this size, computing all eigenvalues takes fewer passes than computing two by
-# iteration, and no more time.
+# Up to this order, computing all eigenvalues of a matrix takes fewer passes over the data than
+# computing two eigenvalues by iteration, and no more time.
 _FEW = 1024
-# ARPACK stores at most this many vectors if k is small. ARPACK stores at least 32, even if 32
-# vectors exceed the memory budget. With more vectors it needs far fewer products.
+# If k is small, ARPACK stores at most this many vectors. It stores at least 32 vectors, even if
+# these exceed the memory budget. With more vectors it needs far fewer products.
 _LARGEST_BASIS = 256
 # This many steps of Lanczos' iteration give the largest eigenvalue to a few per cent.
 _LARGEST_STEPS = 12
@@ -44,7 +44,7 @@ class Spectrum:
       smallest_residuals: (k,) |A v - value v| for unit vectors v, recomputed from A.
       largest: (k,) the largest eigenvalues, descending.
       largest_residuals: (k,) residuals of the largest eigenvalues.
-      products: number of vectors that A was multiplied with.
+      products: number of vectors by which A was multiplied.
       converged: True if every residual is within `rtol` plus rounding.
       complete: True if all eigenvalues were computed, so that none was missed.
     """
@@ -65,8 +65,9 @@ def spectrum(A: Any, k: int = 1, *, rtol: float = 1e-6, max_products: int = 2000
     restarted Lanczos iteration (`scipy.sparse.linalg.eigsh`) runs from a fixed start vector. Each
     product is then a pass over the data. The largest eigenvalues take one product per basis vector,
     usually 256. The smallest eigenvalues lie close together relative to the largest one. Therefore
-    they take up to thousands of products. The iteration finds them as the largest eigenvalues of
-    s I - A, with s the largest eigenvalue of A. So tolerances are relative to the size of A.
+    they take up to thousands of products. The iteration finds the smallest eigenvalues of A as the
+    largest eigenvalues of s I - A, with s the largest eigenvalue of A. So tolerances are relative
+    to the size of A.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator.
@@ -124,19 +125,19 @@ def _ends(A: LinearOperator, k: int, rtol: float, max_products: int, bar: tqdm) 
 def suggest_damping(A: Any, *, margin: float = 1e-5, history: History | None = None) -> float:
     """Compute the smallest damping that makes a matrix positive definite, with a margin.
 
-    The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here size is the largest
-    |eigenvalue| found, plus its residual. Bound is a lower bound on all eigenvalues. This bound is
-    the larger of the model's bound and the smallest eigenvalue found minus its residual. With this
-    damping the condition number is at most 1 / margin.
+    The damping is the smallest t >= 0 with bound + t >= margin (size + t). Here `size` is the
+    largest |eigenvalue| found, plus its residual. `bound` is a lower bound on all eigenvalues. It
+    is the larger of two bounds: the model's bound, and the smallest eigenvalue found minus its
+    residual. With this damping the condition number is at most 1 / margin.
 
     Args:
       A: a symmetric (d, d) array or LinearOperator, such as `Hessian(net, train)`.
       margin: margin relative to the largest |eigenvalue|.
-      history: the History of a training by SGD, or None. Damping and that of A are then together at
-        least `History.damping`, 1 / (learning rate x steps) times 1 - momentum. In directions of
-        less curvature the training did not converge (Bae et al. 2022).
+      history: the History of a training by SGD, or None. The result plus A's damping is then at
+        least `History.damping`, which is (1 - momentum) / (learning rate x steps). In directions
+        with less curvature than this, the training did not converge (Bae et al. 2022).
 
-    Returns: the damping to add to that of A, in A's unit; 0.0 if none is needed. Warns with
+    Returns: the damping to add to A's damping, in A's unit. 0.0 if none is needed. Warns with
       ConvergenceWarning if the eigenvalues did not converge. The damping may then be too small.
     Raises: ValueError for a margin outside (0, 1), and for A = 0, which has no scale for a damping.
       It also raises the errors of `spectrum`.
@@ -147,7 +148,7 @@ def suggest_damping(A: Any, *, margin: float = 1e-5, history: History | None = N
     if history is not None:
         least = max(history.damping() - float(getattr(A, "damping", 0.0)), 0.0)
     known = float(getattr(A, "smallest_eigenvalue_bound", np.nan))
-    if known >= 0 and A.shape[0] > _FEW:  # the largest eigenvalue is enough
+    if known >= 0 and A.shape[0] > _FEW:  # then the largest eigenvalue is enough
         size = sum(largest_eigenvalue(A, _LARGEST_STEPS))
         if size > 0:
             return max(least, float((margin * size - known) / (1 - margin)))
@@ -177,7 +178,7 @@ def suggest_damping(A: Any, *, margin: float = 1e-5, history: History | None = N
 def largest_eigenvalue(A: LinearOperator, steps: int) -> tuple[float, float]:
     """Estimate the largest eigenvalue by Lanczos' iteration. Return it with its residual.
 
-    The estimate takes steps + 1 products. It is a Rayleigh quotient, so that it does not exceed the
+    The estimate takes steps + 1 products. It is a Rayleigh quotient, so it does not exceed the
     largest eigenvalue.
     """
     Q, T = krylov(A, min(steps, A.shape[0]), block=1, seed=_SEED)
@@ -188,7 +189,7 @@ def largest_eigenvalue(A: LinearOperator, steps: int) -> tuple[float, float]:
 
 
 def _top(product: Callable, d: int, k: int, rtol: float, max_products: int) -> NDArray:
-    """Compute unit vectors (d, k) near the eigenvectors of the largest eigenvalues."""
+    """Compute unit vectors (d, k) near the eigenvectors of the k largest eigenvalues."""
     basis = min(d, max(2 * k + 1, int(np.clip(2 * VECTORS // (8 * d), 32, _LARGEST_BASIS))))
     operator = LinearOperator((d, d), matvec=product, matmat=product, dtype=np.float64)  # pyright: ignore
     start = np.random.default_rng(_SEED).standard_normal(d)
