@@ -222,7 +222,10 @@ class History:
         return hashlib.sha256(json.dumps([parts, about], sort_keys=True).encode()).hexdigest()
 
     def area(self) -> NDArray[np.float64]:
-        """Return each row's mean margin over the recorded epochs, (n,). (AUM: Pleiss et al. 2020)"""
+        """Return each row's mean margin over the recorded epochs, (n,).
+
+        Pleiss et al. (2020) call this number AUM.
+        """
         return self.margins.mean(axis=0, dtype=np.float64)
 
     def learned(self) -> NDArray[np.int64]:
