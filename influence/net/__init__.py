@@ -1,1 +1,1 @@
-"""A net is a Keras model as a risk."""
+"""Nets: Keras models with their risks, and the derivatives of these risks."""

@@ -95,7 +95,8 @@ class Derivatives:
         Args:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
-          thetas: (d, k) parameters. Each column replaces theta once. None means theta itself.
+          thetas: (d, k) parameter vectors as columns, at which to compute the losses. None means
+            the net's theta.
 
         Returns: (n,), or (n, k) with `thetas`. Log losses are in nats.
         """
@@ -205,8 +206,8 @@ class Derivatives:
 
         Args: the arguments of `hvp`.
         Returns: the products, in the shape of V.
-        Raises: ValueError for a cross-entropy of probabilities. Its second derivative by
-          probabilities would make G the empirical Fisher, and not the matrix for the logits.
+        Raises: ValueError for a cross-entropy of probabilities. G would then be the empirical
+          Fisher, and not the Gauss-Newton matrix that belongs to the logits.
         """
         self.loss.check_logits()
 
@@ -224,7 +225,7 @@ class Derivatives:
           y: (n, ...) labels.
           V: (d, m) directions, or one direction (d,).
           dtype: the dtype of the result, or None for the net's dtype. A subclass with a closed
-            form also computes in this dtype, where float32 is faster than float64.
+            form also computes in this dtype. Float32 is then faster than float64.
 
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
@@ -232,7 +233,7 @@ class Derivatives:
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
     def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
-        """Return the c outputs of each row, and the derivatives of its loss by these outputs.
+        """Return each row's c outputs, and the derivatives of its loss with respect to them.
 
         The outputs have the form that the loss takes. These can be the logits before a softmax or
         sigmoid. Several outputs are concatenated. Outputs of other shapes are flattened.
@@ -279,7 +280,7 @@ class Derivatives:
         """Return the losses (n,) for given outputs z (n, c) in place of the model's outputs.
 
         z has the form of `output_terms`. The inputs x only determine the shape of one row's
-        outputs, so x may have another number of rows than z.
+        outputs. The number of rows of x may therefore differ from that of z.
         """
         t = self.flat
         found = t.tensor(z.reshape(len(z), *self.seen_shape(x)))
@@ -401,9 +402,10 @@ class Derivatives:
         *tensors: Any,
         weighed: bool = False,
     ) -> Any:
-        """Run `function(losses, each, theta, x, y, *tensors)`. `each(f, V)` maps f over the rows V.
+        """Run `function(losses, each, theta, x, y, *tensors)` on the tensors of a batch.
 
-        If `weighed` is True, each row's loss is multiplied by its mass.
+        `each(f, V)` applies f to each vector of V. If `weighed` is True, each row's loss is
+        multiplied by its mass.
         """
         t = self.flat
         batch = t.batch(x, y, weighed=weighed and self.weighs)

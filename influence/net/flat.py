@@ -125,7 +125,7 @@ class FlatModel:
         return raw, scope.losses
 
     def added(self, theta: Any, x: Any) -> Any:
-        """Return the sum of the added losses for each row, (n,), from a call of each row alone."""
+        """Return each row's sum of added losses, (n,). The model is called for each row alone."""
 
         def of_row(row: Any) -> Any:
             row = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), row)
@@ -173,8 +173,8 @@ class FlatModel:
         key = f"{name} {signatures}"
         if key not in self._functions:
             # Tracing with autograph would take a sixth more time. The cache holds concrete
-            # functions. For others, TensorFlow would warn of retracing when several nets use
-            # functions of one name.
+            # functions. Otherwise TensorFlow would warn of retracing when several nets use
+            # functions with the same name.
             traced = tf.function(function, input_signature=signatures, autograph=False)
             try:
                 with ops.exact():

@@ -31,8 +31,8 @@ def trained_part(
 
     Args:
       model: a built Keras model.
-      dtype: "float32" or "float64" to compute in this dtype. A model of another dtype is copied.
-        None means no copy, but a float32 copy of a mixed-precision model.
+      dtype: "float32" or "float64" to compute in this dtype. None means the dtype of the weights.
+        A model that computes in another dtype or in mixed precision is copied with its weights.
       layers: names of the layers whose weights form theta, or None for all trainable weights.
 
     Returns: (preparation or None, parts, notes). Each note is a sentence about a split or a copy.

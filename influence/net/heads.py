@@ -120,9 +120,9 @@ def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...
 
 
 def _by_layers(model: Any) -> Ending | None:
-    """Return facts about a common model with one output from its layers, or None.
+    """Return facts about a model's output without a trace, or None if the layers do not show them.
 
-    This saves a trace, which can take a second.
+    The function recognises common models with one output. A trace can take a second.
     """
     own = all(
         type(layer).__module__.split(".")[0] == "keras"
@@ -156,7 +156,7 @@ def _struct(model: Any, which: str) -> Any:
 
 
 def _input_specs(model: Any) -> Any:
-    """Return the TensorSpec, or a list or dict of them, of a model's inputs. None if unknown."""
+    """Return a TensorSpec, or a list or dict of them, for a model's inputs, or None if unknown."""
     try:
         if getattr(model, "inputs", None):
             inputs = _struct(model, "input")

@@ -46,8 +46,8 @@ def epochs_in(folder: Path) -> list[int]:
 def labels_digest(examples: Examples) -> str:
     """Return a hash of the labels of all rows, which depends on their order but not their dtype.
 
-    The inputs are not hashed, because they may have several forms. Examples are words, word ids,
-    and the features of a frozen network. The labels have one form only.
+    The inputs are not hashed, because they may have several forms, such as words, word ids or
+    features of a frozen network. The labels have one form only.
     """
     dense = lambda part: part.toarray() if hasattr(part, "toarray") else part  # noqa: E731
     parts = {
@@ -231,8 +231,8 @@ class History:
     def learned(self) -> NDArray[np.int64]:
         """Return the epoch at which each row was learned, (n,).
 
-        This is the first recorded epoch from which the row's margin is positive in all recorded
-        epochs. A row whose last recorded margin is not positive gets 0.
+        From this epoch on, the row's margin is positive in all recorded epochs. A row whose last
+        recorded margin is not positive gets 0.
 
         Raises: ValueError if the labels are not classes.
         """
@@ -250,9 +250,9 @@ class History:
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return checkpoints and their learning rates, for a sum over the training's steps.
 
-        The rate of a checkpoint is a sum of the epochs' mean rates. The sum is over the epochs from
-        this checkpoint to the next one. Each row occurs once in each epoch. The last epoch is left
-        out, because no steps follow it.
+        A checkpoint gets the sum of the mean rates of all epochs from it to the next checkpoint.
+        One mean rate for each epoch is enough, because each row occurs once in an epoch. The last
+        epoch is left out, because no steps follow it.
 
         Args:
           checkpoints: epochs whose weights were saved. Epoch 0 is the start. None means all of
@@ -293,14 +293,14 @@ class History:
         return self.about["optimizer"] in _PLAIN_STEPS
 
     def damping(self) -> float:
-        """Return the damping that has a similar effect as the training's finite length.
+        """Return the damping 1 / (eta T), which acts similarly to stopping after T steps.
 
-        For T steps of size eta, it is 1 / (eta T). Here it is (1 - momentum) / sum of the learning
-        rates of all steps in the record. Let h be an eigenvalue of the Hessian. T steps move the
-        weights along its eigenvector by the fraction 1 - (1 - eta h)^T of the distance to the
-        minimum. The damped inverse moves them by the fraction h / (h + damping). Both fractions are
-        small for h far below 1 / (eta T), and near 1 for h far above it. Momentum m multiplies the
-        length of the steps by 1 / (1 - m).
+        eta is the learning rate. In general, the damping is (1 - momentum) / S, where S is the sum
+        of the learning rates of all steps in the record. Let h be an eigenvalue of the Hessian. T
+        steps move the weights along its eigenvector by the fraction 1 - (1 - eta h)^T of the
+        distance to the minimum. The damped inverse moves them by the fraction h / (h + damping).
+        Both fractions are small for h far below 1 / (eta T), and near 1 for h far above it.
+        Momentum m multiplies the length of the steps by 1 / (1 - m).
 
         Raises: ValueError for an optimiser other than SGD, because its steps are not proportional
           to the gradient. ValueError if the learning rates are zero.

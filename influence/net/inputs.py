@@ -46,9 +46,9 @@ def named(model: keras.Model, x: Any) -> Any:
 def for_call(model: keras.Model, x: Any) -> Any:
     """Convert a dict of inputs to the structure that a call of the model takes.
 
-    This is a dict if the model was built from a dict of inputs, and a list if it was built from a
-    list. The list has the order of `model.inputs`. If the model declares no inputs and all keys are
-    positions, it is a list in the order of these positions.
+    The result is a dict if the model was built from a dict of inputs, and a list in the order of
+    `model.inputs` if it was built from a list. If the model declares no inputs and all keys are
+    positions, the result is a list in the order of the positions.
     """
     if not isinstance(x, dict):
         return x

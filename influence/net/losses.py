@@ -1,9 +1,9 @@
 """Losses that return one number per example, made from any form of a Keras loss.
 
 The loss of row i is w_i loss_i, as in Keras' `fit` and `evaluate`. w_i is the row's sample weight
-times the loss weight of `compile`. Each is 1 if it is not given. Keras divides the sum over a batch
-by the number of rows, and not by the sum of the weights. So the risk is mean_i w_i loss_i +
-penalty.
+times the loss weight of `compile`. A weight that is not given is 1. Keras divides the sum over a
+batch by the number of rows, and not by the sum of the weights. So the risk is
+mean_i w_i loss_i + penalty.
 
 If the model masks its output, or the loss has an `ignore_class`, only v_i positions of row i are
 valid. Keras then divides the sum over a batch by the batch's number of valid positions. So the risk
@@ -192,13 +192,13 @@ class PerExampleLoss:
         return by_tape
 
     def _factors(self, y: Any, dtype: Any) -> list[Any]:
-        """Return the factors of the rows' losses: sample weights and loss weight, if not 1."""
+        """Return the factors of the losses: the sample weights, and a loss weight other than 1."""
         weight = weight_of(y, self.output) if self.role != "measurement" else None
         found = [] if weight is None else [tf.cast(weight, dtype)]
         return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
 
     def scaled(self, weight: float, output: str | None = None) -> PerExampleLoss:
-        """Return this loss times a loss weight. It takes its labels from one output's labels."""
+        """Return this loss times a loss weight. `output` names the labels that it takes."""
         function: Any = self.function
         function = replace(function, scale=weight, output=output)
         return replace(self, function=function, scale=weight, output=output)
@@ -398,9 +398,9 @@ def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | No
     """Return the attributes (head, from_logits) of a Keras loss on an output.
 
     `ends_in` is the output's final activation, or None. Keras' cross-entropies use the logits
-    before this activation, and ignore their option `from_logits`. A cross-entropy with
-    `ignore_class` does not. For it and for other losses, `from_logits` decides whether Keras treats
-    the output as logits or as probabilities.
+    before this activation, and ignore their option `from_logits`. For a cross-entropy with
+    `ignore_class`, and for other losses, `from_logits` decides whether Keras treats the output as
+    logits or as probabilities.
     """
     says = function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False))
     if ends_in is None or function not in _FROM_LOGITS:
@@ -410,7 +410,7 @@ def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | No
 
 
 def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
-    """Return a loss that multiplies by sample weights. `activate` applies `head` to z first."""
+    """Return the loss times sample weights. If `activate`, it applies its activation to z first."""
     head = loss.head if activate else None
     by_position = getattr(loss.function, "func", None) in (of_rows, as_keras_calls)
     weighs = loss.role != "measurement"

@@ -194,7 +194,7 @@ def class_margins(z: NDArray, given: NDArray) -> NDArray:
 
 
 def _signed(loss: Any, y: NDArray, z: NDArray) -> NDArray:
-    """Return z for the larger label and -z for the smaller. Of several labels, take the minimum."""
+    """Return z for the larger label and -z for the smaller, or the minimum for several labels."""
     if loss.labels is not None and len(loss.labels) == 2:
         middle = sum(map(float, loss.labels)) / 2
     else:

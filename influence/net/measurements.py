@@ -110,8 +110,8 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
 def product(y: Any, output: Any) -> Any:
     """Return y_i . output_i for each row i. y holds a vector of slopes in place of each label.
 
-    The gradient of this number by theta is J_i' y_i, where J_i is the Jacobian of the row's
-    outputs. The outputs are reshaped to the shape of y.
+    The gradient of this number with respect to theta is J_i' y_i, where J_i is the Jacobian of the
+    row's outputs. The outputs are reshaped to the shape of y.
     """
     both = tf.cast(y, output.dtype) * tf.reshape(output, tf.shape(y))
     return tf.reduce_sum(tf.reshape(both, [tf.shape(y)[0], -1]), axis=1)

@@ -58,13 +58,13 @@ class GenericNeuralNet(Derivatives):
 
     Args:
       model: a built `keras.Model` whose trainable weights have one floating dtype. To keep weights
-        out of theta, freeze their layers (`layer.trainable = False`) before this call. Or give the
-        names of the other layers in `layers`.
+        out of theta, freeze their layers (`layer.trainable = False`) before this call, or list
+        only the other layers in `layers`.
       loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations. A
         model with several outputs takes a list or dict of losses, as `compile` does. None means
         the compiled loss with its loss weights.
-      dtype: "float32" or "float64" to compute in this dtype. A model of another dtype is copied
-        with its weights. None means no copy, but a float32 copy of a mixed-precision model.
+      dtype: "float32" or "float64" to compute in this dtype. None means the dtype of the weights.
+        A model that computes in another dtype or in mixed precision is copied with its weights.
       layers: names of the layers whose weights form theta. Their `trainable` flags are ignored and
         do not change. None means all trainable weights.
 
@@ -209,8 +209,8 @@ class GenericNeuralNet(Derivatives):
     def pulling(self) -> GenericNeuralNet:
         """Return a net with the same model and the loss y . z of labels y and outputs z, (n, c).
 
-        z is the first result of `output_terms`. With the Jacobian J_i of row i's outputs by theta,
-        the gradient of row i's loss is J_i' y_i.
+        `output_terms` returns z. The gradient of row i's loss is J_i' y_i, where J_i is the
+        Jacobian of row i's outputs with respect to theta.
         """
         loss = replace(self.loss, function=product, keras_function=None, plain=False)
         return self._with_loss(loss)
@@ -229,7 +229,7 @@ class GenericNeuralNet(Derivatives):
         Args:
           theta: (d,) parameters, or None to return the net itself.
 
-        Returns: a net whose methods compute at `theta`. An assignment to its `theta` raises.
+        Returns: a net whose methods compute at `theta`. Its property `theta` cannot be assigned.
         """
         if theta is None:
             return self
@@ -238,7 +238,7 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def uncut(self) -> GenericNeuralNet:
-        """Return a view of the net without a trunk. It runs all layers in each pass."""
+        """Return a view of the net without a trunk. Each pass then runs all layers."""
         if self.flat.trunk is None:
             return self
         view = copy.copy(self)
@@ -246,7 +246,7 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def by_row(self) -> GenericNeuralNet:
-        """Return a view of the net for test rows. Its means do not weigh rows by their masses."""
+        """Return a view of the net for test rows. Its means give all rows the same weight."""
         view = copy.copy(self)
         view.weighs = False
         return view
@@ -313,7 +313,7 @@ class GenericNeuralNet(Derivatives):
     def row_masses(self, examples: Examples) -> NDArray[np.float64]:
         """Return the masses v_i of all rows, (n,), as `masses` defines them. They are cached.
 
-        Row i brings the fraction v_i / sum_j v_j of the penalty. Its removal removes this fraction.
+        If row i is removed, the fraction v_i / sum_j v_j of the penalty is removed with it.
         """
         if examples not in self.flat.row_masses:
             self.flat.row_masses[examples] = examples.each_row(PerRow("masses"), self)
@@ -359,13 +359,14 @@ class GenericNeuralNet(Derivatives):
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """Return the risk's Hessian (d, d) in a subclass with a closed form, here None."""
+        """Return None here, or the risk's Hessian (d, d) in a subclass with a closed form."""
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """Return exact self-influences of (k,) rows in a subclass with a closed form, here None.
+        """Return None here, or exact self-influences (k,) of rows in some subclasses.
 
-        With the risk's Hessian H, row i has grad loss_i' H^-1 grad (loss_i + penalty) / n.
+        The value of row i is grad loss_i' H^-1 grad (loss_i + penalty) / n, with the Hessian H of
+        the risk. The subclasses have a closed form for it.
         """
         return None
 
@@ -452,7 +453,7 @@ class GenericNeuralNet(Derivatives):
                 )
 
     def _seen(self, raw: Any, probe: Examples) -> Any:
-        """Return the outputs `raw` of a few rows in the form that the loss takes, such as logits.
+        """Convert the outputs `raw` of a few rows to the form that the loss takes, such as logits.
 
         Raises: ValueError if the softmax or sigmoid of the logits differs from the output.
         """
@@ -481,7 +482,7 @@ class GenericNeuralNet(Derivatives):
             most this number.
           max_iterations: the maximum number of L-BFGS iterations.
 
-        Returns: self. The method warns by ConvergenceWarning if the final norm is larger.
+        Returns: self. If the final norm is above the tolerance, a ConvergenceWarning says so.
         """
         examples = self.given(examples, "examples")
         self.validate(examples, "examples")

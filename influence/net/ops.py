@@ -309,7 +309,7 @@ def check_operations(
 
     Args:
       graph: the traced function.
-      sources: tensors of the graph, by which the function is differentiated.
+      sources: tensors of the graph. The derivatives are taken with respect to them.
       layers: the names of the model's layers, for the message.
       twice: False if only first derivatives are needed.
 
@@ -406,9 +406,9 @@ def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
 
 
 def _is_harmless(stop: Any) -> bool:
-    """Return True if code of TensorFlow or of this library stopped the gradient, and not a user's.
+    """Return True if TensorFlow or this library stopped the gradient, and not the user's code.
 
-    This code stops a gradient only if no derivative changes, such as at the maximum in
+    They stop gradients only where this changes no derivative, such as at the maximum in
     `tf.reduce_logsumexp`.
     """
     for file, _, name, *_ in reversed(stop.traceback):

@@ -89,7 +89,7 @@ def _last_input(graph: Any) -> Any:
     for node in reversed(nodes_of(graph)):
         operation = node.operation
         if len(node.input_tensors) > 1:
-            return None  # the operation combines the outputs of several layers, such as a sum
+            return None  # the operation combines several tensors, for example by a sum
         inner = getattr(operation, "_functional", None) or operation
         if isinstance(operation, keras.Model):
             if not is_functional(inner) or len(inner.inputs) != 1:

@@ -17,8 +17,8 @@ from influence.net.preprocessing import compile_like
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _HALF = ("float16", "bfloat16")
-# The outputs of a copy may differ from those of the model by this relative amount. The dtypes in
-# which both compute determine it: the largest of their values applies.
+# The outputs of a copy may differ from those of the model by this relative amount. If their layers
+# compute in several dtypes, the largest amount applies.
 _AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3}
 _PROBE_ROWS = 3
 
@@ -170,7 +170,7 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
         new.assign(old.numpy())
         new.trainable = old.trainable
     for new in layers[1]:
-        # Normalization stores values that it computes from its variables, and must update them.
+        # Normalization stores values that it computed from its old variables. This updates them.
         if hasattr(new, "finalize_state"):
             new.finalize_state()
 

@@ -184,8 +184,8 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
 
     Returns: (Preparation, rest). The rest has the same layers, weights, compiled loss and output
       names as the model. For a model without lookup layers, the result is (None, model).
-    Raises: ValueError naming the layer if the model cannot be cut. This is so for a subclassed
-      model, and if one layer contains both lookup layers and trainable weights.
+    Raises: ValueError naming the layer for a subclassed model, and for a model in which one layer
+      contains both lookup layers and trainable weights.
     """
     looking = [layer for layer in model._flatten_layers() if isinstance(layer, _LOOKUPS)]
     graph = getattr(model, "_functional", None) or model
@@ -245,8 +245,8 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
     """Compile a copy of a model with the model's loss, its loss weights and a new optimiser.
 
-    The optimiser has the configuration of the model's optimiser. A user's training function may
-    call `fit` on the copy. The copy must then train like the model.
+    A user's training function may call `fit` on the copy, so the copy must train like the model.
+    The new optimiser has the configuration of the model's optimiser.
     """
     compiled = getattr(model, "_compile_loss", None)
     if model.compiled and compiled is not None:

@@ -59,7 +59,7 @@ class Total(PerRow):
 
 
 def loss_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> float:
-    """Return the sum of a batch's losses times masses in float64, without the penalty."""
+    """Return the sum of mass times loss over the rows of a batch, without the penalty."""
     losses = net.at(theta).losses(x, y)
     if net.loss.has_masses:
         return float(net.masses(x, y) @ losses)

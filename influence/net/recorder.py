@@ -46,10 +46,10 @@ MOST_SHARE = 0.25
 FREE_SECONDS = 2.0
 # With keep_weights=None, weights are saved if those of all epochs take at most this many bytes.
 _MOST_BYTES = 1 << 30
-# A recording pass takes _TIMES times the training's batch size, between _ROWS and _MOST_ROWS rows
-# per batch. More rows fit, because only training stores activations for the gradient.
+# A batch of a recording pass has _TIMES times the rows of a training batch, but at least _ROWS and
+# at most _MOST_ROWS. A recording pass needs less memory per row, because it computes no gradient.
 _ROWS, _TIMES, _MOST_ROWS = 64, 4, 1024
-# The header has this text, because no callback learns the order that Keras draws in each epoch.
+# This text replaces the order of the rows in the header. Keras does not tell it to callbacks.
 ORDER = (
     "not known: Keras tells a callback neither whether the rows are shuffled nor their order. The "
     "seed is that of keras.utils.set_random_seed, if it was called. It fixes the order only "
@@ -126,7 +126,7 @@ class Recorder(keras.callbacks.Callback):
     # --- Keras' callback --------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the rows and the folder. Another callback may restore the weights after this."""
+        """Check the rows and the folder. Another callback may still restore the weights later."""
         start = self._clock()
         checkpoint.check_writable(self.folder, "folder")
         self._net = GenericNeuralNet(self.model, self._loss)
@@ -160,7 +160,7 @@ class Recorder(keras.callbacks.Callback):
         self._own += self._started - start
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Read the learning rate before the first batch. After it, compute the batch size."""
+        """Read the learning rate before the first batch, and the batch size before the second."""
         if np.isnan(self._rate):
             self._rate = keras_state.learning_rate(self.model)
         elif self._batch < 0 and batch > 0:
@@ -208,7 +208,7 @@ class Recorder(keras.callbacks.Callback):
     # --- the folder -------------------------------------------------------------------------------
 
     def _begin(self, done: int) -> None:
-        """Write the header and the weights at the start, or continue a record at epoch `done`."""
+        """Write the header and the weights at the start, or continue a record of `done` epochs."""
         header, recorded = self.folder / HEADER, epochs_in(self.folder)
         about = read_header(self.folder) if header.exists() and recorded else None
         began = done if about is None else about["began"]
@@ -246,7 +246,7 @@ class Recorder(keras.callbacks.Callback):
             weights_file(self.folder, epoch).unlink(missing_ok=True)
 
     def _go_on(self, epochs: range, theta: NDArray) -> None:
-        """Restore the counts from the files of earlier epochs. Record a missing last one now."""
+        """Restore counts from the files of earlier epochs. Record the last epoch if it has none."""
         file: dict[str, NDArray] | None = None
         for epoch in epochs:
             try:
@@ -356,7 +356,7 @@ class Recorder(keras.callbacks.Callback):
         margins, losses = self._passed()
         if self._keeps_weights():
             checkpoint.store(weights_file(self.folder, number), {"theta": self._theta()})
-        # The time of tracing is left out, because later passes use the traced functions again.
+        # The time of tracing is left out, because later passes do not trace again.
         self._cost = self._clock() - start - self._tracing
         self._store(number, {**file, "margins": margins, "losses": losses}, start)
 
@@ -423,7 +423,7 @@ class Recorder(keras.callbacks.Callback):
         return needed <= _MOST_BYTES
 
     def _is_due(self, number: int, seconds: float) -> bool:
-        """Return True if the epoch must be recorded. From the second epoch on, first choose j."""
+        """Return True if the epoch must be recorded. From the second epoch on, update j first."""
         planned, first = self._planned(), self._about["began"] + 1
         if self._every is None and self._cost is not None and number > first and seconds > 0:
             left = max(planned - number, 0)

@@ -66,7 +66,7 @@ def check_model(model: keras.Model, weights: Sequence[Any]) -> None:
 
 
 def check_built(model: Any, trainable: bool = True) -> None:
-    """Refuse anything except a built Keras model. If `trainable`, it needs a trainable weight.
+    """Refuse anything but a built Keras model, and if `trainable`, one with no trainable weight.
 
     Raises: TypeError or ValueError naming the model.
     """
@@ -180,8 +180,7 @@ def check_no_masses(net: Any, what: str) -> None:
         )
 
 
-# For each set of examples, this stores the checks of ids that the set has passed. They are not
-# repeated.
+# Checks of embedding ids that each set of examples has passed. They are not repeated.
 _PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()
 
 
@@ -250,7 +249,7 @@ def _outside(
     """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
     if key is None:
         ids = x
-    else:  # x may have other names of the inputs
+    else:  # x may use other names for the inputs
         ids = next(part for given, part in x.items() if other.get(given, given) == key)
     outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None

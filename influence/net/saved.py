@@ -32,8 +32,8 @@ def load_model(
     Python code in a file, such as the code of a Lambda layer, is never run.
 
     Args:
-      path: a `.keras` or `.h5` file of a whole model. If `model` is given, also a `.weights.h5`
-        file.
+      path: a `.keras` or `.h5` file of a whole model. If `model` is given, the file may also be a
+        `.weights.h5` file.
       model: a built model of the same architecture, which gets the weights in the file. None to
         load a whole model.
       compiled: True to load the compiled loss too.
@@ -109,7 +109,7 @@ def _check_loss(model: keras.Model) -> None:
 
 
 def _loss(config: Any) -> Any:
-    """Return the losses of a configuration, in which names or dicts describe each loss."""
+    """Return the losses that a configuration describes by names or dicts."""
     if isinstance(config, list):
         return [_loss(part) for part in config]
     if isinstance(config, dict) and "class_name" not in config:

@@ -123,9 +123,10 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 def output_terms(
     output: Callable, loss: Callable, curved: Callable, each: Each, theta: Any, x: Any, y: Any
 ) -> tuple[Any, Any, Any]:
-    """Return the outputs z (n, c), and each loss's gradient (n, c) and Hessian (n, c, c) by z.
+    """Return each row's outputs z (n, c), and the gradients and Hessians of the losses.
 
-    `curved` is the method `PerExampleLoss.curved`. Outputs of other shapes are flattened.
+    The gradients (n, c) and Hessians (n, c, c) are those with respect to z. `curved` is the method
+    `PerExampleLoss.curved`. Outputs of other shapes are flattened.
     """
     z = output(theta, x)
     slope = gradient(lambda z: tf.reduce_sum(loss(y, z)), z)
@@ -160,8 +161,8 @@ def bregman_gradient(
 
     Row i's divergence is loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i). z_i is the
     output at theta, and z is the output at the other parameters. Near theta, the slopes loss' at z
-    and z_i are almost equal. Their difference is therefore taken before the backward pass, which
-    loses fewer digits.
+    and z_i are almost equal. Fewer digits are lost if their difference is taken before the backward
+    pass.
     """
 
     def slope(z):

@@ -28,14 +28,14 @@ from influence.net.preprocessing import Given, compile_like, declared_tensor
 
 # One call of a trunk gets at most this many rows, and at most this many numbers in its inputs.
 _ROWS, _ENTRIES = 256, 1 << 21
-# A trace with this many rows shows if a trunk returns one row for each row of its inputs.
+# A trace with this many input rows checks that a trunk returns the same number of rows.
 _TRACED = 3
-# A row's features may differ by this relative amount if they are computed among other rows.
+# The features of a row, computed alone and among other rows, may differ by this relative amount.
 _RTOL = 1e-3
 
 
 class Trunk:
-    """Function from inputs to features, computed by the layers of a model in front of theta.
+    """Function from inputs to features, made of the layers of a model in front of theta.
 
     Args:
       whole: the model that was cut.
@@ -101,7 +101,7 @@ class Trunk:
         return self.names == other.names and self.digest == other.digest
 
     def applied(self, examples: Examples) -> Examples:
-        """Return examples with features as inputs. If they have these already, return them as is.
+        """Return examples with features as inputs. If they already have these, return them as is.
 
         Raises: RuntimeError if the trunk's weights have changed.
         """
@@ -206,7 +206,7 @@ class Parts:
     chosen: bool = False
 
     def __post_init__(self):
-        """Set `trunk.parts`, unless the trunk already belongs to parts in another dtype."""
+        """Set `trunk.parts` to these parts, unless `astype` took the trunk from other parts."""
         if self.trunk is not None and self.trunk.parts is None:
             self.trunk.parts = self
 
@@ -245,7 +245,7 @@ class Parts:
         return Parts(whole, weights, rest, self.trunk, self.chosen)
 
     def __getstate__(self) -> dict:
-        """Pickle the whole model, and the indices of theta's weights in its list of weights."""
+        """Pickle the whole model, and the indices of theta's weights in `whole.weights`."""
         place = {id(weight): number for number, weight in enumerate(self.whole.weights)}
         places = [place[id(weight)] for weight in self.weights]
         cut = self.trunk is not None
