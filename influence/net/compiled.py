@@ -127,7 +127,7 @@ class SeveralLosses(PerExampleLoss):
 
     @property
     def convex(self) -> bool:
-        """True if the loss of each output is known to be convex in this output."""
+        """True if each output's loss is known to be a convex function of the output."""
         return all(part.convex for part in self.parts)
 
     def seen(self, raw: Any, added: Any = None) -> Any:

@@ -19,8 +19,7 @@ from influence.net.preprocessing import Preparation, split
 from influence.net.refused import check_built
 from influence.net.trunk import Parts
 
-# A model's output for a row alone may differ by this relative amount from its output for the same
-# row among longer rows, where the row is padded.
+# A model's outputs for a row with and without padding may differ by this relative amount.
 _PADDING_RTOL = 1e-3
 
 

@@ -231,8 +231,8 @@ class History:
     def learned(self) -> NDArray[np.int64]:
         """Return the epoch at which each row was learned, (n,).
 
-        From this epoch on, the row's margin is positive in all recorded epochs. A row whose last
-        recorded margin is not positive gets 0.
+        This is the first of the recorded epochs since which the row's margin stayed positive. A row
+        whose last recorded margin is not positive gets 0.
 
         Raises: ValueError if the labels are not classes.
         """
@@ -248,11 +248,11 @@ class History:
     def path(
         self, checkpoints: ArrayLike | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return checkpoints and their learning rates, for a sum over the training's steps.
+        """Return checkpoints and their learning rates for TracIn, which sums over training steps.
 
-        A checkpoint gets the sum of the mean rates of all epochs from it to the next checkpoint.
-        One mean rate for each epoch is enough, because each row occurs once in an epoch. The last
-        epoch is left out, because no steps follow it.
+        The rate of a checkpoint is a sum over the epochs between it and the next checkpoint. Each
+        epoch adds its mean rate once, because each row occurs once in an epoch. The last epoch is
+        left out as a checkpoint, because no steps follow it.
 
         Args:
           checkpoints: epochs whose weights were saved. Epoch 0 is the start. None means all of

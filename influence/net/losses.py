@@ -440,8 +440,8 @@ class _Weighed:
 
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
-            # `of_rows` would add this axis to outputs (n,) after the activation. Keras would then
-            # not recognise the activation.
+            # Outputs (n,) get a last axis here, before the activation. `of_rows` would add it after
+            # the activation, and Keras would then not recognise the activation.
             z = tf.expand_dims(z, -1)
         labels = labels_of(y, self.output, several=not self.weighs)
         positions = packing.positions(y) if self.by_position else None

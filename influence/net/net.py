@@ -359,14 +359,14 @@ class GenericNeuralNet(Derivatives):
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """Return None here, or the risk's Hessian (d, d) in a subclass with a closed form."""
+        """Return None, or the risk's Hessian (d, d) in a subclass with a closed form."""
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """Return None here, or exact self-influences (k,) of rows in some subclasses.
+        """Return None, or exact self-influences (k,) of rows in a subclass with a closed form.
 
-        The value of row i is grad loss_i' H^-1 grad (loss_i + penalty) / n, with the Hessian H of
-        the risk. The subclasses have a closed form for it.
+        The value of row i is grad loss_i' H^-1 grad (loss_i + penalty) / n. H is the risk's
+        Hessian.
         """
         return None
 

@@ -360,7 +360,8 @@ def _between(
         inputs = [i for i, t in enumerate(op.inputs) if t.ref() in reached]
         if inputs:
             dependent.append((op, inputs))
-            # Gradients do not flow through integers. A list of tensors has the dtype variant.
+            # Gradients flow only through floating tensors, complex tensors, and lists of tensors.
+            # TensorFlow stores such a list in a tensor of dtype variant.
             smooth = (t for t in op.outputs if t.dtype.is_floating or t.dtype.is_complex)
             reached.update(t.ref() for t in smooth)
             reached.update(t.ref() for t in op.outputs if t.dtype == tf.variant)

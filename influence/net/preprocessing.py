@@ -71,9 +71,9 @@ class Given:
 class Preparation:
     """Front part of a model: the lookup layers, and all layers before them.
 
-    The rest is the model behind the lookup layers. A call of the Preparation converts given inputs,
-    which the whole model takes, to prepared inputs, which the rest takes. Prepared inputs are a
-    dict of arrays by name.
+    The rest is the model behind the lookup layers. Given inputs are inputs of the whole model.
+    Prepared inputs are inputs of the rest, as a dict of arrays by name. A call of the Preparation
+    converts given inputs to prepared inputs.
 
     Args:
       model: a functional model from some of the given inputs to the results of the lookups.

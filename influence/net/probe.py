@@ -127,7 +127,8 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
         own = _mean(net, probe, losses, count)
         if abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
             # If a batch has as many rows as time steps, Keras applies the sample weights to the
-            # time steps. With sample weights, agreement at one of the two batch sizes is enough.
+            # time steps, and the values differ. This can be so for one of the two batch sizes. So
+            # with sample weights, it is enough if the values agree for the other one.
             if sample_weights(probe.y) is not None:
                 return
         else:

@@ -138,8 +138,8 @@ class Recorder(keras.callbacks.Callback):
         self._about = self._described()
         if (self.folder / HEADER).exists():
             self._check_folder(read_header(self.folder))
-        # `_own` is the seconds of recording, and `_charged` the part of them that files contain.
-        # `_trained` is the seconds of training.
+        # `_own` counts all seconds of recording, and `_charged` those already written to files.
+        # `_trained` counts the seconds of training.
         self._own, self._charged, self._trained = self._clock() - start, 0.0, 0.0
         self._j, self._tracing = self._every or 1, 0.0
         self._cost: float | None = None

@@ -66,7 +66,9 @@ def check_model(model: keras.Model, weights: Sequence[Any]) -> None:
 
 
 def check_built(model: Any, trainable: bool = True) -> None:
-    """Refuse anything but a built Keras model, and if `trainable`, one with no trainable weight.
+    """Refuse anything except a built Keras model.
+
+    If `trainable` is True, a model without a trainable weight is refused too.
 
     Raises: TypeError or ValueError naming the model.
     """
