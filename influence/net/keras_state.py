@@ -14,7 +14,7 @@ _STEPS = 64
 
 
 def optimizer_of(model: keras.Model) -> Any:
-    """Return the model's optimiser without the wrapper for mixed precision, or None."""
+    """Return the model's optimiser, or None. A wrapper for mixed precision is removed."""
     optimizer: Any = getattr(model, "optimizer", None)
     return getattr(optimizer, "inner_optimizer", optimizer)
 

@@ -11,7 +11,8 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# `warn_of_drift` warns if the gradient norm is above this fraction of the norm that a removal adds.
+# `warn_of_drift` warns if the gradient norm at theta is above this fraction of the median norm of
+# the gradient that the removal of a group adds.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 

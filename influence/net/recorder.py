@@ -195,7 +195,7 @@ class Recorder(keras.callbacks.Callback):
         self._started = np.nan
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Record the last epoch if it was skipped and the weights are still those after it."""
+        """Record the last epoch if it was skipped and the weights have not changed since."""
         if self._last is None:
             return
         number, recorded, digest = self._last
