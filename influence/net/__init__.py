@@ -1,6 +1,6 @@
-"""A net is a Keras model as a risk."""
+"""Nets: Keras models with their risks, and the derivatives of these risks."""
 
 import lazy_loader
 
-# `influence.measurements` is this module, imported at its first use.
+# The public name `influence.measurements` is this module. It is imported at its first use.
 __getattr__, _, _ = lazy_loader.attach(__name__, ["measurements"])

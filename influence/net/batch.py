@@ -26,9 +26,10 @@ from influence.net.losses import PerExampleLoss
 class Derivatives:
     """Base class of GenericNeuralNet. It computes losses, outputs and derivatives of one batch.
 
-    If the loss masks positions, row i has the mass v_i, its number of valid positions. Its loss is
-    the mean over them. A batch's mean loss, and the mean of derivatives over rows, is then
-    (1/n) sum_i v_i loss_i for a batch of n rows. Without masks all v_i are 1.
+    A loss may mask positions of a row, such as time steps. The mass v_i of row i is its number of
+    valid positions, and loss_i is the mean over these positions. The mean loss of a batch of n rows
+    is then (1/n) sum_i v_i loss_i. Derivatives of the mean loss use the same weights. Without
+    masks, all v_i are 1.
 
     Attributes:
       model: the Keras model.
@@ -37,8 +38,8 @@ class Derivatives:
       dtype: the dtype of theta and of every result.
       convex: True if the risk is known to be smooth and strictly convex in theta.
       fixed: (d,) theta of a view that `at` made. If it is None, theta is the model's weights.
-      memo: the cache of a view for the current batch. If it is None, nothing is cached.
-      weighs: False for a view whose means over rows leave out the masses v_i.
+      memo: the cache of a view that `remembering` made. If it is None, nothing is cached.
+      weighs: False for a view that `by_row` made. Its means over rows do not use the masses v_i.
     """
 
     model: keras.Model
@@ -57,7 +58,7 @@ class Derivatives:
         return sum(self.flat.sizes)
 
     def theta_tensor(self) -> Any:
-        """Return theta as a tensor (d,), from `fixed` or else from the model's current weights."""
+        """Return theta as a tensor (d,), from `fixed` if set, else from the model's weights."""
         return self.flat.theta() if self.fixed is None else self.flat.tensor(self.fixed)
 
     # --- questions about one batch -----------------------------------------------------------
@@ -65,8 +66,8 @@ class Derivatives:
     def outputs(self, x: Any) -> NDArray:
         """Return the model's outputs (n, ...) for a batch, in inference mode.
 
-        They are what the model itself returns, such as the probabilities of a softmax. A model with
-        several outputs returns a list or dict of them.
+        If the model returns probabilities, these are not replaced by logits. A model with several
+        outputs returns a list or dict of arrays.
         """
         t = self.flat
         return t.run("outputs", t.model_output, self.theta_tensor(), t.inputs(x))
@@ -76,7 +77,7 @@ class Derivatives:
         return sum(part.size for part in tf.nest.flatten(self.outputs(x)))
 
     def masses(self, x: Any, y: Any) -> NDArray[np.float64]:
-        """Return the masses v_i (n,): each row's number of valid positions, or 1 without masks."""
+        """Return each row's mass v_i, (n,): its number of valid positions, or 1 without masks."""
         if not self.loss.has_masses:
             return np.ones(len(y))
         valid = self.flat.valid(self.flat.inputs(x), self.flat.tensor(y)).numpy()
@@ -94,7 +95,8 @@ class Derivatives:
         Args:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
-          thetas: (d, k) parameter vectors that replace theta, or None.
+          thetas: (d, k) parameter vectors as columns, at which to compute the losses. None means
+            the net's theta.
 
         Returns: (n,), or (n, k) with `thetas`. Log losses are in nats.
         """
@@ -125,7 +127,7 @@ class Derivatives:
     def gradients(self, x: Any, y: Any) -> NDArray:
         """Return the gradient (n, d) of each example's loss, without the penalty.
 
-        This method stores d numbers for each example. `directional` avoids that.
+        The result holds d numbers for each example. `directional` needs less memory.
         """
         return self._mapped("gradients", tape.gradients, x, y)
 
@@ -172,10 +174,11 @@ class Derivatives:
 
         Row i's divergence is D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i).
         z_i is the output at theta, and z is the output at the other parameters (Bae et al. 2022).
-        The gradient is zero at theta. Its derivative at theta is the Gauss-Newton matrix.
+        loss' is the derivative with respect to the output. The gradient is zero at theta. Its
+        derivative at theta is the Gauss-Newton matrix.
 
-        Args: x and y of `losses`, and parameter vectors `thetas` (d, k).
-        Returns: the gradients, (d, k).
+        Args: x and y as in `losses`, and other parameters `thetas` (d, k).
+        Returns: the gradients at the columns of `thetas`, (d, k).
         """
 
         def gradients(losses, each, theta, x, y, thetas):
@@ -188,9 +191,10 @@ class Derivatives:
     def hvp(self, x: Any, y: Any, V: NDArray) -> NDArray:
         """Multiply the Hessian of the batch's mean loss by m vectors, in one pass.
 
-        H = (1/n) sum_i d2 loss_i / d theta2. `penalty_hvp` multiplies the penalty's Hessian.
+        H = (1/n) sum_i d2 loss_i / d theta2, without the penalty. `penalty_hvp` multiplies the
+        penalty's Hessian.
 
-        Args: x and y of `losses`, and vectors V (d, m) or one vector (d,).
+        Args: x and y as in `losses`, and vectors V (d, m) or one vector (d,).
         Returns: the products, in the shape of V.
         """
         return like(self._mapped("hvp", tape.hvp, x, y, self.flat.rows(V, "V"), weighed=True), V)
@@ -202,8 +206,8 @@ class Derivatives:
 
         Args: the arguments of `hvp`.
         Returns: the products, in the shape of V.
-        Raises: ValueError for a cross-entropy of probabilities. For outputs of a softmax or
-          sigmoid, G would be the empirical Fisher, and not the Gauss-Newton matrix of the logits.
+        Raises: ValueError for a cross-entropy of probabilities. G would then be the empirical
+          Fisher, and not the Gauss-Newton matrix that belongs to the logits.
         """
         self.loss.check_logits()
 
@@ -220,8 +224,8 @@ class Derivatives:
           x: (n, ...) inputs, or a dict of them.
           y: (n, ...) labels.
           V: (d, m) directions, or one direction (d,).
-          dtype: the dtype of the result, or None for the net's dtype. A model with a closed form
-            also computes in this dtype, so float32 is faster than float64.
+          dtype: the dtype of the result, or None for the net's dtype. A subclass with a closed
+            form also computes in this dtype. Float32 is then faster than float64.
 
         Returns: (n, m), or (n,) for a vector V. The penalty is not included.
         """
@@ -229,10 +233,10 @@ class Derivatives:
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
     def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
-        """Return each row's c outputs, and its loss's derivatives with respect to them.
+        """Return each row's c outputs, and the derivatives of its loss with respect to them.
 
-        The outputs are those that the loss takes. For a softmax or sigmoid they are the logits, and
-        several outputs stand side by side. Outputs of other shapes are flattened.
+        The outputs have the form that the loss takes. These can be the logits before a softmax or
+        sigmoid. Several outputs are concatenated. Outputs of other shapes are flattened.
 
         Returns: z (n, c), the slopes d loss / dz (n, c), and the Hessians d2 loss / dz2 (n, c, c).
         """
@@ -246,7 +250,7 @@ class Derivatives:
     def output_moves(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Return J_i v, (n, c): the derivative of each row's outputs along a direction v (d,).
 
-        The outputs are those of `output_terms`. The labels y do not enter.
+        The outputs are those of `output_terms`. The result does not depend on the labels y.
         """
         t = self.flat
 
@@ -264,18 +268,19 @@ class Derivatives:
         return self._along("output_moves", moves, x, y, v)
 
     def seen_shape(self, x: Any) -> tuple[int, ...]:
-        """Return the shape of a row's outputs in the form that the loss takes, before flattening.
+        """Return the shape of one row's outputs in the form that the loss takes, not flattened.
 
-        x holds at least one row.
+        x must have at least one row.
         """
         t = self.flat
         row = tf.nest.map_structure(lambda part: part[:1], t.inputs(x))
         return t.run("z", t.output, self.theta_tensor(), row).shape[1:]
 
     def losses_of(self, x: Any, y: Any, z: NDArray) -> NDArray:
-        """Return the loss (n,) of outputs z (n, c) in place of the model's, as in `output_terms`.
+        """Return the losses (n,) for given outputs z (n, c) in place of the model's outputs.
 
-        The inputs x give the shape of the outputs only, and may have another number of rows.
+        z has the form of `output_terms`. The inputs x only determine the shape of one row's
+        outputs. The number of rows of x may therefore differ from that of z.
         """
         t = self.flat
         found = t.tensor(z.reshape(len(z), *self.seen_shape(x)))
@@ -284,7 +289,7 @@ class Derivatives:
     def curvatures(self, x: Any, y: Any, v: NDArray) -> NDArray:
         """Return v' H_i v (n,) for every example i, in one pass.
 
-        Args: x and y of `losses`, and a direction v (d,) in parameter space.
+        Args: x and y as in `losses`, and a direction v (d,) in parameter space.
         """
         return self._along("curvatures", tape.curvatures, x, y, v)
 
@@ -325,7 +330,7 @@ class Derivatives:
     def strong_convexity(self) -> float:
         """Lower bound on the eigenvalues of the risk's Hessian at any theta, or NaN if unknown.
 
-        The bound is 0 if `convex` is True. A subclass may know a larger bound.
+        In this class, the bound is 0 if `convex` is True. A subclass may know a larger bound.
         """
         return 0.0 if self.convex else np.nan
 
@@ -333,15 +338,15 @@ class Derivatives:
     def penalty_convexity(self) -> float:
         """Lower bound on the eigenvalues of the penalty's Hessian.
 
-        The bound is the minimum over all weights w. The regulariser L2(l) is l |w|^2, so it
-        gives 2 l. A weight without L2 gives 0. A regulariser other than Keras' L1, L2 and L1L2
-        gives NaN.
+        The bound is the minimum of the bounds of all weights w. The regulariser L2(l) is l |w|^2,
+        so its bound is 2 l. A weight without L2 has the bound 0. A regulariser other than Keras'
+        L1, L2 and L1L2 gives NaN.
         """
         # np.min returns NaN if any entry is NaN. Python's min may not.
         return float(np.min([_convexity(weight.regularizer) for weight in self.flat.weights]))
 
     def penalty_gradient(self, thetas: NDArray | None = None) -> NDArray:
-        """Return the penalty's gradient (d,), or (d, k) at other parameters `thetas` (d, k)."""
+        """Return the penalty's gradient (d,) at theta, or (d, k) at the columns of `thetas`."""
         t = self.flat
         rows = self.theta_tensor()[None] if thetas is None else t.rows(thetas, "thetas")
 
@@ -384,7 +389,7 @@ class Derivatives:
         """Run `function(losses, theta, x, y, v)` for one direction v (d,)."""
         t = flat or self.flat
         batch = t.batch(x, y, weighed=weighed and self.weighs)
-        t.facts(*batch)  # refuses losses that TensorFlow differentiates wrongly
+        t.facts(*batch)  # raises for losses that TensorFlow differentiates wrongly
         tensors = self.theta_tensor(), *batch, t.rows(v, "v")[0]
         return t.run(name, partial(function, t.losses), *tensors)
 
@@ -397,9 +402,10 @@ class Derivatives:
         *tensors: Any,
         weighed: bool = False,
     ) -> Any:
-        """Run `function(losses, each, theta, x, y, *tensors)`. `each` is a map over vectors.
+        """Run `function(losses, each, theta, x, y, *tensors)` on the tensors of a batch.
 
-        With `weighed`, each row's loss is multiplied by its mass.
+        `each(f, V)` applies f to each vector of V. If `weighed` is True, each row's loss is
+        multiplied by its mass.
         """
         t = self.flat
         batch = t.batch(x, y, weighed=weighed and self.weighs)

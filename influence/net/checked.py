@@ -1,4 +1,4 @@
-"""Nets and data in the forms that callers may give them."""
+"""Conversion of a caller's model and data to a net and to validated Examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved
 
-# These are the types that `checked` takes for a net.
+# The argument `net` of `checked` may have these types.
 Net = GenericNeuralNet | keras.Model | str | os.PathLike
 _NOT_GIVEN: Any = object()
 
@@ -19,16 +19,16 @@ _NOT_GIVEN: Any = object()
 def checked(
     net: Any, train: Any = _NOT_GIVEN, test: Any = _NOT_GIVEN
 ) -> tuple[GenericNeuralNet, Examples, Examples]:
-    """Return a net and sets of examples for what a caller gave, and refuse what does not fit.
+    """Convert a caller's model and data to a net and Examples, and validate the Examples.
 
     Args:
-      net: a GenericNeuralNet, a compiled Keras model, or the path of a saved one.
-      train: data in any form that `GenericNeuralNet.given` takes. The caller may omit it.
-      test: the same.
+      net: a GenericNeuralNet, a compiled Keras model, or the path of a saved Keras model.
+      train: training data in any form that `GenericNeuralNet.given` takes. It may be omitted.
+      test: test data in any form that `GenericNeuralNet.given` takes. It may be omitted.
 
-    Returns: (net, train, test). An omitted set is returned as it came.
-    Raises: TypeError for a net of another type. The errors of `GenericNeuralNet`, of its method
-      `given`, and of `GenericNeuralNet.validate`.
+    Returns: (net, train, test). For an omitted set, the entry is a placeholder.
+    Raises: TypeError for a net of another type. ValueError if no position of `train` is valid. The
+      errors of `GenericNeuralNet`, of its method `given`, and of its method `validate`.
     """
     if isinstance(net, keras.Model):
         net = GenericNeuralNet(net)

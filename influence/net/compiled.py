@@ -14,21 +14,21 @@ from influence.examples.labels import labels
 from influence.net.heads import Ending
 from influence.net.losses import PerExampleLoss, per_example
 
-# This is the path of the output of a model that returns one tensor.
+# `SeveralLosses.paths` contains this value for the output of a model that returns one tensor.
 _ONLY = None
 
 
 def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
-    """Return the per-example loss of a model, from `loss` or else from `compile`.
+    """Return the per-example loss of a model, from `loss` or, if it is None, from `compile`.
 
-    A row's loss is sum_o weight_o loss_o over the model's outputs o, plus what the row adds by
-    `add_loss`. The weights are the `loss_weights` of `compile`.
+    A row's loss is sum_o weight_o loss_o over the model's outputs o, plus the losses that the model
+    adds for this row by `add_loss`. The weights are the `loss_weights` of `compile`.
 
     Args:
-      loss: a Keras loss, its name, a callable (y, output) -> (n,), or a list or dict of them for a
-        model with several outputs. None means the compiled loss with its loss weights.
+      loss: a Keras loss, its name, or a callable (y, output) -> (n,). For a model with several
+        outputs, a list or dict of these. None means the compiled loss with its loss weights.
       model: the model.
-      end: the facts about the model's outputs that `heads.ending` returns.
+      end: facts about the model's outputs, from `heads.ending`.
 
     Raises: the errors of `per_example`. ValueError for losses or weights that do not fit the
       model's outputs, or for a compiled model that overrides `compute_loss`.
@@ -80,11 +80,12 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
 
 @dataclass(frozen=True)
 class SeveralLosses(PerExampleLoss):
-    """Sum of the losses of several outputs, and of what a row adds by `add_loss`.
+    """Sum of the losses of several outputs and of the losses that a model adds by `add_loss`.
 
-    z has one row per example. It holds the outputs, or their logits, side by side. If rows add
-    losses by `add_loss`, the last column of z holds the added losses. The total is linear in this
-    column, so the column contributes nothing to the Gauss-Newton matrix.
+    z is a matrix with one row per example. Its columns are the flattened outputs, or their logits,
+    of one output after the other. If the model calls `add_loss`, the last column of z holds the
+    added losses. The sum is linear in this column. The column therefore contributes nothing to the
+    Gauss-Newton matrix.
 
     Attributes:
       parts: the loss of each output.
@@ -98,7 +99,7 @@ class SeveralLosses(PerExampleLoss):
     paths: tuple[Any, ...] = ()
     adds: bool = False
     names: tuple[str, ...] = ()
-    # `seen` stores the shapes of the outputs here, by the number of columns of z.
+    # `seen` stores the shapes of the outputs here. The key is the number of columns of z.
     _shapes: dict[int, list[tuple]] = field(default_factory=dict, compare=False, repr=False)
 
     takes_one_output: ClassVar[bool] = False
@@ -107,7 +108,7 @@ class SeveralLosses(PerExampleLoss):
     def of(
         cls, parts: list[PerExampleLoss], paths: tuple, adds: bool, names: tuple[str, ...] = ()
     ) -> SeveralLosses:
-        """Make the sum of the losses `parts`. The other arguments are attributes of the sum."""
+        """Return the sum of the losses `parts`. The other arguments become its attributes."""
         name = parts[0].name
         if len(parts) > 1:
             name = ", ".join(f"{part.output}: {part.name}" for part in parts)
@@ -126,7 +127,7 @@ class SeveralLosses(PerExampleLoss):
 
     @property
     def convex(self) -> bool:
-        """True if the loss of each output is known to be convex in this output."""
+        """True if each output's loss is known to be a convex function of the output."""
         return all(part.convex for part in self.parts)
 
     def seen(self, raw: Any, added: Any = None) -> Any:
@@ -146,7 +147,7 @@ class SeveralLosses(PerExampleLoss):
         return columns[0] if len(columns) == 1 else tf.concat(columns, 1)
 
     def split(self, z: Any) -> list[Any]:
-        """Return the outputs that z holds, and the column of added losses if there is one."""
+        """Return a list of the outputs in z, and of the column of added losses if z has one."""
         shapes = self._shapes[z.shape[1]]
         sizes = [int(np.prod(shape)) for shape in shapes] + [1] * self.adds
         parts = tf.split(z, sizes, axis=1) if len(sizes) > 1 else [z]
@@ -169,7 +170,7 @@ class SeveralLosses(PerExampleLoss):
         return [raw if path is _ONLY else raw[path] for path in self.paths]
 
     def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
-        """Return the map u -> H u, as in PerExampleLoss. H has a block for each output."""
+        """Return the map u -> H u, as PerExampleLoss does. H is block diagonal, by output."""
         maps = [part.curved(y, own) for part, own in zip(self.parts, self.split(z), strict=False)]
 
         def product(u: Any) -> Any:
@@ -257,7 +258,7 @@ def _by_output(loss: Any, weights: Any, end: Ending) -> dict[str, tuple[Any, flo
     elif isinstance(weights, Mapping):
         given = dict(weights)
     elif isinstance(weights, list | tuple) and len(weights) == len(losses):
-        # Keras flattens dicts by sorted keys.
+        # Keras assigns a list of weights to a dict of losses in the order of the sorted keys.
         keys = sorted(losses) if isinstance(loss, Mapping) else list(losses)
         given = dict(zip(keys, weights, strict=True))
     else:

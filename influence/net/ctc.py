@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# This number replaces the logarithm of zero. An infinity would give NaN in the derivatives.
+# This number replaces the logarithm of zero. Minus infinity would make the derivatives NaN.
 _IMPOSSIBLE = -1e30
 _BLANK = 0
 
@@ -14,19 +14,19 @@ _BLANK = 0
 def ctc_loss(y: Any, z: Any) -> Any:
     """Return -log p(y | z) for each row, as `keras.losses.ctc` does.
 
-    TensorFlow's function has no second derivative. This function writes out the forward recursion
-    over the T steps. Let l be the labels with blanks around each of them, and p_t the softmax of
-    z_t. The bracket [...] is 1 if the condition inside it holds, else 0:
+    TensorFlow's function has no second derivative. This function therefore computes the forward
+    recursion over the T time steps. Let l be the labels with a blank before and after each label,
+    and p_t the softmax of z_t. The bracket [...] is 1 if its condition holds, else 0:
 
         a_t(s) = p_t(l_s) (a_{t-1}(s) + a_{t-1}(s - 1) + [l_s differs from l_{s-2}] a_{t-1}(s - 2))
 
     p(y | z) is the sum of a_T at the last label and at the blank after it.
 
     Args:
-      y: (n, m) class numbers. Class 0 is the blank and ends shorter labels.
+      y: (n, m) class numbers. Class 0 is the blank. It also pads shorter label sequences.
       z: (n, T, c) logits.
 
-    Returns: the losses (n,), in nats. A row whose labels do not fit into T steps has the loss 1e30.
+    Returns: the losses (n,), in nats. If a row's labels do not fit into T steps, its loss is 1e30.
     """
     y = tf.cast(y, tf.int32)
     n, m = tf.shape(y)[0], y.shape[1]
@@ -55,7 +55,7 @@ def ctc_loss(y: Any, z: Any) -> Any:
 
 
 def _log_sum(values: Any, axis: int) -> Any:
-    """Return log sum exp. The derivative has no NaN, even if all values are _IMPOSSIBLE."""
+    """Return log(sum(exp(values))). Its derivative is finite even if all values are _IMPOSSIBLE."""
     top = tf.stop_gradient(tf.reduce_max(values, axis=axis, keepdims=True))
     total = tf.reduce_sum(tf.exp(values - top), axis=axis)
     return tf.squeeze(top, axis) + tf.math.log(total)

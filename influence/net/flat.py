@@ -24,14 +24,14 @@ from influence.net.trunk import Parts, Trunk
 
 
 class FlatModel:
-    """A model's outputs and losses as functions of theta. It also converts arrays to tensors.
+    """Model whose outputs and losses are functions of theta. It also converts arrays to tensors.
 
-    The constructor chooses the weights. Freezing a layer later has no effect.
+    `parts` fixes the weights that form theta. Freezing a layer later has no effect.
 
     Args:
       parts: the model, the weights that form theta, and a frozen trunk in front of them.
       loss: the model's per-example loss.
-      preparation: lookup layers that stand in front of the model, or None.
+      preparation: the lookup layers in front of the model, or None.
 
     Attributes:
       model: the model behind the trunk. It takes features.
@@ -44,17 +44,17 @@ class FlatModel:
         self.dtype = np.dtype(self.weights[0].dtype)
         self._functions: dict[str, Any] = {}
         self._seen: tuple[bool, int] | None = None
-        # `adds` is True if z has a column of losses that rows add. `_loops` is True if the model
-        # must then be called for one row after another.
+        # `adds` is True if z has a column of losses that the model adds by `add_loss`. `_loops` is
+        # True if `added` must use a loop over rows. None means that this is not known yet.
         self.adds = bool(getattr(loss, "adds", False))
         self._loops: bool | None = None
         self._uncut: FlatModel | None = None
-        # The masses of the rows of each set of examples, as `GenericNeuralNet.row_masses` returns.
+        # `GenericNeuralNet.row_masses` caches the masses of each set of examples here.
         self.row_masses: WeakKeyDictionary[Any, NDArray] = WeakKeyDictionary()
 
     @property
     def model(self) -> keras.Model:
-        """The model behind the trunk."""
+        """The model behind the trunk. It takes features if there is a trunk."""
         return self.parts.rest
 
     @property
@@ -69,7 +69,7 @@ class FlatModel:
 
     @property
     def uncut(self) -> FlatModel:
-        """The whole model as functions of theta, with its own inputs in place of features."""
+        """FlatModel of the whole model, without a trunk. It takes the model's own inputs."""
         if self.trunk is None:
             return self
         if self._uncut is None:
@@ -83,7 +83,7 @@ class FlatModel:
         return {**self.__dict__, **empty, "_drawn": drawn}
 
     def __setstate__(self, state: dict) -> None:
-        """Restore the model's random states."""
+        """Restore the attributes and the states of the model's random layers."""
         drawn = state.pop("_drawn")
         self.__dict__.update(state)
         self.row_masses = WeakKeyDictionary()
@@ -93,14 +93,14 @@ class FlatModel:
     # --- functions of theta, used by tape -----------------------------------------------------
 
     def model_output(self, theta: Any, x: Any) -> Any:
-        """Return what the model returns in inference mode, without changing its variables."""
+        """Return the model's output in inference mode. The model's variables do not change."""
         return self.called(theta, x)[0]
 
     def output(self, theta: Any, x: Any) -> Any:
-        """Return what the loss takes from the model's output.
+        """Return z, the model's output in the form that the loss takes, (n, ...).
 
-        This is the output itself, the logits before the output's softmax or sigmoid, or several
-        outputs side by side (n, ...). `loss.function` and `loss.curved` take the same tensor as z.
+        z is the output itself, the logits before its softmax or sigmoid, or a matrix of several
+        outputs. `loss.function` and `loss.curved` take z as an argument.
         """
         raw, added = self.called(theta, x)
         if not self.adds:
@@ -114,7 +114,7 @@ class FlatModel:
         return self.loss.seen(raw, self.added(theta, x))
 
     def called(self, theta: Any, x: Any) -> tuple[Any, list[Any]]:
-        """Return the model's output and the losses that it adds by `add_loss`."""
+        """Return the model's output, and the list of losses that it adds by `add_loss`."""
         parts = zip(self.weights, tf.split(theta, self.sizes), strict=True)
         mapping = [(w, tf.reshape(part, w.shape)) for w, part in parts]
         scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
@@ -125,7 +125,7 @@ class FlatModel:
         return raw, scope.losses
 
     def added(self, theta: Any, x: Any) -> Any:
-        """Return the sum of the losses (n,) that each row adds if it is alone in its batch."""
+        """Return each row's sum of added losses, (n,). The model is called for each row alone."""
 
         def of_row(row: Any) -> Any:
             row = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), row)
@@ -142,13 +142,13 @@ class FlatModel:
         return tf.cast(self.loss.function(y, self.output(theta, x)), theta.dtype)
 
     def penalty(self, theta: Any) -> Any:
-        """Return the sum of the weights' own regularisers, a scalar."""
+        """Return the penalty, a scalar: the sum of the regularisers of all trainable weights."""
         total = tf.zeros((), theta.dtype)
         for weight, part in zip(self.weights, tf.split(theta, self.sizes), strict=True):
             if weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
         own = set(map(id, self.weights))
-        for weight in self.parts.whole.trainable_weights:  # the others add a constant
+        for weight in self.parts.whole.trainable_weights:  # those outside theta add a constant
             if id(weight) not in own and weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(weight.value), theta.dtype)
         return total
@@ -156,11 +156,12 @@ class FlatModel:
     # --- execution --------------------------------------------------------------------------------
 
     def run(self, name: str, function: Callable, *tensors: Any, leading: int = 1) -> Any:
-        """Call `function` and return NumPy arrays. The first call traces it under `name`.
+        """Call `function` on tensors and return its results as NumPy arrays.
 
-        The first `leading` dimensions are dynamic from the first trace. Otherwise TensorFlow would
-        retrace when sizes vary, and earlier calls would change the last bits of results. A run
-        that continues after an interruption would then differ from an uninterrupted run.
+        The first call traces the function and caches the trace under `name`. The first `leading`
+        dimensions of each tensor are dynamic from the first trace. Otherwise TensorFlow would trace
+        again when sizes vary. The last bits of a result would then depend on earlier calls, and a
+        resumed run would differ from an uninterrupted run.
         """
 
         def signature(t):
@@ -171,8 +172,9 @@ class FlatModel:
         signatures = tf.nest.map_structure(signature, tensors)
         key = f"{name} {signatures}"
         if key not in self._functions:
-            # Tracing with autograph would take a sixth more time. The function is concrete, because
-            # TensorFlow would warn of retracing when several nets share a function's name.
+            # Tracing with autograph would take a sixth more time. The cache holds concrete
+            # functions. Otherwise TensorFlow would warn of retracing when several nets use
+            # functions with the same name.
             traced = tf.function(function, input_signature=signatures, autograph=False)
             try:
                 with ops.exact():
@@ -193,13 +195,13 @@ class FlatModel:
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
-        """Return a map over vectors. The map is a loop if `tape.needs_loop` requires one."""
+        """Return a function that maps over vectors, a loop if `tape.needs_loop` requires one."""
         if self.facts(x, y)[0]:
             return partial(tape.looped, dtype=self.dtype)
         return tf.vectorized_map
 
     def facts(self, x: Any, y: Any) -> tuple[bool, int]:
-        """Return (must_loop, activations_per_row), found by tracing one row and two rows."""
+        """Return (must_loop, activations_per_row), from traces with one row and with two rows."""
         if self._seen is None:
             row = tf.nest.map_structure(lambda t: t[:1], (x, y))
             rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
@@ -214,7 +216,7 @@ class FlatModel:
         return self._seen
 
     def _check(self, graph: Any, by_inputs: bool = False) -> None:
-        """Refuse losses that TensorFlow differentiates wrongly, from their graph.
+        """Refuse losses that TensorFlow differentiates wrongly. `graph` is the graph of the losses.
 
         With `by_inputs`, check the first derivatives with respect to all arguments. Without it,
         check the second derivatives with respect to theta, which is the first argument.
@@ -230,11 +232,11 @@ class FlatModel:
         return tf.concat([tf.reshape(w.value, [-1]) for w in self.weights], 0)
 
     def tensor(self, array: Any, name: str = "y") -> Any:
-        """Convert to a dense tensor. Floats get theta's dtype. Integers keep their dtype.
+        """Convert an array to a dense tensor. Floats get theta's dtype. Integers keep their dtype.
 
         Labels that are packed with weights or by output name become a dict of tensors.
 
-        Raises: TypeError naming `name` if the array is not one of numbers.
+        Raises: TypeError naming `name` if the array does not contain numbers.
         """
         if is_packed(array):
             parts = fields(array).items()
@@ -247,7 +249,8 @@ class FlatModel:
     def inputs(self, x: Any) -> Any:
         """Convert inputs to one tensor, or to a dict of tensors by the model's own names.
 
-        The trunk runs for inputs that are no features.
+        If x contains features of the trunk, they are only converted. Otherwise the lookup layers
+        and the trunk are applied to x first.
         """
         is_feature = self.trunk is not None and self.trunk.gave(x)
         if self.preparation is not None and not is_feature and not self.preparation.gave(x):
@@ -264,10 +267,10 @@ class FlatModel:
     def batch(self, x: Any, y: Any, *, weighed: bool = False) -> tuple[Any, Any]:
         """Convert the inputs and labels of a batch to tensors.
 
-        For a loss that masks positions, the labels get the weights of all positions. A valid
-        position has the weight 1 / v_i, where v_i is the number of valid positions of its row. The
-        losses are then the means over these positions. With `weighed`, it has the weight 1, so that
-        row i's loss is multiplied by v_i.
+        If the loss masks positions, the labels become a dict that also has a weight for each
+        position. A valid position of row i has the weight 1 / v_i, where v_i is the row's number of
+        valid positions. The row's loss is then the mean over its valid positions. With `weighed`, a
+        valid position has the weight 1. This multiplies row i's loss by v_i.
         """
         x, y = self.inputs(x), self.tensor(y)
         if not self.loss.has_masses:
@@ -279,7 +282,7 @@ class FlatModel:
         return x, {**(y if isinstance(y, dict) else {PLAIN: y}), POSITIONS: valid}
 
     def batches(self, x: Any, y: Any, *, weighed: bool = False) -> tuple[Any, Any]:
-        """Convert r batches of b rows, (r, b, ...) arrays, as `batch` does."""
+        """Convert arrays (r, b, ...) of r batches with b rows each to tensors, as `batch` does."""
         r, b = y.shape[:2]
         x, y = tf.nest.map_structure(lambda part: part.reshape(r * b, *part.shape[2:]), (x, y))
         found = self.batch(x, y, weighed=weighed)
@@ -303,7 +306,9 @@ class FlatModel:
         return tf.cast(self.called(theta, x)[0]._keras_mask, self.dtype)
 
     def rows(self, V: Any, name: str) -> Any:
-        """Convert columns (d, m) or a vector (d,) to rows (m, d). Maps run over rows.
+        """Convert the columns of V (d, m) to the rows of a tensor (m, d), for maps over vectors.
+
+        A vector V (d,) becomes a tensor (1, d).
 
         Raises: ValueError if V has another shape.
         """
@@ -314,17 +319,17 @@ class FlatModel:
 
 
 def like(rows: NDArray, V: Any) -> NDArray:
-    """Return rows (m, ...) as columns if V is (d, m). Return the single row if V is (d,)."""
+    """Return the transpose of `rows` if V is a matrix (d, m), or the only row if V is (d,)."""
     return rows.T if np.ndim(V) == 2 else rows[0]
 
 
 def _generators(model: keras.Model) -> list[Any]:
-    """Return the states of random layers. These variables are not in `model.weights`."""
+    """Return the variables with the states of random layers. `model.weights` lacks them."""
     weights = {id(weight) for weight in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _numbers(graph: Any) -> int:
-    """Count the entries of a traced function's tensors. The body of a loop counts once."""
+    """Count the entries of all tensors of a traced function. The body of a loop counts once."""
     tensors = (t for op in tape.operations(graph) for t in op.outputs)
     return sum(t.shape.num_elements() or 0 for t in tensors)

@@ -19,24 +19,24 @@ from influence.net.preprocessing import Preparation, split
 from influence.net.refused import check_built
 from influence.net.trunk import Parts
 
-# A row's output alone and its output among longer rows may differ by this relative amount.
+# A model's outputs for a row with and without padding may differ by this relative amount.
 _PADDING_RTOL = 1e-3
 
 
 def trained_part(
     model: Any, dtype: Any = None, layers: Any = None
 ) -> tuple[Preparation | None, Parts, tuple[str, ...]]:
-    """Return the lookup layers in front of a model, the parts behind them, and notes.
+    """Split a model into its lookup layers and the parts behind them, and choose theta.
 
     Args:
       model: a built Keras model.
-      dtype: "float32" or "float64" for a copy in this dtype. None means the model itself, and a
-        float32 copy for a model of mixed precision.
+      dtype: "float32" or "float64" to compute in this dtype. None means the dtype of the weights.
+        A model that computes in another dtype or in mixed precision is copied with its weights.
       layers: names of the layers whose weights form theta, or None for all trainable weights.
 
-    Returns: (preparation or None, parts, notes). Each note is a sentence about what was done.
-    Raises: TypeError or ValueError for another model, dtype or layers. The errors of `split` and
-      `recast`.
+    Returns: (preparation or None, parts, notes). Each note is a sentence about a split or a copy.
+    Raises: TypeError or ValueError for a model, a dtype or layers that a net cannot have. The
+      errors of `split` and `recast`.
     """
     check_built(model, layers is None)
     wanted, notes = checked_dtype(dtype), []
@@ -55,15 +55,15 @@ def trained_part(
 
 
 def copied(dtype: str, policy: str | None = None) -> str:
-    """Return the note about a copy in a dtype. `policy` is the given model's mixed precision."""
+    """Return the note about a copy in `dtype`. `policy` is the model's mixed-precision policy."""
     of = f" of the {policy} model" if policy else ""
     return f"A {dtype} copy{of}: fit and theta change only the copy."
 
 
 def checked_dtype(dtype: Any) -> str | None:
-    """Return the name of a dtype that a net may have, or None for None.
+    """Return the name of a dtype, "float32" or "float64". For None, return None.
 
-    Raises: ValueError for another dtype.
+    Raises: ValueError for any other dtype.
     """
     if dtype is None:
         return None
@@ -77,7 +77,7 @@ def checked_dtype(dtype: Any) -> str | None:
 
 
 def given(net: Any, value: Any, name: str) -> Examples:
-    """Return data as Examples for a net, as `GenericNeuralNet.given` describes."""
+    """Convert data to Examples for a net, as `GenericNeuralNet.given` describes."""
     outputs = getattr(net, "ending", Ending()).names or ()
     front, trunk = net.preparation, net.flat.trunk
     if isinstance(value, Examples):
@@ -105,7 +105,7 @@ def given(net: Any, value: Any, name: str) -> Examples:
 
 
 def _check_padding(net: Any, examples: Examples, prepared: Examples, name: str) -> None:
-    """Refuse a model whose output for a row depends on the zeros that a lookup layer adds."""
+    """Refuse a model if its output for a row depends on the zeros that pad the row."""
     found = net.preparation.padding(examples, prepared)
     if found is None:
         return

@@ -1,4 +1,4 @@
-"""The graph of a functional or sequential model, and its layers applied to other inputs."""
+"""Functions that read a functional model's graph, or apply its layers to other tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def is_functional(model: Any) -> bool:
 
 
 def is_input(node: Any) -> bool:
-    """Return True for the node of an InputLayer."""
+    """Return True if the node belongs to an InputLayer."""
     return isinstance(node.operation, keras.layers.InputLayer)
 
 
 def nodes_of(model: Any) -> list[Any]:
-    """Return the calls of layers in a functional model.
+    """Return the nodes of a functional model. A node is one call of a layer.
 
-    Each call comes after the calls whose results it uses.
+    Each node comes after the nodes whose results it uses.
     """
     depths = sorted(model._nodes_by_depth, reverse=True)  # the inputs have the largest depth
     return [node for depth in depths for node in model._nodes_by_depth[depth]]
@@ -33,12 +33,12 @@ def replayed(
     """Repeat calls of layers on other tensors.
 
     Args:
-      nodes: the calls, in the order of `nodes_of`. InputLayers are left out.
-      made: a dict from the ids of old tensors to new tensors. It has an entry for each tensor that
-        the calls take as input and do not make themselves.
+      nodes: the calls, as nodes in the order of `nodes_of`. Nodes of InputLayers are skipped.
+      made: a dict from the ids of old tensors to new tensors. It must contain each tensor that a
+        call uses and no earlier call returns.
       operation_of: function from a layer of the model to the layer that is called instead.
 
-    Returns: a copy of `made` with further entries for all results of the calls.
+    Returns: a copy of `made` that also contains the results of all calls.
     """
     made = dict(made)
     for node in nodes:

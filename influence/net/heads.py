@@ -27,7 +27,7 @@ _WITH_ACTIVATION = (
 
 @dataclass(frozen=True)
 class Ending:
-    """Facts about a model's outputs, found by tracing it once in inference mode.
+    """Facts about the outputs of a model in inference mode.
 
     Attributes:
       names: the names of the outputs if the model returns a list or a dict of them, else None.
@@ -45,10 +45,10 @@ class Ending:
 
 
 def ending(model: Any) -> Ending:
-    """Trace a model in inference mode and return facts about its outputs.
+    """Return facts about a model's outputs, from its layers or from a trace in inference mode.
 
-    A model whose inputs have unknown shapes is not traced. Its outputs count as outputs without an
-    activation at the end.
+    A model whose inputs have unknown shapes cannot be traced. The function then assumes one output
+    without a final activation.
     """
     if model is None:
         return Ending()
@@ -70,7 +70,7 @@ def ending(model: Any) -> Ending:
     if specs is not None:
         try:
             tf.function(call, autograph=False).get_concrete_function(specs)
-        # `GenericNeuralNet.validate` later calls the model on real inputs and reports the error.
+        # `GenericNeuralNet.validate` calls the model on real inputs later, and reports the error.
         except (TypeError, ValueError, tf.errors.OpError):
             pass
     return found[0] if found else Ending()
@@ -120,9 +120,9 @@ def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...
 
 
 def _by_layers(model: Any) -> Ending | None:
-    """Return facts about a model with one output if its layers show them, else None.
+    """Return facts about a model's output without a trace, or None if the layers do not show them.
 
-    This function recognises the usual models without a trace. A trace can take a second.
+    The function recognises common models with one output. A trace can take a second.
     """
     own = all(
         type(layer).__module__.split(".")[0] == "keras"
@@ -148,7 +148,7 @@ def _by_layers(model: Any) -> Ending | None:
 
 
 def _struct(model: Any, which: str) -> Any:
-    """Return the symbolic inputs or outputs of a model, in their structure."""
+    """Return the symbolic "input" or "output" of a model, a tensor or a list or dict of them."""
     try:
         return getattr(model, which)
     except (AttributeError, ValueError):  # Sequential models do not have the attribute
@@ -156,7 +156,7 @@ def _struct(model: Any, which: str) -> Any:
 
 
 def _input_specs(model: Any) -> Any:
-    """Return TensorSpecs of a model's inputs, in their structure, or None if they are unknown."""
+    """Return a TensorSpec, or a list or dict of them, for a model's inputs, or None if unknown."""
     try:
         if getattr(model, "inputs", None):
             inputs = _struct(model, "input")

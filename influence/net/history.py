@@ -1,4 +1,4 @@
-"""What a training was: every row's margin and loss in its epochs, weights, and the recipe."""
+"""Record of a training: the margins and losses of all rows, the weights, and the settings."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from influence_console import shown
 
 HEADER, FORMAT = "history.npz", 1
 _EPOCH = re.compile(r"epoch-(\d{5})\.npz")
-# The optimisers whose steps are - rate x gradient, with momentum or without it.
+# The step of these optimisers is minus the learning rate times the gradient, perhaps with momentum.
 _PLAIN_STEPS = ("SGD",)
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
-    """Return the path of the file of one epoch, counted from 1."""
+    """Return the path of the file of one epoch. Epochs are counted from 1."""
     return folder / f"epoch-{epoch:05d}.npz"
 
 
 def weights_file(folder: Path, epoch: int) -> Path:
-    """Return the path of the weights after an epoch. Epoch 0 is the start of the training."""
+    """Return the path of the file with the weights after an epoch. Epoch 0 is the start."""
     return folder / f"weights-{epoch:05d}.npz"
 
 
 def epochs_in(folder: Path) -> list[int]:
-    """Return the epochs that have a file, in order."""
+    """Return the epochs that have a file, in ascending order."""
     found = (_EPOCH.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in found if match)
 
 
 def labels_digest(examples: Examples) -> str:
-    """Return a hash of the labels of all rows in their order, independent of their dtype.
+    """Return a hash of the labels of all rows, which depends on their order but not their dtype.
 
-    A row's inputs may have several forms, such as words, their numbers, or the features of a frozen
-    network. Its label has one.
+    The inputs are not hashed, because they may have several forms, such as words, word ids or
+    features of a frozen network. The labels have one form only.
     """
     dense = lambda part: part.toarray() if hasattr(part, "toarray") else part  # noqa: E731
     parts = {
@@ -63,36 +63,39 @@ def labels_digest(examples: Examples) -> str:
 
 
 def weights_digest(theta: NDArray) -> str:
-    """Return a hash of the bytes of weights (d,)."""
+    """Return a hash of the bytes of the weights theta (d,)."""
     return hashlib.sha256(np.ascontiguousarray(theta).view(np.uint8).data).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """A training that `Recorder` recorded.
+    """Record of one training, which `Recorder` wrote.
 
-    Epochs are counted from 1: epoch e is the state after e passes over the data. n is the number of
-    rows, E the number of epochs that were trained, and t the number of them that were recorded.
+    Epochs are counted from 1. The entries of epoch e describe the model after e passes over the
+    data. The set has n rows, and the model was trained for E epochs. An epoch is called recorded if
+    the margins and losses after it were computed. t of the E epochs are recorded.
 
     Attributes:
-      folder: the folder.
-      epochs: (t,) the recorded epochs. All of them, unless recording each would have cost too much.
-      margins: (t, n) the margin of each row. Positive: the model predicts the given label. `kind`
-        says what it is. Sample weights do not multiply it.
-      losses: (t, n) the loss of each row in inference mode, as `GenericNeuralNet.losses`: times
-        its sample weight, without the penalty.
-      trained: (E,) the epochs that were trained.
+      folder: the folder that contains the record.
+      epochs: (t,) the recorded epochs. `Recorder` skips some epochs if recording takes too long.
+      margins: (t, n) the margin of each row. `kind` says how it is defined. For classes, a positive
+        margin means that the model predicts the given label. Sample weights do not multiply it.
+      losses: (t, n) the loss of each row in inference mode, as `GenericNeuralNet.losses` computes
+        it. The loss includes the sample weight, but not the penalty.
+      trained: (E,) the numbers of all trained epochs, also of those that are not recorded.
       rates: (E,) the mean learning rate of the steps of each epoch.
       steps: (E,) the number of steps of each epoch.
-      rows_seen: (E,) the number of rows of each epoch's batches; -1 if Keras does not say it.
-      seconds: (E, 2) seconds of training and of recording.
+      rows_seen: (E,) the number of rows on which each epoch trained. It is -1 if Keras does not
+        report it.
+      seconds: (E, 2) the seconds of training and the seconds of recording, for each epoch.
       digests: (E,) a hash of the weights after each epoch.
-      checkpoints: (c,) the epochs whose weights are kept, in order. 0 is the start.
-      batch_size: the rows of a full batch; -1 if Keras does not say it.
+      checkpoints: (c,) the epochs whose weights were saved, in ascending order. Epoch 0 is the
+        start of the training.
+      batch_size: the number of rows of a full batch. It is -1 if Keras does not report it.
       kind: "classes", "binary", "residual" or "loss". `influence.net.margins` defines them.
-      about: the optimiser and its configuration, the seed, the versions, and digests of the data
-        and the model. `Recorder` lists the entries.
-      notes: what a reader should know, one sentence each.
+      about: a dict of the training's settings: the optimiser and its configuration, the seed, the
+        versions, and digests of the data and the model.
+      notes: sentences about the record, such as about epochs that are not recorded.
     """
 
     folder: Path
@@ -113,17 +116,18 @@ class History:
 
     @classmethod
     def of(cls, history: History | str | os.PathLike | None) -> History | None:
-        """Return a history itself, that of a folder, or None for None."""
+        """Return a History unchanged, load the history of a folder, or return None for None."""
         return history if history is None or isinstance(history, History) else cls.load(history)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> History:
-        """Read the history in a folder, also that of a training that has not ended.
+        """Load the history in a folder. The training may be unfinished.
 
-        An unfinished or damaged file of the last epoch is left out, and `notes` says so.
+        If the file of the last epoch is incomplete or damaged, this epoch is left out. `notes` then
+        says so.
 
-        Raises: TypeError for another kind of argument. ValueError for a folder without a history,
-          or with a damaged one.
+        Raises: TypeError if `folder` is not a path. ValueError for a folder without a history, or
+          with a damaged history.
         """
         if not isinstance(folder, str | os.PathLike):
             raise TypeError(f"folder must be a path, got {type(folder).__name__}.")
@@ -162,7 +166,7 @@ class History:
         return int(self.about["num_rows"])
 
     def __repr__(self) -> str:
-        """Show the sizes and what the margins are."""
+        """Return a text with the folder, the sizes and the meaning of the margins."""
         return (
             f"History({str(self.folder)!r}, {len(self.trained)} epochs, {len(self.epochs)} "
             f"recorded, {len(self)} rows, margin: {MEANING[self.kind]})"
@@ -170,7 +174,7 @@ class History:
 
     @property
     def of_classes(self) -> bool:
-        """True if a positive margin says that the model predicts the given label."""
+        """True if the labels are classes. A margin is then positive for a right prediction."""
         return self.kind in (CLASSES, BINARY)
 
     @property
@@ -181,7 +185,7 @@ class History:
     def theta(self, epoch: int) -> NDArray:
         """Return the weights (d,) after an epoch. Epoch 0 is the start of the training.
 
-        Raises: ValueError if they were not kept.
+        Raises: ValueError if the weights after this epoch were not saved.
         """
         path = weights_file(self.folder, int(epoch))
         if not path.exists():
@@ -193,36 +197,44 @@ class History:
 
     @property
     def thetas(self) -> NDArray:
-        """The kept weights (c, d), one row for each of `checkpoints`."""
+        """The saved weights (c, d), in the order of `checkpoints`."""
         return np.array([self.theta(epoch) for epoch in self.checkpoints])
 
     @property
     def start_file(self) -> Path:
-        """The file of the weights at the start: theta, and `other-0` ... such as running means."""
+        """Path of the file with the weights at the start of the record.
+
+        Its entry `theta` is theta. Its entries `other-0`, `other-1` ... are the other weights, such
+        as running means.
+        """
         return weights_file(self.folder, self.about["began"])
 
     def epoch_of(self, theta: NDArray) -> int | None:
-        """Return the last epoch after which the weights were exactly theta, or None."""
+        """Return the last epoch after which the weights were exactly theta, or None if none was."""
         same = np.flatnonzero(self.digests == weights_digest(theta))
         return int(self.trained[same[-1]]) if len(same) else None
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the recipe, and of the weights after each epoch."""
+        """SHA-256 checksum of the training's settings, and of the weights after each epoch."""
         parts = [self.rates.tolist(), self.digests.tolist(), self.batch_size, self.epochs.tolist()]
         about = {key: self.about[key] for key in ("optimizer", "optimizer_config", "data", "model")}
         return hashlib.sha256(json.dumps([parts, about], sort_keys=True).encode()).hexdigest()
 
     def area(self) -> NDArray[np.float64]:
-        """Return the mean margin (n,) over the recorded epochs (AUM: Pleiss et al. 2020)."""
+        """Return each row's mean margin over the recorded epochs, (n,).
+
+        Pleiss et al. (2020) call this number AUM.
+        """
         return self.margins.mean(axis=0, dtype=np.float64)
 
     def learned(self) -> NDArray[np.int64]:
-        """Return the first recorded epoch after which each row's margin stays positive, (n,).
+        """Return the epoch at which each row was learned, (n,).
 
-        It is 0 for a row whose margin is not positive after the last recorded epoch.
+        This is the first of the recorded epochs since which the row's margin stayed positive. A row
+        whose last recorded margin is not positive gets 0.
 
-        Raises: ValueError if the margins are not those of classes.
+        Raises: ValueError if the labels are not classes.
         """
         if not self.of_classes:
             raise ValueError(
@@ -236,17 +248,18 @@ class History:
     def path(
         self, checkpoints: ArrayLike | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the checkpoints from which steps were taken, and the learning rates after them.
+        """Return checkpoints and their learning rates for TracIn, which sums over training steps.
 
-        The rate of a checkpoint is the sum of those of the epochs up to the next checkpoint. In
-        each epoch a row occurs once. No steps follow the last epoch, so it is left out.
+        The rate of a checkpoint is a sum over the epochs between it and the next checkpoint. Each
+        epoch adds its mean rate once, because each row occurs once in an epoch. The last epoch is
+        left out as a checkpoint, because no steps follow it.
 
         Args:
-          checkpoints: the epochs to use, of those whose weights were kept; 0 is the start. None
-            means all of them.
+          checkpoints: epochs whose weights were saved. Epoch 0 is the start. None means all of
+            these epochs.
 
         Returns: the epochs (c,), and their rates (c,).
-        Raises: ValueError for epochs whose weights were not kept, or without steps after them.
+        Raises: ValueError for epochs whose weights were not saved, or if no steps follow.
         """
         chosen = self.checkpoints if checkpoints is None else np.unique(np.asarray(checkpoints))
         missing = np.setdiff1d(chosen, self.checkpoints)
@@ -276,19 +289,21 @@ class History:
 
     @property
     def by_gradient_steps(self) -> bool:
-        """True if the optimiser's steps are learning rate x gradient, perhaps with momentum."""
+        """True if a step is minus the learning rate times the gradient, perhaps with momentum."""
         return self.about["optimizer"] in _PLAIN_STEPS
 
     def damping(self) -> float:
-        """Return (1 - momentum) / sum of the learning rates of the recorded steps: 1 / (eta T).
+        """Return the damping 1 / (eta T), which acts similarly to stopping after T steps.
 
-        Training from theta_0 for T steps of size eta moves the weights along an eigenvector of the
-        eigenvalue h by the share 1 - (1 - eta h)^T of the way to the minimum. The damped inverse
-        has the share h / (h + damping). Both are small for h far below 1 / (eta T) and near 1 far
-        above it. Momentum m multiplies the steps by 1 / (1 - m).
+        eta is the learning rate. In general, the damping is (1 - momentum) / S, where S is the sum
+        of the learning rates of all steps in the record. Let h be an eigenvalue of the Hessian. T
+        steps move the weights along its eigenvector by the fraction 1 - (1 - eta h)^T of the
+        distance to the minimum. The damped inverse moves them by the fraction h / (h + damping).
+        Both fractions are small for h far below 1 / (eta T), and near 1 for h far above it.
+        Momentum m multiplies the length of the steps by 1 / (1 - m).
 
-        Raises: ValueError for an optimiser other than SGD, whose steps are not in proportion to
-          the gradient.
+        Raises: ValueError for an optimiser other than SGD, because its steps are not proportional
+          to the gradient. ValueError if the learning rates are zero.
         """
         name = self.about["optimizer"]
         if not self.by_gradient_steps:
@@ -304,13 +319,15 @@ class History:
 
     @property
     def sample_weight(self) -> Any:
-        """The weights (n,) of the recorded rows, a dict of them by output, or None."""
+        """The sample weights (n,) of the rows, a dict of such arrays by output name, or None."""
         found = checkpoint.load(self.folder / HEADER)
         del found["about"]
         return sample_weights(found)
 
     def check_rows(self, examples: Examples, name: str = "train") -> None:
-        """Refuse rows that are not those of the history. Numbers of rows and labels are compared.
+        """Refuse a set that has other rows than the history.
+
+        Only the number of rows and the labels are compared.
 
         Raises: ValueError naming the set `name`.
         """
@@ -326,9 +343,9 @@ class History:
             )
 
     def check_net(self, net: Any) -> None:
-        """Refuse a net with another number of weights than the model that was trained.
+        """Refuse a net whose number of weights differs from that of the trained model.
 
-        Raises: ValueError.
+        Raises: ValueError with both numbers.
         """
         if net.num_parameters != self.about["num_parameters"]:
             raise ValueError(
@@ -338,10 +355,11 @@ class History:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, NDArray]], list[str]]:
-    """Read the header, the files of all epochs, and notes about them.
+    """Read the header and the files of all epochs in a folder.
 
-    Raises: ValueError for a folder without a history, or with a damaged or missing epoch before the
-      last one.
+    Returns: (header, arrays of each epoch's file by epoch, notes). Each note is a sentence.
+    Raises: ValueError for a folder without a history. ValueError if the file of an epoch before the
+      last one is damaged or missing.
     """
     about = read_header(folder)
     files: dict[int, dict[str, NDArray]] = {}
@@ -365,9 +383,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, NDArr
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Read what a folder says of the training.
+    """Read the header of the history in a folder, a dict of the training's settings.
 
-    Raises: ValueError if it has no history, or one of another version.
+    Raises: ValueError if the folder has no history, or a history in another format.
     """
     path = folder / HEADER
     if not path.is_file():

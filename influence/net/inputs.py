@@ -1,4 +1,4 @@
-"""Names of a model's inputs. A caller may name an input by its position or by its layer's name."""
+"""Names of a model's inputs. A caller may also use the input's position or its layer's name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import keras
 
 
 def declared(model: keras.Model) -> dict[Any, Any]:
-    """Return the declared inputs of a functional or sequential model, else an empty dict."""
+    """Return a dict of symbolic inputs by name, which is empty for a subclassed model."""
     found = getattr(model, "inputs", None) or []
     # `model.input` is a dict if the model was built from a dict of inputs. Keras then finds each
     # input by its key.
@@ -44,10 +44,11 @@ def named(model: keras.Model, x: Any) -> Any:
 
 
 def for_call(model: keras.Model, x: Any) -> Any:
-    """Return named inputs in the structure in which the model is called.
+    """Convert a dict of inputs to the structure that a call of the model takes.
 
-    Keras takes a dict only for inputs with names. Other models get a list, in the order of
-    `model.inputs`, or by position for a model without declared inputs.
+    The result is a dict if the model was built from a dict of inputs, and a list in the order of
+    `model.inputs` if it was built from a list. If the model declares no inputs and all keys are
+    positions, the result is a list in the order of the positions.
     """
     if not isinstance(x, dict):
         return x
@@ -67,8 +68,8 @@ def for_call(model: keras.Model, x: Any) -> Any:
 def fits(shape: tuple, wanted: tuple) -> bool:
     """Return True if Keras takes rows of this shape for an input that declares `wanted`.
 
-    A size None in `wanted` takes any size. If it is needed, Keras adds or removes a last axis of
-    length 1.
+    None in `wanted` accepts any size. If the number of axes differs by one, Keras adds or removes a
+    last axis of length 1.
     """
     for trial in (shape, (*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
         pairs = zip(wanted, trial, strict=False)

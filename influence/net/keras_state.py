@@ -1,4 +1,4 @@
-"""What Keras says of a training that runs: optimiser, learning rate, counts, seed and layers."""
+"""State of a running training in Keras: optimiser, learning rate, counts, seed and layers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import keras
 import numpy as np
 
-# The mean of a schedule over an epoch is taken at no more than this many steps.
+# `mean_rate` averages a learning rate schedule over at most this many steps of an epoch.
 _STEPS = 64
 
 
 def optimizer_of(model: keras.Model) -> Any:
-    """Return the optimiser, without the wrapper that scales losses in mixed precision."""
+    """Return the model's optimiser, or None. A wrapper for mixed precision is removed."""
     optimizer: Any = getattr(model, "optimizer", None)
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def optimizer_config(model: keras.Model) -> dict[str, Any]:
-    """Return the configuration of the optimiser, as JSON can hold it."""
+    """Return the configuration of the optimiser, with only values that JSON can store."""
     optimizer = optimizer_of(model)
     config = {} if optimizer is None else optimizer.get_config()
     return json.loads(json.dumps(config, default=str))
@@ -33,13 +33,16 @@ def iterations(model: keras.Model) -> int:
 
 
 def learning_rate(model: keras.Model) -> float:
-    """Return the present learning rate, or NaN without an optimiser."""
+    """Return the current learning rate, or NaN if the model has no optimiser."""
     optimizer = optimizer_of(model)
     return np.nan if optimizer is None else _number(optimizer.learning_rate)
 
 
 def mean_rate(model: keras.Model, first: int, steps: int) -> float | None:
-    """Return the mean of the learning rate's schedule over some steps; None without a schedule."""
+    """Return the mean of the learning rate schedule over `steps` steps from step `first` on.
+
+    The result is None if the optimiser has no schedule or `steps` is 0.
+    """
     rate: Any = getattr(optimizer_of(model), "_learning_rate", None)
     if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) or steps < 1:
         return None
@@ -48,9 +51,9 @@ def mean_rate(model: keras.Model, first: int, steps: int) -> float | None:
 
 
 def rows_seen(model: keras.Model) -> int:
-    """Return the number of rows that Keras has counted since it last set its metrics to 0, or -1.
+    """Return the number of rows that Keras has counted since it last reset its metrics.
 
-    Keras weighs the mean loss of an epoch by the numbers of rows.
+    The metric of the mean loss counts the rows. Without this metric, the result is -1.
     """
     for metric in model.metrics:
         if metric.name == "loss" and hasattr(metric, "count"):
@@ -63,9 +66,9 @@ def _number(value: Any) -> float:
 
 
 def layers_digest(model: keras.Model) -> str:
-    """Return a hash of the kinds of layers, their activations, and the shapes of the weights.
+    """Return a hash of the classes of layers, their activations, and the shapes of the weights.
 
-    Names of layers are left out, because Keras draws them anew in each process.
+    The names of layers are left out, because Keras may give other names in another process.
     """
     kinds = [
         (type(layer).__name__, getattr(getattr(layer, "activation", None), "__name__", ""))
@@ -77,7 +80,7 @@ def layers_digest(model: keras.Model) -> str:
 
 
 def seed() -> int | None:
-    """Return the seed of keras.utils.set_random_seed, or None if it was not called."""
+    """Return the seed that keras.utils.set_random_seed got, or None if it was not called."""
     try:
         from keras.src.utils.rng_utils import get_random_seed
     except ImportError:

@@ -1,18 +1,19 @@
 """Losses that return one number per example, made from any form of a Keras loss.
 
-A row's loss is w_i loss_i, as in Keras' `fit` and `evaluate`. w_i is the row's sample weight times
-the loss weight of `compile`. Both are 1 if they are not given. Keras divides the sum over a batch
-by the number of rows, and not by the sum of the weights. So the risk is mean_i w_i loss_i +
-penalty.
+The loss of row i is w_i loss_i, as in Keras' `fit` and `evaluate`. w_i is the row's sample weight
+times the loss weight of `compile`. A weight that is not given is 1. Keras divides the sum over a
+batch by the number of rows, and not by the sum of the weights. So the risk is
+mean_i w_i loss_i + penalty.
 
-A mask of the model's output, or `ignore_class` of the loss, leaves v_i positions of row i valid.
-Keras then divides the sum over a batch by the number of its valid positions. So the risk is
+If the model masks its output, or the loss has an `ignore_class`, only v_i positions of row i are
+valid. Keras then divides the sum over a batch by the batch's number of valid positions. So the risk
+is
 
     sum_i v_i w_i loss_i / sum_i v_i + penalty
 
-and loss_i is the mean over the row's own valid positions, or 0 if it has none. The sums are over
-the whole set, as in `model.evaluate` with all rows in one batch. With smaller batches, Keras
-averages the batches' ratios, which depends on how the rows are cut.
+loss_i is the mean over the valid positions of row i, or 0 if it has none. The sums are over the
+whole set, as in `model.evaluate` with all rows in one batch. With smaller batches, Keras averages
+one ratio per batch. Its result then depends on how the rows are divided into batches.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _CROSS_ENTROPIES = (
     keras.losses.categorical_crossentropy,
 )
 _SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
-# A loss with these options can be `plain`. Its axis and ignore_class must have default values.
+# A `plain` loss may have these options. Its axis and ignore_class must have their default values.
 _HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 # These losses take probabilities unless they have from_logits=True.
@@ -78,14 +79,14 @@ _FROM_LOGITS = (
 class PerExampleLoss:
     """Differentiable loss function (y, z) -> (n,), and its known properties.
 
-    z is what `seen` takes from the model's output. It is the output itself, or the logits before
-    the output's softmax or sigmoid if the loss is a cross-entropy. Keras' cross-entropies take
-    these logits too, so the loss is the one that Keras reports, without the clipping of
-    probabilities. The other losses that take probabilities (focal losses, Kullback-Leibler, and
-    class numbers with `ignore_class`) get the activated logits, with Keras' clipping at 1e-7.
+    `seen` computes z from the model's output. z is the output itself, or the logits before the
+    output's softmax or sigmoid. A cross-entropy is computed from these logits without clipping.
+    Keras computes it in the same way, so both values agree. Other losses that take probabilities
+    are focal losses, Kullback-Leibler, and class numbers with `ignore_class`. For these, the
+    softmax or sigmoid is applied to z again, and Keras clips the probabilities at 1e-7.
 
-    Keras rounds the outputs of a float64 model to the dtype of its loss, which is float32 unless
-    the loss has `dtype="float64"`. After the rounding, Keras does not recognise the activation and
+    Keras rounds the outputs of a float64 model to the dtype of its loss. This is float32 unless the
+    loss has `dtype="float64"`. After the rounding, Keras does not recognise the activation, and it
     clips probabilities at 1e-7. For larger probabilities, Keras' loss and this loss agree up to
     rounding.
 
@@ -94,21 +95,21 @@ class PerExampleLoss:
       function: the function (y, z) -> (n,) tensor. It multiplies by sample weights in y.
       keras_function: the underlying Keras loss function, or None for a user's callable.
       from_logits: False for a cross-entropy of probabilities, True for all other losses. The
-        Gauss-Newton matrix needs True.
+        Gauss-Newton matrix exists only if it is True.
       labels: the valid labels, from the loss's attribute `labels`. None means no restriction.
-      role: the name of the argument in messages.
+      role: the name of the argument in messages, "loss" or "measurement".
       says_convex: the value of the loss's attribute `convex`, or False without this attribute.
       plain: True for a Keras loss without options that weigh or ignore outputs.
       head: "softmax" or "sigmoid" if z is the logits before this activation, else None.
       scale: the loss weight of `compile`.
       output: the name of the output in the labels, or None for a model with one output.
-      ignored: the class whose rows and pixels the loss ignores, or None.
+      ignored: the class that the loss ignores, or None. It ignores all positions of this class.
       masked: True if the model masks its output.
-      by_position: True if a mask or an ignored class can be answered, by weights of positions.
+      by_position: True if the loss can weigh positions, as a mask or an ignored class requires.
       weighs_mean: True if Keras divides by the sum of the sample weights.
-      compiled: True if the loss is the one with which the model was compiled.
-      whole: the Keras loss if it overrides `__call__`, else None. Such a loss may combine the rows
-        of a batch in any way.
+      compiled: True if the model was compiled with this loss.
+      whole: the Keras loss object if it overrides `__call__`, else None. Such a loss may combine
+        the rows of a batch in any way.
     """
 
     name: str
@@ -146,12 +147,12 @@ class PerExampleLoss:
 
     @property
     def has_masses(self) -> bool:
-        """True if the risk weighs rows by their valid positions."""
+        """True if the risk weighs rows by their numbers of valid positions."""
         return self.by_position and (self.masked or self.ignored is not None)
 
     @property
     def convex(self) -> bool:
-        """True if each loss is known to be convex in the model's output."""
+        """True if the loss of each row is known to be convex in the model's output."""
         clipped = self.head is not None and not self.plain
         known = self.keras_function in _CONVEX and self.from_logits and not clipped
         return self.scale >= 0 and (self.says_convex or known)
@@ -161,11 +162,11 @@ class PerExampleLoss:
 
         H is the Hessian of the sum of the losses with respect to the outputs z. Let p be the
         predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For the sigmoid,
-        H u = p (1 - p) u. Both products are divided by the number of values that Keras averages in
-        a row. If p is nearly 1, the tape's differences p_a - p_a p_a and 1 - p lose all digits in
-        float32. Two measures keep the digits. For softmax, subtract from u its entry at the
-        likeliest class. This does not change H u, because H times a constant vector is zero. For
-        the sigmoid, compute 1 - p from the logits.
+        H u = p (1 - p) u. If Keras averages several values in a row, H u is divided by their
+        number. If p is nearly 1, a gradient tape loses all digits in float32, because it subtracts
+        p_a p_a from p_a, or p from 1. Two changes avoid this. For softmax, u is replaced by u minus
+        its entry at the most probable class. This does not change H u, because H times a constant
+        vector is zero. For the sigmoid, 1 - p is computed from the logits.
 
         Args:
           y: labels.
@@ -191,13 +192,13 @@ class PerExampleLoss:
         return by_tape
 
     def _factors(self, y: Any, dtype: Any) -> list[Any]:
-        """Return the factors by which a row's loss is multiplied, unless they are 1."""
+        """Return the factors of the losses: the sample weights, and a loss weight other than 1."""
         weight = weight_of(y, self.output) if self.role != "measurement" else None
         found = [] if weight is None else [tf.cast(weight, dtype)]
         return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
 
     def scaled(self, weight: float, output: str | None = None) -> PerExampleLoss:
-        """Return the loss times a loss weight, for the labels of one output."""
+        """Return this loss times a loss weight. `output` names the labels that it takes."""
         function: Any = self.function
         function = replace(function, scale=weight, output=output)
         return replace(self, function=function, scale=weight, output=output)
@@ -306,18 +307,18 @@ def per_example(
     ends_in: str | None = None,
     as_compiled: bool = False,
 ) -> PerExampleLoss:
-    """Return the given loss or the model's compiled loss, without a reduction over examples.
+    """Return a loss, or the model's compiled loss, as a function with one value per example.
 
     Args:
       loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled loss.
       model: the model whose compiled loss is used if `loss` is None.
-      role: the name of the argument in messages.
-      ends_in: the activation in which the model's output ends, as `heads.ending` finds it.
-      as_compiled: True to call a function as Keras calls a compiled one. Labels then get the
-        dtype and the rank of the outputs.
+      role: the name of the argument in messages, "loss" or "measurement".
+      ends_in: the name of the output's final activation, from `heads.ending`, or None.
+      as_compiled: True to call a function in the way in which Keras calls a compiled function.
+        Labels then get the dtype and the rank of the outputs.
 
-    Raises: ValueError for a missing loss, an unknown name or a reduction by a sum. TypeError for an
-      object that is not a loss.
+    Raises: ValueError for a missing loss, an unknown name, or a loss that sums over examples.
+      TypeError for an object that is not a loss.
     """
     if loss is None:
         loss, as_compiled = _compiled(model), True
@@ -394,11 +395,12 @@ def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExa
 
 
 def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | None, bool]:
-    """Return (head, from_logits) of a Keras loss on an output that ends in an activation.
+    """Return the attributes (head, from_logits) of a Keras loss on an output.
 
-    Keras' cross-entropies use the logits before the activation, whatever `from_logits` says. With
-    `ignore_class`, and for other losses, `from_logits` decides whether Keras takes the output for
-    logits or for probabilities.
+    `ends_in` is the output's final activation, or None. Keras' cross-entropies use the logits
+    before this activation, and ignore their option `from_logits`. For a cross-entropy with
+    `ignore_class`, and for other losses, `from_logits` decides whether Keras treats the output as
+    logits or as probabilities.
     """
     says = function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False))
     if ends_in is None or function not in _FROM_LOGITS:
@@ -408,7 +410,7 @@ def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | No
 
 
 def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
-    """Let a loss multiply by sample weights, and apply the activation to its logits."""
+    """Return the loss times sample weights. If `activate`, it applies its activation to z first."""
     head = loss.head if activate else None
     by_position = getattr(loss.function, "func", None) in (of_rows, as_keras_calls)
     weighs = loss.role != "measurement"
@@ -418,15 +420,15 @@ def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
 
 @dataclass(frozen=True)
 class _Weighed:
-    """Loss of rows as a function of labels, plain or with weights, and of logits or outputs.
+    """Function (y, z) -> (n,) that evaluates a loss. y may contain sample weights.
 
     Attributes:
       call: the loss (labels, output) -> (n,).
-      head: the activation that turns z into the output, or None.
+      head: the activation that is applied to z to get the output, or None.
       output: the name of the output in the labels, or None.
-      weighs: True if sample weights count.
+      weighs: True to multiply by the sample weights in y.
       scale: the loss weight.
-      by_position: True if `call` takes the weights of positions.
+      by_position: True if `call` also takes the weights of positions.
     """
 
     call: Callable[..., Any]
@@ -438,8 +440,8 @@ class _Weighed:
 
     def __call__(self, y: Any, z: Any) -> Any:
         if self.head is not None and len(z.shape) == 1:
-            # `of_rows` adds this axis to outputs (n,). If `of_rows` added the axis after the
-            # activation, Keras would not recognise the activation.
+            # Outputs (n,) get a last axis here, before the activation. `of_rows` would add it after
+            # the activation, and Keras would then not recognise the activation.
             z = tf.expand_dims(z, -1)
         labels = labels_of(y, self.output, several=not self.weighs)
         positions = packing.positions(y) if self.by_position else None
@@ -452,9 +454,9 @@ class _Weighed:
 
 
 def _compiled(model: Any) -> Any:
-    """Return the compiled loss of a model. The loss may be in a list or dict with one entry.
+    """Return the compiled loss of a model, also from a list or dict with one entry.
 
-    Raises: ValueError if the list or dict does not have one entry.
+    Raises: ValueError for a list or dict with another number of entries.
     """
     loss = getattr(model, "loss", None)
     if not isinstance(loss, list | tuple | Mapping):

@@ -1,4 +1,4 @@
-"""Margins: how far a model's output is on the side of each row's given label."""
+"""Margins of rows: numbers that are positive if the model predicts the row's given label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from influence.examples import labels as packing
 from influence.examples.examples import Examples
 
-# The losses of one number with a sign: the label says on which side of zero it should lie.
+# For these losses, the sign of an output predicts one of two labels.
 _SIGNED = (
     keras.losses.binary_crossentropy,
     keras.losses.binary_focal_crossentropy,
@@ -33,9 +33,9 @@ _SHARES = (
     keras.losses.categorical_hinge,
     keras.losses.kl_divergence,
 )
-# These signed losses take labels 0 and 1. Hinge losses also take -1 and 1.
+# These losses of `_SIGNED` take labels 0 and 1. Hinge losses also take -1 and 1.
 _BITS = _SIGNED[:2]
-# Probabilities are clipped here before their logarithm, as Keras clips them.
+# Probabilities are clipped to [_CLIP, 1 - _CLIP] before the logarithm, as in Keras.
 _CLIP = 1e-7
 CLASSES, BINARY, RESIDUAL, LOSS = "classes", "binary", "residual", "loss"
 MEANING = {
@@ -48,20 +48,22 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Margins:
-    """Rule for the margins of one model, loss and set of labels.
+    """Rule that computes the margins for one model, one loss and one set of labels.
 
     A margin is positive if the model predicts the given label. Sample weights do not multiply it.
+    There are four kinds of margins:
 
     - `classes`: z_y - max over k != y of z_k, with the logits z and the given class y. If the model
       returns probabilities whose logits are not known, their logarithms replace the logits.
-    - `binary`: z for the larger of two labels and -z for the other one. With several labels in a
-      row it is the smallest of these numbers: the row is right if all its labels are.
+    - `binary`: the logit z for the larger of two labels, and -z for the smaller label. If a row has
+      several labels, the margin is the smallest of these numbers. It is positive only if the model
+      predicts all labels of the row.
     - `residual`: -|prediction - label|, the Euclidean norm over the outputs. It is never positive.
-    - `loss`: minus the row's loss, if nothing else is known.
+    - `loss`: minus the row's loss. This kind is used if no other kind applies.
 
-    Sequences and images have the mean over their valid positions. With several outputs, a margin is
-    the smallest of those of the outputs if each of them is `classes` or `binary`. Otherwise it is
-    minus the loss.
+    For sequences and images, `classes` and `binary` average over the valid positions. For several
+    outputs, the margin is the smallest margin of an output if each output is `classes` or `binary`.
+    Otherwise it is minus the loss.
 
     Attributes:
       kind: classes, binary, residual or loss.
@@ -89,7 +91,7 @@ class Margins:
 
     @property
     def meaning(self) -> str:
-        """The kind in words."""
+        """Phrase that says what the margins are."""
         return MEANING[self.kind] + (
             "; of several outputs, the smallest"
             if len(self.outputs) > 1 and self.kind != LOSS
@@ -104,9 +106,9 @@ class Margins:
         Args:
           loss: the net's loss.
           y: the labels, plain or packed.
-          z: what the loss takes from the model's outputs.
+          z: the model's outputs in the form that the loss takes.
           losses: (n,) the losses.
-          positions: (n, ...) the weights of the positions, or None.
+          positions: (n, ...) the weights of the positions, or None for equal weights.
         """
         if self.kind == LOSS:
             return -losses
@@ -184,7 +186,7 @@ def _of_one(kind: str, loss: Any, y: Any, z: NDArray, positions: NDArray | None)
 
 
 def class_margins(z: NDArray, given: NDArray) -> NDArray:
-    """Return the logit of the given class minus the largest other one, (...,), of z (..., c)."""
+    """Return the given class's logit minus the largest other logit, (...,), for z (..., c)."""
     at = given[..., None]
     others = z.copy()
     np.put_along_axis(others, at, -np.inf, -1)
@@ -192,7 +194,7 @@ def class_margins(z: NDArray, given: NDArray) -> NDArray:
 
 
 def _signed(loss: Any, y: NDArray, z: NDArray) -> NDArray:
-    """Return the signed logits. Those of several labels at one position become the smallest."""
+    """Return z for the larger label and -z for the smaller, or the minimum for several labels."""
     if loss.labels is not None and len(loss.labels) == 2:
         middle = sum(map(float, loss.labels)) / 2
     else:

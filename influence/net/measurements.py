@@ -1,8 +1,8 @@
-"""Measurements. Influence scores can use a measurement instead of a loss.
+"""Measurements: functions that influence scores can use instead of a loss.
 
 A measurement takes labels y and the model's outputs. It returns one number per example, computed by
-TensorFlow operations. Pass a function below, or your own, to `Influence.scores`. The functions
-below need logits z as outputs. Logits are the values before softmax or sigmoid.
+TensorFlow operations. Pass a function from this file, or your own, to `Influence.scores`. The
+functions in this file need logits z as outputs. Logits are the values before softmax or sigmoid.
 
 - Outputs (n, c) need class numbers y (n,) or (n, 1), or one-hot labels y (n, c).
 - Outputs (n, 1) or (n,) need labels y (n,) or (n, 1). Labels other than 1 are 0 or -1. The logit
@@ -21,7 +21,7 @@ from influence.common.numbers import numbers
 
 
 def _of_logits(function: Callable) -> Callable:
-    """Mark a function that needs logits. A model with probabilities is then refused."""
+    """Mark a measurement that needs logits. Models whose logits are unknown are then refused."""
     vars(function)["takes_logits"] = True
     return function
 
@@ -32,15 +32,15 @@ def margin(y: Any, output: Any) -> Any:
 
     For the label's probability p_y, the margin is
     log p_y / (1 - p_y) = z_y - log sum_{k != y} exp z_k. TRAK uses it as model output function
-    (Park et al. 2023, section 3). With one logit for two classes, the margin is z or -z. Unlike a
-    loss, the margin does not saturate.
+    (Park et al. 2023, section 3). With one logit z for two classes, the margin is z for label 1
+    and -z for the other label. Unlike a loss, the margin does not saturate.
 
-    A positive score means that the margin rises without the row, so the row hurt. For a loss, a
-    positive score means that the row helped.
+    A positive score means that the margin rises if the row is removed, so the row hurt. For a
+    loss, a positive score means that the row helped.
 
     Args:
-      y: labels, in a form that the top of this file lists.
-      output: logits, in the form for these labels.
+      y: labels, in a form that the description of this module lists.
+      output: logits, in the form that belongs to these labels.
 
     Returns: the margins (n,), in nats.
     Raises: ValueError for outputs of another shape.
@@ -62,7 +62,7 @@ def adversarial_loss(y: Any, output: Any) -> Any:
     or 1. The code of Koh & Liang (2017) uses this loss to measure how close a test point is to
     misclassification. For two classes, it is the log loss of the other label.
 
-    A positive score means that this loss rises without the row. Then the label becomes more
+    A positive score means that this loss rises if the row is removed. Then the label becomes more
     probable, so the row hurt. For an ordinary loss, a positive score means that the row helped.
 
     Args:
@@ -78,8 +78,9 @@ def adversarial_loss(y: Any, output: Any) -> Any:
 def logit(label: int) -> Callable[[Any, Any], Any]:
     """Return a measurement that is the logit of one class. It ignores the example's label.
 
-    With one logit z for two classes, it is z for label 1 and -z for label 0. A positive score means
-    that the logit rises without the row, so the row was evidence against the class.
+    With one logit z for two classes, the measurement is z for label 1 and -z for label 0. A
+    positive score means that the logit rises if the row is removed. The row was then evidence
+    against the class.
 
     Args:
       label: the class number.
@@ -107,10 +108,10 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
 
 
 def product(y: Any, output: Any) -> Any:
-    """Return y_i . output_i for each row i, with slopes y in place of labels.
+    """Return y_i . output_i for each row i. y holds a vector of slopes in place of each label.
 
-    Its gradient is J_i' y_i, where J_i is the Jacobian of the row's outputs. The outputs are
-    reshaped to the shape of y.
+    The gradient of this number with respect to theta is J_i' y_i, where J_i is the Jacobian of the
+    row's outputs. The outputs are reshaped to the shape of y.
     """
     both = tf.cast(y, output.dtype) * tf.reshape(output, tf.shape(y))
     return tf.reduce_sum(tf.reshape(both, [tf.shape(y)[0], -1]), axis=1)

@@ -11,7 +11,8 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# Without a warning, the gradient norm is at most this fraction of the norm that a removal adds.
+# `warn_of_drift` warns if the gradient norm at theta is above this fraction of the median norm of
+# the gradient that the removal of a group adds.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 
@@ -25,8 +26,8 @@ def check_at_minimum(
 ) -> None:
     """Raise ValueError if the Euclidean norm of the risk's gradient is above the tolerance.
 
-    Retraining would then change the net mostly by further training. The message suggests a fit or
-    the remedy `otherwise`.
+    Above the tolerance, most of the change after retraining would be ordinary training progress.
+    The message suggests a fit or the remedy `otherwise`.
     """
     norm = net.gradient_norm(train, batch_size)
     if not norm <= tolerance:
@@ -41,12 +42,12 @@ def check_at_minimum(
 def warn_of_drift(
     net: GenericNeuralNet, train: Examples, groups: Sequence, batch_size: int | None = None
 ) -> None:
-    """Warn if theta is too far from the minimum.
+    """Warn if theta is too far from the minimum to measure the effect of removals.
 
-    Retraining would then also continue the training, and the changes would not come only from the
-    removal. The removal of a group adds a gradient of norm
-    |sum over the group of (loss_i + penalty)'| / n. The median of this norm over at most 20 groups
-    is compared with the gradient norm at theta.
+    Retraining would then also continue the training. The changes would not come from the removal
+    only. The removal of a group adds a gradient of norm
+    |sum over the group of (loss_i + penalty)'| / n. The function compares the gradient norm at
+    theta with the median of this norm over at most 20 groups.
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]

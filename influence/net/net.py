@@ -1,11 +1,9 @@
-"""Keras models as risks, with values and derivatives at one theta.
-
-A risk is
+"""The risk of a Keras model, with its values and derivatives at one theta.
 
     R(theta) = mean_i loss_i(theta) + penalty(theta)
 
 `loss_i` is the loss of row i, and `penalty` is the sum of the model's own Keras regularisers. Every
-method uses the model in inference mode. Only `fit` and setting `theta` change the model.
+method uses the model in inference mode. Only `fit` and assignments to `theta` change the weights.
 """
 
 from __future__ import annotations
@@ -49,9 +47,9 @@ from influence.net.saved import load_model
 
 # Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
 # products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
-# Batches of 500 rows take a sixth more time.
+# With 500 rows per batch, they take a sixth more time.
 _FLOAT32_ROWS = 500
-# The logits of a model are right if their activation differs by at most this from its output.
+# The softmax or sigmoid of a model's logits must equal its output, up to this absolute difference.
 _LOGITS_ATOL = 1e-4
 
 
@@ -59,37 +57,37 @@ class GenericNeuralNet(Derivatives):
     """Built Keras model with a per-example loss.
 
     Args:
-      model: any built `keras.Model` with one floating dtype for its trainable weights. To keep
-        weights out of theta, freeze their layers (`layer.trainable = False`) before this call, or
-        name the other layers by `layers`.
+      model: a built `keras.Model` whose trainable weights have one floating dtype. To keep weights
+        out of theta, freeze their layers (`layer.trainable = False`) before this call, or list
+        only the other layers in `layers`.
       loss: a Keras loss, its name, or a callable (y, output) -> (n,) of TensorFlow operations. A
-        model with several outputs takes a list or dict of them, as `compile` does. None means the
-        compiled loss with its loss weights.
-      dtype: "float32" or "float64" for a copy of the model that computes in this dtype, with
-        copies of the weights. None means the model itself, and a float32 copy for a model of mixed
-        precision.
-      layers: names of the layers whose weights form theta, whatever their `trainable` flags. None
-        means all trainable weights. The flags do not change.
+        model with several outputs takes a list or dict of losses, as `compile` does. None means
+        the compiled loss with its loss weights.
+      dtype: "float32" or "float64" to compute in this dtype. None means the dtype of the weights.
+        A model that computes in another dtype or in mixed precision is copied with its weights.
+      layers: names of the layers whose weights form theta. Their `trainable` flags are ignored and
+        do not change. None means all trainable weights.
 
-    Layers in front of theta that depend on no weight of theta are the trunk, such as a frozen
-    MobileNet in front of a head. A trunk with a matrix or a kernel runs once for each row of a set.
-    Its features are cached with the set, in memory or on disk (`Featured`). The trunk computes in
-    its own dtype, also in a copy. Only models that are Sequential or functional have a trunk.
+    The trunk is the part of the model that depends on no weight of theta, such as a frozen
+    MobileNet in front of a head. If the trunk multiplies by a matrix or a kernel, it runs once for
+    each row of a set. Its outputs, the features, are cached in memory or on disk (`Featured`). A
+    copy in another dtype has the same trunk. Only Sequential and functional models have a trunk.
 
-    Lookup layers of strings, such as TextVectorization, and the layers before them are not part of
-    the net's model. They are applied once to each set of examples.
+    Lookup layers, such as TextVectorization, and the layers before them are not part of the net's
+    model. The net applies them once to each set of examples.
 
     Attributes:
-      model: the Keras model. It is shared and not copied, unless `notes` says so. A copy has its
-        own weights: `fit` and setting `theta` change the copy, and not the model that was given.
+      model: the Keras model. It shares the weights of the given model, unless `notes` reports a
+        copy. Then `fit` and assignments to `theta` change the copy, and not the given model.
       preparation: the lookup layers in front of the model, or None.
-      notes: what was done to the given model, one sentence each. `repr` shows them.
+      notes: sentences that say how the net split or copied the given model. `repr` shows them.
       convex: True if the risk is known to be smooth and strictly convex in theta.
       dtype: the dtype of theta and of every result.
 
-    Raises: TypeError for anything except a Keras model, or mixed weight dtypes. ValueError for a
-      model that is unbuilt, has no trainable weight, uses one of Keras' activity regularisers, or
-      rounds the input of float64 weights. The errors of `compiled.model_loss`.
+    Raises: TypeError for anything except a Keras model, or for weights of several dtypes.
+      ValueError for a model that is unbuilt, has no trainable weight, uses one of Keras' activity
+      regularisers, or has float64 weights but rounds its input. The errors of
+      `compiled.model_loss`.
     """
 
     preparation: Preparation | None = None
@@ -107,7 +105,7 @@ class GenericNeuralNet(Derivatives):
         self.dtype = self.flat.dtype
 
     def __repr__(self) -> str:
-        """Show the model's name, the sizes, and what was done to the given model."""
+        """Return a text with the model's name, d, the dtype and the notes."""
         notes = "".join(f" {note}" for note in self.notes)
         name = f"{type(self).__name__}({self.model.name!r}, d={self.num_parameters}, {self.dtype})"
         return name + notes
@@ -121,31 +119,31 @@ class GenericNeuralNet(Derivatives):
         model: keras.Model | None = None,
         dtype: Any = None,
     ) -> GenericNeuralNet:
-        """Return the net of a model that Keras saved. Python code in the file is never run.
+        """Load a model that Keras saved, and return its net. Python code in the file is never run.
 
         Args:
-          path: a file `.keras` or `.h5` of a whole model, or a file `.weights.h5` for `model`.
+          path: a `.keras` or `.h5` file of a whole model, or a `.weights.h5` file for `model`.
           loss: as in the constructor. None means the loss that was compiled before saving.
-          model: a built model that gets the weights in the file. It is changed.
+          model: a built model. The weights in the file replace its weights.
           dtype: as in the constructor.
 
-        Raises: FileNotFoundError for a missing file. TypeError or ValueError for another file, a
-          model that Keras cannot rebuild, and as the constructor.
+        Raises: FileNotFoundError for a missing file. TypeError or ValueError for another kind of
+          file or for a model that Keras cannot rebuild. The errors of the constructor.
         """
         found = load_model(path, model, compiled=loss is None)
         return GenericNeuralNet(found, loss, dtype=dtype)
 
     def astype(self, dtype: Any) -> GenericNeuralNet:
-        """Return a net of the same risk at the same theta that computes in another dtype.
+        """Return a net that computes the same risk in another dtype, at the same theta.
 
-        The result has a copy of the model: `fit` and setting `theta` change only this copy. A net
-        that has the dtype already is returned itself.
+        The new net has a copy of the model, so its `fit` and assignments to its `theta` do not
+        change this net. If this net already has the dtype, it is returned itself.
 
         Args:
           dtype: "float32" or "float64".
 
-        Raises: ValueError for another dtype, for a model that Keras cannot rebuild, or for a
-          subclass whose closed forms have one dtype.
+        Raises: ValueError for any other dtype, for a model that Keras cannot rebuild, or for a
+          subclass, whose closed forms exist in one dtype only.
         """
         wanted = checked_dtype(dtype)
         if wanted == self.dtype:
@@ -165,12 +163,12 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def given(self, value: Any, name: str) -> Examples:
-        """Return data as Examples with the inputs that the net's model takes.
+        """Convert data to Examples with the inputs that the net's model takes.
 
         Args:
-          value: Examples, (x, y), (x, y, sample_weight), or a dataset of such batches, with inputs
-            and labels in any form that `fit` takes. Inputs of a model with lookup layers are
-            prepared once.
+          value: Examples, (x, y), (x, y, sample_weight), or a dataset of such batches. Inputs and
+            labels may have any form that `fit` takes. The model's lookup layers, if any, are
+            applied to the inputs once.
           name: the argument's name in error messages.
 
         Raises: TypeError naming `name` for another kind of data, or for strings that the model does
@@ -179,12 +177,12 @@ class GenericNeuralNet(Derivatives):
         return given(self, value, name)
 
     def measuring(self, measurement: Any) -> GenericNeuralNet:
-        """Return the same model at the same theta, with a measurement in place of its loss.
+        """Return a net with the same model and theta, and a measurement in place of the loss.
 
-        Like the `metrics` of Keras, a measurement is not multiplied by sample weights. It takes the
-        model's output. If the measurement needs logits and the model ends in a softmax or sigmoid,
-        it takes the logits. For a model with several outputs, it takes a dict of labels by output
-        name, and the list or dict of outputs that the model returns.
+        Sample weights do not multiply a measurement, just as Keras does not apply them to
+        `metrics`. The measurement takes the model's output. If it needs logits and the model ends
+        in a softmax or sigmoid, it takes the logits. For a model with several outputs, it takes a
+        dict of labels by output name, and the list or dict of outputs that the model returns.
 
         Args:
           measurement: a function (y, output) -> (n,) of TensorFlow operations, a Keras loss or
@@ -209,9 +207,10 @@ class GenericNeuralNet(Derivatives):
         return self._with_loss(loss)
 
     def pulling(self) -> GenericNeuralNet:
-        """Return the same model with the loss y . z of labels y (n, c) and outputs z (n, c).
+        """Return a net with the same model and the loss y . z of labels y and outputs z, (n, c).
 
-        z is that of `output_terms`. The gradient of row i's loss is J_i' y_i, with J_i = dz/dtheta.
+        `output_terms` returns z. The gradient of row i's loss is J_i' y_i, where J_i is the
+        Jacobian of row i's outputs with respect to theta.
         """
         loss = replace(self.loss, function=product, keras_function=None, plain=False)
         return self._with_loss(loss)
@@ -230,7 +229,7 @@ class GenericNeuralNet(Derivatives):
         Args:
           theta: (d,) parameters, or None to return the net itself.
 
-        Returns: a net that answers every question at `theta`. Its theta cannot be set.
+        Returns: a net whose methods compute at `theta`. Its property `theta` cannot be assigned.
         """
         if theta is None:
             return self
@@ -239,7 +238,7 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def uncut(self) -> GenericNeuralNet:
-        """Return a view of the net that runs all layers in each pass, also those of the trunk."""
+        """Return a view of the net without a trunk. Each pass then runs all layers."""
         if self.flat.trunk is None:
             return self
         view = copy.copy(self)
@@ -247,22 +246,19 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def by_row(self) -> GenericNeuralNet:
-        """Return a view for test rows. Its means over rows count each row once, without masses."""
+        """Return a view of the net for test rows. Its means give all rows the same weight."""
         view = copy.copy(self)
         view.weighs = False
         return view
 
     def remembering(self, memo: dict[str, NDArray] | None) -> GenericNeuralNet:
-        """Return a view of the net that may cache results in `memo`.
-
-        Use the view for one batch and one theta only.
-        """
+        """Return a view of the net that may cache results of one batch at one theta in `memo`."""
         view = copy.copy(self)
         view.memo = memo
         return view
 
     def features(self, x: Any) -> Any:
-        """Return x. A subclass with a frozen trunk returns the inputs of its trainable part."""
+        """Return x. A subclass with its own feature extractor returns the features of x."""
         return x
 
     def featured(self, examples: Examples) -> Examples:
@@ -299,13 +295,15 @@ class GenericNeuralNet(Derivatives):
     # --- questions about a whole set ----------------------------------------------------------
 
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
-        """Return how many rows per batch fit into memory if `num_vectors` vectors are multiplied.
+        """Return the number of rows per batch for a pass that multiplies `num_vectors` vectors.
 
-        `dtype` is the dtype in which `directional` computes, if the pass calls `directional`.
+        The batch's activations then fit the memory budget `ACTIVATIONS`. `dtype` is the dtype of
+        `directional`, for a pass that calls it. Only subclasses use `dtype`.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(*self.flat.batch(first.x, first.y))
-        # A loop holds four passes in memory. A vectorised map holds two, and two for each vector.
+        # A loop stores the activations of four passes. A vectorised map stores those of two passes,
+        # and of two more for each vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         most = len(examples)
         if loop and self.dtype == np.float32:
@@ -313,24 +311,24 @@ class GenericNeuralNet(Derivatives):
         return fitting(ACTIVATIONS, per_row * self.dtype.itemsize * copies, most)
 
     def row_masses(self, examples: Examples) -> NDArray[np.float64]:
-        """Return the `masses` v_i of all rows, (n,). They are cached.
+        """Return the masses v_i of all rows, (n,), as `masses` defines them. They are cached.
 
-        The removal of row i removes the share v_i / sum_j v_j of the penalty.
+        If row i is removed, the fraction v_i / sum_j v_j of the penalty is removed with it.
         """
         if examples not in self.flat.row_masses:
             self.flat.row_masses[examples] = examples.each_row(PerRow("masses"), self)
         return self.flat.row_masses[examples]
 
     def mass(self, examples: Examples) -> float:
-        """Return sum_i v_i, by which the risk divides. It is the number of rows without masks."""
+        """Return sum_i v_i, by which the risk divides. Without masks, it is the number of rows."""
         masked = self.loss.has_masses and self.weighs
         return float(self.row_masses(examples).sum()) if masked else len(examples)
 
     def risk(self, examples: Data, batch_size: int | None = None) -> float:
-        """Return R(theta) = mean_i loss_i + penalty over all examples, in any form of data.
+        """Return the risk R(theta) = mean_i loss_i + penalty of data in any form.
 
         If positions are masked, the mean is sum_i v_i loss_i / sum_i v_i, with the masses v_i of
-        `row_masses`. This is what `model.evaluate` reports for all rows in one batch.
+        `row_masses`. `model.evaluate` reports the same value for all rows in one batch.
         """
         examples = self.given(examples, "examples")
         total = examples.sum_over(loss_sum, self, batch_size=batch_size)
@@ -339,7 +337,7 @@ class GenericNeuralNet(Derivatives):
     def risk_gradient(
         self, examples: Examples, thetas: NDArray | None = None, batch_size: int | None = None
     ) -> NDArray:
-        """Return the risk's gradient (d,), or (d, k) at other parameters `thetas` (d, k)."""
+        """Return the risk's gradient (d,) at theta, or (d, k) at the columns of `thetas` (d, k)."""
         question = Total("gradient") if thetas is None else Total("gradient", thetas)
         total = examples.sum_over(question, self, batch_size=batch_size)
         return total / (self.mass(examples) or 1) + self.penalty_gradient(thetas)
@@ -347,25 +345,25 @@ class GenericNeuralNet(Derivatives):
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
         """Return the Euclidean norm of the risk's gradient, which is zero at a minimum.
 
-        A subclass whose risk has kinks returns another number. This number bounds the distance to
-        the minimum as the gradient norm of a smooth risk does.
+        A subclass whose risk has kinks returns a substitute. It bounds the distance to the minimum
+        in the same way as the gradient norm of a smooth risk.
         """
         return float(np.linalg.norm(self.risk_gradient(examples, batch_size=batch_size)))
 
     def risk_and_gradient(
         self, examples: Examples, batch_size: int | None = None
     ) -> tuple[float, NDArray]:
-        """Return R(theta) and its gradient (d,), from one pass."""
+        """Return R(theta) and its gradient (d,). Both come from one pass over the examples."""
         loss, gradient = examples.sum_over(Total("loss_and_gradient"), self, batch_size=batch_size)
         n = self.mass(examples) or 1
         return float(loss) / n + self.penalty(), gradient / n + self.penalty_gradient()
 
     def hessian(self, examples: Examples, batch_size: int | None = None) -> NDArray | None:
-        """Return None. A subclass with a closed form returns the risk's Hessian (d, d)."""
+        """Return None, or the risk's Hessian (d, d) in a subclass with a closed form."""
         return None
 
     def self_influence(self, examples: Examples, rows: NDArray) -> NDArray | None:
-        """Return None. A subclass with a closed form returns exact self-influences of (k,) rows.
+        """Return None, or exact self-influences (k,) of rows in a subclass with a closed form.
 
         The value of row i is grad loss_i' H^-1 grad (loss_i + penalty) / n. H is the risk's
         Hessian.
@@ -375,13 +373,13 @@ class GenericNeuralNet(Derivatives):
     def validate(self, examples: Examples, name: str) -> None:
         """Refuse examples that do not fit this model and loss.
 
-        A few dozen rows of the whole set are asked for their losses, in their order and shuffled.
-        If the loss is the compiled one, its mean must be what Keras reports for these rows.
+        The method computes the losses of a few rows of the set, in order and shuffled. If the loss
+        is the compiled one, its mean must be the loss that Keras reports for these rows.
 
         Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
-          labels of the wrong shape, for labels or embedding ids out of range, or for a loss that
-          is not one number per example, depends on other rows or is not the mean that Keras
-          reports. ValueError for a model with weights that are not finite.
+          labels of the wrong shape, and for labels or embedding ids out of range. ValueError for a
+          loss that is not one number per example, depends on other rows, or has another mean than
+          Keras reports. ValueError for a model with weights that are not finite.
         """
         if not isinstance(examples, Examples):
             kind = type(examples).__name__
@@ -434,7 +432,7 @@ class GenericNeuralNet(Derivatives):
             check_reported(self, probe, losses, name)
 
     def _check_trunk(self, examples: Featured, name: str) -> None:
-        """Refuse inputs that do not fit the trunk, or whose features depend on other rows."""
+        """Refuse inputs that do not fit the trunk, and a trunk that mixes rows."""
         given = examples.given
         check_inputs(self.model, given.take([0]).x, name)
         if any(isinstance(part, keras.layers.Embedding) for part in self.model._flatten_layers()):
@@ -444,7 +442,7 @@ class GenericNeuralNet(Derivatives):
         examples.trunk.check_rows(examples, name)
 
     def _check_names(self, examples: Examples, name: str) -> None:
-        """Refuse labels by name for a model with one output, unless the name is the output's."""
+        """Refuse a dict of labels for a model with one output, unless its key is the output."""
         given = packing.labels(examples.y)
         known = list(getattr(self.model, "output_names", None) or [])
         if isinstance(given, dict) and self.ending.names is None and known:
@@ -455,9 +453,9 @@ class GenericNeuralNet(Derivatives):
                 )
 
     def _seen(self, raw: Any, probe: Examples) -> Any:
-        """Return what the loss takes from the model's output for a few rows.
+        """Convert the outputs `raw` of a few rows to the form that the loss takes, such as logits.
 
-        Raises: ValueError if the logits of a softmax or sigmoid do not give the model's output.
+        Raises: ValueError if the softmax or sigmoid of the logits differs from the output.
         """
         t = self.flat
         if self.loss.head is None and not isinstance(self.loss, SeveralLosses):
@@ -476,14 +474,15 @@ class GenericNeuralNet(Derivatives):
     def fit(
         self, examples: Data, *, gradient_tolerance: float = 1e-6, max_iterations: int = 10_000
     ) -> GenericNeuralNet:
-        """Minimise the risk on all rows by L-BFGS from the current theta, deterministically.
+        """Minimise the risk on all rows by L-BFGS, from the current theta and without randomness.
 
         Args:
           examples: the training set.
-          gradient_tolerance: the fit stops if the risk's gradient has at most this Euclidean norm.
+          gradient_tolerance: the fit stops when the Euclidean norm of the risk's gradient is at
+            most this number.
           max_iterations: the maximum number of L-BFGS iterations.
 
-        Returns: self. A ConvergenceWarning is issued if the final norm is above the tolerance.
+        Returns: self. If the final norm is above the tolerance, a ConvergenceWarning says so.
         """
         examples = self.given(examples, "examples")
         self.validate(examples, "examples")

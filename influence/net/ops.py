@@ -2,8 +2,8 @@
 
 TensorFlow 2.21 has three kinds of faults that would reach an influence function.
 
-1. A derivative is cut without an error. The second derivative of a bilinear resize and of
-   `tf.nn.moments` is wrong, and the first derivative of `tf.image.hsv_to_rgb` is zero.
+1. A derivative is wrong without an error. The second derivatives of a bilinear resize and of
+   `tf.nn.moments` are wrong, and the first derivative of `tf.image.hsv_to_rgb` is zero.
 2. A derivative does not exist. `SoftsignGrad` and `ResizeBicubicGrad` have no gradient.
 3. A product of matrices writes outside its memory. With oneDNN and more than one thread,
    `tf.matmul(tf.ones((2, 1, 12, 8)), tf.ones((8, 8)))` returns wrong numbers, NaN, or kills the
@@ -11,9 +11,9 @@ TensorFlow 2.21 has three kinds of faults that would reach an influence function
    factor has the shape (p, 1, m, k), and all leading dimensions of the right factor are 1.
    `tf.vectorized_map` makes such products of a Dense layer that it applies to one row.
 
-`exact` replaces these functions by others with the same values up to rounding. `check_operations`
-refuses the operations that `exact` cannot replace. It also refuses the original operations in a
-`tf.function` that was traced outside an `exact` block.
+`exact` replaces faulty functions by functions with the same values up to rounding.
+`check_operations` refuses the operations that `exact` cannot replace. It also refuses faulty
+operations in a `tf.function` that was traced outside an `exact` block.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _THREAD = threading.local()
 def _moments(original: Callable) -> Callable:
     """Compute mean and variance without stopping a gradient.
 
-    TensorFlow stops the gradient at the mean inside the variance. The variance's first derivative
-    with respect to the mean is zero, but its second derivative is not zero. Hessians of layer or
-    group normalisation would be wrong without an error.
+    TensorFlow stops the gradient at the mean when it computes the variance. The first derivative of
+    the variance with respect to the mean is zero, but the second derivative is not zero. Hessians
+    of layer or group normalisation would be wrong without an error.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -106,16 +106,16 @@ def _scale_and_translate(original: Callable) -> Callable:
     return resize
 
 
-# TensorFlow rounds integers after it resizes them.
+# Only images of these dtypes are resized by matrices. TensorFlow rounds integers after a resize.
 _RESIZED = (tf.float32, tf.float64)
 
 
 def _separately(resized: Callable, x: Any, size: Any) -> Any:
     """Resize images x (n, h, w, c) by one matrix for each axis, Y = A X B'.
 
-    Every resize is linear in the image, and its axes separate. `resized(basis, size, axis)` applies
-    TensorFlow's function to an identity matrix along one axis, and so returns A or B. Two products
-    of matrices have all derivatives. The result has the dtype of the images.
+    Every resize is linear in the image, and acts on each axis separately. To get A or B,
+    `resized(basis, size, axis)` applies TensorFlow's function to an identity matrix along one axis.
+    Products of matrices have derivatives of every order. The result has the dtype of the images.
     """
     size = tf.convert_to_tensor(size)
     for axis in (1, 2):
@@ -145,7 +145,7 @@ def _batch_matmul(original: Callable) -> Callable:
         if x.dtype.is_complex or not _may_broadcast(x.shape, y.shape):
             return original(x, y, adj_x, adj_y, *arguments, **options)
         if all(size == 1 for size in y.shape[:-2]):
-            # The same matrix y multiplies all rows of x, so this is one product of two matrices.
+            # One matrix y multiplies all rows of x, so a product of two matrices is enough.
             x = tf.linalg.matrix_transpose(x) if adj_x else x
             y = tf.reshape(y, tf.shape(y)[-2:])
             rows = tf.reshape(x, [-1, x.shape[-1] or tf.shape(x)[-1]])
@@ -166,11 +166,11 @@ def _batch_matmul(original: Callable) -> Callable:
 
 
 def _may_broadcast(x: Any, y: Any) -> bool:
-    """Return True if oneDNN may compute the product of x and y wrongly, judged by their shapes.
+    """Return True if oneDNN may be wrong for the product of tensors with the shapes x and y.
 
-    oneDNN is wrong only for x of shape (p, 1, m, k) and y of shape (k, n), (1, k, n) or
-    (1, 1, k, n). Among 500 random products of 3 to 6 dimensions, no other was wrong. An unknown
-    size may be any size. Shapes of unknown rank count as harmless.
+    oneDNN is wrong only for factors of shape (p, 1, m, k) and (k, n), (1, k, n) or (1, 1, k, n).
+    Among 500 random products of 3 to 6 dimensions, no other product was wrong. For an unknown size,
+    the function assumes the worst. Shapes of unknown rank count as harmless.
     """
     if x.rank != 4 or y.rank is None or x[1] not in (None, 1) or x[0] == 1:
         return False
@@ -180,8 +180,9 @@ def _may_broadcast(x: Any, y: Any) -> bool:
 def _pow(original: Callable) -> Callable:
     """Compute small integer powers by products.
 
-    TensorFlow's k-th derivative of x^y contains the factors y - k + 1 and x^(y - k). Their product
-    is 0 times infinity for y = k - 1 and x = 0, so that the third derivative of x^2 is NaN at 0.
+    TensorFlow's k-th derivative of x^y contains the factors y - k + 1 and x^(y - k). For y = k - 1
+    and x = 0, their product is 0 times infinity. The third derivative of x^2 at 0, for example, is
+    NaN.
     """
 
     def power(x, y, name=None):
@@ -221,7 +222,7 @@ _REPLACED: list[tuple[Any, str, Callable]] = [
 ]
 
 
-# --- where the replacements hold ------------------------------------------------------------------
+# --- use of the replacements ----------------------------------------------------------------------
 
 _LOCK = threading.Lock()
 _ORIGINALS: list[tuple[Any, str, Any]] = []
@@ -266,8 +267,8 @@ def _in_blocks(original: Callable, replacement: Callable) -> Callable:
 
 # --- refusals -------------------------------------------------------------------------------------
 
-# TensorFlow 2.21 cuts or miscomputes the first derivatives of these operations with respect to the
-# inputs at these positions. None means all inputs.
+# The keys are operations. The values are the positions of their inputs for which TensorFlow 2.21
+# lacks or miscomputes the first derivative. None means all inputs.
 _Inputs = dict[str, tuple[int, ...] | None]
 _WRONG_FIRST: _Inputs = {
     "Betainc": (0, 1),
@@ -280,7 +281,7 @@ _WRONG_FIRST: _Inputs = {
         """.split()
     ),
 }
-# These operations have a correct first derivative, but no correct second derivative.
+# The first derivatives of these operations are correct, but their second derivatives are not.
 _WRONG_SECOND: _Inputs = {
     "Igamma": (0,),
     "Igammac": (0,),
@@ -301,13 +302,14 @@ _REMEDY = (
 def check_operations(
     graph: Any, sources: list[Any], layers: Iterable[str] = (), twice: bool = True
 ) -> None:
-    """Refuse a function whose derivatives TensorFlow would cut, lack or compute wrongly.
+    """Refuse a traced function if TensorFlow lacks or miscomputes one of its derivatives.
 
-    An operation is checked only if its input depends on the sources and the result depends on it.
+    An operation is checked only if one of its inputs depends on the sources, and the function's
+    result depends on the operation.
 
     Args:
       graph: the traced function.
-      sources: the arguments of the derivative, tensors of the graph.
+      sources: tensors of the graph. The derivatives are taken with respect to them.
       layers: the names of the model's layers, for the message.
       twice: False if only first derivatives are needed.
 
@@ -342,7 +344,7 @@ def depends(graph: Any, source: Any) -> bool:
 
 
 def no_derivative(error: LookupError) -> NotImplementedError:
-    """Return the error for an operation that TensorFlow's tape could not differentiate."""
+    """Return the error to raise if TensorFlow's tape could not differentiate an operation."""
     return NotImplementedError(
         f"model must be twice differentiable, but TensorFlow says: {error.args[0]}; {_REMEDY}."
     )
@@ -351,14 +353,15 @@ def no_derivative(error: LookupError) -> NotImplementedError:
 def _between(
     sources: list[Any], graph: Any, wrong: _Inputs, twice: bool, path: str = ""
 ) -> Iterator[tuple[Any, str]]:
-    """Yield (operation, path) of wrong operations between the sources and the graph's outputs."""
+    """Yield (operation, path) of each faulty operation between the sources and the outputs."""
     reached = {t.ref() for t in sources}
     dependent = []
     for op in graph.get_operations():  # an operation comes after its inputs
         inputs = [i for i, t in enumerate(op.inputs) if t.ref() in reached]
         if inputs:
             dependent.append((op, inputs))
-            # No derivative passes integers. A list of tensors has the type variant.
+            # Gradients flow only through floating tensors, complex tensors, and lists of tensors.
+            # TensorFlow stores such a list in a tensor of dtype variant.
             smooth = (t for t in op.outputs if t.dtype.is_floating or t.dtype.is_complex)
             reached.update(t.ref() for t in smooth)
             reached.update(t.ref() for t in op.outputs if t.dtype == tf.variant)
@@ -394,7 +397,7 @@ def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
     if op.type in wrong:
         positions = wrong[op.type]
         return positions is None or any(i in positions for i in inputs)
-    if not twice:  # the graph of a gradient contains operations that have no gradient themselves
+    if not twice:  # the graph may be that of a gradient, whose operations may have no gradient
         return False
     try:
         ops.get_gradient_function(op)
@@ -404,12 +407,13 @@ def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
 
 
 def _is_harmless(stop: Any) -> bool:
-    """Return True if TensorFlow or this library stops a gradient, and not the user.
+    """Return True if TensorFlow or this library stopped the gradient, and not the user's code.
 
-    They do so where this changes no derivative, such as at the maximum in `tf.reduce_logsumexp`.
+    They stop gradients only where this changes no derivative, such as at the maximum in
+    `tf.reduce_logsumexp`.
     """
     for file, _, name, *_ in reversed(stop.traceback):
-        # Functions of this name pass the call on, in TensorFlow and in Keras.
+        # The functions `stop_gradient` of TensorFlow and of Keras only forward the user's call.
         if name != "stop_gradient" and not file.startswith(_PLUMBING):
             return file.startswith(_TRUSTED)
     return False

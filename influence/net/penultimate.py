@@ -1,4 +1,4 @@
-"""Penultimate features: what a model's last layer of weights takes as its input."""
+"""Penultimate features: the input of the last layer with weights in a model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _AFFINE = (
 class Penultimate:
     """Question that returns the penultimate features of a batch, (n, f) in float32.
 
-    The last layer must be dense or a convolution, in a functional or sequential model with one
-    output. Where it is applied to many positions, the features are averaged over the positions,
-    because the outputs are then pooled over them.
+    The model must be functional or sequential, with one output. Its last layer with weights must be
+    dense or a convolution. If this layer is applied to many positions, such as pixels, the features
+    are averaged over the positions. Such models pool their outputs over the positions too.
 
     Args:
-      model: the features as outputs, or None if the model's input itself is the features.
+      model: a Keras model that returns the features, or None if the net's inputs are the features.
     """
 
     def __init__(self, model: keras.Model | None):
@@ -44,7 +44,7 @@ class Penultimate:
 
     @classmethod
     def of(cls, net: Any) -> Penultimate | None:
-        """Return the question for a net, or None for a model whose last layer is not known."""
+        """Return the question for a net, or None if the model's last layer is not recognised."""
         model = net.flat.model
         graph = getattr(model, "_functional", None) or model
         if not is_functional(graph) or len(graph.outputs) != 1:
@@ -89,7 +89,7 @@ def _last_input(graph: Any) -> Any:
     for node in reversed(nodes_of(graph)):
         operation = node.operation
         if len(node.input_tensors) > 1:
-            return None  # the outputs of several layers are joined, such as added
+            return None  # the operation combines several tensors, for example by a sum
         inner = getattr(operation, "_functional", None) or operation
         if isinstance(operation, keras.Model):
             if not is_functional(inner) or len(inner.inputs) != 1:
@@ -101,7 +101,7 @@ def _last_input(graph: Any) -> Any:
                 return node.input_tensors[0]
             return keras.Model(inner.inputs, found)(node.input_tensors[0])
         if getattr(operation, "data_format", None) == "channels_first":
-            return None  # features are averaged over the axes before the last one
+            return None  # averages over positions need the channels in the last axis
         if isinstance(operation, _AFFINE) and node.input_tensors:
             return node.input_tensors[0]
         if any(len(weight.shape) > 1 for weight in getattr(operation, "weights", ())):

@@ -17,16 +17,17 @@ from influence.net.preprocessing import compile_like
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _HALF = ("float16", "bfloat16")
-# The outputs of a copy may differ from those of the model by this relative amount. It depends on
-# the dtypes in which both compute.
+# The outputs of a copy may differ from those of the model by this relative amount. If their layers
+# compute in several dtypes, the largest amount applies.
 _AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3}
 _PROBE_ROWS = 3
 
 
 def computes_in_half(model: keras.Model, weights: Sequence[Any]) -> str | None:
-    """Return the dtype policy of a model that computes in float16 or bfloat16, or None.
+    """Return the name of a mixed-precision model's dtype policy, or None for other models.
 
-    Only a model whose theta, the `weights`, is stored in float32 has such a policy.
+    A mixed-precision model stores the `weights` that form theta in float32. At least one of its
+    layers computes in float16 or bfloat16.
     """
     if {str(weight.dtype) for weight in weights} != {"float32"}:
         return None
@@ -39,14 +40,14 @@ def computes_in_half(model: keras.Model, weights: Sequence[Any]) -> str | None:
 def recast(model: keras.Model, dtype: str) -> keras.Model:
     """Return a copy of a model that stores and computes all floating numbers in `dtype`.
 
-    The copy has copies of the weights, and the compiled loss of the model. Inputs and layers of
-    integers or strings keep their dtypes.
+    The copy has its own weights, with the values of the model's weights. It is compiled with the
+    model's loss. Inputs and layers of integers or strings keep their dtypes.
 
     Args:
       model: a built model. A subclassed model needs a `get_config`.
       dtype: "float32" or "float64".
 
-    Raises: ValueError if Keras cannot rebuild the model, or if the copy gives other outputs.
+    Raises: ValueError if Keras cannot rebuild the model, or if the copy has other outputs.
     """
     made: dict[int, Any] = {}
     try:
@@ -68,7 +69,7 @@ def recast(model: keras.Model, dtype: str) -> keras.Model:
 def _rebuilt(model: Any, dtype: str, made: dict[int, Any]) -> Any:
     """Rebuild a model, layer or operation with the dtype.
 
-    `made` contains all objects that were rebuilt before, by the ids of the original objects.
+    `made` maps the ids of the original objects to the objects that are already rebuilt.
     """
     if id(model) not in made:
         if not isinstance(model, keras.Layer):
@@ -113,7 +114,7 @@ def _input(tensor: Any, dtype: str) -> Any:
 
 
 def _zeros(shape: Any, dtype: str) -> Any:
-    """Return one row of zeros of the inputs with which a subclassed model was built."""
+    """Return one row of zeros as inputs. `shape` is the input shape of a subclassed model."""
     if isinstance(shape, dict):
         return {name: _zeros(part, dtype) for name, part in shape.items()}
     if shape and isinstance(shape[0], tuple | list):
@@ -169,7 +170,7 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
         new.assign(old.numpy())
         new.trainable = old.trainable
     for new in layers[1]:
-        # Normalization computes with values that it derives from its variables.
+        # Normalization stores values that it computed from its old variables. This updates them.
         if hasattr(new, "finalize_state"):
             new.finalize_state()
 
@@ -177,9 +178,9 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
 def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
     """Refuse a copy with other outputs than the model, for a few rows of random inputs.
 
-    The configuration of a layer does not contain changes that a user made to the layer later. These
-    changes are found here. Models whose inputs are not declared, or have an unknown size, are not
-    checked.
+    The configuration of a layer does not contain changes that a user made to the layer later. This
+    check finds such changes. It skips models whose inputs are strings, are not declared, or have an
+    unknown size.
     """
     tensors = list(declared(model).values())
     if not tensors or any(None in t.shape[1:] or t.dtype == "string" for t in tensors):
@@ -206,7 +207,7 @@ def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
 
 @contextmanager
 def _policy(dtype: str) -> Iterator[None]:
-    """Give this dtype to all layers that the `with` block makes without a dtype."""
+    """Use `dtype` for all layers that the `with` block creates without a dtype of their own."""
     before = keras.config.dtype_policy(), keras.config.floatx()
     keras.config.set_dtype_policy(dtype)
     keras.config.set_floatx(dtype)

@@ -1,8 +1,8 @@
-"""Lookup layers in front of a model's weights, such as TextVectorization. They run only once.
+"""Lookup layers in front of a model, such as TextVectorization. They run once for each set.
 
-TensorFlow cannot differentiate strings and table lookups, and they give the same result in every
-pass. `split` cuts a model behind them. The front part is a Preparation. The rest holds all
-trainable weights.
+TensorFlow cannot differentiate strings and table lookups. Their results are the same in every pass.
+`split` therefore cuts a model behind the lookup layers. The front part is a Preparation. The other
+part, called the rest, has all trainable weights.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from influence.net import keras_state
 from influence.net.graph import is_functional, is_input, nodes_of, replayed
 from influence.net.inputs import aliases, declared, fits
 
-# As a check, this many first rows are prepared a second time, each alone.
+# A check prepares the first rows of a set again, each row alone. It uses at most this many rows.
 _PROBE_ROWS = 8
-# These layers look up their inputs, which may be numbers. A layer that takes or returns strings is
-# found by the dtype of its tensors.
+# These layers are lookup layers even if their inputs are numbers. A layer that takes or returns
+# strings is recognised by the dtype of its tensors.
 _LOOKUPS = (
     keras.layers.CategoryEncoding,
     keras.layers.Discretization,
@@ -44,15 +44,15 @@ class Given:
     """Inputs that the whole model declares.
 
     Attributes:
-      declared: shape of a row and dtype of each input, by name.
-      aliases: the name that belongs to each other name, as `inputs.aliases` returns them.
+      declared: a dict from each input's name to the shape of one row and the dtype.
+      aliases: a dict from other names of an input to its name, as `inputs.aliases` returns it.
     """
 
     declared: dict[Any, tuple[tuple, str]]
     aliases: dict[Any, Any]
 
     def named(self, x: Any) -> dict[Any, Any]:
-        """Return the arrays of the inputs by name. Arrays of other names are left out.
+        """Return a dict of the inputs' arrays by name. Arrays with other names are left out.
 
         Raises: ValueError if an input is missing.
         """
@@ -71,16 +71,17 @@ class Given:
 class Preparation:
     """Front part of a model: the lookup layers, and all layers before them.
 
+    The rest is the model behind the lookup layers. Given inputs are inputs of the whole model.
+    Prepared inputs are inputs of the rest, as a dict of arrays by name. A call of the Preparation
+    converts given inputs to prepared inputs.
+
     Args:
       model: a functional model from some of the given inputs to the results of the lookups.
-      used: the names of these inputs, in their order.
-      results: the names that the rest gives to the results, in their order.
+      used: the names of the inputs of `model`, in their order.
+      results: the names that the rest gives to the results of the lookups, in their order. No
+        result has the name of a given input, so `gave` can recognise prepared inputs.
       passed: the names of the given inputs that the rest takes unchanged.
       given: the inputs of the whole model.
-
-    The rest is the model behind the lookup layers. A call with given inputs returns the inputs of
-    the rest, as a dict of arrays by name. No result has the name of a given input, so that `gave`
-    can distinguish prepared inputs from given inputs.
     """
 
     def __init__(
@@ -109,11 +110,11 @@ class Preparation:
         self.__dict__.update(state, _known=WeakKeyDictionary())
 
     def gave(self, x: Any) -> bool:
-        """Return True if x holds prepared inputs, which the rest takes, and not given inputs."""
+        """Return True if x contains prepared inputs, and False if it contains given inputs."""
         return isinstance(x, dict) and set(x) == {*self.results, *self.passed}
 
     def __call__(self, x: Any) -> dict[str, Any]:
-        """Return the inputs of the rest, for given inputs of n rows.
+        """Return the prepared inputs for the given inputs x of n rows.
 
         Raises: TypeError or ValueError if the layers cannot take x.
         """
@@ -148,14 +149,15 @@ class Preparation:
         return self._known[examples]
 
     def padding(self, given: Examples, prepared: Examples) -> Any:
-        """Prepare the first rows one by one, and return the shortest row that `prepared` pads.
+        """Return the shortest of the first rows that have padding in `prepared`.
 
-        TextVectorization without `output_sequence_length` pads each batch to its longest row.
+        TextVectorization without `output_sequence_length` pads each batch to its longest row. The
+        method prepares the first rows one by one, and compares them with their rows in `prepared`.
 
-        Returns: (row, x) with the row number and its inputs (1, ...), without padding. None if no
-          row is padded.
-        Raises: ValueError if the inputs of a row that is prepared alone differ from its inputs in
-          `prepared`, apart from zeros at the end.
+        Returns: (row, x), the row's number and its prepared inputs (1, ...) without padding. None
+          if no row is padded.
+        Raises: ValueError if a row that is prepared alone differs from its row in `prepared`, apart
+          from zeros at the end.
         """
         found, fewest = None, np.inf
         for row in range(min(len(given), _PROBE_ROWS)):
@@ -177,14 +179,13 @@ class Preparation:
 def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     """Cut a model behind its last lookup layers.
 
-    Everything that a lookup layer depends on goes into the Preparation. All other layers stay in
-    the rest, such as Normalization or Rescaling of floating inputs.
+    The Preparation gets the lookup layers and all layers before them. All other layers stay in the
+    rest, such as Normalization or Rescaling of floating inputs.
 
-    Returns: (Preparation, rest). The rest shares the layers and weights of the model, its compiled
-      loss and the names of its outputs. (None, model) for a model without such layers.
-    Raises: ValueError naming the layer if the model cannot be cut. A subclassed model cannot be
-      cut. A model in which one layer contains both lookup layers and trainable weights cannot be
-      cut either.
+    Returns: (Preparation, rest). The rest has the same layers, weights, compiled loss and output
+      names as the model. For a model without lookup layers, the result is (None, model).
+    Raises: ValueError naming the layer for a subclassed model, and for a model in which one layer
+      contains both lookup layers and trainable weights.
     """
     looking = [layer for layer in model._flatten_layers() if isinstance(layer, _LOOKUPS)]
     graph = getattr(model, "_functional", None) or model
@@ -220,7 +221,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         names.append(name)
         shape, dtype = (None, *tensor.shape[1:]), tensor.dtype
         if "float" in dtype and id(tensor) not in name_of:
-            # The next layer would cast to this dtype.
+            # The next layer casts its input to this dtype anyway.
             dtype = (model.trainable_weights or model.weights)[0].dtype
         inputs.append(keras.Input(batch_shape=shape, dtype=dtype, name=name))
     behind = [node for node in nodes if id(node) not in front]
@@ -242,9 +243,10 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
 
 
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
-    """Give a copy of a model the compiled loss and loss weights, and a new optimiser like its own.
+    """Compile a copy of a model with the model's loss, its loss weights and a new optimiser.
 
-    A person's own training may call `fit` on the copy, so it must train like the model.
+    A user's training function may call `fit` on the copy, so the copy must train like the model.
+    The new optimiser has the configuration of the model's optimiser.
     """
     compiled = getattr(model, "_compile_loss", None)
     if model.compiled and compiled is not None:
@@ -252,13 +254,13 @@ def compile_like(copy: keras.Model, model: keras.Model) -> None:
         try:
             optimizer = type(optimizer).from_config(optimizer.get_config())
         except (AttributeError, NotImplementedError, TypeError, ValueError):
-            optimizer = "sgd"  # none, or one that has no configuration
+            optimizer = "sgd"  # the model's optimiser is missing or has no configuration
         weights = compiled._user_loss_weights
         copy.compile(optimizer=optimizer, loss=model.loss, loss_weights=weights)
 
 
 def _front(nodes: list[Any]) -> set[int]:
-    """Return the ids of the nodes of lookup layers, and of all nodes that these depend on.
+    """Return the ids of the nodes of lookup layers, and of all nodes before them.
 
     Lookup layers whose inputs depend on trainable weights are left out.
     """
@@ -300,7 +302,7 @@ def _looks_up(operation: Any) -> bool:
 
 
 def _cut(nodes: list[Any], front: set[int]) -> list[Any]:
-    """Return the tensors that lead from the front, or from an input, into the rest."""
+    """Return the input tensors of the rest: results of the front, and inputs of the model."""
     of_front = {id(t) for node in nodes if id(node) in front for t in node.outputs}
     found: dict[int, Any] = {}
     for node in nodes:
@@ -329,7 +331,7 @@ def declared_tensor(value: Any, name: Any, wanted: tuple, dtype: str) -> Any:
 
 
 def _array(tensor: Any, name: str) -> Any:
-    """Convert an output of the front part to an array, or a sparse one to CSR format."""
+    """Convert an output tensor of the front part to an array, or to a CSR matrix if sparse."""
     if isinstance(tensor, tf.SparseTensor):
         rows, columns = tensor.indices.numpy().T
         return scipy.sparse.csr_matrix((tensor.values.numpy(), (rows, columns)), tensor.shape)
@@ -346,7 +348,7 @@ def _dense(part: Any) -> NDArray:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Join the rows of batches. Shorter rows get zeros at the end, as the layer would add them."""
+    """Join the rows of batches. Shorter rows get zeros at the end, as lookup layers add them."""
     if scipy.sparse.issparse(parts[0]):
         return scipy.sparse.vstack(parts, "csr")
     longest = np.max([part.shape[1:] for part in parts], axis=0).astype(int)

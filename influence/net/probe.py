@@ -1,6 +1,6 @@
-"""Checks on a few rows of the whole set.
+"""Checks of the loss on a few rows of a set.
 
-The loss of a row must not depend on other rows, and the mean over rows must be what Keras reports.
+The loss of a row must not depend on other rows. The mean loss must be the loss that Keras reports.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from influence.net.rowwise import in_dtype
 
 # The checks read at most _ROWS rows, and at most _ALONE of them one by one.
 _ROWS, _ALONE = 32, 3
-# If _ROWS rows take more than _BYTES, fewer rows are read, but at least _FEWEST.
+# If _ROWS rows take more than _BYTES bytes, fewer rows are read, but at least _FEWEST.
 _BYTES, _FEWEST = 1 << 20, 4
-# Losses are equal if they differ by at most this fraction. Float32 rounding is far smaller.
+# Losses count as equal up to this relative difference. Float32 rounding is far smaller.
 _RTOL = 1e-3
 
 _PROBES: WeakKeyDictionary[Examples, tuple[NDArray, Examples | None]] = WeakKeyDictionary()
 
 
 def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
-    """Return the numbers of a few rows, in ascending order, and these rows.
+    """Return the row numbers of a few rows in ascending order, and a set of these rows.
 
     The rows are drawn at random from the whole set. Every call returns the same rows.
     """
@@ -52,13 +52,13 @@ def probe_of(examples: Examples) -> tuple[NDArray[np.int64], Examples]:
 def check_apart(
     net: Any, rows: NDArray, probe: Examples, losses: NDArray, shapes: str, name: str
 ) -> None:
-    """Refuse a loss of a row that depends on the other rows of its batch or on their order.
+    """Refuse a loss if a row's value depends on the other rows of the batch or on their order.
 
     Args:
       net: the net.
-      rows: (k,) the numbers of the rows.
-      probe: these rows.
-      losses: (k,) their losses in one batch.
+      rows: (k,) row numbers.
+      probe: the set of the rows with these numbers.
+      losses: (k,) the losses of these rows, computed in one batch.
       shapes: the shape of the model's outputs for these rows, for the message.
       name: the name of the set in the message.
 
@@ -72,7 +72,7 @@ def check_apart(
     for batch in batches:
         some = probe.take(batch)
         again = net.losses(some.x, some.y)
-        known = finite[batch] & np.isfinite(again)  # influence.preflight reports the other rows
+        known = finite[batch] & np.isfinite(again)  # influence.preflight reports NaN and infinity
         gaps = np.abs(np.where(known, again, 0) - np.where(known, losses[batch], 0))
         if not gaps.max() > _RTOL * size:
             continue
@@ -110,7 +110,7 @@ def check_added(net: Any, probe: Examples, name: str) -> None:
 
 
 def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> None:
-    """Refuse a loss whose mean over rows is not what Keras reports for these rows.
+    """Refuse a loss whose mean over rows differs from the loss that Keras reports for these rows.
 
     Only a compiled loss, and a Keras loss that overrides `__call__`, are checked.
 
@@ -126,8 +126,9 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
             continue
         own = _mean(net, probe, losses, count)
         if abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
-            # If there are as many time steps as rows, Keras applies the weights of the rows to the
-            # steps. So one number of rows at which both values agree is enough.
+            # If a batch has as many rows as time steps, Keras applies the sample weights to the
+            # time steps, and the values differ. This can be so for one of the two batch sizes. So
+            # with sample weights, it is enough if the values agree for the other one.
             if sample_weights(probe.y) is not None:
                 return
         else:
@@ -142,7 +143,7 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
 
 
 def _mean(net: Any, probe: Examples, losses: NDArray, count: int) -> float:
-    """Return the mean of the first losses, by which rows count by their masses."""
+    """Return the mean of the first `count` losses, weighted by the masses of the rows."""
     if not net.loss.has_masses:
         return float(np.mean(losses[:count], dtype=np.float64))
     some = probe.take(np.arange(count))
@@ -195,6 +196,6 @@ def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
 
 
 def leaves(y: Any) -> list[Any]:
-    """Return the arrays of a dict, a list or a tuple, or the single array in a list."""
+    """Return a list of the arrays in a dict, list or tuple. A single array becomes a list too."""
     y = y.values() if isinstance(y, Mapping) else y
     return list(y) if isinstance(y, list | tuple) or not hasattr(y, "shape") else [y]

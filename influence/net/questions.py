@@ -1,7 +1,7 @@
-"""Questions. A question is a function of a batch. It can be pickled and sent to another machine.
+"""Questions: functions of a batch that can be pickled and sent to another machine.
 
 `Examples.sum_over` and `Examples.map_over` call `question(net, theta, x, y)` for each batch. If
-theta is None, the question uses the net's own theta. A question holds no rows and no net.
+theta is None, the question uses the net's own theta. A question contains no rows and no net.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# These methods of a net are called many times at one theta, with different vectors.
+# Callers use these methods of a net many times at one theta, with different vectors.
 _ASKED_AGAIN = ("hvp", "gauss_newton_product", "directional", "bregman_gradient")
 
 
@@ -24,8 +24,9 @@ class PerRow:
       arguments: further arrays that are passed to the method, such as directions (d, m).
 
     Attributes:
-      num_vectors: the largest m of arguments (d, m), or 1. It limits the rows per batch.
-      keeps: True if the net may cache results that depend on its theta and the batch only.
+      num_vectors: the largest m of the arguments (d, m), or 1 without such an argument. The number
+        of rows per batch depends on it.
+      keeps: True if the net may cache results that depend only on its theta and the batch.
     """
 
     def __init__(self, method: str, *arguments: NDArray):
@@ -39,7 +40,7 @@ class PerRow:
         return f"{type(self).__name__}({self.method!r}{shapes})"
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> Any:
-        """Return the answer for one batch."""
+        """Return the result of the method for one batch."""
         return getattr(net.at(theta), self.method)(x, y, *self.arguments)
 
 
@@ -58,7 +59,7 @@ class Total(PerRow):
 
 
 def loss_sum(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> float:
-    """Return the sum of a batch's losses in float64, without the penalty. Rows count by masses."""
+    """Return the sum of mass times loss over the rows of a batch, without the penalty."""
     losses = net.at(theta).losses(x, y)
     if net.loss.has_masses:
         return float(net.masses(x, y) @ losses)

@@ -1,4 +1,4 @@
-"""A Keras callback that remembers the training: each row's margin and loss, weights, and recipe."""
+"""Keras callback that records a training: margins and losses of all rows, weights, settings."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from influence_console import shown
 
 __all__ = ["History", "Recorder"]
 
-# Recording takes at most this share of the time of training.
+# Recording takes at most this fraction of the training time, or FREE_SECONDS if that is longer.
 MOST_SHARE = 0.25
-# Or this many seconds, if that is more. Tracing the model once takes about half a second.
+# Recording may always take this many seconds. Tracing the model once takes about half a second.
 FREE_SECONDS = 2.0
-# Weights are kept by themselves while all epochs' together take at most this many bytes.
+# With keep_weights=None, weights are saved if those of all epochs take at most this many bytes.
 _MOST_BYTES = 1 << 30
-# A pass has at least _ROWS rows at a time, and otherwise this many times those of a training step,
-# which holds the activations for the gradient too.
+# A batch of a recording pass has _TIMES times the rows of a training batch, but at least _ROWS and
+# at most _MOST_ROWS. A recording pass needs less memory per row, because it computes no gradient.
 _ROWS, _TIMES, _MOST_ROWS = 64, 4, 1024
-# Keras draws an order of the rows anew in each epoch and tells no callback.
+# This text replaces the order of the rows in the header. Keras does not tell it to callbacks.
 ORDER = (
     "not known: Keras tells a callback neither whether the rows are shuffled nor their order. The "
     "seed is that of keras.utils.set_random_seed, if it was called. It fixes the order only "
@@ -64,30 +64,31 @@ class Recorder(keras.callbacks.Callback):
         history = influence.History.load("run")
 
     After each epoch, one pass in inference mode computes the loss and the margin of every row of
-    `train` (`History` and `influence.net.margins` define them). Files are written under temporary
-    names and renamed, so that an interrupted training leaves whole files only.
+    `train`. `History` and `influence.net.margins` define both. Each file is written under a
+    temporary name and then renamed. An interrupted training therefore leaves no incomplete file.
 
-    With `keras.callbacks.BackupAndRestore`, in any order, an interrupted training goes on in the
-    same folder, and no epoch occurs twice. A folder of other rows, another model or another
-    optimiser is refused before the training begins.
+    With `keras.callbacks.BackupAndRestore`, an interrupted training continues in the same folder,
+    and no epoch occurs twice. The order of the two callbacks does not matter. `fit` refuses a
+    folder of other rows, another model or another optimiser before the training begins.
 
-    Recording costs at most a quarter of the time of training, or two seconds if that is more. If a
-    pass after each epoch costs more, every j-th epoch is recorded, with the first and the last. j
-    is 1, 2, 4 ... and is chosen after the second epoch from the measured times, and doubled if that
-    was not enough. `History.epochs` says which epochs were recorded.
+    Recording takes at most a quarter of the training time, or two seconds if that is longer. If a
+    pass after each epoch would take longer, only the first, every j-th and the last epoch are
+    recorded. j is 1, 2, 4 and so on. It is chosen after the second epoch from the measured times,
+    and doubled later if recording still takes too long. `History.epochs` lists the recorded epochs.
 
-    What Keras does not tell a callback is not recorded: the order of the rows, `class_weight` and
-    `sample_weight` of `fit` (give them with `train`, as for Examples), and the rows that
-    `validation_split` takes away. The number of rows of an epoch is recorded, and a difference to
-    `train` is said.
+    Keras does not give a callback the order of the rows, the arguments `class_weight` and
+    `sample_weight` of `fit`, or the rows that `validation_split` removes. They are not recorded.
+    Give weights with `train`, as for Examples. The number of rows of each epoch is recorded. If it
+    differs from the number of rows of `train`, a warning says so.
 
     Args:
       folder: the folder to write to. It is created if it is missing.
-      train: the training rows, in any form of `GenericNeuralNet.given`, in an order that stays.
-      every: record each epoch for 1, every second epoch for 2 and so on, and the first and the
-        last, without regard to the time. None chooses by the measured time.
-      keep_weights: True to keep the weights after each recorded epoch, False to keep those of the
-        start only. None keeps them if all epochs' together take at most 1 GiB.
+      train: the training rows, in any form of `GenericNeuralNet.given`. Their order must not change
+        between passes.
+      every: record the first epoch, then every `every`-th epoch, and the last, however long this
+        takes. None chooses by the measured times.
+      keep_weights: True to save the weights after each recorded epoch, False to save only those at
+        the start. None saves them if the weights of all epochs together take at most 1 GiB.
       loss: the loss of a row, for a model that overrides `compute_loss`. None means the compiled
         loss.
 
@@ -95,7 +96,7 @@ class Recorder(keras.callbacks.Callback):
       its first step for rows that do not fit the model, and for a folder of another training.
     """
 
-    # Replaced in tests.
+    # Tests replace this clock.
     _clock = staticmethod(time.perf_counter)
 
     def __init__(
@@ -125,7 +126,7 @@ class Recorder(keras.callbacks.Callback):
     # --- Keras' callback --------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the rows and the folder. The weights may yet be restored by another callback."""
+        """Check the rows and the folder. Another callback may still restore the weights later."""
         start = self._clock()
         checkpoint.check_writable(self.folder, "folder")
         self._net = GenericNeuralNet(self.model, self._loss)
@@ -137,7 +138,8 @@ class Recorder(keras.callbacks.Callback):
         self._about = self._described()
         if (self.folder / HEADER).exists():
             self._check_folder(read_header(self.folder))
-        # Seconds of recording, those of them that are in the files, and seconds of training.
+        # `_own` counts all seconds of recording, and `_charged` those already written to files.
+        # `_trained` counts the seconds of training.
         self._own, self._charged, self._trained = self._clock() - start, 0.0, 0.0
         self._j, self._tracing = self._every or 1, 0.0
         self._cost: float | None = None
@@ -147,7 +149,7 @@ class Recorder(keras.callbacks.Callback):
         self._resumed, self._begun, self._traced = 0, False, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begin or go on with the folder, before the first epoch. Start the clock."""
+        """Start the epoch's clock. Before the first epoch, begin or continue the record."""
         start = self._clock()
         if not self._begun:
             self._begin(epoch)
@@ -158,7 +160,7 @@ class Recorder(keras.callbacks.Callback):
         self._own += self._started - start
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Read the learning rate, and after the first batches their number of rows."""
+        """Read the learning rate before the first batch, and the batch size before the second."""
         if np.isnan(self._rate):
             self._rate = keras_state.learning_rate(self.model)
         elif self._batch < 0 and batch > 0:
@@ -166,10 +168,10 @@ class Recorder(keras.callbacks.Callback):
             self._batch = -1 if seen < 0 else -(-seen // batch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Count the batch. After the last one, read the number of trained rows.
+        """Count the batch. After the last batch of the epoch, read the number of trained rows.
 
-        At the end of the epoch, another callback's `evaluate` may have set Keras' counter to 0.
-        Without a known number of batches, it is read after each of them.
+        `on_epoch_end` would be too late, because another callback's `evaluate` may have reset
+        Keras' counter. If the number of batches is unknown, every batch reads the counter.
         """
         self._batches = batch + 1
         steps = (self.params or {}).get("steps") or self._steps
@@ -177,12 +179,12 @@ class Recorder(keras.callbacks.Callback):
             self._rows = keras_state.rows_seen(self.model)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Read the number of trained rows. Validation inside an epoch sets Keras' counter to 0."""
+        """Read the number of trained rows, before a validation resets Keras' counter."""
         if getattr(self, "_begun", False) and self._rows < 0 and self._is_training():
             self._rows = keras_state.rows_seen(self.model)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Record the epoch, if it is due, and write its files."""
+        """Write the epoch's file. If the epoch is due, record its margins and losses too."""
         start = self._clock()
         seconds = start - self._started
         self._trained += seconds
@@ -193,7 +195,7 @@ class Recorder(keras.callbacks.Callback):
         self._started = np.nan
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Record the last epoch, if it was skipped and nothing changed the weights since then."""
+        """Record the last epoch if it was skipped and the weights have not changed since."""
         if self._last is None:
             return
         number, recorded, digest = self._last
@@ -206,7 +208,7 @@ class Recorder(keras.callbacks.Callback):
     # --- the folder -------------------------------------------------------------------------------
 
     def _begin(self, done: int) -> None:
-        """Write the header and the first weights, or go on after `done` epochs."""
+        """Write the header and the weights at the start, or continue a record of `done` epochs."""
         header, recorded = self.folder / HEADER, epochs_in(self.folder)
         about = read_header(self.folder) if header.exists() and recorded else None
         began = done if about is None else about["began"]
@@ -244,7 +246,7 @@ class Recorder(keras.callbacks.Callback):
             weights_file(self.folder, epoch).unlink(missing_ok=True)
 
     def _go_on(self, epochs: range, theta: NDArray) -> None:
-        """Read the files of the epochs before. If the last is missing, record it now."""
+        """Restore counts from the files of earlier epochs. Record the last epoch if it has none."""
         file: dict[str, NDArray] | None = None
         for epoch in epochs:
             try:
@@ -269,7 +271,10 @@ class Recorder(keras.callbacks.Callback):
             self._cost = None if np.isnan(cost) else cost
 
     def _late(self, epoch: int, before: dict[str, NDArray] | None) -> None:
-        """Record an epoch that ended before the interruption. Its weights are the present ones."""
+        """Record an epoch that ended before the interruption, with the model's current weights.
+
+        `before` is the content of the file of the epoch before, or None.
+        """
         if before is None:
             self._steps = int((self.params or {}).get("steps") or 0)
         else:
@@ -279,7 +284,7 @@ class Recorder(keras.callbacks.Callback):
         self._resumed = 1
 
     def _check_folder(self, about: dict[str, Any]) -> None:
-        """Refuse the folder of another training by what differs."""
+        """Refuse the folder of another training. The message says what differs."""
         names = {
             "data": "rows or labels",
             "model": "layers or weights' shapes",
@@ -295,7 +300,7 @@ class Recorder(keras.callbacks.Callback):
                 )
 
     def _described(self) -> dict[str, Any]:
-        """Return what the header says of the training."""
+        """Return the header, a dict of the training's settings, versions and digests."""
         given = inputs_of(self._train)
         return {
             "format": FORMAT,
@@ -318,7 +323,7 @@ class Recorder(keras.callbacks.Callback):
         }
 
     def _all_weights(self) -> dict[str, NDArray]:
-        """Return theta and the other weights, such as running means, to train again from them."""
+        """Return theta and the other weights, such as running means, to repeat the training."""
         others = {id(weight) for weight in self._weights}
         found = [w for w in self.model.weights if id(w) not in others]
         return {"theta": self._theta()} | {
@@ -344,11 +349,14 @@ class Recorder(keras.callbacks.Callback):
         self._store(number, file, start)
 
     def _write_file(self, number: int, file: dict[str, NDArray], start: float) -> None:
-        """Compute margins and losses, and write the files of an epoch. The clock ran from start."""
+        """Compute margins and losses, and write the files of an epoch.
+
+        `start` is the clock's time when the recording of this epoch began.
+        """
         margins, losses = self._passed()
         if self._keeps_weights():
             checkpoint.store(weights_file(self.folder, number), {"theta": self._theta()})
-        # TensorFlow traces the first pass only, so that time is no measure of the next one.
+        # The time of tracing is left out, because later passes do not trace again.
         self._cost = self._clock() - start - self._tracing
         self._store(number, {**file, "margins": margins, "losses": losses}, start)
 
@@ -384,16 +392,16 @@ class Recorder(keras.callbacks.Callback):
         return margins, losses
 
     def _followed(self) -> tuple[GenericNeuralNet, Examples]:
-        """Return the net at the model's present weights, and the rows that it takes."""
+        """Return the net with the model's current weights, and the rows in its input form."""
         net = self._net
-        if net.flat.weights[0] is not self._weights[0]:  # a copy in another dtype
+        if net.flat.weights[0] is not self._weights[0]:  # the net is a copy in another dtype
             source = split(self.model)[1].weights
             for copy, weight in zip(net.flat.parts.whole.weights, source, strict=True):
                 copy.assign(weight.numpy())
         if net.flat.trunk is not None:
             try:
                 net.flat.trunk.check_weights()
-            except RuntimeError:  # running means without other weights change in the training
+            except RuntimeError:  # the training changes running means in the trunk
                 self._net, self._traced = net.uncut(), False
                 self._train = inputs_of(self._train)
         return self._net, self._train
@@ -415,7 +423,7 @@ class Recorder(keras.callbacks.Callback):
         return needed <= _MOST_BYTES
 
     def _is_due(self, number: int, seconds: float) -> bool:
-        """Return True if an epoch is to be recorded. Choose j from the second epoch on."""
+        """Return True if the epoch must be recorded. From the second epoch on, update j first."""
         planned, first = self._planned(), self._about["began"] + 1
         if self._every is None and self._cost is not None and number > first and seconds > 0:
             left = max(planned - number, 0)
@@ -425,16 +433,17 @@ class Recorder(keras.callbacks.Callback):
         return (number - first) % self._j == 0 or number >= planned or self.model.stop_training
 
     def _passes(self, number: int) -> int:
-        """Return the number of passes from this epoch on, with the last epoch's."""
+        """Return how many epochs from this one to the last planned one are due."""
         planned, first = self._planned(), self._about["began"] + 1
         return sum((e - first) % self._j == 0 or e == planned for e in range(number, planned + 1))
 
-    # --- what Keras says --------------------------------------------------------------------------
+    # --- checks and counts ------------------------------------------------------------------------
 
     def _checked(self) -> Margins:
-        """Return the rule of the margins. Refuse rows that do not fit, from one row and all labels.
+        """Return the rule for the margins. Refuse rows that do not fit the model or the loss.
 
-        The row's question is traced on the way, before the clock of the first pass runs.
+        The check uses the inputs of one row and the labels of all rows. It also traces the function
+        of the later passes, before their time is measured.
         """
         net, few = self._net, self._train.take([0])
         check_inputs(net.flat.model, few.x, "train")
@@ -443,7 +452,7 @@ class Recorder(keras.callbacks.Callback):
         net.loss.check_labels(self._train.y, shapes, "train")
         margins = Margins.of(net, self._train)
         if Recorded(margins).losses(net, few.x, few.y).shape != (1,):
-            net.validate(self._train, "train")  # names the loss, and what would work
+            net.validate(self._train, "train")  # raises an error with the loss and a remedy
         return margins
 
     def _is_training(self) -> bool:
@@ -453,7 +462,7 @@ class Recorder(keras.callbacks.Callback):
         return int((self.params or {}).get("epochs") or 1)
 
     def _finish_counts(self) -> None:
-        # The optimiser also counts the call that finds the end of a dataset of unknown length.
+        # If a dataset has unknown length, the optimiser counts the call that finds its end too.
         self._steps = min(keras_state.iterations(self.model) - self._at, self._batches)
         if self._rows < 0:
             self._rows = keras_state.rows_seen(self.model)

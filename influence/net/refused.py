@@ -1,4 +1,4 @@
-"""Checks of Keras models and inputs. Each error says why the object is refused."""
+"""Checks of Keras models and inputs. Each error says why a model or an input is refused."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def check_model(model: keras.Model, weights: Sequence[Any]) -> None:
       model: the model, without its frozen trunk.
       weights: the weights that form theta.
 
-    Raises: TypeError for weights of several dtypes, or for a dtype other than float32 and float64.
-      ValueError for a model that has one of Keras' activity regularisers, or computes in another
-      dtype than its weights'.
+    Raises: TypeError for weights of several dtypes, or of a dtype other than float32 and float64.
+      ValueError for a model that has one of Keras' activity regularisers, or computes in a dtype
+      other than that of its weights. ValueError for float64 weights and an input of lower
+      precision.
     """
     dtypes = sorted({str(weight.dtype) for weight in weights})
     if len(dtypes) > 1:
@@ -65,7 +66,9 @@ def check_model(model: keras.Model, weights: Sequence[Any]) -> None:
 
 
 def check_built(model: Any, trainable: bool = True) -> None:
-    """Refuse anything except a built Keras model, with a trainable weight if `trainable` is True.
+    """Refuse anything except a built Keras model.
+
+    If `trainable` is True, a model without a trainable weight is refused too.
 
     Raises: TypeError or ValueError naming the model.
     """
@@ -102,7 +105,7 @@ def _finite(weight: Any) -> bool:
 
 
 def check_inputs(model: keras.Model, x: Any, name: str) -> None:
-    """Refuse inputs that differ from those that a functional or sequential model declares.
+    """Refuse inputs whose names or shapes a functional or sequential model does not declare.
 
     Raises: ValueError naming `name`, the expected shape and the given shape.
     """
@@ -131,7 +134,7 @@ def check_inputs(model: keras.Model, x: Any, name: str) -> None:
 
 
 def check_output(model: keras.Model, x: Any, name: str) -> Any:
-    """Return what the model returns for a few rows x, in inference mode, without side effects.
+    """Return the model's output for a few rows x, in inference mode and without side effects.
 
     Raises: ValueError naming `name` if the model cannot take x. ValueError if the model does not
       return a tensor or a flat list or dict of tensors.
@@ -168,7 +171,7 @@ def check_no_mask(model: keras.Model, outputs: list[Any]) -> None:
 
 
 def check_no_masses(net: Any, what: str) -> None:
-    """Refuse a loss that masks positions, for a method that does not count them.
+    """Refuse a loss that masks positions, for a method that does not use the masses of rows.
 
     Raises: ValueError naming the method `what`.
     """
@@ -179,16 +182,16 @@ def check_no_masses(net: Any, what: str) -> None:
         )
 
 
-# This holds the checks that each set of examples has passed. They are not repeated.
+# Checks of embedding ids that each set of examples has passed. They are not repeated.
 _PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()
 
 
 @contextmanager
 def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterator[Any]:
-    """Check the ids of all rows for every Embedding layer that the caller's block runs.
+    """Check the ids of all rows for every Embedding layer that runs inside the `with` block.
 
-    The caller runs the model on a few rows inside the `with` block. An input is checked if an
-    Embedding layer receives it unchanged. Ids that the model computes are not checked.
+    The caller runs the model on a few rows x inside the block. An input is checked if an Embedding
+    layer receives it unchanged. Ids that the model computes are not checked.
 
     `examples` contains all rows. It is read once for each layer. Messages call it `name`.
 
@@ -205,7 +208,7 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
     with mock.patch.object(keras.layers.Embedding, "call", recording):
         try:
             yield x
-        finally:  # also if a bad id in the few rows made the model fail
+        finally:  # the check also runs if a bad id in the few rows made the model fail
             for layer, inputs in uses:
                 for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
                     if inputs is tensor:
@@ -213,7 +216,7 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
-    """Cast x to the dtypes of the model's inputs. Keras then passes on x itself, not a copy."""
+    """Cast x to the dtypes of the model's inputs. Layers then receive x itself, not a copy."""
     wanted = declared(model)
     if isinstance(x, dict):
         return {k: tf.cast(v, wanted[k].dtype) if k in wanted else v for k, v in x.items()}
@@ -248,7 +251,7 @@ def _outside(
     """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
     if key is None:
         ids = x
-    else:  # x may have other names of the inputs
+    else:  # x may use other names for the inputs
         ids = next(part for given, part in x.items() if other.get(given, given) == key)
     outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None

@@ -1,4 +1,4 @@
-"""Calls of a loss that return one value per row, for labels with or without weights."""
+"""Functions that call a loss and return one value per row, for labels with or without weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from influence.examples import labels as packing
 
 
 def labels_of(y: Any, output: str | None, several: bool = False) -> Any:
-    """Return the labels of one output, without weights. None means the only output.
+    """Return the labels of one output, without weights. For a single output, `output` is None.
 
-    With `several`, labels of several outputs are returned as a dict.
+    If `several` is True, the labels of several outputs are returned as a dict.
 
     Raises: ValueError if y has no labels for the output.
     """
@@ -32,7 +32,7 @@ def labels_of(y: Any, output: str | None, several: bool = False) -> Any:
 
 
 def weight_of(y: Any, output: str | None) -> Any:
-    """Return the sample weights (n,) of one output, or None without weights."""
+    """Return the sample weights (n,) of one output, or None if y has no weights."""
     found = packing.sample_weights(y)
     if not isinstance(found, Mapping):
         return found
@@ -48,14 +48,13 @@ def of_rows(
       call: the loss as a function of labels and outputs.
       own: True for Keras' own losses. They average over the last axis, so they would average
         outputs (n,) over the examples. Some of them broadcast labels (n,) and outputs (n, 1) to
-        (n, n).
-        Outputs and labels (n,) therefore get a second axis.
+        (n, n). Outputs and labels (n,) therefore get a second axis.
       keeps_labels: True if labels stay unchanged. If it is False, labels are converted to the
         dtype of the outputs.
       y: the labels.
       output: the model's outputs.
-      positions: (n, ...) the weights of a row's time steps or pixels in its sum. None means the
-        mean over all of them.
+      positions: (n, ...) weights of time steps or pixels. A row's value is then the weighted sum
+        over its time steps or pixels. None means the mean over them.
     """
     if not keeps_labels:
         y = tf.cast(y, output.dtype)
@@ -67,9 +66,9 @@ def of_rows(
 
 
 def of_callable(function: Callable, y: Any, output: Any) -> Any:
-    """Call a user's function. If it refuses integer labels, cast them to the outputs' dtype.
+    """Call a user's function. If it fails for integer labels, cast them to the outputs' dtype.
 
-    Keras casts the labels of every compiled function in this way.
+    Keras always casts the labels for a compiled function in this way.
     """
     try:
         return function(y, output)
@@ -82,10 +81,10 @@ def of_callable(function: Callable, y: Any, output: Any) -> Any:
 def as_keras_calls(function: Callable, y: Any, output: Any, positions: Any = None) -> Any:
     """Call a user's compiled function as Keras does, and average the values of each row.
 
-    `positions` is that of `of_rows`.
+    `positions` has the same meaning as in `of_rows`.
     """
     y = tf.cast(y, output.dtype)
-    if abs(len(y.shape) - len(output.shape)) == 1:  # Keras gives both the same rank in this way
+    if abs(len(y.shape) - len(output.shape)) == 1:  # make the ranks equal, as Keras does
         if len(y.shape) == 1 and output.shape[-1] == 1:
             y = tf.expand_dims(y, -1)
         elif len(output.shape) == 1 and y.shape[-1] == 1:
@@ -98,10 +97,10 @@ def as_keras_calls(function: Callable, y: Any, output: Any, positions: Any = Non
 
 
 def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
-    """Call a loss that overrides `__call__` for one row after another, (n,).
+    """Return the values (n,) of a loss that overrides `__call__`, from one call for each row.
 
-    The loss's value for a whole batch may be anything. `GenericNeuralNet.validate` compares this
-    value with the mean over the rows.
+    The value for a whole batch may differ from the mean over its rows.
+    `GenericNeuralNet.validate` compares both.
     """
     loss = in_dtype(loss, output.dtype.name)
 
@@ -122,9 +121,9 @@ def in_dtype(loss: keras.losses.Loss, dtype: str) -> keras.losses.Loss:
 
 
 def _over_positions(values: Any, positions: Any) -> Any:
-    """Average the losses of each example over its time steps or pixels, or sum them by weights.
+    """Average each example's losses over its time steps or pixels, or sum them with weights.
 
-    Raises: ValueError if there is not one weight for each loss.
+    Raises: ValueError if the losses do not have one value for each weight.
     """
     rank = len(values.shape)
     if positions is not None:

@@ -1,4 +1,4 @@
-"""Models from files: `.keras`, `.h5`, and weights for a given model."""
+"""Functions that load a model, or weights for a given model, from a file that Keras saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDINGS = (".keras", ".h5", ".hdf5")
 
 
 def is_saved(value: object) -> bool:
-    """Return True if the path exists or ends in .keras, .h5 or .hdf5."""
+    """Return True for a path that exists or ends in .keras, .h5 or .hdf5."""
     if not isinstance(value, str | os.PathLike):
         return False
     path = Path(value)
@@ -27,18 +27,19 @@ def is_saved(value: object) -> bool:
 def load_model(
     path: str | os.PathLike, model: keras.Model | None = None, *, compiled: bool = True
 ) -> keras.Model:
-    """Load a model that Keras saved.
+    """Load a model that Keras saved, or load saved weights into a given model.
 
-    Python code in a file, such as a Lambda layer's, is never run.
+    Python code in a file, such as the code of a Lambda layer, is never run.
 
     Args:
-      path: a file `.keras` or `.h5` of a whole model. With `model`, a file `.weights.h5`, or a
-        whole model's file, whose weights are loaded into `model`.
-      model: a built model of the same architecture. Its weights change.
+      path: a `.keras` or `.h5` file of a whole model. If `model` is given, the file may also be a
+        `.weights.h5` file.
+      model: a built model of the same architecture, which gets the weights in the file. None to
+        load a whole model.
       compiled: True to load the compiled loss too.
 
-    Raises: FileNotFoundError for a missing file. TypeError or ValueError for another file, or a
-      model that Keras cannot rebuild.
+    Raises: FileNotFoundError for a missing file. TypeError or ValueError for another kind of file,
+      or for a model that Keras cannot rebuild.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be the path of a saved model, got {type(path).__name__}.")
@@ -87,11 +88,11 @@ def load_model(
 
 def _loaded(file: Path, compiled: bool) -> keras.Model:
     with warnings.catch_warnings():
-        # The state of the optimiser does not matter here.
+        # Keras warns if it cannot load the optimiser's state. The net does not need this state.
         warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
         if file.suffix == ".keras":
             return keras.saving.load_model(file, compile=compiled, safe_mode=True)
-        # Keras 3 fails to compile some losses in this old format, such as "mse".
+        # When Keras 3 loads this old format, it cannot compile some losses, such as "mse".
         model = keras.saving.load_model(file, compile=False, safe_mode=True)
     if compiled:
         with h5py.File(file) as opened:
@@ -108,7 +109,7 @@ def _check_loss(model: keras.Model) -> None:
 
 
 def _loss(config: Any) -> Any:
-    """Return the losses of a configuration: names, or dicts that describe a loss or a function."""
+    """Return the losses that a configuration describes by names or dicts."""
     if isinstance(config, list):
         return [_loss(part) for part in config]
     if isinstance(config, dict) and "class_name" not in config:

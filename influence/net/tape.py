@@ -1,8 +1,8 @@
 """Derivatives of per-example losses by `tf.GradientTape`, for many vectors in one pass.
 
 The first argument of most functions is `losses`. `losses(theta, x, y)` returns the n losses of a
-batch. All arrays are tensors. The m vectors are the rows of V (m, d). `each` maps a function over
-these rows. It is either `tf.vectorized_map` or `looped`. Unconnected gradients count as zero. The
+batch. All arrays are tensors. The m vectors are the rows of V (m, d). `each(f, V)` maps a function
+over these rows, by `tf.vectorized_map` or by `looped`. Unconnected gradients count as zero. The
 second derivative of a linear function is therefore zero and not an error.
 """
 
@@ -17,9 +17,9 @@ _ZERO = tf.UnconnectedGradients.ZERO
 Losses = Callable[[Any, Any, Any], Any]
 Each = Callable[[Callable, Any], Any]
 
-# TensorFlow's vectorised map is wrong for grouped convolutions, and fails for recurrent layers. For
-# other convolutions, it is no faster than a loop, and takes m times the memory of a loop. It fails
-# for gradients of branches.
+# `tf.vectorized_map` is wrong for grouped convolutions. It fails for recurrent layers, and for
+# gradients of branches such as `tf.cond`. For other convolutions, it is no faster than a loop, and
+# takes m times the memory of a loop.
 _LOOPED_OPS = (
     *("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN"),
     *("If", "StatelessIf", "Case", "StatelessCase"),
@@ -38,7 +38,7 @@ def operations(graph: Any) -> list[Any]:
 
 
 def looped(function: Callable, elements: Any, dtype: Any) -> Any:
-    """Apply a function to one element at a time. Stack the results, all of type `dtype`."""
+    """Apply a function to one element after the other. Stack the results, which have `dtype`."""
     return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
 
 
@@ -74,7 +74,7 @@ def hvp(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
 
 
 def over_batches(products: Callable, theta: Any, x: Any, y: Any, V: Any) -> Any:
-    """Return `products(theta, x[j], y[j], V[j])` of all r batches j as one array (r, m, d)."""
+    """Return `products(theta, x[j], y[j], V[j])` for each of r batches j, stacked to (r, m, d)."""
     return tf.map_fn(lambda part: products(theta, *part), (x, y, V), fn_output_signature=V.dtype)
 
 
@@ -89,7 +89,7 @@ def gradient_each(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> An
 
 
 def _num_rows(y: Any) -> Any:
-    """Return the number of rows (1,) of labels, which may be a dict of tensors."""
+    """Return the number of rows of y as a tensor (1,). y is a tensor or a dict of tensors."""
     return tf.shape(tf.nest.flatten(y)[0])[:1]
 
 
@@ -123,9 +123,10 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 def output_terms(
     output: Callable, loss: Callable, curved: Callable, each: Each, theta: Any, x: Any, y: Any
 ) -> tuple[Any, Any, Any]:
-    """Return each row's outputs z (n, c), and the loss's slope (n, c) and Hessian (n, c, c) by z.
+    """Return each row's outputs z (n, c), and the gradients and Hessians of the losses.
 
-    `curved(y, z)` is `PerExampleLoss.curved`. Outputs of other shapes are flattened.
+    The gradients (n, c) and Hessians (n, c, c) are those with respect to z. `curved` is the method
+    `PerExampleLoss.curved`. Outputs of other shapes are flattened.
     """
     z = output(theta, x)
     slope = gradient(lambda z: tf.reduce_sum(loss(y, z)), z)
@@ -138,7 +139,7 @@ def output_terms(
 
 
 def output_hessians(product: Callable, each: Each, z: Any) -> Any:
-    """Return the Hessian (n, c, c) of each row's loss by its c outputs.
+    """Return the Hessian of each row's loss with respect to the row's c outputs, (n, c, c).
 
     `product(u)` multiplies the Hessians of all rows by u, which has the shape of the outputs z.
     """
@@ -160,7 +161,8 @@ def bregman_gradient(
 
     Row i's divergence is loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i). z_i is the
     output at theta, and z is the output at the other parameters. Near theta, the slopes loss' at z
-    and z_i almost cancel. They are subtracted before the backward pass to lose fewer digits.
+    and z_i are almost equal. Fewer digits are lost if their difference is taken before the backward
+    pass.
     """
 
     def slope(z):
@@ -204,9 +206,9 @@ def gauss_newton(
 ) -> Any:
     """Return J' H J v / n for each row v of V (m, d).
 
-    J is the Jacobian of the outputs z of all n rows by theta. H is the Hessian of the sum of the
-    losses by z. `curved(y, z)` returns the map u -> H u. Two reverse passes give J v, because J v
-    is the derivative of (J'u) . v by u.
+    J is the Jacobian of the outputs z of all n rows with respect to theta. H is the Hessian of the
+    sum of the losses with respect to z. `curved(y, z)` returns the map u -> H u. J v is the
+    derivative of (J'u) . v with respect to u, so two reverse passes compute it.
     """
     with tf.GradientTape(persistent=True) as by_u:
         with tf.GradientTape(persistent=True) as by_theta:

@@ -1,8 +1,8 @@
 """Frozen trunks: the layers of a model that depend on no weight of theta. They run once per row.
 
-`Parts.of` cuts a model at the last tensors that depend on no weight of theta. The trunk leads to
-these tensors, the features. The rest leads from the features to the model's outputs. Every
-derivative with respect to theta needs the rest only.
+`Parts.of` cuts a model at the last tensors that depend on no weight of theta. The trunk computes
+these tensors, called the features, from the inputs. The rest computes the model's outputs from the
+features. Derivatives with respect to theta need only the rest.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from influence.net.inputs import aliases, declared
 from influence.net.precision import recast
 from influence.net.preprocessing import Given, compile_like, declared_tensor
 
-# One call of a trunk gets at most this many rows, and this many entries of its inputs.
+# One call of a trunk gets at most this many rows, and at most this many numbers in its inputs.
 _ROWS, _ENTRIES = 256, 1 << 21
-# A trunk's rows are counted in a trace with this many rows.
+# A trace with this many input rows checks that a trunk returns the same number of rows.
 _TRACED = 3
-# The features of a row alone may differ by this relative amount from those among other rows.
+# The features of a row, computed alone and among other rows, may differ by this relative amount.
 _RTOL = 1e-3
 
 
 class Trunk:
-    """The layers in front of theta, as a function from inputs to features.
+    """Function from inputs to features, made of the layers of a model in front of theta.
 
     Args:
       whole: the model that was cut.
-      tensors: the symbolic tensors where it was cut, which may contain inputs of the model.
+      tensors: the symbolic tensors where the model was cut. Some may be inputs of the model.
 
     Attributes:
       names: the names of the features, in the order of `tensors`. Inputs of the model keep their
-        names. Other names contain the digest, so that features of other weights are not mistaken
-        for those of this trunk.
+        names. Other names contain the digest. Features of a trunk with other weights therefore have
+        other names.
       digest: checksum of the trunk's layers and weights.
     """
 
     def __init__(self, whole: keras.Model, tensors: list[Any]):
         graph = getattr(whole, "_functional", None) or whole
-        self.parts: Parts | None = None  # `Parts` sets itself, to be pickled in place of the trunk
+        self.parts: Parts | None = None  # set by `Parts`, and pickled in place of the trunk
         name_of = {id(tensor): name for name, tensor in declared(graph).items()}
         shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in declared(graph).items()}
         self._given = Given(shapes, aliases(graph))
@@ -67,7 +67,7 @@ class Trunk:
         self._traced: Any = None
 
     def __repr__(self) -> str:
-        """Show the number of layers and the last of them."""
+        """Return a text with the number of layers and the last layer's name."""
         layers = [x for x in self.model.layers if not isinstance(x, keras.layers.InputLayer)]
         what = "layer" if len(layers) == 1 else f"{len(layers)} layers up to"
         return f"{what} {layers[-1].name!r}"
@@ -93,7 +93,7 @@ class Trunk:
         return {name: made[name] if name in made else parts[name].numpy() for name in self.names}
 
     def gave(self, x: Any) -> bool:
-        """Return True if x holds features of this trunk, and not inputs of the model."""
+        """Return True if x contains features of this trunk, and not inputs of the model."""
         return isinstance(x, dict) and set(x) == set(self.names)
 
     def same_as(self, other: Trunk) -> bool:
@@ -101,7 +101,7 @@ class Trunk:
         return self.names == other.names and self.digest == other.digest
 
     def applied(self, examples: Examples) -> Examples:
-        """Return examples with features. Examples of such features are returned unchanged.
+        """Return examples with features as inputs. If they already have these, return them as is.
 
         Raises: RuntimeError if the trunk's weights have changed.
         """
@@ -122,10 +122,10 @@ class Trunk:
             )
 
     def check_rows(self, examples: Featured, name: str) -> None:
-        """Refuse a trunk whose features of a row depend on the other rows.
+        """Refuse a trunk if a row's features depend on the other rows.
 
-        The trunk runs for one row alone. Its features are compared with the cached features. Each
-        set is checked once.
+        The trunk computes the features of one row alone. They are compared with the cached features
+        of this row. Each set is checked once.
 
         Raises: ValueError naming the set `name`.
         """
@@ -144,7 +144,7 @@ class Trunk:
         examples.checked = True
 
     def composed(self, rest: keras.Model) -> keras.Model:
-        """Return a model of this trunk and another rest, which may have another dtype."""
+        """Return the model that applies this trunk and then `rest`, perhaps in another dtype."""
         given = [
             keras.ops.cast(tensor, new.dtype) if tensor.dtype != new.dtype else tensor
             for tensor, new in zip(self._tensors, rest.inputs, strict=True)
@@ -153,7 +153,7 @@ class Trunk:
         return keras.Model(self._graph._inputs_struct, results, name=rest.name)
 
     def __reduce__(self) -> tuple:
-        """Pickle the model's parts. They cut the model again."""
+        """Pickle `parts` in place of the trunk. Unpickling cuts the model again."""
         return _trunk_of, (self.parts,)
 
     def _run(self, tensors: list[Any]) -> list[NDArray]:
@@ -188,7 +188,7 @@ def _trunk_of(parts: Parts) -> Trunk | None:
 
 @dataclass(eq=False)
 class Parts:
-    """A model, the weights that form theta, and the two parts into which these cut the model.
+    """Model, the weights that form theta, and the model's two parts: the trunk and the rest.
 
     Attributes:
       whole: the model.
@@ -206,7 +206,7 @@ class Parts:
     chosen: bool = False
 
     def __post_init__(self):
-        """Let the trunk know the parts, unless it belongs to those of another dtype."""
+        """Set `trunk.parts` to these parts, unless `astype` took the trunk from other parts."""
         if self.trunk is not None and self.trunk.parts is None:
             self.trunk.parts = self
 
@@ -231,7 +231,7 @@ class Parts:
         return Parts(self.whole, self.weights, self.whole, None, self.chosen)
 
     def astype(self, dtype: str) -> Parts:
-        """Return a copy whose rest computes in `dtype`. A trunk keeps its dtype and its weights.
+        """Return parts with a copy of the rest in `dtype`, and with the same trunk.
 
         Raises: the errors of `recast`.
         """
@@ -245,7 +245,7 @@ class Parts:
         return Parts(whole, weights, rest, self.trunk, self.chosen)
 
     def __getstate__(self) -> dict:
-        """Pickle the whole model and the places of theta's weights."""
+        """Pickle the whole model, and the indices of theta's weights in `whole.weights`."""
         place = {id(weight): number for number, weight in enumerate(self.whole.weights)}
         places = [place[id(weight)] for weight in self.weights]
         cut = self.trunk is not None
@@ -297,10 +297,11 @@ def weights_of(model: keras.Model, layers: Any) -> tuple[Any, ...]:
 
 
 def _cut(model: keras.Model, weights: Iterable[Any]) -> tuple[Trunk | None, keras.Model]:
-    """Return the trunk in front of some weights, and the rest. (None, model) if there is none.
+    """Return (trunk, rest) for theta formed by `weights`, or (None, model) if there is no trunk.
 
     A model is cut only if it is Sequential or functional, and if a layer of the trunk multiplies by
-    weights. Others, such as Rescaling or Embedding, cost little and may enlarge the rows.
+    a matrix or a kernel. Other layers, such as Rescaling or Embedding, take little time, and their
+    outputs may be larger than their inputs.
     """
     graph, theta = getattr(model, "_functional", None) or model, {id(w) for w in weights}
     if not is_functional(graph) or not _is_own(model):
@@ -376,7 +377,7 @@ def _fixed(nodes: list[Any], theta: set[int]) -> set[int]:
 
 
 def _needed(tensors: list[Any], made_by: dict[int, Any]) -> list[Any]:
-    """Return the nodes that lead to some tensors."""
+    """Return all nodes that are needed to compute the tensors."""
     found: dict[int, Any] = {}
     todo = [made_by[id(tensor)] for tensor in tensors]
     while todo:
@@ -402,7 +403,7 @@ def _is_plain(tensor: Any) -> bool:
 def _keeps_rows(graph: Any, operations: list[Any], tensors: list[Any]) -> bool:
     """Return True if the trunk returns one row per example, and adds no losses.
 
-    Keras' own layers do both. Models with other operations are traced.
+    This holds for most of Keras' own layers. A trunk with other operations is traced to check it.
     """
     todo, known = list(operations), True
     while todo:
@@ -439,9 +440,9 @@ def _is_known(layer: Any) -> bool:
 
 
 def _opened(graph: Any, theta: set[int]) -> Any:
-    """Return the graph with the layers of inner models in place of inner models that hold theta.
+    """Return the graph with each inner model that contains theta's weights replaced by its layers.
 
-    Only an inner model with layers outside theta, one input and no mask is replaced.
+    Only an inner model with one input, no mask, and layers outside theta is replaced.
     """
 
     def inner(node: Any) -> Any:
