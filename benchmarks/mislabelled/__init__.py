@@ -1,1 +1,1 @@
-"""How many planted wrong labels each ranking of `audit` finds, beside cleanlab."""
+"""A benchmark of wrong labels: the share that each ranking of `audit` finds, beside cleanlab's."""
