@@ -1,7 +1,8 @@
 """The search for the files of a data set, and the check of their contents.
 
 This module writes no file. A file is used only if its digest is one that the data set lists. A
-file with another digest raises an error. It is never changed or replaced: the user may need it.
+file with another digest raises an error. Such a file is never changed or replaced, because the user
+may need it.
 """
 
 import hashlib

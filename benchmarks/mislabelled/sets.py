@@ -169,8 +169,7 @@ def _labels(y: NDArray) -> NDArray:
 
 
 def _compiled(stack: list, classes: int, rate: float) -> keras.Model:
-    """Return a compiled model that returns logits: one per class, or a single one for two classes.
-    """
+    """Return a compiled model whose output is one logit per class, or one for two classes."""
     loss: keras.losses.Loss = keras.losses.BinaryCrossentropy(from_logits=True)
     if classes > 2:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
