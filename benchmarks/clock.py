@@ -21,7 +21,8 @@ class Timing:
 
     Attributes:
       best: the shortest time of all rounds. Other processes disturbed this round least.
-      median: the median of all rounds. If it is far above `best`, other processes disturbed them.
+      median: the median time of all rounds. It is far above `best` if other processes disturbed
+        many rounds.
       rounds: the number of rounds.
     """
 
@@ -78,7 +79,7 @@ def watched() -> Iterator[dict[str, Any]]:
 
 
 def _busy() -> float | None:
-    """Read the busy seconds of all cores together since the machine started."""
+    """Return the seconds for which the cores were busy since the machine started, summed up."""
     try:
         ticks = [int(word) for word in _STAT.read_text().split("\n", 1)[0].split()[1:]]
     except OSError:

@@ -29,7 +29,7 @@ _SUBSET_SEED = 0
 
 @dataclass(frozen=True)
 class Network:
-    """The network, its training, and the system.
+    """The network, its training, and the linear system to solve.
 
     Attributes:
       num_rows: number of training images. They are the first of a permutation by RandomState(0).

@@ -171,7 +171,10 @@ def run(problem: Problem, *, points: int, patience: float) -> dict[str, Any]:
 
 
 def compared(result: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return `ours` and `ratio` of a peer's run, as `run` defines them; else an empty dict."""
+    """Return `ours` and `ratio` for a peer's run, as `run` describes them.
+
+    For our own runs, and for runs without an answer, the dict is empty.
+    """
     if result["by"] == OURS or "error" in result:
         return {}
     fit = [

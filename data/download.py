@@ -96,7 +96,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
         try:
             pooch.retrieve(
                 url,
-                # `download` checks the contents of an archive. The archive's bytes may differ.
+                # For an archive, `download` checks the contents. The archive's own bytes may differ.
                 None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,

@@ -1,4 +1,4 @@
-"""Mails through TextVectorization, Embedding and LSTM: is a mail spam?"""
+"""A spam filter for mails, with TextVectorization, Embedding and LSTM layers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A benchmark of wrong labels: the share that each ranking of `audit` finds, beside cleanlab's."""
+"""A benchmark with planted wrong labels. It compares the rankings of `audit` with cleanlab's."""

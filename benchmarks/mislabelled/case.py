@@ -27,9 +27,9 @@ def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> d
       values of the rankings, as in `audit`. `probabilities` (n, c) are out-of-fold probabilities
       for cleanlab. `seconds_...` are times. `alert` is the headline of an alert about memorised
       labels, or "". `ranking` and `ranking_with_history` name the rankings that `audit` chose,
-      without and with a history. `accuracy` is that on the training rows, `test_accuracy` that on
-      the test rows. `weight_decay`, `leave_one_out_loss` and `held_out_loss` describe the last
-      layer as `audit` refitted it; NaN if `audit` did not refit it.
+      without and with a history. `accuracy` and `test_accuracy` are the accuracies on the training
+      and the test rows. `weight_decay`, `leave_one_out_loss` and `held_out_loss` describe the last
+      layer after the refit by `audit`. They are NaN if `audit` did not refit it.
     """
     x, y, x_test, y_test = chosen.read(root)
     classes = int(y.max()) + 1

@@ -25,9 +25,9 @@ RANKINGS = {
 }
 _SMALL_FIRST = ("margin", "history", "folds", "cleanlab", "cleanlab_margin")
 _TABLE = ("loss", "self_influence", "margin", "history", "folds", "cleanlab", "cleanlab_margin")
-# Three numbers of the targets, which `judged` describes: the recall that `default` may lack
-# compared with cleanlab, the share of the seconds of five folds that `audit` may take, and the
-# recall that `default` needs above cleanlab's on confusable labels.
+# The limits of the targets in `judged`. The recall of `default` may be LESS below cleanlab's. `audit`
+# may take the share TIME of the seconds of five folds. On confusable labels, the recall of `default`
+# must be ABOVE above cleanlab's.
 LESS, TIME, ABOVE = 0.01, 0.5, 0.1
 
 
