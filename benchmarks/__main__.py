@@ -213,7 +213,8 @@ def run(
             result[part] = tasks[part]()
         run_of = {"commit": about["machine"]["commit"], "quiet": before["quiet"]}
         result[part] |= {"watched": seen, "run": run_of}
-    # A later run reads the values from the JSON file. This conversion gives the same values now.
+    # The page must be the same if a later run reads these results from the JSON file. We therefore
+    # convert them to JSON and back.
     return json.loads(to_json(result))
 
 

@@ -111,7 +111,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def _stages(seconds: dict[str, float]) -> Iterator[None]:
-    """Time the stages `solve` and `multiply` of `write_scores`, which are private functions."""
+    """Time the private functions `_solve` and `_multiply`, the stages of `write_scores`."""
 
     def timed(stage: Callable, name: str) -> Callable:
         def watched(*args: Any) -> None:

@@ -45,7 +45,7 @@ class Problem:
         return net
 
     def tape(self, dtype: str) -> GenericNeuralNet:
-        """Make a net of the same Keras model that differentiates only automatically."""
+        """Make a net of the same Keras model that uses only automatic differentiation."""
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         return GenericNeuralNet(self.closed_form(dtype).model, loss)
 

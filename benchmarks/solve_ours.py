@@ -21,7 +21,7 @@ from influence import (
 
 
 def _approximation(name: str, *arguments: Any) -> Any:
-    """Make a solver from the name of its class. Its module is imported only when it is used."""
+    """Make a solver from the name of its class. Only the module of this class is imported."""
     module = importlib.import_module(f"influence.solvers.{name.lower()}")
     return getattr(module, name)(*arguments)
 

@@ -31,7 +31,7 @@ _PATIENCE = 900  # time limit of one process, in seconds
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to solve.
+    """The library, the solver and the options of one run.
 
     Attributes:
       by: OURS, PYDVL, CAPTUM or INFLUENCIAE.

@@ -96,7 +96,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
         try:
             pooch.retrieve(
                 url,
-                # For an archive, `download` checks the contents. The archive's own bytes may differ.
+                # For an archive, `download` checks the contents. The archive itself may differ.
                 None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,

@@ -284,7 +284,10 @@ def _named(digest: str) -> str:
 
 
 def _digest_of_listing(entries: Iterable[tuple[str, str]]) -> str:
-    """Compute the SHA-256 of the lines of `sha256sum` for (digest, path) pairs, sorted by path."""
+    """Compute the SHA-256 of a listing of (digest, path) pairs, sorted by path.
+
+    The listing has the format of `sha256sum`.
+    """
     by_path = sorted(entries, key=lambda entry: entry[1])
     listing = "".join(f"{digest}  {path}\n" for digest, path in by_path)
     return hashlib.sha256(listing.encode()).hexdigest()

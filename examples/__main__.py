@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
       arguments: the words after `python -m examples`. If None, they are taken from sys.argv.
 
-    Returns: 0 if no command refused its input, else the exit status of the last that did.
+    Returns: 0, or the last exit status above 1 of a command: the command then refused its input.
     """
     parser = console.in_one_line(
         argparse.ArgumentParser(prog="python -m examples", description=__doc__, allow_abbrev=False)

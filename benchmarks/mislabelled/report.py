@@ -25,9 +25,9 @@ RANKINGS = {
 }
 _SMALL_FIRST = ("margin", "history", "folds", "cleanlab", "cleanlab_margin")
 _TABLE = ("loss", "self_influence", "margin", "history", "folds", "cleanlab", "cleanlab_margin")
-# The limits of the targets in `judged`. The recall of `default` may be LESS below cleanlab's. `audit`
-# may take the share TIME of the seconds of five folds. On confusable labels, the recall of `default`
-# must be ABOVE above cleanlab's.
+# The limits of the targets in `judged`. The recall may be lower than cleanlab's by LESS. `audit` may
+# take the share TIME of the seconds of five folds. On confusable labels, the recall must be higher
+# than cleanlab's by ABOVE.
 LESS, TIME, ABOVE = 0.01, 0.5, 0.1
 
 
@@ -73,7 +73,8 @@ def judged(case: dict[str, Any]) -> dict[str, bool | None]:
     """Compare a case with the three targets.
 
     `recall`: at every share checked, the recall of the default ranking is at least cleanlab's minus
-    LESS. If `audit` raised its alert, it is enough that the margin of the five folds reaches this.
+    LESS. If `audit` raised its alert, the ranking by the margin of the five folds may reach this
+    recall instead.
     `time`: `audit` takes at most TIME, a half, of the seconds of the five folds.
     `above`: for confusable labels, at 10 and 20 % checked, the recall of the default ranking is at
     least cleanlab's plus ABOVE.
