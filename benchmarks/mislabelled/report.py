@@ -25,9 +25,9 @@ RANKINGS = {
 }
 _SMALL_FIRST = ("margin", "history", "folds", "cleanlab", "cleanlab_margin")
 _TABLE = ("loss", "self_influence", "margin", "history", "folds", "cleanlab", "cleanlab_margin")
-# The limits of the targets in `judged`. The recall may be lower than cleanlab's by LESS. `audit` may
-# take the share TIME of the seconds of five folds. On confusable labels, the recall must be higher
-# than cleanlab's by ABOVE.
+# The limits of the targets in `judged`. The recall may be lower than cleanlab's by LESS. `audit`
+# may take the share TIME of the seconds of five folds. On confusable labels, the recall must be
+# higher than cleanlab's by ABOVE.
 LESS, TIME, ABOVE = 0.01, 0.5, 0.1
 
 
