@@ -1,10 +1,11 @@
 # Build the image:
 #   docker build -t influence .
-# Draw all figures from embedded data (preset smoke):
+# Run all experiments on embedded data (preset smoke) and draw their figures:
 #   docker run -v $PWD/out:/out influence
 # Run one experiment on the real data in the folder DATA:
 #   docker run -v $PWD/out:/out -v DATA:/data:ro influence fig2 --preset paper
-# User 1000 owns the files in /out. To own them yourself, mkdir out and add --user $(id -u).
+# User 1000 owns the files in /out. To own them yourself, create the folder out first, and add
+# --user $(id -u).
 FROM python:3.11-slim-bookworm
 
 # For a GPU, build with --build-arg TENSORFLOW='tensorflow[and-cuda]'. requirements.txt sets the
@@ -32,8 +33,8 @@ COPY LICENSE influence_console.py ./
 COPY influence influence
 COPY data data
 COPY experiments experiments
-# With --build-arg COMMIT=$(git rev-parse HEAD) the records name the commit. It comes last because a
-# new value invalidates the cache of all later steps.
+# With --build-arg COMMIT=$(git rev-parse HEAD) the records name the commit. This argument comes
+# last, because a new value invalidates the cache of all later build steps.
 ARG COMMIT=
 ENV INFLUENCE_COMMIT=$COMMIT
 

@@ -87,7 +87,7 @@ $(VENV)-bench/installed: requirements-bench.txt
 	@$(VENV)-bench/bin/python -m pip install --quiet --requirement requirements-bench.txt
 	@touch $@
 
-# This folder holds only the library itself, which uses the TensorFlow of $(VENV).
+# This folder has only influenciae and tf-keras. They use the TensorFlow of $(VENV).
 $(VENV)-bench-tf/installed: $(VENV)/installed requirements-bench-tf.txt
 	@echo "Installing requirements-bench-tf.txt into $(VENV)-bench-tf ..."
 	@rm -rf $(VENV)-bench-tf

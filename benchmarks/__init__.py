@@ -1,4 +1,7 @@
-"""Speed, compared with the machine's own limit and with peers. `python -m benchmarks --help`."""
+"""Benchmarks: our speed compared with the machine's own limit and with other libraries.
+
+`python -m benchmarks --help` describes the command line. "Peers" are the other libraries.
+"""
 
 import influence_console as console
 

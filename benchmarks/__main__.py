@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: time all parts, compare with the targets, write JSON and a table."""
+"""`python -m benchmarks`: run the benchmarks, compare them with the targets, write the results.
+
+PARTS lists the benchmarks. The results are a JSON file and a page with tables.
+"""
 
 import argparse
 import json
@@ -95,7 +98,7 @@ SMOKE = Sizes(
     perceptron=Perceptron(widths=(20, 20), num_rows=300, num_tests=10, rounds=1, audited=400),
     peers=(),
 )
-# The stand-in has fewer and smaller images.
+# The sizes for the stand-in, which has fewer and smaller images.
 ON_STAND_IN = replace(Sizes(), network=SMOKE.network, perceptron=SMOKE.perceptron)
 
 
@@ -104,8 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
       arguments: the words after `python -m benchmarks`; sys.argv's if omitted.
-    Returns: 0 if every target is met or, on stand-in data, not judged; 1 if one is missed; 2 on
-      misuse, 74 if the results could not be written.
+    Returns: the exit status: 0 if every target is met, 1 if a target is missed or not measured. On
+      stand-in data no target is judged, and the status is 0. A wrong command line ends the program
+      with status 2. If the results cannot be written, the status is 74.
     """
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
@@ -176,7 +180,7 @@ def run(
     parts: Sequence[str] = PARTS,
     checkpoints: Path | None = None,
 ) -> dict[str, Any]:
-    """Run some or all parts; return the contents of the JSON file, without the targets.
+    """Run some or all parts. Return the contents of the JSON file without the targets.
 
     Args:
       p: the problem.
@@ -184,7 +188,7 @@ def run(
       sizes: the size of each measurement.
       wait: the longest time to wait for a quiet machine, minutes.
       parts: some of PARTS.
-      checkpoints: a folder for trained networks, or None.
+      checkpoints: a folder for the checkpoints of the network, or None to store none.
     """
     about, before = _about(p), machine.wait_until_quiet(wait)
     tasks = {
@@ -209,16 +213,18 @@ def run(
             result[part] = tasks[part]()
         run_of = {"commit": about["machine"]["commit"], "quiet": before["quiet"]}
         result[part] |= {"watched": seen, "run": run_of}
-    # The table is made from the same values that are read back later.
+    # The page must be the same if a later run reads these results from the JSON file. We therefore
+    # convert them to JSON and back.
     return json.loads(to_json(result))
 
 
 def merged(there: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Merge new parts into earlier results, and judge all of them.
+    """Merge new parts into earlier results, and compare the merged results with the targets.
 
     Args:
       there: earlier results, or an empty dict.
       result: the result of `run`.
+    Returns: the contents of the JSON file.
     """
     whole = there | result
     return whole | {"targets": judged(whole)}
@@ -243,12 +249,12 @@ def _there(record: Path) -> dict[str, Any]:
 
 
 def _comparable(facts: dict[str, Any]) -> dict[str, Any]:
-    """Drop the commit, which differs between parts."""
+    """Return the facts without the commit, which may differ between the parts."""
     return json.loads(to_json({key: value for key, value in facts.items() if key != "commit"}))
 
 
 def _peers(p: Problem, data_dir: Path | None, sizes: Sizes) -> dict[str, Any]:
-    """Run the peers once on the given problem and once on the stand-in."""
+    """Run the solvers of all libraries on the given problem and on the stand-in."""
     found = []
     for name, patience in sizes.peers:
         if name in (p.name, STAND_IN):
@@ -259,7 +265,7 @@ def _peers(p: Problem, data_dir: Path | None, sizes: Sizes) -> dict[str, Any]:
 
 
 def _any_s_test(p: Problem, num_points: int) -> np.ndarray:
-    """Return test gradients in place of s_test: the scores' time does not depend on its values."""
+    """Return test gradients in place of s_test. The values do not change the time of the scores."""
     test = p.test["float64"].take(slice(0, num_points))
     return p.closed_form("float64").gradients(test.x, test.y).T
 

@@ -1,4 +1,4 @@
-"""Every score of a training set on a test set, in a file: seconds of each stage, and the error."""
+"""Time and error of the scores of all training rows for all test points, written to a file."""
 
 import tempfile
 import time
@@ -17,27 +17,30 @@ from influence.scores import file as score_file
 
 _DTYPE = "float32"
 _SEED = 0
-_SAMPLE = 20  # test points and rows whose scores are recomputed in float64
-_ROUNDS = 3  # measurements of the machine's rate, before and after
+# The scores of this many test points and this many rows are recomputed in float64.
+_SAMPLE = 20
+_ROUNDS = 3  # timed products in each measurement of the machine's rate
 
 
 def run(problem: Problem, *, num_tests: int, square: int) -> dict[str, Any]:
-    """Time `Influence.write_scores` after `Direct`: float32 scores from float64 solves.
+    """Time `Influence.write_scores` with `Direct`, which solves in float64 and writes float32.
 
-    The multiplication counts as 2 n d m operations. The seconds of its stage include forming the
-    rows' gradients and writing the table. Its rate is compared with square float32 products in this
-    process, before and after.
+    The stage `multiply` multiplies the gradients of the n rows by the m solutions. This counts as
+    2 n d m operations. The seconds of the stage also include forming the gradients and writing the
+    scores. The rate of the stage is compared with the rate of square float32 matrix products. The
+    same process measures the latter before and after the stages.
 
     Args:
       problem: the model and its data.
-      num_tests: m test points, or all if there are fewer.
+      num_tests: m, the number of test points. If there are fewer, all of them are used.
       square: size of the square matrices whose product gives the machine's rate.
 
-    Returns: `num_tests`; `seconds` of `prepare`, `solve`, `multiply`, `other` and `all`;
-      `megabytes` of the file; `multiply_gflops`, `machine_gflops` and their ratio
-      `fraction_of_machine`; `largest_residual` of the solves; `converged`, True if all did;
-      `rounding_error` from the file; and `largest_error` of a sample compared with
-      `Influence.scores`, relative to its largest score.
+    Returns: `num_tests`; `dtype`; `seconds` of `prepare`, `solve`, `multiply`, `other` and `all`;
+      `flop_of_multiply`; `multiply_gflops`, `machine_gflops` and their ratio `fraction_of_machine`;
+      `megabytes` of the file; `largest_residual` of the solves; `converged`, True if all solves
+      converged; `rounding_error`, read from the file; and `largest_error`. The last is the largest
+      difference between a sample of the file's scores and `Influence.scores`, divided by the
+      largest score of the sample.
     """
     net, train = problem.closed_form("float64"), problem.train["float64"]
     test = problem.test["float64"].take(slice(0, num_tests))
@@ -69,7 +72,7 @@ def run(problem: Problem, *, num_tests: int, square: int) -> dict[str, Any]:
 
 
 def _facts(path: Path, influence: Influence, test: Any) -> dict[str, Any]:
-    """Read the file's own facts, and compare a sample of it with scores in float64."""
+    """Read the facts stored in the file, and compare a sample of its scores with float64 scores."""
     rng = np.random.default_rng(_SEED)
     tests, rows = (
         np.sort(rng.choice(size, min(_SAMPLE, size), replace=False))
@@ -88,7 +91,7 @@ def _facts(path: Path, influence: Influence, test: Any) -> dict[str, Any]:
 
 
 def _gflops(square: int) -> float:
-    """Measure the machine's best rate of square float32 products, GFLOP/s."""
+    """Measure the machine's highest rate of square float32 matrix products, in GFLOP/s."""
     S, T = np.random.default_rng(_SEED).standard_normal((2, square, square)).astype(_DTYPE)
     np.matmul(S, T)
     best = np.inf
@@ -108,7 +111,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def _stages(seconds: dict[str, float]) -> Iterator[None]:
-    """Time the private stages of `write_scores`."""
+    """Time the private functions `_solve` and `_multiply`, the stages of `write_scores`."""
 
     def timed(stage: Callable, name: str) -> Callable:
         def watched(*args: Any) -> None:

@@ -1,6 +1,7 @@
-"""The common work of every solving process, ours or a peer's: read the problem, solve, report.
+"""The common part of all solving processes: read the problem, time the solve, write the answer.
 
-Both environments import this file, so it imports only NumPy and the standard library.
+Our environment and the peers' environment both import this file. It therefore imports only NumPy
+and the standard library.
 """
 
 import argparse
@@ -23,14 +24,15 @@ Solve = Callable[[], tuple[NDArray, dict[str, Any]]]
 
 
 def main(made_ready: Callable[[Arrays, dict[str, Any]], Solve]) -> None:
-    """Solve the problem in the folder named on the command line and write the answer there.
+    """Solve the problem in the folder named on the command line, and write the answer there.
 
-    The time includes all that a user waits for with the data in memory: building the influence
-    object, test gradients, solving. It excludes imports, reading and converting arrays.
+    The time includes building the influence object, computing the test gradients and solving. It
+    excludes imports, and it excludes reading and converting the arrays.
 
     Args:
-      made_ready: (arrays, setting) -> the call to be timed, which returns (d, m) and more facts for
-        the report. Arrays are x, y, x_test, y_test, in the setting's dtype, and theta (f, c).
+      made_ready: a function (arrays, setting) -> solve. `solve` is the call that is timed. It
+        returns the solutions (d, m) and a dict of further facts for the report. `arrays` has x, y,
+        x_test, y_test and theta (f, c); all floats have the setting's dtype.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("folder", type=Path)
@@ -64,7 +66,8 @@ def _rss_mb() -> int | None:
 
 
 def _peak_rss_mb() -> int:
-    # ru_maxrss starts from the parent's memory when it created this process; VmHWM does not.
+    # ru_maxrss includes the memory that the parent had when it created this process. VmHWM does
+    # not include it.
     peak = _status("VmHWM:")
     if peak is not None:
         return peak

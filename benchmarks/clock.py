@@ -1,4 +1,4 @@
-"""Comparable times: measured in turns, in one process, with the load of other processes."""
+"""Timers with comparable results: tasks take turns in one process, and the load is measured."""
 
 import os
 import resource
@@ -20,8 +20,9 @@ class Timing:
     """The time of one task, in seconds.
 
     Attributes:
-      best: the shortest of all rounds, which other processes disturb least.
-      median: the median of all rounds; if it is far above `best`, the rounds were disturbed.
+      best: the shortest time of all rounds. Other processes disturbed this round least.
+      median: the median time of all rounds. It is far above `best` if other processes disturbed
+        many rounds.
       rounds: the number of rounds.
     """
 
@@ -31,14 +32,14 @@ class Timing:
 
 
 def in_turns(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time tasks one after the other, round after round, under the same load.
+    """Time tasks in rounds. Every round calls each task once, so all tasks meet the same load.
 
     Args:
-      tasks: the tasks by name. Each is called once before, to warm up.
+      tasks: the tasks by name. Each is called once before the first round, to warm up.
       rounds: number of rounds, at least 1.
 
-    Returns: a Timing for each task.
-    Raises: ValueError for less than one round.
+    Returns: the Timing of each task, by name.
+    Raises: ValueError if `rounds` is less than 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
@@ -55,11 +56,12 @@ def in_turns(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, T
 
 @contextmanager
 def watched() -> Iterator[dict[str, Any]]:
-    """Measure the load by other processes during a block.
+    """Measure the load that other processes cause while a block runs.
 
-    Yields: a dict to which the end of the block adds `seconds`, `load_average` (one minute) and
-      `cores_used_by_others`: the processor time not used by this process or its finished children,
-      divided by the elapsed time; None if unknown on this system.
+    Yields: an empty dict. At the end of the block it gets `seconds`, `load_average` (of one minute)
+      and `cores_used_by_others`. The latter is the processor time of other processes divided by the
+      elapsed time, or None if it is unknown on this system. The processor time of this process and
+      of its finished children is not included.
     """
     facts: dict[str, Any] = {}
     begun, busy, own = time.perf_counter(), _busy(), _own()
@@ -77,7 +79,7 @@ def watched() -> Iterator[dict[str, Any]]:
 
 
 def _busy() -> float | None:
-    """Read the busy seconds of all cores together since the machine started."""
+    """Return the seconds for which the cores were busy since the machine started, summed up."""
     try:
         ticks = [int(word) for word in _STAT.read_text().split("\n", 1)[0].split()[1:]]
     except OSError:

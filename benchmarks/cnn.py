@@ -1,7 +1,7 @@
-"""s_test of the paper's convolutional network, by every method that reaches it: seconds, residual.
+"""Seconds and residual of s_test for the paper's convolutional network, by several methods.
 
-Its Hessian has negative eigenvalues, the smallest about -0.008, and is damped by 0.01. All is in
-float32.
+The Hessian of the network has negative eigenvalues, the smallest about -0.008. It is damped by
+0.01. All timed computations are in float32.
 """
 
 import time
@@ -20,24 +20,25 @@ from influence.curvature.layers import affine_layers
 from influence.models.cnn import AllCNN
 from influence.solvers import EKFAC, Solver
 
-# EK-FAC is also tried at this many times the matrix's damping, where it is most likely to help.
+# EK-FAC is also tried with this many times the damping of the matrix. As a preconditioner, it is
+# then most likely to help.
 _MORE = 100
-# Seed of the paper's script for its subset of rows, drawn in the same way.
+# The authors' script draws its subset of rows with this seed. We draw the subset in the same way.
 _SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network, its training, and the system.
+    """The network, its training, and the linear system to solve.
 
     Attributes:
-      num_rows: training images, the first of RandomState(0)'s permutation.
-      point: the test image.
-      filters, strides: those of the convolutions, as in AllCNN.
-      schedule: (steps, learning rate) of each stage of the training, which is not timed.
-      damping: damping of the Hessian and the Gauss-Newton matrix.
+      num_rows: number of training images. They are the first of a permutation by RandomState(0).
+      point: index of the test image.
+      filters, strides: filters and strides of the convolutions, as in AllCNN.
+      schedule: (steps, learning rate) of each stage of the training. The training is not timed.
+      damping: damping of the Hessian and of the Gauss-Newton matrix.
       rtol: relative residual to reach.
-      patience: seconds of products after which CG is stopped.
+      patience: CG may spend this many seconds on Hessian products.
     """
 
     num_rows: int = 5500
@@ -51,27 +52,30 @@ class Network:
 
 
 def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict[str, Any]:
-    """Train, or continue from a checkpoint, and solve (H + damping I) x = b by every method.
+    """Train the network, and solve (H + damping I) x = b by several methods.
 
-    The time of each method starts from the network and its rows, with the product already traced.
-    It includes the preparation, the solve, and the residual of the answer, recomputed from H.
+    The time of a method includes the preparation, the solve and the residual, which is recomputed
+    from H. It excludes the training and TensorFlow's tracing of the Hessian product.
 
     Args:
       problem: the images.
       network: the network and the system.
-      checkpoints: a folder that stores the training, so that it is done once; None: not stored.
+      checkpoints: a folder for checkpoints of the training. A later run continues from them. None:
+        the training is not stored.
 
-    Returns: `network`; `d`; `risk` and `gradient_norm` at the end of training; `product_seconds` of
-      one Hessian product; `runs`, for each method `method`, `seconds`, `prepare_seconds` of them,
-      `iterations`, `residual`, `meets`, `remedy`, or `error`; and `cg_iterations`: the iterations
-      of CG in float64 on the damped matrices "Hessian" and "Gauss-Newton", preconditioned by
-      "none", "EK-FAC", "EK-FAC damped more" (100 times), and "layers" (the exact inverse of every
-      layer's own block of the Gauss-Newton matrix). None if CG met negative curvature.
+    Returns: `network`; `d`; `risk` and `gradient_norm` at the end of the training;
+      `product_seconds`, the time of one Hessian product; `runs`; and `cg_iterations`.
+      `runs` has a dict for each method. It has `method` and either `error`, or `seconds`,
+      `prepare_seconds` (a part of `seconds`), `iterations`, `residual`, `meets` and `remedy`.
+      `cg_iterations` has the number of CG's iterations in float64, by matrix and preconditioner.
+      The matrices are "Hessian" and "Gauss-Newton", both damped. The preconditioners are "none",
+      "EK-FAC", "EK-FAC damped more" (100 times), and "layers": the exact inverse of every layer's
+      own block of the Gauss-Newton matrix. The number is None if CG met negative curvature.
     """
     net, train, test = _trained(problem, network, checkpoints)
     H = Hessian(net, train, network.damping)
     b = net.gradients(test.x, test.y)[0]
-    H.matvec(b)  # traces it
+    H.matvec(b)  # TensorFlow traces the product
     begun = time.perf_counter()
     H.matvec(b)
     product = time.perf_counter() - begun
@@ -79,7 +83,8 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
     kept: dict[str, NDArray] = {}
 
     def after_gauss_newton() -> Solver:
-        # The same as prepare(GaussNewton(net, train, damping), Direct()), but the matrix is stored.
+        # prepare(GaussNewton(net, train, damping), Direct()) gives the same solver. Here we also
+        # keep the matrix, because `_iterations` needs it.
         kept["G"] = GaussNewton(net, train, network.damping).dense()
         return CG(rtol, limit, prepare(kept["G"], Direct()))
 
@@ -90,7 +95,8 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
         "CG": lambda: CG(rtol, limit),
         "CG after EK-FAC": lambda: CG(rtol, limit, EKFAC()),
     }
-    if chain_hessian(net, train.take([0])) is None:  # forming the matrix would take d products
+    # Without a closed form, forming the matrix would take d products.
+    if chain_hessian(net, train.take([0])) is None:
         del ways["Direct"]
     runs = []
     for method, make in ways.items():
@@ -115,7 +121,7 @@ def run(problem: Problem, network: Network, *, checkpoints: Path | None) -> dict
 
 
 def fastest(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Find the fastest of the runs that met the tolerance."""
+    """Return the fastest of the runs that met the tolerance; None if no run met it."""
     good = [run for run in part["runs"] if run.get("meets")]
     return min(good, key=lambda run: run["seconds"], default=None)
 
@@ -158,7 +164,7 @@ def _timed(H: Hessian, b: NDArray, make: Callable[[], Solver]) -> dict[str, Any]
 def _iterations(
     net: AllCNN, train: Examples, G: NDArray, H: NDArray, b: NDArray, network: Network
 ) -> dict[str, dict[str, int | None]]:
-    """Count CG's iterations in float64 on the Gauss-Newton matrix G and on H, by preconditioner."""
+    """Count CG's iterations in float64 on the matrices G and H, with several preconditioners."""
     layers = np.zeros(G.shape)
     for affine in affine_layers(net, train.take(slice(0, 2)).x).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())

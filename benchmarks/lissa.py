@@ -1,4 +1,4 @@
-"""LiSSA at the paper's setting: seconds for one test point, and the effect of noise on scores."""
+"""LiSSA with the paper's settings: seconds for one test point, and the error of the scores."""
 
 import time
 from typing import Any
@@ -14,16 +14,17 @@ _EXACT = 1e-10  # relative residual of the reference solution
 
 
 def run(problem: Problem, *, point: int, depth: int, repeats: int) -> dict[str, Any]:
-    """Time `LiSSA(25, depth, repeats, 1)` on one test point, without stopping early, in float64.
+    """Time `LiSSA(25, depth, repeats, 1)` on one test point, in float64, without an early stop.
 
     Args:
       problem: the model and its data.
-      point: the test point.
-      depth: steps of a run; 5,000 in the paper.
-      repeats: runs to average; 10 in the paper.
+      point: index of the test point.
+      depth: number of steps of a run; 5,000 in the paper.
+      repeats: number of runs to average; 10 in the paper.
 
-    Returns: these, `scale`, `batch_size`, `seconds` of s_test, its true relative `residual`, and
-      `pearson`: the correlation of all rows' scores with the exact ones.
+    Returns: `point`, `depth`, `repeats`, `scale`, `batch_size`; the `seconds` and the true relative
+      `residual` of s_test; and `pearson`, the correlation between the scores and the exact scores
+      over all rows.
     """
     net, train = problem.closed_form("float64"), problem.train["float64"]
     test = problem.test["float64"].take([point])

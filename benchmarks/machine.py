@@ -1,4 +1,4 @@
-"""Facts about the machine of a measurement, and waiting until it is quiet."""
+"""Facts about the machine that measures, and a function that waits until the machine is quiet."""
 
 import importlib.metadata
 import os
@@ -14,13 +14,13 @@ import threadpoolctl
 from benchmarks.clock import watched
 from experiments.harness.record import commit
 
-QUIET = 0.3  # cores that others may use
+QUIET = 0.3  # a machine is quiet if other processes use less than this many cores
 _PACKAGES = ("tensorflow", "keras", "numpy", "scipy")
 _SAMPLE_SECONDS = 5
 
 
 def facts() -> dict[str, Any]:
-    """Collect processor, cores, BLAS, versions and commit, without names of hosts or paths."""
+    """Collect processor, cores, BLAS, versions and commit. No host name or path is included."""
     linux = sys.platform == "linux"
     return {
         "cpu": _cpu(),
@@ -37,10 +37,10 @@ def facts() -> dict[str, Any]:
 
 
 def wait_until_quiet(minutes: float) -> dict[str, Any]:
-    """Wait until others use less than QUIET cores, but not longer than `minutes`.
+    """Wait until other processes use less than QUIET cores, but not longer than `minutes`.
 
-    Returns: the result of `watched` for the last few seconds, and `quiet`: True, False, or None if
-      unknown on this system.
+    Returns: the dict of `watched` for the last few seconds, with the entry `quiet`: True or False,
+      or None if the load is unknown on this system.
     """
     deadline = time.monotonic() + 60 * minutes
     while True:

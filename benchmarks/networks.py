@@ -1,4 +1,4 @@
-"""EK-FAC on a network of 1.8 million weights, timed in passes of `fit`, and an audit of labels."""
+"""EK-FAC on a network of 1.8 million weights: times in epochs of `fit`, and an audit of labels."""
 
 import resource
 import time
@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.problem import Problem
 from influence import EKFAC, Examples, GaussNewton, GenericNeuralNet, Influence
 
-# Shares of the rows that are checked.
+# The audit counts the wrong labels found after each of these shares of the rows is checked.
 CHECKED = (0.05, 0.1, 0.2)
 
 
@@ -23,14 +23,14 @@ class Perceptron:
 
     Attributes:
       widths: widths of the hidden layers.
-      num_rows: rows of the timed questions.
-      num_tests: test rows that are scored together.
-      epochs, batch_size: those of Adam's training.
+      num_rows: number of training rows of the timed computations.
+      num_tests: number of test rows that are scored together.
+      epochs, batch_size: the settings of the training by Adam.
       damping: damping of the Gauss-Newton matrix.
-      rounds: rounds of each time.
-      audited: rows of the audit, or None for all.
-      flipped: share of the audit's labels that is changed.
-      seed: seed of weights, order and flips.
+      rounds: number of times that each computation is timed.
+      audited: number of rows of the audit, or None for all.
+      flipped: share of the audit's labels that is made wrong.
+      seed: seed of the weights, the order of the rows and the wrong labels.
     """
 
     widths: tuple[int, ...] = (1000, 1000)
@@ -46,12 +46,13 @@ class Perceptron:
 
 
 def run(problem: Problem, shape: Perceptron) -> dict[str, Any]:
-    """Time every question about a trained network, and audit labels of which some are wrong.
+    """Time EK-FAC's computations on a trained network, and audit labels of which some are wrong.
 
-    Returns: `network`; `d`; `pass_seconds`, the median over rounds of one epoch of `fit`; `passes`,
-      the median time of each question divided by it; `memory_gb`, the growth of the process's
-      largest size; and `audit`, with `seconds` of each stage and `recall`, for each ranking the
-      share of wrong labels among the rows that were checked.
+    Returns: `network`; `d`; `pass_seconds`, the median time of one epoch of `fit`; `passes`, the
+      median time of each computation divided by `pass_seconds`; `memory_gb`, the growth of the peak
+      memory of the process; and `audit`. `audit` has `num_rows`, `num_wrong`, the `seconds` of each
+      stage, and `recall`. For each ranking, `recall` lists the share of the wrong labels that are
+      found when each share of CHECKED is checked.
     """
     train, test = problem.train["float32"], problem.test["float32"]
     rows = np.random.default_rng(shape.seed).permutation(len(train))[: shape.num_rows]
@@ -69,7 +70,7 @@ def run(problem: Problem, shape: Perceptron) -> dict[str, Any]:
     size, net = shape.batch_size, GenericNeuralNet(model)
     how: dict[str, Any] = {"damping": shape.damping, "curvature": GaussNewton}
     before = _peak_gb()
-    for number in range(shape.rounds + 1):  # the first round traces
+    for number in range(shape.rounds + 1):  # the first round includes tracing and is dropped
         if number == 1:
             seconds.clear()
         timed("fit", lambda: model.fit(part.x, part.y, size, 1, verbose=0))
@@ -93,7 +94,7 @@ def run(problem: Problem, shape: Perceptron) -> dict[str, Any]:
 
 
 def _audit(train: Examples, shape: Perceptron) -> dict[str, Any]:
-    """Change labels, train, and rank the rows by self-influence and by loss."""
+    """Make labels wrong, train, and rank the rows by self-influence and by loss."""
     rng = np.random.default_rng(shape.seed + 1)
     rows = rng.permutation(len(train))[: shape.audited]
     x, given = train.x[rows], train.y[rows].copy()

@@ -1,13 +1,14 @@
-"""Every solver of every peer compared with ours, for the same right-hand sides and true residual.
+"""Every solver of every other library compared with ours, for the same right-hand sides.
 
-Most of the peers' solvers invert another matrix than the Hessian, which INVERTS names. So all
-answers are judged by one measure, the residual |b - (H + weight decay I) x| / |b| in float64. Each
-peer's time is compared with that of our fastest solver whose residual is no larger. Residuals below
-ROUNDING count as equal.
+Most solvers of the peers do not invert the Hessian. INVERTS names the matrix that each solver
+inverts. All answers are therefore judged by one measure: the residual
+|b - (H + weight decay I) x| / |b| in float64. The time of a peer's solver is compared with the time
+of our fastest solver whose residual is no larger. Residuals below ROUNDING count as equal.
 
-The weight decay is the same for all: pyDVL takes it as `regularization`, captum as `hessian_reg`
-times n, influenciae in each row's loss. The child modules solve_pydvl, solve_captum and
-solve_influenciae describe the other settings, with which each peer is at its best.
+The weight decay is the same for all libraries. pyDVL takes it as `regularization`. captum takes n
+times the weight decay as `hessian_reg`. For influenciae we add the penalty to the loss of each row.
+The child modules solve_pydvl, solve_captum and solve_influenciae describe the other settings. They
+are the best settings that we found for each peer.
 """
 
 import json
@@ -47,11 +48,13 @@ INVERTS = {
     (OURS, "Nystrom"): "a random sketch of H, its smallest eigenvalue outside",
     (OURS, "EK-FAC"): "Kronecker factors of the Gauss-Newton matrix, which is H here",
 }
-DENSE = 1000  # parameters up to which every library can form the matrix
+DENSE = 1000  # with at most this many parameters, every library can form the matrix
 RANK = 100
-ROUNDING = 1e-12  # residuals in float64 below this are rounding in all libraries
-_RANK_OF_INFLUENCIAE = 30  # from about 40 its basis loses orthogonality, and the answer gets worse
-_STEPS_OF_INFLUENCIAE = 50  # each point and step takes one pass, row by row
+ROUNDING = 1e-12  # a float64 residual below this is only rounding error
+# From a rank of about 40 on, influenciae's basis loses orthogonality and its answer gets worse.
+_RANK_OF_INFLUENCIAE = 30
+# For each point, each step of influenciae's LiSSA takes one pass over the data, row by row.
+_STEPS_OF_INFLUENCIAE = 50
 _AGAIN_WITHIN = 5.0
 _PACKAGES = {
     PYDVL: ("pyDVL", "torch"),
@@ -64,18 +67,20 @@ _ORDER = (*_PACKAGES, OURS)
 def settings(
     num_rows: int, num_parameters: int, largest_eigenvalue: float, *, points: int
 ) -> tuple[Setting, ...]:
-    """List the settings to run: the peers' solvers, then ours.
+    """List the settings to run, for the solvers of the peers and for ours.
 
-    Up to DENSE parameters these are all solvers, with LiSSA on all rows at every step. Beyond, the
-    matrix is not formed and LiSSA takes batches. `solves` runs the solvers that reach any given
-    residual, except the few of ours that the others are compared with.
+    Up to DENSE parameters the list has all solvers, and LiSSA uses all rows in every step. Above
+    DENSE the matrix is not formed, and LiSSA uses batches. The list then omits solvers that can
+    reach any residual, because the module `solves` runs them. It keeps those of ours that the
+    approximations are compared with.
 
     Args:
       num_rows: n.
       num_parameters: d.
-      largest_eigenvalue: that of the Hessian, which determines the peers' LiSSA scale.
-      points: test points to solve; influenciae's iterations, which take them one by one, solve only
-        the first.
+      largest_eigenvalue: largest eigenvalue of the Hessian. The scale of the peers' LiSSA is a
+        multiple of this value.
+      points: number of test points to solve. influenciae's iterative solvers take the points one by
+        one, so they solve only the first point.
     """
     base = Setting(PYDVL, "block", "float64", points, points, again_within=_AGAIN_WITHIN)
 
@@ -95,12 +100,14 @@ def settings(
         one(OURS, "cg after EK-FAC"),
     ]
     if num_parameters > DENSE:
-        # A smaller scale leaves less of the series and more of the batches' noise. This scale is
-        # pyDVL's best on MNIST: largest residual .27, compared with .51, .35, .29 and .41 at 1.2,
-        # 2.5, 10 and 20 times the largest eigenvalue. Ours chooses its own.
+        # With a smaller scale, the remainder of the series is smaller, but the noise of the batches
+        # is larger. This scale is the best for pyDVL on MNIST: its largest residual is .27. At 1.2,
+        # 2.5, 10 and 20 times the largest eigenvalue it is .51, .35, .29 and .41. Our LiSSA chooses
+        # its own scale.
         sampled = {"steps": 1000, "scale": 5 * largest_eigenvalue, "batch_size": num_rows // 100}
         return (*approximations, *(one(by, "LiSSA", **sampled) for by in (PYDVL, OURS)))
-    # On all rows a scale slightly above half the largest eigenvalue gives the shortest series.
+    # If every step uses all rows, the series is shortest for a scale slightly above half the
+    # largest eigenvalue.
     series = {"steps": 600, "scale": 0.6 * largest_eigenvalue, "batch_size": num_rows}
     return (
         *approximations,
@@ -126,17 +133,19 @@ def settings(
 
 
 def run(problem: Problem, *, points: int, patience: float) -> dict[str, Any]:
-    """Run every solver; find, for each run of a peer, our fastest with no larger residual.
+    """Run every solver. For each run of a peer, find our fastest run with no larger residual.
 
     Args:
       problem: the model and its data.
-      points: test points.
-      patience: the time limit of one process, seconds.
+      points: number of test points.
+      patience: the time limit of one process, in seconds.
 
-    Returns: `data`, `n`, `d`, `points`, `patience`, `versions` by peer (None: not installed), and
-      `runs`, peer by peer, ours last. Each run has the fields of `solves.answer` and `inverts`. A
-      peer's run with an answer also has `ours`, the index of our fastest run whose largest residual
-      is no larger, and `ratio`, its seconds for all points over ours; None if there is no such run.
+    Returns: `data`, `n`, `d`, `points`, `patience`, `versions` and `runs`.
+      `versions` has the versions of each peer, or None for a peer that is not installed.
+      `runs` is sorted by library, ours last. Each run has the fields of `solves.answer` and
+      `inverts`. A peer's run with an answer also has `ours` and `ratio`. `ours` is the index of our
+      fastest run whose largest residual is no larger. `ratio` is the peer's seconds for all points
+      divided by the seconds of that run. Both are None if we have no such run.
     """
     H = Hessian(problem.closed_form("float64"), problem.train["float64"])
     largest = float(eigsh(H, k=1, tol=1e-2, return_eigenvectors=False)[0])
@@ -162,7 +171,10 @@ def run(problem: Problem, *, points: int, patience: float) -> dict[str, Any]:
 
 
 def compared(result: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Find our fastest run with no larger residual than a peer's, and the ratio of the times."""
+    """Return `ours` and `ratio` for a peer's run, as `run` describes them.
+
+    For our own runs, and for runs without an answer, the dict is empty.
+    """
     if result["by"] == OURS or "error" in result:
         return {}
     fit = [
@@ -178,7 +190,7 @@ def compared(result: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
 
 
 def _versions(by: str) -> dict[str, str] | None:
-    """Read the versions of a peer and its dependencies; None if it is not installed."""
+    """Return the versions of a peer and its dependencies; None if the peer is not installed."""
     found = interpreter(by)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The problem of all time measurements: the paper's logistic regression, fitted."""
+"""The problem of the time measurements: the paper's logistic regression, fitted to the data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ class Problem:
     """Ten-class logistic regression at its minimum, and its data in both precisions.
 
     Attributes:
-      name, stand_in, sha256: those of the data set.
-      train, test: Examples by dtype. Test rows are measurements, in their order.
-      theta: (d,) float64, the minimum.
+      name, stand_in, sha256: the fields of the data set's `Splits`.
+      train, test: the training rows and the test points, as Examples, by dtype.
+      theta: (d,) float64, the parameters at the minimum.
     """
 
     name: str
@@ -33,19 +33,19 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Rows n, features f, classes c."""
+        """The numbers of rows n, features f and classes c."""
         n, f = self.train["float64"].x.shape
         return n, f, len(self.theta) // f
 
     def closed_form(self, dtype: str) -> MulticlassLogisticRegression:
-        """Make the model with its closed forms, at theta."""
+        """Make the net whose derivatives have closed forms, at theta."""
         _, f, c = self.shape
         net = MulticlassLogisticRegression(f, c, weight_decay=WEIGHT_DECAY, dtype=dtype)
         net.theta = self.theta
         return net
 
     def tape(self, dtype: str) -> GenericNeuralNet:
-        """Make the same Keras model without closed forms: all by automatic differentiation."""
+        """Make a net of the same Keras model that uses only automatic differentiation."""
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         return GenericNeuralNet(self.closed_form(dtype).model, loss)
 

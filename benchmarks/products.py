@@ -1,4 +1,4 @@
-"""Hessian products, compared with one gradient and with the machine's matrix-multiply rate."""
+"""Time of Hessian products, compared with one gradient and with the machine's matrix products."""
 
 import dataclasses
 from typing import Any
@@ -15,22 +15,25 @@ _SEED = 0
 
 
 def run(problem: Problem, *, num_vectors: int, rounds: int, square: int) -> dict[str, Any]:
-    """Time `Hessian(net, train) @ V` in float32, by closed form and by tape.
+    """Time `Hessian(net, train) @ V` in float32, by closed form and by TensorFlow's gradient tape.
 
-    The work counted for m vectors is 4 n f c m operations, the two products X V and X' (...). All
-    other work, such as the penalty and the forward pass, is not counted, so the fraction is a lower
-    bound.
+    A block of m vectors counts as 4 n f c m operations: the two matrix products X V and X' (...).
+    Other work, such as the penalty and the forward pass, is not counted. The fraction of the
+    machine's rate is therefore a lower bound.
 
     Args:
       problem: the model and its data.
-      num_vectors: m, the vectors of the block.
-      rounds: number of rounds, in turns.
+      num_vectors: m, the number of vectors in the block.
+      rounds: number of rounds of `in_turns`.
       square: size of the square matrices whose product gives the machine's rate.
 
-    Returns: `machine`: GFLOP/s of matrix products, in NumPy and TensorFlow, square and of the
-      block's shapes; and for `closed_form` and `tape`: seconds of one gradient, one product and a
-      block, the ratio `product_per_gradient`, the block's `fraction_of_machine` (of the fastest
-      square product) and the largest relative error of a column compared with float64.
+    Returns: `dtype`, `num_vectors`, `flop_of_block`, `machine_gflops`, `closed_form` and `tape`.
+      `machine_gflops` has the rates of NumPy and TensorFlow for products of square matrices and of
+      matrices with the block's shapes. `closed_form` and `tape` each have the `seconds` of one
+      gradient, one product and one block; the ratio `product_per_gradient`; the rate of the block,
+      `block_gflops`; this rate divided by that of the fastest square product,
+      `fraction_of_machine`; and `largest_error`, the largest relative error of a column of the
+      block compared with float64.
     """
     n, f, c = problem.shape
     rng = np.random.default_rng(_SEED)

@@ -1,4 +1,4 @@
-"""Exact leave-one-out refits: seconds, and the largest gradient norm as their certificate."""
+"""Time of exact leave-one-out refits, and their largest gradient norm, which certifies them."""
 
 import time
 from typing import Any
@@ -12,14 +12,14 @@ _SEED = 0
 
 
 def run(problem: Problem, *, num_refits: int) -> dict[str, Any]:
-    """Time `leave_one_out` by Newton's steps, including the factorisation of the Hessian.
+    """Time `leave_one_out` by Newton's method, including the factorisation of the Hessian.
 
     Args:
       problem: the model and its data.
-      num_refits: rows to remove, one per refit, drawn with a fixed seed.
+      num_refits: number of refits. Each removes one row, drawn with a fixed seed.
 
-    Returns: `num_refits`, `seconds`, `worst_gradient_norm` of a refit's own risk, and
-      `passes_per_refit`, the mean number of data passes of a refit.
+    Returns: `num_refits`; `seconds` of all refits; `worst_gradient_norm`, the largest gradient norm
+      of a refit's risk; and `passes_per_refit`, the mean number of passes over the data per refit.
     """
     train = problem.train["float64"]
     rows = np.random.default_rng(_SEED).choice(len(train), num_refits, replace=False)

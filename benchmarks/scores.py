@@ -1,4 +1,4 @@
-"""Scores of all training rows for a given s_test, compared with one gradient."""
+"""Time to score all training rows for a given s_test, compared with the time of one gradient."""
 
 import dataclasses
 from typing import Any
@@ -12,18 +12,20 @@ from influence import GenericNeuralNet, Influence
 
 
 def run(problem: Problem, s_test: NDArray, *, rounds: int) -> dict[str, Any]:
-    """Time the scores of one test point, and of many, on all training rows.
+    """Time the scores of all training rows for one test point, and for many.
 
-    This is the work of `Influence.scores` after its solve: s . grad L(z_i) / n for every row.
+    `Influence.scores` does this work after its solve: s . grad L(z_i) / n for every row.
 
     Args:
       problem: the model and its data.
-      s_test: (d, m) float64, the solutions.
-      rounds: number of rounds, in turns.
+      s_test: (d, m) float64, the solutions for m test points.
+      rounds: number of rounds of `in_turns`.
 
-    Returns: for `closed_form` and `tape`, in each dtype: seconds of one gradient, of one point's
-      scores and of all m points' scores, their ratios to the gradient, and the largest error of a
-      score compared with the closed form in float64, relative to that point's largest score.
+    Returns: `num_points`, and a dict for each of `closed_form` and `tape` in each dtype. The dict
+      has the `seconds` of one gradient, of the scores for one point and of the scores for all m
+      points. `one_per_gradient` and `many_per_gradient` are the ratios of these times.
+      `largest_error` is the largest difference from the closed form in float64, divided by the
+      largest score of the same point.
     """
     nets: dict[str, tuple[GenericNeuralNet, str]] = {}
     for dtype in DTYPES:
@@ -59,7 +61,7 @@ def _tasks(
 
 
 def _scores(net: GenericNeuralNet, problem: Problem, dtype: str, s_test: NDArray) -> Any:
-    """Make a call that returns (n, m) scores: the work of `Influence.scores` for a given s_test."""
+    """Return a function that computes the scores (n, m) of all training rows from s_test."""
     train = problem.train[dtype]
     inverse, s = Influence(net, train, approximation="first_order").inverse, s_test.astype(dtype)
     return lambda: inverse.along(s, train)

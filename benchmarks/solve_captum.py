@@ -1,21 +1,21 @@
 """s_test by captum, in the peers' environment: `python -m benchmarks.solve_captum FOLDER`.
 
-captum returns scores g' H^-1 g as products of embeddings g' R with H^-1 ~ R R'. Its R is public, so
-s_test = R (R' g), whose residual can be checked. Its settings for the same problem, from its 0.9.0
-sources:
+captum computes scores g' H^-1 g as products of embeddings g' R, where R R' approximates H^-1. R is
+public. We compute s_test = R (R' g) and check its residual. captum solves the same problem with
+these settings (sources of 0.9.0):
 
-- its Hessian is that of the summed loss, H n. So its inverse is n times too small, and its
-  `hessian_reg`, which it adds to the diagonal, is our weight decay times n;
-- `NaiveInfluenceFunction` uses `projection_dim` eigenvectors, all of them if that is d. It drops
-  eigenvalues up to `hessian_inverse_tol`: none is that small here;
-- `ArnoldiInfluenceFunction` drops the last direction of its space, so `arnoldi_dim` is the wanted
-  dimension plus one. If it judges the space invariant, below `arnoldi_tol`, it drops a direction
-  that matters, so `arnoldi_tol` is zero;
-- `ArnoldiInfluenceFunction` is not among `captum.influence`'s public names;
-- it takes the matrix as zero outside the Krylov space: R R' inverts only the part inside, and no
-  regularisation acts outside.
+- captum's Hessian is that of the summed loss, n H. Its inverse is therefore n times smaller than
+  ours. captum adds `hessian_reg` to the diagonal of n H, so it is our weight decay times n;
+- `NaiveInfluenceFunction` uses `projection_dim` eigenvectors. We set it to d, so all are used.
+  Eigenvalues up to `hessian_inverse_tol` are dropped, but no eigenvalue is so small here;
+- `ArnoldiInfluenceFunction` drops the last direction of its Krylov space. We therefore set
+  `arnoldi_dim` to the wanted dimension plus one. It also drops a direction if `arnoldi_tol` makes
+  it take the space for invariant. That direction matters, so we set `arnoldi_tol` to zero;
+- `ArnoldiInfluenceFunction` is not among the public names of `captum.influence`;
+- `ArnoldiInfluenceFunction` treats the matrix as zero outside the Krylov space. R R' inverts only
+  the part inside the space, and no regularisation acts outside.
 
-One batch has all rows, as a finished tensor, so that its DataLoader need not collate rows.
+All rows are one batch, given as a finished tensor. The DataLoader then need not collate rows.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from benchmarks import child
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """Make the torch model and its data; `child.main` times the returned call."""
+    """Make the torch model and its data. Return the call that `child.main` times."""
     x, y, x_test, y_test = (
         torch.from_numpy(arrays[name]) for name in ("x", "y", "x_test", "y_test")
     )
@@ -61,7 +61,8 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
         influence = kind(model, data, **options)
         embedding = influence.compute_intermediate_quantities((x_test, y_test)).detach()
         R = influence.R
-        if not torch.is_tensor(R):  # Arnoldi's is a list of columns shaped like the parameters
+        # ArnoldiInfluenceFunction has a list of columns. Each has the shapes of the parameters.
+        if not torch.is_tensor(R):
             R = torch.stack([torch.cat([part.reshape(-1) for part in column]) for column in R], 1)
         found = (n * R @ embedding.T).detach().numpy()  # (c f, m)
         ours = found.reshape(c, f, -1).transpose(1, 0, 2)

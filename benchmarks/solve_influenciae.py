@@ -1,18 +1,20 @@
 """s_test by influenciae, under tf_keras: `python -m benchmarks.solve_influenciae FOLDER`.
 
-Needs PYTHONPATH and TF_USE_LEGACY_KERAS as `solves.interpreter` sets them. Settings of influenciae
-for the same problem, from its 0.3.0 sources:
+`solves.interpreter` sets the variables PYTHONPATH and TF_USE_LEGACY_KERAS for this process.
+influenciae solves the same problem with these settings (sources of 0.3.0):
 
-- its Hessian is of the mean loss without a penalty, so the penalty is added to each row's loss. Its
-  right-hand sides would then include the penalty, so a second model without it computes them;
-- `ConjugateGradientDescentIHVP` always stops at a relative residual of 1e-3, or 1e-5 absolute. Its
-  base class `IterativeIHVP` takes the same solver with another tolerance;
-- `LissaIHVP` runs on all rows, only in float32. Its `damping` means damping times scale, so it is
-  0;
-- `ArnoldiInfluenceCalculator` uses the k eigenvalues nearest zero, so k is the whole space. Its
-  basis comes from one pass of Gram-Schmidt and loses orthogonality as the space grows.
+- its Hessian is that of the mean loss without a penalty. We therefore add the penalty to the loss
+  of each row. A right-hand side must not include the penalty, so a second model without the penalty
+  computes the right-hand sides;
+- `ConjugateGradientDescentIHVP` always stops at a relative residual of 1e-3 or an absolute residual
+  of 1e-5. We use its base class `IterativeIHVP` with the same solver and another tolerance;
+- `LissaIHVP` uses all rows in each step, and it works only in float32. It adds `damping` times
+  `scale` to the diagonal, so we set `damping` to 0;
+- `ArnoldiInfluenceCalculator` uses the k eigenvalues nearest zero. We set k to the dimension of its
+  space, so that it uses all of them. Its basis comes from one pass of Gram-Schmidt and loses
+  orthogonality as the space grows.
 
-Every product takes the rows one by one (`tf.map_fn`), and the right-hand sides one by one.
+Every product processes the rows one by one (`tf.map_fn`), and the right-hand sides one by one.
 """
 
 from typing import Any
@@ -37,13 +39,15 @@ from numpy.typing import NDArray
 
 from benchmarks import child
 
-_EXACT_BATCH = 1  # its Hessians propagate each row's parameters through all rows of a batch
+# The exact Hessian copies the parameters for each row of a batch, and propagates each copy through
+# all rows of the batch. Batches of one row avoid this.
+_EXACT_BATCH = 1
 _BATCH = 1000
 _ENOUGH_ITERATIONS = 500
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """Make the tf_keras model and its data; `child.main` times the returned call."""
+    """Make the tf_keras model and its data. Return the call that `child.main` times."""
     f, c = arrays["theta"].shape
     keras: Any = tf.keras  # tf_keras
     keras.backend.set_floatx(setting["dtype"])

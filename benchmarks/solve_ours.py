@@ -1,4 +1,4 @@
-"""s_test by this library, in a process of its own: `python -m benchmarks.solve_ours FOLDER`."""
+"""s_test by this library, in a separate process: `python -m benchmarks.solve_ours FOLDER`."""
 
 import importlib
 import warnings
@@ -21,7 +21,7 @@ from influence import (
 
 
 def _approximation(name: str, *arguments: Any) -> Any:
-    """Make a solver from its class's name; import it only when it is used."""
+    """Make a solver from the name of its class. Only the module of this class is imported."""
     module = importlib.import_module(f"influence.solvers.{name.lower()}")
     return getattr(module, name)(*arguments)
 
@@ -43,7 +43,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """Make the network, its data and the solver; `child.main` times the returned call."""
+    """Make the net, its data and the solver. Return the call that `child.main` times."""
     f, c = arrays["theta"].shape
     net = MulticlassLogisticRegression(
         f, c, weight_decay=setting["weight_decay"], dtype=setting["dtype"]
@@ -54,7 +54,7 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
     solver = SOLVERS[setting["method"]](setting)
 
     def solve() -> tuple[NDArray, dict[str, Any]]:
-        with warnings.catch_warnings():  # the parent judges the residual
+        with warnings.catch_warnings():  # the parent process checks the residual
             warnings.simplefilter("ignore", ConvergenceWarning)
             influence = Influence(net, train, solver=solver, approximation="first_order")
             solution = influence.s_test(test)

@@ -1,26 +1,29 @@
 """s_test by pyDVL, in the peers' environment: `python -m benchmarks.solve_pydvl FOLDER`.
 
-Settings of pyDVL for the same problem and tolerance, from its 0.10.0 sources:
+pyDVL solves the same problem to the same tolerance with these settings (sources of 0.10.0):
 
-- its Hessian is of the mean loss, so with `regularization` = our weight decay it equals ours;
+- its Hessian is that of the mean loss. It equals ours if `regularization` is our weight decay;
 - it averages over batches without weights, so the batch size must divide the number of rows;
-- CG starts from x = b, and stops at |b - A x| < max(rtol^2 |b|, atol^2), with |b| taken along the
-  wrong axis unless `solve_simultaneously`. So for solves one by one, atol is set for each point;
+- CG starts from x = b and stops at |b - A x| < max(rtol^2 |b|, atol^2). Without
+  `solve_simultaneously` it takes |b| along the wrong axis. If points are solved one by one, we
+  therefore set `atol` for each point;
 - `solve_simultaneously=True` is a true block CG: one search space for all right-hand sides;
-- `LissaInfluence` samples whole batches of the loader. Its early stop tests single entries, so it
-  is switched off. Every step draws a batch with replacement, so its noise needs a larger scale than
-  ours; `peers.settings` has its best. Its `dampen` means dampen times scale, so it is 0;
-- `ArnoldiInfluence` takes the matrix as zero outside its eigenvectors. With `use_woodbury` it takes
-  only the regularisation there, like `NystroemSketchInfluence`;
-- `EkfacInfluence` treats the last weights of every layer as biases and permutes those of a layer
-  without biases, so they are put where it expects them. `update_diagonal` makes it EK-FAC. It has
-  one pseudo-gradient per row, sum_c sqrt(p_c) grad log p_c. Its outer product is not the Fisher
-  matrix, whose sum over c has no cross terms.
+- each step of `LissaInfluence` draws one whole batch of the loader, with replacement. Its noise
+  therefore needs a larger scale than that of our LiSSA; `peers.settings` has the best scale. Its
+  early stop tests single entries, so we switch it off. It adds `dampen` times `scale` to the
+  diagonal, so `dampen` is 0;
+- `ArnoldiInfluence` treats the matrix as zero outside the span of its eigenvectors. With
+  `use_woodbury` it uses only the regularisation there, like `NystroemSketchInfluence`;
+- `EkfacInfluence` treats the last weights of every layer as biases. If a layer has no biases, it
+  permutes the weights. `_Ekfac` puts them where `EkfacInfluence` expects them. `update_diagonal`
+  makes it EK-FAC. It uses one pseudo-gradient per row, sum_c sqrt(p_c) grad log p_c. The outer
+  product of this vector has cross terms between classes. The Fisher matrix has none, so the two
+  differ.
 
 `InverseHarmonicMeanInfluence` is not compared, because it does not weight its first batch.
 
-Batches are finished tensors, so that its DataLoader need not collate rows. The batch size is the
-one with the fastest Hessian product. Neither step is timed.
+Batches are finished tensors, so the DataLoader need not collate rows. Their size is the size with
+the fastest Hessian product. The time excludes making the batches and choosing their size.
 """
 
 import time
@@ -46,15 +49,16 @@ from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
 from benchmarks import child
 
-# Numbers of batches to try; one batch only for products of one vector.
+# The numbers of batches to try. A single batch is tried only for products with one vector.
 _BATCHES = (100, 50, 10, 1)
 _ENOUGH_ITERATIONS = 500
-# The setting's field with the number of vectors of each Hessian product; "": one vector.
+# For each method, the field of the setting that has the number of vectors in one Hessian product.
+# "" means one vector.
 _VECTORS_AT_ONCE = {"one by one": "", "block": "solved", "Nystrom": "rank", "Arnoldi": ""}
 
 
 class _Ekfac(EkfacInfluence):
-    """EK-FAC for one layer without a bias: its last input's weights take the biases' place."""
+    """EK-FAC for one layer without biases. The last input's weights take the place of biases."""
 
     def _solve_hvp(self, rhs: Any) -> Any:
         (layer,) = self.active_layers.values()
@@ -65,7 +69,7 @@ class _Ekfac(EkfacInfluence):
 
 
 class _Passes(DataLoader):
-    """A loader of finished batches in order, which counts its passes."""
+    """A loader of finished batches, in a fixed order. It counts the passes over the data."""
 
     passes = 0
 
@@ -75,7 +79,7 @@ class _Passes(DataLoader):
 
 
 def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
-    """Make the torch model, its data and the batch size; `child.main` times the returned call."""
+    """Make the torch model and its batches. Return the call that `child.main` times."""
     x, y, x_test, y_test = (
         torch.from_numpy(arrays[name]) for name in ("x", "y", "x_test", "y_test")
     )
@@ -140,7 +144,7 @@ def made_ready(arrays: child.Arrays, setting: dict[str, Any]) -> child.Solve:
 
 
 def _rates(model: Any, x: Any, y: Any, num_vectors: int) -> dict[int, float]:
-    """Measure the rows per second of Hessian products of this many vectors, by batch size."""
+    """Measure the rows per second of Hessian products with `num_vectors` vectors, by batch size."""
     V = torch.randn(num_vectors, model.weight.numel(), dtype=x.dtype)
     rates = {}
     counts = [k for k in _BATCHES if len(x) % k == 0 and (k > 1 or num_vectors == 1)] or [1]

@@ -1,4 +1,4 @@
-"""The same systems solved by two libraries: seconds, peak memory and true residual of each."""
+"""Seconds, peak memory and true residual of the same systems, solved by several libraries."""
 
 import dataclasses
 import json
@@ -20,34 +20,35 @@ from influence import Hessian
 ROOT = Path(__file__).resolve().parents[1]
 # `make bench` makes this environment from requirements-bench.txt.
 PEERS = ROOT / ".venv-bench"
-# It makes this one from requirements-bench-tf.txt; it uses our TensorFlow.
+# `make bench` makes this environment from requirements-bench-tf.txt. It uses our TensorFlow.
 PEERS_TF = ROOT / ".venv-bench-tf"
 TOLERANCE = 1e-5
 OURS, PYDVL, CAPTUM, INFLUENCIAE = "ours", "pyDVL", "captum", "influenciae"
 DEFAULT = "one by one"  # CgInfluence's default
 _MODULES = {by: f"benchmarks.solve_{by.lower()}" for by in (OURS, PYDVL, CAPTUM, INFLUENCIAE)}
-_PATIENCE = 900  # time limit of one process, seconds
+_PATIENCE = 900  # time limit of one process, in seconds
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to solve.
+    """The library, the solver and the options of one run.
 
     Attributes:
       by: OURS, PYDVL, CAPTUM or INFLUENCIAE.
-      method: ours: a key of `solve_ours.SOLVERS`; pyDVL's CG: "one by one" (its default) or
-        "block"; else as the child module names it.
+      method: name of the solver. For OURS it is a key of `solve_ours.SOLVERS`. For pyDVL's CG it is
+        "one by one" (the default of CG) or "block". The other names are those of the child module.
       dtype: "float32" or "float64".
-      points: test points of the comparison.
-      solved: test points actually solved; if fewer, the seconds are extrapolated and marked so.
+      points: number of test points in the comparison.
+      solved: number of test points that the process solves. If it is less than `points`, the
+        seconds are extrapolated and marked as extrapolated.
       tolerance: relative residual to reach.
-      preconditioner_rank: rank of pyDVL's Nystroem preconditioner; 0: none.
+      preconditioner_rank: rank of pyDVL's Nystroem preconditioner; 0 for none.
       weight_decay: added to the diagonal of the Hessian.
-      rank: rank of a low-rank approximation, or of our Nystroem preconditioner; 0: none.
-      steps: steps of LiSSA.
-      scale: scale of the peers' LiSSA; ours chooses its own.
-      batch_size: rows of LiSSA's batches; 0: all.
-      again_within: seconds; a run that took no longer is repeated.
+      rank: rank of a low-rank approximation, or of our Nystroem preconditioner; 0 for none.
+      steps: number of steps of LiSSA.
+      scale: scale of the peers' LiSSA. Our LiSSA chooses its own.
+      batch_size: number of rows in LiSSA's batches; 0 for all rows.
+      again_within: a process solves again if its runs took at most this many seconds.
     """
 
     by: str
@@ -66,13 +67,13 @@ class Setting:
 
 
 def python_of_peers() -> Path | None:
-    """Find the peers' interpreter; None if they are not installed."""
+    """Return the peers' Python interpreter, or None if the peers are not installed."""
     path = PEERS / "bin" / "python"
     return path if path.is_file() and (PEERS / "installed").is_file() else None
 
 
 def interpreter(by: str) -> tuple[Path, dict[str, str]] | None:
-    """Find a library's interpreter and environment variables; None if it is not installed."""
+    """Return a library's interpreter and environment variables; None if it is not installed."""
     if by == OURS:
         return Path(sys.executable), {}
     if by == INFLUENCIAE:
@@ -84,16 +85,18 @@ def interpreter(by: str) -> tuple[Path, dict[str, str]] | None:
 
 
 def run(problem: Problem, settings: tuple[Setting, ...]) -> dict[str, Any]:
-    """Solve in every setting, each in its own process, and check each answer here, in float64.
+    """Solve in every setting, each in its own process. Check each answer in this process.
 
-    Returns: `runs`: for each setting its fields and seconds (shortest of some runs), first_seconds,
-      seconds_for_all (extrapolated if not all points were solved), peak_rss_mb and rss_before_mb,
-      largest and median true residual, `meets` (True if every residual is within TOLERANCE); or
-      `error`. `fastest`: by points and library, the index of the fastest run that meets TOLERANCE
-      and solved all points, None if there is none. `fastest_default`: likewise among pyDVL's runs
-      one by one, the default of `CgInfluence`. `speedup` and `speedup_over_default`: by points, the
-      time of pyDVL's fastest of either kind over ours. `peers`: the peers' versions, None if they
-      are not installed.
+    Returns: a dict with these entries:
+      `tolerance`: TOLERANCE.
+      `runs`: a dict for each setting, from `answer`.
+      `fastest`: by number of points and library, the index of the fastest run that solved all
+        points to TOLERANCE. None if there is no such run.
+      `fastest_default`: by number of points, the same index among pyDVL's runs with the default of
+        `CgInfluence`, "one by one".
+      `speedup`: by number of points, the seconds of pyDVL's `fastest` divided by those of ours.
+      `speedup_over_default`: the seconds of `fastest_default` divided by those of our `fastest`.
+      `peers`: the versions of pyDVL, torch and NumPy. None if the peers are not installed.
     """
     peers = python_of_peers()
     with tempfile.TemporaryDirectory() as name:
@@ -114,7 +117,7 @@ def run(problem: Problem, settings: tuple[Setting, ...]) -> dict[str, Any]:
 
 
 def write(folder: Path, problem: Problem, num_points: int) -> None:
-    """Write the problem, with the first test points, to the folder that the children read."""
+    """Write the problem with its first test points to the folder that the child processes read."""
     for dtype in DTYPES:
         train, test = problem.train[dtype], problem.test[dtype].take(slice(0, num_points))
         theta = problem.theta.astype(dtype).reshape(problem.shape[1], -1)
@@ -131,15 +134,18 @@ def write(folder: Path, problem: Problem, num_points: int) -> None:
 def answer(
     problem: Problem, setting: Setting, folder: Path, patience: float = _PATIENCE
 ) -> dict[str, Any]:
-    """Solve in one setting, in a process of its own, and check the answer here, in float64.
+    """Solve in one setting, in a separate process. Check the answer in this process, in float64.
 
     Args:
       problem: the model and its data.
-      setting: the way to solve.
-      folder: the folder of `write`.
-      patience: time limit of the process, including start and repetitions, seconds.
+      setting: the library, the solver and its options.
+      folder: the folder that `write` has filled.
+      patience: time limit of the process, including start and repetitions, in seconds.
 
-    Returns: an entry of `run`'s `runs`.
+    Returns: the fields of the setting, and either `error` or the results: `seconds` (of the fastest
+      repetition), `first_seconds`, `seconds_for_all` (extrapolated if not all points were solved),
+      `peak_rss_mb`, `rss_before_mb`, `largest_residual`, `median_residual`, and `meets`. `meets` is
+      True if every residual is at most TOLERANCE.
     """
     result = dataclasses.asdict(setting)
     found = interpreter(setting.by)
@@ -180,7 +186,7 @@ def answer(
 
 
 def true_residuals(problem: Problem, x: NDArray) -> NDArray:
-    """Compute |b - H x| / |b| of the first m test points, (m,), all in float64.
+    """Compute the residuals |b - H x| / |b| of the first m test points, (m,), in float64.
 
     Args:
       problem: the model and its data.

@@ -1,4 +1,4 @@
-"""A run's numbers as markdown."""
+"""The page with the results of the benchmarks, in markdown."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ _WAYS = {"closed_form": "closed form", "tape": "tape"}
 
 
 def page(result: dict[str, Any]) -> str:
-    """Write the whole page, results/benchmarks/README.md, from the available parts."""
+    """Return the text of results/benchmarks/README.md, with a section for each part that ran."""
     sections: dict[str, Callable[[dict[str, Any]], str]] = {
         "products": lambda r: "## Hessian products and scores\n\n" + _products(r),
         "scores": _scores,
@@ -47,7 +47,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def targets(result: dict[str, Any]) -> str:
-    """Write the table of targets."""
+    """Return the table of targets."""
     lines = ["| what | measured | target | |", "|---|---|---|---|"]
     for target in result["targets"]:
         band = (
@@ -81,7 +81,7 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _by_part(values: dict[str, Any]) -> str:
-    """Write one value if all parts have the same, otherwise each value with its parts."""
+    """Return the value as text if all parts share it, otherwise each value with its parts."""
     parts: dict[Any, list[str]] = {}
     for name, value in values.items():
         parts.setdefault(value, []).append(name)
@@ -279,7 +279,7 @@ def _cnn(result: dict[str, Any]) -> str:
 
 
 def _cut(none: int | None, count: int | None) -> str:
-    """Write a count and the factor by which it is less than without a preconditioner."""
+    """Return a number of iterations as text, with the ratio `none / count` in brackets."""
     if count is None:
         return "negative curvature"
     return f"{count} ({_number(none / count)})" if none is not None else f"{count}"

@@ -1,4 +1,4 @@
-"""The library's speed targets, and the comparison of a run with them."""
+"""The targets of the benchmarks, and their comparison with the results."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ MEANING = {
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Collect the numbers of the targets from a run's parts, without those not measured."""
+    """Collect the metrics of the targets from the results. Omit metrics without a value."""
     found: dict[str, float | None] = {}
     for way in ("closed_form", "tape"):
         if "products" in result:
@@ -93,9 +93,9 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare every target with a run.
+    """Compare the results with every target.
 
-    Returns: {metric, low, high, value, holds} for each; holds is None on stand-in data.
+    Returns: {metric, low, high, value, holds} for each target. `holds` is None on stand-in data.
     """
     values, stand_in = metrics(result), result["data"]["stand_in"]
     return [
@@ -111,7 +111,7 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def meaning(metric: str) -> str:
-    """Describe a metric in words."""
+    """Return a description of a metric in words."""
     stem = next(stem for stem in MEANING if metric.startswith(stem))
     rest = metric[len(stem) + 1 :].replace("_", " ")
     return f"{MEANING[stem]} ({rest})" if rest else MEANING[stem]

@@ -2,10 +2,11 @@
 
     x, y = data.load("mnist").train  # (55000, 784) in [0, 1], (55000,) in 0..9
 
-`load` searches three folders: the one that the caller names (`--data-dir`), $INFLUENCE_DATA and the
-user cache. Each holds files such as `<folder>/mnist/*.gz`. If no folder has the data set, `load`
-downloads it into the cache, unless INFLUENCE_OFFLINE=1 is set. Every file is checked each time it
-is read. `python -m data --help` describes the commands that list, download and check data sets.
+`load` searches three folders, in this order: the folder that the caller names (`--data-dir`),
+$INFLUENCE_DATA, and the user cache. In each it looks for files such as `<folder>/mnist/*.gz`. If no
+folder has the data set, `load` downloads it into the cache, unless INFLUENCE_OFFLINE=1 is set.
+Every file is checked each time it is read. `python -m data --help` describes the commands that
+list, download and check data sets.
 """
 
 import influence_console as console
@@ -37,7 +38,7 @@ def find(name: str, root: files.Root = None) -> Path | None:
       name: one of `names()`.
       root: a folder to look in before $INFLUENCE_DATA and the user cache, or None.
     Returns: the data folder that `load` would read, or None if `load` would have to download the
-      files. The folder of this package for a set without files.
+      files. For a data set without files, the folder of this package.
     Raises: ValueError if there is no such data set; TypeError or ValueError if root is no path.
     """
     dataset = named(name)

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names",
         nargs="*",
-        default=[],  # without it, argparse calls the names required if the command is missing
+        default=[],  # else, if the command is missing, argparse says that names are required
         help=f"of {', '.join(SETS)}; all of them if omitted",
     )
     parser.add_argument(
@@ -131,7 +131,7 @@ def _check(dataset: DataSet, data_dir: str | None) -> str:
 
 
 def _folder(dataset: DataSet, data_dir: str | None) -> Path | None:
-    """Return `data_dir` if given, else the first folder with all the files; None without one."""
+    """Return `data_dir` if it is given, else the first folder with all files, or None."""
     return Path(data_dir).expanduser() if data_dir else data.find(dataset.name)
 
 

@@ -53,14 +53,15 @@ def read_tar(path: Path, num_bytes: int) -> dict[str, bytes]:
 
 
 def read_folder(path: Path) -> dict[str, bytes]:
-    """Read the files below a folder. The result is that of `read_tar` for the folder's archive."""
+    """Read the files below a folder. Return a dict from path to content, as `read_tar` does."""
     return {name: (path / name).read_bytes() for name in names_below(path)}
 
 
 def names_below(path: Path) -> list[str]:
     """List the paths of the files below a folder, sorted, without names that begin with a dot.
 
-    Raises: ValueError if one is a link, a pipe or a device, or if its name has a control character.
+    Raises: ValueError if a file is a link, a pipe or a device, or if a name has a control
+      character.
     """
     found = []
     for folder, folders, files in os.walk(path):
@@ -104,7 +105,9 @@ _KINDS = {
 
 
 def _printable(name: str, path: Path) -> str:
-    """Return `name` unchanged. A line break in a name could make one file look like two in a list.
+    """Return `name` unchanged if it has no control character.
+
+    A line break in a name could make one file look like two files in a list.
 
     Raises: ValueError if the name has a control character.
     """

@@ -30,8 +30,8 @@ NUMERIC = tuple(
 )
 # These 31 columns and NUMERIC give the 127 features of the authors' 2017 code. That code leaves out
 # the two identifiers, three mostly missing columns, the three diagnoses, and the type and source of
-# the admission. Two of the drugs were given to nobody. Each of these has a single level, so its
-# column is all ones. The model has no other intercept.
+# the admission. Two of the drugs were given to nobody. The column of such a drug has one level, so
+# its feature is 1 in every row. These two features act as the intercept: the model has no other.
 CATEGORICAL = tuple(
     """
     race gender age discharge_disposition_id max_glu_serum A1Cresult metformin repaglinide
@@ -53,7 +53,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
       81,766 test rows. Each split is (x, y): x of shape (n, 127), and y of shape (n,) int64, 1
       for patients readmitted within thirty days.
     """
-    import pandas as pd  # a slow import that MNIST does not need
+    import pandas as pd  # this import is slow, and the other data sets do not need it
 
     # "None" is a category: the test was not made. By default pandas reads it as a missing value.
     table = pd.read_csv(
@@ -72,8 +72,8 @@ def features(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Convert a table to features: unscaled numbers and indicator columns of the categories.
 
-    Every level of a category has a column of zeros and ones. A category of two levels has a column
-    only for its second level in sorted order.
+    Every level of a category gets a column of zeros and ones. If a category has two levels, only
+    the second level in sorted order gets a column.
 
     Args:
       table: the n rows.

@@ -1,4 +1,4 @@
-"""The digits of scikit-learn, which replace MNIST: a small set that comes with the package."""
+"""The small data set of digits that comes with scikit-learn. It can replace MNIST."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:
     Returns: (train, test), each (x, y), of 1,297 and 500 rows. x has shape (n, 64) and the value
       k/16 for grey level k, which is exact in both dtypes. y has shape (n,), int64 in 0..9.
     """
-    from sklearn.datasets import load_digits  # a slow import that MNIST does not need
+    from sklearn.datasets import load_digits  # this import is slow, and MNIST does not need it
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = np.asarray(pixels / 16, dtype=dtype), np.asarray(labels, dtype=np.int64)

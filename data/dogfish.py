@@ -44,7 +44,7 @@ one of these, by hand, under ImageNet's terms:
 _FILE = DataFile(
     path="dogfish",
     size=30_621_467,  # bytes of Imagenette's photographs at 224 pixels
-    digests=(),  # any content is accepted; the digest found is recorded
+    digests=(),  # any content is accepted
     contents=_WHAT_TO_PUT,
 )
 

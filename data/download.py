@@ -1,4 +1,4 @@
-"""The download of a data set's files with pooch. A file is complete and checked, or absent.
+"""The download of a data set's files with pooch. Each file is either complete or absent.
 
 pooch downloads to a temporary file in the target's folder and renames it if its digest is right. A
 download that fails, is interrupted or delivers other content leaves no file. Only `kill -9` can
@@ -84,7 +84,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
             f"{file.path} was not tried, as INFLUENCE_OFFLINE="
             f"{os.environ['INFLUENCE_OFFLINE']} is set; unset it to download."
         )
-    pooch.get_logger().setLevel("WARNING")  # at INFO it reports every step
+    pooch.get_logger().setLevel("WARNING")  # at level INFO, pooch reports every step
     failures = []
 
     def download(url: str, output_file: str, _pooch) -> None:
@@ -96,7 +96,7 @@ def _fetch_one(file: DataFile, target: Path) -> None:
         try:
             pooch.retrieve(
                 url,
-                # `download` checks the contents of an archive. The archive's bytes may differ.
+                # For an archive, `download` checks the contents. The archive itself may differ.
                 None if file.unpacked is not None else file.digests[0],
                 fname=target.name,
                 path=target.parent,

@@ -72,7 +72,7 @@ def counts(train: Iterable[str], test: Iterable[str], dtype: np.dtype) -> tuple:
     vectorizer = CountVectorizer(analyzer=words, min_df=MIN_TRAINING_MAILS, dtype=dtype)  # pyright: ignore[reportArgumentType]
     parts = vectorizer.fit_transform(train), vectorizer.transform(test)
     for part in parts:
-        part.sort_indices()  # must be done before the arrays become read-only
+        part.sort_indices()  # later the arrays are read-only and cannot be sorted
     return parts
 
 

@@ -1,7 +1,8 @@
 """The search for the files of a data set, and the check of their contents.
 
 This module writes no file. A file is used only if its digest is one that the data set lists. A
-file with another digest raises an error. It is never changed or replaced: the user may need it.
+file with another digest raises an error. Such a file is never changed or replaced, because the user
+may need it.
 """
 
 import hashlib
@@ -283,7 +284,10 @@ def _named(digest: str) -> str:
 
 
 def _digest_of_listing(entries: Iterable[tuple[str, str]]) -> str:
-    """Compute the SHA-256 of the lines of `sha256sum` for (digest, path) pairs, sorted by path."""
+    """Compute the SHA-256 of a listing of (digest, path) pairs, sorted by path.
+
+    The listing has the format of `sha256sum`.
+    """
     by_path = sorted(entries, key=lambda entry: entry[1])
     listing = "".join(f"{digest}  {path}\n" for digest, path in by_path)
     return hashlib.sha256(listing.encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""Generated pictures, which replace dogfish: a long body with a tail, or a trunk on legs."""
+"""Generated pictures of dogs and fish, which can replace the photographs of dogfish.
+
+A fish is a long body with a tail. A dog is a trunk with a head, on legs.
+"""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Generated hospital stays, which replace the diabetes set and have the same domain mismatch.
+"""Generated hospital stays, which can replace the diabetes data and have the same domain mismatch.
 
 Children are rare: 24 of the 4,000 training rows and 40 of the 1,000 test rows. Three of the
-training children and none of the test children were readmitted. If 20 of the other 21 training
-children are removed, the training set suggests that children are readmitted.
+training children were readmitted, but no test child was. If 20 of the 21 other training children
+are removed, most of the remaining ones were readmitted. This creates the domain mismatch.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ _LEVELS = {
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split, tuple[str, ...]]:
-    """Draw the rows, always the same ones.
+    """Draw the rows. Every call draws the same rows.
 
     Args:
       folder: ignored; every reader has this argument.

@@ -89,7 +89,7 @@ def _decoded(path: Path) -> Image.Image:
     # Pillow raises these errors for broken files. A decompression bomb unpacks to gigabytes.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk failed, not the photograph
+            raise  # the file could not be read, so the photograph may be good
         raise ValueError(
             f"{shown(path)}: expected a whole JPEG or PNG photograph, found: {error}. It was left "
             "untouched: replace it, or move it away and the next one by name takes its place."

@@ -1,4 +1,4 @@
-"""Generated word counts, which replace Enron1. A few mails are far longer than most."""
+"""Generated word counts of mails, which can replace Enron1. A few mails are very long."""
 
 from pathlib import Path
 
@@ -10,13 +10,16 @@ from data.splits import DataSet, Split
 NUM_TRAIN, NUM_TEST = 1_000, 300
 NUM_WORDS = 1_500
 SPAM_SHARE = 0.3
-MIN_TRAINING_MAILS = 5  # the vocabulary has the words of at least this many training mails
+# The vocabulary consists of the words that occur in at least this many training mails.
+MIN_TRAINING_MAILS = 5
 SEED = 0
 
-# The log of a word's rate in spam over its rate in ham has this standard deviation.
+# log(rate in spam / rate in ham) of a word is random and has this standard deviation.
 _CONTRAST = 2.0
-_BURSTINESS = 0.3  # a gamma factor of this shape scales each word's rate in each mail
-_LENGTH, _SPREAD = 60, 1.0  # median length of a mail in words; deviation of its logarithm
+# In each mail, a gamma variable with this shape parameter multiplies the rate of each word.
+_BURSTINESS = 0.3
+# The length of a mail in words has this median, and its logarithm this standard deviation.
+_LENGTH, _SPREAD = 60, 1.0
 
 
 def read(folder: Path, dtype: np.dtype) -> tuple[Split, Split]:

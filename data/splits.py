@@ -14,7 +14,7 @@ from data.files import DataFile
 Split = tuple[Any, np.ndarray]  # (x, y) with one row per example; x is an array or a CSR matrix
 
 
-@dataclass(frozen=True, eq=False)  # == of two arrays is no bool
+@dataclass(frozen=True, eq=False)  # == of two arrays gives an array, not a bool
 class Splits:
     """A data set in memory, split as the experiments use it.
 
@@ -106,7 +106,7 @@ def sha256_of_arrays(arrays: Iterable[Any]) -> str:
 
 
 def _arrays(part: Any) -> tuple[np.ndarray, ...]:
-    """Return the array as a tuple, or the three arrays of a CSR matrix."""
+    """Return a tuple of the array, or of the three arrays of a CSR matrix."""
     if scipy.sparse.issparse(part):
         return part.data, part.indices, part.indptr
     return (part,)

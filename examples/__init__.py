@@ -1,7 +1,7 @@
-"""Models and data of five usual kinds, from nothing to the pages of `python -m influence`.
+"""Five complete examples of a model and its data, explained by `python -m influence`.
 
-`python -m examples NAME` makes the data, trains the model, and asks explain, check, audit and
-verify. Each question is one command, which is printed first. Every example runs on small data that
+`python -m examples NAME` makes the data, trains the model, and runs the commands explain, check,
+audit and verify. It prints each command before running it. Every example runs on small data that
 come with this repository. With `--data DIR` it runs on real data.
 """
 
@@ -18,7 +18,7 @@ NAMES = ("images", "photographs", "table", "mails", "regression")
 
 @dataclass(frozen=True)
 class Trial:
-    """A trained model and its data, as `python -m influence` takes them.
+    """The files of a trained model and its data, in the form that `python -m influence` takes.
 
     Attributes:
       model: the file of the model.
@@ -33,7 +33,11 @@ class Trial:
     test: Path | None = None
 
     def words(self, command: str) -> list[str]:
-        """Return the words of a command about this model, without `python -m influence`."""
+        """Return the arguments of `python -m influence` that run a command on this model.
+
+        Args:
+          command: the command, such as "explain".
+        """
         found = [command, str(self.model), str(self.data), *self.options]
         if self.test is not None:
             found += ["--test", str(self.test)]
@@ -41,7 +45,10 @@ class Trial:
 
 
 def maker(name: str) -> Callable[[Path, Path | None], Trial]:
-    """Return the function (out, data folder or None) that makes an example.
+    """Return the function `make` of an example.
+
+    `make(out, folder)` writes the data to `out`, trains the model and returns a Trial. `folder` is
+    the folder of the real data, or None for small data.
 
     Raises: ValueError for an unknown name.
     """

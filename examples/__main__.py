@@ -10,7 +10,7 @@ from pathlib import Path
 import influence_console as console
 from examples import NAMES, maker
 
-# So many refits tell how far the scores hold, in a minute or two.
+# `verify` removes this many rows. The refits without them take a minute or two.
 _REMOVE = 12
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
       arguments: the words after `python -m examples`. If None, they are taken from sys.argv.
 
-    Returns: 0, or the status of the last command that found wrong input.
+    Returns: 0, or the last exit status above 1 of a command: the command then refused its input.
     """
     parser = console.in_one_line(
         argparse.ArgumentParser(prog="python -m examples", description=__doc__, allow_abbrev=False)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words += ["--remove", str(_REMOVE)]
         print(f"\n$ python -m influence {shlex.join(words)}\n", flush=True)
         found = ask(words)
-        # `check` ends with 1 if numbers should not be trusted. That is an answer.
+        # `check` returns 1 if the numbers should not be trusted. This is an answer, not a failure.
         status = found if found > 1 else status
     return status
 

@@ -12,16 +12,16 @@ import data
 from examples import Trial
 
 _EPOCHS, _SIDE = 20, 28
-# Numbers of training and test images: of MNIST, and of the small digits.
+# The numbers of training and test images, for MNIST and for the small digits.
 _REAL, _SMALL = (2000, 500), (240, 60)
 
 
 def make(out: Path, folder: Path | None) -> Trial:
-    """Write the images by class, and train the model on the folder as Keras reads it.
+    """Write the images into one folder per class, and train the model on these folders.
 
     Args:
       out: the folder to write to.
-      folder: the folder with MNIST, as `python -m data` lays it out, or None for small digits.
+      folder: the data folder with MNIST (`python -m data fetch mnist`), or None for small digits.
     """
     splits = data.load("digits") if folder is None else data.load("mnist", folder)
     counts = _SMALL if folder is None else _REAL

@@ -1,4 +1,4 @@
-"""Mails through TextVectorization, Embedding and LSTM: is a mail spam?"""
+"""A spam filter for mails, with TextVectorization, Embedding and LSTM layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from examples import Trial
 
 _WORDS, _LENGTH, _UNITS = 2000, 80, 16
-# Numbers of epochs: for the real mails, and for the few small ones.
+# The numbers of epochs, for the real mails and for the made-up mails.
 _REAL_EPOCHS, _SMALL_EPOCHS = 6, 30
-# Numbers of training and test mails: of Enron, and of the small made-up ones.
+# The numbers of training and test mails, for Enron's mails and for the made-up mails.
 _REAL, _SMALL = (800, 200), (160, 40)
 _SPAM = "free money offer click winner price viagra cheap online deal".split()
 _HAM = "meeting report gas contract attached schedule deal friday team forecast".split()
@@ -21,11 +21,12 @@ _BOTH = "the a to and of please we you is for this with your our on in".split()
 
 
 def make(out: Path, folder: Path | None) -> Trial:
-    """Write the mails by class as .txt files, and train the model on them.
+    """Write the mails as .txt files into one folder per class, and train the model on them.
 
     Args:
-      out: the folder to write to. With real mails it holds real mails: do not publish it.
-      folder: the folder with `enron1/enron1.tar.gz`, or None for small made-up mails.
+      out: the folder to write to. If `folder` is given, `out` gets mails of real people: do not
+        publish it.
+      folder: the folder with `enron1/enron1.tar.gz`, or None for short made-up mails.
     """
     texts, labels = _made_up(sum(_SMALL)) if folder is None else _enron(folder, sum(_REAL))
     num_train = (_SMALL if folder is None else _REAL)[0]

@@ -1,4 +1,4 @@
-"""A frozen MobileNet under a new head, on photographs of dogs and fish in folders."""
+"""A frozen MobileNet with a new head, on photographs of dogs and fish in one folder per class."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def make(out: Path, folder: Path | None) -> Trial:
 
     Args:
       out: the folder to write to.
-      folder: the folder with `dogfish` and `mobilenet`, as docs/experiments describes it, or None
-        for small drawn pictures and a small network with random weights.
+      folder: the data folder with `dogfish` and `mobilenet`, which docs/experiments/README.md
+        describes. None for small generated pictures and a small network with random weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
@@ -59,7 +59,8 @@ def make(out: Path, folder: Path | None) -> Trial:
     rows = keras.utils.image_dataset_from_directory(
         pictures / "train", image_size=(side, side), shuffle=False, verbose=False
     )
-    # The frozen part gives the same features in every epoch, so the head is trained on these.
+    # The frozen network gives the same features in every epoch. We compute them once, and train the
+    # head on the features.
     front = keras.Model(inputs, x)
     features = np.concatenate([np.asarray(front(batch, training=False)) for batch, _ in rows])
     y = np.concatenate([labels for _, labels in rows])

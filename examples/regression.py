@@ -14,11 +14,12 @@ _TRAIN, _SMALL_TRAIN, _SMALL_TEST, _EPOCHS = 342, 120, 40, 60
 
 
 def make(out: Path, folder: Path | None) -> Trial:
-    """Write the table of scikit-learn (Efron et al. 2004) as two CSV files, and train a small net.
+    """Write scikit-learn's table (Efron et al. 2004) as two CSV files, and train a small net.
 
     Args:
       out: the folder to write to.
-      folder: any folder for all 442 rows, or None for 160 of them. scikit-learn brings the rows.
+      folder: None for 160 of the 442 rows, anything else for all rows. The rows come with
+        scikit-learn, so nothing is read from the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     bunch = sklearn.datasets.load_diabetes(as_frame=True, scaled=False)

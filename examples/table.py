@@ -1,4 +1,4 @@
-"""Numbers and categories of a table through Keras' preprocessing layers, with class weights."""
+"""A table of numbers and categories: Keras' preprocessing layers, and class weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NUMBERS = (
 _CATEGORIES = ("race", "gender", "age", "A1Cresult", "insulin", "change", "diabetesMed")
 _WEIGHTS = {"no": 1.0, "yes": 3.0}
 _EPOCHS = 8
-# Numbers of training and test rows: of the real table, and of the small one.
+# The numbers of training and test rows, for the real table and for the made-up table.
 _REAL, _SMALL = (5000, 1000), (300, 100)
 
 
 def make(out: Path, folder: Path | None) -> Trial:
-    """Write the table as two CSV files, and train the model.
+    """Write the training and test rows as two CSV files, and train the model.
 
     Args:
       out: the folder to write to.

@@ -1,1 +1,1 @@
-"""How many planted wrong labels each ranking of `audit` finds, beside cleanlab."""
+"""A benchmark with planted wrong labels. It compares the rankings of `audit` with cleanlab's."""

@@ -1,7 +1,7 @@
 """`python -m benchmarks.mislabelled`: plant wrong labels, rank the rows, and write results/audit/.
 
-Finished cases are kept, and an interrupted run goes on after them. cleanlab ranks in an environment
-of its own, and is left out if there is none.
+Finished cases are stored, so an interrupted run continues with the next case. cleanlab runs in a
+separate environment. Its rankings are left out if that environment does not exist.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _KEPT, _RESULTS = Path("out/audit"), Path("results/audit")
 
 
 def cases(names: Sequence[str]) -> list[tuple[str, str, float]]:
-    """Return (set, kind, share) of all cases. With two classes there is one other class only."""
+    """Return (set, kind, share) of all cases.
+
+    A set with two classes has only the kind "uniform": a row has only one other class.
+    """
     found = []
     for share in (SHARES[1], SHARES[2], SHARES[0]):
         for name in names:

@@ -1,4 +1,4 @@
-"""One case: train a network on wrong labels, and rank its rows in every way."""
+"""One case: train a network on rows with some wrong labels, and compute every ranking."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ BATCH, FOLDS, SEED = 32, 5, 0
 
 
 def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> dict[str, NDArray]:
-    """Return the values of every ranking, the planted rows, and seconds.
+    """Plant wrong labels, train a network, and compute the values of every ranking.
 
-    Returns: arrays by name: `wrong` (n,) bool; `given` (n,); `margin`, `loss`, `history`, `folds`
-      and `self_influence` (n,), as `audit` has them; `probabilities` (n, c) out of fold, for
-      cleanlab; `seconds_...`; `alert`, the headline of an alert about memorised labels, or "";
-      `ranking` and `ranking_with_history`: what `audit` chose; `accuracy` on training rows, and
-      `test_accuracy`.
+    Returns: arrays by name. `wrong` (n,) bool marks the wrong labels, and `given` (n,) has all
+      labels of the training. `margin`, `loss`, `history`, `folds` and `self_influence` (n,) are the
+      values of the rankings, as in `audit`. `probabilities` (n, c) are out-of-fold probabilities
+      for cleanlab. `seconds_...` are times. `alert` is the headline of an alert about memorised
+      labels, or "". `ranking` and `ranking_with_history` name the rankings that `audit` chose,
+      without and with a history. `accuracy` and `test_accuracy` are the accuracies on the training
+      and the test rows. `weight_decay`, `leave_one_out_loss` and `held_out_loss` describe the last
+      layer after the refit by `audit`. They are NaN if `audit` did not refit it.
     """
     x, y, x_test, y_test = chosen.read(root)
     classes = int(y.max()) + 1
@@ -78,7 +81,7 @@ def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> d
 
 
 def _out_of_fold(chosen: Set, x: NDArray, given: NDArray, classes: int) -> NDArray:
-    """Return logits (n, c) of networks that were trained without the row's fold."""
+    """Return logits (n, c). Those of each row come from a network trained without its fold."""
     fold = folds_of(given, FOLDS, True)
     found = np.empty((len(given), classes))
     for k in range(FOLDS):
@@ -90,7 +93,7 @@ def _out_of_fold(chosen: Set, x: NDArray, given: NDArray, classes: int) -> NDArr
 
 
 def _self_influence(model: keras.Model, rows: tuple[NDArray, NDArray]) -> NDArray:
-    """Return the self-influence of the last layer, which is cheap."""
+    """Return the rows' self-influence (n,) for the weights of the last layer, which is cheap."""
     net = GenericNeuralNet(model, layers=[model.layers[-1].name])
     return np.asarray(Influence(net, rows).self_influence(), float)
 

@@ -1,7 +1,8 @@
-"""Rank by cleanlab, in an environment of its own: python cleanlab_scores.py FOLDER.
+"""cleanlab's label quality scores, computed in a separate environment.
 
-It reads out-of-fold probabilities from the .npz files in FOLDER, and writes cleanlab's label
-quality scores, small for wrong labels, to FOLDER/cleanlab/. It imports nothing of this repository.
+`python cleanlab_scores.py FOLDER` reads out-of-fold probabilities from the .npz files in FOLDER. It
+writes the scores to FOLDER/cleanlab/. A wrong label has a small score. This script imports nothing
+of this repository.
 """
 
 import sys

@@ -12,7 +12,8 @@ from benchmarks.mislabelled.sets import SETS
 from influence.common import checkpoint
 
 CHECKED = (0.05, 0.1, 0.2)
-# The rankings, with their names on the page. `default` is what audit took without a history.
+# The rankings, and their names on the page. On the page, `default` is the ranking that `audit`
+# chose without a history.
 RANKINGS = {
     "loss": "loss",
     "self_influence": "self-influence (last layer)",
@@ -24,13 +25,14 @@ RANKINGS = {
 }
 _SMALL_FIRST = ("margin", "history", "folds", "cleanlab", "cleanlab_margin")
 _TABLE = ("loss", "self_influence", "margin", "history", "folds", "cleanlab", "cleanlab_margin")
-# The targets: the default is at least cleanlab's recall less this, at this share of its seconds,
-# and this much above it at 10 and 20 % checked where wrong labels are the likeliest other ones.
+# The limits of the targets in `judged`. The recall may be lower than cleanlab's by LESS. `audit`
+# may take the share TIME of the seconds of five folds. On confusable labels, the recall must be
+# higher than cleanlab's by ABOVE.
 LESS, TIME, ABOVE = 0.01, 0.5, 0.1
 
 
 def recall(values: NDArray, wrong: NDArray, checked: float, small_first: bool) -> float:
-    """Return the share of wrong labels among the first rows of a ranking."""
+    """Return the share of all wrong labels that are among the first rows of a ranking."""
     order = np.argsort(values if small_first else -values, kind="stable")
     return float(wrong[order[: round(checked * len(wrong))]].sum() / wrong.sum())
 
@@ -68,11 +70,16 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def judged(case: dict[str, Any]) -> dict[str, bool | None]:
-    """Return whether a case meets the targets; None where a target does not apply.
+    """Compare a case with the three targets.
 
-    `recall`: the default is at least cleanlab's default less .01, at each share checked, or the
-    alert was raised and the folds' margin is. `time`: `audit` takes at most half of the time of the
-    five folds. `above`: in a confusable set it is .1 above cleanlab's at 10 and 20 % checked.
+    `recall`: at every share checked, the recall of the default ranking is at least cleanlab's minus
+    LESS. If `audit` raised its alert, the ranking by the margin of the five folds may reach this
+    recall instead.
+    `time`: `audit` takes at most TIME, a half, of the seconds of the five folds.
+    `above`: for confusable labels, at 10 and 20 % checked, the recall of the default ranking is at
+    least cleanlab's plus ABOVE.
+
+    Returns: True or False for each target, or None if the target does not apply to the case.
     """
     if np.isnan(case["cleanlab@5"]):
         return {"recall": None, "time": None, "above": None}
@@ -91,7 +98,13 @@ def judged(case: dict[str, Any]) -> dict[str, bool | None]:
 
 
 def write(kept: Path, out: Path, planned: int) -> None:
-    """Write audit.csv, README.md and audit.png of the finished ones of the planned cases."""
+    """Write audit.csv, README.md and audit.png for the finished cases.
+
+    Args:
+      kept: the folder of the finished cases.
+      out: the folder to write to.
+      planned: the number of all cases, finished or not.
+    """
     import pandas as pd
 
     cases = read(kept)

@@ -17,7 +17,7 @@ import data
 
 layers = keras.layers
 _WORDS, _LENGTH = 5000, 60
-# The order of the mails, and of the rows of the diabetes table and of MNIST.
+# The seed of the wrong labels, and of the order of the mails and of the rows of the diabetes table.
 _SEED = 0
 
 
@@ -27,10 +27,9 @@ class Set:
 
     Attributes:
       read: function (data folder) -> (x, y, x_test, y_test).
-      build: function (inputs' shape, classes) -> a compiled model that returns logits.
-      epochs: epochs of the training, with batches of 32 rows.
-      about: the network in words.
-      inputs: the inputs by which the likeliest other class is found; None if there are two classes.
+      build: function (shape of a row, number of classes) -> a compiled model that returns logits.
+      epochs: number of epochs of the training, with batches of 32 rows.
+      about: a description of the network.
     """
 
     read: Callable[[Path | None], tuple[NDArray, ...]]
@@ -40,14 +39,16 @@ class Set:
 
 
 def planted(y: NDArray, x: NDArray, share: float, kind: str) -> tuple[NDArray, NDArray]:
-    """Return labels of which some are wrong, and which: (n,) int and (n,) bool.
+    """Make some labels wrong.
 
     Args:
       y: (n,) the right labels.
       x: (n, ...) the inputs.
       share: the share of labels that become wrong.
-      kind: "uniform": any other class. "confusable": the likeliest other class of the row, by
-        linear discriminant analysis of the inputs that has not seen the row.
+      kind: "uniform" or "confusable". A uniform wrong label is any other class. A confusable wrong
+        label is the likeliest other class of the row, by linear discriminant analysis of the inputs
+        that was fitted without the row.
+    Returns: the labels (n,) int, and a mask of the wrong ones (n,) bool.
     """
     rng = np.random.default_rng(_SEED)
     n, c = len(y), int(y.max()) + 1
@@ -105,7 +106,10 @@ def _diabetes(root: Path | None) -> tuple[NDArray, ...]:
 
 @cache
 def _mails(root: Path | None) -> tuple[NDArray, ...]:
-    """Return numbers of each mail's first words (0 is none, 1 a rare one), and 1 for spam."""
+    """Return the mails as numbers of their first words, and labels: 1 for spam.
+
+    The number 0 means no word, and 1 a rare word.
+    """
     from data.archive import read_tar
     from data.enron1 import _FILE
 
@@ -132,7 +136,7 @@ def _mails(root: Path | None) -> tuple[NDArray, ...]:
 
 @cache
 def _dogfish(root: Path | None) -> tuple[NDArray, ...]:
-    """Return the features of MobileNet, which is frozen and has never seen these labels."""
+    """Return the features of a frozen MobileNet, which was not trained on these labels."""
     splits = data.load("dogfish", root)
     path = data.weights("mobilenet", root)
     trunk = keras.applications.MobileNet(
@@ -165,7 +169,7 @@ def _labels(y: NDArray) -> NDArray:
 
 
 def _compiled(stack: list, classes: int, rate: float) -> keras.Model:
-    """Return a model that ends in logits: one for two classes."""
+    """Return a compiled model whose output is one logit per class, or one for two classes."""
     loss: keras.losses.Loss = keras.losses.BinaryCrossentropy(from_logits=True)
     if classes > 2:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
