@@ -115,7 +115,9 @@ def _mails(root: Path | None) -> tuple[NDArray, ...]:
 
     folder = data.find("enron1", root)
     if folder is None:
-        raise FileNotFoundError("enron1 must be in the data folder, got none; see docs/experiments/README.md.")
+        raise FileNotFoundError(
+            "enron1 must be in the data folder, got none; see docs/experiments/README.md."
+        )
     files = read_tar(folder / _FILE.path, _FILE.size)
     names = [name for name in sorted(files) if name.startswith(("ham/", "spam/"))]
     names = [names[k] for k in np.random.RandomState(_SEED).permutation(len(names))[:3000]]
