@@ -84,21 +84,6 @@ def run(part: str, **names):
     return names
 
 
-def test_the_attack_in_the_docs_runs():
-    names = run("poison(")
-    found, x = names["found"], names["train"].x
-    assert found.same_bytes.all() and found.flipped.all()
-    np.testing.assert_allclose(found.change_if_poisoned, 0.0035, atol=5e-5)
-    moved = np.abs(found.inputs - x[found.rows]).max() / (1 / 255)
-    assert 0.9 < moved < 1  # the attack moves pixels by almost one grey level
-
-
-def test_the_wrong_labels_in_the_docs_are_found():
-    names = run("np.isin(")
-    assert len(names["y"]) == 1297
-    assert np.isin(names["flipped"], np.argsort(-names["own"])[:100]).sum() == 48
-
-
 @pytest.mark.parametrize("kind", ["sequential", "functional"])
 def test_the_copy_in_the_docs_is_the_same_model(kind):
     layers = [keras.layers.Dense(4, "tanh"), keras.layers.Dense(3, "softmax")]
