@@ -67,7 +67,7 @@ def _begin() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Make Ctrl-C in a `with` block end the process at once. Do nothing outside of `run`.
+    """Make Ctrl-C in a `with` block end the process at once. Without `run`, change nothing.
 
     Use it around imports: imported code may swallow a KeyboardInterrupt or print its traceback.
     """
@@ -258,7 +258,7 @@ def _open_standard_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `descriptor`
 
 
 def _on_interrupt(handler: Callable) -> None:
@@ -270,7 +270,7 @@ def _on_interrupt(handler: Callable) -> None:
 def _leave(*_: object) -> None:
     with suppress(OSError):
         os.write(_stderr, f"{_LINE}\n".encode())
-    if "multiprocessing" in sys.modules:  # Ctrl-C does not reach joblib's workers
+    if "multiprocessing" in sys.modules:  # joblib's workers ignore Ctrl-C, so end them here
         with suppress(Exception):
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()

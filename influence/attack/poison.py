@@ -236,7 +236,7 @@ def mean_s_test(
             try:
                 return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
             except np.linalg.LinAlgError:
-                pass  # then `Direct` raises an error with a sufficient damping
+                pass  # `Direct` below raises an error that names a sufficient damping
     how: dict[str, Any] = {"curvature": Hessian, "approximation": "first_order"}
     inverse = Inverse(net, train, solver=solver or Direct(), **how)
     return inverse.s_test(test).x.mean(axis=1)
@@ -438,7 +438,11 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
-    """Validate examples of images or of features. Only a few images pass through the trunk."""
+    """Refuse examples that do not fit the net or the attack.
+
+    If the rows hold the inputs of a trunk, only the first three pass through it. The labels of all
+    rows are checked.
+    """
     _ = examples.x  # this raises an error for a stream, which has no x
     check_no_masses(net, "an attack")
     if is_packed(examples.y):

@@ -17,15 +17,15 @@ _LEAST_PAIRS = 20
 # more.
 _BYTES = VECTORS >> 5
 # A search is stuck if its smallest gradient norm has not improved for this many passes. A stuck
-# search ends, unless the function still decreases. The next two constants define this: both of
-# their conditions must hold.
+# search ends, unless the function still decreases. It still decreases if the conditions of both
+# constants below, _FALL and _ROSE, hold.
 _PATIENCE = 20
-# First condition: since the count of passes last restarted, the function has decreased by more than
-# this fraction of its total decrease. A smaller decrease may be rounding error. The fraction
+# Condition of _FALL: since the count of passes last restarted, the function has decreased by more
+# than this fraction of its total decrease. A smaller decrease may be rounding error. The fraction
 # depends on the gradients' dtype.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-# Second condition: since then, the largest gradient norm exceeded this multiple of the smallest
-# norm so far.
+# Condition of _ROSE: since the count last restarted, the largest gradient norm exceeded this
+# multiple of the smallest norm so far. With the multiple 0, the condition always holds.
 _ROSE = {"float32": 2.0, "float64": 0.0}
 # A pair from low-precision gradients is used only if the norm of its change of gradient exceeds
 # this multiple of the gradients' error.
@@ -88,9 +88,10 @@ def minimise(
     curvature changes along the step.
 
     The gradient norm of a search may stop shrinking for two reasons: a long descent, or rounding
-    error. In this case the search continues only if the function still decreases. Let g be the
-    gradients. Up to third order, the decrease is the sum of -(g_before + g_after) . step / 2 over
-    the steps. In float32, the gradient norm must also have grown meanwhile.
+    error. In this case the search continues only if the function still decreases. The decrease over
+    one step is -(g_before + g_after) . step / 2, where g is the gradient. Its error is of third
+    order in the step. In float32, the gradient norm must also have exceeded twice its smallest
+    value since the search last made progress.
 
     Args:
       gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of
@@ -228,7 +229,7 @@ class _Searches:
     def judge(self, columns: NDArray) -> NDArray:
         """Continue with exact gradients from the best thetas.
 
-        Returns: (j,) the norms of the errors that the low-precision gradients have there.
+        Returns: (j,) the error norms of the low-precision gradients at these thetas.
         """
         if not len(columns):
             return np.empty(0)
@@ -248,7 +249,7 @@ class _Searches:
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
-    """Multiply each column of G by the inverse Hessian: `inverse`, updated by the pairs."""
+    """Multiply each column of G by an inverse Hessian: `inverse` with the pairs' secant updates."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
         shares.append(weight * dots(S, Q))
@@ -260,7 +261,10 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Return (S, Y, 1 / s'y) for the columns s and y. 1 / s'y is 0 without positive curvature."""
+    """Return S, Y and the weights 1 / s'y of their columns s and y.
+
+    A weight is 0 if s'y is not clearly positive. The pair of these columns then has no effect.
+    """
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
     product = dots(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)

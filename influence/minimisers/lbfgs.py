@@ -90,7 +90,7 @@ def _newton(
     gradient: NDArray,
     tolerance: float,
 ) -> tuple[NDArray, float]:
-    """Take Newton steps while each halves the gradient norm. Return theta and this norm.
+    """Take Newton steps while each halves the gradient norm. Return theta and its gradient norm.
 
     A step that raises the risk by more than rounding error is rejected, because it may lead to a
     saddle.

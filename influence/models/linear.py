@@ -1,9 +1,9 @@
 """Linear models with an L2 penalty, whose losses and derivatives have closed forms.
 
-A model has weights W (f, c) and outputs z = x W. Its loss l(z, y) is convex in z. For one example,
-with (x) for the Kronecker product,
+A model has weights W (f, c) and outputs z = x W. Its loss l(z, y) is convex in z. The loss of one
+example x, a row vector, has these derivatives in theta (kron is the Kronecker product):
 
-    grad = x' (x) dl/dz        Hessian = x' x (x) d2l/dz2
+    gradient = kron(x', dl/dz)        Hessian = kron(x' x, d2l/dz2)
 
 The risk is the mean loss plus weight_decay/2 |W|^2. theta is W flattened row by row. The intercept
 is a last feature that is always one. The closed forms replace automatic differentiation, and tests
@@ -111,7 +111,7 @@ class LinearModel(GenericNeuralNet):
         return float(self.link.loss(Z, y).mean(dtype=np.float64)), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
-        """Return the gradient x_i (x) dl_i/dz of each row i; see GenericNeuralNet.gradients."""
+        """Return the gradient kron(x_i, dl_i/dz) of each row i; see GenericNeuralNet.gradients."""
         rows = self.design.with_one(self.design.dense(x))
         E = self.link.slope(self._outputs(x), _labels(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
@@ -166,7 +166,7 @@ class LinearModel(GenericNeuralNet):
         return Z[:, :, 0], self.link.slope(Z, y)[:, :, 0], self.link.curved(Z, y, units)
 
     def jacobian_parts(self, x: Any, y: Any) -> tuple[list, NDArray]:
-        """Return each row's Jacobian x_i (x) I_c, in the form of `influence.curvature.roots`."""
+        """Return each row's Jacobian kron(x_i, I_c), in the form of `influence.curvature.roots`."""
         a, c = self.design.with_one(self.design.dense(x)), self.num_outputs
         entries = np.arange(self.num_parameters).reshape(-1, c)
         g = np.broadcast_to(np.eye(c, dtype=a.dtype), (len(a), c, c))
@@ -285,10 +285,12 @@ class LinearModel(GenericNeuralNet):
     def one_step_leave_one_out(self, examples: Examples, rows: Any) -> NDArray:
         """Compute theta after one exact Newton step on the risk without each row.
 
-        The Hessian of the risk without row i is
-        (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. Woodbury's
-        identity inverts this matrix for all rows with one factorisation. The result serves as a
-        check of `leave_one_out`.
+        H is the Hessian of the risk on all n rows. The Hessian of the risk without row i is
+
+            (n H - kron(x_i' x_i, d2l_i/dz2) - weight_decay I) / (n - 1) + weight_decay I
+
+        With Woodbury's identity, one factorisation is enough to invert this matrix for all rows.
+        The result serves as a check of `leave_one_out`.
 
         Args:
           examples: the training set. theta should be at the minimum of its risk.

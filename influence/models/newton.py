@@ -20,7 +20,7 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# `_step` factors the Hessian if the factor needs at most as many operations as this number of
+# `_step` forms and factors the Hessian if this needs at most as many operations as this number of
 # products with X.
 _FACTOR_COST = 2000
 # The relative tolerance of CG is at most this. The first step uses this value.
@@ -54,7 +54,8 @@ def minimise(
       tolerance: the search stops if the gradient of the risk has at most this Euclidean norm.
       max_iterations: largest number of steps.
 
-    Returns: the final gradient norm, and the reason if it is above the tolerance, else "".
+    Returns: the final gradient norm, and "". If the norm is above the tolerance, the text gives the
+      reason.
     Raises: DivergenceError for a risk or gradient that is not finite.
     """
     first, before = 0.0, np.inf

@@ -142,8 +142,8 @@ class TopLayer(BinaryLogisticRegression):
         """Differentiate grad loss_i . v with respect to the features or the pixels.
 
         The derivative with respect to the pixels is J(x)' c. J is the Jacobian of phi with respect
-        to the pixels. c is the vector d/dphi (grad loss . v). It is the closed form of
-        `LinearModel.input_gradient`, divided by s.
+        to the pixels. c is the derivative of grad loss . v with respect to phi, which is the result
+        of `LinearModel.input_gradient` divided by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
@@ -182,7 +182,7 @@ class TopLayer(BinaryLogisticRegression):
         return (pooled - self._mean) / self._scale
 
     def _cotangent(self, theta: NDArray, pooled: NDArray, y: NDArray, v: NDArray) -> NDArray:
-        """Return d/dphi (grad loss . v) at theta for k images: (k, f)."""
+        """Return the derivative of grad loss . v with respect to phi(x) for k images: (k, f)."""
         features = self._standardised(pooled.astype(np.float64))
         return self._input_gradient(theta, features, y, v) / self._scale
 
@@ -217,7 +217,7 @@ def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 class _Trunk:
-    """A trunk that computes pooled features of images and derivatives with respect to images.
+    """A trunk that computes the pooled features of images, and Jacobians of them times vectors.
 
     Args:
       model: `TopLayer.trunk`. Its weights must never change.

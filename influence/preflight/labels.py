@@ -60,7 +60,7 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
-    """Check the coding of labels that are in range, by comparing them with the predictions."""
+    """Check the coding of labels that are in range, by comparing them with predicted classes."""
     classes = classes_of(net.loss, train)
     if classes is None:
         return Finding(_TITLE).ok("The labels are not classes; there is nothing to compare.")

@@ -21,10 +21,12 @@ else:
 
 COMMANDS = ("explain", "audit", "verify", "check", "index")
 RUN = "run.toml"
-# `explain` shows this many training rows of each kind for each test row, and `explain` and `verify`
-# take this many confident mistakes as test rows.
+# USUAL_TOP: for each test row, `explain` shows this many helpful training rows, and as many harmful
+# ones.
+# USUAL_WRONG: `explain` and `verify` take this many confident mistakes as test rows.
 USUAL_TOP, USUAL_WRONG = 8, 5
-# `audit` shows this many rows on its page. `verify` removes this many rows.
+# USUAL_SUSPECTS: `audit` shows this many rows on its page.
+# USUAL_REMOVE: `verify` removes this many rows.
 USUAL_SUSPECTS, USUAL_REMOVE = 100, 30
 # The rankings of `audit`, in the order of the columns of its table. With AUTO, `audit` chooses one.
 RANKINGS, AUTO = ("margin", "folds", "history", "self_influence", "loss"), "auto"

@@ -175,7 +175,7 @@ class Subject:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the net, the training rows and the options that the factors depend on."""
+        """Hash of the net, training rows and options on which plan, matrix and check depend."""
         history = self.history
         more = () if history is None else (history.rates, history.steps, history.by_gradient_steps)
         return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT, *more)
@@ -226,7 +226,10 @@ class Subject:
         return self._from(plan, influence), plan
 
     def _from(self, plan: Plan, fresh: Influence | None = None) -> Influence:
-        """Return the Influence of a plan. Its factors are loaded, or else computed and stored."""
+        """Return the Influence of a plan. Its matrix or factors are read, or computed and stored.
+
+        `fresh` is the Influence that made the plan, or None if the plan was read from disk.
+        """
         if fresh is not None:
             A = fresh.operator
         else:

@@ -322,7 +322,8 @@ def _actual(
         whole = inputs_of(subject.train)
         test = inputs_of(subject.test).take(chosen)
         found = leave_one_out(subject.net.uncut(), whole, test, removed, options)
-        # `fit` has no tolerance, so `found.converged` is always False. No alert is wanted here.
+        # `fit` has no tolerance, so `found.converged` is always False. True prevents an alert about
+        # refits that miss their tolerance.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
     history = subject.history
     if history is not None:

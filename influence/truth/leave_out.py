@@ -27,10 +27,10 @@ from influence.truth import runs
 from influence.truth.removal import Removal
 from influence.truth.runs import Groups, Refits, RunOptions, Task
 
-# If no tolerance is given, a fit stops when the gradient norm is this fraction of the gradient norm
-# that the removal adds.
+# At the net's theta, the risk without the removed rows has a gradient. If no tolerance is given, a
+# fit stops when the gradient norm has fallen to this fraction of that gradient's norm.
 _OF_REMOVAL = 1e-9
-# The relative rounding error of a mean gradient is this times eps.
+# The relative rounding error of a mean gradient is this times the dtype's machine epsilon.
 _ROUNDING = 4
 
 
@@ -42,9 +42,9 @@ class RefitOptions(RunOptions):
       method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
       tolerance: Euclidean norm that the gradient of each refit's risk must reach. The net's own fit
         method also gets this tolerance. None means 1e-8 for "newton". For the net's own fit method,
-        None means 1e-9 of the gradient norm that the removal adds, or the rounding error of this
-        gradient if it is larger. For a `fit` callable, None means no tolerance: norms are reported,
-        but no refit is `converged`.
+        None means 1e-9 of the norm that the gradient of the refit's risk has at theta, or the
+        rounding error of a mean gradient if it is larger. For a `fit` callable, None means no
+        tolerance: norms are reported, but no refit is `converged`.
       solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`
         for `Hessian(net, train)`.
       start: (d,) parameters at which each "fit" begins; None: the net's present parameters.
@@ -249,7 +249,7 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
     removed = net.risk_gradient(chosen, batch_size=task.batch_size) * mass
     left = net.mass(train) - mass
     # Assume that the gradients of all rows are about as large as those of the removed rows. Then
-    # the mean gradient has a rounding error of about eps times their size.
+    # the mean gradient of the remaining rows has a rounding error of about eps times this size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
@@ -258,7 +258,8 @@ def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, N
     """Refit the net without the rows of the only group, return the results, and restore the net."""
     net, remaining = task.net, task.train.without(groups[0])
     fit, trunk = options.fit or type(net).fit, task.net.flat.trunk
-    # A fit from outside the library may call the Keras model. The model takes inputs, not features.
+    # A fit from outside the library may call the Keras model, which takes the original inputs and
+    # not the features of a frozen trunk.
     foreign = fit is not GenericNeuralNet.fit
     rows = inputs_of(task.train).without(groups[0]) if foreign else remaining
     # All variables are restored, because training also changes batch statistics and generators.

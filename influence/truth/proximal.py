@@ -116,7 +116,11 @@ class ProximalOptions(RunOptions):
 
 @dataclass(frozen=True)
 class _Search:
-    """The inputs of all blocks: the inverse of A, the terms of F_i, and each row's tolerances."""
+    """The inputs that all blocks share.
+
+    They are the inverse of A, the damping and the fraction in F_i, the tolerances by row, and the
+    limits of the search.
+    """
 
     inverse: Prepared
     damping: float
@@ -144,9 +148,9 @@ def proximal_response(
     et al. (2022). "leave_one_out" is the risk without the row, minus the risk's linear part at
     theta_s. A is the `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the
     damping. To first order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So
-    damped influence predicts these changes even if theta is not a minimum. At a minimum of the risk
-    and without damping, "leave_one_out" gives the result of retraining without the row. If the
-    model is linear in theta, "bregman" also gives this result.
+    damped influence predicts these changes even if theta_s is not a minimum of the risk. If theta_s
+    is a minimum and there is no damping, "leave_one_out" gives the result of retraining without the
+    row. If the model is also linear in theta, "bregman" gives this result too.
 
     The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
     updates (L-BFGS) follow. The first step is at most as long as A^-1 times the first gradient.
@@ -164,7 +168,8 @@ def proximal_response(
       fraction: the fraction of the row's weight 1/n that is removed, in (0, 1]. As the fraction
         goes to 0, the changes divided by the fraction tend to damped influence.
 
-    Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
+    Returns: ProximalResponse. A positive change means that the test loss rises without the row, so
+      the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
       if A is not positive definite. A row that misses the tolerance is not `converged`, and a
       ConvergenceWarning is given.
@@ -233,7 +238,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 def _checked_rough(
     rough: Any, net: GenericNeuralNet, train: Examples
 ) -> tuple[GenericNeuralNet, Examples]:
-    """Return `rough`. Refuse it unless its theta, targets and sizes are those of net and train."""
+    """Return `rough`. Refuse it unless its theta, labels and sizes are those of net and train."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             examples = other.given(examples, "rough")
