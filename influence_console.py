@@ -119,13 +119,14 @@ def run(main: Callable[[], int]) -> None:
     if out.failure is not None:
         print(f"the standard output could not be written: {out.failure}", file=sys.stderr)
         status = OUTPUT
-    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # the command is done
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # main has ended
     sys.exit(status)
 
 
 def interrupted() -> int:
     """Print the message of an interrupted command and return its exit status."""
-    if signal.getsignal(signal.SIGINT) is _leave:  # a second Ctrl-C prints nothing
+    # After the first Ctrl-C, `_leave` is the handler. A second one must not print the line again.
+    if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     print(_LINE, file=sys.stderr)
     return INTERRUPTED
@@ -207,7 +208,7 @@ def _held() -> IO[bytes]:
 
     try:
         return tempfile.TemporaryFile()
-    except OSError:  # no temporary folder can be written to, for example on a full disk
+    except OSError:  # no temporary file can be written, as on a full disk: drop the log lines
         return open(os.devnull, "w+b")
 
 
@@ -278,7 +279,7 @@ def _leave(*_: object) -> None:
 
 
 def _raise(*_: object) -> None:
-    _on_interrupt(_leave)  # for a second Ctrl-C during the clean-up
+    _on_interrupt(_leave)  # a second Ctrl-C, during the clean-up, ends the process at once
     raise KeyboardInterrupt
 
 

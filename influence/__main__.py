@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: the exit status. The help text lists its values.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a machine may have no display
+    os.environ.setdefault("MPLBACKEND", "Agg")  # Matplotlib then needs no display
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     if command in ("-h", "--help"):

@@ -36,7 +36,7 @@ from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 from influence.solvers.base import check_solver
 
-# An 8-bit value is at most this.
+# The largest 8-bit value of a pixel.
 _BYTE = 255
 # `_check_examples` computes the features of this many rows to check that a set fits the net.
 _PROBE_ROWS = 3
@@ -259,13 +259,13 @@ def _l1_norms(g: NDArray) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Moved inputs of some targets, and theta and test losses of the refitted net."""
+    """Moved inputs of some targets, and the net's theta and test losses after a refit on them."""
 
     at: NDArray[np.int64]  # these targets' positions in `Targets`
     x: NDArray
-    seen: NDArray  # features of x
+    seen: NDArray  # the features of x, which the trained part of the net takes
     theta: NDArray
-    losses: NDArray  # (m,)
+    losses: NDArray  # (m,) test losses
 
 
 class _Attack:

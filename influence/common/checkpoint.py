@@ -75,7 +75,7 @@ def check_writable(folder: Path, name: str) -> Path:
 
 
 def reserve(part: Path, needed: int, path: Path) -> None:
-    """Reserve `needed` bytes on the disk for an existing file. HDF5 may crash on a full disk.
+    """Reserve `needed` bytes of the disk for an existing file, because HDF5 may crash without them.
 
     Args:
       part: the file. The bytes that it holds are not changed.

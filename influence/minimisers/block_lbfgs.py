@@ -39,7 +39,8 @@ _OVERSHOOT = 0.5
 # length.
 _LONGER = 1.5
 
-Gradients = Callable[[NDArray, NDArray], NDArray]  # (thetas (d, j), columns (j,)) -> (d, j)
+# A function of thetas (d, j) and of columns (j,), the indices of j functions. It returns (d, j).
+Gradients = Callable[[NDArray, NDArray], NDArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ def minimise(
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
         tried = now.thetas[:, todo] + steps
-        steps = tried - now.thetas[:, todo]  # Rounding may change them.
+        steps = tried - now.thetas[:, todo]  # the steps after rounding
         there = now.gradients(tried, todo)
         seen.append(_pair(steps, there - g))
         del seen[given:-most]
@@ -166,13 +167,13 @@ class _Searches:
         self.norms = np.linalg.norm(first, axis=0)
         self._gradients, self._tolerance = gradients, tolerance
         self._rough, until = rough or (None, np.full(k, np.inf))
-        self.exact = ~(self.norms > until)  # True: the function uses exact gradients.
+        self.exact = ~(self.norms > until)  # True: the search uses exact gradients
         self.until = np.where(self.exact, tolerance, until)
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
-        self.stale = np.zeros(k, int)  # `stale` counts the passes since the last `_begin`.
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` was `fallen` at `_begin`.
-        self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
+        self.stale = np.zeros(k, int)  # passes since the last `_begin`
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark`: `fallen` at `_begin`
+        self.highest = self.norms.copy()  # largest gradient norm since the last `_begin`
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
         """Compute gradients (d, j): exact ones where `exact` is True, else low-precision ones."""

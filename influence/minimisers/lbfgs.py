@@ -64,7 +64,8 @@ def minimise(
                 "maxfun": 2 * max_iterations,
                 "maxcor": _MEMORY,
                 "ftol": 0.0,
-                # SciPy's tolerance applies to the gradient's largest entry.
+                # SciPy compares `gtol` with the gradient's largest entry. If this entry is below
+                # `gtol`, the Euclidean norm is below `gradient_tolerance`.
                 "gtol": gradient_tolerance / np.sqrt(len(theta)),
             },
         )

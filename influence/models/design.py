@@ -288,7 +288,7 @@ class Design:
         return self.as_dtype(x.toarray() if scipy.sparse.issparse(x) else x)
 
     def with_one(self, x: NDArray) -> NDArray:
-        """Append the intercept's feature to dense inputs, if the model has an intercept."""
+        """Append a column of ones to dense inputs if the model has an intercept."""
         if not self.intercept:
             return x
         return np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)

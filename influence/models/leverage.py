@@ -85,7 +85,8 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
     stepped = np.empty((len(rows), net.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
         # A (d, c) is kron(x, I_c), with x as a column. S, a (c, c) matrix, is the row's d2l/dz2
-        # divided by n - 1. Without the row, the risk has the Hessian H - A S A'.
+        # divided by n - 1. With H as rescaled above, the risk without the row has the Hessian
+        # H - A S A'.
         A = np.kron(x[:, None], np.eye(c))
         S = net.link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()

@@ -139,14 +139,14 @@ class LinearModel(GenericNeuralNet):
         rows = self.design.with_one(self.design.dense(flat)).reshape(num_batches, batch_size, -1)
         W = (
             numbers(V, "V").astype(self.dtype, copy=False).reshape(num_batches, rows.shape[2], -1)
-        )  # (r, f, c m)
+        )  # (r, f, c m) for r batches
         U = (rows @ W).reshape(len(flat), self.num_outputs, -1)
         if question == "gradient":
             E = self.link.slope(U, y)
         elif question in ("hvp", "gauss_newton"):
             E = self.link.curved(self.design.times(flat, self.theta), y, U)
         else:
-            return super().each_batch(question, x, y, V)  # this raises
+            return super().each_batch(question, x, y, V)  # raises an error
         E = E.reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ E).reshape(V.shape) / batch_size
 

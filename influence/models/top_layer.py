@@ -25,9 +25,9 @@ from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression
 
-# One call of the trunk gets this many images, on a GPU and on a CPU. On a CPU, larger batches of
-# photographs are not faster. In larger batches, the last bits of an image's features may depend on
-# the other images of the batch.
+# One call of the trunk gets _ON_GPU images on a GPU, and _ELSEWHERE images on a CPU. On a CPU, the
+# trunk is not faster with more photographs per call. And with more than one, the last bits of an
+# image's features may depend on the other images.
 _ON_GPU, _ELSEWHERE = 16, 1
 # Pixels as floats may lie outside [-1, 1] by this much, because of float32 rounding.
 _SLACK = 1e-6

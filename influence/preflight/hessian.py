@@ -30,7 +30,7 @@ _ROWS = 256
 _ITERATIONS, _RTOL = 20, 0.3
 # TensorFlow operations whose names begin with one of these words have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
-# A score may have at most this relative rounding error.
+# The line "precision" is ok if the relative rounding error of a score is below this number.
 _ENOUGH_DIGITS = 1e-2
 
 

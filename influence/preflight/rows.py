@@ -154,7 +154,8 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = inputs_of(examples).take(sample(len(examples), _SAMPLE))
     x = plain_inputs(net.model, some.x)
-    # In this scope the second call draws from advanced seeds. The model's own seeds do not change.
+    # In this scope the first call advances the seeds for the second one. The model's own seeds stay
+    # unchanged.
     with keras.StatelessScope():
         one, two = (one_array(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)

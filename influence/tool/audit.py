@@ -96,9 +96,10 @@ class Audit(Answer):
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """Return the ranking with its reason, two counts, the thresholds, and the last layer's losses.
+        """Return a dict of the numbers that the table does not contain.
 
-        The counts are the number of rows and the number of suggested labels.
+        They are the number of rows and of suggested labels, the ranking and its reason, the
+        thresholds of confident learning, and the weight decay and mean losses of the last layer.
         """
         found: dict[str, Any] = {
             "num_rows": len(self.order),

@@ -40,7 +40,8 @@ class Reading:
     Attributes:
       target: the name of the table column with the labels. If None, a column with a usual name such
         as "target" is used.
-      text: the name of the table column with the texts. If None, the inputs of the model decide.
+      text: the name of the table column with the texts. If None and the model takes one text, the
+        column of strings is used; if there are several, the one with the input's name or "text".
       drop: the names of table columns that are no inputs of the model.
       weight: the name of the table column with the sample weights, or None.
       class_weight: weights by class number or class name, as in `fit(class_weight=...)`, or None.

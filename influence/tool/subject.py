@@ -39,8 +39,8 @@ from influence.tool.store import Store, name_of, texts
 _FORMAT = 2
 # Features of frozen layers are computed and stored in blocks of this many rows.
 _PART = 256
-# A matrix with more bytes is not stored in the folder of an unfinished run. The function `index`
-# stores a matrix of any size.
+# A matrix with more bytes than this is not stored in the folder of an unfinished run. The function
+# `index` stores a matrix of any size.
 _MOST_BYTES = 1 << 30
 _CURVATURES: dict[str, type[Curvature]] = {"Hessian": Hessian, "GaussNewton": GaussNewton}
 

@@ -40,15 +40,15 @@ _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
 # If the correlation of the actual changes under two seeds is below this number, an alert is shown.
 # The seed then causes more than half of the variance of the changes.
 RELIABLE = 0.5
-# A proximal response must reach this gradient norm, relative to the norm at its start. The first
-# number is for scores with the Hessian. The second number is for scores with a Gauss-Newton matrix,
-# such as those of networks. A smaller norm hardly alters the changes of networks. Kinks such as
-# those of ReLU may also prevent a smaller norm.
+# A proximal response must reach this gradient norm, relative to the norm at its start.
+# _CONVEX_TOLERANCE applies if the scores use the Hessian. _TOLERANCE applies if they use a
+# Gauss-Newton matrix, as for networks. For networks, a smaller norm hardly alters the loss changes,
+# and kinks such as those of ReLU may prevent it.
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
 # Each proximal response uses at most this many data passes.
 _PASSES = 30
-# Scores may use a Gauss-Newton matrix and CG without a preconditioner. The steps of proximal
-# responses then use a Nystrom sketch of this rank.
+# If the scores use a Gauss-Newton matrix and CG without a preconditioner, the steps of proximal
+# responses use a Nystrom sketch of this rank instead.
 _RANK = 50
 # Proximal responses run in blocks of this many removed rows. An interrupted run continues after the
 # last finished block.

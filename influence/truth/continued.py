@@ -168,7 +168,7 @@ def continued_training(
         identity=plan.identity,
         what="continued training",
     )
-    changes = found["change"][..., 1:] - found["change"][..., :1]  # the control comes first
+    changes = found["change"][..., 1:] - found["change"][..., :1]  # column 0 is the control
     drift = found["change"][-1, :, 0]
     return ContinuedTraining(changes[-1], rows, drift, plan.steps, plan.rate, at, changes[:-1])
 

@@ -191,7 +191,8 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
     )
     norms = found["gradient_norm"]
     asked = found["asked"] if tolerance is None else np.full(len(norms), tolerance)
-    converged = norms <= asked  # `converged` and `missed` are False if `asked` is NaN
+    # Without a tolerance, `asked` is NaN. Then both comparisons are False.
+    converged = norms <= asked
     missed = norms > asked
     if missed.any():
         more = "allow more max_passes, " if method == "newton" else ""
@@ -225,7 +226,7 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
 
     every = np.arange(len(groups))
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
-    whole = net.risk_gradient(train, batch_size=task.batch_size)  # All groups share it at theta.
+    whole = net.risk_gradient(train, batch_size=task.batch_size)  # at theta, for all groups
     first = (whole[:, None] - removed.gradients(thetas, every) / n) / share
     tolerance = np.full(len(groups), plan.tolerance)
     found = block_lbfgs.minimise(gradients, steps, thetas, first, tolerance, plan.max_passes)

@@ -193,7 +193,7 @@ def proximal_response(
     inverse = prepare(A, options.solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
     search = _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations)
-    function = objective, float(damping), float(fraction)  # These determine F_i.
+    function = objective, float(damping), float(fraction)  # the parameters of F_i
     steps = float(options.step_damping), repr(inverse.solver)
     rough = None if options.rough is None else (options.rough[0].dtype.str, until)
     found = runs.run(

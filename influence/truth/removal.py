@@ -135,7 +135,7 @@ class Removal:
             return
         r = B[:, at]
         z = apply(inverse, r)
-        p, Ap = z, r  # Ap is A p.
+        p, Ap = z, r  # `Ap` is A p, and p = A^-1 r
         rz = dots(r, z)
         target = _RTOL**2 * rz
         for step in range(1, _MOST_STEPS + 1):

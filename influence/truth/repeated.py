@@ -212,8 +212,8 @@ class _Training:
     def _begin(self, seed: int) -> None:
         self.net.theta = self._start["theta"]
         values = [self._start[f"other-{k}"] for k in range(len(self._start) - 1)]
-        # The recorded values begin with the weights of layers before the net's own model. These
-        # weights do not change.
+        # The first recorded values are the weights of layers before the net's own model, if any.
+        # Training does not change these weights, so they are skipped.
         values = values[len(values) - len(self._others) :]
         for weight, value in zip(self._others, values, strict=True):
             weight.assign(value)

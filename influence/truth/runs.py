@@ -255,7 +255,7 @@ def _reason(error: BaseException) -> str:
     """Return the original cause of an error in one sentence, also for errors in other processes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    # The traceback of another process is a text that ends with the exception.
+    # joblib gives the traceback of another process as a text. Its end is the exception's message.
     named = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception):\s+\S.*)", str(error), re.MULTILINE)
     reason = named[-1] if named else f"{type(error).__name__}: {error}"
     return " ".join(reason.split()).split(". ")[0][:200]
