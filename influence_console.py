@@ -67,7 +67,7 @@ def _begin() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Make Ctrl-C in a `with` block end the process at once. Without `run`, change nothing.
+    """Make Ctrl-C in a `with` block end the process at once, if `run` handles Ctrl-C.
 
     Use it around imports: imported code may swallow a KeyboardInterrupt or print its traceback.
     """

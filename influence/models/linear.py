@@ -187,7 +187,10 @@ class LinearModel(GenericNeuralNet):
         return self.link.loss(z.reshape(len(z), -1, 1), _labels(y))[:, 0]
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Return v dl/dz + W (d2l/dz2) x v of each row; see GenericNeuralNet.input_gradient."""
+        """Return V dl/dz + W (d2l/dz2) V'x of each row x; see GenericNeuralNet.input_gradient.
+
+        V is the direction v in the shape of W.
+        """
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")

@@ -54,8 +54,8 @@ def minimise(
       tolerance: the search stops if the gradient of the risk has at most this Euclidean norm.
       max_iterations: largest number of steps.
 
-    Returns: the final gradient norm, and "". If the norm is above the tolerance, the text gives the
-      reason.
+    Returns: the final gradient norm, and a text. The text is "" if the norm is within the
+      tolerance. Otherwise it is the reason why the search stopped.
     Raises: DivergenceError for a risk or gradient that is not finite.
     """
     first, before = 0.0, np.inf

@@ -38,8 +38,8 @@ def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
     """Check that H v agrees with differences of the gradient, and that H is symmetric.
 
     H is the damped Hessian A. The vector v is H w, scaled to length 1, for a random w. Such a v has
-    components in all directions of curvature. If the product is correct, it agrees with the
-    difference for at least one step size.
+    components in all directions of curvature. If the product H v is correct, it agrees with the
+    central difference of the gradient for at least one step size.
     """
     d, dtype = net.num_parameters, net.dtype
     eps = float(np.finfo(dtype).eps)

@@ -1,7 +1,7 @@
-"""The request of a run, with the usual values of its options, and run.toml, which keeps it.
+"""The request of a run, the default values of its options, and run.toml, which stores a request.
 
-The command line reads its options by this module. It imports no TensorFlow, so `--help` and errors
-in options appear at once.
+The command line uses this module to read its options. The module does not import TensorFlow, so
+`--help` and errors in options appear at once.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Subject:
 
     @property
     def net(self) -> GenericNeuralNet:
-        """The net in the model's own dtype."""
+        """The net in the model's own dtype. The net of `influence` may have another dtype."""
         return self.loaded.net
 
     @property

@@ -82,8 +82,8 @@ class Verification(Answer):
       truth: the method of the actual changes, in words.
       why: a sentence about the choice of the test rows.
       reliability: correlation r of the actual changes under two seeds, NaN if there are no seeds.
-        The correlation of any prediction with the mean changes is at most about the square root of
-        2 r / (1 + r).
+        `actual` is then the mean over both seeds. The correlation of any prediction with this mean
+        is at most about the square root of 2 r / (1 + r).
     """
 
     test_rows: NDArray[np.int64]
@@ -222,9 +222,9 @@ def verify(
     - If the options contain the history of the training, and the training can be repeated from it,
       the model is retrained from its initial weights (`influence.truth.repeated.retrained`). The
       changes are means over two seeds.
-    - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. For some
-      nets with the Hessian as matrix, `proximal_response` is used instead. Without damping, it
-      gives the same changes.
+    - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. There is
+      one exception. If the scores use the Hessian, and the net is not convex or its gradient norm
+      exceeds 1e-8, `proximal_response` is used. Without damping, it gives the same changes.
     - Otherwise `proximal_response` computes the changes, with the damping of the scores. If the net
       is not at a minimum, retraining would also continue the training. The changes would then
       include this progress.
@@ -379,9 +379,9 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
 def _steps(subject: Subject) -> Any:
     """Return the solver that computes the steps of proximal responses.
 
-    The choice does not change the result, because the gradient norm certifies the minimum. With CG,
-    each step would need many products with the Gauss-Newton matrix. A Nystrom sketch of this matrix
-    needs such products only once.
+    The solver changes the number of steps, but not the result, because the gradient norm certifies
+    the minimum. With CG, each step would need many products with the Gauss-Newton matrix. A Nystrom
+    sketch of this matrix needs such products only once.
     """
     solver, influence = subject.plan.solver, subject.influence
     if not isinstance(solver, CG) or isinstance(influence.operator, Hessian):
