@@ -34,7 +34,8 @@ def begin(package: str) -> bool:
 
     Returns: True if the process runs `python -m package`.
     """
-    # argv[0] is "-m" while Python looks for the module to run.
+    # Python imports the package before it runs the module `package.__main__`. During this import,
+    # argv[0] is "-m".
     following = dict(zip(sys.orig_argv, sys.orig_argv[1:], strict=False)).get("-m")
     command = sys.argv[:1] == ["-m"] and following == package
     if command:

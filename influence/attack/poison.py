@@ -354,7 +354,7 @@ class _Attack:
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
         if first is None:
-            # Earlier moves led to x. A full first step would undo their gain.
+            # Earlier moves led to x. A step as long as the step at t = 0 would undo their gain.
             first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]

@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
     kind = getattr(value.dtype, "kind", "O")
     if isinstance(value.dtype, np.dtype) or kind not in "biuf" or value.isna().any():
         return np.asarray(value)
-    return value.to_numpy(value.dtype.numpy_dtype)  # pandas' own dtypes, such as Int64
+    return value.to_numpy(value.dtype.numpy_dtype)  # a dtype of pandas, such as Int64
 
 
 def _array(value: Any) -> NDArray | None:

@@ -219,7 +219,7 @@ class Design:
         if scipy.sparse.issparse(x):
             W = V.reshape(-1, self.num_outputs * V.shape[1])
             U = x @ W[: self.num_features]
-            U += W[self.num_features :].sum(axis=0)  # without an intercept this adds 0
+            U += W[self.num_features :].sum(axis=0)  # no row without an intercept
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
         G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # faster than broadcasting
         return (V.T @ G.reshape(len(E), -1).T).T

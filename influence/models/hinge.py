@@ -299,7 +299,7 @@ class SmoothHinge(LinearModel):
             C=1 / (len(examples) * self.weight_decay),  # LinearSVC sums losses
             tol=1e-6,
             max_iter=10_000,
-            fit_intercept=self.intercept,  # LinearSVC penalises the intercept too
+            fit_intercept=self.intercept,  # which LinearSVC penalises, as here
             random_state=0,
         )
         with warnings.catch_warnings():

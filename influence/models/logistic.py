@@ -122,7 +122,7 @@ class MulticlassLogisticRegression(LinearModel):
         # The loop fills the rows of H feature by feature, because those of one feature fit into the
         # processor's cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
-            parts = -of_row[pair]  # (c, c, f)
+            parts = -of_row[pair]  # (c, c, f): one row of each block
             parts[own, own] = 0
             parts[own, own] = -parts.sum(axis=1)
             row[:] = parts.swapaxes(1, 2)

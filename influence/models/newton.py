@@ -25,7 +25,8 @@ from influence.solvers import CG
 _FACTOR_COST = 2000
 # The relative tolerance of CG is at most this. The first step uses this value.
 _LOOSEST = 0.5
-# A step must decrease the risk by this fraction of what the slope predicts (Armijo's condition).
+# A step must decrease the risk by at least this fraction of the decrease that the slope at the
+# step's start predicts (Armijo's condition).
 _SUFFICIENT = 1e-4
 # The lengths that `_length` tries in each data pass: 1 in the first pass, then the next seven of
 # 1/2, 1/4 and so on in each later pass.

@@ -326,7 +326,7 @@ def _margins(found: OutOfSample) -> NDArray:
 
 
 def _reproduced(subject: Subject) -> float | None:
-    """Return the accuracy on the training rows, or R^2 if labels are numbers, or else None."""
+    """Return the accuracy on training rows; R^2 if labels are numbers; None for other labels."""
     known = subject.of_train
     if known.of_classes:
         return known.accuracy

@@ -249,8 +249,8 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
     mass = net.mass(chosen)
     removed = net.risk_gradient(chosen, batch_size=task.batch_size) * mass
     left = net.mass(train) - mass
-    # Assume that the gradients of all rows are about as large as those of the removed rows. Then
-    # the mean gradient of the remaining rows has a rounding error of about eps times this size.
+    # The mean gradient of the remaining rows has a rounding error of about eps times the size of one
+    # row's gradient. This size is estimated from the removed rows.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
