@@ -32,8 +32,8 @@ _ROSE = {"float32": 2.0, "float64": 0.0}
 _TOLD = 10.0
 # A pair is used only if the cosine between its step and its change of gradient exceeds this.
 _CURVED = 1e-8
-# A step overshoots if the slope along the step is positive at its end, and larger there than this
-# fraction of the negative slope at its start, in absolute value.
+# A step overshoots if b > -_OVERSHOOT a, where a < 0 is the slope along the step at its start, and b
+# the slope at its end.
 _OVERSHOOT = 0.5
 # After an accepted step without overshoot, the radius is at least this multiple of the step's
 # length.
@@ -77,9 +77,9 @@ def minimise(
     later steps, the two-loop recursion (Nocedal 1980) adds the curvature along earlier steps,
     including rejected ones.
 
-    A step overshoots if the slope along the step is positive at its end, and larger there than half
-    of the negative slope at its start, in absolute value. Such a step violates the upper approximate Wolfe condition (Hager &
-    Zhang 2005), whose test needs only gradients and tolerates rounding. A step is rejected if it
+    A step overshoots if b > -a / 2, where a < 0 is the slope along the step at its start, and b the
+    slope at its end. Such a step violates the upper approximate Wolfe condition (Hager & Zhang
+    2005), whose test needs only gradients and tolerates rounding. A step is rejected if it
     overshoots and the gradient norm has not decreased.
 
     Each function has a radius, which is the largest allowed length of its steps. The radius starts

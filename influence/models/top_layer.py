@@ -217,7 +217,7 @@ def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 class _Trunk:
-    """A trunk. It computes the pooled features of images, and differentiates them by the pixels.
+    """A trunk. It computes pooled features of images, and derivatives with respect to the pixels.
 
     Args:
       model: `TopLayer.trunk`. Its weights must never change.

@@ -207,9 +207,9 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
 def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArray]:
     """Minimise R_-g for several groups. Each group g has a column of theta.
 
-    The gradient of R_-g is (n R' - sum over g of (loss_i + penalty)') / (n - r). R' is the gradient
-    of the risk on all n rows, and r is the number of rows in g. If positions are masked, n and r
-    are sums of masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the
+    The gradient of R_-g is (n grad R - sum_i grad (loss_i + penalty)) / (n - r). The sum is over the
+    r rows of g, and R is the risk on all n rows. If positions are masked, n and r are sums of
+    masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the
     matrix that `Removal.solve` inverts.
     """
     net, train = task.net, task.train
@@ -249,8 +249,8 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
     mass = net.mass(chosen)
     removed = net.risk_gradient(chosen, batch_size=task.batch_size) * mass
     left = net.mass(train) - mass
-    # The mean gradient of the remaining rows has a rounding error of about eps times the size of one
-    # row's gradient. This size is estimated from the removed rows.
+    # The mean gradient of the remaining rows has a rounding error of about eps times the size of
+    # one row's gradient. The removed rows give an estimate of this size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
