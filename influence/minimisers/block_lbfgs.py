@@ -32,8 +32,8 @@ _ROSE = {"float32": 2.0, "float64": 0.0}
 _TOLD = 10.0
 # A pair is used only if the cosine between its step and its change of gradient exceeds this.
 _CURVED = 1e-8
-# A step overshoots if b > -_OVERSHOOT a, where a < 0 is the slope along the step at its start, and b
-# the slope at its end.
+# A step overshoots if b > -_OVERSHOOT a, where a < 0 is the slope along the step at its start, and
+# b the slope at its end.
 _OVERSHOOT = 0.5
 # After an accepted step without overshoot, the radius is at least this multiple of the step's
 # length.

@@ -207,10 +207,10 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
 def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArray]:
     """Minimise R_-g for several groups. Each group g has a column of theta.
 
-    The gradient of R_-g is (n grad R - sum_i grad (loss_i + penalty)) / (n - r). The sum is over the
-    r rows of g, and R is the risk on all n rows. If positions are masked, n and r are sums of
-    masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the
-    matrix that `Removal.solve` inverts.
+    The gradient of R_-g is (n grad R - sum_i grad (loss_i + penalty)) / (n - r). The sum is over
+    the r rows of g, and R is the risk on all n rows. If positions are masked, n and r are sums of
+    masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the matrix that
+    `Removal.solve` inverts.
     """
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size)
