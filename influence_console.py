@@ -34,7 +34,8 @@ def begin(package: str) -> bool:
 
     Returns: True if the process runs `python -m package`.
     """
-    # argv[0] is "-m" while Python looks for the module to run.
+    # Python imports the package before it runs the module `package.__main__`. During this import,
+    # argv[0] is "-m".
     following = dict(zip(sys.orig_argv, sys.orig_argv[1:], strict=False)).get("-m")
     command = sys.argv[:1] == ["-m"] and following == package
     if command:
@@ -67,7 +68,7 @@ def _begin() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Make Ctrl-C in a `with` block end the process at once. Do nothing outside of `run`.
+    """Make Ctrl-C in a `with` block end the process at once, if `run` handles Ctrl-C.
 
     Use it around imports: imported code may swallow a KeyboardInterrupt or print its traceback.
     """
@@ -119,13 +120,14 @@ def run(main: Callable[[], int]) -> None:
     if out.failure is not None:
         print(f"the standard output could not be written: {out.failure}", file=sys.stderr)
         status = OUTPUT
-    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # the command is done
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))  # main has ended
     sys.exit(status)
 
 
 def interrupted() -> int:
     """Print the message of an interrupted command and return its exit status."""
-    if signal.getsignal(signal.SIGINT) is _leave:  # a second Ctrl-C prints nothing
+    # After the first Ctrl-C, `_leave` is the handler. A second one must not print the line again.
+    if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     print(_LINE, file=sys.stderr)
     return INTERRUPTED
@@ -207,7 +209,7 @@ def _held() -> IO[bytes]:
 
     try:
         return tempfile.TemporaryFile()
-    except OSError:  # no temporary folder can be written to, for example on a full disk
+    except OSError:  # no temporary file can be written, as on a full disk: drop the log lines
         return open(os.devnull, "w+b")
 
 
@@ -258,7 +260,7 @@ def _open_standard_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `descriptor`
 
 
 def _on_interrupt(handler: Callable) -> None:
@@ -270,7 +272,7 @@ def _on_interrupt(handler: Callable) -> None:
 def _leave(*_: object) -> None:
     with suppress(OSError):
         os.write(_stderr, f"{_LINE}\n".encode())
-    if "multiprocessing" in sys.modules:  # Ctrl-C does not reach joblib's workers
+    if "multiprocessing" in sys.modules:  # joblib's workers ignore Ctrl-C, so end them here
         with suppress(Exception):
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
@@ -278,7 +280,7 @@ def _leave(*_: object) -> None:
 
 
 def _raise(*_: object) -> None:
-    _on_interrupt(_leave)  # for a second Ctrl-C during the clean-up
+    _on_interrupt(_leave)  # a second Ctrl-C, during the clean-up, ends the process at once
     raise KeyboardInterrupt
 
 

@@ -1,9 +1,9 @@
 """Command line of `python -m influence COMMAND MODEL DATA`.
 
 The commands show how training rows affect a trained model. They read their options by argparse. The
-experiments use tyro, which turns the fields of one dataclass into options. Here, an option may have
-several values (`--test-rows 3 17`) or no value (`--text`). Several commands share options, and an
-error message is one line.
+experiments use tyro instead, which turns the fields of one dataclass into options. The commands
+need more: an option may have several values (`--test-rows 3 17`) or no value (`--text`), several
+commands share options, and an error message is one line.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: the exit status. The help text lists its values.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a machine may have no display
+    os.environ.setdefault("MPLBACKEND", "Agg")  # Matplotlib then needs no display
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     if command in ("-h", "--help"):

@@ -36,7 +36,7 @@ from influence.scores.inverse import Inverse
 from influence.solvers import Direct, Solver
 from influence.solvers.base import check_solver
 
-# An 8-bit value is at most this.
+# The largest 8-bit value of a pixel.
 _BYTE = 255
 # `_check_examples` computes the features of this many rows to check that a set fits the net.
 _PROBE_ROWS = 3
@@ -236,7 +236,7 @@ def mean_s_test(
             try:
                 return scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), g)
             except np.linalg.LinAlgError:
-                pass  # then `Direct` raises an error with a sufficient damping
+                pass  # `Direct` below raises an error that names a sufficient damping
     how: dict[str, Any] = {"curvature": Hessian, "approximation": "first_order"}
     inverse = Inverse(net, train, solver=solver or Direct(), **how)
     return inverse.s_test(test).x.mean(axis=1)
@@ -259,13 +259,13 @@ def _l1_norms(g: NDArray) -> NDArray:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Moved inputs of some targets, and theta and test losses of the refitted net."""
+    """Moved inputs of some targets, and the net's theta and test losses after a refit on them."""
 
     at: NDArray[np.int64]  # these targets' positions in `Targets`
     x: NDArray
-    seen: NDArray  # features of x
+    seen: NDArray  # the features of x, which the trained part of the net takes
     theta: NDArray
-    losses: NDArray  # (m,)
+    losses: NDArray  # (m,) test losses
 
 
 class _Attack:
@@ -354,7 +354,7 @@ class _Attack:
         states = [self._refitted(at, x[at])]
         velocity = np.zeros_like(x[at])
         if first is None:
-            # Earlier moves led to x. A full first step would undo their gain.
+            # Earlier moves led to x. A step as long as the step at t = 0 would undo their gain.
             first = 0 if np.array_equal(x[at], self.targets.x[at]) else self.rule.max_steps // 2
         for t in range(first, first + self.rule.max_steps):
             state = states[-1]
@@ -438,7 +438,11 @@ def _check_options(options: PoisonOptions, net: GenericNeuralNet, m: int, c: int
 
 
 def _check_examples(net: GenericNeuralNet, examples: Examples, name: str) -> None:
-    """Validate examples of images or of features. Only a few images pass through the trunk."""
+    """Refuse examples that do not fit the net or the attack.
+
+    If the rows hold the inputs of a trunk, only the first three pass through it. The labels of all
+    rows are checked.
+    """
     _ = examples.x  # this raises an error for a stream, which has no x
     check_no_masses(net, "an attack")
     if is_packed(examples.y):

@@ -14,12 +14,13 @@ from influence.common.numbers import numbers
 from influence.examples.examples import Examples, check_rows
 from influence.net.net import GenericNeuralNet
 
-# One derivative call gets at most this many inputs. A deep trunk needs much memory for each input.
+# One call of `input_gradient` gets at most this many inputs, because a deep trunk needs much memory
+# for each input.
 _TOGETHER = 16
-# If the net has a trunk, the features of a given input may differ by this relative amount from
-# those in `train`, because of rounding.
+# `check_targets` compares the given inputs with the same rows of `train`. If the net has a trunk,
+# their features may differ by this relative amount, because of rounding.
 _SAME = 1e-3
-# If the net has no trunk, they may differ only by this relative amount, the rounding of float32.
+# If the net has no trunk, the inputs may differ by this relative amount, the rounding of float32.
 _ROUNDING = 1e-6
 
 
@@ -115,8 +116,8 @@ class Targets:
     def anywhere(self, at: Any, seed: int) -> NDArray:
         """Draw inputs of the targets `at` from their boxes, and return the inputs of all targets.
 
-        A target moves by a uniform draw in [-radius, radius] and is clipped to its box. The draw
-        depends only on the seed and the row number.
+        Each entry moves by a uniform draw in [-radius, radius] and is clipped to its box. The draws
+        depend only on the seed and the row number. All other targets keep their original inputs.
         """
         x = self.x.copy()
         for i in at:

@@ -29,9 +29,9 @@ _STAT_BLOCK = 512
 def identity(net: Any, examples: Any, *more: Any) -> str:
     """Return a short hash that identifies the net, the examples and the values `more`.
 
-    Of the net, the hash covers its class, its weights, its penalty and its losses on the first (at
-    most 8) rows. The names of layers and the states of random generators are not covered. Keras
-    draws new states when it loads a model with Dropout.
+    Of the net, the hash covers its class, its weights, its penalty and its losses on the first 8
+    rows. It does not cover the names of layers. It does not cover the states of random generators
+    either, because Keras draws new states whenever it loads a model with Dropout.
     """
     few = examples.take(slice(0, 8))
     weights = [weight.numpy() for weight in net.model.weights]
@@ -75,7 +75,7 @@ def check_writable(folder: Path, name: str) -> Path:
 
 
 def reserve(part: Path, needed: int, path: Path) -> None:
-    """Reserve `needed` bytes on the disk for an existing file. HDF5 may crash on a full disk.
+    """Reserve `needed` bytes of the disk for an existing file, because HDF5 may crash without them.
 
     Args:
       part: the file. The bytes that it holds are not changed.
@@ -92,7 +92,7 @@ def reserve(part: Path, needed: int, path: Path) -> None:
         with open(part, "r+b", buffering=0) as file:
             if hasattr(os, "posix_fallocate"):  # macOS does not have it
                 os.posix_fallocate(file.fileno(), 0, needed)
-            # Only a write shows if the system limits the size of files that this process writes.
+            # The system may limit the size of this process's files. Only a write then fails.
             last = os.pread(file.fileno(), 1, needed - 1) or b"\0"
             os.pwrite(file.fileno(), last, needed - 1)
     except OSError as error:
@@ -127,8 +127,8 @@ def kept(path: str | os.PathLike | None, compute: Callable[[], Arrays]) -> dict[
 
     Args:
       path: the path of an `.npz` file, or None to compute without storing.
-      compute: a function that returns arrays by name. If the arrays would be different, the caller
-        must pass a different `path`.
+      compute: a function that returns arrays by name. An existing file is not compared with it. If
+        `compute` would return other arrays, the caller must therefore pass another `path`.
 
     Returns: the arrays by name.
     Raises: ValueError if `load` refuses the file.

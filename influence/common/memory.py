@@ -10,9 +10,10 @@ import os
 
 import numpy as np
 
-# The activations and derivatives of one batch may take this many bytes.
+# The activations of one batch, and the derivatives of its losses, may take this many bytes.
 ACTIVATIONS = 1 << 30
-# One block of vectors of theta's length, such as right-hand sides, may take this many bytes.
+# One block of vectors of theta's length, such as the right-hand sides of linear systems, may take
+# this many bytes.
 VECTORS = 1 << 28
 # A set of examples caches results of one net at one theta and batch size. The cache stops growing
 # beyond this many bytes.

@@ -1,4 +1,4 @@
-"""Base classes of all returned tables. Each table is an array with a named quantity."""
+"""Base classes of the tables that the library returns. A table is a dataclass with an array."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Estimand(NamedArray):
     Attributes:
       change_if_removed: (m, k) array. Entry (i, j) is the change of test loss i when training row
         j is removed, in nats for log losses. A row with a positive change helped.
-      rows: (k,) numbers of the training rows.
+      rows: (k,) row numbers. Column j of `change_if_removed` belongs to the training row rows[j].
       measurement: the name of the quantity measured on each test example, usually "loss".
     """
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from influence.examples.labels import called, fields, is_packed
 from influence.examples.tables import is_text
 
-# Checks and fingerprints read this many rows at a time, so that a memmap is never read whole.
+# Checks and fingerprints read this many rows at a time, so that a memmap is never in memory as a
+# whole.
 CHECK_ROWS = 4096
 
 
@@ -79,7 +80,8 @@ def _encoded(strings: NDArray) -> tuple[NDArray[np.int64], bytes]:
 def check_finite(part: Any, name: str, first_row: int = 0) -> None:
     """Refuse an array that contains a NaN or an infinity.
 
-    Raises: ValueError with `name` and the number of the row. Numbers are counted from `first_row`.
+    Raises: ValueError with `name` and the number of the row. `first_row` is the number of the
+      array's first row.
     """
     if part.dtype.kind != "f":
         return

@@ -35,7 +35,10 @@ class Batch:
         return [(_LABELS, self.y), *inputs]
 
     def structured(self, arrays: dict[Any, NDArray]) -> tuple[Any, NDArray]:
-        """Return (x, y) in the structure of this batch, made from a dict of other rows' arrays."""
+        """Return (x, y) in the structure of this batch, filled with the given arrays.
+
+        `arrays` has the keys of `parts`. Its arrays may hold other rows than this batch.
+        """
         x = {k: arrays[k] for k in self.x} if isinstance(self.x, dict) else arrays[""]
         return x, arrays[_LABELS]
 
@@ -184,7 +187,7 @@ def _array(value: Any, name: str) -> NDArray:
     refuse_mask(value, name)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # the rows have different lengths
+    except (TypeError, ValueError):  # the rows have different lengths: the dtype is refused below
         array = np.empty(0, object)
     if is_text(array) and name != "y":
         array = array.astype(object)

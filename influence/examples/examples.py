@@ -81,7 +81,7 @@ def check_increasing(rows: ArrayLike, num_examples: int) -> NDArray[np.int64]:
 
 
 def check_differentiable(x: Any) -> None:
-    """Refuse inputs that are not floating-point, because a loss has no derivative by them.
+    """Refuse inputs that are not floating-point: a loss has no derivative with respect to them.
 
     Args:
       x: an array, or a dict of arrays.
@@ -112,7 +112,10 @@ class _Memos:
         return self._flat() is net.flat and np.array_equal(self._theta, theta)
 
     def of_batch(self, number: int) -> dict[str, NDArray] | None:
-        """Return the dict of a batch, or None once all cached arrays exceed `CACHE` bytes."""
+        """Return the dict of a batch.
+
+        If the cached arrays together exceed `CACHE` bytes, delete all of them and return None.
+        """
         if self._of_batch is not None and number == len(self._of_batch):
             if number:
                 self._held += sum(array.nbytes for array in self._of_batch[-1].values())
@@ -298,10 +301,11 @@ class Examples:
         rows and no net. If the rows of a set are on another machine, the set can send the question
         there.
 
-        A question may have two attributes. `num_vectors` (default 1) is the number of vectors that
-        multiply each batch. With more vectors, a batch has fewer rows. `keeps` (default False) is
-        True if the question will be called again at this theta. The net may then cache intermediate
-        results of each batch in `net.memo`.
+        A question may have two attributes. `num_vectors` (default 1) is the number of vectors of
+        theta's length that it processes with each batch, such as the vectors of a Hessian product.
+        With more vectors, the net chooses fewer rows per batch. `keeps` (default False) is True if
+        the question will be called again at this theta. The net may then cache intermediate results
+        of each batch in `net.memo`.
 
         Args:
           question: a function (net, theta, x, y), as in `influence.net.questions`.
@@ -377,7 +381,7 @@ class Examples:
 
     @property
     def num_entries(self) -> int:
-        """Number of entries in x. The zeros that sparse rows omit do not count."""
+        """Number of entries in x. Of a sparse matrix, only the stored entries count."""
         parts = parts_of(self.x).values()
         return sum(p.nnz if scipy.sparse.issparse(p) else p.size for p in parts)
 

@@ -19,7 +19,7 @@ from influence.examples.examples import Examples, Remaining
 
 # Features are computed for this many rows at a time.
 _ROWS = 256
-# A temporary file is written only if the free disk space is this multiple of the file's size.
+# A temporary file is written only if the free disk space is at least this multiple of its size.
 _SPARE = 1.25
 
 
@@ -124,7 +124,7 @@ class Featured(Examples):
             start += len(y)
         for part in features.values():
             part.setflags(write=False)
-        self.where, self._features = where, features  # last: an interruption must not cache a part
+        self.where, self._features = where, features  # last, so that an interruption caches nothing
 
 
 class Kept(Featured):

@@ -62,7 +62,7 @@ class Stream(Examples):
         self._dataset, self._outputs = dataset, tuple(outputs)
         hashes = self._first_pass(max_rows)
         if isinstance(dataset, keras.utils.PyDataset):
-            dataset.on_epoch_end()  # Keras' own datasets shuffle in this method
+            dataset.on_epoch_end()  # shuffling datasets do it here: the second pass would show it
             dataset.on_epoch_begin()
         self._second_pass(hashes)
 

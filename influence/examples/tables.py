@@ -93,18 +93,18 @@ def _plain(value: Any) -> Any:
     kind = getattr(value.dtype, "kind", "O")
     if isinstance(value.dtype, np.dtype) or kind not in "biuf" or value.isna().any():
         return np.asarray(value)
-    return value.to_numpy(value.dtype.numpy_dtype)  # pandas' own dtypes, such as Int64
+    return value.to_numpy(value.dtype.numpy_dtype)  # a dtype of pandas, such as Int64
 
 
 def _array(value: Any) -> NDArray | None:
     try:
         return np.asarray(value)
-    except ValueError:  # the rows have different lengths
+    except ValueError:  # the rows have different lengths: `numbers` then raises an error
         return None
 
 
 def _check_no_gap(array: NDArray, name: str) -> None:
-    """Raise TypeError if only some entries of a column are strings. The others may be missing."""
+    """Raise TypeError if only some entries of a column are strings: the others may be gaps."""
     other = [row for row, entry in enumerate(array.flat) if not isinstance(entry, str | bytes)]
     if array.dtype.kind != "O" or array.ndim != 1 or not 0 < len(other) < len(array):
         return

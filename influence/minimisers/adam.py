@@ -51,9 +51,10 @@ class Moments:
 
 
 def batch_rows(num_examples: int, batch_size: int, seed: int, first: int) -> Iterator[NDArray]:
-    """Yield the rows of each minibatch, from step `first` on.
+    """Yield the row numbers of each minibatch, from step `first` on, without end.
 
-    Pass p over the data is shuffled with the seed (seed, p).
+    A generator with the seed (seed, p) shuffles the rows of pass p over the data. The last
+    minibatch of a pass is filled up with rows of the next pass.
     """
     batch_size = min(batch_size, num_examples)
     number, offset = divmod(first * batch_size, num_examples)

@@ -17,29 +17,30 @@ _LEAST_PAIRS = 20
 # more.
 _BYTES = VECTORS >> 5
 # A search is stuck if its smallest gradient norm has not improved for this many passes. A stuck
-# search ends, unless the function still decreases. The next two constants define this: both of
-# their conditions must hold.
+# search ends, unless the function still decreases. It still decreases if the conditions of both
+# constants below, _FALL and _ROSE, hold.
 _PATIENCE = 20
-# First condition: since the count of passes last restarted, the function has decreased by more than
-# this fraction of its total decrease. A smaller decrease may be rounding error. The fraction
+# Condition of _FALL: since the count of passes last restarted, the function has decreased by more
+# than this fraction of its total decrease. A smaller decrease may be rounding error. The fraction
 # depends on the gradients' dtype.
 _FALL = {"float32": 1e-5, "float64": 1e-10}
-# Second condition: since then, the largest gradient norm exceeded this multiple of the smallest
-# norm so far.
+# Condition of _ROSE: since the count last restarted, the largest gradient norm exceeded this
+# multiple of the smallest norm so far. With the multiple 0, the condition always holds.
 _ROSE = {"float32": 2.0, "float64": 0.0}
 # A pair from low-precision gradients is used only if the norm of its change of gradient exceeds
 # this multiple of the gradients' error.
 _TOLD = 10.0
 # A pair is used only if the cosine between its step and its change of gradient exceeds this.
 _CURVED = 1e-8
-# A step overshoots if the slope along the step is positive at its end, and exceeds this fraction of
-# the descent at its start.
+# A step overshoots if b > -_OVERSHOOT a, where a < 0 is the slope along the step at its start, and
+# b the slope at its end.
 _OVERSHOOT = 0.5
 # After an accepted step without overshoot, the radius is at least this multiple of the step's
 # length.
 _LONGER = 1.5
 
-Gradients = Callable[[NDArray, NDArray], NDArray]  # (thetas (d, j), columns (j,)) -> (d, j)
+# A function of thetas (d, j) and of columns (j,), the indices of j functions. It returns (d, j).
+Gradients = Callable[[NDArray, NDArray], NDArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +77,9 @@ def minimise(
     later steps, the two-loop recursion (Nocedal 1980) adds the curvature along earlier steps,
     including rejected ones.
 
-    A step overshoots if the slope along the step is positive at its end, and exceeds half of the
-    descent at its start. Such a step violates the upper approximate Wolfe condition (Hager &
-    Zhang 2005), whose test needs only gradients and tolerates rounding. A step is rejected if it
+    A step overshoots if b > -a / 2, where a < 0 is the slope along the step at its start, and b the
+    slope at its end. Such a step violates the upper approximate Wolfe condition (Hager & Zhang
+    2005), whose test needs only gradients and tolerates rounding. A step is rejected if it
     overshoots and the gradient norm has not decreased.
 
     Each function has a radius, which is the largest allowed length of its steps. The radius starts
@@ -88,9 +89,10 @@ def minimise(
     curvature changes along the step.
 
     The gradient norm of a search may stop shrinking for two reasons: a long descent, or rounding
-    error. In this case the search continues only if the function still decreases. Let g be the
-    gradients. Up to third order, the decrease is the sum of -(g_before + g_after) . step / 2 over
-    the steps. In float32, the gradient norm must also have grown meanwhile.
+    error. In this case the search continues only if the function still decreases. The decrease over
+    one step is -(g_before + g_after) . step / 2, where g is the gradient. Its error is of third
+    order in the step. In float32, the gradient norm must also have exceeded twice its smallest
+    value since the search last made progress.
 
     Args:
       gradients: a function of thetas (d, j) and columns (j,). It returns the gradients (d, j) of
@@ -127,7 +129,7 @@ def minimise(
         steps = -_two_loops(seen, g, lambda Q: inverse(Q, todo))  # noqa: B023
         steps *= np.minimum(1, now.longest[todo] / np.linalg.norm(steps, axis=0))
         tried = now.thetas[:, todo] + steps
-        steps = tried - now.thetas[:, todo]  # Rounding may change them.
+        steps = tried - now.thetas[:, todo]  # the steps after rounding
         there = now.gradients(tried, todo)
         seen.append(_pair(steps, there - g))
         del seen[given:-most]
@@ -165,13 +167,13 @@ class _Searches:
         self.norms = np.linalg.norm(first, axis=0)
         self._gradients, self._tolerance = gradients, tolerance
         self._rough, until = rough or (None, np.full(k, np.inf))
-        self.exact = ~(self.norms > until)  # True: the function uses exact gradients.
+        self.exact = ~(self.norms > until)  # True: the search uses exact gradients
         self.until = np.where(self.exact, tolerance, until)
         self.best = Found(thetas.copy(), self.norms.copy(), np.zeros(k, int))
         self.longest = np.full(k, np.inf) if longest is None else longest.copy()
-        self.stale = np.zeros(k, int)  # `stale` counts the passes since the last `_begin`.
-        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark` was `fallen` at `_begin`.
-        self.highest = self.norms.copy()  # `highest` is the largest norm since the last `_begin`.
+        self.stale = np.zeros(k, int)  # passes since the last `_begin`
+        self.fallen, self.mark = np.zeros(k), np.zeros(k)  # `mark`: `fallen` at `_begin`
+        self.highest = self.norms.copy()  # largest gradient norm since the last `_begin`
 
     def gradients(self, thetas: NDArray, columns: NDArray) -> NDArray:
         """Compute gradients (d, j): exact ones where `exact` is True, else low-precision ones."""
@@ -228,7 +230,7 @@ class _Searches:
     def judge(self, columns: NDArray) -> NDArray:
         """Continue with exact gradients from the best thetas.
 
-        Returns: (j,) the norms of the errors that the low-precision gradients have there.
+        Returns: (j,) the error norms of the low-precision gradients at these thetas.
         """
         if not len(columns):
             return np.empty(0)
@@ -248,7 +250,7 @@ class _Searches:
 
 
 def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -> NDArray:
-    """Multiply each column of G by the inverse Hessian: `inverse`, updated by the pairs."""
+    """Multiply each column of G by an inverse Hessian: `inverse` with the pairs' secant updates."""
     Q, shares = G.copy(), []
     for S, Y, weight in reversed(pairs):
         shares.append(weight * dots(S, Q))
@@ -260,7 +262,10 @@ def _two_loops(pairs: list, G: NDArray, inverse: Callable[[NDArray], NDArray]) -
 
 
 def _pair(S: NDArray, Y: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Return (S, Y, 1 / s'y) for the columns s and y. 1 / s'y is 0 without positive curvature."""
+    """Return S, Y and the weights 1 / s'y of their columns s and y.
+
+    A weight is 0 if s'y is not clearly positive. The pair of these columns then has no effect.
+    """
     Y = np.where(np.isfinite(Y).all(axis=0), Y, 0)
     product = dots(S, Y)
     curved = product > _CURVED * np.linalg.norm(S, axis=0) * np.linalg.norm(Y, axis=0)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from influence.common.numbers import numbers
 
-# The ridge is this multiple of the largest diagonal entry of G. It makes a singular G positive
-# definite.
+# The ridge, a multiple of I, is added to G. It makes a singular G positive definite. The ridge is
+# the largest diagonal entry of G times this factor.
 _RIDGE = 1e-8
 # This many steps of iterative refinement are taken. Each step reduces the ridge's effect by several
 # digits.
@@ -31,9 +31,9 @@ def boxed_minimum(G: NDArray, b: NDArray, start: NDArray) -> NDArray:
     bounded-variable least squares (Stark & Parker 1995). Iterative refinement with G, on the
     entries inside the box, then removes the effect of the ridge.
 
-    A singular G does not determine all entries. The ridge still affects those that it does not
-    determine. In this case, repeated calls converge to a minimum if each takes the last result as
-    `start`.
+    If G is singular, it may not determine all entries of the minimum. The entries that it does not
+    determine still depend on the ridge. Repeated calls then converge to a minimum, if the `start`
+    of each call is the result of the call before.
 
     Args:
       G: (k, k) symmetric positive semi-definite, with a positive diagonal entry; float64.

@@ -64,7 +64,8 @@ def minimise(
                 "maxfun": 2 * max_iterations,
                 "maxcor": _MEMORY,
                 "ftol": 0.0,
-                # SciPy's tolerance applies to the gradient's largest entry.
+                # SciPy compares `gtol` with the gradient's largest entry. If this entry is below
+                # `gtol`, the Euclidean norm is below `gradient_tolerance`.
                 "gtol": gradient_tolerance / np.sqrt(len(theta)),
             },
         )
@@ -90,7 +91,7 @@ def _newton(
     gradient: NDArray,
     tolerance: float,
 ) -> tuple[NDArray, float]:
-    """Take Newton steps while each halves the gradient norm. Return theta and this norm.
+    """Take Newton steps while each halves the gradient norm. Return theta and its gradient norm.
 
     A step that raises the risk by more than rounding error is rejected, because it may lead to a
     saddle.

@@ -28,8 +28,8 @@ from influence.examples import labels as packing
 _HESSIAN_ROWS = 1024
 # Rows of this many bytes fit into the cache of one processor core.
 _CACHED_BYTES = 1 << 19
-# With more columns than this, `there_and_back` uses larger blocks, because the products then take
-# longer than reading the rows.
+# If X V has more columns than this, `there_and_back` uses larger blocks of rows of X, because the
+# products with a block then take longer than reading its rows.
 _FEW_COLUMNS = 16
 # `_threads` starts threads only for work of at least this many operations. Starting takes time.
 _WORTH_THREADS = 1e9
@@ -71,10 +71,10 @@ class Link(ABC):
         return self.multiplied(self.curvature(Z, y), U)
 
     def weights(self, Z: NDArray, y: NDArray) -> NDArray:
-        """Return weights (n, w) >= 0. Each column gives a block of the Hessian.
+        """Return weights (n, w) >= 0, whose columns determine the Hessian.
 
-        `Design.weighted_gram` computes the blocks. For one output, w = 1, and the weights are
-        d2l/dz2.
+        For each column v, `Design.weighted_gram` computes the matrix X' diag(v) X. The model's
+        method `hessian` combines these matrices. For one output, w = 1, and the column is d2l/dz2.
         """
         return self.curvature(Z, y)[:, :, 0]
 
@@ -219,9 +219,9 @@ class Design:
         if scipy.sparse.issparse(x):
             W = V.reshape(-1, self.num_outputs * V.shape[1])
             U = x @ W[: self.num_features]
-            U += W[self.num_features :].sum(axis=0)  # without an intercept this adds 0
+            U += W[self.num_features :].sum(axis=0)  # no row without an intercept
             return np.einsum("nc,ncm->nm", E, U.reshape(*E.shape, -1))
-        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # faster than a product
+        G = np.einsum("nf,nc->nfc", self.with_one(x), E)  # faster than broadcasting
         return (V.T @ G.reshape(len(E), -1).T).T
 
     def weighted_gram(self, x: Any, weights: NDArray) -> NDArray:
@@ -288,7 +288,7 @@ class Design:
         return self.as_dtype(x.toarray() if scipy.sparse.issparse(x) else x)
 
     def with_one(self, x: NDArray) -> NDArray:
-        """Append the intercept's feature to dense inputs, if the model has an intercept."""
+        """Append a column of ones to dense inputs if the model has an intercept."""
         if not self.intercept:
             return x
         return np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)

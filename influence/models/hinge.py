@@ -42,8 +42,8 @@ _SMALLEST_T = 1e-30
 # A row is near the kink if its margin differs from 1 by at most this. LinearSVC finds margins with
 # about this accuracy.
 _NEAR_KINK = 1e-4
-# `fit` calls LinearSVC once if a round would solve for more rows than this number, or for more than
-# d rows.
+# If a round of `fit` would solve for the dual variables of more rows than this number, or of more
+# than d rows, `fit` calls LinearSVC, but only once.
 _FEW = 500
 # `fit` stops after this many rounds without a smaller gap, because only rounding errors are left.
 _STALE = 10
@@ -172,7 +172,7 @@ class SmoothHinge(LinearModel):
         variables a_i of some rows, and holds the others fixed. In the first round these are the
         rows near margin 1. In each later round they are the rows with 0 < a_i < 1 or with a
         positive term in the gap. If there are too many such rows, scikit-learn's LinearSVC sets
-        theta once.
+        theta, at most once in a fit.
 
         Args:
           examples: labels -1 and 1.
@@ -256,7 +256,8 @@ class SmoothHinge(LinearModel):
     def _solved_for(self, examples: Examples, near: NDArray, a: NDArray) -> NDArray:
         """Maximise D over the a_i of the rows `near`. Return all dual variables.
 
-        This minimises a'AA'a / 2 - b'a over 0 <= a_i <= 1. Row i of A is y_i x_i.
+        This minimises a'AA'a / 2 - b'a over 0 <= a_i <= 1. Row i of A is y_i x_i, and
+        b = n lambda (1 - A w), where w is w(a) with a_i = 0 for the rows `near`.
         """
         rows = np.flatnonzero(near)
         if not len(rows):
@@ -298,7 +299,7 @@ class SmoothHinge(LinearModel):
             C=1 / (len(examples) * self.weight_decay),  # LinearSVC sums losses
             tol=1e-6,
             max_iter=10_000,
-            fit_intercept=self.intercept,  # LinearSVC penalises the intercept too
+            fit_intercept=self.intercept,  # which LinearSVC penalises, as here
             random_state=0,
         )
         with warnings.catch_warnings():

@@ -66,7 +66,10 @@ def self_influence(net: Any, examples: Examples, rows: NDArray) -> NDArray | Non
 
 
 def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDArray:
-    """Compute theta (k, d) after one Newton step without each row; see LinearModel."""
+    """Compute theta (k, d) after one Newton step on the risk without each of k rows.
+
+    See LinearModel.one_step_leave_one_out.
+    """
     rows, design = check_rows(rows, len(examples)), net.design
     n, c, theta, weight_decay = len(examples), net.num_outputs, net.theta, net.strong_convexity
     H = net.hessian(examples) * (n / (n - 1))
@@ -81,7 +84,9 @@ def one_step_leave_one_out(net: Any, examples: Examples, rows: ArrayLike) -> NDA
     Z = design.times(chosen.x, theta)
     stepped = np.empty((len(rows), net.num_parameters))
     for j, x in enumerate(design.with_one(design.dense(chosen.x))):
-        # The Hessian of the row's loss is (n - 1) A S A', with A = x (x) I_c and S (c, c).
+        # A (d, c) is kron(x, I_c), with x as a column. S, a (c, c) matrix, is the row's d2l/dz2
+        # divided by n - 1. With H as rescaled above, the risk without the row has the Hessian
+        # H - A S A'.
         A = np.kron(x[:, None], np.eye(c))
         S = net.link.curved(Z[j : j + 1], chosen.y[j : j + 1], np.eye(c)[None])[0] / (n - 1)
         g = (n * gradient - own[j]) / (n - 1) + net.penalty_gradient()

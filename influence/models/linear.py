@@ -1,9 +1,9 @@
 """Linear models with an L2 penalty, whose losses and derivatives have closed forms.
 
-A model has weights W (f, c) and outputs z = x W. Its loss l(z, y) is convex in z. For one example,
-with (x) for the Kronecker product,
+A model has weights W (f, c) and outputs z = x W. Its loss l(z, y) is convex in z. The loss of one
+example x, a row vector, has these derivatives in theta (kron is the Kronecker product):
 
-    grad = x' (x) dl/dz        Hessian = x' x (x) d2l/dz2
+    gradient = kron(x', dl/dz)        Hessian = kron(x' x, d2l/dz2)
 
 The risk is the mean loss plus weight_decay/2 |W|^2. theta is W flattened row by row. The intercept
 is a last feature that is always one. The closed forms replace automatic differentiation, and tests
@@ -111,7 +111,7 @@ class LinearModel(GenericNeuralNet):
         return float(self.link.loss(Z, y).mean(dtype=np.float64)), gradient
 
     def gradients(self, x: Any, y: Any) -> NDArray:
-        """Return the gradient x_i (x) dl_i/dz of each row i; see GenericNeuralNet.gradients."""
+        """Return the gradient kron(x_i, dl_i/dz) of each row i; see GenericNeuralNet.gradients."""
         rows = self.design.with_one(self.design.dense(x))
         E = self.link.slope(self._outputs(x), _labels(y))[:, :, 0]
         return (rows[:, :, None] * E[:, None, :]).reshape(len(rows), -1)
@@ -139,14 +139,14 @@ class LinearModel(GenericNeuralNet):
         rows = self.design.with_one(self.design.dense(flat)).reshape(num_batches, batch_size, -1)
         W = (
             numbers(V, "V").astype(self.dtype, copy=False).reshape(num_batches, rows.shape[2], -1)
-        )  # (r, f, c m)
+        )  # (r, f, c m) for r batches
         U = (rows @ W).reshape(len(flat), self.num_outputs, -1)
         if question == "gradient":
             E = self.link.slope(U, y)
         elif question in ("hvp", "gauss_newton"):
             E = self.link.curved(self.design.times(flat, self.theta), y, U)
         else:
-            return super().each_batch(question, x, y, V)  # this raises
+            return super().each_batch(question, x, y, V)  # raises an error
         E = E.reshape(num_batches, batch_size, -1)
         return (rows.transpose(0, 2, 1) @ E).reshape(V.shape) / batch_size
 
@@ -166,7 +166,7 @@ class LinearModel(GenericNeuralNet):
         return Z[:, :, 0], self.link.slope(Z, y)[:, :, 0], self.link.curved(Z, y, units)
 
     def jacobian_parts(self, x: Any, y: Any) -> tuple[list, NDArray]:
-        """Return each row's Jacobian x_i (x) I_c, in the form of `influence.curvature.roots`."""
+        """Return each row's Jacobian kron(x_i, I_c), in the form of `influence.curvature.roots`."""
         a, c = self.design.with_one(self.design.dense(x)), self.num_outputs
         entries = np.arange(self.num_parameters).reshape(-1, c)
         g = np.broadcast_to(np.eye(c, dtype=a.dtype), (len(a), c, c))
@@ -187,7 +187,10 @@ class LinearModel(GenericNeuralNet):
         return self.link.loss(z.reshape(len(z), -1, 1), _labels(y))[:, 0]
 
     def input_gradient(self, x: Any, y: Any, v: NDArray) -> NDArray:
-        """Return v dl/dz + W (d2l/dz2) x v of each row; see GenericNeuralNet.input_gradient."""
+        """Return V dl/dz + W (d2l/dz2) V'x of each row x; see GenericNeuralNet.input_gradient.
+
+        V is the direction v in the shape of W.
+        """
         check_differentiable(x)
         if np.shape(v) != (self.num_parameters,):
             raise ValueError(f"v must have shape ({self.num_parameters},), got {np.shape(v)}.")
@@ -285,10 +288,12 @@ class LinearModel(GenericNeuralNet):
     def one_step_leave_one_out(self, examples: Examples, rows: Any) -> NDArray:
         """Compute theta after one exact Newton step on the risk without each row.
 
-        The Hessian of the risk without row i is
-        (n H - x_i' x_i (x) d2l_i/dz2 - weight_decay I) / (n - 1) + weight_decay I. Woodbury's
-        identity inverts this matrix for all rows with one factorisation. The result serves as a
-        check of `leave_one_out`.
+        H is the Hessian of the risk on all n rows. The Hessian of the risk without row i is
+
+            (n H - kron(x_i' x_i, d2l_i/dz2) - weight_decay I) / (n - 1) + weight_decay I
+
+        With Woodbury's identity, one factorisation is enough to invert this matrix for all rows.
+        The result serves as a check of `leave_one_out`.
 
         Args:
           examples: the training set. theta should be at the minimum of its risk.

@@ -119,9 +119,10 @@ class MulticlassLogisticRegression(LinearModel):
         pair[a, b] = pair[b, a] = np.arange(len(a))
         own = np.arange(c)
         H = np.empty((f, c, f, c), self.dtype)
-        # The loop copies the rows of H that belong to one feature, because they fit into the cache.
+        # The loop fills the rows of H feature by feature, because those of one feature fit into the
+        # processor's cache.
         for row, of_row in zip(H, blocks.swapaxes(0, 1), strict=True):
-            parts = -of_row[pair]  # (c, c, f)
+            parts = -of_row[pair]  # (c, c, f): one row of each block
             parts[own, own] = 0
             parts[own, own] = -parts.sum(axis=1)
             row[:] = parts.swapaxes(1, 2)

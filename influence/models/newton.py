@@ -20,12 +20,13 @@ from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow, Total
 from influence.solvers import CG
 
-# `_step` factors the Hessian if the factor needs at most as many operations as this number of
+# `_step` forms and factors the Hessian if this needs at most as many operations as this number of
 # products with X.
 _FACTOR_COST = 2000
 # The relative tolerance of CG is at most this. The first step uses this value.
 _LOOSEST = 0.5
-# A step must decrease the risk by this fraction of what the slope predicts (Armijo's condition).
+# A step must decrease the risk by at least this fraction of the decrease that the slope at the
+# step's start predicts (Armijo's condition).
 _SUFFICIENT = 1e-4
 # The lengths that `_length` tries in each data pass: 1 in the first pass, then the next seven of
 # 1/2, 1/4 and so on in each later pass.
@@ -54,7 +55,8 @@ def minimise(
       tolerance: the search stops if the gradient of the risk has at most this Euclidean norm.
       max_iterations: largest number of steps.
 
-    Returns: the final gradient norm, and the reason if it is above the tolerance, else "".
+    Returns: the final gradient norm, and a text. The text is "" if the norm is within the
+      tolerance. Otherwise it is the reason why the search stopped.
     Raises: DivergenceError for a risk or gradient that is not finite.
     """
     first, before = 0.0, np.inf

@@ -25,9 +25,9 @@ from influence.common.progress import progress
 from influence.examples.examples import Examples, check_differentiable
 from influence.models.logistic import BinaryLogisticRegression
 
-# One call of the trunk gets this many images, on a GPU and on a CPU. On a CPU, larger batches of
-# photographs are not faster. In larger batches, the last bits of an image's features may depend on
-# the other images of the batch.
+# One call of the trunk gets _ON_GPU images on a GPU, and _ELSEWHERE images on a CPU. On a CPU, the
+# trunk is not faster with more photographs per call. And with more than one, the last bits of an
+# image's features may depend on the other images.
 _ON_GPU, _ELSEWHERE = 16, 1
 # Pixels as floats may lie outside [-1, 1] by this much, because of float32 rounding.
 _SLACK = 1e-6
@@ -142,8 +142,8 @@ class TopLayer(BinaryLogisticRegression):
         """Differentiate grad loss_i . v with respect to the features or the pixels.
 
         The derivative with respect to the pixels is J(x)' c. J is the Jacobian of phi with respect
-        to the pixels. c is the vector d/dphi (grad loss . v). It is the closed form of
-        `LinearModel.input_gradient`, divided by s.
+        to the pixels. c is the derivative of grad loss . v with respect to phi, which is the result
+        of `LinearModel.input_gradient` divided by s.
 
         Args:
           x: (n, h, w, c) floats in [-1, 1], or (n, f) features.
@@ -182,7 +182,7 @@ class TopLayer(BinaryLogisticRegression):
         return (pooled - self._mean) / self._scale
 
     def _cotangent(self, theta: NDArray, pooled: NDArray, y: NDArray, v: NDArray) -> NDArray:
-        """Return d/dphi (grad loss . v) at theta for k images: (k, f)."""
+        """Return the derivative of grad loss . v with respect to phi(x) for k images: (k, f)."""
         features = self._standardised(pooled.astype(np.float64))
         return self._input_gradient(theta, features, y, v) / self._scale
 
@@ -217,7 +217,7 @@ def _features(net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
 
 
 class _Trunk:
-    """A trunk that computes pooled features of images and derivatives with respect to images.
+    """A trunk. It computes pooled features of images, and derivatives with respect to the pixels.
 
     Args:
       model: `TopLayer.trunk`. Its weights must never change.

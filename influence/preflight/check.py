@@ -35,7 +35,7 @@ _RTOL = 1e-4
 _MOST_PRODUCTS = 512
 # This many Lanczos steps give the largest eigenvalue of a Gauss-Newton matrix to a few per cent.
 _LANCZOS_STEPS = 6
-# Derivatives are compared with finite differences on at most this many rows.
+# Hessian products are compared with finite differences on at most this many rows.
 _DERIVATIVE_ROWS = 512
 
 
@@ -54,13 +54,13 @@ def check(
     penalty. Second, theta is a minimum of the risk. Third, derivatives are correct, and the matrix
     that `Influence` would use is invertible. Each line of the report is the result of one test: its
     name, a value, the meaning and a remedy. If a line about the rows fails, derivatives are not
-    checked; the line about labels is an exception.
+    checked. The line "labels" is an exception: if it fails, they are still checked.
 
-    The check takes about seven passes over the training set, eight gradients and three products on
-    some rows, and at most 20 steps of CG on three vectors. For a Hessian, `spectrum` needs further
-    products: d products if d <= 1024, else some hundreds. For a damped Gauss-Newton matrix, a
-    positive lower bound on the eigenvalues is known, and 7 products are enough. The net does not
-    change.
+    The check takes about seven passes over the training set, eight gradients and three Hessian
+    products on at most 512 rows, and at most 20 steps of CG on three vectors. For a Hessian,
+    `spectrum` needs further products: d products if d <= 1024, else some hundreds. For a damped
+    Gauss-Newton matrix, a positive lower bound on the eigenvalues is known, and 7 products are
+    enough. The net does not change.
 
     Args:
       net: the model, at the theta that will be explained, in any form that `Influence` takes.

@@ -18,18 +18,19 @@ from influence.solvers import CG, solve
 from influence.solvers.plan import FLOAT64_WEIGHTS
 from influence.solvers.spectrum import Spectrum, largest_eigenvalue
 
-# Step sizes of the differences in `derivatives`. The unit is the cube root of the dtype's machine
-# epsilon. For a smooth function, the best size is about 1 in this unit.
+# Step sizes of the finite differences in `derivatives`. The unit is the cube root of the dtype's
+# machine epsilon, times |theta| if |theta| > 1. For a smooth function, the best size is about 1.
 _STEPS = (10.0, 1.0, 0.1, 0.01)
 # This many sums of row gradients with random signs estimate the effect of removing one row.
 _SIGNS = 2
-# Each sum has at most this many rows. The losses of at most this many rows are compared.
+# Each of these sums has at most this many rows. `stationary` computes the changes of the losses of
+# at most this many rows.
 _ROWS = 256
-# CG stops at these limits, because only the order of magnitude of its result matters.
+# CG stops at these limits, because `stationary` needs only the order of magnitude of its solution.
 _ITERATIONS, _RTOL = 20, 0.3
 # TensorFlow operations whose names begin with one of these words have a discontinuous slope.
 _KINKS = ("Relu", "LeakyRelu", "MaxPool", "Maximum", "Minimum", "Max", "Abs")
-# A score may have at most this relative rounding error.
+# The line "precision" is ok if the relative rounding error of a score is below this number.
 _ENOUGH_DIGITS = 1e-2
 
 
@@ -37,8 +38,8 @@ def derivatives(net: GenericNeuralNet, A: Hessian) -> tuple[Line, Line]:
     """Check that H v agrees with differences of the gradient, and that H is symmetric.
 
     H is the damped Hessian A. The vector v is H w, scaled to length 1, for a random w. Such a v has
-    components in all directions of curvature. If the product is correct, it agrees with the
-    difference for at least one step size.
+    components in all directions of curvature. If the product H v is correct, it agrees with the
+    central difference of the gradient for at least one step size.
     """
     d, dtype = net.num_parameters, net.dtype
     eps = float(np.finfo(dtype).eps)
@@ -106,10 +107,10 @@ def _symmetry(gap: float, tolerance: float) -> Line:
 
 
 def bounded(A: GaussNewton, steps: int) -> tuple[Line, Line, Line]:
-    """Report extreme eigenvalues and precision of a matrix with a known positive bound.
+    """Report the extreme eigenvalues and the precision, given a lower bound on the eigenvalues.
 
-    The largest eigenvalue comes from `steps` steps of Lanczos' iteration. The smallest eigenvalue
-    is at least `A.smallest_eigenvalue_bound`.
+    A is the damped Gauss-Newton matrix. `A.smallest_eigenvalue_bound` is a positive lower bound on
+    its eigenvalues. The largest eigenvalue is computed by `steps` steps of Lanczos' iteration.
     """
     value, error = largest_eigenvalue(A, steps)
     bound = A.smallest_eigenvalue_bound
@@ -207,7 +208,10 @@ def smallest(found: Spectrum, known: float, damping: float, noise: float) -> Lin
 
 
 def precision(found: Spectrum, known: float, dtype: np.dtype) -> Line:
-    """Check that the dtype has enough digits for the condition number."""
+    """Check that the dtype has enough digits for the condition number of the damped Hessian.
+
+    `known` is a lower bound on the eigenvalues, NaN if none is known.
+    """
     title = "precision"
     low, error = float(found.smallest[0]), float(found.smallest_residuals[0])
     floor = max(low - error, known) if not np.isnan(known) else low - error
@@ -249,8 +253,8 @@ def stationary(net: GenericNeuralNet, A: Curvature, test: Examples | None, shift
     cancels in each sum.
 
     A is the damped matrix of the training set. `shift` is added to its damping. The shift is
-    positive if A is not positive definite. If `test` is None, the losses of training rows are
-    compared.
+    positive if A is not positive definite. The losses are those of rows of `test`, or of training
+    rows if `test` is None.
     """
     title = "stationary point"
     train, n = A.examples, len(A.examples)

@@ -60,7 +60,7 @@ def in_range(net: GenericNeuralNet, examples: Examples) -> Line | None:
 
 
 def plausible(net: GenericNeuralNet, train: Answers, test: Answers | None) -> Line:
-    """Check the coding of labels that are in range, by comparing them with the predictions."""
+    """Check the coding of labels that are in range, by comparing them with predicted classes."""
     classes = classes_of(net.loss, train)
     if classes is None:
         return Finding(_TITLE).ok("The labels are not classes; there is nothing to compare.")
@@ -113,7 +113,11 @@ def _mean_without_weights(answers: Answers) -> float:
 
 
 def _are_numbers(y: NDArray, shape: tuple[int, ...]) -> bool:
-    """Return True if y holds class numbers, one integer in place of the outputs' last axis."""
+    """Return True if y holds class numbers. `shape` is the shape of one row's outputs.
+
+    Class numbers are integers in the shape of the outputs without their last axis, or with a last
+    axis of length 1.
+    """
     if not shape or shape[-1] < 2 or (y != np.round(y)).any():
         return False
     return y.shape[1:] == shape[:-1] or y.shape[1:] == (*shape[:-1], 1)

@@ -154,7 +154,9 @@ def same_twice(net: GenericNeuralNet, answers: Answers) -> Line:
     again = examples.each_row(PerRow("losses"), net, batch_size=answers.batch_size)
     some = inputs_of(examples).take(sample(len(examples), _SAMPLE))
     x = plain_inputs(net.model, some.x)
-    with keras.StatelessScope():  # Outside the scope, seeds do not advance.
+    # In this scope the first call advances the seeds for the second one. The model's own seeds stay
+    # unchanged.
+    with keras.StatelessScope():
         one, two = (one_array(net.model(x, training=False)) for _ in range(2))
     size = _largest(one)
     gap = _gap(one, two, size)
@@ -229,7 +231,7 @@ def _largest(values: NDArray) -> float:
 def _gap(one: NDArray, two: NDArray, size: float) -> float:
     """Compute the largest difference of finite values, relative to `size`.
 
-    `finite` reports NaN and infinity.
+    NaN and infinity are ignored, because the test `finite` reports them.
     """
     finite = np.isfinite(one) & np.isfinite(two)
     gap = _largest(one[finite] - two[finite])

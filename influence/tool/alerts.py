@@ -16,7 +16,8 @@ from influence.solvers.plan import Plan
 
 Level = Literal["stop", "care", "note"]
 ORDER_NOT_SIZE = "Use the order of the rows, not the sizes."
-# Headlines for the verdicts "fail" and "warn", by the name of the line of the check.
+# For each line of the check, by its name: the alert's headline for the verdict "fail", and its
+# headline for the verdict "warn".
 _HEADLINES: dict[str, tuple[str, str]] = {
     "stationary point": (
         f"{ORDER_NOT_SIZE} The model is not at a minimum of its training risk.",
@@ -56,7 +57,8 @@ _HEADLINES: dict[str, tuple[str, str]] = {
 }
 
 
-# A warning in one of these lines concerns a small part of each number only.
+# If one of these lines has the verdict "warn", only a small part of each number is in doubt. The
+# alert then has the level "note".
 _NOTES = ("Hessian = differences", "precision")
 
 
@@ -99,7 +101,8 @@ def of_line(line: Line) -> Alert:
         else f"The check {line.name!r} asks for care."
     )
     headline = _HEADLINES.get(line.name, ("", ""))[0 if fails else 1] or usual
-    # At weights that are not a minimum, the scores still rank the rows (Bae et al. 2022).
+    # At weights that are not a minimum, the scores still rank the rows (Bae et al. 2022). A failure
+    # whose headline recommends the order therefore has the level "care" and not "stop".
     level: Level = "stop" if fails and not headline.startswith(ORDER_NOT_SIZE) else "care"
     if line.name in _NOTES and not fails:
         level = "note"

@@ -30,7 +30,7 @@ from influence.tool.subject import QuestionOptions, Subject
 # after the last stored block.
 _PART = 2048
 # If the model has at most this many weights, self-influence is fast to compute. It is then computed
-# for every ranking.
+# even if another ranking is requested.
 _CHEAP = 256
 # The user writes new labels into the column NEW_LABEL of the CSV file. The word REMOVE in this
 # column removes the row.
@@ -96,7 +96,11 @@ class Audit(Answer):
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """Return the ranking, the counts, the thresholds, and facts about the last layer."""
+        """Return a dict of the numbers that the table does not contain.
+
+        They are the number of rows and of suggested labels, the ranking and its reason, the
+        thresholds of confident learning, and the weight decay and mean losses of the last layer.
+        """
         found: dict[str, Any] = {
             "num_rows": len(self.order),
             "num_suggestions": len(self.suggested),
@@ -322,7 +326,7 @@ def _margins(found: OutOfSample) -> NDArray:
 
 
 def _reproduced(subject: Subject) -> float | None:
-    """Return the accuracy on the training rows, or R^2 for numbers. None for other labels."""
+    """Return the accuracy on training rows; R^2 if labels are numbers; None for other labels."""
     known = subject.of_train
     if known.of_classes:
         return known.accuracy
@@ -339,7 +343,8 @@ def _suggested(
     If the rows are ranked by the history, the outputs may have memorised labels. A label is then
     doubted if the row's mean margin over the epochs is negative. The suggested label is the most
     probable other class. This rule needs a history of class margins. A history may also consist of
-    residuals or losses with a minus sign. Those are negative for almost every row.
+    residuals or losses with a minus sign. Those are negative for almost every row, so the rule
+    would doubt almost every label.
     """
     known = subject.of_train
     if best is None or not best.of_classes or known.given is None:

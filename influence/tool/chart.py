@@ -39,8 +39,8 @@ class Point:
 def scatter(points: Sequence[Point], x_title: str, y_title: str) -> dict:
     """Return a dict with the pixel coordinates and texts that the page's template draws.
 
-    If the ranges of x and y differ by at most a factor of ten, both axes have the same range. The
-    line y = x is then the diagonal of the chart.
+    If the longer of the ranges of x and y is at most ten times as long as the other, both axes get
+    the same range. The line y = x is then the diagonal of the chart.
 
     Args:
       points: the points. Their x and y must be finite.

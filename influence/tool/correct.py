@@ -243,7 +243,7 @@ def _of_gain(answer: Correction) -> list[alerts.Alert]:
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    """Return a dict from row to new label, from the non-empty cells of the label column."""
+    """Return a dict from row to new label, for the rows of the CSV file that have a new label."""
     import pandas as pd
 
     try:

@@ -348,7 +348,10 @@ def label_of(known: Any, rows: Rows, row: int, predicted: bool = False) -> str:
 
 
 def plan_facts(subject: Subject) -> list[tuple[str, Any]]:
-    """Return (name, choice and reason) for matrix, damping, solver, dtype and approximation."""
+    """Return pairs (name, text) about the matrix, damping, solver, dtype and approximation.
+
+    Each text gives the choice and its reason.
+    """
     plan = subject.plan
     names = ("Matrix", "Damping", "Solver", "Precision", "Approximation")
     choices = (plan.curvature, f"{plan.damping:.3g}", repr(plan.solver), plan.dtype)

@@ -11,7 +11,7 @@ the squared error. The w_i are the sample weights, scaled to a mean of 1.
 
 The leave-one-out output of a row is the output of a refit without this row. At the minimum of R, it
 has a closed form. For classes the form is approximate (`leave_one_out_outputs`: Rad & Maleki 2020).
-For numbers it is exact: y - (y - f) / (1 - h), with the fitted value f and the leverage h.
+For numbers it is exact: y - (y - z) / (1 - h), with the row's fitted value z and leverage h.
 
 lambda is chosen from a fixed grid. The chosen value minimises the mean leave-one-out loss, weighted
 by w. The choice needs no information about which labels are wrong.
@@ -49,8 +49,8 @@ _WORSE = 2
 MOST_WEIGHTS = 4096
 # The features of all rows may have at most this many entries.
 _MOST_ENTRIES = 1 << 28
-# The limit must allow at least this many principal components. Fewer components would not represent
-# the network's features.
+# MOST_WEIGHTS must allow at least this many principal components. Otherwise the refit is refused,
+# because fewer components would not represent the network's features.
 _FEWEST = 8
 # Gradient tolerance of the logistic fits.
 _GRADIENT = 1e-7

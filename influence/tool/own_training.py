@@ -67,7 +67,7 @@ def fresh(model: keras.Model) -> keras.Model:
             for variable, value in zip(made, own, strict=True):
                 variable.assign(value)
             if isinstance(new, keras.layers.Normalization):
-                new.finalize_state()  # updates the layer's own copies of the weights
+                new.finalize_state()  # the layer computes with copies of its weights
     compile_like(copy, model)
     return copy
 

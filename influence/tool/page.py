@@ -172,7 +172,10 @@ def render(page_of: Callable[[int], Page]) -> str:
 
 
 def _shortened(page: Page) -> Page | None:
-    """Return the page with about half of its sections or table rows; None if it has too few."""
+    """Return the page without about half of its sections, or of the rows of its longest tables.
+
+    Returns: the shorter page; None if nothing more can be left out.
+    """
     sections = list(page.sections)
     if len(sections) > 2:
         sections = [*sections[: (len(sections) - 1) // 2], sections[-1]]

@@ -229,7 +229,8 @@ def _texts(path: Path, files: Sequence[Path], wanted: Wanted, like: Rows | None)
     batches = list(dataset.as_numpy_iterator())
     texts = np.concatenate([x for x, _ in batches])
     y = np.concatenate([y for _, y in batches])
-    # Keras does not return the file names of texts. It reads the files sorted by class and name.
+    # Keras does not return the file names of texts. It reads the files sorted by class and name. If
+    # the contents of the sorted files do not match the texts, the rows get no file names.
     classes = tuple(dataset.class_names)
     order = sorted(files, key=lambda p: (classes.index(p.relative_to(path).parts[0]), p))
     same = len(order) == len(texts) and all(

@@ -1,7 +1,7 @@
-"""The request of a run, with the usual values of its options, and run.toml, which keeps it.
+"""The request of a run, the default values of its options, and run.toml, which stores a request.
 
-The command line reads its options by this module. It imports no TensorFlow, so `--help` and errors
-in options appear at once.
+The command line uses this module to read its options. The module does not import TensorFlow, so
+`--help` and errors in options appear at once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ else:
 
 COMMANDS = ("explain", "audit", "verify", "check", "index")
 RUN = "run.toml"
-# `explain` shows this many training rows of each kind for each test row, and `explain` and `verify`
-# take this many confident mistakes as test rows.
+# USUAL_TOP: for each test row, `explain` shows this many helpful training rows, and as many harmful
+# ones.
+# USUAL_WRONG: `explain` and `verify` take this many confident mistakes as test rows.
 USUAL_TOP, USUAL_WRONG = 8, 5
-# `audit` shows this many rows on its page. `verify` removes this many rows.
+# USUAL_SUSPECTS: `audit` shows this many rows on its page.
+# USUAL_REMOVE: `verify` removes this many rows.
 USUAL_SUSPECTS, USUAL_REMOVE = 100, 30
 # The rankings of `audit`, in the order of the columns of its table. With AUTO, `audit` chooses one.
 RANKINGS, AUTO = ("margin", "folds", "history", "self_influence", "loss"), "auto"
@@ -38,7 +40,8 @@ class Reading:
     Attributes:
       target: the name of the table column with the labels. If None, a column with a usual name such
         as "target" is used.
-      text: the name of the table column with the texts. If None, the inputs of the model decide.
+      text: the name of the table column with the texts. If None and the model takes one text, the
+        column of strings is used; if there are several, the one with the input's name or "text".
       drop: the names of table columns that are no inputs of the model.
       weight: the name of the table column with the sample weights, or None.
       class_weight: weights by class number or class name, as in `fit(class_weight=...)`, or None.

@@ -23,11 +23,11 @@ from influence.net.inputs import declared
 Kind = Literal["image", "table", "text", "other"]
 # Image shapes of MNIST and CIFAR, by the number of values in a flattened image.
 _FLATTENED = {784: (28, 28, 1), 3072: (32, 32, 3)}
-# An array with a smaller height or width is not shown as an image.
+# An array whose height or width is smaller than this is not shown as an image.
 _LEAST_SIDE = 8
 # The black and white levels of images are estimated from at most this many rows.
 _SAMPLE = 64
-# A table without column names is shown as a table if it has at most this many columns.
+# An array of numbers without column names is shown as a table if it has at most this many columns.
 _MOST_COLUMNS = 200
 # Files are read in blocks of this many bytes, to compute their digests.
 _BLOCK = 1 << 20

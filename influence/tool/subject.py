@@ -39,8 +39,8 @@ from influence.tool.store import Store, name_of, texts
 _FORMAT = 2
 # Features of frozen layers are computed and stored in blocks of this many rows.
 _PART = 256
-# A matrix with more bytes is not stored in the folder of an unfinished run. The function `index`
-# stores a matrix of any size.
+# A matrix with more bytes than this is not stored in the folder of an unfinished run. The function
+# `index` stores a matrix of any size.
 _MOST_BYTES = 1 << 30
 _CURVATURES: dict[str, type[Curvature]] = {"Hessian": Hessian, "GaussNewton": GaussNewton}
 
@@ -155,7 +155,7 @@ class Subject:
 
     @property
     def net(self) -> GenericNeuralNet:
-        """The net in the model's own dtype."""
+        """The net in the model's own dtype. The net of `influence` may have another dtype."""
         return self.loaded.net
 
     @property
@@ -175,7 +175,7 @@ class Subject:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the net, the training rows and the options that the factors depend on."""
+        """Hash of the net, training rows and options on which plan, matrix and check depend."""
         history = self.history
         more = () if history is None else (history.rates, history.steps, history.by_gradient_steps)
         return checkpoint.identity(self.net, self.train, self.options.damping, _FORMAT, *more)
@@ -226,7 +226,10 @@ class Subject:
         return self._from(plan, influence), plan
 
     def _from(self, plan: Plan, fresh: Influence | None = None) -> Influence:
-        """Return the Influence of a plan. Its factors are loaded, or else computed and stored."""
+        """Return the Influence of a plan. Its matrix or factors are read, or computed and stored.
+
+        `fresh` is the Influence that made the plan, or None if the plan was read from disk.
+        """
         if fresh is not None:
             A = fresh.operator
         else:

@@ -42,7 +42,8 @@ def read(path: Path, wanted: Wanted, columns: Columns, like: Rows | None) -> Row
     """Read the rows of a table from a file.
 
     Strings are not changed, so "NA" and "None" stay strings. An empty entry in a column of strings
-    is the empty string. Labels that are strings become class numbers, in alphabetical order.
+    is read as the empty string. Labels that are strings become class numbers, in alphabetical
+    order.
 
     Args:
       path: a file .csv, .tsv or .parquet.

@@ -40,15 +40,15 @@ _ORDER_HOLDS, _ORDER_FAILS, _SIZE_HOLDS = 0.8, 0.5, 1.25
 # If the correlation of the actual changes under two seeds is below this number, an alert is shown.
 # The seed then causes more than half of the variance of the changes.
 RELIABLE = 0.5
-# A proximal response must reach this gradient norm, relative to the norm at its start. The first
-# number is for scores with the Hessian. The second number is for scores with a Gauss-Newton matrix,
-# such as those of networks. A smaller norm hardly alters the changes of networks. Kinks such as
-# those of ReLU may also prevent a smaller norm.
+# A proximal response must reach this gradient norm, relative to the norm at its start.
+# _CONVEX_TOLERANCE applies if the scores use the Hessian. _TOLERANCE applies if they use a
+# Gauss-Newton matrix, as for networks. For networks, a smaller norm hardly alters the loss changes,
+# and kinks such as those of ReLU may prevent it.
 _CONVEX_TOLERANCE, _TOLERANCE = 1e-4, 1e-2
 # Each proximal response uses at most this many data passes.
 _PASSES = 30
-# Scores may use a Gauss-Newton matrix and CG without a preconditioner. The steps of proximal
-# responses then use a Nystrom sketch of this rank.
+# If the scores use a Gauss-Newton matrix and CG without a preconditioner, the steps of proximal
+# responses use a Nystrom sketch of this rank instead.
 _RANK = 50
 # Proximal responses run in blocks of this many removed rows. An interrupted run continues after the
 # last finished block.
@@ -82,8 +82,8 @@ class Verification(Answer):
       truth: the method of the actual changes, in words.
       why: a sentence about the choice of the test rows.
       reliability: correlation r of the actual changes under two seeds, NaN if there are no seeds.
-        The correlation of any prediction with the mean changes is at most about the square root of
-        2 r / (1 + r).
+        `actual` is then the mean over both seeds. The correlation of any prediction with this mean
+        is at most about the square root of 2 r / (1 + r).
     """
 
     test_rows: NDArray[np.int64]
@@ -222,9 +222,9 @@ def verify(
     - If the options contain the history of the training, and the training can be repeated from it,
       the model is retrained from its initial weights (`influence.truth.repeated.retrained`). The
       changes are means over two seeds.
-    - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. For some
-      nets with the Hessian as matrix, `proximal_response` is used instead. Without damping, it
-      gives the same changes.
+    - Otherwise, if the net is at a minimum of its risk, `leave_one_out` retrains the net. There is
+      one exception. If the scores use the Hessian, and the net is not convex or its gradient norm
+      exceeds 1e-8, `proximal_response` is used. Without damping, it gives the same changes.
     - Otherwise `proximal_response` computes the changes, with the damping of the scores. If the net
       is not at a minimum, retraining would also continue the training. The changes would then
       include this progress.
@@ -322,7 +322,8 @@ def _actual(
         whole = inputs_of(subject.train)
         test = inputs_of(subject.test).take(chosen)
         found = leave_one_out(subject.net.uncut(), whole, test, removed, options)
-        # `fit` has no tolerance, so `found.converged` is always False. No alert is wanted here.
+        # `fit` has no tolerance, so `found.converged` is always False. True prevents an alert about
+        # refits that miss their tolerance.
         return _Actual(found.change_if_removed, np.ones(len(removed), bool), _OWN)
     history = subject.history
     if history is not None:
@@ -378,9 +379,9 @@ def _without_history(subject: Subject, test: Examples, removed: NDArray) -> _Act
 def _steps(subject: Subject) -> Any:
     """Return the solver that computes the steps of proximal responses.
 
-    The choice does not change the result, because the gradient norm certifies the minimum. With CG,
-    each step would need many products with the Gauss-Newton matrix. A Nystrom sketch of this matrix
-    needs such products only once.
+    The solver changes the number of steps, but not the result, because the gradient norm certifies
+    the minimum. With CG, each step would need many products with the Gauss-Newton matrix. A Nystrom
+    sketch of this matrix needs such products only once.
     """
     solver, influence = subject.plan.solver, subject.influence
     if not isinstance(solver, CG) or isinstance(influence.operator, Hessian):

@@ -87,7 +87,7 @@ class ContinuedOptions(RunOptions):
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """The inputs of all blocks. The states of unfinished blocks are cached in `folder`."""
+    """The inputs that all blocks share. The states of unfinished blocks are cached in `folder`."""
 
     moments: Moments
     steps: int
@@ -134,7 +134,8 @@ def continued_training(
         `influence.minimisers.adam.Moments(steps, first, second)`. None: Adam starts anew.
       at: increasing numbers of steps, below `steps`, after which the changes are also measured.
 
-    Returns: ContinuedTraining; positive: the test loss rises without the row, so the row helped.
+    Returns: ContinuedTraining. A positive change means that the test loss is higher without the
+      row, so the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
       for parameters that are not finite.
     """
@@ -167,7 +168,7 @@ def continued_training(
         identity=plan.identity,
         what="continued training",
     )
-    changes = found["change"][..., 1:] - found["change"][..., :1]  # the control comes first
+    changes = found["change"][..., 1:] - found["change"][..., :1]  # column 0 is the control
     drift = found["change"][-1, :, 0]
     return ContinuedTraining(changes[-1], rows, drift, plan.steps, plan.rate, at, changes[:-1])
 
@@ -214,7 +215,10 @@ def _gradients(
     G = net.gradient(batch.x, batch.y, thetas)
     for row in np.intersect1d(rows, removed):
         columns = np.flatnonzero(removed == row)
-        times = np.count_nonzero(rows == row)  # 2 if two data passes overlap here
+        # The row occurs twice if two passes over the data meet in this minibatch. Let G be the mean
+        # gradient of all b rows, and t = times. The mean of the rows other than this row is then
+        # G + (G - own) t / (b - t).
+        times = np.count_nonzero(rows == row)
         one = train.take([row])
         own = net.gradient(one.x, one.y, thetas[:, columns])
         G[:, columns] += (G[:, columns] - own) * (times / (len(rows) - times))

@@ -27,10 +27,10 @@ from influence.truth import runs
 from influence.truth.removal import Removal
 from influence.truth.runs import Groups, Refits, RunOptions, Task
 
-# If no tolerance is given, a fit stops when the gradient norm is this fraction of the gradient norm
-# that the removal adds.
+# At the net's theta, the risk without the removed rows has a gradient. If no tolerance is given, a
+# fit stops when the gradient norm has fallen to this fraction of that gradient's norm.
 _OF_REMOVAL = 1e-9
-# The relative rounding error of a mean gradient is this times eps.
+# The relative rounding error of a mean gradient is this times the dtype's machine epsilon.
 _ROUNDING = 4
 
 
@@ -42,9 +42,9 @@ class RefitOptions(RunOptions):
       method: "newton" or "fit". None means "newton" for a convex net and "fit" for any other.
       tolerance: Euclidean norm that the gradient of each refit's risk must reach. The net's own fit
         method also gets this tolerance. None means 1e-8 for "newton". For the net's own fit method,
-        None means 1e-9 of the gradient norm that the removal adds, or the rounding error of this
-        gradient if it is larger. For a `fit` callable, None means no tolerance: norms are reported,
-        but no refit is `converged`.
+        None means 1e-9 of the norm that the gradient of the refit's risk has at theta, or the
+        rounding error of a mean gradient if it is larger. For a `fit` callable, None means no
+        tolerance: norms are reported, but no refit is `converged`.
       solver: the solver that inverts the full-data Hessian for "newton", or the result of `prepare`
         for `Hessian(net, train)`.
       start: (d,) parameters at which each "fit" begins; None: the net's present parameters.
@@ -191,7 +191,8 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
     )
     norms = found["gradient_norm"]
     asked = found["asked"] if tolerance is None else np.full(len(norms), tolerance)
-    converged = norms <= asked  # `converged` and `missed` are False if `asked` is NaN
+    # Without a tolerance, `asked` is NaN. Then both comparisons are False.
+    converged = norms <= asked
     missed = norms > asked
     if missed.any():
         more = "allow more max_passes, " if method == "newton" else ""
@@ -206,10 +207,10 @@ def _retrained(task: Task, groups: Groups, options: RefitOptions, max_passes: in
 def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArray]:
     """Minimise R_-g for several groups. Each group g has a column of theta.
 
-    The gradient of R_-g is (n R' - sum over g of (loss_i + penalty)') / (n - r). R' is the gradient
-    of the risk on all n rows, and r is the number of rows in g. If positions are masked, n and r
-    are sums of masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the
-    matrix that `Removal.solve` inverts.
+    The gradient of R_-g is (n grad R - sum_i grad (loss_i + penalty)) / (n - r). The sum is over
+    the r rows of g, and R is the risk on all n rows. If positions are masked, n and r are sums of
+    masses, not numbers of rows. The Hessian of R_-g at theta is n / (n - r) times the matrix that
+    `Removal.solve` inverts.
     """
     net, train = task.net, task.train
     removed = Removal(net, train, groups, task.batch_size)
@@ -225,7 +226,7 @@ def _newton_block(task: Task, groups: Groups, plan: _Newton) -> dict[str, NDArra
 
     every = np.arange(len(groups))
     thetas = np.repeat(net.theta[:, None], len(groups), axis=1)
-    whole = net.risk_gradient(train, batch_size=task.batch_size)  # All groups share it at theta.
+    whole = net.risk_gradient(train, batch_size=task.batch_size)  # at theta, for all groups
     first = (whole[:, None] - removed.gradients(thetas, every) / n) / share
     tolerance = np.full(len(groups), plan.tolerance)
     found = block_lbfgs.minimise(gradients, steps, thetas, first, tolerance, plan.max_passes)
@@ -248,8 +249,8 @@ def _asked_of_fit(task: Task, group: NDArray, options: RefitOptions) -> float:
     mass = net.mass(chosen)
     removed = net.risk_gradient(chosen, batch_size=task.batch_size) * mass
     left = net.mass(train) - mass
-    # Assume that the gradients of all rows are about as large as those of the removed rows. Then
-    # the mean gradient has a rounding error of about eps times their size.
+    # The mean gradient of the remaining rows has a rounding error of about eps times the size of
+    # one row's gradient. The removed rows give an estimate of this size.
     share = max(_OF_REMOVAL / left, _ROUNDING * float(np.finfo(net.dtype).eps))
     return float(np.linalg.norm(removed)) * share or TOLERANCE
 
@@ -258,7 +259,8 @@ def _fit_block(task: Task, groups: Groups, options: RefitOptions) -> dict[str, N
     """Refit the net without the rows of the only group, return the results, and restore the net."""
     net, remaining = task.net, task.train.without(groups[0])
     fit, trunk = options.fit or type(net).fit, task.net.flat.trunk
-    # A fit from outside the library may call the Keras model. The model takes inputs, not features.
+    # A fit from outside the library may call the Keras model, which takes the original inputs and
+    # not the features of a frozen trunk.
     foreign = fit is not GenericNeuralNet.fit
     rows = inputs_of(task.train).without(groups[0]) if foreign else remaining
     # All variables are restored, because training also changes batch statistics and generators.

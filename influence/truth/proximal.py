@@ -5,17 +5,18 @@ Each removal moves theta to the minimum of
 
     F_i(theta) = D(theta, theta_s) - L(z_i, theta) / n + damping/2 |theta - theta_s|^2.
 
-If the user requests it, only a fraction of L(z_i) / n is removed. D is one of two functions. Both
+The argument `fraction` removes only this fraction of L(z_i) / n. D is one of two functions. Both
 are stationary at theta_s, so that theta_s minimises F_i without the term L(z_i):
 
-    "bregman"        D = mean_j [loss(y_j, f_j) - loss(y_j, s_j) - loss'(y_j, s_j) . (f_j - s_j)]
+    "bregman"        D = P + mean_j [loss(y_j, f_j) - loss(y_j, s_j)
+                                     - loss'(y_j, s_j) . (f_j - s_j)]
     "leave_one_out"  D = R(theta) - R(theta_s) - R'(theta_s) . (theta - theta_s)
 
-Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. If positions are
-masked, row i has the weight v_i / sum_j v_j in place of 1/n. The "bregman" D is the Bregman
-divergence of the loss in the outputs, plus the Bregman divergence of the penalty. For an L2 penalty
-the latter is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman divergence of the
-risk in theta.
+Here R is the risk, and f_j and s_j are row j's outputs at theta and theta_s. The mean over j is the
+Bregman divergence of the loss in the outputs. P is the Bregman divergence of the penalty in theta.
+For an L2 penalty, P is the penalty at theta - theta_s. The "leave_one_out" D is the Bregman
+divergence of the risk in theta. If positions are masked, row i has the weight v_i / sum_j v_j in
+place of 1/n.
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ class ProximalOptions(RunOptions):
 
 @dataclass(frozen=True)
 class _Search:
-    """The inputs of all blocks: the inverse of A, the terms of F_i, and each row's tolerances."""
+    """The inputs that all blocks share.
+
+    They are the inverse of A, the damping and the fraction in F_i, the tolerances by row, and the
+    limits of the search.
+    """
 
     inverse: Prepared
     damping: float
@@ -140,17 +145,18 @@ def proximal_response(
 ) -> ProximalResponse:
     """Compute the actual change of each test loss if theta moves to the minimum of each F_i.
 
-    The module's docstring defines F_i. "bregman" is the proximal Bregman response function of Bae
-    et al. (2022). "leave_one_out" is the risk without the row, minus the risk's linear part at
-    theta_s. A is the `GaussNewton` ("bregman") or `Hessian` ("leave_one_out") matrix, with the
-    damping. To first order theta moves by A^-1 grad L(z_i) / n, which is `Influence.parameters`. So
-    damped influence predicts these changes even if theta is not a minimum. At a minimum of the risk
-    and without damping, "leave_one_out" gives the result of retraining without the row. If the
-    model is linear in theta, "bregman" also gives this result.
+    The module's docstring defines F_i. With "bregman", F_i is the proximal Bregman response
+    function of Bae et al. (2022). With "leave_one_out", F_i is the risk without the row, minus the
+    linear part of the whole risk at theta_s. A is the `GaussNewton` ("bregman") or `Hessian`
+    ("leave_one_out") matrix, with the damping. To first order theta moves by A^-1 grad L(z_i) / n,
+    which is `Influence.parameters`. So damped influence predicts these changes even if theta_s is
+    not a minimum of the risk. If theta_s is a minimum and there is no damping, "leave_one_out"
+    gives the result of retraining without the row. If the model is also linear in theta, "bregman"
+    gives this result too.
 
     The first steps are Newton's, with A minus the row's own curvature. A is factored once. Secant
     updates (L-BFGS) follow. The first step is at most as long as A^-1 times the first gradient.
-    `block_lbfgs.minimise` limits the later steps. The net does not change.
+    `block_lbfgs.minimise` limits the length of later steps. The net does not change.
 
     Args:
       net: a net at any theta. Use float64 unless its gradients are well above float32
@@ -164,7 +170,8 @@ def proximal_response(
       fraction: the fraction of the row's weight 1/n that is removed, in (0, 1]. As the fraction
         goes to 0, the changes divided by the fraction tend to damped influence.
 
-    Returns: ProximalResponse; positive: the test loss rises without the row, so the row helped.
+    Returns: ProximalResponse. A positive change means that the test loss rises without the row, so
+      the row helped.
     Raises: ValueError, TypeError or IndexError for bad input before any long work; DivergenceError
       if A is not positive definite. A row that misses the tolerance is not `converged`, and a
       ConvergenceWarning is given.
@@ -188,7 +195,7 @@ def proximal_response(
     inverse = prepare(A, options.solver)
     by_row = dict(zip(rows, tolerances, strict=True)), dict(zip(rows, until, strict=True))
     search = _Search(inverse, damping, fraction, *by_row, options.rough, options.max_iterations)
-    function = objective, float(damping), float(fraction)  # These determine F_i.
+    function = objective, float(damping), float(fraction)  # the parameters of F_i
     steps = float(options.step_damping), repr(inverse.solver)
     rough = None if options.rough is None else (options.rough[0].dtype.str, until)
     found = runs.run(
@@ -233,7 +240,7 @@ def _tolerances(name: str, given: ArrayLike, num_rows: int) -> NDArray:
 def _checked_rough(
     rough: Any, net: GenericNeuralNet, train: Examples
 ) -> tuple[GenericNeuralNet, Examples]:
-    """Return `rough`. Refuse it unless its theta, targets and sizes are those of net and train."""
+    """Return `rough`. Refuse it unless its theta, labels and sizes are those of net and train."""
     match rough:
         case (GenericNeuralNet() as other, Examples() as examples):
             examples = other.given(examples, "rough")

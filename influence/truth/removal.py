@@ -18,8 +18,8 @@ from influence.truth.runs import Groups
 
 # Conjugate gradients take at most this many steps to subtract a group's own curvature.
 _MOST_STEPS = 10
-# Conjugate gradients stop at this relative residual. A smaller residual would not help. The Newton
-# step uses the Hessian at the initial theta, and this alone leaves a larger fraction of the
+# Conjugate gradients stop at this relative residual. A smaller residual would not help: the Newton
+# step uses the Hessian at the initial theta, so even an exact step leaves a larger fraction of the
 # gradient.
 _RTOL = 1e-3
 
@@ -120,9 +120,10 @@ class Removal:
     ) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
         """Yield the steps of preconditioned conjugate gradients.
 
-        A p is not computed as a product, because it satisfies the same recurrence as p. Each step
-        therefore costs only one product with H_g. If A - H_g / n has no positive curvature along p,
-        the column gets the length 0 and ends.
+        A p needs no product with A. The directions follow the recurrence p <- z + beta p with
+        z = A^-1 r, so that A p <- r + beta A p. Each step therefore costs only one product with H_g
+        and one with A^-1. If A - H_g / n has no positive curvature along p, the column gets the
+        length 0 and ends.
 
         Yields: positions (r,) in `columns`, directions p (d, r), (A - H_g / n) p (d, r), and the
           lengths of the steps (r,).
@@ -134,7 +135,7 @@ class Removal:
             return
         r = B[:, at]
         z = apply(inverse, r)
-        p, Ap = z, r  # Ap is A p.
+        p, Ap = z, r  # `Ap` is A p, and p = A^-1 r
         rz = dots(r, z)
         target = _RTOL**2 * rz
         for step in range(1, _MOST_STEPS + 1):
@@ -169,8 +170,8 @@ class Removal:
     def _batches(self, columns: NDArray) -> Iterator[tuple[NDArray, Any, NDArray]]:
         """Yield batches of r parts of groups. Each part has b rows.
 
-        A batch contains at most one part of each group: only the last part of a group can be
-        smaller than a whole batch.
+        A batch contains at most one part of each group. All parts of a group except the last one
+        fill a whole batch.
 
         Yields: the parts' positions (r,) in `columns`, x (r, b, ...), y (r, b, ...).
         """

@@ -25,7 +25,7 @@ from influence.net.inputs import for_call
 from influence.net.net import GenericNeuralNet
 from influence.net.questions import PerRow
 
-# The default seeds. Each seed draws its own orders of the rows and its own dropout.
+# The default seeds. Each seed draws its own orders of the rows and its own dropout masks.
 SEEDS = (0, 1)
 
 
@@ -47,8 +47,9 @@ class Retrained(Estimand):
     def reliability(self) -> float:
         """Mean Pearson correlation between the changes of two seeds, over all pairs of seeds.
 
-        It is NaN for a single seed. A prediction that does not use the seed cannot have a higher
-        correlation with the changes of one seed than the square root of the reliability.
+        It is NaN for a single seed. It limits every prediction that does not use the seed: the
+        correlation of such a prediction with the changes of one seed is at most the square root of
+        the reliability.
         """
         flat = self.by_seed.reshape(len(self.by_seed), -1)
         if len(flat) < 2 or not (np.ptp(flat, axis=1) > 0).all():
@@ -168,7 +169,7 @@ class _Training:
         self.net, self.train, self.history = net, train, history
         self.epochs = history.epoch_of(net.theta) or 0
         about = history.about
-        # `run` sets the learning rate in each epoch. A number here replaces a recorded schedule.
+        # A number replaces a recorded schedule, so that `run` can set the learning rate per epoch.
         config = about["optimizer_config"] | {"learning_rate": float(history.rates[0])}
         self.optimizer = getattr(keras.optimizers, about["optimizer"]).from_config(config)
         flat = net.flat
@@ -211,8 +212,8 @@ class _Training:
     def _begin(self, seed: int) -> None:
         self.net.theta = self._start["theta"]
         values = [self._start[f"other-{k}"] for k in range(len(self._start) - 1)]
-        # The recorded values begin with the weights of layers before the net's own model. These
-        # weights do not change.
+        # The first recorded values are the weights of layers before the net's own model, if any.
+        # Training does not change these weights, so they are skipped.
         values = values[len(values) - len(self._others) :]
         for weight, value in zip(self._others, values, strict=True):
             weight.assign(value)

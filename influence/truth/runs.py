@@ -195,7 +195,7 @@ def check_groups(groups: Any, num_rows: int) -> tuple[tuple, Groups]:
 
 
 def check_masses(groups: Groups, masses: NDArray) -> None:
-    """Refuse a group that contains all valid positions, those that the loss does not mask.
+    """Refuse a group that leaves no valid position. The loss masks all positions except valid ones.
 
     Raises: ValueError naming the group.
     """
@@ -211,7 +211,7 @@ def check_processes(num_processes: int, *sent: Any) -> None:
     """Check that a worker process can unpickle the inputs before starting any work.
 
     Keras rebuilds a model from the name of its class, which another process may not know. Without
-    this check the user would see only the message that the pool of processes broke.
+    this check the user would see only the message that the process pool is broken.
 
     Raises: ValueError naming `num_processes`.
     """
@@ -255,7 +255,7 @@ def _reason(error: BaseException) -> str:
     """Return the original cause of an error in one sentence, also for errors in other processes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    # The traceback of another process is a text that ends with the exception.
+    # joblib gives the traceback of another process as a text. Its end is the exception's message.
     named = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception):\s+\S.*)", str(error), re.MULTILINE)
     reason = named[-1] if named else f"{type(error).__name__}: {error}"
     return " ".join(reason.split()).split(". ")[0][:200]
@@ -272,7 +272,7 @@ def started_deaf() -> Iterator[None]:
         yield
         return
     for tracker in (joblib_tracker, resource_tracker):
-        tracker.ensure_running()  # the start of a tracker unblocks SIGINT
+        tracker.ensure_running()  # started first, because a start of a tracker unblocks SIGINT
     # New processes and threads inherit the mask. A SIGINT sent now arrives after the `with` block.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
