@@ -228,11 +228,11 @@ class FlatModel:
         return self._seen
 
     def _check(self, graph: Any, by_inputs: bool = False) -> None:
-        """Refuse losses that TensorFlow differentiates wrongly. `graph` is the graph of the losses.
+        """Refuse losses that TensorFlow differentiates wrongly.
 
-        With `by_inputs`, check the first derivatives with respect to all arguments of the graph.
-        Without it, check the first and second derivatives with respect to theta, the first
-        argument.
+        Without `by_inputs`, `graph` computes the losses. Their first and second derivatives with
+        respect to theta, the graph's first argument, are checked. With `by_inputs`, `graph`
+        computes `input_gradient`. The first derivatives of its operations are checked.
         """
         names = [layer.name for layer in self.model._flatten_layers()]
         sources = graph.inputs if by_inputs else graph.inputs[:1]

@@ -28,7 +28,7 @@ class Penultimate:
 
     The model must be functional or sequential, with one output. Its last layer with weights must be
     dense or a convolution. If this layer is applied to many positions, such as pixels, the features
-    are averaged over the positions. Such models pool their outputs over the positions too.
+    are averaged over the positions, because such models pool their outputs over the positions too.
 
     Args:
       model: a Keras model that returns the features, or None if the net's inputs are the features.
@@ -85,7 +85,11 @@ class Penultimate:
 
 
 def _last_input(graph: Any) -> Any:
-    """Return the symbolic input of the last affine layer of a graph, or None."""
+    """Return the symbolic input of the last layer with weights in a graph.
+
+    The result is None if this layer is not dense or a convolution, or if an operation after it has
+    several inputs.
+    """
     for node in reversed(nodes_of(graph)):
         operation = node.operation
         if len(node.input_tensors) > 1:
@@ -101,7 +105,7 @@ def _last_input(graph: Any) -> Any:
                 return node.input_tensors[0]
             return keras.Model(inner.inputs, found)(node.input_tensors[0])
         if getattr(operation, "data_format", None) == "channels_first":
-            return None  # averages over positions need the channels in the last axis
+            return None  # `Penultimate` averages over all axes except the last
         if isinstance(operation, _AFFINE) and node.input_tensors:
             return node.input_tensors[0]
         if any(len(weight.shape) > 1 for weight in getattr(operation, "weights", ())):
