@@ -137,7 +137,7 @@ class SeveralLosses(PerExampleLoss):
             part.seen(output) for part, output in zip(self.parts, self._outputs(raw), strict=True)
         ]
         shapes = [tuple(z.shape[1:]) for z in found]
-        sizes = [int(np.prod(shape)) for shape in shapes]  # an unknown size raises TypeError
+        sizes = [int(np.prod(shape)) for shape in shapes]  # raises TypeError for an unknown size
         columns = [
             tf.reshape(tf.cast(z, found[0].dtype), [-1, size])
             for z, size in zip(found, sizes, strict=True)

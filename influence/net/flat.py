@@ -152,7 +152,7 @@ class FlatModel:
             if weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
         own = set(map(id, self.weights))
-        for weight in self.parts.whole.trainable_weights:  # those outside theta add a constant
+        for weight in self.parts.whole.trainable_weights:  # weights outside theta add a constant
             if id(weight) not in own and weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(weight.value), theta.dtype)
         return total

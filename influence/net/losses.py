@@ -63,7 +63,8 @@ _CROSS_ENTROPIES = (
     keras.losses.categorical_crossentropy,
 )
 _SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
-# A `plain` loss may be given these options, but `axis` and `ignore_class` only with their defaults.
+# A loss object with other options than these is not `plain`. Nor is one whose `axis` or
+# `ignore_class` has not its default value.
 _HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 # These losses take probabilities unless they have from_logits=True.
@@ -134,7 +135,7 @@ class PerExampleLoss:
     compiled: bool = False
     whole: Any = None
 
-    # False if z holds several outputs or added losses.
+    # False if z contains several outputs or added losses.
     takes_one_output: ClassVar[bool] = True
 
     def seen(self, raw: Any, added: Any = None) -> Any:
@@ -227,7 +228,7 @@ class PerExampleLoss:
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
         y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
-        if isinstance(y, Mapping):  # a measurement of several outputs may take any labels
+        if isinstance(y, Mapping):  # only a measurement gets a dict, and may take any labels
             return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
@@ -354,7 +355,7 @@ def per_example(
     if _is_keras_own(loss):
         head, logits = _head(loss, {}, ends_in)
         function = ctc_loss if loss is keras.losses.ctc else partial(of_rows, loss, True, True)
-        # The loss is plain: a function is called with its default options, unlike a loss object.
+        # The loss is plain: unlike a loss object, a function is called with its default options.
         facts = {"role": role, "head": head, "plain": True}
         return _weighed(PerExampleLoss(name, function, loss, logits, **facts), True)
     takes_logits = getattr(loss, "takes_logits", False)
@@ -422,9 +423,9 @@ def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | No
 
 
 def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
-    """Return the loss with a function that multiplies by the sample weights in y.
+    """Return the same loss, but times the sample weights in y.
 
-    If `activate` is True, the function first applies the loss's activation `head` to z.
+    If `activate` is True, the loss first applies its activation `head` to z.
     """
     head = loss.head if activate else None
     by_position = getattr(loss.function, "func", None) in (of_rows, as_keras_calls)

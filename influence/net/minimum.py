@@ -11,8 +11,8 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# `warn_of_drift` warns if the norm of the risk's gradient at theta is above this fraction of a
-# median. The median is that of the norms of the gradients that the removal of a group adds.
+# The removal of a group adds a gradient to that of the risk. `warn_of_drift` warns if the norm of
+# the risk's gradient at theta is above this fraction of the median norm of the added gradients.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 

@@ -45,9 +45,9 @@ from influence.net.refused import (
 )
 from influence.net.saved import load_model
 
-# Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
-# products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
-# They take a sixth more time with 500 rows than with 2,854.
+# Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, the
+# error of a Hessian product is 2e-4 with 2,854 rows per batch, and 8e-6 with 500 rows per batch.
+# The product takes a sixth more time with 500 rows than with 2,854.
 _FLOAT32_ROWS = 500
 # The softmax or sigmoid of a model's logits must equal its output, up to this absolute difference.
 _LOGITS_ATOL = 1e-4

@@ -153,7 +153,7 @@ def _batch_matmul(original: Callable) -> Callable:
         if x.dtype.is_complex or not _may_broadcast(x.shape, y.shape):
             return original(x, y, adj_x, adj_y, *arguments, **options)
         if all(size == 1 for size in y.shape[:-2]):
-            # y is one matrix, and multiplies all rows of x. So the rows of x form one matrix.
+            # y is one matrix, which multiplies all rows of x. So x is reshaped to one matrix too.
             x = tf.linalg.matrix_transpose(x) if adj_x else x
             y = tf.reshape(y, tf.shape(y)[-2:])
             rows = tf.reshape(x, [-1, x.shape[-1] or tf.shape(x)[-1]])
@@ -278,8 +278,8 @@ def _in_blocks(original: Callable, replacement: Callable) -> Callable:
 # --- refusals -------------------------------------------------------------------------------------
 
 # A dict from types of operations to positions of inputs. TensorFlow 2.21 lacks or miscomputes the
-# operation's derivative with respect to the inputs at these positions. None means all inputs. The
-# first dict lists wrong first derivatives.
+# operation's derivative with respect to the inputs at these positions. None means all inputs.
+# `_WRONG_FIRST` is for first derivatives.
 _Inputs = dict[str, tuple[int, ...] | None]
 _WRONG_FIRST: _Inputs = {
     "Betainc": (0, 1),
@@ -292,8 +292,8 @@ _WRONG_FIRST: _Inputs = {
         """.split()
     ),
 }
-# The first derivatives of these operations are correct. Their second derivatives with respect to
-# the inputs at these positions are missing or wrong.
+# The first derivatives of these operations are correct. Their second derivatives, with respect to
+# the inputs at these positions, are missing or wrong.
 _WRONG_SECOND: _Inputs = {
     "Igamma": (0,),
     "Igammac": (0,),

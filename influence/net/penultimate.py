@@ -56,7 +56,7 @@ class Penultimate:
             return cls(None) if len(graph.inputs) == 1 and tensor.dtype != "string" else None
         inputs = graph._inputs_struct
         if isinstance(inputs, list | tuple) and len(inputs) == 1:
-            (inputs,) = inputs  # Sequential models have one input, but store a list
+            (inputs,) = inputs  # a Sequential model has one input, but stores a list of it
         return cls(keras.Model(inputs, tensor, name=f"{model.name}_penultimate"))
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
@@ -85,15 +85,16 @@ class Penultimate:
 
 
 def _last_input(graph: Any) -> Any:
-    """Return the symbolic input of the last layer with weights in a graph.
+    """Return the symbolic input of the last dense or convolution layer in a graph.
 
-    The result is None if this layer is not dense or a convolution, or if an operation after it has
-    several inputs.
+    The result is None if there is no such layer, or if it or an operation after it has several
+    inputs or its channels in the first axis. It is also None if another layer with a matrix or a
+    kernel comes after it.
     """
     for node in reversed(nodes_of(graph)):
         operation = node.operation
         if len(node.input_tensors) > 1:
-            return None  # the operation combines several tensors, for example by a sum
+            return None  # such as a sum, which may combine several last layers
         inner = getattr(operation, "_functional", None) or operation
         if isinstance(operation, keras.Model):
             if not is_functional(inner) or len(inner.inputs) != 1:
@@ -109,5 +110,5 @@ def _last_input(graph: Any) -> Any:
         if isinstance(operation, _AFFINE) and node.input_tensors:
             return node.input_tensors[0]
         if any(len(weight.shape) > 1 for weight in getattr(operation, "weights", ())):
-            return None  # such as a recurrent layer, whose outputs are not affine in its input
+            return None  # such as a recurrent layer, which is not affine in its input
     return None

@@ -17,8 +17,8 @@ from influence.net.preprocessing import compile_like
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _HALF = ("float16", "bfloat16")
-# The outputs of a copy may differ from those of the model by these relative amounts. The keys are
-# the dtypes in which layers of both compute. For several dtypes, the largest amount applies.
+# The outputs of a copy may differ from the model's outputs by a relative amount. It depends on the
+# dtypes in which layers of the model or the copy compute. The largest amount of these applies.
 _AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3}
 _PROBE_ROWS = 3
 

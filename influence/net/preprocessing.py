@@ -204,7 +204,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     nodes = nodes_of(graph)
     front = _front(nodes)
     if not front:
-        return None, model  # all lookups depend on trainable weights
+        return None, model  # all lookups depend on trainable weights and must stay
     for node in nodes:
         if id(node) in front and _trains(node.operation):
             raise ValueError(

@@ -470,7 +470,7 @@ class Recorder(keras.callbacks.Callback):
         net.loss.check_labels(self._train.y, shapes, "train")
         margins = Margins.of(net, self._train)
         if Recorded(margins).losses(net, few.x, few.y).shape != (1,):
-            net.validate(self._train, "train")  # raises an error with the loss and a remedy
+            net.validate(self._train, "train")  # raises: one row has not one loss
         return margins
 
     def _is_training(self) -> bool:

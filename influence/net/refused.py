@@ -255,7 +255,11 @@ def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str, ot
 def _outside(
     key: Any, other: dict, input_dim: int, net: Any, theta: Any, x: Any, y: Any
 ) -> tuple[Any, int]:
-    """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
+    """Return (first, n). n is the number of rows of a batch.
+
+    `first` is (row, id) for the first id that is not from 0 to input_dim - 1. It is None if all ids
+    of the batch are valid.
+    """
     if key is None:
         ids = x
     else:  # x may use other names for the inputs

@@ -50,7 +50,7 @@ class Trunk:
 
     def __init__(self, whole: keras.Model, tensors: list[Any]):
         graph = getattr(whole, "_functional", None) or whole
-        self.parts: Parts | None = None  # set by `Parts`, and pickled in place of the trunk
+        self.parts: Parts | None = None  # `Parts` sets this. It is pickled in place of the trunk
         name_of = {id(tensor): name for name, tensor in declared(graph).items()}
         shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in declared(graph).items()}
         self._given = Given(shapes, aliases(graph))
@@ -438,7 +438,7 @@ def _keeps_rows(graph: Any, operations: list[Any], tensors: list[Any]) -> bool:
 
 
 def _is_known(layer: Any) -> bool:
-    """Return True for one of Keras' own layers that contains no function and adds no loss."""
+    """Return True for one of Keras' own layers that adds no loss and is not a Lambda."""
     adds = getattr(layer, "activity_regularizer", None) is not None
     return _is_own(layer) and not isinstance(layer, keras.layers.Lambda) and not adds
 
