@@ -142,8 +142,8 @@ class Derivatives:
 
         Args:
           question: "hvp" to multiply the Hessian of each batch's mean loss at theta by the batch's
-            vectors. "gauss_newton" to multiply the Gauss-Newton matrix in its place. "gradient" to
-            compute the gradients of each batch's mean loss at the batch's m parameter vectors.
+            vectors. "gauss_newton" to multiply each batch's Gauss-Newton matrix instead. "gradient"
+            to compute the gradients of each batch's mean loss at the batch's m parameter vectors.
           x: (r, b, ...) inputs of r batches of b examples.
           y: (r, b, ...) labels.
           V: (r, d, m). The columns of V[j] are the m vectors of batch j. For "gradient", they are

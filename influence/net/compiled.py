@@ -83,10 +83,10 @@ class SeveralLosses(PerExampleLoss):
     """Sum of the losses of several outputs and of the losses that a model adds by `add_loss`.
 
     The argument z of the loss is a matrix with one row per example. A row of z contains the entries
-    of the first output, then those of the second output, and so on. If PerExampleLoss takes logits
-    for an output, these stand in its place. If the model calls `add_loss`, the last column of z
-    holds the added losses. The sum is linear in this column. The column therefore contributes
-    nothing to the Gauss-Newton matrix.
+    of the first output, then those of the second output, and so on. In place of an output, z
+    contains its logits if the output's loss takes logits. If the model calls `add_loss`, the last
+    column of z holds the added losses. The sum is linear in this column. The column therefore
+    contributes nothing to the Gauss-Newton matrix.
 
     Attributes:
       parts: the loss of each output that has one.

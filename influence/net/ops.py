@@ -176,9 +176,10 @@ def _batch_matmul(original: Callable) -> Callable:
 def _may_broadcast(x: Any, y: Any) -> bool:
     """Return True if oneDNN may be wrong for the product of tensors with the shapes x and y.
 
-    oneDNN is wrong only for factors of shape (p, 1, m, k) and (k, n), (1, k, n) or (1, 1, k, n).
-    Among 500 random products of 3 to 6 dimensions, no other product was wrong. For an unknown size,
-    the function assumes the worst. Shapes of unknown rank count as harmless.
+    oneDNN is wrong only if the left factor has the shape (p, 1, m, k), and the right factor one of
+    the shapes (k, n), (1, k, n) and (1, 1, k, n). Among 500 random products of 3 to 6 dimensions,
+    no other product was wrong. For an unknown size, the function assumes the worst. Shapes of
+    unknown rank count as harmless.
     """
     if x.rank != 4 or y.rank is None or x[1] not in (None, 1) or x[0] == 1:
         return False

@@ -57,7 +57,10 @@ def value_and_gradient(function: Callable, at: Any) -> tuple[Any, Any]:
 
 
 def hessian_map(function: Callable, at: Any) -> Callable:
-    """Return the map v -> H v for a Hessian H, by reverse over reverse (Pearlmutter 1994)."""
+    """Return the map v -> H v, by reverse over reverse (Pearlmutter 1994).
+
+    H is the Hessian of a scalar function at the tensor `at`.
+    """
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(at)
         g = gradient(function, at)

@@ -304,8 +304,8 @@ def _cut(model: keras.Model, weights: Iterable[Any]) -> tuple[Trunk | None, kera
 
     A model is cut only if it is Sequential or functional, and if a layer of the trunk multiplies by
     a matrix or a kernel. Other layers, such as Rescaling or Embedding, take little time, and their
-    outputs may be larger than their inputs. The outputs of the model must depend on theta, and the
-    features must fit `_is_plain` and `_keeps_rows`.
+    outputs may be larger than their inputs. All outputs of the model must depend on theta.
+    `_is_plain` and `_keeps_rows` must be True for the features.
     """
     graph, theta = getattr(model, "_functional", None) or model, {id(w) for w in weights}
     if not is_functional(graph) or not _is_own(model):
