@@ -199,7 +199,7 @@ class SeveralLosses(PerExampleLoss):
             part.check_labels(y, shape, name)
 
     def check_logits(self, what: str = "a Gauss-Newton matrix") -> None:
-        """Refuse a cross-entropy of probabilities on any output."""
+        """Refuse a cross-entropy of probabilities on any output, because `what` needs logits."""
         for part in self.parts:
             part.check_logits(what)
 

@@ -38,7 +38,7 @@ def weights_file(folder: Path, epoch: int) -> Path:
 
 
 def epochs_in(folder: Path) -> list[int]:
-    """Return the epochs that have a file, in ascending order."""
+    """Return the epochs whose files are in the folder, in ascending order."""
     found = (_EPOCH.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in found if match)
 
