@@ -1,8 +1,8 @@
 """Losses and their derivatives for one batch of rows, by automatic differentiation.
 
-Every result is a NumPy array or a number in the dtype of theta. The model is not changed. J_i is
-the Jacobian of row i's output with respect to theta. H_i is the Hessian of row i's loss with
-respect to theta.
+Every result is a NumPy array or a number, in the dtype of theta unless its type says otherwise. The
+model is not changed. J_i is the Jacobian of row i's output with respect to theta. H_i is the
+Hessian of row i's loss with respect to theta.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ class Derivatives:
     """Base class of GenericNeuralNet. It computes losses, outputs and derivatives of one batch.
 
     A loss may mask positions of a row, such as time steps. The mass v_i of row i is its number of
-    valid positions, and loss_i is the mean over these positions. The mean loss of a batch of n rows
-    is then (1/n) sum_i v_i loss_i. Derivatives of the mean loss use the same weights. Without
-    masks, all v_i are 1.
+    valid positions, and loss_i is the mean over these positions. Without masks, all v_i are 1.
+
+    The mean loss of a batch of n rows is (1/n) sum_i v_i loss_i. Its derivatives use the same
+    factors v_i / n. The division is by n and not by sum_i v_i, because the masses of the whole set
+    are known only later: `GenericNeuralNet` sums over all batches, and divides by the set's masses.
 
     Attributes:
       model: the Keras model.
@@ -37,9 +39,10 @@ class Derivatives:
       loss: the model's per-example loss.
       dtype: the dtype of theta and of every result.
       convex: True if the risk is known to be smooth and strictly convex in theta.
+      takes_weights: True for a subclass with its own `losses` that also takes sample weights.
       fixed: (d,) theta of a view that `at` made. If it is None, theta is the model's weights.
       memo: the cache of a view that `remembering` made. If it is None, nothing is cached.
-      weighs: False for a view that `by_row` made. Its means over rows do not use the masses v_i.
+      weighs: False for a view that `by_row` made. Its means over rows use 1 in place of v_i.
     """
 
     model: keras.Model
@@ -73,7 +76,7 @@ class Derivatives:
         return t.run("outputs", t.model_output, self.theta_tensor(), t.inputs(x))
 
     def output_size(self, x: Any) -> int:
-        """Return how many numbers the model returns for a batch, over all its outputs."""
+        """Return the number of entries in the model's outputs for a batch, summed over outputs."""
         return sum(part.size for part in tf.nest.flatten(self.outputs(x)))
 
     def masses(self, x: Any, y: Any) -> NDArray[np.float64]:
@@ -127,21 +130,24 @@ class Derivatives:
     def gradients(self, x: Any, y: Any) -> NDArray:
         """Return the gradient (n, d) of each example's loss, without the penalty.
 
-        The result holds d numbers for each example. `directional` needs less memory.
+        The result takes memory for n d numbers. If only the products of the gradients with m
+        vectors are needed, `directional` returns them in n m numbers.
         """
         return self._mapped("gradients", tape.gradients, x, y)
 
     def each_batch(
         self, question: Literal["gradient", "hvp", "gauss_newton"], x: Any, y: Any, V: NDArray
     ) -> NDArray:
-        """Compute products or gradients for r small batches, each with its own vectors.
+        """Compute matrix products or gradients for r small batches, each with its own m vectors.
 
         Args:
-          question: "hvp" or "gauss_newton" to multiply each batch's matrix at theta by vectors.
-            "gradient" to compute gradients of each batch's mean loss at other parameters.
+          question: "hvp" to multiply the Hessian of each batch's mean loss at theta by the batch's
+            vectors. "gauss_newton" to multiply each batch's Gauss-Newton matrix instead. "gradient"
+            to compute the gradients of each batch's mean loss at the batch's m parameter vectors.
           x: (r, b, ...) inputs of r batches of b examples.
           y: (r, b, ...) labels.
-          V: (r, d, m) vectors, or parameters for "gradient". V[j] belongs to batch j.
+          V: (r, d, m). The columns of V[j] are the m vectors of batch j. For "gradient", they are
+            parameter vectors at which the gradients are taken.
 
         Returns: the products or gradients, (r, d, m), without the penalty.
         Raises: ValueError for another question, or if `gauss_newton_product` refuses the loss.
@@ -170,12 +176,12 @@ class Derivatives:
         return np.moveaxis(found, 1, 2)
 
     def bregman_gradient(self, x: Any, y: Any, thetas: NDArray) -> NDArray:
-        """Return the gradient of the mean Bregman divergence from theta, at other parameters.
+        """Return the gradient of a batch's mean Bregman divergence from theta, at other parameters.
 
         Row i's divergence is D_i = loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i).
-        z_i is the output at theta, and z is the output at the other parameters (Bae et al. 2022).
-        loss' is the derivative with respect to the output. The gradient is zero at theta. Its
-        derivative at theta is the Gauss-Newton matrix.
+        z_i is row i's output at theta, and z is its output at the other parameters (Bae et al.
+        2022). loss' is the loss's derivative with respect to the output. The mean divergence has
+        gradient zero at theta. Its Hessian at theta is the Gauss-Newton matrix.
 
         Args: x and y as in `losses`, and other parameters `thetas` (d, k).
         Returns: the gradients at the columns of `thetas`, (d, k).
@@ -233,10 +239,10 @@ class Derivatives:
         return like(rows.astype(dtype or self.dtype, copy=False), V)
 
     def output_terms(self, x: Any, y: Any) -> tuple[NDArray, NDArray, NDArray]:
-        """Return each row's c outputs, and the derivatives of its loss with respect to them.
+        """Return each row's c outputs z, and the derivatives of its loss with respect to them.
 
-        The outputs have the form that the loss takes. These can be the logits before a softmax or
-        sigmoid. Several outputs are concatenated. Outputs of other shapes are flattened.
+        z is what the loss takes. If the model ends in a softmax or sigmoid, z can be the logits
+        before it. A model's several outputs are concatenated. Each row of z is flattened.
 
         Returns: z (n, c), the slopes d loss / dz (n, c), and the Hessians d2 loss / dz2 (n, c, c).
         """
@@ -268,7 +274,7 @@ class Derivatives:
         return self._along("output_moves", moves, x, y, v)
 
     def seen_shape(self, x: Any) -> tuple[int, ...]:
-        """Return the shape of one row's outputs in the form that the loss takes, not flattened.
+        """Return the shape of one row of z, without flattening. z is as in `output_terms`.
 
         x must have at least one row.
         """
@@ -279,8 +285,8 @@ class Derivatives:
     def losses_of(self, x: Any, y: Any, z: NDArray) -> NDArray:
         """Return the losses (n,) for given outputs z (n, c) in place of the model's outputs.
 
-        z has the form of `output_terms`. The inputs x only determine the shape of one row's
-        outputs. The number of rows of x may therefore differ from that of z.
+        z is as in `output_terms`. The inputs x are used only to find the shape that one row of z
+        had before it was flattened. The number of rows of x may therefore differ from that of z.
         """
         t = self.flat
         found = t.tensor(z.reshape(len(z), *self.seen_shape(x)))
@@ -338,9 +344,10 @@ class Derivatives:
     def penalty_convexity(self) -> float:
         """Lower bound on the eigenvalues of the penalty's Hessian.
 
-        The bound is the minimum of the bounds of all weights w. The regulariser L2(l) is l |w|^2,
-        so its bound is 2 l. A weight without L2 has the bound 0. A regulariser other than Keras'
-        L1, L2 and L1L2 gives NaN.
+        The penalty is the sum of one regulariser for each weight tensor w, so the bound is the
+        smallest bound of a tensor. The regulariser L2(l) is l |w|^2, so its bound is 2 l. A tensor
+        without a regulariser, or with L1 only, has the bound 0. For a regulariser other than Keras'
+        L1, L2 and L1L2, no bound is known, and the result is NaN.
         """
         # np.min returns NaN if any entry is NaN. Python's min may not.
         return float(np.min([_convexity(weight.regularizer) for weight in self.flat.weights]))
@@ -386,7 +393,10 @@ class Derivatives:
         weighed: bool = False,
         flat: Any = None,
     ) -> Any:
-        """Run `function(losses, theta, x, y, v)` for one direction v (d,)."""
+        """Run `function(losses, theta, x, y, v)` on a batch and one direction v (d,).
+
+        `weighed` is as in `_mapped`. `flat` replaces `self.flat`, if it is not None.
+        """
         t = flat or self.flat
         batch = t.batch(x, y, weighed=weighed and self.weighs)
         t.facts(*batch)  # raises for losses that TensorFlow differentiates wrongly
@@ -404,8 +414,8 @@ class Derivatives:
     ) -> Any:
         """Run `function(losses, each, theta, x, y, *tensors)` on the tensors of a batch.
 
-        `each(f, V)` applies f to each vector of V. If `weighed` is True, each row's loss is
-        multiplied by its mass.
+        `each(f, V)` applies f to each vector of V. If `weighed` and `self.weighs` are True, each
+        row's loss is multiplied by the row's mass.
         """
         t = self.flat
         batch = t.batch(x, y, weighed=weighed and self.weighs)
@@ -422,7 +432,10 @@ class Derivatives:
         *,
         weighed: bool = False,
     ) -> Any:
-        """Run `function(theta, x, y)` at the net's theta, or at each column of `thetas`."""
+        """Run `function(theta, x, y)` at the net's theta, or at each column of `thetas`.
+
+        `weighed` is as in `_mapped`.
+        """
         t = self.flat
         if thetas is None:
             batch = t.batch(x, y, weighed=weighed and self.weighs)

@@ -11,7 +11,7 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 from influence.net.saved import is_saved
 
-# The argument `net` of `checked` may have these types.
+# The types that the argument `net` of `checked` may have.
 Net = GenericNeuralNet | keras.Model | str | os.PathLike
 _NOT_GIVEN: Any = object()
 
@@ -26,9 +26,10 @@ def checked(
       train: training data in any form that `GenericNeuralNet.given` takes. It may be omitted.
       test: test data in any form that `GenericNeuralNet.given` takes. It may be omitted.
 
-    Returns: (net, train, test). For an omitted set, the entry is a placeholder.
-    Raises: TypeError for a net of another type. ValueError if no position of `train` is valid. The
-      errors of `GenericNeuralNet`, of its method `given`, and of its method `validate`.
+    Returns: (net, train, test). In place of an omitted set stands an object without meaning.
+    Raises: TypeError for a net of another type. ValueError if the loss masks or ignores every
+      position of `train`. The errors of the constructor of GenericNeuralNet, and of its methods
+      `load`, `given` and `validate`.
     """
     if isinstance(net, keras.Model):
         net = GenericNeuralNet(net)

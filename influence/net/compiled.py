@@ -14,12 +14,12 @@ from influence.examples.labels import labels
 from influence.net.heads import Ending
 from influence.net.losses import PerExampleLoss, per_example
 
-# `SeveralLosses.paths` contains this value for the output of a model that returns one tensor.
+# Entry of `SeveralLosses.paths` for the output of a model that returns one tensor.
 _ONLY = None
 
 
 def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
-    """Return the per-example loss of a model, from `loss` or, if it is None, from `compile`.
+    """Return the per-example loss of a model: the given `loss`, or the compiled loss if it is None.
 
     A row's loss is sum_o weight_o loss_o over the model's outputs o, plus the losses that the model
     adds for this row by `add_loss`. The weights are the `loss_weights` of `compile`.
@@ -82,13 +82,14 @@ def model_loss(loss: Any, model: keras.Model, end: Ending) -> PerExampleLoss:
 class SeveralLosses(PerExampleLoss):
     """Sum of the losses of several outputs and of the losses that a model adds by `add_loss`.
 
-    z is a matrix with one row per example. Its columns are the flattened outputs, or their logits,
-    of one output after the other. If the model calls `add_loss`, the last column of z holds the
-    added losses. The sum is linear in this column. The column therefore contributes nothing to the
-    Gauss-Newton matrix.
+    The argument z of the loss is a matrix with one row per example. A row of z contains the entries
+    of the first output, then those of the second output, and so on. In place of an output, z
+    contains its logits if the output's loss takes logits. If the model calls `add_loss`, the last
+    column of z holds the added losses. The sum is linear in this column. The column therefore
+    contributes nothing to the Gauss-Newton matrix.
 
     Attributes:
-      parts: the loss of each output.
+      parts: the loss of each output that has one.
       paths: for each part, the key of its output in the list or dict that the model returns. The
         key is None if the model returns one tensor.
       adds: True if z has a column of added losses.
@@ -99,7 +100,7 @@ class SeveralLosses(PerExampleLoss):
     paths: tuple[Any, ...] = ()
     adds: bool = False
     names: tuple[str, ...] = ()
-    # `seen` stores the shapes of the outputs here. The key is the number of columns of z.
+    # `seen` stores here the shape of one row of each output. The key is the number of columns of z.
     _shapes: dict[int, list[tuple]] = field(default_factory=dict, compare=False, repr=False)
 
     takes_one_output: ClassVar[bool] = False
@@ -136,7 +137,7 @@ class SeveralLosses(PerExampleLoss):
             part.seen(output) for part, output in zip(self.parts, self._outputs(raw), strict=True)
         ]
         shapes = [tuple(z.shape[1:]) for z in found]
-        sizes = [int(np.prod(shape)) for shape in shapes]  # an unknown size raises TypeError
+        sizes = [int(np.prod(shape)) for shape in shapes]  # raises TypeError for an unknown size
         columns = [
             tf.reshape(tf.cast(z, found[0].dtype), [-1, size])
             for z, size in zip(found, sizes, strict=True)
@@ -147,7 +148,10 @@ class SeveralLosses(PerExampleLoss):
         return columns[0] if len(columns) == 1 else tf.concat(columns, 1)
 
     def split(self, z: Any) -> list[Any]:
-        """Return a list of the outputs in z, and of the column of added losses if z has one."""
+        """Return the parts of z as a list: each output in its own shape, then the added losses.
+
+        Without added losses in z, the list has only the outputs.
+        """
         shapes = self._shapes[z.shape[1]]
         sizes = [int(np.prod(shape)) for shape in shapes] + [1] * self.adds
         parts = tf.split(z, sizes, axis=1) if len(sizes) > 1 else [z]
@@ -170,7 +174,10 @@ class SeveralLosses(PerExampleLoss):
         return [raw if path is _ONLY else raw[path] for path in self.paths]
 
     def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
-        """Return the map u -> H u, as PerExampleLoss does. H is block diagonal, by output."""
+        """Return the map u -> H u, as PerExampleLoss does.
+
+        H is block diagonal, with one block for each output. The block of added losses is zero.
+        """
         maps = [part.curved(y, own) for part, own in zip(self.parts, self.split(z), strict=False)]
 
         def product(u: Any) -> Any:
@@ -192,7 +199,7 @@ class SeveralLosses(PerExampleLoss):
             part.check_labels(y, shape, name)
 
     def check_logits(self, what: str = "a Gauss-Newton matrix") -> None:
-        """Refuse a cross-entropy of probabilities on any output."""
+        """Refuse a cross-entropy of probabilities on any output, because `what` needs logits."""
         for part in self.parts:
             part.check_logits(what)
 
@@ -233,7 +240,9 @@ def _one_weight(weights: Any) -> float:
 
 
 def _by_output(loss: Any, weights: Any, end: Ending) -> dict[str, tuple[Any, float]]:
-    """Return (loss, loss weight) for each output that has a loss, as `compile` assigns them.
+    """Return a dict from the name of each output that has a loss to (loss, loss weight).
+
+    Losses and weights are assigned to the outputs as `compile` assigns them.
 
     Raises: ValueError if the losses or the weights do not fit the outputs.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# This number replaces the logarithm of zero. Minus infinity would make the derivatives NaN.
+# This number replaces the logarithm of zero. Minus infinity would make the loss's derivatives NaN.
 _IMPOSSIBLE = -1e30
 _BLANK = 0
 
@@ -16,7 +16,8 @@ def ctc_loss(y: Any, z: Any) -> Any:
 
     TensorFlow's function has no second derivative. This function therefore computes the forward
     recursion over the T time steps. Let l be the labels with a blank before and after each label,
-    and p_t the softmax of z_t. The bracket [...] is 1 if its condition holds, else 0:
+    and p_t the softmax of z_t. a_t(s) is the probability of all paths over the first t steps that
+    are at l_s in step t. The bracket [...] is 1 if its condition holds, else 0:
 
         a_t(s) = p_t(l_s) (a_{t-1}(s) + a_{t-1}(s - 1) + [l_s differs from l_{s-2}] a_{t-1}(s - 2))
 
@@ -48,7 +49,7 @@ def ctc_loss(y: Any, z: Any) -> Any:
         before = tf.concat([none[:, :1], a[:, :-1]], 1)
         over = tf.where(skips, tf.concat([none[:, :2], a[:, :-2]], 1), none)
         a = log_p[:, t] + _log_sum(tf.stack([a, before, over]), 0)
-        a = tf.maximum(a, none)  # this keeps sums of _IMPOSSIBLE from growing
+        a = tf.maximum(a, none)  # no entry falls below _IMPOSSIBLE
     last = 2 * tf.reduce_sum(tf.cast(y != _BLANK, tf.int32), axis=1)[:, None]
     place = tf.range(2 * m + 1)[None]
     return -_log_sum(tf.where((place == last) | (place == last - 1), a, none), 1)

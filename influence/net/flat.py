@@ -34,7 +34,7 @@ class FlatModel:
       preparation: the lookup layers in front of the model, or None.
 
     Attributes:
-      model: the model behind the trunk. It takes features.
+      model: the model behind the trunk, which takes features. Without a trunk, the whole model.
       trunk: the trunk, or None.
     """
 
@@ -45,7 +45,8 @@ class FlatModel:
         self._functions: dict[str, Any] = {}
         self._seen: tuple[bool, int] | None = None
         # `adds` is True if z has a column of losses that the model adds by `add_loss`. `_loops` is
-        # True if `added` must use a loop over rows. None means that this is not known yet.
+        # True if the method `added` must use a loop over rows. It is None until the first call of
+        # `added`.
         self.adds = bool(getattr(loss, "adds", False))
         self._loops: bool | None = None
         self._uncut: FlatModel | None = None
@@ -125,7 +126,10 @@ class FlatModel:
         return raw, scope.losses
 
     def added(self, theta: Any, x: Any) -> Any:
-        """Return each row's sum of added losses, (n,). The model is called for each row alone."""
+        """Return the sum of the losses that `add_loss` adds for each row, (n,).
+
+        The model is called for each row alone, because it adds one number for a whole batch.
+        """
 
         def of_row(row: Any) -> Any:
             row = tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), row)
@@ -148,7 +152,7 @@ class FlatModel:
             if weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(tf.reshape(part, weight.shape)), theta.dtype)
         own = set(map(id, self.weights))
-        for weight in self.parts.whole.trainable_weights:  # those outside theta add a constant
+        for weight in self.parts.whole.trainable_weights:  # weights outside theta add a constant
             if id(weight) not in own and weight.regularizer is not None:
                 total += tf.cast(weight.regularizer(weight.value), theta.dtype)
         return total
@@ -172,9 +176,9 @@ class FlatModel:
         signatures = tf.nest.map_structure(signature, tensors)
         key = f"{name} {signatures}"
         if key not in self._functions:
-            # Tracing with autograph would take a sixth more time. The cache holds concrete
-            # functions. Otherwise TensorFlow would warn of retracing when several nets use
-            # functions with the same name.
+            # With autograph, tracing would take a sixth more time. The cache holds concrete
+            # functions. If it held `traced`, TensorFlow would warn of retracing when several nets
+            # use functions with the same name.
             traced = tf.function(function, input_signature=signatures, autograph=False)
             try:
                 with ops.exact():
@@ -195,13 +199,21 @@ class FlatModel:
         return tf.nest.map_structure(lambda t: t.numpy(), self._functions[key](*tensors))
 
     def each(self, x: Any, y: Any) -> tape.Each:
-        """Return a function that maps over vectors, a loop if `tape.needs_loop` requires one."""
+        """Return the function that applies another function to many vectors.
+
+        It is `tape.looped` if `tape.needs_loop` finds that the losses need a loop. Otherwise it is
+        `tf.vectorized_map`.
+        """
         if self.facts(x, y)[0]:
             return partial(tape.looped, dtype=self.dtype)
         return tf.vectorized_map
 
     def facts(self, x: Any, y: Any) -> tuple[bool, int]:
-        """Return (must_loop, activations_per_row), from traces with one row and with two rows."""
+        """Return (must_loop, activations_per_row) of the losses.
+
+        `must_loop` is the result of `tape.needs_loop`. `activations_per_row` is the number of
+        tensor entries that a second row adds to the traced function.
+        """
         if self._seen is None:
             row = tf.nest.map_structure(lambda t: t[:1], (x, y))
             rows = tf.nest.map_structure(lambda t: tf.concat([t, t], 0), row)
@@ -216,10 +228,11 @@ class FlatModel:
         return self._seen
 
     def _check(self, graph: Any, by_inputs: bool = False) -> None:
-        """Refuse losses that TensorFlow differentiates wrongly. `graph` is the graph of the losses.
+        """Refuse losses that TensorFlow differentiates wrongly.
 
-        With `by_inputs`, check the first derivatives with respect to all arguments. Without it,
-        check the second derivatives with respect to theta, which is the first argument.
+        Without `by_inputs`, `graph` computes the losses. Their first and second derivatives with
+        respect to theta, the graph's first argument, are checked. With `by_inputs`, `graph`
+        computes `input_gradient`. The first derivatives of its operations are checked.
         """
         names = [layer.name for layer in self.model._flatten_layers()]
         sources = graph.inputs if by_inputs else graph.inputs[:1]
@@ -250,7 +263,7 @@ class FlatModel:
         """Convert inputs to one tensor, or to a dict of tensors by the model's own names.
 
         If x contains features of the trunk, they are only converted. Otherwise the lookup layers
-        and the trunk are applied to x first.
+        and the trunk, if any, are applied to x first.
         """
         is_feature = self.trunk is not None and self.trunk.gave(x)
         if self.preparation is not None and not is_feature and not self.preparation.gave(x):
@@ -270,7 +283,8 @@ class FlatModel:
         If the loss masks positions, the labels become a dict that also has a weight for each
         position. A valid position of row i has the weight 1 / v_i, where v_i is the row's number of
         valid positions. The row's loss is then the mean over its valid positions. With `weighed`, a
-        valid position has the weight 1. This multiplies row i's loss by v_i.
+        valid position has the weight 1. This multiplies row i's loss by v_i. All other positions
+        have the weight 0.
         """
         x, y = self.inputs(x), self.tensor(y)
         if not self.loss.has_masses:
@@ -324,12 +338,18 @@ def like(rows: NDArray, V: Any) -> NDArray:
 
 
 def _generators(model: keras.Model) -> list[Any]:
-    """Return the variables with the states of random layers. `model.weights` lacks them."""
+    """Return the variables that hold the states of random layers.
+
+    `model.variables` contains them, but `model.weights` does not.
+    """
     weights = {id(weight) for weight in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def _numbers(graph: Any) -> int:
-    """Count the entries of all tensors of a traced function. The body of a loop counts once."""
+    """Return the number of entries of all tensors in a traced function.
+
+    The body of a loop counts once.
+    """
     tensors = (t for op in tape.operations(graph) for t in op.outputs)
     return sum(t.shape.num_elements() or 0 for t in tensors)

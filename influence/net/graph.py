@@ -21,7 +21,7 @@ def is_input(node: Any) -> bool:
 def nodes_of(model: Any) -> list[Any]:
     """Return the nodes of a functional model. A node is one call of a layer.
 
-    Each node comes after the nodes whose results it uses.
+    In the list, each node comes after the nodes whose results it uses.
     """
     depths = sorted(model._nodes_by_depth, reverse=True)  # the inputs have the largest depth
     return [node for depth in depths for node in model._nodes_by_depth[depth]]
@@ -30,15 +30,16 @@ def nodes_of(model: Any) -> list[Any]:
 def replayed(
     nodes: Iterable[Any], made: dict[int, Any], operation_of: Callable[[Any], Any]
 ) -> dict[int, Any]:
-    """Repeat calls of layers on other tensors.
+    """Repeat the layer calls of a graph on new tensors.
 
     Args:
-      nodes: the calls, as nodes in the order of `nodes_of`. Nodes of InputLayers are skipped.
-      made: a dict from the ids of old tensors to new tensors. It must contain each tensor that a
-        call uses and no earlier call returns.
-      operation_of: function from a layer of the model to the layer that is called instead.
+      nodes: the calls to repeat, in the order of `nodes_of`. Nodes of InputLayers are skipped.
+      made: a dict from the id of an old tensor to the new tensor in its place. A call may use the
+        results of earlier calls. All other tensors that the calls use must be in `made`.
+      operation_of: a function. It takes the layer of an old call, and returns the layer to call.
 
-    Returns: a copy of `made` that also contains the results of all calls.
+    Returns: a copy of `made`. It also maps the ids of the old results of all calls to the new
+      results.
     """
     made = dict(made)
     for node in nodes:

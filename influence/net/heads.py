@@ -31,10 +31,10 @@ class Ending:
 
     Attributes:
       names: the names of the outputs if the model returns a list or a dict of them, else None.
-      paths: for each output, its key in the list or dict.
-      heads: for each output, the name of the activation that it ends in, or None.
+      paths: for each output, its key in the list or dict. Empty if the model returns one tensor.
+      heads: for each output, "softmax" or "sigmoid" if it ends in this activation, else None.
       adds_losses: True if the model calls `add_loss` or has an activity regulariser.
-      masks: True if an output has a mask.
+      masks: True if an output has a Keras mask.
     """
 
     names: tuple[str, ...] | None = None
@@ -70,7 +70,8 @@ def ending(model: Any) -> Ending:
     if specs is not None:
         try:
             tf.function(call, autograph=False).get_concrete_function(specs)
-        # `GenericNeuralNet.validate` calls the model on real inputs later, and reports the error.
+        # The default Ending is returned. `GenericNeuralNet.validate` calls the model on real inputs
+        # later, and reports the error.
         except (TypeError, ValueError, tf.errors.OpError):
             pass
     return found[0] if found else Ending()
@@ -107,7 +108,10 @@ def activated(name: str | None, z: Any) -> Any:
 
 
 def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...]]:
-    """Return the names and the keys of a model's outputs, in Keras' order."""
+    """Return the names and the keys of a model's outputs, in Keras' order.
+
+    If the model returns one tensor, the result is (None, ()).
+    """
     if isinstance(raw, dict):
         keys = tuple(sorted(raw))
         return keys, keys
@@ -122,7 +126,8 @@ def _names(model: Any, raw: Any) -> tuple[tuple[str, ...] | None, tuple[Any, ...
 def _by_layers(model: Any) -> Ending | None:
     """Return facts about a model's output without a trace, or None if the layers do not show them.
 
-    The function recognises common models with one output. A trace can take a second.
+    The function recognises common models with one output. This saves a trace of the model, which
+    can take a second.
     """
     own = all(
         type(layer).__module__.split(".")[0] == "keras"
@@ -148,15 +153,22 @@ def _by_layers(model: Any) -> Ending | None:
 
 
 def _struct(model: Any, which: str) -> Any:
-    """Return the symbolic "input" or "output" of a model, a tensor or a list or dict of them."""
+    """Return a model's attribute "input" or "output": a symbolic tensor, or a list or dict of them.
+
+    `which` is the attribute's name.
+    """
     try:
         return getattr(model, which)
-    except (AttributeError, ValueError):  # Sequential models do not have the attribute
+    except (AttributeError, ValueError):
+        # Sequential models do not have the attribute. They have one input and one output.
         return next(iter(getattr(model, f"{which}s")))
 
 
 def _input_specs(model: Any) -> Any:
-    """Return a TensorSpec, or a list or dict of them, for a model's inputs, or None if unknown."""
+    """Return the TensorSpec of a model's input, or a list or dict of them for several inputs.
+
+    The result is None if the model does not know the shapes of its inputs.
+    """
     try:
         if getattr(model, "inputs", None):
             inputs = _struct(model, "input")

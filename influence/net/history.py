@@ -33,21 +33,22 @@ def epoch_file(folder: Path, epoch: int) -> Path:
 
 
 def weights_file(folder: Path, epoch: int) -> Path:
-    """Return the path of the file with the weights after an epoch. Epoch 0 is the start."""
+    """Return the path of the file with the weights after an epoch. Epoch 0 is before training."""
     return folder / f"weights-{epoch:05d}.npz"
 
 
 def epochs_in(folder: Path) -> list[int]:
-    """Return the epochs that have a file, in ascending order."""
+    """Return the epochs whose files are in the folder, in ascending order."""
     found = (_EPOCH.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in found if match)
 
 
 def labels_digest(examples: Examples) -> str:
-    """Return a hash of the labels of all rows, which depends on their order but not their dtype.
+    """Return a hash of the labels of all rows.
 
-    The inputs are not hashed, because they may have several forms, such as words, word ids or
-    features of a frozen network. The labels have one form only.
+    It depends on the order of the rows, but not on the dtype of the labels. The inputs are not
+    hashed, because the same rows may have words, word ids or features of a frozen network as
+    inputs. Their labels are the same in each case.
     """
     dense = lambda part: part.toarray() if hasattr(part, "toarray") else part  # noqa: E731
     parts = {
@@ -63,7 +64,7 @@ def labels_digest(examples: Examples) -> str:
 
 
 def weights_digest(theta: NDArray) -> str:
-    """Return a hash of the bytes of the weights theta (d,)."""
+    """Return a hash of the bytes of theta (d,), the vector of all weights that are trained."""
     return hashlib.sha256(np.ascontiguousarray(theta).view(np.uint8).data).hexdigest()[:16]
 
 
@@ -89,8 +90,8 @@ class History:
         report it.
       seconds: (E, 2) the seconds of training and the seconds of recording, for each epoch.
       digests: (E,) a hash of the weights after each epoch.
-      checkpoints: (c,) the epochs whose weights were saved, in ascending order. Epoch 0 is the
-        start of the training.
+      checkpoints: (c,) the epochs after which the weights were saved, in ascending order. Epoch 0
+        means before the training.
       batch_size: the number of rows of a full batch. It is -1 if Keras does not report it.
       kind: "classes", "binary", "residual" or "loss". `influence.net.margins` defines them.
       about: a dict of the training's settings: the optimiser and its configuration, the seed, the
@@ -204,8 +205,8 @@ class History:
     def start_file(self) -> Path:
         """Path of the file with the weights at the start of the record.
 
-        Its entry `theta` is theta. Its entries `other-0`, `other-1` ... are the other weights, such
-        as running means.
+        Its entry `theta` is the vector of the trained weights. Its entries `other-0`, `other-1` ...
+        are the model's other weights, such as running means.
         """
         return weights_file(self.folder, self.about["began"])
 
@@ -231,8 +232,9 @@ class History:
     def learned(self) -> NDArray[np.int64]:
         """Return the epoch at which each row was learned, (n,).
 
-        This is the first of the recorded epochs since which the row's margin stayed positive. A row
-        whose last recorded margin is not positive gets 0.
+        This is the first recorded epoch with the following property: the row's margin is positive
+        after it and after all later recorded epochs. If the row's last margin is not positive, the
+        result is 0.
 
         Raises: ValueError if the labels are not classes.
         """
@@ -248,18 +250,20 @@ class History:
     def path(
         self, checkpoints: ArrayLike | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return checkpoints and their learning rates for TracIn, which sums over training steps.
+        """Return checkpoints and their learning rates for TracIn.
 
-        The rate of a checkpoint is a sum over the epochs between it and the next checkpoint. Each
-        epoch adds its mean rate once, because each row occurs once in an epoch. The last epoch is
-        left out as a checkpoint, because no steps follow it.
+        TracIn sums over all training steps in which a row occurs. A checkpoint represents the steps
+        from it to the next checkpoint. Its rate is the sum of the mean rates of the epochs between
+        both, because each row occurs once in an epoch. The last epoch of the training is left out
+        as a checkpoint, because no steps follow it.
 
         Args:
-          checkpoints: epochs whose weights were saved. Epoch 0 is the start. None means all of
-            these epochs.
+          checkpoints: epochs after which the weights were saved. Epoch 0 means before the training.
+            None means all epochs with saved weights.
 
         Returns: the epochs (c,), and their rates (c,).
-        Raises: ValueError for epochs whose weights were not saved, or if no steps follow.
+        Raises: ValueError for epochs whose weights were not saved, or if no steps follow any of
+          them.
         """
         chosen = self.checkpoints if checkpoints is None else np.unique(np.asarray(checkpoints))
         missing = np.setdiff1d(chosen, self.checkpoints)
@@ -293,14 +297,16 @@ class History:
         return self.about["optimizer"] in _PLAIN_STEPS
 
     def damping(self) -> float:
-        """Return the damping 1 / (eta T), which acts similarly to stopping after T steps.
+        """Return the damping of the Hessian whose effect is similar to stopping the training early.
 
-        eta is the learning rate. In general, the damping is (1 - momentum) / S, where S is the sum
-        of the learning rates of all steps in the record. Let h be an eigenvalue of the Hessian. T
-        steps move the weights along its eigenvector by the fraction 1 - (1 - eta h)^T of the
-        distance to the minimum. The damped inverse moves them by the fraction h / (h + damping).
-        Both fractions are small for h far below 1 / (eta T), and near 1 for h far above it.
-        Momentum m multiplies the length of the steps by 1 / (1 - m).
+        For T gradient steps with learning rate eta and without momentum, it is 1 / (eta T). In
+        general, it is (1 - m) / S. S is the sum of the learning rates of all steps in the record,
+        and m is the momentum, which multiplies the length of the steps by 1 / (1 - m).
+
+        Let h be an eigenvalue of the Hessian. T steps move the weights along its eigenvector by the
+        fraction 1 - (1 - eta h)^T of the distance to the minimum. A step with the inverse of the
+        damped Hessian moves them by the fraction h / (h + damping). Both fractions are small for h
+        far below 1 / (eta T), and near 1 for h far above it.
 
         Raises: ValueError for an optimiser other than SGD, because its steps are not proportional
           to the gradient. ValueError if the learning rates are zero.
@@ -325,7 +331,7 @@ class History:
         return sample_weights(found)
 
     def check_rows(self, examples: Examples, name: str = "train") -> None:
-        """Refuse a set that has other rows than the history.
+        """Refuse a set whose rows are not those that were recorded.
 
         Only the number of rows and the labels are compared.
 
@@ -357,7 +363,8 @@ class History:
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, NDArray]], list[str]]:
     """Read the header and the files of all epochs in a folder.
 
-    Returns: (header, arrays of each epoch's file by epoch, notes). Each note is a sentence.
+    Returns: (header, files, notes). `files` is a dict from each epoch to the arrays in its file.
+      Each note is a sentence about the record.
     Raises: ValueError for a folder without a history. ValueError if the file of an epoch before the
       last one is damaged or missing.
     """

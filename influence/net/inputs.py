@@ -1,4 +1,4 @@
-"""Names of a model's inputs. A caller may also use the input's position or its layer's name."""
+"""Names of a model's inputs. Callers may also use an input's position or other names of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import keras
 
 
 def declared(model: keras.Model) -> dict[Any, Any]:
-    """Return a dict of symbolic inputs by name, which is empty for a subclassed model."""
+    """Return a dict of the model's symbolic inputs by name. It is empty for a subclassed model."""
     found = getattr(model, "inputs", None) or []
     # `model.input` is a dict if the model was built from a dict of inputs. Keras then finds each
-    # input by its key.
+    # input by its key in this dict, and not by the name of its tensor. A model without
+    # `model.input` was not built from a dict.
     try:
         structure = model.input
     except (AttributeError, ValueError):
@@ -20,10 +21,11 @@ def declared(model: keras.Model) -> dict[Any, Any]:
 
 
 def aliases(model: keras.Model) -> dict[Any, Any]:
-    """Return a dict from each other name of an input to the name that the model expects.
+    """Return a dict from all other names of the model's inputs to the names in `declared`.
 
-    The other names are the input's position in `model.inputs` and the name of its InputLayer. An
-    input that was created without a name has a layer `input_layer_1` and a tensor `keras_tensor_7`.
+    The other names of an input are its position in `model.inputs`, the name of its InputLayer and
+    the name of its tensor. If an input is created without a name, Keras may for example call the
+    layer `input_layer_1` and the tensor `keras_tensor_7`.
     """
     found: dict[Any, Any] = {}
     wanted = declared(model)
@@ -36,7 +38,7 @@ def aliases(model: keras.Model) -> dict[Any, Any]:
 
 
 def named(model: keras.Model, x: Any) -> Any:
-    """Return inputs x with the names that the model expects. Unknown names are left as they are."""
+    """Replace other names in a dict x of inputs by those in `declared`. Keep unknown names."""
     if not isinstance(x, dict):
         return x
     other = aliases(model)
@@ -46,9 +48,10 @@ def named(model: keras.Model, x: Any) -> Any:
 def for_call(model: keras.Model, x: Any) -> Any:
     """Convert a dict of inputs to the structure that a call of the model takes.
 
-    The result is a dict if the model was built from a dict of inputs, and a list in the order of
-    `model.inputs` if it was built from a list. If the model declares no inputs and all keys are
-    positions, the result is a list in the order of the positions.
+    The result is a dict if the model was built from a dict of inputs. It is a list in the order of
+    `model.inputs` if the model was built from a list, and an array if it has one input. If the
+    model declares no inputs and all keys are positions, the result is a list in the order of the
+    positions. In all other cases, x is returned unchanged.
     """
     if not isinstance(x, dict):
         return x
@@ -57,7 +60,8 @@ def for_call(model: keras.Model, x: Any) -> Any:
         return [x[key] for key in sorted(x)]
     try:
         structure = model.input
-    except (AttributeError, ValueError):  # a sequential model has one input
+    except (AttributeError, ValueError):
+        # This is a Sequential model, with one input, or a model that declares no inputs.
         structure = None
     if isinstance(structure, dict) or not wanted or set(x) != set(wanted):
         return x
@@ -68,8 +72,8 @@ def for_call(model: keras.Model, x: Any) -> Any:
 def fits(shape: tuple, wanted: tuple) -> bool:
     """Return True if Keras takes rows of this shape for an input that declares `wanted`.
 
-    None in `wanted` accepts any size. If the number of axes differs by one, Keras adds or removes a
-    last axis of length 1.
+    None in `wanted` accepts any size. If `shape` has one axis more or less than `wanted`, Keras
+    removes or adds a last axis of length 1.
     """
     for trial in (shape, (*shape, 1), shape[:-1] if shape[-1:] == (1,) else shape):
         pairs = zip(wanted, trial, strict=False)

@@ -14,13 +14,16 @@ _STEPS = 64
 
 
 def optimizer_of(model: keras.Model) -> Any:
-    """Return the model's optimiser, or None. A wrapper for mixed precision is removed."""
+    """Return the model's optimiser, or None.
+
+    In mixed precision, Keras wraps the optimiser. The optimiser inside the wrapper is returned.
+    """
     optimizer: Any = getattr(model, "optimizer", None)
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def optimizer_config(model: keras.Model) -> dict[str, Any]:
-    """Return the configuration of the optimiser, with only values that JSON can store."""
+    """Return the configuration of the optimiser. Values that JSON cannot store become strings."""
     optimizer = optimizer_of(model)
     config = {} if optimizer is None else optimizer.get_config()
     return json.loads(json.dumps(config, default=str))
@@ -66,9 +69,10 @@ def _number(value: Any) -> float:
 
 
 def layers_digest(model: keras.Model) -> str:
-    """Return a hash of the classes of layers, their activations, and the shapes of the weights.
+    """Return a hash of a model's layers and weights, without their names and values.
 
-    The names of layers are left out, because Keras may give other names in another process.
+    It depends on the layers' classes and activations, the weights' shapes, and which weights are
+    trainable. Names are left out, because Keras may give other names in another process.
     """
     kinds = [
         (type(layer).__name__, getattr(getattr(layer, "activation", None), "__name__", ""))

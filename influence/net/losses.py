@@ -40,7 +40,8 @@ from influence.net.rowwise import (
     weight_of,
 )
 
-# These losses take class numbers. For a wrong number, Keras returns NaN or another class's loss.
+# These losses take class numbers. If a label is not the number of a class, Keras returns NaN or the
+# loss of another class.
 _CLASS_NUMBERS = (keras.losses.sparse_categorical_crossentropy,)
 # These losses take labels in [0, 1].
 _PROBABILITIES = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
@@ -62,7 +63,8 @@ _CROSS_ENTROPIES = (
     keras.losses.categorical_crossentropy,
 )
 _SOFTMAX = (*_CLASS_NUMBERS, keras.losses.categorical_crossentropy)
-# A `plain` loss may have these options. Its axis and ignore_class must have their default values.
+# A loss object with other options than these is not `plain`. Nor is one whose `axis` or
+# `ignore_class` has not its default value.
 _HARMLESS = {"from_logits", "label_smoothing", "axis", "ignore_class"}
 _OTHERS = {"measurement": " or a function such as influence.measurements.margin or logit(label)"}
 # These losses take probabilities unless they have from_logits=True.
@@ -79,23 +81,25 @@ _FROM_LOGITS = (
 class PerExampleLoss:
     """Differentiable loss function (y, z) -> (n,), and its known properties.
 
-    `seen` computes z from the model's output. z is the output itself, or the logits before the
-    output's softmax or sigmoid. A cross-entropy is computed from these logits without clipping.
-    Keras computes it in the same way, so both values agree. Other losses that take probabilities
-    are focal losses, Kullback-Leibler, and class numbers with `ignore_class`. For these, the
-    softmax or sigmoid is applied to z again, and Keras clips the probabilities at 1e-7.
+    y contains the labels of n rows. `seen` computes z from the model's output. If the loss takes
+    probabilities, and the output ends in a softmax or sigmoid, z is the logits before this
+    activation. Otherwise, z is the output itself.
 
-    Keras rounds the outputs of a float64 model to the dtype of its loss. This is float32 unless the
-    loss has `dtype="float64"`. After the rounding, Keras does not recognise the activation, and it
-    clips probabilities at 1e-7. For larger probabilities, Keras' loss and this loss agree up to
-    rounding.
+    A cross-entropy is computed from the logits z without clipping, as Keras does. The other losses
+    of probabilities are focal losses, Kullback-Leibler, and cross-entropies with `ignore_class`.
+    They are computed from the softmax or sigmoid of z, which Keras' functions clip at 1e-7.
+
+    For a float64 model, Keras' value of a cross-entropy may differ. Keras rounds the outputs to the
+    dtype of its loss, which is float32 unless the loss has `dtype="float64"`. After the rounding,
+    Keras does not recognise the activation, and clips the probabilities at 1e-7. For probabilities
+    above 1e-7, Keras' value and the value of this class agree up to rounding.
 
     Attributes:
       name: the name of the loss in messages.
       function: the function (y, z) -> (n,) tensor. It multiplies by sample weights in y.
       keras_function: the underlying Keras loss function, or None for a user's callable.
-      from_logits: False for a cross-entropy of probabilities, True for all other losses. The
-        Gauss-Newton matrix exists only if it is True.
+      from_logits: False for a loss that takes z as probabilities, else True. The Gauss-Newton
+        matrix is computed only if it is True.
       labels: the valid labels, from the loss's attribute `labels`. None means no restriction.
       role: the name of the argument in messages, "loss" or "measurement".
       says_convex: the value of the loss's attribute `convex`, or False without this attribute.
@@ -105,8 +109,9 @@ class PerExampleLoss:
       output: the name of the output in the labels, or None for a model with one output.
       ignored: the class that the loss ignores, or None. It ignores all positions of this class.
       masked: True if the model masks its output.
-      by_position: True if the loss can weigh positions, as a mask or an ignored class requires.
-      weighs_mean: True if Keras divides by the sum of the sample weights.
+      by_position: True if `function` can weigh the positions of a row, such as its time steps. A
+        mask or an ignored class requires this.
+      weighs_mean: True if Keras divides by the sum of the sample weights, not the number of rows.
       compiled: True if the model was compiled with this loss.
       whole: the Keras loss object if it overrides `__call__`, else None. Such a loss may combine
         the rows of a batch in any way.
@@ -130,7 +135,7 @@ class PerExampleLoss:
     compiled: bool = False
     whole: Any = None
 
-    # False if z holds several outputs or added losses.
+    # False if z contains several outputs or added losses.
     takes_one_output: ClassVar[bool] = True
 
     def seen(self, raw: Any, added: Any = None) -> Any:
@@ -138,7 +143,7 @@ class PerExampleLoss:
         return raw if self.head is None else peeled(raw)
 
     def shapes(self, raw: Any) -> Any:
-        """Return the shape of the output that the loss takes, as `check_labels` expects it."""
+        """Return the shape of the model's output, for the argument of `check_labels`."""
         return tuple(raw.shape) if hasattr(raw, "shape") else None
 
     def heads(self, z: Any, raw: Any) -> list[tuple[str, Any, Any]]:
@@ -160,17 +165,20 @@ class PerExampleLoss:
     def curved(self, y: Any, z: Any) -> Callable[[Any], Any]:
         """Return the map u -> H u.
 
-        H is the Hessian of the sum of the losses with respect to the outputs z. Let p be the
-        predicted probabilities. For softmax, (H u)_a = sum_b p_a p_b (u_a - u_b). For the sigmoid,
-        H u = p (1 - p) u. If Keras averages several values in a row, H u is divided by their
-        number. If p is nearly 1, a gradient tape loses all digits in float32, because it subtracts
-        p_a p_a from p_a, or p from 1. Two changes avoid this. For softmax, u is replaced by u minus
-        its entry at the most probable class. This does not change H u, because H times a constant
-        vector is zero. For the sigmoid, 1 - p is computed from the logits.
+        H is the Hessian of the sum of the losses with respect to z. For a cross-entropy of logits
+        z, let p be the predicted probabilities. For the softmax,
+        (H u)_a = sum_b p_a p_b (u_a - u_b). For the sigmoid, H u = p (1 - p) u. If Keras averages
+        several values in a row, H u is divided by their number.
+
+        A gradient tape subtracts p_a p_a from p_a for the softmax, and p from 1 for the sigmoid. If
+        a probability is nearly 1, this difference loses all digits in float32. Two changes avoid
+        it. For the softmax, u is replaced by u minus its entry at the most probable class. This
+        does not change H u, because H times a constant vector is zero. For the sigmoid, 1 - p is
+        computed as the sigmoid of -z.
 
         Args:
           y: labels.
-          z: (n, ...) outputs.
+          z: (n, ...) outputs, as `seen` returns them.
         """
         by_tape = tape.hessian_map(lambda z: tf.reduce_sum(self.function(y, z)), z)
         if not (self.from_logits and self.plain):
@@ -192,13 +200,13 @@ class PerExampleLoss:
         return by_tape
 
     def _factors(self, y: Any, dtype: Any) -> list[Any]:
-        """Return the factors of the losses: the sample weights, and a loss weight other than 1."""
+        """Return the factors of the losses: the sample weights, and the loss weight if not 1."""
         weight = weight_of(y, self.output) if self.role != "measurement" else None
         found = [] if weight is None else [tf.cast(weight, dtype)]
         return found if self.scale == 1 else [*found, tf.constant(self.scale, dtype)]
 
     def scaled(self, weight: float, output: str | None = None) -> PerExampleLoss:
-        """Return this loss times a loss weight. `output` names the labels that it takes."""
+        """Return this loss times a loss weight, for the labels of the output named `output`."""
         function: Any = self.function
         function = replace(function, scale=weight, output=output)
         return replace(self, function=function, scale=weight, output=output)
@@ -220,7 +228,7 @@ class PerExampleLoss:
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
         y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
-        if isinstance(y, Mapping):  # these are the labels of a measurement of several outputs
+        if isinstance(y, Mapping):  # only a measurement gets a dict, and may take any labels
             return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:
@@ -307,7 +315,7 @@ def per_example(
     ends_in: str | None = None,
     as_compiled: bool = False,
 ) -> PerExampleLoss:
-    """Return a loss, or the model's compiled loss, as a function with one value per example.
+    """Convert a loss, or the model's compiled loss, to a PerExampleLoss.
 
     Args:
       loss: a Keras loss, its name, a callable (y, output) -> (n,), or None for the compiled loss.
@@ -347,7 +355,7 @@ def per_example(
     if _is_keras_own(loss):
         head, logits = _head(loss, {}, ends_in)
         function = ctc_loss if loss is keras.losses.ctc else partial(of_rows, loss, True, True)
-        # A loss function, unlike a loss object, always has its default options.
+        # The loss is plain: unlike a loss object, a function is called with its default options.
         facts = {"role": role, "head": head, "plain": True}
         return _weighed(PerExampleLoss(name, function, loss, logits, **facts), True)
     takes_logits = getattr(loss, "takes_logits", False)
@@ -395,12 +403,17 @@ def _of_class(loss: keras.losses.Loss, role: str, ends_in: str | None) -> PerExa
 
 
 def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | None, bool]:
-    """Return the attributes (head, from_logits) of a Keras loss on an output.
+    """Return the attributes (head, from_logits) that PerExampleLoss has for a Keras loss function.
 
-    `ends_in` is the output's final activation, or None. Keras' cross-entropies use the logits
-    before this activation, and ignore their option `from_logits`. For a cross-entropy with
-    `ignore_class`, and for other losses, `from_logits` decides whether Keras treats the output as
-    logits or as probabilities.
+    `kwargs` are the loss's options. `ends_in` is the final activation of the model's output, or
+    None. There are four cases:
+
+    - A loss that never takes probabilities: (None, True).
+    - No final activation: (None, o), where o is the loss's option `from_logits`.
+    - A final activation, and a cross-entropy without `ignore_class`: (ends_in, True). Keras uses
+      the logits before the activation, and ignores o.
+    - A final activation, and another loss: (ends_in, True) if o is False. If o is True, Keras
+      takes the output itself as logits, so the result is (None, True).
     """
     says = function not in _FROM_LOGITS or bool(kwargs.get("from_logits", False))
     if ends_in is None or function not in _FROM_LOGITS:
@@ -410,7 +423,10 @@ def _head(function: Any, kwargs: Mapping, ends_in: str | None) -> tuple[str | No
 
 
 def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
-    """Return the loss times sample weights. If `activate`, it applies its activation to z first."""
+    """Return the same loss, but times the sample weights in y.
+
+    If `activate` is True, the loss first applies its activation `head` to z.
+    """
     head = loss.head if activate else None
     by_position = getattr(loss.function, "func", None) in (of_rows, as_keras_calls)
     weighs = loss.role != "measurement"
@@ -420,10 +436,10 @@ def _weighed(loss: PerExampleLoss, activate: bool) -> PerExampleLoss:
 
 @dataclass(frozen=True)
 class _Weighed:
-    """Function (y, z) -> (n,) that evaluates a loss. y may contain sample weights.
+    """Loss (y, z) -> (n,) that multiplies another loss by weights. y may contain sample weights.
 
     Attributes:
-      call: the loss (labels, output) -> (n,).
+      call: the other loss (labels, output) -> (n,), without weights.
       head: the activation that is applied to z to get the output, or None.
       output: the name of the output in the labels, or None.
       weighs: True to multiply by the sample weights in y.
@@ -454,7 +470,7 @@ class _Weighed:
 
 
 def _compiled(model: Any) -> Any:
-    """Return the compiled loss of a model, also from a list or dict with one entry.
+    """Return the compiled loss of a model. From a list or dict of one loss, return this loss.
 
     Raises: ValueError for a list or dict with another number of entries.
     """

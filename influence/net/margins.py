@@ -33,7 +33,8 @@ _SHARES = (
     keras.losses.categorical_hinge,
     keras.losses.kl_divergence,
 )
-# These losses of `_SIGNED` take labels 0 and 1. Hinge losses also take -1 and 1.
+# These losses of `_SIGNED` take labels 0 and 1, or numbers between them. The hinge losses take
+# labels -1 and 1, or 0 and 1.
 _BITS = _SIGNED[:2]
 # Probabilities are clipped to [_CLIP, 1 - _CLIP] before the logarithm, as in Keras.
 _CLIP = 1e-7
@@ -61,9 +62,10 @@ class Margins:
     - `residual`: -|prediction - label|, the Euclidean norm over the outputs. It is never positive.
     - `loss`: minus the row's loss. This kind is used if no other kind applies.
 
-    For sequences and images, `classes` and `binary` average over the valid positions. For several
-    outputs, the margin is the smallest margin of an output if each output is `classes` or `binary`.
-    Otherwise it is minus the loss.
+    For sequences and images, `classes` and `binary` average over the valid positions of a row. For
+    a model with several outputs, each output has a kind. If all kinds are `classes` or `binary`,
+    the margin of a row is the smallest of its outputs' margins. Otherwise, and if the model adds
+    losses by `add_loss`, it is minus the row's loss.
 
     Attributes:
       kind: classes, binary, residual or loss.
@@ -108,7 +110,8 @@ class Margins:
           y: the labels, plain or packed.
           z: the model's outputs in the form that the loss takes.
           losses: (n,) the losses.
-          positions: (n, ...) the weights of the positions, or None for equal weights.
+          positions: (n, ...) weights of each row's positions, such as time steps, with sum 1 in a
+            row. None means equal weights.
         """
         if self.kind == LOSS:
             return -losses
@@ -127,7 +130,10 @@ def _tensor(z: NDArray) -> Any:
 
 
 def seen_shapes(net: Any, examples: Examples) -> list[tuple[int, ...]]:
-    """Return the shape of one row's outputs, for each output that has a loss."""
+    """Return the shape of one row of z, for each output that has a loss.
+
+    z is the output in the form that the loss takes, such as logits.
+    """
     few = examples.take([0])
     shape = net.seen_shape(few.x)
     if not hasattr(net.loss, "parts"):
@@ -136,7 +142,7 @@ def seen_shapes(net: Any, examples: Examples) -> list[tuple[int, ...]]:
 
 
 def _own(y: Any, part: Any) -> NDArray:
-    """Return the labels of one output."""
+    """Return the labels of the output that the loss `part` takes, as a dense array."""
     if isinstance(y, Mapping):
         y = y[part.output] if part.output in y else next(iter(y.values()))
     return np.asarray(y.toarray() if hasattr(y, "toarray") else y)
@@ -176,7 +182,7 @@ def _of_one(kind: str, loss: Any, y: Any, z: NDArray, positions: NDArray | None)
     else:
         given = y.argmax(axis=-1) if y.shape == z.shape else y.reshape(z.shape[:-1])
         given = given.astype(np.int64)
-        void = (given < 0) | (given >= z.shape[-1])  # a class that the loss ignores
+        void = (given < 0) | (given >= z.shape[-1])  # an ignored class, with weight 0
         at = np.where(void, 0, given)
         found = class_margins(z, at)
     found = found.reshape(n, -1)
@@ -209,7 +215,7 @@ def _logs(z: NDArray, kind: str) -> NDArray:
 
 
 class Recorded:
-    """Question that returns the margins and losses of a batch."""
+    """Question that returns the margins and losses of a batch, for `Examples.map_over`."""
 
     def __init__(self, margins: Margins):
         self.margins = margins

@@ -1,12 +1,12 @@
-"""Measurements: functions that influence scores can use instead of a loss.
+"""Measurements: functions whose change influence scores can predict, in place of the test loss.
 
 A measurement takes labels y and the model's outputs. It returns one number per example, computed by
 TensorFlow operations. Pass a function from this file, or your own, to `Influence.scores`. The
 functions in this file need logits z as outputs. Logits are the values before softmax or sigmoid.
 
 - Outputs (n, c) need class numbers y (n,) or (n, 1), or one-hot labels y (n, c).
-- Outputs (n, 1) or (n,) need labels y (n,) or (n, 1). Labels other than 1 are 0 or -1. The logit
-  z is the log odds of label 1.
+- Outputs (n, 1) or (n,) need labels y (n,) or (n, 1), which are 1 and 0, or 1 and -1. The logit z
+  is the log odds of label 1.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def margin(y: Any, output: Any) -> Any:
     (Park et al. 2023, section 3). With one logit z for two classes, the margin is z for label 1
     and -z for the other label. Unlike a loss, the margin does not saturate.
 
-    A positive score means that the margin rises if the row is removed, so the row hurt. For a
-    loss, a positive score means that the row helped.
+    A positive score means that the margin rises if the training row is removed, so the row hurt.
+    For a loss, a positive score means that the row helped.
 
     Args:
       y: labels, in a form that the description of this module lists.
@@ -58,12 +58,13 @@ def margin(y: Any, output: Any) -> Any:
 def adversarial_loss(y: Any, output: Any) -> Any:
     """Return -log(1 - p_y), a loss that falls when the label y becomes less probable.
 
-    p_y is the label's probability. The formula log(1 + exp(margin)) is also accurate for p_y near 0
-    or 1. The code of Koh & Liang (2017) uses this loss to measure how close a test point is to
-    misclassification. For two classes, it is the log loss of the other label.
+    p_y is the label's probability. The loss is computed as log(1 + exp(margin)), which is also
+    accurate for p_y near 0 or 1. The code of Koh & Liang (2017) uses this loss to measure how close
+    a test point is to misclassification. For two classes, it is the log loss of the other label.
 
-    A positive score means that this loss rises if the row is removed. Then the label becomes more
-    probable, so the row hurt. For an ordinary loss, a positive score means that the row helped.
+    A positive score means that this loss rises if the training row is removed. Then the label
+    becomes more probable, so the row hurt. For an ordinary loss, a positive score means that the
+    row helped.
 
     Args:
       y: labels, as in `margin`.
@@ -78,9 +79,9 @@ def adversarial_loss(y: Any, output: Any) -> Any:
 def logit(label: int) -> Callable[[Any, Any], Any]:
     """Return a measurement that is the logit of one class. It ignores the example's label.
 
-    With one logit z for two classes, the measurement is z for label 1 and -z for label 0. A
-    positive score means that the logit rises if the row is removed. The row was then evidence
-    against the class.
+    With one logit z for two classes, the measurement is z for class 1 and -z for class 0. A
+    positive score means that the logit rises if the training row is removed. The row was then
+    evidence against the class.
 
     Args:
       label: the class number.
@@ -108,10 +109,10 @@ def logit(label: int) -> Callable[[Any, Any], Any]:
 
 
 def product(y: Any, output: Any) -> Any:
-    """Return y_i . output_i for each row i. y holds a vector of slopes in place of each label.
+    """Return y_i . output_i for each row i. y_i is a vector, given in place of the row's label.
 
     The gradient of this number with respect to theta is J_i' y_i, where J_i is the Jacobian of the
-    row's outputs. The outputs are reshaped to the shape of y.
+    row's outputs with respect to theta. The outputs are reshaped to the shape of y.
     """
     both = tf.cast(y, output.dtype) * tf.reshape(output, tf.shape(y))
     return tf.reduce_sum(tf.reshape(both, [tf.shape(y)[0], -1]), axis=1)

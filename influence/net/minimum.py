@@ -11,8 +11,8 @@ from influence.examples.examples import Examples
 from influence.net.net import GenericNeuralNet
 
 TOLERANCE = 1e-8
-# `warn_of_drift` warns if the gradient norm at theta is above this fraction of the median norm of
-# the gradient that the removal of a group adds.
+# The removal of a group adds a gradient to that of the risk. `warn_of_drift` warns if the norm of
+# the risk's gradient at theta is above this fraction of the median norm of the added gradients.
 _DRIFT = 0.1
 _MOST_GROUPS = 20
 
@@ -26,8 +26,8 @@ def check_at_minimum(
 ) -> None:
     """Raise ValueError if the Euclidean norm of the risk's gradient is above the tolerance.
 
-    Above the tolerance, most of the change after retraining would be ordinary training progress.
-    The message suggests a fit or the remedy `otherwise`.
+    Above the tolerance, most of the change between theta and a retrained theta would be ordinary
+    training progress. The message suggests a fit, a larger tolerance, or the remedy `otherwise`.
     """
     norm = net.gradient_norm(train, batch_size)
     if not norm <= tolerance:
@@ -44,10 +44,11 @@ def warn_of_drift(
 ) -> None:
     """Warn if theta is too far from the minimum to measure the effect of removals.
 
-    Retraining would then also continue the training. The changes would not come from the removal
-    only. The removal of a group adds a gradient of norm
-    |sum over the group of (loss_i + penalty)'| / n. The function compares the gradient norm at
-    theta with the median of this norm over at most 20 groups.
+    Far from the minimum, retraining without a group also continues the training, so the measured
+    change does not come from the removal only. The removal of a group adds to the risk's gradient a
+    vector of norm |sum over the group's rows i of grad (loss_i + penalty)| / n. The function
+    compares the norm of the risk's gradient at theta with the median of this norm over at most 20
+    groups.
     """
     norm = net.gradient_norm(train, batch_size)
     some = groups[:: -(-len(groups) // _MOST_GROUPS)]

@@ -45,9 +45,9 @@ from influence.net.refused import (
 )
 from influence.net.saved import load_model
 
-# Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, Hessian
-# products have an error of 2e-4 with 2,854 rows per batch, and of 8e-6 with 500 rows per batch.
-# With 500 rows per batch, they take a sixth more time.
+# Float32 convolutions lose digits when they sum over a large batch. For 5,500 MNIST images, the
+# error of a Hessian product is 2e-4 with 2,854 rows per batch, and 8e-6 with 500 rows per batch.
+# The product takes a sixth more time with 500 rows than with 2,854.
 _FLOAT32_ROWS = 500
 # The softmax or sigmoid of a model's logits must equal its output, up to this absolute difference.
 _LOGITS_ATOL = 1e-4
@@ -207,16 +207,16 @@ class GenericNeuralNet(Derivatives):
         return self._with_loss(loss)
 
     def pulling(self) -> GenericNeuralNet:
-        """Return a net with the same model and the loss y . z of labels y and outputs z, (n, c).
+        """Return a net with the same model and the loss y_i . z_i of row i, with vector labels y_i.
 
-        `output_terms` returns z. The gradient of row i's loss is J_i' y_i, where J_i is the
-        Jacobian of row i's outputs with respect to theta.
+        z_i are row i's outputs from `output_terms`. The gradient of row i's loss is J_i' y_i, where
+        J_i is the Jacobian of z_i with respect to theta.
         """
         loss = replace(self.loss, function=product, keras_function=None, plain=False)
         return self._with_loss(loss)
 
     def _with_loss(self, loss: Any) -> GenericNeuralNet:
-        view = object.__new__(GenericNeuralNet)  # a subclass's closed forms do not apply
+        view = object.__new__(GenericNeuralNet)  # a subclass's closed forms need its own loss
         view.model, view.dtype, view.fixed = self.model, self.dtype, self.fixed
         view.loss = loss = replace(loss, masked=self.ending.masks)
         view.flat = FlatModel(self.flat.parts, loss, self.preparation)
@@ -246,7 +246,7 @@ class GenericNeuralNet(Derivatives):
         return view
 
     def by_row(self) -> GenericNeuralNet:
-        """Return a view of the net for test rows. Its means give all rows the same weight."""
+        """Return a view of the net for test rows. Its means weigh all rows equally, not by mass."""
         view = copy.copy(self)
         view.weighs = False
         return view
@@ -297,13 +297,13 @@ class GenericNeuralNet(Derivatives):
     def rows_per_batch(self, examples: Examples, num_vectors: int = 1, *, dtype: Any = None) -> int:
         """Return the number of rows per batch for a pass that multiplies `num_vectors` vectors.
 
-        The batch's activations then fit the memory budget `ACTIVATIONS`. `dtype` is the dtype of
-        `directional`, for a pass that calls it. Only subclasses use `dtype`.
+        The batch's activations then fit the memory budget `ACTIVATIONS`. `dtype` is the argument
+        `dtype` of `directional`, for a pass that calls this method. Only subclasses use it.
         """
         first = examples.take([0])
         loop, per_row = self.flat.facts(*self.flat.batch(first.x, first.y))
-        # A loop stores the activations of four passes. A vectorised map stores those of two passes,
-        # and of two more for each vector.
+        # The vectors are mapped by a loop or vectorised. A loop stores the activations of four
+        # passes through the model. A vectorised map stores two, and two more for each vector.
         copies = 4 if loop else 2 + 2 * num_vectors
         most = len(examples)
         if loop and self.dtype == np.float32:
@@ -345,8 +345,8 @@ class GenericNeuralNet(Derivatives):
     def gradient_norm(self, examples: Examples, batch_size: int | None = None) -> float:
         """Return the Euclidean norm of the risk's gradient, which is zero at a minimum.
 
-        A subclass whose risk has kinks returns a substitute. It bounds the distance to the minimum
-        in the same way as the gradient norm of a smooth risk.
+        A subclass whose risk has kinks returns another number. It bounds the distance from theta to
+        the minimum in the same way as the gradient norm of a smooth risk does.
         """
         return float(np.linalg.norm(self.risk_gradient(examples, batch_size=batch_size)))
 
@@ -373,8 +373,8 @@ class GenericNeuralNet(Derivatives):
     def validate(self, examples: Examples, name: str) -> None:
         """Refuse examples that do not fit this model and loss.
 
-        The method computes the losses of a few rows of the set, in order and shuffled. If the loss
-        is the compiled one, its mean must be the loss that Keras reports for these rows.
+        The method computes the losses of a few rows of the set, in order and shuffled. If the net
+        has the compiled loss, its mean must be the loss that Keras reports for these rows.
 
         Raises: TypeError for anything except Examples. ValueError naming `name` for inputs or
           labels of the wrong shape, and for labels or embedding ids out of range. ValueError for a
@@ -442,7 +442,7 @@ class GenericNeuralNet(Derivatives):
         examples.trunk.check_rows(examples, name)
 
     def _check_names(self, examples: Examples, name: str) -> None:
-        """Refuse a dict of labels for a model with one output, unless its key is the output."""
+        """Refuse a dict of labels for a model with one output, unless its key names this output."""
         given = packing.labels(examples.y)
         known = list(getattr(self.model, "output_names", None) or [])
         if isinstance(given, dict) and self.ending.names is None and known:

@@ -4,12 +4,13 @@ TensorFlow 2.21 has three kinds of faults that would reach an influence function
 
 1. A derivative is wrong without an error. The second derivatives of a bilinear resize and of
    `tf.nn.moments` are wrong, and the first derivative of `tf.image.hsv_to_rgb` is zero.
-2. A derivative does not exist. `SoftsignGrad` and `ResizeBicubicGrad` have no gradient.
+2. A derivative does not exist. The operations `SoftsignGrad` and `ResizeBicubicGrad` have no
+   gradient, so softsign and the bicubic resize have no second derivative.
 3. A product of matrices writes outside its memory. With oneDNN and more than one thread,
-   `tf.matmul(tf.ones((2, 1, 12, 8)), tf.ones((8, 8)))` returns wrong numbers, NaN, or kills the
+   `tf.matmul(tf.ones((2, 1, 12, 8)), tf.ones((8, 8)))` returns wrong numbers or NaN, or kills the
    process ("corrupted double-linked list"). This occurs for 16 and 32 bit floats if the left
-   factor has the shape (p, 1, m, k), and all leading dimensions of the right factor are 1.
-   `tf.vectorized_map` makes such products of a Dense layer that it applies to one row.
+   factor has the shape (p, 1, m, k), and all leading dimensions of the right factor are 1. If
+   `tf.vectorized_map` applies a Dense layer to each single row, it computes such products.
 
 `exact` replaces faulty functions by functions with the same values up to rounding.
 `check_operations` refuses the operations that `exact` cannot replace. It also refuses faulty
@@ -40,9 +41,10 @@ _THREAD = threading.local()
 def _moments(original: Callable) -> Callable:
     """Compute mean and variance without stopping a gradient.
 
-    TensorFlow stops the gradient at the mean when it computes the variance. The first derivative of
-    the variance with respect to the mean is zero, but the second derivative is not zero. Hessians
-    of layer or group normalisation would be wrong without an error.
+    When TensorFlow computes the variance, it treats the mean as a constant in derivatives. First
+    derivatives stay right, because the variance's derivative with respect to the mean is zero. Its
+    second derivative is not zero. Hessians of layer or group normalisation would therefore be
+    wrong, without an error.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -62,7 +64,7 @@ def _softsign(original: Callable) -> Callable:
 
 
 def _hsv_to_rgb(original: Callable) -> Callable:
-    """Compute each colour as v - v s max(0, min(k, 4 - k, 1)) with k = (m + 6 h) mod 6.
+    """Compute red, green and blue as v - v s max(0, min(k, 4 - k, 1)) with k = (m + 6 h) mod 6.
 
     h is the hue as a fraction of a full turn, s is the saturation and v is the value. m is 5 for
     red, 3 for green and 1 for blue.
@@ -106,16 +108,19 @@ def _scale_and_translate(original: Callable) -> Callable:
     return resize
 
 
-# Only images of these dtypes are resized by matrices. TensorFlow rounds integers after a resize.
+# Images of these dtypes are resized by matrices. Other images are resized by TensorFlow's own
+# function, because it rounds integers after a resize.
 _RESIZED = (tf.float32, tf.float64)
 
 
 def _separately(resized: Callable, x: Any, size: Any) -> Any:
-    """Resize images x (n, h, w, c) by one matrix for each axis, Y = A X B'.
+    """Resize images x (n, h, w, c) by one matrix for each axis.
 
-    Every resize is linear in the image, and acts on each axis separately. To get A or B,
-    `resized(basis, size, axis)` applies TensorFlow's function to an identity matrix along one axis.
-    Products of matrices have derivatives of every order. The result has the dtype of the images.
+    Every resize is linear in the image, and acts on each axis separately. Each channel X (h, w) of
+    an image therefore becomes A X B'. A depends only on the old and the new height, and B on the
+    widths. To get A or B, `resized(basis, size, axis)` applies TensorFlow's function to an identity
+    matrix along one axis. Products of matrices have derivatives of every order. The result has the
+    dtype of the images.
     """
     size = tf.convert_to_tensor(size)
     for axis in (1, 2):
@@ -138,14 +143,17 @@ def _on_axis(matrix: Any, x: Any, axis: int) -> Any:
 
 
 def _batch_matmul(original: Callable) -> Callable:
-    """Avoid broadcasting in the products that oneDNN computes wrongly (fault 3 above)."""
+    """Avoid broadcasting in products that oneDNN computes wrongly: fault 3 of the file's list.
+
+    The factors are first reshaped or copied, so the product has nothing to broadcast.
+    """
 
     def batch_mat_mul(x, y, adj_x=False, adj_y=False, *arguments, **options):
         x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
         if x.dtype.is_complex or not _may_broadcast(x.shape, y.shape):
             return original(x, y, adj_x, adj_y, *arguments, **options)
         if all(size == 1 for size in y.shape[:-2]):
-            # One matrix y multiplies all rows of x, so a product of two matrices is enough.
+            # y is one matrix, which multiplies all rows of x. So x is reshaped to one matrix too.
             x = tf.linalg.matrix_transpose(x) if adj_x else x
             y = tf.reshape(y, tf.shape(y)[-2:])
             rows = tf.reshape(x, [-1, x.shape[-1] or tf.shape(x)[-1]])
@@ -168,9 +176,10 @@ def _batch_matmul(original: Callable) -> Callable:
 def _may_broadcast(x: Any, y: Any) -> bool:
     """Return True if oneDNN may be wrong for the product of tensors with the shapes x and y.
 
-    oneDNN is wrong only for factors of shape (p, 1, m, k) and (k, n), (1, k, n) or (1, 1, k, n).
-    Among 500 random products of 3 to 6 dimensions, no other product was wrong. For an unknown size,
-    the function assumes the worst. Shapes of unknown rank count as harmless.
+    oneDNN is wrong only if the left factor has the shape (p, 1, m, k), and the right factor one of
+    the shapes (k, n), (1, k, n) and (1, 1, k, n). Among 500 random products of 3 to 6 dimensions,
+    no other product was wrong. For an unknown size, the function assumes the worst. Shapes of
+    unknown rank count as harmless.
     """
     if x.rank != 4 or y.rank is None or x[1] not in (None, 1) or x[0] == 1:
         return False
@@ -217,7 +226,8 @@ _REPLACED: list[tuple[Any, str, Callable]] = [
     (gen_math_ops, "batch_mat_mul_v2", _batch_matmul),
     (gen_math_ops, "_pow", _pow),
     (tf.nn, "ctc_loss", _ctc_loss),
-    # TensorFlow's function fails in a graph, and Keras calls it for `keras.RematScope`.
+    # `tf.recompute_grad` saves memory and changes no value. It fails in a graph. Keras calls it for
+    # `keras.RematScope`.
     (tf, "recompute_grad", lambda original: lambda f: f),
 ]
 
@@ -233,8 +243,9 @@ _users = 0
 def exact() -> Iterator[None]:
     """Use functions with correct values and derivatives inside the `with` block.
 
-    Only this thread's calls are replaced. Blocks may be nested, and several threads may be inside
-    blocks at the same time. TensorFlow's functions are restored after the last block.
+    Only calls by the thread that entered the block are replaced. Blocks may be nested, and several
+    threads may be inside blocks at the same time. TensorFlow's functions are restored at the end of
+    the last block.
     """
     global _users
     with _LOCK:
@@ -267,8 +278,9 @@ def _in_blocks(original: Callable, replacement: Callable) -> Callable:
 
 # --- refusals -------------------------------------------------------------------------------------
 
-# The keys are operations. The values are the positions of their inputs for which TensorFlow 2.21
-# lacks or miscomputes the first derivative. None means all inputs.
+# A dict from types of operations to positions of inputs. TensorFlow 2.21 lacks or miscomputes the
+# operation's derivative with respect to the inputs at these positions. None means all inputs.
+# `_WRONG_FIRST` is for first derivatives.
 _Inputs = dict[str, tuple[int, ...] | None]
 _WRONG_FIRST: _Inputs = {
     "Betainc": (0, 1),
@@ -281,7 +293,8 @@ _WRONG_FIRST: _Inputs = {
         """.split()
     ),
 }
-# The first derivatives of these operations are correct, but their second derivatives are not.
+# The first derivatives of these operations are correct. Their second derivatives, with respect to
+# the inputs at these positions, are missing or wrong.
 _WRONG_SECOND: _Inputs = {
     "Igamma": (0,),
     "Igammac": (0,),
@@ -397,7 +410,7 @@ def _is_wrong(op: Any, inputs: list[int], wrong: _Inputs, twice: bool) -> bool:
     if op.type in wrong:
         positions = wrong[op.type]
         return positions is None or any(i in positions for i in inputs)
-    if not twice:  # the graph may be that of a gradient, whose operations may have no gradient
+    if not twice:  # the graph may itself compute derivatives, by operations without a gradient
         return False
     try:
         ops.get_gradient_function(op)

@@ -28,7 +28,7 @@ class Penultimate:
 
     The model must be functional or sequential, with one output. Its last layer with weights must be
     dense or a convolution. If this layer is applied to many positions, such as pixels, the features
-    are averaged over the positions. Such models pool their outputs over the positions too.
+    are averaged over the positions, because such models pool their outputs over the positions too.
 
     Args:
       model: a Keras model that returns the features, or None if the net's inputs are the features.
@@ -56,7 +56,7 @@ class Penultimate:
             return cls(None) if len(graph.inputs) == 1 and tensor.dtype != "string" else None
         inputs = graph._inputs_struct
         if isinstance(inputs, list | tuple) and len(inputs) == 1:
-            (inputs,) = inputs  # Sequential models have one input, but store a list
+            (inputs,) = inputs  # a Sequential model has one input, but stores a list of it
         return cls(keras.Model(inputs, tensor, name=f"{model.name}_penultimate"))
 
     def __call__(self, net: Any, theta: NDArray | None, x: Any, y: NDArray) -> NDArray:
@@ -85,11 +85,16 @@ class Penultimate:
 
 
 def _last_input(graph: Any) -> Any:
-    """Return the symbolic input of the last affine layer of a graph, or None."""
+    """Return the symbolic input of the last dense or convolution layer in a graph.
+
+    The result is None if there is no such layer, or if it or an operation after it has several
+    inputs or its channels in the first axis. It is also None if another layer with a matrix or a
+    kernel comes after it.
+    """
     for node in reversed(nodes_of(graph)):
         operation = node.operation
         if len(node.input_tensors) > 1:
-            return None  # the operation combines several tensors, for example by a sum
+            return None  # such as a sum, which may combine several last layers
         inner = getattr(operation, "_functional", None) or operation
         if isinstance(operation, keras.Model):
             if not is_functional(inner) or len(inner.inputs) != 1:
@@ -101,9 +106,9 @@ def _last_input(graph: Any) -> Any:
                 return node.input_tensors[0]
             return keras.Model(inner.inputs, found)(node.input_tensors[0])
         if getattr(operation, "data_format", None) == "channels_first":
-            return None  # averages over positions need the channels in the last axis
+            return None  # `Penultimate` averages over all axes except the last
         if isinstance(operation, _AFFINE) and node.input_tensors:
             return node.input_tensors[0]
         if any(len(weight.shape) > 1 for weight in getattr(operation, "weights", ())):
-            return None  # such as a recurrent layer, whose outputs are not affine in its input
+            return None  # such as a recurrent layer, which is not affine in its input
     return None

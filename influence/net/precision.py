@@ -17,8 +17,8 @@ from influence.net.preprocessing import compile_like
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _HALF = ("float16", "bfloat16")
-# The outputs of a copy may differ from those of the model by this relative amount. If their layers
-# compute in several dtypes, the largest amount applies.
+# The outputs of a copy may differ from the model's outputs by a relative amount. It depends on the
+# dtypes in which layers of the model or the copy compute. The largest amount of these applies.
 _AGREEMENT = {"float16": 0.05, "bfloat16": 0.2, "float32": 1e-3, "float64": 1e-3}
 _PROBE_ROWS = 3
 
@@ -114,7 +114,10 @@ def _input(tensor: Any, dtype: str) -> Any:
 
 
 def _zeros(shape: Any, dtype: str) -> Any:
-    """Return one row of zeros as inputs. `shape` is the input shape of a subclassed model."""
+    """Return one row of zeros as inputs of a subclassed model.
+
+    `shape` is the shape with which the model was built, or a list or dict of shapes.
+    """
     if isinstance(shape, dict):
         return {name: _zeros(part, dtype) for name, part in shape.items()}
     if shape and isinstance(shape[0], tuple | list):
@@ -170,7 +173,8 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
         new.assign(old.numpy())
         new.trainable = old.trainable
     for new in layers[1]:
-        # Normalization stores values that it computed from its old variables. This updates them.
+        # Normalization stores values that it computed from its variables before the assignments
+        # above. This computes them again.
         if hasattr(new, "finalize_state"):
             new.finalize_state()
 
@@ -178,9 +182,9 @@ def _copy_state(model: keras.Model, copy: keras.Model) -> None:
 def _check_outputs(model: keras.Model, copy: keras.Model, dtype: str) -> None:
     """Refuse a copy with other outputs than the model, for a few rows of random inputs.
 
-    The configuration of a layer does not contain changes that a user made to the layer later. This
-    check finds such changes. It skips models whose inputs are strings, are not declared, or have an
-    unknown size.
+    The copy is made from configurations. A layer's configuration does not contain changes that a
+    user made to the layer after its construction. This check finds such changes. It is skipped for
+    a model without declared inputs, or with an input of strings or of unknown size.
     """
     tensors = list(declared(model).values())
     if not tensors or any(None in t.shape[1:] or t.dtype == "string" for t in tensors):

@@ -24,7 +24,7 @@ from influence.net import keras_state
 from influence.net.graph import is_functional, is_input, nodes_of, replayed
 from influence.net.inputs import aliases, declared, fits
 
-# A check prepares the first rows of a set again, each row alone. It uses at most this many rows.
+# `Preparation.padding` prepares at most this many rows of a set again, each row alone.
 _PROBE_ROWS = 8
 # These layers are lookup layers even if their inputs are numbers. A layer that takes or returns
 # strings is recognised by the dtype of its tensors.
@@ -78,8 +78,8 @@ class Preparation:
     Args:
       model: a functional model from some of the given inputs to the results of the lookups.
       used: the names of the inputs of `model`, in their order.
-      results: the names that the rest gives to the results of the lookups, in their order. No
-        result has the name of a given input, so `gave` can recognise prepared inputs.
+      results: the names of the outputs of `model`, as inputs of the rest, in their order. None is
+        also the name of a given input, so `gave` can recognise prepared inputs.
       passed: the names of the given inputs that the rest takes unchanged.
       given: the inputs of the whole model.
     """
@@ -149,15 +149,16 @@ class Preparation:
         return self._known[examples]
 
     def padding(self, given: Examples, prepared: Examples) -> Any:
-        """Return the shortest of the first rows that have padding in `prepared`.
+        """Return the shortest row that has padding in `prepared`, among the first rows of a set.
 
         TextVectorization without `output_sequence_length` pads each batch to its longest row. The
-        method prepares the first rows one by one, and compares them with their rows in `prepared`.
+        method prepares the first rows of `given` one by one, and compares each with the same row of
+        `prepared`.
 
         Returns: (row, x), the row's number and its prepared inputs (1, ...) without padding. None
           if no row is padded.
-        Raises: ValueError if a row that is prepared alone differs from its row in `prepared`, apart
-          from zeros at the end.
+        Raises: ValueError if a row that is prepared alone differs from the same row of `prepared`
+          in more than zeros at the end.
         """
         found, fewest = None, np.inf
         for row in range(min(len(given), _PROBE_ROWS)):
@@ -182,8 +183,9 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     The Preparation gets the lookup layers and all layers before them. All other layers stay in the
     rest, such as Normalization or Rescaling of floating inputs.
 
-    Returns: (Preparation, rest). The rest has the same layers, weights, compiled loss and output
-      names as the model. For a model without lookup layers, the result is (None, model).
+    Returns: (Preparation, rest). The rest shares its layers and weights with the model, and has the
+      same compiled loss and output names. The result is (None, model) if the model has no lookup
+      layers, or if the inputs of all lookup layers depend on trainable weights.
     Raises: ValueError naming the layer for a subclassed model, and for a model in which one layer
       contains both lookup layers and trainable weights.
     """
@@ -202,7 +204,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
     nodes = nodes_of(graph)
     front = _front(nodes)
     if not front:
-        return None, model  # all lookups depend on trainable weights
+        return None, model  # all lookups depend on trainable weights and must stay
     for node in nodes:
         if id(node) in front and _trains(node.operation):
             raise ValueError(
@@ -221,7 +223,7 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
         names.append(name)
         shape, dtype = (None, *tensor.shape[1:]), tensor.dtype
         if "float" in dtype and id(tensor) not in name_of:
-            # The next layer casts its input to this dtype anyway.
+            # The rest's first layers cast floating inputs to the dtype of the weights anyway.
             dtype = (model.trainable_weights or model.weights)[0].dtype
         inputs.append(keras.Input(batch_shape=shape, dtype=dtype, name=name))
     behind = [node for node in nodes if id(node) not in front]
@@ -245,8 +247,8 @@ def split(model: keras.Model) -> tuple[Preparation | None, keras.Model]:
 def compile_like(copy: keras.Model, model: keras.Model) -> None:
     """Compile a copy of a model with the model's loss, its loss weights and a new optimiser.
 
-    A user's training function may call `fit` on the copy, so the copy must train like the model.
-    The new optimiser has the configuration of the model's optimiser.
+    The new optimiser has the configuration of the model's optimiser. A user's training function may
+    call `fit` on the copy, so the copy must train as the model does.
     """
     compiled = getattr(model, "_compile_loss", None)
     if model.compiled and compiled is not None:
@@ -260,7 +262,7 @@ def compile_like(copy: keras.Model, model: keras.Model) -> None:
 
 
 def _front(nodes: list[Any]) -> set[int]:
-    """Return the ids of the nodes of lookup layers, and of all nodes before them.
+    """Return the ids of the nodes of lookup layers, and of all nodes on which these depend.
 
     Lookup layers whose inputs depend on trainable weights are left out.
     """
@@ -302,7 +304,7 @@ def _looks_up(operation: Any) -> bool:
 
 
 def _cut(nodes: list[Any], front: set[int]) -> list[Any]:
-    """Return the input tensors of the rest: results of the front, and inputs of the model."""
+    """Return the tensors that the rest takes: results of the front, and inputs of the model."""
     of_front = {id(t) for node in nodes if id(node) in front for t in node.outputs}
     found: dict[int, Any] = {}
     for node in nodes:
@@ -348,7 +350,7 @@ def _dense(part: Any) -> NDArray:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Join the rows of batches. Shorter rows get zeros at the end, as lookup layers add them."""
+    """Join the rows of batches. Pad shorter rows with zeros at the end, as lookup layers do."""
     if scipy.sparse.issparse(parts[0]):
         return scipy.sparse.vstack(parts, "csr")
     longest = np.max([part.shape[1:] for part in parts], axis=0).astype(int)

@@ -72,7 +72,7 @@ def check_apart(
     for batch in batches:
         some = probe.take(batch)
         again = net.losses(some.x, some.y)
-        known = finite[batch] & np.isfinite(again)  # influence.preflight reports NaN and infinity
+        known = finite[batch] & np.isfinite(again)  # influence.preflight reports the other losses
         gaps = np.abs(np.where(known, again, 0) - np.where(known, losses[batch], 0))
         if not gaps.max() > _RTOL * size:
             continue
@@ -91,7 +91,9 @@ def check_apart(
 def check_added(net: Any, probe: Examples, name: str) -> None:
     """Refuse losses added by `add_loss` that are not a mean over the rows of the batch.
 
-    Raises: ValueError with the added loss of a batch, and the mean over its rows.
+    The loss that the model adds for a batch must equal the mean of those that it adds for the rows.
+
+    Raises: ValueError with both numbers.
     """
     flat, theta = net.flat, net.theta_tensor()
     if not flat.adds:
@@ -126,9 +128,10 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
             continue
         own = _mean(net, probe, losses, count)
         if abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
-            # If a batch has as many rows as time steps, Keras applies the sample weights to the
-            # time steps, and the values differ. This can be so for one of the two batch sizes. So
-            # with sample weights, it is enough if the values agree for the other one.
+            # The loop compares the values for two batch sizes. If a batch has as many rows as time
+            # steps, Keras applies the sample weights to the time steps, and the values differ. This
+            # is possible for only one of the two sizes. So with sample weights, it is enough if the
+            # values agree for one size.
             if sample_weights(probe.y) is not None:
                 return
         else:
@@ -152,9 +155,9 @@ def _mean(net: Any, probe: Examples, losses: NDArray, count: int) -> float:
 
 
 def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
-    """Return the loss that Keras reports for a batch, without the weights' regularisers.
+    """Return the loss that Keras reports for a batch, without the regularisers of the weights.
 
-    Returns: the number, or None if Keras refuses to evaluate this batch.
+    Returns: the loss, or None if Keras raises an error for this batch.
     """
     flat = net.flat
     raw, added = flat.called(net.theta_tensor(), flat.inputs(some.x))
@@ -168,7 +171,8 @@ def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
     )
     names = net.ending.names
     if net.loss.masked and weight is not None and not isinstance(weight, Mapping):
-        # Otherwise Keras would apply the weights to time steps, or fail.
+        # The weights get the rank of the mask. Otherwise Keras would apply them to time steps, or
+        # fail.
         weight = tf.reshape(weight, [-1] + [1] * (len(raw._keras_mask.shape) - 1))
     if isinstance(weight, Mapping):
         weight = {name: weight.get(name) for name in names}
@@ -184,7 +188,7 @@ def _reported(net: Any, compiled: Any, some: Examples) -> float | None:
             compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names
         )
         fresh.build(y, raw)
-        # Otherwise Keras rounds float64 to float32.
+        # The losses compute in the net's dtype. Otherwise Keras would round float64 to float32.
         fresh._flat_losses = [
             entry._replace(loss=in_dtype(entry.loss, net.dtype.name))
             for entry in fresh._flat_losses

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Callers use these methods of a net many times at one theta, with different vectors.
+# Callers use these methods of a net many times at the same theta, each time with other vectors.
 _ASKED_AGAIN = ("hvp", "gauss_newton_product", "directional", "bregman_gradient")
 
 
@@ -26,7 +26,7 @@ class PerRow:
     Attributes:
       num_vectors: the largest m of the arguments (d, m), or 1 without such an argument. The number
         of rows per batch depends on it.
-      keeps: True if the net may cache results that depend only on its theta and the batch.
+      keeps: True if the net may cache intermediate results that depend only on theta and the batch.
     """
 
     def __init__(self, method: str, *arguments: NDArray):

@@ -47,9 +47,9 @@ FREE_SECONDS = 2.0
 # With keep_weights=None, weights are saved if those of all epochs take at most this many bytes.
 _MOST_BYTES = 1 << 30
 # A batch of a recording pass has _TIMES times the rows of a training batch, but at least _ROWS and
-# at most _MOST_ROWS. A recording pass needs less memory per row, because it computes no gradient.
+# at most _MOST_ROWS. It needs less memory per row than training, because it computes no gradient.
 _ROWS, _TIMES, _MOST_ROWS = 64, 4, 1024
-# This text replaces the order of the rows in the header. Keras does not tell it to callbacks.
+# The header contains this text in place of the rows' order, which Keras does not tell callbacks.
 ORDER = (
     "not known: Keras tells a callback neither whether the rows are shuffled nor their order. The "
     "seed is that of keras.utils.set_random_seed, if it was called. It fixes the order only "
@@ -88,7 +88,7 @@ class Recorder(keras.callbacks.Callback):
       every: record the first epoch, then every `every`-th epoch, and the last, however long this
         takes. None chooses by the measured times.
       keep_weights: True to save the weights after each recorded epoch, False to save only those at
-        the start. None saves them if the weights of all epochs together take at most 1 GiB.
+        the start. None means True if the weights of all epochs together take at most 1 GiB.
       loss: the loss of a row, for a model that overrides `compute_loss`. None means the compiled
         loss.
 
@@ -126,7 +126,10 @@ class Recorder(keras.callbacks.Callback):
     # --- Keras' callback --------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the rows and the folder. Another callback may still restore the weights later."""
+        """Check the rows and the folder. `on_epoch_begin` reads the weights at the start.
+
+        They are not read here, because another callback may restore them after this call.
+        """
         start = self._clock()
         checkpoint.check_writable(self.folder, "folder")
         self._net = GenericNeuralNet(self.model, self._loss)
@@ -138,8 +141,8 @@ class Recorder(keras.callbacks.Callback):
         self._about = self._described()
         if (self.folder / HEADER).exists():
             self._check_folder(read_header(self.folder))
-        # `_own` counts all seconds of recording, and `_charged` those already written to files.
-        # `_trained` counts the seconds of training.
+        # `_own` counts the seconds of recording, `_charged` those of them that files already
+        # contain, and `_trained` the seconds of training.
         self._own, self._charged, self._trained = self._clock() - start, 0.0, 0.0
         self._j, self._tracing = self._every or 1, 0.0
         self._cost: float | None = None
@@ -160,7 +163,10 @@ class Recorder(keras.callbacks.Callback):
         self._own += self._started - start
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Read the learning rate before the first batch, and the batch size before the second."""
+        """Read the learning rate before an epoch's first batch. Then measure the batch size once.
+
+        The batch size is measured before the second batch, from Keras' number of trained rows.
+        """
         if np.isnan(self._rate):
             self._rate = keras_state.learning_rate(self.model)
         elif self._batch < 0 and batch > 0:
@@ -171,7 +177,7 @@ class Recorder(keras.callbacks.Callback):
         """Count the batch. After the last batch of the epoch, read the number of trained rows.
 
         `on_epoch_end` would be too late, because another callback's `evaluate` may have reset
-        Keras' counter. If the number of batches is unknown, every batch reads the counter.
+        Keras' counter. If the number of batches is unknown, the counter is read after every batch.
         """
         self._batches = batch + 1
         steps = (self.params or {}).get("steps") or self._steps
@@ -208,7 +214,11 @@ class Recorder(keras.callbacks.Callback):
     # --- the folder -------------------------------------------------------------------------------
 
     def _begin(self, done: int) -> None:
-        """Write the header and the weights at the start, or continue a record of `done` epochs."""
+        """Begin a record before the first epoch of this `fit`, or continue the one in the folder.
+
+        `done` is the number of epochs that were trained before. A new record gets a header, and a
+        file of the current weights. A record of another training raises ValueError.
+        """
         header, recorded = self.folder / HEADER, epochs_in(self.folder)
         about = read_header(self.folder) if header.exists() and recorded else None
         began = done if about is None else about["began"]
@@ -246,7 +256,10 @@ class Recorder(keras.callbacks.Callback):
             weights_file(self.folder, epoch).unlink(missing_ok=True)
 
     def _go_on(self, epochs: range, theta: NDArray) -> None:
-        """Restore counts from the files of earlier epochs. Record the last epoch if it has none."""
+        """Restore the counts of time, rows and steps from the files of these epochs.
+
+        If the last of the epochs has no whole file, it is recorded now. theta is the current one.
+        """
         file: dict[str, NDArray] | None = None
         for epoch in epochs:
             try:
@@ -323,7 +336,7 @@ class Recorder(keras.callbacks.Callback):
         }
 
     def _all_weights(self) -> dict[str, NDArray]:
-        """Return theta and the other weights, such as running means, to repeat the training."""
+        """Return theta and all other weights, such as running means, from which training began."""
         others = {id(weight) for weight in self._weights}
         found = [w for w in self.model.weights if id(w) not in others]
         return {"theta": self._theta()} | {
@@ -349,14 +362,15 @@ class Recorder(keras.callbacks.Callback):
         self._store(number, file, start)
 
     def _write_file(self, number: int, file: dict[str, NDArray], start: float) -> None:
-        """Compute margins and losses, and write the files of an epoch.
+        """Compute the margins and losses after an epoch, and write the epoch's files.
 
-        `start` is the clock's time when the recording of this epoch began.
+        `file` contains the epoch's other entries. `start` is the clock's time when the recording of
+        this epoch began.
         """
         margins, losses = self._passed()
         if self._keeps_weights():
             checkpoint.store(weights_file(self.folder, number), {"theta": self._theta()})
-        # The time of tracing is left out, because later passes do not trace again.
+        # `_cost` estimates the seconds of a later pass. Later passes do not trace the model again.
         self._cost = self._clock() - start - self._tracing
         self._store(number, {**file, "margins": margins, "losses": losses}, start)
 
@@ -392,7 +406,7 @@ class Recorder(keras.callbacks.Callback):
         return margins, losses
 
     def _followed(self) -> tuple[GenericNeuralNet, Examples]:
-        """Return the net with the model's current weights, and the rows in its input form."""
+        """Return a net with the current weights of the trained model, and the rows for this net."""
         net = self._net
         if net.flat.weights[0] is not self._weights[0]:  # the net is a copy in another dtype
             source = split(self.model)[1].weights
@@ -401,7 +415,8 @@ class Recorder(keras.callbacks.Callback):
         if net.flat.trunk is not None:
             try:
                 net.flat.trunk.check_weights()
-            except RuntimeError:  # the training changes running means in the trunk
+            except RuntimeError:
+                # The training changes running means in the trunk, so features are not cached.
                 self._net, self._traced = net.uncut(), False
                 self._train = inputs_of(self._train)
         return self._net, self._train
@@ -423,7 +438,10 @@ class Recorder(keras.callbacks.Callback):
         return needed <= _MOST_BYTES
 
     def _is_due(self, number: int, seconds: float) -> bool:
-        """Return True if the epoch must be recorded. From the second epoch on, update j first."""
+        """Return True if the epoch must be recorded. `_j` is j in the docstring of Recorder.
+
+        From the second epoch on, first double `_j` until recording takes at most the allowed time.
+        """
         planned, first = self._planned(), self._about["began"] + 1
         if self._every is None and self._cost is not None and number > first and seconds > 0:
             left = max(planned - number, 0)
@@ -443,7 +461,7 @@ class Recorder(keras.callbacks.Callback):
         """Return the rule for the margins. Refuse rows that do not fit the model or the loss.
 
         The check uses the inputs of one row and the labels of all rows. It also traces the function
-        of the later passes, before their time is measured.
+        that the later passes use, so their measured time does not include tracing.
         """
         net, few = self._net, self._train.take([0])
         check_inputs(net.flat.model, few.x, "train")
@@ -452,7 +470,7 @@ class Recorder(keras.callbacks.Callback):
         net.loss.check_labels(self._train.y, shapes, "train")
         margins = Margins.of(net, self._train)
         if Recorded(margins).losses(net, few.x, few.y).shape != (1,):
-            net.validate(self._train, "train")  # raises an error with the loss and a remedy
+            net.validate(self._train, "train")  # raises: one row has not one loss
         return margins
 
     def _is_training(self) -> bool:
@@ -462,7 +480,8 @@ class Recorder(keras.callbacks.Callback):
         return int((self.params or {}).get("epochs") or 1)
 
     def _finish_counts(self) -> None:
-        # If a dataset has unknown length, the optimiser counts the call that finds its end too.
+        # If a dataset has unknown length, the optimiser's number of steps may include the call that
+        # finds the end of the dataset. The number of batches does not.
         self._steps = min(keras_state.iterations(self.model) - self._at, self._batches)
         if self._rows < 0:
             self._rows = keras_state.rows_seen(self.model)

@@ -48,7 +48,8 @@ def check_model(model: keras.Model, weights: Sequence[Any]) -> None:
                 "mean over rows by self.add_loss instead, or put it into the loss."
             )
         computes = str(layer.compute_dtype)
-        # Sequential and functional models only pass tensors on to their layers.
+        # Sequential and functional models only pass tensors on to their layers, so their own dtype
+        # has no effect.
         containers = InputLayer | keras.Sequential
         passes_on = isinstance(layer, containers) or not layer._convert_input_args
         if not passes_on and "float" in computes and computes != dtypes[0]:
@@ -182,7 +183,8 @@ def check_no_masses(net: Any, what: str) -> None:
         )
 
 
-# Checks of embedding ids that each set of examples has passed. They are not repeated.
+# For each set of examples, the pairs (input, input_dim) whose embedding ids have been checked. No
+# check is repeated.
 _PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()
 
 
@@ -190,8 +192,9 @@ _PASSED: WeakKeyDictionary[Any, set] = WeakKeyDictionary()
 def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterator[Any]:
     """Check the ids of all rows for every Embedding layer that runs inside the `with` block.
 
-    The caller runs the model on a few rows x inside the block. An input is checked if an Embedding
-    layer receives it unchanged. Ids that the model computes are not checked.
+    Inside the block, the caller runs the model on the yielded x, a few rows. The ids in an input
+    are checked for all rows if an Embedding layer receives this input unchanged. Ids that the model
+    computes are not checked.
 
     `examples` contains all rows. It is read once for each layer. Messages call it `name`.
 
@@ -208,7 +211,7 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
     with mock.patch.object(keras.layers.Embedding, "call", recording):
         try:
             yield x
-        finally:  # the check also runs if a bad id in the few rows made the model fail
+        finally:  # if a bad id among the few rows made the model fail, the check names this id
             for layer, inputs in uses:
                 for key, tensor in x.items() if isinstance(x, dict) else [(None, x)]:
                     if inputs is tensor:
@@ -216,7 +219,11 @@ def watched_ids(model: keras.Model, x: Any, examples: Any, name: str) -> Iterato
 
 
 def _as_declared(model: keras.Model, x: Any) -> Any:
-    """Cast x to the dtypes of the model's inputs. Layers then receive x itself, not a copy."""
+    """Cast inputs x to the dtypes that the model declares.
+
+    Without this, the model would cast x. Its Embedding layers would then receive other tensors than
+    those in x, and `watched_ids` would not recognise them.
+    """
     wanted = declared(model)
     if isinstance(x, dict):
         return {k: tf.cast(v, wanted[k].dtype) if k in wanted else v for k, v in x.items()}
@@ -248,11 +255,15 @@ def _check(layer: keras.layers.Embedding, examples: Any, key: Any, name: str, ot
 def _outside(
     key: Any, other: dict, input_dim: int, net: Any, theta: Any, x: Any, y: Any
 ) -> tuple[Any, int]:
-    """Return the first bad id in a batch as (row, id) or None, and the number of rows."""
+    """Return (first, n). n is the number of rows of a batch.
+
+    `first` is (row, id) for the first id that is not from 0 to input_dim - 1. It is None if all ids
+    of the batch are valid.
+    """
     if key is None:
         ids = x
     else:  # x may use other names for the inputs
         ids = next(part for given, part in x.items() if other.get(given, given) == key)
-    outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates floats
+    outside = (ids <= -1) | (ids >= input_dim)  # Keras truncates -0.5 to 0
     where = tuple(np.argwhere(outside)[0]) if outside.any() else None
     return None if where is None else (where[0], ids[where]), len(y)

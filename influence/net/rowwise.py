@@ -12,9 +12,10 @@ from influence.examples import labels as packing
 
 
 def labels_of(y: Any, output: str | None, several: bool = False) -> Any:
-    """Return the labels of one output, without weights. For a single output, `output` is None.
+    """Return the labels of one output, without weights.
 
-    If `several` is True, the labels of several outputs are returned as a dict.
+    `output` is the output's name, or None for a model with one output. If `several` is True and y
+    has labels for several outputs, all these labels are returned as a dict.
 
     Raises: ValueError if y has no labels for the output.
     """
@@ -66,9 +67,9 @@ def of_rows(
 
 
 def of_callable(function: Callable, y: Any, output: Any) -> Any:
-    """Call a user's function. If it fails for integer labels, cast them to the outputs' dtype.
+    """Call a user's function. If it fails for integer labels, cast them and call it again.
 
-    Keras always casts the labels for a compiled function in this way.
+    The labels are cast to the dtype of the outputs. Keras always does this for a compiled function.
     """
     try:
         return function(y, output)
@@ -99,8 +100,8 @@ def as_keras_calls(function: Callable, y: Any, output: Any, positions: Any = Non
 def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
     """Return the values (n,) of a loss that overrides `__call__`, from one call for each row.
 
-    The value for a whole batch may differ from the mean over its rows.
-    `GenericNeuralNet.validate` compares both.
+    The loss may return for a whole batch another value than the mean of these n values.
+    `GenericNeuralNet.validate` compares the two.
     """
     loss = in_dtype(loss, output.dtype.name)
 
@@ -108,7 +109,7 @@ def one_by_one(loss: keras.losses.Loss, y: Any, output: Any) -> Any:
         y, output = (tf.expand_dims(t, 0) for t in part)
         return tf.reduce_mean(tf.cast(loss(y, output), output.dtype))
 
-    # Without this reshape, the gradient would be an IndexedSlices and not a tensor.
+    # Without this reshape, the gradient with respect to `output` would be an IndexedSlices.
     output = tf.reshape(output, tf.shape(output))
     return tf.vectorized_map(of_row, (tf.convert_to_tensor(y), output))
 
@@ -123,7 +124,7 @@ def in_dtype(loss: keras.losses.Loss, dtype: str) -> keras.losses.Loss:
 def _over_positions(values: Any, positions: Any) -> Any:
     """Average each example's losses over its time steps or pixels, or sum them with weights.
 
-    Raises: ValueError if the losses do not have one value for each weight.
+    Raises: ValueError if there is not exactly one loss for each weight of a position.
     """
     rank = len(values.shape)
     if positions is not None:

@@ -34,7 +34,7 @@ def load_model(
     Args:
       path: a `.keras` or `.h5` file of a whole model. If `model` is given, the file may also be a
         `.weights.h5` file.
-      model: a built model of the same architecture, which gets the weights in the file. None to
+      model: a built model of the same architecture. It gets the weights in the file. None means to
         load a whole model.
       compiled: True to load the compiled loss too.
 
@@ -92,7 +92,8 @@ def _loaded(file: Path, compiled: bool) -> keras.Model:
         warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
         if file.suffix == ".keras":
             return keras.saving.load_model(file, compile=compiled, safe_mode=True)
-        # When Keras 3 loads this old format, it cannot compile some losses, such as "mse".
+        # When Keras 3 loads this old format, it cannot compile some losses, such as "mse". The
+        # model is therefore compiled below, from the configuration in the file.
         model = keras.saving.load_model(file, compile=False, safe_mode=True)
     if compiled:
         with h5py.File(file) as opened:

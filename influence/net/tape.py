@@ -17,9 +17,10 @@ _ZERO = tf.UnconnectedGradients.ZERO
 Losses = Callable[[Any, Any, Any], Any]
 Each = Callable[[Callable, Any], Any]
 
-# `tf.vectorized_map` is wrong for grouped convolutions. It fails for recurrent layers, and for
-# gradients of branches such as `tf.cond`. For other convolutions, it is no faster than a loop, and
-# takes m times the memory of a loop.
+# Prefixes of operations for which `looped` replaces `tf.vectorized_map`. `tf.vectorized_map` is
+# wrong for grouped convolutions. It fails for recurrent layers, and for gradients of branches such
+# as `tf.cond`. For other convolutions, it is no faster than a loop over the m vectors, and takes m
+# times the memory of the loop.
 _LOOPED_OPS = (
     *("Conv", "DepthwiseConv", "While", "StatelessWhile", "TensorList", "CudnnRNN"),
     *("If", "StatelessIf", "Case", "StatelessCase"),
@@ -38,7 +39,7 @@ def operations(graph: Any) -> list[Any]:
 
 
 def looped(function: Callable, elements: Any, dtype: Any) -> Any:
-    """Apply a function to one element after the other. Stack the results, which have `dtype`."""
+    """Apply a function to one element after the other. Stack its results, of the dtype `dtype`."""
     return tf.map_fn(function, elements, fn_output_signature=tf.as_dtype(dtype))
 
 
@@ -56,7 +57,10 @@ def value_and_gradient(function: Callable, at: Any) -> tuple[Any, Any]:
 
 
 def hessian_map(function: Callable, at: Any) -> Callable:
-    """Return the map v -> H v for a Hessian H, by reverse over reverse (Pearlmutter 1994)."""
+    """Return the map v -> H v, by reverse over reverse (Pearlmutter 1994).
+
+    H is the Hessian of a scalar function at the tensor `at`.
+    """
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(at)
         g = gradient(function, at)
@@ -84,12 +88,12 @@ def gradients(losses: Losses, each: Each, theta: Any, x: Any, y: Any) -> Any:
 
 
 def gradient_each(losses: Losses, each: Each, thetas: Any, x: Any, y: Any) -> Any:
-    """Return the gradient (r, d) of the mean loss of each batch x[j] at thetas[j]."""
+    """Return the gradient (r, d) of the mean loss of each batch (x[j], y[j]) at thetas[j]."""
     return each(lambda part: gradient(mean_loss(losses, *part[:2]), part[2]), (x, y, thetas))
 
 
 def _num_rows(y: Any) -> Any:
-    """Return the number of rows of y as a tensor (1,). y is a tensor or a dict of tensors."""
+    """Return the shape tensor [n] of y's n rows. y is a tensor or a dict of tensors."""
     return tf.shape(tf.nest.flatten(y)[0])[:1]
 
 
@@ -101,8 +105,8 @@ def _alone(losses: Losses, theta: Any, x: Any, y: Any) -> Any:
 def directional(losses: Losses, each: Each, theta: Any, x: Any, y: Any, V: Any) -> Any:
     """Return grad loss_i . v_j for every row v_j of V and every example i, (m, n).
 
-    This is the derivative of (sum_k u_k grad loss_k) . v_j with respect to the weight u_i. No
-    gradient of a single example is formed.
+    Entry (j, i) is the derivative of (sum_k u_k grad loss_k) . v_j with respect to the weight u_i.
+    The gradient of a single example is never computed.
     """
     u = tf.ones(_num_rows(y), theta.dtype)
     with tf.GradientTape(persistent=True) as tape:
@@ -123,10 +127,10 @@ def input_gradient(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
 def output_terms(
     output: Callable, loss: Callable, curved: Callable, each: Each, theta: Any, x: Any, y: Any
 ) -> tuple[Any, Any, Any]:
-    """Return each row's outputs z (n, c), and the gradients and Hessians of the losses.
+    """Return the outputs z (n, c) of all rows, and the derivatives of each row's loss.
 
-    The gradients (n, c) and Hessians (n, c, c) are those with respect to z. `curved` is the method
-    `PerExampleLoss.curved`. Outputs of other shapes are flattened.
+    These are the gradients (n, c) and the Hessians (n, c, c) with respect to z. `curved` is the
+    method `PerExampleLoss.curved`. Each row of z is flattened.
     """
     z = output(theta, x)
     slope = gradient(lambda z: tf.reduce_sum(loss(y, z)), z)
@@ -161,8 +165,8 @@ def bregman_gradient(
 
     Row i's divergence is loss(y_i, z) - loss(y_i, z_i) - loss'(y_i, z_i) . (z - z_i). z_i is the
     output at theta, and z is the output at the other parameters. Near theta, the slopes loss' at z
-    and z_i are almost equal. Fewer digits are lost if their difference is taken before the backward
-    pass.
+    and at z_i are almost equal. Their difference is taken before the backward pass, because a
+    difference of two gradients would lose more digits.
     """
 
     def slope(z):
@@ -183,7 +187,7 @@ def bregman_gradient(
 def curvatures(losses: Losses, theta: Any, x: Any, y: Any, v: Any) -> Any:
     """Return v' H_i v (n,). H_i is the Hessian of example i's loss.
 
-    This is the derivative of v' (sum_k u_k H_k) v with respect to the weight u_i.
+    v' H_i v is the derivative of v' (sum_k u_k H_k) v with respect to the weight u_i.
     """
     u = tf.ones(_num_rows(y), theta.dtype)
     return gradient(lambda u: _along_twice(losses, theta, x, y, v, u), u)

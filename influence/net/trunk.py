@@ -26,7 +26,7 @@ from influence.net.inputs import aliases, declared
 from influence.net.precision import recast
 from influence.net.preprocessing import Given, compile_like, declared_tensor
 
-# One call of a trunk gets at most this many rows, and at most this many numbers in its inputs.
+# One call of a trunk gets at most _ROWS rows, and inputs with at most _ENTRIES numbers in total.
 _ROWS, _ENTRIES = 256, 1 << 21
 # A trace with this many input rows checks that a trunk returns the same number of rows.
 _TRACED = 3
@@ -35,7 +35,7 @@ _RTOL = 1e-3
 
 
 class Trunk:
-    """Function from inputs to features, made of the layers of a model in front of theta.
+    """Function from inputs to features, made of the layers of a model that come before theta.
 
     Args:
       whole: the model that was cut.
@@ -50,7 +50,7 @@ class Trunk:
 
     def __init__(self, whole: keras.Model, tensors: list[Any]):
         graph = getattr(whole, "_functional", None) or whole
-        self.parts: Parts | None = None  # set by `Parts`, and pickled in place of the trunk
+        self.parts: Parts | None = None  # `Parts` sets this. It is pickled in place of the trunk
         name_of = {id(tensor): name for name, tensor in declared(graph).items()}
         shapes = {name: (tuple(t.shape[1:]), t.dtype) for name, t in declared(graph).items()}
         self._given = Given(shapes, aliases(graph))
@@ -144,7 +144,10 @@ class Trunk:
         examples.checked = True
 
     def composed(self, rest: keras.Model) -> keras.Model:
-        """Return the model that applies this trunk and then `rest`, perhaps in another dtype."""
+        """Return the model that applies this trunk and then `rest`.
+
+        If `rest` has another dtype than the trunk, the features are cast.
+        """
         given = [
             keras.ops.cast(tensor, new.dtype) if tensor.dtype != new.dtype else tensor
             for tensor, new in zip(self._tensors, rest.inputs, strict=True)
@@ -301,7 +304,8 @@ def _cut(model: keras.Model, weights: Iterable[Any]) -> tuple[Trunk | None, kera
 
     A model is cut only if it is Sequential or functional, and if a layer of the trunk multiplies by
     a matrix or a kernel. Other layers, such as Rescaling or Embedding, take little time, and their
-    outputs may be larger than their inputs.
+    outputs may be larger than their inputs. All outputs of the model must depend on theta.
+    `_is_plain` and `_keeps_rows` must be True for the features.
     """
     graph, theta = getattr(model, "_functional", None) or model, {id(w) for w in weights}
     if not is_functional(graph) or not _is_own(model):
@@ -330,7 +334,7 @@ def _cut(model: keras.Model, weights: Iterable[Any]) -> tuple[Trunk | None, kera
     for name, tensor in zip(trunk.names, tensors, strict=True):
         rounds = "float" in tensor.dtype and name not in shown
         shape = (None, *tensor.shape[1:])
-        kind = dtype if rounds else tensor.dtype  # the next layer would cast to theta's dtype
+        kind = dtype if rounds else tensor.dtype  # the next layer casts to theta's dtype anyway
         inputs.append(keras.Input(batch_shape=shape, dtype=kind, name=name))
     made = replayed(behind, dict(zip(found, inputs, strict=True)), lambda operation: operation)
     results = keras.tree.map_structure(lambda tensor: made[id(tensor)], graph._outputs_struct)
@@ -389,7 +393,7 @@ def _needed(tensors: list[Any], made_by: dict[int, Any]) -> list[Any]:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Return True for a dense tensor of numbers without a mask, whose rows have a known size."""
+    """Return True for a dense tensor of numbers without a mask, if its rows have a known shape."""
     return (
         tensor.shape[0] is None
         and None not in tensor.shape[1:]
@@ -429,20 +433,21 @@ def _keeps_rows(graph: Any, operations: list[Any], tensors: list[Any]) -> bool:
     try:
         found = tf.function(call, autograph=False).get_concrete_function(*specs).structured_outputs
     except (TypeError, ValueError, tf.errors.OpError):
-        return False
+        return False  # the check failed, so the model is not cut
     return not any(added) and all(part.shape[:1] == [_TRACED] for part in found)
 
 
 def _is_known(layer: Any) -> bool:
-    """Return True for one of Keras' own layers that contains no function and adds no loss."""
+    """Return True for one of Keras' own layers that adds no loss and is not a Lambda."""
     adds = getattr(layer, "activity_regularizer", None) is not None
     return _is_own(layer) and not isinstance(layer, keras.layers.Lambda) and not adds
 
 
 def _opened(graph: Any, theta: set[int]) -> Any:
-    """Return the graph with each inner model that contains theta's weights replaced by its layers.
+    """Return a graph in which some inner models are replaced by their layers, so they can be cut.
 
-    Only an inner model with one input, no mask, and layers outside theta is replaced.
+    These are the inner models that contain weights of theta, and also a layer outside theta that
+    `_multiplies` accepts. They must have one input and no mask.
     """
 
     def inner(node: Any) -> Any:
