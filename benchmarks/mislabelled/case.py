@@ -70,8 +70,8 @@ def run(name: str, chosen: Set, share: float, kind: str, root: Path | None) -> d
         "accuracy": np.array(found.subject.of_train.accuracy),
         "test_accuracy": np.mean(predicted == y_test),
         "weight_decay": np.array(found.last.weight_decay if found.last else np.nan),
-        "leave_one_out_loss": np.array(found.last.losses.mean() if found.last else np.nan),
-        "held_out_loss": np.array(found.last.held_out.mean() if found.last else np.nan),  # type: ignore
+        "leave_one_out_loss": np.array(found.last.least[0].mean() if found.last else np.nan),
+        "held_out_loss": np.array(found.last.least[1].mean() if found.last else np.nan),  # type: ignore
         "seconds_training": np.array(trained),
         "seconds_audit": np.array(seconds),
         "seconds_history": np.array(recorded),

@@ -13,8 +13,11 @@ The leave-one-out output of a row is the output of a refit without this row. At 
 has a closed form. For classes the form is approximate (`leave_one_out_outputs`: Rad & Maleki 2020).
 For numbers it is exact: y - (y - z) / (1 - h), with the row's fitted value z and leverage h.
 
-lambda is chosen from a fixed grid. The chosen value minimises the mean leave-one-out loss, weighted
-by w. The choice needs no information about which labels are wrong.
+lambda is chosen from a fixed grid by the mean loss on held-out rows. Without held-out rows, it is
+chosen by the mean leave-one-out loss, weighted by w. The choice is the largest lambda whose mean
+loss is within one standard error of the least mean loss (Breiman, Friedman, Olshen & Stone 1984,
+section 3.4.3). So the refit fits a label, which may be wrong, only as closely as clearly improves
+the predictions. The choice needs no information about which labels are wrong.
 
 The refit has a limit: the features come from a training that used every label. If the network
 memorised a wrong label, the features of this row may already resemble the wrong class.
@@ -23,7 +26,7 @@ memorised a wrong label, the features of this row may already resemble the wrong
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +44,7 @@ from influence.scores.out_of_sample import leave_one_out_outputs
 from influence.solvers import Direct
 
 # The grid of lambda. The search begins with the largest value.
-WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 # The search stops after this many consecutive values without a smaller loss.
 _WORSE = 2
 # The refit has at most this many weights. If there are too many features for this limit, the refit
@@ -100,10 +103,12 @@ class LastLayer(OutOfSample):
 
     Attributes:
       weight_decay: the chosen lambda.
-      searched: dict from each lambda of the search to the weighted mean leave-one-out loss.
+      searched: dict from each lambda of the search to the mean loss by which lambda is chosen.
       num_features: the number of features, or of principal components, in the refit.
       dropped: share of the features' variance that the principal components leave out, or 0.
       held_out: (m,) losses of held-out rows by the refit on all n rows, or None.
+      least: the arrays `losses` and `held_out` for the lambda with the least mean leave-one-out
+        loss. They show best whether the features have memorised labels.
       weighted: True if the sample weights of the refit differ between rows.
     """
 
@@ -112,6 +117,7 @@ class LastLayer(OutOfSample):
     num_features: int
     dropped: float
     held_out: NDArray | None
+    least: tuple[NDArray, NDArray | None]
     weighted: bool = False
 
 
@@ -146,37 +152,30 @@ def last_layer(
         scale = float(np.sqrt(np.average((y - mean) ** 2, weights=w))) or 1.0
         y = (y - mean) / scale
     fit = _classes(x, y, num_classes, w) if num_classes else _numbers(x, y, w)
-    searched: dict[float, float] = {}
-    best, chosen, worse = None, 0.0, 0
+    tried: list[_Fit] = []
     for decay in sorted(WEIGHT_DECAYS, reverse=True):
         found = fit(decay)
-        searched[decay] = float(np.average(found.losses, weights=w))
-        if best is None or searched[decay] < searched[chosen]:
-            best, chosen, worse = found, decay, 0
-        else:
-            worse += 1
-        if worse == _WORSE:
+        if held_out is not None:
+            z, known = found.outputs_of(transform(held_out[0])), np.asarray(held_out[1])
+            left = known - (z[:, 0] * scale + mean)
+            lost = _cross_entropy(_two(z), known) if num_classes else left**2 / 2
+            found = replace(found, held_out=lost)
+        tried.append(replace(found, losses=found.losses * scale**2))
+        if all(_passed(means) for means in _means(tried, w) if means):
             break
-    assert best is not None
-    lost = None
-    if held_out is not None:
-        z, known = best.outputs_of(transform(held_out[0])), np.asarray(held_out[1])
-        lost = (
-            _cross_entropy(_two(z), known)
-            if num_classes
-            else (known - (z[:, 0] * scale + mean)) ** 2 / 2
-        )
-    outputs = _two(best.outputs) if num_classes else best.outputs * scale + mean
+    own, others = _means(tried, w)
+    least, chosen = tried[int(np.argmin(own))], _chosen(tried, own, others, w)
     return LastLayer(
-        outputs,
-        best.losses * scale**2,
+        _two(chosen.outputs) if num_classes else chosen.outputs * scale + mean,
+        chosen.losses,
         np.asarray(given),
         "the last layer, refitted without the row on the network's features (closed form)",
-        weight_decay=chosen,
-        searched={decay: loss * scale**2 for decay, loss in searched.items()},
+        weight_decay=chosen.weight_decay,
+        searched={one.weight_decay: m for one, m in zip(tried, others or own, strict=True)},
         num_features=x.shape[1],
         dropped=dropped,
-        held_out=lost,
+        held_out=chosen.held_out,
+        least=(least.losses, least.held_out),
         weighted=bool(np.ptp(w) > 0),
     )
 
@@ -200,14 +199,40 @@ class _Fit:
     """Result of a fit with one lambda.
 
     Attributes:
+      weight_decay: lambda.
       outputs: (n, width) leave-one-out outputs.
       losses: (n,) leave-one-out losses.
       outputs_of: function from features (m, f) to the outputs (m, width) of the fit on all rows.
+      held_out: (m,) losses of held-out rows by the fit on all rows, or None.
     """
 
+    weight_decay: float
     outputs: NDArray
     losses: NDArray
     outputs_of: Callable[[NDArray], NDArray]
+    held_out: NDArray | None = None
+
+
+def _means(tried: list[_Fit], w: NDArray) -> tuple[list[float], list[float]]:
+    """Return the mean leave-one-out losses, and the mean held-out losses if there are any."""
+    own = [float(np.average(fit.losses, weights=w)) for fit in tried]
+    return own, [float(fit.held_out.mean()) for fit in tried if fit.held_out is not None]
+
+
+def _passed(means: list[float]) -> bool:
+    """Return True if the last `_WORSE` means are no smaller than an earlier one."""
+    return len(means) - 1 - int(np.argmin(means)) >= _WORSE
+
+
+def _chosen(tried: list[_Fit], own: list[float], others: list[float], w: NDArray) -> _Fit:
+    """Return the fit with the largest lambda within one standard error of the least mean loss."""
+    means = others or own
+    best = int(np.argmin(means))
+    lost = tried[best].held_out
+    values, weights = (tried[best].losses, w) if lost is None else (lost, np.ones(len(lost)))
+    variance = np.average((values - means[best]) ** 2, weights=weights)
+    error = float(np.sqrt(variance * (weights**2).sum())) / weights.sum()
+    return next(fit for fit, mean in zip(tried, means, strict=True) if mean <= means[best] + error)
 
 
 def _classes(x: NDArray, y: NDArray, num_classes: int, w: NDArray) -> Callable[[float], _Fit]:
@@ -225,7 +250,7 @@ def _classes(x: NDArray, y: NDArray, num_classes: int, w: NDArray) -> Callable[[
         net.fit(rows, gradient_tolerance=_GRADIENT)
         theta = net.theta  # the next fit starts at this theta
         found = leave_one_out_outputs(net, rows, solver=Direct(), damping=0.0, curvature=Hessian)
-        return _Fit(found.logits, _cross_entropy(_two(found.logits), y), net.outputs)
+        return _Fit(decay, found.logits, _cross_entropy(_two(found.logits), y), net.outputs)
 
     return fit
 
@@ -247,7 +272,8 @@ def _numbers(x: NDArray, y: NDArray, w: NDArray) -> Callable[[float], _Fit]:
         fitted = along @ (less * pulled)
         h = w * np.einsum("nf,f,nf->n", along, less, along) / len(x)
         left = (y - fitted) / np.maximum(1 - h, 1e-12)
-        return _Fit((y - left)[:, None], left**2 / 2, lambda z: _with_one(z) @ weights[:, None])
+        outputs_of = lambda z: _with_one(z) @ weights[:, None]  # noqa: E731
+        return _Fit(decay, (y - left)[:, None], left**2 / 2, outputs_of)
 
     return fit
 

@@ -19,7 +19,8 @@ other logit. The margin of a numeric label is minus the absolute residual.
 3. If the last layer could not be refitted, use `history` if it is given, else `loss`.
 
 The test for memorisation compares two mean losses: the leave-one-out loss of the training rows, and
-the refit's loss on held-out rows. The features have memorised the labels if the first loss is below
+the refit's loss on held-out rows. Both are those of the weight decay with the least leave-one-out
+loss. The features have memorised the labels if the first loss is below
 half of the second one and the difference exceeds two standard errors of the second one. In this
 case, leaving a row out of the refit does not remove the information that the features contain about
 its label.
@@ -128,10 +129,11 @@ def of_memory(last: LastLayer, reproduced: float | None) -> Alert | None:
       reproduced: the share of the training labels, or of their variance, that the network
         reproduces; None if it is unknown.
     """
-    own = float(last.losses.mean())
-    if last.held_out is not None and len(last.held_out) > 1:
-        there = float(last.held_out.mean())
-        error = float(last.held_out.std() / np.sqrt(len(last.held_out)))
+    losses, held_out = last.least
+    own = float(losses.mean())
+    if held_out is not None and len(held_out) > 1:
+        there = float(held_out.mean())
+        error = float(held_out.std() / np.sqrt(len(held_out)))
         if own >= _SHARE * there or there - own <= _ERRORS * error:
             return None
         return Alert(
