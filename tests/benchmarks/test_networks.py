@@ -8,7 +8,7 @@ from benchmarks.__main__ import SMOKE
 
 def test_every_question_is_timed_in_passes_and_an_audit_finds_wrong_labels():
     digits = problem.load("digits", None)
-    shape = replace(SMOKE.perceptron, epochs=40, audited=1000)
+    shape = replace(SMOKE.perceptron, epochs=40, audited=1000, rounds=1)
     part = networks.run(digits, shape)
     assert part["d"] == 64 * 20 + 20 + 20 * 20 + 20 + 20 * 10 + 10
     names = {"prepare", "self_influence", "scores_of_1", "scores_of_10", "one_step_of_1"}

@@ -108,7 +108,8 @@ def test_every_number_is_that_of_the_head_on_features(how):
         np.testing.assert_allclose(one @ V, two @ V, rtol=RTOL, atol=1e-14)
         np.testing.assert_allclose(one.dense(), two.dense(), rtol=RTOL, atol=1e-14)
     np.testing.assert_allclose(net.outputs(XT), alone.outputs(tested), rtol=RTOL)
-    for solver in (Direct(), CG(1e-12), EKFAC()):
+    # All kinds of trunks share the code that computes scores, so one kind is asked of each solver.
+    for solver in (Direct(), CG(1e-12), EKFAC()) if how == "flat" else (EKFAC(),):
         options = {"solver": solver, "damping": 0.3, "curvature": GaussNewton}
         ours = Influence(net, (X, Y), **options)
         theirs = Influence(alone, (features, Y), **options)
