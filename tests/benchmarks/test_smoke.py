@@ -11,7 +11,8 @@ RESULTS = Path(__file__).resolve().parents[2] / bench.RESULTS
 
 
 def test_smoke_writes_numbers_and_their_table(part, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(solves, "python_of_peers", lambda: None)  # tested in test_solves.py
+    # This run omits the other libraries. test_peers.py tests them.
+    monkeypatch.setattr(solves, "python_of_peers", lambda: None)
     monkeypatch.setattr(bench.machine, "_SAMPLE_SECONDS", 0.1)
     # test_solves.py tests our own solves in child processes, so this run omits them.
     few = replace(bench.SMOKE, settings=bench.SMOKE.settings[1:])

@@ -99,7 +99,7 @@ def test_a_true_comment_passes(value, comment):
         (True, "1"),
         ("one_step", "'first_order'"),
         (0, "None"),
-        (3.0, "about 3"),  # "about 3" has a digit but no value in front
+        (3.0, "about 3"),  # the comment has a digit but does not begin with it
     ],
 )
 def test_a_false_comment_is_found(value, comment):

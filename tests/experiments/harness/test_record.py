@@ -69,7 +69,8 @@ def test_json_is_strict_and_says_null_for_nan(tmp_path):
 
 def test_same_record_same_bytes(tmp_path):
     _record().save(tmp_path / "first")
-    time.sleep(1.1)  # HDF5 can store times in seconds, so wait for another second
+    # HDF5 can store the time of writing, in whole seconds. Wait until such a time would differ.
+    time.sleep(1.1)
     _record().save(tmp_path / "second")
     for name in ("record.json", "arrays.h5"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
