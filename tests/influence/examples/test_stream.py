@@ -165,7 +165,8 @@ def test_large_labels_stay_on_disk(monkeypatch):
     monkeypatch.setattr("influence.examples.stream._LABEL_BYTES", 100)
     stream = as_stream(Examples(X, X))
     assert isinstance(stream.y, np.memmap) and not stream.y.flags.writeable
-    gc.collect()  # the file must exist as long as the labels, although it has no name
+    # The labels are in a file without a name. It must exist as long as the array of labels.
+    gc.collect()
     np.testing.assert_array_equal(stream.y, X)
     same_batches(stream, Examples(X, X), 7)
     assert not isinstance(as_stream(EXAMPLES).y, np.memmap) or len(Y) * 8 > 100
