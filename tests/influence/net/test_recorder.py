@@ -575,7 +575,8 @@ def test_another_callbacks_evaluate_does_not_change_the_number_of_rows(tmp_path,
             self.model.evaluate(x[:7], y[:7], verbose=0)
 
     callbacks = [Asks(), Recorder(tmp_path, (x, y), every=1)][::order]
-    if dataset:  # in the first epoch of a dataset, Keras does not know the number of batches
+    # After `filter`, Keras does not know the number of batches before the first epoch has ended.
+    if dataset:
         given = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
         given = given.filter(lambda x, y: tf.shape(y)[0] > 0)
         built().fit(given, epochs=3, verbose=0, callbacks=callbacks)

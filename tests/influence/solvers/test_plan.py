@@ -96,7 +96,7 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
     closed = Influence(p.net, p.train)
     assert (closed.plan.curvature, closed.plan.damping) == ("Hessian", 0)
     assert type(closed.plan.solver) is CG
-    # This is the same model without closed forms. Its outputs are affine in theta.
+    # A net without closed forms of the same Keras model. Its outputs are affine in theta, too.
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     net = GenericNeuralNet(p.net.model, loss)
     ours = Influence(net, p.train, approximation="first_order")
