@@ -227,7 +227,10 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
 
 
 def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
-    """Return the mean loss's Hessian (d, d) by nested tapes. It is wrong for normalising layers."""
+    """Return the Hessian (d, d) of the mean loss by nested tapes.
+
+    It is wrong for normalising layers, because TensorFlow's second derivatives of these are wrong.
+    """
     weights = model.trainable_weights
 
     @partial(tf.function, autograph=False)

@@ -26,7 +26,7 @@ EXACT = [
     (PYDVL, "direct", {}, 1e-12),
     (PYDVL, "LiSSA", LISSA, 1e-7),
     (PYDVL, "Nystrom", {"rank": 12}, 1e-6),  # pyDVL adds a shift to the matrix for stability
-    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # pyDVL computes the eigenvectors to a tolerance of 1e-6
+    (PYDVL, "Arnoldi", {"rank": 8}, 1e-5),  # pyDVL computes eigenvectors with the tolerance 1e-6
     (PYDVL, "EK-FAC", {}, None),
     (CAPTUM, "naive", {}, 1e-12),
     (CAPTUM, "Arnoldi", {"rank": DISTINCT}, 1e-8),
@@ -88,7 +88,7 @@ def setting(by, method, **options):
 
 @pytest.fixture(scope="module")
 def ask(small, tmp_path_factory):
-    """Return a function that gives a library's answers, and skips if the library is absent."""
+    """Give `ask(library)`, which returns the library's answers, or skips the test without it."""
     return functools.cache(lambda by: answers(by, small[0], tmp_path_factory.mktemp(by)))
 
 

@@ -92,7 +92,7 @@ def test_imagenettes_folders(imagenettes):
 
 
 def test_the_synsets_folders_in_the_order_of_their_numbers(tmp_path, small):
-    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # eleven images, one more than needed
+    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # eleven images, of which ten are used
     for c, synset in enumerate(dogfish.PAPERS):
         for number in numbers:
             rank = sorted(numbers).index(number)

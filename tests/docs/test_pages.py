@@ -27,7 +27,10 @@ def test_the_blocks_of_a_page_run(path, elsewhere):
 
 
 def _given(path: Path) -> dict:
-    """Return the names that a page uses without defining them: a model, its rows, public names."""
+    """Return the names that a page uses without defining them, with values.
+
+    They are a model, its training and test rows, and the public names of the library.
+    """
     if path.name != "README.md":
         return {}
     import keras

@@ -81,7 +81,10 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
 
 @pytest.mark.parametrize("flip_step, repeat", [(1, 0), (2, 1)])
 def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
-    """Compute flips, scores, orders, corrections and refits from closed forms."""
+    """Compare one draw of the run with the same draw, computed from closed forms.
+
+    A draw flips labels, scores all mails, corrects labels in several orders, and refits.
+    """
     record = of_few
     x, y = few.train[0].toarray(), few.train[1]
     x_test, y_test = few.test[0].toarray(), few.test[1]

@@ -32,7 +32,7 @@ def test_readme_is_short_and_so_is_its_table():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
     rows = report.headlines(report.read_all(RESULTS), RESULTS)
     assert 16 <= len(rows) <= 18
-    # The first rows are the paper's results. Their labels also show what fell short.
+    # The first rows are the paper's results. A label says so if a run was shortened.
     assert [row["label"] for row in rows][:4] == [
         "Figure 1",
         "Figure 2, left",

@@ -20,13 +20,13 @@ from tests import oracles
 
 @dataclass(frozen=True)
 class Problem:
-    """A net at the minimum of its risk, its data, and closed forms of its losses."""
+    """A net at the minimum of its risk, with its data and with oracles of its losses."""
 
     net: GenericNeuralNet
     train: Examples
     test: Examples
-    oracle: oracles.Risk  # the risk of the training rows
-    measured: oracles.Risk  # the losses of the test rows
+    oracle: oracles.Risk  # closed form of the risk of the training rows
+    measured: oracles.Risk  # closed form of the losses of the test rows
 
     @property
     def theta(self) -> NDArray:
@@ -41,7 +41,11 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 class _Traced(dict):
-    """Dictionary of traced functions. Those of losses and of penalties are shared separately."""
+    """Dictionary of a net's traced functions, in two parts.
+
+    `penalty` has the functions that compute the penalty, and `losses` has all others. Each part may
+    be shared with other nets.
+    """
 
     def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
         self.losses, self.penalty = losses, penalty

@@ -267,7 +267,8 @@ def test_a_dog_and_options_beyond_the_data_are_refused(splits, monkeypatch):
     with pytest.raises(ValueError, match=f"test_point must be a fish .*, got {dog}"):
         fig4.run(dataclasses.replace(SMOKE, test_point=dog), splits)
     assert fig4.PRESETS["standard"].test_point is None
-    monkeypatch.setattr(trunks, "timed_features", None)  # computing features would raise an error
+    # Without this function, computing features would fail. Options are refused before that.
+    monkeypatch.setattr(trunks, "timed_features", None)
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
             fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)

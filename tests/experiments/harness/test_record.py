@@ -224,6 +224,6 @@ def test_commit(tmp_path, monkeypatch):
     assert commit(tmp_path) == head
     (tmp_path / "notes.txt").write_text("no number depends on this")
     assert commit(tmp_path) == head
-    assert commit(code) == "built-from"  # only a repository's top folder counts
+    assert commit(code) == "built-from"  # `code` is in a repository, but is not its top folder
     (code / "net.py").write_text("a = 2\n")
     assert commit(tmp_path) == f"{head}-dirty"

@@ -128,7 +128,7 @@ def test_figure(record, splits):
         np.testing.assert_allclose(widths, values[order])
         long = np.array(splits.feature_names)[order]
         assert names == [name.replace("_disposition_id", "") for name in long]
-        # The child's features have another colour.
+        # The bars of the test child's own features have another colour than the others.
         assert len({bar.get_facecolor() for bar in axis.patches}) == 2
     (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
     np.testing.assert_allclose(refitted.get_xdata(), -3980 * arrays["moved_actual"])

@@ -61,7 +61,8 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(ask(x)["small/relu1"], first)
     assert asked == [1]
-    # Another layer of the same network uses the same files. Other images do not.
+    # The files hold the features of several layers of a network, so another layer of it needs no
+    # new files. Other images do.
     trunks.features(["small/relu2"], x, root=None, folder=tmp_path)
     assert asked == [1] and len(list(tmp_path.iterdir())) == 3
     other = x.copy()

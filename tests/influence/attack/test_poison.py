@@ -272,7 +272,8 @@ def test_more_poisons_are_ranked_at_the_weights_reached(problem):
     found = poison(net, train, test, np.arange(40), 0.8, counts=[1, 3], **options)
     assert found.rows.tolist() == [one.rows[0], *order[:2]]
     clean = np.argsort(-gradient_norms(net, train, test, np.arange(40)))
-    # Ranking again after the first poison changes the choice.
+    # The attack ranks the rows again after each poison. It then chooses other rows than the first
+    # ones of the ranking at the clean weights.
     assert found.rows.tolist() != clean[:3].tolist()
 
 
@@ -285,7 +286,7 @@ def test_restarts_begin_anywhere_in_the_box_and_the_best_is_kept(problem):
     for x in starts:
         assert (np.abs(x - train.x[rows]) <= 0.8).all() and np.abs(x - train.x[rows]).max() > 0.4
     other = check_targets(net, train, [30, 12], 0.8, None, None).anywhere([0], 3)
-    # Each row has its own random numbers.
+    # The random numbers of a row do not depend on the other rows in the call.
     np.testing.assert_array_equal(other, [starts[3][1], train.x[12]])
     changes = [by_refit(oracle, net, train, test, rows, x)[0] for x in starts]
     assert max(changes) > 0

@@ -322,7 +322,8 @@ def generated(rows):
     return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
 
-NOISE = np.random.default_rng(0)  # TensorFlow would repeat its noise after a global seed
+# NumPy's noise differs in each pass. TensorFlow would repeat its noise after a global seed.
+NOISE = np.random.default_rng(0)
 
 
 def noisy():

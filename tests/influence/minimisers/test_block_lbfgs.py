@@ -204,7 +204,10 @@ def test_after_a_step_that_went_too_far_the_next_is_no_longer():
 
 
 def test_a_search_stays_in_the_valley_it_begins_in():
-    """Minimise -cos from 1.5. The curvature is small there: Newton's step leaves the valley."""
+    """Minimise -cos from 1.5, where the curvature is so small that Newton's step is too long.
+
+    The search then ends in a far valley. With a limit on the first step, it must end at 0.
+    """
     gradients = lambda t, _: np.sin(t)  # noqa: E731
     inverse = lambda G, _: G / np.cos(1.5)  # noqa: E731
     start, first, tolerance = np.full((1, 1), 1.5), np.full((1, 1), np.sin(1.5)), np.full(1, 1e-10)
@@ -215,7 +218,10 @@ def test_a_search_stays_in_the_valley_it_begins_in():
 
 
 def test_directions_of_negative_curvature_are_descended():
-    """Minimise theta^4 / 4 - theta^2 / 2. Newton's step would go to the maximum at 0."""
+    """Minimise theta^4 / 4 - theta^2 / 2 from near 0, which is a maximum.
+
+    Newton's step would go to 0. The search must go to the minima at 1 and -1.
+    """
     found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
     np.testing.assert_allclose(found.thetas, [[1, -1]], atol=1e-9)
 
@@ -236,7 +242,10 @@ def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
 
 
 def test_a_long_way_down_is_gone_though_gradients_grow():
-    """Minimise Rosenbrock's function. Beside its valley, gradients are a hundred times larger."""
+    """Minimise Rosenbrock's function, along its valley.
+
+    Beside the valley, gradients are a hundred times larger. The search must not end there.
+    """
 
     def rosenbrock(t, _):
         away = t[1] - t[0] ** 2
@@ -257,7 +266,10 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
 
 
 def test_a_long_straight_slope_is_gone_down():
-    """Minimise a function whose gradient keeps its size for more than `_PATIENCE` passes."""
+    """Minimise a function whose gradient keeps its size for more than `_PATIENCE` passes.
+
+    The search must go on, because the function decreases.
+    """
     slope = lambda t, _: np.where(np.abs(t) > 1, np.sign(t), t)  # noqa: E731
     start, first = np.array([[1e8]]), np.ones((1, 1))
     options = {"longest": np.ones(1)}

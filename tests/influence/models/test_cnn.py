@@ -53,7 +53,8 @@ def test_it_starts_from_truncated_normals(paper):
         values = kernel.ravel() / deviation
         assert np.abs(values).max() <= 2 and not bias.any()
         p = scipy.stats.kstest(values, scipy.stats.truncnorm(-2, 2).cdf).pvalue
-        assert p > 1e-3, layer.name  # with n > 4,000 values, an error of 5 % would be detected
+        # In a kernel of more than 4,000 values, an error of 5 % in `deviation` would be detected.
+        assert p > 1e-3, layer.name
         assert np.std(values) == pytest.approx(0.88, abs=4 * 0.88 / np.sqrt(2 * values.size))
 
 

@@ -128,7 +128,7 @@ def test_closed_forms_are_the_tapes_answers(case):
         taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         assert relative_error(closed, taped) < tolerance, name
-        # Each method has a closed form of its own, except gauss_newton_product, which calls hvp.
+        # Each method has a closed form of its own, except gauss_newton_product, which is hvp.
         if name != "gauss_newton_product":
             assert method in vars(type(net).__mro__[1]) or method in vars(type(net)), name
     assert net.penalty() == pytest.approx(GenericNeuralNet.penalty(net), rel=1e-6)
@@ -259,7 +259,10 @@ def test_fit_is_deterministic_and_starts_where_the_net_is():
 
 
 def test_fit_without_a_penalty():
-    """Check that the fit converges without a penalty. The softmax risk has a flat direction."""
+    """Check that the fit converges without a penalty, although the softmax risk is then flat.
+
+    It does not change along one direction of theta.
+    """
     p = logistic("softmax", num_rows=200, num_inputs=2)
     free = MulticlassLogisticRegression(2, 3, weight_decay=0.0).fit(p.train)
     oracle = oracles.softmax_regression(p.oracle.features, p.oracle.y, 3, 0.0)

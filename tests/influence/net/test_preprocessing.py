@@ -224,7 +224,9 @@ def test_padding_that_outputs_depend_on_is_refused():
     pooled = L.Lambda(lambda t: tf.cast(t.to_tensor(), "float32")[:, :1], (1,))(ragged(inputs))
     model = keras.Model(inputs, head()(pooled))
     model.compile("sgd", "mse")
-    net = GenericNeuralNet(model)  # the Lambda takes integers, so it is not among the lookup layers
+    # The lookup layer gives rows of different lengths, which the Lambda layer would cut to one.
+    # The library applies only the lookup layer beforehand, and refuses its rows.
+    net = GenericNeuralNet(model)
     with pytest.raises(ValueError, match="^model must prepare rows of one length, got a ragged"):
         Influence(net, (MAILS, Y))
 

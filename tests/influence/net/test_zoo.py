@@ -88,7 +88,7 @@ class Kind:
     plain: Callable
     x: Callable  # maps a random generator to inputs
     y: Callable  # maps a random generator to labels
-    by_autodiff: bool = True  # False if TensorFlow's second derivatives are wrong
+    by_autodiff: bool = True  # False if TensorFlow's second derivatives of `make()` are wrong
 
 
 def normal(*shape):

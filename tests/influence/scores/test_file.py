@@ -307,7 +307,7 @@ def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monk
     p = problem()
     with monkeypatch.context() as patch:
         patch.setattr(score_file, "_describe", lambda *_: 1 / 0)
-        # After a kill -9, no code removes the partial file.
+        # Imitate a kill -9: the partial file is not removed.
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(ZeroDivisionError):
             Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)

@@ -75,7 +75,10 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
 
 
 def test_the_space_of_the_file_is_reserved(tmp_path):
-    """Check that blocks are reserved. A file that is only extended has none before a write."""
+    """Check that the file gets its disk blocks when it is made, before any score is written.
+
+    A file that is only extended to its size has no blocks.
+    """
     path = tmp_path / "part"
     path.write_bytes(b"kept")
     checkpoint.reserve(path, 1 << 20, path)

@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_closed_form(problem, solver, problems):
     rows = np.arange(len(p.train))
     expected = p.oracle.predicted_changes(p.theta, p.measured, rows)
     scores = Influence(p.net, p.train, solver=solver, approximation="first_order").scores(p.test)
-    # The solver's tolerance is 1e-11. These Hessians have condition numbers below 100.
+    # The solver's tolerance, 1e-11, times the condition number, below 100, is at most 1e-9.
     assert relative_error(scores.change_if_removed, expected) < 1e-9
     np.testing.assert_array_equal(scores.rows, rows)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), p.measured.gradients(p.theta).T)
@@ -138,7 +138,7 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
 
 
 def test_positive_means_the_row_helped(problems):
-    """Check that a test loss rises if the same point is removed from training."""
+    """Check that the loss of a row rises if this row is removed from training."""
     p = problems["ridge"]
     twin = Examples(p.train.x[[4]], p.train.y[[4]])
     assert abs(p.net.losses(twin.x, twin.y)[0]) > 0.1

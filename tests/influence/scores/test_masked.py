@@ -254,7 +254,7 @@ def test_tracin_takes_the_rows_own_losses(tags):
 
 
 def test_perturbation_of_a_masked_row():
-    """Compare the derivative by one pixel with a difference of two refits, with moved pixels."""
+    """Compare the derivative by one pixel with the difference of two refits that move the pixel."""
     model = masked.segmenter(sparse(ignore_class=255), 0.1)
     x, y = masked.images(40), voided(classes(40, SIDE, SIDE), 255)
     net, train = masked.net_of(model, x, y)

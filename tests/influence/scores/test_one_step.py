@@ -165,7 +165,7 @@ def test_weighted_rows_of_a_regression_with_a_penalty_are_exact():
 
 
 def two_outputs():
-    """Return a float64 net with a regression and a binary output, 30 rows, and dense Jacobians."""
+    """Return (net, x, y): a float64 net with a regression and a binary output, at its minimum."""
     rng = np.random.default_rng(2)
     inputs = keras.Input((4,), dtype="float64")
     l2 = {"kernel_regularizer": keras.regularizers.L2(0.02), "dtype": "float64"}

@@ -11,7 +11,8 @@ from influence.scores.tracin import tracin
 from tests.influence import recorded
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-MODULE = sys.modules["influence.scores.tracin"]  # the package exports a function of the same name
+# `influence.scores.tracin` is the function that the package exports, not the module.
+MODULE = sys.modules["influence.scores.tracin"]
 
 RATES = [0.1, 0.05, 0.2]
 

@@ -1,4 +1,7 @@
-"""Tests that Nystrom and Lanczos of rank r need r + 10 products and 3 (r + 10) vectors at most."""
+"""Tests of the products and the memory that Nystrom and Lanczos need, and of their answers.
+
+For rank r, they multiply at most r + 10 vectors, and hold at most 3 (r + 10) vectors in memory.
+"""
 
 import tracemalloc
 

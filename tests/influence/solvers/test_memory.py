@@ -1,4 +1,4 @@
-"""Tests that too large problems are refused before any work, and that EK-FAC stores its sums."""
+"""Tests that too large problems are refused before any work, and of EK-FAC's stored sums."""
 
 import re
 

@@ -106,9 +106,10 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
 
 
 def test_redundant_directions_of_a_convex_risk_do_not_matter():
-    """Use softmax regression without a penalty.
+    """Check softmax regression without a penalty, whose Hessian H is singular.
 
-    Its risk does not change if the same vector is added to the weights of all classes.
+    The risk does not change if the same vector is added to the weights of all classes. With the
+    tiny damping that the plan chooses, the scores must be those of the pseudo-inverse of H.
     """
     x, y = rows(60, dtype="float64")
     model = sequential((4,), L.Dense(3, **F64), **F64)

@@ -19,7 +19,7 @@ from tests.influence import recorded
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
 
-# The package exports the function of the same name.
+# `influence.solvers.spectrum` is the function that the package exports, not the module.
 MODULE = sys.modules["influence.solvers.spectrum"]
 
 D = 150

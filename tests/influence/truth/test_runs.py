@@ -205,7 +205,7 @@ def dropping():
 
 
 def draws(net, examples):
-    """Move theta by a random number."""
+    """Stand for a fit: move theta by a random number."""
     net.theta = net.theta + float(tf.reduce_sum(net.model(np.ones((4, 6)), training=True)))
 
 
