@@ -121,8 +121,8 @@ def test_it_ends_with_enough_flips(problem):
     every = poison(*all_three, counts=[1, 3], rule=rule, options=TO_THE_END)
     clean = every.test_losses[0]
     first_of_three = int(np.argmax(every.num_poisons == 3))
-    # The threshold `flip_at` is above every loss that one poison reaches. Three poisons exceed it
-    # only after some moves.
+    # With one poison, no loss reaches the threshold `flip_at`. With three poisons, the loss of this
+    # test example exceeds it, but only after some moves. The attack must end there.
     with_one = every.test_losses[:first_of_three].max(axis=0)
     point = int(np.argmax(every.test_losses[-1] - with_one))
     flip_at = (with_one[point] + every.test_losses[-1][point]) / 2

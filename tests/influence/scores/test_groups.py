@@ -60,8 +60,8 @@ def refitted(problem, rows):
 def second_order(problem, rows):
     """Return the second-order changes of the test losses without the group, by dense matrices.
 
-    T is the third derivative of the risk along D1, twice: (d/dt H(theta + t D1)) D1. It is computed
-    by differences of the Hessian.
+    T = (d/dt H(theta + t D1)) D1, at t = 0, has the third derivatives of the risk. It is computed
+    by differences of the Hessian H.
     """
     p, n, k = problem, len(problem.train), len(rows)
     theta, H = p.theta, p.oracle.hessian(p.theta)
