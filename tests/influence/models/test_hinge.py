@@ -23,7 +23,7 @@ from influence.models import SmoothHingeLoss
 from tests import oracles
 from tests.influence.problems import relative_error, sequential
 
-ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # from another order of additions
+ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # the two sides add in another order
 KINK = 1.5e-8  # the square root of float64's precision
 
 

@@ -64,7 +64,7 @@ def approximation(A, matrix, solver):
             [getattr(A, a, np.nan) for a in ("damping", "smallest_eigenvalue_bound")] + [0.0]
         )
         # `known` is a lower bound on the eigenvalues: the damping or more. Nystrom subtracts it
-        # before the sketch, unless A minus `known` is indefinite.
+        # before the sketch, unless the sketch of A minus `known` would be indefinite.
         known = known if np.linalg.eigvalsh(Omega.T @ matrix @ Omega)[0] >= known else 0.0
         M = matrix - known * np.eye(d)
         low = M @ Omega @ np.linalg.solve(Omega.T @ M @ Omega, Omega.T @ M)

@@ -114,8 +114,8 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
         value = objective_of(objective, net, examples, row, DAMPING[objective], fraction)
         found = scipy.optimize.minimize(value, net.theta, options={"gtol": 1e-7}).x
         theta = taken[0][:, j]
-        # SciPy sees only values of F_i, which have rounding errors of about 1e-16. This gives the
-        # minimum only to about the square root, 1e-8, or somewhat worse.
+        # SciPy sees only values of F_i, which have rounding errors of about 1e-16. They determine
+        # the minimum only to about 1e-7.
         assert (
             np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3 * fraction
         )
